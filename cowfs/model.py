@@ -1,0 +1,151 @@
+"""The records that cross module borders. All frozen, all plain data, none does I/O.
+
+Sizes are bytes, counts are inodes, times are integer nanoseconds since 1970 (negative before).
+Paths inside a tree are ``bytes`` without a leading slash, because file names are bytes.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from cowfs.errors import InvalidArgument
+
+__all__ = [
+    "Change",
+    "Info",
+    "Kind",
+    "Limit",
+    "Mount",
+    "Usage",
+    "format_size",
+    "parse_count",
+    "parse_size",
+]
+
+
+class Kind(enum.Enum):
+    """The three states of a snapshot (containerd's words)."""
+
+    ACTIVE = "active"
+    VIEW = "view"
+    COMMITTED = "committed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Info:
+    """One snapshot as the index knows it."""
+
+    name: str
+    kind: Kind
+    parent: str | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+    created: int = 0
+    updated: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """What one layer holds itself; parents are not counted.
+
+    Attributes:
+        bytes: file data in 4 KiB units, plus 4 KiB for each directory and large xattr.
+        inodes: files, directories and the rest; whiteouts are free.
+    """
+
+    bytes: int = 0
+    inodes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limit:
+    """An upper bound on :class:`Usage`; ``None`` means unlimited."""
+
+    bytes: int | None = None
+    inodes: int | None = None
+
+    def __bool__(self) -> bool:
+        return self.bytes is not None or self.inodes is not None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mount:
+    """How something would be mounted: data, not an action (mount(8)'s three words)."""
+
+    type: str
+    source: str
+    options: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """One path that an upper layer adds, changes or deletes.
+
+    Attributes:
+        path: relative, ``b""`` is the root.
+        kind: ``added``, ``changed`` or ``deleted``.
+        type: ``file``, ``dir``, ``symlink``, ``fifo``, ``socket``, ``char`` or ``block``
+            (of the object that is there now; of the one that was, when deleted).
+        size: bytes, of regular files; 0 otherwise.
+        what: for ``changed``: any of ``content mode owner mtime xattrs type``.
+    """
+
+    path: bytes
+    kind: str
+    type: str
+    size: int = 0
+    what: frozenset[str] = frozenset()
+
+
+_UNITS = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgtp]?)(?:i?b)?\s*", re.IGNORECASE)
+_COUNT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmg]?)\s*", re.IGNORECASE)
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes from ``"2G"``, ``"512MiB"``, ``"4096"`` or an int; units are powers of 1024.
+
+    Raises:
+        InvalidArgument: not a size, or not above zero.
+
+    >>> parse_size("2G"), parse_size("1.5k"), parse_size(7)
+    (2147483648, 1536, 7)
+    """
+    match = _SIZE.fullmatch(str(text))
+    value = int(float(match[1]) * (1 << _UNITS[match[2].lower()])) if match else 0
+    if value <= 0 or value >= 1 << 63:
+        raise InvalidArgument(f"not a size: {text!r}", remedy="write bytes or 512M, 2G, 1.5T")
+    return value
+
+
+def parse_count(text: str | int) -> int:
+    """A number of inodes from ``"100k"``, ``"2M"`` or an int; units are powers of 1000.
+
+    Raises:
+        InvalidArgument: not a count, or not above zero.
+
+    >>> parse_count("100k")
+    100000
+    """
+    match = _COUNT.fullmatch(str(text))
+    value = int(float(match[1]) * 1000 ** ("kmg".find(match[2].lower()) + 1 if match[2] else 0)) if match else 0
+    if value <= 0 or value >= 1 << 63:
+        raise InvalidArgument(f"not a count: {text!r}", remedy="write a number or 100k, 2M")
+    return value
+
+
+def format_size(count: int) -> str:
+    """Bytes for people: three digits and a unit of 1024.
+
+    >>> format_size(0), format_size(1536), format_size(2 << 30)
+    ('0 B', '1.5 KiB', '2 GiB')
+    """
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB", "PiB"):
+        if abs(value) < 1024 or unit == "PiB":
+            break
+        value /= 1024
+    text = f"{value:.1f}".removesuffix(".0") if abs(value) < 100 else f"{value:.0f}"
+    return f"{text} {unit}"

@@ -1,0 +1,42 @@
+"""What this process may do here: privilege, capabilities, user namespace."""
+
+from __future__ import annotations
+
+import functools
+import os
+
+CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_FOWNER = 0, 1, 2, 3
+CAP_SYS_ADMIN, CAP_MKNOD, CAP_SETFCAP = 21, 27, 31
+
+
+def _status(field: str) -> str:
+    with open("/proc/self/status", encoding="ascii", errors="replace") as file:
+        for line in file:
+            if line.startswith(field):
+                return line.split(":", 1)[1].strip()
+    return ""
+
+
+def is_root_here() -> bool:
+    """Effective uid 0 in this user namespace."""
+    return os.geteuid() == 0
+
+
+@functools.cache
+def init_userns() -> bool:
+    """Whether this is the initial user namespace (its map is the identity over all ids)."""
+    try:
+        with open("/proc/self/uid_map", encoding="ascii") as file:
+            return file.read().split() == ["0", "0", "4294967295"]
+    except OSError:
+        return True
+
+
+def has_cap(number: int) -> bool:
+    """Whether the effective set holds capability ``number``."""
+    return bool(int(_status("CapEff") or "0", 16) >> number & 1)
+
+
+def can_trusted_xattr() -> bool:
+    """``trusted.*`` needs CAP_SYS_ADMIN in the initial user namespace (xattr(7))."""
+    return init_userns() and has_cap(CAP_SYS_ADMIN)

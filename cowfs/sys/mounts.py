@@ -1,0 +1,155 @@
+"""Mounting: mount(2), umount2(2), the mount API by descriptors, and /proc/PID/mountinfo."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from cowfs.sys._libc import check, libc, syscall
+
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_SYNCHRONOUS, MS_REMOUNT = 1, 2, 4, 8, 16, 32
+MS_DIRSYNC, MS_NOSYMFOLLOW, MS_NOATIME, MS_NODIRATIME = 128, 256, 1024, 2048
+MS_BIND, MS_MOVE, MS_REC, MS_SILENT = 4096, 8192, 16384, 32768
+MS_UNBINDABLE, MS_PRIVATE, MS_SLAVE, MS_SHARED = 1 << 17, 1 << 18, 1 << 19, 1 << 20
+MS_RELATIME, MS_STRICTATIME, MS_LAZYTIME = 1 << 21, 1 << 24, 1 << 25
+MNT_FORCE, MNT_DETACH, MNT_EXPIRE, UMOUNT_NOFOLLOW = 1, 2, 4, 8
+
+# mount(8)'s words for the flags: word -> (flag, whether the word sets or clears it)
+OPTION_FLAGS: dict[str, tuple[int, bool]] = {
+    "ro": (MS_RDONLY, True),
+    "rw": (MS_RDONLY, False),
+    "nosuid": (MS_NOSUID, True),
+    "suid": (MS_NOSUID, False),
+    "nodev": (MS_NODEV, True),
+    "dev": (MS_NODEV, False),
+    "noexec": (MS_NOEXEC, True),
+    "exec": (MS_NOEXEC, False),
+    "sync": (MS_SYNCHRONOUS, True),
+    "async": (MS_SYNCHRONOUS, False),
+    "dirsync": (MS_DIRSYNC, True),
+    "noatime": (MS_NOATIME, True),
+    "atime": (MS_NOATIME, False),
+    "nodiratime": (MS_NODIRATIME, True),
+    "diratime": (MS_NODIRATIME, False),
+    "relatime": (MS_RELATIME, True),
+    "norelatime": (MS_RELATIME, False),
+    "strictatime": (MS_STRICTATIME, True),
+    "nosymfollow": (MS_NOSYMFOLLOW, True),
+}
+
+# linux/mount.h
+_FSOPEN, _FSCONFIG, _FSMOUNT, _MOVE_MOUNT = 430, 431, 432, 429
+_FSCONFIG_SET_FLAG, _FSCONFIG_SET_STRING, _FSCONFIG_CMD_CREATE = 0, 1, 6
+_MOVE_MOUNT_F_EMPTY_PATH = 4
+_MOUNT_ATTR_RDONLY = 1
+
+
+def mount(source: str, target: str | bytes, fstype: str, flags: int = 0, data: str = "") -> None:
+    """mount(2)."""
+    check(
+        libc.mount(
+            os.fsencode(source),
+            os.fsencode(target),
+            os.fsencode(fstype),
+            ctypes.c_ulong(flags),
+            os.fsencode(data) if data else None,
+        ),
+        target,
+    )
+
+
+def umount(target: str | bytes, flags: int = 0) -> None:
+    """umount2(2)."""
+    check(libc.umount2(os.fsencode(target), flags), target)
+
+
+def overlay_mount(
+    target: str | bytes,
+    lowers: Sequence[str | bytes],
+    upper: str | bytes | None = None,
+    work: str | bytes | None = None,
+    options: Iterable[str] = (),
+    *,
+    readonly: bool = False,
+) -> None:
+    """Mount the kernel's overlayfs by descriptors, so that any number of layers fits.
+
+    ``lowers`` is topmost first. Source: Documentation/filesystems/overlayfs.rst (``lowerdir+``,
+    Linux 6.8); older kernels take the one option string of mount(2).
+
+    Raises:
+        OSError: what the kernel said; EINVAL stands for most bad combinations.
+    """
+    fd = syscall(_FSOPEN, b"overlay", 1)
+    try:
+        def config(command: int, key: bytes | None, value: bytes | None) -> None:
+            syscall(_FSCONFIG, fd, command, key, value, 0)
+
+        config(_FSCONFIG_SET_STRING, b"source", b"overlay")
+        for lower in lowers:
+            config(_FSCONFIG_SET_STRING, b"lowerdir+", os.fsencode(lower))
+        if upper is not None and work is not None:
+            config(_FSCONFIG_SET_STRING, b"upperdir", os.fsencode(upper))
+            config(_FSCONFIG_SET_STRING, b"workdir", os.fsencode(work))
+        for option in options:
+            key, equals, value = os.fsencode(option).partition(b"=")
+            if equals:
+                config(_FSCONFIG_SET_STRING, key, value)
+            else:
+                config(_FSCONFIG_SET_FLAG, key, None)
+        config(_FSCONFIG_CMD_CREATE, None, None)
+        tree = syscall(_FSMOUNT, fd, 1, _MOUNT_ATTR_RDONLY if readonly else 0)
+    finally:
+        os.close(fd)
+    try:
+        syscall(_MOVE_MOUNT, tree, b"", -100, os.fsencode(target), _MOVE_MOUNT_F_EMPTY_PATH)
+    finally:
+        os.close(tree)
+
+
+@dataclass(frozen=True, slots=True)
+class MountInfo:
+    """One line of /proc/PID/mountinfo (proc(5)), octal escapes undone."""
+
+    mount_id: int
+    parent_id: int
+    dev: str
+    root: bytes
+    target: bytes
+    options: tuple[str, ...]
+    fstype: str
+    source: bytes
+    super_options: bytes
+
+
+def _unescape(text: bytes) -> bytes:
+    if b"\\" not in text:
+        return text
+    for code in (b"040", b"011", b"012", b"043", b"134"):
+        text = text.replace(b"\\" + code, bytes([int(code, 8)]))
+    return text
+
+
+def mountinfo(pid: int | str = "self") -> list[MountInfo]:
+    """All mounts of a process's mount namespace, in the kernel's order."""
+    found = []
+    with open(f"/proc/{pid}/mountinfo", "rb") as file:
+        for line in file:
+            fields = line.rstrip(b"\n").split(b" ")
+            dash = fields.index(b"-", 6)
+            found.append(
+                MountInfo(
+                    int(fields[0]),
+                    int(fields[1]),
+                    fields[2].decode(),
+                    _unescape(fields[3]),
+                    _unescape(fields[4]),
+                    tuple(fields[5].decode().split(",")),
+                    fields[dash + 1].decode(),
+                    _unescape(fields[dash + 2]),
+                    _unescape(fields[dash + 3]) if len(fields) > dash + 3 else b"",
+                )
+            )
+    return found

@@ -1,0 +1,67 @@
+"""Extended attributes of a name in a directory, never following a symbolic link.
+
+The *at forms of the xattr calls exist only since Linux 6.13, so names go through
+``/proc/self/fd/DIRFD/NAME``: the magic link ends at the open directory whatever happened to its
+path, and the last component is not followed. With ``name == b""`` the descriptor's own object
+is meant, also for O_PATH descriptors, of symbolic links too.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+# What "no such attribute", "no attributes here" and "not for this namespace" look like.
+ABSENT = frozenset({errno.ENODATA, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES})
+
+CREATE, REPLACE = os.XATTR_CREATE, os.XATTR_REPLACE
+
+
+def at(dirfd: int, name: bytes) -> bytes:
+    """The path under /proc that names ``name`` in the open directory ``dirfd``."""
+    return b"/proc/self/fd/%d/%b" % (dirfd, name) if name else b"/proc/self/fd/%d" % dirfd
+
+
+def get(dirfd: int, name: bytes, attribute: bytes | str) -> bytes:
+    """The value. Raises OSError: ENODATA when the object does not have it."""
+    return os.getxattr(at(dirfd, name), attribute, follow_symlinks=not name)
+
+
+def try_get(dirfd: int, name: bytes, attribute: bytes | str) -> bytes | None:
+    """The value, or ``None`` where the object or its file system does not have it."""
+    try:
+        return os.getxattr(at(dirfd, name), attribute, follow_symlinks=not name)
+    except OSError as error:
+        if error.errno in ABSENT:
+            return None
+        raise
+
+
+def listx(dirfd: int, name: bytes) -> list[bytes]:
+    """All names that this process may see; empty where the file system has none."""
+    try:
+        return [os.fsencode(n) for n in os.listxattr(at(dirfd, name), follow_symlinks=not name)]
+    except OSError as error:
+        if error.errno == errno.EOPNOTSUPP:
+            return []
+        raise
+
+
+def setx(dirfd: int, name: bytes, attribute: bytes | str, value: bytes, flags: int = 0) -> None:
+    """Create or replace (``flags``: 0, CREATE or REPLACE)."""
+    os.setxattr(at(dirfd, name), attribute, value, flags, follow_symlinks=not name)
+
+
+def remove(dirfd: int, name: bytes, attribute: bytes | str) -> None:
+    """Remove. Raises OSError: ENODATA when the object does not have it."""
+    os.removexattr(at(dirfd, name), attribute, follow_symlinks=not name)
+
+
+def read_all(dirfd: int, name: bytes) -> dict[bytes, bytes]:
+    """Every attribute with its value; one that vanishes meanwhile is left out."""
+    found: dict[bytes, bytes] = {}
+    for attribute in listx(dirfd, name):
+        value = try_get(dirfd, name, attribute)
+        if value is not None:
+            found[attribute] = value
+    return found
