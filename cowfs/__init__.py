@@ -1,0 +1,75 @@
+"""Copy-on-write root filesystems: stacks of layers, mounted as one tree with a size limit that holds.
+
+>>> import cowfs
+>>> with cowfs.mount(["layers/base", "layers/python"], "/mnt/rootfs", size="2G") as m:  # doctest: +SKIP
+...     m.usage(), m.limit(), list(m.diff())
+
+Strategy: importing the package costs nothing. Every public name is imported from its module on first use
+(PEP 562), so that the command, which must mount within 200 ms with Python's own start, pays only for what it uses.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+# Public name -> module that defines it. One table, used by __getattr__, __dir__ and the tests.
+_EXPORTS = {
+    "AlreadyExists": "cowfs.errors",
+    "Corrupt": "cowfs.errors",
+    "CowfsError": "cowfs.errors",
+    "FailedPrecondition": "cowfs.errors",
+    "InvalidArgument": "cowfs.errors",
+    "LimitExceeded": "cowfs.errors",
+    "NotFound": "cowfs.errors",
+    "Unsupported": "cowfs.errors",
+    "Change": "cowfs.model",
+    "Info": "cowfs.model",
+    "Kind": "cowfs.model",
+    "Limit": "cowfs.model",
+    "Mount": "cowfs.model",
+    "Usage": "cowfs.model",
+    "MountHandle": "cowfs.mounting",
+    "MountInfo": "cowfs.mounting",
+    "mount": "cowfs.mounting",
+    "mounts": "cowfs.mounting",
+    "umount": "cowfs.mounting",
+}
+
+__all__ = ["__version__", *sorted(_EXPORTS)]  # noqa: PLE0604  (the table holds strings only)
+
+if TYPE_CHECKING:
+    from cowfs.errors import (
+        AlreadyExists as AlreadyExists,
+        Corrupt as Corrupt,
+        CowfsError as CowfsError,
+        FailedPrecondition as FailedPrecondition,
+        InvalidArgument as InvalidArgument,
+        LimitExceeded as LimitExceeded,
+        NotFound as NotFound,
+        Unsupported as Unsupported,
+    )
+    from cowfs.model import (
+        Change as Change,
+        Info as Info,
+        Kind as Kind,
+        Limit as Limit,
+        Mount as Mount,
+        Usage as Usage,
+    )
+
+
+def __getattr__(name: str) -> object:
+    module = _EXPORTS.get(name)
+    if module is None:
+        raise AttributeError(f"module 'cowfs' has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(module), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_EXPORTS})
