@@ -1,0 +1,31 @@
+"""Warm work, measured over mounts that all stand at once: every mount does the work once unmeasured, then A B C, A B C."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from .lab import Lab
+from .peers import Stack, available, mounted
+from .trees import Tree
+
+
+def measure_warm(lab: Lab, tree: Tree, subjects: Sequence[str], work: Callable[[Path], float]) -> None:
+    """Records ``work(mount point)`` in seconds for metric "read-only" and then "writable" (upper on a tmpfs)."""
+    names = available(lab, subjects)
+    for metric in ("read-only", "writable"):
+        with contextlib.ExitStack() as stack:
+            at: dict[str, Path] = {}
+            for name in names:
+                with lab.trying(name):
+                    upper = None
+                    if metric == "writable":
+                        upper = stack.enter_context(lab.fresh("tmpfs", 1 << 30))
+                    layers = Stack(lowers=tree.layers, upper=upper and upper / "upper", work=upper and upper / "work")
+                    at[name] = stack.enter_context(mounted(lab, name, layers)).path
+                    work(at[name])
+                    work(at[name])  # the second pass fills what only a second opening fills
+            for _, name in lab.rounds([name for name in names if name in at]):
+                with lab.trying(name):
+                    lab.record(metric, name, work(at[name]))
