@@ -1,0 +1,131 @@
+"""Fixtures for tests of real mounts.
+
+The whole pytest process moves to a mount namespace of its own before the first test
+(``support.namespace``), so no mount can leak to the machine. What still could leak is checked
+at the end: server processes and loop devices.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, os.path.dirname(__file__))
+
+from support import hostfs, namespace, users  # noqa: E402  (the path above comes first)
+
+namespace.enter()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("cowfs")
+    group.addoption("--steps", type=int, default=20_000, help="random operations of each equality test (default 20000)")
+    group.addoption("--kills", type=int, default=50, help="SIGKILLs of the fault test (default 50)")
+    group.addoption("--seed", type=int, default=20_261_124, help="seed of every random test")
+    group.addoption("--impl", default="kernel,fusepy", help="what the POSIX tests run against: plain,overlay,kernel,fusepy")
+    group.addoption("--debian-root", default=os.environ.get("COWFS_DEBIAN_ROOT", ""), help="tar of a Debian root")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for line in (
+        "slow: takes more than half a minute",
+        "tree(build): a function that fills the test's directory, run in a lower layer and again through the mount",
+        "only(*impls, reason): the implementations that can do what the test asks, and why others cannot",
+    ):
+        config.addinivalue_line("markers", line)
+
+
+@pytest.fixture(scope="session")
+def can_mount() -> None:
+    """Skip where this host does not let us mount."""
+    if namespace.why_not:
+        pytest.skip(namespace.why_not)
+
+
+@pytest.fixture(scope="session")
+def scratch(tmp_path_factory: pytest.TempPathFactory, can_mount: None) -> Iterator[Path]:
+    """A tmpfs of 2 GiB for the session: where tests put layers unless they ask for another host."""
+    base = tmp_path_factory.mktemp("scratch")
+    base.chmod(0o755)
+    for parent in list(base.parents)[:2]:
+        parent.chmod(0o755)
+    yield hostfs.make_tmpfs(base)
+
+
+@pytest.fixture
+def space(scratch: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A fresh directory on the session's tmpfs, removed afterwards."""
+    name = "".join(c if c.isalnum() else "-" for c in request.node.name)[:60]
+    path = scratch / f"{name}-{time.monotonic_ns():x}"
+    path.mkdir()
+    path.chmod(0o755)
+    yield path
+    subprocess.run(["rm", "-rf", "--one-file-system", str(path)], check=False)
+
+
+_opened: dict[str, hostfs.HostFs] = {}
+
+
+@pytest.fixture(params=hostfs.NAMES)
+def fs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> hostfs.HostFs:
+    """Each host filesystem in turn, mounted once a session."""
+    name: str = request.param
+    if name not in _opened:
+        base = tmp_path_factory.mktemp(f"host-{name}")
+        base.chmod(0o755)
+        _opened[name] = hostfs.open_fs(name, base)
+    return _opened[name]
+
+
+@pytest.fixture(scope="session")
+def ordinary_user(tmp_path_factory: pytest.TempPathFactory, can_mount: None) -> int:
+    """The id of a user who may use /dev/fuse here; skips where that cannot be arranged."""
+    reason = users.open_fuse_device(tmp_path_factory.mktemp("fuse-device"))
+    if reason:
+        pytest.skip(reason)
+    return users.UID
+
+
+def _children() -> dict[int, str]:
+    """Processes in our mount namespace but us and our parents: pid -> command line."""
+    ours = os.readlink("/proc/self/ns/mnt")
+    found = {}
+    for name in os.listdir("/proc"):
+        if not name.isdigit() or int(name) == os.getpid():
+            continue
+        try:
+            if os.readlink(f"/proc/{name}/ns/mnt") != ours:
+                continue
+            with open(f"/proc/{name}/cmdline", "rb") as file:
+                line = file.read().replace(b"\0", b" ").decode(errors="replace")
+            with open(f"/proc/{name}/stat", "rb") as file:
+                if file.read().rpartition(b")")[2].split()[0] == b"Z":
+                    continue
+        except OSError:
+            continue
+        found[int(name)] = line
+    return found
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_left() -> Iterator[None]:
+    """No process that a test started outlives the session."""
+    if namespace.why_not or os.environ.get("COWFS_TEST_NAMESPACE") == "host":
+        yield
+        return
+    before = set(_children())
+    yield
+    end = time.monotonic() + 10
+    while left := {pid: line for pid, line in _children().items() if pid not in before}:
+        if time.monotonic() > end:
+            for pid in left:
+                os.kill(pid, signal.SIGKILL)
+            pytest.fail(f"left running: {left}")
+        time.sleep(0.05)
