@@ -1,0 +1,322 @@
+"""From requests to the view: one method an opcode for names and attributes.
+
+Strategy: a handler takes ``(buf, n, unique, nodeid)``: a view of the request, its length (checked against the
+opcode's shape by the session), and two header fields. It returns a whole reply, or None when there is none or it
+comes later. Failures are raised as OSError; the session turns them into an error reply. Every handler runs in the
+loop thread, which owns the view, and reads what it needs of ``buf`` before it returns: the buffer is used again.
+
+The handlers that a busy mount calls thousands of times a second (look-up, attributes, create, remove, listing) are
+written flat: no helper where three lines do.
+
+Look-up counts: each reply that carries an entry raises ``node.nlookup`` here, and only here; ``view.forget`` lowers
+it. When the kernel did not take such a reply, the session takes the count back (``codec.looked_up``).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from cowfs.fuse import abi, codec
+
+if TYPE_CHECKING:
+    from cowfs.union import View
+
+Handler = Callable[[memoryview, int, int, int], "codec.Reply | None"]
+
+_FOREVER = codec.FOREVER
+_ENTRY = codec.ENTRY_HEAD.pack
+_ATTR = codec.ATTR_HEAD.pack
+_OK = abi.OUT_HEADER.pack
+_DIRENT_SIZE = abi.DIRENT.size
+_DIRENTPLUS_SIZE = abi.DIRENTPLUS.size
+_PADDING = [bytes(-length % 8) for length in range(8)]
+
+
+def _signed(seconds: int) -> int:
+    """Seconds as the kernel means them: two's complement in an unsigned field."""
+    return seconds - (1 << 64) if seconds >> 63 else seconds
+
+
+class Adapter:
+    """The handlers of one session that need no more than the view."""
+
+    __slots__ = ("minor", "nodes", "setxattr_ext", "view")
+
+    def __init__(self, view: View) -> None:
+        self.view = view
+        self.nodes: dict[int, Any] = view.nodes
+        self.setxattr_ext = True
+
+    def table(self) -> dict[int, Handler]:
+        """Opcode -> handler."""
+        return {
+            abi.LOOKUP: self.lookup,
+            abi.FORGET: self.forget,
+            abi.BATCH_FORGET: self.batch_forget,
+            abi.GETATTR: self.getattr,
+            abi.SETATTR: self.setattr,
+            abi.READLINK: self.readlink,
+            abi.SYMLINK: self.symlink,
+            abi.MKNOD: self.mknod,
+            abi.MKDIR: self.mkdir,
+            abi.UNLINK: self.unlink,
+            abi.RMDIR: self.rmdir,
+            abi.RENAME: self.rename,
+            abi.RENAME2: self.rename2,
+            abi.LINK: self.link,
+            abi.STATFS: self.statfs,
+            abi.SETXATTR: self.setxattr,
+            abi.GETXATTR: self.getxattr,
+            abi.LISTXATTR: self.listxattr,
+            abi.REMOVEXATTR: self.removexattr,
+            abi.READDIR: self.readdir,
+            abi.READDIRPLUS: self.readdirplus,
+            abi.TMPFILE: self.tmpfile,
+            abi.IOCTL: self.ioctl,
+            abi.DESTROY: self.destroy,
+        }
+
+    # -- names --------------------------------------------------------------------------------
+
+    def lookup(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply:
+        name = bytes(buf[40 : n - 1])
+        if buf[n - 1] or not name or 0 in name or 47 in name:
+            raise codec.invalid("name")
+        parent = self.nodes.get(nodeid)
+        if name == b"." or name == b"..":
+            node = parent if parent is not None else self.view.revive(nodeid)
+            if name == b"..":
+                node = self.view.parent(node)
+        else:
+            if parent is None:
+                parent = self.view.node(nodeid)
+            if n > 40 + 256:
+                raise OSError(errno.ENAMETOOLONG, "name")
+            try:
+                node = self.view.lookup(parent, name)
+            except FileNotFoundError:
+                return _ENTRY(144, 0, unique, 0, 0, _FOREVER, _FOREVER, 0, 0) + codec.NO_ATTR
+        node.nlookup += 1
+        return _ENTRY(144, 0, unique, node.id, node.generation, _FOREVER, _FOREVER, 0, 0) + (
+            node.attr or self.view.attr(node)
+        )
+
+    def forget(self, buf: memoryview, n: int, unique: int, nodeid: int) -> None:
+        self.view.forget(nodeid, abi.FORGET_IN.unpack_from(buf, 40)[0])
+
+    def batch_forget(self, buf: memoryview, n: int, unique: int, nodeid: int) -> None:
+        count = abi.BATCH_FORGET_IN.unpack_from(buf, 40)[0]
+        if 48 + 16 * count != n:
+            raise codec.invalid("batch")
+        forget = self.view.forget
+        for one, times in abi.FORGET_ONE.iter_unpack(buf[48:n]):
+            forget(one, times)
+
+    def _entry(self, unique: int, node: Any) -> bytes:
+        node.nlookup += 1
+        return _ENTRY(144, 0, unique, node.id, node.generation, _FOREVER, _FOREVER, 0, 0) + (
+            node.attr or self.view.attr(node)
+        )
+
+    def mknod(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply:
+        uid, gid, _pid, extensions = abi.CALLER.unpack_from(buf, 24)
+        mode, rdev, umask, _ = abi.MKNOD_IN.unpack_from(buf, 40)
+        if extensions:
+            raise codec.invalid("extensions were not negotiated")
+        parent = self.nodes.get(nodeid) or self.view.node(nodeid)
+        node = self.view.mknod(parent, codec.name(buf, 56, n), mode, rdev, uid, gid, umask)
+        node.nlookup += 1
+        return _ENTRY(144, 0, unique, node.id, node.generation, _FOREVER, _FOREVER, 0, 0) + (
+            node.attr or self.view.attr(node)
+        )
+
+    def mkdir(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply:
+        uid, gid, _pid, extensions = abi.CALLER.unpack_from(buf, 24)
+        mode, umask = abi.MKDIR_IN.unpack_from(buf, 40)
+        if extensions:
+            raise codec.invalid("extensions were not negotiated")
+        return self._entry(
+            unique, self.view.mkdir(self.view.node(nodeid), codec.name(buf, 48, n), mode, uid, gid, umask)
+        )
+
+    def symlink(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply:
+        uid, gid, _pid, extensions = abi.CALLER.unpack_from(buf, 24)
+        name, target = codec.name_and_text(buf, 40, n, codec.PATH_MAX - 1)
+        if extensions:
+            raise codec.invalid("extensions were not negotiated")
+        return self._entry(unique, self.view.symlink(self.view.node(nodeid), name, target, uid, gid))
+
+    def link(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply:
+        old = self.view.node(abi.LINK_IN.unpack_from(buf, 40)[0])
+        return self._entry(unique, self.view.link(old, self.view.node(nodeid), codec.name(buf, 48, n)))
+
+    def tmpfile(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply:
+        uid, gid, _pid, extensions = abi.CALLER.unpack_from(buf, 24)
+        _flags, mode, umask, _ = abi.CREATE_IN.unpack_from(buf, 40)
+        if extensions:
+            raise codec.invalid("extensions were not negotiated")
+        node = self.view.tmpfile(self.view.node(nodeid), mode, uid, gid, umask)
+        entry = self._entry(unique, node)
+        whole = entry[16:] + abi.OPEN_OUT.pack(0, abi.FOPEN_KEEP_CACHE, 0)
+        return codec.payload(unique, whole)
+
+    def unlink(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply:
+        self.view.unlink(self.nodes.get(nodeid) or self.view.node(nodeid), codec.name(buf, 40, n))
+        return _OK(16, 0, unique)
+
+    def rmdir(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply:
+        self.view.rmdir(self.view.node(nodeid), codec.name(buf, 40, n))
+        return _OK(16, 0, unique)
+
+    def rename(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply:
+        (target,) = abi.RENAME_IN.unpack_from(buf, 40)
+        old, new = codec.two_names(buf, 48, n)
+        self.view.rename(self.view.node(nodeid), old, self.view.node(target), new, 0)
+        return _OK(16, 0, unique)
+
+    def rename2(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply:
+        target, flags, _ = abi.RENAME2_IN.unpack_from(buf, 40)
+        old, new = codec.two_names(buf, 56, n)
+        self.view.rename(self.view.node(nodeid), old, self.view.node(target), new, flags)
+        return _OK(16, 0, unique)
+
+    # -- listings -----------------------------------------------------------------------------
+
+    def readdir(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply:
+        _fh, cookie, room, *_ = abi.READ_IN.unpack_from(buf, 40)
+        pack = abi.DIRENT.pack
+        parts = [b""]
+        used = 0
+        for name, following, kind, ino in self.view.listing(self.view.node(nodeid), cookie):
+            length = len(name)
+            size = _DIRENT_SIZE + (length + 7 & ~7)
+            if used + size > room:
+                break
+            used += size
+            parts.append(pack(ino, following, length, kind))
+            parts.append(name + _PADDING[length & 7])
+        parts[0] = _OK(16 + used, 0, unique)
+        return b"".join(parts)
+
+    def readdirplus(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply:
+        _fh, cookie, room, *_ = abi.READ_IN.unpack_from(buf, 40)
+        view = self.view
+        parent = view.node(nodeid)
+        pack = abi.DIRENTPLUS.pack
+        child = view.child
+        parts = [b""]
+        used = 0
+        for name, following, kind, ino in view.listing(parent, cookie):
+            length = len(name)
+            size = _DIRENTPLUS_SIZE + (length + 7 & ~7)
+            if used + size > room:
+                break
+            used += size
+            node = None if name == b"." or name == b".." else child(parent, name)
+            if node is None:
+                head = pack(0, 0, 0, 0, 0, 0, codec.NO_ATTR, ino, following, length, kind)
+            else:
+                attr = node.attr or view.attr(node)
+                node.nlookup += 1
+                head = pack(
+                    node.id, node.generation, _FOREVER, _FOREVER, 0, 0, attr, ino, following, length, kind
+                )
+            parts.append(head)
+            parts.append(name + _PADDING[length & 7])
+        parts[0] = _OK(16 + used, 0, unique)
+        return b"".join(parts)
+
+    # -- attributes ---------------------------------------------------------------------------
+
+    def getattr(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply:
+        node = self.nodes.get(nodeid) or self.view.node(nodeid)
+        return _ATTR(120, 0, unique, _FOREVER, 0, 0) + (node.attr or self.view.attr(node))
+
+    def setattr(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply:
+        node = self.nodes.get(nodeid) or self.view.node(nodeid)
+        self.apply(node, buf)
+        return _ATTR(120, 0, unique, _FOREVER, 0, 0) + (node.attr or self.view.attr(node))
+
+    def apply(self, node: Any, buf: memoryview) -> None:
+        """Carry out the SETATTR in ``buf``."""
+        (valid, _, _, size, _, atime, mtime, _, atime_ns, mtime_ns, _, mode, _, uid, gid, _) = (
+            abi.SETATTR_IN.unpack_from(buf, 40)
+        )
+        view = self.view
+        changes: dict[str, Any] = {}
+        if valid & abi.FATTR_MODE:
+            changes["mode"] = mode & 0o7777
+        if valid & abi.FATTR_UID:
+            changes["uid"] = uid
+        if valid & abi.FATTR_GID:
+            changes["gid"] = gid
+        if valid & abi.FATTR_SIZE:
+            changes["size"] = size
+        if valid & abi.FATTR_ATIME:
+            changes["atime"] = view.NOW if valid & abi.FATTR_ATIME_NOW else _signed(atime) * 10**9 + atime_ns
+        if valid & abi.FATTR_MTIME:
+            changes["mtime"] = view.NOW if valid & abi.FATTR_MTIME_NOW else _signed(mtime) * 10**9 + mtime_ns
+        if valid & (abi.FATTR_KILL_SUIDGID | abi.FATTR_UID | abi.FATTR_GID):
+            changes["kill"] = True
+        if changes:
+            view.setattr(node, **changes)
+
+    def readlink(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply:
+        return codec.payload(unique, self.view.readlink(self.view.node(nodeid)))
+
+    def statfs(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply:
+        bsize, frsize, blocks, bfree, bavail, files, ffree, _favail, namemax = self.view.statfs()[:9]
+        return codec.payload(
+            unique, abi.STATFS_OUT.pack(blocks, bfree, bavail, files, ffree, bsize, namemax, frsize, 0)
+        )
+
+    # -- extended attributes ------------------------------------------------------------------
+
+    def setxattr(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply:
+        if self.setxattr_ext:
+            size, flags, extra, _ = abi.SETXATTR_IN.unpack_from(buf, 40)
+            start = 56
+        else:
+            (size, flags), extra, start = abi.SETXATTR_COMPAT_IN.unpack_from(buf, 40), 0, 48
+        name, value = codec.name_and_data(buf, start, n, size)
+        node = self.view.node(nodeid)
+        self.view.setxattr(node, name, bytes(value), flags)
+        if extra & abi.SETXATTR_ACL_KILL_SGID:
+            mode = abi.ATTR.unpack(self.view.attr(node))[9]
+            if mode & stat.S_ISGID:
+                self.view.setattr(node, mode=mode & 0o7777 & ~stat.S_ISGID)
+        return _OK(16, 0, unique)
+
+    def getxattr(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply:
+        room, _ = abi.GETXATTR_IN.unpack_from(buf, 40)
+        name = codec.text(buf, 48, n, codec.XATTR_NAME_MAX)
+        return self._sized(unique, room, self.view.getxattr(self.view.node(nodeid), name))
+
+    def listxattr(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply:
+        room, _ = abi.GETXATTR_IN.unpack_from(buf, 40)
+        names = self.view.listxattr(self.view.node(nodeid))
+        return self._sized(unique, room, b"".join([name + b"\0" for name in names]))
+
+    @staticmethod
+    def _sized(unique: int, room: int, value: bytes) -> bytes:
+        if not room:
+            return codec.payload(unique, abi.GETXATTR_OUT.pack(len(value), 0))
+        if len(value) > room:
+            raise OSError(errno.ERANGE, os.strerror(errno.ERANGE))
+        return codec.payload(unique, value)
+
+    def removexattr(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply:
+        self.view.removexattr(self.view.node(nodeid), codec.text(buf, 40, n, codec.XATTR_NAME_MAX))
+        return _OK(16, 0, unique)
+
+    def ioctl(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply:
+        """No ioctl is known here. They are common all the same (isatty at each open of an interpreter), and the
+        kernel asks every time, so the answer must be cheap."""
+        return _OK(16, -errno.ENOTTY, unique)
+
+    def destroy(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply:
+        return _OK(16, 0, unique)

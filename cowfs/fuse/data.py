@@ -1,0 +1,243 @@
+"""From requests to the view: reads, writes, space and fsync, and what of it runs on a worker.
+
+Strategy: the loop thread does what is quick. A read of 64 KiB or more is tried with RWF_NOWAIT first; what is not in
+the page cache goes to a worker, on a descriptor of its own. A change of data asks ``view.writable`` first; when that
+says "copy up" and the file is large, the copy runs on a worker and the request comes back when it is published.
+
+Buffers: one read buffer belongs to the loop thread, and one to each worker (a thread-local); a reply that points
+into it is written before the buffer is used again. WRITE hands the view a slice of the request itself.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from cowfs.fuse import abi, codec
+from cowfs.fuse.adapter import Adapter, Handler
+from cowfs.sys import files
+
+if TYPE_CHECKING:
+    from cowfs.union import View
+
+#: Reads from this size on are tried without waiting first, bytes.
+LARGE_READ: Final = 64 << 10
+#: Copy-ups of up to this size are done at once in the loop, bytes.
+SMALL_COPY: Final = 1 << 20
+#: One COPY_FILE_RANGE moves at most this much, so that others are served in between; a short count is allowed.
+COPY_STEP: Final = 32 << 20
+
+_OK = abi.OUT_HEADER.pack
+_READ = abi.READ_IN.unpack_from
+_WRITE = abi.WRITE_IN.unpack_from
+_WRITTEN = codec.WRITE_REPLY.pack
+_NOWAIT = getattr(os, "RWF_NOWAIT", 8)
+
+
+class Host(Protocol):
+    """What the data handlers need of the session: work done elsewhere, and replies from there."""
+
+    def reply(self, unique: int, opcode: int, reply: codec.Reply) -> None:
+        """Send a reply; any thread."""
+
+    def copy_up(self, nodeid: int, request: bytes, stage: Any) -> None:
+        """Run a stage on a worker, publish it, then serve ``request`` again; loop thread."""
+
+    def look(self, nodeid: int, unique: int, job: Any) -> None:
+        """Run ``job() -> Reply`` on a worker as a shared job and send what it returns; loop thread."""
+
+    def aside(self, unique: int, job: Any) -> None:
+        """Run ``job() -> Reply`` on a worker without holding anything back; loop thread."""
+
+
+class Data(Adapter):
+    """The handlers that touch data, on top of those for names and attributes."""
+
+    __slots__ = ("_buffer", "_local", "host", "max_read", "nowait")
+
+    def __init__(self, view: View, host: Host, max_read: int) -> None:
+        super().__init__(view)
+        self.host = host
+        self.max_read = max_read
+        self.nowait = True
+        self._buffer = memoryview(bytearray(max_read))
+        self._local = threading.local()
+
+    def table(self) -> dict[int, Handler]:
+        return super().table() | {
+            abi.READ: self.read,
+            abi.WRITE: self.write,
+            abi.SETATTR: self.setattr,
+            abi.FSYNC: self.fsync,
+            abi.FSYNCDIR: self.fsync,
+            abi.SYNCFS: self.syncfs,
+            abi.FALLOCATE: self.fallocate,
+            abi.LSEEK: self.lseek,
+            abi.COPY_FILE_RANGE: self.copy_file_range,
+            abi.COPY_FILE_RANGE_64: self.copy_file_range_64,
+            abi.RELEASE: self.release,
+        }
+
+    # -- reading ------------------------------------------------------------------------------
+
+    def read(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply | None:
+        _fh, offset, size, _, _, _, _ = _READ(buf, 40)
+        node = self.nodes.get(nodeid) or self.view.node(nodeid)
+        if size > self.max_read:
+            raise codec.invalid("read size")
+        room = self._buffer[:size]
+        if size >= LARGE_READ and self.nowait:
+            return self._large_read(unique, node, offset, room)
+        got = self.view.pread(node, offset, room)
+        return _OK(16 + got, 0, unique), room[:got]
+
+    def _large_read(self, unique: int, node: Any, offset: int, room: memoryview) -> codec.Reply | None:
+        try:
+            got = self.view.pread(node, offset, room, _NOWAIT)
+            end = abi.ATTR.unpack(node.attr or self.view.attr(node))[1]
+            if got == len(room) or offset + got >= end:
+                return _OK(16 + got, 0, unique), room[:got]
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+            self.nowait = False  # the host below has no such reads
+        try:
+            fd = os.dup(self.view.data_fd(node, False))
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                raise
+            got = self.view.pread(node, offset, room)
+            return _OK(16 + got, 0, unique), room[:got]
+        size = len(room)
+
+        def job() -> codec.Reply:
+            try:
+                mine = self._own_buffer()[:size]
+                got = done = os.preadv(fd, [mine], offset)
+                while done and got < size:
+                    done = os.preadv(fd, [mine[got:]], offset + got)
+                    got += done
+                return _OK(16 + got, 0, unique), mine[:got]
+            finally:
+                os.close(fd)
+
+        self.host.look(node.id, unique, job)
+        return None
+
+    def _own_buffer(self) -> memoryview:
+        try:
+            buffer: memoryview = self._local.buffer
+        except AttributeError:
+            buffer = self._local.buffer = memoryview(bytearray(self.max_read))
+        return buffer
+
+    def lseek(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply | None:
+        _fh, offset, whence, _ = abi.LSEEK_IN.unpack_from(buf, 40)
+        if whence not in (os.SEEK_DATA, os.SEEK_HOLE):
+            raise codec.invalid("whence")
+        where = self.view.lseek(self.view.node(nodeid), offset, whence)
+        return codec.payload(unique, abi.LSEEK_OUT.pack(where))
+
+    # -- writing ------------------------------------------------------------------------------
+
+    def _later(self, node: Any, buf: memoryview, keep: int | None = None) -> bool:
+        """Whether the request must wait for a large copy-up, which then is under way."""
+        stage = self.view.writable(node, keep)
+        if stage is None:
+            return False
+        size = abi.ATTR.unpack(node.attr or self.view.attr(node))[1]
+        if keep is not None and keep < size:
+            size = keep
+        if size <= SMALL_COPY:
+            stage.run()
+            self.view.publish(stage)
+            return False
+        self.host.copy_up(node.id, bytes(buf), stage)
+        return True
+
+    def write(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply | None:
+        _fh, offset, size, flags, _, _, _ = _WRITE(buf, 40)
+        if size != n - 80:
+            raise codec.invalid("write size")
+        node = self.nodes.get(nodeid) or self.view.node(nodeid)
+        view = self.view
+        if view.writable(node) is not None and self._later(node, buf[:n]):
+            return None
+        return _WRITTEN(24, 0, unique, view.write(node, offset, buf[80:n], bool(flags & 4)), 0)
+
+    def setattr(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply | None:
+        node = self.nodes.get(nodeid) or self.view.node(nodeid)
+        valid, _, _, size = abi.SETATTR_IN.unpack_from(buf, 40)[:4]
+        if valid & abi.FATTR_SIZE and self._later(node, buf[:n], size):
+            return None
+        self.apply(node, buf)
+        return codec.attributes(unique, node.attr or self.view.attr(node))
+
+    def fallocate(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply | None:
+        _fh, offset, length, mode, _ = abi.FALLOCATE_IN.unpack_from(buf, 40)
+        node = self.view.node(nodeid)
+        if self._later(node, buf[:n]):
+            return None
+        self.view.fallocate(node, mode, offset, length)
+        return _OK(16, 0, unique)
+
+    def _copied(self, buf: memoryview, n: int, nodeid: int) -> int | None:
+        _fh, source_offset, target_id, _fh_out, target_offset, length, flags = abi.COPY_FILE_RANGE_IN.unpack_from(
+            buf, 40
+        )
+        if flags:
+            raise codec.invalid("copy flags")
+        source, target = self.view.node(nodeid), self.view.node(target_id)
+        if self._later(target, buf[:n]):
+            return None
+        return self.view.copy_range(source, source_offset, target, target_offset, min(length, COPY_STEP))
+
+    def copy_file_range(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply | None:
+        count = self._copied(buf, n, nodeid)
+        return None if count is None else _WRITTEN(24, 0, unique, count, 0)
+
+    def copy_file_range_64(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply | None:
+        count = self._copied(buf, n, nodeid)
+        return None if count is None else codec.payload(unique, abi.COPY_FILE_RANGE_OUT.pack(count))
+
+    # -- syncing ------------------------------------------------------------------------------
+
+    def fsync(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply | None:
+        _fh, flags, _ = abi.FSYNC_IN.unpack_from(buf, 40)
+        fd = self.view.fsync_fd(self.view.node(nodeid))
+        if fd is None:
+            return _OK(16, 0, unique)
+        sync = os.fdatasync if flags & abi.FSYNC_FDATASYNC else os.fsync
+
+        def job() -> codec.Reply:
+            try:
+                sync(fd)
+            finally:
+                os.close(fd)
+            return codec.ok(unique)
+
+        self.host.aside(unique, job)
+        return None
+
+    def syncfs(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply | None:
+        fd = self.view.fsync_fd(self.view.root)
+        if fd is None:
+            return _OK(16, 0, unique)
+
+        def job() -> codec.Reply:
+            try:
+                files.syncfs(fd)
+            finally:
+                os.close(fd)
+            return codec.ok(unique)
+
+        self.host.aside(unique, job)
+        return None
+
+    def release(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply | None:
+        """Comes without OPEN for files made by O_TMPFILE; there is no handle to give up."""
+        return _OK(16, 0, unique)

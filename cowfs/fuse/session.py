@@ -1,0 +1,556 @@
+"""The session: one connection to the kernel, from INIT to unmount.
+
+Strategy: one thread, the loop, reads requests from the device into one reused buffer, finds the handler in a list
+indexed by opcode, and writes the reply. The round trip is the price of FUSE, so the loop does not sleep while requests
+are likely: the device is non-blocking, and only after a few empty reads does it poll the device and a wake-up
+descriptor. Nothing is logged for a request; counting it is one list item.
+
+Threads:
+    loop      runs :meth:`Session.run`; owns the view, the gates and every handler.
+    workers   run copy-ups, fsyncs and cold reads; talk to the loop by :meth:`post`, and write replies themselves
+              (one write(2) is one reply, so the device needs no lock).
+    notifier  writes invalidations (``cowfs.fuse.notify`` says why not the loop).
+    others    use :meth:`call`, :meth:`post`, :meth:`stop`, :attr:`counters` and :attr:`notifier` only.
+
+Errors: OSError from a handler is the answer. Anything else is a bug: its traceback is logged, the request is answered
+EIO, and the loop goes on.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import logging
+import os
+import select
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Final, TextIO, TypeVar
+
+from cowfs.fuse import abi, codec, handshake
+from cowfs.fuse.adapter import Handler
+from cowfs.fuse.codec import ProtocolError
+from cowfs.fuse.data import Data
+from cowfs.fuse.notify import Notifier
+from cowfs.fuse.work import HELD_OPCODES, Gates, Workers
+
+if TYPE_CHECKING:
+    from cowfs.union import View
+
+__all__ = ["Session", "SessionOptions"]
+
+_log = logging.getLogger("cowfs.fuse")
+_T = TypeVar("_T")
+
+#: Empty reads after a reply before the loop sleeps (measured: 5 gain, 20 gain no more).
+TRIES: Final = 5
+#: Seconds between two looks at whether a waiting process was killed.
+INTERRUPT_TICK: Final = 0.1
+#: Seconds a thread may keep the interpreter while another waits for it. The loop answers in ~10 us, so the default
+#: of 5 ms would be an age for it.
+SWITCH_INTERVAL: Final = 0.0005
+
+_GONE: Final = (errno.ENODEV, errno.ECONNABORTED, errno.ENOTCONN)
+_NO_REPLY: Final = frozenset((abi.FORGET, abi.BATCH_FORGET, abi.INTERRUPT))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionOptions:
+    """How a session is run.
+
+    Attributes:
+        max_write: largest READ and WRITE, bytes; a multiple of 4096 up to 1 MiB.
+        io: "cached" (no opens, the page cache in front) or "passthrough" (data goes past the server; root only).
+        writeback: with ``io="cached"``: gather small writes in the page cache. No limit can be exact then.
+        trace: where one line a request goes, or None.
+        max_nodes: how many nodes the kernel may keep before it is asked to forget some; None: no bound.
+        workers: threads for what must not be waited for.
+    """
+
+    max_write: int = 1 << 20
+    io: str = "cached"
+    writeback: bool = False
+    trace: TextIO | None = None
+    max_nodes: int | None = None
+    workers: int = 4
+
+
+class Session:
+    """Serves one view on one FUSE connection.
+
+    Args:
+        fd: the connection, as ``cowfs.fuse.device.mount_fuse`` returns it; the session closes it at the end of
+            :meth:`run`.
+        view: the merged view; only :meth:`run`'s thread touches it.
+    """
+
+    def __init__(self, fd: int, view: View, *, options: SessionOptions | None = None) -> None:
+        self.options = options or SessionOptions()
+        self.view = view
+        self.notifier = Notifier(fd)
+        self.ready = threading.Event()  # set once INIT is answered: the mount answers from now on
+        self.agreement: handshake.Agreement | None = None
+        self._fd = fd
+        self._counts = [0] * abi.OPCODE_END
+        self._mail: deque[Callable[[], None]] = deque()  # appended by any thread, emptied by the loop
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._gates = Gates()
+        self._workers = Workers(self.options.workers, self._report)
+        self._jobs: dict[int, _Job] = {}  # unique -> copy-up under way; loop only
+        self._watched: dict[int, int] = {}  # unique -> pid of interrupted requests that still wait; loop only
+        self._stopping = False
+        self._ended = False
+        self._thread: int | None = None
+        self._prune_mark = 0
+        self._handlers: list[Handler] = []
+        self._low: list[int] = []
+        self._high: list[int] = []
+
+    # -- for other threads --------------------------------------------------------------------
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """Requests served so far, by opcode name; only those that came."""
+        return {abi.NAMES[opcode]: count for opcode, count in enumerate(self._counts) if count}
+
+    def post(self, fn: Callable[[], None]) -> None:
+        """Have ``fn`` run in the loop thread, between two requests. Any thread; does not wait."""
+        self._mail.append(fn)
+        try:
+            os.eventfd_write(self._wake, 1)
+        except OSError:
+            if not self._ended:
+                raise
+
+    def call(self, fn: Callable[[], _T]) -> _T:
+        """Run ``fn`` in the loop thread, between two requests, and return what it returns (or raise what it raises).
+
+        Raises:
+            OSError: ENODEV when the session has ended.
+        """
+        if threading.get_ident() == self._thread:
+            return fn()
+        future: Future[_T] = Future()
+
+        def run() -> None:
+            if self._ended:
+                future.set_exception(OSError(errno.ENODEV, "the mount is gone"))
+                return
+            try:
+                future.set_result(fn())
+            except BaseException as error:
+                future.set_exception(error)
+
+        if self._ended:
+            raise OSError(errno.ENODEV, "the mount is gone")
+        self.post(run)
+        if self._ended:
+            self._empty_mail()
+        return future.result()
+
+    def stop(self) -> None:
+        """Make :meth:`run` return soon, without unmounting. Any thread, also a signal handler."""
+        self._stopping = True
+        self.post(lambda: None)
+
+    # -- the loop -----------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Serve until the file system is unmounted (or :meth:`stop`), then close the connection.
+
+        Raises:
+            ProtocolError: the kernel is too old, or sent what is no request.
+            OSError: the device failed otherwise than by unmount.
+        """
+        self._thread = threading.get_ident()
+        sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_INTERVAL))
+        try:
+            if self._handshake():
+                self._serve()
+        finally:
+            self._workers.close()
+            self._ended = True
+            self._empty_mail()
+            os.close(self._fd)
+            self.notifier.close()
+            os.close(self._wake)
+
+    def _handshake(self) -> bool:
+        """Answer INIT; False when the connection ended before."""
+        buffer = bytearray(max(abi.MIN_READ_BUFFER, (1 << 20) + 4096))
+        os.set_blocking(self._fd, False)
+        poll = select.poll()
+        poll.register(self._fd, select.POLLIN)
+        poll.register(self._wake, select.POLLIN)
+        mode = handshake.CACHED
+        if self.options.io == "passthrough":
+            mode = handshake.PASSTHROUGH
+        elif self.options.writeback:
+            mode = handshake.WRITEBACK
+        while not self._stopping:
+            poll.poll()
+            try:
+                n = os.readv(self._fd, [buffer])
+            except BlockingIOError:
+                self._empty_mail()
+                continue
+            except OSError as error:
+                if error.errno in _GONE:
+                    return False
+                raise
+            request = memoryview(buffer)[:n]
+            if n < codec.HEADER_SIZE:
+                raise ProtocolError(f"{n} bytes are no request")
+            length, opcode, unique, _ = abi.HEAD.unpack_from(request)
+            if length != n or opcode != abi.INIT:
+                raise ProtocolError(f"the first request is opcode {opcode} of {length} bytes, not INIT")
+            self._counts[abi.INIT] += 1
+            try:
+                body, agreement = handshake.negotiate(
+                    request[codec.HEADER_SIZE :], mode=mode, max_write=self.options.max_write
+                )
+            except ProtocolError:
+                os.write(self._fd, codec.error(unique, errno.EPROTO))
+                raise
+            if agreement is not None:
+                self._agree(agreement)
+            os.write(self._fd, codec.payload(unique, body))
+            if agreement is not None:
+                self.ready.set()
+                return True
+        return False
+
+    def _agree(self, agreement: handshake.Agreement) -> None:
+        self.agreement = agreement
+        if agreement.mode == handshake.PASSTHROUGH:
+            from cowfs.fuse.passthrough import Passthrough
+
+            adapter: Data = Passthrough(self.view, self, agreement.max_write, self._fd)
+        else:
+            adapter = Data(self.view, self, agreement.max_write)
+        adapter.setxattr_ext = agreement.has("SETXATTR_EXT")
+        self._low, self._high = codec.bounds(agreement.max_write, setxattr_ext=adapter.setxattr_ext)
+        table = adapter.table()
+        table[abi.INTERRUPT] = self._interrupt
+        self._handlers = [table.get(opcode, _enosys) for opcode in range(abi.OPCODE_END)]
+        if self.options.trace is not None:
+            self._handlers = [self._traced(handler) for handler in self._handlers]
+
+    def _serve(self) -> None:
+        fd = self._fd
+        buffer = bytearray(self.agreement.max_write + 4096 if self.agreement else 1 << 21)
+        buf = memoryview(buffer)
+        device = io.FileIO(fd, "r+b", closefd=False)
+        readinto, write, writev = device.readinto, os.write, os.writev
+        unpack = abi.HEAD.unpack_from
+        counts, handlers, low, high = self._counts, self._handlers, self._low, self._high
+        gates, mail, end = self._gates.nodes, self._mail, abi.OPCODE_END
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        poll.register(self._wake, select.POLLIN)
+        tries = TRIES
+        while True:
+            if mail:
+                self._empty_mail()
+                if self._stopping:
+                    return
+            try:
+                n = readinto(buffer)
+            except OSError as error:
+                if error.errno in _GONE:
+                    return
+                if error.errno in (errno.ENOENT, errno.EINTR):
+                    continue  # the request was withdrawn while it was copied
+                raise
+            if n is None:
+                if tries:
+                    tries -= 1
+                    continue
+                self._idle(poll)
+                tries = TRIES
+                continue
+            tries = TRIES
+            length, opcode, unique, nodeid = unpack(buf)
+            if length != n or n < 40:
+                raise ProtocolError(f"a request of {length} bytes arrived as {n}")
+            if opcode >= end:
+                write(fd, codec.error(unique, errno.ENOSYS))
+                continue
+            counts[opcode] += 1
+            if not low[opcode] <= n <= high[opcode]:
+                self._refuse(opcode, unique)
+                continue
+            if gates and opcode in HELD_OPCODES and self._gates.hold(opcode, nodeid, buf[:n]):
+                continue
+            try:
+                reply = handlers[opcode](buf, n, unique, nodeid)
+            except OSError as error:
+                reply = self._failure(opcode, unique, error)
+            except Exception:
+                reply = self._bug(opcode, unique)
+            if reply is None:
+                continue
+            try:
+                if reply.__class__ is bytes:
+                    write(fd, reply)  # type: ignore[arg-type]
+                else:
+                    writev(fd, reply)  # type: ignore[arg-type]
+            except OSError as error:
+                self._unsent(opcode, reply, error)
+
+    @staticmethod
+    def _failure(opcode: int, unique: int, error: OSError) -> bytes | None:
+        """The reply that an OSError stands for."""
+        if opcode in _NO_REPLY:
+            _log.warning("%s: %s", abi.NAMES[opcode], error)
+            return None
+        return codec.error(unique, error.errno or errno.EIO)
+
+    @staticmethod
+    def _bug(opcode: int, unique: int) -> bytes | None:
+        """The reply to a request whose handler failed unforeseen; call inside ``except``."""
+        _log.exception("%s failed: answered EIO", abi.NAMES[opcode])
+        return None if opcode in _NO_REPLY else codec.error(unique, errno.EIO)
+
+    def _refuse(self, opcode: int, unique: int) -> None:
+        _log.warning("%s: a request of the wrong length was refused", abi.NAMES[opcode])
+        if opcode not in _NO_REPLY:
+            self.reply(unique, opcode, codec.error(unique, errno.EINVAL))
+
+    def reply(self, unique: int, opcode: int, reply: codec.Reply) -> None:
+        """Send a reply; any thread (one that carries look-ups: the loop only)."""
+        try:
+            if isinstance(reply, bytes):
+                os.write(self._fd, reply)
+            else:
+                os.writev(self._fd, reply)
+        except OSError as error:
+            self._unsent(opcode, reply, error)
+
+    def _unsent(self, opcode: int, reply: codec.Reply, error: OSError) -> None:
+        """The kernel did not take a reply: nobody waits for it any more (ENOENT), so its look-ups do not count."""
+        if error.errno in _GONE:
+            return
+        if error.errno != errno.ENOENT:
+            _log.error("reply to %s was refused: %s", abi.NAMES[opcode] or opcode, error)
+        for nodeid in codec.looked_up(opcode, reply):
+            self.view.forget(nodeid, 1)
+
+    def _dispatch(self, request: bytes) -> None:
+        """Serve a request that waited; loop thread."""
+        _, opcode, unique, nodeid = abi.HEAD.unpack_from(request)
+        try:
+            reply = self._handlers[opcode](memoryview(request), len(request), unique, nodeid)
+        except OSError as error:
+            reply = self._failure(opcode, unique, error)
+        except Exception:
+            reply = self._bug(opcode, unique)
+        if reply is not None:
+            self.reply(unique, opcode, reply)
+
+    def _empty_mail(self) -> None:
+        mail = self._mail
+        while mail:
+            try:
+                fn = mail.popleft()
+            except IndexError:  # another thread emptied it at the end of the session
+                return
+            try:
+                fn()
+            except Exception:
+                self._report()
+
+    def _idle(self, poll: select.poll) -> None:
+        if self.options.max_nodes is not None:
+            self._prune()
+        timeout = None
+        if self._watched:
+            self._check_watched()
+            timeout = INTERRUPT_TICK * 1000
+        for fd, _ in poll.poll(timeout):
+            if fd == self._wake:
+                try:
+                    os.eventfd_read(self._wake)
+                except BlockingIOError:
+                    pass
+
+    def _report(self) -> None:
+        _log.exception("an unforeseen error outside of any request")
+
+    # -- work for others ----------------------------------------------------------------------
+
+    def copy_up(self, nodeid: int, request: bytes, stage: Any) -> None:
+        unique = abi.HEAD.unpack_from(request)[2]
+        job = _Job(stage, abi.CALLER.unpack_from(request, abi.CALLER_AT)[2])
+        self._jobs[unique] = job
+        self._gates.enter(nodeid, exclusive=True)
+
+        def run() -> None:
+            failure: OSError | None = None
+            try:
+                stage.run()
+            except OSError as error:
+                failure = error
+            except Exception:
+                self._report()
+                failure = OSError(errno.EIO, "bug")
+            self.post(lambda: done(failure))
+
+        def done(failure: OSError | None) -> None:
+            del self._jobs[unique]
+            self._watched.pop(unique, None)
+            try:
+                if failure is None:
+                    self.view.publish(stage)
+            except OSError as error:
+                failure = error
+            except Exception:
+                self._report()
+                failure = OSError(errno.EIO, "bug")
+            if failure is not None:
+                opcode = abi.HEAD.unpack_from(request)[1]
+                self.reply(unique, opcode, codec.error(unique, failure.errno or errno.EIO))
+            self._left(nodeid, exclusive=True, first=None if failure else request)
+
+        self._workers.submit(run)
+
+    def look(self, nodeid: int, unique: int, job: Callable[[], codec.Reply]) -> None:
+        self._gates.enter(nodeid, exclusive=False)
+
+        def run() -> None:
+            self._answer(unique, job)
+            self.post(lambda: self._left(nodeid, exclusive=False))
+
+        self._workers.submit(run)
+
+    def aside(self, unique: int, job: Callable[[], codec.Reply]) -> None:
+        self._workers.submit(lambda: self._answer(unique, job))
+
+    def _answer(self, unique: int, job: Callable[[], codec.Reply]) -> None:
+        try:
+            reply = job()
+        except OSError as error:
+            reply = codec.error(unique, error.errno or errno.EIO)
+        except Exception:
+            self._report()
+            reply = codec.error(unique, errno.EIO)
+        self.reply(unique, 0, reply)
+
+    def _left(self, nodeid: int, *, exclusive: bool, first: bytes | None = None) -> None:
+        self._gates.leave(nodeid, exclusive=exclusive, first=first)
+        while (request := self._gates.next(nodeid)) is not None:
+            self._dispatch(request)
+
+    # -- interrupts ---------------------------------------------------------------------------
+
+    def _interrupt(self, buf: memoryview, n: int, unique: int, nodeid: int) -> None:
+        """A process that waits got a signal. Only one that was killed is let go: programs do not expect EINTR of
+        a file. What is already being answered needs nothing."""
+        (target,) = abi.INTERRUPT_IN.unpack_from(buf, 40)
+        job = self._jobs.get(target)
+        if job is not None:
+            self._watched[target] = job.pid
+            return
+        for gate in self._gates.nodes.values():
+            for request in gate.queue:
+                if abi.HEAD.unpack_from(request)[2] == target:
+                    self._watched[target] = abi.CALLER.unpack_from(request, abi.CALLER_AT)[2]
+        self._check_watched()
+
+    def _check_watched(self) -> None:
+        for unique, pid in list(self._watched.items()):
+            if not _killed(pid):
+                continue
+            request = self._gates.withdraw(unique)
+            if request is not None:
+                self.reply(unique, 0, codec.error(unique, errno.EINTR))
+            elif unique in self._jobs:
+                self._jobs[unique].stop()
+            del self._watched[unique]
+
+    # -- the kernel's cache -------------------------------------------------------------------
+
+    def _prune(self) -> None:
+        """Past ``max_nodes``: ask the kernel to forget the nodes it has known longest, children before parents."""
+        limit = self.options.max_nodes or 0
+        nodes = self.view.nodes
+        extra = len(nodes) - limit
+        if extra <= 0 or abi.NOTIFY_PRUNE in self.notifier.unsupported:
+            self._prune_mark = 0
+            return
+        if self._prune_mark >= len(nodes):
+            self._prune_mark = 0
+        batch = list(islice(nodes, self._prune_mark, self._prune_mark + extra + limit // 8 + abi.PRUNE_BATCH))
+        self._prune_mark += len(batch)
+        batch.reverse()
+        self.notifier.prune([node for node in batch if node != abi.ROOT_ID])
+
+    # -- tracing ------------------------------------------------------------------------------
+
+    def _traced(self, handler: Handler) -> Handler:
+        trace = self.options.trace
+        assert trace is not None
+        ext = self.agreement is None or self.agreement.has("SETXATTR_EXT")
+
+        def traced(buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply | None:
+            what = codec.describe(buf[:n], setxattr_ext=ext)
+            start = time.perf_counter_ns()
+            result = "later"
+            try:
+                reply = handler(buf, n, unique, nodeid)
+                if reply is not None:
+                    size = len(reply) if isinstance(reply, bytes) else sum(map(len, reply))
+                    result = f"ok {size - 16}"
+                elif abi.HEAD.unpack_from(buf)[1] in _NO_REPLY:
+                    result = "-"
+                return reply
+            except OSError as error:
+                result = errno.errorcode.get(error.errno or 0, str(error.errno))
+                raise
+            except Exception as error:
+                result = f"{type(error).__name__} -> EIO"
+                raise
+            finally:
+                spent = (time.perf_counter_ns() - start) // 1000
+                trace.write(f"{unique} {what} = {result} {spent}us\n")
+
+        return traced
+
+
+class _Job:
+    """One copy-up under way."""
+
+    __slots__ = ("pid", "stage")
+
+    def __init__(self, stage: Any, pid: int) -> None:
+        self.stage = stage
+        self.pid = pid
+
+    def stop(self) -> None:
+        stop = getattr(self.stage, "cancel", None)
+        if stop is not None:
+            stop()
+
+
+def _killed(pid: int) -> bool:
+    """Whether a thread is about to die of a signal (SIGKILL is what every fatal one becomes)."""
+    try:
+        with open(f"/proc/{pid}/status", "rb") as file:
+            for line in file:
+                if line.startswith((b"SigPnd:", b"ShdPnd:")) and int(line.split()[1], 16) & 1 << 8:
+                    return True
+    except OSError:
+        return True
+    return False
+
+
+def _enosys(buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply:
+    """What has no handler: OPEN, OPENDIR, CREATE, FLUSH, STATX, ACCESS, locks... The kernel asks once and then
+    does without."""
+    raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))

@@ -1,0 +1,150 @@
+"""What must not be waited for runs elsewhere: worker threads, and the gates that keep each node's requests in order.
+
+Strategy: the loop thread owns the view and answers nearly everything itself. Three things may take long: copying a
+file up, fsync, and a large read that is not in the page cache. They run on a worker, and only the node concerned
+feels it:
+
+* An **exclusive** job (copy-up) stands for a change of the node's data. Until it is done, every later request that
+  needs the node's data waits in a queue, in order.
+* A **shared** job (cold read) only looks. Other reads go on beside it; the first request that would change the
+  data waits for it, and what comes after that one waits behind it.
+* fsync covers what was written before it came, so it waits behind a queue but holds nothing back.
+
+All other requests, and all other nodes, never wait.
+
+Ownership: :class:`Gates` belongs to the loop thread alone. :class:`Workers` may be fed from the loop thread only; a
+job runs in one worker, and what it has to say to the loop it sends through ``Session.post``.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from queue import SimpleQueue
+
+from cowfs.fuse import abi
+
+#: Opcodes that need a node's data or change how it is stored, and so may have to wait.
+SHARED_OPCODES = frozenset((abi.READ, abi.LSEEK, abi.FSYNC))
+HELD_OPCODES = SHARED_OPCODES | {
+    abi.WRITE,
+    abi.SETATTR,
+    abi.FALLOCATE,
+    abi.COPY_FILE_RANGE,
+    abi.COPY_FILE_RANGE_64,
+    abi.OPEN,
+    abi.SETXATTR,
+    abi.REMOVEXATTR,
+}
+
+
+class Workers:
+    """A few threads that run jobs; started when first needed, ended by :meth:`close`."""
+
+    def __init__(self, limit: int, on_error: Callable[[], None]) -> None:
+        self._limit = max(1, limit)
+        self._on_error = on_error
+        self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        self._waiting = 0  # threads that found no job; a hint, read without a lock
+
+    def submit(self, job: Callable[[], None]) -> None:
+        self._jobs.put(job)
+        if self._waiting < self._jobs.qsize() and len(self._threads) < self._limit:
+            thread = threading.Thread(target=self._run, name=f"cowfs-worker-{len(self._threads)}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def _run(self) -> None:
+        while True:
+            self._waiting += 1
+            job = self._jobs.get()
+            self._waiting -= 1
+            if job is None:
+                return
+            try:
+                job()
+            except Exception:
+                self._on_error()
+
+    def close(self) -> None:
+        """Finish what was submitted, then end the threads."""
+        for _ in self._threads:
+            self._jobs.put(None)
+        for thread in self._threads:
+            thread.join()
+        self._threads.clear()
+
+
+class Gate:
+    """What is under way for one node."""
+
+    __slots__ = ("exclusive", "queue", "shared")
+
+    def __init__(self) -> None:
+        self.shared = 0
+        self.exclusive = False
+        self.queue: deque[bytes] = deque()
+
+
+class Gates:
+    """The gates of all nodes that have one: ``nodes`` is empty whenever nothing is under way."""
+
+    __slots__ = ("nodes",)
+
+    def __init__(self) -> None:
+        self.nodes: dict[int, Gate] = {}
+
+    def hold(self, opcode: int, nodeid: int, request: memoryview) -> bool:
+        """Whether the request must wait; if so a copy of it is queued."""
+        gate = self.nodes.get(nodeid)
+        if gate is None and opcode in (abi.COPY_FILE_RANGE, abi.COPY_FILE_RANGE_64):
+            gate = self.nodes.get(abi.COPY_FILE_RANGE_IN.unpack_from(request, abi.IN_HEADER.size)[2])
+        if gate is None:
+            return False
+        if not gate.exclusive and not gate.queue and opcode in SHARED_OPCODES:
+            return False
+        gate.queue.append(bytes(request))
+        return True
+
+    def enter(self, nodeid: int, *, exclusive: bool) -> None:
+        gate = self.nodes.get(nodeid)
+        if gate is None:
+            gate = self.nodes[nodeid] = Gate()
+        if exclusive:
+            gate.exclusive = True
+        else:
+            gate.shared += 1
+
+    def leave(self, nodeid: int, *, exclusive: bool, first: bytes | None = None) -> None:
+        """A job ended. ``first`` is a request to be served before all that wait."""
+        gate = self.nodes[nodeid]
+        if exclusive:
+            gate.exclusive = False
+        else:
+            gate.shared -= 1
+        if first is not None:
+            gate.queue.appendleft(first)
+
+    def next(self, nodeid: int) -> bytes | None:
+        """The next waiting request of the node that may go on now; None when none may (an idle gate vanishes)."""
+        gate = self.nodes.get(nodeid)
+        if gate is None or gate.exclusive:
+            return None
+        if not gate.queue:
+            if not gate.shared:
+                del self.nodes[nodeid]
+            return None
+        if gate.shared and abi.HEAD.unpack_from(gate.queue[0])[1] not in SHARED_OPCODES:
+            return None
+        return gate.queue.popleft()
+
+    def withdraw(self, unique: int) -> bytes | None:
+        """Take the waiting request ``unique`` out of its queue (it was interrupted); None when it does not wait."""
+        for gate in self.nodes.values():
+            for request in gate.queue:
+                if abi.HEAD.unpack_from(request)[2] == unique:
+                    gate.queue.remove(request)
+                    return request
+        return None
