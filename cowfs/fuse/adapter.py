@@ -94,11 +94,10 @@ class Adapter:
         else:
             if parent is None:
                 parent = self.view.node(nodeid)
-            if n > 40 + 256:
-                raise OSError(errno.ENAMETOOLONG, "name")
-            try:
-                node = self.view.lookup(parent, name)
-            except FileNotFoundError:
+            node = self.view.child(parent, name)
+            if node is None:
+                if len(name) > codec.NAME_MAX:
+                    raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
                 return _ENTRY(144, 0, unique, 0, 0, _FOREVER, _FOREVER, 0, 0) + codec.NO_ATTR
         node.nlookup += 1
         return _ENTRY(144, 0, unique, node.id, node.generation, _FOREVER, _FOREVER, 0, 0) + (
@@ -191,11 +190,16 @@ class Adapter:
         pack = abi.DIRENT.pack
         parts = [b""]
         used = 0
-        for name, following, kind, ino in self.view.listing(self.view.node(nodeid), cookie):
+        parent = self.view.node(nodeid)
+        entry = self.view.entry
+        for name, following in self.view.listing(parent, cookie):
             length = len(name)
             size = _DIRENT_SIZE + (length + 7 & ~7)
             if used + size > room:
                 break
+            ino, kind = entry(parent, name)
+            if not ino:
+                continue  # gone from its layer since
             used += size
             parts.append(pack(ino, following, length, kind))
             parts.append(name + _PADDING[length & 7])
@@ -207,25 +211,28 @@ class Adapter:
         view = self.view
         parent = view.node(nodeid)
         pack = abi.DIRENTPLUS.pack
-        child = view.child
+        child, entry = view.child, view.entry
         parts = [b""]
         used = 0
-        for name, following, kind, ino in view.listing(parent, cookie):
+        for name, following in view.listing(parent, cookie):
             length = len(name)
             size = _DIRENTPLUS_SIZE + (length + 7 & ~7)
             if used + size > room:
                 break
-            used += size
-            node = None if name == b"." or name == b".." else child(parent, name)
-            if node is None:
-                head = pack(0, 0, 0, 0, 0, 0, codec.NO_ATTR, ino, following, length, kind)
+            if name == b"." or name == b"..":  # not looked up
+                ino, kind = entry(parent, name)
+                parts.append(pack(0, 0, 0, 0, 0, 0, codec.NO_ATTR, ino, following, length, kind))
             else:
+                node = child(parent, name)
+                if node is None:
+                    continue  # gone from its layer since
+                id = node.id
                 attr = node.attr or view.attr(node)
                 node.nlookup += 1
-                head = pack(
-                    node.id, node.generation, _FOREVER, _FOREVER, 0, 0, attr, ino, following, length, kind
+                parts.append(
+                    pack(id, node.generation, _FOREVER, _FOREVER, 0, 0, attr, id, following, length, node.type)
                 )
-            parts.append(head)
+            used += size
             parts.append(name + _PADDING[length & 7])
         parts[0] = _OK(16 + used, 0, unique)
         return b"".join(parts)
@@ -269,10 +276,11 @@ class Adapter:
         return codec.payload(unique, self.view.readlink(self.view.node(nodeid)))
 
     def statfs(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply:
-        bsize, frsize, blocks, bfree, bavail, files, ffree, _favail, namemax = self.view.statfs()[:9]
-        return codec.payload(
-            unique, abi.STATFS_OUT.pack(blocks, bfree, bavail, files, ffree, bsize, namemax, frsize, 0)
+        st = self.view.statfs()
+        body = abi.STATFS_OUT.pack(
+            st.f_blocks, st.f_bfree, st.f_bavail, st.f_files, st.f_ffree, st.f_bsize, codec.NAME_MAX, st.f_frsize, 0
         )
+        return codec.payload(unique, body)
 
     # -- extended attributes ------------------------------------------------------------------
 

@@ -26,7 +26,9 @@ from cowfs.sys import mounts
 
 DEVICE: Final = "/dev/fuse"
 #: mount(8) words that mean something to user space only, or are always on here; accepted and dropped.
-_IGNORED: Final = frozenset(("defaults", "default_permissions", "auto", "noauto", "user", "nouser", "_netdev", "nofail"))
+_IGNORED: Final = frozenset(
+    ("defaults", "default_permissions", "auto", "noauto", "user", "nouser", "_netdev", "nofail")
+)
 #: Words that fusermount3 takes (it refuses what it does not know).
 _HELPER_WORDS: Final = frozenset(("ro", "rw", "nodev", "dev", "nosuid", "suid", "noexec", "exec", "sync", "async",
                                   "dirsync", "noatime", "atime"))  # fmt: skip
@@ -149,7 +151,9 @@ def _mount_directly(target: str, words: Sequence[str], allow_other: bool, source
     fd = open_device()
     try:
         mode = os.stat(target).st_mode
-        data = f"fd={fd},rootmode={mode & 0o170000:o},user_id={os.geteuid()},group_id={os.getegid()},default_permissions"
+        data = (
+            f"fd={fd},rootmode={mode & 0o170000:o},user_id={os.geteuid()},group_id={os.getegid()},default_permissions"
+        )
         if allow_other:
             data += ",allow_other"
         mounts.mount(source, target, f"fuse.{subtype}", flags, data)
@@ -171,9 +175,7 @@ def _mount_directly(target: str, words: Sequence[str], allow_other: bool, source
 def _mount_by_helper(target: str, words: Sequence[str], allow_other: bool, source: str, subtype: str) -> int:
     helper = shutil.which("fusermount3") or shutil.which("fusermount")
     if helper is None:
-        raise Unsupported(
-            f"{target}: mounting needs root or fusermount3", remedy="apt-get install fuse3"
-        )
+        raise Unsupported(f"{target}: mounting needs root or fusermount3", remedy="apt-get install fuse3")
     os.close(open_device())  # so that the reason is ours to tell
     passed = ["default_permissions", f"fsname={_escaped(source)}", f"subtype={subtype}"]
     passed += [word for word in words if word in _HELPER_WORDS]

@@ -144,7 +144,7 @@ class Session:
                 return
             try:
                 future.set_result(fn())
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001 - handed to the caller
                 future.set_exception(error)
 
         if self._ended:
@@ -292,7 +292,7 @@ class Session:
                 reply = handlers[opcode](buf, n, unique, nodeid)
             except OSError as error:
                 reply = self._failure(opcode, unique, error)
-            except Exception:
+            except Exception:  # noqa: BLE001 - a bug must not end the server; it is logged
                 reply = self._bug(opcode, unique)
             if reply is None:
                 continue
@@ -349,7 +349,7 @@ class Session:
             reply = self._handlers[opcode](memoryview(request), len(request), unique, nodeid)
         except OSError as error:
             reply = self._failure(opcode, unique, error)
-        except Exception:
+        except Exception:  # noqa: BLE001 - a bug must not end the server; it is logged
             reply = self._bug(opcode, unique)
         if reply is not None:
             self.reply(unique, opcode, reply)
@@ -363,7 +363,7 @@ class Session:
                 return
             try:
                 fn()
-            except Exception:
+            except Exception:  # noqa: BLE001 - a bug must not end the server; it is logged
                 self._report()
 
     def _idle(self, poll: select.poll) -> None:
@@ -397,7 +397,7 @@ class Session:
                 stage.run()
             except OSError as error:
                 failure = error
-            except Exception:
+            except Exception:  # noqa: BLE001 - a bug must not end the server; it is logged
                 self._report()
                 failure = OSError(errno.EIO, "bug")
             self.post(lambda: done(failure))
@@ -410,7 +410,7 @@ class Session:
                     self.view.publish(stage)
             except OSError as error:
                 failure = error
-            except Exception:
+            except Exception:  # noqa: BLE001 - a bug must not end the server; it is logged
                 self._report()
                 failure = OSError(errno.EIO, "bug")
             if failure is not None:
@@ -437,7 +437,7 @@ class Session:
             reply = job()
         except OSError as error:
             reply = codec.error(unique, error.errno or errno.EIO)
-        except Exception:
+        except Exception:  # noqa: BLE001 - the same
             self._report()
             reply = codec.error(unique, errno.EIO)
         self.reply(unique, 0, reply)

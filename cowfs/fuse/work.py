@@ -65,7 +65,7 @@ class Workers:
                 return
             try:
                 job()
-            except Exception:
+            except Exception:  # noqa: BLE001 - logged by on_error; the thread goes on
                 self._on_error()
 
     def close(self) -> None:

@@ -30,6 +30,7 @@ class MemNode:
         self.generation = 1
         self.nlookup = 0
         self.mode, self.uid, self.gid, self.rdev = mode, uid, gid, rdev
+        self.type = stat.S_IFMT(mode) >> 12
         self.nlink = 2 if stat.S_ISDIR(mode) else 1
         self.times = [time.time_ns()] * 3
         self.children: dict[bytes, MemNode] | None = {} if stat.S_ISDIR(mode) else None
@@ -146,20 +147,23 @@ class MemoryView:
         return node
 
     def child(self, dir: MemNode, name: bytes) -> MemNode | None:
-        return self.lookup(dir, name)
+        return self.lookup(dir, name) if name in self._children(dir) else None
 
     def parent(self, dir: MemNode) -> MemNode:
         assert dir.parent is not None
         self.nodes[dir.parent.id] = dir.parent
         return dir.parent
 
-    def listing(self, dir: MemNode, cookie: int) -> Iterator[tuple[bytes, int, int, int]]:
-        assert dir.parent is not None
-        entries = [(1, b".", dir), (2, b"..", dir.parent)]
-        entries += sorted((dir.cookies[name], name, node) for name, node in self._children(dir).items())
-        for at, name, node in entries:
+    def listing(self, dir: MemNode, cookie: int) -> Iterator[tuple[bytes, int]]:
+        entries = [(1, b"."), (2, b"..")]
+        entries += sorted((dir.cookies[name], name) for name in self._children(dir))
+        for at, name in entries:
             if at > cookie:
-                yield name, at, stat.S_IFMT(node.mode) >> 12, node.id
+                yield name, at
+
+    def entry(self, dir: MemNode, name: bytes) -> tuple[int, int]:
+        found = {b".": dir, b"..": dir.parent}.get(name) or self._children(dir)[name]
+        return found.id, found.type
 
     def _add(self, dir: MemNode, name: bytes, node: MemNode) -> MemNode:
         if name in self._children(dir):
@@ -270,8 +274,8 @@ class MemoryView:
         if node.xattrs.pop(name, None) is None:
             raise fail(errno.ENODATA)
 
-    def statfs(self) -> tuple[int, ...]:
-        return 4096, 4096, 1000, 500, 500, 100, 50, 50, 255
+    def statfs(self) -> os.statvfs_result:
+        return os.statvfs_result((4096, 4096, 1000, 500, 500, 100, 50, 50, 0, 255))
 
     # data
 
