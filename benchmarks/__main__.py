@@ -9,6 +9,11 @@ from .suite import main
 
 if __name__ == "__main__":
     arguments = sys.argv[1:]
-    if not any(arg == "--out" or arg.startswith("--out=") for arg in arguments) and not {"--list", "-h", "--help", "--json"} & set(arguments):
+    if not any(arg == "--out" or arg.startswith("--out=") for arg in arguments) and not {
+        "--list",
+        "-h",
+        "--help",
+        "--json",
+    } & set(arguments):
         arguments = ["--out", str(Path(__file__).parent / "report"), *arguments]
     sys.exit(main(arguments))

@@ -1,7 +1,7 @@
 """Claim: chown -R over a lower tree copies no data (a metadata-only copy-up), as the kernel does with metacopy=on.
 
-Bytes: storage that the upper takes afterwards, counted by a scan of it. The bar is a page a file: the copy of a directory
-entry and its attributes, never the content.
+Bytes: storage that the upper takes afterwards, counted by a scan of it. The bar is a page a file: the copy of a
+directory entry and its attributes, never the content.
 """
 
 from __future__ import annotations
@@ -47,8 +47,19 @@ CLAIM = Claim(
     subjects=SUBJECTS,
     measure=measure,
     bars=(
-        Bar(metric="data copied", subject=COWFS, at_most=0.01, says="chown -R of lower files: share of the data that is copied"),
-        Bar(metric="time", subject=COWFS, against=("fuse-overlayfs 1", "fuse-overlayfs 2"), at_most=1.0, says="chown -R of lower files: time"),
+        Bar(
+            metric="data copied",
+            subject=COWFS,
+            at_most=0.01,
+            says="chown -R of lower files: share of the data that is copied",
+        ),
+        Bar(
+            metric="time",
+            subject=COWFS,
+            against=("fuse-overlayfs 1", "fuse-overlayfs 2"),
+            at_most=1.0,
+            says="chown -R of lower files: time",
+        ),
     ),
 )
 

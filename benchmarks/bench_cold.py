@@ -1,12 +1,13 @@
 """Claim: the first walk and the first read after a mount are no slower than fuse-overlayfs's.
 
-Each sample is a fresh mount with the kernel's caches dropped; "first" is the same with the host's page cache warm, so that
-the file system's own work shows and not the disk's.
+Each sample is a fresh mount with the kernel's caches dropped; "first" is the same with the host's page cache warm, so
+that the file system's own work shows and not the disk's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from . import trees
 from .bench_warm_walk import WALK
@@ -19,7 +20,7 @@ def measure(lab: Lab) -> None:
     tree = trees.small_files(lab, lab.profile.walk_files)
     names = available(lab, ALL)
     stack = Stack(lowers=tree.layers)
-    read = ["xargs", "-0", "-a", tree.list0, "cat"]
+    read: list[str | Path] = ["xargs", "-0", "-a", tree.list0, "cat"]
     for _, name in lab.rounds(names, min(lab.profile.rounds, 3)):
         with lab.trying(name):
             with mounted(lab, name, stack) as mount:

@@ -1,7 +1,7 @@
 """Claim: with 128 layers a look-up and a listing cost what they cost with 2, once the directory was seen.
 
-Look-up: a missing name in a directory that all layers have. Listing: of that directory, after a change in it (so that the
-kernel's cached listing is void and the server must answer). x is the number of layers.
+Look-up: a missing name in a directory that all layers have. Listing: of that directory, after a change in it (so that
+the kernel's cached listing is void and the server must answer). x is the number of layers.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ def measure(lab: Lab) -> None:
             for name in names:
                 with _trying_one(lab, name, depth):
                     upper = stack.enter_context(lab.fresh("tmpfs", 256 << 20))
-                    mount = stack.enter_context(mounted(lab, name, Stack(lowers=layers, upper=upper / "upper", work=upper / "work")))
+                    mount = stack.enter_context(
+                        mounted(lab, name, Stack(lowers=layers, upper=upper / "upper", work=upper / "work"))
+                    )
                     at[name, depth] = mount.path / "common"
                     os.listdir(at[name, depth])
         for number, name in lab.rounds(names, 2 * lab.profile.rounds):
@@ -78,8 +80,22 @@ CLAIM = Claim(
     subjects=ALL,
     measure=measure,
     bars=(
-        Bar(metric="look-up", subject=COWFS, x="last", against_x="first", at_most=1.2, says="look-up with 128 layers against 2"),
-        Bar(metric="listing", subject=COWFS, x="last", against_x="first", at_most=1.2, says="listing with 128 layers against 2"),
+        Bar(
+            metric="look-up",
+            subject=COWFS,
+            x="last",
+            against_x="first",
+            at_most=1.2,
+            says="look-up with 128 layers against 2",
+        ),
+        Bar(
+            metric="listing",
+            subject=COWFS,
+            x="last",
+            against_x="first",
+            at_most=1.2,
+            says="listing with 128 layers against 2",
+        ),
     ),
 )
 

@@ -49,11 +49,16 @@ CLAIM = Claim(
     name="lookup",
     title="look-up round trip",
     why="What is not cached costs a round trip; PATH, include and import searches are mostly misses.",
-    metrics=(Metric(name="read-only", title="a missing name, read-only mount"), Metric(name="writable", title="a missing name, writable mount")),
+    metrics=(
+        Metric(name="read-only", title="a missing name, read-only mount"),
+        Metric(name="writable", title="a missing name, writable mount"),
+    ),
     subjects=(*ALL, FUSEPY),
     measure=measure,
     bars=(
-        Bar(metric="read-only", subject=COWFS, against=FUSE_OVERLAYFS, at_most=1.0, says="look-up round trip, read-only"),
+        Bar(
+            metric="read-only", subject=COWFS, against=FUSE_OVERLAYFS, at_most=1.0, says="look-up round trip, read-only"
+        ),
         Bar(metric="writable", subject=COWFS, against=FUSE_OVERLAYFS, at_most=1.0, says="look-up round trip, writable"),
     ),
 )

@@ -1,9 +1,9 @@
 """Claim: the server takes at most 600 bytes a cached node and 30 MB at rest, and forgetting frees them.
 
-Resident memory (VmRSS) of the server process: after the mount's first answer, after a walk over N files, after the kernel
-was made to forget them (drop_caches), and after the same walk again. Bytes a node are the growth by the first walk over the
-number of nodes (files and directories). Growth again: what the second walk, after everything was forgotten, stands above
-the first.
+Resident memory (VmRSS) of the server process: after the mount's first answer, after a walk over N files, after the
+kernel was made to forget them (drop_caches), and after the same walk again. Bytes a node are the growth by the first
+walk over the number of nodes (files and directories). Growth again: what the second walk, after everything was
+forgotten, stands above the first.
 """
 
 from __future__ import annotations
@@ -66,7 +66,12 @@ CLAIM = Claim(
     bars=(
         Bar(metric="a node", subject=COWFS, at_most=600, goal=500, says="server memory a cached node"),
         Bar(metric="at rest", subject=COWFS, at_most=30e6, says="server memory at rest"),
-        Bar(metric="walked again", subject=COWFS, at_most=1.02, says="walked, forgotten, walked again: memory of the second, of the first"),
+        Bar(
+            metric="walked again",
+            subject=COWFS,
+            at_most=1.02,
+            says="walked, forgotten, walked again: memory of the second, of the first",
+        ),
     ),
 )
 

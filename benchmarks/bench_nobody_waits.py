@@ -1,7 +1,8 @@
-"""Claim: while one process makes a big file copy up, another one's stat calls do not wait: 99th percentile under 20 ms.
+"""Claim: while one process makes a big file copy up, another one's stat calls do not wait: 99th percentile under 20
+ms.
 
-A child opens a lower file for writing and writes 4 KiB, which copies it up; meanwhile fresh missing names are asked for, so
-each needs an answer of the server. x-less; the copy's own time stands beside it.
+A child opens a lower file for writing and writes 4 KiB, which copies it up; meanwhile fresh missing names are asked
+for, so each needs an answer of the server. x-less; the copy's own time stands beside it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from . import trees
 from .claims import Bar, Claim, Key, Metric
 from .lab import Lab
-from .peers import ALL, COWFS, Stack, available, mounted
+from .peers import ALL, COWFS, available, mounted_fresh
 
 TOUCH = "import os,sys; fd = os.open(sys.argv[1], os.O_RDWR); os.pwrite(fd, b'x' * 4096, 4096); os.close(fd)"
 
@@ -26,14 +27,14 @@ def measure(lab: Lab) -> None:
     lower = trees.big_file(lab, lab.profile.big)
     names = available(lab, ALL)
     for _, name in lab.rounds(names, min(3, lab.profile.rounds)):
-        with lab.trying(name), lab.fresh("ext4", 2 * lab.profile.big + (256 << 20)) as fresh:
-            with mounted(lab, name, Stack(lowers=(lower,), upper=fresh / "upper", work=fresh / "work")) as mount:
-                waits, copy = _race(mount.path)
-                cuts = statistics.quantiles(waits, n=100)
-                lab.record("stat p99", name, cuts[98])
-                lab.record("stat median", name, cuts[49])
-                lab.record("stat worst", name, max(waits))
-                lab.record("copy-up", name, copy)
+        size = 2 * lab.profile.big + (256 << 20)
+        with lab.trying(name), mounted_fresh(lab, name, (lower,), "ext4", size) as mount:
+            waits, copy = _race(mount.path)
+            cuts = statistics.quantiles(waits, n=100)
+            lab.record("stat p99", name, cuts[98])
+            lab.record("stat median", name, cuts[49])
+            lab.record("stat worst", name, max(waits))
+            lab.record("copy-up", name, copy)
 
 
 def _race(at: Path) -> tuple[list[float], float]:

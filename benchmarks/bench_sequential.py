@@ -1,7 +1,7 @@
 """Claim: a big file is written and read at least as fast as with fuse-overlayfs 1.
 
-Written by dd in 1 MiB blocks to a fresh upper; read by cat from a lower layer through a fresh mount (the host's page cache
-is warm, the mount's is not), then again.
+Written by dd in 1 MiB blocks to a fresh upper; read by cat from a lower layer through a fresh mount (the host's page
+cache is warm, the mount's is not), then again.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from . import trees
 from .claims import Bar, Claim, Key, Metric
 from .lab import Lab, run
-from .peers import ALL, COWFS, FO1, FUSEPY, OVERLAY, PASSTHROUGH, Stack, available, mounted
+from .peers import ALL, COWFS, FO1, FUSEPY, OVERLAY, PASSTHROUGH, Stack, available, mounted, mounted_fresh
 
 SUBJECTS = (*ALL, PASSTHROUGH, FUSEPY)
 
@@ -23,14 +23,12 @@ def measure(lab: Lab) -> None:
     run(["cat", lower / "big"])
     for _, name in lab.rounds(names):
         with lab.trying(name):
-            with lab.fresh("tmpfs", 2 * lab.profile.big + (64 << 20)) as fresh:
-                with mounted(lab, name, Stack(lowers=(lower,), upper=fresh / "upper", work=fresh / "work")) as mount:
-                    write = ["dd", "if=/dev/zero", f"of={mount.path}/new", "bs=1M", f"count={blocks}"]
-                    lab.record("write tmpfs", name, run(write))
-            with lab.fresh("ext4", 2 * lab.profile.big + (256 << 20)) as fresh:
-                with mounted(lab, name, Stack(lowers=(lower,), upper=fresh / "upper", work=fresh / "work")) as mount:
-                    write = ["dd", "if=/dev/zero", f"of={mount.path}/new", "bs=1M", f"count={blocks}", "conv=fsync"]
-                    lab.record("write ext4 fsync", name, run(write))
+            with mounted_fresh(lab, name, (lower,), "tmpfs", 2 * lab.profile.big + (64 << 20)) as mount:
+                write = ["dd", "if=/dev/zero", f"of={mount.path}/new", "bs=1M", f"count={blocks}"]
+                lab.record("write tmpfs", name, run(write))
+            with mounted_fresh(lab, name, (lower,), "ext4", 2 * lab.profile.big + (256 << 20)) as mount:
+                write = ["dd", "if=/dev/zero", f"of={mount.path}/new", "bs=1M", f"count={blocks}", "conv=fsync"]
+                lab.record("write ext4 fsync", name, run(write))
             with mounted(lab, name, Stack(lowers=(lower,))) as mount:
                 lab.record("read", name, run(["cat", mount.path / "big"]))
                 lab.record("read again", name, run(["cat", mount.path / "big"]))

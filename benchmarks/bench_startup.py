@@ -26,10 +26,18 @@ def measure(lab: Lab) -> None:
             (fresh / "work").mkdir()
             argv = [word for word in PEERS[name].command(stack, at) if word not in ("-f", "--foreground")]
             begin = time.perf_counter()
-            log = open(at.with_name(at.name + ".log"), "w+b")  # a pipe would be held open by the server
             try:
-                with log:
-                    done = subprocess.run(argv, cwd=tree[0].parent, env=cowfs_env(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=False, timeout=20)
+                with open(at.with_name(at.name + ".log"), "w+b") as log:  # a pipe would be held open by the server
+                    done = subprocess.run(
+                        argv,
+                        cwd=tree[0].parent,
+                        env=cowfs_env(),
+                        stdin=subprocess.DEVNULL,
+                        stdout=log,
+                        stderr=log,
+                        check=False,
+                        timeout=20,
+                    )
                     if done.returncode:
                         log.seek(0)
                         raise RuntimeError(f"exit {done.returncode}: {log.read().decode(errors='replace')[-200:]}")

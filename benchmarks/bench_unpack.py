@@ -1,7 +1,7 @@
 """Claim: untar, cp -a and rm -rf of thousands of files are no slower than with the faster fuse-overlayfs.
 
-Every sample has a fresh mount over an empty lower, on a fresh upper file system: tmpfs (the file system's own cost) and
-ext4 (with its journal).
+Every sample has a fresh mount over an empty lower, on a fresh upper file system: tmpfs (the file system's own cost)
+and ext4 (with its journal).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from . import trees
 from .claims import Bar, Claim, Key, Metric
 from .lab import Lab, run
-from .peers import ALL, COWFS, FUSE_OVERLAYFS, FUSEPY, Stack, available, mounted
+from .peers import ALL, COWFS, FUSE_OVERLAYFS, FUSEPY, available, mounted_fresh
 
 HOSTS = ("tmpfs", "ext4")
 
@@ -24,20 +24,25 @@ def measure(lab: Lab) -> None:
     names = available(lab, (*ALL, FUSEPY))
     for host in HOSTS:
         for _, name in lab.rounds(names):
-            with lab.trying(name), lab.fresh(host) as fresh:
-                stack = Stack(lowers=(lower,), upper=fresh / "upper", work=fresh / "work")
-                with mounted(lab, name, stack) as mount:
-                    (mount.path / "tree").mkdir()
-                    lab.record(f"untar {host}", name, run(["tar", "-C", mount.path / "tree", "-xf", tar]))
-                    lab.record(f"cp {host}", name, run(["cp", "-a", "tree", "copy"], cwd=mount.path))
-                    lab.record(f"rm {host}", name, run(["rm", "-rf", "tree", "copy"], cwd=mount.path))
+            with lab.trying(name), mounted_fresh(lab, name, (lower,), host) as mount:
+                (mount.path / "tree").mkdir()
+                lab.record(f"untar {host}", name, run(["tar", "-C", mount.path / "tree", "-xf", tar]))
+                lab.record(f"cp {host}", name, run(["cp", "-a", "tree", "copy"], cwd=mount.path))
+                lab.record(f"rm {host}", name, run(["rm", "-rf", "tree", "copy"], cwd=mount.path))
 
 
 def _bars() -> tuple[Bar, ...]:
     table = (("untar", 1.0, 0.8), ("cp", 1.0, 0.8), ("rm", 0.9, 0.7))
     says = {"untar": "untar", "cp": "cp -a", "rm": "rm -rf"}
     return tuple(
-        Bar(metric=f"{what} {host}", subject=COWFS, against=FUSE_OVERLAYFS, at_most=bar, goal=goal, says=f"{says[what]}, upper on {host}")
+        Bar(
+            metric=f"{what} {host}",
+            subject=COWFS,
+            against=FUSE_OVERLAYFS,
+            at_most=bar,
+            goal=goal,
+            says=f"{says[what]}, upper on {host}",
+        )
         for host in HOSTS
         for what, bar, goal in table
     )

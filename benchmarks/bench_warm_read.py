@@ -24,7 +24,10 @@ CLAIM = Claim(
     name="warm_read",
     title="warm read of all small files",
     why="Imports, headers and scripts are read over and over; this is where FUSE file systems lose most.",
-    metrics=(Metric(name="read-only", title="read, read-only mount"), Metric(name="writable", title="read, writable mount")),
+    metrics=(
+        Metric(name="read-only", title="read, read-only mount"),
+        Metric(name="writable", title="read, writable mount"),
+    ),
     subjects=(*ALL, FUSEPY),
     measure=measure,
     bars=(

@@ -1,7 +1,7 @@
 """Claim: walking and stat-ing a tree again costs what the kernel's own overlay costs, for nothing is asked.
 
-`find` with a format that needs every inode's attributes, over all mounts at once, each walked once before. The client is
-GNU find, so that the language of the client is not measured.
+`find` with a format that needs every inode's attributes, over all mounts at once, each walked once before. The client
+is GNU find, so that the language of the client is not measured.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ CLAIM = Claim(
     name="warm_walk",
     title="warm walk and stat of small files",
     why="Every build tool, package manager and language runtime stats its tree again and again.",
-    metrics=(Metric(name="read-only", title="walk, read-only mount"), Metric(name="writable", title="walk, writable mount")),
+    metrics=(
+        Metric(name="read-only", title="walk, read-only mount"),
+        Metric(name="writable", title="walk, writable mount"),
+    ),
     subjects=(*ALL, FUSEPY),
     measure=measure,
     bars=(

@@ -1,7 +1,7 @@
 """The page "when to choose which backend": rules in words, and beside each the figures of this very run.
 
-The rules follow from how the backends store a change; the table shows whether this host bears them out. A figure that was
-not measured is left out, never invented.
+The rules follow from how the backends store a change; the table shows whether this host bears them out. A figure that
+was not measured is left out, never invented.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from .claims import Result, show
 BACKENDS = ("overlay", "row", "vfs")
 
 RULES = """\
-- **overlay**: the default. A changed file is copied whole, once; everything else is shared. Choose it for root file systems,
-  package installs, builds and CI: many files, most of them small, each written whole. Its layers are the kernel overlayfs's
-  own, so that any container tool can mount them.
+- **overlay**: the default. A changed file is copied whole, once; everything else is shared. Choose it for root file
+  systems, package installs, builds and CI: many files, most of them small, each written whole. Its layers are the
+  kernel overlayfs's own, so that any container tool can mount them.
 - **row**: only the changed blocks are stored. Choose it where big files change in part: databases, virtual disks, model
   and index files, many sandboxes over one big data set; and where live snapshots must be cheap. Its price is one
   more look-up a read, and scattered blocks until `cowfs compact`.
-- **vfs**: each snapshot is a complete copy (shared by reflink where the host can). Choose it where a snapshot must be an
-  ordinary directory that needs no mount at all, or as the reference to check the others against. On a host without reflinks
-  a snapshot costs the whole tree in time and space."""
+- **vfs**: each snapshot is a complete copy (shared by reflink where the host can). Choose it where a snapshot must be
+  an ordinary directory that needs no mount at all, or as the reference to check the others against. On a host without
+  reflinks a snapshot costs the whole tree in time and space."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +68,26 @@ def advice(results: dict[str, Result]) -> str:
         if not found:
             continue
         best = (max if row.more else min)(found.values())
-        cells = [("-" if b not in found else f"**{show(found[b], row.unit)}**" if found[b] == best else show(found[b], row.unit)) for b in BACKENDS]
+        cells = [
+            (
+                "-"
+                if b not in found
+                else f"**{show(found[b], row.unit)}**"
+                if found[b] == best
+                else show(found[b], row.unit)
+            )
+            for b in BACKENDS
+        ]
         lines.append(f"| {row.workload} | " + " | ".join(cells) + " |")
     if not lines:
         return RULES + "\n\n(No backend was measured in this run.)"
-    return RULES + "\n\n| workload, measured in this run | " + " | ".join(BACKENDS) + " |\n" + "|---|" * 1 + "---|" * len(BACKENDS) + "\n" + "\n".join(lines)
+    return (
+        RULES
+        + "\n\n| workload, measured in this run | "
+        + " | ".join(BACKENDS)
+        + " |\n"
+        + "|---|" * 1
+        + "---|" * len(BACKENDS)
+        + "\n"
+        + "\n".join(lines)
+    )

@@ -106,9 +106,7 @@ class Result:
             "seconds": self.seconds,
             "skipped": self.skipped,
             "notes": self.notes,
-            "samples": [
-                {"metric": m, "subject": s, "x": x, "values": v} for (m, s, x), v in self.samples.items()
-            ],
+            "samples": [{"metric": m, "subject": s, "x": x, "values": v} for (m, s, x), v in self.samples.items()],
         }
 
     @classmethod
@@ -121,11 +119,12 @@ class Result:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """One judged bar: ``ratio`` is got/base, or None where there is no peer; ``word`` is met, missed or not measured."""
+    """One judged bar: ``ratio`` is got/base, or None without a peer; ``word`` is met, missed or not measured."""
 
     bar: Bar
     metric: Metric
     subject: str
+    x: float | None
     got: float | None
     base: float | None
     base_name: str
@@ -166,7 +165,13 @@ def judge(claim: Claim, result: Result) -> list[Verdict]:
         base, base_name = None, ""
         other_metric = bar.against_metric or bar.metric
         if bar.against is not None or bar.against_x is not None or bar.against_metric is not None:
-            names = (bar.subject,) if bar.against is None else (bar.against,) if isinstance(bar.against, str) else bar.against
+            names = (
+                (bar.subject,)
+                if bar.against is None
+                else (bar.against,)
+                if isinstance(bar.against, str)
+                else bar.against
+            )
             have = []
             for name in names:
                 at = _x_of(result, other_metric, name, bar.against_x if bar.against_x is not None else bar.x)
@@ -181,9 +186,16 @@ def judge(claim: Claim, result: Result) -> list[Verdict]:
         word, goal_met = _word(bar, value_judged)
         verdicts.append(
             Verdict(
-                bar=bar, metric=metric, subject=bar.subject, got=got, base=base, base_name=base_name,
+                bar=bar,
+                metric=metric,
+                subject=bar.subject,
+                x=x,
+                got=got,
+                base=base,
+                base_name=base_name,
                 ratio=value_judged if base is not None else None,
-                word=word, goal_met=goal_met,
+                word=word,
+                goal_met=goal_met,
             )
         )
     return verdicts
@@ -203,7 +215,11 @@ def show(value: float | None, unit: str) -> str:
         size = abs(value)
         for factor, name in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
             if size >= factor:
-                return f"{value / factor:.3g} {name}{unit[1:]}" if size < 1000 * factor else f"{value / factor:,.0f} {name}{unit[1:]}"
+                return (
+                    f"{value / factor:.3g} {name}{unit[1:]}"
+                    if size < 1000 * factor
+                    else f"{value / factor:,.0f} {name}{unit[1:]}"
+                )
         return f"{value:.0f} {unit}"
     if unit == "1/s":
         return f"{value:,.0f} /s"

@@ -26,7 +26,11 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Mod
     if not parent.config.getoption("--benchmark-only", False):
         return None
     patterns = parent.config.getini("python_files")
-    if file_path.name.startswith("bench_") and file_path.suffix == ".py" and not any(file_path.match(p) for p in patterns):
+    if (
+        file_path.name.startswith("bench_")
+        and file_path.suffix == ".py"
+        and not any(file_path.match(p) for p in patterns)
+    ):
         module: pytest.Module = pytest.Module.from_parent(parent, path=file_path)
         return module
     return None

@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,12 @@ def version_of(*argv: str) -> str:
         return "absent"
     done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=20)
     lines = [line for line in (done.stdout + done.stderr).splitlines() if re.search(r"\d", line)]
-    named = [line for line in lines if "version" in line.lower() and "fuse" not in line.lower().replace("fuse-overlayfs", "").replace("unionfs-fuse", "")]
+    named = [
+        line
+        for line in lines
+        if "version" in line.lower()
+        and "fuse" not in line.lower().replace("fuse-overlayfs", "").replace("unionfs-fuse", "")
+    ]
     return (named or lines or ["unknown"])[0].strip()
 
 
@@ -46,17 +51,21 @@ def filesystem_of(path: Path) -> str:
 def commit() -> str:
     """The commit of the tree that is measured, with ``+`` when it has changes; "" outside a repository."""
     here = Path(__file__).resolve().parent
-    done = subprocess.run(["git", "-C", here, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["git", "-C", here, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
     if done.returncode:
         return ""
-    dirty = subprocess.run(["git", "-C", here, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False)
+    dirty = subprocess.run(
+        ["git", "-C", here, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False
+    )
     return done.stdout.strip() + ("+" if dirty.stdout.strip() else "")
 
 
 def describe(work: Path) -> dict[str, Any]:
     """The host in one flat dictionary: processor, memory, kernel, file system of the work folder, versions."""
     return {
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
         "processor": _first("/proc/cpuinfo", r"^model name\s*:\s*(.*)$", platform.processor()),
         "cores": len(os.sched_getaffinity(0)),

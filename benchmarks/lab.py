@@ -21,6 +21,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from cowfs.errors import CowfsError
+
 from .claims import Claim, Result
 from .profiles import Profile
 
@@ -163,7 +165,7 @@ class Lab:
         except SkipClaim as why:
             for subject in claim.subjects:
                 self.result.skipped.setdefault(subject, str(why))
-        except (OSError, RuntimeError, subprocess.SubprocessError) as why:
+        except (CowfsError, OSError, RuntimeError, subprocess.SubprocessError) as why:
             self.result.notes.append(f"stopped: {type(why).__name__}: {why}")
             self.say(f"  {claim.name} stopped: {why}")
         finally:
@@ -190,11 +192,11 @@ class Lab:
         """What fails inside is that subject's reason, and the others go on."""
         try:
             yield
-        except (SkipSubject, OSError, RuntimeError, subprocess.SubprocessError) as why:
+        except (SkipSubject, CowfsError, OSError, RuntimeError, subprocess.SubprocessError) as why:
             self.skip(subject, f"{type(why).__name__}: {why}" if not isinstance(why, SkipSubject) else str(why))
 
     def rounds(self, subjects: Sequence[str], count: int | None = None) -> Iterator[tuple[int, str]]:
-        """(round, subject) interleaved: A B C, A B C. Skipped subjects drop out; the clock ends it after whole rounds."""
+        """(round, subject) interleaved: A B C, A B C. Skipped subjects drop out; the clock ends it after a round."""
         for number in range(self.profile.rounds if count is None else count):
             if number and time.monotonic() > self._until:
                 self.note(f"{number} rounds: the profile's time for a claim was over")
@@ -257,11 +259,17 @@ class Lab:
                 image.unlink()
             where.rmdir()
 
-    def child(self, argv: Sequence[str | os.PathLike[str]], *, env: dict[str, str] | None = None, log: Path | None = None) -> subprocess.Popen[bytes]:
+    def child(
+        self, argv: Sequence[str | os.PathLike[str]], *, env: dict[str, str] | None = None, log: Path | None = None
+    ) -> subprocess.Popen[bytes]:
         """Starts a server that dies with us; it is ended at the latest when the claim ends."""
         with open(log or os.devnull, "wb") as told:
             process = subprocess.Popen(
-                ["setpriv", "--pdeathsig", "KILL", *argv], stdin=subprocess.DEVNULL, stdout=told, stderr=told, env=env,
+                ["setpriv", "--pdeathsig", "KILL", *argv],
+                stdin=subprocess.DEVNULL,
+                stdout=told,
+                stderr=told,
+                env=env,
             )
         self._stack.callback(end_process, process)
         return process

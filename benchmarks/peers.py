@@ -1,8 +1,8 @@
 """Who is compared: one record a union file system, each mounted over the same layers by its own command.
 
-Strategy: a `Peer` knows its command line and nothing else; `mounted` starts it in the foreground as our child (so that
-its memory can be read and its end is certain), waits until the mount shows in mountinfo and answers, and afterwards
-unmounts, ends the server and collects it. A peer that cannot run here has a reason, found by `absent`.
+Strategy: a `Peer` knows its command line and nothing else; `mounted` starts it in the foreground as our child (so
+that its memory can be read and its end is certain), waits until the mount shows in mountinfo and answers, and
+afterwards unmounts, ends the server and collects it. A peer that cannot run here has a reason, found by `absent`.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def _cowfs(*extra: str) -> Command:
     return command
 
 
-def _needs(*programs: str) -> Callable[[], str]:
+def needs(*programs: str) -> Callable[[], str]:
     def absent() -> str:
         missing = [program for program in programs if not shutil.which(program)]
         return f"{missing[0]} is not installed" if missing else ""
@@ -123,7 +123,10 @@ def _needs(*programs: str) -> Callable[[], str]:
 def fuse_overlayfs(major: int) -> str | None:
     """The fuse-overlayfs of that major version: on PATH, in ~/.cargo/bin, in /opt/fo2/bin, or $COWFS_BENCH_FO2."""
     folders = [*os.environ.get("PATH", "").split(":"), os.path.expanduser("~/.cargo/bin"), "/opt/fo2/bin"]
-    candidates = [os.environ.get("COWFS_BENCH_FO2", ""), *(os.path.join(folder, "fuse-overlayfs") for folder in folders)]
+    candidates = [
+        os.environ.get("COWFS_BENCH_FO2", ""),
+        *(os.path.join(folder, "fuse-overlayfs") for folder in folders),
+    ]
     for program in dict.fromkeys(candidates):
         if program and os.access(program, os.X_OK):
             told = subprocess.run([program, "--version"], capture_output=True, text=True, check=False, timeout=10)
@@ -138,7 +141,11 @@ def _fuse_overlayfs_absent(major: int, remedy: str) -> Callable[[], str]:
 
 
 def _kernel_overlay_absent() -> str:
-    return "" if "\toverlay" in Path("/proc/filesystems").read_text() or not run_quiet(["modprobe", "overlay"]) else "this kernel has no overlayfs"
+    return (
+        ""
+        if "\toverlay" in Path("/proc/filesystems").read_text() or not run_quiet(["modprobe", "overlay"])
+        else "this kernel has no overlayfs"
+    )
 
 
 def run_quiet(argv: Sequence[str]) -> int:
@@ -152,13 +159,19 @@ def run_quiet(argv: Sequence[str]) -> int:
 def _cowfs_absent() -> str:
     if not os.path.exists("/dev/fuse"):
         return "no /dev/fuse"
-    told = subprocess.run([sys.executable, "-m", "cowfs", "--version"], capture_output=True, text=True, check=False, env=cowfs_env())
+    told = subprocess.run(
+        [sys.executable, "-m", "cowfs", "--version"], capture_output=True, text=True, check=False, env=cowfs_env()
+    )
     return "" if told.returncode == 0 else f"cowfs does not start: {(told.stderr.strip().splitlines() or ['?'])[-1]}"
 
 
 def _fusepy_absent() -> str:
-    done = subprocess.run([sys.executable, "-c", "import fuse"], capture_output=True, text=True, check=False, env=cowfs_env())
-    return _cowfs_absent() or ("" if done.returncode == 0 else f"fusepy: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
+    done = subprocess.run(
+        [sys.executable, "-c", "import fuse"], capture_output=True, text=True, check=False, env=cowfs_env()
+    )
+    return _cowfs_absent() or (
+        "" if done.returncode == 0 else f"fusepy: {(done.stderr.strip().splitlines() or ['?'])[-1]}"
+    )
 
 
 def cowfs_env() -> dict[str, str]:
@@ -181,10 +194,23 @@ PEERS: dict[str, Peer] = {
     peer.name: peer
     for peer in (
         Peer(name=OVERLAY, command=_overlay(""), absent=_kernel_overlay_absent, kernel=True),
-        Peer(name=OVERLAY + " metacopy", command=_overlay(",redirect_dir=on,metacopy=on"), absent=_kernel_overlay_absent, kernel=True),
-        Peer(name=FO1, command=_fuse_overlayfs(lambda: fuse_overlayfs(1)), absent=_fuse_overlayfs_absent(1, "apt-get install fuse-overlayfs")),
-        Peer(name=FO2, command=_fuse_overlayfs(lambda: fuse_overlayfs(2)), absent=_fuse_overlayfs_absent(2, "cargo install fuse-overlayfs")),
-        Peer(name=UNIONFS, command=_unionfs, absent=_needs("unionfs"), max_lowers=60),
+        Peer(
+            name=OVERLAY + " metacopy",
+            command=_overlay(",redirect_dir=on,metacopy=on"),
+            absent=_kernel_overlay_absent,
+            kernel=True,
+        ),
+        Peer(
+            name=FO1,
+            command=_fuse_overlayfs(lambda: fuse_overlayfs(1)),
+            absent=_fuse_overlayfs_absent(1, "apt-get install fuse-overlayfs"),
+        ),
+        Peer(
+            name=FO2,
+            command=_fuse_overlayfs(lambda: fuse_overlayfs(2)),
+            absent=_fuse_overlayfs_absent(2, "cargo install fuse-overlayfs"),
+        ),
+        Peer(name=UNIONFS, command=_unionfs, absent=needs("unionfs"), max_lowers=60),
         Peer(name=COWFS, command=_cowfs(), absent=_cowfs_absent),
         Peer(name=PASSTHROUGH, command=_cowfs("--io", "passthrough"), absent=_cowfs_absent),
         Peer(name=FUSEPY, command=_cowfs("--frontend", "fusepy"), absent=_fusepy_absent),
@@ -232,6 +258,18 @@ def mounted(lab: Lab, name: str, stack: Stack, *, patience: float = 20.0) -> Ite
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(10)
         end_process(process)
+
+
+@contextlib.contextmanager
+def mounted_fresh(
+    lab: Lab, name: str, lowers: tuple[Path, ...], host: str = "ext4", size: int = 8 << 30
+) -> Iterator[Mounted]:
+    """A writable mount of ``lowers`` whose upper lies on a new, empty file system of the kind ``host``."""
+    with (
+        lab.fresh(host, size) as fresh,
+        mounted(lab, name, Stack(lowers=lowers, upper=fresh / "upper", work=fresh / "work")) as mount,
+    ):
+        yield mount
 
 
 def _wait_until_it_answers(process: subprocess.Popen[bytes], at: Path, log: Path, patience: float) -> None:

@@ -1,8 +1,8 @@
 """The report: one picture a claim (PNG and SVG), one page with verdicts, pictures, all medians, and advice.
 
-Pictures follow three rules: a subject has one colour everywhere, cowfs's own are saturated and peers' are grey or muted;
-bars start at zero and carry their figure; error bars are quartiles (extremes below four samples). Axes with sizes or spans
-of more than two powers of ten are logarithmic and say so by their ticks.
+Pictures follow three rules: a subject has one colour everywhere, cowfs's own are saturated and peers' are grey or
+muted; bars start at zero and carry their figure; error bars are quartiles (extremes below four samples). Axes with
+sizes or spans of more than two powers of ten are logarithmic and say so by their ticks.
 """
 
 from __future__ import annotations
@@ -42,9 +42,15 @@ COLOURS = {
     "plain": "#bdbdbd",
 }
 SPARE = ("#5f7a8c", "#9c6b98", "#7a8450", "#b5651d", "#4f6d7a", "#a0a0a0")
-STYLE = {
-    "font.size": 9.5, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10.5, "axes.titleweight": "bold",
-    "svg.hashsalt": "cowfs", "axes.axisbelow": True, "figure.facecolor": "white",
+STYLE: Any = {
+    "font.size": 9.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "svg.hashsalt": "cowfs",
+    "axes.axisbelow": True,
+    "figure.facecolor": "white",
 }
 
 
@@ -62,7 +68,9 @@ def draw(claim: Claim, result: Result, folder: Path) -> str | None:
     tallest = max(len(result.subjects(m.name)) for m in shown)
     height = 3.4 if any(m.xs for m in shown) else max(1.6, 0.42 * tallest + 0.9)
     with plt.rc_context(STYLE):
-        figure, grid = plt.subplots(rows, columns, figsize=(5.6 * columns, height * rows + 0.5), squeeze=False, layout="constrained")
+        figure, grid = plt.subplots(
+            rows, columns, figsize=(5.6 * columns, height * rows + 0.5), squeeze=False, layout="constrained"
+        )
         cells = [axes for line in grid for axes in line]
         for axes, metric in zip(cells, shown, strict=False):
             (_lines if metric.xs else _bars)(axes, metric, result)
@@ -84,15 +92,31 @@ def _bars(axes: Axes, metric: Metric, result: Result) -> None:
     subjects = result.subjects(metric.name)[::-1]
     for at, subject in enumerate(subjects):
         mid, below, above = _spread(metric, result, subject, None)
-        axes.barh(at, mid, color=colour(subject), height=0.68, xerr=[[below], [above]], error_kw={"ecolor": "#222222", "capsize": 2.5, "lw": 1})
-        axes.annotate(show(mid, metric.unit), (mid + above, at), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9)
+        axes.barh(
+            at,
+            mid,
+            color=colour(subject),
+            height=0.68,
+            xerr=[[below], [above]],
+            error_kw={"ecolor": "#222222", "capsize": 2.5, "lw": 1},
+        )
+        axes.annotate(
+            show(mid, metric.unit),
+            (mid + above, at),
+            xytext=(5, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+        )
     axes.set_yticks(range(len(subjects)), subjects)
     axes.margins(x=0.22)
     axes.set_xlim(left=0)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: show(value, metric.unit) if value else "0"))
     axes.locator_params(axis="x", nbins=4)
     axes.grid(axis="x", color="#e6e6e6")
-    axes.set_title(f"{metric.title or metric.name} ({'more' if metric.higher_is_better else 'less'} is better)", loc="left")
+    axes.set_title(
+        f"{metric.title or metric.name} ({'more' if metric.higher_is_better else 'less'} is better)", loc="left"
+    )
 
 
 def _lines(axes: Axes, metric: Metric, result: Result) -> None:
@@ -105,8 +129,16 @@ def _lines(axes: Axes, metric: Metric, result: Result) -> None:
         everything += mids
         ticks |= set(xs)
         axes.errorbar(
-            xs, mids, yerr=[[p[1] for p in points], [p[2] for p in points]], color=colour(subject), marker="o", markersize=3.5,
-            lw=1.6, capsize=2.5, label=subject, ls="-" if subject.split()[0] in ("cowfs", "row", "overlay", "vfs") else "--",
+            xs,
+            mids,
+            yerr=[[p[1] for p in points], [p[2] for p in points]],
+            color=colour(subject),
+            marker="o",
+            markersize=3.5,
+            lw=1.6,
+            capsize=2.5,
+            label=subject,
+            ls="-" if subject.split()[0] in ("cowfs", "row", "overlay", "vfs") else "--",
         )
     positive = [value for value in everything if value > 0]
     axes.set_xscale("log")
@@ -121,7 +153,9 @@ def _lines(axes: Axes, metric: Metric, result: Result) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: show(value, metric.unit) if value else "0"))
     axes.set_xlabel(metric.x_title)
     axes.grid(color="#e6e6e6")
-    axes.set_title(f"{metric.title or metric.name} ({'more' if metric.higher_is_better else 'less'} is better)", loc="left")
+    axes.set_title(
+        f"{metric.title or metric.name} ({'more' if metric.higher_is_better else 'less'} is better)", loc="left"
+    )
     axes.legend(fontsize=8, frameon=False, loc="best")
 
 
@@ -135,8 +169,10 @@ def markdown(rows: Sequence[Sequence[str]], headings: Sequence[str]) -> str:
 def host_text(described: dict[str, Any]) -> str:
     d = described
     return (
-        f"{d['processor']}, {d['cores']} cores, {d['memory_MiB'] / 1024:.0f} GiB; {d['system']}, Linux {d['kernel']}, Python {d['python']}; "
-        f"work folder {d['work']}; commit {d['commit'] or 'unknown'}; {d['time']}; load at start {d['load_at_start']:.2f}."
+        f"{d['processor']}, {d['cores']} cores, {d['memory_MiB'] / 1024:.0f} GiB; "
+        f"{d['system']}, Linux {d['kernel']}, Python {d['python']}; "
+        f"work folder {d['work']}; commit {d['commit'] or 'unknown'}; {d['time']}; "
+        f"load at start {d['load_at_start']:.2f}."
     )
 
 
@@ -160,7 +196,11 @@ def write(folder: Path, described: dict[str, Any], profile: str, results: Sequen
         if stem:
             parts.append(f"![{claim.title}]({stem}.png)")
         if result.samples:
-            parts.append(markdown([row[1:] for row in medians_rows([(claim, result)])], ("metric", "subject", "median", "spread")))
+            parts.append(
+                markdown(
+                    [row[1:] for row in medians_rows([(claim, result)])], ("metric", "subject", "median", "spread")
+                )
+            )
         parts += [f"Not measured: {subject}: {reason}." for subject, reason in result.skipped.items()]
         parts += [f"Note: {note}." for note in result.notes]
     (folder / "index.md").write_text("\n\n".join(parts) + "\n")

@@ -40,7 +40,10 @@ def claims() -> dict[str, Claim]:
 
 
 def run_all(
-    chosen: Sequence[Claim], lab: Lab, say: Callable[[str], None], done: Callable[[Claim, Result], None] = lambda c, r: None
+    chosen: Sequence[Claim],
+    lab: Lab,
+    say: Callable[[str], None],
+    done: Callable[[Claim, Result], None] = lambda c, r: None,
 ) -> list[tuple[Claim, Result]]:
     """Measures the claims one after another; those begun after the profile's total time are reported as not run."""
     begin = time.monotonic()
@@ -60,7 +63,12 @@ def run_all(
 
 def save(path: Path, described: dict[str, Any], profile: Profile, results: Sequence[tuple[Claim, Result]]) -> None:
     """Writes one run as JSON: host, profile, all samples (not only medians)."""
-    data = {"format": 1, "host": described, "profile": profile.name, "results": [result.to_json() for _, result in results]}
+    data = {
+        "format": 1,
+        "host": described,
+        "profile": profile.name,
+        "results": [result.to_json() for _, result in results],
+    }
     draft = path.with_name(path.name + ".new")
     draft.write_text(json.dumps(data, indent=1) + "\n")
     draft.rename(path)
@@ -74,6 +82,11 @@ def load(path: Path) -> tuple[dict[str, Any], str, list[tuple[Claim, Result]]]:
     return data["host"], data["profile"], [(known[r.claim], r) for r in results if r.claim in known]
 
 
+def times(ratio: float) -> str:
+    """A ratio for people: ``1.25x``, and ``1/300`` below a twentieth."""
+    return f"{ratio:.3g}x" if ratio >= 0.05 else f"1/{1 / ratio:.3g}" if ratio > 0 else "0x"
+
+
 def bar_text(verdict: Verdict) -> str:
     """What the bar asks, in words: ``<= 1.25x overlayfs``."""
     bar = verdict.bar
@@ -81,9 +94,9 @@ def bar_text(verdict: Verdict) -> str:
     parts = []
     for sign, bound in (("<=", bar.at_most), (">=", bar.at_least)):
         if bound is not None:
-            parts.append(f"{sign} {bound:g}x" if relative else f"{sign} {show(bound, verdict.metric.unit)}")
+            parts.append(f"{sign} {times(bound)}" if relative else f"{sign} {show(bound, verdict.metric.unit)}")
     if bar.goal is not None:
-        parts.append(f"goal {bar.goal:g}x" if relative else f"goal {show(bar.goal, verdict.metric.unit)}")
+        parts.append(f"goal {times(bar.goal)}" if relative else f"goal {show(bar.goal, verdict.metric.unit)}")
     if relative:
         names = (bar.against,) if isinstance(bar.against, str) else (bar.against or (bar.subject,))
         other = " or ".join(names) if bar.against is not None else "its own"
@@ -99,6 +112,8 @@ def bar_text(verdict: Verdict) -> str:
 
 def got_text(verdict: Verdict) -> str:
     text = show(verdict.got, verdict.metric.unit)
+    if verdict.x is not None and verdict.got is not None:
+        text += f" at {show(verdict.x, verdict.metric.x_unit)}"
     if verdict.base is not None:
         text += f" against {show(verdict.base, verdict.metric.unit)} ({verdict.base_name})"
     return text
@@ -116,8 +131,10 @@ def verdict_rows(results: Sequence[tuple[Claim, Result]]) -> list[tuple[str, str
     rows = []
     for claim, result in results:
         for verdict in judge(claim, result):
-            what = verdict.bar.says or f"{claim.title}: {verdict.metric.title or verdict.metric.name} ({verdict.subject})"
-            ratio = "-" if verdict.ratio is None else f"{verdict.ratio:.2f}x"
+            what = (
+                verdict.bar.says or f"{claim.title}: {verdict.metric.title or verdict.metric.name} ({verdict.subject})"
+            )
+            ratio = "-" if verdict.ratio is None else times(verdict.ratio)
             rows.append((what, bar_text(verdict), got_text(verdict), ratio, word_text(verdict)))
     return rows
 
@@ -125,7 +142,10 @@ def verdict_rows(results: Sequence[tuple[Claim, Result]]) -> list[tuple[str, str
 def table(rows: Sequence[Sequence[str]], headings: Sequence[str] = HEADINGS) -> str:
     """Rows as aligned plain text."""
     widths = [max(len(row[n]) for row in [headings, *rows]) for n in range(len(headings))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in [headings, *rows])
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in [headings, *rows]
+    )
 
 
 def medians_rows(results: Sequence[tuple[Claim, Result]]) -> list[tuple[str, str, str, str, str]]:
@@ -144,20 +164,37 @@ def medians_rows(results: Sequence[tuple[Claim, Result]]) -> list[tuple[str, str
 def parser(prog: str) -> argparse.ArgumentParser:
     """The options that `python -m benchmarks` and `cowfs bench` share."""
     made = argparse.ArgumentParser(
-        prog=prog, description="Measure cowfs against its peers on this host; needs root.",
-        epilog=f"examples:\n  {prog} --list\n  {prog} --profile quick\n  {prog} warm_read first_write --work /mnt/disk/bench\n"
+        prog=prog,
+        description="Measure cowfs against its peers on this host; needs root.",
+        epilog=f"examples:\n  {prog} --list\n  {prog} --profile quick\n"
+        f"  {prog} warm_read first_write --work /mnt/disk/bench\n"
         f"  {prog} --only cowfs --only overlayfs unpack",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument("claims", nargs="*", metavar="CLAIM", help="which claims to measure (default: all; see --list)")
-    made.add_argument("--profile", choices=sorted(PROFILES), default="quick", help="how much to measure (default: quick, under 3 minutes)")
-    made.add_argument("--work", type=Path, default=DEFAULT_WORK, metavar="DIR", help=f"folder on the disk to measure (default: {DEFAULT_WORK})")
-    made.add_argument("--only", action="append", metavar="SUBJECT", help="measure these file systems or drivers only; may be repeated")
+    made.add_argument(
+        "--profile",
+        choices=sorted(PROFILES),
+        default="quick",
+        help="how much to measure (default: quick, under 3 minutes)",
+    )
+    made.add_argument(
+        "--work",
+        type=Path,
+        default=DEFAULT_WORK,
+        metavar="DIR",
+        help=f"folder on the disk to measure (default: {DEFAULT_WORK})",
+    )
+    made.add_argument(
+        "--only", action="append", metavar="SUBJECT", help="measure these file systems or drivers only; may be repeated"
+    )
     made.add_argument("--list", action="store_true", help="print the claims and end")
     made.add_argument("--json", action="store_true", help="print the results as JSON")
     made.add_argument("--medians", action="store_true", help="print every median, not only the verdicts")
     made.add_argument("--verbose", "-v", action="store_true", help="print each sample as it is taken")
-    made.add_argument("--out", type=Path, default=None, metavar="DIR", help="write the report (pictures, page, results.json) here")
+    made.add_argument(
+        "--out", type=Path, default=None, metavar="DIR", help="write the report (pictures, page, results.json) here"
+    )
     made.add_argument("--merge", action="store_true", help="keep the results of other claims that --out already has")
     return made
 
@@ -212,7 +249,11 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "python -m benchmarks
         report.write(options.out, described, profile.name, results)
         say(f"report: {options.out}/index.md")
     if options.json:
-        print(json.dumps({"host": described, "profile": profile.name, "results": [r.to_json() for _, r in fresh]}, indent=1))
+        print(
+            json.dumps(
+                {"host": described, "profile": profile.name, "results": [r.to_json() for _, r in fresh]}, indent=1
+            )
+        )
     else:
         if options.medians or not any(claim.bars for claim, _ in fresh):
             print(table(medians_rows(fresh), ("claim", "metric", "subject", "median", "spread")))

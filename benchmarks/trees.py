@@ -1,7 +1,7 @@
 """The inputs: trees of small files in layers, big files, tar archives. Seeded, built once, kept in the work folder.
 
-Small files have log-normal sizes (the shape of /usr), their bytes come from one seeded block, so building is cheap and
-nothing compresses away to holes. Layers share directories: a fifth of the directories exists in two layers, so
+Small files have log-normal sizes (the shape of /usr), their bytes come from one seeded block, so building is cheap
+and nothing compresses away to holes. Layers share directories: a fifth of the directories exists in two layers, so
 merging is measured too. No whiteouts: unionfs-fuse knows another form, and the trees of all peers must be equal.
 """
 
@@ -31,7 +31,7 @@ class Tree:
     bytes: int
 
 
-def _built(lab: Lab, name: str, build: Callable[[Path], None]) -> Path:
+def built(lab: Lab, name: str, build: Callable[[Path], None]) -> Path:
     """The input called ``name``; built in a folder beside it and renamed, so a killed build is built again."""
     final = lab.inputs / name
     if not final.exists():
@@ -87,10 +87,12 @@ def small_files(lab: Lab, files: int, *, layers: int = 3, median: int = 3072, sa
         (draft / "names0").write_bytes(b"".join(name + b"\0" for name in names))
         (draft / "bytes").write_text(str(total))
 
-    root = _built(lab, f"{salt}-{files}-{layers}-{median}", build)
+    root = built(lab, f"{salt}-{files}-{layers}-{median}", build)
     names = tuple((root / "names0").read_bytes().split(b"\0")[:-1])
     return Tree(
-        layers=tuple(root / f"{n:02}" for n in range(layers)), names=names, list0=root / "names0",
+        layers=tuple(root / f"{n:02}" for n in range(layers)),
+        names=names,
+        list0=root / "names0",
         bytes=int((root / "bytes").read_text()),
     )
 
@@ -110,7 +112,7 @@ def empty_files(lab: Lab, files: int) -> Tree:
                 names.append(f"{here}/{name}".encode())
         (draft / "names0").write_bytes(b"".join(name + b"\0" for name in names))
 
-    root = _built(lab, f"empty-{files}", build)
+    root = built(lab, f"empty-{files}", build)
     names = tuple((root / "names0").read_bytes().split(b"\0")[:-1])
     return Tree(layers=(root / "00",), names=names, list0=root / "names0", bytes=0)
 
@@ -135,7 +137,7 @@ def big_file(lab: Lab, size: int) -> Path:
         write_big(draft / "big", size)
         (draft / "note").write_bytes(b"beside the big file\n")
 
-    return _built(lab, f"big-{size}", build)
+    return built(lab, f"big-{size}", build)
 
 
 def deep_stack(lab: Lab, layers: int, *, entries: int = 200) -> tuple[Path, ...]:
@@ -148,7 +150,7 @@ def deep_stack(lab: Lab, layers: int, *, entries: int = 200) -> tuple[Path, ...]
         for number in range(entries):
             (draft / f"{number * layers // entries:03}" / "common" / f"entry-{number:04}").write_bytes(b"y\n")
 
-    root = _built(lab, f"deep-{layers}-{entries}", build)
+    root = built(lab, f"deep-{layers}-{entries}", build)
     return tuple(root / f"{number:03}" for number in range(layers))
 
 
@@ -163,7 +165,7 @@ def archive(lab: Lab, tree: Tree, salt: str) -> Path:
         subprocess.run(["tar", "-C", merged, "--sort=name", "-cf", draft / "tree.tar", "."], check=True)
         shutil.rmtree(merged)
 
-    return _built(lab, f"tar-{salt}-{len(tree.names)}", build) / "tree.tar"
+    return built(lab, f"tar-{salt}-{len(tree.names)}", build) / "tree.tar"
 
 
 def members(tar: Path) -> int:

@@ -1,4 +1,6 @@
-"""Warm work, measured over mounts that all stand at once: every mount does the work once unmeasured, then A B C, A B C."""
+"""Warm work, measured over mounts that all stand at once: every mount does the work once unmeasured, then A B C, A B
+C.
+"""
 
 from __future__ import annotations
 

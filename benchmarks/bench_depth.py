@@ -1,0 +1,82 @@
+"""Claim: a random 4 KiB read through 128 layers that all changed the file costs at most 1.3x of that through one.
+
+Each layer overwrites 64 random blocks of one file and is committed; then a view of the top is mounted and every block
+read once in random order with read-ahead off, so that each read is a request. x is the chain's length.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from . import trees
+from .claims import Bar, Claim, Key, Metric
+from .lab import Lab, timed
+from .profiles import MIB, Profile
+from .stores import BLOCK, COW, ROW, VFS, opened, overwrite, read_random, some_blocks
+
+SIZE = 16 * MIB
+SUBJECTS = (ROW, COW, VFS)
+
+
+def _depths(profile: Profile) -> tuple[float, ...]:
+    return tuple(map(float, profile.depths))
+
+
+def measure(lab: Lab) -> None:
+    source = trees.big_file(lab, SIZE) / "big"
+    for subject in lab.wanted(SUBJECTS):
+        with lab.trying(subject), opened(lab, subject, 4 << 30) as store:
+            top, depth = store.base("layer-0", lambda at: _fill(source, at)), 0
+            for wanted in lab.profile.depths:
+                while depth < wanted:
+                    depth += 1
+                    blocks = some_blocks(lab.rng(f"layer-{depth}"), SIZE, 64 * BLOCK / SIZE)
+                    top = store.base(f"layer-{depth}", lambda at: _change(at, blocks, lab), top)  # noqa: B023
+                for number in range(lab.profile.rounds):
+                    key = f"view-{depth}-{number}"
+                    some = some_blocks(lab.rng(f"read-{number}"), SIZE, 0.5)
+                    store.store.view(key, top)
+                    with store.mount(key) as (at, _):
+                        read_random(at / "big", some[:1])
+                        lab.record("random read", subject, _read_rest(at / "big", some), float(wanted))
+                    store.store.remove(key)
+
+
+def _read_rest(file: Path, some: list[int]) -> float:
+    """Seconds a read of all but the first offset."""
+    return timed(lambda: read_random(file, some[1:])) / (len(some) - 1)
+
+
+def _fill(source: Path, at: Path) -> None:
+    shutil.copyfile(source, at / "big")
+
+
+def _change(at: Path, blocks: list[int], lab: Lab) -> None:
+    overwrite(at / "big", blocks, lab.rng("data"))
+
+
+CLAIM = Claim(
+    name="depth",
+    title="random reads through a chain of layers",
+    why="Snapshots of snapshots make deep chains; reading must not ask each layer.",
+    topic="row",
+    metrics=(Metric(name="random read", title="4 KiB at random", x_title="layers that changed the file", xs=_depths),),
+    subjects=SUBJECTS,
+    measure=measure,
+    bars=(
+        Bar(
+            metric="random read",
+            subject=ROW,
+            x="last",
+            against_x="first",
+            at_most=1.3,
+            says="random read, row: depth 128 against depth 1",
+        ),
+    ),
+)
+
+
+def test_depth(key: Key, replay: Callable[[Key], None]) -> None:
+    replay(key)
