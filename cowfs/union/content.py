@@ -1,0 +1,276 @@
+"""File contents: read, write, holes, links' targets.
+
+A node keeps one descriptor of its data, opened when first needed and closed when many others were
+opened since. Reading never copies up; every change goes through
+:func:`cowfs.union.copyup.writable` first.
+
+A file whose ``data`` has a ``pread`` of its own (a redirect file) answers for itself.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from typing import TYPE_CHECKING, Any
+
+from cowfs.sys import files, xattr
+from cowfs.union import copyup
+from cowfs.union.attr import mode_of
+from cowfs.union.node import DT_DIR, DT_LNK, DT_REG, Dir, Node
+from cowfs.union.source import Source
+
+if TYPE_CHECKING:
+    from cowfs.union.view import View
+
+_KEEP, _PUNCH, _ZERO = (
+    files.FALLOC_FL_KEEP_SIZE,
+    files.FALLOC_FL_PUNCH_HOLE,
+    files.FALLOC_FL_ZERO_RANGE,
+)
+_MODES = {0, _KEEP, _KEEP | _PUNCH, _ZERO, _ZERO | _KEEP}
+
+
+def _no_data(node: Node) -> OSError:
+    number = errno.EISDIR if node.type == DT_DIR else errno.EINVAL
+    return OSError(number, os.strerror(number), node.name)
+
+
+def readlink(view: View, node: Node) -> bytes:
+    """A symbolic link's target. Raises EINVAL for anything else."""
+    if node.type != DT_LNK:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), node.name)
+    if node.where is None:
+        return os.readlink(b"", dir_fd=node.fd)
+    return os.readlink(node.name, dir_fd=node.where.open())
+
+
+def _open(view: View, node: Node) -> int:
+    """Open a regular file's data into ``node.fd``: for writing too where it is the upper's."""
+    if node.type != DT_REG:
+        raise _no_data(node)
+    if node.data is None and view.in_upper(node) and not view.readonly:
+        fd = node.fd
+        node.fd = view.open_own(node)
+        node.wfd = True
+        if fd >= 0:
+            os.close(fd)
+    elif node.fd < 0:
+        node.fd = view.open_data(node)
+        node.wfd = False
+    view.open_files.append(node)
+    return node.fd
+
+
+def pread(view: View, node: Node, offset: int, buffer: memoryview, flags: int = 0) -> int:
+    """Read into ``buffer``. Returns how many bytes; fewer only at the end of the file.
+
+    Raises:
+        OSError: EISDIR, EINVAL; EAGAIN with ``flags`` RWF_NOWAIT when the disk would be waited for.
+    """
+    if node.data is not None and hasattr(node.data, "pread"):
+        return int(node.data.pread(offset, buffer))
+    fd = node.fd
+    if fd < 0:
+        if len(view.open_files) > view.max_files:
+            view.trim_files()
+        if node.type != DT_REG:
+            raise _no_data(node)
+        fd = node.fd = view.open_data(node)
+        node.wfd = False
+        view.open_files.append(node)
+    return os.preadv(fd, [buffer], offset, flags)
+
+
+def data_fd(view: View, node: Node, write: bool) -> int:
+    """The node's own descriptor (do not close it). Raises EOPNOTSUPP for redirect files."""
+    if node.data is not None and hasattr(node.data, "pread"):
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+    if write and not node.wfd:
+        make_writable(view, node)
+        return _open(view, node)
+    return node.fd if node.fd >= 0 else _open(view, node)
+
+
+def make_writable(view: View, node: Node, keep: int | None = None) -> None:
+    """Copy the data up here and now when it is not in the upper layer."""
+    if node.data is None and (node.where is None or node.where.layer is view.upper):
+        if view.readonly:
+            view.need_upper()
+        return
+    stage = copyup.writable(view, node, keep)
+    if stage is not None:
+        stage.run()
+        copyup.publish(view, stage)
+        if node.fd >= 0:
+            view.open_files.append(node)
+
+
+def kill_privileges(view: View, node: Node) -> None:
+    """Clear setuid, and setgid where the group may execute, as a write must (inode(7))."""
+    mode = mode_of(view.attr(node))
+    clean = mode & ~stat.S_ISUID
+    if mode & stat.S_IXGRP:
+        clean &= ~stat.S_ISGID
+    if clean != mode:
+        from cowfs.union import metadata
+
+        metadata.chmod(view, node, stat.S_IMODE(clean))
+
+
+def write(view: View, node: Node, offset: int, data: memoryview | bytes, kill: bool = False) -> int:
+    """Write at ``offset``; short where the limit ends.
+
+    Args:
+        kill: clear setuid and setgid (the writer is not privileged).
+
+    Raises:
+        OSError: ENOSPC when nothing fits, EFBIG, EROFS, EISDIR.
+    """
+    if node.data is not None or (node.where is not None and node.where.layer is not view.upper):
+        make_writable(view, node)
+    if kill:
+        kill_privileges(view, node)
+    if node.data is not None:
+        node.attr = None
+        return int(node.data.pwrite(offset, data))
+    if not node.wfd:
+        if len(view.open_files) > view.max_files:
+            view.trim_files()
+        if view.readonly:
+            view.need_upper()
+        _open(view, node)
+    space = view.space
+    if space is None:
+        node.attr = None
+        return os.pwrite(node.fd, data, offset)
+    length = len(data)
+    allowed = space.grow(node, offset, length)
+    node.attr = None
+    try:
+        done = os.pwrite(node.fd, data if allowed == length else memoryview(data)[:allowed], offset)
+    except OSError:
+        space.recount(node)
+        raise
+    if done < allowed:
+        space.recount(node)
+    return done
+
+
+def truncate(view: View, node: Node, size: int) -> None:
+    """Set the size. Data beyond it is gone; a longer file ends in a hole."""
+    if node.type != DT_REG:
+        raise _no_data(node)
+    make_writable(view, node, keep=size)
+    node.attr = None
+    if node.data is not None:
+        node.data.truncate(size)
+        return
+    fd = node.fd if node.wfd else _open(view, node)
+    if view.space is not None:
+        view.space.count(node)
+    os.ftruncate(fd, size)
+    if view.space is not None:
+        view.space.cut(node, size)
+
+
+def fallocate(view: View, node: Node, mode: int, offset: int, length: int) -> None:
+    """fallocate(2): allocate, keep the size, punch a hole, zero a range.
+
+    Raises:
+        OSError: EOPNOTSUPP for other modes or where the host has none, ENOSPC, EINVAL.
+    """
+    if mode not in _MODES:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+    if node.type != DT_REG:
+        raise OSError(errno.ENODEV, os.strerror(errno.ENODEV), node.name)
+    if offset < 0 or length <= 0:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+    make_writable(view, node)
+    node.attr = None
+    if node.data is not None:
+        node.data.fallocate(mode, offset, length)
+        return
+    fd = node.fd if node.wfd else _open(view, node)
+    space = view.space
+    if space is None:
+        files.fallocate(fd, mode, offset, length)
+        return
+    size = os.fstat(fd).st_size
+    if mode & _PUNCH:
+        space.count(node)
+        files.fallocate(fd, mode, offset, length)
+        space.punch(node, offset, length, size)
+        return
+    space.allocate(node, offset, length)
+    try:
+        files.fallocate(fd, mode, offset, length)
+        if mode & _KEEP and offset + length > size:
+            xattr.setx(fd, b"", view.form.prealloc, b"y")
+    except OSError:
+        space.recount(node)
+        raise
+
+
+def lseek(view: View, node: Node, offset: int, whence: int) -> int:
+    """SEEK_DATA or SEEK_HOLE. Raises ENXIO past the end."""
+    if node.data is not None and hasattr(node.data, "lseek"):
+        return int(node.data.lseek(offset, whence))
+    return os.lseek(data_fd(view, node, False), offset, whence)
+
+
+def copy_range(view: View, src: Node, soff: int, dst: Node, doff: int, length: int) -> int:
+    """copy_file_range(2) between two files of the view. Returns the bytes copied (may be short)."""
+    make_writable(view, dst)
+    if (src.data is not None and hasattr(src.data, "pread")) or dst.data is not None:
+        return _copy_through(view, src, soff, dst, doff, length)
+    dfd = dst.fd if dst.wfd else _open(view, dst)
+    sfd = data_fd(view, src, False)
+    length = max(0, min(length, os.fstat(sfd).st_size - soff))
+    if length == 0:
+        return 0
+    if view.space is not None:
+        length = view.space.grow(dst, doff, length)
+    dst.attr = None
+    try:
+        done = os.copy_file_range(sfd, dfd, length, soff, doff)
+    except OSError as error:
+        if view.space is not None:
+            view.space.recount(dst)
+        if error.errno in (errno.EXDEV, errno.EOPNOTSUPP, errno.ENOSYS):
+            return _copy_through(view, src, soff, dst, doff, length)
+        raise
+    if view.space is not None and done < length:
+        view.space.recount(dst)
+    return done
+
+
+def _copy_through(view: View, src: Node, soff: int, dst: Node, doff: int, length: int) -> int:
+    buffer = memoryview(bytearray(min(length, 1 << 20)))
+    count = pread(view, src, soff, buffer)
+    return write(view, dst, doff, buffer[:count]) if count else 0
+
+
+def fsync_fd(view: View, node: Node) -> int | None:
+    """A new descriptor to fsync and close in any thread; ``None`` when there is nothing to do."""
+    if view.options.volatile or view.readonly:
+        return None
+    if isinstance(node, Dir):
+        upper = view.upper_of(node)
+        if upper is None:
+            return None
+        return os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=upper.open())
+    if not view.in_upper(node) or node.type != DT_REG:
+        return None
+    if node.data is not None and hasattr(node.data, "fsync_fd"):
+        return int(node.data.fsync_fd())
+    if node.data is not None:
+        return view.open_own(node)
+    return os.dup(node.fd if node.fd >= 0 else _open(view, node))
+
+
+def open_row(view: View, source: Source, name: bytes, parent: Dir, position: int) -> Any:
+    """The redirect file behind a name, if it is one (``row`` views only)."""
+    from cowfs.union import row
+
+    return row.load(view, source, name, parent, position)

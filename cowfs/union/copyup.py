@@ -1,0 +1,553 @@
+"""Copy-up: the first change of something that only a lower layer has.
+
+Parents first, then the object. It is built under a temporary name in the work directory, complete
+with owner, mode, xattrs and times, and one rename puts it in place: a crash leaves the tree as
+it was, and a leftover that the next mount removes.
+
+* A directory is copied without its entries.
+* A regular file whose data does not change becomes a *metacopy*: attributes, a hole of the right
+  size, and ``overlay.metacopy``. The ``userxattr`` form has none, so there the data is copied.
+* Data is copied by a :class:`Stage`, which any thread may run while the view goes on; the owner
+  thread then publishes it. A metacopy receives its data in place: until its xattr is removed,
+  after the data is on disk, readers still use the lower file.
+* All names of a lower inode move up together (see :mod:`cowfs.union.links`).
+
+The kernel's overlayfs reads and continues what is written here, and the reverse.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from cowfs.sys import files, xattr
+from cowfs.union import links
+from cowfs.union.attr import with_nlink
+from cowfs.union.inodes import make_origin
+from cowfs.union.lower import Data
+from cowfs.union.node import DT_REG, Dir, Node
+from cowfs.union.source import Layer, Source
+from cowfs.union.space import UNIT, units, xattr_units
+from cowfs.whiteout import Form
+from cowfs.whiteout import make as make_whiteout
+
+if TYPE_CHECKING:
+    from cowfs.union.view import View
+
+SMALL = 1 << 20  # bytes: a copy up to this size is made where it is needed
+_DIR_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+# What an ordinary user cannot copy: these belong to the host's policy, not to the tree.
+_HOST_ONLY = (b"security.selinux", b"security.ima", b"security.evm")
+
+
+class WorkDir:
+    """The work directory: temporary names, and the one whiteout inode.
+
+    Everything is kept in its sub-directory ``work``, as the kernel does, and what a killed
+    process left there is removed when it is opened.
+    """
+
+    def __init__(self, path: bytes, upper: Layer) -> None:
+        outer = os.open(path, _DIR_FLAGS & ~os.O_NOFOLLOW)
+        try:
+            if os.fstat(outer).st_dev != upper.dev:
+                raise OSError(errno.EXDEV, "work and upper are on different file systems", path)
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(b"work", 0o700, dir_fd=outer)
+            fd = os.open(b"work", _DIR_FLAGS, dir_fd=outer)
+        finally:
+            os.close(outer)
+        try:
+            clear(fd)
+        except BaseException:
+            os.close(fd)
+            raise
+        self.source = Source(upper, None, b"", upper.root.descriptors)
+        self.source.fd = fd
+        self.fd = fd
+        self._count = 0
+        self._whiteout: bytes | None = None
+
+    def close(self) -> None:
+        """Remove what is left and close."""
+        with contextlib.suppress(OSError):
+            clear(self.fd)
+        self.source.close()
+
+    def temp(self) -> bytes:
+        """A name that nobody has."""
+        self._count += 1
+        return b"#%x" % self._count
+
+    def put_whiteout(self, dirfd: int, name: bytes) -> None:
+        """Make ``name`` a whiteout: one more link of the shared inode. EEXIST when taken."""
+        for _ in range(2):
+            if self._whiteout is None:
+                self._whiteout = self.temp()
+                make_whiteout(self.fd, self._whiteout)
+            try:
+                os.link(self._whiteout, name, src_dir_fd=self.fd, dst_dir_fd=dirfd, follow_symlinks=False)
+                return
+            except OSError as error:
+                if error.errno not in (errno.EMLINK, errno.ENOENT, errno.EPERM, errno.EXDEV):
+                    raise
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self._whiteout, dir_fd=self.fd)
+                self._whiteout = None
+        make_whiteout(dirfd, name)
+
+    def cover(self, dirfd: int, name: bytes) -> None:
+        """Replace the non-directory ``name`` by a whiteout, in one step."""
+        temp = self.temp()
+        self.put_whiteout(self.fd, temp)
+        os.rename(temp, name, src_dir_fd=self.fd, dst_dir_fd=dirfd)
+
+    def discard(self, name: bytes) -> None:
+        """Remove a temporary name, whatever it is."""
+        with contextlib.suppress(FileNotFoundError):
+            try:
+                os.unlink(name, dir_fd=self.fd)
+            except (IsADirectoryError, PermissionError):
+                fd = os.open(name, _DIR_FLAGS, dir_fd=self.fd)
+                try:
+                    clear(fd)
+                finally:
+                    os.close(fd)
+                os.rmdir(name, dir_fd=self.fd)
+
+
+def clear(fd: int) -> None:
+    """Remove everything in an open directory, never following a link."""
+    for entry in os.listdir(fd):
+        name = os.fsencode(entry)
+        st = os.stat(name, dir_fd=fd, follow_symlinks=False)
+        if not stat.S_ISDIR(st.st_mode):
+            os.unlink(name, dir_fd=fd)
+            continue
+        if st.st_mode & 0o700 != 0o700:
+            os.chmod(name, 0o700, dir_fd=fd)
+        inner = os.open(name, _DIR_FLAGS, dir_fd=fd)
+        try:
+            clear(inner)
+        finally:
+            os.close(inner)
+        os.rmdir(name, dir_fd=fd)
+
+
+class Meta:
+    """Everything about an inode but its data, as the layers store it (not as it is shown)."""
+
+    __slots__ = ("atime", "gid", "mode", "mtime", "rdev", "size", "uid", "xattrs")
+
+    def __init__(self, st: os.stat_result, xattrs: dict[bytes, bytes]) -> None:
+        self.mode, self.uid, self.gid = st.st_mode, st.st_uid, st.st_gid
+        self.size, self.rdev = st.st_size, st.st_rdev
+        self.atime, self.mtime = st.st_atime_ns, st.st_mtime_ns
+        self.xattrs = xattrs
+
+
+def read_meta(view: View, node: Node) -> Meta:
+    """The stored attributes and the user-visible xattrs of a node."""
+    if isinstance(node, Dir):
+        fd, name = node.sources[0].open(), b""
+        st = os.fstat(fd)
+    elif node.where is None:
+        fd, name = node.fd, b""
+        st = os.fstat(fd)
+    else:
+        fd, name = node.where.open(), node.name
+        st = os.stat(name, dir_fd=fd, follow_symlinks=False)
+    form = view.form
+    kept = {k: v for k, v in xattr.read_all(fd, name).items() if form.show_name(k) is not None}
+    meta = Meta(st, kept)
+    entry = view.indexed_entry(node)
+    if entry is not None:
+        meta.mode, meta.uid, meta.gid = entry.mode, entry.uid, entry.gid
+        meta.size, meta.rdev, meta.mtime = entry.size, entry.rdev, entry.mtime_ns
+        meta.xattrs = {k: v for k, v in entry.xattrs.items() if form.show_name(k) is not None}
+    return meta
+
+
+def write_meta(dirfd: int, name: bytes, meta: Meta, view: View) -> None:
+    """Give a new object owner, xattrs, mode and times, in the order that keeps them all.
+
+    chown first (it clears setuid and capabilities), then xattrs, then the mode, then the times.
+    """
+    privileged = view.form.redirects
+    st = os.stat(name, dir_fd=dirfd, follow_symlinks=False)
+    if (st.st_uid, st.st_gid) != (meta.uid, meta.gid):
+        try:
+            os.chown(name, meta.uid, meta.gid, dir_fd=dirfd, follow_symlinks=False)
+        except PermissionError:
+            if view.owners is None or not view.owners.record(dirfd, name, meta.mode, meta.uid, meta.gid):
+                raise
+    for attribute, value in meta.xattrs.items():
+        try:
+            xattr.setx(dirfd, name, attribute, value)
+        except OSError as error:
+            if error.errno in (errno.EPERM, errno.EOPNOTSUPP) and (
+                not privileged or attribute in _HOST_ONLY
+            ) and attribute.startswith((b"security.", b"trusted.")):
+                continue
+            raise
+    if not stat.S_ISLNK(meta.mode):
+        os.chmod(name, stat.S_IMODE(meta.mode), dir_fd=dirfd)
+    os.utime(name, ns=(meta.atime, meta.mtime), dir_fd=dirfd, follow_symlinks=False)
+
+
+def up_dir(view: View, directory: Dir, *, exempt: bool = False) -> Source:
+    """The directory's part in the upper layer, copied up (parents first) when it has none.
+
+    ``exempt``: only a whiteout is going to be put there, so it is not counted against the limit.
+    """
+    top = directory.sources[0]
+    if top.layer is view.upper:
+        return top
+    view.need_upper()
+    parent = directory.parent
+    if parent is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), directory.name)
+    above = up_dir(view, parent, exempt=exempt)
+    counted = view.space is not None and not exempt
+    if counted:
+        view.space.need(1, 1)  # type: ignore[union-attr]
+    work = view.workdir
+    assert work is not None
+    attr = view.attr(directory)  # before its source changes
+    meta = read_meta(view, directory)
+    temp = work.temp()
+    try:
+        os.mkdir(temp, 0o700, dir_fd=work.fd)
+        write_meta(work.fd, temp, meta, view)
+        set_origin(view, work.fd, temp, top.open(), b"")
+        if exempt:
+            xattr.setx(work.fd, temp, view.form.exempt, b"y")
+        with kept_times(above):
+            os.rename(temp, directory.name, src_dir_fd=work.fd, dst_dir_fd=above.fd)
+    except BaseException:
+        work.discard(temp)
+        raise
+    source = above.child(directory.name)
+    source.whiteouts, source.shadow, source.impure = set(), set(), True
+    directory.sources.insert(0, source)
+    directory.where = source
+    directory.attr = attr
+    if above.shadow is not None:
+        above.shadow.add(directory.name)
+    mark_impure(view, above)
+    if counted:
+        view.space.add(1, 1)  # type: ignore[union-attr]
+    return source
+
+
+@contextlib.contextmanager
+def kept_times(source: Source) -> Iterator[None]:
+    """Put a directory's times back after a change that users must not see."""
+    st = os.fstat(source.open())
+    yield
+    os.utime(b".", ns=(st.st_atime_ns, st.st_mtime_ns), dir_fd=source.open(), follow_symlinks=False)
+
+
+def mark_impure(view: View, source: Source) -> None:
+    """Say that entries of an upper directory may carry ``origin`` (kernel: ``impure``)."""
+    source.impure = True
+    fd = source.open()
+    if xattr.try_get(fd, b"", view.form.impure) is None:
+        with contextlib.suppress(OSError):
+            xattr.setx(fd, b"", view.form.impure, b"y")
+
+
+def set_origin(view: View, dirfd: int, name: bytes, src_fd: int, src_name: bytes) -> None:
+    """Record which lower inode a copy came from, so that its number stays."""
+    value = make_origin(src_fd, src_name, view.uuid_at(src_fd))
+    try:
+        xattr.setx(dirfd, name, view.form.origin, value)
+    except OSError as error:  # symbolic links and devices take no user.* xattrs
+        if view.form.redirects or error.errno not in (errno.EPERM, errno.EOPNOTSUPP):
+            raise
+
+
+# -- files --------------------------------------------------------------------------------------
+
+
+class Stage:
+    """A copy of one file's data that is under way.
+
+    Life: :func:`writable` makes it (owner thread), :meth:`run` copies (any thread),
+    :func:`publish` puts it in place or raises what went wrong (owner thread).
+    """
+
+    __slots__ = ("cancelled", "dst_fd", "error", "keep", "node", "reserved", "src_fd", "sync", "temp", "where")
+
+    def __init__(self, node: Node, keep: int, src_fd: int, dst_fd: int, temp: bytes, sync: bool) -> None:
+        self.node = node
+        self.where = node.where
+        self.keep = keep
+        self.src_fd, self.dst_fd = src_fd, dst_fd
+        self.temp = temp  # b"": into the metacopy itself
+        self.sync = sync
+        self.error: OSError | None = None
+        self.cancelled = False
+        self.reserved = 0
+
+    @property
+    def small(self) -> bool:
+        """Whether it is quick enough to be run where it is needed."""
+        return self.keep <= SMALL and not (self.sync and self.keep)
+
+    def run(self) -> None:
+        """Copy, and sync when the mount is not volatile. Never raises."""
+        try:
+            files.copy_data(self.src_fd, self.dst_fd, self.keep, stop=lambda: self.cancelled)
+            if self.sync and self.keep:
+                os.fdatasync(self.dst_fd)
+        except OSError as error:
+            self.error = error
+
+
+def writable(view: View, node: Node, keep: int | None = None) -> Stage | None:
+    """Make ready to change a file's data.
+
+    Args:
+        keep: how many bytes of the present data are still wanted (default: all).
+
+    Returns:
+        ``None`` when the data is in the upper layer; else the copy that has to be made first.
+
+    Raises:
+        OSError: EROFS, ENOSPC, EISDIR, EINVAL for something that has no data.
+    """
+    if node.data is None and view.in_upper(node):
+        return None
+    view.need_upper()
+    if node.type != DT_REG:
+        number = errno.EISDIR if node.type == 4 else errno.EINVAL
+        raise OSError(number, os.strerror(number), node.name)
+    if node.data is not None and hasattr(node.data, "writable"):
+        return None
+    if view.options.row:
+        from cowfs.union import row
+
+        row.redirect(view, node)
+        return None
+    size = view.size(node)
+    keep = size if keep is None else min(keep, size)
+    work = view.workdir
+    assert work is not None
+    src_fd = view.open_data(node)
+    inplace = view.in_upper(node)
+    temp = b"" if inplace else work.temp()
+    try:
+        reserved = _reserve(view, node, src_fd, keep, new_inode=not inplace)
+        if inplace:
+            dst_fd = view.open_own(node)
+        else:
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+            dst_fd = os.open(temp, flags, 0o600, dir_fd=work.fd)
+    except BaseException:
+        os.close(src_fd)
+        raise
+    stage = Stage(node, keep, src_fd, dst_fd, temp, view.must_sync)
+    stage.reserved = reserved
+    return stage
+
+
+def _reserve(view: View, node: Node, src_fd: int, keep: int, *, new_inode: bool) -> int:
+    """Count the copy before it is made. Raises ENOSPC."""
+    if view.space is None:
+        return 0
+    need = sum(units(end) - start // UNIT for start, end in files.data_ranges(src_fd, keep))
+    view.space.need(need, 1 if new_inode else 0)
+    view.space.add(need, 1 if new_inode else 0)
+    return need
+
+
+def publish(view: View, stage: Stage) -> None:
+    """Put a finished copy in place. Raises what the copy raised; then nothing has changed."""
+    node, work = stage.node, view.workdir
+    assert work is not None
+    os.close(stage.src_fd)
+    try:
+        if stage.error is not None:
+            raise stage.error
+        if node.where is not stage.where:  # its attributes were copied up meanwhile
+            again = writable(view, node, stage.keep)
+            _abandon(view, stage)
+            if again is not None:
+                again.run()
+                publish(view, again)
+            return
+        if not stage.temp:
+            _fill_metacopy(view, node, stage)
+        elif node.parent is None:
+            _adopt_orphan(view, node, stage)
+        else:
+            place(view, node, stage.temp, metacopy=False)
+    except BaseException:
+        _abandon(view, stage)
+        raise
+    _use(node, stage.dst_fd)
+    if view.space is not None:
+        from cowfs.union.space import total_of
+
+        node.space = None
+        view.space.add(total_of(view.space.count(node)) - stage.reserved)
+
+
+def _abandon(view: View, stage: Stage) -> None:
+    if stage.dst_fd >= 0:
+        if not stage.temp:
+            with contextlib.suppress(OSError):
+                size = os.fstat(stage.dst_fd).st_size
+                os.ftruncate(stage.dst_fd, 0)
+                os.ftruncate(stage.dst_fd, size)
+        os.close(stage.dst_fd)
+        stage.dst_fd = -1
+    if stage.temp and view.workdir is not None:
+        view.workdir.discard(stage.temp)
+    if view.space is not None and stage.reserved >= 0:
+        view.space.add(-stage.reserved, -1 if stage.temp else 0)
+        stage.reserved = -1
+
+
+def _use(node: Node, fd: int) -> None:
+    """From now on the node's data is behind ``fd``."""
+    if node.fd >= 0:
+        os.close(node.fd)
+    node.fd, node.wfd = fd, True
+    node.data = None
+    node.attr = None
+
+
+def _fill_metacopy(view: View, node: Node, stage: Stage) -> None:
+    fd, form = stage.dst_fd, view.form
+    meta = read_meta(view, node)
+    st = os.fstat(fd)
+    if st.st_size != meta.size and stage.keep >= meta.size:
+        os.ftruncate(fd, meta.size)
+    for attribute, value in meta.xattrs.items():  # a write drops file capabilities
+        if attribute == b"security.capability":
+            xattr.setx(fd, b"", attribute, value)
+    os.fchmod(fd, stat.S_IMODE(meta.mode))
+    os.utime(fd, ns=(meta.atime, meta.mtime))
+    if view.must_sync:
+        os.fsync(fd)
+    for attribute in (form.metacopy, form.redirect):
+        with contextlib.suppress(OSError):
+            xattr.remove(fd, b"", attribute)
+
+
+def _adopt_orphan(view: View, node: Node, stage: Stage) -> None:
+    """The file lost its last name meanwhile: its copy lives on without one."""
+    work = view.workdir
+    assert work is not None
+    meta = read_meta(view, node)
+    write_meta(work.fd, stage.temp, meta, view)
+    os.unlink(stage.temp, dir_fd=work.fd)
+    node.where = None
+
+
+def place(view: View, node: Node, temp: bytes, *, metacopy: bool) -> None:
+    """Give a built copy all its attributes and put it under every name the node has."""
+    work = view.workdir
+    assert work is not None and node.parent is not None and node.where is not None
+    where = node.where
+    others = links.complete(view, node)
+    ups = [(up_dir(view, directory), directory, name) for directory, name in view.names_of(node)]
+    low = view.low_path(node.parent)
+    low = low + b"/" + node.name if low else node.name
+    meta = read_meta(view, node)
+    write_meta(work.fd, temp, meta, view)
+    set_origin(view, work.fd, temp, where.open(), node.name)
+    if metacopy:
+        xattr.setx(work.fd, temp, view.form.metacopy, b"")
+        if others:
+            xattr.setx(work.fd, temp, view.form.redirect, b"/" + low)
+        os.utime(temp, ns=(meta.atime, meta.mtime), dir_fd=work.fd)
+    for above, _, name in ups[1:]:
+        with kept_times(above):
+            os.link(temp, name, src_dir_fd=work.fd, dst_dir_fd=above.open(), follow_symlinks=False)
+    above, _, name = ups[0]
+    with kept_times(above):
+        os.rename(temp, name, src_dir_fd=work.fd, dst_dir_fd=above.open())
+    for above, _, name in ups:
+        if above.shadow is not None:
+            above.shadow.add(name)
+        mark_impure(view, above)
+    if metacopy:
+        node.data = Data(where, node.name, low, _data_stat(node, where))
+    node.where = ups[0][0]
+    node.attr = None
+
+
+def _data_stat(node: Node, where: Source) -> os.stat_result:
+    return os.stat(node.name, dir_fd=where.open(), follow_symlinks=False)
+
+
+def up_meta(view: View, node: Node) -> None:
+    """Bring an inode into the upper layer because its attributes or names are about to change."""
+    if isinstance(node, Dir):
+        up_dir(view, node)
+        return
+    if view.in_upper(node):
+        return
+    view.need_upper()
+    if node.parent is None or (
+        node.type == DT_REG and not (view.form.redirects and view.size(node))
+        and (view.size(node) or view.options.row)
+    ):
+        stage = writable(view, node)
+        if stage is not None:
+            stage.run()
+            publish(view, stage)
+        return
+    space = view.space
+    if space is not None:
+        space.need(0, 1)
+    work = view.workdir
+    assert work is not None and node.where is not None
+    temp = work.temp()
+    lower_data = node.data
+    try:
+        meta = read_meta(view, node)
+        make_like(work.fd, temp, meta, node)
+        is_meta = node.type == DT_REG and meta.size > 0
+        if node.fd >= 0:
+            os.close(node.fd)
+            node.fd = -1
+        place(view, node, temp, metacopy=is_meta)
+        if is_meta and lower_data is not None:
+            node.data = lower_data
+    except BaseException:
+        work.discard(temp)
+        raise
+    if space is not None:
+        cost = sum(xattr_units(value) for value in meta.xattrs.values())
+        space.add(cost, 1)
+
+
+def make_like(dirfd: int, name: bytes, meta: Meta, node: Node) -> None:
+    """An empty object of the same type: a file with a hole, a link, a device."""
+    if stat.S_ISREG(meta.mode):
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        fd = os.open(name, flags, 0o600, dir_fd=dirfd)
+        try:
+            os.ftruncate(fd, meta.size)
+        finally:
+            os.close(fd)
+    elif stat.S_ISLNK(meta.mode):
+        assert node.where is not None
+        target = os.readlink(node.name, dir_fd=node.where.open())
+        os.symlink(target, name, dir_fd=dirfd)
+    else:
+        os.mknod(name, meta.mode, meta.rdev, dir_fd=dirfd)
+
+
+__all__ = [
+    "SMALL", "Form", "Meta", "Stage", "WorkDir", "clear", "make_like", "mark_impure", "place",
+    "publish", "read_meta", "up_dir", "up_meta", "with_nlink", "writable", "write_meta",
+]  # fmt: skip

@@ -1,0 +1,508 @@
+"""Creating and removing names.
+
+A new object over a whiteout is made in the work directory and renamed over it, so that no crash
+brings the deleted one back; a directory made there is opaque. Removing something that a lower
+layer has leaves a whiteout, put in place by one rename.
+
+An unlinked file stays usable while somebody holds its node: a descriptor is taken before the last
+name goes (or, when descriptors are short, the file moves to the work directory).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from bisect import insort
+from typing import TYPE_CHECKING
+
+from cowfs import whiteout
+from cowfs.sys import files, xattr
+from cowfs.union import copyup, links
+from cowfs.union.attr import mode_of, unpack, with_nlink
+from cowfs.union.node import DT_DIR, DT_LNK, DT_REG, Dir, Node
+from cowfs.union.source import Source, lstat
+
+if TYPE_CHECKING:
+    from cowfs.union.view import View
+
+_NAME_MAX = 255
+_PERM = 0o7777
+_CREATE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+def error(number: int, name: bytes = b"") -> OSError:
+    """An OSError of a number."""
+    return OSError(number, os.strerror(number), name)
+
+
+def target(view: View, parent: Dir, name: bytes) -> Source:
+    """The upper directory to create ``name`` in.
+
+    Raises:
+        OSError: EEXIST, ENAMETOOLONG, EROFS, ENOENT (the directory was removed), EINVAL.
+    """
+    children = parent.children
+    if children is None:
+        children = view.load(parent)
+    if name in children or name in (b".", b".."):
+        raise error(errno.EEXIST, name)
+    if len(name) > _NAME_MAX:
+        raise error(errno.ENAMETOOLONG, name)
+    if not name or b"/" in name or b"\0" in name:
+        raise error(errno.EINVAL, name)
+    if view.readonly:
+        raise error(errno.EROFS, name)
+    if parent.parent is None:
+        raise error(errno.ENOENT, name)
+    top = parent.sources[0]
+    return top if top.layer is view.upper else copyup.up_dir(view, parent)
+
+
+def _inherits_acl(view: View, up: Source) -> bool:
+    """Whether entries made here get their mode from a default ACL instead of the umask."""
+    known = up.default_acl
+    if known is None:
+        value = xattr.try_get(up.open(), b"", b"system.posix_acl_default")
+        known = up.default_acl = value is not None
+    return known
+
+
+def _own(view: View, parent: Dir, dirfd: int, name: bytes, mode: int, uid: int, gid: int) -> None:
+    """Give a new object its owner; a setgid directory hands on its group."""
+    if parent.attr is None:
+        view.attr(parent)
+    attr = parent.attr
+    assert attr is not None
+    inherits = mode_of(attr) & stat.S_ISGID
+    owners = view.owners
+    if inherits:
+        gid = int.from_bytes(attr[72:76], "little")
+    if owners is not None:
+        if owners.record(dirfd, name, mode | (stat.S_ISGID if inherits and stat.S_ISDIR(mode) else 0), uid, gid):
+            return
+        uid, gid = owners.stored(uid, gid)
+    st = os.stat(name, dir_fd=dirfd, follow_symlinks=False)
+    if uid in (-1, st.st_uid) and gid in (-1, st.st_gid):
+        return
+    os.chown(name, uid, gid, dir_fd=dirfd, follow_symlinks=False)
+    if st.st_mode & 0o6000 and not stat.S_ISLNK(st.st_mode):
+        os.chmod(name, stat.S_IMODE(st.st_mode), dir_fd=dirfd)
+
+
+def _added(view: View, parent: Dir, up: Source, name: bytes) -> None:
+    """Keep a listing that is under way in order, and the directory's attributes honest."""
+    parent.attr = None
+    order = parent.order
+    if order is not None:
+        from cowfs.union.view import cookie_of
+
+        insort(order, name, key=cookie_of)
+    if up.whiteouts and name in up.whiteouts:
+        up.whiteouts.discard(name)
+        assert up.shadow is not None
+        up.shadow.add(name)
+
+
+def _adopt(view: View, parent: Dir, up: Source, name: bytes) -> Node:
+    """The node of an object just made."""
+    st = os.stat(name, dir_fd=up.open(), follow_symlinks=False)
+    _added(view, parent, up, name)
+    ino = view.inodes.shown(st.st_dev, st.st_ino)
+    if stat.S_ISDIR(st.st_mode):
+        source = up.child(name)
+        source.whiteouts, source.shadow = set(), set()
+        made = view.new_dir(parent, name, [source], ino)
+        made.children = {}
+        return made
+    node = view._bind_inode(parent, name, up, st, ino)
+    view.pack_into(node, st, up, name)
+    return node
+
+
+def _count(view: View, blocks: int) -> None:
+    if view.space is not None:
+        view.space.need(blocks, 1)
+
+
+def _counted(view: View, blocks: int) -> None:
+    if view.space is not None:
+        view.space.add(blocks, 1)
+
+
+def _default_mode(view: View, up: Source, mode: int, umask: int) -> int:
+    return mode if umask == 0 or _inherits_acl(view, up) else mode & ~umask
+
+
+def mknod(
+    view: View, parent: Dir, name: bytes, mode: int, rdev: int, uid: int, gid: int, umask: int = 0
+) -> Node:
+    """A regular file, FIFO, socket or device.
+
+    Args:
+        mode: type and permission bits.
+        rdev: as :func:`os.makedev` gives it.
+        uid, gid: the owner as shown outside (the group gives way to a setgid directory's).
+
+    Raises:
+        OSError: EPERM for device 0/0 (it would be a whiteout), else as mknod(2), ENOSPC.
+    """
+    if not stat.S_IFMT(mode):
+        mode |= stat.S_IFREG
+    if stat.S_ISCHR(mode) and rdev == 0:
+        raise error(errno.EPERM, name)
+    up = target(view, parent, name)
+    _count(view, 0)
+    mode = _default_mode(view, up, mode, umask)
+    over = up.whiteouts is not None and name in up.whiteouts
+    fd = -1
+    if over:
+        _over_whiteout(view, parent, up, name, mode, uid, gid, lambda d, n: _raw(d, n, mode, rdev))
+    elif stat.S_ISREG(mode) and view.owners is None:
+        fd = os.open(name, _CREATE, mode & _PERM, dir_fd=up.fd if up.fd >= 0 else up.open())
+        try:
+            _own_fd(view, parent, fd, mode, uid, gid)
+        except BaseException:
+            os.close(fd)
+            os.unlink(name, dir_fd=up.open())
+            raise
+    else:
+        _raw(up.open(), name, mode, rdev)
+        try:
+            _own(view, parent, up.open(), name, mode, uid, gid)
+        except BaseException:
+            os.unlink(name, dir_fd=up.open())
+            raise
+    _counted(view, 0)
+    node = _adopt(view, parent, up, name)
+    if fd >= 0:
+        node.fd, node.wfd = fd, True
+        view.open_files.append(node)
+        if len(view.open_files) > view.max_files:
+            view.trim_files()
+    node.space = 0
+    return node
+
+
+def _own_fd(view: View, parent: Dir, fd: int, mode: int, uid: int, gid: int) -> None:
+    attr = parent.attr or view.attr(parent)
+    if mode_of(attr) & stat.S_ISGID:
+        gid = int.from_bytes(attr[72:76], "little")
+    st = os.fstat(fd)
+    if st.st_uid == uid and st.st_gid == gid:
+        return
+    os.fchown(fd, uid, gid)
+    if st.st_mode & 0o6000:
+        os.fchmod(fd, stat.S_IMODE(st.st_mode))
+
+
+def _raw(dirfd: int, name: bytes, mode: int, rdev: int) -> None:
+    os.mknod(name, mode, rdev, dir_fd=dirfd)
+
+
+def _over_whiteout(view, parent, up, name, mode, uid, gid, make) -> None:  # type: ignore[no-untyped-def]
+    """Make an object in the work directory, complete, and put it over the whiteout ``name``."""
+    work = view.workdir
+    temp = work.temp()
+    try:
+        make(work.fd, temp)
+        if not stat.S_ISLNK(mode):
+            _inherit_acl(view, up, work.fd, temp, mode)
+        _own(view, parent, work.fd, temp, mode, uid, gid)
+        if stat.S_ISDIR(mode):
+            xattr.setx(work.fd, temp, view.form.opaque, b"y")
+            files.rename2(work.fd, temp, up.open(), name, files.RENAME_EXCHANGE)
+            os.unlink(temp, dir_fd=work.fd)
+        else:
+            os.rename(temp, name, src_dir_fd=work.fd, dst_dir_fd=up.open())
+    except BaseException:
+        work.discard(temp)
+        raise
+
+
+def _inherit_acl(view: View, up: Source, dirfd: int, name: bytes, mode: int) -> None:
+    """What the host does for an entry made in a directory with a default ACL (acl(5))."""
+    if not _inherits_acl(view, up):
+        return
+    acl = xattr.get(up.open(), b"", b"system.posix_acl_default")
+    if stat.S_ISDIR(mode):
+        xattr.setx(dirfd, name, b"system.posix_acl_default", acl)
+    from cowfs.union.acl import masked
+
+    xattr.setx(dirfd, name, b"system.posix_acl_access", masked(acl, mode))
+
+
+def mkdir(view: View, parent: Dir, name: bytes, mode: int, uid: int, gid: int, umask: int = 0) -> Dir:
+    """A directory. Raises OSError as mkdir(2)."""
+    up = target(view, parent, name)
+    _count(view, 1)
+    mode = stat.S_IFDIR | (_default_mode(view, up, mode, umask) & _PERM)
+    if mode_of(view.attr(parent)) & stat.S_ISGID:
+        mode |= stat.S_ISGID
+    if up.whiteouts is not None and name in up.whiteouts:
+        _over_whiteout(view, parent, up, name, mode, uid, gid, lambda d, n: _raw_dir(d, n, mode))
+    else:
+        fd = up.open()
+        os.mkdir(name, mode & _PERM, dir_fd=fd)
+        try:
+            _own(view, parent, fd, name, mode, uid, gid)
+        except BaseException:
+            os.rmdir(name, dir_fd=fd)
+            raise
+    _counted(view, 1)
+    made = _adopt(view, parent, up, name)
+    assert isinstance(made, Dir)
+    return made
+
+
+def _raw_dir(dirfd: int, name: bytes, mode: int) -> None:
+    os.mkdir(name, mode & _PERM, dir_fd=dirfd)
+    if mode & 0o7000:
+        os.chmod(name, mode & _PERM, dir_fd=dirfd)
+
+
+def symlink(view: View, parent: Dir, name: bytes, to: bytes, uid: int, gid: int) -> Node:
+    """A symbolic link with target ``to``. Raises OSError as symlink(2)."""
+    up = target(view, parent, name)
+    _count(view, 0)
+    mode = stat.S_IFLNK | 0o777
+    if up.whiteouts is not None and name in up.whiteouts:
+        _over_whiteout(
+            view, parent, up, name, mode, uid, gid, lambda d, n: os.symlink(to, n, dir_fd=d)
+        )
+    else:
+        fd = up.open()
+        os.symlink(to, name, dir_fd=fd)
+        try:
+            _own(view, parent, fd, name, mode, uid, gid)
+        except BaseException:
+            os.unlink(name, dir_fd=fd)
+            raise
+    _counted(view, 0)
+    return _adopt(view, parent, up, name)
+
+
+def tmpfile(view: View, parent: Dir, mode: int, uid: int, gid: int, umask: int = 0) -> Node:
+    """A regular file without a name (O_TMPFILE); :func:`link` may give it one.
+
+    Raises:
+        OSError: EOPNOTSUPP where the host has no O_TMPFILE, ENOSPC, EROFS.
+    """
+    if view.readonly:
+        raise error(errno.EROFS)
+    up = copyup.up_dir(view, parent)
+    _count(view, 0)
+    mode = _default_mode(view, up, mode, umask)
+    fd = os.open(b".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, mode & _PERM, dir_fd=up.open())
+    if view.owners is None:
+        _own_fd(view, parent, fd, mode, uid, gid)
+    _counted(view, 0)
+    st = os.fstat(fd)
+    ino = view.inodes.shown(st.st_dev, st.st_ino)
+    if ino in view.nodes:
+        ino = view.fresh_id()
+    node = Node(ino, DT_REG, b"", None)
+    node.generation = view.generation(ino)
+    node.fd, node.wfd, node.space = fd, True, 0
+    view.nodes[ino] = node
+    return node
+
+
+def link(view: View, node: Node, parent: Dir, name: bytes) -> Node:
+    """One more name for a file. Raises OSError as link(2)."""
+    if isinstance(node, Dir):
+        raise error(errno.EPERM, name)
+    up = target(view, parent, name)
+    copyup.up_meta(view, node)
+    work = view.workdir
+    assert work is not None
+    if node.data is not None and view.form.redirects and hasattr(node.data, "path"):
+        fd, real = _place_of(node)
+        xattr.setx(fd, real, view.form.redirect, b"/" + node.data.path)
+    over = up.whiteouts is not None and name in up.whiteouts
+    dst_fd, dst = (work.fd, work.temp()) if over else (up.open(), name)
+    if node.where is None:
+        source: bytes = b"/proc/self/fd/%d" % node.fd
+        os.link(source, dst, dst_dir_fd=dst_fd, follow_symlinks=True)
+    else:
+        os.link(
+            node.name, dst, src_dir_fd=node.where.open(), dst_dir_fd=dst_fd, follow_symlinks=False
+        )
+    if over:
+        os.rename(dst, name, src_dir_fd=dst_fd, dst_dir_fd=up.open())
+    _added(view, parent, up, name)
+    if node.where is not None and node.where.impure:
+        copyup.mark_impure(view, up)
+    if node.parent is None:  # a tmpfile gets its first name
+        node.where, node.name = up, name
+    view.bind(parent, name, node)
+    node.attr = None
+    return node
+
+
+def _place_of(node: Node) -> tuple[int, bytes]:
+    return (node.fd, b"") if node.where is None else (node.where.open(), node.name)
+
+
+def hold(view: View, node: Node) -> bytes | None:
+    """Before the last name goes: make sure the inode can still be reached.
+
+    Returns:
+        A name in the work directory when no descriptor can stand for the inode, else ``None``.
+    """
+    if node.fd >= 0 and (node.wfd or node.type != DT_REG):
+        return None
+    assert node.where is not None
+    try:
+        if node.data is not None:  # ``fd`` is for the data, and that is elsewhere
+            raise error(errno.EMFILE)
+        if node.type == DT_REG:
+            fd = view.open_own(node)
+            node.wfd = True
+        else:
+            fd = os.open(node.name, files.O_PATH_ANY, dir_fd=node.where.open())
+    except OSError as failure:
+        if failure.errno not in (errno.EMFILE, errno.ENFILE):
+            raise
+        work = view.workdir
+        assert work is not None
+        temp = work.temp()
+        os.link(node.name, temp, src_dir_fd=node.where.open(), dst_dir_fd=work.fd, follow_symlinks=False)
+        return temp
+    if node.fd >= 0:
+        os.close(node.fd)
+    node.fd = fd
+    return None
+
+
+def unlink(view: View, parent: Dir, name: bytes) -> None:
+    """Remove a name that is not a directory's. Raises OSError as unlink(2)."""
+    node = view.lookup(parent, name)
+    if isinstance(node, Dir):
+        raise error(errno.EISDIR, name)
+    if view.readonly:
+        raise error(errno.EROFS, name)
+    if not view.in_upper(node):
+        nlink = unpack(view.attr(node)).nlink
+        if nlink > 1 and view.form.redirects and links.complete(view, node):
+            copyup.up_meta(view, node)  # under all its names, so that the count is right
+        else:
+            _hide(view, parent, name)
+            view.unbind(parent, name, node)
+            _gone(view, node)
+            parent.attr = None
+            return
+    up = view.upper_of(parent)
+    assert up is not None
+    attr = unpack(view.attr(node))
+    last = attr.nlink <= 1
+    held = None
+    known = node in view.names
+    if node.nlookup > 0 and not known:
+        held = hold(view, node)
+    elif view.space is not None and last:
+        view.space.count(node)
+    remove_name(view, up, name)
+    parent.attr = None
+    view.unbind(parent, name, node)
+    node.attr = None
+    if known:
+        return
+    if held is not None:
+        work = view.workdir
+        assert work is not None
+        node.where, node.name = work.source, held
+    elif node.nlookup > 0:
+        node.where = None
+    if last:
+        _gone(view, node)
+    elif node.nlookup <= 0:  # other names exist that nobody has looked at
+        if view.nodes.pop(node.id, None) is not None and node.fd >= 0:
+            os.close(node.fd)
+            node.fd = -1
+
+
+def _gone(view: View, node: Node) -> None:
+    """The last name went. A node that nobody holds goes with it."""
+    if node.parent is not None:
+        return
+    if node.nlookup <= 0:
+        view.drop(node)
+    elif not view.in_upper(node):
+        node.attr = with_nlink(view.attr(node), 0)
+
+
+def _hide(view: View, parent: Dir, name: bytes) -> None:
+    """Put a whiteout over a name that only lower layers have."""
+    up = copyup.up_dir(view, parent, exempt=True)
+    work = view.workdir
+    assert work is not None
+    work.put_whiteout(up.open(), name)
+    if up.whiteouts is not None:
+        up.whiteouts.add(name)
+
+
+def remove_name(view: View, up: Source, name: bytes) -> None:
+    """Remove an upper non-directory, leaving a whiteout where a lower layer has the name."""
+    if up.shadow and name in up.shadow:
+        work = view.workdir
+        assert work is not None
+        work.cover(up.open(), name)
+        up.shadow.discard(name)
+        assert up.whiteouts is not None
+        up.whiteouts.add(name)
+    else:
+        os.unlink(name, dir_fd=up.fd if up.fd >= 0 else up.open())
+
+
+def rmdir(view: View, parent: Dir, name: bytes) -> None:
+    """Remove an empty directory. Raises OSError as rmdir(2)."""
+    node = view.lookup(parent, name)
+    if not isinstance(node, Dir):
+        raise error(errno.ENOTDIR, name)
+    if view.readonly:
+        raise error(errno.EROFS, name)
+    children = node.children
+    if children is None:
+        children = view.load(node)
+    if children:
+        raise error(errno.ENOTEMPTY, name)
+    own = view.upper_of(node)
+    if own is None:
+        _hide(view, parent, name)
+    else:
+        counted = view.space is not None and xattr.try_get(own.open(), b"", view.form.exempt) is None
+        remove_dir(view, node, own)
+        if counted:
+            view.space.add(-1, -1)  # type: ignore[union-attr]
+    attr = view.attr(node)
+    view.unbind(parent, name, node)
+    parent.attr = None
+    node.attr = with_nlink(attr, 0)
+    if node.nlookup <= 0:
+        view.drop(node)
+
+
+def remove_dir(view: View, node: Dir, own: Source) -> None:
+    """Remove a directory of the upper layer that holds at most whiteouts."""
+    work, up = view.workdir, own.parent
+    assert work is not None and up is not None
+    name = own.name
+    own.open()  # attributes of a removed directory can still be asked for
+    covered = bool(up.shadow) and name in up.shadow  # type: ignore[operator]
+    if not covered and not own.whiteouts:
+        os.rmdir(name, dir_fd=up.open())
+        return
+    temp = work.temp()
+    if covered:
+        work.put_whiteout(work.fd, temp)
+        files.rename2(work.fd, temp, up.open(), name, files.RENAME_EXCHANGE)
+        assert up.shadow is not None and up.whiteouts is not None
+        up.shadow.discard(name)
+        up.whiteouts.add(name)
+    else:
+        os.rename(name, temp, src_dir_fd=up.open(), dst_dir_fd=work.fd)
+    work.discard(temp)
+
+
+__all__ = ["DT_DIR", "DT_LNK", "hold", "link", "lstat", "mkdir", "mknod", "remove_dir", "rmdir", "symlink", "tmpfile", "unlink", "whiteout"]

@@ -1,0 +1,229 @@
+"""setattr and extended attributes.
+
+Every change first brings the inode (not its data, where the layer form knows metacopy) into the upper
+layer. Names under the layer form's own prefix are escaped on the way in and out, as the kernel
+does, so a user's ``trusted.overlay.x`` never becomes the overlay's own.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import time
+from typing import TYPE_CHECKING
+
+from cowfs.sys import xattr
+from cowfs.union import content, copyup
+from cowfs.union.attr import unpack
+from cowfs.union.node import DT_LNK, DT_REG, Dir, Node
+from cowfs.union.space import xattr_units
+
+if TYPE_CHECKING:
+    from cowfs.union.view import View
+
+#: "the present time", for setattr
+NOW = object()
+_CLOCK_REALTIME_COARSE = 5  # the clock that the kernel stamps inodes with
+_ACLS = (b"system.posix_acl_access", b"system.posix_acl_default")
+
+
+def now() -> int:
+    """The time the kernel would stamp now, in ns."""
+    return time.clock_gettime_ns(_CLOCK_REALTIME_COARSE)
+
+
+def at(node: Node) -> tuple[int, bytes]:
+    """(directory descriptor, name) of an inode; the name is empty when the descriptor is it."""
+    if isinstance(node, Dir):
+        return node.sources[0].open(), b""
+    if node.where is None:
+        return node.fd, b""
+    return node.where.open(), node.name
+
+
+def _path(fd: int, name: bytes) -> tuple[bytes, int | None, bool]:
+    """(path, dir_fd, follow_symlinks) that reach the inode for os functions."""
+    if name:
+        return name, fd, False
+    return b"/proc/self/fd/%d" % fd, None, True
+
+
+def chmod(view: View, node: Node, mode: int) -> None:
+    """Set the permission bits; of symbolic links EOPNOTSUPP."""
+    if node.type == DT_LNK:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP), node.name)
+    fd, name = at(node)
+    owners = view.owners
+    if owners is not None and owners.override is not None:
+        st = os.stat(b"/proc/self/fd/%d/%b" % (fd, name)) if name else os.fstat(fd)
+        _, uid, gid = owners.show(st, fd, name)
+        owners.record(fd, name, stat.S_IFMT(st.st_mode) | mode, uid, gid)
+    elif name:
+        os.chmod(name, mode, dir_fd=fd)
+    else:
+        os.chmod(b"/proc/self/fd/%d" % fd, mode)
+    node.attr = None
+
+
+def chown(view: View, node: Node, uid: int, gid: int) -> None:
+    """Set owner and group; -1 leaves one alone."""
+    fd, name = at(node)
+    owners = view.owners
+    if owners is not None:
+        if owners.override is not None and node.type != DT_LNK:
+            now_attr = unpack(view.attr(node))
+            mode = now_attr.mode
+            if node.type == DT_REG:
+                mode &= ~stat.S_ISUID
+                if mode & stat.S_IXGRP:
+                    mode &= ~stat.S_ISGID
+            uid, gid = (now_attr.uid if uid == -1 else uid), (now_attr.gid if gid == -1 else gid)
+            owners.record(fd, name, mode, uid, gid)
+            node.attr = None
+            return
+        uid, gid = owners.stored(uid, gid)
+    path, dir_fd, follow = _path(fd, name)
+    os.chown(path, uid, gid, dir_fd=dir_fd, follow_symlinks=follow)
+    node.attr = None
+
+
+def setattr(
+    view: View,
+    node: Node,
+    *,
+    mode: int | None = None,
+    uid: int | None = None,
+    gid: int | None = None,
+    size: int | None = None,
+    atime: object = None,
+    mtime: object = None,
+    kill: bool = False,
+) -> None:
+    """Change attributes, in the order size, owner, mode, times.
+
+    Args:
+        mode: permission bits.
+        uid, gid: as shown outside.
+        size: bytes, regular files only.
+        atime, mtime: ns since 1970, or :data:`NOW`.
+        kill: the caller is not privileged: a change of size clears setuid and setgid.
+
+    Raises:
+        OSError: EROFS, ENOSPC, EISDIR, EINVAL, EOPNOTSUPP (mode of a symbolic link).
+    """
+    view.need_upper()
+    if size is not None:
+        content.truncate(view, node, size)
+        if kill:
+            content.kill_privileges(view, node)
+    if uid is not None or gid is not None:
+        copyup.up_meta(view, node)
+        chown(view, node, -1 if uid is None else uid, -1 if gid is None else gid)
+    if mode is not None:
+        copyup.up_meta(view, node)
+        chmod(view, node, stat.S_IMODE(mode))
+    if atime is not None or mtime is not None:
+        copyup.up_meta(view, node)
+        _utime(view, node, atime, mtime)
+
+
+def _utime(view: View, node: Node, atime: object, mtime: object) -> None:
+    fd, name = at(node)
+    path, dir_fd, follow = _path(fd, name)
+    if atime is None or mtime is None:
+        st = os.stat(path, dir_fd=dir_fd, follow_symlinks=follow)
+        atime = st.st_atime_ns if atime is None else atime
+        mtime = st.st_mtime_ns if mtime is None else mtime
+    if atime is NOW and mtime is NOW:
+        os.utime(path, None, dir_fd=dir_fd, follow_symlinks=follow)
+    else:
+        stamp = now()
+        times = (stamp if atime is NOW else atime, stamp if mtime is NOW else mtime)
+        os.utime(path, ns=times, dir_fd=dir_fd, follow_symlinks=follow)  # type: ignore[arg-type]
+    node.attr = None
+
+
+# -- extended attributes ------------------------------------------------------------------------
+
+
+def _check(view: View, name: bytes) -> bytes:
+    """The stored name of a user's; ENOTSUP where there are none, ENODATA for what must not show."""
+    if view.options.noxattrs:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+    return view.form.store_name(name)
+
+
+def _hidden(view: View, stored: bytes) -> bool:
+    override = view.options.override_xattr
+    return override is not None and stored == override
+
+
+def getxattr(view: View, node: Node, name: bytes) -> bytes:
+    """The value. Raises ENODATA, EOPNOTSUPP."""
+    stored = _check(view, name)
+    if _hidden(view, stored):
+        raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
+    entry = view.indexed_entry(node)
+    if entry is not None:
+        value = entry.xattrs.get(stored)
+        if value is None:
+            raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
+        return bytes(value)
+    fd, real = at(node)
+    return xattr.get(fd, real, stored)
+
+
+def listxattr(view: View, node: Node) -> list[bytes]:
+    """The names a user may see."""
+    if view.options.noxattrs:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+    entry = view.indexed_entry(node)
+    if entry is not None:
+        stored = list(entry.xattrs)
+    else:
+        fd, real = at(node)
+        stored = xattr.listx(fd, real)
+    shown = (view.form.show_name(name) for name in stored if not _hidden(view, name))
+    return [name for name in shown if name is not None]
+
+
+def setxattr(view: View, node: Node, name: bytes, value: bytes | memoryview, flags: int = 0) -> None:
+    """Create or replace. Raises ENOSPC, EEXIST, ENODATA, EOPNOTSUPP, EPERM."""
+    stored = _check(view, name)
+    if _hidden(view, stored):
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+    view.need_upper()
+    copyup.up_meta(view, node)
+    fd, real = at(node)
+    space = view.space
+    cost = 0
+    if space is not None:
+        cost = xattr_units(value) - xattr_units(xattr.try_get(fd, real, stored) or b"")
+        space.need(cost)
+    xattr.setx(fd, real, stored, bytes(value), flags)
+    if space is not None:
+        space.add(cost)
+    _changed(node, stored)
+
+
+def removexattr(view: View, node: Node, name: bytes) -> None:
+    """Remove. Raises ENODATA, EOPNOTSUPP."""
+    stored = _check(view, name)
+    view.need_upper()
+    getxattr(view, node, name)  # ENODATA before anything is copied up
+    copyup.up_meta(view, node)
+    fd, real = at(node)
+    cost = 0
+    if view.space is not None:
+        cost = xattr_units(xattr.try_get(fd, real, stored) or b"")
+    xattr.remove(fd, real, stored)
+    if view.space is not None:
+        view.space.add(-cost)
+    _changed(node, stored)
+
+
+def _changed(node: Node, stored: bytes) -> None:
+    node.attr = None
+    if stored in _ACLS and isinstance(node, Dir):
+        node.sources[0].default_acl = None

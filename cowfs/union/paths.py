@@ -1,0 +1,233 @@
+"""The view by paths: how a program uses a merged tree without mounting it.
+
+Paths are ``str`` or ``bytes``, relative to the root of the tree (a leading slash is allowed).
+Symbolic links are never followed: a link is a thing in the tree, not a way through it.
+
+>>> import tempfile
+>>> from cowfs.union import View
+>>> base = tempfile.mkdtemp()
+>>> tree = Paths(View([base], tempfile.mkdtemp(dir=base + "/.."), tempfile.mkdtemp(dir=base + "/..")))
+>>> tree.makedirs("etc/app")
+>>> tree.write_bytes("etc/app/conf", b"x = 1")
+5
+>>> tree.read_bytes("etc/app/conf"), tree.listdir("etc")
+(b'x = 1', [b'app'])
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+
+from cowfs.union.attr import Attr, unpack
+from cowfs.union.node import Dir, Node
+from cowfs.union.view import View
+
+Path = str | bytes
+
+
+class Paths:
+    """Path-level calls on a :class:`~cowfs.union.view.View`; errors are OSError, as in ``os``.
+
+    Made objects belong to ``uid`` and ``gid`` (default: this process's).
+    """
+
+    def __init__(self, view: View, *, uid: int | None = None, gid: int | None = None) -> None:
+        self.view = view
+        self.uid = os.geteuid() if uid is None else uid
+        self.gid = os.getegid() if gid is None else gid
+
+    # -- finding ------------------------------------------------------------------------------
+
+    def node(self, path: Path) -> Node:
+        """The node of a path. Raises ENOENT, ENOTDIR."""
+        here: Node = self.view.root
+        for part in _parts(path):
+            here = self.view.lookup(_as_dir(here), part)
+        return here
+
+    def _split(self, path: Path) -> tuple[Dir, bytes]:
+        parts = _parts(path)
+        if not parts:
+            raise OSError(errno.EINVAL, "the root has no name", os.fspath(path))
+        here: Node = self.view.root
+        for part in parts[:-1]:
+            here = self.view.lookup(_as_dir(here), part)
+        return _as_dir(here), parts[-1]
+
+    def exists(self, path: Path) -> bool:
+        """Whether there is something at ``path``."""
+        try:
+            self.node(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
+
+    def stat(self, path: Path) -> Attr:
+        """Attributes (of a link itself)."""
+        return unpack(self.view.attr(self.node(path)))
+
+    def listdir(self, path: Path = b"") -> list[bytes]:
+        """Names in a directory, sorted."""
+        directory = _as_dir(self.node(path))
+        return sorted(name for name, _ in self.view.listing(directory) if name not in (b".", b".."))
+
+    def walk(self, path: Path = b"") -> Iterator[tuple[bytes, Attr]]:
+        """(path, attributes) of everything beneath, parents first, in sorted order."""
+        start = b"/".join(_parts(path))
+        for name in self.listdir(start):
+            inner = start + b"/" + name if start else name
+            attr = self.stat(inner)
+            yield inner, attr
+            if stat.S_ISDIR(attr.mode):
+                yield from self.walk(inner)
+
+    # -- contents -----------------------------------------------------------------------------
+
+    def read_bytes(self, path: Path, offset: int = 0, size: int | None = None) -> bytes:
+        """A file's content, or ``size`` bytes of it."""
+        node = self.node(path)
+        if size is None:
+            size = max(0, self.view.size(node) - offset)
+        buffer = bytearray(size)
+        done = 0
+        while done < size:
+            count = self.view.pread(node, offset + done, memoryview(buffer)[done:])
+            if count == 0:
+                break
+            done += count
+        return bytes(buffer[:done])
+
+    def write_bytes(self, path: Path, data: bytes, *, mode: int = 0o644) -> int:
+        """Replace a file's content, making the file when there is none. Returns bytes written."""
+        parent, name = self._split(path)
+        node = self.view.child(parent, name)
+        if node is None:
+            node = self.view.mknod(parent, name, stat.S_IFREG | mode, 0, self.uid, self.gid)
+        else:
+            self.view.setattr(node, size=0)
+        return self._write(node, 0, data)
+
+    def write_at(self, path: Path, offset: int, data: bytes) -> int:
+        """Overwrite a part of a file. Returns bytes written: fewer only at the limit."""
+        return self._write(self.node(path), offset, data)
+
+    def _write(self, node: Node, offset: int, data: bytes) -> int:
+        done = 0
+        while done < len(data):
+            done += self.view.write(node, offset + done, memoryview(data)[done:])
+        return done
+
+    def truncate(self, path: Path, size: int) -> None:
+        """Set a file's size."""
+        self.view.setattr(self.node(path), size=size)
+
+    def readlink(self, path: Path) -> bytes:
+        """A symbolic link's target."""
+        return self.view.readlink(self.node(path))
+
+    # -- names --------------------------------------------------------------------------------
+
+    def mkdir(self, path: Path, mode: int = 0o755) -> None:
+        """Make a directory."""
+        parent, name = self._split(path)
+        self.view.mkdir(parent, name, mode, self.uid, self.gid)
+
+    def makedirs(self, path: Path, mode: int = 0o755) -> None:
+        """Make a directory and its missing parents."""
+        here = self.view.root
+        for part in _parts(path):
+            child = self.view.child(here, part)
+            here = _as_dir(
+                child if child is not None
+                else self.view.mkdir(here, part, mode, self.uid, self.gid)
+            )  # fmt: skip
+
+    def mknod(self, path: Path, mode: int, rdev: int = 0) -> None:
+        """Make a file of any type but directory and link."""
+        parent, name = self._split(path)
+        self.view.mknod(parent, name, mode, rdev, self.uid, self.gid)
+
+    def symlink(self, target: Path, path: Path) -> None:
+        """Make a symbolic link at ``path``."""
+        parent, name = self._split(path)
+        self.view.symlink(parent, name, os.fsencode(target), self.uid, self.gid)
+
+    def link(self, old: Path, new: Path) -> None:
+        """Make a hard link."""
+        node = self.node(old)
+        parent, name = self._split(new)
+        self.view.link(node, parent, name)
+
+    def rename(self, old: Path, new: Path, flags: int = 0) -> None:
+        """Rename; ``flags`` as renameat2(2)."""
+        parent, name = self._split(old)
+        to, to_name = self._split(new)
+        self.view.rename(parent, name, to, to_name, flags)
+
+    def unlink(self, path: Path) -> None:
+        """Remove anything but a directory."""
+        parent, name = self._split(path)
+        self.view.unlink(parent, name)
+
+    def rmdir(self, path: Path) -> None:
+        """Remove an empty directory."""
+        parent, name = self._split(path)
+        self.view.rmdir(parent, name)
+
+    def rmtree(self, path: Path) -> None:
+        """Remove a directory with everything in it."""
+        for name in self.listdir(path):
+            inner = b"/".join([*_parts(path), name])
+            if stat.S_ISDIR(self.stat(inner).mode):
+                self.rmtree(inner)
+            else:
+                self.unlink(inner)
+        self.rmdir(path)
+
+    # -- attributes ---------------------------------------------------------------------------
+
+    def chmod(self, path: Path, mode: int) -> None:
+        """Set permission bits."""
+        self.view.setattr(self.node(path), mode=mode)
+
+    def chown(self, path: Path, uid: int, gid: int) -> None:
+        """Set the owner; -1 leaves one alone."""
+        self.view.setattr(
+            self.node(path), uid=None if uid == -1 else uid, gid=None if gid == -1 else gid
+        )
+
+    def utime(self, path: Path, *, atime_ns: int | None = None, mtime_ns: int | None = None) -> None:
+        """Set times, ns since 1970."""
+        self.view.setattr(self.node(path), atime=atime_ns, mtime=mtime_ns)
+
+    def getxattr(self, path: Path, name: Path) -> bytes:
+        """The value of an extended attribute."""
+        return self.view.getxattr(self.node(path), os.fsencode(name))
+
+    def setxattr(self, path: Path, name: Path, value: bytes, flags: int = 0) -> None:
+        """Set an extended attribute."""
+        self.view.setxattr(self.node(path), os.fsencode(name), value, flags)
+
+    def listxattr(self, path: Path) -> list[bytes]:
+        """The names of the extended attributes."""
+        return self.view.listxattr(self.node(path))
+
+    def removexattr(self, path: Path, name: Path) -> None:
+        """Remove an extended attribute."""
+        self.view.removexattr(self.node(path), os.fsencode(name))
+
+
+def _parts(path: Path) -> list[bytes]:
+    parts = [part for part in os.fsencode(path).split(b"/") if part not in (b"", b".")]
+    if b".." in parts:
+        raise OSError(errno.EINVAL, "a path may not hold '..'", os.fspath(path))
+    return parts
+
+
+def _as_dir(node: Node) -> Dir:
+    if not isinstance(node, Dir):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), node.name)
+    return node

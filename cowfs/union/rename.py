@@ -1,0 +1,401 @@
+"""rename with its flags, never EXDEV.
+
+What moves is always the upper layer's object, so what only a lower layer has is copied up first:
+a file as a metacopy with ``redirect``, a directory by itself with ``redirect`` naming its lower
+path. The ``userxattr`` form has no redirects, so there a directory moves with its whole
+subtree copied up, in the work directory, before one rename puts it in place.
+
+What the old place leaves behind is decided by the lower layers: a whiteout if they have the name,
+made by the same system call (RENAME_WHITEOUT). A directory that arrives over a lower name becomes opaque,
+unless its ``redirect`` already says where it goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from bisect import insort
+from typing import TYPE_CHECKING
+
+from cowfs.sys import files, xattr
+from cowfs.union import copyup, create, links
+from cowfs.union.attr import unpack
+from cowfs.union.create import error
+from cowfs.union.node import DT_REG, Dir, Node
+from cowfs.union.source import Source
+
+if TYPE_CHECKING:
+    from cowfs.union.view import View
+
+_NOREPLACE, _EXCHANGE, _WHITEOUT = (
+    files.RENAME_NOREPLACE,
+    files.RENAME_EXCHANGE,
+    files.RENAME_WHITEOUT,
+)
+
+
+def rename(
+    view: View, parent: Dir, name: bytes, to: Dir, to_name: bytes, flags: int = 0
+) -> None:
+    """Rename ``name`` in ``parent`` to ``to_name`` in ``to``.
+
+    Args:
+        flags: 0, RENAME_NOREPLACE or RENAME_EXCHANGE.
+
+    Raises:
+        OSError: as renameat2(2); never EXDEV.
+    """
+    if flags & ~(_NOREPLACE | _EXCHANGE) or flags == _NOREPLACE | _EXCHANGE:
+        raise error(errno.EINVAL, name)
+    node = view.lookup(parent, name)
+    other = view.child(to, to_name)
+    if view.readonly:
+        raise error(errno.EROFS, name)
+    if flags & _NOREPLACE and other is not None:
+        raise error(errno.EEXIST, to_name)
+    if to.parent is None or parent.parent is None:
+        raise error(errno.ENOENT, to_name)
+    if len(to_name) > 255:
+        raise error(errno.ENAMETOOLONG, to_name)
+    if isinstance(node, Dir):
+        _refuse_loop(view, node, to)
+    if flags & _EXCHANGE:
+        if other is None:
+            raise error(errno.ENOENT, to_name)
+        if isinstance(other, Dir):
+            _refuse_loop(view, other, parent)
+        if node is not other:
+            _exchange(view, parent, name, node, to, to_name, other)
+        return
+    if other is node:  # two names of one inode: rename(2) says to do nothing
+        return
+    if other is not None:
+        _refuse_mismatch(view, node, other, to_name)
+    _move(view, parent, name, node, to, to_name, other)
+
+
+def _refuse_loop(view: View, node: Dir, into: Dir) -> None:
+    here = into
+    while here is not view.root:
+        if here is node:
+            raise error(errno.EINVAL, node.name)
+        here = here.parent or view.root
+
+
+def _refuse_mismatch(view: View, node: Node, other: Node, name: bytes) -> None:
+    if isinstance(node, Dir):
+        if not isinstance(other, Dir):
+            raise error(errno.ENOTDIR, name)
+        if other.children if other.children is not None else view.load(other):
+            raise error(errno.ENOTEMPTY, name)
+    elif isinstance(other, Dir):
+        raise error(errno.EISDIR, name)
+
+
+def _bring_up(view: View, node: Node) -> None:
+    """Have the object in the upper layer, ready to stand at another path."""
+    if isinstance(node, Dir):
+        if view.form.redirects or (len(node.sources) == 1 and node.record is None and view.upper_of(node)):
+            low = view.low_path(node)
+            merged = len(node.sources) > 1 or view.upper_of(node) is None or node.record is not None
+            source = copyup.up_dir(view, node)
+            if merged:
+                xattr.setx(source.open(), b"", view.form.redirect, b"/" + low)
+                if node.lowpath is None:
+                    view.moved.append(node)
+                node.lowpath = low
+        else:
+            _copy_subtree(view, node)
+        return
+    copyup.up_meta(view, node)
+    if node.data is not None and hasattr(node.data, "path") and view.form.redirects:
+        fd, real = create._place_of(node)
+        xattr.setx(fd, real, view.form.redirect, b"/" + node.data.path)
+
+
+def _upper_dir(view: View, node: Dir) -> Source:
+    found = view.upper_of(node)
+    assert found is not None
+    return found
+
+
+def _move(
+    view: View, parent: Dir, name: bytes, node: Node, to: Dir, to_name: bytes, other: Node | None
+) -> None:
+    destination = copyup.up_dir(view, to)
+    if to.children is None:
+        view.load(to)
+    _bring_up(view, node)
+    source = _upper_dir(view, parent)
+    leaves = bool(source.shadow) and name in source.shadow  # type: ignore[operator]
+    lands = _lower_has(view, to, destination, to_name, other)
+    if isinstance(node, Dir):
+        if lands and node.lowpath is None:
+            xattr.setx(_upper_dir(view, node).open(), b"", view.form.opaque, b"y")
+        _clear_way(view, destination, to_name, other)
+    held, last, known = None, False, False
+    if other is not None and not isinstance(other, Dir):
+        if not view.in_upper(other) and view.form.redirects and links.complete(view, other):
+            copyup.up_meta(view, other)
+        held, last, known = _prepare_victim(view, other)
+    elif isinstance(other, Dir):
+        _forget_source(view, other)
+    over_whiteout = destination.whiteouts is not None and to_name in destination.whiteouts
+    src_fd, dst_fd = source.open(), destination.open()
+    if isinstance(node, Dir) and over_whiteout:
+        files.rename2(src_fd, name, dst_fd, to_name, _EXCHANGE)
+        if not leaves:
+            os.unlink(name, dir_fd=src_fd)
+    else:
+        _rename_or_whiteout(view, src_fd, name, dst_fd, to_name, leaves)
+    _account_names(source, name, leaves, destination, to_name, lands)
+    if other is not None:
+        _bury_victim(view, to, to_name, other, held, last, known)
+    _rebind(view, parent, name, node, to, to_name, destination)
+
+
+def _rename_or_whiteout(
+    view: View, src_fd: int, name: bytes, dst_fd: int, to_name: bytes, leaves: bool
+) -> None:
+    if not leaves:
+        os.rename(name, to_name, src_dir_fd=src_fd, dst_dir_fd=dst_fd)
+        return
+    try:
+        files.rename2(src_fd, name, dst_fd, to_name, _WHITEOUT)
+        return
+    except OSError as failure:
+        if failure.errno not in (errno.EINVAL, errno.EPERM, errno.ENOSYS):
+            raise
+    work = view.workdir
+    assert work is not None
+    os.rename(name, to_name, src_dir_fd=src_fd, dst_dir_fd=dst_fd)
+    work.put_whiteout(src_fd, name)
+
+
+def _lower_has(view: View, to: Dir, destination: Source, name: bytes, other: Node | None) -> bool:
+    """Whether removing an upper ``name`` there would show something of a lower layer."""
+    if destination.shadow and name in destination.shadow:
+        return True
+    if destination.whiteouts and name in destination.whiteouts:
+        return True
+    return other is not None and other.where is not None and other.where.layer is not view.upper
+
+
+def _clear_way(view: View, destination: Source, name: bytes, other: Node | None) -> None:
+    """An empty upper directory that is to be replaced must be empty on the host, too."""
+    if not isinstance(other, Dir):
+        return
+    own = view.upper_of(other)
+    if own is None or not own.whiteouts:
+        return
+    work = view.workdir
+    assert work is not None
+    temp = work.temp()
+    os.mkdir(temp, 0o700, dir_fd=work.fd)
+    xattr.setx(work.fd, temp, view.form.opaque, b"y")
+    files.rename2(work.fd, temp, destination.open(), name, _EXCHANGE)
+    work.discard(temp)
+
+
+def _forget_source(view: View, other: Dir) -> None:
+    own = view.upper_of(other)
+    if own is not None and view.space is not None:
+        if xattr.try_get(own.open(), b"", view.form.exempt) is None:
+            view.space.add(-1, -1)
+
+
+def _prepare_victim(view: View, other: Node) -> tuple[bytes | None, bool, bool]:
+    """Hold on to a file that loses a name by being replaced."""
+    if not view.in_upper(other):
+        return None, True, other in view.names
+    last = unpack(view.attr(other)).nlink <= 1
+    known = other in view.names
+    held = None
+    if other.nlookup > 0 and not known:
+        held = create.hold(view, other)
+    elif view.space is not None and last:
+        view.space.count(other)
+    return held, last, known
+
+
+def _bury_victim(
+    view: View, to: Dir, to_name: bytes, other: Node, held: bytes | None, last: bool, known: bool
+) -> None:
+    if isinstance(other, Dir):
+        attr = view.attr(other) if other.nlookup > 0 else None
+        view.unbind(to, to_name, other)
+        if attr is not None:
+            from cowfs.union.attr import with_nlink
+
+            other.attr = with_nlink(attr, 0)
+        else:
+            view.drop(other)
+        return
+    upper = view.in_upper(other)
+    view.unbind(to, to_name, other)
+    other.attr = None if upper else other.attr
+    if known:
+        return
+    if upper:
+        if held is not None:
+            assert view.workdir is not None
+            other.where, other.name = view.workdir.source, held
+        elif other.nlookup > 0:
+            other.where = None
+    if last:
+        create._gone(view, other)
+
+
+def _account_names(
+    source: Source, name: bytes, leaves: bool, destination: Source, to_name: bytes, lands: bool
+) -> None:
+    """Keep the upper directories' sets of whiteouts and shadows true after a move."""
+    if source.shadow is not None and source.whiteouts is not None:
+        source.shadow.discard(name)
+        if leaves:
+            source.whiteouts.add(name)
+    if destination.whiteouts is not None and destination.shadow is not None:
+        destination.whiteouts.discard(to_name)
+        if lands:
+            destination.shadow.add(to_name)
+
+
+def _rebind(
+    view: View, parent: Dir, name: bytes, node: Node, to: Dir, to_name: bytes, up: Source
+) -> None:
+    """The node's name has changed."""
+    _rename_name(view, parent, name, node, to, to_name, up)
+    if not up.impure:
+        copyup.mark_impure(view, up)
+    if to.order is not None:
+        from cowfs.union.view import cookie_of
+
+        insort(to.order, to_name, key=cookie_of)
+    parent.attr = to.attr = None
+    node.attr = None
+
+
+def _rename_name(
+    view: View, parent: Dir, name: bytes, node: Node, to: Dir, to_name: bytes, up: Source
+) -> None:
+    if parent.children is not None:
+        parent.children.pop(name, None)
+    parent.live -= 1
+    children = to.children
+    assert children is not None
+    children[to_name] = node
+    to.live += 1
+    if node.parent is parent and node.name == name:
+        node.parent, node.name = to, to_name
+    else:
+        others = view.names[node]
+        others[others.index((parent, name))] = (to, to_name)
+    if isinstance(node, Dir):
+        own = node.sources[0]
+        own.parent, own.name = up, to_name
+    elif node.parent is to and node.name == to_name:
+        node.where = up
+    if parent.nlookup <= 0 and parent.live == 0 and parent is not to:
+        view.drop(parent)
+
+
+def _exchange(
+    view: View, parent: Dir, name: bytes, node: Node, to: Dir, to_name: bytes, other: Node
+) -> None:
+    copyup.up_dir(view, parent)
+    copyup.up_dir(view, to)
+    for moved in (node, other):
+        _bring_up(view, moved)
+    source, destination = _upper_dir(view, parent), _upper_dir(view, to)
+    for moved, place, at in ((node, destination, to_name), (other, source, name)):
+        if isinstance(moved, Dir) and moved.lowpath is None and place.shadow and at in place.shadow:
+            xattr.setx(_upper_dir(view, moved).open(), b"", view.form.opaque, b"y")
+    files.rename2(source.open(), name, destination.open(), to_name, _EXCHANGE)
+    assert parent.children is not None and to.children is not None
+    for directory, at, arrived, up, was in (
+        (to, to_name, node, destination, (parent, name)),
+        (parent, name, other, source, (to, to_name)),
+    ):
+        assert directory.children is not None
+        directory.children[at] = arrived
+        if arrived.parent is was[0] and arrived.name == was[1]:
+            arrived.parent, arrived.name = directory, at
+            if not isinstance(arrived, Dir):
+                arrived.where = up
+        else:
+            others = view.names[arrived]
+            others[others.index(was)] = (directory, at)
+        if isinstance(arrived, Dir):
+            own = arrived.sources[0]
+            own.parent, own.name = up, at
+        copyup.mark_impure(view, up)
+        directory.attr = arrived.attr = None
+
+
+# -- the userxattr form: no redirects -------------------------------------------------------------
+
+
+def _copy_subtree(view: View, node: Dir) -> None:
+    """Bring a whole merged directory into the upper layer, opaque.
+
+    Checked against the limit first. A crash on the way leaves a part of it copied up, which shows
+    the same tree as before.
+    """
+    if view.space is not None:
+        need, inodes = _subtree_cost(view, node)
+        view.space.need(need, inodes)
+    _up_all(view, node)
+    _make_opaque(view, node)
+
+
+def _subtree_cost(view: View, node: Dir) -> tuple[int, int]:
+    blocks, inodes = (0, 0) if view.upper_of(node) is not None else (1, 1)
+    children = node.children if node.children is not None else view.load(node)
+    for name in list(children):
+        child = view.child(node, name)
+        if isinstance(child, Dir):
+            more, count = _subtree_cost(view, child)
+            blocks, inodes = blocks + more, inodes + count
+        elif child is not None and not view.in_upper(child):
+            inodes += 1
+            if child.type == DT_REG:
+                blocks += (view.size(child) + 4095) // 4096
+    return blocks, inodes
+
+
+def _up_all(view: View, node: Dir) -> None:
+    copyup.up_dir(view, node)
+    children = node.children if node.children is not None else view.load(node)
+    for name in list(children):
+        child = view.child(node, name)
+        if isinstance(child, Dir):
+            _up_all(view, child)
+        elif child is not None:
+            copyup.up_meta(view, child)
+            if child.nlookup <= 0:
+                with contextlib.suppress(OSError):
+                    view.drop(child)
+    view.descriptors.trim()
+
+
+def _make_opaque(view: View, node: Dir) -> None:
+    """Cut a directory off from the lower layers, inside first; its whiteouts are needed no more."""
+    children = node.children if node.children is not None else view.load(node)
+    for name in list(children):
+        child = view.child(node, name)
+        if isinstance(child, Dir):
+            _make_opaque(view, child)
+    own = _upper_dir(view, node)
+    if len(node.sources) > 1 or node.record is not None:
+        xattr.setx(own.open(), b"", view.form.opaque, b"y")
+    for name in own.whiteouts or ():
+        os.unlink(name, dir_fd=own.open())
+    own.whiteouts, own.shadow = set(), set()
+    if len(node.sources) > 1 and node.children is not None:
+        shift = len(node.sources) - 1
+        node.sources[1:] = []
+        for name, item in list(node.children.items()):
+            if item.__class__ is int:
+                node.children[name] = item - (shift << 4)  # type: ignore[operator]
+    node.record = None

@@ -1,0 +1,348 @@
+"""The limit: what the upper layer holds, counted by us and not by the host.
+
+Measure (docs/semantics.md, Limits): file data in units of 4 KiB, wherever it was written or
+allocated; 4 KiB for each directory but the root; a large xattr rounded up to 4 KiB. Whiteouts,
+and directories that were copied up only to hold one (marked ``exempt``), are free. st_blocks is not used for
+that, because hosts add to it: xfs preallocates, ext4 counts extent blocks.
+
+A file that was only ever written from its start without a gap is *dense*: its count is its size. Any
+other has a :class:`Blocks`, an exact list of ranges. :func:`measure` computes the same from
+the disk, and is what a mount starts with, also after a kill.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from bisect import bisect_left, bisect_right
+from typing import TYPE_CHECKING
+
+from cowfs import whiteout
+from cowfs.model import Limit, Usage
+from cowfs.sys import files, xattr
+from cowfs.union.node import Node
+from cowfs.union.source import Layer
+from cowfs.whiteout import Form
+
+if TYPE_CHECKING:
+    from cowfs.union.view import View
+
+UNIT = 4096
+LARGE_XATTR = 1024  # bytes; what is larger does not fit beside the inode on common hosts
+
+
+def units(size: int) -> int:
+    """How many units hold ``size`` bytes."""
+    return (size + UNIT - 1) // UNIT
+
+
+def xattr_units(value: bytes | memoryview) -> int:
+    """What a value of an xattr counts."""
+    return units(len(value)) if len(value) > LARGE_XATTR else 0
+
+
+class Blocks:
+    """The allocated units of one sparse file: disjoint, sorted [start, end) ranges.
+
+    ``credit`` is space that is known to be allocated but not where (tmpfs after fallocate).
+    """
+
+    __slots__ = ("credit", "ends", "starts", "total")
+
+    def __init__(self, ranges: list[tuple[int, int]] | None = None) -> None:
+        self.starts: list[int] = []
+        self.ends: list[int] = []
+        self.total = 0
+        self.credit = 0
+        for start, end in ranges or ():
+            self.add(start, end)
+
+    def missing(self, start: int, end: int) -> list[tuple[int, int]]:
+        """The parts of [start, end) that are not allocated."""
+        found = []
+        index = bisect_right(self.ends, start)
+        while start < end and index < len(self.starts):
+            if self.starts[index] > start:
+                if self.starts[index] >= end:
+                    break
+                found.append((start, self.starts[index]))
+            start = self.ends[index]
+            index += 1
+        if start < end:
+            found.append((start, end))
+        return found
+
+    def add(self, start: int, end: int) -> int:
+        """Allocate [start, end). Returns how many units are new."""
+        if start >= end:
+            return 0
+        new = sum(b - a for a, b in self.missing(start, end))
+        first, last = bisect_left(self.ends, start), bisect_right(self.starts, end)
+        if first < last:
+            start = min(start, self.starts[first])
+            end = max(end, self.ends[last - 1])
+        self.starts[first:last] = [start]
+        self.ends[first:last] = [end]
+        self.total += new
+        return new
+
+    def remove(self, start: int, end: int) -> int:
+        """Free [start, end). Returns how many units that gives back."""
+        if start >= end:
+            return 0
+        first, last = bisect_right(self.ends, start), bisect_left(self.starts, end)
+        if first >= last:
+            return 0
+        pieces = []
+        if self.starts[first] < start:
+            pieces.append((self.starts[first], start))
+        if self.ends[last - 1] > end:
+            pieces.append((end, self.ends[last - 1]))
+        before = sum(self.ends[i] - self.starts[i] for i in range(first, last))
+        freed = before - sum(b - a for a, b in pieces)
+        self.starts[first:last] = [a for a, _ in pieces]
+        self.ends[first:last] = [b for _, b in pieces]
+        self.total -= freed
+        return freed
+
+
+def blocks_of(fd: int, size: int, prealloc: bool, fs: str) -> int | Blocks:
+    """Count a file: an int when it is dense, else its ranges."""
+    ranges = [(start // UNIT, units(end)) for start, end in files.data_ranges(fd, size)]
+    whole = units(size)
+    if fs == "tmpfs":
+        total = os.fstat(fd).st_blocks // 8
+        if ranges == [(0, whole)] and total <= whole:
+            return whole
+        blocks = Blocks(ranges)
+        blocks.credit = max(0, total - blocks.total)
+        return blocks if size or blocks.credit else 0
+    if not prealloc and (ranges == [(0, whole)] or whole == 0):
+        return whole
+    blocks = Blocks(ranges)
+    for start, end, flags in files.extents(fd) or ():
+        if flags & files.FIEMAP_EXTENT_UNWRITTEN:
+            blocks.add(start // UNIT, units(end) if prealloc else min(units(end), whole))
+    return blocks
+
+
+def total_of(space: int | Blocks | None) -> int:
+    """The units in a node's ``space``."""
+    if space is None:
+        return 0
+    return space if isinstance(space, int) else space.total + space.credit
+
+
+class Space:
+    """Keeps the count of one view and refuses what would pass the limit.
+
+    Owner: the view's thread.
+    """
+
+    __slots__ = ("_fs", "_inodes", "_units", "limit", "view")
+
+    def __init__(self, view: View) -> None:
+        assert view.upper is not None
+        self.view = view
+        self.limit = Limit()
+        self._fs = files.fs_name(view.upper.root.fd)
+        now = measure(view.upper, view.form)
+        self._units, self._inodes = now.bytes // UNIT, now.inodes
+        for node in view.nodes.values():
+            if node.where is None and node.fd >= 0:  # unlinked but open: not found by a scan
+                self._units += total_of(self.count(node))
+                self._inodes += 1
+
+    def usage(self) -> Usage:
+        """What is held now."""
+        return Usage(bytes=self._units * UNIT, inodes=self._inodes)
+
+    def left(self) -> int:
+        """Units that may still be allocated."""
+        limit = self.limit.bytes
+        return (1 << 62) if limit is None else max(0, limit // UNIT - self._units)
+
+    def need(self, blocks: int, inodes: int = 0) -> None:
+        """Raise ENOSPC unless so much more fits. Counts nothing."""
+        if blocks > 0 and blocks > self.left():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        most = self.limit.inodes
+        if inodes and most is not None and self._inodes + inodes > most:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def add(self, blocks: int, inodes: int = 0) -> None:
+        """Count what was done."""
+        self._units += blocks
+        self._inodes += inodes
+
+    def statfs(self, host: os.statvfs_result) -> os.statvfs_result:
+        """statvfs with the limit as the size; available also bounded by what the host has."""
+        fields = list(host[:10])
+        host_free = host.f_bavail * host.f_frsize // UNIT
+        if self.limit.bytes is not None:
+            total = self.limit.bytes // UNIT
+            free = max(0, total - self._units)
+            fields[0] = fields[1] = UNIT
+            fields[2:5] = [total, free, min(free, host_free)]
+        if self.limit.inodes is not None:
+            free = max(0, self.limit.inodes - self._inodes)
+            fields[5:8] = [self.limit.inodes, free, min(free, host.f_favail) if host.f_files else free]
+        return os.statvfs_result(fields)
+
+    # -- one file -----------------------------------------------------------------------------
+
+    def count(self, node: Node) -> int | Blocks:
+        """A node's units, counted from the disk the first time."""
+        if node.space is None:
+            if node.data is not None or node.type != 8:
+                return 0
+            fd = self.view.data_fd(node, False)
+            st = os.fstat(fd)
+            prealloc = xattr.try_get(fd, b"", self.view.form.prealloc) is not None
+            node.space = blocks_of(fd, st.st_size, prealloc, self._fs)
+        return node.space  # type: ignore[no-any-return]
+
+    def _ranges(self, node: Node) -> Blocks:
+        space = self.count(node)
+        if isinstance(space, int):
+            space = node.space = Blocks([(0, space)])
+        return space
+
+    def grow(self, node: Node, offset: int, length: int) -> int:
+        """How many of ``length`` bytes may be written at ``offset``; counts their units.
+
+        Raises:
+            OSError: ENOSPC when not even one byte fits.
+        """
+        space = self.count(node)
+        first, last = offset // UNIT, units(offset + length)
+        if isinstance(space, int):
+            if first <= space:
+                new = last - space
+                if new <= 0:
+                    return length
+                left = self.left()
+                if new > left:
+                    last = space + left
+                    length = last * UNIT - offset
+                    if length <= 0:
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                    new = left
+                node.space = space + new
+                self._units += new
+                return length
+            space = self._ranges(node)
+        left = self.left() + space.credit
+        for start, end in space.missing(first, last):
+            if end - start > left:
+                last = start + left
+                length = last * UNIT - offset
+                if length <= 0:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                break
+            left -= end - start
+        self._count_new(space, first, last)
+        return length
+
+    def _count_new(self, space: Blocks, first: int, last: int) -> None:
+        new = space.add(first, last)
+        paid = min(space.credit, new)
+        space.credit -= paid
+        self._units += new - paid
+
+    def allocate(self, node: Node, offset: int, length: int) -> None:
+        """Count an fallocate of [offset, offset+length). Raises ENOSPC when it does not fit."""
+        space = self._ranges(node)
+        first, last = offset // UNIT, units(offset + length)
+        new = sum(end - start for start, end in space.missing(first, last))
+        if new - space.credit > self.left():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._count_new(space, first, last)
+
+    def punch(self, node: Node, offset: int, length: int, size: int) -> None:
+        """Count a hole: whole units inside it are free again."""
+        space = self._ranges(node)
+        first = units(offset)
+        end = offset + length
+        last = max(units(end), first) if end >= size else end // UNIT
+        self._units -= space.remove(first, last)
+
+    def cut(self, node: Node, size: int) -> None:
+        """Count a truncation to ``size``; a longer file has a hole, which is free."""
+        space = self.count(node)
+        whole = units(size)
+        if isinstance(space, int):
+            if whole < space:
+                self._units += whole - space
+                node.space = whole
+            elif whole > space:
+                self._ranges(node)
+        else:
+            self._units -= space.remove(whole, 1 << 62) + space.credit
+            space.credit = 0
+
+    def recount(self, node: Node) -> None:
+        """Count a file again from the disk, after the host refused a part."""
+        before = total_of(node.space)
+        node.space = None
+        self._units += total_of(self.count(node)) - before
+
+    def release(self, node: Node) -> None:
+        """An inode of the upper layer is gone for good."""
+        if node.type == 4:
+            return
+        self._units -= total_of(node.space)
+        self._inodes -= 1
+
+
+def measure(layer: Layer, form: Form) -> Usage:
+    """Count a layer from the disk: the same measure, by a walk that follows no link.
+
+    Raises:
+        OSError: a directory cannot be read.
+    """
+    fs = files.fs_name(layer.root.fd)
+    blocks = inodes = 0
+    seen: set[int] = set()
+    pending = [layer.root]
+    while pending:
+        source = pending.pop()
+        fd = source.open()
+        with os.scandir(b"/proc/self/fd/%d" % fd) as found:
+            names = [entry.name for entry in found]
+        for name in names:
+            st = os.stat(name, dir_fd=fd, follow_symlinks=False)
+            if whiteout.is_whiteout(st):
+                continue
+            if st.st_nlink > 1 and not stat.S_ISDIR(st.st_mode):
+                if st.st_ino in seen:
+                    continue
+                seen.add(st.st_ino)
+            attributes = xattr.listx(fd, name)
+            if stat.S_ISDIR(st.st_mode):
+                pending.append(source.child(name))
+                if form.exempt in attributes:
+                    continue
+                blocks += 1
+            elif stat.S_ISREG(st.st_mode) and form.metacopy not in attributes:
+                blocks += _measure_file(fd, name, st, form.prealloc in attributes, fs)
+            inodes += 1
+            for attribute in attributes:
+                blocks += xattr_units(xattr.try_get(fd, name, attribute) or b"")
+        source.descriptors.trim()
+    return Usage(bytes=blocks * UNIT, inodes=inodes)
+
+
+def _measure_file(dirfd: int, name: bytes, st: os.stat_result, prealloc: bool, fs: str) -> int:
+    if st.st_size == 0 and not st.st_blocks:
+        return 0
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+    try:
+        fd = os.open(name, flags, dir_fd=dirfd)
+    except PermissionError:
+        return units(min(st.st_size, st.st_blocks * 512))
+    try:
+        return total_of(blocks_of(fd, st.st_size, prealloc, fs))
+    finally:
+        os.close(fd)

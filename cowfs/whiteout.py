@@ -1,0 +1,118 @@
+"""Every encoding of "deleted" and "opaque", and the overlay's own xattr names; nothing else.
+
+Source: the kernel's Documentation/filesystems/overlayfs.rst (sections "Whiteouts and opaque
+directories", "Nesting overlayfs mounts", "User xattr") and OCI image-spec layer.md for ``.wh.``.
+
+===================  ==============================================================
+deleted              character device 0/0
+deleted (nested)     empty regular file with ``overlay.whiteout``, in a directory
+                     whose ``overlay.opaque`` is ``x``
+opaque               directory with ``overlay.opaque`` = ``y``
+in archives          ``.wh.NAME`` and ``.wh..wh..opq``
+===================  ==============================================================
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass, field
+
+from cowfs.sys import host, xattr
+
+WH_PREFIX = b".wh."
+WH_OPAQUE = b".wh..wh..opq"
+WH_META_PREFIX = b".wh..wh."
+WHITEOUT_MODE = stat.S_IFCHR
+WHITEOUT_RDEV = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """One of the kernel's two xattr prefixes and what the kernel supports under it."""
+
+    name: str
+    prefix: bytes
+    redirects: bool  # redirect and metacopy are honoured
+    opaque: bytes = field(init=False)
+    redirect: bytes = field(init=False)
+    metacopy: bytes = field(init=False)
+    origin: bytes = field(init=False)
+    impure: bytes = field(init=False)
+    whiteout: bytes = field(init=False)
+    exempt: bytes = field(init=False)
+    prealloc: bytes = field(init=False)
+    row: bytes = field(init=False)
+
+    def __post_init__(self) -> None:
+        for own, suffix in _OWN.items():
+            object.__setattr__(self, own, self.prefix + suffix)
+
+    def is_own(self, attribute: bytes) -> bool:
+        """Whether the merged tree hides this stored name."""
+        return attribute.startswith(self.prefix)
+
+    def store_name(self, attribute: bytes) -> bytes:
+        """The name under which a user's ``attribute`` is stored: own names are escaped."""
+        if attribute.startswith(self.prefix):
+            return self.prefix + b"overlay." + attribute[len(self.prefix) :]
+        return attribute
+
+    def show_name(self, stored: bytes) -> bytes | None:
+        """The name a user sees for a stored one; ``None`` when it is the overlay's own."""
+        if not stored.startswith(self.prefix):
+            return stored
+        rest = stored[len(self.prefix) :]
+        return self.prefix + rest[8:] if rest.startswith(b"overlay.") else None
+
+
+_OWN = {
+    "opaque": b"opaque",
+    "redirect": b"redirect",
+    "metacopy": b"metacopy",
+    "origin": b"origin",
+    "impure": b"impure",
+    "whiteout": b"whiteout",
+    # cowfs's own; the kernel hides and ignores them, as it does every name under its prefix
+    "exempt": b"cowfs.exempt",  # a directory copied up only to hold whiteouts: not counted
+    "prealloc": b"cowfs.prealloc",  # blocks past the end were asked for, not speculation
+    "row": b"cowfs.row",  # a redirect file: blocks and map
+}
+
+TRUSTED = Form("trusted", b"trusted.overlay.", True)
+USER = Form("user", b"user.overlay.", False)
+FORMS = {form.name: form for form in (TRUSTED, USER)}
+
+
+def choose_form(name: str = "auto") -> Form:
+    """``auto``: the privileged form where this process may use it, else ``userxattr``."""
+    if name == "auto":
+        return TRUSTED if host.can_trusted_xattr() else USER
+    return FORMS[name]
+
+
+def is_whiteout(st: os.stat_result) -> bool:
+    """Whether a stat result is a character device 0/0."""
+    return stat.S_ISCHR(st.st_mode) and st.st_rdev == 0
+
+
+def has_whiteout_xattr(dirfd: int, name: bytes, form: Form) -> bool:
+    """Whether an empty regular file stands for a deletion (only below ``opaque=x``)."""
+    return xattr.try_get(dirfd, name, form.whiteout) is not None
+
+
+def opaque_value(fd: int, form: Form) -> bytes:
+    """``b"y"`` opaque, ``b"x"`` may hold xattr whiteouts, ``b""`` neither."""
+    return xattr.try_get(fd, b"", form.opaque) or b""
+
+
+def make(dirfd: int, name: bytes) -> None:
+    """Create a whiteout; allowed without privilege since Linux 5.8."""
+    os.mknod(name, stat.S_IFCHR, 0, dir_fd=dirfd)
+
+
+def wh_target(name: bytes) -> bytes | None:
+    """The name that an archive's ``.wh.`` entry deletes; ``None`` for any other name."""
+    if name.startswith(WH_PREFIX) and not name.startswith(WH_META_PREFIX):
+        return name[len(WH_PREFIX) :]
+    return None
