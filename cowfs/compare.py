@@ -59,8 +59,9 @@ def compare(records: Records, old: Pair | None, new: Pair | None, same_data: Sam
         a_ref = a.ref if a is not None else None
         if a_ref is not None and a_ref.content == b.ref.content:
             continue
-        a_base = (a.path or old_path) if a is not None else old_path
-        stack.append(_below(records, path, a_base, b.path or new_path, a_ref, b.ref))
+        old_base = old_path if a is None or a.base is None else a.base
+        new_base = new_path if b.base is None else b.base
+        stack.append(_below(records, path, old_base, new_base, a_ref, b.ref))
 
 
 def _below(

@@ -18,9 +18,10 @@ wherever they came from; the storage digest names the record. A file whose diges
 has its (layer, inode number) in the first half instead: content digests that are equal then
 never lie, and a comparison that finds them different looks at the files themselves.
 
-Paths. A file's path in its layer is its directory's *base* and its name, unless the entry says
-otherwise; a directory's base is its parent's base and its name, unless its entry gives one. A
-renamed directory of a lower layer is therefore one entry with a base, over the old record.
+Paths. The *implied* path of an entry is its directory's base and its name. A file's data, and a
+directory itself, are at the implied path of their layer unless the entry gives a path; a
+directory's base is its implied path unless the entry gives a base. A renamed directory of a
+lower layer is therefore one entry with a base, over the old record.
 
 Big directories. Past ``CHUNK_ABOVE`` entries a record is a list of chunks, cut where
 ``crc32(name)`` is a multiple of ``CHUNK_SIZE``: boundaries depend on the names alone, so equal
@@ -53,6 +54,7 @@ __all__ = [
     "Pending",
     "Records",
     "Ref",
+    "Seen",
     "children_of",
     "decode",
     "differing",
@@ -63,6 +65,7 @@ __all__ = [
     "join",
     "lookup",
     "ref_of",
+    "root_digest",
     "write",
 ]
 
@@ -75,6 +78,7 @@ _STORE = struct.Struct("<HBIQQ")  # length, driver flags, layer, ino, blocks
 _LEAF = struct.Struct("<cII")  # b"E", entries, bytes of the content half
 _LIST = struct.Struct("<cI")  # b"L", chunks
 _CHUNK = struct.Struct("<I32s32sH")  # entries, storage digest, content digest, length of the first name
+_U16 = struct.Struct("<H")
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
 _XATTR = struct.Struct("<HI")  # length of the name, of the value
@@ -120,11 +124,11 @@ class Entry(NamedTuple):
         blocks: units of 512 bytes.
         nlink: names of the file within the tree; 0 for a directory.
         layer: number of the layer that holds the data.
-        path: where the data is in that layer, when not at the implied place (see the module).
+        path: where it is in that layer, when not at the implied path (see the module).
+        base: of a directory: where its files are, when not at the implied path.
         digest: SHA-256 of a regular file's data where it is known.
         ref: a directory's record.
         flags: belongs to the driver that wrote the layer.
-        record: only from :class:`IndexTree`: what to ask a sub-directory's entries with.
     """
 
     mode: int
@@ -143,7 +147,7 @@ class Entry(NamedTuple):
     digest: bytes | None = None
     ref: Ref | None = None
     flags: int = 0
-    record: Handle | None = None
+    base: bytes | None = None
 
     @property
     def type(self) -> int:
@@ -177,21 +181,26 @@ class Pending:
 
     def __init__(self, below: Records | None = None) -> None:
         self._below = below
-        self.new: dict[bytes, bytes] = {}
+        self.new: dict[bytes, tuple[bytes, bytes]] = {}  # digest -> (digests it points at, data)
 
     def record(self, digest: bytes) -> bytes:
-        data = self.new.get(digest)
-        if data is not None:
-            return data
+        made = self.new.get(digest)
+        if made is not None:
+            return made[1]
         if digest == EMPTY.storage:
             return _EMPTY_RECORD
         if self._below is None:
             raise Corrupt(f"the index has no record {digest.hex()}", remedy="run 'cowfs check'")
         return self._below.record(digest)
 
-    def add(self, data: bytes) -> bytes:
+    def empty(self) -> Ref:
+        """The directory without entries."""
+        return EMPTY
+
+    def add(self, data: bytes, children: bytes) -> bytes:
+        """Keep a new record; ``children`` are the digests it points at, one after another."""
         digest = hashlib.sha256(data).digest()
-        self.new[digest] = data
+        self.new[digest] = (children, data)
         return digest
 
 
@@ -245,9 +254,10 @@ def encode(name: bytes, entry: Entry) -> Pair:
         + name
         + rest
     )
-    where = b"" if entry.ref is None else entry.ref.storage
-    if entry.path is not None:
-        where += entry.path
+    where = b"" if entry.path is None else entry.path
+    if entry.ref is not None:
+        base = b"" if entry.base is None else entry.base
+        where = entry.ref.storage + (_U16.pack(len(base)) + base + where if base or where else b"")
     return content, _STORE.pack(_STORE.size + len(where), entry.flags, entry.layer, entry.ino, entry.blocks) + where
 
 
@@ -258,11 +268,15 @@ def decode(pair: Pair) -> Entry:
     at = _HEAD.size + name_length
     _, driver_flags, layer, ino, blocks = _STORE.unpack_from(storage)
     where = _STORE.size
-    ref, nlink, rdev, target, digest = None, 1, 0, b"", None
+    ref, base, nlink, rdev, target, digest = None, None, 1, 0, b"", None
     if mode & 0o170000 == 0o040000:
         ref = Ref(storage[where : where + DIGEST], content[at : at + DIGEST])
         at += DIGEST
         where += DIGEST
+        if where < len(storage):
+            length = _U16.unpack_from(storage, where)[0]
+            where += 2 + length
+            base = storage[where - length : where] or None
         nlink = 0
     if flags & _NLINK:
         nlink = _U32.unpack_from(content, at)[0]
@@ -293,7 +307,7 @@ def decode(pair: Pair) -> Entry:
         xattrs = tuple(found)
     return Entry(
         mode, uid, gid, size, seconds * 1_000_000_000 + nanoseconds, ino, blocks, rdev, nlink, target, xattrs,
-        layer, storage[where:] or None, digest, ref, driver_flags,
+        layer, storage[where:] or None, digest, ref, driver_flags, base,
     )  # fmt: skip
 
 
@@ -304,6 +318,11 @@ def ref_of(pair: Pair) -> Ref | None:
         return None
     at = _HEAD.size + int.from_bytes(content[_HEAD.size - 2 : _HEAD.size], "little")
     return Ref(storage[_STORE.size : _STORE.size + DIGEST], content[at : at + DIGEST])
+
+
+def root_digest(storage_half: bytes) -> bytes:
+    """The record digest in a directory entry's storage half."""
+    return storage_half[_STORE.size : _STORE.size + DIGEST]
 
 
 # ------------------------------------------------------------ one directory
@@ -348,7 +367,8 @@ def _leaf(pending: Pending, names: Iterable[bytes], pairs: Mapping[bytes, Pair])
     head = _LEAF.pack(b"E", len(chosen), len(content))
     data = head + content + b"".join([pair[1] for pair in chosen])
     digest = hashlib.sha256(head + content).digest()
-    return Ref(pending.add(data), digest), len(chosen)
+    children = b"".join([root_digest(pair[1]) for pair in chosen if pair[0][6] & 0xF0 == 0x40])
+    return Ref(pending.add(data, children), digest), len(chosen)
 
 
 def _list(pending: Pending, chunks: list[_Chunk]) -> Ref:
@@ -356,7 +376,7 @@ def _list(pending: Pending, chunks: list[_Chunk]) -> Ref:
     for chunk in chunks:
         parts += (_CHUNK.pack(chunk.count, *chunk.ref, len(chunk.first)), chunk.first)
     content = hashlib.sha256(b"L" + b"".join([chunk.ref.content for chunk in chunks])).digest()
-    return Ref(pending.add(b"".join(parts)), content)
+    return Ref(pending.add(b"".join(parts), b"".join([chunk.ref.storage for chunk in chunks])), content)
 
 
 def _is_boundary(name: bytes) -> bool:
@@ -503,60 +523,114 @@ def join(base: bytes, name: bytes) -> bytes:
     return base + b"/" + name if base else name
 
 
+class Seen(NamedTuple):
+    """One entry as the merged view wants it (``cowfs.union.options.Entry``).
+
+    Attributes:
+        type: as in readdir(3), DT_*.
+        layer: place in the stack, 0 at the bottom; of a directory: the topmost that has it.
+        path: where it is there; None at the path that users see.
+        record: a directory's own record.
+    """
+
+    type: int
+    mode: int
+    uid: int
+    gid: int
+    size: int
+    mtime_ns: int
+    ino: int
+    blocks: int
+    rdev: int
+    nlink: int
+    target: bytes
+    xattrs: Mapping[bytes, bytes]
+    layer: int
+    path: bytes | None
+    record: Handle | None
+    flags: int
+
+
+class _Names(Mapping[bytes, Seen]):
+    """A directory's entries, each unpacked when it is asked for."""
+
+    __slots__ = ("_handle", "_layers", "_pairs")
+
+    def __init__(self, pairs: dict[bytes, Pair], handle: Handle, layers: Mapping[int, int]) -> None:
+        self._pairs = pairs
+        self._handle = handle
+        self._layers = layers
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self._pairs)
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._pairs
+
+    def __getitem__(self, name: bytes) -> Seen:
+        entry = decode(self._pairs[name])
+        _, seen, base = self._handle
+        path, handle = entry.path, None
+        implied = join(base, name)
+        if path is None and base != seen:
+            path = implied
+        if entry.ref is not None:
+            below = implied if entry.base is None else entry.base
+            handle = Handle(entry.ref.storage, join(seen, name), below)
+        layer = self._layers.get(entry.layer)
+        if layer is None:
+            raise Corrupt(
+                f"the index puts {join(seen, name)!r} in layer {entry.layer}, which is not in this chain",
+                remedy="run 'cowfs check'",
+            )
+        return Seen(
+            entry.mode >> 12, entry.mode, entry.uid, entry.gid, entry.size, entry.mtime_ns, entry.ino, entry.blocks,
+            entry.rdev, entry.nlink, entry.target, dict(entry.xattrs), layer, path, handle, entry.flags,
+        )  # fmt: skip
+
+
 class IndexTree:
     """One snapshot's tree as the merged view reads it: the lower layers need no scan.
 
     Args:
         records: the index.
         root: the snapshot's root entry.
-        layers: position in the view's stack of lowers (0 is the topmost) by layer number.
+        layers: place in the view's stack of lowers (0 at the bottom) by layer number.
+        keep: directories whose packed entries are kept, the least recently used going first.
 
-    Threads: as ``records``; it keeps no state of its own.
+    Threads: belongs to the view's thread.
     """
 
-    __slots__ = ("_layers", "_records", "_root")
+    __slots__ = ("_kept", "_layers", "_limit", "_records", "_root")
 
-    def __init__(self, records: Records, root: Pair, layers: Mapping[int, int]) -> None:
+    def __init__(self, records: Records, root: Pair, layers: Mapping[int, int], *, keep: int = 256) -> None:
         self._records = records
         self._root = root
         self._layers = layers
+        self._limit = keep
+        self._kept: dict[Handle, _Names] = {}
 
     def root(self) -> Handle:
         """The root directory, to be given to :meth:`entries`."""
         entry = decode(self._root)
         assert entry.ref is not None
-        return Handle(entry.ref.storage, b"", entry.path or b"")
+        return Handle(entry.ref.storage, b"", entry.base or b"")
 
-    def root_entry(self) -> Entry:
-        """The attributes of the root directory itself."""
-        entry = decode(self._root)
-        return entry._replace(layer=self._layers.get(entry.layer, -1), record=self.root())
-
-    def entries(self, record: Handle) -> dict[bytes, Entry]:
+    def entries(self, record: Handle) -> Mapping[bytes, Seen]:
         """A directory's entries by name.
 
-        ``layer`` is a position in the stack (of a directory: the topmost layer that has it), and
-        ``path`` is given wherever the data is not at the path that users see.
-
         Raises:
-            Corrupt: a record is missing, or names a layer that is not in the stack.
+            Corrupt: a record is missing, or (on asking for an entry) names a layer that is not
+                in the stack.
         """
-        found = {}
-        moved = record.base != record.path
-        for name, pair in entries(self._records, record.storage).items():
-            entry = decode(pair)
-            path = entry.path
-            if path is None and moved:
-                path = join(record.base, name)
-            handle = None
-            if entry.ref is not None:
-                seen = join(record.path, name)
-                handle = Handle(entry.ref.storage, seen, path or seen)
-            layer = self._layers.get(entry.layer)
-            if layer is None:
-                raise Corrupt(
-                    f"the index puts {join(record.path, name)!r} in layer {entry.layer}, which is not in this chain",
-                    remedy="run 'cowfs check'",
-                )
-            found[name] = entry._replace(layer=layer, path=path, record=handle)
+        kept = self._kept
+        found = kept.pop(record, None)
+        if found is None:
+            found = _Names(entries(self._records, record.storage), record, self._layers)
+            if len(kept) >= self._limit:
+                del kept[next(iter(kept))]
+        kept[record] = found
         return found

@@ -1,0 +1,68 @@
+"""Finding drivers: by entry point, group ``cowfs.drivers``, and by nothing else.
+
+A package adds a driver with two lines of its pyproject.toml::
+
+    [project.entry-points."cowfs.drivers"]
+    mine = "my_package.module:MyDriver"
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import EntryPoint, entry_points
+
+from cowfs.driver import Driver, Probe
+from cowfs.errors import NotFound, Unsupported
+
+__all__ = ["GROUP", "choose", "load", "names"]
+
+GROUP = "cowfs.drivers"
+
+
+def _points() -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=GROUP)}
+
+
+def names() -> list[str]:
+    """The drivers that are installed."""
+    return sorted(_points())
+
+
+def load(name: str) -> type[Driver]:
+    """The class of a driver.
+
+    Raises:
+        NotFound: no such driver is installed.
+        Unsupported: it is, but cannot be imported.
+    """
+    point = _points().get(name)
+    if point is None:
+        raise NotFound(f"no driver {name!r}", remedy=f"installed are: {', '.join(names()) or 'none'}")
+    try:
+        found = point.load()
+    except Exception as error:
+        raise Unsupported(f"the driver {name} cannot be loaded: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, Driver)):
+        raise Unsupported(f"the driver {name} ({point.value}) is not a cowfs.driver.Driver")
+    return found
+
+
+def choose(root: str) -> tuple[type[Driver], dict[str, Probe]]:
+    """The best driver that can run below ``root``, and what each one said.
+
+    Raises:
+        Unsupported: none can; the message says why, driver by driver.
+    """
+    probes: dict[str, Probe] = {}
+    classes: dict[str, type[Driver]] = {}
+    for name in names():
+        try:
+            classes[name] = load(name)
+            probes[name] = classes[name].probe(root)
+        except Unsupported as error:
+            probes[name] = Probe(usable=False, reasons=(str(error),))
+    usable = [name for name, probe in probes.items() if probe.usable]
+    if not usable:
+        told = "; ".join(f"{name}: {', '.join(probe.reasons)}" for name, probe in probes.items())
+        raise Unsupported(f"no driver can run here: {told or 'none is installed'}", remedy="pip install cowfs")
+    best = max(usable, key=lambda name: (probes[name].rank, name))
+    return classes[best], probes

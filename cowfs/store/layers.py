@@ -1,0 +1,252 @@
+"""What the store knows about the files of a layer: who uses it, which digests hold, which data is equal.
+
+Strategy: every question is answered relative to the layer's tree, by the fewest system calls, and
+never from the path alone: a digest kept beside a layer counts while inode and ctime (which nobody
+can set) are those of the file it was made for.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import stat
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from cowfs.driver import Driver
+from cowfs.errors import Corrupt, FailedPrecondition
+from cowfs.index import Index, Row
+from cowfs.stack import _lock_holder
+from cowfs.sys import files
+from cowfs.sys.mounts import mountinfo
+from cowfs.tree import Entry
+
+__all__ = ["KeptDigests", "SameData", "Unchanged", "file_digest", "hold", "user_of"]
+
+KEPT = "cowfs-digests"
+_RECORD = struct.Struct("<QQ32s")  # inode, ctime in ns, digest
+COPIED = "cowfs-copied"
+"""A file made right after a driver copied the parent: what has an older ctime was not touched since."""
+_CHUNK = 1 << 20
+
+
+@contextmanager
+def hold(driver: Driver, row: Row, verb: str, *, missing_ok: bool = False) -> Iterator[None]:
+    """Be the only user of a layer's tree.
+
+    Raises:
+        FailedPrecondition: a mount or another verb uses it; the message says which.
+        Corrupt: the tree is gone.
+    """
+    tree = driver.tree(row.id)
+    try:
+        fd = os.open(tree, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        if missing_ok:
+            yield
+            return
+        raise Corrupt(f"the layer of {row.name!r} is gone: {tree}", remedy="run 'cowfs check'") from None
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pid = _lock_holder(fd)
+            raise FailedPrecondition(
+                f"{row.name!r} is in use by {f'process {pid}' if pid else 'another process'}: cannot {verb} it",
+                remedy="unmount it first, or use 'cowfs snapshot'" if verb == "commit" else "unmount it first",
+            ) from None
+        where = kernel_mount_of(tree)
+        if where is not None:
+            raise FailedPrecondition(
+                f"{row.name!r} is mounted by the kernel at {where}: cannot {verb} it", remedy=f"umount {where}"
+            )
+        yield
+    finally:
+        os.close(fd)
+
+
+def user_of(driver: Driver, row: Row) -> str | None:
+    """Who has a layer's tree in use right now, for people; None when nobody has."""
+    try:
+        with hold(driver, row, "use"):
+            return None
+    except FailedPrecondition as error:
+        return error.message
+    except Corrupt:
+        return None
+
+
+def kernel_mount_of(tree: str) -> str | None:
+    """Where the kernel has this tree mounted, as an overlay's upper or by a bind; None when nowhere."""
+    try:
+        wanted = os.stat(tree)
+    except OSError:
+        return None
+    device = f"{os.major(wanted.st_dev)}:{os.minor(wanted.st_dev)}"
+    raw = os.fsencode(tree)
+    for entry in mountinfo():
+        if entry.fstype == "overlay":
+            if b"upperdir=" + raw in entry.super_options.split(b","):
+                return os.fsdecode(entry.target)
+        elif entry.root.endswith(b"/fs") and raw.endswith(entry.root) and entry.dev == device:
+            return os.fsdecode(entry.target)
+    return None
+
+
+def file_digest(fd: int) -> bytes:
+    """SHA-256 of an open file's data."""
+    digest = hashlib.sha256()
+    at = 0
+    while data := os.pread(fd, _CHUNK, at):
+        digest.update(data)
+        at += len(data)
+    return digest.digest()
+
+
+class KeptDigests:
+    """File digests kept beside a layer since an archive was applied to it.
+
+    File ``cowfs-digests`` in the layer's directory: records of :data:`_RECORD`, by inode, so that
+    each name of a hard link has its digest.
+    """
+
+    def __init__(self, known: dict[int, tuple[int, bytes]], tree: str, *, compute: bool = False) -> None:
+        self._known = known
+        self._tree = tree
+        self._compute = compute
+
+    def __call__(self, path: bytes, st: os.stat_result) -> bytes | None:
+        found = self._known.get(st.st_ino)
+        if found is not None and found[0] == st.st_ctime_ns:
+            return found[1]
+        if not self._compute:
+            return None
+        root = os.open(self._tree, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fd = files.open_beneath(root, path, os.O_RDONLY | os.O_NOFOLLOW)
+        finally:
+            os.close(root)
+        try:
+            return file_digest(fd)
+        finally:
+            os.close(fd)
+
+    @classmethod
+    def load(cls, driver: Driver, id: str, *, compute: bool = False) -> KeptDigests | None:
+        """Those of a layer; None where there is nothing to tell."""
+        known: dict[int, tuple[int, bytes]] = {}
+        try:
+            with open(f"{driver.directory(id)}/{KEPT}", "rb") as file:
+                data = file.read()
+        except FileNotFoundError:
+            if not compute:
+                return None
+            data = b""
+        for ino, ctime, digest in _RECORD.iter_unpack(data[: len(data) // _RECORD.size * _RECORD.size]):
+            known[ino] = (ctime, digest)
+        return cls(known, driver.tree(id), compute=compute)
+
+    @staticmethod
+    def save(driver: Driver, id: str, digests: dict[bytes, bytes]) -> None:
+        """Keep digests, given by path; the paths are looked at now."""
+        root = os.open(driver.tree(id), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            with open(f"{driver.directory(id)}/{KEPT}", "ab") as file:
+                for path, digest in digests.items():
+                    try:
+                        st = os.stat(path, dir_fd=root, follow_symlinks=False)
+                    except FileNotFoundError:
+                        continue
+                    if stat.S_ISREG(st.st_mode):
+                        file.write(_RECORD.pack(st.st_ino, st.st_ctime_ns, digest))
+                file.flush()
+                if driver.fsync:
+                    os.fsync(file.fileno())
+        finally:
+            os.close(root)
+
+
+class SameData:
+    """Compares the bytes of two files in their layers (:data:`cowfs.compare.SameData`)."""
+
+    def __init__(self, driver: Driver, index: Index) -> None:
+        self._driver = driver
+        self._index = index
+        self._ids: dict[int, str] = {}
+
+    def open(self, num: int, path: bytes) -> int:
+        """Open a file of a layer for reading.
+
+        Raises:
+            Corrupt: it is gone.
+        """
+        id = self._ids.get(num)
+        if id is None:
+            id = self._ids[num] = self._index.by_num(num).id
+        tree = self._driver.tree(id)
+        try:
+            root = os.open(tree, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                return files.open_beneath(root, path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            finally:
+                os.close(root)
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                raise Corrupt(
+                    f"the index knows {os.fsdecode(path)!r} in layer {id}, where it is not", remedy="run 'cowfs check'"
+                ) from None
+            raise
+
+    def __call__(self, a_path: bytes, a: Entry, b_path: bytes, b: Entry) -> bool:
+        one = self.open(a.layer, a_path)
+        try:
+            other = self.open(b.layer, b_path)
+            try:
+                return _equal(one, other)
+            finally:
+                os.close(other)
+        finally:
+            os.close(one)
+
+
+class Unchanged:
+    """Whether a file of a whole layer still has its parent's bytes, all attributes being equal.
+
+    A file with a ctime before the mark that was made after copying (:data:`COPIED`) has not been
+    touched since: nobody can set a ctime. What is not clearly older is compared.
+    """
+
+    def __init__(self, driver: Driver, index: Index, row: Row, fd: int) -> None:
+        self._data = SameData(driver, index)
+        self._fd = fd
+        try:
+            self._cut = os.stat(f"{driver.directory(row.id)}/{COPIED}").st_ctime_ns
+        except FileNotFoundError:
+            self._cut = 0
+
+    def __call__(self, path: bytes, st: os.stat_result, before: Entry) -> bool:
+        if st.st_ctime_ns < self._cut:
+            return True
+        mine = files.open_beneath(self._fd, path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            other = self._data.open(before.layer, before.path or path)
+            try:
+                return _equal(mine, other)
+            finally:
+                os.close(other)
+        finally:
+            os.close(mine)
+
+
+def _equal(one: int, other: int) -> bool:
+    at = 0
+    while True:
+        a, b = os.pread(one, _CHUNK, at), os.pread(other, _CHUNK, at)
+        if a != b:
+            return False
+        if not a:
+            return True
+        at += len(a)

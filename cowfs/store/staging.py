@@ -1,0 +1,182 @@
+"""Directories that are being made or deleted, and how to tell them from garbage.
+
+Order, for every verb:
+
+* made: fill ``new-ID`` under a flock, fsync it, then in one transaction write the row and rename
+  it to ``layers/ID``;
+* deleted: delete the row and commit, then rename ``layers/ID`` to ``rm-ID``, then delete it.
+
+So a process that is killed leaves one of these, and nothing else:
+
+=================  ===========================  =========================================
+on disk            in the index                 what :func:`sweep` does
+=================  ===========================  =========================================
+``new-ID``, lock   no row                       nothing: somebody is building it
+``new-ID``         no row                       deletes it
+``new-ID``         a row (the rename was lost)  renames it to ``layers/ID``
+``rm-ID``          no row                       deletes it
+``rm-ID``          a row (the commit was lost)  renames it back
+``layers/ID``      no row                       ``gc`` deletes it, ``check`` names it
+=================  ===========================  =========================================
+
+A sweep looks and renames under the write lock, where no verb is between its row and its rename.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from cowfs.driver import Driver
+from cowfs.faults import point
+from cowfs.index import Index
+
+__all__ = ["Staged", "discard", "fsync_directory", "orphans", "staged", "sweep"]
+
+NEW, RM = "new-", "rm-"
+
+
+class Staged:
+    """A layer being made: ``new-ID`` on disk, locked for as long as this process lives.
+
+    Attributes:
+        id: the id it will have.
+        staged: the id to hand to the driver meanwhile.
+    """
+
+    def __init__(self, driver: Driver, id: str) -> None:
+        self.id = id
+        self.staged = NEW + id
+        self._driver = driver
+        self._fd = _make_locked(driver.directory(self.staged))
+        self._moved = False
+
+    def publish(self) -> None:
+        """Give the directory its final name. Only inside the transaction that writes the row."""
+        os.rename(self._driver.directory(self.staged), self._driver.directory(self.id))
+        self._moved = True
+        if self._driver.fsync:
+            fsync_directory(f"{self._driver.root}/layers")
+            fsync_directory(self._driver.root)
+
+    def close(self, *, keep: bool) -> None:
+        """Let go; delete the directory unless it is to be kept."""
+        try:
+            if not keep:
+                if self._moved:
+                    discard(self._driver, self.id)
+                else:
+                    self._driver.remove(self.staged)
+        finally:
+            os.close(self._fd)
+
+
+def _make_locked(path: str) -> int:
+    """A fresh directory and a descriptor that holds its lock."""
+    while True:
+        os.mkdir(path, 0o700)
+        os.chmod(path, 0o700)
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue  # a sweep came before the lock
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        if os.fstat(fd).st_nlink:
+            return fd
+        os.close(fd)
+
+
+@contextmanager
+def staged(driver: Driver, id: str) -> Iterator[Staged]:
+    """A staged layer, deleted again when the block fails."""
+    layer = Staged(driver, id)
+    try:
+        yield layer
+    except BaseException:
+        layer.close(keep=False)
+        raise
+    layer.close(keep=True)
+
+
+def fsync_directory(path: str) -> None:
+    """Make the names in a directory durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def discard(driver: Driver, id: str) -> None:
+    """Delete a layer that no row names; one that is gone is fine."""
+    try:
+        os.rename(driver.directory(id), driver.directory(RM + id))
+    except FileNotFoundError:
+        return
+    point("remove.renamed")
+    driver.remove(RM + id)
+    point("remove.emptied")
+
+
+def orphans(driver: Driver, index: Index) -> list[str]:
+    """Ids of the directories in ``layers`` that no row names, right now."""
+    with index.write() as connection:
+        known = {row[0] for row in connection.execute("SELECT id FROM snapshots")}
+        return sorted(id for id in os.listdir(f"{driver.root}/layers") if id not in known)
+
+
+def sweep(driver: Driver, index: Index, *, everything: bool = False) -> list[str]:
+    """Remove leftovers of processes that were killed; see the table in the module.
+
+    Args:
+        everything: look for directories without a row in ``layers``, too.
+
+    Returns:
+        Paths of what was deleted, relative to the store.
+    """
+    root = driver.root
+    names = [name for name in os.listdir(root) if name.startswith((NEW, RM))]
+    if not names and not everything:
+        return []
+    doomed: list[tuple[str, int]] = []
+    with index.write() as connection:
+        known = {row[0] for row in connection.execute("SELECT id FROM snapshots")} if everything or names else set()
+        for name in names:
+            id = name.removeprefix(NEW).removeprefix(RM)
+            fd = _lock(f"{root}/{name}")
+            if fd is None:
+                continue
+            if id in known:
+                if not os.path.isdir(driver.directory(id)):
+                    os.rename(f"{root}/{name}", driver.directory(id))
+                    os.close(fd)
+                    continue
+            doomed.append((name, fd))
+        if everything:
+            for id in os.listdir(f"{root}/layers"):
+                if id not in known:
+                    os.rename(f"{root}/layers/{id}", f"{root}/{RM}{id}")
+                    point("gc.renamed")
+                    fd = _lock(f"{root}/{RM}{id}")
+                    if fd is not None:
+                        doomed.append((RM + id, fd))
+    for name, fd in doomed:
+        driver.remove(name)
+        os.close(fd)
+    return [name for name, _ in doomed]
+
+
+def _lock(path: str) -> int | None:
+    """A locked descriptor, or None while somebody else builds or deletes it."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        return None
+    return fd

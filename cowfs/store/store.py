@@ -1,0 +1,16 @@
+"""The class that users import, put together from its groups of verbs."""
+
+from __future__ import annotations
+
+from cowfs.store.core import StoreCore
+
+__all__ = ["Store"]
+
+
+class Store(StoreCore):
+    """A store of snapshots in one directory. Make it with :meth:`open`.
+
+    >>> with Store.open("/tmp/store") as store:  # doctest: +SKIP
+    ...     store.prepare("work")
+    ...     store.commit("work", "base")
+    """
