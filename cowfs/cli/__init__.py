@@ -1,6 +1,164 @@
-"""The command `cowfs`: the only place that prints or reads the environment.
+"""The command `cowfs`: the only place that prints, and the only one that reads the user's environment.
 
-Strategy: one table of verbs. Only the verb that was asked for is imported and gets a parser; `--help` and
-`completion` walk the whole table. Errors become one line on standard error and the exit code of their class here,
-at one of the two edges where errors are translated (the other is the FUSE session).
+Strategy: one table of verbs. Only the verb that was asked for is imported and gets a parser (so `cowfs mount` starts
+fast); `--help` needs the table alone, `completion` and the tests walk all of it. Errors become one line on standard
+error and the exit status of their class here, at one of the two edges where errors are translated (the other is the
+FUSE session).
+
+A verb's module has a dict ``COMMANDS``: verb -> :class:`Command`.
 """
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import argparse
+
+__all__ = ["VERBS", "Command", "Verb", "main", "parser_of"]
+
+
+class Verb(NamedTuple):
+    """A line of the table: what is known of a verb without importing it."""
+
+    module: str
+    summary: str
+    group: str
+
+
+class Command(NamedTuple):
+    """A verb: how its arguments look, what it does (returns the exit status), and examples for its --help."""
+
+    configure: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+    description: str
+    examples: tuple[str, ...]
+
+
+_MOUNTS, _ABOUT = "Mounts", "About"
+
+VERBS: dict[str, Verb] = {
+    "mount": Verb("cowfs.cli.mount", "mount a stack of layers as one tree", _MOUNTS),
+    "umount": Verb("cowfs.cli.mount", "unmount, also when the server is gone", _MOUNTS),
+    "mounts": Verb("cowfs.cli.show", "what is mounted: layers, upper, use and limit, process", _MOUNTS),
+    "diff": Verb("cowfs.cli.show", "what an upper layer adds, changes and deletes", _MOUNTS),
+    "usage": Verb("cowfs.cli.show", "bytes and inodes that an upper layer holds", _MOUNTS),
+    "limit": Verb("cowfs.cli.mount", "show or change the limit of a mount, while it is mounted", _MOUNTS),
+    "completion": Verb("cowfs.cli.completion", "completion for bash, zsh or fish", _ABOUT),
+}
+
+
+def is_path(argument: str) -> bool:
+    """Whether an argument is a path; others name snapshots in the store."""
+    return argument.startswith(("/", "./", "../")) or argument in (".", "..")
+
+
+def command_of(name: str) -> Command:
+    """Import a verb."""
+    from importlib import import_module
+
+    command: Command = import_module(VERBS[name].module).COMMANDS[name]
+    return command
+
+
+def parser_of(name: str) -> argparse.ArgumentParser:
+    """A verb's parser: one line for a bad argument, examples below its help."""
+    import argparse
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> None:  # type: ignore[override]
+            self.exit(2, f"{self.prog}: {message} (see: {self.prog} --help)\n")
+
+    command = command_of(name)
+    examples = "".join(f"  {line}\n" for line in command.examples)
+    parser = Parser(
+        prog=f"cowfs {name}",
+        description=command.description,
+        epilog=f"examples:\n{examples}" if examples else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.configure(parser)
+    parser.set_defaults(run=command.run)
+    return parser
+
+
+def overview() -> str:
+    """What `cowfs --help` prints."""
+    lines = [
+        "usage: cowfs VERB [arguments]     (cowfs VERB --help tells more, with examples)",
+        "",
+        "Copy-on-write root file systems: stacks of layers, mounted with a size limit that holds.",
+    ]
+    for group in dict.fromkeys(verb.group for verb in VERBS.values()):
+        lines += ["", f"{group}:"]
+        lines += [f"  {name:<12} {verb.summary}" for name, verb in VERBS.items() if verb.group == group]
+    lines += [
+        "",
+        "examples:",
+        "  cowfs mount layers/ /mnt/rootfs --size 2G",
+        "  cowfs diff /mnt/rootfs",
+        "  cowfs umount /mnt/rootfs",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the command. Returns the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    name = arguments[0] if arguments else "--help"
+    if name in ("--help", "-h", "help"):
+        if name == "help" and len(arguments) > 1 and arguments[1] in VERBS:
+            return guarded(lambda: _run(arguments[1], ["--help"]))
+        sys.stdout.write(overview())
+        return 0 if arguments else 2
+    if name in ("--version", "-V"):
+        from cowfs import __version__
+
+        sys.stdout.write(f"cowfs {__version__}\n")
+        return 0
+    if name not in VERBS:
+        import difflib
+
+        near = difflib.get_close_matches(name, VERBS, 1)
+        sys.stderr.write(f"cowfs: no verb {name!r} ({f'did you mean {near[0]}?' if near else 'see: cowfs --help'})\n")
+        return 2
+    return guarded(lambda: _run(name, arguments[1:]))
+
+
+def _run(name: str, arguments: list[str]) -> int:
+    options = parser_of(name).parse_args(arguments)
+    code: int = options.run(options)
+    return code
+
+
+def guarded(run: Callable[[], int], program: str = "cowfs") -> int:
+    """Run, and turn every error that is foreseen into one line and an exit status."""
+    from cowfs.errors import CowfsError
+
+    try:
+        code = run()
+        sys.stdout.flush()
+    except CowfsError as error:
+        return complain(program, str(error), error.exit_code)
+    except BrokenPipeError:
+        # The reader (head, less) has seen enough. Standard output must not complain again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141
+    except KeyboardInterrupt:
+        return 130
+    except OSError as error:
+        where = os.fsdecode(error.filename) + ": " if isinstance(error.filename, str | bytes) else ""
+        return complain(program, f"{where}{error.strerror or error}", 1)
+    return code
+
+
+def complain(program: str, message: str, code: int) -> int:
+    """One line on standard error."""
+    line = " ".join(message.split("\n"))
+    sys.stderr.write(f"{program}: {line}\n")
+    sys.stderr.flush()
+    return code

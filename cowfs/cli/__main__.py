@@ -1,0 +1,7 @@
+"""`python -m cowfs.cli`: the command without its entry point."""
+
+import sys
+
+from cowfs.cli import main
+
+sys.exit(main())

@@ -1,0 +1,223 @@
+"""`cowfs mount`, `umount` and `limit`.
+
+Strategy: `mount` forks the server from this very process once the arguments are parsed: no second interpreter starts.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING
+
+from cowfs.cli import Command
+from cowfs.errors import CowfsError, InvalidArgument
+
+if TYPE_CHECKING:
+    import argparse
+
+    from cowfs.stack import IdMap, MountSpec
+
+
+# -- mount -------------------------------------------------------------------------------------------------------------
+
+
+def _configure_mount(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "paths",
+        nargs="*",
+        metavar="LAYERS ... MNT",
+        help="one directory of layers, or layers bottom first; then the mount point",
+    )
+    add("--layer", action="append", default=[], metavar="DIR", help="a layer; repeated, bottom first")
+    add("--upper", metavar="DIR", help="where changes go (default: LAYERS/.cowfs/upper, used again next time)")
+    add("--work", metavar="DIR", help="work directory, on the same file system as the upper (default: beside it)")
+    add("--ephemeral", action="store_true", help="an upper of its own, dropped at unmount")
+    add("-r", "--read-only", action="store_true", help="no changes; an --upper is then the topmost layer")
+    add("--size", metavar="SIZE", help="limit on bytes: 512M, 2G, 1.5T")
+    add("--inodes", metavar="N", help="limit on inodes: 10000, 100k")
+    add("--volatile", action="store_true", help="never sync; after a crash of the host the upper cannot be used")
+    add("--allow-other", action="store_true", default=None, help="let other users in (default as root)")
+    add("--io", choices=("cached", "passthrough"), default="cached",
+        help="cached: nothing is asked twice; passthrough: data goes past the server, for databases (root, no limit)")  # fmt: skip
+    add("--frontend", choices=("kernel", "fusepy"), default="kernel", help="cowfs's own protocol engine, or libfuse 2")
+    add(
+        "--uid-map",
+        action="append",
+        default=[],
+        metavar="IN:OUT:N",
+        help="uids IN.. of the layers show as OUT..; may be repeated",
+    )
+    add("--gid-map", action="append", default=[], metavar="IN:OUT:N", help="the same for groups")
+    add(
+        "-o",
+        dest="options",
+        action="append",
+        default=[],
+        metavar="OPTIONS",
+        help="mount options: ro,nodev,nosuid,noexec,noatime...",
+    )
+    add("--max-nodes", type=int, metavar="N", help="bound on the nodes that the server keeps")
+    add("-f", "--foreground", action="store_true", help="serve from this process; diagnostics on standard error")
+    add("--trace", action="store_true", help="one line a request, in the log (with -f on standard error)")
+    add("--log", metavar="FILE", help="file for diagnostics and trace")
+    add("--json", action="store_true", help="print mount point, process and control socket")
+
+
+def parse_map(texts: list[str]) -> IdMap:
+    """Ranges as containers write them: ``0:100000:65536``, several separated by commas.
+
+    >>> parse_map(["0:1000:1,1:100000:65536"])
+    ((0, 1000, 1), (1, 100000, 65536))
+    """
+    ranges = []
+    for part in ",".join(texts).split(","):
+        if not part:
+            continue
+        numbers = part.split(":")
+        if len(numbers) != 3 or not all(number.isdecimal() for number in numbers) or int(numbers[2]) == 0:
+            raise InvalidArgument(f"not a range of ids: {part!r}", remedy="write IN:OUT:COUNT, as in 0:100000:65536")
+        first, shown, count = map(int, numbers)
+        if max(first, shown) + count > 1 << 32:
+            raise InvalidArgument(f"the range of ids {part} passes the last id, {(1 << 32) - 1}")
+        ranges.append((first, shown, count))
+    return tuple(ranges)
+
+
+def _spec(args: argparse.Namespace) -> MountSpec:
+    from cowfs.mounting import make_spec
+
+    if args.layer:
+        if len(args.paths) != 1:
+            raise InvalidArgument("with --layer there is one more argument: the mount point")
+        layers: str | list[str] = args.layer
+    elif len(args.paths) < 2:
+        raise InvalidArgument("layers and a mount point are needed", remedy="cowfs mount LAYERS MNT")
+    else:
+        layers = args.paths[0] if len(args.paths) == 2 else args.paths[:-1]
+    return make_spec(
+        layers,
+        args.paths[-1],
+        upper=args.upper,
+        work=args.work,
+        readonly=args.read_only,
+        ephemeral=args.ephemeral,
+        size=args.size,
+        inodes=args.inodes,
+        options=[word for text in args.options for word in text.split(",")],
+        volatile=args.volatile,
+        allow_other=args.allow_other,
+        io=args.io,
+        frontend=args.frontend,
+        uid_map=parse_map(args.uid_map),
+        gid_map=parse_map(args.gid_map),
+        max_nodes=args.max_nodes,
+        foreground=args.foreground,
+        trace=args.trace,
+        log=os.path.abspath(args.log) if args.log else "",
+    )
+
+
+def _mount(args: argparse.Namespace) -> int:
+    spec = _spec(args)
+    return serve(spec, as_json=args.json)
+
+
+def serve(spec: MountSpec, *, as_json: bool = False) -> int:
+    """Start the server of a wish, in the background unless the wish says foreground. Returns the exit status."""
+    from cowfs import server
+
+    if spec.foreground:
+        return server.Server(spec).run()
+    started = server.start(spec)
+    if as_json:
+        import json
+
+        print(json.dumps({"mountpoint": spec.mountpoint, **started._asdict()}))
+    return 0
+
+
+# -- umount ------------------------------------------------------------------------------------------------------------
+
+
+def _configure_umount(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("mountpoints", nargs="*", metavar="MNT", help="mount points")
+    add("-l", "--lazy", action="store_true", help="off the tree now; the server ends with the last user")
+    add("--force", action="store_true", help="cut the connection to a server that hangs")
+    add("-a", "--all", action="store_true", help="all mounts of cowfs that this user can see")
+
+
+def _umount(args: argparse.Namespace) -> int:
+    from cowfs import mounting
+
+    targets = list(args.mountpoints)
+    if args.all:
+        targets += [status.mountpoint for status in reversed(mounting.mounts())]
+    elif not targets:
+        raise InvalidArgument("which mount point?", remedy="cowfs umount MNT; cowfs mounts lists them")
+    code = 0
+    for target in targets:
+        try:
+            mounting.umount(target, lazy=args.lazy, force=args.force)
+        except CowfsError as error:
+            if len(targets) == 1:
+                raise
+            sys.stderr.write(f"cowfs: {error}\n")
+            code = error.exit_code
+    return code
+
+
+# -- limit -------------------------------------------------------------------------------------------------------------
+
+
+def _configure_limit(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("mountpoint", metavar="MNT", help="mount point")
+    add("--size", metavar="SIZE", help="bytes: 512M, 4G; none: no limit")
+    add("--inodes", metavar="N", help="inodes: 100k; none: no limit")
+    add("--json", action="store_true", help="print use and limit as JSON")
+
+
+def _limit(args: argparse.Namespace) -> int:
+    from cowfs import mounting
+    from cowfs.cli import show
+
+    handle = mounting.attach(args.mountpoint)
+    changes = {
+        name: None if text.lower() == "none" else text
+        for name, text in (("size", args.size), ("inodes", args.inodes))
+        if text is not None
+    }
+    handle.limit(**changes)
+    return show.print_usage(handle, as_json=args.json)
+
+
+COMMANDS = {
+    "mount": Command(
+        _configure_mount,
+        _mount,
+        "Mount a stack of layers as one tree. LAYERS is a directory whose sub-directories are the layers, bottom first\n"
+        "(00-base, 10-python, ...; numbers count as numbers, hidden ones do not count), or several layers are given one by\n"
+        "one. Returns when the mount answers, and leaves one server process.",
+        (
+            "cowfs mount layers/ /mnt/rootfs",
+            "cowfs mount layers/ /mnt/rootfs --size 2G --inodes 100k",
+            "cowfs mount --layer /srv/debian /mnt/rootfs --ephemeral",
+            "cowfs mount base python app /mnt/rootfs --upper changes",
+            "cowfs mount layers/ /mnt/rootfs --read-only -o nodev,nosuid",
+        ),
+    ),
+    "umount": Command(
+        _configure_umount,
+        _umount,
+        "Unmount, and wait until the server has closed everything. A mount whose server was killed is cleared.",
+        ("cowfs umount /mnt/rootfs", "cowfs umount --lazy /mnt/rootfs", "cowfs umount --all"),
+    ),
+    "limit": Command(
+        _configure_limit,
+        _limit,
+        "Show the limit of a mount, or change it at once. Data already written stays, whatever the limit.",
+        ("cowfs limit /mnt/rootfs", "cowfs limit /mnt/rootfs --size 4G", "cowfs limit /mnt/rootfs --inodes none"),
+    ),
+}

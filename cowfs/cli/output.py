@@ -1,0 +1,111 @@
+"""How the command prints: tables for people, JSON for programs, and file names that cannot harm a terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from cowfs.model import Change, format_size
+
+
+def print_json(value: Any) -> None:
+    """One JSON document. Names that are not UTF-8 keep their bytes as surrogates (\\udcXX)."""
+    import json
+
+    print(json.dumps(value, indent=2 if sys.stdout.isatty() else None))
+
+
+def print_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Columns as wide as their widest cell."""
+    lines = [tuple(head), *(tuple(row) for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def shown(path: bytes | str) -> str:
+    """A file name for a terminal: control characters and broken UTF-8 escaped, the rest as it is.
+
+    >>> shown(b"a b"), shown(b"two\\nlines"), shown(b"\\xff")
+    ('a b', 'two\\\\nlines', '\\\\xff')
+    """
+    text = path.decode("utf-8", "backslashreplace") if isinstance(path, bytes) else path
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def size_or(value: int | None, none: str = "none") -> str:
+    """A size for people."""
+    return none if value is None else format_size(value)
+
+
+def count_or(value: int | None, none: str = "none") -> str:
+    """A count for people."""
+    return none if value is None else f"{value:,}"
+
+
+def change_as_json(change: Change) -> Mapping[str, Any]:
+    """A change as programs read it."""
+    return {
+        "path": "/" + change.path.decode("utf-8", "surrogateescape"),
+        "kind": change.kind,
+        "type": change.type,
+        "size": change.size,
+        **({"what": sorted(change.what)} if change.kind == "changed" else {}),
+    }
+
+
+_SIGNS = {"added": "A", "changed": "C", "deleted": "D"}
+
+
+def change_line(change: Change) -> str:
+    """A change as people read it: sign, path with a slash behind directories, and what changed.
+
+    >>> change_line(Change(path=b"etc/passwd", kind="changed", type="file", size=900, what=frozenset({"mode"})))
+    'C /etc/passwd (mode)'
+    """
+    slash = "/" if change.type == "dir" and change.path else ""
+    what = f" ({', '.join(sorted(change.what))})" if change.what else ""
+    return f"{_SIGNS[change.kind]} /{shown(change.path)}{slash}{what}"
+
+
+class Tree:
+    """Changes summed up by directory, for ``--stat``: counts of each kind and bytes of files that are there."""
+
+    def __init__(self) -> None:
+        self.counts = {"added": 0, "changed": 0, "deleted": 0}
+        self.bytes = 0
+        self.children: dict[bytes, Tree] = {}
+
+    def add(self, change: Change) -> None:
+        """Count a change in every directory above it."""
+        node = self
+        node._count(change)
+        for part in change.path.split(b"/") if change.path else ():
+            node = node.children.setdefault(part, Tree())
+            node._count(change)
+
+    def _count(self, change: Change) -> None:
+        self.counts[change.kind] += 1
+        if change.kind != "deleted" and ("content" in change.what or change.kind == "added"):
+            self.bytes += change.size
+
+    def _sums(self) -> str:
+        parts = [f"{sign}{self.counts[kind]:,}" for kind, sign in (("added", "+"), ("changed", "~"), ("deleted", "-"))
+                 if self.counts[kind]]  # fmt: skip
+        return " ".join(parts) + (f"  {format_size(self.bytes)}" if self.bytes else "")
+
+    def lines(self, depth: int, name: str = "/", indent: str = "") -> Iterable[str]:
+        """The tree down to ``depth`` levels. A chain of only children is one line."""
+        node = self
+        while len(node.children) == 1 and sum(node.counts.values()) == sum(
+            next(iter(node.children.values())).counts.values()
+        ):
+            part, node = next(iter(node.children.items()))
+            name = f"{name.rstrip('/')}/{shown(part)}"
+        yield f"{indent}{name}  {node._sums()}"
+        if depth > 0:
+            for part, child in sorted(node.children.items()):
+                yield from child.lines(depth - 1, shown(part), indent + "  ")

@@ -1,0 +1,351 @@
+"""`cowfs-overlayfs`: the command line of fuse-overlayfs, for container engines and for mount(8).
+
+Strategy: two tables say what each option means; what is in neither is named on standard error and ignored, as
+fuse-overlayfs does. Everything beyond the parsing is the mount that `cowfs mount` makes, with two differences: nothing is
+recorded beside the upper, since the engine keeps its own records, and no upperdir means read-only.
+
+Forms seen in practice, all understood: ``PROGRAM -o OPTIONS TARGET`` (podman, buildah), ``PROGRAM SOURCE TARGET -o
+OPTIONS`` (mount helpers, containerd), ``-oOPTIONS``, several ``-o``, ``a,,b,``, paths with ``\\:`` ``\\,`` ``\\\\``, and
+``context="a,b"`` in quotes.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from cowfs.cli import guarded
+from cowfs.errors import InvalidArgument, Unsupported
+
+if TYPE_CHECKING:
+    from cowfs.stack import IdMap, MountSpec
+
+PROGRAM = "cowfs-overlayfs"
+
+HELP = f"""\
+usage: {PROGRAM} [-f] [-d] -o OPTIONS TARGET
+       {PROGRAM} SOURCE TARGET -o OPTIONS
+
+Mounts layers as one tree, with the command line of fuse-overlayfs. Returns when the mount answers.
+
+  -o lowerdir=A:B:...        read-only layers, topmost first; needed (\\: for a colon in a path)
+  -o upperdir=DIR            writable layer; without it the mount is read-only
+  -o workdir=DIR             on the same file system as upperdir; needed with it
+  -o size=SIZE, inodes=N     limit on what upperdir holds: 2G, 100k
+  -o ro                      read-only, upperdir included
+  -o volatile                never sync, and mark workdir so; fsync=0: without the mark
+  -o uidmapping=A:B:N[:...]  ids A.. of the layers show as B..; gidmapping likewise
+  -o squash_to_root, squash_to_uid=N, squash_to_gid=N
+  -o xattr_permissions=1|2   owner and mode are kept in an xattr: security.fuseoverlayfs.override_stat,
+                             or user.containers.override_stat
+  -o noxattrs=1              no extended attributes
+  -o dotwh                   names .wh.NAME in the layers hide NAME
+  -o allow_other, nodev, nosuid, noexec, noatime, ...
+  -f                         stay in the foreground
+  -d, --debug                as -f, with a line for each request
+  -V, --version; -h, --help
+
+example:
+  {PROGRAM} -o lowerdir=python:base,upperdir=up,workdir=work,size=2G /mnt/rootfs
+"""
+
+OVERRIDE_XATTR = {0: "", 1: "security.fuseoverlayfs.override_stat", 2: "user.containers.override_stat"}
+
+
+# -- parsing -----------------------------------------------------------------------------------------------------------
+
+_QUOTED = re.compile(r'\b((?:root|fs|def)?context)="[^"]*"')
+
+
+def split_options(text: str) -> list[str]:
+    """Options at commas that no backslash precedes; escapes stay, empty ones go, quoted contexts too.
+
+    >>> split_options(r"lowerdir=a\\,b,,ro,")
+    ['lowerdir=a\\\\,b', 'ro']
+    """
+    text = _QUOTED.sub(lambda match: match[1], text)
+    return [part for part in re.findall(r"(?:\\.|[^,\\]|\\$)*", text) if part]
+
+
+def unescape(text: str) -> str:
+    r"""A path without its backslashes.
+
+    >>> unescape(r"a\:b\\c")
+    'a:b\\c'
+    """
+    return re.sub(r"\\(.)", r"\1", text)
+
+
+def split_layers(text: str) -> list[str]:
+    r"""Paths at colons that no backslash precedes.
+
+    >>> split_layers(r"/a\:b:/c::d")
+    ['/a:b', '/c', 'd']
+    """
+    return [unescape(part) for part in re.findall(r"(?:\\.|[^:\\]|\\$)*", text) if part]
+
+
+def parse_mapping(text: str) -> IdMap:
+    """Triples of numbers, however many colons stand between or before them.
+
+    >>> parse_mapping(":0:1000:1:1:110000:65536")
+    ((0, 1000, 1), (1, 110000, 65536))
+    """
+    numbers = [part for part in text.split(":") if part]
+    if not numbers or len(numbers) % 3 or not all(part.isdecimal() for part in numbers):
+        raise InvalidArgument(f"not a mapping of ids: {text!r}", remedy="write IN:OUT:COUNT[:IN:OUT:COUNT...]")
+    values = [int(part) for part in numbers]
+    return tuple((values[i], values[i + 1], values[i + 2]) for i in range(0, len(values), 3))
+
+
+def _switch(name: str, text: str) -> bool:
+    if text not in ("", "0", "1"):
+        raise InvalidArgument(f"{name} is 0 or 1, not {text!r}")
+    return text != "0"
+
+
+def _number(name: str, text: str) -> int:
+    if not text.isdecimal() or int(text) >= 1 << 32:
+        raise InvalidArgument(f"{name} needs a number, not {text!r}")
+    return int(text)
+
+
+def _permissions(text: str) -> str:
+    number = _number("xattr_permissions", text)
+    if number not in OVERRIDE_XATTR:
+        raise InvalidArgument(f"xattr_permissions is 0, 1 or 2, not {text!r}")
+    return OVERRIDE_XATTR[number]
+
+
+def _size(text: str) -> int:
+    from cowfs.model import parse_size
+
+    return parse_size(text)
+
+
+def _count(text: str) -> int:
+    from cowfs.model import parse_count
+
+    return parse_count(text)
+
+
+# Option -> fields of the wish. "lowers" and "squash_to_root" are sorted out afterwards.
+_MEANING: dict[str, Callable[[str], dict[str, Any]]] = {
+    "lowerdir": lambda text: {"lowers": split_layers(text)},
+    "upperdir": lambda text: {"upper": unescape(text)},
+    "workdir": lambda text: {"work": unescape(text)},
+    "size": lambda text: {"size": _size(text)},
+    "inodes": lambda text: {"inodes": _count(text)},
+    "ro": lambda text: {"readonly": True},
+    "rw": lambda text: {},
+    "volatile": lambda text: {"volatile": _switch("volatile", text)},
+    "fsync": lambda text: {"fsync": _switch("fsync", text)},
+    "uidmapping": lambda text: {"uid_map": parse_mapping(text)},
+    "gidmapping": lambda text: {"gid_map": parse_mapping(text)},
+    "squash_to_root": lambda text: {"squash_to_root": True},
+    "squash_to_uid": lambda text: {"squash_uid": _number("squash_to_uid", text)},
+    "squash_to_gid": lambda text: {"squash_gid": _number("squash_to_gid", text)},
+    "xattr_permissions": lambda text: {"override_xattr": _permissions(text)},
+    "noxattrs": lambda text: {"noxattrs": _switch("noxattrs", text)},
+    "dotwh": lambda text: {"dotwh": _switch("dotwh", text)},
+    "allow_other": lambda text: {"allow_other": True},
+    "io": lambda text: {"io": text},
+    "debug": lambda text: {"foreground": True, "trace": True},
+}
+
+# Accepted without effect: the mount always behaves so, or the word is for somebody else.
+_IGNORED = frozenset(
+    [
+        "allow_root",
+        "async",
+        "auto",
+        "auto_unmount",
+        "big_writes",
+        "clone_fd",
+        "comment",
+        "context",
+        "default_permissions",
+        "defaults",
+        "defcontext",
+        "entry_timeout",
+        "attr_timeout",
+        "fast_ino",
+        "fast_ino_check",
+        "fscontext",
+        "fsname",
+        "group",
+        "index",
+        "ino32_t",
+        "max_idle_threads",
+        "max_read",
+        "max_threads",
+        "max_write",
+        "metacopy",
+        "nfs_export",
+        "noacl",
+        "noauto",
+        "nofail",
+        "nonempty",
+        "nouser",
+        "noxattr",
+        "owner",
+        "plugins",
+        "private",
+        "redirect_dir",
+        "rootcontext",
+        "rprivate",
+        "rshared",
+        "rslave",
+        "shared",
+        "slave",
+        "splice_move",
+        "splice_read",
+        "splice_write",
+        "static_nlink",
+        "subtype",
+        "sync_read",
+        "threaded",
+        "timeout",
+        "unbindable",
+        "user",
+        "users",
+        "userxattr",
+        "uuid",
+        "verity",
+        "writeback",
+        "xino",
+        "_netdev",
+    ]
+)
+
+
+def parse(argv: Sequence[str]) -> dict[str, Any]:
+    """What a command line asks for: fields of a :class:`~cowfs.stack.MountSpec`, before paths are made absolute.
+
+    Raises:
+        InvalidArgument: a value that cannot be understood, or something needed is missing.
+    """
+    from cowfs.sys.mounts import OPTION_FLAGS
+
+    found: dict[str, Any] = {"words": [], "arguments": []}
+    texts = []
+    rest = iter(argv)
+    for argument in rest:
+        if argument == "-o":
+            text = next(rest, None)
+            if text is None:
+                raise InvalidArgument("-o needs options behind it")
+            texts.append(text)
+        elif argument.startswith("-o"):
+            texts.append(argument[2:])
+        elif argument in ("-d", "--debug"):
+            texts.append("debug")
+        elif argument == "-f":
+            found["foreground"] = True
+        elif argument == "--":
+            found["arguments"] += rest
+        elif argument.startswith("-") and len(argument) > 1:
+            if argument not in ("-s", "-n", "-v", "-w"):
+                _warn(argument)
+        else:
+            found["arguments"].append(argument)
+    for option in (option for text in texts for option in split_options(text)):
+        name, _, value = option.partition("=")
+        if name in _MEANING:
+            found.update(_MEANING[name](value))
+        elif option in OPTION_FLAGS:
+            found["words"].append(option)
+        elif name not in _IGNORED and not name.startswith(("x-", "X-")):
+            _warn(option)
+    return found
+
+
+def _warn(what: str) -> None:
+    sys.stderr.write(f"{PROGRAM}: ignored: {what}\n")
+
+
+def spec_of(argv: Sequence[str]) -> MountSpec:
+    """The wish of a command line.
+
+    Raises:
+        InvalidArgument, Unsupported: it cannot be understood or served.
+    """
+    from cowfs import mountpoint
+    from cowfs.stack import MountSpec
+
+    found = parse(argv)
+    arguments = found.pop("arguments")
+    if not 1 <= len(arguments) <= 2:
+        raise InvalidArgument(
+            "a mount point is needed" if not arguments else f"too many arguments: {' '.join(arguments)}",
+            remedy=f"{PROGRAM} -o OPTIONS TARGET",
+        )
+    lowers = found.pop("lowers", [])
+    if not lowers:
+        raise InvalidArgument("no lowerdir", remedy="-o lowerdir=A:B, topmost first")
+    for lower in lowers:
+        if lower.startswith("//"):
+            raise Unsupported(f"layers from plugins are not supported: {lower}")
+    if found.pop("squash_to_root", False):
+        found.setdefault("squash_uid", 0)
+        found.setdefault("squash_gid", 0)
+    upper, work = found.pop("upper", None), found.pop("work", None)
+    readonly = found.pop("readonly", False)
+    if upper and not work and not readonly:
+        raise InvalidArgument("an upperdir needs a workdir", remedy="on the same file system: -o workdir=DIR")
+    layers = tuple(os.path.abspath(lower) for lower in reversed(lowers))
+    upper = os.path.abspath(upper) if upper else None
+    if not found.get("override_xattr"):
+        found["override_xattr"] = _detected_override([upper, *layers] if upper else layers)
+    return MountSpec(
+        layers=layers,
+        mountpoint=mountpoint.resolve(arguments[-1]),
+        upper=upper,
+        work=os.path.abspath(work) if upper and work else None,
+        readonly=readonly or not upper,
+        record=False,
+        options=tuple(found.pop("words")),
+        source=arguments[0] if len(arguments) == 2 and arguments[0] else PROGRAM,
+        subtype=PROGRAM,
+        **found,
+    )
+
+
+def _detected_override(directories: Sequence[str]) -> str:
+    """The xattr that says who owns a layer's root, where a layer was written with one (podman's force_mask)."""
+    for directory in directories:
+        for name in (OVERRIDE_XATTR[2], OVERRIDE_XATTR[1]):
+            try:
+                os.getxattr(directory, name)
+            except OSError:
+                continue
+            return name
+    return ""
+
+
+def run(argv: Sequence[str]) -> int:
+    """Mount. Returns the exit status."""
+    from cowfs.cli.mount import serve
+
+    return serve(spec_of(argv))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the command. Returns the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if any(argument in ("-h", "--help") for argument in arguments):
+        sys.stdout.write(HELP)
+        return 0
+    if any(argument in ("-V", "--version") for argument in arguments):
+        from cowfs import __version__
+
+        sys.stdout.write(f"{PROGRAM}: version {__version__}\n")
+        return 0
+    return guarded(lambda: run(arguments), PROGRAM)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,573 @@
+"""The server process of one mount: its start, its control socket, its end.
+
+Strategy: one process a mount, and everything that belongs to the mount is in it: the locks, the merged view, the FUSE
+session, the control socket. So it can be killed at any moment and leaves nothing that the next mount does not clear.
+
+Start. :func:`start` forks; the child checks, locks, mounts, and reports through a pipe once a stat of the mount point was
+answered, or what went wrong. Only then does it let go of the standard streams. The command forks itself (fast). The
+library's caller may be threaded, so it runs ``python -m cowfs.server`` with the wish as JSON on standard input, and that
+fresh process forks (:mod:`cowfs.mounting`).
+
+Threads:
+- main: the session's loop; sole owner of the view.
+- control: accepts connections and hears signals (by the wake-up descriptor, never in a handler). It answers no request
+  of the kernel and holds no lock that answering needs, so it may unmount.
+- one for each connection, for as long as it lasts.
+- ready: asks the kernel for the mount point once, then reports and ends.
+
+End. Whoever unmounts (a verb, a signal, somebody's umount) only takes the mount off the tree. The kernel then ends the
+session, and the main thread closes everything in one place.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from cowfs import control, mountpoint
+from cowfs.errors import CowfsError, FailedPrecondition, InvalidArgument, NotFound, Unsupported
+from cowfs.model import Limit
+from cowfs.stack import MountSpec, Stack
+
+if TYPE_CHECKING:
+    from cowfs.fuse.session import Session
+    from cowfs.union import View
+
+__all__ = ["VERBS", "Server", "Started", "start", "verb"]
+
+
+class Started(NamedTuple):
+    """What a mount is known by once it answers."""
+
+    pid: int
+    socket: str
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Start
+
+
+def start(spec: MountSpec) -> Started:
+    """Fork a server for ``spec`` and wait until the mount answers. The calling process must have one thread.
+
+    Raises:
+        CowfsError: as raised in the server; then nothing is mounted and the server is gone.
+    """
+    reading, writing = os.pipe()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            os.close(reading)
+            os.setsid()
+            code = Server(spec, _Report(writing)).run()
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+        finally:
+            try:
+                sys.stderr.flush()
+            finally:
+                os._exit(code)
+    os.close(writing)
+    with open(reading, "rb") as pipe:
+        line = pipe.read()
+    if not line:
+        _, status = os.waitpid(pid, 0)
+        raise CowfsError(f"the server ended before the mount answered (status {os.waitstatus_to_exitcode(status)})")
+    return parse_report(line)
+
+
+def parse_report(line: bytes) -> Started:
+    """What a report says.
+
+    Raises:
+        CowfsError: the report is an error.
+    """
+    message = control.decode(line)
+    if "error" in message:
+        raise control.error_from(message["error"])
+    return Started(message["pid"], message["socket"])
+
+
+class _Report:
+    """The one message from a starting server to whoever waits for it. The first to speak wins; any thread may."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._lock = threading.Lock()
+
+    def send(self, message: dict[str, Any], before_close: Callable[[], None] | None = None) -> bool:
+        """Send, unless something was sent. ``before_close`` runs while the other side still waits."""
+        with self._lock:
+            if self._fd < 0:
+                return False
+            fd, self._fd = self._fd, -1
+            try:
+                os.write(fd, control.encode(message))
+            except OSError:
+                pass  # nobody waits any more
+            if before_close:
+                before_close()
+            os.close(fd)
+            return True
+
+
+class _NoReport(_Report):
+    """In the foreground nobody waits."""
+
+    def __init__(self) -> None:
+        super().__init__(-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Verbs
+
+Verb = Callable[["Server", dict[str, Any]], dict[str, Any]]
+
+VERBS: dict[str, Verb] = {}
+"""What can be asked on the control socket. Called in a connection's thread; whatever touches the view goes through
+:meth:`Server.call`. Other modules add theirs with :func:`verb`."""
+
+
+def verb(name: str) -> Callable[[Verb], Verb]:
+    """Register a verb of the control socket."""
+
+    def register(function: Verb) -> Verb:
+        VERBS[name] = function
+        return function
+
+    return register
+
+
+@verb("info")
+def _info(server: Server, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Everything about the mount, use and limit included."""
+    from dataclasses import asdict
+
+    return {**asdict(server.spec), **server.facts(), **_usage(server, {})}
+
+
+@verb("usage")
+def _usage(server: Server, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Used and allowed bytes and inodes."""
+    used = server.call(server.view.usage)
+    limit = server.stack.limit or Limit()
+    return {
+        "usage": {"bytes": used.bytes, "inodes": used.inodes},
+        "limit": {"bytes": limit.bytes, "inodes": limit.inodes},
+    }
+
+
+@verb("limit")
+def _limit(server: Server, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Change the limit: ``bytes`` and ``inodes``, a number or null for none; what is left out stays."""
+    if server.stack.upper is None or server.spec.readonly:
+        raise FailedPrecondition("a read-only mount has no limit")
+    if server.spec.io == "passthrough":
+        raise FailedPrecondition("no limit can hold with io=passthrough", remedy="mount again without --io passthrough")
+    now = server.stack.limit or Limit()
+    values = {"bytes": now.bytes, "inodes": now.inodes}
+    for key in values:
+        if key in arguments:
+            value = arguments[key]
+            if value is not None and (not isinstance(value, int) or value <= 0):
+                raise InvalidArgument(f"not a limit of {key}: {value!r}")
+            values[key] = value
+    limit = Limit(**values)
+
+    def change() -> None:
+        server.view.set_limit(limit or None)
+
+    server.call(change)
+    server.stack.record_limit(limit or None)
+    return _usage(server, {})
+
+
+@verb("counters")
+def _counters(server: Server, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Requests served so far, by opcode."""
+    return {"counters": dict(server.session.counters), "nodes": server.call(lambda: len(server.view.nodes))}
+
+
+@verb("umount")
+def _umount(server: Server, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Take the mount off. The connection ends when the server has closed everything."""
+    mountpoint.detach(server.spec.mountpoint, lazy=bool(arguments.get("lazy")))
+    return {}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The process
+
+
+class Server:
+    """One mount being served. See the module for its threads."""
+
+    def __init__(self, spec: MountSpec, report: _Report | None = None) -> None:
+        self.spec = spec
+        self.started = 0
+        self.socket = ""
+        self.log = ""
+        self.stack: Stack
+        self.view: View
+        self.session: Session
+        self._report = report or _NoReport()
+        self._listener: socket.socket | None = None
+        self._wakeup: tuple[socket.socket, socket.socket] | None = None
+        self._ending = threading.Event()
+
+    def call(self, function: Callable[[], Any]) -> Any:
+        """Run a function in the thread that owns the view, between two requests."""
+        return self.session.call(function)
+
+    def facts(self) -> dict[str, Any]:
+        """What is known only now that it runs."""
+        return {
+            "pid": os.getpid(),
+            "socket": self.socket,
+            "log": self.log,
+            "started": self.started,
+            "upper": self.stack.upper,
+            "work": self.stack.work,
+            "readonly": self.spec.readonly or self.stack.upper is None,
+        }
+
+    def run(self) -> int:
+        """Serve until the mount is gone. Returns the exit status."""
+        try:
+            self._prepare()
+        except Exception as error:
+            self._close()
+            problem = explain(error, self.spec)
+            if problem is None:
+                raise
+            if not self._report.send({"error": control.error_to(problem)}):
+                raise problem from None
+            return problem.exit_code
+        try:
+            return self._serve()
+        finally:
+            self._close()
+
+    def _prepare(self) -> None:
+        spec = self.spec
+        os.umask(0)
+        _raise_file_limit()
+        target = mountpoint.prepare(spec.mountpoint)
+        self.stack = Stack.open(spec)
+        os.chdir("/")
+        self.view = make_view(self.stack)
+        if spec.volatile and self.stack.work and not spec.readonly:
+            from cowfs.stack import mark_volatile
+
+            mark_volatile(self.stack.work)
+        self.session = make_session(spec, self.view, target)
+        self.started = time.time_ns()
+        try:
+            self._listen(target)
+            _name_process()
+        except BaseException:
+            mountpoint.detach(target, force=True)
+            raise
+
+    def _serve(self) -> int:
+        threading.Thread(target=self._control, name="cowfs-control", daemon=True).start()
+        threading.Thread(target=self._ready, name="cowfs-ready", daemon=True).start()
+        try:
+            self.session.run()
+        except BaseException as error:
+            try:
+                mountpoint.detach(self.spec.mountpoint, force=True)
+            except CowfsError:
+                pass
+            problem = explain(error, self.spec)
+            if problem is not None and self._report.send({"error": control.error_to(problem)}):
+                return problem.exit_code
+            raise
+        return 0
+
+    def _close(self) -> None:
+        """Everything but the process itself, in the order in which others may rely on it."""
+        self._ending.set()
+        if hasattr(self, "view"):
+            self.view.close()
+        if hasattr(self, "stack"):
+            self.stack.close()
+        if self._listener is not None:
+            try:
+                os.unlink(self.socket)
+            except OSError:
+                pass
+        if self.log and not self.spec.log:
+            sys.stderr.flush()
+            try:
+                if not os.path.getsize(self.log):
+                    os.unlink(self.log)
+            except OSError:
+                pass
+
+    # -- ready -----------------------------------------------------------------------------------------------------
+
+    def _ready(self) -> None:
+        try:
+            os.stat(self.spec.mountpoint)
+        except OSError:
+            return  # the main thread knows why, and says so
+        self._report.send({"pid": os.getpid(), "socket": self.socket}, self._let_go)
+
+    def _let_go(self) -> None:
+        """Leave the standard streams of whoever started us; diagnostics go to the log from here on."""
+        null = os.open("/dev/null", os.O_RDWR)
+        os.dup2(null, 0)
+        os.dup2(null, 1)
+        os.close(null)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.log = self.spec.log or self.socket.removesuffix(control.SUFFIX) + ".log"
+        try:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | (0 if self.spec.log else os.O_TRUNC)
+            fd = os.open(self.log, flags, 0o600)
+        except OSError:
+            self.log = ""
+            fd = os.open("/dev/null", os.O_WRONLY)
+        os.dup2(fd, 2)
+        os.close(fd)
+
+    # -- control ---------------------------------------------------------------------------------------------------
+
+    def _listen(self, target: str) -> None:
+        entry = mountpoint.find(target)
+        name = entry.dev.partition(":")[2] if entry else f"pid{os.getpid()}"
+        self.socket = os.path.join(control.run_directory(), name + control.SUFFIX)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            try:
+                os.unlink(self.socket)
+            except FileNotFoundError:
+                pass
+            before = os.umask(0o177)
+            try:
+                listener.bind(self.socket)
+            finally:
+                os.umask(before)
+            listener.listen(16)
+        except BaseException:
+            listener.close()
+            raise
+        self._listener = listener
+        self._wakeup = socket.socketpair()
+        for end in self._wakeup:
+            end.setblocking(False)
+        signal.set_wakeup_fd(self._wakeup[1].fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)  # the wake-up descriptor tells the control thread
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        if self.spec.foreground:
+            signal.signal(signal.SIGHUP, lambda *_: None)
+
+    def _control(self) -> None:
+        import select
+
+        assert self._listener is not None
+        assert self._wakeup is not None
+        poll = select.poll()
+        poll.register(self._listener, select.POLLIN)
+        poll.register(self._wakeup[0], select.POLLIN)
+        while not self._ending.is_set():
+            for fd, _ in poll.poll():
+                if fd == self._wakeup[0].fileno():
+                    self._wakeup[0].recv(64)
+                    threading.Thread(target=self._terminate, name="cowfs-terminate", daemon=True).start()
+                else:
+                    connection, _address = self._listener.accept()
+                    threading.Thread(target=self._answer, args=(connection,), name="cowfs-answer", daemon=True).start()
+
+    def _terminate(self) -> None:
+        """SIGTERM: write back what maps hold, unmount; when somebody is inside, unmount all the same."""
+        target = self.spec.mountpoint
+        try:
+            fd = os.open(target, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError:
+            pass
+        else:
+            from cowfs.sys.files import syncfs
+
+            try:
+                syncfs(fd)
+            except OSError:
+                pass
+            finally:
+                os.close(fd)
+        try:
+            mountpoint.detach(target)
+        except FailedPrecondition:
+            mountpoint.detach(target, lazy=True)
+            self.session.stop()
+        except CowfsError:
+            self.session.stop()
+
+    def _answer(self, connection: socket.socket) -> None:
+        """Serve one connection: a line in, a line out, until the other side stops."""
+        with connection:
+            while True:
+                try:
+                    line = control.read_line(connection)
+                except OSError:
+                    return
+                if not line:
+                    return
+                try:
+                    connection.sendall(control.encode(self._dispatch(line)))
+                except OSError:
+                    return
+
+    def _dispatch(self, line: bytes) -> dict[str, Any]:
+        try:
+            message = control.decode(line)
+        except ValueError:
+            return {"error": control.error_to(InvalidArgument("not a message of cowfs"))}
+        function = VERBS.get(str(message.get("verb")))
+        if function is None:
+            known = ", ".join(sorted(VERBS))
+            return {"error": control.error_to(InvalidArgument(f"no such verb: {message.get('verb')!r}", remedy=known))}
+        try:
+            return {"ok": function(self, message)}
+        except CowfsError as error:
+            return {"error": control.error_to(error)}
+        except OSError as error:
+            return {"error": control.error_to(CowfsError(f"{message['verb']}: {error.strerror or error}"))}
+        except Exception:
+            import traceback
+
+            traceback.print_exc()
+            return {"error": control.error_to(CowfsError(f"unforeseen error in {message['verb']}; see {self.log}"))}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Parts
+
+
+def make_view(stack: Stack) -> View:
+    """The view that a wish asks for.
+
+    Raises:
+        OSError: what the layers' file systems said.
+    """
+    from cowfs.union import Options, View
+
+    spec = stack.spec
+    options = Options(
+        readonly=spec.readonly,
+        volatile=spec.volatile or not spec.fsync,
+        limit=stack.limit,
+        uid_map=spec.uid_map,
+        gid_map=spec.gid_map,
+        squash_uid=spec.squash_uid,
+        squash_gid=spec.squash_gid,
+        override_xattr=spec.override_xattr.encode() or None,
+        noxattrs=spec.noxattrs,
+        dotwh=spec.dotwh,
+    )
+    if spec.factory:
+        from importlib import import_module
+
+        module, _, function = spec.factory.partition(":")
+        made: View = getattr(import_module(module), function)(stack, options)
+        return made
+    return View(stack.lowers, stack.upper, stack.work, options=options)
+
+
+def make_session(spec: MountSpec, view: View, target: str) -> Session:
+    """Mount and make the session that serves it, with the front end that was asked for."""
+    from cowfs.fuse import mount_fuse
+    from cowfs.fuse.session import Session, SessionOptions
+
+    words = [*spec.options]
+    if (spec.readonly or (spec.upper is None and spec.scratch is None)) and "ro" not in words:
+        words.append("ro")
+    allow_other = os.geteuid() == 0 if spec.allow_other is None else spec.allow_other
+    fd = mount_fuse(target, words, allow_other, spec.source, spec.subtype)
+    return Session(
+        fd,
+        view,
+        options=SessionOptions(io=spec.io, trace=sys.stderr if spec.trace else None, max_nodes=spec.max_nodes),
+    )
+
+
+def _raise_file_limit() -> None:
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _name_process() -> None:
+    """What ps and top show (comm, 15 bytes)."""
+    try:
+        with open("/proc/self/comm", "w", encoding="ascii") as file:
+            file.write("cowfs")
+    except OSError:
+        pass
+
+
+def explain(error: BaseException, spec: MountSpec) -> CowfsError | None:
+    """A start's failure as one line, or None when it is nobody's fault but ours."""
+    import errno
+
+    if isinstance(error, CowfsError):
+        return error
+    if not isinstance(error, OSError):
+        return None
+    where = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""
+    text = error.strerror or str(error)
+    if where == "/dev/fuse" or "/dev/fuse" in text:
+        remedy = {
+            errno.ENOENT: "modprobe fuse; in a container give it the device: --device /dev/fuse",
+            errno.ENODEV: "modprobe fuse",
+            errno.ENXIO: "modprobe fuse",
+            errno.EACCES: "make /dev/fuse accessible (mode 0666 is usual), or run as root",
+            errno.EPERM: "the container must be allowed to use the device: --device /dev/fuse",
+        }.get(error.errno or 0, "")
+        return Unsupported(f"cannot open /dev/fuse: {os.strerror(error.errno or 0)}", remedy=remedy)
+    if error.errno in (errno.EPERM, errno.EACCES):
+        return Unsupported(
+            f"not permitted to mount {spec.mountpoint}: {text}{f' ({where})' if where else ''}",
+            remedy="run as root, or install fuse3 for its fusermount3",
+        )
+    if error.errno == errno.ENOENT and where:
+        return NotFound(f"{where}: {text}")
+    return CowfsError(f"cannot mount {spec.mountpoint}: {where + ': ' if where else ''}{text}")
+
+
+def main() -> int:
+    """``python -m cowfs.server [MNT]``: a wish as JSON on standard input, the report on standard output.
+
+    The argument is for people who look at the process list.
+    """
+    try:
+        spec = MountSpec.from_json(control.decode(sys.stdin.buffer.read()))
+        started = start(spec)
+        report: dict[str, Any] = started._asdict()
+        code = 0
+    except CowfsError as error:
+        report, code = {"error": control.error_to(error)}, error.exit_code
+    sys.stdout.buffer.write(control.encode(report))
+    sys.stdout.buffer.flush()
+    return code
+
+
+if __name__ == "__main__":
+    from cowfs.server import main as _main  # the importable module's table of verbs is the one that others extend
+
+    sys.exit(_main())
