@@ -1,0 +1,29 @@
+"""Layer archives in and out: OCI layer tars as a library, with no tar program and no ``tarfile``.
+
+Reading order: :mod:`header` (the codec, no I/O), :mod:`reader` (members of a stream), :mod:`names`
+(what a name means), :mod:`extract` with :mod:`dirs` (members become files), :mod:`headerlog` (byte
+for byte reproduction), :mod:`export` (a layer or a tree becomes a tar), :mod:`compress` (threads,
+digests, gzip and zstd).
+"""
+
+from cowfs.archive.apply import apply_layer
+from cowfs.archive.export import export_changes, export_layer, export_tree
+from cowfs.archive.headerlog import read_trailer, rebuild
+from cowfs.archive.options import Applied, ApplyOptions, Exported, LowerStat, Tree
+from cowfs.archive.trees import DirTree, ViewTree
+
+__all__ = [
+    "Applied",
+    "ApplyOptions",
+    "DirTree",
+    "Exported",
+    "LowerStat",
+    "Tree",
+    "ViewTree",
+    "apply_layer",
+    "export_changes",
+    "export_layer",
+    "export_tree",
+    "read_trailer",
+    "rebuild",
+]

@@ -1,0 +1,528 @@
+"""Streams in and out of an archive: compression, digests and limits, on a thread of their own.
+
+Strategy. A layer is read once. The reading thread pulls from the source, hashes what it read
+(the blob digest), decompresses, hashes that (the diff id) and hands over chunks of at most
+``CHUNK`` bytes; the caller's thread parses and extracts meanwhile. Inflating, hashing and
+reading release the interpreter lock, so both cores work. Writing is the mirror image.
+
+Rule 1: no decoder may produce more than one chunk per step, whatever its input: a bomb costs time
+up to ``max_bytes``, never memory. Rule 2: input that ends inside a compressed frame is an error.
+Rule 3: decompression is always in this process; nothing is ever run.
+
+Threads: :class:`Unpacker` and :class:`Packer` own one daemon thread each. The queue is the only
+thing both sides touch; digests and totals are read by the caller after the thread has ended.
+
+Sources: RFC 1952 (gzip), RFC 8878 section 3.1 (zstd frames), OCI image-spec ``layer.md``.
+"""
+
+from __future__ import annotations
+
+import bz2
+import hashlib
+import lzma
+import queue
+import threading
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO, Protocol
+
+from cowfs.errors import CowfsError, InvalidArgument, LimitExceeded, Unsupported
+
+_inflater: Callable[..., Any]
+try:  # faster than zlib at inflating; the result is the same
+    from isal.isal_zlib import decompressobj as _isal_inflater
+
+    _inflater = _isal_inflater
+except ImportError:
+    _inflater = zlib.decompressobj
+
+__all__ = ["CHUNK", "COMPRESSIONS", "Packer", "Source", "Unpacker", "decoder_for", "have_zstd"]
+
+CHUNK = 256 << 10
+_QUEUED = 8
+MAX_WINDOW = 64 << 20  # what a zstd or xz stream may ask us to keep in memory
+
+
+class Source:
+    """Bytes pulled in chunks and taken out in blocks; subclasses give :meth:`next_chunk`.
+
+    Attributes:
+        offset: position in the uncompressed stream of the next byte to be taken.
+    """
+
+    __slots__ = ("_chunk", "_end", "_pos", "_start")
+
+    def __init__(self) -> None:
+        self._chunk: bytes = b""
+        self._pos = self._end = self._start = 0
+
+    def next_chunk(self) -> bytes:
+        """The next bytes, ``b""`` at the end."""
+        raise NotImplementedError
+
+    @property
+    def offset(self) -> int:
+        return self._start + self._pos
+
+    def _fill(self) -> bool:
+        self._start += self._end
+        self._chunk = self.next_chunk()
+        self._pos, self._end = 0, len(self._chunk)
+        return self._end > 0
+
+    def take(self, count: int) -> bytes:
+        """Exactly ``count`` bytes, or fewer at the end of the stream."""
+        start = self._pos
+        stop = start + count
+        if stop <= self._end:
+            self._pos = stop
+            return self._chunk[start:stop]
+        parts = [self._chunk[start:]]
+        missing = count - len(parts[0])
+        self._pos = self._end
+        while missing and self._fill():
+            part = self._chunk[:missing]
+            self._pos = len(part)
+            missing -= len(part)
+            parts.append(part)
+        return b"".join(parts)
+
+    def pieces(self, count: int) -> Iterator[memoryview]:
+        """The next ``count`` bytes without copying; fewer at the end of the stream."""
+        while count:
+            if self._pos == self._end and not self._fill():
+                return
+            start = self._pos
+            stop = min(self._end, start + count)
+            self._pos = stop
+            count -= stop - start
+            yield memoryview(self._chunk)[start:stop]
+
+    def skip(self, count: int) -> int:
+        """Drop ``count`` bytes; returns how many there were."""
+        done = 0
+        for piece in self.pieces(count):
+            done += len(piece)
+        return done
+
+
+# Decoders -------------------------------------------------------------------------------------
+
+Read = Callable[[int], bytes]
+
+
+def _plain(read: Read) -> Iterator[bytes]:
+    while data := read(CHUNK):
+        yield data
+
+
+class _Engine(Protocol):
+    eof: bool
+    unused_data: bytes
+
+    def decompress(self, data: bytes, max_length: int, /) -> bytes: ...
+
+
+def _gunzip(read: Read) -> Iterator[bytes]:
+    data = read(CHUNK)
+    while data:
+        engine = _inflater(wbits=31)
+        try:
+            while not engine.eof:
+                out = engine.decompress(data, CHUNK)
+                if out:
+                    yield out
+                data = engine.unconsumed_tail
+                if not engine.eof and not data and len(out) < CHUNK:
+                    data = read(CHUNK)
+                    if not data:
+                        raise InvalidArgument("gzip stream is truncated")
+        except (zlib.error, ValueError) as error:
+            raise InvalidArgument(f"gzip stream is damaged: {error}") from None
+        except Exception as error:
+            if type(error).__name__ != "IsalError":
+                raise
+            raise InvalidArgument(f"gzip stream is damaged: {error}") from None
+        data = engine.unused_data or read(CHUNK)
+        if data[:1] == b"\0":  # zero padding after the last member, as gzip(1) allows
+            while data:
+                if data.strip(b"\0"):
+                    raise InvalidArgument("gzip stream has something else behind it")
+                data = read(CHUNK)
+
+
+def _unpack(read: Read, make: Callable[[], Any], name: str) -> Iterator[bytes]:
+    data = read(CHUNK)
+    while data:
+        engine: Any = make()
+        try:
+            while not engine.eof:
+                out = engine.decompress(data, CHUNK)
+                if out:
+                    yield out
+                data = b""
+                if not engine.eof and engine.needs_input:
+                    data = read(CHUNK)
+                    if not data:
+                        raise InvalidArgument(f"{name} stream is truncated")
+        except (OSError, EOFError, ValueError, lzma.LZMAError) as error:
+            raise InvalidArgument(f"{name} stream is damaged: {error}") from None
+        data = engine.unused_data or read(CHUNK)
+        if data[:1] == b"\0":
+            data = data.lstrip(b"\0") or read(CHUNK)
+
+
+def _unxz(read: Read) -> Iterator[bytes]:
+    return _unpack(read, lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=MAX_WINDOW + (8 << 20)), "xz")
+
+
+def _bunzip(read: Read) -> Iterator[bytes]:
+    return _unpack(read, bz2.BZ2Decompressor, "bzip2")
+
+
+class _FrameWalk:
+    """Follows zstd frames by their block headers, to tell at the end of input whether one is open.
+
+    The streaming reader of the zstandard package ends quietly there (Rule 2).
+    """
+
+    _SKIPPABLE = range(0x184D2A50, 0x184D2A60)
+
+    def __init__(self) -> None:
+        self._have = bytearray()
+        self._skip = 0
+        self._state = "magic"
+        self._checksum = 0
+
+    @property
+    def between_frames(self) -> bool:
+        return self._state == "magic" and not self._have and not self._skip
+
+    def feed(self, data: bytes) -> None:
+        have, position = self._have, 0
+        while position < len(data):
+            if self._skip:
+                step = min(self._skip, len(data) - position)
+                self._skip -= step
+                position += step
+                continue
+            want = self._wanted() - len(have)
+            have += data[position : position + want]
+            position += want
+            if len(have) == self._wanted():
+                self._advance()
+
+    def _wanted(self) -> int:
+        if self._state == "block":
+            return 3
+        if self._state == "skippable":
+            return 8
+        if len(self._have) < 5:
+            return 5
+        flags = self._have[4]  # Frame_Header_Descriptor
+        window = 0 if flags & 0x20 else 1
+        content = (1 if flags & 0x20 else 0, 2, 4, 8)[flags >> 6]
+        return 5 + window + (0, 1, 2, 4)[flags & 3] + content
+
+    def _advance(self) -> None:
+        have = self._have
+        if self._state == "magic":
+            magic = int.from_bytes(have[:4], "little")
+            if magic in self._SKIPPABLE:
+                self._state = "skippable"
+                return
+            if len(have) == 5 and self._wanted() > 5:
+                return
+            self._checksum = 4 if have[4] & 4 else 0
+            self._state = "block"
+        elif self._state == "skippable":
+            self._skip = int.from_bytes(have[4:8], "little")
+            self._state = "magic"
+        else:
+            header = int.from_bytes(have, "little")
+            self._skip = 1 if header & 6 == 2 else header >> 3  # an RLE block is one byte long
+            if header & 1:
+                self._skip += self._checksum
+                self._state = "magic"
+        have.clear()
+
+
+def _zstandard() -> Any:
+    try:
+        import zstandard
+    except ImportError:
+        raise Unsupported("zstd needs the zstandard package", remedy="pip install 'cowfs[zstd]'") from None
+    return zstandard
+
+
+def have_zstd() -> bool:
+    """Whether zstd streams can be read and written here."""
+    try:
+        _zstandard()
+    except Unsupported:
+        return False
+    return True
+
+
+def _unzstd(read: Read) -> Iterator[bytes]:
+    zstandard = _zstandard()
+    walk = _FrameWalk()
+
+    class Feed:
+        def read(self, count: int) -> bytes:
+            data = read(count)
+            walk.feed(data)
+            return data
+
+    engine = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW)
+    try:
+        with engine.stream_reader(Feed(), read_across_frames=True) as reader:
+            while data := reader.read(CHUNK):
+                yield data
+    except zstandard.ZstdError as error:
+        raise InvalidArgument(f"zstd stream is damaged or needs more memory than allowed: {error}") from None
+    if not walk.between_frames:
+        raise InvalidArgument("zstd stream is truncated")
+
+
+# (magic, name, decoder); anything else is taken as an uncompressed tar.
+_MAGICS: tuple[tuple[bytes, str, Callable[[Read], Iterator[bytes]]], ...] = (
+    (b"\x1f\x8b\x08", "gzip", _gunzip),
+    (b"\x28\xb5\x2f\xfd", "zstd", _unzstd),
+    (b"BZh", "bzip2", _bunzip),
+    (b"\xfd7zXZ\0", "xz", _unxz),
+    *((bytes([0x50 + n]) + b"\x2a\x4d\x18", "zstd", _unzstd) for n in range(16)),
+)
+SNIFF = 6
+
+
+def decoder_for(head: bytes) -> tuple[str, Callable[[Read], Iterator[bytes]]]:
+    """(name, decoder) for a stream that starts with ``head``."""
+    for magic, name, decoder in _MAGICS:
+        if head.startswith(magic):
+            return name, decoder
+    return "none", _plain
+
+
+class _Stop(Exception):
+    """Ends the thread: the caller went away."""
+
+
+class Unpacker(Source):
+    """A stream, decompressed and hashed on its own thread.
+
+    Args:
+        stream: anything with ``read(n)``; a pipe will do.
+        max_bytes: LimitExceeded is raised once the uncompressed stream is longer.
+        tee: gets every byte exactly as read from ``stream``.
+
+    Attributes (valid after :meth:`finish`):
+        size, diff_id: of the uncompressed stream. blob_size, blob_digest: of ``stream`` as it is.
+        compression: "none", "gzip", "zstd", "bzip2" or "xz".
+    """
+
+    __slots__ = (
+        "_blob", "_diff", "_head", "_queue", "_stopped", "_stream", "_tee", "_thread", "blob_size", "compression",
+        "max_bytes", "read_bytes", "size",
+    )  # fmt: skip
+
+    def __init__(self, stream: BinaryIO, *, max_bytes: int, tee: BinaryIO | None = None) -> None:
+        super().__init__()
+        self._stream, self._tee, self.max_bytes = stream, tee, max_bytes
+        self._diff, self._blob = hashlib.sha256(), hashlib.sha256()
+        self.size = self.blob_size = self.read_bytes = 0
+        self.compression = "none"
+        self._head = b""
+        self._stopped = False
+        self._queue: queue.Queue[bytes | BaseException] = queue.Queue(_QUEUED)
+        self._thread = threading.Thread(target=self._run, name="cowfs-unpack", daemon=True)
+        self._thread.start()
+
+    def _read(self, count: int) -> bytes:
+        if self._stopped:
+            raise _Stop
+        if self._head:
+            data, self._head = self._head[:count], self._head[count:]
+            return data
+        data = self._stream.read(count)
+        if data:
+            self.blob_size += len(data)
+            if self.compression != "none":
+                self._blob.update(data)
+            if self._tee is not None:
+                self._tee.write(data)
+        return data
+
+    def _run(self) -> None:
+        put = self._queue.put
+        try:
+            head = b""
+            while len(head) < SNIFF and (more := self._stream.read(CHUNK)):
+                head += more
+            self.compression, decoder = decoder_for(head)
+            self.blob_size = len(head)
+            if self.compression != "none":
+                self._blob.update(head)
+            if self._tee is not None:
+                self._tee.write(head)
+            self._head = head
+            for chunk in decoder(self._read):
+                self.size += len(chunk)
+                if self.size > self.max_bytes:
+                    raise LimitExceeded(
+                        f"archive is longer than {self.max_bytes} bytes uncompressed", remedy="raise max_bytes"
+                    )
+                self._diff.update(chunk)
+                put(chunk)
+                if self._stopped:
+                    return
+            put(b"")
+        except _Stop:
+            pass
+        except BaseException as error:  # noqa: BLE001  handed to the caller's thread, raised there
+            put(error)
+
+    def next_chunk(self) -> bytes:
+        item = self._queue.get()
+        if isinstance(item, bytes):
+            if not item:
+                self._queue.put(item)  # the end stays the end
+            self.read_bytes = self.blob_size
+            return item
+        self._queue.put(item)
+        raise item
+
+    def finish(self) -> None:
+        """Read to the end (so that the digests cover it all) and end the thread."""
+        while self._pos != self._end or self._fill():
+            self._pos = self._end
+        self._thread.join()
+
+    def stop(self) -> None:
+        """Give up early; a thread blocked in the stream's ``read`` is left to end on its own."""
+        self._stopped = True
+        while True:
+            try:
+                self._queue.get_nowait()
+            except queue.Empty:
+                break
+        self._thread.join(0.2)
+
+    @property
+    def diff_id(self) -> str:
+        return "sha256:" + self._diff.hexdigest()
+
+    @property
+    def blob_digest(self) -> str:
+        return self.diff_id if self.compression == "none" else "sha256:" + self._blob.hexdigest()
+
+
+# Writing --------------------------------------------------------------------------------------
+
+
+class _Store:
+    """The encoder that changes nothing."""
+
+    def compress(self, data: bytes) -> bytes:
+        return data
+
+    def flush(self) -> bytes:
+        return b""
+
+
+def _gzip(level: int | None) -> Any:
+    # zlib's own gzip header: no name, time 0, so the same input gives the same bytes.
+    return zlib.compressobj(6 if level is None else level, zlib.DEFLATED, 31)
+
+
+def _zstd(level: int | None) -> Any:
+    return _zstandard().ZstdCompressor(level=3 if level is None else level, write_checksum=True).compressobj()
+
+
+COMPRESSIONS: dict[str, Callable[[int | None], Any]] = {
+    "none": lambda level: _Store(),
+    "gzip": _gzip,
+    "zstd": _zstd,
+}
+
+
+class Packer:
+    """The way out: hashed, compressed, hashed again and written on a thread of its own.
+
+    Args:
+        out: anything with ``write(bytes)``.
+        compression: a key of :data:`COMPRESSIONS`. level: the compressor's own scale.
+
+    Attributes (valid after :meth:`close`):
+        size, diff_id: of what was written. blob_size, blob_digest: of what reached ``out``.
+    """
+
+    def __init__(self, out: BinaryIO, compression: str = "none", level: int | None = None) -> None:
+        if compression not in COMPRESSIONS:
+            raise InvalidArgument(f"unknown compression {compression!r}", remedy="use " + ", ".join(COMPRESSIONS))
+        self._out = out
+        self._encoder = COMPRESSIONS[compression](level)
+        self._compressed = compression != "none"
+        self._diff, self._blob = hashlib.sha256(), hashlib.sha256()
+        self.size = self.blob_size = 0
+        self._parts: list[bytes | memoryview] = []
+        self._pending = 0
+        self._queue: queue.Queue[bytes | None] = queue.Queue(_QUEUED)
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="cowfs-pack", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while (data := self._queue.get()) is not None:
+            if self._error is not None:
+                continue  # keep draining, so that the writer never blocks
+            try:
+                self._diff.update(data)
+                self._emit(self._encoder.compress(data))
+            except BaseException as error:  # noqa: BLE001  raised in the caller's thread
+                self._error = error
+
+    def _emit(self, data: bytes) -> None:
+        if data:
+            self.blob_size += len(data)
+            if self._compressed:
+                self._blob.update(data)
+            self._out.write(data)
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Queue ``data``; it must not change afterwards (bytes, or a view of bytes)."""
+        self._parts.append(data)
+        self._pending += len(data)
+        if self._pending >= CHUNK:
+            self._push()
+
+    def _push(self) -> None:
+        if self._error is not None:
+            raise self._error
+        if self._parts:
+            self.size += self._pending
+            self._queue.put(b"".join(self._parts))
+            self._parts, self._pending = [], 0
+
+    def close(self) -> None:
+        """Flush everything to ``out`` (which stays open). Raises what writing raised."""
+        self._push()
+        self._queue.put(None)
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        self._emit(self._encoder.flush())
+
+    def abandon(self) -> None:
+        """End the thread without finishing the stream."""
+        self._error = self._error or CowfsError("abandoned")
+        self._queue.put(None)
+        self._thread.join()
+
+    @property
+    def diff_id(self) -> str:
+        return "sha256:" + self._diff.hexdigest()
+
+    @property
+    def blob_digest(self) -> str:
+        return "sha256:" + self._blob.hexdigest() if self._compressed else self.diff_id

@@ -1,0 +1,715 @@
+"""Members become files: the only writer of archive content.
+
+Strategy. One handler a member type, in a table. A handler creates its object exclusively
+(O_EXCL and its likes never follow a link and never open what is there); only when that says
+"exists" does it look at what is in the way. Owner, mode, attributes and times are then set
+through the new descriptor, in the order in which the kernel lets none undo another: owner
+(clears set-id bits and capabilities), mode, attributes (an ACL changes the mode), times.
+
+"In the way" has three cases. Something this archive wrote: the later member wins, its
+predecessor's data goes to the header log. Something that was there before (a full tree, a
+non-empty upper): removed, as the layer says. A whiteout: it goes, and a directory in its place
+is opaque. Which is which is known from a set of path hashes; a target that started empty needs none.
+
+Rule 1: nothing in the archive names anything outside the target: see :mod:`cowfs.archive.dirs`.
+Rule 2: the overlay's own attributes and its whiteout device are never taken from an archive.
+Rule 3: a failed chown, chmod or attribute is an error or follows ``ApplyOptions.owners``.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import stat
+from collections import Counter
+from collections.abc import Callable, Iterable
+
+from cowfs import whiteout
+from cowfs.archive import header
+from cowfs.archive.dirs import Dir, Dirs
+from cowfs.archive.header import Member
+from cowfs.archive.headerlog import LogWriter
+from cowfs.archive.names import Meaning, canonical, meaning, show
+from cowfs.archive.options import OVERRIDE_XATTR, ApplyOptions, Tree
+from cowfs.archive.reader import Reader
+from cowfs.errors import CowfsError, InvalidArgument, LimitExceeded, Unsupported
+from cowfs.sys import xattr
+
+__all__ = ["Extractor", "is_smuggled"]
+
+_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_DENIED = frozenset({errno.EPERM, errno.EACCES, errno.EINVAL})
+_NO_XATTR = frozenset({errno.EOPNOTSUPP, errno.EPERM, errno.EACCES})
+_PLAIN_TIMES = range((1 << 31) * header.NANO)  # what every file system keeps
+_MOSTLY_HOLES = 1 << 30
+_SET_ID = stat.S_ISUID | stat.S_ISGID
+
+# Never taken from an archive: they would make whiteouts, redirects or other owners (threats.md).
+_SMUGGLED = (b"trusted.overlay.", b"user.overlay.", b"user.fuseoverlayfs.", b"security.fuseoverlayfs.")
+_KINDS = {header.CHAR: stat.S_IFCHR, header.BLOCKDEV: stat.S_IFBLK, header.FIFO: stat.S_IFIFO}
+
+
+class Extractor:
+    """Writes members below one directory.
+
+    Args:
+        target: descriptor of the layer directory (stays the caller's).
+        form: the overlay form whiteouts are written in; None applies them to a full tree instead.
+        reader: where member data comes from.
+        lower: the tree below, for the attributes of parents that the archive does not have, and for hard
+            links to files of it.
+        log: gets the data that the finished layer no longer has.
+        on_file: called with (path, sha256 hex) of each regular file whose data was hashed on the way.
+    """
+
+    def __init__(
+        self,
+        target: int,
+        form: whiteout.Form | None,
+        reader: Reader,
+        options: ApplyOptions,
+        *,
+        lower: Tree | None = None,
+        log: LogWriter | None = None,
+        on_file: Callable[[bytes, str], object] | None = None,
+    ) -> None:
+        self._form, self._reader, self._options = form, reader, options
+        self._lower, self._log, self._on_file = lower, log, on_file
+        self._uid, self._gid = os.geteuid(), os.getegid()
+        self._owners = options.owners
+        with os.scandir(target) as entries:
+            self._written: set[int] | None = None if next(entries, None) is None else set()
+        self.dirs = Dirs(target, self._implied, check_acl=self._written is not None)
+        self.dropped: Counter[str] = Counter()
+        self.whiteouts = self.skipped = 0
+        self._made_whiteouts = self._written is not None and form is not None
+        if self._written is None:
+            self._set_implied(self.dirs.root)
+
+    def extract(self, member: Member) -> None:
+        """Write one member. The data it does not read is skipped by the reader.
+
+        Raises:
+            CowfsError: the member is refused; the message names it.
+            OSError: the target failed (ENOSPC, EIO...); its file name is the member's.
+        """
+        options = self._options
+        try:
+            path = canonical(member.name, max_path=options.max_path, max_depth=options.max_depth)
+            if member.size > options.max_file:
+                raise LimitExceeded(f"file of {member.size} bytes, at most {options.max_file} are allowed")
+            what, path = meaning(path)
+            if what is Meaning.ENTRY:
+                if not path:
+                    self._root(member)
+                    return
+                parent_path, _, name = path.rpartition(b"/")
+                _HANDLERS[member.type](self, member, self.dirs.get(parent_path), name, path)
+                if self._written is not None:
+                    self._written.add(hash(path))
+            else:
+                self._special(member, what, path)
+        except CowfsError:
+            raise
+        except OverflowError:
+            raise InvalidArgument(f"a time of {member.mtime} ns is out of range") from None
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self.label(member)) from error
+
+    @staticmethod
+    def label(member: Member) -> str:
+        """How error messages call a member."""
+        return f"archive entry {member.ordinal} {show(member.name)}"
+
+    # Whiteouts --------------------------------------------------------------------------------
+
+    def _special(self, member: Member, what: Meaning, path: bytes) -> None:
+        if what is Meaning.SKIP:
+            self.skipped += 1
+        else:
+            if member.type not in (header.REGULAR, header.LINK):
+                raise InvalidArgument("a whiteout must be a regular file")
+            self.whiteouts += 1
+            if what is Meaning.OPAQUE:
+                self._opaque(self.dirs.get(path))
+                self._note_parents(path)
+            else:
+                parent_path, _, name = path.rpartition(b"/")
+                self._whiteout(self.dirs.get(parent_path), name, path)
+                self._note_parents(parent_path)
+        if member.stored and self._log is not None:
+            self._log.saved(member.name, self._reader.data())
+
+    def _whiteout(self, parent: Dir, name: bytes, path: bytes) -> None:
+        if self._form is not None:
+            try:
+                whiteout.make(parent.fd, name)
+                self._made_whiteouts = True
+                return
+            except FileExistsError:
+                pass
+        st = _lstat(parent.fd, name)
+        if st is None:
+            return
+        if self._is_whiteout(st):
+            return
+        if self._ours(path):
+            # A whiteout concerns lower layers only (layer.md): the new entry stays, what is below goes.
+            if stat.S_ISDIR(st.st_mode):
+                self._opaque(self.dirs.get(path))
+            return
+        self._remove(parent, name, path, st)
+        if self._form is not None:
+            whiteout.make(parent.fd, name)
+            self._made_whiteouts = True
+
+    def _opaque(self, found: Dir) -> None:
+        if self._written is not None:
+            self._remove_older(found)
+        self._seal(found)
+
+    def _seal(self, found: Dir) -> None:
+        found.sealed = True
+        if self._form is not None:
+            os.setxattr(found.fd, self._form.opaque, b"y")
+            if self._written is not None and xattr.try_get(found.fd, b"", self._form.redirect) is not None:
+                os.removexattr(found.fd, self._form.redirect)
+
+    def _remove_older(self, found: Dir) -> None:
+        """Remove what this archive did not write, at any depth below what it did."""
+        for name in os.listdir(found.fd):
+            child = os.fsencode(name)
+            path = found.path + b"/" + child if found.path else child
+            st = _lstat(found.fd, child)
+            if st is None:
+                continue
+            if not self._ours(path):
+                self._remove(found, child, path, st)
+            elif stat.S_ISDIR(st.st_mode):
+                self._remove_older(self.dirs.get(path))
+
+    # What is in the way -----------------------------------------------------------------------
+
+    def _ours(self, path: bytes) -> bool:
+        return self._written is None or hash(path) in self._written
+
+    def _note_parents(self, path: bytes) -> None:
+        if self._written is not None:
+            while path and hash(path) not in self._written:
+                self._written.add(hash(path))
+                path = path.rpartition(b"/")[0]
+
+    def _is_whiteout(self, st: os.stat_result) -> bool:
+        return self._form is not None and whiteout.is_whiteout(st)
+
+    def _clear(self, parent: Dir, name: bytes, path: bytes) -> None:
+        """Make room for a new object that is no directory."""
+        st = _lstat(parent.fd, name)
+        if st is not None:
+            self._remove(parent, name, path, st)
+
+    def _remove(self, parent: Dir, name: bytes, path: bytes, st: os.stat_result) -> None:
+        if stat.S_ISDIR(st.st_mode):
+            self.dirs.forget(path)
+            self._remove_tree(parent.fd, name, path)
+            return
+        self._save(parent.fd, name, path, st)
+        os.unlink(name, dir_fd=parent.fd)
+
+    def _remove_tree(self, parent_fd: int, name: bytes, path: bytes) -> None:
+        """Remove a directory; one descriptor a level, every step relative to it."""
+        stack: list[tuple[int, bytes, bytes, list[bytes]]] = []
+
+        def enter(dirfd: int, name: bytes, path: bytes) -> None:
+            fd = os.open(name, _DIR, dir_fd=dirfd)
+            if self._uid:
+                os.chmod(fd, 0o700)
+            stack.append((fd, name, path, [os.fsencode(n) for n in os.listdir(fd)]))
+
+        try:
+            enter(parent_fd, name, path)
+            while stack:
+                fd, own, here, names = stack[-1]
+                if not names:
+                    stack.pop()
+                    os.close(fd)
+                    os.rmdir(own, dir_fd=stack[-1][0] if stack else parent_fd)
+                    continue
+                child = names.pop()
+                st = _lstat(fd, child)
+                if st is None:
+                    continue
+                if stat.S_ISDIR(st.st_mode):
+                    enter(fd, child, here + b"/" + child)
+                else:
+                    self._save(fd, child, here + b"/" + child, st)
+                    os.unlink(child, dir_fd=fd)
+        finally:
+            for fd, *_ in stack:
+                os.close(fd)
+
+    def _save(self, dirfd: int, name: bytes, path: bytes, st: os.stat_result) -> None:
+        """A file of this archive goes away: its data is needed to reproduce the archive."""
+        if self._log is None or not stat.S_ISREG(st.st_mode) or not st.st_size or not self._ours(path):
+            return
+        if st.st_size > _MOSTLY_HOLES and st.st_blocks * 512 < st.st_size // 2:
+            self._log.give_up()  # holes as large as these are not worth a copy
+            return
+        fd = os.open(name, _READ, dir_fd=dirfd)
+        try:
+            self._log.saved(path, iter(lambda: os.read(fd, 1 << 18), b""))
+        finally:
+            os.close(fd)
+
+    # Directories ------------------------------------------------------------------------------
+
+    def _make_dir(self, parent: Dir, name: bytes, path: bytes) -> Dir:
+        """A new directory, whatever was there before (but not a directory)."""
+        sealed = False
+        try:
+            os.mkdir(name, 0o700, dir_fd=parent.fd)
+        except FileExistsError:
+            self._clear(parent, name, path)
+            os.mkdir(name, 0o700, dir_fd=parent.fd)
+            sealed = True
+        made = Dir(os.open(name, _DIR, dir_fd=parent.fd), path, 0, 0)
+        try:
+            if parent.inherits:
+                _drop_acls(made.fd)
+            if sealed:
+                self._seal(made)
+        except BaseException:
+            os.close(made.fd)
+            raise
+        return made
+
+    def _implied(self, parent: Dir, name: bytes, path: bytes) -> Dir:
+        """A directory that the archive does not list before its contents."""
+        st = _lstat(parent.fd, name)
+        if st is not None and not self._is_whiteout(st) and self._ours(path):
+            kind = "symbolic link" if stat.S_ISLNK(st.st_mode) else "file"
+            raise InvalidArgument(f"its directory {show(path)} is a {kind} in this archive")
+        made = self._make_dir(parent, name, path)
+        try:
+            self._set_implied(made)
+        except BaseException:
+            os.close(made.fd)
+            raise
+        if self._written is not None:
+            self._written.add(hash(path))
+        return made
+
+    def _set_implied(self, made: Dir) -> None:
+        """As in the layer below; where that has no such directory 0755, root's, of the epoch."""
+        st = None
+        if self._lower is not None and not self._hidden(made):
+            st = self._lower.stat(made.path)
+        if st is None or not stat.S_ISDIR(st.mode):
+            mode, uid, gid, mtime = 0o755, 0, 0, 0
+            attributes: dict[bytes, bytes] = {}
+        else:
+            mode, uid, gid, mtime = stat.S_IMODE(st.mode), st.uid, st.gid, st.mtime
+            attributes = self._lower.xattrs(made.path) if self._lower else {}
+        self._attributes(made.fd, uid, gid, mode, "dir", attributes, regroup=True)
+        self._held(made, mode)
+        made.inherits = bool(mode & stat.S_ISGID) or b"system.posix_acl_default" in attributes
+        made.atime = made.mtime = mtime
+
+    def _hidden(self, made: Dir) -> bool:
+        """Whether lower layers are hidden there: it or a directory above it is opaque."""
+        if made.sealed:
+            return True
+        if self._form is None:
+            return False
+        path = made.path
+        while path:
+            path = path.rpartition(b"/")[0]
+            above = self.dirs.find(path)
+            if above is not None and whiteout.opaque_value(above.fd, self._form) == b"y":
+                return True
+        return False
+
+    def _held(self, found: Dir, mode: int) -> None:
+        """Without privilege a directory that its owner may not write is closed only when it leaves."""
+        if self._uid and mode & 0o700 != 0o700 and self._owners != "xattr":
+            found.mode = stat.S_IMODE(os.fstat(found.fd).st_mode)
+            os.chmod(found.fd, found.mode | 0o700)
+
+    def _directory(self, member: Member, parent: Dir, name: bytes, path: bytes) -> None:
+        found = self.dirs.cached(path) or self.dirs.open_child(parent, name, path)
+        old = found is not None
+        if found is None:
+            found = self._make_dir(parent, name, path)
+        try:
+            self._set_directory(member, found, old=old, regroup=old or parent.inherits)
+        except BaseException:
+            if self.dirs.cached(path) is not found:
+                os.close(found.fd)
+            raise
+        if self.dirs.cached(path) is not found:
+            self.dirs.keep(found)
+
+    def _root(self, member: Member) -> None:
+        if member.type != header.DIRECTORY:
+            raise InvalidArgument("the root of a layer must be a directory")
+        self._set_directory(member, self.dirs.root, old=True, regroup=True)
+
+    def _set_directory(self, member: Member, found: Dir, *, old: bool, regroup: bool) -> None:
+        attributes = self._wanted(member)
+        if old:
+            for attribute in xattr.listx(found.fd, b""):
+                if attribute not in attributes and not (self._form and self._form.is_own(attribute)):
+                    _drop_xattr(found.fd, attribute)
+        found.mode = None
+        self._attributes(found.fd, member.uid, member.gid, member.mode, "dir", attributes, regroup=regroup)
+        self._held(found, member.mode)
+        found.inherits = bool(member.mode & stat.S_ISGID) or b"system.posix_acl_default" in attributes
+        found.mtime = member.mtime
+        found.atime = member.mtime if member.atime is None else member.atime
+        if not (found.mtime in _PLAIN_TIMES and found.atime in _PLAIN_TIMES):
+            os.utime(found.fd, ns=(found.atime, found.mtime))
+            self._times_kept(found.fd, found.mtime)
+
+    # Files ------------------------------------------------------------------------------------
+
+    def _regular(self, member: Member, parent: Dir, name: bytes, path: bytes) -> None:
+        try:
+            fd = os.open(name, _CREATE, 0o600, dir_fd=parent.fd)
+        except FileExistsError:
+            self._clear(parent, name, path)
+            fd = os.open(name, _CREATE, 0o600, dir_fd=parent.fd)
+        try:
+            if member.segments is not None:
+                self._sparse(member, fd, path)
+            elif self._on_file is None:
+                if member.stored:
+                    for piece in self._reader.data():
+                        _write(fd, piece)
+            else:
+                hasher = hashlib.sha256()
+                for piece in self._reader.data():
+                    hasher.update(piece)
+                    _write(fd, piece)
+                self._on_file(path, hasher.hexdigest())
+            uid, gid, mtime = member.uid, member.gid, member.mtime
+            if parent.inherits or member.xattrs is not None or self._owners != "fail":
+                if parent.inherits:
+                    _drop_acls(fd)
+                self._attributes(fd, uid, gid, member.mode, "file", self._wanted(member), regroup=parent.inherits)
+            else:
+                if uid != self._uid or gid != self._gid:
+                    self._chown(fd, uid, gid)
+                os.chmod(fd, member.mode)
+            os.utime(fd, ns=(mtime if member.atime is None else member.atime, mtime))
+            if mtime not in _PLAIN_TIMES:
+                self._times_kept(fd, mtime)
+        finally:
+            os.close(fd)
+
+    def _sparse(self, member: Member, fd: int, path: bytes) -> None:
+        assert member.segments is not None
+        pieces = self._reader.data()
+        piece = memoryview(b"")
+        for offset, length in header.iter_segments(member.segments):
+            os.lseek(fd, offset, os.SEEK_SET)
+            while length:
+                if not piece:
+                    piece = next(pieces)
+                part = piece[:length]
+                piece = piece[len(part) :]
+                length -= len(part)
+                _write(fd, part)
+        for _ in pieces:  # nothing is left but the check that nothing is missing
+            pass
+        os.truncate(fd, member.size)
+        if self._on_file is not None and member.size <= 4 * member.stored + (1 << 20):
+            self._on_file(path, _digest_of(fd))
+
+    def _hardlink(self, member: Member, parent: Dir, name: bytes, path: bytes) -> None:
+        options = self._options
+        source = canonical(member.linkname, max_path=options.max_path, max_depth=options.max_depth)
+        if meaning(source)[0] is not Meaning.ENTRY:
+            raise InvalidArgument(f"hard link to the whiteout {show(source)}")
+        source_parent, _, source_name = source.rpartition(b"/")
+        home = self.dirs.find(source_parent) if source else None
+        st = None
+        if home is not None and (self._made_whiteouts or self._written is not None or source == path):
+            st = _lstat(home.fd, source_name)
+            if st is None or self._is_whiteout(st):
+                if st is not None:
+                    raise InvalidArgument(f"hard link to {show(source)}, which this layer deletes")
+                home = None
+            elif source == path:
+                return
+        try:
+            if home is None:
+                raise FileNotFoundError
+            self._link(home, source_name, parent, name, path)
+        except FileNotFoundError:
+            home = self._copy_up(source)
+            self._link(home, source_name, self.dirs.get(parent.path), name, path)
+        except PermissionError:
+            raise InvalidArgument(f"hard link to {show(source)}, which is not a file") from None
+
+    def _link(self, home: Dir, source: bytes, parent: Dir, name: bytes, path: bytes) -> None:
+        """link(2), never through a symbolic link."""
+        try:
+            os.link(source, name, src_dir_fd=home.fd, dst_dir_fd=parent.fd, follow_symlinks=False)
+        except FileExistsError:
+            self._clear(parent, name, path)
+            os.link(source, name, src_dir_fd=home.fd, dst_dir_fd=parent.fd, follow_symlinks=False)
+
+    def _copy_up(self, path: bytes) -> Dir:
+        """A hard link to a file of a lower layer: the file becomes part of this one, at its own place."""
+        lower = self._lower
+        st = lower.stat(path) if lower is not None and self._form is not None else None
+        if lower is None or st is None:
+            raise InvalidArgument(
+                f"hard link to {show(path)}, which is neither in this archive" + (" nor below it" if lower else "")
+            )
+        if not stat.S_ISREG(st.mode):
+            raise InvalidArgument(f"hard link to {show(path)}, which is not a regular file in the layers below")
+        parent_path, _, name = path.rpartition(b"/")
+        home = self.dirs.get(parent_path)
+        fd = os.open(name, _CREATE, 0o600, dir_fd=home.fd)
+        try:
+            for data in lower.read(path):
+                _write(fd, memoryview(data))
+            self._attributes(fd, st.uid, st.gid, stat.S_IMODE(st.mode), "file", lower.xattrs(path), regroup=True)
+            os.utime(fd, ns=(st.mtime, st.mtime))
+        finally:
+            os.close(fd)
+        if self._written is not None:
+            self._written.add(hash(path))
+        return home
+
+    def _symlink(self, member: Member, parent: Dir, name: bytes, path: bytes) -> None:
+        target = member.linkname
+        if not target or b"\0" in target:
+            raise InvalidArgument("a symbolic link needs a target without NUL")
+        if len(target) > 4095:
+            raise InvalidArgument("a symbolic link's target is longer than 4095 bytes")
+        try:
+            os.symlink(target, name, dir_fd=parent.fd)
+        except FileExistsError:
+            self._clear(parent, name, path)
+            os.symlink(target, name, dir_fd=parent.fd)
+        if member.uid != self._uid or member.gid != self._gid or parent.inherits:
+            self._chown_name(parent.fd, name, member)
+        self._name_xattrs(parent.fd, name, member)
+        self._name_times(parent.fd, name, member)
+
+    def _node(self, member: Member, parent: Dir, name: bytes, path: bytes) -> None:
+        kind = _KINDS[member.type]
+        device = os.makedev(*member.device) if kind != stat.S_IFIFO else 0
+        if kind == stat.S_IFCHR and device == 0:
+            raise InvalidArgument(
+                "character device 0/0 is the overlay's whiteout", remedy="a layer archive deletes with .wh. names"
+            )
+        if self._owners == "xattr":
+            self._stand_in(member, parent, name, path)
+            return
+        for again in (False, True):
+            try:
+                os.mknod(name, kind | 0o600, device, dir_fd=parent.fd)
+                break
+            except FileExistsError:
+                if again:
+                    raise
+                self._clear(parent, name, path)
+            except PermissionError:
+                if self._owners == "fail":
+                    raise Unsupported(
+                        "a device needs privilege to be made", remedy="run as root, or choose owners=xattr or ignore"
+                    ) from None
+                self.skipped += 1
+                return
+        # opening a FIFO or a device has effects of its own: only names here, an O_PATH handle for the mode
+        handle = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent.fd)
+        try:
+            kept = True
+            if member.uid != self._uid or member.gid != self._gid or parent.inherits:
+                kept = self._chown_name(parent.fd, name, member)
+            os.chmod(f"/proc/self/fd/{handle}", member.mode if kept else member.mode & ~_SET_ID)
+        finally:
+            os.close(handle)
+        self._name_xattrs(parent.fd, name, member)
+        self._name_times(parent.fd, name, member)
+
+    def _stand_in(self, member: Member, parent: Dir, name: bytes, path: bytes) -> None:
+        """What a user cannot make, as an empty file that says what it stands for."""
+        try:
+            fd = os.open(name, _CREATE, 0o600, dir_fd=parent.fd)
+        except FileExistsError:
+            self._clear(parent, name, path)
+            fd = os.open(name, _CREATE, 0o600, dir_fd=parent.fd)
+        kind = "pipe"
+        if member.type != header.FIFO:
+            kind = f"{'char' if member.type == header.CHAR else 'block'}-{member.device[0]}-{member.device[1]}"
+        try:
+            self._attributes(fd, member.uid, member.gid, member.mode, kind, self._wanted(member))
+            os.utime(fd, ns=(member.mtime, member.mtime))
+        finally:
+            os.close(fd)
+
+    # Attributes -------------------------------------------------------------------------------
+
+    def _wanted(self, member: Member) -> dict[bytes, bytes]:
+        """The member's extended attributes less those that no archive may bring."""
+        if not member.xattrs or not self._options.xattrs:
+            return {}
+        wanted: dict[bytes, bytes] = {}
+        for name, value in member.xattrs.items():
+            if is_smuggled(name):
+                self.dropped[os.fsdecode(name)] += 1
+            else:
+                wanted[name] = value
+        return wanted
+
+    def _attributes(
+        self, fd: int, uid: int, gid: int, mode: int, kind: str, attributes: dict[bytes, bytes], *,
+        regroup: bool = False,
+    ) -> None:  # fmt: skip
+        """Owner, mode and extended attributes of an open file or directory; ``regroup``: the owner may not be ours."""
+        if self._owners == "xattr":
+            reach = 0o700 if kind == "dir" else 0o600
+            os.chmod(fd, (mode & 0o777) | reach)
+            self._set_xattrs(fd, attributes)
+            os.setxattr(fd, OVERRIDE_XATTR, b"%d:%d:0%o:%b" % (uid, gid, mode, kind.encode()))
+            return
+        kept = True
+        if regroup or uid != self._uid or gid != self._gid:
+            kept = self._chown(fd, uid, gid)
+        os.chmod(fd, mode if kept else mode & ~_SET_ID)
+        if attributes:
+            self._set_xattrs(fd, attributes)
+
+    def _chown(self, fd: int, uid: int, gid: int) -> bool:
+        """True when the owner is as asked; False when it may stay as it is."""
+        try:
+            os.chown(fd, uid, gid)
+        except OSError as error:
+            return self._unowned(error, uid, gid)
+        return True
+
+    def _chown_name(self, dirfd: int, name: bytes, member: Member) -> bool:
+        try:
+            os.chown(name, member.uid, member.gid, dir_fd=dirfd, follow_symlinks=False)
+        except OSError as error:
+            return self._unowned(error, member.uid, member.gid)
+        return True
+
+    def _unowned(self, error: OSError, uid: int, gid: int) -> bool:
+        if error.errno not in _DENIED:
+            raise error
+        if self._owners == "fail":
+            raise Unsupported(
+                f"owner {uid}:{gid} cannot be set here: {error.strerror}",
+                remedy="run as root, or choose owners=xattr or ignore",
+            ) from None
+        return False
+
+    def _set_xattrs(self, fd: int, attributes: dict[bytes, bytes]) -> None:
+        for name, value in attributes.items():
+            try:
+                os.setxattr(fd, name, value)
+            except OSError as error:
+                self._no_xattr(error, name)
+
+    def _name_xattrs(self, dirfd: int, name: bytes, member: Member) -> None:
+        for attribute, value in self._wanted(member).items():
+            try:
+                xattr.setx(dirfd, name, attribute, value)
+            except OSError as error:
+                self._no_xattr(error, attribute)
+
+    def _no_xattr(self, error: OSError, name: bytes) -> None:
+        if error.errno not in _NO_XATTR:
+            raise error
+        if self._owners == "fail":
+            raise Unsupported(
+                f"extended attribute {show(name)} cannot be set here: {error.strerror}",
+                remedy="apply without xattrs, or choose owners=xattr or ignore",
+            ) from None
+        self.dropped[os.fsdecode(name)] += 1
+
+    def _name_times(self, dirfd: int, name: bytes, member: Member) -> None:
+        atime = member.mtime if member.atime is None else member.atime
+        os.utime(name, ns=(atime, member.mtime), dir_fd=dirfd, follow_symlinks=False)
+        if member.mtime not in _PLAIN_TIMES:
+            st = os.stat(name, dir_fd=dirfd, follow_symlinks=False)
+            _same_time(st, member.mtime)
+
+    @staticmethod
+    def _times_kept(fd: int, mtime: int) -> None:
+        """The kernel cuts a time to what the file system can store without saying so."""
+        _same_time(os.fstat(fd), mtime)
+
+
+def is_smuggled(attribute: bytes) -> bool:
+    """Whether an attribute belongs to an overlay or its owner override, which no archive may carry in or out."""
+    return attribute.startswith(_SMUGGLED) or attribute == OVERRIDE_XATTR
+
+
+def _same_time(st: os.stat_result, mtime: int) -> None:
+    if st.st_mtime_ns != mtime:
+        raise InvalidArgument(f"this file system cannot keep a time of {mtime // header.NANO} seconds")
+
+
+def _lstat(dirfd: int, name: bytes) -> os.stat_result | None:
+    try:
+        return os.stat(name, dir_fd=dirfd, follow_symlinks=False)
+    except FileNotFoundError:
+        return None
+
+
+def _write(fd: int, data: memoryview) -> None:
+    done = os.write(fd, data)
+    while done < len(data):
+        done += os.write(fd, data[done:])
+
+
+def _drop_xattr(fd: int, name: bytes | str) -> None:
+    try:
+        os.removexattr(fd, name)
+    except OSError as error:
+        if error.errno not in xattr.ABSENT:
+            raise
+
+
+def _drop_acls(fd: int) -> None:
+    _drop_xattr(fd, "system.posix_acl_access")
+    _drop_xattr(fd, "system.posix_acl_default")
+
+
+def _digest_of(fd: int) -> str:
+    hasher = hashlib.sha256()
+    again = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        while data := os.read(again, 1 << 20):
+            hasher.update(data)
+    finally:
+        os.close(again)
+    return hasher.hexdigest()
+
+
+_Handler = Callable[[Extractor, Member, Dir, bytes, bytes], None]
+_HANDLERS: dict[bytes, _Handler] = {
+    header.REGULAR: Extractor._regular,
+    header.LINK: Extractor._hardlink,
+    header.SYMLINK: Extractor._symlink,
+    header.CHAR: Extractor._node,
+    header.BLOCKDEV: Extractor._node,
+    header.DIRECTORY: Extractor._directory,
+    header.FIFO: Extractor._node,
+}
+
+
+def _complete(types: Iterable[bytes]) -> bool:
+    return set(_HANDLERS) == set(types)
+
+
+assert _complete(header.NO_DATA | {header.REGULAR})

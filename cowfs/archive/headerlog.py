@@ -1,0 +1,247 @@
+"""Everything of an archive that its files do not hold, kept beside the layer.
+
+Strategy. A layer that came from an archive must leave as the same bytes, whatever wrote it. The
+log is the archive with the file data taken out: headers, padding and end blocks, compressed.
+Read back by the same :class:`~cowfs.archive.reader.Reader`, each header says itself which file's
+data belongs behind it, so no second format describes the first. Only data that the layer does
+not have any more (a file listed twice, a whiteout with contents) is kept too, in a section of its own.
+
+The file: ``MAGIC``, a gzip stream of the stripped archive, a gzip stream of saved data
+(records of ``RECORD``, path, data), a JSON trailer, and ``TAIL`` (length of the trailer, magic).
+
+:func:`rebuild` verifies the digest of what it wrote: a layer that was changed since is Corrupt.
+
+The idea of keeping the stripped archive is tar-split's (vbatts/tar-split), the format is not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import struct
+import tempfile
+import zlib
+from collections import deque
+from collections.abc import Iterable
+from typing import BinaryIO
+
+from cowfs.archive import header
+from cowfs.archive.compress import CHUNK, Packer, Source, _gunzip
+from cowfs.archive.names import Meaning, canonical, meaning, show
+from cowfs.archive.reader import Reader
+from cowfs.errors import Corrupt, CowfsError
+from cowfs.sys.files import open_beneath
+
+__all__ = ["LogWriter", "read_trailer", "rebuild"]
+
+MAGIC = b"cowfs-headers-1\n"
+TAIL = struct.Struct("<Q8s")
+_TAIL_MAGIC = b"cowfslog"
+RECORD = struct.Struct("<QQ")  # bytes of the path, bytes of the data
+_MAX_SAVED = 10_000
+_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_BIG = 1 << 62
+
+
+class LogWriter:
+    """Written while an archive is applied; ``out`` needs only ``write``."""
+
+    def __init__(self, out: BinaryIO) -> None:
+        self._out = out
+        out.write(MAGIC)
+        self._headers = Packer(out, "gzip", 1)
+        self._spool: tempfile.SpooledTemporaryFile[bytes] | None = None
+        self._saved = 0
+        self.raw = self._headers.write
+
+    def saved(self, path: bytes, pieces: Iterable[bytes | memoryview]) -> None:
+        """Keep data of the member at ``path`` that the finished layer will not have.
+
+        Several versions of one path are kept in the order in which the archive has them.
+        """
+        self._saved += 1
+        if self._saved > _MAX_SAVED:
+            for _ in pieces:
+                pass
+            return
+        if self._spool is None:
+            self._spool = tempfile.SpooledTemporaryFile(1 << 20)  # noqa: SIM115  closed with the log
+        spool = self._spool
+        start = spool.tell()
+        spool.write(RECORD.pack(len(path), 0) + path)
+        size = 0
+        for piece in pieces:
+            spool.write(piece)
+            size += len(piece)
+        end = spool.tell()
+        spool.seek(start)
+        spool.write(RECORD.pack(len(path), size))
+        spool.seek(end)
+
+    def give_up(self) -> None:
+        """This archive cannot be reproduced: its layer will be exported like one made here."""
+        self._saved = _MAX_SAVED + 1
+
+    def close(self, *, diff_id: str, size: int, entries: int) -> int:
+        """Write the end; returns the bytes of the whole log."""
+        self._headers.close()
+        start = len(MAGIC) + self._headers.blob_size
+        saved_size = 0
+        if self._spool is not None:
+            packer = Packer(self._out, "gzip", 1)
+            self._spool.seek(0)
+            while data := self._spool.read(CHUNK):
+                packer.write(data)
+            packer.close()
+            saved_size = packer.blob_size
+            self._spool.close()
+        trailer = json.dumps(
+            {
+                "diff_id": diff_id,
+                "size": size,
+                "entries": entries,
+                "headers": self._headers.blob_size,
+                "saved": saved_size,
+                "complete": self._saved <= _MAX_SAVED,
+            }
+        ).encode()
+        self._out.write(trailer + TAIL.pack(len(trailer), _TAIL_MAGIC))
+        return start + saved_size + len(trailer) + TAIL.size
+
+    def abandon(self) -> None:
+        """End the thread; the log is unusable."""
+        self._headers.abandon()
+        if self._spool is not None:
+            self._spool.close()
+
+
+def read_trailer(log: BinaryIO) -> dict[str, object]:
+    """diff_id, size, entries ... of a seekable log. Raises Corrupt when it is not one, or cut short."""
+    try:
+        if log.seek(0) or log.read(len(MAGIC)) != MAGIC:
+            raise Corrupt("not a header log")
+        log.seek(-TAIL.size, os.SEEK_END)
+        length, magic = TAIL.unpack(log.read(TAIL.size))
+        if magic != _TAIL_MAGIC:
+            raise Corrupt("header log is cut short")
+        log.seek(-TAIL.size - length, os.SEEK_END)
+        trailer = json.loads(log.read(length))
+    except (OSError, ValueError, struct.error) as error:
+        raise Corrupt(f"header log is damaged: {error}") from None
+    if not isinstance(trailer, dict):
+        raise Corrupt("header log is damaged")
+    return trailer
+
+
+class _Section(Source):
+    """One gzip section of a log."""
+
+    def __init__(self, log: BinaryIO, start: int, length: int) -> None:
+        super().__init__()
+        log.seek(start)
+        left = length
+
+        def read(count: int) -> bytes:
+            nonlocal left
+            data = log.read(min(count, left))
+            left -= len(data)
+            return data
+
+        self._chunks = _gunzip(read)
+
+    def next_chunk(self) -> bytes:
+        try:
+            return next(self._chunks, b"")
+        except (CowfsError, zlib.error) as error:
+            raise Corrupt(f"header log is damaged: {error}") from None
+
+
+def rebuild(log: BinaryIO, layer: int, out: BinaryIO, *, compression: str = "none") -> tuple[str, int]:
+    """Write the archive that the layer came from, byte for byte.
+
+    Args:
+        log: the side file, seekable. layer: descriptor of the layer directory.
+        compression: "none", "gzip" or "zstd" around it (the original compression is not kept).
+
+    Returns:
+        (sha256 digest, bytes) of what reached ``out``.
+
+    Raises:
+        Corrupt: the log is damaged, or the layer no longer holds what it held; ``out`` is then worthless.
+    """
+    trailer = read_trailer(log)
+    if not trailer.get("complete"):
+        raise Corrupt("header log is incomplete: the archive replaced too many of its own files")
+    headers, saved = int(str(trailer["headers"])), int(str(trailer["saved"]))
+    with tempfile.TemporaryFile() as spool:
+        kept = _load_saved(log, len(MAGIC) + headers, saved, spool)
+        packer = Packer(out, compression)
+        try:
+            reader = Reader(
+                _Section(log, len(MAGIC), headers), raw=packer.write, stripped=True, max_entries=_BIG, max_header=_BIG
+            )
+            for member in reader:
+                if not member.stored:
+                    continue
+                path = canonical(member.name, max_path=_BIG, max_depth=_BIG)
+                what, _ = meaning(path)
+                versions = kept.get(path if what is Meaning.ENTRY else member.name)
+                if versions:
+                    offset, length = versions.popleft()
+                    _copy(spool.fileno(), offset, length, member, packer)
+                else:
+                    _copy_file(layer, path, member, packer)
+            packer.close()
+        except BaseException:
+            packer.abandon()
+            raise
+    if packer.diff_id != trailer["diff_id"]:
+        raise Corrupt(f"layer does not match its archive any more: {packer.diff_id} instead of {trailer['diff_id']}")
+    return packer.blob_digest, packer.blob_size
+
+
+def _load_saved(log: BinaryIO, start: int, length: int, spool: BinaryIO) -> dict[bytes, deque[tuple[int, int]]]:
+    kept: dict[bytes, deque[tuple[int, int]]] = {}
+    if not length:
+        return kept
+    section = _Section(log, start, length)
+    position = 0
+    while head := section.take(RECORD.size):
+        path_size, size = RECORD.unpack(head)
+        path = section.take(path_size)
+        for piece in section.pieces(size):
+            spool.write(piece)
+        kept.setdefault(path, deque()).append((position, size))
+        position += size
+    spool.flush()
+    return kept
+
+
+def _copy_file(layer: int, path: bytes, member: header.Member, packer: Packer) -> None:
+    try:
+        fd = open_beneath(layer, path, _READ)
+    except OSError as error:
+        raise Corrupt(f"layer has no {show(path)} any more: {error.strerror}") from None
+    try:
+        st = os.fstat(fd)
+        if not stat.S_ISREG(st.st_mode) or st.st_size != member.size:
+            raise Corrupt(f"layer file {show(path)} is not what the archive held")
+        _copy(fd, 0, st.st_size, member, packer)
+    finally:
+        os.close(fd)
+
+
+def _copy(fd: int, base: int, length: int, member: header.Member, packer: Packer) -> None:
+    """The member's stored bytes out of the file's: all of it, or the segments of a sparse one."""
+    if (member.segments is None and member.stored != length) or (member.size > length and member.segments is not None):
+        raise Corrupt(f"layer file {show(member.name)} is not as long as the archive held")
+    ranges = [(0, length)] if member.segments is None else header.iter_segments(member.segments)
+    for start, count in ranges:
+        while count:
+            data = os.pread(fd, min(count, CHUNK), base + start)
+            if not data:
+                raise Corrupt(f"layer file {show(member.name)} is cut short")
+            packer.write(data)
+            start += len(data)
+            count -= len(data)

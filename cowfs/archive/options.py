@@ -1,0 +1,122 @@
+"""What an archive may ask for, and what came of it: the records around apply and export."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+__all__ = ["Applied", "ApplyOptions", "Exported", "LowerStat", "Owners", "Tree"]
+
+Owners = Literal["fail", "xattr", "ignore"]
+
+# Where fuse-overlayfs and containers/storage keep the facts that a user may not give a file:
+# "UID:GID:0MODE:TYPE", TYPE one of file, dir, symlink, pipe, socket, block-MAJ-MIN, char-MAJ-MIN.
+OVERRIDE_XATTR = b"user.containers.override_stat"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ApplyOptions:
+    """Bounds for an archive from a stranger, and what to do without privilege.
+
+    Attributes:
+        max_bytes: of the uncompressed archive. Default 64 GiB.
+        max_entries: members. Default 1,000,000.
+        max_file: length of one file in bytes, holes included. Default 1 TiB.
+        max_path: bytes of a name. max_depth: directories it may go down.
+        max_header: bytes of one PAX header or long name.
+        owners: what to do about owners, devices and privileged attributes that this process may
+            not set: ``fail``; ``xattr``: record them in :data:`OVERRIDE_XATTR` (files and
+            directories; a device, FIFO or socket becomes an empty file that carries it); ``ignore``: leave
+            them out, and never keep a set-id bit without its owner.
+        xattrs: restore extended attributes at all.
+    """
+
+    max_bytes: int = 64 << 30
+    max_entries: int = 1_000_000
+    max_file: int = 1 << 40
+    max_path: int = 4095
+    max_depth: int = 512
+    max_header: int = 1 << 20
+    owners: Owners = "fail"
+    xattrs: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Applied:
+    """What an applied archive was.
+
+    Attributes:
+        diff_id: ``sha256:`` and the digest of the uncompressed archive. size: its bytes.
+        blob_digest, blob_size: the same of the stream as it came. compression: how it came.
+        entries: members read. whiteouts: names hidden, opaque directories among them.
+        dropped: extended attributes that were not restored, name to count: the overlay's own names, and
+            what this host or user cannot set (with ``owners`` other than ``fail``).
+        skipped: members left out (devices without privilege under ``owners="ignore"``, aufs book-keeping).
+        log_size: bytes of the header log that was written, 0 without one.
+    """
+
+    diff_id: str
+    size: int
+    blob_digest: str
+    blob_size: int
+    compression: str
+    entries: int
+    whiteouts: int
+    dropped: Mapping[str, int]
+    skipped: int
+    log_size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exported:
+    """What an export wrote.
+
+    Attributes:
+        diff_id, size: of the uncompressed tar. digest, blob_size: of the bytes written.
+        entries: members, whiteouts included.
+    """
+
+    diff_id: str
+    size: int
+    digest: str
+    blob_size: int
+    entries: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LowerStat:
+    """Attributes of one object in a tree: ``mode`` with its type bits, times in nanoseconds.
+
+    ``ident`` is equal for two names of one file (hard links) where ``nlink`` is more than 1.
+    """
+
+    mode: int
+    uid: int
+    gid: int
+    size: int
+    mtime: int
+    rdev: int = 0
+    nlink: int = 1
+    ident: object = None
+
+
+class Tree(Protocol):
+    """A merged tree to read from, by canonical path (``b""`` is its root); raises OSError.
+
+    :class:`cowfs.archive.trees.ViewTree` makes one of a :class:`cowfs.union.View`,
+    :class:`cowfs.archive.trees.DirTree` of a directory.
+    """
+
+    def stat(self, path: bytes) -> LowerStat | None:
+        """Attributes, None where there is nothing."""
+
+    def names(self, path: bytes) -> list[bytes]:
+        """The entries of a directory, without ``.`` and ``..``, in any order."""
+
+    def readlink(self, path: bytes) -> bytes: ...
+
+    def xattrs(self, path: bytes) -> dict[bytes, bytes]: ...
+
+    def read(self, path: bytes) -> Iterator[bytes]:
+        """A regular file's bytes, in pieces."""
