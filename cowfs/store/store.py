@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from cowfs.store.core import StoreCore
+from cowfs.store.mounts import MountVerbs
 
 __all__ = ["Store"]
 
 
-class Store(StoreCore):
+class Store(MountVerbs):
     """A store of snapshots in one directory. Make it with :meth:`open`.
 
     >>> with Store.open("/tmp/store") as store:  # doctest: +SKIP

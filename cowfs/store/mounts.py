@@ -1,0 +1,253 @@
+"""Mounting snapshots: by our own server, or by the kernel where the caller asks for it.
+
+Strategy: a mount by our server holds a flock on the layer's tree for as long as it lives, which is
+all that the other verbs need to know. A mount by the kernel holds nothing; it is found in
+mountinfo.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, NoReturn
+
+from cowfs import control, mounting
+from cowfs.errors import CowfsError, FailedPrecondition, InvalidArgument, NotFound
+from cowfs.index import Row
+from cowfs.model import Kind, Mount, Usage
+from cowfs.mounting import MountHandle
+from cowfs.mountpoint import resolve
+from cowfs.stack import MountSpec
+from cowfs.store.core import StoreCore
+from cowfs.store.layers import kernel_mount_of
+from cowfs.store.serve import FACTORY
+from cowfs.sys import mounts as sys_mounts
+
+__all__ = ["KernelMount", "MountVerbs", "mount_record"]
+
+
+@dataclass(frozen=True, slots=True)
+class KernelMount:
+    """A mount that the kernel serves. There is no server, so there is nobody to ask.
+
+    Attributes:
+        mountpoint: absolute path.
+    """
+
+    mountpoint: str
+
+    def __enter__(self) -> KernelMount:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.unmount()
+
+    def unmount(self, *, lazy: bool = False, force: bool = False) -> None:
+        """Unmount.
+
+        Raises:
+            FailedPrecondition: in use.
+        """
+        flags = (sys_mounts.MNT_DETACH if lazy else 0) | (sys_mounts.MNT_FORCE if force else 0)
+        try:
+            sys_mounts.umount(self.mountpoint, flags)
+        except OSError as error:
+            raise FailedPrecondition(f"cannot unmount {self.mountpoint}: {error.strerror}") from None
+
+    def _nobody(self, *args: object, **kwargs: object) -> NoReturn:
+        raise FailedPrecondition(
+            f"{self.mountpoint} is mounted by the kernel, which cannot do this", remedy="mount it without mount_type='kernel'"
+        )
+
+    usage = limit = diff = snapshot = rollback = counters = status = _nobody
+
+
+class MountVerbs(StoreCore):
+    """The verbs that mount."""
+
+    def mount(
+        self,
+        key: str,
+        target: str | os.PathLike[str],
+        *,
+        mount_type: str | None = None,
+        **more: Any,
+    ) -> MountHandle | KernelMount:
+        """Mount an active snapshot or a view.
+
+        Args:
+            key: its key.
+            target: an existing directory.
+            mount_type: ``fuse`` (the default) or ``kernel``.
+            more: as for :func:`cowfs.mount`: volatile, allow_other, io, options, trace and so on.
+
+        Returns:
+            A handle; as a context manager it unmounts at the end of the block.
+
+        Raises:
+            NotFound: no such key, or no such directory.
+            FailedPrecondition: a committed snapshot, or mounted already.
+            Unsupported: the host or user may not mount.
+        """
+        row = self.index.get(key)
+        where = resolve(os.fspath(target))
+        if mount_type == "kernel":
+            (record,) = self._mounts(row, "kernel")
+            self._refuse_used(row)
+            mount_record(record, where)
+            return KernelMount(where)
+        if mount_type not in (None, "fuse"):
+            raise InvalidArgument(f"no mount type {mount_type!r}", remedy="kernel or fuse")
+        return mounting.spawn(self.spec(key, where, **more))
+
+    def spec(self, key: str, target: str, **more: Any) -> MountSpec:
+        """The wish that our server gets for a snapshot (:class:`cowfs.stack.MountSpec`)."""
+        row = self.index.get(key)
+        self._mounts(row, "fuse")  # the same refusals
+        id, *parents = [id for _, id in self.index.chain(row.num)]
+        readonly = row.kind is Kind.VIEW
+        if self.driver.whole:
+            if readonly and parents:
+                id = parents[0]
+            parents = []
+        layers = [self.driver.tree(parent) for parent in reversed(parents)] or [f"{self.root}/empty"]
+        words = tuple(more.pop("options", ()))
+        return MountSpec(
+            layers=tuple(layers),
+            mountpoint=target,
+            upper=self.driver.tree(id),
+            work=self.driver.work(id),
+            record=False,
+            readonly=readonly or "ro" in words,
+            size=row.limit.bytes,
+            inodes=row.limit.inodes,
+            options=tuple(word for word in words if word not in ("ro", "rw")),
+            factory=FACTORY,
+            label=key,
+            **more,
+        )
+
+    def _refuse_used(self, row: Row) -> None:
+        from cowfs.store.layers import hold
+
+        with hold(self.driver, row, "mount"):
+            pass
+
+    def unmount(self, key: str, *, lazy: bool = False, force: bool = False) -> None:
+        """Unmount a snapshot, wherever it is mounted.
+
+        Raises:
+            NotFound: no such key, or it is not mounted.
+            FailedPrecondition: in use; the message names who.
+        """
+        row = self.index.get(key)
+        server = self._server_of(row)
+        if server is not None:
+            mounting.umount(server["mountpoint"], lazy=lazy, force=force)
+            return
+        where = kernel_mount_of(self.driver.tree(row.id))
+        if where is None:
+            raise NotFound(f"{key!r} is not mounted")
+        KernelMount(where).unmount(lazy=lazy, force=force)
+
+    def mounted_at(self, key: str) -> str | None:
+        """Where a snapshot is mounted, as far as this user can see; None when nowhere."""
+        row = self.index.get(key)
+        server = self._server_of(row)
+        return str(server["mountpoint"]) if server is not None else kernel_mount_of(self.driver.tree(row.id))
+
+    def _server_of(self, row: Row) -> dict[str, Any] | None:
+        """What the server of a mounted snapshot says of itself."""
+        tree = os.path.realpath(self.driver.tree(row.id))
+        for path in control.sockets():
+            try:
+                answer = control.ask(path, "info")
+            except (CowfsError, OSError):
+                continue
+            if answer.get("label") == row.name and os.path.realpath(str(answer.get("upper"))) == tree:
+                return {**answer, "socket": path}
+        return None
+
+    def handle(self, key: str) -> MountHandle:
+        """The handle of a snapshot that our server has mounted.
+
+        Raises:
+            NotFound: it is not mounted.
+            FailedPrecondition: the kernel has mounted it.
+        """
+        row = self.index.get(key)
+        server = self._server_of(row)
+        if server is None:
+            where = kernel_mount_of(self.driver.tree(row.id))
+            if where is not None:
+                KernelMount(where)._nobody()
+            raise NotFound(f"{key!r} is not mounted", remedy=f"cowfs mount --key {key} MNT")
+        return MountHandle(server["mountpoint"], server["pid"], server["socket"])
+
+    def _live_usage(self, row: Row) -> Usage | None:
+        """What the server of a mounted snapshot counts; without what was copied, as :meth:`usage` wants it."""
+        from cowfs.store.layers import user_of
+
+        if user_of(self.driver, row) is None:
+            return None
+        server = self._server_of(row)
+        if server is None:
+            return None
+        used = server["usage"]
+        return Usage(bytes=used["bytes"] + row.base.bytes, inodes=used["inodes"] + row.base.inodes)
+
+
+def mount_record(record: Mount, target: str) -> None:
+    """Do what a kernel record says, with any number of layers.
+
+    Raises:
+        InvalidArgument: not a record that the kernel can do.
+        OSError: what the kernel said.
+    """
+    readonly = "ro" in record.options
+    if record.type == "bind":
+        sys_mounts.mount(record.source, target, "", sys_mounts.MS_BIND | sys_mounts.MS_REC)
+        if readonly:
+            flags = sys_mounts.MS_BIND | sys_mounts.MS_REMOUNT | sys_mounts.MS_RDONLY
+            sys_mounts.mount("", target, "", flags)
+        return
+    if record.type != "overlay":
+        raise InvalidArgument(f"the kernel cannot mount the type {record.type}")
+    values = dict(option.partition("=")[::2] for option in record.options)
+    others = [option for option in record.options if option.partition("=")[0] not in _PLACES]
+    sys_mounts.overlay_mount(
+        target,
+        _split(values["lowerdir"]),
+        _plain(values.get("upperdir")),
+        _plain(values.get("workdir")),
+        others,
+        readonly=readonly,
+    )
+
+
+_PLACES = frozenset({"lowerdir", "upperdir", "workdir", "ro"})
+
+
+def _plain(text: str | None) -> str | None:
+    return None if text is None else _split(text)[0]
+
+
+def _split(text: str) -> list[str]:
+    """Items of ``lowerdir=``; a backslash escapes the next character."""
+    items, now, at = [], "", 0
+    while at < len(text):
+        if text[at] == "\\" and at + 1 < len(text):
+            at += 1
+            now += text[at]
+        elif text[at] == ":":
+            items.append(now)
+            now = ""
+        else:
+            now += text[at]
+        at += 1
+    return [*items, now]
+
+
