@@ -6,79 +6,78 @@ are resolved from the deepest directory known, so a walk in order costs one look
 
 from __future__ import annotations
 
+import errno
 import os
-import stat
-import struct
 from collections.abc import Iterator
-from typing import Any
 
 from cowfs.archive.compress import CHUNK
 from cowfs.archive.options import LowerStat
 from cowfs.sys import xattr
 from cowfs.sys.files import open_beneath
+from cowfs.union import content, metadata
+from cowfs.union.attr import unpack
+from cowfs.union.node import Dir, Node
+from cowfs.union.view import View
 
 __all__ = ["DirTree", "ViewTree"]
 
-# struct fuse_attr: ino size blocks, three times, their nanoseconds, mode nlink uid gid rdev blksize flags
-_ATTR = struct.Struct("<QQQqqqIIIIIIIIII")
-_ABSENT = (FileNotFoundError, NotADirectoryError)
-
-
-def _rdev(packed: int) -> int:
-    """The kernel's 32-bit device encoding (include/linux/kdev_t.h) as os.makedev gives it."""
-    return os.makedev((packed & 0xFFF00) >> 8, (packed & 0xFF) | ((packed >> 12) & 0xFFF00))
+_ABSENT = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP})
 
 
 class ViewTree:
-    """A :class:`cowfs.union.View` (or what looks like one) by path. For one thread, the view's owner."""
+    """A :class:`cowfs.union.View` by path. For one thread, the view's owner."""
 
-    def __init__(self, view: Any) -> None:
+    def __init__(self, view: View) -> None:
         self._view = view
-        self._dirs: dict[bytes, Any] = {b"": view.root}
+        self._dirs: dict[bytes, Dir] = {b"": view.root}
 
-    def _node(self, path: bytes) -> Any:
+    def _node(self, path: bytes) -> Node:
         found = self._dirs.get(path)
         if found is not None:
             return found
         parent, _, name = path.rpartition(b"/")
-        above = self._node(parent)
-        node = self._view.lookup(above, name)
-        if stat.S_ISDIR(_ATTR.unpack(self._view.attr(node))[9]):
+        node = self._view.lookup(self._dir(parent), name)
+        if isinstance(node, Dir):
             if len(self._dirs) > 4096:
                 self._dirs = {b"": self._view.root}
             self._dirs[path] = node
         return node
 
+    def _dir(self, path: bytes) -> Dir:
+        node = self._node(path)
+        if not isinstance(node, Dir):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
+        return node
+
     def stat(self, path: bytes) -> LowerStat | None:
         try:
             node = self._node(path)
-        except _ABSENT:
-            return None
-        ino, size, _, _, mtime, _, _, mtimensec, _, mode, nlink, uid, gid, rdev, _, _ = _ATTR.unpack(
-            self._view.attr(node)
-        )
+        except OSError as error:
+            if error.errno in _ABSENT:
+                return None
+            raise
+        attr = unpack(self._view.attr(node))
         return LowerStat(
-            mode=mode, uid=uid, gid=gid, size=size, mtime=mtime * 1_000_000_000 + mtimensec, rdev=_rdev(rdev),
-            nlink=nlink, ident=ino,
+            mode=attr.mode, uid=attr.uid, gid=attr.gid, size=attr.size, mtime=attr.mtime_ns, rdev=attr.rdev,
+            nlink=attr.nlink, ident=attr.ino,
         )  # fmt: skip
 
     def names(self, path: bytes) -> list[bytes]:
-        return [entry[0] for entry in self._view.listing(self._node(path), 0) if entry[0] not in (b".", b"..")]
+        return [name for name, _ in self._view.listing(self._dir(path)) if name not in (b".", b"..")]
 
     def readlink(self, path: bytes) -> bytes:
-        target: bytes = self._view.readlink(self._node(path))
-        return target
+        return content.readlink(self._view, self._node(path))
 
     def xattrs(self, path: bytes) -> dict[bytes, bytes]:
         node = self._node(path)
-        return {name: self._view.getxattr(node, name) for name in self._view.listxattr(node)}
+        return {name: metadata.getxattr(self._view, node, name) for name in metadata.listxattr(self._view, node)}
 
     def read(self, path: bytes) -> Iterator[bytes]:
         node = self._node(path)
         offset = 0
         while True:
             buffer = bytearray(CHUNK)
-            count = self._view.pread(node, offset, memoryview(buffer))
+            count = content.pread(self._view, node, offset, memoryview(buffer))
             if not count:
                 return
             yield bytes(buffer[:count])
@@ -99,7 +98,7 @@ class DirTree:
         try:
             handle = open_beneath(self._fd, path, os.O_PATH | os.O_NOFOLLOW)
         except OSError as error:
-            if isinstance(error, _ABSENT) or error.errno == 40:
+            if error.errno in _ABSENT:
                 return None
             raise
         try:
