@@ -10,7 +10,7 @@ from cowfs.archive.apply import apply_layer
 from cowfs.archive.export import export_changes, export_layer, export_tree
 from cowfs.archive.headerlog import read_trailer, rebuild
 from cowfs.archive.options import Applied, ApplyOptions, Exported, LowerStat, Tree
-from cowfs.archive.trees import DirTree, ViewTree
+from cowfs.archive.trees import DirTree
 
 __all__ = [
     "Applied",
@@ -19,7 +19,6 @@ __all__ = [
     "Exported",
     "LowerStat",
     "Tree",
-    "ViewTree",
     "apply_layer",
     "export_changes",
     "export_layer",

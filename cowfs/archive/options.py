@@ -104,7 +104,7 @@ class LowerStat:
 class Tree(Protocol):
     """A merged tree to read from, by canonical path (``b""`` is its root); raises OSError.
 
-    :class:`cowfs.archive.trees.ViewTree` makes one of a :class:`cowfs.union.View`,
+    :class:`cowfs.archive.views.ViewTree` makes one of a :class:`cowfs.union.View`,
     :class:`cowfs.archive.trees.DirTree` of a directory.
     """
 

@@ -89,7 +89,7 @@ class Image:
         platform: ``os/architecture``.
     """
 
-    config: bytes
+    config: bytes = field(repr=False)
     config_digest: str
     layers: tuple[Layer, ...]
     tags: tuple[str, ...]
