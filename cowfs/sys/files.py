@@ -57,9 +57,7 @@ MAGIC = {
 _COPY_CHUNK = 8 << 20
 
 
-def open_beneath(
-    dirfd: int, path: bytes, flags: int = os.O_PATH, mode: int = 0, *, xdev: bool = True
-) -> int:
+def open_beneath(dirfd: int, path: bytes, flags: int = os.O_PATH, mode: int = 0, *, xdev: bool = True) -> int:
     """Open ``path`` relative to ``dirfd`` without leaving it and without following any link.
 
     Source: openat2(2), RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS; on kernels
@@ -149,9 +147,7 @@ def data_ranges(fd: int, size: int) -> list[tuple[int, int]]:
     return found
 
 
-def copy_data(
-    src_fd: int, dst_fd: int, size: int, *, stop: Callable[[], bool] | None = None
-) -> str:
+def copy_data(src_fd: int, dst_fd: int, size: int, *, stop: Callable[[], bool] | None = None) -> str:
     """Copy the first ``size`` bytes into the empty file ``dst_fd``; holes stay holes.
 
     Tries FICLONE, then copy_file_range(2), then read and write. ``stop`` is asked between

@@ -84,6 +84,7 @@ def overlay_mount(
     """
     fd = syscall(_FSOPEN, b"overlay", 1)
     try:
+
         def config(command: int, key: bytes | None, value: bytes | None) -> None:
             syscall(_FSCONFIG, fd, command, key, value, 0)
 

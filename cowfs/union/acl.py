@@ -18,8 +18,5 @@ def masked(acl: bytes, mode: int) -> bytes:
     entries = [_ENTRY.unpack_from(acl, at) for at in range(_HEAD.size, len(acl), _ENTRY.size)]
     has_mask = any(tag == _MASK for tag, _, _ in entries)
     cut = {_USER_OBJ: mode >> 6, _OTHER: mode, (_MASK if has_mask else _GROUP_OBJ): mode >> 3}
-    packed = [
-        _ENTRY.pack(tag, perm & (cut[tag] & 7) if tag in cut else perm, who)
-        for tag, perm, who in entries
-    ]
+    packed = [_ENTRY.pack(tag, perm & (cut[tag] & 7) if tag in cut else perm, who) for tag, perm, who in entries]
     return acl[: _HEAD.size] + b"".join(packed)

@@ -62,9 +62,7 @@ def pack(st: os.stat_result, ino: int, mode: int, uid: int, gid: int) -> bytes:
 
 def unpack(attr: bytes) -> Attr:
     """The named form of a packed record."""
-    (ino, size, blocks, atime, mtime, ctime, an, mn, cn, mode, nlink, uid, gid, rdev, _, _) = (
-        ATTR.unpack(attr)
-    )
+    (ino, size, blocks, atime, mtime, ctime, an, mn, cn, mode, nlink, uid, gid, rdev, _, _) = ATTR.unpack(attr)
     return Attr(
         ino, size, blocks, atime * NS + an, mtime * NS + mn, ctime * NS + cn,
         mode, nlink, uid, gid, decode_dev(rdev) if rdev else 0,

@@ -22,10 +22,10 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from cowfs.sys import files, xattr
-from cowfs.union import links
+from cowfs.union import indexed, links
 from cowfs.union.attr import with_nlink
 from cowfs.union.inodes import make_origin
 from cowfs.union.lower import Data
@@ -138,20 +138,26 @@ def clear(fd: int) -> None:
         os.rmdir(name, dir_fd=fd)
 
 
-class Meta:
+class Meta(NamedTuple):
     """Everything about an inode but its data, as the layers store it (not as it is shown)."""
 
-    __slots__ = ("atime", "gid", "mode", "mtime", "rdev", "size", "uid", "xattrs")
-
-    def __init__(self, st: os.stat_result, xattrs: dict[bytes, bytes]) -> None:
-        self.mode, self.uid, self.gid = st.st_mode, st.st_uid, st.st_gid
-        self.size, self.rdev = st.st_size, st.st_rdev
-        self.atime, self.mtime = st.st_atime_ns, st.st_mtime_ns
-        self.xattrs = xattrs
+    mode: int
+    uid: int
+    gid: int
+    size: int
+    rdev: int
+    atime: int
+    mtime: int
+    xattrs: dict[bytes, bytes]
 
 
 def read_meta(view: View, node: Node) -> Meta:
     """The stored attributes and the user-visible xattrs of a node."""
+    form = view.form
+    entry = indexed.entry_of(view, node)
+    if entry is not None:
+        kept = {k: v for k, v in entry.xattrs.items() if form.show_name(k) is not None}
+        return Meta(entry.mode, entry.uid, entry.gid, entry.size, entry.rdev, entry.mtime_ns, entry.mtime_ns, kept)
     if isinstance(node, Dir):
         fd, name = node.sources[0].open(), b""
         st = os.fstat(fd)
@@ -161,15 +167,8 @@ def read_meta(view: View, node: Node) -> Meta:
     else:
         fd, name = node.where.open(), node.name
         st = os.stat(name, dir_fd=fd, follow_symlinks=False)
-    form = view.form
     kept = {k: v for k, v in xattr.read_all(fd, name).items() if form.show_name(k) is not None}
-    meta = Meta(st, kept)
-    entry = view.indexed_entry(node)
-    if entry is not None:
-        meta.mode, meta.uid, meta.gid = entry.mode, entry.uid, entry.gid
-        meta.size, meta.rdev, meta.mtime = entry.size, entry.rdev, entry.mtime_ns
-        meta.xattrs = {k: v for k, v in entry.xattrs.items() if form.show_name(k) is not None}
-    return meta
+    return Meta(st.st_mode, st.st_uid, st.st_gid, st.st_size, st.st_rdev, st.st_atime_ns, st.st_mtime_ns, kept)
 
 
 def write_meta(dirfd: int, name: bytes, meta: Meta, view: View) -> None:
@@ -189,9 +188,11 @@ def write_meta(dirfd: int, name: bytes, meta: Meta, view: View) -> None:
         try:
             xattr.setx(dirfd, name, attribute, value)
         except OSError as error:
-            if error.errno in (errno.EPERM, errno.EOPNOTSUPP) and (
-                not privileged or attribute in _HOST_ONLY
-            ) and attribute.startswith((b"security.", b"trusted.")):
+            if (
+                error.errno in (errno.EPERM, errno.EOPNOTSUPP)
+                and (not privileged or attribute in _HOST_ONLY)
+                and attribute.startswith((b"security.", b"trusted."))
+            ):
                 continue
             raise
     if not stat.S_ISLNK(meta.mode):
@@ -497,8 +498,7 @@ def up_meta(view: View, node: Node) -> None:
         return
     view.need_upper()
     if node.parent is None or (
-        node.type == DT_REG and not (view.form.redirects and view.size(node))
-        and (view.size(node) or view.options.row)
+        node.type == DT_REG and not (view.form.redirects and view.size(node)) and (view.size(node) or view.options.row)
     ):
         stage = writable(view, node)
         if stage is not None:

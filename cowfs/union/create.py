@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from cowfs import whiteout
 from cowfs.sys import files, xattr
-from cowfs.union import copyup, links
+from cowfs.union import copyup, finding, links
 from cowfs.union.attr import mode_of, unpack, with_nlink
 from cowfs.union.node import DT_DIR, DT_LNK, DT_REG, Dir, Node
 from cowfs.union.source import Source, lstat
@@ -95,7 +95,7 @@ def _added(view: View, parent: Dir, up: Source, name: bytes) -> None:
     parent.attr = None
     order = parent.order
     if order is not None:
-        from cowfs.union.view import cookie_of
+        from cowfs.union.listing import cookie_of
 
         insort(order, name, key=cookie_of)
     if up.whiteouts and name in up.whiteouts:
@@ -115,7 +115,7 @@ def _adopt(view: View, parent: Dir, up: Source, name: bytes) -> Node:
         made = view.new_dir(parent, name, [source], ino)
         made.children = {}
         return made
-    node = view._bind_inode(parent, name, up, st, ino)
+    node = finding.bind_inode(view, parent, name, up, st, ino)
     view.pack_into(node, st, up, name)
     return node
 
@@ -134,9 +134,7 @@ def _default_mode(view: View, up: Source, mode: int, umask: int) -> int:
     return mode if umask == 0 or _inherits_acl(view, up) else mode & ~umask
 
 
-def mknod(
-    view: View, parent: Dir, name: bytes, mode: int, rdev: int, uid: int, gid: int, umask: int = 0
-) -> Node:
+def mknod(view: View, parent: Dir, name: bytes, mode: int, rdev: int, uid: int, gid: int, umask: int = 0) -> Node:
     """A regular file, FIFO, socket or device.
 
     Args:
@@ -267,9 +265,7 @@ def symlink(view: View, parent: Dir, name: bytes, to: bytes, uid: int, gid: int)
     _count(view, 0)
     mode = stat.S_IFLNK | 0o777
     if up.whiteouts is not None and name in up.whiteouts:
-        _over_whiteout(
-            view, parent, up, name, mode, uid, gid, lambda d, n: os.symlink(to, n, dir_fd=d)
-        )
+        _over_whiteout(view, parent, up, name, mode, uid, gid, lambda d, n: os.symlink(to, n, dir_fd=d))
     else:
         fd = up.open()
         os.symlink(to, name, dir_fd=fd)
@@ -325,9 +321,7 @@ def link(view: View, node: Node, parent: Dir, name: bytes) -> Node:
         source: bytes = b"/proc/self/fd/%d" % node.fd
         os.link(source, dst, dst_dir_fd=dst_fd, follow_symlinks=True)
     else:
-        os.link(
-            node.name, dst, src_dir_fd=node.where.open(), dst_dir_fd=dst_fd, follow_symlinks=False
-        )
+        os.link(node.name, dst, src_dir_fd=node.where.open(), dst_dir_fd=dst_fd, follow_symlinks=False)
     if over:
         os.rename(dst, name, src_dir_fd=dst_fd, dst_dir_fd=up.open())
     _added(view, parent, up, name)
@@ -416,10 +410,9 @@ def unlink(view: View, parent: Dir, name: bytes) -> None:
         node.where = None
     if last:
         _gone(view, node)
-    elif node.nlookup <= 0:  # other names exist that nobody has looked at
-        if view.nodes.pop(node.id, None) is not None and node.fd >= 0:
-            os.close(node.fd)
-            node.fd = -1
+    elif node.nlookup <= 0 and view.nodes.pop(node.id, None) is not None and node.fd >= 0:
+        os.close(node.fd)  # other names exist that nobody has looked at
+        node.fd = -1
 
 
 def _gone(view: View, node: Node) -> None:
@@ -505,4 +498,18 @@ def remove_dir(view: View, node: Dir, own: Source) -> None:
     work.discard(temp)
 
 
-__all__ = ["DT_DIR", "DT_LNK", "hold", "link", "lstat", "mkdir", "mknod", "remove_dir", "rmdir", "symlink", "tmpfile", "unlink", "whiteout"]
+__all__ = [
+    "DT_DIR",
+    "DT_LNK",
+    "hold",
+    "link",
+    "lstat",
+    "mkdir",
+    "mknod",
+    "remove_dir",
+    "rmdir",
+    "symlink",
+    "tmpfile",
+    "unlink",
+    "whiteout",
+]

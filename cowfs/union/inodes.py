@@ -64,9 +64,7 @@ class Inodes:
                 self.index(layer.dev)
                 fd = os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=layer.root.fd)
                 try:
-                    self._systems.append(
-                        (files.fs_uuid(fd), files.fs_name(fd), self._index[layer.dev])
-                    )
+                    self._systems.append((files.fs_uuid(fd), files.fs_name(fd), self._index[layer.dev]))
                 finally:
                     os.close(fd)
 

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 
 from cowfs import whiteout
 from cowfs.sys import xattr
-from cowfs.union.node import DT_CHR, DT_DIR, DT_LNK, DT_REG, type_of
+from cowfs.union.node import DT_CHR, DT_DIR, DT_LNK, DT_REG, Node, type_of
 from cowfs.union.source import Source, lstat
 from cowfs.whiteout import Form
 
@@ -46,7 +46,7 @@ class Data:
         self.blocks = st.st_blocks
 
 
-def _redirect_of(fd: int, name: bytes, form: Form) -> bytes | None:
+def redirect_of(fd: int, name: bytes, form: Form) -> bytes | None:
     """The checked value of ``redirect``: a single component, or absolute."""
     if not form.redirects:
         return None
@@ -59,9 +59,7 @@ def _redirect_of(fd: int, name: bytes, form: Form) -> bytes | None:
     return value
 
 
-def merged_dirs(
-    queue: Sequence[Source], name: bytes, form: Form, roots: Sequence[Source]
-) -> list[Source]:
+def merged_dirs(queue: Sequence[Source], name: bytes, form: Form, roots: Sequence[Source]) -> list[Source]:
     """All layer directories that merge into ``name`` looked up in ``queue`` (topmost first).
 
     ``roots`` are the layers' roots, topmost first, where absolute redirects start. Empty when the
@@ -87,7 +85,7 @@ def merged_dirs(
             break
         if value == b"x":
             source.layer.xwhiteouts = True
-        redirect = _redirect_of(fd, b"", form)
+        redirect = redirect_of(fd, b"", form)
         if redirect is not None:
             queue, name = _follow(queue[position:], redirect, source.layer.index, form, roots)
             position = 0
@@ -126,7 +124,7 @@ def metacopy_data(
     if xattr.try_get(fd, name, form.metacopy) is None:
         return None
     while True:
-        redirect = _redirect_of(fd, name, form)
+        redirect = redirect_of(fd, name, form)
         if redirect is not None:
             queue, name = _follow(queue, redirect, at.layer.index, form, roots)
             path = redirect[1:] if redirect.startswith(b"/") else _sibling(path, redirect)
@@ -156,11 +154,7 @@ def scan(source: Source, form: Form, *, dotwh: bool = False) -> tuple[dict[bytes
     names: dict[bytes, int] = {}
     deleted: set[bytes] = set()
     opaque = False
-    look_for_xattr = (
-        source.layer.xwhiteouts
-        and source.parent is not None
-        and whiteout.opaque_value(fd, form) == b"x"
-    )
+    look_for_xattr = source.layer.xwhiteouts and source.parent is not None and whiteout.opaque_value(fd, form) == b"x"
     with os.scandir(b"/proc/self/fd/%d" % fd) as entries:
         for entry in entries:
             name = entry.name
@@ -192,13 +186,11 @@ def scan(source: Source, form: Form, *, dotwh: bool = False) -> tuple[dict[bytes
     return names, deleted, opaque
 
 
-def merge(
-    sources: Sequence[Source], form: Form, *, dotwh: bool = False
-) -> dict[bytes, int]:
+def merge(sources: Sequence[Source], form: Form, *, dotwh: bool = False) -> dict[bytes, Node | int]:
     """Merge read-only directories into name -> code; ``sources`` topmost first."""
     if len(sources) == 1 and not dotwh:
-        return scan(sources[0], form)[0]
-    merged: dict[bytes, int] = {}
+        return {**scan(sources[0], form)[0]}
+    merged: dict[bytes, Node | int] = {}
     for position, source in enumerate(reversed(sources)):
         names, deleted, opaque = scan(source, form, dotwh=dotwh)
         if opaque:

@@ -11,11 +11,11 @@ import errno
 import os
 import stat
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cowfs.sys import xattr
-from cowfs.union import content, copyup
-from cowfs.union.attr import unpack
+from cowfs.union import content, copyup, indexed
+from cowfs.union.attr import mode_of, pack, unpack, with_nlink, with_size
 from cowfs.union.node import DT_LNK, DT_REG, Dir, Node
 from cowfs.union.space import xattr_units
 
@@ -31,6 +31,71 @@ _ACLS = (b"system.posix_acl_access", b"system.posix_acl_default")
 def now() -> int:
     """The time the kernel would stamp now, in ns."""
     return time.clock_gettime_ns(_CLOCK_REALTIME_COARSE)
+
+
+def attr(view: View, node: Node) -> bytes:
+    """The packed attributes (:data:`~cowfs.union.attr.ATTR`), read again when stale."""
+    return node.attr or _refresh(view, node)
+
+
+def size(view: View, node: Node) -> int:
+    """st_size."""
+    return int.from_bytes(view.attr(node)[8:16], "little")
+
+
+def mode(view: View, node: Node) -> int:
+    """st_mode."""
+    return mode_of(view.attr(node))
+
+
+def _refresh(view: View, node: Node) -> bytes:
+    if node.__class__ is Dir:
+        return _refresh_dir(view, node)
+    where = node.where
+    if where is None:
+        fd, name = node.fd, b""
+        st = os.fstat(fd)
+    else:
+        fd, name = where.fd if where.fd >= 0 else where.open(), node.name
+        st = os.stat(name, dir_fd=fd, follow_symlinks=False)
+    if view.owners is None:
+        attr = pack(st, node.id, st.st_mode, st.st_uid, st.st_gid)
+    else:
+        attr = pack(st, node.id, *view.owners.show(st, fd, name))
+    if node.data is not None:
+        attr = with_size(attr, *data_size(node.data, st))
+    if node.parent is None and where is not None:
+        attr = with_nlink(attr, 0)
+    node.attr = attr
+    return attr
+
+
+def _refresh_dir(view: View, node: Dir) -> bytes:
+    entry = indexed.entry_of(view, node)
+    if entry is not None:
+        node.attr = indexed.attr_of(view, node, entry)
+        return node.attr
+    fd = node.sources[0].open()
+    st = os.fstat(fd)
+    ino = view.root_ino if node is view.root else node.id
+    if view.owners is None:
+        attr = pack(st, ino, st.st_mode, st.st_uid, st.st_gid)
+    else:
+        attr = pack(st, ino, *view.owners.show(st, fd, b""))
+    if node.parent is None:
+        attr = with_nlink(attr, 0)
+    elif len(node.sources) > 1 or node.record is not None:
+        attr = with_nlink(attr, 1)
+    node.attr = attr
+    return attr
+
+
+def data_size(data: Any, st: os.stat_result) -> tuple[int, int]:
+    """(size, blocks) of a file whose data is elsewhere."""
+    if hasattr(data, "stat_size"):
+        size, blocks = data.stat_size()
+        return int(size), int(blocks)
+    return st.st_size, int(data.blocks)
 
 
 def at(node: Node) -> tuple[int, bytes]:
@@ -164,7 +229,7 @@ def getxattr(view: View, node: Node, name: bytes) -> bytes:
     stored = _check(view, name)
     if _hidden(view, stored):
         raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
-    entry = view.indexed_entry(node)
+    entry = indexed.entry_of(view, node)
     if entry is not None:
         value = entry.xattrs.get(stored)
         if value is None:
@@ -178,7 +243,7 @@ def listxattr(view: View, node: Node) -> list[bytes]:
     """The names a user may see."""
     if view.options.noxattrs:
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
-    entry = view.indexed_entry(node)
+    entry = indexed.entry_of(view, node)
     if entry is not None:
         stored = list(entry.xattrs)
     else:

@@ -195,9 +195,7 @@ class Paths:
 
     def chown(self, path: Path, uid: int, gid: int) -> None:
         """Set the owner; -1 leaves one alone."""
-        self.view.setattr(
-            self.node(path), uid=None if uid == -1 else uid, gid=None if gid == -1 else gid
-        )
+        self.view.setattr(self.node(path), uid=None if uid == -1 else uid, gid=None if gid == -1 else gid)
 
     def utime(self, path: Path, *, atime_ns: int | None = None, mtime_ns: int | None = None) -> None:
         """Set times, ns since 1970."""

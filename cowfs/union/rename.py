@@ -35,9 +35,7 @@ _NOREPLACE, _EXCHANGE, _WHITEOUT = (
 )
 
 
-def rename(
-    view: View, parent: Dir, name: bytes, to: Dir, to_name: bytes, flags: int = 0
-) -> None:
+def rename(view: View, parent: Dir, name: bytes, to: Dir, to_name: bytes, flags: int = 0) -> None:
     """Rename ``name`` in ``parent`` to ``to_name`` in ``to``.
 
     Args:
@@ -120,9 +118,7 @@ def _upper_dir(view: View, node: Dir) -> Source:
     return found
 
 
-def _move(
-    view: View, parent: Dir, name: bytes, node: Node, to: Dir, to_name: bytes, other: Node | None
-) -> None:
+def _move(view: View, parent: Dir, name: bytes, node: Node, to: Dir, to_name: bytes, other: Node | None) -> None:
     destination = copyup.up_dir(view, to)
     if to.children is None:
         view.load(to)
@@ -155,9 +151,7 @@ def _move(
     _rebind(view, parent, name, node, to, to_name, destination)
 
 
-def _rename_or_whiteout(
-    view: View, src_fd: int, name: bytes, dst_fd: int, to_name: bytes, leaves: bool
-) -> None:
+def _rename_or_whiteout(view: View, src_fd: int, name: bytes, dst_fd: int, to_name: bytes, leaves: bool) -> None:
     if not leaves:
         os.rename(name, to_name, src_dir_fd=src_fd, dst_dir_fd=dst_fd)
         return
@@ -200,9 +194,10 @@ def _clear_way(view: View, destination: Source, name: bytes, other: Node | None)
 
 def _forget_source(view: View, other: Dir) -> None:
     own = view.upper_of(other)
-    if own is not None and view.space is not None:
-        if xattr.try_get(own.open(), b"", view.form.exempt) is None:
-            view.space.add(-1, -1)
+    if own is None or view.space is None:
+        return
+    if xattr.try_get(own.open(), b"", view.form.exempt) is None:
+        view.space.add(-1, -1)
 
 
 def _prepare_victim(view: View, other: Node) -> tuple[bytes | None, bool, bool]:
@@ -219,9 +214,7 @@ def _prepare_victim(view: View, other: Node) -> tuple[bytes | None, bool, bool]:
     return held, last, known
 
 
-def _bury_victim(
-    view: View, to: Dir, to_name: bytes, other: Node, held: bytes | None, last: bool, known: bool
-) -> None:
+def _bury_victim(view: View, to: Dir, to_name: bytes, other: Node, held: bytes | None, last: bool, known: bool) -> None:
     if isinstance(other, Dir):
         attr = view.attr(other) if other.nlookup > 0 else None
         view.unbind(to, to_name, other)
@@ -247,9 +240,7 @@ def _bury_victim(
         create._gone(view, other)
 
 
-def _account_names(
-    source: Source, name: bytes, leaves: bool, destination: Source, to_name: bytes, lands: bool
-) -> None:
+def _account_names(source: Source, name: bytes, leaves: bool, destination: Source, to_name: bytes, lands: bool) -> None:
     """Keep the upper directories' sets of whiteouts and shadows true after a move."""
     if source.shadow is not None and source.whiteouts is not None:
         source.shadow.discard(name)
@@ -261,24 +252,20 @@ def _account_names(
             destination.shadow.add(to_name)
 
 
-def _rebind(
-    view: View, parent: Dir, name: bytes, node: Node, to: Dir, to_name: bytes, up: Source
-) -> None:
+def _rebind(view: View, parent: Dir, name: bytes, node: Node, to: Dir, to_name: bytes, up: Source) -> None:
     """The node's name has changed."""
     _rename_name(view, parent, name, node, to, to_name, up)
     if not up.impure:
         copyup.mark_impure(view, up)
     if to.order is not None:
-        from cowfs.union.view import cookie_of
+        from cowfs.union.listing import cookie_of
 
         insort(to.order, to_name, key=cookie_of)
     parent.attr = to.attr = None
     node.attr = None
 
 
-def _rename_name(
-    view: View, parent: Dir, name: bytes, node: Node, to: Dir, to_name: bytes, up: Source
-) -> None:
+def _rename_name(view: View, parent: Dir, name: bytes, node: Node, to: Dir, to_name: bytes, up: Source) -> None:
     if parent.children is not None:
         parent.children.pop(name, None)
     parent.live -= 1
@@ -300,9 +287,7 @@ def _rename_name(
         view.drop(parent)
 
 
-def _exchange(
-    view: View, parent: Dir, name: bytes, node: Node, to: Dir, to_name: bytes, other: Node
-) -> None:
+def _exchange(view: View, parent: Dir, name: bytes, node: Node, to: Dir, to_name: bytes, other: Node) -> None:
     copyup.up_dir(view, parent)
     copyup.up_dir(view, to)
     for moved in (node, other):
@@ -397,5 +382,5 @@ def _make_opaque(view: View, node: Dir) -> None:
         node.sources[1:] = []
         for name, item in list(node.children.items()):
             if item.__class__ is int:
-                node.children[name] = item - (shift << 4)  # type: ignore[operator]
+                node.children[name] = item - (shift << 4)
     node.record = None

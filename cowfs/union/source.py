@@ -86,9 +86,7 @@ class Source:
         "whiteouts",
     )
 
-    def __init__(
-        self, layer: Layer, parent: Source | None, name: bytes, descriptors: Descriptors
-    ) -> None:
+    def __init__(self, layer: Layer, parent: Source | None, name: bytes, descriptors: Descriptors) -> None:
         self.layer = layer
         self.parent = parent
         self.name = name
@@ -133,8 +131,6 @@ class Source:
 def lstat(source: Source, name: bytes) -> os.stat_result | None:
     """lstat of a name in a Source; ``None`` when there is none."""
     try:
-        return os.stat(
-            name, dir_fd=source.fd if source.fd >= 0 else source.open(), follow_symlinks=False
-        )
+        return os.stat(name, dir_fd=source.fd if source.fd >= 0 else source.open(), follow_symlinks=False)
     except FileNotFoundError:
         return None
