@@ -463,7 +463,10 @@ def place(view: View, node: Node, temp: bytes, *, metacopy: bool) -> None:
     low = low + b"/" + node.name if low else node.name
     meta = read_meta(view, node)
     write_meta(work.fd, temp, meta, view)
-    set_origin(view, work.fd, temp, where.open(), node.name)
+    blocks = int.from_bytes(view.attr(node)[16:24], "little")
+    data = node.data if isinstance(node.data, Data) else Data(where, node.name, low, meta.size, blocks)
+    source, real = physical(view, node, where)
+    set_origin(view, work.fd, temp, source.open(), real)
     if metacopy:
         xattr.setx(work.fd, temp, view.form.metacopy, b"")
         if others:
@@ -480,13 +483,16 @@ def place(view: View, node: Node, temp: bytes, *, metacopy: bool) -> None:
             above.shadow.add(name)
         mark_impure(view, above)
     if metacopy:
-        node.data = Data(where, node.name, low, _data_stat(node, where))
+        node.data = data.at(low)
     node.where = ups[0][0]
     node.attr = None
 
 
-def _data_stat(node: Node, where: Source) -> os.stat_result:
-    return os.stat(node.name, dir_fd=where.open(), follow_symlinks=False)
+def physical(view: View, node: Node, where: Source) -> tuple[Source, bytes]:
+    """Where a lower inode itself is: an index knows files by where their data is."""
+    if isinstance(node.data, Data) and indexed.entry_of(view, node) is not None:
+        return node.data.where, node.data.name
+    return where, node.name
 
 
 def up_meta(view: View, node: Node) -> None:
@@ -511,7 +517,6 @@ def up_meta(view: View, node: Node) -> None:
     work = view.workdir
     assert work is not None and node.where is not None
     temp = work.temp()
-    lower_data = node.data
     try:
         meta = read_meta(view, node)
         make_like(work.fd, temp, meta, node)
@@ -520,8 +525,6 @@ def up_meta(view: View, node: Node) -> None:
             os.close(node.fd)
             node.fd = -1
         place(view, node, temp, metacopy=is_meta)
-        if is_meta and lower_data is not None:
-            node.data = lower_data
     except BaseException:
         work.discard(temp)
         raise

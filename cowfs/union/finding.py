@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from cowfs.sys import xattr
@@ -74,8 +75,7 @@ def load(view: View, directory: Dir) -> dict[bytes, Node | int]:
     below = sources[1:] if upper is not None else sources
     merged: dict[bytes, Node | int]
     if directory.record is not None:
-        assert view.index is not None
-        merged = dict.fromkeys(view.index.entries(directory.record), -1)
+        merged = indexed.names(view, directory, below)
     else:
         merged = lower.merge(below, view.form, dotwh=view.options.dotwh)
     if upper is not None:
@@ -115,10 +115,12 @@ def _make(view: View, parent: Dir, name: bytes, code: int) -> Node | None:
     data = None
     if mode & 0o170000 == 0o100000:
         if source.layer.index and st.st_size:
-            data = lower.metacopy_data(
-                sources[position + 1 :], source, name, view.low_child(parent, name),
-                view.form, view.roots,
-            )  # fmt: skip
+            low = view.low_child(parent, name)
+            if view.index is not None:
+                data = indexed.metacopy_data(view, parent, position, name, low)
+            else:
+                below = sources[position + 1 :]
+                data = lower.metacopy_data(below, source, name, low, view.form, view.roots)
         if data is None and view.options.row and source.layer.index:
             data = content.open_row(view, source, name, parent, position)
     if is_upper and source.impure:
@@ -176,14 +178,16 @@ def _same(node: Node, source: Source, st: os.stat_result) -> bool:
 
 
 def _make_dir(view: View, parent: Dir, name: bytes, position: int) -> Dir | None:
-    indexed_view = view.index is not None
-    queue = parent.sources[position : position + 1] if indexed_view else parent.sources[position:]
-    found = lower.merged_dirs(queue, name, view.form, view.roots)
+    queue: Sequence[Source] = parent.sources[position:]
+    entry = None
+    if view.index is not None:
+        found, entry = indexed.merged_dir(view, indexed.scanned(view, queue), parent.record, name)
+    else:
+        found = lower.merged_dirs(queue, name, view.form, view.roots)
     if not found:
         return None
     top = found[0]
     is_upper = top.layer is view.upper
-    entry = indexed.under(view, parent, name, top) if indexed_view else None
     if entry is not None:
         ino = indexed.ino_of(view, entry)
     else:

@@ -7,7 +7,10 @@ directory merges with the record at its own path, or at the one that its ``redir
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from cowfs.sys import xattr
@@ -16,36 +19,121 @@ from cowfs.union.attr import ATTR, NS, encode_dev
 from cowfs.union.holding import ROOT_ID
 from cowfs.union.lower import Data
 from cowfs.union.node import DT_DIR, DT_REG, Dir, Node
-from cowfs.union.source import Layer, Source
+from cowfs.union.options import TreeIndex
+from cowfs.union.source import Layer, Source, lstat
 
 if TYPE_CHECKING:
     from cowfs.union.view import View
 
 
-def under(view: View, parent: Dir, name: bytes, top: Source) -> Any:
-    """The entry that an upper directory merges with, or ``None``."""
+def tree(view: View) -> TreeIndex:
+    """The view's index."""
     assert view.index is not None
-    fd = top.open()
-    if xattr.try_get(fd, b"", view.form.opaque) == b"y":
+    return view.index
+
+
+def merged_dir(view: View, queue: Sequence[Source], record: Any, name: bytes) -> tuple[list[Source], Any]:
+    """What merges into the directory ``name``: (parts in scanned layers topmost first, entry or ``None``).
+
+    ``queue`` holds the parent's parts in layers above the index, ``record`` its record. The rules are those of
+    :func:`cowfs.union.lower.merged_dirs`, with the index as the lowest layer.
+    """
+    found: list[Source] = []
+    position = 0
+    while position < len(queue):
+        source = queue[position]
+        position += 1
+        st = lstat(source, name)
+        if st is None:
+            continue
+        if not stat.S_ISDIR(st.st_mode):
+            return found, None
+        child = source.child(name)
+        found.append(child)
+        fd = child.open()
+        if xattr.try_get(fd, b"", view.form.opaque) == b"y":
+            return found, None
+        redirect = lower.redirect_of(fd, b"", view.form)
+        if redirect is not None:
+            queue, record, name = _follow(view, queue[position:], record, redirect, source.layer)
+            position = 0
+    entry = tree(view).entries(record).get(name) if record is not None else None
+    return found, entry if entry is not None and entry.type == DT_DIR else None
+
+
+def _follow(
+    view: View, rest: Sequence[Source], record: Any, redirect: bytes, layer: Layer
+) -> tuple[Sequence[Source], Any, bytes]:
+    """(queue, record, name) where the search goes on after a redirect met in ``layer``."""
+    if not redirect.startswith(b"/"):
+        return rest, record, redirect
+    parts = redirect[1:].split(b"/")
+    queue: Sequence[Source] = [r for r in scanned(view, view.roots) if r.layer.index < layer.index]
+    record = tree(view).root()
+    for part in parts[:-1]:
+        queue, entry = merged_dir(view, queue, record, part)
+        record = entry.record if entry is not None else None
+    return queue, record, parts[-1]
+
+
+def names(view: View, directory: Dir, below: Sequence[Source]) -> dict[bytes, Node | int]:
+    """The names that a directory's record and the scanned layers in ``below`` merge into, as codes."""
+    merged: dict[bytes, Node | int] = dict.fromkeys(tree(view).entries(directory.record), -1)
+    for source in reversed(scanned(view, below)):
+        base = (len(directory.sources) - 1 - directory.sources.index(source)) << 4
+        there, deleted, _ = lower.scan(source, view.form)
+        for name in deleted:
+            merged.pop(name, None)
+        for name, kind in there.items():
+            merged[name] = base | kind
+    return merged
+
+
+def scanned(view: View, sources: Sequence[Source]) -> Sequence[Source]:
+    """Those parts of a directory that are in layers above the index."""
+    return [source for source in sources if source.layer.index >= view.indexed_layers]
+
+
+def metacopy_data(view: View, parent: Dir, position: int, name: bytes, low: bytes) -> Data | None:
+    """The data of a regular file in a layer above the index if it is a metacopy, else ``None``."""
+    at = parent.sources[position]
+    if not view.form.redirects or xattr.try_get(at.open(), name, view.form.metacopy) is None:
         return None
-    redirect = lower.redirect_of(fd, b"", view.form)
-    if redirect is not None and redirect.startswith(b"/"):
-        found = find_entry(view, redirect[1:])
-    elif parent.record is None:
-        return None
-    else:
-        found = view.index.entries(parent.record).get(redirect or name)
-    return found if found is not None and found.type == DT_DIR else None
+    queue, record = scanned(view, parent.sources[position + 1 :]), parent.record
+    while True:
+        redirect = lower.redirect_of(at.open(), name, view.form)
+        if redirect is not None:
+            queue, record, name = _follow(view, queue, record, redirect, at.layer)
+            low = redirect[1:] if redirect.startswith(b"/") else low.rpartition(b"/")[0] + b"/" + redirect
+        for number, source in enumerate(queue):
+            st = lstat(source, name)
+            if st is None:
+                continue
+            if xattr.try_get(source.open(), name, view.form.metacopy) is None:
+                return Data(source, name, low, st.st_size, st.st_blocks)
+            at, queue = source, queue[number + 1 :]
+            break
+        else:
+            entry = tree(view).entries(record).get(name) if record is not None else None
+            if entry is None or entry.type != DT_REG:
+                raise OSError(errno.EIO, "metacopy without data", name)
+            return _data_at(view, entry, low.lstrip(b"/"))
+
+
+def _data_at(view: View, entry: Any, low: bytes) -> Data:
+    head, _, real = (entry.path if entry.path is not None else low).rpartition(b"/")
+    where = source_at(view, view.layers[entry.layer], head)
+    st = os.stat(real, dir_fd=where.open(), follow_symlinks=False)
+    return Data(where, real, low, st.st_size, st.st_blocks)
 
 
 def find_entry(view: View, path: bytes) -> Any:
     """The entry of a path in the lower tree, or ``None``."""
-    assert view.index is not None
-    record, entry = view.index.root(), None
+    record, entry = tree(view).root(), None
     for part in path.split(b"/"):
         if record is None:
             return None
-        entry = view.index.entries(record).get(part)
+        entry = tree(view).entries(record).get(part)
         if entry is None:
             return None
         record = entry.record
@@ -61,7 +149,7 @@ def entry_of(view: View, node: Node) -> Any:
     parent = node.parent
     if parent is None or parent.record is None:
         return None
-    return view.index.entries(parent.record).get(node.name)
+    return tree(view).entries(parent.record).get(node.name)
 
 
 def ino_of(view: View, entry: Any) -> int:
@@ -83,8 +171,7 @@ def source_at(view: View, layer: Layer, path: bytes) -> Source:
 
 def make(view: View, parent: Dir, name: bytes) -> Node | None:
     """The node of an entry of ``parent``'s record."""
-    assert view.index is not None
-    entry = view.index.entries(parent.record).get(name)
+    entry = tree(view).entries(parent.record).get(name)
     if entry is None:
         return None
     layer = view.layers[entry.layer]
@@ -105,22 +192,12 @@ def make(view: View, parent: Dir, name: bytes) -> Node | None:
     head, _, real = path.rpartition(b"/")
     where = source_at(view, layer, head)
     node = Node(ino, entry.type, name, where)
-    if entry.type == DT_REG and (real != name or (entry.layer and view.options.row)):
-        node.data = _elsewhere(view, where, real, low, entry)
+    if entry.type == DT_REG and real != name:
+        node.data = _data_at(view, entry, low)
     view.nodes[ino] = node
     view.bind(parent, name, node)
     node.attr = attr_of(view, node, entry)
     return node
-
-
-def _elsewhere(view: View, where: Source, real: bytes, low: bytes, entry: Any) -> Any:
-    """The data of a file that its layer keeps under another name (or as a redirect file)."""
-    if view.options.row and entry.layer:
-        from cowfs.union import content
-
-        return content.open_row_at(view, where, real, low)
-    st = os.stat(real, dir_fd=where.open(), follow_symlinks=False)
-    return Data(where, real, low, st)
 
 
 def attr_of(view: View, node: Node, entry: Any) -> bytes:

@@ -38,12 +38,16 @@ class Data:
 
     __slots__ = ("blocks", "name", "path", "size", "where")
 
-    def __init__(self, where: Source, name: bytes, path: bytes, st: os.stat_result) -> None:
+    def __init__(self, where: Source, name: bytes, path: bytes, size: int, blocks: int) -> None:
         self.where = where
         self.name = name
         self.path = path
-        self.size = st.st_size
-        self.blocks = st.st_blocks
+        self.size = size
+        self.blocks = blocks
+
+    def at(self, path: bytes) -> Data:
+        """The same data, found by another path of the merged lower tree."""
+        return Data(self.where, self.name, path, self.size, self.blocks)
 
 
 def redirect_of(fd: int, name: bytes, form: Form) -> bytes | None:
@@ -138,7 +142,7 @@ def metacopy_data(
             if source.layer.index and xattr.try_get(fd, name, form.metacopy) is not None:
                 queue = queue[number + 1 :]
                 break
-            return Data(source, name, path, st)
+            return Data(source, name, path, st.st_size, st.st_blocks)
         else:
             raise OSError(errno.EIO, "metacopy without data", name)
 

@@ -106,6 +106,8 @@ class View:
         self.changed: Callable[[str, Node, bytes], None] | None = None
         self.space: space.Space | None = None
         self.index = options.index
+        #: how many layers the index covers; those above are scanned
+        self.indexed_layers = len(lowers) if options.index is not None else 0
         self.sources: dict[tuple[int, bytes], Source] = {}
         self.parents: dict[int, int] = {}  # forgotten id -> its parent's id
         self.dead: dict[int, int] = {}  # id -> generation that its next bearer gets
