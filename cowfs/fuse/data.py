@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 #: Reads from this size on are tried without waiting first, bytes.
 LARGE_READ: Final = 64 << 10
-#: Copy-ups of up to this size are done at once in the loop, bytes.
-SMALL_COPY: Final = 1 << 20
 #: One COPY_FILE_RANGE moves at most this much, so that others are served in between; a short count is allowed.
 COPY_STEP: Final = 32 << 20
 
@@ -149,10 +147,7 @@ class Data(Adapter):
         stage = self.view.writable(node, keep)
         if stage is None:
             return False
-        size = abi.ATTR.unpack(node.attr or self.view.attr(node))[1]
-        if keep is not None and keep < size:
-            size = keep
-        if size <= SMALL_COPY:
+        if stage.small:
             stage.run()
             self.view.publish(stage)
             return False
@@ -164,10 +159,9 @@ class Data(Adapter):
         if size != n - 80:
             raise codec.invalid("write size")
         node = self.nodes.get(nodeid) or self.view.node(nodeid)
-        view = self.view
-        if view.writable(node) is not None and self._later(node, buf[:n]):
+        if self._later(node, buf[:n]):
             return None
-        return _WRITTEN(24, 0, unique, view.write(node, offset, buf[80:n], bool(flags & 4)), 0)
+        return _WRITTEN(24, 0, unique, self.view.write(node, offset, buf[80:n], bool(flags & 4)), 0)
 
     def setattr(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply | None:
         node = self.nodes.get(nodeid) or self.view.node(nodeid)

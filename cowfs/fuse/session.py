@@ -396,22 +396,17 @@ class Session:
         self._gates.enter(nodeid, exclusive=True)
 
         def run() -> None:
-            failure: OSError | None = None
             try:
                 stage.run()
-            except OSError as error:
-                failure = error
-            except Exception:  # noqa: BLE001 - a bug must not end the server; it is logged
-                self._report()
-                failure = OSError(errno.EIO, "bug")
-            self.post(lambda: done(failure))
+            finally:
+                self.post(done)
 
-        def done(failure: OSError | None) -> None:
+        def done() -> None:
             del self._jobs[unique]
             self._watched.pop(unique, None)
+            failure: OSError | None = None
             try:
-                if failure is None:
-                    self.view.publish(stage)
+                self.view.publish(stage)
             except OSError as error:
                 failure = error
             except Exception:  # noqa: BLE001 - a bug must not end the server; it is logged
@@ -475,7 +470,7 @@ class Session:
             if request is not None:
                 self.reply(unique, 0, codec.error(unique, errno.EINTR))
             elif unique in self._jobs:
-                self._jobs[unique].stop()
+                self._jobs[unique].stage.cancelled = True
             del self._watched[unique]
 
     # -- the kernel's cache -------------------------------------------------------------------
@@ -535,11 +530,6 @@ class _Job:
     def __init__(self, stage: Any, pid: int) -> None:
         self.stage = stage
         self.pid = pid
-
-    def stop(self) -> None:
-        stop = getattr(self.stage, "cancel", None)
-        if stop is not None:
-            stop()
 
 
 def _killed(pid: int) -> bool:

@@ -43,25 +43,23 @@ class MemNode:
 
 
 class MemStage:
-    """A copy-up that takes until ``gate`` is set."""
+    """A copy-up that takes until ``gate`` is set or ``cancelled``."""
 
-    def __init__(self, view: MemoryView, node: MemNode, error: int) -> None:
-        self.node, self.error = node, error
+    def __init__(self, node: MemNode, error: int, *, small: bool) -> None:
+        self.node, self.code, self.small = node, error, small
         self.gate = threading.Event()
         self.started = threading.Event()
+        self.cancelled = False
         self.thread = 0
-        self._view = view
 
     def run(self) -> None:
         self.thread = threading.get_ident()
         self.started.set()
-        self.gate.wait(20)
-        if self.error:
-            raise fail(self.error)
-
-    def cancel(self) -> None:
-        self.error = errno.EINTR
-        self.gate.set()
+        until = time.monotonic() + 20
+        while not self.cancelled and not self.gate.wait(0.01) and time.monotonic() < until:
+            pass
+        if self.cancelled:
+            self.code = errno.EINTR
 
 
 class MemoryView:
@@ -282,14 +280,16 @@ class MemoryView:
     def writable(self, node: MemNode, keep: int | None = None) -> MemStage | None:
         return self.stages.get(node.id)
 
-    def delay(self, node: MemNode, error: int = 0) -> MemStage:
+    def delay(self, node: MemNode, error: int = 0, *, small: bool = False) -> MemStage:
         """Have the next data change of ``node`` wait for the stage returned."""
-        stage = self.stages[node.id] = MemStage(self, node, error)
+        stage = self.stages[node.id] = MemStage(node, error, small=small)
         return stage
 
     def publish(self, stage: MemStage) -> None:
-        self.published.append(stage.node)
         self.stages.pop(stage.node.id, None)
+        if stage.code:
+            raise fail(stage.code)
+        self.published.append(stage.node)
 
     def pread(self, node: MemNode, offset: int, buf: memoryview, flags: int = 0) -> int:
         return os.preadv(node.fd, [buf], offset)

@@ -6,9 +6,10 @@ import errno
 import struct
 
 import pytest
-from cowfs.fuse import abi, codec, handshake
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from cowfs.fuse import abi, codec, handshake
 
 U32 = st.integers(0, 2**32 - 1)
 U64 = st.integers(0, 2**64 - 1)
@@ -223,7 +224,8 @@ ATTR = bytes(range(88))
 def test_every_reply_says_its_own_length() -> None:
     replies = [codec.ok(1), codec.error(1, errno.ENOENT), codec.payload(1, b"abc"), codec.entry(1, 2, 3, ATTR),
                codec.negative(1), codec.attributes(1, ATTR), codec.notify_inval_inode(5), codec.notify_prune([1, 2]),
-               codec.notify_inval_entry(1, b"n"), codec.notify_delete(1, 2, b"n"), codec.notify_inc_epoch()]  # fmt: skip
+               codec.notify_inval_entry(1, b"n"), codec.notify_delete(1, 2, b"n"),
+               codec.notify_inc_epoch()]  # fmt: skip
     for reply in replies:
         assert abi.OUT_HEADER.unpack_from(reply)[0] == len(reply)
 
@@ -291,9 +293,7 @@ def test_passthrough_excludes_writeback_and_no_open() -> None:
 
 
 def test_passthrough_without_the_kernel_s_support_becomes_cached() -> None:
-    _, agreed = handshake.negotiate(
-        init(flags=abi.INIT_FLAGS["NO_OPEN_SUPPORT"]), mode=handshake.PASSTHROUGH
-    )
+    _, agreed = handshake.negotiate(init(flags=abi.INIT_FLAGS["NO_OPEN_SUPPORT"]), mode=handshake.PASSTHROUGH)
     assert agreed is not None
     assert agreed.mode == handshake.CACHED
     assert agreed.has("NO_OPEN_SUPPORT")

@@ -1,0 +1,122 @@
+"""A session over a view in memory, mounted for one test, served by a thread of the test's own process.
+
+Rule: the test process may do to its own mount only what lets go of the interpreter while it waits (system calls
+do, page faults of a map do not: those tests start a process).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from memory_view import MemoryView
+
+from cowfs.fuse import Session, SessionOptions, mount_fuse
+from cowfs.sys import mounts
+
+
+class Served:
+    """A mounted session: ``path``, ``view``, ``session``, and what was asked since :meth:`mark`."""
+
+    def __init__(self, path: Path, view: Any, **options: Any) -> None:
+        self.path = path
+        self.view = view
+        self.session = Session(mount_fuse(path, allow_other=True), view, options=SessionOptions(**options))
+        self.failure: BaseException | None = None
+        # A test that hangs in its own mount cannot even be killed: cut the connection then.
+        self._watchdog = threading.Timer(40, self._cut)
+        self._watchdog.daemon = True
+        self._watchdog.start()
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+        assert self.session.ready.wait(10)
+        os.statvfs(path)
+        self._before: dict[str, int] = {}
+        # What the kernel asks once a mount and then never again.
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        os.close(fd)
+
+    def _run(self) -> None:
+        try:
+            self.session.run()
+        except BaseException as error:  # noqa: BLE001 - raised again by close()
+            self.failure = error
+
+    def __truediv__(self, name: str) -> str:
+        return os.fspath(self.path / name)
+
+    def mark(self) -> None:
+        """Start counting."""
+        self._before = self.session.counters
+
+    def asked(self) -> dict[str, int]:
+        """Requests by opcode since :meth:`mark`."""
+        now = self.session.call(lambda: self.session.counters)
+        grown = {name: count - self._before.get(name, 0) for name, count in now.items()}
+        return {name: count for name, count in grown.items() if count}
+
+    def node(self, name: str) -> Any:
+        """The node of a path, without asking for it through the mount."""
+
+        def find() -> Any:
+            node = self.view.root
+            for part in name.encode().split(b"/"):
+                node = node.children[part]
+            return node
+
+        return self.session.call(find)
+
+    def python(self, code: str, *args: str, timeout: float = 20) -> str:
+        """Run a Python program in a process of its own, in the mount; its output."""
+        done = subprocess.run(
+            [sys.executable, "-c", code, *args], cwd=self.path, capture_output=True, text=True, timeout=timeout,
+            check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def _cut(self) -> None:
+        with contextlib.suppress(OSError):
+            mounts.umount(self.path, mounts.MNT_FORCE)
+
+    def close(self) -> None:
+        self._watchdog.cancel()
+        with contextlib.suppress(OSError):
+            mounts.umount(self.path, mounts.MNT_DETACH | mounts.MNT_FORCE)  # force: also with files left open
+        self.thread.join(10)
+        assert not self.thread.is_alive(), "the session did not end at unmount"
+        self.view.close()
+        if self.failure is not None:
+            raise self.failure
+
+
+@pytest.fixture
+def serve(tmp_path: Path, can_mount: None) -> Iterator[Any]:
+    """``serve(view=None, **SessionOptions)`` -> :class:`Served`; taken off at the end."""
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        pytest.skip("no /dev/fuse")
+    made: list[Served] = []
+
+    def start(view: Any = None, **options: Any) -> Served:
+        path = tmp_path / f"mnt{len(made)}"
+        path.mkdir()
+        made.append(Served(path, view or MemoryView(), **options))
+        return made[-1]
+
+    yield start
+    for served in made:
+        served.close()
+
+
+@pytest.fixture
+def mnt(serve: Any) -> Served:
+    """An empty tree, mounted."""
+    served: Served = serve()
+    return served

@@ -1,0 +1,759 @@
+"""The session on a real mount: operations, order, work elsewhere, and what must not end the server."""
+
+from __future__ import annotations
+
+import errno
+import io
+import logging
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import threading
+import time
+from typing import Any
+
+import pytest
+from memory_view import MemoryView
+
+from cowfs.fuse import Session, SessionOptions, abi, codec
+from cowfs.sys import mounts
+
+# -- operations -------------------------------------------------------------------------------
+
+
+def test_a_file_can_be_written_read_renamed_linked_and_removed(mnt: Any) -> None:
+    with open(mnt / "a", "wb") as file:
+        file.write(b"hello")
+    os.link(mnt / "a", mnt / "b")
+    os.rename(mnt / "a", mnt / "c")
+    with open(mnt / "b", "rb") as file:
+        assert file.read() == b"hello"
+    assert os.stat(mnt / "c").st_nlink == 2
+    os.unlink(mnt / "b")
+    assert os.listdir(mnt.path) == ["c"]
+    assert os.stat(mnt / "c").st_nlink == 1
+
+
+def test_an_unlinked_file_stays_usable_while_it_is_open(mnt: Any) -> None:
+    fd = os.open(mnt / "f", os.O_RDWR | os.O_CREAT)
+    os.write(fd, b"one")
+    os.unlink(mnt / "f")
+    os.pwrite(fd, b"two", 3)
+    assert os.pread(fd, 10, 0) == b"onetwo"
+    assert os.fstat(fd).st_nlink == 0
+    os.close(fd)
+
+
+def test_an_unlinked_file_is_forgotten_once_closed(mnt: Any) -> None:
+    fd = os.open(mnt / "f", os.O_RDWR | os.O_CREAT)
+    node = mnt.node("f")
+    os.unlink(mnt / "f")
+    os.close(fd)
+    os.statvfs(mnt.path)
+    assert mnt.session.call(lambda: node.id not in mnt.view.nodes)
+
+
+def test_special_files_keep_type_and_device(mnt: Any) -> None:
+    os.mkfifo(mnt / "fifo", 0o640)
+    os.mknod(mnt / "null", stat.S_IFCHR | 0o666, os.makedev(1, 3))
+    os.mknod(mnt / "big", stat.S_IFBLK | 0o600, os.makedev(259, 70000))
+    with socket.socket(socket.AF_UNIX) as sock:
+        previous = os.getcwd()
+        os.chdir(mnt.path)
+        sock.bind("sock")
+        os.chdir(previous)
+    found = {name: os.lstat(mnt / name) for name in ("fifo", "null", "big", "sock")}
+    assert stat.S_ISFIFO(found["fifo"].st_mode)
+    assert stat.S_ISSOCK(found["sock"].st_mode)
+    assert found["null"].st_rdev == os.makedev(1, 3)
+    assert found["big"].st_rdev == os.makedev(259, 70000)
+
+
+def test_the_umask_is_left_to_the_view(mnt: Any) -> None:
+    previous = os.umask(0o027)
+    try:
+        os.close(os.open(mnt / "f", os.O_CREAT | os.O_WRONLY, 0o666))
+        os.mkdir(mnt / "d", 0o777)
+    finally:
+        os.umask(previous)
+    assert stat.S_IMODE(os.stat(mnt / "f").st_mode) == 0o640
+    assert stat.S_IMODE(os.stat(mnt / "d").st_mode) == 0o750
+
+
+def test_truncation_at_open_empties_the_file(mnt: Any) -> None:
+    with open(mnt / "f", "wb") as file:
+        file.write(b"content")
+    os.close(os.open(mnt / "f", os.O_WRONLY | os.O_TRUNC))
+    assert os.stat(mnt / "f").st_size == 0
+
+
+def test_times_are_kept_to_the_nanosecond_and_before_1970(mnt: Any) -> None:
+    os.close(os.open(mnt / "f", os.O_CREAT | os.O_WRONLY))
+    for atime, mtime in ((1_000_000_001, 2_000_000_003), (-5, -(10**18) + 7), (2**33 * 10**9 + 1, 0)):
+        os.utime(mnt / "f", ns=(atime, mtime))
+        found = os.stat(mnt / "f")
+        assert (found.st_atime_ns, found.st_mtime_ns) == (atime, mtime)
+
+
+def test_a_setuid_bit_does_not_survive_a_write_by_another_user(mnt: Any) -> None:
+    with open(mnt / "f", "wb") as file:
+        file.write(b"x")
+    os.chmod(mnt / "f", 0o4777)
+    mnt.python("import os; os.setuid(1); open('f', 'r+b').write(b'y')")
+    assert stat.S_IMODE(os.stat(mnt / "f").st_mode) == 0o777
+
+
+@pytest.mark.parametrize("how", ["os.truncate('f', 0)", "os.chown('f', 1, 1)"])
+def test_a_setuid_bit_does_not_survive_truncate_and_chown(mnt: Any, how: str) -> None:
+    with open(mnt / "f", "wb") as file:
+        file.write(b"x")
+    os.chmod(mnt / "f", 0o4777)
+    user = "" if "chown" in how else "os.setuid(1); "
+    mnt.python(f"import os; {user}{how}")
+    assert stat.S_IMODE(os.stat(mnt / "f").st_mode) == 0o777
+
+
+def test_permissions_are_checked_by_the_kernel(mnt: Any) -> None:
+    with open(mnt / "f", "wb") as file:
+        file.write(b"secret")
+    os.chmod(mnt / "f", 0o600)
+    out = mnt.python("import os; os.setuid(1)\ntry: open('f')\nexcept PermissionError: print('no')")
+    assert out == "no\n"
+
+
+def test_extended_attributes(mnt: Any) -> None:
+    os.mkdir(mnt / "d")
+    os.setxattr(mnt / "d", "user.a", b"1" * 5000)
+    os.setxattr(mnt / "d", "user.b", b"")
+    assert sorted(os.listxattr(mnt / "d")) == ["user.a", "user.b"]
+    assert os.getxattr(mnt / "d", "user.a") == b"1" * 5000
+    assert os.getxattr(mnt / "d", "user.b") == b""
+    with pytest.raises(FileExistsError):
+        os.setxattr(mnt / "d", "user.a", b"", os.XATTR_CREATE)
+    os.removexattr(mnt / "d", "user.a")
+    with pytest.raises(OSError) as caught:
+        os.getxattr(mnt / "d", "user.a")
+    assert caught.value.errno == errno.ENODATA
+
+
+def test_a_large_file_comes_back_as_it_was_written(mnt: Any) -> None:
+    data = os.urandom(3 << 20) + b"tail"
+    with open(mnt / "f", "wb") as file:
+        file.write(data)
+    mnt.session.notifier.inval_inode(mnt.node("f").id)
+    assert mnt.session.notifier.flush(10)
+    with open(mnt / "f", "rb") as file:
+        assert file.read() == data
+
+
+def test_holes_allocation_and_copies(mnt: Any) -> None:
+    fd = os.open(mnt / "f", os.O_RDWR | os.O_CREAT)
+    os.pwrite(fd, b"x", 1 << 20)
+    assert os.lseek(fd, 0, os.SEEK_DATA) == 1 << 20
+    assert (
+        os.lseek(fd, 1 << 20, os.SEEK_HOLE) == (1 << 20) + 4096 or os.lseek(fd, 1 << 20, os.SEEK_HOLE) == (1 << 20) + 1
+    )
+    os.posix_fallocate(fd, 0, 2 << 20)
+    assert os.fstat(fd).st_size == 2 << 20
+    out = os.open(mnt / "g", os.O_RDWR | os.O_CREAT)
+    assert os.copy_file_range(fd, out, 100, 1 << 20, 5) == 100
+    assert os.pread(out, 10, 0) == bytes(5) + b"x" + bytes(4)
+    os.close(fd)
+    os.close(out)
+
+
+def test_a_nameless_file_can_be_given_a_name(mnt: Any) -> None:
+    fd = os.open(mnt.path, os.O_TMPFILE | os.O_RDWR, 0o600)
+    os.write(fd, b"late")
+    os.link(f"/proc/self/fd/{fd}", mnt / "named", src_dir_fd=fd, follow_symlinks=True)
+    os.close(fd)
+    with open(mnt / "named", "rb") as file:
+        assert file.read() == b"late"
+
+
+def test_statfs_is_the_view_s(mnt: Any) -> None:
+    found = os.statvfs(mnt.path)
+    assert (found.f_blocks, found.f_bavail, found.f_files, found.f_namemax) == (1000, 500, 100, 255)
+
+
+def test_a_name_of_255_bytes_works_and_one_more_does_not(mnt: Any) -> None:
+    os.mkdir(mnt / ("n" * 255))
+    assert os.listdir(mnt.path) == ["n" * 255]
+    for call in (os.stat, os.mkdir):
+        with pytest.raises(OSError) as caught:
+            call(mnt / ("n" * 256))
+        assert caught.value.errno == errno.ENAMETOOLONG
+
+
+def test_a_listing_longer_than_any_buffer_is_whole(mnt: Any) -> None:
+    names = {f"{index:05}-{'x' * (index % 200)}" for index in range(3000)}
+
+    def fill() -> None:
+        for name in names:
+            mnt.view.mknod(mnt.view.root, name.encode(), stat.S_IFREG | 0o644, 0, 0, 0, 0)
+
+    mnt.session.call(fill)
+    assert set(os.listdir(mnt.path)) == names
+    with os.scandir(mnt.path) as entries:
+        assert all(entry.is_file() and entry.inode() == entry.stat().st_ino for entry in entries)
+
+
+def test_a_shared_map_is_written_back(mnt: Any) -> None:
+    with open(mnt / "f", "wb") as file:
+        file.write(bytes(8192))
+    mnt.python(
+        "import mmap, os\n"
+        "fd = os.open('f', os.O_RDWR)\n"
+        "with mmap.mmap(fd, 8192) as m:\n"
+        "    m[5000:5004] = b'here'\n"
+        "    m.flush()\n"
+    )
+    with open(mnt / "f", "rb") as file:
+        assert file.read()[5000:5004] == b"here"
+
+
+def test_a_file_handle_finds_its_node_again_after_it_was_forgotten(mnt: Any) -> None:
+    from cowfs.sys import files
+
+    os.mkdir(mnt / "d")
+    with open(mnt / "d/f", "wb") as file:
+        file.write(b"found")
+    dirfd = os.open(mnt / "d", os.O_RDONLY)
+    kind, handle = files.file_handle(dirfd, b"f")
+    os.close(dirfd)
+    node = mnt.node("d/f")
+    mnt.session.notifier.inval_entry(mnt.node("d").id, b"f")
+    assert mnt.session.notifier.flush(10)
+    deadline = time.monotonic() + 10
+    while mnt.session.call(lambda: node.id in mnt.view.nodes) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert mnt.session.call(lambda: node.id not in mnt.view.nodes)
+    root = os.open(mnt.path, os.O_RDONLY)
+    fd = files.open_handle(root, kind, handle, os.O_RDONLY)
+    assert os.read(fd, 10) == b"found"
+    os.close(fd)
+    os.close(root)
+
+
+# -- what the kernel counts -------------------------------------------------------------------
+
+
+def test_look_ups_and_forgets_cancel_out(mnt: Any) -> None:
+    for index in range(50):
+        os.mkdir(mnt / f"d{index}")
+        with open(mnt / f"d{index}/f", "wb") as file:
+            file.write(b"x")
+    list(os.walk(mnt.path))
+    for index in range(50):
+        os.stat(mnt / f"d{index}/f")
+        os.unlink(mnt / f"d{index}/f")
+        os.rmdir(mnt / f"d{index}")
+    deadline = time.monotonic() + 10
+    while mnt.session.call(lambda: len(mnt.view.nodes)) > 1 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert mnt.session.call(lambda: list(mnt.view.nodes)) == [1]
+
+
+def test_a_reply_that_nobody_takes_is_not_counted() -> None:
+    view = MemoryView()
+    node = view.mkdir(view.root, b"d", 0o755, 0, 0, 0)
+    node.nlookup = 2
+    ours, theirs = os.pipe()  # stands for a connection that takes no reply: only _unsent is under test
+    session = Session(ours, view)
+    session._unsent(abi.LOOKUP, codec.entry(1, node.id, 1, bytes(88)), OSError(errno.ENOENT, ""))
+    assert node.nlookup == 1
+    session._unsent(abi.LOOKUP, codec.entry(1, node.id, 1, bytes(88)), OSError(errno.ENODEV, ""))
+    assert node.nlookup == 1
+    os.close(ours)
+    os.close(theirs)
+    view.close()
+
+
+# -- work elsewhere ---------------------------------------------------------------------------
+
+
+def make(mnt: Any, name: str, data: bytes = b"old data") -> Any:
+    with open(mnt / name, "wb") as file:
+        file.write(data)
+    return mnt.node(name)
+
+
+def in_thread(fn: Any) -> threading.Thread:
+    thread = threading.Thread(target=fn, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_a_large_copy_up_runs_on_a_worker_and_others_go_on(mnt: Any) -> None:
+    node = make(mnt, "slow")
+    stage = mnt.view.delay(node)
+    fd = os.open(mnt / "slow", os.O_RDWR)
+    writer = in_thread(lambda: os.pwrite(fd, b"new", 0))
+    assert stage.started.wait(10)
+    make(mnt, "other", b"fast")
+    assert sorted(os.listdir(mnt.path)) == ["other", "slow"]
+    assert os.stat(mnt / "slow").st_size == 8
+    assert writer.is_alive()
+    stage.gate.set()
+    writer.join(10)
+    assert not writer.is_alive()
+    assert mnt.view.published == [node]
+    assert stage.thread not in (mnt.thread.ident, threading.get_ident())
+    assert os.pread(fd, 10, 0) == b"new data"
+    os.close(fd)
+
+
+def test_a_small_copy_up_is_done_at_once(mnt: Any) -> None:
+    node = make(mnt, "f")
+    stage = mnt.view.delay(node, small=True)
+    stage.gate.set()
+    with open(mnt / "f", "r+b") as file:
+        file.write(b"new")
+    assert stage.thread == mnt.thread.ident
+    assert mnt.view.published == [node]
+
+
+def test_requests_for_a_node_wait_in_order_behind_its_copy_up(mnt: Any) -> None:
+    node = make(mnt, "f", bytes(8192))
+    order: list[str] = []
+    mnt.view.hooks = {name: (lambda name=name: order.append(name)) for name in ("write", "setattr", "fsync_fd")}
+    stage = mnt.view.delay(node)
+    fd = os.open(mnt / "f", os.O_RDWR)
+    threads = []
+    steps = (lambda: os.pwrite(fd, b"a", 0), lambda: os.fsync(fd), lambda: os.chmod(mnt / "f", 0o600))
+    for number, step in enumerate(steps):
+        threads.append(in_thread(step))
+        deadline = time.monotonic() + 10
+        waiting = len(threads) - 1
+        while (
+            time.monotonic() < deadline
+            and mnt.session.call(
+                lambda: len(mnt.session._gates.nodes[node.id].queue) if node.id in mnt.session._gates.nodes else -1
+            )
+            != waiting
+        ):
+            time.sleep(0.005)
+        assert number == waiting
+    assert order == []
+    stage.gate.set()
+    for thread in threads:
+        thread.join(10)
+        assert not thread.is_alive()
+    assert order == ["write", "fsync_fd", "setattr"]
+    assert mnt.session.call(lambda: dict(mnt.session._gates.nodes)) == {}
+    os.close(fd)
+
+
+def test_a_failed_copy_up_is_the_answer_of_the_request_that_caused_it(mnt: Any) -> None:
+    node = make(mnt, "f")
+    stage = mnt.view.delay(node, errno.ENOSPC)
+    stage.gate.set()
+    fd = os.open(mnt / "f", os.O_RDWR)
+    with pytest.raises(OSError) as caught:
+        os.pwrite(fd, b"new", 0)
+    assert caught.value.errno == errno.ENOSPC
+    assert os.pwrite(fd, b"new", 0) == 3  # the next one tries again
+    os.close(fd)
+
+
+def test_a_killed_writer_is_let_go_and_its_copy_up_cancelled(mnt: Any) -> None:
+    node = make(mnt, "f")
+    stage = mnt.view.delay(node)
+    process = subprocess.Popen([sys.executable, "-c", "open('f', 'r+b', buffering=0).write(b'x')"], cwd=mnt.path)
+    assert stage.started.wait(10)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait(10) == -signal.SIGKILL
+    assert stage.cancelled
+    with open(mnt / "f", "rb") as file:
+        assert file.read() == b"old data"
+
+
+def test_a_signal_that_does_not_kill_does_not_interrupt(mnt: Any) -> None:
+    node = make(mnt, "f")
+    stage = mnt.view.delay(node)
+    code = "import signal; signal.signal(signal.SIGUSR1, lambda *a: None); open('f', 'r+b', buffering=0).write(b'x')"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=mnt.path)
+    assert stage.started.wait(10)
+    process.send_signal(signal.SIGUSR1)
+    time.sleep(0.3)
+    assert process.poll() is None
+    stage.gate.set()
+    assert process.wait(10) == 0
+    with open(mnt / "f", "rb") as file:
+        assert file.read() == b"xld data"
+
+
+def test_a_killed_process_that_waits_behind_a_copy_up_is_let_go(mnt: Any) -> None:
+    node = make(mnt, "f")
+    stage = mnt.view.delay(node)
+    fd = os.open(mnt / "f", os.O_RDWR)
+    writer = in_thread(lambda: os.pwrite(fd, b"new", 0))
+    assert stage.started.wait(10)
+    process = subprocess.Popen(["truncate", "-s", "1", "f"], cwd=mnt.path)
+    deadline = time.monotonic() + 10
+    while not mnt.session.call(lambda: len(mnt.session._gates.nodes[node.id].queue)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == -signal.SIGTERM
+    assert not stage.cancelled
+    stage.gate.set()
+    writer.join(10)
+    assert os.fstat(fd).st_size == 8
+    os.close(fd)
+
+
+def test_a_slow_fsync_holds_nobody_back(mnt: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(mnt, "f")
+    entered, leave = threading.Event(), threading.Event()
+
+    def slow(fd: int) -> None:
+        entered.set()
+        leave.wait(20)
+
+    fd = os.open(mnt / "f", os.O_RDWR)
+    real = os.fsync
+    monkeypatch.setattr(os, "fsync", slow)
+    thread = in_thread(lambda: real(fd))
+    assert entered.wait(10)
+    assert os.pwrite(fd, b"more", 0) == 4
+    assert os.stat(mnt / "f").st_size == 8
+    leave.set()
+    thread.join(10)
+    assert not thread.is_alive()
+    os.close(fd)
+
+
+def test_a_failed_fsync_is_reported(mnt: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(mnt, "f")
+    fd = os.open(mnt / "f", os.O_RDWR)
+    real = os.fsync
+
+    def broken(fd: int) -> None:
+        raise OSError(errno.EIO, "broken")
+
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(OSError) as caught:
+        real(fd)
+    assert caught.value.errno == errno.EIO
+    os.close(fd)
+
+
+def test_a_read_that_would_block_goes_to_a_worker_and_a_write_waits_for_it(mnt: Any) -> None:
+    data = os.urandom(1 << 20)
+    node = make(mnt, "f", data)
+    mnt.session.notifier.inval_inode(node.id)
+    assert mnt.session.notifier.flush(10)
+    entered, leave = threading.Event(), threading.Event()
+    read = mnt.view.pread
+
+    def would_block(node: Any, offset: int, buf: memoryview, flags: int = 0) -> int:
+        if flags:
+            raise BlockingIOError(errno.EAGAIN, "cold")
+        return int(read(node, offset, buf, flags))
+
+    mnt.view.pread = would_block
+    real = os.preadv
+
+    def slow(fd: int, buffers: Any, offset: int, *flags: int) -> int:
+        if threading.current_thread().name.startswith("cowfs-worker"):
+            entered.set()
+            leave.wait(20)
+        return real(fd, buffers, offset, *flags)
+
+    os.preadv, found = slow, []
+    try:
+        fd = os.open(mnt / "f", os.O_RDWR)
+        reader = in_thread(lambda: found.append(os.pread(fd, 1 << 20, 0)))
+        assert entered.wait(10)
+        writer = in_thread(lambda: os.truncate(mnt / "f", 0))
+        os.stat(mnt.path)
+        time.sleep(0.1)
+        assert writer.is_alive()
+        leave.set()
+        reader.join(10)
+        writer.join(10)
+        assert found == [data]
+        assert os.fstat(fd).st_size == 0
+        os.close(fd)
+    finally:
+        os.preadv = real
+
+
+# -- robustness -------------------------------------------------------------------------------
+
+
+def test_an_unforeseen_exception_is_logged_with_its_traceback_and_answered_eio(
+    mnt: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    def bug() -> None:
+        raise ZeroDivisionError("a bug")
+
+    mnt.view.hooks = {"mkdir": bug}
+    with caplog.at_level(logging.ERROR, "cowfs.fuse"), pytest.raises(OSError) as caught:
+        os.mkdir(mnt / "d")
+    assert caught.value.errno == errno.EIO
+    assert any(record.exc_info and "MKDIR" in record.message for record in caplog.records)
+    mnt.view.hooks = {}
+    os.mkdir(mnt / "d")
+    assert os.listdir(mnt.path) == ["d"]
+
+
+def test_an_exception_in_forget_is_logged_and_not_answered(mnt: Any, caplog: pytest.LogCaptureFixture) -> None:
+    def bug() -> None:
+        mnt.view.hooks = {}
+        raise ZeroDivisionError("a bug")
+
+    os.mkdir(mnt / "d")
+    with caplog.at_level(logging.ERROR, "cowfs.fuse"):
+        mnt.view.hooks = {"forget": bug}
+        os.rmdir(mnt / "d")
+        os.mkdir(mnt / "e")
+        deadline = time.monotonic() + 5
+        while not caplog.records and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert [record.message.split()[0] for record in caplog.records] in (["FORGET"], ["BATCH_FORGET"])
+    assert os.listdir(mnt.path) == ["e"]
+
+
+def test_errors_keep_their_errno(mnt: Any) -> None:
+    for code in (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EXDEV, errno.ESTALE):
+
+        def refuse(code: int = code) -> None:
+            raise OSError(code, "as told")
+
+        mnt.view.hooks = {"mkdir": refuse}
+        with pytest.raises(OSError) as caught:
+            os.mkdir(mnt / "d")
+        assert caught.value.errno == code
+
+
+class Pair:
+    """A session on one end of a packet socket: the test plays the kernel, and may send anything."""
+
+    def __init__(self, view: MemoryView) -> None:
+        self.kernel, device = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.kernel.settimeout(5)
+        self.kernel.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 22)
+        self.session = Session(device.detach(), view)
+        self.failure: BaseException | None = None
+        self.thread = in_thread(self._run)
+
+    def _run(self) -> None:
+        try:
+            self.session.run()
+        except BaseException as error:  # noqa: BLE001 - looked at by the test
+            self.failure = error
+
+    def send(
+        self, opcode: int, body: bytes = b"", *, unique: int = 2, nodeid: int = 1, length: int | None = None
+    ) -> None:
+        length = 40 + len(body) if length is None else length
+        self.kernel.send(abi.IN_HEADER.pack(length, opcode, unique, nodeid, 0, 0, 0, 0, 0) + body)
+
+    def ask(self, opcode: int, body: bytes = b"", *, nodeid: int = 1) -> tuple[int, bytes]:
+        """(errno, body) of the answer."""
+        self.send(opcode, body, nodeid=nodeid)
+        reply = self.kernel.recv(1 << 21)
+        length, code, unique = abi.OUT_HEADER.unpack_from(reply)
+        assert (length, unique) == (len(reply), 2)
+        return -code, reply[16:]
+
+    def init(self) -> None:
+        flags = (1 << 43) - 1
+        code, _ = self.ask(abi.INIT, abi.INIT_IN.pack(7, 45, 131072, flags & 0xFFFFFFFF, flags >> 32))
+        assert code == 0
+
+    def end(self) -> BaseException | None:
+        self.session.stop()
+        self.thread.join(10)
+        assert not self.thread.is_alive()
+        self.kernel.close()
+        return self.failure
+
+
+@pytest.fixture
+def pair() -> Any:
+    view = MemoryView()
+    made = Pair(view)
+    yield made
+    made.session.stop()
+    made.thread.join(10)
+    view.close()
+
+
+@pytest.mark.parametrize(
+    ("opcode", "body", "code"),
+    [
+        (abi.LOOKUP, b"\0", errno.EINVAL),
+        (abi.LOOKUP, b"name", errno.EINVAL),
+        (abi.LOOKUP, b"a/b\0", errno.EINVAL),
+        (abi.LOOKUP, b"a\0b\0", errno.EINVAL),
+        (abi.LOOKUP, b"n" * 5000 + b"\0", errno.EINVAL),
+        (abi.GETATTR, bytes(15), errno.EINVAL),
+        (abi.GETATTR, bytes(17), errno.EINVAL),
+        (abi.SETATTR, bytes(8), errno.EINVAL),
+        (abi.WRITE, abi.WRITE_IN.pack(0, 0, 10, 0, 0, 0, 0) + b"short", errno.EINVAL),
+        (abi.READ, abi.READ_IN.pack(0, 0, 1 << 30, 0, 0, 0, 0), errno.EINVAL),
+        (abi.RENAME, abi.RENAME_IN.pack(1) + b"only\0", errno.EINVAL),
+        (abi.SETXATTR, abi.SETXATTR_IN.pack(100, 0, 0, 0) + b"user.a\0value", errno.EINVAL),
+        (abi.LSEEK, abi.LSEEK_IN.pack(0, 0, 0, 0), errno.EINVAL),
+        (abi.MKDIR, abi.MKDIR_IN.pack(0o755, 0) + b"no end", errno.EINVAL),
+        (abi.STATFS, b"junk", errno.EINVAL),
+        (abi.GETATTR, bytes(16), 0),
+        (abi.OPEN, abi.OPEN_IN.pack(0, 0), errno.ENOSYS),
+        (abi.FLUSH, abi.FLUSH_IN.pack(0, 0, 0, 0), errno.ENOSYS),
+        (abi.INIT, bytes(64), errno.ENOSYS),
+        (7, b"", errno.ENOSYS),
+        (53 + 1, b"", errno.ENOSYS),
+        (0xFFFFFFFF, b"whatever", errno.ENOSYS),
+    ],
+)  # fmt: skip
+def test_a_body_that_is_wrong_has_its_errno_and_the_session_goes_on(
+    pair: Pair, opcode: int, body: bytes, code: int
+) -> None:
+    pair.init()
+    assert pair.ask(opcode, body)[0] == code
+    assert pair.ask(abi.GETATTR, bytes(16))[0] == 0
+
+
+def test_an_unknown_node_is_stale(pair: Pair) -> None:
+    pair.init()
+    assert pair.ask(abi.GETATTR, bytes(16), nodeid=4711)[0] == errno.ESTALE
+    assert pair.ask(abi.LOOKUP, b"x\0", nodeid=4711)[0] == errno.ESTALE
+    assert pair.ask(abi.LOOKUP, b".\0", nodeid=4711)[0] == errno.ESTALE
+
+
+def test_bad_forgets_are_not_answered(pair: Pair) -> None:
+    pair.init()
+    pair.send(abi.BATCH_FORGET, abi.BATCH_FORGET_IN.pack(1000, 0), unique=99)
+    pair.send(abi.FORGET, b"", unique=99)
+    assert pair.ask(abi.GETATTR, bytes(16))[0] == 0
+
+
+@pytest.mark.parametrize("length", [0, 39, 41, 1 << 31])
+def test_a_frame_that_contradicts_its_length_ends_the_session(pair: Pair, length: int) -> None:
+    pair.init()
+    pair.send(abi.GETATTR, length=length)
+    pair.thread.join(10)
+    assert isinstance(pair.failure, codec.ProtocolError)
+
+
+def test_bytes_that_are_no_request_end_the_session(pair: Pair) -> None:
+    pair.init()
+    pair.kernel.send(b"junk")
+    pair.thread.join(10)
+    assert isinstance(pair.failure, codec.ProtocolError)
+
+
+def test_the_first_request_must_be_init(pair: Pair) -> None:
+    pair.send(abi.GETATTR, bytes(16))
+    pair.thread.join(10)
+    assert isinstance(pair.failure, codec.ProtocolError)
+
+
+def test_a_kernel_too_old_is_told_and_named(pair: Pair) -> None:
+    code, _ = pair.ask(abi.INIT, abi.INIT_COMPAT_IN.pack(7, 12, 0, 0))
+    assert code == errno.EPROTO
+    pair.thread.join(10)
+    assert "7.12" in str(pair.failure)
+
+
+# -- the life of a session --------------------------------------------------------------------
+
+
+def test_unmounting_ends_the_session_without_an_error(serve: Any) -> None:
+    served = serve()
+    mounts.umount(served.path)
+    served.thread.join(10)
+    assert not served.thread.is_alive()
+    assert served.failure is None
+    with pytest.raises(OSError) as caught:
+        served.session.call(lambda: 1)
+    assert caught.value.errno == errno.ENODEV
+
+
+def test_stop_ends_the_session_and_leaves_the_mount_dead(serve: Any) -> None:
+    served = serve()
+    served.session.stop()
+    served.thread.join(10)
+    assert not served.thread.is_alive()
+    with pytest.raises(OSError) as caught:
+        os.stat(served.path)
+    assert caught.value.errno == errno.ENOTCONN
+
+
+def test_call_runs_in_the_loop_thread_and_returns_or_raises(mnt: Any) -> None:
+    assert mnt.session.call(threading.get_ident) == mnt.thread.ident
+    assert mnt.session.call(lambda: mnt.session.call(lambda: 5)) == 5
+    with pytest.raises(ZeroDivisionError):
+        mnt.session.call(lambda: 1 // 0)
+
+
+def test_call_is_served_while_requests_never_cease(mnt: Any) -> None:
+    stop = threading.Event()
+
+    def hammer() -> None:
+        number = 0
+        while not stop.is_set():
+            number += 1
+            try:
+                os.stat(mnt / f"missing{number}")
+            except FileNotFoundError:
+                pass
+
+    thread = in_thread(hammer)
+    try:
+        for _ in range(20):
+            assert mnt.session.call(lambda: True)
+    finally:
+        stop.set()
+        thread.join(10)
+
+
+def test_counters_are_by_name(mnt: Any) -> None:
+    mnt.mark()
+    for index in range(3):
+        os.mkdir(mnt / f"d{index}")
+    assert mnt.asked()["MKDIR"] == 3
+    assert set(mnt.session.counters) <= set(abi.OPCODES)
+
+
+def test_the_trace_has_one_line_a_request(serve: Any) -> None:
+    trace = io.StringIO()
+    served = serve(trace=trace)
+    trace.truncate(0)
+    trace.seek(0)
+    served.mark()
+    os.mkdir(served / "d")
+    with pytest.raises(FileNotFoundError):
+        os.stat(served / "missing")
+    with pytest.raises(OSError):
+        os.rmdir(served / "missing2")
+    asked = served.asked()
+    lines = trace.getvalue().splitlines()
+    assert len(lines) == sum(asked.values())
+    assert any(" MKDIR 1 'd' mode=" in line and " = ok 128 " in line for line in lines)
+    assert any(" LOOKUP 1 'missing' = ok 128 " in line for line in lines)
+    assert all(line.endswith("us") for line in lines)
+
+
+def test_a_bug_is_in_the_trace(serve: Any, caplog: pytest.LogCaptureFixture) -> None:
+    trace = io.StringIO()
+    served = serve(trace=trace)
+
+    def bug() -> None:
+        raise ZeroDivisionError("a bug")
+
+    served.view.hooks = {"mkdir": bug}
+    with pytest.raises(OSError):
+        os.mkdir(served / "d")
+    assert "MKDIR 1 'd'" in trace.getvalue()
+    assert "ZeroDivisionError -> EIO" in trace.getvalue()
+
+
+def test_options_have_sane_defaults() -> None:
+    options = SessionOptions()
+    assert (options.max_write, options.io, options.writeback, options.max_nodes) == (1 << 20, "cached", False, None)
