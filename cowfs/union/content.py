@@ -86,9 +86,9 @@ def data_fd(view: View, node: Node, write: bool) -> int:
     """The node's own descriptor (do not close it). Raises EOPNOTSUPP for redirect files."""
     if node.data is not None and hasattr(node.data, "pread"):
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
-    if write and not node.wfd:
+    if write:
         make_writable(view, node)
-        return _open(view, node)
+        return node.fd if node.wfd else _open(view, node)
     return node.fd if node.fd >= 0 else _open(view, node)
 
 

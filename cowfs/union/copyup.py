@@ -31,7 +31,7 @@ from cowfs.union.inodes import make_origin
 from cowfs.union.lower import Data
 from cowfs.union.node import DT_REG, Dir, Node
 from cowfs.union.source import Layer, Source
-from cowfs.union.space import UNIT, units, xattr_units
+from cowfs.union.space import UNIT, total_of, units, xattr_units
 from cowfs.whiteout import Form
 from cowfs.whiteout import make as make_whiteout
 
@@ -282,10 +282,23 @@ class Stage:
     :func:`publish` puts it in place or raises what went wrong (owner thread).
     """
 
-    __slots__ = ("cancelled", "dst_fd", "error", "keep", "node", "reserved", "src_fd", "sync", "temp", "where")
+    __slots__ = (
+        "cancelled",
+        "dst_fd",
+        "error",
+        "keep",
+        "node",
+        "reserved",
+        "src_fd",
+        "sync",
+        "temp",
+        "where",
+        "work",
+    )
 
-    def __init__(self, node: Node, keep: int, src_fd: int, dst_fd: int, temp: bytes, sync: bool) -> None:
+    def __init__(self, node: Node, keep: int, src_fd: int, dst_fd: int, temp: bytes, work: WorkDir, sync: bool) -> None:
         self.node = node
+        self.work = work
         self.where = node.where
         self.keep = keep
         self.src_fd, self.dst_fd = src_fd, dst_fd
@@ -352,7 +365,7 @@ def writable(view: View, node: Node, keep: int | None = None) -> Stage | None:
     except BaseException:
         os.close(src_fd)
         raise
-    stage = Stage(node, keep, src_fd, dst_fd, temp, view.must_sync)
+    stage = Stage(node, keep, src_fd, dst_fd, temp, work, view.must_sync)
     stage.reserved = reserved
     return stage
 
@@ -369,13 +382,13 @@ def _reserve(view: View, node: Node, src_fd: int, keep: int, *, new_inode: bool)
 
 def publish(view: View, stage: Stage) -> None:
     """Put a finished copy in place. Raises what the copy raised; then nothing has changed."""
-    node, work = stage.node, view.workdir
-    assert work is not None
+    node = stage.node
     os.close(stage.src_fd)
     try:
         if stage.error is not None:
             raise stage.error
-        if node.where is not stage.where:  # its attributes were copied up meanwhile
+        if node.where is not stage.where or not (stage.temp or view.in_upper(node)):
+            # its attributes were copied up meanwhile, or its layer was frozen
             again = writable(view, node, stage.keep)
             _abandon(view, stage)
             if again is not None:
@@ -387,32 +400,26 @@ def publish(view: View, stage: Stage) -> None:
         elif node.parent is None:
             _adopt_orphan(view, node, stage)
         else:
-            place(view, node, stage.temp, metacopy=False)
+            place(view, node, stage.temp, stage.work, metacopy=False)
     except BaseException:
         _abandon(view, stage)
         raise
     _use(node, stage.dst_fd)
     if view.space is not None:
-        from cowfs.union.space import total_of
-
         node.space = None
         view.space.add(total_of(view.space.count(node)) - stage.reserved)
 
 
 def _abandon(view: View, stage: Stage) -> None:
-    if stage.dst_fd >= 0:
-        if not stage.temp:
-            with contextlib.suppress(OSError):
-                size = os.fstat(stage.dst_fd).st_size
-                os.ftruncate(stage.dst_fd, 0)
-                os.ftruncate(stage.dst_fd, size)
-        os.close(stage.dst_fd)
-        stage.dst_fd = -1
-    if stage.temp and view.workdir is not None:
-        view.workdir.discard(stage.temp)
-    if view.space is not None and stage.reserved >= 0:
+    if not stage.temp:
+        with contextlib.suppress(OSError):
+            os.ftruncate(stage.dst_fd, 0)
+            os.ftruncate(stage.dst_fd, view.size(stage.node))
+    os.close(stage.dst_fd)
+    if stage.temp:
+        stage.work.discard(stage.temp)
+    if view.space is not None:
         view.space.add(-stage.reserved, -1 if stage.temp else 0)
-        stage.reserved = -1
 
 
 def _use(node: Node, fd: int) -> None:
@@ -444,18 +451,15 @@ def _fill_metacopy(view: View, node: Node, stage: Stage) -> None:
 
 def _adopt_orphan(view: View, node: Node, stage: Stage) -> None:
     """The file lost its last name meanwhile: its copy lives on without one."""
-    work = view.workdir
-    assert work is not None
     meta = read_meta(view, node)
-    write_meta(work.fd, stage.temp, meta, view)
-    os.unlink(stage.temp, dir_fd=work.fd)
+    write_meta(stage.work.fd, stage.temp, meta, view)
+    os.unlink(stage.temp, dir_fd=stage.work.fd)
     node.where = None
 
 
-def place(view: View, node: Node, temp: bytes, *, metacopy: bool) -> None:
+def place(view: View, node: Node, temp: bytes, work: WorkDir, *, metacopy: bool) -> None:
     """Give a built copy all its attributes and put it under every name the node has."""
-    work = view.workdir
-    assert work is not None and node.parent is not None and node.where is not None
+    assert node.parent is not None and node.where is not None
     where = node.where
     others = links.complete(view, node)
     ups = [(up_dir(view, directory), directory, name) for directory, name in view.names_of(node)]
@@ -524,7 +528,7 @@ def up_meta(view: View, node: Node) -> None:
         if node.fd >= 0:
             os.close(node.fd)
             node.fd = -1
-        place(view, node, temp, metacopy=is_meta)
+        place(view, node, temp, work, metacopy=is_meta)
     except BaseException:
         work.discard(temp)
         raise

@@ -153,7 +153,7 @@ def generation(view: View, ino: int) -> int:
 def bind_inode(view: View, parent: Dir, name: bytes, source: Source, st: os.stat_result, ino: int) -> Node:
     """The node of inode number ``ino``, new or, for one more hard link, the one there is."""
     existing = view.nodes.get(ino)
-    if existing is not None or ino <= ROOT_ID:
+    if existing is not None or ino <= ROOT_ID or ino in view.burnt:
         if existing is not None and st.st_nlink > 1 and _same(existing, source, st):
             if existing.where is None:  # its other names were not known until now
                 existing.where, existing.name = source, name
@@ -211,7 +211,7 @@ def _make_dir(view: View, parent: Dir, name: bytes, position: int) -> Dir | None
 
 def new_dir(view: View, parent: Dir, name: bytes, sources: list[Source], ino: int) -> Dir:
     """A bound directory node."""
-    if ino in view.nodes or ino <= ROOT_ID:
+    if ino in view.nodes or ino <= ROOT_ID or ino in view.burnt:
         ino = view.fresh_id()
     node = Dir(ino, name, sources)
     node.generation = view.dead.get(ino, 0) if view.dead else 0

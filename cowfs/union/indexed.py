@@ -184,7 +184,7 @@ def make(view: View, parent: Dir, name: bytes) -> Node | None:
         made.attr = attr_of(view, made, entry)
         return made
     existing = view.nodes.get(ino)
-    if existing is not None or ino <= ROOT_ID:
+    if existing is not None or ino <= ROOT_ID or ino in view.burnt:
         if existing is not None and entry.nlink > 1 and existing.where is not None and existing.where.layer is layer:
             view.bind(parent, name, existing)
             return existing

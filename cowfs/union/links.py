@@ -46,30 +46,39 @@ def complete(view: View, node: Node) -> bool:
     where = node.where
     if where is None or where.layer is view.upper or node.parent is None:
         return node in view.names
-    st = os.stat(node.name, dir_fd=where.open(), follow_symlinks=False)
+    from cowfs.union.copyup import physical
+
+    source, real = physical(view, node, where)
+    st = os.stat(real, dir_fd=source.open(), follow_symlinks=False)
     if st.st_nlink < 2:
         return False
-    groups = view.groups.get(where.layer)
+    layer = source.layer
+    groups = view.groups.get(layer)
     if groups is None:
-        groups = view.groups[where.layer] = scan_groups(where.layer)
-        find_moved(view)
+        groups = view.groups[layer] = scan_groups(layer)
     for path in groups.get(st.st_ino, ()):
-        for candidate in _merged_paths(view, path):
-            found = _walk(view, candidate)
-            if found is node:
+        for candidate in _merged_paths(view, layer, path):
+            if _walk(view, candidate) is node:
                 break
     return node in view.names
 
 
-def _merged_paths(view: View, path: bytes) -> list[bytes]:
-    """Where a path of the lower tree may show in the merged one: as it is, or moved."""
-    found = []
+def _merged_paths(view: View, layer: Layer, path: bytes) -> list[bytes]:
+    """Where a path of a layer may show in the merged tree: directories above it may have been moved."""
+    paths = [path]
+    for above in view.layers[layer.index + 1 :]:
+        if above is view.upper and above not in view.redirects:
+            find_moved(view)
+        moves = view.redirects.get(above)
+        if moves is None:
+            moves = view.redirects[above] = scan_redirects(view, above)
+        for low, now in moves:
+            paths += [now + p[len(low) :] for p in paths if p.startswith(low + b"/")]
     for directory in view.moved:
-        low = directory.lowpath
-        if low is not None and path.startswith(low + b"/") and directory.parent is not None:
-            found.append(view.path(directory) + path[len(low) :])
-    found.append(path)
-    return found
+        was = directory.lowpath
+        if was is not None and directory.parent is not None:
+            paths += [view.path(directory) + p[len(was) :] for p in paths if p.startswith(was + b"/")]
+    return paths[::-1]
 
 
 def _walk(view: View, path: bytes) -> Node | None:
@@ -84,20 +93,31 @@ def _walk(view: View, path: bytes) -> Node | None:
     return here
 
 
-def find_moved(view: View) -> None:
-    """Look up every directory of the upper layer that a rename moved (it carries ``redirect``)."""
-    upper = view.upper
-    if upper is None or not view.form.redirects:
-        return
-    pending: list[tuple[Source, bytes]] = [(upper.root, b"")]
+def scan_redirects(view: View, layer: Layer) -> list[tuple[bytes, bytes]]:
+    """The directories of a layer that renames moved: (path beneath, path in this layer)."""
+    found: list[tuple[bytes, bytes]] = []
+    if not view.form.redirects:
+        return found
+    pending: list[tuple[Source, bytes]] = [(layer.root, b"")]
     while pending:
         source, prefix = pending.pop()
         fd = source.open()
         with os.scandir(b"/proc/self/fd/%d" % fd) as entries:
             names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
         for name in names:
-            if xattr.try_get(fd, name, view.form.redirect):
-                _walk(view, prefix + name)
+            redirect = xattr.try_get(fd, name, view.form.redirect)
+            if redirect:
+                low = redirect[1:] if redirect.startswith(b"/") else prefix + redirect
+                found.append((low, prefix + name))
             pending.append((source.child(name), prefix + name + b"/"))
-        if source is not upper.root:
+        if source is not layer.root:
             source.close()
+    return found
+
+
+def find_moved(view: View) -> None:
+    """Look up every directory of the upper layer that a rename moved before this view was made."""
+    assert view.upper is not None
+    view.redirects[view.upper] = []  # from now on ``view.moved`` has them all
+    for _, path in scan_redirects(view, view.upper):
+        _walk(view, path)

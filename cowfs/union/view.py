@@ -19,6 +19,7 @@ call: a directory's names from one scan of each of its layers, a file's attribut
 :mod:`metadata`      setattr, xattrs
 :mod:`links`         which names a lower inode has
 :mod:`space`         the limit
+:mod:`live`          snapshots of a live view, and back
 ===================  =====================================================================
 
 Threading: one thread owns a view and makes every call, except :meth:`Stage.run
@@ -44,6 +45,7 @@ from cowfs.union import (
     holding,
     indexed,
     links,
+    live,
     metadata,
     space,
 )
@@ -109,6 +111,10 @@ class View:
         #: how many layers the index covers; those above are scanned
         self.indexed_layers = len(lowers) if options.index is not None else 0
         self.sources: dict[tuple[int, bytes], Source] = {}
+        #: ids that a rollback took away
+        self.burnt: set[int] = set()
+        #: work directories of frozen layers: files that were open may still be in them
+        self.retired: list[copyup.WorkDir] = []
         self.parents: dict[int, int] = {}  # forgotten id -> its parent's id
         self.dead: dict[int, int] = {}  # id -> generation that its next bearer gets
         self.synthetic = SYNTHETIC
@@ -117,6 +123,7 @@ class View:
         #: further names of nodes with more than one, the first being (node.parent, node.name)
         self.names: dict[Node, list[tuple[Dir, bytes]]] = {}
         self.groups: dict[Layer, links.Groups] = {}
+        self.redirects: dict[Layer, list[tuple[bytes, bytes]]] = {}
         #: directories that a rename took away from their lower path
         self.moved: list[Dir] = []
         self._uuids: dict[int, bytes] = {}
@@ -179,9 +186,11 @@ class View:
             source.close()
         for layer in self.layers:
             layer.close()
-        if self.workdir is not None:
-            self.workdir.close()
-            self.workdir = None
+        for workdir in [*self.retired, self.workdir]:
+            if workdir is not None:
+                workdir.close()
+        self.retired.clear()
+        self.workdir = None
 
     # -- the whole ----------------------------------------------------------------------------
 
@@ -333,6 +342,8 @@ class View:
     data_fd = content.data_fd
     writable = copyup.writable
     publish = copyup.publish
+    freeze = live.freeze
+    rollback = live.rollback
     setattr = metadata.setattr
     getxattr = metadata.getxattr
     listxattr = metadata.listxattr

@@ -1,0 +1,227 @@
+"""Snapshots of a live view: the upper layer is frozen, a new one goes on; and back again.
+
+*Freeze* costs nothing per file, since a node is "in the upper layer" exactly when the layer that holds it is
+``view.upper``: with another layer in that place every node has become a lower one, and its next change copies it up.
+What must follow is the root (every layer has one) and the directories that renames had moved: the path
+in the merged lower tree, which ``redirect`` names, is from now on the path they have now.
+
+*Rollback* drops the layers above a frozen one. Whatever they held is gone: their files' nodes are struck out, so that
+descriptors on them answer ESTALE instead of old offsets on other data, and directories that also exist below are read
+again. Files that the dropped layers did not touch keep their nodes, open descriptors and cached pages.
+
+The caller makes the directories, commits the frozen layer to its index, and tells the kernel what is stale.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cowfs.union import copyup, space
+from cowfs.union.node import Dir, Node
+from cowfs.union.source import Layer
+
+if TYPE_CHECKING:
+    from cowfs.union.view import View
+
+
+@dataclass(frozen=True, slots=True)
+class Stale:
+    """What a front end's caches must forget after a rollback.
+
+    Attributes:
+        inodes: ids whose attributes and data are no longer valid.
+        entries: (directory id, name) that may name something else now, or nothing.
+    """
+
+    inodes: tuple[int, ...]
+    entries: tuple[tuple[int, bytes], ...]
+
+
+def freeze(view: View, upper: str | bytes, work: str | bytes) -> Layer:
+    """Make the upper layer a lower one, and ``upper`` (an empty directory) the upper layer.
+
+    Args:
+        upper: becomes the writable layer; on the same file system as the present one.
+        work: its work directory.
+
+    Returns:
+        The layer that is immutable from now on.
+
+    Raises:
+        OSError: EROFS for a read-only view; ENOTEMPTY, EXDEV for directories that will not do.
+            Then nothing has changed.
+    """
+    frozen = view.need_upper()
+    layer = _new_upper(view, upper, work, frozen.dev)
+    _push(view, layer)
+    return frozen
+
+
+def _new_upper(view: View, upper: str | bytes, work: str | bytes, dev: int) -> Layer:
+    """Open and check a new upper layer, with the root's attributes; swaps the work directory."""
+    path = os.fsencode(upper)
+    if os.listdir(path):
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), path)
+    layer = Layer(path, len(view.layers), view.descriptors)
+    try:
+        if layer.dev != dev:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), path)
+        workdir = copyup.WorkDir(os.fsencode(work), layer)
+    except BaseException:
+        layer.close()
+        raise
+    meta = copyup.read_meta(view, view.root)
+    fd = layer.root.open()
+    copyup.write_meta(fd, b".", meta, view)
+    if view.workdir is not None:
+        view.retired.append(view.workdir)
+    view.workdir = workdir
+    return layer
+
+
+def _push(view: View, layer: Layer) -> None:
+    if view.upper is not None:
+        view.redirects.pop(view.upper, None)
+    view.layers.append(layer)
+    view.upper = layer
+    view.roots.insert(0, layer.root)
+    layer.root.whiteouts, layer.root.shadow, layer.root.impure = set(), set(), True
+    root = view.root
+    root.sources.insert(0, layer.root)
+    root.where = layer.root
+    for directory in view.moved:
+        directory.lowpath = None
+    view.moved.clear()
+    if view.space is not None:
+        for node in view.nodes.values():
+            if node.where is not None:
+                node.space = None
+
+
+def rollback(view: View, frozen: Layer, upper: str | bytes, work: str | bytes) -> Stale:
+    """Go back to the state in which ``frozen`` was the top layer, with a new, empty upper layer.
+
+    Args:
+        frozen: what :func:`freeze` returned, or any lower layer of the view.
+        upper, work: as for :func:`freeze`.
+
+    Returns:
+        What the kernel must be told to forget.
+
+    Raises:
+        OSError: EINVAL when ``frozen`` is not a lower layer of the view, else as :func:`freeze`.
+    """
+    present = view.need_upper()
+    if frozen is present or frozen not in view.layers:
+        raise OSError(errno.EINVAL, "not a lower layer of this view")
+    if frozen.index < view.indexed_layers - 1:
+        raise OSError(errno.EINVAL, "the layers below an index cannot be rolled back")
+    dropped = view.layers[frozen.index + 1 :]
+    layer = _new_upper(view, upper, work, present.dev)
+    layer.index = frozen.index + 1
+    stale, entries = _strike_out(view, set(dropped))
+    del view.layers[frozen.index + 1 :]
+    view.roots = [source for source in view.roots if source.layer not in dropped]
+    view.moved.clear()
+    for old in dropped:
+        view.groups.pop(old, None)
+        view.redirects.pop(old, None)
+        old.close()
+    _push(view, layer)
+    view.root.attr = None
+    if view.space is not None:
+        limit = view.space.limit
+        view.space = space.Space(view)
+        view.space.limit = limit
+    return Stale(tuple(stale), tuple(entries))
+
+
+def _strike_out(view: View, dropped: set[Layer]) -> tuple[list[int], list[tuple[int, bytes]]]:
+    """Take every node that lives in a dropped layer out of the view."""
+    stale: list[int] = []
+    entries: list[tuple[int, bytes]] = []
+    touched: list[Dir] = []
+    for node in list(view.nodes.values()):
+        if isinstance(node, Dir):
+            if node.sources[0].layer in dropped:
+                touched.append(node)
+        elif node.where is None or node.where.layer in dropped or _data_dropped(node, dropped):
+            stale.append(node.id)
+            entries += [(parent.id, name) for parent, name in view.names_of(node)]
+            _strike(view, node)
+    for directory in touched:
+        kept = [source for source in directory.sources if source.layer not in dropped]
+        moved = directory.lowpath is not None or not kept
+        for source in directory.sources:
+            if source.layer in dropped and source.parent is not None:
+                source.close()
+        if moved and directory is not view.root:
+            stale.append(directory.id)
+            if directory.parent is not None:
+                entries.append((directory.parent.id, directory.name))
+            _strike(view, directory)
+        else:
+            directory.sources[:] = kept
+            directory.where = kept[0]
+            stale.append(directory.id)
+    _drop_under_struck(view, stale)
+    for directory in touched:
+        if view.nodes.get(directory.id) is directory:
+            entries += _reread(view, directory)
+    return stale, entries
+
+
+def _data_dropped(node: Node, dropped: set[Layer]) -> bool:
+    return (
+        node.data is not None and getattr(node.data, "where", None) is not None and (node.data.where.layer in dropped)
+    )
+
+
+def _strike(view: View, node: Node) -> None:
+    """A node's id answers ESTALE from now on, and is never given again."""
+    view.nodes.pop(node.id, None)
+    view.parents.pop(node.id, None)
+    view.burnt.add(node.id)
+    view.names.pop(node, None)
+    if node.fd >= 0:
+        os.close(node.fd)
+        node.fd = -1
+
+
+def _drop_under_struck(view: View, stale: list[int]) -> None:
+    """Nodes whose way to the root leads through one that was struck out go, too."""
+    changed = True
+    while changed:
+        changed = False
+        for node in list(view.nodes.values()):
+            parent = node.parent
+            if node is view.root or parent is None or parent is view.root:
+                continue
+            if view.nodes.get(parent.id) is not parent:
+                stale.append(node.id)
+                _strike(view, node)
+                changed = True
+
+
+def _reread(view: View, directory: Dir) -> list[tuple[int, bytes]]:
+    """Read a directory's names again, keeping the nodes that are still what they name."""
+    before = directory.children or {}
+    directory.children = directory.order = directory.attr = None
+    now = view.load(directory)
+    changed = [(directory.id, name) for name in before.keys() ^ now.keys()]
+    directory.live = 0
+    for name, item in before.items():
+        if isinstance(item, int):
+            continue
+        if view.nodes.get(item.id) is item and name in now and (directory, name) in view.names_of(item):
+            now[name] = item
+            directory.live += 1
+        else:
+            changed.append((directory.id, name))
+    return changed
+
+
+__all__ = ["Stale", "freeze", "rollback"]
