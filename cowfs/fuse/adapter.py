@@ -21,6 +21,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from cowfs.fuse import abi, codec
+from cowfs.union.attr import decode_dev
 
 if TYPE_CHECKING:
     from cowfs.union import View
@@ -127,7 +128,8 @@ class Adapter:
         if extensions:
             raise codec.invalid("extensions were not negotiated")
         parent = self.nodes.get(nodeid) or self.view.node(nodeid)
-        node = self.view.mknod(parent, codec.name(buf, 56, n), mode, rdev, uid, gid, umask)
+        device = decode_dev(rdev) if rdev else 0
+        node = self.view.mknod(parent, codec.name(buf, 56, n), mode, device, uid, gid, umask)
         node.nlookup += 1
         return _ENTRY(144, 0, unique, node.id, node.generation, _FOREVER, _FOREVER, 0, 0) + (
             node.attr or self.view.attr(node)
