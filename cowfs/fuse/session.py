@@ -50,8 +50,8 @@ _T = TypeVar("_T")
 
 #: Empty reads after a reply, each followed by sched_yield(2), before the loop sleeps. Yielding lets a client that waits
 #: for this very processor go on without the server falling asleep and being woken: a look-up took 10.8 us instead of
-#: 12.4 (fuse-overlayfs 2: 11.2), and between two processors, where sleeping costs most, 52 instead of 79 (its: 74).
-TRIES: Final = 8
+#: 12.4 (fuse-overlayfs 2: 11.2), and between two processors, where sleeping costs most, 15-20 instead of 50.
+TRIES: Final = 20
 #: Seconds between two looks at whether a waiting process was killed.
 INTERRUPT_TICK: Final = 0.1
 #: Seconds a thread may keep the interpreter while another waits for it. The loop answers in ~10 us, so the default
