@@ -467,6 +467,7 @@ class Packer:
         self.size = self.blob_size = 0
         self._parts: list[bytes | memoryview] = []
         self._pending = 0
+        self._rest = b""
         self._queue: queue.Queue[bytes | None] = queue.Queue(_QUEUED)
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="cowfs-pack", daemon=True)
@@ -478,9 +479,20 @@ class Packer:
                 continue  # keep draining, so that the writer never blocks
             try:
                 self._diff.update(data)
-                self._emit(self._encoder.compress(data))
+                if self._compressed:
+                    self._compress(data)
+                else:
+                    self._emit(data)
             except BaseException as error:  # noqa: BLE001  raised in the caller's thread
                 self._error = error
+
+    def _compress(self, data: bytes) -> None:
+        """Feed the encoder in chunks of one size: what comes out must not depend on how the data came."""
+        data = self._rest + data
+        whole = len(data) - len(data) % CHUNK
+        for start in range(0, whole, CHUNK):
+            self._emit(self._encoder.compress(data[start : start + CHUNK]))
+        self._rest = data[whole:]
 
     def _emit(self, data: bytes) -> None:
         if data:
@@ -511,6 +523,7 @@ class Packer:
         self._thread.join()
         if self._error is not None:
             raise self._error
+        self._emit(self._encoder.compress(self._rest))
         self._emit(self._encoder.flush())
 
     def abandon(self) -> None:

@@ -109,7 +109,7 @@ class Extractor:
                 parent_path, _, name = path.rpartition(b"/")
                 _HANDLERS[member.type](self, member, self.dirs.get(parent_path), name, path)
                 if self._written is not None:
-                    self._written.add(hash(path))
+                    self._note(path)
             else:
                 self._special(member, what, path)
         except CowfsError:
@@ -135,11 +135,11 @@ class Extractor:
             self.whiteouts += 1
             if what is Meaning.OPAQUE:
                 self._opaque(self.dirs.get(path))
-                self._note_parents(path)
+                self._note(path)
             else:
                 parent_path, _, name = path.rpartition(b"/")
                 self._whiteout(self.dirs.get(parent_path), name, path)
-                self._note_parents(parent_path)
+                self._note(parent_path)
         if member.stored and self._log is not None:
             self._log.saved(member.name, self._reader.data())
 
@@ -196,7 +196,8 @@ class Extractor:
     def _ours(self, path: bytes) -> bool:
         return self._written is None or hash(path) in self._written
 
-    def _note_parents(self, path: bytes) -> None:
+    def _note(self, path: bytes) -> None:
+        """This path and the directories above it are the archive's from now on."""
         if self._written is not None:
             while path and hash(path) not in self._written:
                 self._written.add(hash(path))
@@ -303,12 +304,14 @@ class Extractor:
         return made
 
     def _set_implied(self, made: Dir) -> None:
-        """As in the layer below; where that has no such directory 0755, root's, of the epoch."""
+        """As in the layer below; where that has no such directory 0755, root's (ours without privilege), of the epoch."""
         st = None
         if self._lower is not None and not self._hidden(made):
             st = self._lower.stat(made.path)
         if st is None or not stat.S_ISDIR(st.mode):
             mode, uid, gid, mtime = 0o755, 0, 0, 0
+            if self._uid and self._owners != "xattr":
+                uid, gid = self._uid, self._gid
             attributes: dict[bytes, bytes] = {}
         else:
             mode, uid, gid, mtime = stat.S_IMODE(st.mode), st.uid, st.gid, st.mtime
