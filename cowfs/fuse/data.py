@@ -177,6 +177,8 @@ class Data(Adapter):
         if self._later(node, buf[:n]):
             return None
         self.view.fallocate(node, mode, offset, length)
+        if self.ordinary(buf):
+            self.view.kill_privileges(node)  # HANDLE_KILLPRIV_V2: no flag comes with this request
         return _OK(16, 0, unique)
 
     def _copied(self, buf: memoryview, n: int, nodeid: int) -> int | None:
@@ -188,7 +190,10 @@ class Data(Adapter):
         source, target = self.view.node(nodeid), self.view.node(target_id)
         if self._later(target, buf[:n]):
             return None
-        return self.view.copy_range(source, source_offset, target, target_offset, min(length, COPY_STEP))
+        count = self.view.copy_range(source, source_offset, target, target_offset, min(length, COPY_STEP))
+        if count and self.ordinary(buf):
+            self.view.kill_privileges(target)
+        return count
 
     def copy_file_range(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply | None:
         count = self._copied(buf, n, nodeid)
