@@ -28,6 +28,7 @@ def apply_layer(
     options: ApplyOptions | None = None,
     log: BinaryIO | None = None,
     on_file: Callable[[bytes, str], object] | None = None,
+    on_inode: Callable[[int, str], object] | None = None,
     progress: Callable[[int, int], object] | None = None,
     tee: BinaryIO | None = None,
     diff_id: str | None = None,
@@ -46,6 +47,8 @@ def apply_layer(
         log: gets the header log, with which :func:`cowfs.archive.rebuild` reproduces the archive.
         on_file: called with (path, sha256 in hex) for regular files as they are written; a path may come
             twice, the last one counts. Without it no file is hashed. Sparse files that are mostly holes are left out.
+        on_inode: called with (inode number, sha256 in hex) for regular files, "" for those that are not hashed; what is
+            said last of an inode is true of it, whatever its names.
         progress: called with (bytes read of ``stream``, members done) about once a MiB and at the end.
         tee: gets the stream's bytes as they were read, to keep the blob.
         diff_id, blob_digest: what the digests must be (``sha256:...``).
@@ -74,7 +77,8 @@ def apply_layer(
                 max_entries=options.max_entries,
             )
             done = _extract_all(
-                Extractor(root, FORMS.get(form), reader, options, lower=lower, log=writer, on_file=on_file),
+                Extractor(root, FORMS.get(form), reader, options, lower=lower, log=writer, on_file=on_file,
+                    on_inode=on_inode),
                 reader, source, progress,
             )  # fmt: skip
             source.finish()

@@ -63,6 +63,8 @@ class Extractor:
             links to files of it.
         log: gets the data that the finished layer no longer has.
         on_file: called with (path, sha256 hex) of each regular file whose data was hashed on the way.
+        on_inode: called with (inode number, sha256 hex) of each regular file, "" where it was not hashed: what
+            is said last of an inode is true of it, whatever its names.
     """
 
     def __init__(
@@ -75,9 +77,11 @@ class Extractor:
         lower: Tree | None = None,
         log: LogWriter | None = None,
         on_file: Callable[[bytes, str], object] | None = None,
+        on_inode: Callable[[int, str], object] | None = None,
     ) -> None:
         self._form, self._reader, self._options = form, reader, options
-        self._lower, self._log, self._on_file = lower, log, on_file
+        self._lower, self._log, self._on_file, self._on_inode = lower, log, on_file, on_inode
+        self._hash = on_file is not None or on_inode is not None
         self._uid, self._gid = os.geteuid(), os.getegid()
         self._owners = options.owners
         with os.scandir(target) as entries:
@@ -387,7 +391,7 @@ class Extractor:
         try:
             if member.segments is not None:
                 self._sparse(member, fd, path)
-            elif self._on_file is None:
+            elif not self._hash:
                 if member.stored:
                     for piece in self._reader.data():
                         _write(fd, piece)
@@ -396,7 +400,7 @@ class Extractor:
                 for piece in self._reader.data():
                     hasher.update(piece)
                     _write(fd, piece)
-                self._on_file(path, hasher.hexdigest())
+                self._hashed(fd, path, hasher.hexdigest())
             uid, gid, mtime = member.uid, member.gid, member.mtime
             if parent.inherits or member.xattrs is not None or self._owners != "fail":
                 if parent.inherits:
@@ -428,8 +432,14 @@ class Extractor:
         for _ in pieces:  # nothing is left but the check that nothing is missing
             pass
         os.truncate(fd, member.size)
-        if self._on_file is not None and member.size <= 4 * member.stored + (1 << 20):
-            self._on_file(path, _digest_of(fd))
+        if self._hash:
+            self._hashed(fd, path, _digest_of(fd) if member.size <= 4 * member.stored + (1 << 20) else "")
+
+    def _hashed(self, fd: int, path: bytes, digest: str) -> None:
+        if self._on_file is not None and digest:
+            self._on_file(path, digest)
+        if self._on_inode is not None:
+            self._on_inode(os.fstat(fd).st_ino, digest)
 
     def _hardlink(self, member: Member, parent: Dir, name: bytes, path: bytes) -> None:
         options = self._options
@@ -481,6 +491,7 @@ class Extractor:
         try:
             for data in lower.read(path):
                 _write(fd, memoryview(data))
+            self._hashed(fd, path, "")
             self._attributes(fd, st.uid, st.gid, stat.S_IMODE(st.mode), "file", lower.xattrs(path), regroup=True)
             os.utime(fd, ns=(st.mtime, st.mtime))
         finally:
