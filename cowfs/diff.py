@@ -116,6 +116,8 @@ class _Walk:
             self.merged.close()
 
     def _run(self) -> Iterator[Change]:
+        from cowfs.union.node import Dir
+
         what = self._differences(self.lower.root, self.merged.root)
         if what:
             yield Change(path=b"", kind="changed", type="dir", what=what)
@@ -136,8 +138,8 @@ class _Walk:
                 what = self._differences(before, after)
                 if what:
                     yield self._change(self.merged, path, "changed", after, what)
-            if _is_dir(after):
-                stack.append(self._below(path, before if _is_dir(before) else None, after, plain))
+            if isinstance(after, Dir):
+                stack.append(self._below(path, before if isinstance(before, Dir) else None, after, plain))
 
     def _below(
         self, path: bytes, before: Dir | None, after: Dir, plain: bool
@@ -230,10 +232,6 @@ class _Walk:
                 return False
             offset += count
         return True
-
-
-def _is_dir(node: Any) -> bool:
-    return hasattr(node, "children")
 
 
 def _xattrs(view: View, node: Node) -> dict[bytes, bytes]:

@@ -33,6 +33,9 @@ __all__ = ["MountHandle", "MountStatus", "attach", "make_spec", "mount", "mounts
 PathLike = str | os.PathLike[str]
 
 
+_NOTHING, _NO_LIMIT = Usage(), Limit()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MountStatus:
     """One mount of cowfs, as it is now.
@@ -53,8 +56,8 @@ class MountStatus:
     layers: tuple[str, ...] = ()
     upper: str | None = None
     readonly: bool = False
-    usage: Usage = Usage()
-    limit: Limit = Limit()
+    usage: Usage = _NOTHING
+    limit: Limit = _NO_LIMIT
     pid: int | None = None
     started: int = 0
     socket: str = ""
@@ -400,7 +403,7 @@ def mounts() -> list[MountStatus]:
     for entry in mountpoint.cowfs_mounts():
         where = os.fsdecode(entry.target)
         if where not in found:
-            found[where] = MountStatus(mountpoint=where, alive=not mountpoint.is_dead(where), details={})
+            found[where] = MountStatus(mountpoint=where, alive=not mountpoint.is_dead(where, entry), details={})
     return [found[where] for where in sorted(found)]
 
 
@@ -461,14 +464,14 @@ def umount(target: PathLike, *, lazy: bool = False, force: bool = False, socket:
     if entry is not None and socket is None:
         socket = control.socket_of(entry.dev)
     if socket is None or force:
-        mountpoint.detach(where, lazy=lazy, force=force or mountpoint.is_dead(where))
+        mountpoint.detach(where, lazy=lazy, force=force or mountpoint.is_dead(where, entry))
         return
     try:
         connection = control.connect(socket)
     except OSError:
         if entry is None:
             raise NotFound(f"nothing is mounted at {path}", remedy="cowfs mounts lists what is") from None
-        mountpoint.detach(where, lazy=lazy, force=mountpoint.is_dead(where))
+        mountpoint.detach(where, lazy=lazy, force=mountpoint.is_dead(where, entry))
         _sweep(socket)
         return
     with connection:

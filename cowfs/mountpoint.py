@@ -10,6 +10,7 @@ import errno
 import os
 import stat
 
+from cowfs import control
 from cowfs.errors import CowfsError, FailedPrecondition, InvalidArgument, NotFound, Unsupported
 from cowfs.sys.mounts import MNT_DETACH, MNT_FORCE, UMOUNT_NOFOLLOW, MountInfo, mountinfo, umount
 
@@ -40,10 +41,21 @@ def find(path: str) -> MountInfo | None:
     return found[-1] if found else None
 
 
-def is_dead(path: str) -> bool:
-    """Whether a FUSE server is gone from here (ENOTCONN; ECONNABORTED while it ends)."""
+def is_dead(path: str, entry: MountInfo | None = None) -> bool:
+    """Whether the FUSE server of what is mounted here is gone (ENOTCONN; ECONNABORTED while it ends).
+
+    A server of ours that listens is not; that is asked first, since it cannot hang. Otherwise statfs(2) tells: stat(2) may
+    answer from the kernel's cache.
+    """
+    socket = control.socket_of(entry.dev) if entry is not None else None
+    if socket is not None:
+        try:
+            control.connect(socket).close()
+            return False
+        except OSError:
+            pass
     try:
-        os.stat(path)
+        os.statvfs(path)
     except OSError as error:
         return error.errno in (errno.ENOTCONN, errno.ECONNABORTED)
     return False
@@ -77,6 +89,9 @@ def prepare(path: str) -> str:
             raise InvalidArgument(f"the mount point is not a directory: {path}")
         entry = find(path)
         if entry is not None and entry.fstype in TYPES:
+            if is_dead(path, entry):
+                detach(os.fsdecode(entry.target), force=True)
+                continue
             raise FailedPrecondition(f"{path} is busy: cowfs is mounted there already", remedy=f"cowfs umount {path}")
         return os.path.realpath(path)
     raise FailedPrecondition(f"dead mounts at {path} cannot be cleared")

@@ -69,7 +69,7 @@ def start(spec: MountSpec) -> Started:
             os.close(reading)
             os.setsid()
             code = Server(spec, _Report(writing)).run()
-        except BaseException:
+        except BaseException:  # noqa: BLE001  (this process must end here, never return into the caller's code)
             import traceback
 
             traceback.print_exc()
@@ -225,6 +225,8 @@ class Server:
         self._listener: socket.socket | None = None
         self._wakeup: tuple[socket.socket, socket.socket] | None = None
         self._ending = threading.Event()
+        self._answers = threading.Condition()
+        self._answering = 0  # requests taken whose answer is not sent yet; guarded by _answers
 
     def call(self, function: Callable[[], Any]) -> Any:
         """Run a function in the thread that owns the view, between two requests."""
@@ -315,6 +317,8 @@ class Server:
                     os.unlink(self.log)
             except OSError:
                 pass
+        with self._answers:  # who asked for the unmount still waits for its answer
+            self._answers.wait_for(lambda: self._answering == 0, timeout=2.0)
 
     # -- ready -----------------------------------------------------------------------------------------------------
 
@@ -351,16 +355,14 @@ class Server:
         self.socket = os.path.join(control.run_directory(), name + control.SUFFIX)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            try:
-                os.unlink(self.socket)
-            except FileNotFoundError:
-                pass
+            unfinished = f"{self.socket}.{os.getpid()}"  # nobody may find a socket that does not listen yet
             before = os.umask(0o177)
             try:
-                listener.bind(self.socket)
+                listener.bind(unfinished)
             finally:
                 os.umask(before)
             listener.listen(16)
+            os.rename(unfinished, self.socket)
         except BaseException:
             listener.close()
             raise
@@ -426,10 +428,16 @@ class Server:
                     return
                 if not line:
                     return
+                with self._answers:
+                    self._answering += 1
                 try:
                     connection.sendall(control.encode(self._dispatch(line)))
                 except OSError:
                     return
+                finally:
+                    with self._answers:
+                        self._answering -= 1
+                        self._answers.notify_all()
 
     def _dispatch(self, line: bytes) -> dict[str, Any]:
         try:
@@ -446,7 +454,7 @@ class Server:
             return {"error": control.error_to(error)}
         except OSError as error:
             return {"error": control.error_to(CowfsError(f"{message['verb']}: {error.strerror or error}"))}
-        except Exception:
+        except Exception:  # noqa: BLE001  (a bug in one verb must not end the mount; it is logged and said)
             import traceback
 
             traceback.print_exc()

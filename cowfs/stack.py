@@ -210,6 +210,10 @@ def _limit_of(record: dict[str, object]) -> Limit:
     return Limit(bytes=number("size"), inodes=number("inodes"))
 
 
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
 def _write_record(place: str, layers: Sequence[str], upper: str, limit: Limit) -> None:
     import json
 
@@ -221,7 +225,7 @@ def _write_record(place: str, layers: Sequence[str], upper: str, limit: Limit) -
         "inodes": limit.inodes,
     }
     path = os.path.join(place, RECORD)
-    with open(f"{path}.new", "w", encoding="utf-8", errors="surrogateescape") as file:
+    with open(f"{path}.new", "w", encoding="utf-8", errors="surrogateescape", opener=_private) as file:
         json.dump(data, file, indent=1, ensure_ascii=False)
         file.write("\n")
         file.flush()
@@ -336,7 +340,7 @@ class Stack:
         return os.path.join(scratch, "upper"), os.path.join(scratch, "work"), scratch if spec.record else None
 
     def _check_upper(self, upper: str, work: str) -> None:
-        layers = {_identity(os.stat(layer)): layer for layer in self.spec.layers}
+        layers: dict[tuple[int, int] | None, str] = {_identity(os.stat(layer)): layer for layer in self.spec.layers}
         for path in _upwards(upper):
             inside = layers.get(_identity_at(path))
             if inside is not None:
@@ -597,7 +601,7 @@ def mark_volatile(work: str) -> None:
     """Write the marker that :func:`check_volatile` and the kernel honour."""
     directory = os.path.join(work, "work", "incompat", "volatile")
     os.makedirs(directory, mode=0o700, exist_ok=True)
-    with open(os.path.join(directory, "dirty"), "w", encoding="ascii") as file:
+    with open(os.path.join(directory, "dirty"), "w", encoding="ascii", opener=_private) as file:
         file.write(_boot_id() + "\n")
 
 
