@@ -117,7 +117,7 @@ class Driver(ABC):
 
     def directory(self, id: str) -> str:
         """The layer's directory, also while it is being made or deleted."""
-        return f"{self.root}/{id}" if id.startswith(("new-", "rm-")) else f"{self.root}/layers/{id}"
+        return f"{self.root}/{id}" if id.startswith(("new-", "rm-", "live-")) else f"{self.root}/layers/{id}"
 
     def tree(self, id: str) -> str:
         """The directory inside it that holds the tree, or its changes."""
@@ -166,7 +166,7 @@ class Driver(ABC):
             Unsupported: this host, user or driver cannot do the type asked for.
         """
 
-    def freeze(self, id: str) -> None:
+    def freeze(self, id: str) -> None:  # noqa: B027 - a driver may have nothing to do
         """Nothing will be written any more; drop what only a writer needs."""
 
     def remove(self, id: str) -> None:
@@ -189,5 +189,5 @@ class Driver(ABC):
             return [f"layer {id} has no tree: {self.tree(id)}"]
         return []
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - likewise
         """Let go of whatever is open. Idempotent."""

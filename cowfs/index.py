@@ -77,11 +77,11 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tag:
-    """A name for an image: the top snapshot of its chain, and its configuration."""
+    """A name for an image: the top snapshot of its chain, and its configuration (JSON, "" for a plain tree)."""
 
     name: str
     target: str
-    config: Mapping[str, object]
+    config: str
     created: int
 
 
@@ -427,6 +427,16 @@ class Index:
                 below: bytes = row[0]
                 todo += [below[at : at + 32] for at in range(0, len(below), 32)]
 
+    def reserve(self) -> int:
+        """A number for a snapshot that is to be inserted later under it; never given twice."""
+        with self.write() as connection:
+            bump = "UPDATE sqlite_sequence SET seq = seq + 1 WHERE name = 'snapshots' RETURNING seq"
+            row = connection.execute(bump).fetchone()
+            if row is None:
+                connection.execute("INSERT INTO sqlite_sequence (name, seq) VALUES ('snapshots', 0)")
+                row = connection.execute(bump).fetchone()
+            return int(row[0])
+
     # ------------------------------------------------------------------- tags
 
     def tag(self, name: str) -> Tag | None:
@@ -446,4 +456,4 @@ class Index:
                 .fetchall()
             )
         for name, target, config, created in found:
-            yield Tag(name=name, target=target, config=json.loads(config), created=created)
+            yield Tag(name=name, target=target, config=config, created=created)

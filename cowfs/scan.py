@@ -66,11 +66,13 @@ class Scanned:
         root: the root entry of the merged tree.
         usage: what the layer holds itself.
         pending: the records that are new.
+        latest: the latest ctime in the layer, nanoseconds: when it was last changed in any way.
     """
 
     root: Pair
     usage: Usage
     pending: Pending
+    latest: int
 
 
 def locate(records: Records, root: Pair | None, path: bytes) -> tuple[Pair | None, bytes]:
@@ -146,6 +148,7 @@ class _Scan:
         self.known = known
         self.units = 0
         self.inodes = 0
+        self.latest = 0
         self.counted: set[int] = set()  # inodes with several names
 
     def run(self) -> Scanned:
@@ -174,12 +177,15 @@ class _Scan:
                             os.close(old.fd)
                             old.fd = -1
                 else:
-                    self.file(frame, child[0], os.stat(child[0], dir_fd=frame.fd, follow_symlinks=False))
+                    st = os.stat(child[0], dir_fd=frame.fd, follow_symlinks=False)
+                    if st.st_ctime_ns > self.latest:
+                        self.latest = st.st_ctime_ns
+                    self.file(frame, child[0], st)
         finally:
             for frame in stack:
                 if frame.fd >= 0:
                     os.close(frame.fd)
-        return Scanned(pair, Usage(bytes=self.units * space.UNIT, inodes=self.inodes), self.pending)
+        return Scanned(pair, Usage(bytes=self.units * space.UNIT, inodes=self.inodes), self.pending, self.latest)
 
     def enter(self, above: _Frame | None, name: bytes, fd: int) -> _Frame:
         raise NotImplementedError
@@ -258,6 +264,7 @@ class _Delta(_Scan):
 
     def enter(self, above: _Frame | None, name: bytes, fd: int) -> _Frame:
         st = os.fstat(fd)
+        self.latest = max(self.latest, st.st_ctime_ns)
         stored = xattr.read_all(fd, b"")
         form = self.form
         path = join(above.path, name) if above is not None else b""
@@ -344,6 +351,7 @@ class _Full(_Scan):
 
     def enter(self, above: _Frame | None, name: bytes, fd: int) -> _Frame:
         st = os.fstat(fd)
+        self.latest = max(self.latest, st.st_ctime_ns)
         stored = xattr.read_all(fd, b"")
         path = join(above.path, name) if above is not None else b""
         pair = above.lower(self.pending, name) if above is not None else self.base

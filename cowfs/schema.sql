@@ -41,7 +41,7 @@ CREATE TABLE records (
 CREATE TABLE tags (
     name    TEXT PRIMARY KEY,
     target  INTEGER NOT NULL REFERENCES snapshots (num),
-    config  TEXT NOT NULL,              -- JSON object: the image's configuration, {} for a plain tree
+    config  TEXT NOT NULL,              -- the image's configuration, byte for byte; '' for a plain tree
     created INTEGER NOT NULL
 ) WITHOUT ROWID;
 

@@ -330,7 +330,7 @@ def root_digest(storage_half: bytes) -> bytes:
 
 class _Chunk(NamedTuple):
     first: bytes
-    count: int
+    size: int
     ref: Ref
 
 
@@ -374,7 +374,7 @@ def _leaf(pending: Pending, names: Iterable[bytes], pairs: Mapping[bytes, Pair])
 def _list(pending: Pending, chunks: list[_Chunk]) -> Ref:
     parts = [_LIST.pack(b"L", len(chunks))]
     for chunk in chunks:
-        parts += (_CHUNK.pack(chunk.count, *chunk.ref, len(chunk.first)), chunk.first)
+        parts += (_CHUNK.pack(chunk.size, *chunk.ref, len(chunk.first)), chunk.first)
     content = hashlib.sha256(b"L" + b"".join([chunk.ref.content for chunk in chunks])).digest()
     return Ref(pending.add(b"".join(parts), b"".join([chunk.ref.storage for chunk in chunks])), content)
 
@@ -452,7 +452,7 @@ def edit(pending: Pending, storage: bytes, edits: Mapping[bytes, Pair | None]) -
             before = done.pop()
             pairs.update(_split(pending.record(before.ref.storage)))
         done += _cut(pending, pairs)
-    if sum(chunk.count for chunk in done) > CHUNK_ABOVE:
+    if sum(chunk.size for chunk in done) > CHUNK_ABOVE:
         return _list(pending, done)
     everything: dict[bytes, Pair] = {}
     for chunk in done:
@@ -587,8 +587,9 @@ class _Names(Mapping[bytes, Seen]):
                 remedy="run 'cowfs check'",
             )
         return Seen(
-            entry.mode >> 12, entry.mode, entry.uid, entry.gid, entry.size, entry.mtime_ns, entry.ino, entry.blocks,
-            entry.rdev, entry.nlink, entry.target, dict(entry.xattrs), layer, path, handle, entry.flags,
+            entry.mode >> 12, entry.mode, entry.uid, entry.gid, entry.size if handle is None else 4096, entry.mtime_ns,
+            entry.ino, entry.blocks, entry.rdev, entry.nlink, entry.target, dict(entry.xattrs), layer, path,
+            handle, entry.flags,
         )  # fmt: skip
 
 

@@ -19,7 +19,8 @@ import json
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -210,8 +211,8 @@ class StoreCore:
             # A view of a whole layer is mounted from the parent itself: nothing is copied.
             copied = [] if kind is Kind.VIEW and self.driver.whole else chain
             base = self.driver.create(layer.staged, copied, limit)
-            if self.driver.whole and copied:
-                os.close(os.open(f"{self.driver.directory(layer.staged)}/{layers.COPIED}", os.O_CREAT | os.O_WRONLY, 0o600))
+            if self.driver.whole and chain:
+                layers.mark_copied(self.driver, layer.staged, chain[0], only_root=not copied)
             point("create.filled")
             point("create.synced")
             try:
@@ -300,9 +301,6 @@ class StoreCore:
         *,
         labels: Mapping[str, str] | None = None,
         digests: bool = False,
-        known: scan.KnownDigest | None = None,
-        diff_id: str | None = None,
-        chain_id: str | None = None,
     ) -> Row:
         check_name(name)
         check_labels(labels or {})
@@ -311,13 +309,10 @@ class StoreCore:
             self._free(name)
         with layers.hold(self.driver, row, "commit"):
             row = self._active(key, row.num)
-            if diff_id is None:
-                diff_id, chain_id = self._came_from_archive(row)
             self.driver.freeze(row.id)
             point("commit.frozen")
-            if known is None:
-                known = layers.KeptDigests.load(self.driver, row.id, compute=digests)
-            scanned = self._scan(row, known)
+            scanned = self._scan(row, layers.KeptDigests.load(self.driver, row.id, compute=digests))
+            diff_id, chain_id = self._archive_of(row, scanned)
             point("commit.scanned")
             if self.driver.fsync:
                 trees.sync_tree(self.driver.tree(row.id))
@@ -348,7 +343,8 @@ class StoreCore:
         point("commit.committed")
         return self.index.get(name)
 
-    def _came_from_archive(self, row: Row) -> tuple[str | None, str | None]:
+    def _archive_of(self, row: Row, scanned: scan.Scanned) -> tuple[str | None, str | None]:
+        """(diff id, chain id) of a layer that is exactly what one archive made it."""
         return None, None
 
     def _active(self, key: str, num: int | None = None) -> Row:
@@ -362,20 +358,23 @@ class StoreCore:
 
     def _scan(self, row: Row, known: scan.KnownDigest | None = None) -> scan.Scanned:
         """Read a layer over its parent's tree."""
-        base = self.index.by_num(row.parent).root if row.parent is not None else None
-        fd = os.open(self.driver.tree(row.id), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        parent = self.index.by_num(row.parent) if row.parent is not None else None
+        return self._scan_at(row.id, row.num, parent, known, row.base)
+
+    def _scan_at(
+        self, id: str, num: int, parent: Row | None, known: scan.KnownDigest | None, copied: Usage
+    ) -> scan.Scanned:
+        base = parent.root if parent is not None else None
+        form = self.driver.form
+        fd = os.open(self.driver.tree(id), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             if not self.driver.whole:
-                return scan.scan_delta(
-                    fd, num=row.num, form=self.driver.form, base=base, records=self.index, known=known
-                )
-            same = layers.Unchanged(self.driver, self.index, row, fd)
-            scanned = scan.scan_full(
-                fd, num=row.num, form=self.driver.form, base=base, records=self.index, same=same, known=known
-            )
-            whole, copied = scanned.usage, row.base
+                return scan.scan_delta(fd, num=num, form=form, base=base, records=self.index, known=known)
+            same = layers.Unchanged(self.driver, self.index, id, fd)
+            scanned = scan.scan_full(fd, num=num, form=form, base=base, records=self.index, same=same, known=known)
+            whole = scanned.usage
             usage = Usage(bytes=max(0, whole.bytes - copied.bytes), inodes=max(0, whole.inodes - copied.inodes))
-            return scan.Scanned(scanned.root, usage, scanned.pending)
+            return replace(scanned, usage=usage)
         finally:
             os.close(fd)
 
@@ -600,13 +599,13 @@ class StoreCore:
 
     # --------------------------------------------------------------------- tags
 
-    def tag(self, name: str, target: str, *, config: Mapping[str, object] | None = None, move: bool = True) -> Tag:
+    def tag(self, name: str, target: str, *, config: str | None = None, move: bool = True) -> Tag:
         """Name a committed snapshot (once more).
 
         Args:
             name: the tag.
             target: a committed snapshot, or a tag.
-            config: the image's configuration, kept with the tag.
+            config: the image's configuration, a JSON document kept with the tag as it is.
             move: whether a tag of that name may be moved here.
 
         Raises:
@@ -623,10 +622,10 @@ class StoreCore:
             had = self.index.tag(name)
             if had is not None and not move:
                 raise AlreadyExists(f"the tag {name!r} exists", remedy=f"cowfs rm {name} drops it")
-            kept = config if config is not None else had.config if had is not None and had.target == row.name else {}
+            kept = config if config is not None else had.config if had is not None and had.target == row.name else ""
             connection.execute(
                 "INSERT OR REPLACE INTO tags VALUES (?, ?, ?, ?)",
-                (name, row.num, json.dumps(kept, sort_keys=True), time.time_ns()),
+                (name, row.num, kept, time.time_ns()),
             )
         tag = self.index.tag(name)
         assert tag is not None
@@ -687,6 +686,3 @@ def _taken(name: str) -> AlreadyExists:
 def _a(kind: Kind) -> str:
     return {Kind.ACTIVE: "active", Kind.VIEW: "a view", Kind.COMMITTED: "committed"}[kind]
 
-
-Progress = Callable[[str, int, int], None]
-Names = Sequence[str]

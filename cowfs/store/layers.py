@@ -11,7 +11,6 @@ import errno
 import fcntl
 import hashlib
 import os
-import stat
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,11 +19,11 @@ from cowfs.driver import Driver
 from cowfs.errors import Corrupt, FailedPrecondition
 from cowfs.index import Index, Row
 from cowfs.stack import _lock_holder
-from cowfs.sys import files
+from cowfs.sys import files, trees
 from cowfs.sys.mounts import mountinfo
 from cowfs.tree import Entry
 
-__all__ = ["KeptDigests", "SameData", "Unchanged", "file_digest", "hold", "user_of"]
+__all__ = ["KeptDigests", "SameData", "Unchanged", "file_digest", "hold", "kernel_mount_of", "mark_copied", "user_of"]
 
 KEPT = "cowfs-digests"
 _RECORD = struct.Struct("<QQ32s")  # inode, ctime in ns, digest
@@ -96,6 +95,19 @@ def kernel_mount_of(tree: str) -> str | None:
     return None
 
 
+def mark_copied(driver: Driver, id: str, parent: str, *, only_root: bool) -> None:
+    """Note that a whole layer is as it was copied; of a view, which copies nothing, only the root is."""
+    if only_root:
+        src = os.open(driver.tree(parent), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        dst = os.open(driver.tree(id), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            trees.copy_attributes(src, dst, os.fstat(src))
+        finally:
+            os.close(src)
+            os.close(dst)
+    os.close(os.open(f"{driver.directory(id)}/{COPIED}", os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+
+
 def file_digest(fd: int) -> bytes:
     """SHA-256 of an open file's data."""
     digest = hashlib.sha256()
@@ -150,23 +162,21 @@ class KeptDigests:
         return cls(known, driver.tree(id), compute=compute)
 
     @staticmethod
-    def save(driver: Driver, id: str, digests: dict[bytes, bytes]) -> None:
-        """Keep digests, given by path; the paths are looked at now."""
-        root = os.open(driver.tree(id), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            with open(f"{driver.directory(id)}/{KEPT}", "ab") as file:
-                for path, digest in digests.items():
-                    try:
-                        st = os.stat(path, dir_fd=root, follow_symlinks=False)
-                    except FileNotFoundError:
-                        continue
-                    if stat.S_ISREG(st.st_mode):
-                        file.write(_RECORD.pack(st.st_ino, st.st_ctime_ns, digest))
-                file.flush()
-                if driver.fsync:
-                    os.fsync(file.fileno())
-        finally:
-            os.close(root)
+    def save(driver: Driver, id: str, digests: dict[int, bytes]) -> None:
+        """Keep digests, given by inode, after an apply; those kept before stay where the inode is not named.
+
+        The ctimes are taken now, by a walk of the layer.
+        """
+        found: list[bytes] = []
+        with open(f"{driver.directory(id)}/{KEPT}", "ab") as file:
+            for st in trees.walk_files(driver.tree(id)):
+                digest = digests.get(st.st_ino)
+                if digest:
+                    found.append(_RECORD.pack(st.st_ino, st.st_ctime_ns, digest))
+            file.write(b"".join(found))
+            file.flush()
+            if driver.fsync:
+                os.fsync(file.fileno())
 
 
 class SameData:
@@ -219,11 +229,11 @@ class Unchanged:
     touched since: nobody can set a ctime. What is not clearly older is compared.
     """
 
-    def __init__(self, driver: Driver, index: Index, row: Row, fd: int) -> None:
+    def __init__(self, driver: Driver, index: Index, id: str, fd: int) -> None:
         self._data = SameData(driver, index)
         self._fd = fd
         try:
-            self._cut = os.stat(f"{driver.directory(row.id)}/{COPIED}").st_ctime_ns
+            self._cut = os.stat(f"{driver.directory(id)}/{COPIED}").st_ctime_ns
         except FileNotFoundError:
             self._cut = 0
 

@@ -110,9 +110,7 @@ class MountVerbs(StoreCore):
         id, *parents = [id for _, id in self.index.chain(row.num)]
         readonly = row.kind is Kind.VIEW
         if self.driver.whole:
-            if readonly and parents:
-                id = parents[0]
-            parents = []
+            parents = parents[:1] if readonly else []
         layers = [self.driver.tree(parent) for parent in reversed(parents)] or [f"{self.root}/empty"]
         words = tuple(more.pop("options", ()))
         return MountSpec(

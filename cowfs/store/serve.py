@@ -8,8 +8,9 @@ store that was moved still mounts, and the lower layers are never scanned.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from cowfs.errors import NotFound
 from cowfs.index import Index, Row
@@ -19,6 +20,7 @@ from cowfs.union import View, space
 if TYPE_CHECKING:
     from cowfs.stack import Stack
     from cowfs.union import Options
+    from cowfs.union.options import TreeIndex
 
 __all__ = ["FACTORY", "view"]
 
@@ -40,25 +42,24 @@ def view(stack: Stack, options: Options) -> View:
     if row is None:
         raise NotFound(f"the index of {root} does not know the layer {id}")
     form = index.meta("form") or "auto"
-    if row.base.inodes or row.parent is None or _is_whole(stack, root):
-        made = View(stack.lowers, stack.upper, stack.work, options=replace(options, form=form))
-        if made.upper is not None and row.base.inodes and not made.readonly:
-            made.space = space.Space(made)
-            made.space.add(-(row.base.bytes // space.UNIT), -row.base.inodes)
-            made.set_limit(stack.limit)
-        return made
-    tree = _lower(index, row)
-    return View(stack.lowers, stack.upper, stack.work, options=replace(options, form=form, index=tree))
+    tree = _lower(index, row, stack.lowers, root)
+    made = View(stack.lowers, stack.upper, stack.work, options=replace(options, form=form, index=tree))
+    if row.base.inodes and not made.readonly:
+        # a whole layer: what was copied is neither use nor limit
+        made.space = space.Space(made)
+        made.space.add(-(row.base.bytes // space.UNIT), -row.base.inodes)
+        made.set_limit(stack.limit)
+    return made
 
 
-def _is_whole(stack: Stack, root: str) -> bool:
-    """Whether nothing but the empty directory is beneath: a layer that is an entire tree."""
-    return list(stack.lowers) == [f"{root}/empty"]
-
-
-def _lower(index: Index, row: Row) -> IndexTree | None:
+def _lower(index: Index, row: Row, lowers: Sequence[str], root: str) -> TreeIndex | None:
+    """The tree beneath, if the lowers are exactly the layers that its records refer to."""
     parent = index.by_num(row.parent) if row.parent is not None else None
     if parent is None or parent.root is None:
         return None
-    nums = [num for num, _ in index.chain(parent.num)]
-    return IndexTree(index, parent.root, {num: len(nums) - 1 - place for place, num in enumerate(nums)})
+    chain = index.chain(parent.num)
+    if list(lowers) != [f"{root}/layers/{id}/fs" for _, id in chain]:
+        return None
+    bottom = len(chain) - 1
+    tree: Any = IndexTree(index, parent.root, {num: bottom - place for place, (num, _) in enumerate(chain)})
+    return cast("TreeIndex", tree)

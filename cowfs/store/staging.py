@@ -148,11 +148,10 @@ def sweep(driver: Driver, index: Index, *, everything: bool = False) -> list[str
             fd = _lock(f"{root}/{name}")
             if fd is None:
                 continue
-            if id in known:
-                if not os.path.isdir(driver.directory(id)):
-                    os.rename(f"{root}/{name}", driver.directory(id))
-                    os.close(fd)
-                    continue
+            if id in known and not os.path.isdir(driver.directory(id)):
+                os.rename(f"{root}/{name}", driver.directory(id))
+                os.close(fd)
+                continue
             doomed.append((name, fd))
         if everything:
             for id in os.listdir(f"{root}/layers"):

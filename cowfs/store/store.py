@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from cowfs.store.mounts import MountVerbs
+from cowfs.store.images import ImageVerbs
 
 __all__ = ["Store"]
 
 
-class Store(MountVerbs):
+class Store(ImageVerbs):
     """A store of snapshots in one directory. Make it with :meth:`open`.
 
     >>> with Store.open("/tmp/store") as store:  # doctest: +SKIP

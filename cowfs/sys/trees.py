@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterator
 
 from cowfs.sys import files, xattr
 
-__all__ = ["copy_attributes", "copy_tree", "empty_tree", "remove_tree", "sync_tree"]
+__all__ = ["copy_attributes", "copy_tree", "empty_tree", "remove_tree", "sync_tree", "walk_files"]
 
 KEEP_OPEN = 128
 _DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -129,7 +130,7 @@ def copy_tree(source: str | bytes, target: str | bytes) -> None:
     stack = [(src, dst, _copy_files(src, dst, links), b"")]
     try:
         while True:
-            src, dst, below, name = stack[-1]
+            src, dst, below = stack[-1][:3]
             if below:
                 child = below.pop()
                 deeper = os.open(child, _DIR, dir_fd=src)
@@ -208,6 +209,15 @@ def _copy_file(src: int, dst: int, name: bytes, st: os.stat_result) -> None:
     if kind != stat.S_IFLNK:
         os.chmod(name, stat.S_IMODE(st.st_mode), dir_fd=dst)
     os.utime(name, ns=(st.st_atime_ns, st.st_mtime_ns), dir_fd=dst, follow_symlinks=False)
+
+
+def walk_files(path: str | bytes) -> Iterator[os.stat_result]:
+    """The stat of each regular file below a directory, in no order; no link is followed."""
+    for _, _, names, fd in os.fwalk(path, topdown=True, follow_symlinks=False):
+        for name in names:
+            st = os.stat(name, dir_fd=fd, follow_symlinks=False)
+            if stat.S_ISREG(st.st_mode):
+                yield st
 
 
 def sync_tree(path: str | bytes) -> None:

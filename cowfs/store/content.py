@@ -1,0 +1,89 @@
+"""A snapshot's tree as archives want to read it: attributes from the index, data from the layers.
+
+Strategy: nothing is mounted and no directory is listed. A path is looked up in the records; only a
+regular file's bytes are read, from the layer that the record names.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+from cowfs.archive import LowerStat
+from cowfs.scan import locate
+from cowfs.store.layers import SameData
+from cowfs.tree import Entry, Pair, Records, decode, entries
+
+__all__ = ["IndexedTree"]
+
+_CHUNK = 1 << 20
+
+
+class IndexedTree:
+    """A :class:`cowfs.archive.Tree` of one snapshot.
+
+    Args:
+        records: the index, or pending records over it.
+        root: the root entry.
+        data: opens files in layers.
+
+    Threads: one at a time.
+    """
+
+    def __init__(self, records: Records, root: Pair, data: SameData) -> None:
+        self._records = records
+        self._root = root
+        self._data = data
+
+    def _entry(self, path: bytes) -> tuple[Entry | None, bytes]:
+        pair, where = locate(self._records, self._root, path)
+        return (decode(pair) if pair is not None else None), where
+
+    def _must(self, path: bytes) -> tuple[Entry, bytes]:
+        entry, where = self._entry(path)
+        if entry is None:
+            raise FileNotFoundError(2, os.strerror(2), path)
+        return entry, where
+
+    def stat(self, path: bytes) -> LowerStat | None:
+        """Attributes, None where there is nothing."""
+        entry, _ = self._entry(path)
+        if entry is None:
+            return None
+        return LowerStat(
+            mode=entry.mode,
+            uid=entry.uid,
+            gid=entry.gid,
+            size=entry.size,
+            mtime=entry.mtime_ns,
+            rdev=entry.rdev,
+            nlink=max(1, entry.nlink),
+            ident=(entry.layer, entry.ino),
+        )
+
+    def names(self, path: bytes) -> list[bytes]:
+        """The entries of a directory."""
+        entry, _ = self._must(path)
+        if entry.ref is None:
+            raise NotADirectoryError(20, os.strerror(20), path)
+        return list(entries(self._records, entry.ref.storage))
+
+    def readlink(self, path: bytes) -> bytes:
+        """A symbolic link's target."""
+        return self._must(path)[0].target
+
+    def xattrs(self, path: bytes) -> dict[bytes, bytes]:
+        """Extended attributes as users see them."""
+        return dict(self._must(path)[0].xattrs)
+
+    def read(self, path: bytes) -> Iterator[bytes]:
+        """A regular file's bytes, in pieces."""
+        entry, where = self._must(path)
+        if not entry.size:
+            return
+        fd = self._data.open(entry.layer, where)
+        try:
+            while data := os.read(fd, _CHUNK):
+                yield data
+        finally:
+            os.close(fd)
