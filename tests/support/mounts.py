@@ -148,7 +148,7 @@ def mounted(
             if work is not None:
                 options.setdefault("work", work)
             if readonly:
-                options.update(upper=None, read_only=True)
+                options.update(upper=None, readonly=True)
                 options.pop("work", None)
             result.handle = stack.enter_context(
                 _cowfs().mount([str(p) for p in paths], str(target), frontend=impl, **options)
