@@ -17,6 +17,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import struct
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +61,6 @@ class Adapter:
             abi.FORGET: self.forget,
             abi.BATCH_FORGET: self.batch_forget,
             abi.GETATTR: self.getattr,
-            abi.SETATTR: self.setattr,
             abi.READLINK: self.readlink,
             abi.SYMLINK: self.symlink,
             abi.MKNOD: self.mknod,
@@ -88,6 +88,7 @@ class Adapter:
         name = bytes(buf[40 : n - 1])
         if buf[n - 1] or not name or 0 in name or 47 in name:
             raise codec.invalid("name")
+        node: Any
         parent = self.nodes.get(nodeid)
         if name == b"." or name == b"..":
             node = parent if parent is not None else self.view.revive(nodeid)
@@ -95,7 +96,7 @@ class Adapter:
                 node = self.view.parent(node)
         else:
             if parent is None:
-                parent = self.view.node(nodeid)
+                parent = self.view.directory(nodeid)
             node = self.view.child(parent, name)
             if node is None:
                 if len(name) > codec.NAME_MAX:
@@ -128,7 +129,7 @@ class Adapter:
         mode, rdev, umask, _ = abi.MKNOD_IN.unpack_from(buf, 40)
         if extensions:
             raise codec.invalid("extensions were not negotiated")
-        parent = self.nodes.get(nodeid) or self.view.node(nodeid)
+        parent = self.nodes.get(nodeid) or self.view.directory(nodeid)
         device = decode_dev(rdev) if rdev else 0
         node = self.view.mknod(parent, codec.name(buf, 56, n), mode, device, uid, gid, umask)
         node.nlookup += 1
@@ -142,7 +143,7 @@ class Adapter:
         if extensions:
             raise codec.invalid("extensions were not negotiated")
         return self._entry(
-            unique, self.view.mkdir(self.view.node(nodeid), codec.name(buf, 48, n), mode, uid, gid, umask)
+            unique, self.view.mkdir(self.view.directory(nodeid), codec.name(buf, 48, n), mode, uid, gid, umask)
         )
 
     def symlink(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply:
@@ -150,40 +151,40 @@ class Adapter:
         name, target = codec.name_and_text(buf, 40, n, codec.PATH_MAX - 1)
         if extensions:
             raise codec.invalid("extensions were not negotiated")
-        return self._entry(unique, self.view.symlink(self.view.node(nodeid), name, target, uid, gid))
+        return self._entry(unique, self.view.symlink(self.view.directory(nodeid), name, target, uid, gid))
 
     def link(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply:
         old = self.view.node(abi.LINK_IN.unpack_from(buf, 40)[0])
-        return self._entry(unique, self.view.link(old, self.view.node(nodeid), codec.name(buf, 48, n)))
+        return self._entry(unique, self.view.link(old, self.view.directory(nodeid), codec.name(buf, 48, n)))
 
     def tmpfile(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply:
         uid, gid, _pid, extensions = abi.CALLER.unpack_from(buf, 24)
         _flags, mode, umask, _ = abi.CREATE_IN.unpack_from(buf, 40)
         if extensions:
             raise codec.invalid("extensions were not negotiated")
-        node = self.view.tmpfile(self.view.node(nodeid), mode, uid, gid, umask)
+        node = self.view.tmpfile(self.view.directory(nodeid), mode, uid, gid, umask)
         entry = self._entry(unique, node)
         whole = entry[16:] + abi.OPEN_OUT.pack(0, abi.FOPEN_KEEP_CACHE, 0)
         return codec.payload(unique, whole)
 
     def unlink(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply:
-        self.view.unlink(self.nodes.get(nodeid) or self.view.node(nodeid), codec.name(buf, 40, n))
+        self.view.unlink(self.nodes.get(nodeid) or self.view.directory(nodeid), codec.name(buf, 40, n))
         return _OK(16, 0, unique)
 
     def rmdir(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply:
-        self.view.rmdir(self.view.node(nodeid), codec.name(buf, 40, n))
+        self.view.rmdir(self.view.directory(nodeid), codec.name(buf, 40, n))
         return _OK(16, 0, unique)
 
     def rename(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply:
         (target,) = abi.RENAME_IN.unpack_from(buf, 40)
         old, new = codec.two_names(buf, 48, n)
-        self.view.rename(self.view.node(nodeid), old, self.view.node(target), new, 0)
+        self.view.rename(self.view.directory(nodeid), old, self.view.directory(target), new, 0)
         return _OK(16, 0, unique)
 
     def rename2(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply:
         target, flags, _ = abi.RENAME2_IN.unpack_from(buf, 40)
         old, new = codec.two_names(buf, 56, n)
-        self.view.rename(self.view.node(nodeid), old, self.view.node(target), new, flags)
+        self.view.rename(self.view.directory(nodeid), old, self.view.directory(target), new, flags)
         return _OK(16, 0, unique)
 
     # -- listings -----------------------------------------------------------------------------
@@ -193,7 +194,7 @@ class Adapter:
         pack = abi.DIRENT.pack
         parts = [b""]
         used = 0
-        parent = self.view.node(nodeid)
+        parent = self.view.directory(nodeid)
         entry = self.view.entry
         for name, following in self.view.listing(parent, cookie):
             length = len(name)
@@ -212,7 +213,7 @@ class Adapter:
     def readdirplus(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply:
         _fh, cookie, room, *_ = abi.READ_IN.unpack_from(buf, 40)
         view = self.view
-        parent = view.node(nodeid)
+        parent = view.directory(nodeid)
         pack = abi.DIRENTPLUS.pack
         child, entry = view.child, view.entry
         parts = [b""]
@@ -244,11 +245,6 @@ class Adapter:
 
     def getattr(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply:
         node = self.nodes.get(nodeid) or self.view.node(nodeid)
-        return _ATTR(120, 0, unique, _FOREVER, 0, 0) + (node.attr or self.view.attr(node))
-
-    def setattr(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply:
-        node = self.nodes.get(nodeid) or self.view.node(nodeid)
-        self.apply(node, buf)
         return _ATTR(120, 0, unique, _FOREVER, 0, 0) + (node.attr or self.view.attr(node))
 
     def apply(self, node: Any, buf: memoryview) -> None:

@@ -302,9 +302,9 @@ class Session:
                 continue
             try:
                 if reply.__class__ is bytes:
-                    write(fd, reply)  # type: ignore[arg-type]
+                    write(fd, reply)
                 else:
-                    writev(fd, reply)  # type: ignore[arg-type]
+                    writev(fd, reply)
             except OSError as error:
                 self._unsent(opcode, reply, error)
 

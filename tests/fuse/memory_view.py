@@ -93,6 +93,11 @@ class MemoryView:
         except KeyError:
             raise fail(errno.ESTALE) from None
 
+    def directory(self, id: int) -> MemNode:
+        node = self.node(id)
+        self._children(node)
+        return node
+
     def revive(self, id: int) -> MemNode:
         node = self.forgotten.pop(id, None)
         if node is None:
