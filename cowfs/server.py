@@ -444,6 +444,8 @@ class Server:
             message = control.decode(line)
         except ValueError:
             return {"error": control.error_to(InvalidArgument("not a message of cowfs"))}
+        if message.get("verb") in ("freeze", "rollback"):
+            import cowfs.livemount  # noqa: F401 - registers them; most mounts never need it
         function = VERBS.get(str(message.get("verb")))
         if function is None:
             known = ", ".join(sorted(VERBS))

@@ -449,6 +449,33 @@ class Stack:
         os.chmod(upper, stat.S_IMODE(model.st_mode))
         os.utime(upper, ns=(model.st_atime_ns, model.st_mtime_ns))
 
+    def lock_more(self, *directories: str) -> list[int]:
+        """Lock directories that are about to become the writable pair; the locks are the caller's until
+        :meth:`switched`.
+
+        Raises:
+            FailedPrecondition: one is in use.
+        """
+        before = len(self._locks)
+        try:
+            for directory in directories:
+                self._lock(directory)
+        except BaseException:
+            for fd in self._locks[before:]:
+                os.close(fd)
+            del self._locks[before:]
+            raise
+        taken = self._locks[before:]
+        del self._locks[before:]
+        return taken
+
+    def switched(self, upper: str, work: str, locks: Sequence[int]) -> None:
+        """The writable pair is another one from now on; the former one is let go."""
+        for fd in self._locks:
+            os.close(fd)
+        self._locks = list(locks)
+        self.upper, self.work = upper, work
+
     def _lock(self, directory: str) -> None:
         import fcntl
 

@@ -1,0 +1,113 @@
+"""What a mount's server does for a snapshot of itself, and for the way back: the verbs ``freeze`` and ``rollback``.
+
+Order, for both:
+
+1. syncfs(2) on the mount, from this thread, so that what was stored through maps before is in the upper layer;
+2. in one call of the loop thread, so that no request is being answered: leave the mark in the new layer, switch;
+3. after a rollback: tell the kernel what is stale, from the notifier's thread.
+
+The *mark* (a file in the new layer's directory) is made before anything is written to the new layer. So whoever
+finds a half-done snapshot knows by it whether the new layer may hold something (:mod:`cowfs.store.live`).
+
+Threads: called in a connection's thread of the control socket, never in the loop.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from cowfs.errors import FailedPrecondition, NotFound
+from cowfs.server import Server, verb
+from cowfs.sys.files import syncfs
+
+if TYPE_CHECKING:
+    from cowfs.union.live import Stale
+    from cowfs.union.source import Layer
+
+__all__: list[str] = []
+
+_FLUSH_SECONDS = 10.0
+
+
+@verb("freeze")
+def _freeze(server: Server, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Freeze the upper layer and go on over ``upper`` and ``work``, whose directory will be called ``final``."""
+
+    def switch() -> None:
+        server.view.freeze(arguments["upper"], arguments["work"])
+
+    return {"stalled": _switch(server, arguments, switch)}
+
+
+@verb("rollback")
+def _rollback(server: Server, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Drop what is above the layer ``layer`` and go on over ``upper`` and ``work``."""
+    stale: list[Stale] = []
+
+    def switch() -> None:
+        stale.append(server.view.rollback(_layer(server, arguments["layer"]), arguments["upper"], arguments["work"]))
+
+    stalled = _switch(server, arguments, switch)
+    _tell_kernel(server, stale[0])
+    return {"stalled": stalled, "stale": len(stale[0].inodes)}
+
+
+def _layer(server: Server, path: str) -> Layer:
+    """The view's layer at ``path``; only in the loop thread."""
+    wanted = os.stat(path)
+    for layer in server.view.layers:
+        there = os.fstat(layer.root.open())
+        if (there.st_dev, there.st_ino) == (wanted.st_dev, wanted.st_ino):
+            return layer
+    raise NotFound(f"the mount at {server.spec.mountpoint} has no layer {path}")
+
+
+def _switch(server: Server, arguments: dict[str, Any], switch: Callable[[], None]) -> float:
+    """Steps 1 and 2; returns how long the loop was held, in seconds."""
+    stack = server.stack
+    if stack.upper is None or server.spec.readonly:
+        raise FailedPrecondition("a read-only mount has no snapshots")
+    if server.spec.io == "passthrough":
+        raise FailedPrecondition(
+            "writes pass the server with io=passthrough, so no instant can be told",
+            remedy="mount without --io passthrough",
+        )
+    fd = os.open(server.spec.mountpoint, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        syncfs(fd)
+    finally:
+        os.close(fd)
+    locks = stack.lock_more(arguments["upper"], arguments["work"])
+    mark = arguments["mark"]
+
+    def at_once() -> float:
+        begun = time.perf_counter()
+        os.close(os.open(mark, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        try:
+            switch()
+        except BaseException:
+            os.unlink(mark)
+            raise
+        return time.perf_counter() - begun
+
+    try:
+        held: float = server.call(at_once)
+    except BaseException:
+        for lock in locks:
+            os.close(lock)
+        raise
+    stack.switched(arguments["final_upper"], arguments["final_work"], locks)
+    return held
+
+
+def _tell_kernel(server: Server, stale: Stale) -> None:
+    notifier = server.session.notifier
+    for inode in stale.inodes:
+        notifier.inval_inode(inode)
+    notifier.inc_epoch()
+    for parent, name in stale.entries:
+        notifier.inval_entry(parent, name)
+    notifier.flush(_FLUSH_SECONDS)

@@ -1,0 +1,329 @@
+"""Snapshots of what is being written: snapshot, rollback, fork.
+
+A snapshot re-parents its key: the layer written so far becomes a committed snapshot, and the key goes on over a new,
+empty layer. When our server has the key mounted it switches layers itself, between two requests
+(:mod:`cowfs.livemount`); nobody's descriptors break.
+
+Order, so that a kill at any point leaves the state before or the state after:
+
+1. ``live-ID`` is made, filled and locked, with a note of what it is for;
+2. the server leaves its mark in it and switches (nothing was written to it before);
+3. one transaction writes the rows and renames it to ``layers/ID``.
+
+=========================  ==========================================================
+found at the next open     what :meth:`LiveVerbs.recover` does
+=========================  ==========================================================
+``live-ID``, locked        nothing: somebody is at it
+``live-ID``, no mark       deletes it: the state before
+``live-ID``, marked        carries on with step 3: the state after
+``live-ID``, a row         renames it: the transaction was committed
+=========================  ==========================================================
+
+The limit of a key counts what was written since prepare, so what its live snapshots hold is kept in the row as a
+negative base.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Self
+
+from cowfs import control
+from cowfs.errors import FailedPrecondition, InvalidArgument, Unsupported
+from cowfs.faults import point
+from cowfs.index import Index, Row
+from cowfs.livemark import MARK
+from cowfs.model import Info, Kind, Mount, Usage
+from cowfs.store import layers
+from cowfs.store.core import _taken
+from cowfs.store.names import check_labels, check_name, new_id
+from cowfs.store.staging import NEW, _lock, _make_locked, discard, fsync_directory
+from cowfs.store.upkeep import UpkeepVerbs
+from cowfs.sys import trees
+
+__all__ = ["LiveVerbs"]
+
+LIVE = "live-"
+NOTE = "cowfs-live.json"
+LABEL = "cowfs.snapshot-of"
+"""Label of snapshots made by :meth:`LiveVerbs.snapshot`: the key they were made of."""
+
+
+class _Switch(NamedTuple):
+    """What ``live-ID`` is for, as its note says."""
+
+    verb: str
+    num: int
+    name: str
+    labels: dict[str, str]
+
+
+class LiveVerbs(UpkeepVerbs):
+    """snapshot, rollback and fork."""
+
+    @classmethod
+    def open(cls, *args: Any, **options: Any) -> Self:
+        store = super().open(*args, **options)
+        store.recover()
+        return store
+
+    # -- snapshot -------------------------------------------------------------------------------
+
+    def snapshot(self, key: str, name: str, *, labels: Mapping[str, str] | None = None) -> Info:
+        """Make what an active snapshot holds now a committed one; the key goes on over it, mounted or not.
+
+        Args:
+            key: an active snapshot.
+            name: of the committed one.
+            labels: kept with it, beside ``cowfs.snapshot-of``.
+
+        Raises:
+            NotFound, AlreadyExists: as for :meth:`commit`.
+            FailedPrecondition: mounted by the kernel, read-only, or in use by another verb.
+            Unsupported: the driver keeps whole trees.
+        """
+        check_name(name)
+        check_labels(labels or {})
+        row = self._active(key)
+        self._free(name)
+        self._can_switch("snapshot")
+        switch = _Switch("snapshot", row.num, name, {**row.labels, **(labels or {}), LABEL: key})
+        self._switch(row, switch, [id for _, id in self.index.chain(row.num)], "freeze")
+        return self.index.get(name).info()
+
+    def rollback(self, key: str, name: str, *, keep: str | None = None) -> Info:
+        """Put an active snapshot, mounted or not, back to one of its ancestors; what is newer is discarded.
+
+        Args:
+            key: an active snapshot.
+            name: an ancestor, or a tag of one.
+            keep: make a snapshot of this name first.
+
+        Raises:
+            NotFound: no such key or name.
+            InvalidArgument: not an ancestor of the key.
+            FailedPrecondition: the mount reads layers above the ancestor from the index; unmount it first.
+        """
+        row = self._active(key)
+        ancestor = self.resolve(name)
+        if ancestor.num not in [num for num, _ in self.index.chain(row.parent)]:
+            raise InvalidArgument(f"{name!r} is not an ancestor of {key!r}", remedy=f"'cowfs log {key}' shows them")
+        self._can_switch("rollback")
+        if keep is not None:
+            self.snapshot(key, keep)
+            row = self._active(key)
+        switch = _Switch("rollback", row.num, ancestor.name, {})
+        chain = [id for _, id in self.index.chain(ancestor.num)]
+        self._switch(row, switch, chain, "rollback", layer=self.driver.tree(ancestor.id))
+        if not os.path.isdir(self.driver.directory(row.id)):
+            return self.index.get(key).info()
+        discard(self.driver, row.id)
+        return self.index.get(key).info()
+
+    def fork(self, name: str, *keys: str, **options: Any) -> dict[str, tuple[Mount, ...]]:
+        """Prepare many active snapshots of one parent; options as for :meth:`prepare`.
+
+        Returns:
+            Mount records by key.
+
+        Raises:
+            AlreadyExists: a key is taken; those before it in the list were made.
+        """
+        for key in keys:
+            self._free(key)
+        return {key: self.prepare(key, name, **options) for key in keys}
+
+    def _can_switch(self, verb: str) -> None:
+        if self.driver.whole:
+            raise Unsupported(
+                f"the driver {self.driver.name} keeps whole trees: no {verb}", remedy="use commit and prepare"
+            )
+
+    # -- the switch -----------------------------------------------------------------------------
+
+    def _switch(self, row: Row, switch: _Switch, parents: list[str], verb: str, **more: Any) -> None:
+        server = self._server_of(row)
+        if server is not None:
+            self._make_and_switch(row, switch, parents, server, verb, more)
+            return
+        with layers.hold(self.driver, row, switch.verb):
+            self._make_and_switch(row, switch, parents, None, verb, more)
+
+    def _make_and_switch(
+        self,
+        row: Row,
+        switch: _Switch,
+        parents: list[str],
+        server: dict[str, Any] | None,
+        verb: str,
+        more: dict[str, Any],
+    ) -> None:
+        id = new_id()
+        driver = self.driver
+        lock = _make_locked(driver.directory(NEW + id))
+        here = NEW + id
+        marked = False
+        try:
+            driver.create(here, parents, row.limit)
+            _write_note(driver.directory(here), switch)
+            os.rename(driver.directory(here), driver.directory(LIVE + id))
+            here = LIVE + id
+            point("switch.made")
+            if server is not None:
+                control.ask(
+                    server["socket"],
+                    verb,
+                    timeout=600.0,
+                    upper=driver.tree(here),
+                    work=driver.work(here),
+                    mark=os.path.join(driver.directory(here), MARK),
+                    final_upper=driver.tree(id),
+                    final_work=driver.work(id),
+                    **more,
+                )
+            else:
+                os.close(os.open(os.path.join(driver.directory(here), MARK), os.O_WRONLY | os.O_CREAT, 0o600))
+            marked = True
+            point("switch.done")
+            self._finish(id, switch)
+        except BaseException:
+            if not marked:
+                driver.remove(here)
+            raise
+        finally:
+            os.close(lock)
+
+    def _finish(self, id: str, switch: _Switch) -> None:
+        """Step 3: the rows, and the directory's final name."""
+        row = self.index.by_num(switch.num)
+        if switch.verb == "snapshot":
+            self._finish_snapshot(id, row, switch)
+        else:
+            self._finish_rollback(id, row, switch)
+        for name in (MARK, NOTE):
+            os.unlink(os.path.join(self.driver.directory(id), name))
+
+    def _finish_snapshot(self, id: str, row: Row, switch: _Switch) -> None:
+        scanned = self._scan(row, layers.KeptDigests.load(self.driver, row.id))
+        if self.driver.fsync:
+            trees.sync_tree(self.driver.tree(row.id))
+        now = time.time_ns()
+        base = Usage(bytes=row.base.bytes - scanned.usage.bytes, inodes=row.base.inodes - scanned.usage.inodes)
+        try:
+            with self.index.write() as connection:
+                Index.add_records(connection, scanned.pending.new)
+                connection.execute(
+                    "UPDATE snapshots SET name = ?, kind = 'committed', labels = ?, created = ?, updated = ?, bytes = ?,"
+                    " inodes = ?, root_content = ?, root_storage = ? WHERE num = ?",
+                    (
+                        switch.name,
+                        json.dumps(switch.labels, sort_keys=True),
+                        now,
+                        now,
+                        scanned.usage.bytes,
+                        scanned.usage.inodes,
+                        *scanned.root,
+                        row.num,
+                    ),
+                )
+                connection.execute(
+                    "INSERT INTO snapshots (id, name, kind, parent, depth, labels, created, updated, limit_bytes,"
+                    " limit_inodes, base_bytes, base_inodes) VALUES (?, ?, 'active', ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    (
+                        id,
+                        row.name,
+                        row.num,
+                        row.depth + 1,
+                        json.dumps(row.labels, sort_keys=True),
+                        row.created,
+                        now,
+                        row.limit.bytes,
+                        row.limit.inodes,
+                        base.bytes,
+                        base.inodes,
+                    ),
+                )
+                self._publish(id)
+        except sqlite3.IntegrityError:
+            raise _taken(switch.name) from None
+        point("switch.committed")
+
+    def _finish_rollback(self, id: str, row: Row, switch: _Switch) -> None:
+        ancestor = self.index.get(switch.name)
+        base = Usage()
+        for num, _ in self.index.chain(ancestor.num):
+            above = self.index.by_num(num)
+            if above.labels.get(LABEL) != row.name or above.usage is None:
+                break
+            base = Usage(bytes=base.bytes - above.usage.bytes, inodes=base.inodes - above.usage.inodes)
+        with self.index.write() as connection:
+            connection.execute(
+                "UPDATE snapshots SET id = ?, parent = ?, depth = ?, updated = ?, base_bytes = ?, base_inodes = ?"
+                " WHERE num = ?",
+                (id, ancestor.num, ancestor.depth + 1, time.time_ns(), base.bytes, base.inodes, row.num),
+            )
+            self._publish(id)
+        point("switch.committed")
+
+    def _publish(self, id: str) -> None:
+        """The final name, inside the transaction that writes the row."""
+        point("switch.recorded")
+        os.rename(self.driver.directory(LIVE + id), self.driver.directory(id))
+        if self.driver.fsync:
+            fsync_directory(f"{self.root}/layers")
+            fsync_directory(self.root)
+        point("switch.renamed")
+
+    # -- after a kill ---------------------------------------------------------------------------
+
+    def recover(self) -> None:
+        """Finish, or take back, what killed processes left half done. Called by :meth:`open`."""
+        for name in os.listdir(self.root):
+            if not name.startswith(LIVE):
+                continue
+            lock = _lock(os.path.join(self.root, name))
+            if lock is None:
+                continue
+            try:
+                self._recover(name.removeprefix(LIVE))
+            finally:
+                os.close(lock)
+
+    def _recover(self, id: str) -> None:
+        directory = self.driver.directory(LIVE + id)
+        if next(self.index.rows("s.id = ?", (id,)), None) is not None:
+            os.rename(directory, self.driver.directory(id))
+            return
+        switch = _read_note(directory)
+        if switch is None or not os.path.exists(os.path.join(directory, MARK)):
+            self.driver.remove(LIVE + id)
+            return
+        row = next(self.index.rows("s.num = ?", (switch.num,)), None)
+        if row is None or row.kind is not Kind.ACTIVE:
+            raise FailedPrecondition(
+                f"{directory} belongs to a snapshot that is no longer active", remedy="move it away and look into it"
+            )
+        former = row.id
+        self._finish(id, switch)
+        if switch.verb == "rollback":
+            discard(self.driver, former)
+
+
+def _write_note(directory: str, switch: _Switch) -> None:
+    path = os.path.join(directory, NOTE)
+    with open(path, "x", encoding="utf-8") as file:
+        json.dump(switch._asdict(), file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _read_note(directory: str) -> _Switch | None:
+    try:
+        with open(os.path.join(directory, NOTE), encoding="utf-8") as file:
+            return _Switch(**json.load(file))
+    except (OSError, ValueError, TypeError):
+        return None
