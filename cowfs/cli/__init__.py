@@ -38,7 +38,7 @@ class Command(NamedTuple):
     examples: tuple[str, ...]
 
 
-_MOUNTS, _ABOUT = "Mounts", "About"
+_MOUNTS, _SNAPSHOTS, _STORE, _ABOUT = "Mounts", "Snapshots", "Store", "About"
 
 VERBS: dict[str, Verb] = {
     "mount": Verb("cowfs.cli.mount", "mount a stack of layers as one tree", _MOUNTS),
@@ -47,6 +47,26 @@ VERBS: dict[str, Verb] = {
     "diff": Verb("cowfs.cli.show", "what an upper layer adds, changes and deletes", _MOUNTS),
     "usage": Verb("cowfs.cli.show", "bytes and inodes that an upper layer holds", _MOUNTS),
     "limit": Verb("cowfs.cli.mount", "show or change the limit of a mount, while it is mounted", _MOUNTS),
+    "import": Verb("cowfs.cli.storeio", "bring an image or a tree into the store", _SNAPSHOTS),
+    "run": Verb("cowfs.cli.storerun", "run a command in a fresh snapshot", _SNAPSHOTS),
+    "prepare": Verb("cowfs.cli.store", "make a writable snapshot", _SNAPSHOTS),
+    "view": Verb("cowfs.cli.store", "make a read-only snapshot", _SNAPSHOTS),
+    "commit": Verb("cowfs.cli.store", "make a snapshot immutable under a name", _SNAPSHOTS),
+    "rm": Verb("cowfs.cli.store", "remove snapshots and tags", _SNAPSHOTS),
+    "ls": Verb("cowfs.cli.store", "list snapshots", _SNAPSHOTS),
+    "tree": Verb("cowfs.cli.store", "which snapshot is based on which", _SNAPSHOTS),
+    "log": Verb("cowfs.cli.store", "a snapshot and its ancestors", _SNAPSHOTS),
+    "stat": Verb("cowfs.cli.store", "all about one snapshot", _SNAPSHOTS),
+    "label": Verb("cowfs.cli.store", "set and remove labels", _SNAPSHOTS),
+    "tag": Verb("cowfs.cli.store", "give a snapshot a tag", _SNAPSHOTS),
+    "images": Verb("cowfs.cli.store", "list tags with layers and size", _SNAPSHOTS),
+    "apply": Verb("cowfs.cli.storeio", "unpack a layer archive into a snapshot", _SNAPSHOTS),
+    "export": Verb("cowfs.cli.storeio", "write a snapshot out as image, tree or layer", _SNAPSHOTS),
+    "init": Verb("cowfs.cli.storekeep", "make a store", _STORE),
+    "info": Verb("cowfs.cli.storekeep", "driver, mounts and host, and why they were chosen", _STORE),
+    "df": Verb("cowfs.cli.storekeep", "what the store holds", _STORE),
+    "check": Verb("cowfs.cli.storekeep", "verify the store, and repair it", _STORE),
+    "gc": Verb("cowfs.cli.storekeep", "delete what nothing records", _STORE),
     "completion": Verb("cowfs.cli.completion", "completion for bash, zsh or fish", _ABOUT),
 }
 

@@ -30,6 +30,9 @@ def _configure_mount(parser: argparse.ArgumentParser) -> None:
         help="one directory of layers, or layers bottom first; then the mount point",
     )
     add("--layer", action="append", default=[], metavar="DIR", help="a layer; repeated, bottom first")
+    add("--key", metavar="KEY", help="instead of layers: an active snapshot or a view of the store")
+    add("--root", metavar="DIR", help="the store of KEY (default: $COWFS_ROOT, else /var/lib/cowfs or the user's data)")
+    add("--mount-type", choices=("fuse", "kernel"), default="fuse", help="of KEY: cowfs's own server, or the kernel's overlayfs")
     add("--upper", metavar="DIR", help="where changes go (default: LAYERS/.cowfs/upper, used again next time)")
     add("--work", metavar="DIR", help="work directory, on the same file system as the upper (default: beside it)")
     add("--ephemeral", action="store_true", help="an upper of its own, dropped at unmount")
@@ -118,7 +121,43 @@ def _spec(args: argparse.Namespace) -> MountSpec:
     )
 
 
+def _mount_key(args: argparse.Namespace) -> int:
+    """A snapshot of the store. Its limit is the one it was prepared with."""
+    from cowfs.cli.storeargs import open_store
+    from cowfs.mountpoint import resolve
+
+    refused = [name for name in ("layer", "upper", "work", "ephemeral", "size", "inodes") if getattr(args, name)]
+    if len(args.paths) != 1 or refused:
+        raise InvalidArgument(
+            "with --key there is one more argument, the mount point" + "".join(f"; no --{name}" for name in refused)
+        )
+    args.driver = "auto"
+    with open_store(args, create=False) as store:
+        if args.mount_type == "kernel":
+            store.mount(args.key, args.paths[0], mount_type="kernel")
+            return 0
+        words = [word for text in args.options for word in text.split(",")] + (["ro"] if args.read_only else [])
+        spec = store.spec(
+            args.key,
+            resolve(args.paths[0]),
+            volatile=args.volatile,
+            allow_other=args.allow_other,
+            io=args.io,
+            frontend=args.frontend,
+            uid_map=parse_map(args.uid_map),
+            gid_map=parse_map(args.gid_map),
+            options=[word for word in words if word],
+            max_nodes=args.max_nodes,
+            foreground=args.foreground,
+            trace=args.trace,
+            log=os.path.abspath(args.log) if args.log else "",
+        )
+    return serve(spec, as_json=args.json)
+
+
 def _mount(args: argparse.Namespace) -> int:
+    if args.key is not None:
+        return _mount_key(args)
     spec = _spec(args)
     return serve(spec, as_json=args.json)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from cowfs.cli import Command
+from cowfs.cli import Command, is_path
 from cowfs.cli.output import (
     Tree,
     change_as_json,
@@ -16,6 +16,7 @@ from cowfs.cli.output import (
     shown,
     size_or,
 )
+from cowfs.cli.storeargs import add_store, known_in_store, open_store
 from cowfs.errors import InvalidArgument, NotFound
 
 if TYPE_CHECKING:
@@ -31,13 +32,17 @@ if TYPE_CHECKING:
 
 def _configure_mounts(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
+    add("key", nargs="?", metavar="KEY", help="instead: how an active snapshot or a view of the store would be mounted")
+    add("--mount-type", choices=("kernel", "fuse"), help="of a KEY's records (default: what fits)")
     add("-q", "--quiet", action="store_true", help="mount points only")
-    add("--json", action="store_true", help="everything known, as JSON")
+    add_store(parser)
 
 
 def _mounts(args: argparse.Namespace) -> int:
     from cowfs import mounting
 
+    if args.key is not None:
+        return _records(args)
     found = mounting.mounts()
     if args.json:
         print_json([_mount_as_json(status) for status in found])
@@ -49,6 +54,19 @@ def _mounts(args: argparse.Namespace) -> int:
             ("MOUNT POINT", "LAYERS", "UPPER", "USED", "LIMIT", "INODES", "LIMIT", "PID"),
             [_mount_row(status) for status in found],
         )
+    return 0
+
+
+def _records(args: argparse.Namespace) -> int:
+    from cowfs.cli.store import mount_as_json, mount_line
+
+    with open_store(args, create=False) as store:
+        records = store.mounts(args.key, mount_type=args.mount_type)
+    if args.json:
+        print_json([mount_as_json(record) for record in records])
+    else:
+        for record in records:
+            print(mount_line(record))
     return 0
 
 
@@ -79,14 +97,36 @@ def _mount_as_json(status: MountStatus) -> dict[str, object]:
 
 def _configure_usage(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("mountpoint", metavar="MNT", help="mount point")
-    add("--json", action="store_true", help="as JSON")
+    add("mountpoint", metavar="MNT|KEY", help="a mount point, or a snapshot of the store")
+    add_store(parser)
 
 
 def _usage(args: argparse.Namespace) -> int:
     from cowfs import mounting
 
+    if not is_path(args.mountpoint) and known_in_store(args, args.mountpoint):
+        return _store_usage(args)
     return print_usage(mounting.attach(args.mountpoint), as_json=args.json)
+
+
+def _store_usage(args: argparse.Namespace) -> int:
+    with open_store(args, create=False) as store:
+        used, limit = store.usage(args.mountpoint), store.limit(args.mountpoint)
+    if args.json:
+        print_json(
+            {
+                "name": args.mountpoint,
+                "usage": {"bytes": used.bytes, "inodes": used.inodes},
+                "limit": {"bytes": limit.bytes, "inodes": limit.inodes},
+            }
+        )
+        return 0
+    rows = [
+        ("bytes", size_or(used.bytes), size_or(limit.bytes), _percent(used.bytes, limit.bytes)),
+        ("inodes", count_or(used.inodes), count_or(limit.inodes), _percent(used.inodes, limit.inodes)),
+    ]
+    print_table(("", "USED", "LIMIT", "USE%"), rows)
+    return 0
 
 
 def print_usage(handle: MountHandle, *, as_json: bool) -> int:
@@ -113,7 +153,9 @@ def _percent(used: int, limit: int | None) -> str:
 
 def _configure_diff(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("what", metavar="MNT|UPPER", help="a mount point, or an upper directory")
+    add("what", metavar="MNT|UPPER|A", help="a mount point, an upper directory, or a snapshot of the store")
+    add("other", nargs="?", metavar="B", help="another snapshot: what changed from A to B (default: from A's parent to A)")
+    add("--root", metavar="DIR", help="the store that A and B are in")
     add("--layer", action="append", default=[], metavar="DIR",
         help="a layer beneath an UPPER that cowfs has no record of; repeated, bottom first")  # fmt: skip
     form = parser.add_mutually_exclusive_group()
@@ -124,7 +166,16 @@ def _configure_diff(parser: argparse.ArgumentParser) -> None:
 
 
 def _diff(args: argparse.Namespace) -> int:
-    found = _changes(args.what, args.layer)
+    args.driver = "auto"
+    if args.other is not None or (not is_path(args.what) and known_in_store(args, args.what)):
+        if args.layer:
+            raise InvalidArgument("snapshots know their layers", remedy="leave out --layer")
+        with open_store(args, create=False) as store:
+            return _print_changes(args, store.diff(args.what, args.other))
+    return _print_changes(args, _changes(args.what, args.layer))
+
+
+def _print_changes(args: argparse.Namespace, found: Iterator[Change]) -> int:
     if args.quiet:
         return 1 if next(found, None) is not None else 0
     if args.json:
@@ -171,13 +222,13 @@ COMMANDS = {
         _configure_mounts,
         _mounts,
         "List the mounts of cowfs that this user can see, those whose server is gone included.",
-        ("cowfs mounts", "cowfs mounts --json | jq '.[].upper'"),
+        ("cowfs mounts", "cowfs mounts --json | jq '.[].upper'", "cowfs mounts work"),
     ),
     "usage": Command(
         _configure_usage,
         _usage,
         "Show what the upper layer of a mount holds: file data in units of 4 KiB, directories, large xattrs; and inodes.",
-        ("cowfs usage /mnt/rootfs", "cowfs usage /mnt/rootfs --json"),
+        ("cowfs usage /mnt/rootfs", "cowfs usage work --json"),
     ),
     "diff": Command(
         _configure_diff,
@@ -188,6 +239,7 @@ COMMANDS = {
             "cowfs diff /mnt/rootfs --stat",
             "cowfs diff layers/.cowfs/upper --json",
             "cowfs diff ./changes --layer base --layer python",
+            "cowfs diff app-v1 app-v2",
         ),
     ),
 }

@@ -1,0 +1,142 @@
+"""What the verbs over a store share: its options, opening it, paging, progress bars."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from cowfs.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    import argparse
+
+    from cowfs.store import Store
+
+ROOT = "COWFS_ROOT"
+
+
+def add_store(parser: argparse.ArgumentParser, *, json: bool = True) -> None:
+    """``--root``, ``--driver`` and ``--json``."""
+    add = parser.add_argument
+    add("--root", metavar="DIR", help=f"the store (default: ${ROOT}, else /var/lib/cowfs as root, else the user's data)")
+    add("--driver", default="auto", metavar="NAME", help="its backend, when the store is new (default: the best here)")
+    if json:
+        add("--json", action="store_true", help="as JSON")
+
+
+def open_store(args: argparse.Namespace, *, create: bool = True) -> Store:
+    """The store that the options or the environment name."""
+    from cowfs.store import Store
+
+    root = args.root or os.environ.get(ROOT) or None
+    fsync = os.environ.get("COWFS_FSYNC", "1") != "0"
+    return Store.open(root, driver=args.driver, create=create, fsync=fsync)
+
+
+def known_in_store(args: argparse.Namespace, name: str) -> bool:
+    """Whether the store, if there is one, has a snapshot or tag of this name."""
+    from cowfs.errors import NotFound
+
+    try:
+        with open_store(args, create=False) as store:
+            store.resolve(name)
+    except NotFound:
+        return False
+    return True
+
+
+def label_pairs(pairs: list[str]) -> dict[str, str | None]:
+    """Labels from ``K=V`` (set) and ``K=`` or ``K-`` (removed)."""
+    labels: dict[str, str | None] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals and pair.endswith("-"):
+            key, value = pair[:-1], ""
+        elif not equals:
+            raise InvalidArgument(f"not a label: {pair!r}", remedy="write KEY=VALUE, or KEY- to remove it")
+        labels[key] = value or None
+    return labels
+
+
+def set_labels(pairs: list[str]) -> dict[str, str]:
+    """Labels that are only set."""
+    return {key: value or "" for key, value in label_pairs(pairs).items()}
+
+
+@contextmanager
+def paged() -> Iterator[Callable[[str], None]]:
+    """A function that prints lines: through a pager when standard output is a terminal and one is there."""
+    pager = os.environ.get("PAGER") or "less"
+    program = shutil.which(pager.split()[0]) if pager else None
+    if not sys.stdout.isatty() or program is None or pager == "cat":
+        yield print
+        return
+    import subprocess
+
+    environment = {"LESS": "FRX", **os.environ}
+    with subprocess.Popen(pager.split(), stdin=subprocess.PIPE, text=True, errors="surrogateescape", env=environment) as process:
+        assert process.stdin is not None
+        pipe = process.stdin
+        try:
+            yield lambda line: print(line, file=pipe)
+            pipe.close()
+        except BrokenPipeError:
+            pass  # the reader quit
+
+
+class Bars:
+    """One line of progress on standard error, when that is a terminal; quiet otherwise.
+
+    Threads: may be called from several.
+    """
+
+    def __init__(self) -> None:
+        self.on = sys.stderr.isatty()
+        self._parts: dict[str, tuple[int, int]] = {}
+        self._next = 0.0
+        self._shown = False
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """``total`` is 0 where it is not known; bytes or counts alike."""
+        if not self.on:
+            return
+        self._parts[what] = (done, total)
+        now = time.monotonic()
+        if now < self._next:
+            return
+        self._next = now + 0.1
+        self._draw()
+
+    def _draw(self) -> None:
+        from cowfs.model import format_size
+
+        known = [part for part in self._parts.values() if part[1]]
+        done, total = sum(part[0] for part in known), sum(part[1] for part in known)
+        label = next(reversed(self._parts)) if len(self._parts) == 1 else f"{len(self._parts)} layers"
+        if total:
+            share = min(1.0, done / total)
+            bar = "#" * round(share * 30)
+            text = f"{label:.30} [{bar:<30}] {share:4.0%} {format_size(done) if total > 4096 else done}"
+        else:
+            text = f"{label:.30} {format_size(sum(part[0] for part in self._parts.values()))}"
+        sys.stderr.write("\r\x1b[K" + text[: shutil.get_terminal_size().columns - 1])
+        sys.stderr.flush()
+        self._shown = True
+
+    def __enter__(self) -> Bars:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._shown:
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
+
+
+def when(nanoseconds: int) -> str:
+    """A time for people, local."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(nanoseconds / 1e9))
