@@ -44,6 +44,9 @@ _DIR_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _HOST_ONLY = (b"security.selinux", b"security.ima", b"security.evm")
 
 
+_KEEP = (b"incompat",)  # the kernel's marks of volatile mounts; who mounts honours them (cowfs.stack)
+
+
 class WorkDir:
     """The work directory: temporary names, and the one whiteout inode.
 
@@ -62,7 +65,7 @@ class WorkDir:
         finally:
             os.close(outer)
         try:
-            clear(fd)
+            clear(fd, keep=_KEEP)
         except BaseException:
             os.close(fd)
             raise
@@ -75,7 +78,7 @@ class WorkDir:
     def close(self) -> None:
         """Remove what is left and close."""
         with contextlib.suppress(OSError):
-            clear(self.fd)
+            clear(self.fd, keep=_KEEP)
         self.source.close()
 
     def temp(self) -> bytes:
@@ -120,10 +123,12 @@ class WorkDir:
                 os.rmdir(name, dir_fd=self.fd)
 
 
-def clear(fd: int) -> None:
-    """Remove everything in an open directory, never following a link."""
+def clear(fd: int, keep: tuple[bytes, ...] = ()) -> None:
+    """Remove everything in an open directory but the names in ``keep``, never following a link."""
     for entry in os.listdir(fd):
         name = os.fsencode(entry)
+        if name in keep:
+            continue
         st = os.stat(name, dir_fd=fd, follow_symlinks=False)
         if not stat.S_ISDIR(st.st_mode):
             os.unlink(name, dir_fd=fd)
