@@ -83,11 +83,17 @@ def _own(view: View, parent: Dir, dirfd: int, name: bytes, mode: int, uid: int, 
             return
         uid, gid = owners.stored(uid, gid)
     st = os.stat(name, dir_fd=dirfd, follow_symlinks=False)
-    if uid in (-1, st.st_uid) and gid in (-1, st.st_gid):
-        return
-    os.chown(name, uid, gid, dir_fd=dirfd, follow_symlinks=False)
-    if st.st_mode & 0o6000 and not stat.S_ISLNK(st.st_mode):
-        os.chmod(name, stat.S_IMODE(st.st_mode), dir_fd=dirfd)
+    wrong = _mode_differs(parent, st, mode)
+    if uid not in (-1, st.st_uid) or gid not in (-1, st.st_gid):
+        os.chown(name, uid, gid, dir_fd=dirfd, follow_symlinks=False)
+        wrong = wrong or bool(st.st_mode & 0o6000)  # chown clears them
+    if wrong and not stat.S_ISLNK(mode):
+        os.chmod(name, stat.S_IMODE(mode), dir_fd=dirfd)
+
+
+def _mode_differs(parent: Dir, st: os.stat_result, mode: int) -> bool:
+    """Whether the process's umask took something away (a default ACL may)."""
+    return bool((st.st_mode ^ mode) & _PERM) and not parent.sources[0].default_acl
 
 
 def _added(view: View, parent: Dir, up: Source, name: bytes) -> None:
@@ -187,11 +193,12 @@ def _own_fd(view: View, parent: Dir, fd: int, mode: int, uid: int, gid: int) -> 
     if mode_of(attr) & stat.S_ISGID:
         gid = int.from_bytes(attr[72:76], "little")
     st = os.fstat(fd)
-    if st.st_uid == uid and st.st_gid == gid:
-        return
-    os.fchown(fd, uid, gid)
-    if st.st_mode & 0o6000:
-        os.fchmod(fd, stat.S_IMODE(st.st_mode))
+    wrong = _mode_differs(parent, st, mode)
+    if st.st_uid != uid or st.st_gid != gid:
+        os.fchown(fd, uid, gid)
+        wrong = wrong or bool(st.st_mode & 0o6000)  # chown clears them
+    if wrong:
+        os.fchmod(fd, stat.S_IMODE(mode))
 
 
 def _raw(dirfd: int, name: bytes, mode: int, rdev: int) -> None:

@@ -205,7 +205,7 @@ def _make_dir(view: View, parent: Dir, name: bytes, position: int) -> Dir | None
         redirect = lower.redirect_of(top.open(), b"", view.form)
         if redirect:
             node.lowpath = redirect[1:] if redirect.startswith(b"/") else view.low_child(parent, redirect)
-            view.moved.append(node)
+            view.moved[node] = None
     return node
 
 

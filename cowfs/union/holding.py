@@ -151,6 +151,9 @@ def drop(view: View, node: Node) -> None:
             for source in node.sources:
                 source.close()
             node.children = None
+            if node in view.moved and view.upper is not None:
+                del view.moved[node]
+                view.redirects.pop(view.upper, None)  # to be looked for again when needed
         node = parent
 
 
@@ -177,7 +180,7 @@ def _bury(view: View, node: Node) -> None:
     """The last trace of an unlinked node is gone: give back its space, spend its number."""
     if view.space is not None and view.in_upper(node):
         view.space.release(node)
-    view.parents.pop(node.id, None)
+    view.parents.discard(node.id)
     if node.id < SYNTHETIC and not view.monotonic:
         view.dead[node.id] = node.generation + 1
 

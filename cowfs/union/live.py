@@ -183,7 +183,7 @@ def _data_dropped(node: Node, dropped: set[Layer]) -> bool:
 def _strike(view: View, node: Node) -> None:
     """A node's id answers ESTALE from now on, and is never given again."""
     view.nodes.pop(node.id, None)
-    view.parents.pop(node.id, None)
+    view.parents.discard(node.id)
     view.burnt.add(node.id)
     view.names.pop(node, None)
     if node.fd >= 0:

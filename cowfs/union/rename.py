@@ -101,7 +101,7 @@ def _bring_up(view: View, node: Node) -> None:
             if merged:
                 xattr.setx(source.open(), b"", view.form.redirect, b"/" + low)
                 if node.lowpath is None:
-                    view.moved.append(node)
+                    view.moved[node] = None
                 node.lowpath = low
         else:
             _copy_subtree(view, node)

@@ -56,6 +56,7 @@ from cowfs.union.inodes import SYNTHETIC, Inodes
 from cowfs.union.node import Dir, Node
 from cowfs.union.options import Options
 from cowfs.union.owners import Owners, make_owners
+from cowfs.union.parents import Parents
 from cowfs.union.source import Descriptors, Layer, Source
 from cowfs.whiteout import choose_form
 
@@ -115,7 +116,7 @@ class View:
         self.burnt: set[int] = set()
         #: work directories of frozen layers: files that were open may still be in them
         self.retired: list[copyup.WorkDir] = []
-        self.parents: dict[int, int] = {}  # forgotten id -> its parent's id
+        self.parents = Parents()  # forgotten id -> its parent's id
         self.dead: dict[int, int] = {}  # id -> generation that its next bearer gets
         self.synthetic = SYNTHETIC
         self.open_files: deque[Node] = deque()
@@ -125,7 +126,7 @@ class View:
         self.groups: dict[Layer, links.Groups] = {}
         self.redirects: dict[Layer, list[tuple[bytes, bytes]]] = {}
         #: directories that a rename took away from their lower path
-        self.moved: list[Dir] = []
+        self.moved: dict[Dir, None] = {}
         self._uuids: dict[int, bytes] = {}
         self._noatime = True
         self.readonly = options.readonly or upper is None
@@ -338,6 +339,7 @@ class View:
     fallocate = content.fallocate
     lseek = content.lseek
     copy_range = content.copy_range
+    kill_privileges = content.kill_privileges
     fsync_fd = content.fsync_fd
     data_fd = content.data_fd
     writable = copyup.writable
