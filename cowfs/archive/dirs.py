@@ -53,6 +53,9 @@ class Dirs:
             it opened; called with (parent, name, path) where none can be opened.
         check_acl: look at existing directories for a default ACL.
         capacity: open descriptors at most.
+
+    Who holds a :class:`Dir` may use it until the second directory after it is got or found: the one
+    got last and the one kept last never leave.
     """
 
     def __init__(
@@ -150,13 +153,14 @@ class Dirs:
         return found
 
     def keep(self, found: Dir) -> Dir:
-        """Put an opened directory into the cache; the longest unused one may leave it."""
+        """Put an opened directory into the cache; the longest unused one may leave it, but never the one got last."""
         old = self._open.pop(found.path, None)
         if old is not None:
             os.close(old.fd)
         self._open[found.path] = found
         if len(self._open) > self._capacity:
-            self._leave(self._open.pop(next(iter(self._open))))
+            oldest = next(path for path, open_dir in self._open.items() if open_dir is not self.last)
+            self._leave(self._open.pop(oldest))
         return found
 
     def cached(self, path: bytes) -> Dir | None:

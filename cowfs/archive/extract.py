@@ -138,7 +138,7 @@ class Extractor:
                 raise InvalidArgument("a whiteout must be a regular file")
             self.whiteouts += 1
             if what is Meaning.OPAQUE:
-                self._opaque(self.dirs.get(path))
+                self._opaque(path)
                 self._note(path)
             else:
                 parent_path, _, name = path.rpartition(b"/")
@@ -163,17 +163,17 @@ class Extractor:
         if self._ours(path):
             # A whiteout concerns lower layers only (layer.md): the new entry stays, what is below goes.
             if stat.S_ISDIR(st.st_mode):
-                self._opaque(self.dirs.get(path))
+                self._opaque(path)
             return
         self._remove(parent, name, path, st)
         if self._form is not None:
             whiteout.make(parent.fd, name)
             self._made_whiteouts = True
 
-    def _opaque(self, found: Dir) -> None:
+    def _opaque(self, path: bytes) -> None:
         if self._written is not None:
-            self._remove_older(found)
-        self._seal(found)
+            self._remove_older(path)
+        self._seal(self.dirs.get(path))
 
     def _seal(self, found: Dir) -> None:
         found.sealed = True
@@ -182,18 +182,19 @@ class Extractor:
             if self._written is not None and xattr.try_get(found.fd, b"", self._form.redirect) is not None:
                 os.removexattr(found.fd, self._form.redirect)
 
-    def _remove_older(self, found: Dir) -> None:
+    def _remove_older(self, path: bytes) -> None:
         """Remove what this archive did not write, at any depth below what it did."""
-        for name in os.listdir(found.fd):
-            child = os.fsencode(name)
-            path = found.path + b"/" + child if found.path else child
-            st = _lstat(found.fd, child)
+        for listed in os.listdir(self.dirs.get(path).fd):
+            name = os.fsencode(listed)
+            child = path + b"/" + name if path else name
+            found = self.dirs.get(path)  # anew each time: going down may have closed it
+            st = _lstat(found.fd, name)
             if st is None:
                 continue
-            if not self._ours(path):
-                self._remove(found, child, path, st)
+            if not self._ours(child):
+                self._remove(found, name, child, st)
             elif stat.S_ISDIR(st.st_mode):
-                self._remove_older(self.dirs.get(path))
+                self._remove_older(child)
 
     # What is in the way -----------------------------------------------------------------------
 
@@ -446,6 +447,8 @@ class Extractor:
         source = canonical(member.linkname, max_path=options.max_path, max_depth=options.max_depth)
         if meaning(source)[0] is not Meaning.ENTRY:
             raise InvalidArgument(f"hard link to the whiteout {show(source)}")
+        if source.startswith(path + b"/"):
+            raise InvalidArgument(f"hard link in place of the directory of its target {show(source)}")
         source_parent, _, source_name = source.rpartition(b"/")
         home = self.dirs.find(source_parent) if source else None
         st = None

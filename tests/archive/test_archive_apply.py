@@ -555,7 +555,7 @@ MIXED = tar(
 
 
 def test_without_privilege_the_default_is_to_fail_naming_the_entry(homely: Path) -> None:
-    with acting_as(), pytest.raises(Unsupported, match=r"entry 1 'd'.*owner 9:9.*owners=xattr"):
+    with acting_as(), pytest.raises(Unsupported, match=r"entry 1 'd/'.*owner 9:9.*owners=xattr"):
         apply(MIXED, homely / "layer", form="user")
     with acting_as(), pytest.raises(Unsupported, match="device"):
         apply(
