@@ -28,6 +28,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cowfs import control, mountpoint
@@ -139,6 +140,10 @@ VERBS: dict[str, Verb] = {}
 :meth:`Server.call`. Other modules add theirs with :func:`verb`."""
 
 
+LATE_VERBS = {"freeze": "cowfs.livemount", "rollback": "cowfs.livemount"}
+"""Verbs that most mounts never need, and the module that registers them when first asked for."""
+
+
 def verb(name: str) -> Callable[[Verb], Verb]:
     """Register a verb of the control socket."""
 
@@ -152,8 +157,6 @@ def verb(name: str) -> Callable[[Verb], Verb]:
 @verb("info")
 def _info(server: Server, arguments: dict[str, Any]) -> dict[str, Any]:
     """Everything about the mount, use and limit included."""
-    from dataclasses import asdict
-
     return {**asdict(server.spec), **server.facts(), **_usage(server, {})}
 
 
@@ -249,6 +252,8 @@ class Server:
         try:
             self._prepare()
         except Exception as error:
+            if hasattr(self, "stack"):
+                self.stack.undo()
             self._close()
             problem = explain(error, self.spec)
             if problem is None:
@@ -266,6 +271,7 @@ class Server:
         os.umask(0)
         _raise_file_limit()
         target = mountpoint.prepare(spec.mountpoint)
+        self.spec = spec = replace(spec, mountpoint=target)
         self.stack = Stack.open(spec)
         os.chdir("/")
         self.view = make_view(self.stack)
@@ -274,6 +280,7 @@ class Server:
 
             mark_volatile(self.stack.work)
         self.session = make_session(spec, self.view, target)
+        self.stack.commit()
         self.started = time.time_ns()
         try:
             self._listen(target)
@@ -444,9 +451,12 @@ class Server:
             message = control.decode(line)
         except ValueError:
             return {"error": control.error_to(InvalidArgument("not a message of cowfs"))}
-        if message.get("verb") in ("freeze", "rollback"):
-            import cowfs.livemount  # noqa: F401 - registers them; most mounts never need it
-        function = VERBS.get(str(message.get("verb")))
+        name = str(message.get("verb"))
+        if name in LATE_VERBS and name not in VERBS:
+            from importlib import import_module
+
+            import_module(LATE_VERBS[name])
+        function = VERBS.get(name)
         if function is None:
             known = ", ".join(sorted(VERBS))
             return {"error": control.error_to(InvalidArgument(f"no such verb: {message.get('verb')!r}", remedy=known))}
