@@ -240,7 +240,7 @@ class MemoryView:
         now = time.time_ns()
         if mode is not None:
             node.mode = stat.S_IFMT(node.mode) | mode
-        if uid is not None:
+        if uid is not None and uid != -1:
             node.uid = uid
         if gid is not None:
             node.gid = gid

@@ -1,0 +1,434 @@
+"""The mount behaves as a plain directory does, whatever is done to it.
+
+A Hypothesis state machine draws random layers and random operations, carries each out in the
+mount and in a plain directory with the same start, and demands the same result or errno, the
+same tree, and inode numbers that never change while a file lives. At the end of each run the
+upper is read by the kernel's overlayfs, which must see the tree that cowfs showed. The reverse
+is a test of its own: the kernel writes, cowfs reads.
+
+Shrinking: Hypothesis draws, but a failure is cut down here, by leaving out ever smaller pieces of
+the list of concrete operations (delta debugging) on the same layers; replaying paths instead of
+draws keeps what is left meaningful, and takes a hundred runs instead of thousands.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import hypothesis
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
+from support import mounts, stacks, trees
+from support.ops import SLOTS, Actor, Op
+
+pytestmark = pytest.mark.slow
+
+STEPS_A_RUN = 250
+CHECK_EVERY = 40
+
+INDEX = st.integers(0, 400)
+MODES = st.sampled_from((0o644, 0o600, 0o666, 0o755, 0o777, 0o4755, 0o2755, 0o1777, 0o000))
+OFFSETS = st.sampled_from((0, 1, 100, 4095, 4096, 5000, 9000, 40_000, 131_072))
+LENGTHS = st.sampled_from((1, 10, 4096, 5000, 70_000, 0))
+IDS = st.sampled_from((0, 4321, 77, -1))
+SLOT = st.integers(0, SLOTS - 1)
+BYTE = st.integers(0, 250)
+ATTRS = st.sampled_from(("user.a", "user.b", "trusted.c", "user.layer"))
+TIMES = st.sampled_from((0, 1, 999_999_999, 1_234_567_890_987_654_321))
+
+#: 'E' an existing path, 'P' one that is not the root, 'N' a name in an existing directory; the rest are strategies
+TABLE: dict[str, tuple[int, tuple[Any, ...]]] = {
+    "mkdir": (6, ("N", MODES)),
+    "create": (8, ("N", MODES)),
+    "symlink": (2, (st.sampled_from(("a", "../b", "nowhere")), "N")),
+    "mknod": (2, ("N", st.sampled_from(("fifo", "socket", "char")))),
+    "link": (5, ("P", "N")),
+    "unlink": (7, ("P",)),
+    "rmdir": (4, ("P",)),
+    "rmtree": (1, ("P",)),
+    "rename": (12, ("P", "N")),
+    "rename2": (6, ("P", "P", st.sampled_from((1, 2, 2, 3)))),
+    "stat": (3, ("E",)),
+    "follow": (1, ("N",)),
+    "list": (4, ("E",)),
+    "readlink": (1, ("E",)),
+    "read": (5, ("E", OFFSETS, LENGTHS)),
+    "write": (9, ("E", st.sampled_from((0, 0, os.O_TRUNC, os.O_APPEND)), OFFSETS, LENGTHS, BYTE)),
+    "truncate": (4, ("E", OFFSETS)),
+    "chmod": (4, ("E", MODES)),
+    "chown": (4, ("E", IDS, IDS)),
+    "utime": (3, ("E", TIMES)),
+    "access": (2, ("E", st.integers(0, 7))),
+    "setxattr": (4, ("E", ATTRS, LENGTHS.filter(lambda n: n <= 5000), BYTE, st.sampled_from((0, 0, 1, 2)))),
+    "getxattr": (2, ("E", ATTRS)),
+    "listxattr": (2, ("E",)),
+    "removexattr": (2, ("E", ATTRS)),
+    "copy_range": (3, ("E", "E", OFFSETS, OFFSETS, LENGTHS)),
+    "map_store": (3, ("E", OFFSETS, LENGTHS, BYTE)),
+    "tmpfile": (1, ("E", "N", LENGTHS)),
+    "open": (8, (SLOT, "E", st.sampled_from((os.O_RDWR, os.O_RDONLY, os.O_WRONLY | os.O_TRUNC, os.O_RDWR | os.O_CREAT)))),
+    "close": (2, (SLOT,)),
+    "fread": (4, (SLOT, OFFSETS, LENGTHS)),
+    "fwrite": (6, (SLOT, OFFSETS, LENGTHS, BYTE)),
+    "fstat": (3, (SLOT,)),
+    "ftruncate": (2, (SLOT, OFFSETS)),
+    "fchmod": (1, (SLOT, MODES)),
+    "fchown": (1, (SLOT, IDS, IDS)),
+    "fallocate": (3, (SLOT, st.sampled_from((0, 1, 3)), OFFSETS, LENGTHS)),
+    "fsetxattr": (1, (SLOT, ATTRS, st.just(5), BYTE)),
+    "flist": (1, (SLOT,)),
+    "flink": (1, (SLOT, "N")),
+    "fsync": (1, (SLOT,)),
+}  # fmt: skip
+
+
+def _strategy_of(name: str) -> st.SearchStrategy[Op]:
+    parts = [
+        INDEX if part in ("E", "P") else st.tuples(INDEX, st.sampled_from(stacks.NAMES)) if part == "N" else part
+        for part in TABLE[name][1]
+    ]
+    return st.tuples(st.just(name), *parts)
+
+
+OPS = st.sampled_from([name for name, (weight, _) in TABLE.items() for _ in range(weight)]).flatmap(
+    {name: _strategy_of(name) for name in TABLE}.__getitem__
+)
+
+
+def existing(root: str) -> list[str]:
+    """Every path of a small tree, '' the root first, in a fixed order."""
+    out = [""]
+    for at, directories, files in os.walk(root):
+        relative = "" if at == root else at[len(root) + 1 :] + "/"
+        out.extend(relative + name for name in itertools.chain(directories, files))
+    return sorted(out)
+
+
+def concrete(op: Op, paths: list[str], dirs: list[str]) -> Op:
+    """The operation with its indices replaced by paths."""
+    out: list[Any] = [op[0]]
+    for part, value in zip(TABLE[op[0]][1], op[1:], strict=True):
+        if part == "E":
+            value = paths[value % len(paths)]
+        elif part == "P":
+            value = paths[1 + value % (len(paths) - 1)] if len(paths) > 1 else "nothing"
+        elif part == "N":
+            directory = dirs[value[0] % len(dirs)]
+            value = f"{directory}/{value[1]}" if directory else value[1]
+        out.append(value)
+    return tuple(out)
+
+
+class Run:
+    """One stack, one mount, one plain twin."""
+
+    def __init__(self, base: Path, impl: str, seed: int, weight: int, form: str) -> None:
+        self.base, self.impl, self.form = base, impl, form
+        self.recipe = (impl, seed, weight, form)
+        self.started = time.time_ns() - 10**9
+        base.mkdir()
+        base.chmod(0o755)
+        self.lowers = stacks.random_stack(seed, weight, base, form)
+        self.stack = ExitStack()
+        self.plain = base / "plain"
+        self.plain.mkdir()
+        view = base / "view"
+        view.mkdir()
+        with mounts.overlay(self.lowers, view, form=form):
+            mounts.copy_tree(view, self.plain)
+        # the merged root is the upper's own directory: start it like the twin
+        upper = base / "upper"
+        upper.mkdir()
+        status = os.stat(self.plain)
+        os.chown(upper, status.st_uid, status.st_gid)
+        os.chmod(upper, 0o777)
+        os.chmod(self.plain, 0o777)
+        options = {} if impl == "overlay" else {"form": form} if form == "user" else {}
+        self.mounted = self.stack.enter_context(mounts.mounted(impl, self.lowers, base, form=form, upper=upper, **options))
+        if impl == "plain":
+            self.mounted.path.chmod(0o777)
+        self.ours = Actor(str(self.mounted.path), self.started)
+        self.theirs = Actor(str(self.plain), self.started)
+        self.log: list[tuple[Op, bool, Any]] = []
+        self.numbers: dict[int, int] = {}
+
+    def step(self, op: Op, as_user: bool) -> None:
+        paths = existing(str(self.plain))
+        dirs = [""] + [p for p in paths[1:] if os.path.isdir(self.plain / p) and not os.path.islink(self.plain / p)]
+        self.carry_out(concrete(op, paths, [p for p in dirs if p.count("/") < 3]), as_user)
+
+    def carry_out(self, real: Op, as_user: bool) -> None:
+        expected = self.theirs.do(real, as_user)
+        actual = self.ours.do(real, as_user)
+        self.log.append((real, as_user, expected))
+        assert actual == expected, f"{real} as {'user' if as_user else 'root'}: plain {expected!r}, mount {actual!r}\n{self.story()}"
+
+    def story(self) -> str:
+        lines = [f"{op}{' as user' if user else ''} -> {str(result)[:60]}" for op, user, result in self.log]
+        left_out = [f"({len(lines) - 60} before)"] if len(lines) > 60 else []
+        return "\n  ".join(["operations:", *left_out, *lines[-60:]])
+
+    def tree(self, root: Path) -> trees.Tree:
+        return trees.snapshot(root)
+
+    def check(self) -> None:
+        """The trees are one, and every file kept its inode number."""
+        plain, ours = self._timeless(self.plain), self._timeless(self.mounted.path)
+        found = trees.differences(plain, ours, ignore=("ctime",), names=("plain", "mount"))
+        assert not found, "\n  ".join(found[:20]) + "\n" + self.story()
+        for path in plain:
+            model = os.lstat(self.plain / path).st_ino
+            number = os.lstat(self.mounted.path / path).st_ino
+            assert self.numbers.setdefault(model, number) == number, f"{path}: inode number changed\n{self.story()}"
+        alive = {os.lstat(self.plain / path).st_ino for path in plain}
+        numbers = [self.numbers[model] for model in alive]
+        assert len(set(numbers)) == len(numbers), f"two files share an inode number\n{self.story()}"
+
+    def _timeless(self, root: Path) -> trees.Tree:
+        tree = trees.snapshot(root)
+        return {
+            path: replace(entry, mtime=entry.mtime if entry.mtime < self.started else 0) for path, entry in tree.items()
+        }
+
+    def finish(self) -> None:
+        """Compare, unmount, and compare what the other implementation reads."""
+        self.ours.close()
+        self.theirs.close()
+        last = trees.snapshot(self.mounted.path)
+        self.stack.close()
+        other = "kernel" if self.impl == "overlay" else "overlay"
+        with mounts.mounted(other, self.lowers, self.base, form=self.form) as read_by_other:
+            seen = trees.snapshot(read_by_other.path)
+        for path in last.keys() & seen.keys():
+            if seen[path].type == "dir":  # the kernel touches directories when it mounts and lists them (its xattr "impure")
+                seen[path] = replace(seen[path], ctime=last[path].ctime)
+        found = trees.differences(last, seen, ignore=(), names=(self.impl, other))
+        assert not found, "\n  ".join(found[:20]) + "\n" + self.story()
+        left = os.listdir(self.mounted.work / "work") if (self.mounted.work / "work").is_dir() else []
+        assert [name for name in left if name != "incompat"] == [], f"left in work: {left}"
+
+    def close(self) -> None:
+        self.ours.close()
+        self.theirs.close()
+        self.stack.close()
+
+
+Failure = tuple[tuple[str, int, int, str], list[tuple[Op, bool]]]
+"""(implementation, seed and weight of the layers, their form), operations."""
+
+
+def replay(failure: Failure, base: Path, compared: bool) -> str:
+    """Carry out the operations of a failure again, checking after each; '' when nothing fails now."""
+    (impl, seed, weight, form), operations = failure
+    run = Run(base, impl, seed, weight, form)
+    try:
+        for op, as_user in operations:
+            if compared:
+                run.carry_out(op, as_user)
+            else:
+                run.log.append((op, as_user, run.ours.do(op, as_user)))
+        if compared:
+            run.check()
+        run.finish()
+    except AssertionError as error:
+        return str(error) or "assertion"
+    finally:
+        run.close()
+        shutil.rmtree(base, ignore_errors=True)
+    return ""
+
+
+def shrink(failure: Failure, base: Path, compared: bool, seconds: float = 90.0) -> str:
+    """The message of the smallest list of operations found in ``seconds`` that still fails."""
+    numbers = itertools.count()
+    end = time.monotonic() + seconds
+
+    def attempt(recipe: tuple[str, int, int, str], operations: list[tuple[Op, bool]]) -> str:
+        return replay((recipe, operations), base / f"shrink{next(numbers)}", compared)
+
+    recipe, operations = failure
+    message = attempt(recipe, operations)
+    if not message:
+        return "(not reproduced by replaying the operations: it depends on time or memory)"
+    piece = max(1, len(operations) // 2)
+    while time.monotonic() < end:
+        at, shorter = 0, False
+        while at < len(operations) and time.monotonic() < end:
+            fewer = operations[:at] + operations[at + piece :]
+            if found := attempt(recipe, fewer):
+                operations, message, shorter = fewer, found, True
+            else:
+                at += piece
+        if piece == 1 and not shorter:
+            break
+        piece = max(1, piece // 2)
+    for weight in (0, 1, 2, 4, 8):
+        smaller = (recipe[0], recipe[1], weight, recipe[3])
+        if weight < recipe[2] and time.monotonic() < end and (found := attempt(smaller, operations)):
+            recipe, message = smaller, found
+            break
+    return f"layers {recipe[1:]}, {len(operations)} operations: {message}"
+
+
+class Equality(RuleBasedStateMachine):
+    """See the module. Class attributes are set by the test that runs it."""
+
+    base: ClassVar[Path]
+    impl: ClassVar[str] = "kernel"
+    form: ClassVar[str] = "trusted"
+    compared: ClassVar[bool] = True
+    steps: ClassVar[int] = 0
+    failure: ClassVar[Failure | None] = None
+    _count: ClassVar[Iterator[int]] = itertools.count()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.run: Run | None = None
+        self.failed = False
+
+    @initialize(seed=st.integers(0, 2**20), weight=st.integers(0, 25))
+    def start(self, seed: int, weight: int) -> None:
+        self.run = Run(type(self).base / f"run{next(Equality._count)}", self.impl, seed, weight, self.form)
+        self.done = 0
+
+    @rule(op=OPS, as_user=st.sampled_from((False, False, False, True)))
+    def step(self, op: Op, as_user: bool) -> None:
+        assert self.run is not None
+        try:
+            self._step(op, as_user)
+        except BaseException:
+            self.failed = True
+            self._blame()
+            raise
+
+    def _blame(self) -> None:
+        """Remember what failed, for the shrinker."""
+        if self.run is not None:
+            type(self).failure = (self.run.recipe, [(op, user) for op, user, _ in self.run.log])
+
+    def _step(self, op: Op, as_user: bool) -> None:
+        assert self.run is not None
+        type(self).steps += 1
+        self.done += 1
+        if self.compared:
+            self.run.step(op, as_user)
+            if self.done % CHECK_EVERY == 0:
+                self.run.check()
+        else:
+            paths = existing(str(self.run.mounted.path))
+            dirs = [""] + [p for p in paths[1:] if (self.run.mounted.path / p).is_dir() and not (self.run.mounted.path / p).is_symlink()]
+            real = concrete(op, paths, [p for p in dirs if p.count("/") < 3])
+            self.run.log.append((real, as_user, self.run.ours.do(real, as_user)))
+
+    def teardown(self) -> None:
+        if self.run is None:
+            return
+        try:
+            if not self.failed:
+                if self.compared:
+                    self.run.check()
+                self.run.finish()
+        except BaseException:
+            self._blame()
+            raise
+        finally:
+            self.run.close()
+            shutil.rmtree(self.run.base, ignore_errors=True)
+
+
+def run_machine(machine: type[Equality], steps: int, seed: int, per_run: int = STEPS_A_RUN) -> None:
+    """Run ``machine`` until it made ``steps`` steps; each batch has its own seed, derived from ``seed``."""
+    machine.steps = 0
+    batch = 0
+    while machine.steps < steps:
+        wanted = max(1, -(-(steps - machine.steps) // per_run))
+        hypothesis.seed(seed + batch)(machine)
+        machine.failure = None
+        chosen = settings(
+            max_examples=wanted,
+            stateful_step_count=per_run,
+            deadline=None,
+            database=None,
+            print_blob=False,
+            report_multiple_bugs=False,
+            phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        )
+        try:
+            with redirect_stdout(io.StringIO()):
+                run_state_machine_as_test(machine, settings=chosen)  # type: ignore[no-untyped-call]
+        except BaseException as error:
+            if machine.failure is None or not isinstance(error, Exception):
+                raise
+            small = shrink(machine.failure, machine.base, machine.compared)
+            raise AssertionError(f"{small}\n\nfirst seen as: {str(error)[:2000]}") from None
+        batch += 1
+    assert machine.steps >= steps
+
+
+@contextmanager
+def forgetting(pause: float = 0.01) -> Iterator[None]:
+    """Another thread makes the kernel drop its caches in a loop, so that nodes are forgotten all the time."""
+    mounts.drop_caches(2)
+    stop = threading.Event()
+
+    def loop() -> None:
+        while not stop.wait(pause):
+            with open("/proc/sys/vm/drop_caches", "w", encoding="ascii") as file:
+                file.write("2")
+
+    thread = threading.Thread(target=loop, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _machine(space: Path, **attributes: Any) -> type[Equality]:
+    os.umask(0o022)
+    return type("Machine", (Equality,), {"base": space, **attributes})
+
+
+def test_the_mount_equals_a_plain_directory(space: Path, request: pytest.FixtureRequest) -> None:
+    """Random layers and operations: results, errnos, trees and inode numbers are those of a plain directory."""
+    run_machine(_machine(space), request.config.getoption("--steps"), request.config.getoption("--seed"))
+
+
+def test_the_same_while_the_kernel_forgets(space: Path, request: pytest.FixtureRequest) -> None:
+    """The same with the kernel's caches dropped in a loop."""
+    with forgetting():
+        run_machine(_machine(space), request.config.getoption("--steps") // 4, request.config.getoption("--seed") + 1)
+
+
+def test_cowfs_reads_what_the_kernel_wrote(space: Path, request: pytest.FixtureRequest) -> None:
+    """Random operations by the kernel's overlayfs; cowfs then shows the very same tree."""
+    machine = _machine(space, impl="overlay", compared=False)
+    run_machine(machine, request.config.getoption("--steps") // 4, request.config.getoption("--seed") + 2)
+
+
+def test_the_harness_agrees_with_itself(space: Path, request: pytest.FixtureRequest) -> None:
+    """A plain copy against a plain copy: the comparison itself finds nothing where nothing is."""
+
+    class Plain(Equality):
+        base, impl = space, "plain"
+
+        def teardown(self) -> None:
+            if self.run is not None and not self.failed:
+                self.run.check()
+                self.run.close()
+
+    run_machine(Plain, 500, request.config.getoption("--seed"))

@@ -1,0 +1,44 @@
+"""The command as a user runs it: a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def environment() -> dict[str, str]:
+    """An environment in which the tree under test is imported."""
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return {**os.environ, "PYTHONPATH": path, "COLUMNS": "120"}
+
+
+def run_module(module: str, *arguments: object, **more: object) -> subprocess.CompletedProcess[str]:
+    """Run ``python -m module arguments``; text output, at most a minute."""
+    return subprocess.run(
+        [sys.executable, "-m", module, *map(str, arguments)],
+        **{"capture_output": True, "text": True, "timeout": 60, "env": environment(), **more},  # type: ignore[call-overload]
+    )
+
+
+def status_of(cowfs: Run, mnt: Path) -> dict[str, object]:
+    """What `cowfs mounts --json` says of one mount point."""
+    found = [entry for entry in json.loads(cowfs("mounts", "--json").stdout) if entry["mountpoint"] == str(mnt)]
+    assert len(found) == 1, found
+    status: dict[str, object] = found[0]
+    return status
+
+
+def one_line(done: subprocess.CompletedProcess[str]) -> str:
+    """Standard error of a failed command: exactly one line, which names the program."""
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("cowfs"), lines
+    return lines[0]
