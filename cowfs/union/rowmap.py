@@ -1,0 +1,387 @@
+"""The two records of a redirect file, as they are on disk: its *reference* and its *map* (docs/row.md).
+
+A redirect file is a sparse file of the logical size in the upper layer. The **reference**, an xattr on
+it, says what it stands on; the **map**, a file of its own beside the layer, says which blocks are present.
+
+Rules:
+
+1. Presence is never inferred from holes: a block is present because a record says so, or because it
+   lies at or past ``base_end``, from where on the file stands alone.
+2. The map only grows; the order of its records means nothing. What must shrink, the part of the base that
+   still shows, is ``base_end`` in the reference, which the host journals together with the file's size.
+3. A record is written after its data was written. So in the boot that wrote it (``boot_id``) it is
+   true, however the process ended. After another boot it is true if a SYNC record written after
+   the data had reached the disk covers it.
+4. A record whose checksum fails ends the map: it was torn. It is cut off before anything is appended.
+
+Layout, little endian. Reference: ``<BBHQQQ`` version, log2 of the block size, flags, map id, base_end, st_blocks of
+the base; then the base's path in the merged tree of the layers beneath, without leading slash. Map:
+``<8sHBB16s32xI`` magic, version, log2 of the block size, flags, boot id, CRC-32 of those 60 bytes; then records ``<IIQ``
+CRC-32 (of the rest, seeded with the record's offset), count, first | kind << 56.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import secrets
+import struct
+import threading
+import zlib
+from dataclasses import dataclass, replace
+
+VERSION = 1
+MIN_BLOCK, MAX_BLOCK = 4096, 1 << 20
+#: value of the reference's xattr on a layer's root: redirect files may be in here
+ROOT_MARK = b"\x01root"
+MAP_DIR = b"../map"
+
+_REF = struct.Struct("<BBHQQQ")
+_HEAD = struct.Struct("<8sHBB16s32x")
+_CRC = struct.Struct("<I")
+_BODY = struct.Struct("<IQ")
+_RECORD = struct.Struct("<IIQ")
+HEAD_SIZE = _HEAD.size + _CRC.size
+RECORD_SIZE = _RECORD.size
+assert (_REF.size, HEAD_SIZE, RECORD_SIZE) == (28, 64, 16)
+
+_MAGIC = b"COWFSROW"
+_SEALED = 1  # header flag: nothing will be appended, everything was on the disk
+_HAS_MAP = 1  # reference flag
+_WRITE, _SYNC = 1, 2
+_KIND_SHIFT, _FIRST_MASK = 56, (1 << 56) - 1
+_MAX_COUNT = (1 << 32) - 1
+
+Ranges = list[tuple[int, int]]
+
+
+def _bad(what: str, name: bytes) -> OSError:
+    return OSError(errno.EIO, f"bad redirect file: {what}", name)
+
+
+def check_block(size: int) -> int:
+    """The base-2 logarithm of a block size. Raises ValueError unless it is a power of two, 4 KiB to 1 MiB."""
+    if size & (size - 1) or not MIN_BLOCK <= size <= MAX_BLOCK:
+        raise ValueError(f"the block size is a power of two from 4096 to 1048576, not {size}")
+    return size.bit_length() - 1
+
+
+@functools.cache
+def boot_id() -> bytes:
+    """This boot's identity, 16 bytes (random(4), /proc/sys/kernel/random/boot_id)."""
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return bytes.fromhex(file.read().strip().replace("-", ""))
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """What a redirect file stands on.
+
+    Attributes:
+        map_id: names the map; 64 random bits.
+        shift: log2 of the block size.
+        base_end: from this byte on the base does not show.
+        base_blocks: st_blocks of the base when the reference was made, 512-byte units.
+        path: the base in the merged tree of the layers beneath.
+        has_map: whether the map was made; without one no block is present.
+    """
+
+    map_id: int
+    shift: int
+    base_end: int
+    base_blocks: int
+    path: bytes
+    has_map: bool = False
+
+    @classmethod
+    def make(cls, block: int, base_end: int, base_blocks: int, path: bytes, *, has_map: bool) -> Ref:
+        """A reference with a fresh map id."""
+        return cls(secrets.randbits(64), check_block(block), base_end, base_blocks, path, has_map)
+
+    def pack(self) -> bytes:
+        """The xattr's value."""
+        flags = _HAS_MAP if self.has_map else 0
+        return _REF.pack(VERSION, self.shift, flags, self.map_id, self.base_end, self.base_blocks) + self.path
+
+    @classmethod
+    def unpack(cls, value: bytes, name: bytes = b"") -> Ref:
+        """The inverse of :meth:`pack`.
+
+        Raises:
+            OSError: EIO for anything that :meth:`pack` does not make, a path that leads out included.
+        """
+        if len(value) <= _REF.size:
+            raise _bad("reference is cut short", name)
+        version, shift, flags, map_id, base_end, blocks = _REF.unpack_from(value)
+        path = value[_REF.size :]
+        if version != VERSION:
+            raise _bad(f"reference of version {version}", name)
+        if not MIN_BLOCK <= 1 << shift <= MAX_BLOCK or flags & ~_HAS_MAP or base_end >= 1 << 62 or blocks >= 1 << 62:
+            raise _bad("reference is damaged", name)
+        if any(part in (b"", b".", b"..") for part in path.split(b"/")) or b"\0" in path:
+            raise _bad("reference names no path", name)
+        return cls(map_id, shift, base_end, blocks, path, bool(flags & _HAS_MAP))
+
+    def ending(self, base_end: int) -> Ref:
+        """The same with less of the base."""
+        return replace(self, base_end=base_end)
+
+    def mapped(self) -> Ref:
+        """The same with a map."""
+        return replace(self, has_map=True)
+
+    @property
+    def map_name(self) -> bytes:
+        """The map's file name."""
+        return b"%016x" % self.map_id
+
+
+def _header(shift: int, flags: int, boot: bytes) -> bytes:
+    head = _HEAD.pack(_MAGIC, VERSION, shift, flags, boot)
+    return head + _CRC.pack(zlib.crc32(head))
+
+
+def _record(offset: int, kind: int, count: int, first: int) -> bytes:
+    body = _BODY.pack(count, first | kind << _KIND_SHIFT)
+    return _CRC.pack(zlib.crc32(body, offset & 0xFFFFFFFF)) + body
+
+
+def _writes(offset: int, ranges: Ranges) -> bytes:
+    parts = []
+    for first, end in ranges:
+        while first < end:
+            count = min(end - first, _MAX_COUNT)
+            parts.append(_record(offset + RECORD_SIZE * len(parts), _WRITE, count, first))
+            first += count
+    return b"".join(parts)
+
+
+@dataclass(slots=True)
+class Loaded:
+    """A map as read.
+
+    Attributes:
+        ranges: the present blocks, [first, end), sorted and disjoint.
+        end: where the next record goes, bytes.
+        synced: up to where records are known to name durable data, bytes.
+        records: how many WRITE records were read.
+        stale: whether it must be written anew before anything is appended (another boot wrote it, or it is sealed).
+    """
+
+    ranges: Ranges
+    end: int
+    synced: int
+    records: int
+    stale: bool
+
+
+def parse(data: bytes, shift: int, name: bytes, boot: bytes | None = None) -> Loaded:
+    """Read a map.
+
+    Args:
+        data: the whole file.
+        shift: what the reference says.
+        boot: the present boot id (default: this host's).
+
+    Raises:
+        OSError: EIO when it is of another version or block size.
+    """
+    if len(data) < HEAD_SIZE or zlib.crc32(data[: _HEAD.size]) != _CRC.unpack_from(data, _HEAD.size)[0]:
+        if data.strip(b"\0"):
+            raise _bad("map header is damaged", name)
+        return Loaded([], 0, 0, 0, True)  # it never reached the disk, so nothing that it named did
+    magic, version, its_shift, flags, its_boot = _HEAD.unpack_from(data)
+    if magic != _MAGIC or version != VERSION or its_shift != shift:
+        raise _bad(f"map of version {version}, block size {1 << its_shift}", name)
+    found: list[tuple[int, int, int]] = []
+    offset, synced = HEAD_SIZE, HEAD_SIZE
+    for crc, count, packed in _RECORD.iter_unpack(data[HEAD_SIZE : len(data) - (len(data) - HEAD_SIZE) % RECORD_SIZE]):
+        if zlib.crc32(_BODY.pack(count, packed), offset & 0xFFFFFFFF) != crc:
+            break
+        kind, first = packed >> _KIND_SHIFT, packed & _FIRST_MASK
+        if kind == _WRITE:
+            found.append((first, first + count, offset))
+        elif kind == _SYNC:
+            synced = max(synced, offset + RECORD_SIZE if first == offset else first)
+        else:
+            raise _bad(f"map record of kind {kind}", name)
+        offset += RECORD_SIZE
+    same_boot = its_boot == (boot or boot_id())
+    if flags & _SEALED:
+        synced = offset
+    if not same_boot:
+        found = [item for item in found if item[2] < synced]
+    return Loaded(
+        merge([(first, end) for first, end, _ in found]), offset, min(synced, offset), len(found),
+        not same_boot or bool(flags & _SEALED),
+    )  # fmt: skip
+
+
+def merge(ranges: Ranges) -> Ranges:
+    """Sorted and disjoint."""
+    merged: Ranges = []
+    last = -1
+    for start, end in sorted(ranges):
+        if start <= last:
+            if end > last:
+                merged[-1] = (merged[-1][0], end)
+                last = end
+        else:
+            merged.append((start, end))
+            last = end
+    return merged
+
+
+def read(dirfd: int, ref: Ref) -> Loaded:
+    """Read the map of a reference in an open map directory.
+
+    Raises:
+        OSError: ENOENT, EIO.
+    """
+    if not ref.has_map:
+        return Loaded([], 0, 0, 0, True)
+    fd = os.open(ref.map_name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dirfd)
+    try:
+        return parse(_read_all(fd), ref.shift, ref.map_name)
+    finally:
+        os.close(fd)
+
+
+def _read_all(fd: int) -> bytes:
+    size = os.fstat(fd).st_size
+    parts = []
+    while size > 0:
+        part = os.read(fd, size)
+        if not part:
+            break
+        parts.append(part)
+        size -= len(part)
+    return b"".join(parts)
+
+
+class Log:
+    """A map open for appending.
+
+    Any thread may call; ``_lock`` orders the records, whose checksums depend on where they stand.
+    """
+
+    __slots__ = ("_lock", "end", "fd", "synced")
+
+    def __init__(self, fd: int, end: int, synced: int) -> None:
+        self._lock = threading.Lock()
+        self.fd = fd
+        self.end = end
+        self.synced = synced
+
+    @classmethod
+    def create(cls, dirfd: int, ref: Ref) -> Log:
+        """A new, empty map. Raises OSError."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+        fd = os.open(ref.map_name, flags, 0o600, dir_fd=dirfd)
+        try:
+            _write_all(fd, _header(ref.shift, 0, boot_id()))
+        except BaseException:
+            os.close(fd)
+            os.unlink(ref.map_name, dir_fd=dirfd)
+            raise
+        return cls(fd, HEAD_SIZE, HEAD_SIZE)
+
+    @classmethod
+    def open(cls, dirfd: int, ref: Ref, loaded: Loaded, *, durable: bool) -> Log:
+        """Continue a map that was read; one of another boot, or sealed, is written anew first."""
+        end, synced = loaded.end, loaded.synced
+        if loaded.stale:
+            end = synced = rewrite(dirfd, ref, loaded.ranges, sealed=False, durable=durable)
+        fd = os.open(ref.map_name, os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dirfd)
+        try:
+            if os.fstat(fd).st_size > end:
+                os.ftruncate(fd, end)
+        except BaseException:
+            os.close(fd)
+            raise
+        return cls(fd, end, synced)
+
+    @property
+    def dirty(self) -> bool:
+        """Whether a record still hangs on this boot."""
+        return self.end > self.synced
+
+    def append(self, first: int, end: int) -> None:
+        """Blocks [first, end) are present. Their data has been written.
+
+        Raises:
+            OSError: what the host said; then nothing was appended.
+        """
+        with self._lock:
+            self._add(_writes(self.end, [(first, end)]))
+
+    def mark_synced(self, upto: int) -> None:
+        """The data of all records before ``upto`` is on the disk."""
+        with self._lock:
+            if self.fd >= 0 and upto > self.synced:
+                self._add(_record(self.end, _SYNC, 0, upto))
+                self.synced = self.end if self.end - RECORD_SIZE == upto else upto
+
+    def _add(self, data: bytes) -> None:
+        try:
+            _write_all(self.fd, data)
+        except OSError:
+            os.ftruncate(self.fd, self.end)
+            raise
+        self.end += len(data)
+
+    def sync(self) -> None:
+        """Bring the map itself to the disk."""
+        with self._lock:
+            fd = os.dup(self.fd) if self.fd >= 0 else -1
+        if fd >= 0:
+            try:
+                os.fdatasync(fd)
+            finally:
+                os.close(fd)
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        with self._lock:
+            fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+def _write_all(fd: int, data: bytes) -> int:
+    done = 0
+    while done < len(data):
+        count = os.write(fd, data[done:])
+        if count <= 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        done += count
+    return done
+
+
+def rewrite(dirfd: int, ref: Ref, ranges: Ranges, *, sealed: bool, durable: bool, boot: bytes | None = None) -> int:
+    """Replace a map by the shortest one with the same blocks. The data must be on the disk already.
+
+    Args:
+        sealed: nothing will be appended.
+        durable: sync it before it takes the old one's place.
+
+    Returns:
+        Its length, bytes.
+    """
+    temp = ref.map_name + b".new"
+    records = _writes(HEAD_SIZE, ranges)
+    end = HEAD_SIZE + len(records)
+    fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=dirfd)
+    try:
+        head = _header(ref.shift, _SEALED if sealed else 0, boot or boot_id())
+        _write_all(fd, head + records + _record(end, _SYNC, 0, end))
+        if durable:
+            os.fdatasync(fd)
+    except BaseException:
+        os.unlink(temp, dir_fd=dirfd)
+        raise
+    finally:
+        os.close(fd)
+    os.rename(temp, ref.map_name, src_dir_fd=dirfd, dst_dir_fd=dirfd)
+    return end + RECORD_SIZE
