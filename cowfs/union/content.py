@@ -69,7 +69,7 @@ def pread(view: View, node: Node, offset: int, buffer: memoryview, flags: int = 
         OSError: EISDIR, EINVAL; EAGAIN with ``flags`` RWF_NOWAIT when the disk would be waited for.
     """
     if node.data is not None and hasattr(node.data, "pread"):
-        return int(node.data.pread(offset, buffer))
+        return int(node.data.pread(offset, buffer, flags))
     fd = node.fd
     if fd < 0:
         if len(view.open_files) > view.max_files:
@@ -262,15 +262,10 @@ def fsync_fd(view: View, node: Node) -> int | None:
         return os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=upper.open())
     if not view.in_upper(node) or node.type != DT_REG:
         return None
-    if node.data is not None and hasattr(node.data, "fsync_fd"):
-        return int(node.data.fsync_fd())
+    if node.data is not None and hasattr(node.data, "sync_job"):
+        node.data.sync_job()(False)  # who cannot wait runs the job elsewhere
+        return None
     if node.data is not None:
         return view.open_own(node)
     return os.dup(node.fd if node.fd >= 0 else _open(view, node))
 
-
-def open_row(view: View, source: Source, name: bytes, parent: Dir, position: int) -> Any:
-    """The redirect file behind a name, if it is one (``row`` views only)."""
-    from cowfs.union import row
-
-    return row.load(view, source, name, parent, position)

@@ -346,12 +346,7 @@ def writable(view: View, node: Node, keep: int | None = None) -> Stage | None:
     if node.type != DT_REG:
         number = errno.EISDIR if node.type == 4 else errno.EINVAL
         raise OSError(number, os.strerror(number), node.name)
-    if node.data is not None and hasattr(node.data, "writable"):
-        return None
-    if view.options.row:
-        from cowfs.union import row
-
-        row.redirect(view, node)
+    if view.rows is not None and view.rows.redirect(node, keep):
         return None
     size = view.size(node)
     keep = size if keep is None else min(keep, size)
@@ -512,9 +507,9 @@ def up_meta(view: View, node: Node) -> None:
     if view.in_upper(node):
         return
     view.need_upper()
-    if node.parent is None or (
-        node.type == DT_REG and not (view.form.redirects and view.size(node)) and (view.size(node) or view.options.row)
-    ):
+    if view.rows is not None and view.rows.redirect(node, data=False):
+        return
+    if node.parent is None or (node.type == DT_REG and view.size(node) and not view.form.redirects):
         stage = writable(view, node)
         if stage is not None:
             stage.run()

@@ -355,7 +355,7 @@ def hold(view: View, node: Node) -> bytes | None:
         return None
     assert node.where is not None
     try:
-        if node.data is not None:  # ``fd`` is for the data, and that is elsewhere
+        if node.data is not None and not getattr(node.data, "writable", False):  # ``fd`` is for data elsewhere
             raise error(errno.EMFILE)
         if node.type == DT_REG:
             fd = view.open_own(node)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from cowfs.sys import xattr
-from cowfs.union import content, indexed, lower, metadata
+from cowfs.union import indexed, lower, metadata
 from cowfs.union.attr import pack, with_size
 from cowfs.union.holding import ROOT_ID
 from cowfs.union.node import Dir, Node, type_of
@@ -121,8 +121,8 @@ def _make(view: View, parent: Dir, name: bytes, code: int) -> Node | None:
             else:
                 below = sources[position + 1 :]
                 data = lower.metacopy_data(below, source, name, low, view.form, view.roots)
-        if data is None and view.options.row and source.layer.index:
-            data = content.open_row(view, source, name, parent, position)
+        if view.rows is not None and source.layer.index:
+            data = view.rows.find(source, name, data)
     if is_upper and source.impure:
         origin = xattr.try_get(fd, name, view.form.origin)
         if origin:
@@ -130,6 +130,8 @@ def _make(view: View, parent: Dir, name: bytes, code: int) -> Node | None:
     node = bind_inode(view, parent, name, source, st, ino)
     if node.attr is None:
         node.data = data
+        if hasattr(data, "bind"):
+            data.bind(node)
         view.pack_into(node, st, source, name)
     return node
 

@@ -131,11 +131,11 @@ def drop(view: View, node: Node) -> None:
             return
         if view.nodes.pop(node.id, None) is None:
             return
+        if node.data is not None and hasattr(node.data, "close"):
+            node.data.close()
         if node.fd >= 0:
             os.close(node.fd)
             node.fd = -1
-        if node.data is not None and hasattr(node.data, "close"):
-            node.data.close()
         parent = node.parent
         if parent is None:
             _bury(view, node)

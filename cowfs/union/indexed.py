@@ -192,8 +192,13 @@ def make(view: View, parent: Dir, name: bytes) -> Node | None:
     head, _, real = path.rpartition(b"/")
     where = source_at(view, layer, head)
     node = Node(ino, entry.type, name, where)
-    if entry.type == DT_REG and real != name:
-        node.data = _data_at(view, entry, low)
+    if entry.type == DT_REG:
+        if view.rows is not None and entry.layer:
+            node.data = view.rows.find(where, real, None)
+        if node.data is not None:
+            node.data.bind(node)
+        elif real != name:
+            node.data = _data_at(view, entry, low)
     view.nodes[ino] = node
     view.bind(parent, name, node)
     node.attr = attr_of(view, node, entry)

@@ -129,6 +129,8 @@ def rollback(view: View, frozen: Layer, upper: str | bytes, work: str | bytes) -
     for old in dropped:
         view.groups.pop(old, None)
         view.redirects.pop(old, None)
+        if view.rows is not None:
+            view.rows.forget(old)
         old.close()
     _push(view, layer)
     view.root.attr = None
@@ -186,6 +188,8 @@ def _strike(view: View, node: Node) -> None:
     view.parents.discard(node.id)
     view.burnt.add(node.id)
     view.names.pop(node, None)
+    if node.data is not None and hasattr(node.data, "close"):
+        node.data.close()
     if node.fd >= 0:
         os.close(node.fd)
         node.fd = -1

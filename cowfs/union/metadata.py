@@ -93,7 +93,7 @@ def _refresh_dir(view: View, node: Dir) -> bytes:
 def data_size(data: Any, st: os.stat_result) -> tuple[int, int]:
     """(size, blocks) of a file whose data is elsewhere."""
     if hasattr(data, "stat_size"):
-        size, blocks = data.stat_size()
+        size, blocks = data.stat_size(st)
         return int(size), int(blocks)
     return st.st_size, int(data.blocks)
 

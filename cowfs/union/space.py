@@ -195,9 +195,10 @@ class Space:
     def count(self, node: Node) -> int | Blocks:
         """A node's units, counted from the disk the first time."""
         if node.space is None:
-            if node.data is not None or node.type != 8:
+            own = getattr(node.data, "writable", False)  # a redirect file of the upper layer
+            if (node.data is not None and not own) or node.type != 8:
                 return 0
-            fd = self.view.data_fd(node, False)
+            fd = node.data.own_fd() if own else self.view.data_fd(node, False)
             st = os.fstat(fd)
             prealloc = xattr.try_get(fd, b"", self.view.form.prealloc) is not None
             node.space = blocks_of(fd, st.st_size, prealloc, self._fs)

@@ -47,6 +47,7 @@ from cowfs.union import (
     links,
     live,
     metadata,
+    row,
     space,
 )
 from cowfs.union import listing as _listing
@@ -108,6 +109,7 @@ class View:
         self.nodes: dict[int, Node] = {}
         self.changed: Callable[[str, Node, bytes], None] | None = None
         self.space: space.Space | None = None
+        self.rows: row.Rows | None = None
         self.index = options.index
         #: how many layers the index covers; those above are scanned
         self.indexed_layers = len(lowers) if options.index is not None else 0
@@ -144,6 +146,7 @@ class View:
                 raise OSError(errno.EINVAL, "no layers")
             self.owners: Owners | None = make_owners(options)
             self.inodes = Inodes(self.layers)
+            self.rows = row.rows_of(self)
             self.monotonic = files.fs_name(self.layers[-1].root.fd) in _MONOTONIC
             #: the roots of all layers, topmost first: where absolute redirects start
             self.roots = [layer.root for layer in reversed(self.layers)]
@@ -176,6 +179,8 @@ class View:
 
     def close(self) -> None:
         """Give back every descriptor. The view must not be used afterwards."""
+        if self.rows is not None:
+            self.rows.close()
         for node in list(self.nodes.values()):
             if node.fd >= 0:
                 os.close(node.fd)
