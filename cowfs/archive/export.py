@@ -309,7 +309,7 @@ class _LayerWalk:
         try:
             st = os.fstat(fd)
             own, xattrs = self._xattrs(fd, b"")
-            self._object(path, header.DIRECTORY, st, xattrs)
+            self._object(path, header.DIRECTORY, st, xattrs, own)
             prefix = path + b"/" if path else b""
             form = self._form
             opaque = own.get(form.opaque, b"") if form is not None else b""

@@ -88,7 +88,7 @@ class Extractor:
             self._written: set[int] | None = None if next(entries, None) is None else set()
         self.dirs = Dirs(target, self._implied, check_acl=self._written is not None)
         self.dropped: Counter[str] = Counter()
-        self.whiteouts = self.skipped = 0
+        self.whiteouts = self.skipped = self._ordinal = 0
         self._made_whiteouts = self._written is not None and form is not None
         if self._written is None:
             self._set_implied(self.dirs.root)
@@ -101,6 +101,7 @@ class Extractor:
             OSError: the target failed (ENOSPC, EIO...); its file name is the member's.
         """
         options = self._options
+        self._ordinal = member.ordinal
         try:
             path = canonical(member.name, max_path=options.max_path, max_depth=options.max_depth)
             if member.size > options.max_file:
@@ -145,7 +146,7 @@ class Extractor:
                 self._whiteout(self.dirs.get(parent_path), name, path)
                 self._note(parent_path)
         if member.stored and self._log is not None:
-            self._log.saved(member.name, self._reader.data())
+            self._log.saved(member.name, member.ordinal, self._reader.data())
 
     def _whiteout(self, parent: Dir, name: bytes, path: bytes) -> None:
         if self._form is not None:
@@ -266,7 +267,7 @@ class Extractor:
             return
         fd = os.open(name, _READ, dir_fd=dirfd)
         try:
-            self._log.saved(path, iter(lambda: os.read(fd, 1 << 18), b""))
+            self._log.saved(path, self._ordinal, iter(lambda: os.read(fd, 1 << 18), b""))
         finally:
             os.close(fd)
 

@@ -22,9 +22,8 @@ import stat
 import struct
 import tempfile
 import zlib
-from collections import deque
 from collections.abc import Iterable
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from cowfs.archive import header
 from cowfs.archive.compress import CHUNK, Packer, Source, _gunzip
@@ -38,7 +37,7 @@ __all__ = ["LogWriter", "read_trailer", "rebuild"]
 MAGIC = b"cowfs-headers-1\n"
 TAIL = struct.Struct("<Q8s")
 _TAIL_MAGIC = b"cowfslog"
-RECORD = struct.Struct("<QQ")  # bytes of the path, bytes of the data
+RECORD = struct.Struct("<QQQ")  # bytes of the path, bytes of the data, the member that displaced it
 _MAX_SAVED = 10_000
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _BIG = 1 << 62
@@ -55,10 +54,11 @@ class LogWriter:
         self._saved = 0
         self.raw = self._headers.write
 
-    def saved(self, path: bytes, pieces: Iterable[bytes | memoryview]) -> None:
-        """Keep data of the member at ``path`` that the finished layer will not have.
+    def saved(self, path: bytes, ordinal: int, pieces: Iterable[bytes | memoryview]) -> None:
+        """Keep data that the finished layer will not have at ``path``.
 
-        Several versions of one path are kept in the order in which the archive has them.
+        Args:
+            ordinal: the member that displaced it; or, for data that never reached a file, its own.
         """
         self._saved += 1
         if self._saved > _MAX_SAVED:
@@ -69,14 +69,14 @@ class LogWriter:
             self._spool = tempfile.SpooledTemporaryFile(1 << 20)  # noqa: SIM115  closed with the log
         spool = self._spool
         start = spool.tell()
-        spool.write(RECORD.pack(len(path), 0) + path)
+        spool.write(RECORD.pack(len(path), 0, ordinal) + path)
         size = 0
         for piece in pieces:
             spool.write(piece)
             size += len(piece)
         end = spool.tell()
         spool.seek(start)
-        spool.write(RECORD.pack(len(path), size))
+        spool.write(RECORD.pack(len(path), size, ordinal))
         spool.seek(end)
 
     def give_up(self) -> None:
@@ -116,7 +116,7 @@ class LogWriter:
             self._spool.close()
 
 
-def read_trailer(log: BinaryIO) -> dict[str, object]:
+def read_trailer(log: BinaryIO) -> dict[str, Any]:
     """diff_id, size, entries ... of a seekable log. Raises Corrupt when it is not one, or cut short."""
     try:
         if log.seek(0) or log.read(len(MAGIC)) != MAGIC:
@@ -127,9 +127,11 @@ def read_trailer(log: BinaryIO) -> dict[str, object]:
             raise Corrupt("header log is cut short")
         log.seek(-TAIL.size - length, os.SEEK_END)
         trailer = json.loads(log.read(length))
-    except (OSError, ValueError, struct.error) as error:
+    except (OSError, ValueError, OverflowError, struct.error) as error:
         raise Corrupt(f"header log is damaged: {error}") from None
-    if not isinstance(trailer, dict):
+    if not isinstance(trailer, dict) or not all(
+        isinstance(trailer.get(key), int) and trailer[key] >= 0 for key in ("size", "entries", "headers", "saved")
+    ):
         raise Corrupt("header log is damaged")
     return trailer
 
@@ -173,7 +175,7 @@ def rebuild(log: BinaryIO, layer: int, out: BinaryIO, *, compression: str = "non
     trailer = read_trailer(log)
     if not trailer.get("complete"):
         raise Corrupt("header log is incomplete: the archive replaced too many of its own files")
-    headers, saved = int(str(trailer["headers"])), int(str(trailer["saved"]))
+    headers, saved = int(trailer["headers"]), int(trailer["saved"])
     with tempfile.TemporaryFile() as spool:
         kept = _load_saved(log, len(MAGIC) + headers, saved, spool)
         packer = Packer(out, compression)
@@ -186,10 +188,13 @@ def rebuild(log: BinaryIO, layer: int, out: BinaryIO, *, compression: str = "non
                     continue
                 path = canonical(member.name, max_path=_BIG, max_depth=_BIG)
                 what, _ = meaning(path)
-                versions = kept.get(path if what is Meaning.ENTRY else member.name)
-                if versions:
-                    offset, length = versions.popleft()
-                    _copy(spool.fileno(), offset, length, member, packer)
+                if what is Meaning.ENTRY:
+                    # what a member wrote is displaced by the next one after it that displaced anything there
+                    found = next((item for item in kept.get(path, ()) if item[0] > member.ordinal), None)
+                else:
+                    found = next((item for item in kept.get(member.name, ()) if item[0] == member.ordinal), None)
+                if found is not None:
+                    _copy(spool.fileno(), found[1], found[2], member, packer)
                 else:
                     _copy_file(layer, path, member, packer)
             packer.close()
@@ -201,18 +206,21 @@ def rebuild(log: BinaryIO, layer: int, out: BinaryIO, *, compression: str = "non
     return packer.blob_digest, packer.blob_size
 
 
-def _load_saved(log: BinaryIO, start: int, length: int, spool: BinaryIO) -> dict[bytes, deque[tuple[int, int]]]:
-    kept: dict[bytes, deque[tuple[int, int]]] = {}
+def _load_saved(log: BinaryIO, start: int, length: int, spool: BinaryIO) -> dict[bytes, list[tuple[int, int, int]]]:
+    """(ordinal, offset in ``spool``, bytes) of each version kept, by path, in archive order."""
+    kept: dict[bytes, list[tuple[int, int, int]]] = {}
     if not length:
         return kept
     section = _Section(log, start, length)
     position = 0
     while head := section.take(RECORD.size):
-        path_size, size = RECORD.unpack(head)
+        if len(head) < RECORD.size:
+            raise Corrupt("header log is cut short")
+        path_size, size, ordinal = RECORD.unpack(head)
         path = section.take(path_size)
         for piece in section.pieces(size):
             spool.write(piece)
-        kept.setdefault(path, deque()).append((position, size))
+        kept.setdefault(path, []).append((ordinal, position, size))
         position += size
     spool.flush()
     return kept
