@@ -5,7 +5,7 @@ mounted by the kernel's overlayfs where this host and user may and no limit is a
 kernel knows none), otherwise by the FUSE mount; both read and write the same layers.
 
 A record whose options do not fit into mount(2)'s page becomes the FUSE one, which reads any number
-of layers. Source of the options: the kernel's Documentation/filesystems/overlayfs.rst.
+of layers, unless the kernel's was asked for by name (fsconfig(2) takes it). Source of the options: the kernel's Documentation/filesystems/overlayfs.rst.
 """
 
 from __future__ import annotations
@@ -100,18 +100,18 @@ class OverlayDriver(Driver):
             by_kernel = Mount(type="bind", source=source, options=("ro" if readonly else "rw", "rbind"))
         else:
             by_kernel = records.kernel(lowers, upper, work, trusted=self.form.redirects)
-        why_not = self._why_not_kernel(by_kernel, limit)
+        why_not = self._why_not_kernel(limit)
+        if not why_not and mount_type is None and len(os.fsencode(records.joined(by_kernel))) > records.MAX_OPTIONS:
+            return (by_fuse,)
         if why_not and mount_type == "kernel":
             raise Unsupported(f"a kernel mount is not possible: {why_not}", remedy="leave out mount_type")
         return (by_fuse,) if why_not else (by_kernel,)
 
-    def _why_not_kernel(self, mount: Mount, limit: Limit) -> str:
+    def _why_not_kernel(self, limit: Limit) -> str:
         if limit:
             return "the kernel's overlayfs holds no limit"
         if not host.has_cap(host.CAP_SYS_ADMIN):
             return "this user may not mount"
-        if len(os.fsencode(records.joined(mount))) > records.MAX_OPTIONS:
-            return f"its options exceed the {records.MAX_OPTIONS} bytes of mount(2)"
         return ""
 
     def freeze(self, id: str) -> None:

@@ -498,7 +498,8 @@ class StoreCore:
         if row.kind is Kind.VIEW:
             return Usage()
         whole = self._live_usage(row) or self.driver.usage(row.id)
-        return Usage(bytes=max(0, whole.bytes - row.base.bytes), inodes=max(0, whole.inodes - row.base.inodes))
+        base = row.base if row.base.bytes >= 0 else Usage()  # a negative one is what live snapshots hold (cowfs.store.live)
+        return Usage(bytes=max(0, whole.bytes - base.bytes), inodes=max(0, whole.inodes - base.inodes))
 
     def _live_usage(self, row: Row) -> Usage | None:
         return None
@@ -516,7 +517,7 @@ class StoreCore:
         """
         check_labels(labels)
         with self.index.write() as connection:
-            row = self.index.get(name)
+            row = self.resolve(name)
             merged = {**({} if replace else row.labels), **labels}
             kept = {key: value for key, value in merged.items() if value is not None}
             now = max(time.time_ns(), row.updated + 1)  # a clock that went backwards changes nothing
@@ -525,7 +526,7 @@ class StoreCore:
                 (json.dumps(kept, sort_keys=True), now, row.num),
             )
             point("update.recorded")
-        return self.index.get(name).info()
+        return self.resolve(name).info()
 
     def mounts(self, key: str, *, mount_type: str | None = None) -> tuple[Mount, ...]:
         """How to mount an active snapshot or a view: records, nothing is mounted.

@@ -1,0 +1,18 @@
+"""The overlay driver passes the conformance suite on every host filesystem."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from support.hostfs import HostFs
+
+from cowfs.testing import DriverSuite
+
+
+class TestOverlay(DriverSuite):
+    driver = "overlay"
+
+    @pytest.fixture
+    def place(self, fs: HostFs) -> Path:
+        return fs.fresh("store")
