@@ -18,7 +18,6 @@ from cowfs.sys import files, xattr
 from cowfs.union import copyup
 from cowfs.union.attr import mode_of
 from cowfs.union.node import DT_DIR, DT_LNK, DT_REG, Dir, Node
-from cowfs.union.source import Source
 
 if TYPE_CHECKING:
     from cowfs.union.view import View

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cowfs.sys import xattr
 from cowfs.union import indexed, lower, metadata
@@ -112,7 +112,7 @@ def _make(view: View, parent: Dir, name: bytes, code: int) -> Node | None:
         return _make_dir(view, parent, name, position)
     is_upper = source.layer is view.upper
     ino = view.inodes.shown(st.st_dev, st.st_ino)
-    data = None
+    data: Any = None
     if mode & 0o170000 == 0o100000:
         if source.layer.index and st.st_size:
             low = view.low_child(parent, name)
@@ -129,7 +129,8 @@ def _make(view: View, parent: Dir, name: bytes, code: int) -> Node | None:
             ino = view.inodes.from_origin(origin) or ino
     node = bind_inode(view, parent, name, source, st, ino)
     if node.attr is None:
-        node.data = data
+        if not hasattr(node.data, "bind"):  # a redirect file that is in use stays
+            node.data = data
         if hasattr(data, "bind"):
             data.bind(node)
         view.pack_into(node, st, source, name)
