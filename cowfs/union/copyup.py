@@ -509,6 +509,9 @@ def up_meta(view: View, node: Node) -> None:
     view.need_upper()
     if view.rows is not None and view.rows.redirect(node, data=False):
         return
+    if node.parent is None and node.type != DT_REG:
+        _copy_nameless(view, node)
+        return
     if node.parent is None or (node.type == DT_REG and view.size(node) and not view.form.redirects):
         stage = writable(view, node)
         if stage is not None:
@@ -535,6 +538,29 @@ def up_meta(view: View, node: Node) -> None:
     if space is not None:
         cost = sum(xattr_units(value) for value in meta.xattrs.values())
         space.add(cost, 1)
+
+
+def _copy_nameless(view: View, node: Node) -> None:
+    """Copy an unlinked link, FIFO, socket or device that somebody still holds; the copy has no name either."""
+    work = view.workdir
+    assert work is not None
+    if view.space is not None:
+        view.space.need(0, 1)
+    temp = work.temp()
+    try:
+        meta = read_meta(view, node)
+        make_like(work.fd, temp, meta, node)
+        write_meta(work.fd, temp, meta, view)
+        fd = os.open(temp, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=work.fd)
+    except BaseException:
+        work.discard(temp)
+        raise
+    os.unlink(temp, dir_fd=work.fd)
+    if node.fd >= 0:
+        os.close(node.fd)
+    node.fd, node.where, node.attr = fd, None, None
+    if view.space is not None:
+        view.space.add(sum(xattr_units(value) for value in meta.xattrs.values()), 1)
 
 
 def make_like(dirfd: int, name: bytes, meta: Meta, node: Node) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shlex
 import stat
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import pytest
 from support import mounts, namespace, users
 from support.command import ROOT, Run, environment, one_line, status_of
 
-from cowfs.cli import VERBS
+from cowfs.cli import VERBS, command_of, parser_of
 
 
 class Bench:
@@ -201,18 +203,13 @@ def test_unknown_verb_is_guessed(cowfs: Run) -> None:
 
 def _as_user(*arguments: object) -> subprocess.CompletedProcess[str]:
     """The command as an ordinary user, with this host's own /dev/fuse."""
-    command = users.command_as([str(part) for part in ("python3", "-m", "cowfs", *arguments)])
-    import sys
-
-    command[command.index("python3")] = sys.executable
+    command = users.command_as([str(part) for part in (sys.executable, "-m", "cowfs", *arguments)])
     return subprocess.run(command, capture_output=True, text=True, timeout=60, env={**environment(), "TMPDIR": "/tmp"})
 
 
 @pytest.fixture
 def readable(can_mount: None) -> None:
     """Skip where an ordinary user cannot even read the interpreter or the tree under test."""
-    import sys
-
     probe = users.command_as([sys.executable, "-c", "import cowfs"])
     if subprocess.run(probe, capture_output=True, env=environment(), cwd="/").returncode:
         pytest.skip(f"an ordinary user cannot run {sys.executable} with {ROOT}")
@@ -263,14 +260,19 @@ def test_no_device(cowfs: Run, stack: Path, mnt: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_has_examples_that_parse(cowfs: Run, verb: str) -> None:
-    """Every verb's --help has examples, and each is a command line that the verb accepts."""
-    import shlex
-
-    from cowfs.cli import command_of, parser_of
-
+    """Every verb's --help has examples of it, and each is a command line that the verb accepts."""
     assert "examples:" in cowfs(verb, "--help").stdout
+    shown = []
     for example in command_of(verb).examples:
-        words = shlex.split(example.replace("<(", " ").replace(")", " ").split("|")[0].split(">")[0])
-        words = words[words.index("cowfs") + 1 :]
-        assert words[0] == verb
-        parser_of(verb).parse_args(words[1:])
+        lexer = shlex.shlex(example, posix=True, punctuation_chars="|&;<>()")
+        lexer.whitespace_split = True
+        words: list[str] = []
+        for word in [*lexer, ";"]:
+            if set(word) <= set("|&;<>()"):
+                if words[:1] == ["cowfs"]:
+                    shown.append(words[1])
+                    parser_of(words[1]).parse_args(words[2:])
+                words = []
+            else:
+                words.append(word)
+    assert verb in shown

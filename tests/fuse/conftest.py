@@ -11,7 +11,8 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,13 @@ class Served:
             return node
 
         return self.session.call(find)
+
+    def eventually(self, claim: Callable[[], bool], seconds: float = 10) -> bool:
+        """Whether ``claim``, asked in the loop thread, becomes true in time."""
+        deadline = time.monotonic() + seconds
+        while not (held := self.session.call(claim)) and time.monotonic() < deadline:
+            time.sleep(0.005)
+        return held
 
     def python(self, code: str, *args: str, timeout: float = 20) -> str:
         """Run a Python program in a process of its own, in the mount; its output."""
