@@ -408,7 +408,7 @@ class Rows:
             fd = os.open(temp, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=work.fd)
             os.ftruncate(fd, size)
             xattr.setx(fd, b"", view.form.row, packed)
-            copyup.place(view, node, temp, metacopy=False)
+            copyup.place(view, node, temp, work, metacopy=False)
         except BaseException as failure:
             if fd >= 0:
                 os.close(fd)
@@ -431,8 +431,10 @@ class Rows:
         if isinstance(old, RowFile):
             extents = old.load().copy()
             return [*old.levels, Level(*old.place())], extents
-        where, name = (node.where, node.name) if old is None else (old.where, old.name)
-        return [Level(where, name)], Extents()
+        if old is not None:
+            return [Level(old.where, old.name)], Extents()
+        assert node.where is not None
+        return [Level(node.where, node.name)], Extents()
 
     def _take(
         self, node: Node, file: RowFile, fd: int, levels: list[Level], extents: Extents, size: int, log: Log | None
@@ -443,7 +445,7 @@ class Rows:
             levels[-1].fd = node.fd
             self.opening(file)
         if isinstance(old, RowFile) and old.log is not None:
-            old.log, frozen = None, old.log
+            frozen, old.log = old.log, None
             self.close_log(frozen)
         file.node = node
         file.levels, file.log = levels, log

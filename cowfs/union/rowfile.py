@@ -71,6 +71,7 @@ class RowFile:
     __slots__ = (
         "_end_stale",
         "_loaded",
+        "_ref_dirty",
         "base_end",
         "behind",
         "extents",
@@ -174,7 +175,8 @@ class RowFile:
         self.release()
         node = self.node
         if node.parent is None and self.ref is not None and self.layer is self.rows.view.upper and self.writable:
-            if node.fd < 0 or os.fstat(node.fd).st_nlink == 0 or node.where is not None:
+            gone = node.fd < 0 or node.where is not None or os.fstat(node.fd).st_nlink == 0
+            if gone:
                 self.rows.drop_map(self.layer, self.ref)
         log, self.log = self.log, None
         if log is not None:
@@ -458,7 +460,7 @@ class RowFile:
 
     def fallocate(self, mode: int, offset: int, length: int) -> None:
         """fallocate(2). Blocks that are still the base's get room reserved; a hole or zeros make them own."""
-        extents = self.load()
+        self.load()
         fd = self._ready_to_write()
         space, node = self.rows.view.space, self.node
         end = offset + length
@@ -544,7 +546,7 @@ class RowFile:
                 continue
             stop = min(at + max(block, min(most - done, 1 << 20) & -block), self.base_end)
             while at < stop:
-                step = self.pwrite(at, self._fetch(at, stop))
+                step = self.pwrite(at, memoryview(self._fetch(at, stop)))
                 at += step
                 done += step
         return done

@@ -148,7 +148,7 @@ def _record(offset: int, kind: int, count: int, first: int) -> bytes:
 
 
 def _writes(offset: int, ranges: Ranges) -> bytes:
-    parts = []
+    parts: list[bytes] = []
     for first, end in ranges:
         while first < end:
             count = min(end - first, _MAX_COUNT)
