@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from cowfs.store.images import ImageVerbs
-from cowfs.store.live import LiveVerbs
+from cowfs.store.squash import SquashVerbs
 
 __all__ = ["Store"]
 
 
-class Store(LiveVerbs, ImageVerbs):
+class Store(SquashVerbs, ImageVerbs):
     """A store of snapshots in one directory. Make it with :meth:`open`.
 
     >>> with Store.open("/tmp/store") as store:  # doctest: +SKIP

@@ -117,11 +117,18 @@ def metacopy_data(view: View, parent: Dir, position: int, name: bytes, low: byte
             entry = tree(view).entries(record).get(name) if record is not None else None
             if entry is None or entry.type != DT_REG:
                 raise OSError(errno.EIO, "metacopy without data", name)
-            return _data_at(view, entry, low.lstrip(b"/"))
+            return _data_at(view, entry, _path_of(entry, record, name), low.lstrip(b"/"))
 
 
-def _data_at(view: View, entry: Any, low: bytes) -> Data:
-    head, _, real = (entry.path if entry.path is not None else low).rpartition(b"/")
+def _path_of(entry: Any, record: Any, name: bytes) -> bytes:
+    """Where an entry of a record is in its layer."""
+    if entry.path is not None:
+        return bytes(entry.path)
+    return bytes(record.path + b"/" + name) if record.path else name
+
+
+def _data_at(view: View, entry: Any, path: bytes, low: bytes) -> Data:
+    head, _, real = path.rpartition(b"/")
     where = source_at(view, view.layers[entry.layer], head)
     st = os.stat(real, dir_fd=where.open(), follow_symlinks=False)
     return Data(where, real, low, st.st_size, st.st_blocks)
@@ -130,7 +137,7 @@ def _data_at(view: View, entry: Any, low: bytes) -> Data:
 def find_entry(view: View, path: bytes) -> Any:
     """The entry of a path in the lower tree, or ``None``."""
     record, entry = tree(view).root(), None
-    for part in path.split(b"/"):
+    for part in path.split(b"/") if path else ():
         if record is None:
             return None
         entry = tree(view).entries(record).get(part)
@@ -145,7 +152,7 @@ def entry_of(view: View, node: Node) -> Any:
     if view.index is None or node is view.root or view.in_upper(node):
         return None
     if isinstance(node, Dir):
-        return find_entry(view, view.low_path(node)) if node.record is not None else None
+        return find_entry(view, node.record.path) if node.record is not None else None
     parent = node.parent
     if parent is None or parent.record is None:
         return None
@@ -175,8 +182,7 @@ def make(view: View, parent: Dir, name: bytes) -> Node | None:
     if entry is None:
         return None
     layer = view.layers[entry.layer]
-    low = view.low_child(parent, name)
-    path = entry.path if entry.path is not None else low
+    path = _path_of(entry, parent.record, name)
     ino = ino_of(view, entry)
     if entry.type == DT_DIR:
         made = view.new_dir(parent, name, [source_at(view, layer, path)], ino)

@@ -27,7 +27,7 @@ class Entry(Protocol):
     xattrs: Mapping[bytes, bytes]
     layer: int  # which layer of the stack holds the data, 0 at the bottom
     path: bytes | None  # path there, when it is not the merged path
-    record: Any  # a directory's own record
+    record: Any  # a directory's own record: opaque, but for ``path``, its path in the index's tree
 
 
 class TreeIndex(Protocol):
