@@ -25,7 +25,6 @@ from __future__ import annotations
 import errno
 import functools
 import os
-import secrets
 import struct
 import threading
 import zlib
@@ -97,7 +96,7 @@ class Ref:
     @classmethod
     def make(cls, block: int, base_end: int, base_blocks: int, path: bytes, *, has_map: bool) -> Ref:
         """A reference with a fresh map id."""
-        return cls(secrets.randbits(64), check_block(block), base_end, base_blocks, path, has_map)
+        return cls(int.from_bytes(os.urandom(8)), check_block(block), base_end, base_blocks, path, has_map)
 
     def pack(self) -> bytes:
         """The xattr's value."""
