@@ -21,6 +21,7 @@ from memory_view import MemoryView
 
 from cowfs.fuse import Session, SessionOptions, mount_fuse
 from cowfs.sys import mounts
+from cowfs.union import View
 
 
 class Served:
@@ -128,3 +129,28 @@ def mnt(serve: Any) -> Served:
     """An empty tree, mounted."""
     served: Served = serve()
     return served
+
+
+@pytest.fixture
+def layers(tmp_path: Path, can_mount: None) -> Iterator[Path]:
+    """A directory on a tmpfs of its own, with ``lower``, ``upper`` and ``work`` in it."""
+    base = tmp_path / "layers"
+    base.mkdir()
+    mounts.mount("none", base, "tmpfs", 0, "size=512m")
+    for name in ("lower", "upper", "work"):
+        (base / name).mkdir()
+    yield base
+    mounts.umount(base, mounts.MNT_DETACH)
+
+
+@pytest.fixture
+def union(serve: Any, layers: Path) -> Any:
+    """``union(readonly=False, **SessionOptions)``: the real view over ``layers``, served."""
+
+    def start(*, readonly: bool = False, **options: Any) -> Served:
+        upper = None if readonly else layers / "upper"
+        view = View([bytes(layers / "lower")], upper and bytes(upper), upper and bytes(layers / "work"))
+        served: Served = serve(view, **options)
+        return served
+
+    return start

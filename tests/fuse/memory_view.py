@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from cowfs.fuse import abi
+from cowfs.union import Options
 
 
 def fail(code: int) -> OSError:
@@ -66,6 +67,7 @@ class MemoryView:
     """See the module."""
 
     NOW = object()
+    options = Options()
 
     def __init__(self) -> None:
         self._ids = itertools.count(2)
