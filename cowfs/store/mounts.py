@@ -8,6 +8,8 @@ mountinfo.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, NoReturn
@@ -18,11 +20,13 @@ from cowfs.index import Row
 from cowfs.model import Kind, Mount, Usage
 from cowfs.mounting import MountHandle
 from cowfs.mountpoint import resolve
-from cowfs.stack import MountSpec
+from cowfs.server import make_view
+from cowfs.stack import MountSpec, Stack
 from cowfs.store.core import StoreCore
 from cowfs.store.layers import kernel_mount_of
 from cowfs.store.serve import FACTORY
 from cowfs.sys import mounts as sys_mounts
+from cowfs.union.paths import Paths
 
 __all__ = ["KernelMount", "MountVerbs", "mount_record"]
 
@@ -127,6 +131,26 @@ class MountVerbs(StoreCore):
             label=key,
             **more,
         )
+
+    @contextmanager
+    def paths(self, key: str) -> Iterator[Paths]:
+        """A snapshot's tree for reading and writing by path in this process, without any mount.
+
+        The snapshot is in use like a mounted one until the block ends.
+
+        Raises:
+            NotFound: no such key.
+            FailedPrecondition: a committed snapshot, or in use.
+        """
+        stack = Stack.open(self.spec(key, os.path.join(self.root, "nowhere"), io="cached"))
+        try:
+            view = make_view(stack)
+            try:
+                yield Paths(view)
+            finally:
+                view.close()
+        finally:
+            stack.close()
 
     def _refuse_used(self, row: Row) -> None:
         from cowfs.store.layers import hold

@@ -1,0 +1,178 @@
+"""A process killed between any two steps of a verb leaves the state before it or the one after it.
+
+The points are not sampled: each verb is run once to record which points it passes, then once more for
+each of them, killed there. Together they pass every point that ``cowfs.faults`` names.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cowfs import faults
+from cowfs.model import Kind
+from cowfs.store import Store
+
+from .conftest import tree_path
+
+Act = Callable[[Store], object]
+LIVE = ("squash.", "switch.")
+"""Points of the verbs on live mounts, which have tests of their own."""
+
+
+def _layer_tar() -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        for name, data in (("one", b"1"), ("two", b"22"), ("sub/three", b"333")):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return out.getvalue()
+
+
+def _make(root: Path, driver: str) -> None:
+    """base < leaf, an active snapshot with a change, a directory that nothing records."""
+    with Store.open(root, driver=driver, fsync=False) as store:
+        store.prepare("k")
+        tree = tree_path(store, "k")
+        (tree / "dir").mkdir()
+        (tree / "dir" / "file").write_text("base")
+        store.commit("k", "base")
+        store.prepare("k", "base")
+        (tree_path(store, "k") / "leaf").write_text("leaf")
+        store.commit("k", "leaf")
+        store.prepare("work", "base")
+        (tree_path(store, "work") / "work").write_text("work")
+        (root / "layers" / "aaaaaaaaaa" / "fs").mkdir(parents=True)
+
+
+def _prepared(store: Store, before: bool) -> None:
+    if store.exists("new"):
+        assert store.stat("new").kind is Kind.ACTIVE
+        assert list(store.diff("new")) == []
+        store.mounts("new")
+
+
+def _viewed(store: Store, before: bool) -> None:
+    if store.exists("look"):
+        assert store.stat("look").kind is Kind.VIEW
+
+
+def _committed(store: Store, before: bool) -> None:
+    assert store.exists("work") != store.exists("done")
+    name = "done" if store.exists("done") else "work"
+    assert [change.path for change in store.diff(name) if change.kind == "added"] == [b"work"]
+    if name == "done":
+        assert store.usage("done").inodes == 1
+        assert list(store.diff("done", "base"))
+
+
+def _applied(store: Store, before: bool) -> None:
+    assert store.stat("work").kind is Kind.ACTIVE
+    list(store.diff("work"))  # whatever part is there can be read
+
+
+def _removed(store: Store, before: bool) -> None:
+    if store.exists("leaf"):
+        assert [change.path for change in store.diff("leaf") if change.kind == "added"] == [b"leaf"]
+
+
+def _updated(store: Store, before: bool) -> None:
+    assert dict(store.stat("base").labels) in ({}, {"a": "1", "b": "2"})
+
+
+def _imported(store: Store, before: bool) -> None:
+    for info in store.walk(["name~=^sha256"]):
+        assert {change.path for change in store.diff(info.name)} >= {b"one", b"two", b"sub/three"}
+
+
+def _nothing(store: Store, before: bool) -> None:
+    assert store.exists("leaf")
+
+
+VERBS: dict[str, tuple[Act, Callable[[Store, bool], None]]] = {
+    "prepare": (lambda store: store.prepare("new", "base"), _prepared),
+    "view": (lambda store: store.view("look", "base"), _viewed),
+    "commit": (lambda store: store.commit("work", "done"), _committed),
+    "apply": (lambda store: store.apply("work", io.BytesIO(_layer_tar())), _applied),
+    "remove": (lambda store: store.remove("leaf"), _removed),
+    "update": (lambda store: store.update("base", {"a": "1", "b": "2"}), _updated),
+    "gc": (lambda store: store.gc(), _nothing),
+    "import": (lambda store: store.import_image(io.BytesIO(_layer_tar()), "tag"), _imported),
+}
+
+
+def _in_child(root: Path, act: Act, hook: Callable[[str], None]) -> int:
+    """Run a verb in a child with a hook; its wait status."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            with Store.open(root, fsync=False) as store:
+                faults.hook = hook
+                act(store)
+            code = 0
+        finally:
+            os._exit(code)
+    return os.waitpid(pid, 0)[1]
+
+
+def _passed(root: Path, act: Act) -> list[str]:
+    """The points that a verb passes, in order."""
+    reading, writing = os.pipe()
+    status = _in_child(root, act, lambda name: (os.write(writing, name.encode() + b"\n"), None)[1])
+    os.close(writing)
+    assert status == 0
+    with open(reading) as pipe:
+        return pipe.read().split()
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_kill_between_two_steps_leaves_a_whole_state(verb: str, space: Path, driver: str) -> None:
+    act, verify = VERBS[verb]
+    _make(space / "record", driver)
+    points = _passed(space / "record", act)
+    assert points
+    for number, name in enumerate(points):
+        root = space / f"kill-{number}"
+        _make(root, driver)
+        count = 0
+
+        def kill(passed: str, number: int = number) -> None:
+            nonlocal count
+            if count == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            count += 1
+
+        status = _in_child(root, act, kill)
+        assert os.WIFSIGNALED(status), f"{verb} was not killed at {name}"
+        with Store.open(root, fsync=False) as store:
+            report = store.check()
+            assert report.damage == [], f"{verb} killed at {name}"
+            verify(store, True)
+            store.gc()
+            assert store.check(content=True).problems == [], f"{verb} killed at {name}"
+            assert not [left for left in os.listdir(root) if left.startswith(("new-", "rm-"))]
+            assert set(os.listdir(root / "layers")) == {row.id for row in store.index.rows()}
+            verify(store, False)
+
+
+def test_the_verbs_pass_every_point(space: Path) -> None:
+    seen: set[str] = set()
+    for verb, (act, _) in VERBS.items():
+        _make(space / verb, "overlay")
+        seen |= set(_passed(space / verb, act))
+    others = {name for name in faults.POINTS if name.startswith(LIVE)}
+    assert seen == set(faults.POINTS) - others
+
+
+def test_a_point_that_is_not_in_the_table_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(faults, "hook", lambda name: None)
+    with pytest.raises(KeyError):
+        faults.point("nowhere.at.all")
