@@ -204,7 +204,7 @@ def make(view: View, parent: Dir, name: bytes) -> Node | None:
         if node.data is not None:
             node.data.bind(node)
         elif real != name:
-            node.data = _data_at(view, entry, low)
+            node.data = _data_at(view, entry, path, view.low_child(parent, name))
     view.nodes[ino] = node
     view.bind(parent, name, node)
     node.attr = attr_of(view, node, entry)
