@@ -14,7 +14,9 @@ from __future__ import annotations
 import os
 import socket
 import stat
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from cowfs import errors
@@ -113,6 +115,20 @@ def decode(line: bytes) -> dict[str, Any]:
     return message
 
 
+@contextmanager
+def short(path: str) -> Iterator[str]:
+    """The same place, named in the 107 bytes that an address has room for (unix(7)), through its directory's descriptor."""
+    if len(os.fsencode(path)) < 100:
+        yield path
+        return
+    directory, name = os.path.split(path)
+    fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{fd}/{name}"
+    finally:
+        os.close(fd)
+
+
 def connect(path: str, timeout: float = TIMEOUT) -> socket.socket:
     """A connection to a server.
 
@@ -122,7 +138,15 @@ def connect(path: str, timeout: float = TIMEOUT) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     sock.settimeout(timeout)
     try:
-        sock.connect(path)
+        for attempt in range(100):
+            try:
+                with short(path) as address:
+                    sock.connect(address)
+                break
+            except BlockingIOError:  # many clients at once: the queue is full (unix(7), EAGAIN)
+                if attempt == 99:
+                    raise
+                time.sleep(timeout / 100)
     except BaseException:
         sock.close()
         raise

@@ -206,16 +206,22 @@ def make_spec(
         found = tuple(os.path.abspath(layer) for layer in layers)
         parents = {os.path.dirname(layer) for layer in found}
         beside = parents.pop() if len(parents) == 1 else None
+    from cowfs.sys.mounts import OPTION_FLAGS
+
     words = []
     for word in options:
         if word == "ro":
             readonly = True
-        elif word == "rw" or not word:
+        elif word in ("rw", "defaults", ""):
             pass
         elif word == "volatile":
             more["volatile"] = True
-        else:
+        elif word in OPTION_FLAGS:
             words.append(word)
+        else:
+            raise InvalidArgument(
+                f"no such mount option: {word!r}", remedy=f"known: {', '.join(OPTION_FLAGS)}, volatile"
+            )
     scratch = None
     if ephemeral and (upper or work):
         raise InvalidArgument(

@@ -365,7 +365,8 @@ class Server:
             unfinished = f"{self.socket}.{os.getpid()}"  # nobody may find a socket that does not listen yet
             before = os.umask(0o177)
             try:
-                listener.bind(unfinished)
+                with control.short(unfinished) as address:
+                    listener.bind(address)
             finally:
                 os.umask(before)
             listener.listen(16)

@@ -256,6 +256,7 @@ class Stack:
         self._place: str | None = None  # directory of the record
         self._locks: list[int] = []
         self._ephemeral: str | None = None
+        self._made: list[str] = []  # directories that were not there before
 
     @classmethod
     def open(cls, spec: MountSpec) -> Stack:
@@ -268,9 +269,15 @@ class Stack:
         try:
             stack._open()
         except BaseException:
-            stack.close()
+            stack.undo()
             raise
         return stack
+
+    def undo(self) -> None:
+        """Give up before anything was mounted: what :meth:`open` made is removed, and all is closed."""
+        while self._made:
+            _remove_tree(self._made.pop())
+        self.close()
 
     def _open(self) -> None:
         spec = self.spec
@@ -308,7 +315,6 @@ class Stack:
                 f"{upper} has a recorded limit, which io=passthrough cannot hold",
                 remedy="mount without --io passthrough, or remove the limit first: cowfs limit MNT --size none",
             )
-        self.record_limit(self.limit)
 
     # -- checks ------------------------------------------------------------------------------------------------
 
@@ -416,20 +422,29 @@ class Stack:
             self._make_ephemeral(os.path.dirname(upper))
         for directory in (place, os.path.dirname(work), os.path.dirname(upper)):
             if directory and not self.spec.readonly:
-                os.makedirs(directory, mode=0o700, exist_ok=True)
+                self._make_directories(directory)
         if not os.path.isdir(upper):
             if self.spec.readonly:
                 raise NotFound(f"the upper directory does not exist: {upper}")
             self._make_upper(upper)
-        if not self.spec.readonly and not os.path.isdir(work):
-            os.mkdir(work, 0o700)
+        if not self.spec.readonly:
+            self._make_directories(work)
         return upper, work, place
+
+    def _make_directories(self, path: str) -> None:
+        missing = [part for part in _upwards(path) if not os.path.isdir(part)]
+        try:
+            for part in reversed(missing):
+                os.mkdir(part, 0o700)
+                self._made.append(part)
+        except OSError as error:
+            raise InvalidArgument(f"cannot make {error.filename}: {error.strerror}") from None
 
     def _make_ephemeral(self, base: str) -> None:
         import fcntl
 
         scratch = os.path.dirname(base)
-        os.makedirs(scratch, mode=0o700, exist_ok=True)
+        self._make_directories(scratch)
         fd = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)  # nobody sweeps between our mkdir and our lock
@@ -442,7 +457,7 @@ class Stack:
 
     def _make_upper(self, upper: str) -> None:
         """An upper whose root looks as the topmost layer's root does: it is what users of the mount see."""
-        os.mkdir(upper, 0o700)
+        self._make_directories(upper)
         model = os.stat(self.spec.layers[-1])
         if (model.st_uid, model.st_gid) != (os.geteuid(), os.getegid()) and os.geteuid() == 0:
             os.chown(upper, model.st_uid, model.st_gid)
@@ -499,6 +514,11 @@ class Stack:
         self._locks.append(fd)
 
     # -- while mounted -------------------------------------------------------------------------------------------
+
+    def commit(self) -> None:
+        """The mount is there: record what it is made of; what was made stays."""
+        self._made.clear()
+        self.record_limit(self.limit)
 
     def record_limit(self, limit: Limit | None) -> None:
         """Keep the limit (and the layers) beside the upper, atomically."""

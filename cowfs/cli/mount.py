@@ -32,7 +32,12 @@ def _configure_mount(parser: argparse.ArgumentParser) -> None:
     add("--layer", action="append", default=[], metavar="DIR", help="a layer; repeated, bottom first")
     add("--key", metavar="KEY", help="instead of layers: an active snapshot or a view of the store")
     add("--root", metavar="DIR", help="the store of KEY (default: $COWFS_ROOT, else /var/lib/cowfs or the user's data)")
-    add("--mount-type", choices=("fuse", "kernel"), default="fuse", help="of KEY: cowfs's own server, or the kernel's overlayfs")
+    add(
+        "--mount-type",
+        choices=("fuse", "kernel"),
+        default="fuse",
+        help="of KEY: cowfs's own server, or the kernel's overlayfs",
+    )
     add("--upper", metavar="DIR", help="where changes go (default: LAYERS/.cowfs/upper, used again next time)")
     add("--work", metavar="DIR", help="work directory, on the same file system as the upper (default: beside it)")
     add("--ephemeral", action="store_true", help="an upper of its own, dropped at unmount")

@@ -154,7 +154,12 @@ def _percent(used: int, limit: int | None) -> str:
 def _configure_diff(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("what", metavar="MNT|UPPER|A", help="a mount point, an upper directory, or a snapshot of the store")
-    add("other", nargs="?", metavar="B", help="another snapshot: what changed from A to B (default: from A's parent to A)")
+    add(
+        "other",
+        nargs="?",
+        metavar="B",
+        help="another snapshot: what changed from A to B (default: from A's parent to A)",
+    )
     add("--root", metavar="DIR", help="the store that A and B are in")
     add("--layer", action="append", default=[], metavar="DIR",
         help="a layer beneath an UPPER that cowfs has no record of; repeated, bottom first")  # fmt: skip

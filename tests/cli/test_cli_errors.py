@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from support import mounts, namespace, users
-from support.command import ROOT, Run, environment, one_line, status_of
+from support.command import ROOT, Run, environment, one_line, status_of, user_python
 
 from cowfs.cli import VERBS, command_of, parser_of
 
@@ -95,7 +95,9 @@ def _picture(root: Path) -> list[tuple[str, int, int]]:
         for name in (".", *names):
             path = os.path.join(directory, name)
             status = os.lstat(path)
-            found.append((os.path.relpath(path, root), status.st_mode, 0 if stat.S_ISDIR(status.st_mode) else status.st_size))
+            found.append(
+                (os.path.relpath(path, root), status.st_mode, 0 if stat.S_ISDIR(status.st_mode) else status.st_size)
+            )
     return sorted(found)
 
 
@@ -203,15 +205,14 @@ def test_unknown_verb_is_guessed(cowfs: Run) -> None:
 
 def _as_user(*arguments: object) -> subprocess.CompletedProcess[str]:
     """The command as an ordinary user, with this host's own /dev/fuse."""
-    command = users.command_as([str(part) for part in (sys.executable, "-m", "cowfs", *arguments)])
+    command = users.command_as([str(part) for part in (user_python(), "-m", "cowfs", *arguments)])
     return subprocess.run(command, capture_output=True, text=True, timeout=60, env={**environment(), "TMPDIR": "/tmp"})
 
 
 @pytest.fixture
 def readable(can_mount: None) -> None:
     """Skip where an ordinary user cannot even read the interpreter or the tree under test."""
-    probe = users.command_as([sys.executable, "-c", "import cowfs"])
-    if subprocess.run(probe, capture_output=True, env=environment(), cwd="/").returncode:
+    if user_python() is None:
         pytest.skip(f"an ordinary user cannot run {sys.executable} with {ROOT}")
 
 
@@ -230,7 +231,9 @@ def test_unwritable_place_for_the_upper(run_directory: Path, readable: None, sta
     assert "--upper" in one_line(done)
 
 
-def test_no_permission_for_the_device(run_directory: Path, readable: None, stack: Path, mnt: Path, tmp_path: Path) -> None:
+def test_no_permission_for_the_device(
+    run_directory: Path, readable: None, stack: Path, mnt: Path, tmp_path: Path
+) -> None:
     """A /dev/fuse that is root's alone: said so, with the remedy."""
     node = tmp_path / "fuse"
     os.mknod(node, stat.S_IFCHR | 0o600, os.stat("/dev/fuse").st_rdev)

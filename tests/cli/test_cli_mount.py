@@ -208,7 +208,9 @@ def test_stopped_server_is_unmounted_by_force(cowfs: Run, stack: Path, mnt: Path
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_unmounts_cleanly(cowfs: Run, stack: Path, mnt: Path, run_directory: Path, number: signal.Signals) -> None:
+def test_signal_unmounts_cleanly(
+    cowfs: Run, stack: Path, mnt: Path, run_directory: Path, number: signal.Signals
+) -> None:
     """SIGTERM ends a server that is idle; nothing stays behind."""
     cowfs("mount", stack, mnt)
     pid = int(str(status_of(cowfs, mnt)["pid"]))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import namespace
 from support.command import environment, one_line, run_module
 from support.layers import Layer
 
@@ -65,15 +66,18 @@ def test_as_mount_helpers_call_it(tree: Path, mnt: Path) -> None:
 
 
 def test_mount_by_type(tree: Path, mnt: Path, tmp_path: Path) -> None:
-    """`mount -t fuse.cowfs-overlayfs none MNT -o ...` finds the program by its name."""
+    """`mount -t fuse.cowfs-overlayfs none MNT -o ...` finds the program by its name, in the PATH that mount(8) sets."""
     program = tmp_path / "cowfs-overlayfs"
     program.write_text(f'#!/bin/sh\nexec {sys.executable} -m cowfs.cli.overlayfs "$@"\n')
     program.chmod(0o755)
     if not any(os.path.exists(f"/sbin/mount.{name}") for name in ("fuse", "fuse3")):
         pytest.skip("no /sbin/mount.fuse here (package fuse3)")
-    environ = {**environment(), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     command = ["mount", "-t", "fuse.cowfs-overlayfs", "none", mnt, "-o", f"lowerdir={tree / 'base'}"]
-    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60)
+    namespace.bind(str(tmp_path), "/usr/local/sbin")
+    try:
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=60)
+    finally:
+        namespace.umount("/usr/local/sbin")
     assert done.returncode == 0, done.stderr
     assert (mnt / "who").read_text() == "base"
 
@@ -103,7 +107,10 @@ def test_mappings_and_squashing(tree: Path, mnt: Path) -> None:
     os.chown(tree / "base/old", 1, 1)
     options = f"lowerdir={tree / 'base'},uidmapping=:0:1000:1:1:110000:65536,gidmapping=:0:2000:1:1:120000:65536"
     run("-o", options, mnt)
-    assert [(os.stat(mnt / n).st_uid, os.stat(mnt / n).st_gid) for n in ("who", "old")] == [(1000, 2000), (110000, 120000)]
+    assert [(os.stat(mnt / n).st_uid, os.stat(mnt / n).st_gid) for n in ("who", "old")] == [
+        (1000, 2000),
+        (110000, 120000),
+    ]
     subprocess.run(["umount", mnt], check=True)
     run("-o", f"lowerdir={tree / 'base'},squash_to_uid=77,squash_to_gid=78", mnt)
     assert [(os.stat(mnt / n).st_uid, os.stat(mnt / n).st_gid) for n in ("who", "old")] == [(77, 78)] * 2
@@ -216,7 +223,7 @@ def parsed(text: str) -> dict[str, Any]:
 def test_parse_is_total_over_what_engines_send() -> None:
     """Options that fuse-overlayfs knows are all understood or ignored in silence."""
     words = (
-        "lowerdir=/a:/b,upperdir=/u,workdir=/w,context=\"system_u:object_r:container_file_t:s0:c1,c2\",redirect_dir=off,"
+        'lowerdir=/a:/b,upperdir=/u,workdir=/w,context="system_u:object_r:container_file_t:s0:c1,c2",redirect_dir=off,'
         "fast_ino=1,threaded=0,timeout=3,writeback=1,plugins=,static_nlink,noacl,xino=auto,index=off,nfs_export=off,"
         "userxattr,default_permissions,allow_other,fsname=x,subtype=y,max_write=4096,x-systemd.automount,user,private"
     )

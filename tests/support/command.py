@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from . import users
+
 ROOT = Path(__file__).resolve().parents[2]
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -26,6 +28,19 @@ def run_module(module: str, *arguments: object, **more: object) -> subprocess.Co
         [sys.executable, "-m", module, *map(str, arguments)],
         **{"capture_output": True, "text": True, "timeout": 60, "env": environment(), **more},  # type: ignore[call-overload]
     )
+
+
+def user_python() -> str | None:
+    """An interpreter that an ordinary user can run with the tree under test, or None."""
+    probe = "import subprocess, sys, cowfs.server; subprocess.run([sys.executable, '-c', ''], check=True)"
+    for python in (sys.executable, "/usr/bin/python3"):
+        command = users.command_as([python, "-c", probe])
+        if (
+            os.path.exists(python)
+            and not subprocess.run(command, capture_output=True, env=environment(), cwd="/").returncode
+        ):
+            return python
+    return None
 
 
 def status_of(cowfs: Run, mnt: Path) -> dict[str, object]:

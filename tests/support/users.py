@@ -61,6 +61,9 @@ def open_fuse_device(base: Path) -> str | None:
         conf.write_text("user_allow_other\n")
         if os.path.exists("/etc/fuse.conf"):
             namespace.bind(str(conf), "/etc/fuse.conf")
+        passwd = base / "passwd"  # fusermount3 wants the user's name
+        passwd.write_bytes(Path("/etc/passwd").read_bytes() + f"cowfs-test:x:{UID}:{GID}::/:/bin/sh\n".encode())
+        namespace.bind(str(passwd), "/etc/passwd")
     except OSError as error:
         return f"cannot give everybody /dev/fuse: {error}"
     return None
