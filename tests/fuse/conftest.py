@@ -24,6 +24,24 @@ from cowfs.sys import mounts
 from cowfs.union import View
 
 
+def drops() -> list[str]:
+    """How often the kernel's caches were dropped by hand since it was started."""
+    with open("/proc/vmstat", encoding="ascii") as file:
+        return [line for line in file if line.startswith("drop_")]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Request counts tell nothing when another process had the kernel's caches dropped meanwhile."""
+    before = drops()
+    try:
+        return (yield)
+    except AssertionError:
+        if item.path.name == "test_requests.py" and drops() != before:
+            pytest.skip("another process dropped the kernel's caches meanwhile")
+        raise
+
+
 class Served:
     """A mounted session: ``path``, ``view``, ``session``, and what was asked since :meth:`mark`."""
 
