@@ -87,6 +87,15 @@ class Source:
             parts.append(part)
         return b"".join(parts)
 
+    def at_hand(self, count: int) -> memoryview | None:
+        """The next ``count`` bytes without copying if the current chunk has them all."""
+        start = self._pos
+        stop = start + count
+        if stop > self._end:
+            return None
+        self._pos = stop
+        return memoryview(self._chunk)[start:stop]
+
     def pieces(self, count: int) -> Iterator[memoryview]:
         """The next ``count`` bytes without copying; fewer at the end of the stream."""
         while count:

@@ -43,7 +43,7 @@ _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _DENIED = frozenset({errno.EPERM, errno.EACCES, errno.EINVAL})
 _NO_XATTR = frozenset({errno.EOPNOTSUPP, errno.EPERM, errno.EACCES})
-_PLAIN_TIMES = range((1 << 31) * header.NANO)  # what every file system keeps
+_PLAIN_END = (1 << 31) * header.NANO  # from the epoch to here every file system keeps a time
 _MOSTLY_HOLES = 1 << 30
 _SET_ID = stat.S_ISUID | stat.S_ISGID
 
@@ -87,6 +87,9 @@ class Extractor:
         with os.scandir(target) as entries:
             self._written: set[int] | None = None if next(entries, None) is None else set()
         self.dirs = Dirs(target, self._implied, check_acl=self._written is not None)
+        self._head: bytes | None = None  # the directory of the member before, as the archive spells it,
+        self._home: Dir | None = None  # and as it was found
+        self._short = min(255, options.max_path)
         self.dropped: Counter[str] = Counter()
         self.whiteouts = self.skipped = self._ordinal = 0
         self._made_whiteouts = self._written is not None and form is not None
@@ -103,9 +106,22 @@ class Extractor:
         options = self._options
         self._ordinal = member.ordinal
         try:
-            path = canonical(member.name, max_path=options.max_path, max_depth=options.max_depth)
             if member.size > options.max_file:
                 raise LimitExceeded(f"file of {member.size} bytes, at most {options.max_file} are allowed")
+            head, _, base = member.name.rpartition(b"/")
+            last = self.dirs.last
+            if (
+                head == self._head and last is self._home
+                and base and base[0] != 46 and len(member.name) <= self._short and 0 not in base
+            ):  # fmt: skip
+                # a plain name next to the one before: all the checks of its directory were made then
+                path = last.path + b"/" + base
+                _HANDLERS[member.type](self, member, last, base, path)
+                if self._written is not None:
+                    self._note(path)
+                return
+            self._head = None
+            path = canonical(member.name, max_path=options.max_path, max_depth=options.max_depth)
             what, path = meaning(path)
             if what is Meaning.ENTRY:
                 if not path:
@@ -115,6 +131,8 @@ class Extractor:
                 _HANDLERS[member.type](self, member, self.dirs.get(parent_path), name, path)
                 if self._written is not None:
                     self._note(path)
+                if base and parent_path and self.dirs.last.path == parent_path:
+                    self._head, self._home = head, self.dirs.last
             else:
                 self._special(member, what, path)
         except CowfsError:
@@ -378,7 +396,7 @@ class Extractor:
         found.inherits = bool(member.mode & stat.S_ISGID) or b"system.posix_acl_default" in attributes
         found.mtime = member.mtime
         found.atime = member.mtime if member.atime is None else member.atime
-        if not (found.mtime in _PLAIN_TIMES and found.atime in _PLAIN_TIMES):
+        if not (0 <= found.mtime < _PLAIN_END and 0 <= found.atime < _PLAIN_END):
             os.utime(found.fd, ns=(found.atime, found.mtime))
             self._times_kept(found.fd, found.mtime)
 
@@ -393,16 +411,15 @@ class Extractor:
         try:
             if member.segments is not None:
                 self._sparse(member, fd, path)
-            elif not self._hash:
-                if member.stored:
-                    for piece in self._reader.data():
-                        _write(fd, piece)
             else:
-                hasher = hashlib.sha256()
-                for piece in self._reader.data():
-                    hasher.update(piece)
-                    _write(fd, piece)
-                self._hashed(fd, path, hasher.hexdigest())
+                piece = self._reader.whole()
+                if piece is not None:
+                    if piece:
+                        _write(fd, piece)
+                    if self._hash:
+                        self._hashed(fd, path, hashlib.sha256(piece).hexdigest())
+                else:
+                    self._long(fd, path)
             uid, gid, mtime = member.uid, member.gid, member.mtime
             if parent.inherits or member.xattrs is not None or self._owners != "fail":
                 if parent.inherits:
@@ -411,12 +428,22 @@ class Extractor:
             else:
                 if uid != self._uid or gid != self._gid:
                     self._chown(fd, uid, gid)
-                os.chmod(fd, member.mode)
+                os.fchmod(fd, member.mode)
             os.utime(fd, ns=(mtime if member.atime is None else member.atime, mtime))
-            if mtime not in _PLAIN_TIMES:
+            if not 0 <= mtime < _PLAIN_END:
                 self._times_kept(fd, mtime)
         finally:
             os.close(fd)
+
+    def _long(self, fd: int, path: bytes) -> None:
+        """A file's data that does not lie in one chunk."""
+        hasher = hashlib.sha256() if self._hash else None
+        for piece in self._reader.data():
+            if hasher is not None:
+                hasher.update(piece)
+            _write(fd, piece)
+        if hasher is not None:
+            self._hashed(fd, path, hasher.hexdigest())
 
     def _sparse(self, member: Member, fd: int, path: bytes) -> None:
         assert member.segments is not None
@@ -601,14 +628,14 @@ class Extractor:
         kept = True
         if regroup or uid != self._uid or gid != self._gid:
             kept = self._chown(fd, uid, gid)
-        os.chmod(fd, mode if kept else mode & ~_SET_ID)
+        os.fchmod(fd, mode if kept else mode & ~_SET_ID)
         if attributes:
             self._set_xattrs(fd, attributes)
 
     def _chown(self, fd: int, uid: int, gid: int) -> bool:
         """True when the owner is as asked; False when it may stay as it is."""
         try:
-            os.chown(fd, uid, gid)
+            os.fchown(fd, uid, gid)
         except OSError as error:
             return self._unowned(error, uid, gid)
         return True
@@ -657,7 +684,7 @@ class Extractor:
     def _name_times(self, dirfd: int, name: bytes, member: Member) -> None:
         atime = member.mtime if member.atime is None else member.atime
         os.utime(name, ns=(atime, member.mtime), dir_fd=dirfd, follow_symlinks=False)
-        if member.mtime not in _PLAIN_TIMES:
+        if not 0 <= member.mtime < _PLAIN_END:
             st = os.stat(name, dir_fd=dirfd, follow_symlinks=False)
             _same_time(st, member.mtime)
 

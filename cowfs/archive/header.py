@@ -39,7 +39,9 @@ NANO = 1_000_000_000
 
 # name mode uid gid size mtime chksum typeflag linkname magic version uname gname devmajor devminor prefix
 _FIELDS = struct.Struct("100s8s8s8s12s12s8sc100s6s2s32s32s8s8s155s12x")
-assert _FIELDS.size == BLOCK
+# the same for reading: mode, uid and gid in one piece, which repeats; what most members do not use left in the block
+_PARTS = struct.Struct("100s24s12s12s8sc100s8s80x155s12x")
+assert _FIELDS.size == _PARTS.size == BLOCK
 
 USTAR_MAGIC = b"ustar\0"
 GNU_MAGIC = b"ustar "
@@ -71,11 +73,6 @@ class Member:
         ordinal: position in the archive, from 1: error messages name it.
     """
 
-    __slots__ = (
-        "atime", "device", "gid", "linkname", "mode", "mtime", "name", "ordinal", "segments", "size", "stored",
-        "type", "uid", "xattrs",
-    )  # fmt: skip
-
     name: bytes
     type: bytes
     mode: int
@@ -84,22 +81,21 @@ class Member:
     size: int
     stored: int
     mtime: int
-    atime: int | None
-    linkname: bytes
-    device: tuple[int, int]
-    xattrs: dict[bytes, bytes] | None
-    segments: array[int] | None
-    ordinal: int
+    linkname: bytes = b""
+    atime: int | None = None
+    device: tuple[int, int] = (0, 0)
+    xattrs: dict[bytes, bytes] | None = None
+    segments: array[int] | None = None
+    ordinal: int = 0
+    extended: bool = False  # something came from outside plain octal fields: ranges must be checked
 
 
-_octal_cache: dict[bytes, int] = {}
+_ENDS = (0, 32)
+_owners: dict[bytes, tuple[int, int, int]] = {}  # mode, uid and gid fields as they stand -> their values
 
 
 def _number(field: bytes, what: str) -> int:
     """An octal or base-256 field as an integer."""
-    value = _octal_cache.get(field)
-    if value is not None:
-        return value
     lead = field[0]
     if lead & 0x80:
         value = int.from_bytes(field, "big", signed=True)
@@ -111,12 +107,20 @@ def _number(field: bytes, what: str) -> int:
         return 0
     if not text.isdigit() or b"8" in text or b"9" in text:
         raise InvalidArgument(f"{what} is not a number: {field!r}")
-    value = int(text, 8)
-    if len(_octal_cache) > 4096:
-        _octal_cache.clear()
-    if len(field) == 8:  # modes and owners repeat, sizes and times do not
-        _octal_cache[field] = value
-    return value
+    return int(text, 8)
+
+
+def _owner(fields: bytes) -> tuple[int, int, int]:
+    """(mode, uid, gid) of the 24 bytes that hold them."""
+    found = (
+        _number(fields[:8], "mode") & 0o7777,
+        _number(fields[8:16], "uid"),
+        _number(fields[16:], "gid"),
+    )
+    if len(_owners) >= 4096:
+        _owners.clear()
+    _owners[fields] = found
+    return found
 
 
 def _text(field: bytes) -> bytes:
@@ -125,17 +129,15 @@ def _text(field: bytes) -> bytes:
 
 
 def _checksum_ok(block: bytes, field: bytes) -> bool:
+    """The checksum with all its historical spellings."""
     try:
         stated = int(field.split(b"\0", 1)[0], 8)
     except ValueError:
         return False
-    # The checksum counts its own eight bytes as spaces.
-    whole = stated - 256 + sum(field)
-    if (zlib.adler32(block) & 0xFFFF) == (whole + 1) % 65521:
-        return True
-    signed = sum(block) - 256 * sum(1 for byte in block if byte > 127)
-    signed += 256 - sum(field) + 256 * sum(1 for byte in field if byte > 127)
-    return signed == stated  # some old writers summed signed characters
+    unsigned = sum(block) - sum(field) + 256
+    # some old writers summed signed characters
+    signed = unsigned - 256 * sum(1 for byte in block if byte > 127) + 256 * sum(1 for byte in field if byte > 127)
+    return stated in (unsigned, signed)
 
 
 def parse_block(block: bytes) -> Member:
@@ -144,46 +146,49 @@ def parse_block(block: bytes) -> Member:
     Raises:
         InvalidArgument: wrong checksum, or a field that is no number.
     """
-    (
-        name, mode, uid, gid, size, mtime, checksum, kind, linkname, magic, version, _, _, major, minor, prefix,
-    ) = _FIELDS.unpack(block)  # fmt: skip
-    if not _checksum_ok(block, checksum):
+    name, owner, size, mtime, checksum, kind, linkname, magic, prefix = _PARTS.unpack(block)
+    # Adler-32's low half is one more than the byte sum modulo 65521; the checksum counts itself as spaces
+    try:
+        whole = int(checksum[:6], 8) - 255 + sum(checksum)
+    except ValueError:
+        whole = -1
+    if whole % 65521 != zlib.adler32(block) & 0xFFFF and not _checksum_ok(block, checksum):
         raise InvalidArgument("header checksum does not match", remedy="the archive is damaged or not a tar archive")
     member = Member()
-    name = _text(name)
-    if magic == USTAR_MAGIC:
-        if prefix[0]:
-            if block[508:512] == b"tar\0":  # star's variant keeps times behind a shorter prefix
-                prefix = prefix[:131]
-            prefix = _text(prefix)
-            if prefix:
-                name = prefix + b"/" + name
-    elif magic == GNU_MAGIC and version != b" \0":
-        magic = b""
+    name = name[: name.find(0)] if name[99] == 0 else _text(name)
+    if magic[:6] == USTAR_MAGIC and prefix[0]:
+        if block[508:512] == b"tar\0":  # star's variant keeps times behind a shorter prefix
+            prefix = prefix[:131]
+        name = _text(prefix) + b"/" + name
     member.name = name
-    member.mode = _number(mode, "mode") & 0o7777
-    member.uid = _number(uid, "uid")
-    member.gid = _number(gid, "gid")
-    member.mtime = _number(mtime, "mtime") * NANO
-    member.size = member.stored = _number(size, "size")
-    member.linkname = _text(linkname) if linkname[0] else b""
-    if kind in NO_DATA:
-        member.stored = member.size = 0
+    member.mode, member.uid, member.gid = _owners.get(owner) or _owner(owner)
+    # the usual spelling, eleven digits and an end, at once; every other one with care
+    plain = size[11] in _ENDS and mtime[11] in _ENDS and size[:11].isdigit() and mtime[:11].isdigit()
+    if plain:
+        try:
+            length, seconds = int(size[:11], 8), int(mtime[:11], 8)
+        except ValueError:
+            plain = False
+    if not plain:
+        length, seconds = _number(size, "size"), _number(mtime, "mtime")
+    member.mtime = seconds * NANO
+    member.extended = not plain or owner[8] > 127 or owner[16] > 127
+    if linkname[0]:
+        member.linkname = _text(linkname)
+    if kind == b"0":
+        member.type = kind
+    elif kind in NO_DATA:
+        length = 0
         member.type = kind
         if kind in (CHAR, BLOCKDEV):
-            member.device = (_number(major, "device major"), _number(minor, "device minor"))
-        else:
-            member.device = (0, 0)
+            member.device = (_number(block[329:337], "device major"), _number(block[337:345], "device minor"))
+            member.extended = True
+    elif kind == b"\0" and name.endswith(b"/"):  # how version 7 archives spell a directory
+        member.type = DIRECTORY
+        length = 0
     else:
-        member.device = (0, 0)
-        if kind == b"\0" and name.endswith(b"/"):  # how version 7 archives spell a directory
-            member.type = DIRECTORY
-            member.stored = member.size = 0
-        else:
-            member.type = REGULAR if kind in REGULAR_ALIASES else kind
-    member.atime = None
-    member.xattrs = None
-    member.segments = None
+        member.type = REGULAR if kind in REGULAR_ALIASES else kind
+    member.size = member.stored = length
     return member
 
 

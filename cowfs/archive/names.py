@@ -46,6 +46,8 @@ def canonical(name: bytes, *, max_path: int, max_depth: int) -> bytes:
     if not name:
         raise InvalidArgument("the name is empty")
     path = name[:-1] if name.endswith(b"/") else name
+    if path.startswith(b"./"):
+        path = path[2:]
     if path[:1] in (b"/", b".", b"") or b"/." in path or b"//" in path:
         parts = [part for part in path.split(b"/") if part and part != b"."]
         if b".." in parts:

@@ -89,6 +89,13 @@ class Reader:
             if stored % BLOCK:
                 raw(source.take(-stored % BLOCK))
 
+    def whole(self) -> memoryview | None:
+        """All of the current member's stored bytes at once, when they are at hand; else None, and nothing is taken."""
+        piece = self._source.at_hand(self._left)
+        if piece is not None:
+            self._left = 0
+        return piece
+
     def data(self) -> Iterator[memoryview]:
         """The current member's stored bytes, in pieces that are valid until the next one."""
         for piece in self._source.pieces(self._left):
@@ -143,6 +150,9 @@ class Reader:
             if kind == b"V":  # a volume label: nothing to unpack
                 continue
             break
+        if pax is None and long_name is None and long_link is None and not member.extended and not self._globals:
+            if kind in _EXTRACTED:
+                return member
         try:
             if long_name is not None:
                 member.name = long_name
