@@ -20,7 +20,7 @@ from cowfs.errors import InvalidArgument, Unsupported
 from cowfs.model import Limit, Mount, Usage
 from cowfs.sys import files, host, trees, xattr
 from cowfs.whiteout import choose_form
-from cowfs_drivers import records
+from . import records
 
 
 class OverlayDriver(Driver):
