@@ -156,6 +156,10 @@ class Session:
             self._empty_mail()
         return future.result()
 
+    def has_held_requests(self) -> bool:
+        """Whether requests wait for a copy-up or another job of their node. In the loop thread (see :meth:`call`)."""
+        return bool(self._jobs) or bool(self._gates.nodes)
+
     def stop(self) -> None:
         """Make :meth:`run` return soon, without unmounting. Any thread, also a signal handler."""
         self._stopping = True
@@ -257,6 +261,7 @@ class Session:
         poll.register(fd, select.POLLIN)
         poll.register(self._wake, select.POLLIN)
         sched_yield = os.sched_yield
+        nodes, most = self.view.nodes, self.options.max_nodes
         tries = TRIES
         while True:
             if mail:
@@ -276,10 +281,14 @@ class Session:
                     tries -= 1
                     sched_yield()
                     continue
+                if most:
+                    most = self._prune()
                 self._idle(poll)
                 tries = TRIES
                 continue
             tries = TRIES
+            if most and len(nodes) > most:
+                most = self._prune()
             length, opcode, unique, nodeid = unpack(buf)
             if length != n or n < 40:
                 raise ProtocolError(f"a request of {length} bytes arrived as {n}")
@@ -371,8 +380,6 @@ class Session:
                 self._report()
 
     def _idle(self, poll: select.poll) -> None:
-        if self.options.max_nodes is not None:
-            self._prune()
         timeout = None
         if self._watched:
             self._check_watched()
@@ -475,20 +482,25 @@ class Session:
 
     # -- the kernel's cache -------------------------------------------------------------------
 
-    def _prune(self) -> None:
-        """Past ``max_nodes``: ask the kernel to forget the nodes it has known longest, children before parents."""
+    def _prune(self) -> int:
+        """Past ``max_nodes``: ask the kernel to forget the nodes it has known longest, children before parents.
+
+        Returns the number of nodes at which to look again: what was asked for comes back as forgets a little later,
+        and what is in use stays.
+        """
         limit = self.options.max_nodes or 0
         nodes = self.view.nodes
         extra = len(nodes) - limit
         if extra <= 0 or abi.NOTIFY_PRUNE in self.notifier.unsupported:
             self._prune_mark = 0
-            return
+            return limit
         if self._prune_mark >= len(nodes):
             self._prune_mark = 0
-        batch = list(islice(nodes, self._prune_mark, self._prune_mark + extra + limit // 8 + abi.PRUNE_BATCH))
+        batch = list(islice(nodes, self._prune_mark, self._prune_mark + extra + limit // 8 + 64))
         self._prune_mark += len(batch)
         batch.reverse()
         self.notifier.prune([node for node in batch if node != abi.ROOT_ID])
+        return len(nodes) + limit // 8 + 64
 
     # -- tracing ------------------------------------------------------------------------------
 

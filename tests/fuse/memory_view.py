@@ -72,7 +72,7 @@ class MemoryView:
     def __init__(self) -> None:
         self._ids = itertools.count(2)
         self._cookie = itertools.count(3)
-        self.root = MemNode(1, stat.S_IFDIR | 0o755, 0, 0)
+        self.root = MemNode(1, stat.S_IFDIR | 0o755, os.geteuid(), os.getegid())
         self.root.parent = self.root
         self.nodes: dict[int, MemNode] = {1: self.root}
         self.forgotten: dict[int, MemNode] = {}
