@@ -32,6 +32,10 @@ _EXPORTS = {
     "Usage": "cowfs.model",
     "MountHandle": "cowfs.mounting",
     "MountStatus": "cowfs.mounting",
+    "Store": "cowfs.store",
+    "Options": "cowfs.union",
+    "View": "cowfs.union",
+    "Paths": "cowfs.union.paths",
     "attach": "cowfs.mounting",
     "mount": "cowfs.mounting",
     "mounts": "cowfs.mounting",
@@ -43,64 +47,33 @@ __all__ = ["__version__", *sorted(_EXPORTS)]
 if TYPE_CHECKING:
     from cowfs.errors import (
         AlreadyExists as AlreadyExists,
-    )
-    from cowfs.errors import (
         Corrupt as Corrupt,
-    )
-    from cowfs.errors import (
         CowfsError as CowfsError,
-    )
-    from cowfs.errors import (
         FailedPrecondition as FailedPrecondition,
-    )
-    from cowfs.errors import (
         InvalidArgument as InvalidArgument,
-    )
-    from cowfs.errors import (
         LimitExceeded as LimitExceeded,
-    )
-    from cowfs.errors import (
         NotFound as NotFound,
-    )
-    from cowfs.errors import (
         Unsupported as Unsupported,
     )
     from cowfs.model import (
         Change as Change,
-    )
-    from cowfs.model import (
         Info as Info,
-    )
-    from cowfs.model import (
         Kind as Kind,
-    )
-    from cowfs.model import (
         Limit as Limit,
-    )
-    from cowfs.model import (
         Mount as Mount,
-    )
-    from cowfs.model import (
         Usage as Usage,
     )
     from cowfs.mounting import (
         MountHandle as MountHandle,
-    )
-    from cowfs.mounting import (
         MountStatus as MountStatus,
-    )
-    from cowfs.mounting import (
         attach as attach,
-    )
-    from cowfs.mounting import (
         mount as mount,
-    )
-    from cowfs.mounting import (
         mounts as mounts,
-    )
-    from cowfs.mounting import (
         umount as umount,
     )
+    from cowfs.store import Store as Store
+    from cowfs.union import Options as Options, View as View
+    from cowfs.union.paths import Paths as Paths
 
 
 def __getattr__(name: str) -> object:

@@ -7,11 +7,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from support.command import Run, environment, run_module
+from hypothesis import given, strategies as st
+from support.command import ROOT, Run, environment, run_module
 
-from cowfs.cli import VERBS, completion, main, parser_of
+from cowfs.cli import VERBS, completion, main, parser_of, reference
 from cowfs.cli.output import Tree, shown
 from cowfs.model import Change
 from cowfs.stack import find_layers
@@ -127,3 +126,17 @@ def test_reader_that_stops_early_is_no_error(cowfs: Run, stack: Path, mnt: Path)
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment(), timeout=60)
     assert done.stderr == ""
     assert len(done.stdout.splitlines()) == 1
+
+
+def test_reference_is_what_the_parsers_say() -> None:
+    """docs/cli.md is written anew with: python -m cowfs.cli.reference > docs/cli.md"""
+    assert (ROOT / "docs/cli.md").read_text() == reference.reference()
+
+
+def test_reference_lists_every_exit_status() -> None:
+    from cowfs import errors
+
+    codes = {getattr(errors, name).exit_code: name for name in errors.__all__ if name != "CowfsError"}
+    listed = dict(reference.STATUSES)
+    for code, name in codes.items():
+        assert listed[code].startswith(name)

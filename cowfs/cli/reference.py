@@ -1,0 +1,85 @@
+"""docs/cli.md, written from the parsers: ``python -m cowfs.cli.reference > docs/cli.md``.
+
+Strategy: as the completion scripts, from the one table of verbs; tests/cli compares the file with what this writes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from cowfs.cli import VERBS, command_of, parser_of
+
+HEAD = """\
+# The command
+
+<!-- Written by `python -m cowfs.cli.reference > docs/cli.md`; change the parsers in cowfs/cli, not this file. -->
+
+Arguments that start with `/`, `./` or `../` are paths; others name snapshots in the store where a verb takes either.
+Errors are one line on standard error (what, where, how to mend it) and an exit status:
+
+| status | meaning |
+|---|---|
+"""
+
+STATUSES = (
+    (0, "done"),
+    (1, "an error of the system; `diff --quiet`: there are changes"),
+    (2, "InvalidArgument: a name, size, option or path that can never work"),
+    (3, "NotFound"),
+    (4, "AlreadyExists"),
+    (5, "FailedPrecondition: in use, mounted, has children, read-only"),
+    (6, "LimitExceeded"),
+    (7, "Corrupt: what is on disk contradicts its own records"),
+    (8, "Unsupported: this host or user lacks something; the message says what"),
+    (130, "interrupted"),
+)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _usage(name: str, actions: list[argparse.Action]) -> str:
+    words = [f"cowfs {name}"]
+    if any(action.option_strings and action.dest != "help" for action in actions):
+        words.append("[OPTIONS]")
+    for action in actions:
+        if not action.option_strings:
+            word = action.metavar or ("|".join(map(str, action.choices)) if action.choices else action.dest.upper())
+            optional = action.nargs in ("?", "*", argparse.REMAINDER)
+            words.append(f"[{word}]" if optional else str(word))
+    return " ".join(words)
+
+
+def _verb(name: str) -> str:
+    command, parser = command_of(name), parser_of(name)
+    actions = parser._actions
+    lines = [f"### {name}", "", "```", _usage(name, actions), "```", "", command.description.replace("\n", " "), ""]
+    rows = []
+    for action in actions:
+        if action.dest == "help" or action.help == argparse.SUPPRESS:
+            continue
+        value = ""
+        if action.option_strings and action.nargs != 0:
+            value = "=" + str(action.metavar or ("|".join(map(str, action.choices)) if action.choices else action.dest))
+        head = ", ".join(action.option_strings) if action.option_strings else str(action.metavar or action.dest)
+        rows.append(f"| `{_cell(head + value)}` | {_cell((action.help or '').replace('%%', '%'))} |")
+    if rows:
+        lines += ["| argument | meaning |", "|---|---|", *rows, ""]
+    if command.examples:
+        lines += ["```sh", *command.examples, "```", ""]
+    return "\n".join(lines)
+
+
+def reference() -> str:
+    """The whole page."""
+    parts = [HEAD + "".join(f"| {code} | {text} |\n" for code, text in STATUSES)]
+    for group in dict.fromkeys(verb.group for verb in VERBS.values()):
+        parts.append(f"## {group}\n")
+        parts += [_verb(name) for name, verb in VERBS.items() if verb.group == group]
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(reference())
