@@ -372,9 +372,9 @@ class ImageVerbs(UpkeepVerbs):
                         return row.diff_id
             finally:
                 os.close(fd)
-        return self._write_changes(row, None, out, compression, progress)
+        return self._export_changes(row, None, out, compression, progress)
 
-    def _write_changes(
+    def _export_changes(
         self, after: Row, before: Row | None, out: BinaryIO, compression: str, progress: Progress | None
     ) -> str:
         """A layer tar of what changed from ``before`` (default: the parent), the same bytes for the same snapshots."""
@@ -399,7 +399,7 @@ class ImageVerbs(UpkeepVerbs):
         Returns:
             Its diff id.
         """
-        return self._write_changes(self.resolve(b), self.resolve(a), target, compression, progress)
+        return self._export_changes(self.resolve(b), self.resolve(a), target, compression, progress)
 
 
 class _Import:
