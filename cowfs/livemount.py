@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 __all__: list[str] = []
 
 _FLUSH_SECONDS = 10.0
+_PATIENCE_SECONDS = 5.0  # how long a switch waits for a moment without held requests
+_BARRIERS, _FEW = 200, 2
 
 
 @verb("freeze")
@@ -75,15 +77,15 @@ def _switch(server: Server, arguments: dict[str, Any], switch: Callable[[], None
             "writes pass the server with io=passthrough, so no instant can be told",
             remedy="mount without --io passthrough",
         )
-    fd = os.open(server.spec.mountpoint, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        syncfs(fd)
-    finally:
-        os.close(fd)
+    _write_back(server)
     locks = stack.lock_more(arguments["upper"], arguments["work"])
     mark = arguments["mark"]
 
-    def at_once() -> float:
+    patience = time.monotonic() + _PATIENCE_SECONDS
+
+    def at_once() -> float | None:
+        if server.session.has_held_requests() and time.monotonic() < patience:
+            return None  # a write that came before is waiting for its copy-up
         begun = time.perf_counter()
         os.close(os.open(mark, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
         try:
@@ -94,13 +96,38 @@ def _switch(server: Server, arguments: dict[str, Any], switch: Callable[[], None
         return time.perf_counter() - begun
 
     try:
-        held: float = server.call(at_once)
+        while (held := server.call(at_once)) is None:
+            time.sleep(0.002)
     except BaseException:
         for lock in locks:
             os.close(lock)
         raise
     stack.switched(arguments["final_upper"], arguments["final_work"], locks)
-    return held
+    return float(held)
+
+
+def _write_back(server: Server) -> None:
+    """Have the server answer every write-back of what was stored through maps before now.
+
+    syncfs(2) on a FUSE mount starts the write-back but (since Linux 6.18) does not wait for it. Requests are queued in
+    order, so when one of our own is answered, those before it were read; what exceeds the kernel's bound of background
+    requests comes after, and shows in the connection's count of waiting requests.
+    """
+    target = server.spec.mountpoint
+    fd = os.open(target, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        syncfs(fd)
+        connection = f"/sys/fs/fuse/connections/{os.minor(os.fstat(fd).st_dev)}/waiting"
+    finally:
+        os.close(fd)
+    for _ in range(_BARRIERS):
+        os.statvfs(target)
+        try:
+            with open(connection, encoding="ascii") as file:
+                if int(file.read()) <= _FEW:
+                    return
+        except OSError:
+            return  # no fusectl here: one barrier has to do
 
 
 def _tell_kernel(server: Server, stale: Stale) -> None:

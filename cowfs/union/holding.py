@@ -135,7 +135,7 @@ def drop(view: View, node: Node) -> None:
             node.data.close()
         if node.fd >= 0:
             os.close(node.fd)
-            node.fd = -1
+            node.fd, node.wfd = -1, False
         parent = node.parent
         if parent is None:
             _bury(view, node)
@@ -167,7 +167,7 @@ def _fold(view: View, parent: Dir, name: bytes, node: Node) -> None:
         layer = node.sources[0].layer
     sources = parent.sources
     for position, source in enumerate(sources):
-        if source.layer is layer and (layer is view.upper or parent.record is None):
+        if source.layer is layer and (layer.index >= view.indexed_layers or parent.record is None):
             children[name] = (len(sources) - 1 - position) << 4 | node.type
             return
     if parent.record is not None:

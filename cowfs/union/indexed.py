@@ -152,7 +152,9 @@ def entry_of(view: View, node: Node) -> Any:
     if view.index is None or node is view.root or view.in_upper(node):
         return None
     if isinstance(node, Dir):
-        return find_entry(view, node.record.path) if node.record is not None else None
+        if node.record is None or node.sources[0].layer.index >= view.indexed_layers:
+            return None
+        return find_entry(view, node.record.path)
     parent = node.parent
     if parent is None or parent.record is None:
         return None
@@ -174,6 +176,15 @@ def source_at(view: View, layer: Layer, path: bytes) -> Source:
         head, _, name = path.rpartition(b"/")
         found = view.sources[key] = source_at(view, layer, head).child(name)
     return found
+
+
+def source_of(view: View, directory: Dir) -> Source:
+    """Where the index has a directory that is in its tree."""
+    path = directory.record.path
+    if not path:
+        return view.layers[view.indexed_layers - 1].root
+    entry = find_entry(view, path)
+    return source_at(view, view.layers[entry.layer], entry.path if entry.path is not None else path)
 
 
 def make(view: View, parent: Dir, name: bytes) -> Node | None:

@@ -19,7 +19,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cowfs.union import copyup, space
+from cowfs.union import copyup, indexed, space
 from cowfs.union.node import Dir, Node
 from cowfs.union.source import Layer
 
@@ -156,6 +156,8 @@ def _strike_out(view: View, dropped: set[Layer]) -> tuple[list[int], list[tuple[
             _strike(view, node)
     for directory in touched:
         kept = [source for source in directory.sources if source.layer not in dropped]
+        if not kept and directory.record is not None:
+            kept = [indexed.source_of(view, directory)]
         moved = directory.lowpath is not None or not kept
         for source in directory.sources:
             if source.layer in dropped and source.parent is not None:
@@ -192,7 +194,7 @@ def _strike(view: View, node: Node) -> None:
         node.data.close()
     if node.fd >= 0:
         os.close(node.fd)
-        node.fd = -1
+        node.fd, node.wfd = -1, False
 
 
 def _drop_under_struck(view: View, stale: list[int]) -> None:

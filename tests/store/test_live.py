@@ -155,7 +155,7 @@ def test_descriptors_on_changed_files_are_stale_after_a_rollback(store: Store, t
             changed.write(b"new")
             changed.flush()
             store.rollback("k", "base")
-            with pytest.raises(OSError) as caught:  # noqa: PT011 - the errno is the claim
+            with pytest.raises(OSError) as caught:
                 os.pread(changed.fileno(), 10, 0)
             assert caught.value.errno == errno.ESTALE
             assert left.read(10)
