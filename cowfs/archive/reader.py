@@ -150,9 +150,9 @@ class Reader:
             if kind == b"V":  # a volume label: nothing to unpack
                 continue
             break
-        if pax is None and long_name is None and long_link is None and not member.extended and not self._globals:
-            if kind in _EXTRACTED:
-                return member
+        usual = pax is None and long_name is None and long_link is None and not self._globals
+        if usual and not member.extended and kind in _EXTRACTED:
+            return member
         try:
             if long_name is not None:
                 member.name = long_name

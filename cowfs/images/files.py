@@ -218,6 +218,10 @@ class TarFiles:
             return False
         return True
 
+    def holds(self, prefix: str) -> bool:
+        """Whether any file's name starts so."""
+        return any(name.startswith(prefix) for name in self._where)
+
     def open(self, name: str) -> BinaryIO:
         return Window(self._fd, *self._find(name))  # type: ignore[return-value]
 

@@ -6,7 +6,8 @@ the source is opened; a layer's digests are verified by whoever streams it
 (:func:`cowfs.archive.apply_layer` takes both), since only that reads it whole.
 
 What a source is, is told from the inside: a layout has ``oci-layout``, a docker-archive
-``manifest.json``; a tar with any other name in it than those two may have is a root filesystem.
+``manifest.json``; a tar without either is a root filesystem, which the first name that no archive of
+images has gives away.
 
 Sources: OCI image-spec ``image-layout.md``, ``manifest.md``, ``image-index.md``; moby's image spec
 v1.2 for ``manifest.json``.
@@ -49,10 +50,12 @@ _MAX_IMAGES = 1000
 LAYER_TAR = "application/vnd.oci.image.layer.v1.tar"
 _REF_NAME = ("org.opencontainers.image.ref.name", "io.containerd.image.name")
 
-# What may be at the top of an OCI layout tar or of a docker-archive, old and new.
+# What may be at the top of an OCI layout tar or of a docker-archive, whoever wrote it.
 _IMAGE_NAME = re.compile(
-    rb"(oci-layout|index\.json|manifest\.json|repositories|blobs(/.*)?|[0-9a-f]{64}(\.json|\.tar|/.*)?)", re.DOTALL
+    rb"oci-layout|repositories|blobs(/.*)?|[^/]+\.(json|tar|tar\.gz|tgz)|(sha256:)?[0-9a-f]{64}(/.*)?", re.DOTALL
 )
+_DECISIVE = re.compile(rb"oci-layout|index\.json|manifest\.json|blobs/sha256/.+|[0-9a-f]{64}/(layer\.tar|json|VERSION)", re.DOTALL)
+_UNDECIDED = 8 << 20  # bytes without a name that decides: go on with the whole archive at hand
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -407,35 +410,43 @@ def _open_stream(stream: BinaryIO, spool_dir: str | None, *, owned: bool) -> Ima
         compression, decoder = decoder_for(first)
         given = [first]
         chunks = decoder(lambda count: given.pop() if given else head.read(count))
-        if not _looks_like_image(chunks):
+        if not _looks_like_image(chunks, head):
             return _rootfs(stream, bytes(head.seen), owned)
         if compression == "none" and owned and stream.seekable():
-            files = TarFiles(stream)
-        else:
-            files = TarFiles(_spool(stream, bytes(head.seen), spool_dir))
-            close()
-        kind = _kind_of(files)
-        if kind is None:
-            if owned and stream.seekable() and compression == "none":
-                return _rootfs(stream, b"", owned)
-            files.close()
-            raise InvalidArgument("archive has neither oci-layout with index.json nor manifest.json")
-        return _images(kind, files)
+            return _archive(stream)
+        spool = _spool(stream, bytes(head.seen), spool_dir)
+        close()
+        try:
+            return _archive(spool)
+        except BaseException:
+            spool.close()
+            raise
     except BaseException:
         close()
         raise
 
 
-def _looks_like_image(chunks: Iterator[bytes]) -> bool:
-    """Read headers until a name decides; an archive of images has only few names at its top."""
+def _archive(file: BinaryIO) -> ImageSource:
+    """An uncompressed archive in a file of ours: of images, or a root filesystem after all."""
+    files = TarFiles(file)
+    kind = _kind_of(files)
+    if kind is not None:
+        return _images(kind, files)
+    if files.holds("blobs/sha256/"):
+        raise InvalidArgument(
+            "archive has blobs but neither oci-layout with index.json nor manifest.json", remedy="it may be cut short"
+        )
+    return _rootfs(file, b"", True)
+
+
+def _looks_like_image(chunks: Iterator[bytes], head: _Head) -> bool:
+    """Read headers until a name decides; an archive of images has few kinds of names at its top."""
     for member in Reader(_Pulled(chunks)):
         path = canonical(member.name, max_path=4095, max_depth=512)
-        if path in (b"oci-layout", b"index.json", b"manifest.json") or path.startswith(b"blobs/sha256/"):
+        if _DECISIVE.fullmatch(path) or len(head.seen) > _UNDECIDED:
             return True
         if path and not _IMAGE_NAME.fullmatch(path):
             return False
-        if re.fullmatch(rb"[0-9a-f]{64}(\.json|\.tar|/layer\.tar|/json|/VERSION)", path):
-            return True
     return False
 
 

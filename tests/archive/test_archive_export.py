@@ -12,8 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from support import trees
 from support.archives import apply, directory, hardlink, member, symlink, tar
 from support.users import acting_as
@@ -423,7 +422,7 @@ def test_what_other_tars_write_is_read(space: Path, args: list[str]) -> None:
     if "--xattrs" in args or args[:2] == ["bsdtar", "--format=pax"]:
         os.setxattr(source / "d" / "f", "user.x", b"y")
         os.setxattr(source / "d", "user.dir", b"z\0binary\xff")
-    whole_seconds = args[0] == "tar" and "posix" not in args[1] or "pax" not in args[1] and args[0] == "bsdtar"
+    whole_seconds = (args[0] == "tar" and "posix" not in args[1]) or ("pax" not in args[1] and args[0] == "bsdtar")
     for root, dirs, files in os.walk(source, topdown=False):
         for name in files + dirs:
             os.utime(os.path.join(root, name), ns=(7, 1_500_000_000 * 10**9 + (0 if whole_seconds else 123456789)),

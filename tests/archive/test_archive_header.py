@@ -6,8 +6,7 @@ import io
 import tarfile
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from cowfs.archive import header
 from cowfs.errors import InvalidArgument
