@@ -110,9 +110,10 @@ def _added(view: View, parent: Dir, up: Source, name: bytes) -> None:
         up.shadow.add(name)
 
 
-def _adopt(view: View, parent: Dir, up: Source, name: bytes) -> Node:
+def _adopt(view: View, parent: Dir, up: Source, name: bytes, st: os.stat_result | None = None) -> Node:
     """The node of an object just made."""
-    st = os.stat(name, dir_fd=up.open(), follow_symlinks=False)
+    if st is None:
+        st = os.stat(name, dir_fd=up.open(), follow_symlinks=False)
     _added(view, parent, up, name)
     ino = view.inodes.shown(st.st_dev, st.st_ino)
     if stat.S_ISDIR(st.st_mode):
@@ -160,12 +161,13 @@ def mknod(view: View, parent: Dir, name: bytes, mode: int, rdev: int, uid: int, 
     mode = _default_mode(view, up, mode, umask)
     over = up.whiteouts is not None and name in up.whiteouts
     fd = -1
+    st: os.stat_result | None = None
     if over:
         _over_whiteout(view, parent, up, name, mode, uid, gid, lambda d, n: _raw(d, n, mode, rdev))
     elif stat.S_ISREG(mode) and view.owners is None:
         fd = os.open(name, _CREATE, mode & _PERM, dir_fd=up.fd if up.fd >= 0 else up.open())
         try:
-            _own_fd(view, parent, fd, mode, uid, gid)
+            st = _own_fd(view, parent, fd, mode, uid, gid)
         except BaseException:
             os.close(fd)
             os.unlink(name, dir_fd=up.open())
@@ -178,9 +180,9 @@ def mknod(view: View, parent: Dir, name: bytes, mode: int, rdev: int, uid: int, 
             os.unlink(name, dir_fd=up.open())
             raise
     _counted(view, 0)
-    node = _adopt(view, parent, up, name)
+    node = _adopt(view, parent, up, name, st)
     if fd >= 0:
-        node.fd, node.wfd = fd, True
+        node.fd, node.wfd, node.bare = fd, True, 1
         view.open_files.append(node)
         if len(view.open_files) > view.max_files:
             view.trim_files()
@@ -188,7 +190,8 @@ def mknod(view: View, parent: Dir, name: bytes, mode: int, rdev: int, uid: int, 
     return node
 
 
-def _own_fd(view: View, parent: Dir, fd: int, mode: int, uid: int, gid: int) -> None:
+def _own_fd(view: View, parent: Dir, fd: int, mode: int, uid: int, gid: int) -> os.stat_result:
+    """Give a new file its owner and mode; returns its attributes afterwards."""
     attr = parent.attr or view.attr(parent)
     if mode_of(attr) & stat.S_ISGID:
         gid = int.from_bytes(attr[72:76], "little")
@@ -197,8 +200,11 @@ def _own_fd(view: View, parent: Dir, fd: int, mode: int, uid: int, gid: int) -> 
     if st.st_uid != uid or st.st_gid != gid:
         os.fchown(fd, uid, gid)
         wrong = wrong or bool(st.st_mode & 0o6000)  # chown clears them
+    elif not wrong:
+        return st
     if wrong:
         os.fchmod(fd, stat.S_IMODE(mode))
+    return os.fstat(fd)
 
 
 def _raw(dirfd: int, name: bytes, mode: int, rdev: int) -> None:
@@ -385,9 +391,7 @@ def unlink(view: View, parent: Dir, name: bytes) -> None:
         raise error(errno.EROFS, name)
     if not view.in_upper(node):
         nlink = unpack(view.attr(node)).nlink
-        if nlink > 1 and view.form.redirects and links.complete(view, node):
-            copyup.up_meta(view, node)  # under all its names, so that the count is right
-        else:
+        if nlink <= 1 or not view.form.redirects or not links.complete(view, node) or not _up_for_count(view, node):
             _hide(view, parent, name)
             view.unbind(parent, name, node)
             _gone(view, node)
@@ -399,10 +403,10 @@ def unlink(view: View, parent: Dir, name: bytes) -> None:
     last = attr.nlink <= 1
     held = None
     known = node in view.names
+    if view.space is not None and last:
+        view.space.count(node)  # while it can still be read; given back when the node goes
     if node.nlookup > 0 and not known:
         held = hold(view, node)
-    elif view.space is not None and last:
-        view.space.count(node)
     remove_name(view, up, name)
     parent.attr = None
     view.unbind(parent, name, node)
@@ -417,9 +421,22 @@ def unlink(view: View, parent: Dir, name: bytes) -> None:
         node.where = None
     if last:
         _gone(view, node)
+    elif node.nlookup > 0:
+        view.astray.add(node)
     elif node.nlookup <= 0 and view.nodes.pop(node.id, None) is not None and node.fd >= 0:
         os.close(node.fd)  # other names exist that nobody has looked at
-        node.fd = -1
+        node.fd, node.wfd = -1, False
+
+
+def _up_for_count(view: View, node: Node) -> bool:
+    """Copy a lower hard link up under all its names, so that their count is right; no when there is no room."""
+    try:
+        copyup.up_meta(view, node)
+    except OSError as failure:
+        if failure.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return False
+    return True
 
 
 def _gone(view: View, node: Node) -> None:

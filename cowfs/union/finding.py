@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from cowfs.sys import xattr
 from cowfs.union import indexed, lower, metadata
 from cowfs.union.attr import pack, with_size
-from cowfs.union.holding import ROOT_ID
+from cowfs.union.holding import ROOT_ID, unhold
 from cowfs.union.node import Dir, Node, type_of
 from cowfs.union.source import Source
 
@@ -158,9 +158,12 @@ def bind_inode(view: View, parent: Dir, name: bytes, source: Source, st: os.stat
     existing = view.nodes.get(ino)
     if existing is not None or ino <= ROOT_ID or ino in view.burnt:
         if existing is not None and st.st_nlink > 1 and _same(existing, source, st):
-            if existing.where is None:  # its other names were not known until now
-                existing.where, existing.name = source, name
+            if existing in view.astray:  # its other names were not known until now
+                view.astray.discard(existing)
+                unhold(view, existing)
+                existing.where, existing.name, existing.attr = source, name, None
             view.bind(parent, name, existing)
+            view.attr(existing)
             return existing
         ino = view.fresh_id()
     node = Node(ino, type_of(st.st_mode), name, source)

@@ -138,7 +138,11 @@ def drop(view: View, node: Node) -> None:
             node.fd, node.wfd = -1, False
         parent = node.parent
         if parent is None:
-            _bury(view, node)
+            unhold(view, node)
+            if node in view.astray:
+                view.astray.discard(node)
+            else:
+                _bury(view, node)
             return
         if node.id < SYNTHETIC:
             view.parents[node.id] = parent.id
@@ -155,6 +159,14 @@ def drop(view: View, node: Node) -> None:
                 del view.moved[node]
                 view.redirects.pop(view.upper, None)  # to be looked for again when needed
         node = parent
+
+
+def unhold(view: View, node: Node) -> None:
+    """Remove the name in the work directory by which a nameless inode was reached (see create.hold)."""
+    work = view.workdir
+    if work is not None and node.where is work.source:
+        work.discard(node.name)
+        node.where = None
 
 
 def _fold(view: View, parent: Dir, name: bytes, node: Node) -> None:

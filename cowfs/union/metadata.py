@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 #: "the present time", for setattr
 NOW = object()
 _CLOCK_REALTIME_COARSE = 5  # the clock that the kernel stamps inodes with
+_CAPABILITY = b"security.capability"
 _ACLS = (b"system.posix_acl_access", b"system.posix_acl_default")
 
 
@@ -52,7 +53,7 @@ def _refresh(view: View, node: Node) -> bytes:
     if node.__class__ is Dir:
         return _refresh_dir(view, node)
     where = node.where
-    if where is None:
+    if where is None or (node.wfd and node.fd >= 0 and node.data is None):
         fd, name = node.fd, b""
         st = os.fstat(fd)
     else:
@@ -64,8 +65,8 @@ def _refresh(view: View, node: Node) -> bytes:
         attr = pack(st, node.id, *view.owners.show(st, fd, name))
     if node.data is not None:
         attr = with_size(attr, *data_size(node.data, st))
-    if node.parent is None and where is not None:
-        attr = with_nlink(attr, 0)
+    if node.parent is None and where is not None:  # a lower inode without names, or one held in the work directory
+        attr = with_nlink(attr, st.st_nlink - 1 if node in view.astray else 0)
     node.attr = attr
     return attr
 
@@ -102,13 +103,16 @@ def at(node: Node) -> tuple[int, bytes]:
     """(directory descriptor, name) of an inode; the name is empty when the descriptor is it."""
     if isinstance(node, Dir):
         return node.sources[0].open(), b""
-    if node.where is None:
+    if node.where is None or (node.wfd and node.fd >= 0 and node.data is None):
         return node.fd, b""
     return node.where.open(), node.name
 
 
-def _path(fd: int, name: bytes) -> tuple[bytes, int | None, bool]:
-    """(path, dir_fd, follow_symlinks) that reach the inode for os functions."""
+def _reach(node: Node) -> tuple[bytes | int, int | None, bool]:
+    """(path or descriptor, dir_fd, follow_symlinks) that reach the inode for os functions."""
+    if node.wfd and node.fd >= 0 and node.data is None:
+        return node.fd, None, True
+    fd, name = at(node)
     if name:
         return name, fd, False
     return b"/proc/self/fd/%d" % fd, None, True
@@ -127,13 +131,12 @@ def chmod(view: View, node: Node, mode: int) -> None:
     elif name:
         os.chmod(name, mode, dir_fd=fd)
     else:
-        os.chmod(b"/proc/self/fd/%d" % fd, mode)
+        os.chmod(_reach(node)[0], mode)
     node.attr = None
 
 
 def chown(view: View, node: Node, uid: int, gid: int) -> None:
     """Set owner and group; -1 leaves one alone."""
-    fd, name = at(node)
     owners = view.owners
     if owners is not None:
         if owners.override is not None and node.type != DT_LNK:
@@ -144,11 +147,11 @@ def chown(view: View, node: Node, uid: int, gid: int) -> None:
                 if mode & stat.S_IXGRP:
                     mode &= ~stat.S_ISGID
             uid, gid = (now_attr.uid if uid == -1 else uid), (now_attr.gid if gid == -1 else gid)
-            owners.record(fd, name, mode, uid, gid)
+            owners.record(*at(node), mode, uid, gid)
             node.attr = None
             return
         uid, gid = owners.stored(uid, gid)
-    path, dir_fd, follow = _path(fd, name)
+    path, dir_fd, follow = _reach(node)
     os.chown(path, uid, gid, dir_fd=dir_fd, follow_symlinks=follow)
     node.attr = None
 
@@ -194,8 +197,7 @@ def setattr(
 
 
 def _utime(view: View, node: Node, atime: object, mtime: object) -> None:
-    fd, name = at(node)
-    path, dir_fd, follow = _path(fd, name)
+    path, dir_fd, follow = _reach(node)
     if atime is None or mtime is None:
         st = os.stat(path, dir_fd=dir_fd, follow_symlinks=follow)
         atime = st.st_atime_ns if atime is None else atime
@@ -227,6 +229,8 @@ def _hidden(view: View, stored: bytes) -> bool:
 def getxattr(view: View, node: Node, name: bytes) -> bytes:
     """The value. Raises ENODATA, EOPNOTSUPP."""
     stored = _check(view, name)
+    if node.bare and (node.bare > 1 or name == _CAPABILITY):
+        raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
     if _hidden(view, stored):
         raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
     entry = indexed.entry_of(view, node)
@@ -236,19 +240,28 @@ def getxattr(view: View, node: Node, name: bytes) -> bytes:
             raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
         return bytes(value)
     fd, real = at(node)
-    return xattr.get(fd, real, stored)
+    try:
+        return xattr.get(fd, real, stored)
+    except OSError as error:
+        if name == _CAPABILITY and error.errno == errno.ENODATA:
+            node.bare = 1
+        raise
 
 
 def listxattr(view: View, node: Node) -> list[bytes]:
     """The names a user may see."""
     if view.options.noxattrs:
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+    if node.bare > 1:
+        return []
     entry = indexed.entry_of(view, node)
     if entry is not None:
         stored = list(entry.xattrs)
     else:
         fd, real = at(node)
         stored = xattr.listx(fd, real)
+        if not stored and node.type == DT_REG and view.in_upper(node):
+            node.bare = 2
     shown = (view.form.show_name(name) for name in stored if not _hidden(view, name))
     return [name for name in shown if name is not None]
 
@@ -266,6 +279,7 @@ def setxattr(view: View, node: Node, name: bytes, value: bytes | memoryview, fla
     if space is not None:
         cost = xattr_units(value) - xattr_units(xattr.try_get(fd, real, stored) or b"")
         space.need(cost)
+    node.bare = 0
     xattr.setx(fd, real, stored, bytes(value), flags)
     if space is not None:
         space.add(cost)

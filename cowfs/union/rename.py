@@ -207,10 +207,10 @@ def _prepare_victim(view: View, other: Node) -> tuple[bytes | None, bool, bool]:
     last = unpack(view.attr(other)).nlink <= 1
     known = other in view.names
     held = None
+    if view.space is not None and last:
+        view.space.count(other)
     if other.nlookup > 0 and not known:
         held = create.hold(view, other)
-    elif view.space is not None and last:
-        view.space.count(other)
     return held, last, known
 
 
@@ -238,6 +238,8 @@ def _bury_victim(view: View, to: Dir, to_name: bytes, other: Node, held: bytes |
             other.where = None
     if last:
         create._gone(view, other)
+    elif upper and other.nlookup > 0:
+        view.astray.add(other)
 
 
 def _account_names(source: Source, name: bytes, leaves: bool, destination: Source, to_name: bytes, lands: bool) -> None:

@@ -116,6 +116,7 @@ class View:
         self.sources: dict[tuple[int, bytes], Source] = {}
         #: ids that a rollback took away
         self.burnt: set[int] = set()
+        self.astray: set[Node] = set()  # upper inodes in use whose known names went, while they have others
         #: work directories of frozen layers: files that were open may still be in them
         self.retired: list[copyup.WorkDir] = []
         self.parents = Parents()  # forgotten id -> its parent's id
@@ -184,7 +185,7 @@ class View:
         for node in list(self.nodes.values()):
             if node.fd >= 0:
                 os.close(node.fd)
-                node.fd = -1
+                node.fd, node.wfd = -1, False
         self.nodes.clear()
         self.descriptors.budget = 0
         self.descriptors.trim()
@@ -299,7 +300,7 @@ class View:
             if node.fd >= 0 and node.where is not None:
                 with contextlib.suppress(OSError):
                     os.close(node.fd)
-                node.fd = -1
+                node.fd, node.wfd = -1, False
 
     # -- the rest, one concept a module ---------------------------------------------------------
 
