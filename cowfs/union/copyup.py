@@ -530,7 +530,7 @@ def up_meta(view: View, node: Node) -> None:
         is_meta = node.type == DT_REG and meta.size > 0
         if node.fd >= 0:
             os.close(node.fd)
-            node.fd = -1
+            node.fd, node.wfd = -1, False
         place(view, node, temp, work, metacopy=is_meta)
     except BaseException:
         work.discard(temp)

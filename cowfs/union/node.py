@@ -31,6 +31,8 @@ class Node:
         type: DT_* of readdir(3).
         attr: the packed attributes, or ``None`` when they must be read again.
         nlookup: how often the front end handed the id out.
+        bare: 1 when it is known to have no capability (the kernel asks at each first write and chown),
+            2 when it has no xattr at all, 0 when nothing is known.
         fd: an open descriptor of the data, or -1.
         wfd: whether ``fd`` may be written.
         data: where the data is when it is not in ``where``: a :class:`~cowfs.union.lower.Data`.
@@ -40,6 +42,7 @@ class Node:
 
     __slots__ = (
         "attr",
+        "bare",
         "data",
         "fd",
         "generation",
@@ -60,6 +63,7 @@ class Node:
         self.where = where
         self.parent: Dir | None = None
         self.attr: bytes | None = None
+        self.bare = 0
         self.generation = 0
         self.nlookup = 0
         self.fd = -1
