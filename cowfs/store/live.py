@@ -38,14 +38,16 @@ from cowfs.faults import point
 from cowfs.index import Index, Row
 from cowfs.livemark import MARK
 from cowfs.model import Info, Kind, Mount, Usage
+from cowfs.mounting import MountHandle
 from cowfs.store import layers
 from cowfs.store.core import _taken
+from cowfs.store.mounts import KernelMount
 from cowfs.store.names import check_labels, check_name, new_id
 from cowfs.store.staging import NEW, _lock, _make_locked, discard, fsync_directory
 from cowfs.store.upkeep import UpkeepVerbs
 from cowfs.sys import trees
 
-__all__ = ["LiveVerbs"]
+__all__ = ["LiveHandle", "LiveVerbs"]
 
 LIVE = "live-"
 NOTE = "cowfs-live.json"
@@ -62,8 +64,38 @@ class _Switch(NamedTuple):
     labels: dict[str, str]
 
 
+class LiveHandle(MountHandle):
+    """A mount of an active snapshot of a store: a :class:`cowfs.MountHandle` that can also make snapshots of itself.
+
+    Attributes:
+        key: the snapshot's key.
+    """
+
+    def __init__(self, handle: MountHandle, store: LiveVerbs, key: str) -> None:
+        super().__init__(handle.mountpoint, handle.pid, handle.socket)
+        self.key = key
+        self._store = store
+
+    def snapshot(self, name: str, *, labels: Mapping[str, str] | None = None) -> Info:
+        """As :meth:`LiveVerbs.snapshot`."""
+        return self._store.snapshot(self.key, name, labels=labels)
+
+    def rollback(self, name: str, *, keep: str | None = None) -> Info:
+        """As :meth:`LiveVerbs.rollback`."""
+        return self._store.rollback(self.key, name, keep=keep)
+
+
 class LiveVerbs(UpkeepVerbs):
-    """snapshot, rollback and fork."""
+    """snapshot, rollback and fork; mounts get a handle that knows them."""
+
+    def mount(self, key: str, target: str | os.PathLike[str], **options: Any) -> LiveHandle | KernelMount:
+        """As :meth:`MountVerbs.mount`; the handle also has ``snapshot`` and ``rollback``."""
+        handle = super().mount(key, target, **options)
+        return handle if isinstance(handle, KernelMount) else LiveHandle(handle, self, key)
+
+    def handle(self, key: str) -> LiveHandle:
+        """As :meth:`MountVerbs.handle`."""
+        return LiveHandle(super().handle(key), self, key)
 
     @classmethod
     def open(cls, *args: Any, **options: Any) -> Self:

@@ -166,10 +166,10 @@ def test_descriptors_on_changed_files_are_stale_after_a_rollback(store: Store, t
 def test_a_snapshot_has_what_was_stored_through_a_map_before_it(store: Store, tmp_path: Path) -> None:
     mnt, look = tmp_path / "mnt", tmp_path / "look"
     look.mkdir()
-    with store.mount("k", mnt):
+    with store.mount("k", mnt) as handle:
         with open(mnt / "d/e/f", "r+b") as file, mmap.mmap(file.fileno(), 4096) as mapped:
             mapped[:6] = b"before"
-            store.snapshot("k", "s")
+            handle.snapshot("s")
             mapped[:6] = b"after!"
             mapped.flush()
         assert (mnt / "d/e/f").read_bytes()[:6] == b"after!"
