@@ -14,6 +14,8 @@ from collections.abc import Iterator
 
 #: "to the end of the file, however long it gets", bytes
 INFINITY = 1 << 62
+#: the owner of bytes that no level holds: they are zeros
+ZEROS = -1
 
 
 class Extents:

@@ -11,7 +11,7 @@ Durability. fsync of a file brings its data to the disk, then marks the map, the
 syncs a thread does the same every few seconds, so that a file is as safe here as on a host that writes back by
 itself. A volatile view only marks, when it is closed.
 
-Threads: the view's thread owns all of it but :class:`_Syncer`, which gets descriptors and logs of its own.
+Threads: the view's thread owns all of it but :class:`Syncer`, which gets descriptors and logs of its own.
 """
 
 from __future__ import annotations
@@ -22,19 +22,20 @@ import os
 import stat
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
-from cowfs.sys import xattr
+from cowfs.sys import files, xattr
 from cowfs.union import copyup, lower, rowmap
 from cowfs.union.attr import unpack
-from cowfs.union.extents import INFINITY, Extents
+from cowfs.union.extents import INFINITY, ZEROS, Extents
 from cowfs.union.lower import Data
 from cowfs.union.node import DT_REG, Node
 from cowfs.union.rowfile import Level, RowFile, lay
 from cowfs.union.rowmap import MAP_DIR, ROOT_MARK, Loaded, Log, Ref
 from cowfs.union.source import Layer, Source, lstat
 from cowfs.union.space import Blocks, xattr_units
+from cowfs.whiteout import Form
 
 if TYPE_CHECKING:
     from cowfs.union.view import View
@@ -51,7 +52,7 @@ def is_marked(root_fd: int, row_attribute: bytes) -> bool:
     return xattr.try_get(root_fd, b"", row_attribute) is not None
 
 
-class _Syncer:
+class Syncer:
     """Brings dirty files to the disk every few seconds. Its lock guards ``dirty`` only."""
 
     def __init__(self, durable: bool) -> None:
@@ -90,17 +91,20 @@ class _Syncer:
                 with contextlib.suppress(OSError):  # it is tried again; fsync reports it to whoever asks
                     self.sync()
 
-    def sync(self) -> None:
-        """One round; any thread. Raises OSError after all files were tried."""
+    def sync(self, logs: Iterable[Log] | None = None) -> None:
+        """One round, of all or of some; any thread. Raises OSError after all were tried."""
         failure: OSError | None = None
         with self._round:
             with self._lock:
-                todo = [(log, fd, log.end) for log, fd in self.dirty.items()]
+                wanted = self.dirty if logs is None else self.dirty.keys() & set(logs)
+                todo = [(log, self.dirty[log], log.end) for log in wanted]
             for log, fd, upto in todo:
                 try:
                     if self.durable:
                         os.fsync(fd)
                     log.mark_synced(upto)
+                    if logs is not None:
+                        log.sync()
                 except OSError as error:
                     failure = error
                     continue
@@ -152,7 +156,7 @@ class Rows:
         rowmap.check_block(self.block)
         self._marked: dict[Layer, bool] = {}
         self._maps: dict[Layer, int] = {}
-        self._syncer = _Syncer(view.must_sync)
+        self.syncer = Syncer(view.must_sync)
         self._opened: deque[RowFile] = deque()
         self._fds = 0
 
@@ -198,7 +202,7 @@ class Rows:
     def close(self) -> None:
         """Sync what is dirty, mark the maps, close everything."""
         try:
-            self._syncer.close()
+            self.syncer.close()
         finally:
             for node in list(self.view.nodes.values()):
                 if isinstance(node.data, RowFile):
@@ -341,17 +345,17 @@ class Rows:
 
     def wrote(self, file: RowFile, log: Log) -> None:
         """A record was appended."""
-        if log not in self._syncer.dirty:
-            self._syncer.add(log, file.own_fd())
+        if log not in self.syncer.dirty:
+            self.syncer.add(log, file.own_fd())
 
     def close_log(self, log: Log) -> None:
         """A file lets go of its map."""
-        if not self._syncer.leave(log):
+        if not self.syncer.leave(log):
             log.close()
 
     def sync_job(self) -> Callable[[], None]:
         """What syncfs(2) adds here: every dirty file; to be run in any thread."""
-        return self._syncer.sync
+        return self.syncer.sync
 
     def drop_map(self, layer: Layer, ref: Ref) -> None:
         """Remove a map that nothing refers to any more; what is left over is garbage."""
@@ -444,13 +448,19 @@ class Rows:
         if node.fd >= 0:
             levels[-1].fd = node.fd
             self.opening(file)
-        if isinstance(old, RowFile) and old.log is not None:
-            frozen, old.log = old.log, None
-            self.close_log(frozen)
+        if isinstance(old, RowFile):
+            file.older = [log for log in old.older if log.dirty]
+            if old.log is not None:
+                frozen, old.log = old.log, None
+                if frozen.dirty:
+                    file.older.append(frozen)
+                self.close_log(frozen)
         file.node = node
         file.levels, file.log = levels, log
         file.size = file.base_end = size
-        extents.put(size, INFINITY, len(levels))
+        alone = -(-size >> file.shift) << file.shift
+        extents.put(size, alone, ZEROS)
+        extents.put(alone, INFINITY, len(levels))
         file.extents = extents
         node.fd, node.wfd, node.data, node.attr = fd, True, file, None
         self.view.open_files.append(node)
@@ -521,3 +531,26 @@ def rows_of(view: View) -> Rows | None:
         return Rows(view)
     row = view.form.row
     return Rows(view) if any(is_marked(layer.root.open(), row) for layer in view.layers) else None
+
+
+def seal(layer: str | bytes, *, form: Form, durable: bool = True) -> None:
+    """A layer will not be written any more: make its maps true for good. May be repeated.
+
+    Args:
+        layer: its tree's directory.
+        durable: bring what is not on the disk there first.
+
+    Raises:
+        OSError: EIO for a damaged map.
+    """
+    root = os.open(layer, _DIR)
+    try:
+        if not is_marked(root, form.row):
+            return
+        maps = os.open(MAP_DIR, _DIR, dir_fd=root)
+        try:
+            rowmap.seal(maps, (lambda: files.syncfs(root)) if durable else None)
+        finally:
+            os.close(maps)
+    finally:
+        os.close(root)

@@ -4,9 +4,9 @@ Strategy. Opened for the first time, a file reads the maps of its chain once, bo
 extents (:mod:`cowfs.union.extents`). From then on a read is one bisection and one preadv(2) a segment, at any depth;
 a write goes to the file's own descriptor, at its own offset, and then into the map (:mod:`cowfs.union.rowmap`).
 
-At and past ``base_end`` the file stands alone: no map says so and none is needed, so appending costs what it costs
-on a plain file. Before it, a block is either the file's own or a lower level's as a whole. A write that covers a
-block in part reads the rest once and writes all of it, in one pwritev(2).
+Past the block with ``base_end`` the file stands alone: no map says so and none is needed, so appending costs what it
+costs on a plain file. Before, a block is either the file's own or a lower level's as a whole, with zeros from ``base_end``
+on. A write that covers a block in part reads the rest once and writes all of it, in one pwritev(2).
 
 Order, for a crash at any point: data, then its record; a shorter size, then the smaller ``base_end``; the smaller
 ``base_end``, then a longer size.
@@ -20,7 +20,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from cowfs.sys import files, xattr
-from cowfs.union.extents import INFINITY, Extents
+from cowfs.union.extents import INFINITY, ZEROS, Extents
 from cowfs.union.lower import Data
 from cowfs.union.node import Node
 from cowfs.union.rowmap import Loaded, Log, Ref
@@ -61,11 +61,12 @@ class RowFile:
         where, name: the file in a frozen layer; ``None`` where the node itself says it.
         behind: the metacopy's place when the file stands for one's data, else ``None``.
         ref: its reference; ``None`` for a file that never had a name while it was written.
-        base_end: from here on the file stands alone, bytes; never more than ``size``.
+        base_end: from here on nothing of the base shows, bytes; never more than ``size``.
         size: st_size.
         extents: who holds what; ``None`` until the first use.
         levels: the chain beneath, level 0 first; the file itself is level ``len(levels)``.
         log: the map, once something was written.
+        older: maps of frozen levels that were not on the disk yet when this one was made.
     """
 
     __slots__ = (
@@ -80,6 +81,7 @@ class RowFile:
         "log",
         "name",
         "node",
+        "older",
         "ref",
         "rows",
         "size",
@@ -99,6 +101,7 @@ class RowFile:
         self.extents: Extents | None = None
         self.levels: list[Level] = []
         self.log: Log | None = None
+        self.older: list[Log] = []
         self._loaded: Loaded | None = None
         self._end_stale = False
         self._ref_dirty = False
@@ -194,18 +197,14 @@ class RowFile:
         assert self.extents is not None
         return self.extents
 
-    def adopt(self, extents: Extents, levels: list[Level], loaded: Loaded | None) -> None:
+    def adopt(self, extents: Extents, levels: list[Level], loaded: Loaded) -> None:
         """Take what :meth:`Rows.resolve` found beneath, and lay the own blocks over it."""
         assert self.ref is not None
         self.levels = levels
         self.base_end = min(self.ref.base_end, self.size)
         self._end_stale = self.base_end < self.ref.base_end
         self._loaded = loaded
-        own = len(levels)
-        if loaded is not None:
-            lay(extents, loaded, self.ref.shift, self.base_end, own)
-        else:
-            extents.put(self.base_end, INFINITY, own)
+        lay(extents, loaded, self.ref.shift, self.base_end, len(levels))
         self.extents = extents
 
     # -- reading ------------------------------------------------------------------------------
@@ -234,6 +233,9 @@ class RowFile:
         return end - offset
 
     def _read_run(self, owner: int, offset: int, buffer: memoryview, flags: int = 0) -> int:
+        if owner == ZEROS:
+            buffer[:] = bytes(len(buffer))
+            return len(buffer)
         fd = self._fd(owner)
         done = os.preadv(fd, [buffer], offset, flags)
         while done < len(buffer):
@@ -264,13 +266,13 @@ class RowFile:
         return data
 
     def plan(self, offset: int, length: int) -> list[tuple[int, int, int]]:
-        """(start, end, new descriptor) of what a read needs, for a worker thread; the caller closes them."""
+        """(start, end, new descriptor or ZEROS) of what a read needs, for a worker thread; the caller closes them."""
         end = min(offset + length, self.size)
         found: list[tuple[int, int, int]] = []
         copies: dict[int, int] = {}
         for start, stop, owner in self.load().runs(offset, end) if offset < end else ():
             if owner not in copies:
-                copies[owner] = os.dup(self._fd(owner))
+                copies[owner] = os.dup(self._fd(owner)) if owner != ZEROS else ZEROS
             found.append((start, stop, copies[owner]))
         return found
 
@@ -281,6 +283,8 @@ class RowFile:
             raise OSError(errno.ENXIO, os.strerror(errno.ENXIO), self.node.name)
         for start, stop, owner in extents.runs(offset, self.size):
             try:
+                if owner == ZEROS:
+                    raise OSError(errno.ENXIO, os.strerror(errno.ENXIO))
                 found = os.lseek(self._fd(owner), start, whence)
             except OSError as error:
                 if error.errno != errno.ENXIO:
@@ -309,8 +313,8 @@ class RowFile:
         end = offset + length
         if end > self.size and self._end_stale:
             self._store_end()
-        base_end = self.base_end
-        if offset >= base_end or extents.has_all(offset, min(end, base_end), self.own):
+        alone = self.alone
+        if offset >= alone or extents.has_all(offset, min(end, alone), self.own):
             return self._write_over(fd, offset, data)
         return self._write_new(fd, offset, memoryview(data))
 
@@ -341,7 +345,7 @@ class RowFile:
 
     def _write_new(self, fd: int, offset: int, data: memoryview) -> int:
         """Where at least one block is a lower level's."""
-        extents, own, base_end = self.extents, self.own, self.base_end
+        extents, own, alone = self.extents, self.own, self.alone
         assert (extents is not None and self.ref is not None) or self.ref is None
         assert extents is not None
         shift = self.shift
@@ -349,21 +353,21 @@ class RowFile:
         end = offset + len(data)
         start, stop = offset, end
         head = tail = b""
-        if not extents.has_all(offset, min(offset + 1, base_end), own):
+        if not extents.has_all(offset, offset + 1, own):
             start = offset & -block
             if start < offset:
                 head = bytes(self._fetch(start, offset))
-        if end < base_end and not extents.has_all(end - 1, end, own):
-            stop = min(-(-end // block) << shift, base_end)
+        if end < alone and not extents.has_all(end - 1, end, own):
+            stop = max(end, min(-(-end // block) << shift, self.size))
             if end < stop:
                 tail = bytes(self._fetch(end, stop))
+        log = self._open_log()
         affordable = self._afford(start, stop)
         if affordable <= offset:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if affordable < stop:
             stop = affordable
             data, tail = data[: stop - offset], tail[: max(0, stop - end)]
-        log = self._open_log()
         space = self.rows.view.space
         try:
             done = os.pwritev(fd, [part for part in (head, data, tail) if len(part)], start)
@@ -372,21 +376,26 @@ class RowFile:
                 space.recount(self.node)
             raise
         reached = start + done
-        last = -(-min(reached, base_end) >> shift) if reached >= min(stop, base_end) else reached >> shift
+        whole = reached >= min(stop, alone)
+        last = -(-min(reached, alone) >> shift) if whole else reached >> shift
         self.size = max(self.size, reached)
         first = start >> shift
         if first < last:
             if log is not None:
                 log.append(first, last)
                 self.rows.wrote(self, log)
-            extents.put(first << shift, min(last << shift, base_end), own)
+            extents.put(first << shift, last << shift, own)
         if reached < stop and space is not None:
             space.recount(self.node)
-        whole = reached if reached >= base_end else max(last << shift, first << shift)
-        written = min(reached, whole, end) - offset
+        written = min(reached if whole else last << shift, end) - offset
         if written <= 0:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return written
+
+    @property
+    def alone(self) -> int:
+        """From this block boundary on the file stands alone, bytes."""
+        return -(-self.base_end >> self.shift) << self.shift
 
     @property
     def shift(self) -> int:
@@ -394,7 +403,7 @@ class RowFile:
         return self.ref.shift if self.ref is not None else 12
 
     def _afford(self, start: int, stop: int) -> int:
-        """How far a write of [start, stop) may go, in whole blocks below ``base_end``; counts its units."""
+        """How far a write of [start, stop) may go, in whole blocks below ``alone``; counts its units."""
         space = self.rows.view.space
         if space is None:
             return stop
@@ -403,7 +412,7 @@ class RowFile:
         if sum(b - a for a, b in blocks.missing(start // UNIT, units(stop))) > left:
             here = start
             while here < stop:
-                step = 1 << self.shift if here < self.base_end else UNIT
+                step = 1 << self.shift if here < self.alone else UNIT
                 ahead = min((here // step + 1) * step, stop)
                 cost = sum(b - a for a, b in blocks.missing(here // UNIT, units(ahead)))
                 if cost > left:
@@ -418,9 +427,20 @@ class RowFile:
     def _open_log(self) -> Log | None:
         """The map, made or continued. ``None`` for a file without a name."""
         if self.log is None and self.ref is not None:
+            if self._loaded is not None and self._loaded.stale and self.ref.has_map:
+                self._clean_tail()
             self.log = self.rows.open_log(self, self._loaded)
             self._loaded = None
         return self.log
+
+    def _clean_tail(self) -> None:
+        """After another boot: what a lost record left behind in the block of ``base_end``."""
+        assert self.extents is not None
+        start, end = self.base_end, self.alone
+        if start < end and not self.extents.has_all(start, end, self.own):
+            files.fallocate(self.own_fd(), _PUNCH | _KEEP, start, end - start)
+            if self.rows.view.space is not None:
+                self.rows.view.space.recount(self.node)
 
     def _store_ref(self, ref: Ref) -> None:
         self.ref = ref
@@ -451,7 +471,10 @@ class RowFile:
         if size < self.base_end:
             self.base_end = size
             self._end_stale = True
-            extents.put(size, INFINITY, self.own)
+            alone = self.alone
+            if size < alone and not extents.has_all(size, size + 1, self.own):
+                extents.put(size, alone, ZEROS)
+            extents.put(alone, INFINITY, self.own)
             self._store_end()
         if space is not None:
             space.cut(self.node, size)
@@ -502,7 +525,7 @@ class RowFile:
             if log is not None:
                 log.append(first, last)
                 self.rows.wrote(self, log)
-            extents.put(first << shift, min(last << shift, self.base_end), self.own)
+            extents.put(first << shift, last << shift, self.own)
 
     def _zero(self, start: int, end: int) -> None:
         """Write zeros to a part of one block, unless that block is the own one."""
@@ -569,17 +592,26 @@ class RowFile:
     # -- durability ---------------------------------------------------------------------------
 
     def sync_job(self) -> Callable[[bool], None]:
-        """What fsync(2) means here, to be run once in any thread: data, then map. The argument: fdatasync(2) will do."""
-        if not self.writable or not self.rows.view.must_sync:
+        """What fsync(2) means here, to be run once in any thread: data, then map. The argument: fdatasync(2) will do.
+
+        What was written before its layer was frozen belongs to it.
+        """
+        if not self.rows.view.must_sync:
             return lambda data_only: None
-        fd = os.dup(self.own_fd())
+        syncer = self.rows.syncer
+        older = [log for log in self.older if log.dirty]
+        if self.log is None and self.writable and self._loaded is not None and self._loaded.end > self._loaded.synced:
+            self._open_log()
         log = self.log
-        if log is None and self._loaded is not None and self.writable and self._loaded.end > self._loaded.synced:
-            log = self._open_log()
+        fd = os.dup(self.own_fd()) if self.writable or (log is not None and log.dirty) else -1
         upto = log.end if log is not None else 0
         whole, self._ref_dirty = self._ref_dirty, False
 
         def job(data_only: bool) -> None:
+            if older:
+                syncer.sync(older)
+            if fd < 0:
+                return
             try:
                 (os.fdatasync if data_only and not whole else os.fsync)(fd)
             finally:
@@ -593,9 +625,11 @@ class RowFile:
 
 def lay(extents: Extents, loaded: Loaded, shift: int, base_end: int, owner: int) -> None:
     """Lay a level's blocks, and all from ``base_end`` on, over the levels beneath."""
+    alone = -(-base_end >> shift) << shift
+    extents.put(base_end, alone, ZEROS)
+    extents.put(alone, INFINITY, owner)
     for first, last in loaded.ranges:
         start = first << shift
-        if start >= base_end:
+        if start >= alone:
             break
-        extents.put(start, min(last << shift, base_end), owner)
-    extents.put(base_end, INFINITY, owner)
+        extents.put(start, min(last << shift, alone), owner)

@@ -16,7 +16,7 @@ Rules:
 
 Layout, little endian. Reference: ``<BBHQQQ`` version, log2 of the block size, flags, map id, base_end, st_blocks of
 the base; then the base's path in the merged tree of the layers beneath, without leading slash. Map:
-``<8sHBB16s32xI`` magic, version, log2 of the block size, flags, boot id, CRC-32 of those 60 bytes; then records ``<IIQ``
+``<8sHBB16s32xI`` magic, version, log2 of the block size, 0, boot id, CRC-32 of those 60 bytes; then records ``<IIQ``
 CRC-32 (of the rest, seeded with the record's offset), count, first | kind << 56.
 """
 
@@ -28,6 +28,7 @@ import os
 import struct
 import threading
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 VERSION = 1
@@ -46,7 +47,6 @@ RECORD_SIZE = _RECORD.size
 assert (_REF.size, HEAD_SIZE, RECORD_SIZE) == (28, 64, 16)
 
 _MAGIC = b"COWFSROW"
-_SEALED = 1  # header flag: nothing will be appended, everything was on the disk
 _HAS_MAP = 1  # reference flag
 _WRITE, _SYNC = 1, 2
 _KIND_SHIFT, _FIRST_MASK = 56, (1 << 56) - 1
@@ -136,8 +136,8 @@ class Ref:
         return b"%016x" % self.map_id
 
 
-def _header(shift: int, flags: int, boot: bytes) -> bytes:
-    head = _HEAD.pack(_MAGIC, VERSION, shift, flags, boot)
+def _header(shift: int) -> bytes:
+    head = _HEAD.pack(_MAGIC, VERSION, shift, 0, boot_id())
     return head + _CRC.pack(zlib.crc32(head))
 
 
@@ -165,7 +165,7 @@ class Loaded:
         end: where the next record goes, bytes.
         synced: up to where records are known to name durable data, bytes.
         records: how many WRITE records were read.
-        stale: whether it must be written anew before anything is appended (another boot wrote it, or it is sealed).
+        stale: whether it must be written anew before anything is appended: another boot wrote it.
     """
 
     ranges: Ranges
@@ -175,13 +175,12 @@ class Loaded:
     stale: bool
 
 
-def parse(data: bytes, shift: int, name: bytes, boot: bytes | None = None) -> Loaded:
+def parse(data: bytes, shift: int, name: bytes) -> Loaded:
     """Read a map.
 
     Args:
         data: the whole file.
         shift: what the reference says.
-        boot: the present boot id (default: this host's).
 
     Raises:
         OSError: EIO when it is of another version or block size.
@@ -190,7 +189,7 @@ def parse(data: bytes, shift: int, name: bytes, boot: bytes | None = None) -> Lo
         if data.strip(b"\0"):
             raise _bad("map header is damaged", name)
         return Loaded([], 0, 0, 0, True)  # it never reached the disk, so nothing that it named did
-    magic, version, its_shift, flags, its_boot = _HEAD.unpack_from(data)
+    magic, version, its_shift, _, its_boot = _HEAD.unpack_from(data)
     if magic != _MAGIC or version != VERSION or its_shift != shift:
         raise _bad(f"map of version {version}, block size {1 << its_shift}", name)
     found: list[tuple[int, int, int]] = []
@@ -206,14 +205,12 @@ def parse(data: bytes, shift: int, name: bytes, boot: bytes | None = None) -> Lo
         else:
             raise _bad(f"map record of kind {kind}", name)
         offset += RECORD_SIZE
-    same_boot = its_boot == (boot or boot_id())
-    if flags & _SEALED:
-        synced = offset
+    same_boot = its_boot == boot_id()
     if not same_boot:
         found = [item for item in found if item[2] < synced]
     return Loaded(
         merge([(first, end) for first, end, _ in found]), offset, min(synced, offset), len(found),
-        not same_boot or bool(flags & _SEALED),
+        not same_boot,
     )  # fmt: skip
 
 
@@ -279,7 +276,7 @@ class Log:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
         fd = os.open(ref.map_name, flags, 0o600, dir_fd=dirfd)
         try:
-            _write_all(fd, _header(ref.shift, 0, boot_id()))
+            _write_all(fd, _header(ref.shift))
         except BaseException:
             os.close(fd)
             os.unlink(ref.map_name, dir_fd=dirfd)
@@ -288,10 +285,10 @@ class Log:
 
     @classmethod
     def open(cls, dirfd: int, ref: Ref, loaded: Loaded, *, durable: bool) -> Log:
-        """Continue a map that was read; one of another boot, or sealed, is written anew first."""
+        """Continue a map that was read; one of another boot is written anew first."""
         end, synced = loaded.end, loaded.synced
         if loaded.stale:
-            end = synced = rewrite(dirfd, ref, loaded.ranges, sealed=False, durable=durable)
+            end = synced = rewrite(dirfd, ref.map_name, ref.shift, loaded.ranges, durable=durable)
         fd = os.open(ref.map_name, os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dirfd)
         try:
             if os.fstat(fd).st_size > end:
@@ -358,23 +355,21 @@ def _write_all(fd: int, data: bytes) -> int:
     return done
 
 
-def rewrite(dirfd: int, ref: Ref, ranges: Ranges, *, sealed: bool, durable: bool, boot: bytes | None = None) -> int:
+def rewrite(dirfd: int, name: bytes, shift: int, ranges: Ranges, *, durable: bool) -> int:
     """Replace a map by the shortest one with the same blocks. The data must be on the disk already.
 
     Args:
-        sealed: nothing will be appended.
         durable: sync it before it takes the old one's place.
 
     Returns:
         Its length, bytes.
     """
-    temp = ref.map_name + b".new"
+    temp = name + b".new"
     records = _writes(HEAD_SIZE, ranges)
     end = HEAD_SIZE + len(records)
     fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=dirfd)
     try:
-        head = _header(ref.shift, _SEALED if sealed else 0, boot or boot_id())
-        _write_all(fd, head + records + _record(end, _SYNC, 0, end))
+        _write_all(fd, _header(shift) + records + _record(end, _SYNC, 0, end))
         if durable:
             os.fdatasync(fd)
     except BaseException:
@@ -382,5 +377,45 @@ def rewrite(dirfd: int, ref: Ref, ranges: Ranges, *, sealed: bool, durable: bool
         raise
     finally:
         os.close(fd)
-    os.rename(temp, ref.map_name, src_dir_fd=dirfd, dst_dir_fd=dirfd)
+    os.rename(temp, name, src_dir_fd=dirfd, dst_dir_fd=dirfd)
     return end + RECORD_SIZE
+
+
+def seal(dirfd: int, sync: Callable[[], None] | None) -> int:
+    """Make every map of a layer that nobody writes true for good, and short.
+
+    Args:
+        dirfd: the open map directory.
+        sync: brings the layer's data to the disk; called at most once, and only when a map hangs on this boot.
+            ``None``: the caller does not care for power cuts.
+
+    Returns:
+        How many maps there are.
+
+    Raises:
+        OSError: EIO for a damaged map.
+    """
+    names = [os.fsencode(name) for name in os.listdir(dirfd)]
+    synced = sync is None
+    count = 0
+    for name in names:
+        if name.endswith(b".new"):  # a rewrite that was killed
+            os.unlink(name, dir_fd=dirfd)
+            continue
+        count += 1
+        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dirfd)
+        try:
+            data = _read_all(fd)
+        finally:
+            os.close(fd)
+        shift = data[10] if len(data) >= HEAD_SIZE else 12
+        loaded = parse(data, shift, name)
+        if not loaded.end:
+            continue  # its header never reached the disk: no block is present
+        dirty = loaded.end > loaded.synced and not loaded.stale
+        if dirty and not synced and sync is not None:
+            sync()
+            synced = True
+        if dirty or loaded.stale or loaded.records > 2 * len(loaded.ranges) + 8:
+            rewrite(dirfd, name, shift, loaded.ranges, durable=sync is not None)
+    return count
