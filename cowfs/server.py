@@ -37,6 +37,7 @@ from cowfs.model import Limit
 from cowfs.stack import MountSpec, Stack
 
 if TYPE_CHECKING:
+    from cowfs.fuse.portable import PortableSession
     from cowfs.fuse.session import Session
     from cowfs.union import View
 
@@ -223,10 +224,11 @@ class Server:
         self.log = ""
         self.stack: Stack
         self.view: View
-        self.session: Session
+        self.session: Session | PortableSession
         self._report = report or _NoReport()
         self._listener: socket.socket | None = None
         self._wakeup: tuple[socket.socket, socket.socket] | None = None
+        self._listens = threading.Event()
         self._ending = threading.Event()
         self._answers = threading.Condition()
         self._answering = 0  # requests taken whose answer is not sent yet; guarded by _answers
@@ -283,7 +285,9 @@ class Server:
         self.stack.commit()
         self.started = time.time_ns()
         try:
-            self._listen(target)
+            self._hear()
+            if spec.frontend == "kernel":
+                self._listen(target)
             _name_process()
         except BaseException:
             mountpoint.detach(target, force=True)
@@ -330,10 +334,12 @@ class Server:
     # -- ready -----------------------------------------------------------------------------------------------------
 
     def _ready(self) -> None:
+        self.session.ready.wait()
         try:
             os.stat(self.spec.mountpoint)
         except OSError:
             return  # the main thread knows why, and says so
+        self._listens.wait()
         self._report.send({"pid": os.getpid(), "socket": self.socket}, self._let_go)
 
     def _let_go(self) -> None:
@@ -375,6 +381,10 @@ class Server:
             listener.close()
             raise
         self._listener = listener
+        self._listens.set()
+
+    def _hear(self) -> None:
+        """Have signals told to the control thread; main thread only."""
         self._wakeup = socket.socketpair()
         for end in self._wakeup:
             end.setblocking(False)
@@ -388,6 +398,9 @@ class Server:
     def _control(self) -> None:
         import select
 
+        if self._listener is None:  # a front end that mounts only when it runs
+            self.session.ready.wait()
+            self._listen(self.spec.mountpoint)
         assert self._listener is not None
         assert self._wakeup is not None
         poll = select.poll()
@@ -508,7 +521,7 @@ def make_view(stack: Stack) -> View:
     return View(stack.lowers, stack.upper, stack.work, options=options)
 
 
-def make_session(spec: MountSpec, view: View, target: str) -> Session:
+def make_session(spec: MountSpec, view: View, target: str) -> Session | PortableSession:
     """Mount and make the session that serves it, with the front end that was asked for."""
     from cowfs.fuse import mount_fuse
     from cowfs.fuse.session import Session, SessionOptions
@@ -517,6 +530,11 @@ def make_session(spec: MountSpec, view: View, target: str) -> Session:
     if (spec.readonly or (spec.upper is None and spec.scratch is None)) and "ro" not in words:
         words.append("ro")
     allow_other = os.geteuid() == 0 if spec.allow_other is None else spec.allow_other
+    if spec.frontend == "fusepy":
+        from cowfs.fuse.portable import PortableSession
+
+        trace = sys.stderr if spec.trace else None
+        return PortableSession(target, view, words, allow_other, spec.source, spec.subtype, trace=trace)
     fd = mount_fuse(target, words, allow_other, spec.source, spec.subtype)
     return Session(
         fd,

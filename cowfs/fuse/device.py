@@ -26,9 +26,7 @@ from cowfs.sys import mounts
 
 DEVICE: Final = "/dev/fuse"
 #: mount(8) words that mean something to user space only, or are always on here; accepted and dropped.
-_IGNORED: Final = frozenset(
-    ("defaults", "default_permissions", "auto", "noauto", "user", "nouser", "_netdev", "nofail")
-)
+IGNORED: Final = frozenset(("defaults", "default_permissions", "auto", "noauto", "user", "nouser", "_netdev", "nofail"))
 #: Words that fusermount3 takes (it refuses what it does not know).
 _HELPER_WORDS: Final = frozenset(("ro", "rw", "nodev", "dev", "nosuid", "suid", "noexec", "exec", "sync", "async",
                                   "dirsync", "noatime", "atime"))  # fmt: skip
@@ -59,13 +57,13 @@ def mount_fuse(
         Unsupported: no ``/dev/fuse``, or neither the right to mount nor ``fusermount3``.
     """
     target = os.fsdecode(mountpoint)
-    words = [word for word in options if word and word not in _IGNORED]
+    words = [word for word in options if word and word not in IGNORED]
     for word in words:
         if word not in mounts.OPTION_FLAGS:
             raise InvalidArgument(
                 f"mount option {word!r} is not known", remedy="use " + ", ".join(sorted(mounts.OPTION_FLAGS))
             )
-    _check_target(target)
+    check_target(target)
     root = os.geteuid() == 0
     if allow_other is None:
         allow_other = root
@@ -102,7 +100,8 @@ def open_device(path: str = DEVICE) -> int:
         raise Unsupported(f"{path}: {error.strerror}") from None
 
 
-def _check_target(target: str) -> None:
+def check_target(target: str) -> None:
+    """See that ``target`` can be mounted on; take dead mounts off. Raises as :func:`mount_fuse`."""
     for _ in range(16):
         try:
             found = os.stat(target)
