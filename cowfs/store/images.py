@@ -33,7 +33,7 @@ from cowfs.store.layers import KeptDigests, SameData, hold, mark_copied
 from cowfs.store.names import check_name, new_id
 from cowfs.store.staging import Staged
 from cowfs.store.upkeep import UpkeepVerbs
-from cowfs.sys import trees
+from cowfs.sys import trees, xattr
 from cowfs.tree import Pending
 
 __all__ = ["FORMATS", "ImageVerbs"]
@@ -116,7 +116,7 @@ class ImageVerbs(UpkeepVerbs):
                 stream,
                 f"{directory}/fs",
                 form="plain" if self.driver.whole else self.driver.form.name,
-                lower=None if self.driver.whole else lower,
+                lower=_RootOnly(f"{directory}/fs") if self.driver.whole and lower is not None else lower,
                 options=options,
                 log=log,
                 on_inode=on_inode,
@@ -454,7 +454,7 @@ class _Import:
             self._applied, self._digests = store._unpack(
                 driver.directory(layer.staged),
                 stream,
-                _Awaited(store, below),
+                _Awaited(store, below) if parent is not None or not driver.whole else None,
                 self._options,
                 self._layer.diff_id,
                 _counter(self._progress, (self._layer.digest or self._layer.diff_id or "layer")[:19], self._layer.size or 0),
@@ -569,6 +569,34 @@ class _Awaited:
         if tree is None:
             raise NotFound("there is no layer beneath")
         return tree
+
+
+class _RootOnly:
+    """Beneath a whole layer there is nothing but what was copied: only its root may be empty and count."""
+
+    def __init__(self, tree: str) -> None:
+        fd = os.open(tree, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            own = archive.DirTree(fd)
+            self._root = own.stat(b"")
+            self._xattrs = xattr.read_all(fd, b"")
+        finally:
+            os.close(fd)
+
+    def stat(self, path: bytes) -> archive.LowerStat | None:
+        return None if path else self._root
+
+    def xattrs(self, path: bytes) -> dict[bytes, bytes]:
+        return {} if path else self._xattrs
+
+    def names(self, path: bytes) -> list[bytes]:
+        return []
+
+    def readlink(self, path: bytes) -> bytes:
+        raise FileNotFoundError(2, os.strerror(2), path)
+
+    def read(self, path: bytes) -> Iterator[bytes]:
+        raise FileNotFoundError(2, os.strerror(2), path)
 
 
 # -------------------------------------------------------------------- helpers
