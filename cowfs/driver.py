@@ -101,6 +101,9 @@ class Driver(ABC):
     whole: ClassVar[bool] = False
     """Whether each layer is an entire tree; otherwise it is a delta in the overlay format."""
 
+    row: int = 0
+    """Bytes a block of redirect files, for a driver whose mounts make them; 0 for any other."""
+
     def __init__(self, root: str, *, form: str = "auto", fsync: bool = True, **options: Any) -> None:
         self.root = root
         self.form = whiteout.choose_form(form)
@@ -168,6 +171,9 @@ class Driver(ABC):
 
     def freeze(self, id: str) -> None:  # noqa: B027 - a driver may have nothing to do
         """Nothing will be written any more; drop what only a writer needs."""
+
+    def settle(self, id: str) -> None:  # noqa: B027 - likewise
+        """The layer became a lower one of a mount that goes on; make what was written hold, and leave the rest alone."""
 
     def remove(self, id: str) -> None:
         """Delete the layer's directory; one that is gone is fine."""

@@ -511,6 +511,7 @@ def make_view(stack: Stack) -> View:
         override_xattr=spec.override_xattr.encode() or None,
         noxattrs=spec.noxattrs,
         dotwh=spec.dotwh,
+        row=spec.row or None,
     )
     if spec.factory:
         from importlib import import_module

@@ -43,6 +43,7 @@ Mounts layers as one tree, with the command line of fuse-overlayfs. Returns when
                              or user.containers.override_stat
   -o noxattrs=1              no extended attributes
   -o dotwh                   names .wh.NAME in the layers hide NAME
+  -o row=4096                redirect on write: of a big file only the blocks written go to upperdir (docs/row.md)
   -o allow_other, nodev, nosuid, noexec, noatime, ...
   -f                         stay in the foreground
   -d, --debug                as -f, with a line for each request
@@ -132,6 +133,18 @@ def _count(text: str) -> int:
     return parse_count(text)
 
 
+def _block(text: str) -> int:
+    from cowfs.model import parse_size
+    from cowfs.union.rowmap import check_block
+
+    size = parse_size(text)
+    try:
+        check_block(size)
+    except ValueError as error:
+        raise InvalidArgument(f"row={text}: {error}") from None
+    return size
+
+
 # Option -> fields of the wish. "lowers" and "squash_to_root" are sorted out afterwards.
 _MEANING: dict[str, Callable[[str], dict[str, Any]]] = {
     "lowerdir": lambda text: {"lowers": split_layers(text)},
@@ -151,6 +164,7 @@ _MEANING: dict[str, Callable[[str], dict[str, Any]]] = {
     "xattr_permissions": lambda text: {"override_xattr": _permissions(text)},
     "noxattrs": lambda text: {"noxattrs": _switch("noxattrs", text)},
     "dotwh": lambda text: {"dotwh": _switch("dotwh", text)},
+    "row": lambda text: {"row": _block(text)},
     "allow_other": lambda text: {"allow_other": True},
     "io": lambda text: {"io": text},
     "debug": lambda text: {"foreground": True, "trace": True},

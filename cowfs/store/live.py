@@ -240,6 +240,7 @@ class LiveVerbs(UpkeepVerbs):
             os.unlink(os.path.join(self.driver.directory(id), name))
 
     def _finish_snapshot(self, id: str, row: Row, switch: _Switch) -> None:
+        self.driver.settle(row.id)
         scanned = self._scan(row, layers.KeptDigests.load(self.driver, row.id))
         if self.driver.fsync:
             trees.sync_tree(self.driver.tree(row.id))

@@ -127,6 +127,7 @@ class MountVerbs(StoreCore):
             size=row.limit.bytes,
             inodes=row.limit.inodes,
             options=tuple(word for word in words if word not in ("ro", "rw")),
+            row=self.driver.row,
             factory=FACTORY,
             label=key,
             **more,
