@@ -25,17 +25,17 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
-from cowfs.sys import files, xattr
+from cowfs.sys import xattr
 from cowfs.union import copyup, lower, rowmap
 from cowfs.union.attr import unpack
 from cowfs.union.extents import INFINITY, ZEROS, Extents
 from cowfs.union.lower import Data
 from cowfs.union.node import DT_REG, Node
+from cowfs.union.rowcheck import is_marked
 from cowfs.union.rowfile import Level, RowFile, lay
 from cowfs.union.rowmap import MAP_DIR, ROOT_MARK, Loaded, Log, Ref
 from cowfs.union.source import Layer, Source, lstat
 from cowfs.union.space import Blocks, xattr_units
-from cowfs.whiteout import Form
 
 if TYPE_CHECKING:
     from cowfs.union.view import View
@@ -45,11 +45,6 @@ DEFAULT_BLOCK = 4096
 INTERVAL = 5.0
 _MOST_DIRTY = 512
 _DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-
-
-def is_marked(root_fd: int, row_attribute: bytes) -> bool:
-    """Whether a layer may hold redirect files."""
-    return xattr.try_get(root_fd, b"", row_attribute) is not None
 
 
 class Syncer:
@@ -166,7 +161,7 @@ class Rows:
         """Whether a layer may hold redirect files."""
         found = self._marked.get(layer)
         if found is None:
-            found = self._marked[layer] = is_marked(layer.root.open(), self.view.form.row)
+            found = self._marked[layer] = is_marked(layer.root.open(), self.view.form)
         return found
 
     def map_dir(self, layer: Layer) -> int:
@@ -529,28 +524,4 @@ def rows_of(view: View) -> Rows | None:
     """The redirect files of a view that may have some: by option, or because a layer is marked."""
     if view.options.row:
         return Rows(view)
-    row = view.form.row
-    return Rows(view) if any(is_marked(layer.root.open(), row) for layer in view.layers) else None
-
-
-def seal(layer: str | bytes, *, form: Form, durable: bool = True) -> None:
-    """A layer will not be written any more: make its maps true for good. May be repeated.
-
-    Args:
-        layer: its tree's directory.
-        durable: bring what is not on the disk there first.
-
-    Raises:
-        OSError: EIO for a damaged map.
-    """
-    root = os.open(layer, _DIR)
-    try:
-        if not is_marked(root, form.row):
-            return
-        maps = os.open(MAP_DIR, _DIR, dir_fd=root)
-        try:
-            rowmap.seal(maps, (lambda: files.syncfs(root)) if durable else None)
-        finally:
-            os.close(maps)
-    finally:
-        os.close(root)
+    return Rows(view) if any(is_marked(layer.root.open(), view.form) for layer in view.layers) else None

@@ -20,7 +20,7 @@ from hypothesis.stateful import (
 
 from cowfs.model import Limit
 from cowfs.sys import files
-from cowfs.union import Options, View, live, row, rowmap
+from cowfs.union import Options, View, live, row, rowcheck, rowmap
 from cowfs.union.node import Node
 from cowfs.union.rowfile import RowFile
 from cowfs.union.space import measure
@@ -259,7 +259,7 @@ class RedirectFile(RuleBasedStateMachine):
         """SIGKILL: what was written is there. The end of the map may be torn."""
         self._kill(torn)
         for layer in self.stack.layers[:-1]:  # as a store does with a snapshot that the server did not finish
-            row.seal(layer, form=choose_form())
+            rowcheck.seal(layer, form=choose_form())
         self.stack.open()
 
     @rule(torn=st.binary(max_size=20))
@@ -289,7 +289,7 @@ class RedirectFile(RuleBasedStateMachine):
             path = self.stack.add()
             live.freeze(self.view, f"{path}/fs", f"{path}/work")
             if sealed:
-                row.seal(self.stack.layers[-2], form=self.view.form)
+                rowcheck.seal(self.stack.layers[-2], form=self.view.form)
                 self.versions = [bytes(self.model)]
 
     @rule()

@@ -1,0 +1,60 @@
+"""What backends with delta layers in the overlay format share: whether a host can hold one, and making an empty one."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import tempfile
+from collections.abc import Sequence
+
+from cowfs.driver import Driver
+from cowfs.sys import files, trees, xattr
+from cowfs.whiteout import Form
+
+__all__ = ["create", "why_not"]
+
+
+def why_not(root: str, form: Form) -> tuple[str, str]:
+    """(the file system's name, why it cannot hold layers of this form; "" when it can)."""
+    with tempfile.TemporaryDirectory(prefix="new-probe-", dir=root) as place:
+        fd = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)  # no sweep of another process takes it away
+            name = files.fs_name(fd)
+            try:
+                xattr.setx(fd, b"", form.opaque, b"y")
+            except OSError as error:
+                return name, f"{name} takes no {form.name}.* xattrs: {error.strerror}"
+            try:
+                os.mknod("whiteout", 0o020000, 0, dir_fd=fd)
+            except OSError as error:
+                return name, f"no whiteouts can be made on {name}: {error.strerror}"
+        finally:
+            os.close(fd)
+    return name, ""
+
+
+def create(driver: Driver, id: str, parents: Sequence[str]) -> None:
+    """Empty directories, the root's attributes from the parent."""
+    directory, tree = driver.directory(id), driver.tree(id)
+    os.mkdir(tree, 0o755)
+    os.mkdir(driver.work(id), 0o700)
+    os.chmod(tree, 0o755)
+    if parents:
+        src = os.open(driver.tree(parents[0]), os.O_RDONLY | os.O_DIRECTORY)
+        dst = os.open(tree, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            trees.copy_attributes(src, dst, os.fstat(src))
+            for own in (driver.form.origin, driver.form.impure, driver.form.opaque, driver.form.row):
+                if xattr.try_get(dst, b"", own) is not None:
+                    xattr.remove(dst, b"", own)
+        finally:
+            os.close(src)
+            os.close(dst)
+    if driver.fsync:
+        for path in (tree, directory):
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)

@@ -1,0 +1,120 @@
+"""The row backend: redirect-on-write. The first write to a big file stores only the blocks that were written.
+
+Strategy: layers are those of the overlay backend, but a file that was only partly written is a *redirect file*: a
+sparse file that holds the written blocks at their own offsets, and a map beside the layer that says which those are
+(docs/row.md; :mod:`cowfs.union.row`). The kernel's overlayfs does not know them, so all mounts are the FUSE mount.
+
+Choose it for images, databases and other big files that change in places. For many small files the overlay backend is
+as good, and its layers can be mounted by the kernel.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from cowfs.driver import Driver, Probe
+from cowfs.errors import InvalidArgument, Unsupported
+from cowfs.model import Limit, Mount, Usage, parse_size
+from cowfs.sys import trees
+from cowfs.union import rowcheck, rowmap
+from cowfs.whiteout import choose_form
+from . import deltas, records
+
+DEFAULT_BLOCK = 4096
+_BLOCK_FILE = "row-block"
+
+
+class RowDriver(Driver):
+    """Deltas in the overlay format, with redirect files.
+
+    Args:
+        block: bytes a block of new redirect files, a power of two from 4 KiB to 1 MiB. The store keeps the last
+            one given; files made before keep theirs.
+    """
+
+    name = "row"
+
+    def __init__(
+        self, root: str, *, form: str = "auto", fsync: bool = True, block: int | str | None = None, **options: Any
+    ) -> None:
+        super().__init__(root, form=form, fsync=fsync, **options)
+        path = os.path.join(root, _BLOCK_FILE)
+        if block is not None:
+            self.row = parse_size(block)
+            try:
+                rowmap.check_block(self.row)
+            except ValueError as error:
+                raise InvalidArgument(str(error)) from None
+            with open(path + ".new", "w", encoding="ascii") as file:
+                file.write(f"{self.row}\n")
+            os.replace(path + ".new", path)
+            return
+        try:
+            with open(path, encoding="ascii") as file:
+                text = file.read().strip()
+        except FileNotFoundError:
+            self.row = DEFAULT_BLOCK
+            return
+        if not re.fullmatch(r"[0-9]{4,7}", text):
+            raise InvalidArgument(f"{path} holds no block size", remedy="open the store with block=4096")
+        self.row = int(text)
+
+    @classmethod
+    def probe(cls, root: str) -> Probe:
+        """Usable where the file system holds the layer form, and FUSE is there."""
+        name, reason = deltas.why_not(root, choose_form())
+        if not reason and not os.path.exists("/dev/fuse"):
+            reason = "there is no /dev/fuse"
+        if reason:
+            return Probe(usable=False, reasons=(reason,))
+        return Probe(usable=True, rank=15, reasons=(f"{name} takes the {choose_form().name} layer form; mounts by FUSE",))
+
+    def create(self, id: str, parents: Sequence[str], limit: Limit) -> Usage:
+        """Empty directories, the root's attributes from the parent."""
+        deltas.create(self, id, parents)
+        rowcheck.mark(self.tree(id), self.form)
+        return Usage()
+
+    def mounts(
+        self,
+        id: str,
+        parents: Sequence[str],
+        *,
+        readonly: bool = False,
+        limit: Limit = Limit(),  # noqa: B008 - frozen
+        mount_type: str | None = None,
+    ) -> tuple[Mount, ...]:
+        """The FUSE record, with ``row=BLOCK``."""
+        if mount_type == "kernel":
+            raise Unsupported("the kernel's overlayfs cannot read redirect files", remedy="leave out mount_type")
+        if mount_type not in (None, "fuse"):
+            raise InvalidArgument(f"no mount type {mount_type!r}", remedy="fuse")
+        upper, work = (None, None) if readonly else (self.tree(id), self.work(id))
+        lowers = [self.tree(parent) for parent in parents]
+        if readonly and not lowers:
+            lowers = [self.tree(id)]
+        made = records.fuse(lowers or [f"{self.root}/empty"], upper, work, limit=limit)
+        if upper is None:
+            return (made,)
+        return (Mount(type=made.type, source=made.source, options=(*made.options, f"row={self.row}")),)
+
+    def freeze(self, id: str) -> None:
+        """Make the maps true for good, and empty the work directory."""
+        rowcheck.seal(self.tree(id), form=self.form, durable=self.fsync)
+        rowcheck.collect(self.tree(id), self.form)
+        trees.empty_tree(self.work(id))
+
+    def settle(self, id: str) -> None:
+        """Make the maps true for good; a mount may still read them."""
+        rowcheck.seal(self.tree(id), form=self.form, durable=self.fsync)
+
+    def check(self, id: str) -> list[str]:
+        """Every redirect file has its map. Walks the layer."""
+        found = super().check(id)
+        if found:
+            return found
+        damage, _ = rowcheck.inspect(self.tree(id), self.form)
+        return [f"layer {id}: {line}" for line in damage]

@@ -1,0 +1,18 @@
+"""The row driver passes the conformance suite on every host filesystem."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from support.hostfs import HostFs
+
+from cowfs.testing import DriverSuite
+
+
+class TestRow(DriverSuite):
+    driver = "row"
+
+    @pytest.fixture
+    def place(self, fs: HostFs) -> Path:
+        return fs.fresh("store")
