@@ -19,6 +19,7 @@ from cowfs.errors import (
     FailedPrecondition,
     InvalidArgument,
     NotFound,
+    Unsupported,
 )
 from cowfs.model import Change, Kind
 from cowfs.store import Store
@@ -73,6 +74,11 @@ class DriverSuite:
         target.mkdir(exist_ok=True)
         how = by or (self.writes_by if host.has_cap(host.CAP_SYS_ADMIN) else "fuse")
         kernel = how == "records" and not store.limit(key)
+        if kernel:
+            try:
+                store.mounts(key, mount_type="kernel")
+            except Unsupported as error:
+                pytest.skip(str(error))
         with store.mount(key, target, mount_type="kernel" if kernel else None):
             yield target
 
