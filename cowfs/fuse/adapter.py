@@ -36,7 +36,6 @@ _OK = abi.OUT_HEADER.pack
 _CALLER = struct.Struct("<I").unpack_from  # the uid in the request's header
 _DIRENT_SIZE = abi.DIRENT.size
 _DIRENTPLUS_SIZE = abi.DIRENTPLUS.size
-_CAPABILITY = b"security.capability"
 _PADDING = [bytes(-length % 8) for length in range(8)]
 
 
@@ -48,15 +47,12 @@ def _signed(seconds: int) -> int:
 class Adapter:
     """The handlers of one session that need no more than the view."""
 
-    __slots__ = ("bare", "nodes", "setxattr_ext", "view")
+    __slots__ = ("nodes", "setxattr_ext", "view")
 
     def __init__(self, view: View) -> None:
         self.view = view
         self.nodes: dict[int, Any] = view.nodes
         self.setxattr_ext = True
-        #: Ids of nodes known to have no file capabilities. The kernel asks before a file's first write, and at each
-        #: exec, chown and truncate; every file is looked up for it only once.
-        self.bare: set[int] = set()
 
     def table(self) -> dict[int, Handler]:
         """Opcode -> handler."""
@@ -120,19 +116,14 @@ class Adapter:
 
     def forget(self, buf: memoryview, n: int, unique: int, nodeid: int) -> None:
         self.view.forget(nodeid, abi.FORGET_IN.unpack_from(buf, 40)[0])
-        if nodeid not in self.nodes:
-            self.bare.discard(nodeid)
 
     def batch_forget(self, buf: memoryview, n: int, unique: int, nodeid: int) -> None:
         count = abi.BATCH_FORGET_IN.unpack_from(buf, 40)[0]
         if 48 + 16 * count != n:
             raise codec.invalid("batch")
         forget = self.view.forget
-        nodes, bare = self.nodes, self.bare
         for one, times in abi.FORGET_ONE.iter_unpack(buf[48:n]):
             forget(one, times)
-            if one not in nodes:
-                bare.discard(one)
 
     def _entry(self, unique: int, node: Any) -> bytes:
         node.nlookup += 1
@@ -313,7 +304,6 @@ class Adapter:
         name, value = codec.name_and_data(buf, start, n, size)
         node = self.view.node(nodeid)
         self.view.setxattr(node, name, bytes(value), flags)
-        self.bare.discard(nodeid)
         if extra & abi.SETXATTR_ACL_KILL_SGID:
             mode = abi.ATTR.unpack(self.view.attr(node))[9]
             if mode & stat.S_ISGID:
@@ -323,16 +313,7 @@ class Adapter:
     def getxattr(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply:
         room, _ = abi.GETXATTR_IN.unpack_from(buf, 40)
         name = codec.text(buf, 48, n, codec.XATTR_NAME_MAX)
-        if name != _CAPABILITY:
-            return self._sized(unique, room, self.view.getxattr(self.view.node(nodeid), name))
-        if nodeid in self.bare:
-            return _OK(16, -errno.ENODATA, unique)
-        try:
-            return self._sized(unique, room, self.view.getxattr(self.view.node(nodeid), name))
-        except OSError as error:
-            if error.errno == errno.ENODATA:
-                self.bare.add(nodeid)
-            raise
+        return self._sized(unique, room, self.view.getxattr(self.view.node(nodeid), name))
 
     def listxattr(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply:
         room, _ = abi.GETXATTR_IN.unpack_from(buf, 40)
