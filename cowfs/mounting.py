@@ -376,10 +376,12 @@ def attach(target: PathLike) -> MountHandle:
     """
     path = os.fspath(target)
     entry = mountpoint.find(path)
-    if entry is None or entry.fstype not in mountpoint.TYPES:
+    if entry is not None and entry.fstype not in mountpoint.TYPES:
+        entry = None
+    where = os.fsdecode(entry.target) if entry is not None else mountpoint.resolve(path)
+    socket = control.socket_of(entry.dev) if entry is not None else _socket_elsewhere(where)
+    if socket is None and entry is None:
         raise NotFound(f"no mount of cowfs at {path}", remedy="cowfs mounts lists them")
-    where = os.fsdecode(entry.target)
-    socket = control.socket_of(entry.dev)
     if socket is None:
         raise _gone(where)
     try:
@@ -387,6 +389,17 @@ def attach(target: PathLike) -> MountHandle:
     except FailedPrecondition:
         raise _gone(where) from None
     return MountHandle(where, pid, socket)
+
+
+def _socket_elsewhere(where: str) -> str | None:
+    """The socket of a server that mounted at this path in another mount namespace, or None."""
+    for path in control.sockets():
+        try:
+            if control.ask(path, "info")["mountpoint"] == where:
+                return path
+        except CowfsError:
+            continue
+    return None
 
 
 def _gone(where: str) -> FailedPrecondition:
@@ -397,20 +410,20 @@ def _gone(where: str) -> FailedPrecondition:
 
 def mounts() -> list[MountStatus]:
     """All mounts of cowfs that this user can see, dead ones included, by mount point."""
-    found: dict[str, MountStatus] = {}
+    found = []
     for path in control.sockets():
         try:
             details = control.ask(path, "info")
         except CowfsError:
             _sweep(path)
             continue
-        status = _status(details["mountpoint"], path, details)
-        found[status.mountpoint] = status
+        found.append(_status(details["mountpoint"], path, details))
+    answered = {status.mountpoint for status in found}
     for entry in mountpoint.cowfs_mounts():
         where = os.fsdecode(entry.target)
-        if where not in found:
-            found[where] = MountStatus(mountpoint=where, alive=not mountpoint.is_dead(where, entry), details={})
-    return [found[where] for where in sorted(found)]
+        if where not in answered:
+            found.append(MountStatus(mountpoint=where, alive=not mountpoint.is_dead(where, entry), details={}))
+    return sorted(found, key=lambda status: status.mountpoint)
 
 
 def _sweep(path: str) -> None:
@@ -462,6 +475,8 @@ def umount(target: PathLike, *, lazy: bool = False, force: bool = False, socket:
     """
     path = os.fspath(target)
     entry = mountpoint.find(path)
+    if entry is None and socket is None:
+        socket = _socket_elsewhere(mountpoint.resolve(path))
     if entry is None and socket is None:
         raise NotFound(f"nothing is mounted at {path}", remedy="cowfs mounts lists what is")
     if entry is not None and entry.fstype not in mountpoint.TYPES:

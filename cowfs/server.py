@@ -56,7 +56,9 @@ class Started(NamedTuple):
 
 
 def start(spec: MountSpec) -> Started:
-    """Fork a server for ``spec`` and wait until the mount answers. The calling process must have one thread.
+    """Fork a server for ``spec`` and wait until the mount answers.
+
+    For a process that has one thread and ends soon: it hears no SIGINT any more once the mount is there.
 
     Raises:
         CowfsError: as raised in the server; then nothing is mounted and the server is gone.
@@ -81,8 +83,13 @@ def start(spec: MountSpec) -> Started:
             finally:
                 os._exit(code)
     os.close(writing)
-    with open(reading, "rb") as pipe:
-        line = pipe.read()
+    try:
+        with open(reading, "rb") as pipe:
+            line = pipe.read()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # too late for second thoughts: the mount is there, and we end
+    except BaseException:  # interrupted while waiting: what was started goes, too
+        os.kill(pid, signal.SIGTERM)
+        raise
     if not line:
         _, status = os.waitpid(pid, 0)
         raise CowfsError(f"the server ended before the mount answered (status {os.waitstatus_to_exitcode(status)})")
@@ -281,11 +288,11 @@ class Server:
             from cowfs.stack import mark_volatile
 
             mark_volatile(self.stack.work)
+        self._hear()
         self.session = make_session(spec, self.view, target)
         self.stack.commit()
         self.started = time.time_ns()
         try:
-            self._hear()
             if spec.frontend == "kernel":
                 self._listen(target)
             _name_process()
@@ -384,7 +391,10 @@ class Server:
         self._listens.set()
 
     def _hear(self) -> None:
-        """Have signals told to the control thread; main thread only."""
+        """Have signals told to the control thread; main thread only.
+
+        Before there is a mount: a signal then waits in the socket until the control thread runs, and never ends half a start.
+        """
         self._wakeup = socket.socketpair()
         for end in self._wakeup:
             end.setblocking(False)

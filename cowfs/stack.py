@@ -59,6 +59,8 @@ class MountSpec:
         log: file for diagnostics; "": one in the run directory, or standard error in the foreground.
         factory: "module:function" called with the stack and the view's options to make the view; "": the merged view.
         label: what `cowfs mounts` shows beside the mount (a snapshot's key, say).
+        checked: layers, upper and work come from a store, which vouches for them: the checks whose cost grows with
+            the number of layers are left out.
     """
 
     layers: tuple[str, ...]
@@ -93,6 +95,7 @@ class MountSpec:
     max_nodes: int | None = None
     factory: str = ""
     label: str = ""
+    checked: bool = False
 
     def to_json(self) -> dict[str, object]:
         return asdict(self)
@@ -285,6 +288,8 @@ class Stack:
         spec = self.spec
         wanted = Limit(bytes=spec.size, inodes=spec.inodes)
         self._check_layers()
+        if spec.record:
+            self._hold_layers()
         if spec.upper is None and spec.scratch is None:
             if wanted:
                 raise InvalidArgument("a limit needs something writable", remedy="leave out --read-only, or the limit")
@@ -323,6 +328,8 @@ class Stack:
     def _check_layers(self) -> None:
         if not self.spec.layers:
             raise InvalidArgument("no layers", remedy="name at least one directory")
+        if self.spec.checked:
+            return
         seen: dict[tuple[int, int], str] = {}
         for layer in self.spec.layers:
             status = _check_directory(layer, "the layer")
@@ -331,6 +338,31 @@ class Stack:
                 again = "" if seen[identity] == layer else f" (as {seen[identity]})"
                 raise InvalidArgument(f"the layer is listed twice: {layer}{again}")
             seen[identity] = layer
+
+    def _hold_layers(self) -> None:
+        """Shared locks on the layers: who writes in one, as an upper, holds it alone.
+
+        Not for engines (``record=False``), which read a container's upper while it is mounted. A file system that
+        has no flock for directories is taken at its word.
+        """
+        import fcntl
+
+        for layer in self.spec.layers:
+            try:
+                fd = os.open(layer, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            except OSError as error:
+                raise InvalidArgument(f"the layer cannot be used: {layer}: {error.strerror}") from None
+            self._locks.append(fd)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = _lock_holder(fd)
+                raise FailedPrecondition(
+                    f"the layer {layer} is being written by {f'process {holder}' if holder else 'another mount'}",
+                    remedy="unmount that one first (cowfs mounts lists them)",
+                ) from None
+            except OSError:
+                pass
 
     def _places(self) -> tuple[str, str, str | None]:
         """Paths of upper, work and the record's directory; nothing is made yet."""
@@ -392,14 +424,15 @@ class Stack:
 
     def _check_mountpoint(self, *writable: str) -> None:
         mountpoint = self.spec.mountpoint
-        trees = {_identity_at(tree): tree for tree in (*self.spec.layers, *writable)}
+        below = () if self.spec.checked else self.spec.layers
+        trees = {_identity_at(tree): tree for tree in (*below, *writable)}
         for path in _upwards(mountpoint):
             tree = trees.get(_identity_at(path))
             if tree is not None and path != mountpoint:
                 raise InvalidArgument(f"the mount point {mountpoint} lies inside {tree}", remedy="mount it elsewhere")
         identity = _identity_at(mountpoint)
         # Over one of its own layers is what fuse-overlayfs is used for, too: the layers stay open by descriptor.
-        for tree in writable if not self.spec.record else (*self.spec.layers, *writable):
+        for tree in writable if not self.spec.record else (*below, *writable):
             if identity is not None and any(_identity_at(path) == identity for path in _upwards(tree)):
                 raise InvalidArgument(f"the mount point {mountpoint} would hide {tree}", remedy="mount it elsewhere")
 

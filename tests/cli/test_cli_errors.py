@@ -127,6 +127,24 @@ def test_upper_in_use_names_the_holder(cowfs: Run, stack: Path, mnt: Path, space
     assert (mnt / "app/main").read_text() == "main\n"
 
 
+def test_layer_that_is_being_written_is_refused(cowfs: Run, stack: Path, mnt: Path, space: Path) -> None:
+    """The upper of a live mount is no layer, and a layer of a live mount is no upper; the other is named."""
+    (space / "mnt2").mkdir()
+    cowfs("mount", stack, mnt)
+    pid = status_of(cowfs, mnt)["pid"]
+    upper = stack / ".cowfs/upper"
+    line = one_line(
+        cowfs("mount", "--layer", stack / "1-base", "--layer", upper, space / "mnt2", "--read-only", code=5)
+    )
+    assert f"process {pid}" in line
+    cowfs("umount", mnt)
+    cowfs("mount", "--layer", stack / "1-base", "--layer", upper, mnt, "--read-only")
+    other = ("--layer", stack / "2-python", space / "mnt2", "--upper", upper, "--work", space / "w")
+    assert "in use" in one_line(cowfs("mount", *other, code=5))
+    cowfs("mount", "--layer", stack / "1-base", "--layer", upper, space / "mnt2", "--read-only")
+    cowfs("umount", "--all")
+
+
 def test_upper_of_a_kernel_mount_is_refused(cowfs: Run, stack: Path, mnt: Path, space: Path) -> None:
     """The kernel takes no lock on an upper: its mounts are found in mountinfo and named."""
     kernel, upper, work = space / "kernel", space / "up", space / "work"

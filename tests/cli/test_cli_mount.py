@@ -329,3 +329,41 @@ def test_mount_point_may_be_a_symbolic_link_and_relative(cowfs: Run, stack: Path
     assert os.path.ismount(mnt)
     cowfs("umount", "link", cwd=space)
     assert not os.path.ismount(mnt)
+
+
+def test_mount_in_another_namespace_is_found_by_its_socket(cowfs: Run, stack: Path, mnt: Path, space: Path) -> None:
+    """What is mounted where we cannot see it is listed, asked and unmounted all the same."""
+    script = (
+        f"mount --make-rprivate / && {sys.executable} -m cowfs mount {stack} {mnt} && echo mounted && exec sleep 60"
+    )
+    with subprocess.Popen(
+        ["unshare", "-m", "sh", "-c", script], env=environment(), stdout=subprocess.PIPE, text=True
+    ) as elsewhere:
+        try:
+            assert elsewhere.stdout is not None
+            assert elsewhere.stdout.readline() == "mounted\n"
+            assert not os.path.ismount(mnt)
+            pid = int(str(status_of(cowfs, mnt)["pid"]))
+            assert json.loads(cowfs("usage", mnt, "--json").stdout)["mountpoint"] == str(mnt)
+            cowfs("umount", mnt)
+            assert _gone(pid)
+        finally:
+            elsewhere.kill()
+
+
+def test_interrupted_start_leaves_no_mount(cowfs: Run, stack: Path, mnt: Path) -> None:
+    """SIGINT to the waiting command ends what it started, at whichever moment it comes."""
+    for delay in (0.0, 0.05, 0.1, 0.15, 0.2):
+        command = [sys.executable, "-m", "cowfs", "mount", str(stack), str(mnt), "--read-only"]
+        with subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL, start_new_session=True) as start:
+            time.sleep(delay)
+            os.kill(start.pid, signal.SIGINT)
+            code = start.wait(20)
+        if code == 0:
+            cowfs("umount", mnt)
+            continue
+        end = time.monotonic() + 20
+        while os.path.ismount(mnt):
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        assert cowfs("mounts", "--quiet").stdout == ""
