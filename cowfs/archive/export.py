@@ -24,8 +24,9 @@ from typing import BinaryIO
 
 from cowfs import whiteout
 from cowfs.archive import header
-from cowfs.archive.compress import CHUNK, Packer
-from cowfs.archive.extract import is_smuggled
+from cowfs.archive.attributes import is_smuggled
+from cowfs.archive.compress import Packer
+from cowfs.archive.decode import CHUNK
 from cowfs.archive.names import OPAQUE_NAME, WHITEOUT_PREFIX, show
 from cowfs.archive.options import OVERRIDE_XATTR, Exported, LowerStat, Tree
 from cowfs.errors import FailedPrecondition, InvalidArgument, Unsupported

@@ -3,8 +3,7 @@
 Strategy. One handler a member type, in a table. A handler creates its object exclusively
 (O_EXCL and its likes never follow a link and never open what is there); only when that says
 "exists" does it look at what is in the way. Owner, mode, attributes and times are then set
-through the new descriptor, in the order in which the kernel lets none undo another: owner
-(clears set-id bits and capabilities), mode, attributes (an ACL changes the mode), times.
+through the new descriptor (:mod:`cowfs.archive.attributes`).
 
 "In the way" has three cases. Something this archive wrote: the later member wins, its
 predecessor's data goes to the header log. Something that was there before (a full tree, a
@@ -12,43 +11,36 @@ non-empty upper): removed, as the layer says. A whiteout: it goes, and a directo
 is opaque. Which is which is known from a set of path hashes; a target that started empty needs none.
 
 Rule 1: nothing in the archive names anything outside the target: see :mod:`cowfs.archive.dirs`.
-Rule 2: the overlay's own attributes and its whiteout device are never taken from an archive.
-Rule 3: a failed chown, chmod or attribute is an error or follows ``ApplyOptions.owners``.
+Rule 2: the overlay's whiteout device is never taken from an archive.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import stat
-from collections import Counter
 from collections.abc import Callable, Iterable
 
 from cowfs import whiteout
 from cowfs.archive import header
+from cowfs.archive.attributes import PLAIN_END, SET_ID, Attributes, drop_acls, drop_xattr
+from cowfs.archive.clear import lstat, remove_tree
 from cowfs.archive.dirs import Dir, Dirs
 from cowfs.archive.header import Member
 from cowfs.archive.headerlog import LogWriter
 from cowfs.archive.names import Meaning, canonical, meaning, show
-from cowfs.archive.options import OVERRIDE_XATTR, ApplyOptions, Tree
+from cowfs.archive.options import ApplyOptions, Tree
 from cowfs.archive.reader import Reader
 from cowfs.errors import CowfsError, InvalidArgument, LimitExceeded, Unsupported
 from cowfs.sys import xattr
 
-__all__ = ["Extractor", "is_smuggled"]
+__all__ = ["Extractor"]
 
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_DENIED = frozenset({errno.EPERM, errno.EACCES, errno.EINVAL})
-_NO_XATTR = frozenset({errno.EOPNOTSUPP, errno.EPERM, errno.EACCES})
-_PLAIN_END = (1 << 31) * header.NANO  # from the epoch to here every file system keeps a time
 _MOSTLY_HOLES = 1 << 30
-_SET_ID = stat.S_ISUID | stat.S_ISGID
 
-# Never taken from an archive: they would make whiteouts, redirects or other owners (threats.md).
-_SMUGGLED = (b"trusted.overlay.", b"user.overlay.", b"user.fuseoverlayfs.", b"security.fuseoverlayfs.")
 _KINDS = {header.CHAR: stat.S_IFCHR, header.BLOCKDEV: stat.S_IFBLK, header.FIFO: stat.S_IFIFO}
 
 
@@ -82,7 +74,8 @@ class Extractor:
         self._form, self._reader, self._options = form, reader, options
         self._lower, self._log, self._on_file, self._on_inode = lower, log, on_file, on_inode
         self._hash = on_file is not None or on_inode is not None
-        self._uid, self._gid = os.geteuid(), os.getegid()
+        self._attr = Attributes(options)
+        self._uid, self._gid = self._attr.uid, self._attr.gid
         self._owners = options.owners
         with os.scandir(target) as entries:
             self._written: set[int] | None = None if next(entries, None) is None else set()
@@ -90,7 +83,7 @@ class Extractor:
         self._head: bytes | None = None  # the directory of the member before, as the archive spells it,
         self._home: Dir | None = None  # and as it was found
         self._short = min(255, options.max_path)
-        self.dropped: Counter[str] = Counter()
+        self.dropped = self._attr.dropped
         self.whiteouts = self.skipped = self._ordinal = 0
         self._made_whiteouts = self._written is not None and form is not None
         if self._written is None:
@@ -174,7 +167,7 @@ class Extractor:
                 return
             except FileExistsError:
                 pass
-        st = _lstat(parent.fd, name)
+        st = lstat(parent.fd, name)
         if st is None:
             return
         if self._is_whiteout(st):
@@ -207,7 +200,7 @@ class Extractor:
             name = os.fsencode(listed)
             child = path + b"/" + name if path else name
             found = self.dirs.get(path)  # anew each time: going down may have closed it
-            st = _lstat(found.fd, name)
+            st = lstat(found.fd, name)
             if st is None:
                 continue
             if not self._ours(child):
@@ -232,49 +225,17 @@ class Extractor:
 
     def _clear(self, parent: Dir, name: bytes, path: bytes) -> None:
         """Make room for a new object that is no directory."""
-        st = _lstat(parent.fd, name)
+        st = lstat(parent.fd, name)
         if st is not None:
             self._remove(parent, name, path, st)
 
     def _remove(self, parent: Dir, name: bytes, path: bytes, st: os.stat_result) -> None:
         if stat.S_ISDIR(st.st_mode):
             self.dirs.forget(path)
-            self._remove_tree(parent.fd, name, path)
+            remove_tree(parent.fd, name, path, self._save)
             return
         self._save(parent.fd, name, path, st)
         os.unlink(name, dir_fd=parent.fd)
-
-    def _remove_tree(self, parent_fd: int, name: bytes, path: bytes) -> None:
-        """Remove a directory; one descriptor a level, every step relative to it."""
-        stack: list[tuple[int, bytes, bytes, list[bytes]]] = []
-
-        def enter(dirfd: int, name: bytes, path: bytes) -> None:
-            fd = os.open(name, _DIR, dir_fd=dirfd)
-            if self._uid:
-                os.chmod(fd, 0o700)
-            stack.append((fd, name, path, [os.fsencode(n) for n in os.listdir(fd)]))
-
-        try:
-            enter(parent_fd, name, path)
-            while stack:
-                fd, own, here, names = stack[-1]
-                if not names:
-                    stack.pop()
-                    os.close(fd)
-                    os.rmdir(own, dir_fd=stack[-1][0] if stack else parent_fd)
-                    continue
-                child = names.pop()
-                st = _lstat(fd, child)
-                if st is None:
-                    continue
-                if stat.S_ISDIR(st.st_mode):
-                    enter(fd, child, here + b"/" + child)
-                else:
-                    self._save(fd, child, here + b"/" + child, st)
-                    os.unlink(child, dir_fd=fd)
-        finally:
-            for fd, *_ in stack:
-                os.close(fd)
 
     def _save(self, dirfd: int, name: bytes, path: bytes, st: os.stat_result) -> None:
         """A file of this archive goes away: its data is needed to reproduce the archive."""
@@ -303,7 +264,7 @@ class Extractor:
         made = Dir(os.open(name, _DIR, dir_fd=parent.fd), path, 0, 0)
         try:
             if parent.inherits:
-                _drop_acls(made.fd)
+                drop_acls(made.fd)
             if sealed:
                 self._seal(made)
         except BaseException:
@@ -313,7 +274,7 @@ class Extractor:
 
     def _implied(self, parent: Dir, name: bytes, path: bytes) -> Dir:
         """A directory that the archive does not list before its contents."""
-        st = _lstat(parent.fd, name)
+        st = lstat(parent.fd, name)
         if st is not None and not self._is_whiteout(st) and self._ours(path):
             kind = "symbolic link" if stat.S_ISLNK(st.st_mode) else "file"
             raise InvalidArgument(f"its directory {show(path)} is a {kind} in this archive")
@@ -340,7 +301,7 @@ class Extractor:
         else:
             mode, uid, gid, mtime = stat.S_IMODE(st.mode), st.uid, st.gid, st.mtime
             attributes = self._lower.xattrs(made.path) if self._lower else {}
-        self._attributes(made.fd, uid, gid, mode, "dir", attributes, regroup=True)
+        self._attr.set(made.fd, uid, gid, mode, "dir", attributes, regroup=True)
         self._held(made, mode)
         made.inherits = bool(mode & stat.S_ISGID) or b"system.posix_acl_default" in attributes
         made.atime = made.mtime = mtime
@@ -385,20 +346,20 @@ class Extractor:
         self._set_directory(member, self.dirs.root, old=True, regroup=True)
 
     def _set_directory(self, member: Member, found: Dir, *, old: bool, regroup: bool) -> None:
-        attributes = self._wanted(member)
-        if old:
+        attributes = self._attr.wanted(member)
+        if old and self._options.xattrs:
             for attribute in xattr.listx(found.fd, b""):
                 if attribute not in attributes and not (self._form and self._form.is_own(attribute)):
-                    _drop_xattr(found.fd, attribute)
+                    drop_xattr(found.fd, attribute)
         found.mode = None
-        self._attributes(found.fd, member.uid, member.gid, member.mode, "dir", attributes, regroup=regroup)
+        self._attr.set(found.fd, member.uid, member.gid, member.mode, "dir", attributes, regroup=regroup)
         self._held(found, member.mode)
         found.inherits = bool(member.mode & stat.S_ISGID) or b"system.posix_acl_default" in attributes
         found.mtime = member.mtime
         found.atime = member.mtime if member.atime is None else member.atime
-        if not (0 <= found.mtime < _PLAIN_END and 0 <= found.atime < _PLAIN_END):
+        if not (0 <= found.mtime < PLAIN_END and 0 <= found.atime < PLAIN_END):
             os.utime(found.fd, ns=(found.atime, found.mtime))
-            self._times_kept(found.fd, found.mtime)
+            self._attr.check_time(found.fd, found.mtime)
 
     # Files ------------------------------------------------------------------------------------
 
@@ -423,15 +384,15 @@ class Extractor:
             uid, gid, mtime = member.uid, member.gid, member.mtime
             if parent.inherits or member.xattrs is not None or self._owners != "fail":
                 if parent.inherits:
-                    _drop_acls(fd)
-                self._attributes(fd, uid, gid, member.mode, "file", self._wanted(member), regroup=parent.inherits)
+                    drop_acls(fd)
+                self._attr.set(fd, uid, gid, member.mode, "file", self._attr.wanted(member), regroup=parent.inherits)
             else:
                 if uid != self._uid or gid != self._gid:
-                    self._chown(fd, uid, gid)
+                    self._attr.chown(fd, uid, gid)
                 os.fchmod(fd, member.mode)
             os.utime(fd, ns=(mtime if member.atime is None else member.atime, mtime))
-            if not 0 <= mtime < _PLAIN_END:
-                self._times_kept(fd, mtime)
+            if not 0 <= mtime < PLAIN_END:
+                self._attr.check_time(fd, mtime)
         finally:
             os.close(fd)
 
@@ -481,7 +442,7 @@ class Extractor:
         home = self.dirs.find(source_parent) if source else None
         st = None
         if home is not None and (self._made_whiteouts or self._written is not None or source == path):
-            st = _lstat(home.fd, source_name)
+            st = lstat(home.fd, source_name)
             if st is None or self._is_whiteout(st):
                 if st is not None:
                     raise InvalidArgument(f"hard link to {show(source)}, which this layer deletes")
@@ -523,7 +484,7 @@ class Extractor:
             for data in lower.read(path):
                 _write(fd, memoryview(data))
             self._hashed(fd, path, "")
-            self._attributes(fd, st.uid, st.gid, stat.S_IMODE(st.mode), "file", lower.xattrs(path), regroup=True)
+            self._attr.set(fd, st.uid, st.gid, stat.S_IMODE(st.mode), "file", lower.xattrs(path), regroup=True)
             os.utime(fd, ns=(st.mtime, st.mtime))
         finally:
             os.close(fd)
@@ -543,9 +504,9 @@ class Extractor:
             self._clear(parent, name, path)
             os.symlink(target, name, dir_fd=parent.fd)
         if member.uid != self._uid or member.gid != self._gid or parent.inherits:
-            self._chown_name(parent.fd, name, member)
-        self._name_xattrs(parent.fd, name, member)
-        self._name_times(parent.fd, name, member)
+            self._attr.chown_name(parent.fd, name, member)
+        self._attr.name_xattrs(parent.fd, name, member)
+        self._attr.name_times(parent.fd, name, member)
 
     def _node(self, member: Member, parent: Dir, name: bytes, path: bytes) -> None:
         kind = _KINDS[member.type]
@@ -577,12 +538,12 @@ class Extractor:
         try:
             kept = True
             if member.uid != self._uid or member.gid != self._gid or parent.inherits:
-                kept = self._chown_name(parent.fd, name, member)
-            os.chmod(f"/proc/self/fd/{handle}", member.mode if kept else member.mode & ~_SET_ID)
+                kept = self._attr.chown_name(parent.fd, name, member)
+            os.chmod(f"/proc/self/fd/{handle}", member.mode if kept else member.mode & ~SET_ID)
         finally:
             os.close(handle)
-        self._name_xattrs(parent.fd, name, member)
-        self._name_times(parent.fd, name, member)
+        self._attr.name_xattrs(parent.fd, name, member)
+        self._attr.name_times(parent.fd, name, member)
 
     def _stand_in(self, member: Member, parent: Dir, name: bytes, path: bytes) -> None:
         """What a user cannot make, as an empty file that says what it stands for."""
@@ -595,139 +556,16 @@ class Extractor:
         if member.type != header.FIFO:
             kind = f"{'char' if member.type == header.CHAR else 'block'}-{member.device[0]}-{member.device[1]}"
         try:
-            self._attributes(fd, member.uid, member.gid, member.mode, kind, self._wanted(member))
+            self._attr.set(fd, member.uid, member.gid, member.mode, kind, self._attr.wanted(member))
             os.utime(fd, ns=(member.mtime, member.mtime))
         finally:
             os.close(fd)
-
-    # Attributes -------------------------------------------------------------------------------
-
-    def _wanted(self, member: Member) -> dict[bytes, bytes]:
-        """The member's extended attributes less those that no archive may bring."""
-        if not member.xattrs or not self._options.xattrs:
-            return {}
-        wanted: dict[bytes, bytes] = {}
-        for name, value in member.xattrs.items():
-            if is_smuggled(name):
-                self.dropped[os.fsdecode(name)] += 1
-            else:
-                wanted[name] = value
-        return wanted
-
-    def _attributes(
-        self, fd: int, uid: int, gid: int, mode: int, kind: str, attributes: dict[bytes, bytes], *,
-        regroup: bool = False,
-    ) -> None:  # fmt: skip
-        """Owner, mode and extended attributes of an open file or directory; ``regroup``: the owner may not be ours."""
-        if self._owners == "xattr":
-            reach = 0o700 if kind == "dir" else 0o600
-            os.chmod(fd, (mode & 0o777) | reach)
-            self._set_xattrs(fd, attributes)
-            os.setxattr(fd, OVERRIDE_XATTR, b"%d:%d:0%o:%b" % (uid, gid, mode, kind.encode()))
-            return
-        kept = True
-        if regroup or uid != self._uid or gid != self._gid:
-            kept = self._chown(fd, uid, gid)
-        os.fchmod(fd, mode if kept else mode & ~_SET_ID)
-        if attributes:
-            self._set_xattrs(fd, attributes)
-
-    def _chown(self, fd: int, uid: int, gid: int) -> bool:
-        """True when the owner is as asked; False when it may stay as it is."""
-        try:
-            os.fchown(fd, uid, gid)
-        except OSError as error:
-            return self._unowned(error, uid, gid)
-        return True
-
-    def _chown_name(self, dirfd: int, name: bytes, member: Member) -> bool:
-        try:
-            os.chown(name, member.uid, member.gid, dir_fd=dirfd, follow_symlinks=False)
-        except OSError as error:
-            return self._unowned(error, member.uid, member.gid)
-        return True
-
-    def _unowned(self, error: OSError, uid: int, gid: int) -> bool:
-        if error.errno not in _DENIED:
-            raise error
-        if self._owners == "fail":
-            raise Unsupported(
-                f"owner {uid}:{gid} cannot be set here: {error.strerror}",
-                remedy="run as root, or choose owners=xattr or ignore",
-            ) from None
-        return False
-
-    def _set_xattrs(self, fd: int, attributes: dict[bytes, bytes]) -> None:
-        for name, value in attributes.items():
-            try:
-                os.setxattr(fd, name, value)
-            except OSError as error:
-                self._no_xattr(error, name)
-
-    def _name_xattrs(self, dirfd: int, name: bytes, member: Member) -> None:
-        for attribute, value in self._wanted(member).items():
-            try:
-                xattr.setx(dirfd, name, attribute, value)
-            except OSError as error:
-                self._no_xattr(error, attribute)
-
-    def _no_xattr(self, error: OSError, name: bytes) -> None:
-        if error.errno not in _NO_XATTR:
-            raise error
-        if self._owners == "fail":
-            raise Unsupported(
-                f"extended attribute {show(name)} cannot be set here: {error.strerror}",
-                remedy="apply without xattrs, or choose owners=xattr or ignore",
-            ) from None
-        self.dropped[os.fsdecode(name)] += 1
-
-    def _name_times(self, dirfd: int, name: bytes, member: Member) -> None:
-        atime = member.mtime if member.atime is None else member.atime
-        os.utime(name, ns=(atime, member.mtime), dir_fd=dirfd, follow_symlinks=False)
-        if not 0 <= member.mtime < _PLAIN_END:
-            st = os.stat(name, dir_fd=dirfd, follow_symlinks=False)
-            _same_time(st, member.mtime)
-
-    @staticmethod
-    def _times_kept(fd: int, mtime: int) -> None:
-        """The kernel cuts a time to what the file system can store without saying so."""
-        _same_time(os.fstat(fd), mtime)
-
-
-def is_smuggled(attribute: bytes) -> bool:
-    """Whether an attribute belongs to an overlay or its owner override, which no archive may carry in or out."""
-    return attribute.startswith(_SMUGGLED) or attribute == OVERRIDE_XATTR
-
-
-def _same_time(st: os.stat_result, mtime: int) -> None:
-    if st.st_mtime_ns != mtime:
-        raise InvalidArgument(f"this file system cannot keep a time of {mtime // header.NANO} seconds")
-
-
-def _lstat(dirfd: int, name: bytes) -> os.stat_result | None:
-    try:
-        return os.stat(name, dir_fd=dirfd, follow_symlinks=False)
-    except FileNotFoundError:
-        return None
 
 
 def _write(fd: int, data: memoryview) -> None:
     done = os.write(fd, data)
     while done < len(data):
         done += os.write(fd, data[done:])
-
-
-def _drop_xattr(fd: int, name: bytes | str) -> None:
-    try:
-        os.removexattr(fd, name)
-    except OSError as error:
-        if error.errno not in xattr.ABSENT:
-            raise
-
-
-def _drop_acls(fd: int) -> None:
-    _drop_xattr(fd, "system.posix_acl_access")
-    _drop_xattr(fd, "system.posix_acl_default")
 
 
 def _digest_of(fd: int) -> str:

@@ -26,7 +26,8 @@ from collections.abc import Iterable
 from typing import Any, BinaryIO
 
 from cowfs.archive import header
-from cowfs.archive.compress import CHUNK, Packer, Source, _gunzip
+from cowfs.archive.compress import Packer, Source
+from cowfs.archive.decode import CHUNK, gunzip
 from cowfs.archive.names import Meaning, canonical, meaning, show
 from cowfs.archive.reader import Reader
 from cowfs.errors import Corrupt, CowfsError
@@ -150,7 +151,7 @@ class _Section(Source):
             left -= len(data)
             return data
 
-        self._chunks = _gunzip(read)
+        self._chunks = gunzip(read)
 
     def next_chunk(self) -> bytes:
         try:

@@ -6,7 +6,7 @@ import errno
 import os
 from collections.abc import Iterator
 
-from cowfs.archive.compress import CHUNK
+from cowfs.archive.decode import CHUNK
 from cowfs.archive.options import LowerStat
 from cowfs.sys import xattr
 from cowfs.sys.files import open_beneath

@@ -12,7 +12,7 @@ import errno
 import os
 from collections.abc import Iterator
 
-from cowfs.archive.compress import CHUNK
+from cowfs.archive.decode import CHUNK
 from cowfs.archive.options import LowerStat
 from cowfs.union import content, metadata
 from cowfs.union.attr import unpack

@@ -13,7 +13,8 @@ import os
 from typing import BinaryIO, Protocol
 
 from cowfs.archive import header
-from cowfs.archive.compress import CHUNK, Source
+from cowfs.archive.compress import Source
+from cowfs.archive.decode import CHUNK
 from cowfs.archive.names import canonical, show
 from cowfs.archive.reader import Reader
 from cowfs.errors import InvalidArgument, LimitExceeded, NotFound

@@ -26,7 +26,8 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from cowfs.archive.compress import CHUNK, SNIFF, Source, decoder_for
+from cowfs.archive.compress import Source
+from cowfs.archive.decode import CHUNK, SNIFF, decoder_for
 from cowfs.archive.export import export_layer
 from cowfs.archive.names import canonical
 from cowfs.archive.reader import Reader

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 from cowfs.archive import header
-from cowfs.archive.compress import CHUNK
+from cowfs.archive.decode import CHUNK
 from cowfs.errors import AlreadyExists, Corrupt, InvalidArgument
 from cowfs.images.digests import check_digest, diff_ids_of, digest_of, parse_json
 from cowfs.images.reading import LAYER_TAR

@@ -15,7 +15,8 @@ from collections.abc import Callable
 import pytest
 from support.archives import OneByOne
 
-from cowfs.archive.compress import CHUNK, Packer, Unpacker
+from cowfs.archive.compress import Packer, Unpacker
+from cowfs.archive.decode import CHUNK
 from cowfs.errors import CowfsError, InvalidArgument, LimitExceeded
 
 zstandard = pytest.importorskip("zstandard")
