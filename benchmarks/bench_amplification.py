@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from . import trees
 from .claims import Bar, Claim, Key, Metric
-from .lab import Lab, allocated, device_written, io_counters
+from .lab import Lab, device_written, io_counters, used
 from .peers import FO1, FO2, OVERLAY, UNIONFS, Stack, mounted, mounted_fresh
 from .stores import BLOCK, COW, COW_XFS, ROW, VFS, opened, overwrite, some_blocks
 
@@ -49,10 +49,10 @@ def _filesystem(lab: Lab, subject: str, size: int, room: int) -> None:
         os.sync()
         lab.record("device", subject, (device_written(disk) - before) / written)
     with mounted_fresh(lab, subject, (lower,), "ext4", room) as mount:
-        upper = mount.stack.upper or mount.path
-        before = allocated(upper)
+        disk = (mount.stack.upper or mount.path).parent
+        before = used(disk)
         overwrite(mount.path / "big", [BLOCK * 7], lab.rng("one"), fsync=True)
-        lab.record("stored", subject, allocated(upper) - before)
+        lab.record("stored", subject, used(disk) - before)
 
 
 def _store(lab: Lab, subject: str, size: int, room: int) -> None:
@@ -69,12 +69,11 @@ def _store(lab: Lab, subject: str, size: int, room: int) -> None:
         os.sync()
         lab.record("device", subject, (device_written(store.disk) - before) / written)
         store.store.remove("many")
-        os.sync()
-        stored = allocated(store.root)
+        stored = used(store.disk)
         store.store.prepare("one", "base")
         with store.mount("one") as (at, _):
             overwrite(at / "big", [BLOCK * 7], lab.rng("one"), fsync=True)
-        lab.record("stored", subject, allocated(store.root) - stored)
+        lab.record("stored", subject, used(store.disk) - stored)
 
 
 def _file_level(lab: Lab, subject: str, before: tuple[int, int], after: tuple[int, int], written: int) -> None:

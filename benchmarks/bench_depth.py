@@ -14,7 +14,7 @@ from . import trees
 from .claims import Bar, Claim, Key, Metric
 from .lab import Lab, timed
 from .profiles import MIB, Profile
-from .stores import BLOCK, COW, ROW, VFS, opened, overwrite, read_random, some_blocks
+from .stores import BLOCK, COW, ROW, VFS, Opened, opened_all, overwrite, read_random, some_blocks
 
 SIZE = 16 * MIB
 SUBJECTS = (ROW, COW, VFS)
@@ -26,22 +26,37 @@ def _depths(profile: Profile) -> tuple[float, ...]:
 
 def measure(lab: Lab) -> None:
     source = trees.big_file(lab, SIZE) / "big"
-    for subject in lab.wanted(SUBJECTS):
-        with lab.trying(subject), opened(lab, subject, 4 << 30) as store:
-            top, depth = store.base("layer-0", lambda at: _fill(source, at)), 0
-            for wanted in lab.profile.depths:
-                while depth < wanted:
-                    depth += 1
-                    blocks = some_blocks(lab.rng(f"layer-{depth}"), SIZE, 64 * BLOCK / SIZE)
-                    top = store.base(f"layer-{depth}", lambda at: _change(at, blocks, lab), top)  # noqa: B023
-                for number in range(lab.profile.rounds):
+    with opened_all(lab, SUBJECTS, 4 << 30) as stores:
+        tops: dict[str, str] = {}
+        depth = 0
+        for subject, store in stores.items():
+            with lab.trying(subject):
+                tops[subject] = store.base("layer-0", lambda at: _fill(source, at))
+        for wanted in lab.profile.depths:
+            while depth < wanted:
+                depth += 1
+                for subject, top in tops.items():
+                    with lab.trying(subject):
+                        tops[subject] = _deeper(lab, stores[subject], top, depth)
+            for number, subject in lab.rounds(list(tops)):
+                with lab.trying(subject):
                     key = f"view-{depth}-{number}"
-                    some = some_blocks(lab.rng(f"read-{number}"), SIZE, 0.5)
-                    store.store.view(key, top)
-                    with store.mount(key) as (at, _):
-                        read_random(at / "big", some[:1])
-                        lab.record("random read", subject, _read_rest(at / "big", some), float(wanted))
-                    store.store.remove(key)
+                    _read_view(lab, stores[subject], tops[subject], key, float(wanted))
+
+
+def _deeper(lab: Lab, store: Opened, top: str, depth: int) -> str:
+    """One more committed layer, which overwrites 64 blocks."""
+    blocks = some_blocks(lab.rng(f"layer-{depth}"), SIZE, 64 * BLOCK / SIZE)
+    return store.base(f"layer-{depth}", lambda at: _change(at, blocks, lab), top)
+
+
+def _read_view(lab: Lab, store: Opened, top: str, key: str, x: float) -> None:
+    some = some_blocks(lab.rng(key), SIZE, 0.5)
+    store.store.view(key, top)
+    with store.mount(key) as (at, _):
+        read_random(at / "big", some[:1])
+        lab.record("random read", store.subject, _read_rest(at / "big", some), x)
+    store.store.remove(key)
 
 
 def _read_rest(file: Path, some: list[int]) -> float:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 from . import trees
 from .claims import Bar, Claim, Key, Metric
-from .lab import Lab, drop_caches, run, timed
-from .stores import COW, ROW, VFS, opened, overwrite, read_random, some_blocks
+from .lab import Lab, SkipSubject, drop_caches, run, timed
+from .stores import BLOCK, COW, ROW, VFS, Opened, opened_all, overwrite, read_random, some_blocks
 
 SHARES = (1, 10, 100)
 COMPACTED = "row compacted"
@@ -24,45 +25,53 @@ SUBJECTS = (ROW, COMPACTED, COW, VFS, PLAIN)
 def measure(lab: Lab) -> None:
     size = lab.profile.big // 2
     source = trees.big_file(lab, size) / "big"
-
-    def fill(at: object) -> None:
-        for name in ("big", "calm"):
-            shutil.copyfile(source, f"{at}/{name}")
-
     rounds = min(3, lab.profile.rounds)
-    for driver in lab.wanted((ROW, COW, VFS)):
-        with lab.trying(driver), opened(lab, driver, 12 * size + (1 << 30)) as store:
-            store.base("base", fill)
-            for share in SHARES:
-                key = f"share-{share}"
-                store.store.prepare(key, "base")
-                with store.mount(key) as (at, _):
-                    overwrite(at / "big", some_blocks(lab.rng(key), size, share / 100), lab.rng("data"), fsync=True)
-                for number in range(rounds):
-                    for name, subject in (("big", driver), ("calm", PLAIN)):
-                        if subject != PLAIN or driver == ROW:
-                            _read(lab, store, key, name, subject, share, size, number)
-                if driver == ROW:
-                    compact = getattr(store.store, "compact", None)
-                    if compact is None:
-                        lab.skip(COMPACTED, "this store has no compact")
-                    else:
-                        with lab.trying(COMPACTED):
-                            lab.record(f"compaction {share} %", COMPACTED, timed(lambda: compact(key)))  # noqa: B023
-                            for number in range(rounds):
-                                _read(lab, store, key, "big", COMPACTED, share, size, number)
-                store.store.remove(key)
+    with opened_all(lab, (ROW, COW, VFS), 9 * size + (1 << 30)) as stores:
+        for driver, store in stores.items():
+            with lab.trying(driver):
+                store.base("base", lambda at: _fill(source, at))
+        for share in SHARES:
+            for driver, store in stores.items():
+                with lab.trying(driver):
+                    store.store.prepare(f"share-{share}", "base")
+                    blocks, rng = some_blocks(lab.rng(f"share-{share}"), size, share / 100), lab.rng("data")
+                    with store.mount(f"share-{share}") as (at, _):
+                        overwrite(at / "big", blocks, rng, fsync=True)
+            for number, driver in lab.rounds(list(stores), rounds):
+                with lab.trying(driver):
+                    _read(lab, stores[driver], "big", driver, share, size, number)
+                    if driver == (ROW if ROW in stores else COW):
+                        _read(lab, stores[driver], "calm", PLAIN, share, size, number)
+            if ROW in stores:
+                with lab.trying(COMPACTED):
+                    _compacted(lab, stores[ROW], share, size, rounds)
+            for driver, store in stores.items():
+                if driver not in lab.result.skipped:
+                    store.store.remove(f"share-{share}")
 
 
-def _read(lab: Lab, store: object, key: str, name: str, subject: str, share: int, size: int, number: int) -> None:
-    some = some_blocks(lab.rng(f"read-{number}"), size, min(1.0, 2_000 * 4096 / size))
-    for kind in ("sequential", "random"):
-        with store.mount(key) as (at, _):  # type: ignore[attr-defined]
-            drop_caches()
-            if kind == "sequential":
-                lab.record(f"sequential read {share} %", subject, run(["cat", at / name]))
-            else:
-                lab.record(f"random read {share} %", subject, timed(lambda: read_random(at / name, some)) / len(some))
+def _fill(source: Path, at: Path) -> None:
+    for name in ("big", "calm"):
+        shutil.copyfile(source, at / name)
+
+
+def _compacted(lab: Lab, store: Opened, share: int, size: int, rounds: int) -> None:
+    compact = getattr(store.store, "compact", None)
+    if compact is None:
+        raise SkipSubject("this store has no compact")
+    lab.record(f"compaction {share} %", COMPACTED, timed(lambda: compact(f"share-{share}")))
+    for number in range(rounds):
+        _read(lab, store, "big", COMPACTED, share, size, number)
+
+
+def _read(lab: Lab, store: Opened, name: str, subject: str, share: int, size: int, number: int) -> None:
+    some = some_blocks(lab.rng(f"read-{number}"), size, min(1.0, 2_000 * BLOCK / size))
+    with store.mount(f"share-{share}") as (at, _):
+        drop_caches()
+        lab.record(f"sequential read {share} %", subject, run(["cat", at / name]))
+    with store.mount(f"share-{share}") as (at, _):
+        drop_caches()
+        lab.record(f"random read {share} %", subject, timed(lambda: read_random(at / name, some)) / len(some))
 
 
 CLAIM = Claim(

@@ -7,14 +7,14 @@ store, per sandbox.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 from . import trees
 from .claims import Bar, Claim, Key, Metric
-from .lab import Lab, allocated, timed
-from .stores import COPYING, COW, COW_XFS, ROW, VFS, opened, overwrite, some_blocks
+from .lab import Lab, timed, used
+from .stores import COPYING, COW, COW_XFS, ROW, VFS, Opened, opened_all, overwrite, some_blocks
 
 SUBJECTS = (ROW, COW, COW_XFS, VFS)
 
@@ -22,21 +22,33 @@ SUBJECTS = (ROW, COW, COW_XFS, VFS)
 def measure(lab: Lab) -> None:
     size = lab.profile.sandbox_big
     source = trees.big_file(lab, size) / "big"
-    for subject in lab.wanted(SUBJECTS):
-        count = min(3, lab.profile.sandboxes) if subject in COPYING else lab.profile.sandboxes
-        with lab.trying(subject), opened(lab, subject, (count + 3) * size + (1 << 30)) as store:
-            store.base("base", lambda at: shutil.copyfile(source, at / "big"))  # type: ignore[arg-type]
-            os.sync()
-            before = allocated(store.root)
-            for number in range(count):
-                key = f"sandbox-{number}"
-                lab.record("prepare", subject, timed(lambda: store.store.prepare(key, "base")))  # noqa: B023
-                with store.mount(key) as (at, _):
-                    blocks = some_blocks(lab.rng(key), size, 0.01)
-                    lab.record("change", subject, timed(lambda: overwrite(at / "big", blocks, lab.rng("data"))))  # noqa: B023
-            os.sync()
-            lab.record("space a sandbox", subject, (allocated(store.root) - before) / count)
-            lab.note(f"{subject}: {count} sandboxes")
+    counts = {s: min(3, lab.profile.sandboxes) if s in COPYING else lab.profile.sandboxes for s in SUBJECTS}
+    with opened_all(lab, SUBJECTS, (max(counts[s] for s in COPYING) + 4) * size + (1 << 30)) as stores:
+        before: dict[str, int] = {}
+        for subject, store in stores.items():
+            with lab.trying(subject):
+                store.base("base", lambda at: _fill(source, at))
+                before[subject] = used(store.disk)
+        for number in range(lab.profile.sandboxes):
+            for subject, store in stores.items():
+                if number < counts[subject] and subject not in lab.result.skipped:
+                    with lab.trying(subject):
+                        _sandbox(lab, store, f"sandbox-{number}", size)
+        for subject, store in stores.items():
+            if subject not in lab.result.skipped:
+                lab.record("space a sandbox", subject, (used(store.disk) - before[subject]) / counts[subject])
+                lab.note(f"{subject}: {counts[subject]} sandboxes")
+
+
+def _fill(source: Path, at: Path) -> None:
+    shutil.copyfile(source, at / "big")
+
+
+def _sandbox(lab: Lab, store: Opened, key: str, size: int) -> None:
+    lab.record("prepare", store.subject, timed(lambda: store.store.prepare(key, "base")))
+    blocks, rng = some_blocks(lab.rng(key), size, 0.01), lab.rng("data")
+    with store.mount(key) as (at, _):
+        lab.record("change", store.subject, timed(lambda: overwrite(at / "big", blocks, rng)))
 
 
 CLAIM = Claim(

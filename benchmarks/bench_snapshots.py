@@ -15,7 +15,7 @@ from cowfs.errors import CowfsError
 from .claims import Claim, Key, Metric
 from .lab import Lab, timed
 from .profiles import Profile
-from .stores import COW, ROW, VFS, Opened, opened
+from .stores import COW, ROW, VFS, Opened, opened_all
 
 SUBJECTS = (ROW, COW, VFS)
 
@@ -34,21 +34,25 @@ def _base(at: Path) -> None:
 
 
 def measure(lab: Lab) -> None:
-    for subject in lab.wanted(SUBJECTS):
-        with lab.trying(subject), opened(lab, subject, 8 << 30) as store:
-            store.base("base", _base)
-            have = 0
-            for count in lab.profile.snapshots:
-                while have < count:
-                    store.store.prepare(f"other-{have}-active", "base")
-                    store.store.commit(f"other-{have}-active", f"other-{have}")
-                    have += 1
-                for number in range(lab.profile.rounds):
-                    _one(lab, store, subject, float(count), f"{count}-{number}")
-                if lab.late:
-                    break
-            for change in _changes(lab.profile):
-                _by_change(lab, store, subject, int(change))
+    with opened_all(lab, SUBJECTS, 8 << 30) as stores:
+        have = 0
+        for subject, store in stores.items():
+            with lab.trying(subject):
+                store.base("base", _base)
+        for count in lab.profile.snapshots:
+            for subject, store in stores.items():
+                with lab.trying(subject):
+                    for other in range(have, count):
+                        store.store.prepare(f"other-{other}-active", "base")
+                        store.store.commit(f"other-{other}-active", f"other-{other}")
+            have = count
+            for number, subject in lab.rounds(list(stores)):
+                with lab.trying(subject):
+                    _one(lab, stores[subject], subject, float(count), f"{count}-{number}")
+        for change in _changes(lab.profile):
+            for number, subject in lab.rounds(list(stores), min(3, lab.profile.rounds)):
+                with lab.trying(subject):
+                    _by_change(lab, stores[subject], subject, int(change), number)
 
 
 def _one(lab: Lab, store: Opened, subject: str, x: float, tag: str) -> None:
@@ -69,14 +73,13 @@ def _one(lab: Lab, store: Opened, subject: str, x: float, tag: str) -> None:
             lab.note(f"{subject}: no live snapshot: {why}")
 
 
-def _by_change(lab: Lab, store: Opened, subject: str, change: int) -> None:
-    for number in range(min(3, lab.profile.rounds)):
-        key = f"changed-{change}-{number}"
-        store.store.prepare(key, "base")
-        with store.mount(key) as (at, _):
-            for n in range(change):
-                (at / f"c-{n:04}").write_bytes(b"c" * 100)
-        lab.record("commit of a change", subject, timed(lambda: store.store.commit(key, key + "-done")), float(change))  # noqa: B023
+def _by_change(lab: Lab, store: Opened, subject: str, change: int, number: int) -> None:
+    key = f"changed-{change}-{number}"
+    store.store.prepare(key, "base")
+    with store.mount(key) as (at, _):
+        for n in range(change):
+            (at / f"c-{n:04}").write_bytes(b"c" * 100)
+    lab.record("commit of a change", subject, timed(lambda: store.store.commit(key, key + "-done")), float(change))
 
 
 CLAIM = Claim(

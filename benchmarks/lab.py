@@ -106,6 +106,13 @@ def device_written(path: Path) -> int:
     return int(stat[6]) * 512
 
 
+def used(disk: Path) -> int:
+    """Bytes in use on the file system mounted at ``disk``, after a sync: shared (reflinked) blocks count once."""
+    os.sync()
+    st = os.statvfs(disk)
+    return (st.f_blocks - st.f_bfree) * st.f_frsize
+
+
 def allocated(root: Path) -> int:
     """Bytes of storage under a directory, each inode once (st_blocks); mounts below it are not entered."""
     seen: set[tuple[int, int]] = set()

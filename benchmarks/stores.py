@@ -79,6 +79,17 @@ def opened(lab: Lab, subject: str, size: int, **options: Any) -> Iterator[Opened
             store.close()
 
 
+@contextlib.contextmanager
+def opened_all(lab: Lab, subjects: Sequence[str], size: int) -> Iterator[dict[str, Opened]]:
+    """A store for each subject that can run here, all open at once, so that rounds can be interleaved."""
+    with contextlib.ExitStack() as stack:
+        stores: dict[str, Opened] = {}
+        for subject in lab.wanted(subjects):
+            with lab.trying(subject):
+                stores[subject] = stack.enter_context(opened(lab, subject, size))
+        yield stores
+
+
 def overwrite(path: Path, offsets: Sequence[int], rng: random.Random, *, fsync: bool = False) -> int:
     """Writes 4 KiB of new bytes at each offset; returns the bytes written."""
     fd = os.open(path, os.O_WRONLY)
