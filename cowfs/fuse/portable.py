@@ -19,6 +19,7 @@ Strategy:
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import logging
 import os
@@ -212,16 +213,29 @@ def _load() -> Any:
     except OSError as error:
         raise Unsupported(f"the fusepy front end needs libfuse 2: {error}", remedy="apt-get install libfuse2") from None
 
+    # fusepy describes libfuse's table of operations up to ioctl; libfuse 2.9.1 has five more. FUSE.__init__ goes by the
+    # module's name for it.
+    if not any(field[0] == "fallocate" for field in fuse.fuse_operations._fields_):
+        handle = ctypes.POINTER(fuse.fuse_file_info)
+        fallocate = ctypes.CFUNCTYPE(
+            ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_int64, ctypes.c_int64, handle
+        )
+        unused = [(name, ctypes.c_void_p) for name in ("poll", "write_buf", "read_buf", "flock")]
+        fields = [*fuse.fuse_operations._fields_, *unused, ("fallocate", fallocate)]
+        fuse.fuse_operations = type("fuse_operations", (ctypes.Structure,), {"_fields_": fields})
+
     class Fuse(fuse.FUSE):  # type: ignore[misc]
-        """``utimens`` with UTIME_NOW and UTIME_OMIT, which fusepy folds into the number."""
+        """With fallocate, and ``utimens`` with UTIME_NOW and UTIME_OMIT, which fusepy folds into the number."""
 
         def utimens(self, path: bytes, buf: Any) -> Any:
-            times: tuple[Any, Any] = (None, None)
+            times: Any = ("now", "now")
             if buf:
-                times = tuple(_time(spec) for spec in (buf.contents.actime, buf.contents.modtime))  # type: ignore[assignment]
-            else:
-                times = ("now", "now")
+                times = (_time(buf.contents.actime), _time(buf.contents.modtime))
             return self.operations("utimens", path.decode(self.encoding), times)
+
+        def fallocate(self, path: bytes | None, mode: int, offset: int, length: int, fip: Any) -> Any:
+            handle = fip.contents.fh
+            return self.operations("fallocate", self._decode_optional_path(path), mode, offset, length, handle)
 
     return Fuse
 
@@ -476,6 +490,10 @@ class Operations:
         return 0
 
     fsyncdir = fsync
+
+    def fallocate(self, path: str | None, mode: int, offset: int, length: int, handle: int) -> int:
+        self._view.fallocate(self._handles[handle], mode, offset, length)
+        return 0
 
     def release(self, path: str | None, handle: int) -> int:
         node = self._handles.pop(handle)

@@ -17,7 +17,6 @@ from support.posix import error_of, fails, read, tree, write
 KIB = 1024
 PATTERN = b"".join(i.to_bytes(4, "big") for i in range(4096))  # 16 KiB, every word its own
 
-fallocate_needed = pytest.mark.only("kernel", "overlay", reason="fusepy has no fallocate")
 holes_needed = pytest.mark.only("kernel", "overlay", reason="libfuse2 has no lseek: SEEK_DATA sees one extent")
 
 
@@ -162,7 +161,6 @@ def test_a_sparse_file_stays_sparse_when_copied_up(d: Path) -> None:
     os.close(fd)
 
 
-@fallocate_needed
 @tree(lambda d: write(d / "f", PATTERN))
 def test_fallocate_extends_and_keeps_content(d: Path) -> None:
     fd = opened(d / "f")
@@ -174,7 +172,7 @@ def test_fallocate_extends_and_keeps_content(d: Path) -> None:
     os.close(fd)
 
 
-@fallocate_needed
+@holes_needed
 @tree(lambda d: write(d / "f", PATTERN))
 def test_punching_a_hole_zeroes_it(d: Path) -> None:
     fd = opened(d / "f")
@@ -186,7 +184,6 @@ def test_punching_a_hole_zeroes_it(d: Path) -> None:
     assert read(d / "f") == PATTERN[:100] + bytes(8192) + PATTERN[8292:]
 
 
-@fallocate_needed
 @tree(lambda d: write(d / "f", PATTERN))
 @pytest.mark.parametrize("mode", ["ZERO", "COLLAPSE", "INSERT"])
 def test_other_modes_of_fallocate_work_or_are_refused_whole(d: Path, mode: str) -> None:
@@ -204,7 +201,6 @@ def test_other_modes_of_fallocate_work_or_are_refused_whole(d: Path, mode: str) 
     os.close(fd)
 
 
-@fallocate_needed
 def test_fallocate_errors(d: Path) -> None:
     write(d / "f", PATTERN)
     fd = opened(d / "f")

@@ -6,8 +6,7 @@ import errno
 import struct
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from cowfs.fuse import abi, codec, handshake
 
