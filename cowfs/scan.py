@@ -43,6 +43,7 @@ from cowfs.tree import (
 )
 from cowfs.union import space
 from cowfs.union.inodes import ino_of_origin
+from cowfs.union.rowmap import Ref
 from cowfs.whiteout import Form
 
 __all__ = ["KnownDigest", "Scanned", "locate", "scan_delta", "scan_full"]
@@ -305,11 +306,16 @@ class _Delta(_Scan):
             frame.edits[name] = None
             return
         meta = form.redirects and form.metacopy in stored and stat.S_ISREG(st.st_mode)
+        redirect = stored.get(form.redirect)
+        if form.row in stored:  # a redirect file without a map changes only attributes
+            ref = Ref.unpack(stored[form.row], name)
+            if not ref.has_map and ref.base_end == st.st_size:
+                meta, redirect = True, b"/" + ref.path
         if form.exempt not in stored:
             self.count(frame.fd, name, st, stored, data=not meta)
         entry = self.make(frame, name, st, stored)
         if meta:
-            entry = self._metacopy(frame, name, entry, stored.get(form.redirect))
+            entry = self._metacopy(frame, name, entry, redirect)
         elif form.origin in stored:
             entry = entry._replace(ino=self._origin(frame, name, st, stored[form.origin]))
         frame.edits[name] = encode(name, entry)

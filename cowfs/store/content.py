@@ -81,9 +81,8 @@ class IndexedTree:
         entry, where = self._must(path)
         if not entry.size:
             return
-        fd = self._data.open(entry.layer, where)
-        try:
-            while data := os.read(fd, _CHUNK):
+        with self._data.open(entry.layer, where) as file:
+            at = 0
+            while data := file.pread(_CHUNK, at):
                 yield data
-        finally:
-            os.close(fd)
+                at += len(data)

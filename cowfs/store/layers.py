@@ -19,11 +19,12 @@ from cowfs.driver import Driver
 from cowfs.errors import Corrupt, FailedPrecondition
 from cowfs.index import Index, Row
 from cowfs.stack import _lock_holder
-from cowfs.sys import files, trees
+from cowfs.sys import files, trees, xattr
 from cowfs.sys.mounts import mountinfo
 from cowfs.tree import Entry
+from cowfs.union import Dir, Node, Options, View
 
-__all__ = ["KeptDigests", "SameData", "Unchanged", "file_digest", "hold", "kernel_mount_of", "mark_copied", "user_of"]
+__all__ = ["KeptDigests", "LayerFile", "SameData", "Unchanged", "file_digest", "hold", "kernel_mount_of", "mark_copied", "user_of"]
 
 KEPT = "cowfs-digests"
 _RECORD = struct.Struct("<QQ32s")  # inode, ctime in ns, digest
@@ -108,11 +109,60 @@ def mark_copied(driver: Driver, id: str, parent: str, *, only_root: bool) -> Non
     os.close(os.open(f"{driver.directory(id)}/{COPIED}", os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600))
 
 
-def file_digest(fd: int) -> bytes:
+class LayerFile:
+    """The bytes of a regular file of a layer, open until the end of the ``with`` block. Owner of ``fd``."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return os.fstat(self._fd).st_size
+
+    def pread(self, count: int, offset: int) -> bytes:
+        """Up to ``count`` bytes at ``offset``; none at the end."""
+        return os.pread(self._fd, count, offset)
+
+    def close(self) -> None:
+        """Close it."""
+        os.close(self._fd)
+
+    def __enter__(self) -> LayerFile:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+class _Redirected(LayerFile):
+    """A redirect file, read through the layers beneath it."""
+
+    def __init__(self, trees: list[str], path: bytes, form: str) -> None:
+        self._view = View(trees, options=Options(form=form, readonly=True))
+        node: Node = self._view.root
+        for name in path.split(b"/"):
+            assert isinstance(node, Dir)
+            node = self._view.lookup(node, name)
+        self._node = node
+
+    @property
+    def size(self) -> int:
+        return self._view.size(self._node)
+
+    def pread(self, count: int, offset: int) -> bytes:
+        buffer = bytearray(count)
+        return bytes(buffer[: self._view.pread(self._node, offset, memoryview(buffer))])
+
+    def close(self) -> None:
+        self._view.close()
+
+
+def file_digest(file: LayerFile) -> bytes:
     """SHA-256 of an open file's data."""
     digest = hashlib.sha256()
     at = 0
-    while data := os.pread(fd, _CHUNK, at):
+    while data := file.pread(_CHUNK, at):
         digest.update(data)
         at += len(data)
     return digest.digest()
@@ -125,9 +175,12 @@ class KeptDigests:
     each name of a hard link has its digest.
     """
 
-    def __init__(self, known: dict[int, tuple[int, bytes]], tree: str, *, compute: bool = False) -> None:
+    def __init__(
+        self, known: dict[int, tuple[int, bytes]], tree: str, *, row: bytes = b"", compute: bool = False
+    ) -> None:
         self._known = known
         self._tree = tree
+        self._row = row  # the xattr of redirect files, which have no bytes of their own to digest
         self._compute = compute
 
     def __call__(self, path: bytes, st: os.stat_result) -> bytes | None:
@@ -141,10 +194,8 @@ class KeptDigests:
             fd = files.open_beneath(root, path, os.O_RDONLY | os.O_NOFOLLOW)
         finally:
             os.close(root)
-        try:
-            return file_digest(fd)
-        finally:
-            os.close(fd)
+        with LayerFile(fd) as file:
+            return None if self._row and xattr.try_get(fd, b"", self._row) is not None else file_digest(file)
 
     @classmethod
     def load(cls, driver: Driver, id: str, *, compute: bool = False) -> KeptDigests | None:
@@ -159,7 +210,7 @@ class KeptDigests:
             data = b""
         for ino, ctime, digest in _RECORD.iter_unpack(data[: len(data) // _RECORD.size * _RECORD.size]):
             known[ino] = (ctime, digest)
-        return cls(known, driver.tree(id), compute=compute)
+        return cls(known, driver.tree(id), row=driver.form.row if driver.row else b"", compute=compute)
 
     @staticmethod
     def save(driver: Driver, id: str, digests: dict[int, bytes]) -> None:
@@ -187,7 +238,7 @@ class SameData:
         self._index = index
         self._ids: dict[int, str] = {}
 
-    def open(self, num: int, path: bytes) -> int:
+    def open(self, num: int, path: bytes) -> LayerFile:
         """Open a file of a layer for reading.
 
         Raises:
@@ -200,9 +251,14 @@ class SameData:
         try:
             root = os.open(tree, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
-                return files.open_beneath(root, path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+                fd = files.open_beneath(root, path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
             finally:
                 os.close(root)
+            form = self._driver.form
+            if self._driver.row and xattr.try_get(fd, b"", form.row) is not None:
+                os.close(fd)
+                return _Redirected([self._driver.tree(id) for _, id in self._index.chain(num)], path, form.name)
+            return LayerFile(fd)
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
                 raise Corrupt(
@@ -211,15 +267,8 @@ class SameData:
             raise
 
     def __call__(self, a_path: bytes, a: Entry, b_path: bytes, b: Entry) -> bool:
-        one = self.open(a.layer, a_path)
-        try:
-            other = self.open(b.layer, b_path)
-            try:
-                return _equal(one, other)
-            finally:
-                os.close(other)
-        finally:
-            os.close(one)
+        with self.open(a.layer, a_path) as one, self.open(b.layer, b_path) as other:
+            return _equal(one, other)
 
 
 class Unchanged:
@@ -241,20 +290,14 @@ class Unchanged:
         if st.st_ctime_ns < self._cut:
             return True
         mine = files.open_beneath(self._fd, path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        try:
-            other = self._data.open(before.layer, before.path or path)
-            try:
-                return _equal(mine, other)
-            finally:
-                os.close(other)
-        finally:
-            os.close(mine)
+        with LayerFile(mine) as one, self._data.open(before.layer, before.path or path) as other:
+            return _equal(one, other)
 
 
-def _equal(one: int, other: int) -> bool:
+def _equal(one: LayerFile, other: LayerFile) -> bool:
     at = 0
     while True:
-        a, b = os.pread(one, _CHUNK, at), os.pread(other, _CHUNK, at)
+        a, b = one.pread(_CHUNK, at), other.pread(_CHUNK, at)
         if a != b:
             return False
         if not a:

@@ -253,14 +253,12 @@ class UpkeepVerbs(MountVerbs):
                     report.undigested.append((row.name, path))
                 continue
             try:
-                fd = data.open(row.num, where)
+                file = data.open(row.num, where)
             except Corrupt as error:
                 report.problems.append(Problem(kind="content", name=row.name, what=error.message))
                 continue
-            try:
-                right = os.fstat(fd).st_size == entry.size and file_digest(fd) == entry.digest
-            finally:
-                os.close(fd)
+            with file:
+                right = file.size == entry.size and file_digest(file) == entry.digest
             if not right:
                 what = f"{os.fsdecode(path)!r} in layer {row.id} is not what was committed"
                 report.problems.append(Problem(kind="content", name=row.name, what=what))
