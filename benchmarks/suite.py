@@ -161,16 +161,17 @@ def medians_rows(results: Sequence[tuple[Claim, Result]]) -> list[tuple[str, str
     return rows
 
 
-def parser(prog: str) -> argparse.ArgumentParser:
-    """The options that `python -m benchmarks` and `cowfs bench` share."""
-    made = argparse.ArgumentParser(
-        prog=prog,
-        description="Measure cowfs against its peers on this host; needs root.",
-        epilog=f"examples:\n  {prog} --list\n  {prog} --profile quick\n"
-        f"  {prog} warm_read first_write --work /mnt/disk/bench\n"
-        f"  {prog} --only cowfs --only overlayfs unpack",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+EXAMPLES = (
+    "{prog} --list",
+    "{prog} --profile quick",
+    "{prog} warm_read first_write --work /mnt/disk/bench",
+    "{prog} --only cowfs --only overlayfs unpack",
+)
+DESCRIPTION = "Measure cowfs against its peers on this host; needs root."
+
+
+def configure(made: argparse.ArgumentParser) -> None:
+    """Gives a parser the options that `python -m benchmarks` and `cowfs bench` share."""
     made.add_argument("claims", nargs="*", metavar="CLAIM", help="which claims to measure (default: all; see --list)")
     made.add_argument(
         "--profile",
@@ -196,12 +197,22 @@ def parser(prog: str) -> argparse.ArgumentParser:
         "--out", type=Path, default=None, metavar="DIR", help="write the report (pictures, page, results.json) here"
     )
     made.add_argument("--merge", action="store_true", help="keep the results of other claims that --out already has")
-    return made
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str = "python -m benchmarks") -> int:
     """Runs the command line; returns its exit status (0 measured, 1 nothing could be, 2 wrong use)."""
-    options = parser(prog).parse_args(argv)
+    made = argparse.ArgumentParser(
+        prog=prog,
+        description=DESCRIPTION,
+        epilog="examples:\n" + "\n".join("  " + example.format(prog=prog) for example in EXAMPLES),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    configure(made)
+    return run_options(made.parse_args(argv), prog)
+
+
+def run_options(options: argparse.Namespace, prog: str) -> int:
+    """Does what parsed options say; returns the exit status."""
     known = claims()
     if options.list:
         for claim in known.values():

@@ -71,6 +71,7 @@ VERBS: dict[str, Verb] = {
     "df": Verb("cowfs.cli.storekeep", "what the store holds", _STORE),
     "check": Verb("cowfs.cli.storekeep", "verify the store, and repair it", _STORE),
     "gc": Verb("cowfs.cli.storekeep", "delete what nothing records", _STORE),
+    "bench": Verb("cowfs.cli.bench", "measure against other file systems, on your own disk", _ABOUT),
     "completion": Verb("cowfs.cli.completion", "completion for bash, zsh or fish", _ABOUT),
 }
 
