@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from cowfs import control, mountpoint
 from cowfs.errors import CowfsError, FailedPrecondition, InvalidArgument, NotFound, Unsupported
 from cowfs.model import Limit, Usage, parse_count, parse_size
-from cowfs.stack import HIDDEN, IdMap, MountSpec, find_layers
+from cowfs.spec import HIDDEN, IdMap, MountSpec, find_layers
 
 if TYPE_CHECKING:
     from cowfs.model import Change

@@ -34,7 +34,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from cowfs import control, mountpoint
 from cowfs.errors import CowfsError, FailedPrecondition, InvalidArgument, NotFound, Unsupported
 from cowfs.model import Limit
-from cowfs.stack import MountSpec, Stack
+from cowfs.spec import MountSpec
+from cowfs.stack import Stack
 
 if TYPE_CHECKING:
     from cowfs.fuse.portable import PortableSession
@@ -285,7 +286,7 @@ class Server:
         os.chdir("/")
         self.view = make_view(self.stack)
         if spec.volatile and self.stack.work and not spec.readonly:
-            from cowfs.stack import mark_volatile
+            from cowfs.volatile import mark_volatile
 
             mark_volatile(self.stack.work)
         self._hear()

@@ -15,7 +15,7 @@ from cowfs.errors import CowfsError, InvalidArgument
 if TYPE_CHECKING:
     import argparse
 
-    from cowfs.stack import IdMap, MountSpec
+    from cowfs.spec import IdMap, MountSpec
 
 
 # -- mount -------------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from cowfs.cli import guarded
 from cowfs.errors import InvalidArgument, Unsupported
 
 if TYPE_CHECKING:
-    from cowfs.stack import IdMap, MountSpec
+    from cowfs.spec import IdMap, MountSpec
 
 PROGRAM = "cowfs-overlayfs"
 
@@ -42,7 +42,8 @@ Mounts layers as one tree, with the command line of fuse-overlayfs. Returns when
   -o xattr_permissions=1|2   owner and mode are kept in an xattr: security.fuseoverlayfs.override_stat,
                              or user.containers.override_stat
   -o noxattrs=1              no extended attributes
-  -o dotwh                   names .wh.NAME in the layers hide NAME
+  -o dotwh=0                 names .wh.NAME are ordinary; by default they hide NAME, as containers/storage expects of a
+                             mount program, and none can be made
   -o row=4096                redirect on write: of a big file only the blocks written go to upperdir (docs/row.md)
   -o allow_other, nodev, nosuid, noexec, noatime, ...
   -f                         stay in the foreground
@@ -237,7 +238,7 @@ _IGNORED = frozenset(
 
 
 def parse(argv: Sequence[str]) -> dict[str, Any]:
-    """What a command line asks for: fields of a :class:`~cowfs.stack.MountSpec`, before paths are made absolute.
+    """What a command line asks for: fields of a :class:`~cowfs.spec.MountSpec`, before paths are made absolute.
 
     Raises:
         InvalidArgument: a value that cannot be understood, or something needed is missing.
@@ -288,9 +289,9 @@ def spec_of(argv: Sequence[str]) -> MountSpec:
         InvalidArgument, Unsupported: it cannot be understood or served.
     """
     from cowfs import mountpoint
-    from cowfs.stack import MountSpec
+    from cowfs.spec import MountSpec
 
-    found = parse(argv)
+    found = {"dotwh": True, **parse(argv)}
     arguments = found.pop("arguments")
     if not 1 <= len(arguments) <= 2:
         raise InvalidArgument(

@@ -202,7 +202,7 @@ def _print_changes(args: argparse.Namespace, found: Iterator[Change]) -> int:
 
 
 def _changes(what: str, layers: list[str]) -> Iterator[Change]:
-    from cowfs import diff, mounting, mountpoint, stack
+    from cowfs import diff, mounting, mountpoint, record
 
     entry = mountpoint.find(what)
     if entry is not None and entry.fstype in mountpoint.TYPES:
@@ -214,12 +214,12 @@ def _changes(what: str, layers: list[str]) -> Iterator[Change]:
     upper = os.path.abspath(what)
     if layers:
         return diff.changes(upper, [os.path.abspath(layer) for layer in layers])
-    record = stack.lookup_record(upper)
-    if record is None:
+    known = record.lookup_record(upper)
+    if known is None:
         raise NotFound(
             f"no record of what lies beneath {what}", remedy="name the layers, bottom first: --layer DIR ..."
         )
-    return diff.changes(upper, record[0])
+    return diff.changes(upper, known[0])
 
 
 COMMANDS = {

@@ -17,8 +17,8 @@ from contextlib import contextmanager
 
 from cowfs.driver import Driver
 from cowfs.errors import Corrupt, FailedPrecondition
+from cowfs.holders import lock_holder
 from cowfs.index import Index, Row
-from cowfs.stack import _lock_holder
 from cowfs.sys import files, trees, xattr
 from cowfs.sys.mounts import mountinfo
 from cowfs.tree import Entry
@@ -53,7 +53,7 @@ def hold(driver: Driver, row: Row, verb: str, *, missing_ok: bool = False) -> It
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            pid = _lock_holder(fd)
+            pid = lock_holder(fd)
             raise FailedPrecondition(
                 f"{row.name!r} is in use by {f'process {pid}' if pid else 'another process'}: cannot {verb} it",
                 remedy="unmount it first, or use 'cowfs snapshot'" if verb == "commit" else "unmount it first",

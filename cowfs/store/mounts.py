@@ -21,7 +21,8 @@ from cowfs.model import Kind, Mount, Usage
 from cowfs.mounting import MountHandle
 from cowfs.mountpoint import resolve
 from cowfs.server import make_view
-from cowfs.stack import MountSpec, Stack
+from cowfs.spec import MountSpec
+from cowfs.stack import Stack
 from cowfs.store.core import StoreCore
 from cowfs.store.layers import kernel_mount_of
 from cowfs.store.serve import FACTORY
@@ -108,7 +109,7 @@ class MountVerbs(StoreCore):
         return mounting.spawn(self.spec(key, where, **more))
 
     def spec(self, key: str, target: str, **more: Any) -> MountSpec:
-        """The wish that our server gets for a snapshot (:class:`cowfs.stack.MountSpec`)."""
+        """The wish that our server gets for a snapshot (:class:`cowfs.spec.MountSpec`)."""
         row = self.index.get(key)
         self._mounts(row, "fuse")  # the same refusals
         id, *parents = [id for _, id in self.index.chain(row.num)]
@@ -130,6 +131,7 @@ class MountVerbs(StoreCore):
             row=self.driver.row,
             factory=FACTORY,
             label=key,
+            checked=True,
             **more,
         )
 

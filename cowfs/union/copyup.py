@@ -32,8 +32,7 @@ from cowfs.union.lower import Data
 from cowfs.union.node import DT_REG, Dir, Node
 from cowfs.union.source import Layer, Source
 from cowfs.union.space import UNIT, total_of, units, xattr_units
-from cowfs.whiteout import Form
-from cowfs.whiteout import make as make_whiteout
+from cowfs.whiteout import Form, make as make_whiteout
 
 if TYPE_CHECKING:
     from cowfs.union.view import View
@@ -44,7 +43,7 @@ _DIR_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _HOST_ONLY = (b"security.selinux", b"security.ima", b"security.evm")
 
 
-_KEEP = (b"incompat",)  # the kernel's marks of volatile mounts; who mounts honours them (cowfs.stack)
+_KEEP = (b"incompat",)  # the kernel's marks of volatile mounts; who mounts honours them (cowfs.volatile)
 
 
 class WorkDir:
@@ -218,13 +217,14 @@ def up_dir(view: View, directory: Dir, *, exempt: bool = False) -> Source:
     if parent is None:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), directory.name)
     above = up_dir(view, parent, exempt=exempt)
-    counted = view.space is not None and not exempt
-    if counted:
-        view.space.need(1, 1)  # type: ignore[union-attr]
     work = view.workdir
     assert work is not None
     attr = view.attr(directory)  # before its source changes
     meta = read_meta(view, directory)
+    space = view.space
+    cost = (0 if exempt else 1) + xattr_cost(meta)
+    if space is not None and not exempt:
+        space.need(cost, 1)
     temp = work.temp()
     try:
         os.mkdir(temp, 0o700, dir_fd=work.fd)
@@ -245,9 +245,14 @@ def up_dir(view: View, directory: Dir, *, exempt: bool = False) -> Source:
     if above.shadow is not None:
         above.shadow.add(directory.name)
     mark_impure(view, above)
-    if counted:
-        view.space.add(1, 1)  # type: ignore[union-attr]
+    if space is not None:
+        space.add(cost, 0 if exempt else 1)
     return source
+
+
+def xattr_cost(meta: Meta) -> int:
+    """Units of the large xattrs that a copy gets."""
+    return sum(xattr_units(value) for value in meta.xattrs.values())
 
 
 @contextlib.contextmanager
@@ -291,6 +296,7 @@ class Stage:
         "cancelled",
         "dst_fd",
         "error",
+        "fixed",
         "keep",
         "node",
         "reserved",
@@ -311,7 +317,8 @@ class Stage:
         self.sync = sync
         self.error: OSError | None = None
         self.cancelled = False
-        self.reserved = 0
+        self.reserved = 0  # units counted when it was begun...
+        self.fixed = 0  # ... of them for other things than data
 
     @property
     def small(self) -> bool:
@@ -356,7 +363,8 @@ def writable(view: View, node: Node, keep: int | None = None) -> Stage | None:
     inplace = view.in_upper(node)
     temp = b"" if inplace else work.temp()
     try:
-        reserved = _reserve(view, node, src_fd, keep, new_inode=not inplace)
+        fixed = xattr_cost(read_meta(view, node)) if view.space is not None and not inplace else 0
+        reserved = _reserve(view, node, src_fd, keep, fixed, new_inode=not inplace)
         if inplace:
             dst_fd = view.open_own(node)
         else:
@@ -366,15 +374,15 @@ def writable(view: View, node: Node, keep: int | None = None) -> Stage | None:
         os.close(src_fd)
         raise
     stage = Stage(node, keep, src_fd, dst_fd, temp, work, view.must_sync)
-    stage.reserved = reserved
+    stage.reserved, stage.fixed = reserved, fixed
     return stage
 
 
-def _reserve(view: View, node: Node, src_fd: int, keep: int, *, new_inode: bool) -> int:
+def _reserve(view: View, node: Node, src_fd: int, keep: int, fixed: int, *, new_inode: bool) -> int:
     """Count the copy before it is made. Raises ENOSPC."""
     if view.space is None:
         return 0
-    need = sum(units(end) - start // UNIT for start, end in files.data_ranges(src_fd, keep))
+    need = fixed + sum(units(end) - start // UNIT for start, end in files.data_ranges(src_fd, keep))
     view.space.need(need, 1 if new_inode else 0)
     view.space.add(need, 1 if new_inode else 0)
     return need
@@ -407,7 +415,7 @@ def publish(view: View, stage: Stage) -> None:
     _use(node, stage.dst_fd)
     if view.space is not None:
         node.space = None
-        view.space.add(total_of(view.space.count(node)) - stage.reserved)
+        view.space.add(total_of(view.space.count(node)) + stage.fixed - stage.reserved)
 
 
 def _abandon(view: View, stage: Stage) -> None:
@@ -519,13 +527,14 @@ def up_meta(view: View, node: Node) -> None:
             publish(view, stage)
         return
     space = view.space
-    if space is not None:
-        space.need(0, 1)
     work = view.workdir
     assert work is not None and node.where is not None
+    meta = read_meta(view, node)
+    cost = xattr_cost(meta)
+    if space is not None:
+        space.need(cost, 1)
     temp = work.temp()
     try:
-        meta = read_meta(view, node)
         make_like(work.fd, temp, meta, node)
         is_meta = node.type == DT_REG and meta.size > 0
         if node.fd >= 0:
@@ -536,7 +545,6 @@ def up_meta(view: View, node: Node) -> None:
         work.discard(temp)
         raise
     if space is not None:
-        cost = sum(xattr_units(value) for value in meta.xattrs.values())
         space.add(cost, 1)
 
 
@@ -544,11 +552,12 @@ def _copy_nameless(view: View, node: Node) -> None:
     """Copy an unlinked link, FIFO, socket or device that somebody still holds; the copy has no name either."""
     work = view.workdir
     assert work is not None
+    meta = read_meta(view, node)
+    cost = xattr_cost(meta)
     if view.space is not None:
-        view.space.need(0, 1)
+        view.space.need(cost, 1)
     temp = work.temp()
     try:
-        meta = read_meta(view, node)
         make_like(work.fd, temp, meta, node)
         write_meta(work.fd, temp, meta, view)
         fd = os.open(temp, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=work.fd)
@@ -560,7 +569,8 @@ def _copy_nameless(view: View, node: Node) -> None:
         os.close(node.fd)
     node.fd, node.where, node.attr = fd, None, None
     if view.space is not None:
-        view.space.add(sum(xattr_units(value) for value in meta.xattrs.values()), 1)
+        view.space.add(0, 1)
+        view.space.xattr_changed(node, cost)
 
 
 def make_like(dirfd: int, name: bytes, meta: Meta, node: Node) -> None:

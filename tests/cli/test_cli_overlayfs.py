@@ -131,12 +131,12 @@ def test_permissions_in_an_xattr(tree: Path, mnt: Path) -> None:
     assert os.stat(tree / "up/new").st_uid == 0
 
 
-def test_dotwh_option_reads_archives_whiteouts(tree: Path, mnt: Path) -> None:
+def test_whiteouts_of_archives_are_read_as_containers_storage_unpacks_them(tree: Path, mnt: Path) -> None:
     (tree / "top/.wh.old").write_text("")
-    run("-o", f"lowerdir={tree / 'top'}:{tree / 'base'},dotwh", mnt)
+    run("-o", f"lowerdir={tree / 'top'}:{tree / 'base'}", mnt)
     assert sorted(os.listdir(mnt)) == ["who"]
     subprocess.run(["umount", mnt], check=True)
-    run("-o", f"lowerdir={tree / 'top'}:{tree / 'base'}", mnt)
+    run("-o", f"lowerdir={tree / 'top'}:{tree / 'base'},dotwh=0", mnt)
     assert sorted(os.listdir(mnt)) == [".wh.old", "old", "who"]
 
 

@@ -1,0 +1,72 @@
+"""The mark of a volatile mount, which syncs nothing: after a crash of the host its upper may be incomplete.
+
+The mark is the kernel's (Documentation/filesystems/overlayfs.rst, "Volatile mount"): ``work/incompat/volatile/dirty`` in
+the work directory. The kernel leaves that file empty and refuses the upper from then on. We write the host's boot id in it,
+which tells whether the host can have lost anything since.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+from cowfs.errors import FailedPrecondition, Unsupported
+
+__all__ = ["check_volatile", "mark_volatile"]
+
+
+def _boot_id() -> str:
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            return file.read().strip()
+    except OSError:
+        return ""
+
+
+def check_volatile(work: str, *, volatile: bool, upper: str) -> None:
+    """Honour what an earlier volatile mount left in the work directory.
+
+    A marker of this boot's is harmless: what was written is in the host's cache. A durable mount syncs it and drops the
+    marker. Any other marker means that the host may have lost writes.
+
+    Raises:
+        FailedPrecondition: the upper was used by a volatile mount that a crash of the host may have damaged.
+        Unsupported: the work directory asks for a feature we do not know.
+    """
+    incompat = os.path.join(work, "work", "incompat")
+    try:
+        names = os.listdir(incompat)
+    except OSError:
+        return
+    for name in names:
+        if name != "volatile":
+            raise Unsupported(f"{incompat}/{name}: a feature that cowfs does not know")
+    marker = os.path.join(incompat, "volatile")
+    if "volatile" in names:
+        try:
+            with open(os.path.join(marker, "dirty"), encoding="ascii", errors="replace") as file:
+                boot = file.read().strip()
+        except OSError:
+            boot = ""
+        if not boot or boot != _boot_id():
+            raise FailedPrecondition(
+                f"{upper} belongs to a volatile mount and may be incomplete",
+                remedy=f"start with an empty upper, or, if the host has not crashed since: rm -r {marker}",
+            )
+        if not volatile:
+            from cowfs.sys.files import syncfs
+
+            fd = os.open(upper, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                syncfs(fd)
+            finally:
+                os.close(fd)
+            shutil.rmtree(incompat)
+
+
+def mark_volatile(work: str) -> None:
+    """Write the marker that :func:`check_volatile` and the kernel honour."""
+    directory = os.path.join(work, "work", "incompat", "volatile")
+    os.makedirs(directory, mode=0o700, exist_ok=True)
+    with open(os.path.join(directory, "dirty"), "w", encoding="ascii") as file:
+        file.write(_boot_id() + "\n")
