@@ -92,6 +92,14 @@ SELECT s.num, s.id, s.name, s.kind, s.parent, s.depth, s.labels, s.created, s.up
 FROM snapshots AS s
 """
 
+_INFO = """
+SELECT s.num, s.name, s.kind, s.labels, s.created, s.updated, p.name
+FROM snapshots AS s LEFT JOIN snapshots AS p ON p.num = s.parent
+WHERE s.num > ? ORDER BY s.num LIMIT ?
+"""
+
+_KINDS = {kind.value: kind for kind in Kind}
+
 _CHAIN = """
 WITH RECURSIVE chain (num, parent, id, depth) AS (
     SELECT num, parent, id, depth FROM snapshots WHERE num = ?
@@ -109,7 +117,7 @@ def _row(values: tuple) -> Row:  # type: ignore[type-arg]
         num=num,
         id=id_,
         name=name,
-        kind=Kind(kind),
+        kind=_KINDS[kind],
         parent=parent,
         depth=depth,
         labels=json.loads(labels),
@@ -354,6 +362,25 @@ class Index:
                 )
             for values_of_row in found:
                 yield _row(values_of_row)
+            if len(found) < page:
+                return
+            after = found[-1][0]
+
+    def infos(self, *, page: int = 2048) -> Iterator[Info]:
+        """What users see of all snapshots, in the order of their making, in pages as :meth:`rows`."""
+        after = -1
+        while True:
+            with self._errors():
+                found = self._connection().execute(_INFO, (after, page)).fetchall()
+            for _, name, kind, labels, created, updated, parent in found:
+                yield Info(
+                    name=name,
+                    kind=_KINDS[kind],
+                    parent=parent,
+                    labels=json.loads(labels) if labels != "{}" else {},
+                    created=created,
+                    updated=updated,
+                )
             if len(found) < page:
                 return
             after = found[-1][0]

@@ -27,6 +27,9 @@ Big directories. Past ``CHUNK_ABOVE`` entries a record is a list of chunks, cut 
 ``crc32(name)`` is a multiple of ``CHUNK_SIZE``: boundaries depend on the names alone, so equal
 directories have equal chunks whatever their history, and one change rewrites one chunk.
 
+On disk a leaf is: ``E``, the number of entries n, the bytes of all content halves; n lengths of
+content halves, n of names, n of storage halves; the content halves; the storage halves. With the
+lengths in front it is taken apart by slicing alone. A list is: ``L``, the number of chunks, the chunks.
 Integers are little-endian. Mtime is seconds and nanoseconds apart, so no time wraps.
 """
 
@@ -37,7 +40,8 @@ import stat
 import struct
 import zlib
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate, pairwise
 from typing import NamedTuple, Protocol
 
 from cowfs.errors import Corrupt
@@ -73,8 +77,8 @@ CHUNK_ABOVE = 1024
 CHUNK_SIZE = 256
 DIGEST = 32
 
-_HEAD = struct.Struct("<IBHIIQqIH")  # length, flags, mode, uid, gid, size, mtime s, mtime ns, name length
-_STORE = struct.Struct("<HBIQQ")  # length, driver flags, layer, ino, blocks
+_HEAD = struct.Struct("<BHIIQqIH")  # flags, mode, uid, gid, size, mtime s, mtime ns, name length
+_STORE = struct.Struct("<BIQQ")  # driver flags, layer, ino, blocks
 _LEAF = struct.Struct("<cII")  # b"E", entries, bytes of the content half
 _LIST = struct.Struct("<cI")  # b"L", chunks
 _CHUNK = struct.Struct("<I32s32sH")  # entries, storage digest, content digest, length of the first name
@@ -241,7 +245,6 @@ def encode(name: bytes, entry: Entry) -> Pair:
     seconds, nanoseconds = divmod(entry.mtime_ns, 1_000_000_000)
     content = (
         _HEAD.pack(
-            _HEAD.size + len(name) + len(rest),
             flags,
             mode,
             entry.uid,
@@ -258,15 +261,15 @@ def encode(name: bytes, entry: Entry) -> Pair:
     if entry.ref is not None:
         base = b"" if entry.base is None else entry.base
         where = entry.ref.storage + (_U16.pack(len(base)) + base + where if base or where else b"")
-    return content, _STORE.pack(_STORE.size + len(where), entry.flags, entry.layer, entry.ino, entry.blocks) + where
+    return content, _STORE.pack(entry.flags, entry.layer, entry.ino, entry.blocks) + where
 
 
 def decode(pair: Pair) -> Entry:
     """Unpack one entry; the reverse of :func:`encode` but for the name."""
     content, storage = pair
-    _, flags, mode, uid, gid, size, seconds, nanoseconds, name_length = _HEAD.unpack_from(content)
+    flags, mode, uid, gid, size, seconds, nanoseconds, name_length = _HEAD.unpack_from(content)
     at = _HEAD.size + name_length
-    _, driver_flags, layer, ino, blocks = _STORE.unpack_from(storage)
+    driver_flags, layer, ino, blocks = _STORE.unpack_from(storage)
     where = _STORE.size
     ref, base, nlink, rdev, target, digest = None, None, 1, 0, b"", None
     if mode & 0o170000 == 0o040000:
@@ -314,7 +317,7 @@ def decode(pair: Pair) -> Entry:
 def ref_of(pair: Pair) -> Ref | None:
     """The directory record an entry points at, or None; cheaper than :func:`decode`."""
     content, storage = pair
-    if content[6] & 0xF0 != 0x40:  # the high byte of the mode
+    if content[2] & 0xF0 != 0x40:  # the high byte of the mode
         return None
     at = _HEAD.size + int.from_bytes(content[_HEAD.size - 2 : _HEAD.size], "little")
     return Ref(storage[_STORE.size : _STORE.size + DIGEST], content[at : at + DIGEST])
@@ -335,18 +338,21 @@ class _Chunk(NamedTuple):
 
 
 def _split(data: bytes) -> dict[bytes, Pair]:
+    names, contents, storages = _parts(data)
+    return dict(zip(names, zip(contents, storages, strict=True), strict=True))
+
+
+def _parts(data: bytes) -> tuple[list[bytes], list[bytes], list[bytes]]:
+    """(names, content halves, storage halves) of a leaf, in name order."""
     _, count, content_length = _LEAF.unpack_from(data)
-    at = _LEAF.size
-    where = at + content_length
-    found: dict[bytes, Pair] = {}
+    lengths = struct.unpack_from(f"<{count}I{2 * count}H", data, _LEAF.size)
+    start = _LEAF.size + 8 * count
+    ends = list(accumulate(lengths[:count], initial=start))
+    contents = [data[a:b] for a, b in pairwise(ends)]
     head = _HEAD.size
-    for _ in range(count):
-        end = at + int.from_bytes(data[at : at + 4], "little")
-        stop = where + int.from_bytes(data[where : where + 2], "little")
-        name_length = int.from_bytes(data[at + head - 2 : at + head], "little")
-        found[data[at + head : at + head + name_length]] = (data[at:end], data[where:stop])
-        at, where = end, stop
-    return found
+    names = [half[head : head + n] for half, n in zip(contents, lengths[count : 2 * count], strict=True)]
+    stops = list(accumulate(lengths[2 * count :], initial=start + content_length))
+    return names, contents, [data[a:b] for a, b in pairwise(stops)]
 
 
 def _chunks(data: bytes) -> list[_Chunk]:
@@ -361,14 +367,17 @@ def _chunks(data: bytes) -> list[_Chunk]:
     return found
 
 
-def _leaf(pending: Pending, names: Iterable[bytes], pairs: Mapping[bytes, Pair]) -> tuple[Ref, int]:
+def _leaf(pending: Pending, names: Sequence[bytes], pairs: Mapping[bytes, Pair]) -> tuple[Ref, int]:
     chosen = [pairs[name] for name in names]
+    count = len(chosen)
     content = b"".join([pair[0] for pair in chosen])
-    head = _LEAF.pack(b"E", len(chosen), len(content))
-    data = head + content + b"".join([pair[1] for pair in chosen])
+    lengths = [len(pair[0]) for pair in chosen]
+    head = _LEAF.pack(b"E", count, len(content)) + struct.pack(f"<{count}I", *lengths)
+    where = struct.pack(f"<{2 * count}H", *map(len, names), *[len(pair[1]) for pair in chosen])
     digest = hashlib.sha256(head + content).digest()
-    children = b"".join([root_digest(pair[1]) for pair in chosen if pair[0][6] & 0xF0 == 0x40])
-    return Ref(pending.add(data, children), digest), len(chosen)
+    data = b"".join([head, where, content, *[pair[1] for pair in chosen]])
+    children = b"".join([root_digest(pair[1]) for pair in chosen if pair[0][2] & 0xF0 == 0x40])
+    return Ref(pending.add(data, children), digest), count
 
 
 def _list(pending: Pending, chunks: list[_Chunk]) -> Ref:
@@ -478,12 +487,33 @@ def differing(records: Records, old: Ref | None, new: Ref) -> Iterator[tuple[byt
         a = _load(records, [chunk for chunk in old_chunks if chunk.ref.content not in common])
         b = _load(records, [chunk for chunk in new_chunks if chunk.ref.content not in common])
     else:
+        if new_data[:1] == b"E" and old_data[:1] == b"E":
+            yield from _differing_leaves(old_data, new_data)
+            return
         a = entries(records, old.storage) if old is not None else {}
         b = entries(records, new.storage)
     names = [name for name, pair in b.items() if name not in a or a[name][0] != pair[0]]
     names += [name for name in a if name not in b]
     for name in sorted(names):
         yield name, a.get(name), b.get(name)
+
+
+def _differing_leaves(old: bytes, new: bytes) -> Iterator[tuple[bytes, Pair | None, Pair | None]]:
+    """As :func:`differing`, of two small directories: only entries that differ are looked at one by one."""
+    old_names, old_contents, old_storages = _parts(old)
+    new_names, new_contents, new_storages = _parts(new)
+    before, after = set(old_contents), set(new_contents)
+    found: dict[bytes, list[Pair | None]] = {}
+    if not before <= after:
+        for name, content, storage in zip(old_names, old_contents, old_storages, strict=True):
+            if content not in after:
+                found[name] = [(content, storage), None]
+    if not after <= before:
+        for name, content, storage in zip(new_names, new_contents, new_storages, strict=True):
+            if content not in before:
+                found.setdefault(name, [None, None])[1] = (content, storage)
+    for name in sorted(found):
+        yield name, found[name][0], found[name][1]
 
 
 def _load(records: Records, chunks: list[_Chunk]) -> dict[bytes, Pair]:

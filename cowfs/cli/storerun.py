@@ -108,7 +108,7 @@ def _in_namespace(store: Store, key: str, command: list[str], environment: dict[
     reading, writing = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
-    old = {number: signal.signal(number, signal.SIG_IGN) for number in _FORWARDED}
+    old = {signum: signal.signal(signum, signal.SIG_IGN) for signum in _FORWARDED}
     try:
         pid = os.fork()
         if pid == 0:
@@ -127,13 +127,13 @@ def _in_namespace(store: Store, key: str, command: list[str], environment: dict[
             problem = pipe.read().decode("utf-8", "replace")
         _, status = os.waitpid(pid, 0)
     finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+        for signum, handler in old.items():
+            signal.signal(signum, handler)
         os.rmdir(spec_target)
     if problem:
-        code, _, message = problem.partition(" ")
+        number, _, message = problem.partition(" ")
         failed = CowfsError(message)
-        failed.exit_code = int(code)  # type: ignore[misc]
+        failed.exit_code = int(number)  # type: ignore[misc]
         raise failed
     return _status(status)
 
@@ -162,8 +162,9 @@ def _child(store: Store, key: str, target: str, command: list[str], environment:
             os._exit(_init(target, command, environment, where))
         _, status = os.waitpid(pid, 0)
     finally:
-        mounts.umount(f"{target}/proc", mounts.MNT_DETACH) if os.path.ismount(f"{target}/proc") else None
-        mounts.umount(f"{target}/dev", mounts.MNT_DETACH) if os.path.ismount(f"{target}/dev") else None
+        for name in ("proc", "dev"):
+            if os.path.ismount(f"{target}/{name}"):
+                mounts.umount(f"{target}/{name}", mounts.MNT_DETACH)
         handle.unmount()
     return _status(status)
 
@@ -214,7 +215,7 @@ def _furnish(target: str) -> None:
     mounts.mount("tmpfs", dev, "tmpfs", mounts.MS_NOSUID, "mode=755,size=64k")
     for name in _DEVICES:
         if os.path.exists(f"/dev/{name}"):
-            open(f"{dev}/{name}", "w").close()
+            os.close(os.open(f"{dev}/{name}", os.O_WRONLY | os.O_CREAT, 0o644))
             mounts.mount(f"/dev/{name}", f"{dev}/{name}", "", mounts.MS_BIND)
     for name, end in (("fd", "/proc/self/fd"), ("stdin", "/proc/self/fd/0"), ("stdout", "/proc/self/fd/1"),
                       ("stderr", "/proc/self/fd/2")):  # fmt: skip

@@ -37,8 +37,7 @@ from cowfs.errors import (
 from cowfs.faults import point
 from cowfs.index import Index, Row, Tag
 from cowfs.model import Change, Info, Kind, Limit, Mount, Usage, parse_count, parse_size
-from cowfs.store import filters as filter_language
-from cowfs.store import layers
+from cowfs.store import filters as filter_language, layers
 from cowfs.store.names import check_labels, check_name, new_id
 from cowfs.store.staging import discard, staged, sweep
 from cowfs.sys import host, trees
@@ -467,11 +466,10 @@ class StoreCore:
         return self._walk(wanted, reverse)
 
     def _walk(self, wanted: filter_language.Filter | None, reverse: bool) -> Iterator[Info]:
-        rows: Iterable[Row] = self.index.rows()
+        infos: Iterable[Info] = self.index.infos()
         if reverse:
-            rows = reversed(list(rows))
-        for row in rows:
-            info = row.info()
+            infos = reversed(list(infos))
+        for info in infos:
             if wanted is None or wanted(info):
                 yield info
 

@@ -134,10 +134,12 @@ class DriverSuite:
             assert not (tree / "new").exists()
 
     def test_server_and_kernel_show_one_and_the_same_tree(self, store: Store) -> None:
-        base = self.base(store)
-        second = self.layer(store, "second", base, lambda tree: (
-            os.rename(tree / "dir", tree / "moved"), os.unlink(tree / "fifo"), (tree / "file").write_text("other"),
-        ))  # fmt: skip
+        def change(tree: Path) -> None:
+            os.rename(tree / "dir", tree / "moved")
+            os.unlink(tree / "fifo")
+            (tree / "file").write_text("other")
+
+        second = self.layer(store, "second", self.base(store), change)
         with self.seen(store, second, by="fuse") as tree:
             one = tree_of(tree)
         with self.seen(store, second) as tree:
@@ -178,11 +180,12 @@ class DriverSuite:
             assert os.listdir(tree) == []
 
     def test_deleted_files_stay_deleted_below_any_number_of_layers(self, store: Store) -> None:
-        base = self.base(store)
+        def delete(tree: Path) -> None:
+            os.unlink(tree / "file")
+            os.unlink(tree / "hard")
+
         # by the server: the kernel's overlayfs leaves the link count of the other name as it was
-        second = self.layer(
-            store, "second", base, lambda tree: (os.unlink(tree / "file"), os.unlink(tree / "hard")), by="fuse"
-        )
+        second = self.layer(store, "second", self.base(store), delete, by="fuse")
         third = self.layer(store, "third", second, lambda tree: (tree / "other").write_text("x"))
         with self.seen(store, third) as tree:
             assert not os.path.lexists(tree / "file")
@@ -308,9 +311,13 @@ class DriverSuite:
 
     def test_times_are_kept_to_the_nanosecond(self, store: Store) -> None:
         stamp = 1_234_567_890_123_456_789
-        base = self.layer(store, "base", None, lambda tree: (
-            (tree / "f").write_text("x"), os.utime(tree / "f", ns=(stamp, stamp)), os.utime(tree, ns=(stamp, stamp)),
-        ))  # fmt: skip
+
+        def stamped(tree: Path) -> None:
+            (tree / "f").write_text("x")
+            os.utime(tree / "f", ns=(stamp, stamp))
+            os.utime(tree, ns=(stamp, stamp))
+
+        base = self.layer(store, "base", None, stamped)
         for by in ("fuse", None):
             with self.seen(store, base, by=by) as tree:
                 assert os.stat(tree / "f").st_mtime_ns == stamp
@@ -408,8 +415,7 @@ class DriverSuite:
 
     def test_equal_trees_differ_in_nothing_whatever_their_history(self, store: Store, place: Path) -> None:
         base = self.base(store)
-        with (place / "whole.tar").open("wb") as file:
-            store.export(base, file, format="tar")
+        store.export(base, place / "whole.tar", format="tar")
         store.prepare("again")
         with (place / "whole.tar").open("rb") as file:
             store.apply("again", file)
@@ -424,8 +430,7 @@ class DriverSuite:
             os.unlink(tree / "fifo")
 
         second = self.layer(store, "second", self.base(store), change)
-        with (place / "layer.tar").open("wb") as file:
-            store.export(second, file, format="layer")
+        store.export(second, place / "layer.tar", format="layer")
         store.prepare("copy", "base")
         with (place / "layer.tar").open("rb") as file:
             store.apply("copy", file)
@@ -531,7 +536,10 @@ class DriverSuite:
         store.commit("a", "A")
         store.prepare("b", "A", labels={"team": "y"})
         store.view("v", "A")
-        names = lambda *filters: [info.name for info in store.walk(filters)]  # noqa: E731
+
+        def names(*filters: str) -> list[str]:
+            return [info.name for info in store.walk(filters)]
+
         assert names() == ["A", "b", "v"]
         assert names("kind==active") == ["b"]
         assert names("parent==A") == ["b", "v"]

@@ -12,6 +12,7 @@ from cowfs.testing import DriverSuite
 
 class TestRow(DriverSuite):
     driver = "row"
+    writes_by = "fuse"
 
     @pytest.fixture
     def place(self, fs: HostFs) -> Path:
