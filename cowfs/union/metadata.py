@@ -282,7 +282,7 @@ def setxattr(view: View, node: Node, name: bytes, value: bytes | memoryview, fla
     node.bare = 0
     xattr.setx(fd, real, stored, bytes(value), flags)
     if space is not None:
-        space.add(cost)
+        space.xattr_changed(node, cost)
     _changed(node, stored)
 
 
@@ -298,7 +298,7 @@ def removexattr(view: View, node: Node, name: bytes) -> None:
         cost = xattr_units(xattr.try_get(fd, real, stored) or b"")
     xattr.remove(fd, real, stored)
     if view.space is not None:
-        view.space.add(-cost)
+        view.space.xattr_changed(node, -cost)
     _changed(node, stored)
 
 

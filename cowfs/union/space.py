@@ -22,7 +22,7 @@ from cowfs import whiteout
 from cowfs.model import Limit, Usage
 from cowfs.sys import files, xattr
 from cowfs.union.node import Node
-from cowfs.union.source import Layer
+from cowfs.union.source import Layer, Source
 from cowfs.whiteout import Form
 
 if TYPE_CHECKING:
@@ -40,6 +40,11 @@ def units(size: int) -> int:
 def xattr_units(value: bytes | memoryview) -> int:
     """What a value of an xattr counts."""
     return units(len(value)) if len(value) > LARGE_XATTR else 0
+
+
+def large_xattrs(fd: int, name: bytes) -> int:
+    """Units of all xattrs of one inode (``name`` empty: the descriptor itself)."""
+    return sum(xattr_units(xattr.try_get(fd, name, attribute) or b"") for attribute in xattr.listx(fd, name))
 
 
 class Blocks:
@@ -140,13 +145,14 @@ class Space:
     Owner: the view's thread.
     """
 
-    __slots__ = ("_fs", "_inodes", "_units", "limit", "view")
+    __slots__ = ("_fs", "_inodes", "_leaving", "_units", "limit", "view")
 
     def __init__(self, view: View) -> None:
         assert view.upper is not None
         self.view = view
         self.limit = Limit()
         self._fs = files.fs_name(view.upper.root.fd)
+        self._leaving: dict[Node, int] = {}  # units of large xattrs of inodes without a name
         now = measure(view.upper, view.form)
         self._units, self._inodes = now.bytes // UNIT, now.inodes
         for node in view.nodes.values():
@@ -175,6 +181,27 @@ class Space:
         """Count what was done."""
         self._units += blocks
         self._inodes += inodes
+
+    def leaving(self, node: Node) -> None:
+        """The last name of an upper inode is about to go: count it while it can still be read."""
+        from cowfs.union import metadata
+
+        self.count(node)
+        if node.bare < 2 and (cost := large_xattrs(*metadata.at(node))):
+            self._leaving[node] = cost
+
+    def xattr_changed(self, node: Node, cost: int) -> None:
+        """A large xattr of a node grew by ``cost`` units."""
+        self.add(cost)
+        if cost and node.parent is None and node.type != 4:
+            self._leaving[node] = self._leaving.get(node, 0) + cost
+
+    def directory_gone(self, source: Source) -> tuple[int, int]:
+        """(units, inodes) that removing an upper directory will change, for :meth:`add`."""
+        fd = source.open()
+        exempt = xattr.try_get(fd, b"", self.view.form.exempt) is not None
+        own = 0 if exempt else 1
+        return -(own + large_xattrs(fd, b"")), -own
 
     def statfs(self, host: os.statvfs_result) -> os.statvfs_result:
         """statvfs with the limit as the size; available also bounded by what the host has."""
@@ -293,7 +320,7 @@ class Space:
         """An inode of the upper layer is gone for good."""
         if node.type == 4:
             return
-        self._units -= total_of(node.space)
+        self._units -= total_of(node.space) + self._leaving.pop(node, 0)
         self._inodes -= 1
 
 
@@ -304,7 +331,7 @@ def measure(layer: Layer, form: Form) -> Usage:
         OSError: a directory cannot be read.
     """
     fs = files.fs_name(layer.root.fd)
-    blocks = inodes = 0
+    blocks, inodes = large_xattrs(layer.root.open(), b""), 0
     seen: set[int] = set()
     pending = [layer.root]
     while pending:
@@ -321,6 +348,8 @@ def measure(layer: Layer, form: Form) -> Usage:
                     continue
                 seen.add(st.st_ino)
             attributes = xattr.listx(fd, name)
+            for attribute in attributes:
+                blocks += xattr_units(xattr.try_get(fd, name, attribute) or b"")
             if stat.S_ISDIR(st.st_mode):
                 pending.append(source.child(name))
                 if form.exempt in attributes:
@@ -329,8 +358,6 @@ def measure(layer: Layer, form: Form) -> Usage:
             elif stat.S_ISREG(st.st_mode) and form.metacopy not in attributes:
                 blocks += _measure_file(fd, name, st, form.prealloc in attributes, fs)
             inodes += 1
-            for attribute in attributes:
-                blocks += xattr_units(xattr.try_get(fd, name, attribute) or b"")
         source.descriptors.trim()
     return Usage(bytes=blocks * UNIT, inodes=inodes)
 

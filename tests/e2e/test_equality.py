@@ -17,9 +17,9 @@ import io
 import itertools
 import os
 import shutil
-import threading
+import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -229,8 +229,8 @@ Failure = tuple[tuple[str, int, int, str], list[tuple[Op, bool]]]
 """(implementation, seed and weight of the layers, their form), operations."""
 
 
-def replay(failure: Failure, base: Path, compared: bool) -> str:
-    """Carry out the operations of a failure again, checking after each; '' when nothing fails now."""
+def replay(failure: Failure, base: Path, compared: bool = True) -> str:
+    """Carry out the operations of a failure again; '' when nothing fails now."""
     (impl, seed, weight, form), operations = failure
     run = Run(base, impl, seed, weight, form)
     try:
@@ -250,18 +250,18 @@ def replay(failure: Failure, base: Path, compared: bool) -> str:
     return ""
 
 
-def shrink(failure: Failure, base: Path, compared: bool, seconds: float = 90.0) -> str:
+def shrink(failure: Failure, base: Path, again: Callable[[Failure, Path], str], seconds: float = 90.0) -> str:
     """The message of the smallest list of operations found in ``seconds`` that still fails."""
     numbers = itertools.count()
     end = time.monotonic() + seconds
 
     def attempt(recipe: tuple[str, int, int, str], operations: list[tuple[Op, bool]]) -> str:
-        return replay((recipe, operations), base / f"shrink{next(numbers)}", compared)
+        return again((recipe, operations), base / f"shrink{next(numbers)}")
 
     recipe, operations = failure
-    message = attempt(recipe, operations)
+    message = next(filter(None, (attempt(recipe, operations) for _ in range(5))), "")
     if not message:
-        return "(not reproduced by replaying the operations: it depends on time or memory)"
+        return f"not reproduced by replaying (it depends on time or memory): layers {recipe}, {operations}"
     piece = max(1, len(operations) // 2)
     while time.monotonic() < end:
         at, shorter = 0, False
@@ -292,6 +292,11 @@ class Equality(RuleBasedStateMachine):
     steps: ClassVar[int] = 0
     failure: ClassVar[Failure | None] = None
     _count: ClassVar[Iterator[int]] = itertools.count()
+
+    @classmethod
+    def again(cls, failure: Failure, base: Path) -> str:
+        """Replay for the shrinker; the message of what failed, or ''."""
+        return replay(failure, base, cls.compared)
 
     def __init__(self) -> None:
         super().__init__()
@@ -372,7 +377,7 @@ def run_machine(machine: type[Equality], steps: int, seed: int, per_run: int = S
         except BaseException as error:
             if machine.failure is None or not isinstance(error, Exception):
                 raise
-            small = shrink(machine.failure, machine.base, machine.compared)
+            small = shrink(machine.failure, machine.base, machine.again)
             raise AssertionError(f"{small}\n\nfirst seen as: {str(error)[:2000]}") from None
         batch += 1
     assert machine.steps >= steps
@@ -380,22 +385,16 @@ def run_machine(machine: type[Equality], steps: int, seed: int, per_run: int = S
 
 @contextmanager
 def forgetting(pause: float = 0.01) -> Iterator[None]:
-    """Another thread makes the kernel drop its caches in a loop, so that nodes are forgotten all the time."""
+    """A process makes the kernel drop its caches in a loop, so that nodes are forgotten all the time."""
     mounts.drop_caches(2)
-    stop = threading.Event()
-
-    def loop() -> None:
-        while not stop.wait(pause):
-            with open("/proc/sys/vm/drop_caches", "w", encoding="ascii") as file:
-                file.write("2")
-
-    thread = threading.Thread(target=loop, daemon=True)
-    thread.start()
+    loop = f"while sleep {pause}; do echo 2 >/proc/sys/vm/drop_caches; done"
+    process = subprocess.Popen(["sh", "-c", loop])
     try:
         yield
+        assert process.poll() is None, "the loop ended early"
     finally:
-        stop.set()
-        thread.join()
+        process.kill()
+        process.wait()
 
 
 def _machine(space: Path, **attributes: Any) -> type[Equality]:

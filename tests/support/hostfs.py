@@ -19,7 +19,7 @@ from . import namespace
 
 #: name -> (program that makes it, its arguments, image bytes)
 IMAGES = {
-    "ext4": ("mkfs.ext4", ["-q", "-F", "-m", "0", "-O", "^has_journal"], 256 << 20),
+    "ext4": ("mkfs.ext4", ["-q", "-F", "-b", "4096", "-m", "0", "-O", "^has_journal"], 256 << 20),
     "xfs": ("mkfs.xfs", ["-q", "-f"], 320 << 20),
     "btrfs": ("mkfs.btrfs", ["-q", "-f", "-M"], 256 << 20),
 }

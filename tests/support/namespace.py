@@ -15,6 +15,9 @@ CLONE_NEWNS = 0x00020000
 MS_RDONLY, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 32, 4096, 16384, 1 << 18
 MNT_DETACH = 2
 
+RUN = "/run/cowfs"
+"""Where servers that root starts have their sockets."""
+
 _libc = ctypes.CDLL(None, use_errno=True)
 
 why_not: str | None = "the private mount namespace was not entered"
@@ -65,6 +68,8 @@ def enter() -> None:
         return
     try:
         mount("none", "/", None, MS_REC | MS_PRIVATE)
+        os.makedirs(RUN, mode=0o755, exist_ok=True)
+        mount("tmpfs", RUN, "tmpfs", 0, "mode=755,size=16m")  # control sockets of our servers only
     except OSError as error:
         why_not = str(error)
         return

@@ -11,9 +11,13 @@ from __future__ import annotations
 import os
 import shutil
 import stat
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+
+import pytest
 
 from . import namespace
 
@@ -67,3 +71,31 @@ def open_fuse_device(base: Path) -> str | None:
     except OSError as error:
         return f"cannot give everybody /dev/fuse: {error}"
     return None
+
+
+def interpreter() -> tuple[str, dict[str, str]]:
+    """A Python that an ordinary user can start, and the environment that lets it import cowfs.
+
+    Our own, unless it lies where only root may look (a virtual environment over /root/.pyenv).
+    """
+    paths = [str(Path(__file__).parents[2])]
+    for candidate in (sys.executable, "/usr/bin/python3"):
+        environment = {"PYTHONPATH": os.pathsep.join(paths), "PATH": os.environ.get("PATH", "/usr/bin:/bin")}
+        try:
+            done = subprocess.run(
+                command_as([candidate, "-c", "import sys, cowfs; open(sys.executable, 'rb').close()"]),
+                env=environment, cwd="/", capture_output=True, check=False,
+            )  # fmt: skip
+        except OSError:
+            continue
+        if done.returncode == 0:
+            return candidate, environment
+    pytest.skip("no Python that an ordinary user can start with cowfs in it")
+
+
+def run_python(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a script as the ordinary user; stdout and stderr as text."""
+    python, base = interpreter()
+    return subprocess.run(
+        command_as([python, "-c", script]), env={**base, **environment}, cwd="/", capture_output=True, text=True, check=False
+    )
