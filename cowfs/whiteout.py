@@ -34,6 +34,7 @@ class Form:
     name: str
     prefix: bytes
     redirects: bool  # redirect and metacopy are honoured
+    dotwh: bool = False  # names .wh.NAME are whiteouts, too, and nobody may make one
     opaque: bytes = field(init=False)
     redirect: bytes = field(init=False)
     metacopy: bytes = field(init=False)
@@ -84,11 +85,16 @@ USER = Form("user", b"user.overlay.", False)
 FORMS = {form.name: form for form in (TRUSTED, USER)}
 
 
-def choose_form(name: str = "auto") -> Form:
-    """``auto``: the privileged form where this process may use it, else ``userxattr``."""
+def choose_form(name: str = "auto", *, dotwh: bool = False) -> Form:
+    """``auto``: the privileged form where this process may use it, else ``userxattr``.
+
+    Args:
+        dotwh: with whiteouts as archives have them, too (what containers/storage unpacks for a mount program).
+    """
     if name == "auto":
-        return TRUSTED if host.can_trusted_xattr() else USER
-    return FORMS[name]
+        name = "trusted" if host.can_trusted_xattr() else "user"
+    form = FORMS[name]
+    return Form(form.name, form.prefix, form.redirects, dotwh=True) if dotwh else form
 
 
 def is_whiteout(st: os.stat_result) -> bool:
@@ -103,7 +109,22 @@ def has_whiteout_xattr(dirfd: int, name: bytes, form: Form) -> bool:
 
 def opaque_value(fd: int, form: Form) -> bytes:
     """``b"y"`` opaque, ``b"x"`` may hold xattr whiteouts, ``b""`` neither."""
-    return xattr.try_get(fd, b"", form.opaque) or b""
+    value = xattr.try_get(fd, b"", form.opaque) or b""
+    return b"y" if form.dotwh and value != b"y" and exists(fd, WH_OPAQUE) else value
+
+
+def exists(dirfd: int, name: bytes) -> bool:
+    """Whether a directory has a name."""
+    try:
+        os.stat(name, dir_fd=dirfd, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def hidden_by_dotwh(dirfd: int, name: bytes, form: Form) -> bool:
+    """Whether ``.wh.NAME`` beside it deletes a name of the layers beneath."""
+    return form.dotwh and exists(dirfd, WH_PREFIX + name)
 
 
 def make(dirfd: int, name: bytes) -> None:

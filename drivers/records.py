@@ -24,6 +24,7 @@ def fuse(
     if readonly and upper is not None:
         lowers, upper = [upper, *lowers], None
     options = ["ro"] if upper is None else []
+    options.append("dotwh=0")  # in a store's layers such names are ordinary
     options.append("lowerdir=" + ":".join(map(escape, lowers)))
     if upper is not None and work is not None:
         options += (f"upperdir={escape(upper)}", f"workdir={escape(work)}")

@@ -49,7 +49,7 @@ def target(view: View, parent: Dir, name: bytes) -> Source:
         raise error(errno.EEXIST, name)
     if len(name) > _NAME_MAX:
         raise error(errno.ENAMETOOLONG, name)
-    if not name or b"/" in name or b"\0" in name:
+    if not name or b"/" in name or b"\0" in name or (view.form.dotwh and name.startswith(whiteout.WH_PREFIX)):
         raise error(errno.EINVAL, name)
     if view.readonly:
         raise error(errno.EROFS, name)
@@ -404,7 +404,7 @@ def unlink(view: View, parent: Dir, name: bytes) -> None:
     held = None
     known = node in view.names
     if view.space is not None and last:
-        view.space.count(node)  # while it can still be read; given back when the node goes
+        view.space.leaving(node)  # given back when the node goes
     if node.nlookup > 0 and not known:
         held = hold(view, node)
     remove_name(view, up, name)
@@ -459,6 +459,29 @@ def _hide(view: View, parent: Dir, name: bytes) -> None:
         up.whiteouts.add(name)
 
 
+def own_whiteouts(view: View, up: Source, names: dict[bytes, int], deleted: set[bytes]) -> None:
+    """Turn the ``.wh.`` names of an upper directory, as an unpacked archive left them, into the layer form's own.
+
+    A name that the same layer also has is opaque where it is a directory, and else hides what is beneath by itself.
+    """
+    work, fd = view.workdir, up.open()
+    assert work is not None
+    for name in list(deleted):
+        mark = whiteout.WH_PREFIX + name
+        if not whiteout.exists(fd, mark):
+            continue
+        if name not in names:
+            work.put_whiteout(fd, name)
+        else:
+            deleted.discard(name)
+            if names[name] == DT_DIR:
+                xattr.setx(fd, name, view.form.opaque, b"y")
+        os.unlink(mark, dir_fd=fd)
+    if whiteout.exists(fd, whiteout.WH_OPAQUE):
+        xattr.setx(fd, b"", view.form.opaque, b"y")
+        os.unlink(whiteout.WH_OPAQUE, dir_fd=fd)
+
+
 def remove_name(view: View, up: Source, name: bytes) -> None:
     """Remove an upper non-directory, leaving a whiteout where a lower layer has the name."""
     if up.shadow and name in up.shadow:
@@ -488,10 +511,10 @@ def rmdir(view: View, parent: Dir, name: bytes) -> None:
     if own is None:
         _hide(view, parent, name)
     else:
-        counted = view.space is not None and xattr.try_get(own.open(), b"", view.form.exempt) is None
+        freed = view.space.directory_gone(own) if view.space is not None else None
         remove_dir(view, node, own)
-        if counted:
-            view.space.add(-1, -1)  # type: ignore[union-attr]
+        if view.space is not None and freed is not None:
+            view.space.add(*freed)
     attr = view.attr(node)
     view.unbind(parent, name, node)
     parent.attr = None

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from cowfs.sys import xattr
-from cowfs.union import indexed, lower, metadata
+from cowfs.union import create, indexed, lower, metadata
 from cowfs.union.attr import pack, with_size
 from cowfs.union.holding import ROOT_ID, unhold
 from cowfs.union.node import Dir, Node, type_of
@@ -77,9 +77,11 @@ def load(view: View, directory: Dir) -> dict[bytes, Node | int]:
     if directory.record is not None:
         merged = indexed.names(view, directory, below)
     else:
-        merged = lower.merge(below, view.form, dotwh=view.options.dotwh)
+        merged = lower.merge(below, view.form)
     if upper is not None:
         names, deleted, _ = lower.scan(upper, view.form)
+        if view.form.dotwh and not view.readonly:
+            create.own_whiteouts(view, upper, names, deleted)
         upper.whiteouts = deleted
         upper.impure = bool(merged) or bool(xattr.try_get(upper.open(), b"", view.form.impure))
         upper.shadow = set()

@@ -76,12 +76,14 @@ def merged_dirs(queue: Sequence[Source], name: bytes, form: Form, roots: Sequenc
         position += 1
         st = lstat(source, name)
         if st is None:
+            if whiteout.hidden_by_dotwh(source.open(), name, form):
+                break
             continue
         if not stat.S_ISDIR(st.st_mode):
             break
         child = source.child(name)
         found.append(child)
-        if source.layer.index == 0:
+        if source.layer.index == 0 or whiteout.hidden_by_dotwh(source.open(), name, form):
             break
         fd = child.open()
         value = whiteout.opaque_value(fd, form)
@@ -152,8 +154,8 @@ def _sibling(path: bytes, name: bytes) -> bytes:
     return head + slash + name
 
 
-def scan(source: Source, form: Form, *, dotwh: bool = False) -> tuple[dict[bytes, int], set[bytes], bool]:
-    """Read one layer directory: (name -> DT_*, names deleted here, opaque by ``.wh..wh..opq``)."""
+def scan(source: Source, form: Form) -> tuple[dict[bytes, int], set[bytes], bool]:
+    """Read one layer directory: (name -> DT_*, names it deletes beneath, opaque by ``.wh..wh..opq``)."""
     fd = source.fd if source.fd >= 0 else source.open()
     names: dict[bytes, int] = {}
     deleted: set[bytes] = set()
@@ -177,26 +179,23 @@ def scan(source: Source, form: Form, *, dotwh: bool = False) -> tuple[dict[bytes
                 if kind == DT_CHR and st.st_rdev == 0:
                     deleted.add(name)
                     continue
-            if dotwh and name.startswith(whiteout.WH_PREFIX):
+            if form.dotwh and name.startswith(whiteout.WH_PREFIX):
                 target = whiteout.wh_target(name)
                 if target:
                     deleted.add(target)
                 opaque = opaque or name == whiteout.WH_OPAQUE
                 continue
             names[name] = kind
-    if dotwh:
-        for name in deleted:
-            names.pop(name, None)
     return names, deleted, opaque
 
 
-def merge(sources: Sequence[Source], form: Form, *, dotwh: bool = False) -> dict[bytes, Node | int]:
+def merge(sources: Sequence[Source], form: Form) -> dict[bytes, Node | int]:
     """Merge read-only directories into name -> code; ``sources`` topmost first."""
-    if len(sources) == 1 and not dotwh:
+    if len(sources) == 1:
         return {**scan(sources[0], form)[0]}
     merged: dict[bytes, Node | int] = {}
     for position, source in enumerate(reversed(sources)):
-        names, deleted, opaque = scan(source, form, dotwh=dotwh)
+        names, deleted, opaque = scan(source, form)
         if opaque:
             merged.clear()
         for name in deleted:

@@ -54,7 +54,7 @@ class Options:
         override_xattr: keep owner and mode in this xattr instead of the inode
             (``user.containers.override_stat``).
         noxattrs: answer every xattr call with ENOTSUP.
-        dotwh: read ``.wh.`` names in lower layers as whiteouts.
+        dotwh: names ``.wh.NAME`` in layers are whiteouts; in the upper they are turned into real ones, and none can be made.
         max_fds: how many directory descriptors to keep.
         index: the merged lower tree, when it is known.
         row: block size in bytes: redirect writes of lower files instead of copying them up.

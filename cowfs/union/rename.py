@@ -24,6 +24,7 @@ from cowfs.union.attr import unpack
 from cowfs.union.create import error
 from cowfs.union.node import DT_REG, Dir, Node
 from cowfs.union.source import Source
+from cowfs.whiteout import WH_PREFIX
 
 if TYPE_CHECKING:
     from cowfs.union.view import View
@@ -54,6 +55,8 @@ def rename(view: View, parent: Dir, name: bytes, to: Dir, to_name: bytes, flags:
         raise error(errno.EEXIST, to_name)
     if to.parent is None or parent.parent is None:
         raise error(errno.ENOENT, to_name)
+    if view.form.dotwh and to_name.startswith(WH_PREFIX):
+        raise error(errno.EINVAL, to_name)
     if len(to_name) > 255:
         raise error(errno.ENAMETOOLONG, to_name)
     if isinstance(node, Dir):
@@ -196,8 +199,7 @@ def _forget_source(view: View, other: Dir) -> None:
     own = view.upper_of(other)
     if own is None or view.space is None:
         return
-    if xattr.try_get(own.open(), b"", view.form.exempt) is None:
-        view.space.add(-1, -1)
+    view.space.add(*view.space.directory_gone(own))
 
 
 def _prepare_victim(view: View, other: Node) -> tuple[bytes | None, bool, bool]:
@@ -208,7 +210,7 @@ def _prepare_victim(view: View, other: Node) -> tuple[bytes | None, bool, bool]:
     known = other in view.names
     held = None
     if view.space is not None and last:
-        view.space.count(other)
+        view.space.leaving(other)
     if other.nlookup > 0 and not known:
         held = create.hold(view, other)
     return held, last, known

@@ -36,7 +36,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from cowfs.model import Limit, Usage
-from cowfs.sys import files, xattr
+from cowfs.sys import files
 from cowfs.union import (
     content,
     copyup,
@@ -45,13 +45,13 @@ from cowfs.union import (
     holding,
     indexed,
     links,
+    listing as _listing,
     live,
     metadata,
+    rename as _rename,
     row,
     space,
 )
-from cowfs.union import listing as _listing
-from cowfs.union import rename as _rename
 from cowfs.union.holding import ROOT_ID
 from cowfs.union.inodes import SYNTHETIC, Inodes
 from cowfs.union.node import Dir, Node
@@ -59,7 +59,7 @@ from cowfs.union.options import Options
 from cowfs.union.owners import Owners, make_owners
 from cowfs.union.parents import Parents
 from cowfs.union.source import Descriptors, Layer, Source
-from cowfs.whiteout import choose_form
+from cowfs.whiteout import choose_form, opaque_value
 
 __all__ = ["View"]
 
@@ -101,7 +101,7 @@ class View:
         options: Options | None = None,
     ) -> None:
         self.options = options = options or Options()
-        self.form = choose_form(options.form)
+        self.form = choose_form(options.form, dotwh=options.dotwh)
         self.descriptors = Descriptors(options.max_fds)
         self.layers: list[Layer] = []
         self.upper: Layer | None = None
@@ -165,7 +165,7 @@ class View:
             record = self.index.root()
             sources = [self.upper.root] if self.upper is not None else [self.layers[-1].root]
         for number, source in enumerate(sources):
-            if xattr.try_get(source.fd, b"", self.form.opaque) == b"y":
+            if opaque_value(source.open(), self.form) == b"y":
                 del sources[number + 1 :]
                 break
         root = Dir(ROOT_ID, b"", sources)
