@@ -46,6 +46,7 @@ _TYPES = {
     stat.S_IFBLK: header.BLOCKDEV,
     stat.S_IFIFO: header.FIFO,
 }  # a socket has no place in an archive and is left out, as every tar does
+_PADS = [bytes(size) for size in range(header.BLOCK)]
 _END = bytes(2 * header.BLOCK)
 Progress = Callable[[int, int], object]
 
@@ -101,6 +102,11 @@ class _Writer:
             return False
         self.header(path, header.LINK, st_mode, uid, gid, 0, mtime, linkname=first)
         return True
+
+    def whole(self, data: bytes) -> None:
+        """All of a file's data at once."""
+        if data:
+            self._packer.write_all(data, _PADS[-len(data) % header.BLOCK])
 
     def data(self, path: bytes, size: int, pieces: Iterable[bytes]) -> None:
         left = size
@@ -373,7 +379,10 @@ class _LayerWalk:
             size = st.st_size
             if size <= CHUNK:
                 data = os.read(fd, size) if size else b""
-                self._writer.data(path, size, (data,) if len(data) == size else _pieces(fd, data))
+                if len(data) == size:
+                    self._writer.whole(data)
+                else:
+                    self._writer.data(path, size, _pieces(fd, data))
             else:
                 self._writer.data(path, size, _pieces(fd))
         finally:

@@ -318,6 +318,25 @@ def _block(
     return block[:148] + b"%06o\0 " % total + block[156:]
 
 
+_tails: dict[bytes, tuple[bytes, int]] = {}  # typeflag -> the block from it on, and its byte sum
+_heads: dict[tuple[int, int, int], bytes] = {}  # (mode, uid, gid) -> the fields
+
+
+def _plain_block(name: bytes, kind: bytes, mode: int, uid: int, gid: int, size: int, seconds: int) -> bytes:
+    """What :func:`_block` gives for a member without link, device and prefix, put together from parts that repeat."""
+    owner = _heads.get((mode, uid, gid))
+    if owner is None:
+        if len(_heads) > 4096:
+            _heads.clear()
+        owner = _heads[mode, uid, gid] = _octal(mode, 8) + _octal(uid, 8) + _octal(gid, 8)
+    tail = _tails.get(kind)
+    if tail is None:
+        rest = _block(b"", b"", kind, 0, 0, 0, 0, 0, b"", None)[156:]
+        tail = _tails[kind] = rest, sum(rest) + 8 * 32
+    head = name.ljust(100, b"\0") + owner + b"%011o\0%011o\0" % (size, seconds)
+    return head + b"%06o\0 " % ((zlib.adler32(head) & 0xFFFF) - 1 + tail[1]) + tail[0]
+
+
 def encode(
     name: bytes, kind: bytes, *, mode: int, uid: int, gid: int, size: int, mtime: int, linkname: bytes = b"",
     device: tuple[int, int] | None = None, xattrs: Mapping[bytes, bytes] | None = None,
@@ -332,6 +351,12 @@ def encode(
     Returns:
         whole blocks, the same for the same arguments on any machine.
     """
+    seconds, fraction = divmod(mtime, NANO)
+    if (
+        len(name) <= 100 and not (linkname or device or xattrs or extra or fraction) and 0 <= seconds < 1 << 33
+        and size < 1 << 33 and uid < 1 << 21 and gid < 1 << 21 and name.isascii()
+    ):  # fmt: skip
+        return _plain_block(name, kind, mode, uid, gid, size, seconds)
     pax: list[tuple[bytes, bytes]] = list(extra)
     split = _split(name) if name.isascii() else None
     if split is None:
@@ -341,7 +366,6 @@ def encode(
     if linkname and (len(linkname) > 100 or not linkname.isascii()):
         pax.append((b"linkpath", linkname))
         link = linkname[:100]
-    seconds, fraction = divmod(mtime, NANO)
     if fraction or not 0 <= seconds < 1 << 33:
         pax.append((b"mtime", format_time(mtime)))
         seconds = min(max(seconds, 0), (1 << 33) - 1)

@@ -170,3 +170,24 @@ def test_an_error_of_the_stream_reaches_the_reader() -> None:
 
     with pytest.raises(OSError, match="Input/output"):
         _all(Broken())
+
+
+@pytest.mark.parametrize("size", [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 5 * CHUNK + 77])
+def test_gzip_made_on_several_threads_is_one_member_that_gzip_reads(size: int) -> None:
+    data = (b"some text that repeats itself " * (size // 30 + 1))[:size]
+    outs = []
+    for cpus in (1, 2, 7):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("cowfs.archive.compress.os.cpu_count", lambda cpus=cpus: cpus)
+            out = io.BytesIO()
+            packer = Packer(out, "gzip")
+            packer.write(data)
+            packer.close()
+            outs.append(out.getvalue())
+    assert len(set(outs)) == 1
+    assert gzip.decompress(outs[0]) == data
+    engine = zlib.decompressobj(31)
+    assert engine.decompress(outs[0]) == data
+    assert engine.eof
+    assert engine.unused_data == b""
+    assert len(outs[0]) <= len(gzip.compress(data, 6)) * 1.02 + 64
