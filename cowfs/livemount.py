@@ -20,10 +20,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from cowfs.errors import FailedPrecondition, NotFound
-from cowfs.server import Server, verb
 from cowfs.sys.files import syncfs
+from cowfs.verbs import verb
 
 if TYPE_CHECKING:
+    from cowfs.server import Server
     from cowfs.union.live import Stale
     from cowfs.union.source import Layer
 

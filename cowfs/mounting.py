@@ -94,7 +94,7 @@ class MountHandle:
             pass  # somebody was faster
 
     def ask(self, verb: str, **arguments: Any) -> dict[str, Any]:
-        """One verb of the server's table (``cowfs.server.VERBS``).
+        """One verb of the server's table (``cowfs.verbs.VERBS``).
 
         Raises:
             CowfsError: as the server raised it; FailedPrecondition when it is gone.

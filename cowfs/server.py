@@ -28,12 +28,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cowfs import control, mountpoint
-from cowfs.errors import CowfsError, FailedPrecondition, InvalidArgument, NotFound, Unsupported
-from cowfs.model import Limit
+from cowfs import control, mountpoint, verbs
+from cowfs.errors import CowfsError, FailedPrecondition, InvalidArgument
+from cowfs.parts import explain, make_session, make_view, name_process, raise_file_limit
 from cowfs.spec import MountSpec
 from cowfs.stack import Stack
 
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from cowfs.fuse.session import Session
     from cowfs.union import View
 
-__all__ = ["VERBS", "Server", "Started", "start", "verb"]
+__all__ = ["Server", "Started", "parse_report", "start"]
 
 
 class Started(NamedTuple):
@@ -140,85 +140,6 @@ class _NoReport(_Report):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Verbs
-
-Verb = Callable[["Server", dict[str, Any]], dict[str, Any]]
-
-VERBS: dict[str, Verb] = {}
-"""What can be asked on the control socket. Called in a connection's thread; whatever touches the view goes through
-:meth:`Server.call`. Other modules add theirs with :func:`verb`."""
-
-
-LATE_VERBS = {"freeze": "cowfs.livemount", "rollback": "cowfs.livemount"}
-"""Verbs that most mounts never need, and the module that registers them when first asked for."""
-
-
-def verb(name: str) -> Callable[[Verb], Verb]:
-    """Register a verb of the control socket."""
-
-    def register(function: Verb) -> Verb:
-        VERBS[name] = function
-        return function
-
-    return register
-
-
-@verb("info")
-def _info(server: Server, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Everything about the mount, use and limit included."""
-    return {**asdict(server.spec), **server.facts(), **_usage(server, {})}
-
-
-@verb("usage")
-def _usage(server: Server, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Used and allowed bytes and inodes."""
-    used = server.call(server.view.usage)
-    limit = server.stack.limit or Limit()
-    return {
-        "usage": {"bytes": used.bytes, "inodes": used.inodes},
-        "limit": {"bytes": limit.bytes, "inodes": limit.inodes},
-    }
-
-
-@verb("limit")
-def _limit(server: Server, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Change the limit: ``bytes`` and ``inodes``, a number or null for none; what is left out stays."""
-    if server.stack.upper is None or server.spec.readonly:
-        raise FailedPrecondition("a read-only mount has no limit")
-    if server.spec.io == "passthrough":
-        raise FailedPrecondition("no limit can hold with io=passthrough", remedy="mount again without --io passthrough")
-    now = server.stack.limit or Limit()
-    values = {"bytes": now.bytes, "inodes": now.inodes}
-    for key in values:
-        if key in arguments:
-            value = arguments[key]
-            if value is not None and (not isinstance(value, int) or value <= 0):
-                raise InvalidArgument(f"not a limit of {key}: {value!r}")
-            values[key] = value
-    limit = Limit(**values)
-
-    def change() -> None:
-        server.view.set_limit(limit or None)
-
-    server.call(change)
-    server.stack.record_limit(limit or None)
-    return _usage(server, {})
-
-
-@verb("counters")
-def _counters(server: Server, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Requests served so far, by opcode."""
-    return {"counters": dict(server.session.counters), "nodes": server.call(lambda: len(server.view.nodes))}
-
-
-@verb("umount")
-def _umount(server: Server, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Take the mount off. The connection ends when the server has closed everything."""
-    mountpoint.detach(server.spec.mountpoint, lazy=bool(arguments.get("lazy")))
-    return {}
-
-
-# ---------------------------------------------------------------------------------------------------------------
 # The process
 
 
@@ -279,7 +200,7 @@ class Server:
     def _prepare(self) -> None:
         spec = self.spec
         os.umask(0)
-        _raise_file_limit()
+        raise_file_limit()
         target = mountpoint.prepare(spec.mountpoint)
         self.spec = spec = replace(spec, mountpoint=target)
         self.stack = Stack.open(spec)
@@ -296,7 +217,7 @@ class Server:
         try:
             if spec.frontend == "kernel":
                 self._listen(target)
-            _name_process()
+            name_process()
         except BaseException:
             mountpoint.detach(target, force=True)
             raise
@@ -477,13 +398,9 @@ class Server:
         except ValueError:
             return {"error": control.error_to(InvalidArgument("not a message of cowfs"))}
         name = str(message.get("verb"))
-        if name in LATE_VERBS and name not in VERBS:
-            from importlib import import_module
-
-            import_module(LATE_VERBS[name])
-        function = VERBS.get(name)
+        function = verbs.find_verb(name)
         if function is None:
-            known = ", ".join(sorted(VERBS))
+            known = ", ".join(sorted({*verbs.VERBS, *verbs.LATE_VERBS}))
             return {"error": control.error_to(InvalidArgument(f"no such verb: {message.get('verb')!r}", remedy=known))}
         try:
             return {"ok": function(self, message)}
@@ -496,109 +413,6 @@ class Server:
 
             traceback.print_exc()
             return {"error": control.error_to(CowfsError(f"unforeseen error in {message['verb']}; see {self.log}"))}
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Parts
-
-
-def make_view(stack: Stack) -> View:
-    """The view that a wish asks for.
-
-    Raises:
-        OSError: what the layers' file systems said.
-    """
-    from cowfs.union import Options, View
-
-    spec = stack.spec
-    options = Options(
-        readonly=spec.readonly,
-        volatile=spec.volatile or not spec.fsync,
-        limit=stack.limit,
-        uid_map=spec.uid_map,
-        gid_map=spec.gid_map,
-        squash_uid=spec.squash_uid,
-        squash_gid=spec.squash_gid,
-        override_xattr=spec.override_xattr.encode() or None,
-        noxattrs=spec.noxattrs,
-        dotwh=spec.dotwh,
-        row=spec.row or None,
-    )
-    if spec.factory:
-        from importlib import import_module
-
-        module, _, function = spec.factory.partition(":")
-        made: View = getattr(import_module(module), function)(stack, options)
-        return made
-    return View(stack.lowers, stack.upper, stack.work, options=options)
-
-
-def make_session(spec: MountSpec, view: View, target: str) -> Session | PortableSession:
-    """Mount and make the session that serves it, with the front end that was asked for."""
-    from cowfs.fuse import mount_fuse
-    from cowfs.fuse.session import Session, SessionOptions
-
-    words = [*spec.options]
-    if (spec.readonly or (spec.upper is None and spec.scratch is None)) and "ro" not in words:
-        words.append("ro")
-    allow_other = os.geteuid() == 0 if spec.allow_other is None else spec.allow_other
-    if spec.frontend == "fusepy":
-        from cowfs.fuse.portable import PortableSession
-
-        trace = sys.stderr if spec.trace else None
-        return PortableSession(target, view, words, allow_other, spec.source, spec.subtype, trace=trace)
-    fd = mount_fuse(target, words, allow_other, spec.source, spec.subtype)
-    return Session(
-        fd,
-        view,
-        options=SessionOptions(io=spec.io, trace=sys.stderr if spec.trace else None, max_nodes=spec.max_nodes),
-    )
-
-
-def _raise_file_limit() -> None:
-    import resource
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def _name_process() -> None:
-    """What ps and top show (comm, 15 bytes)."""
-    try:
-        with open("/proc/self/comm", "w", encoding="ascii") as file:
-            file.write("cowfs")
-    except OSError:
-        pass
-
-
-def explain(error: BaseException, spec: MountSpec) -> CowfsError | None:
-    """A start's failure as one line, or None when it is nobody's fault but ours."""
-    import errno
-
-    if isinstance(error, CowfsError):
-        return error
-    if not isinstance(error, OSError):
-        return None
-    where = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""
-    text = error.strerror or str(error)
-    if where == "/dev/fuse" or "/dev/fuse" in text:
-        remedy = {
-            errno.ENOENT: "modprobe fuse; in a container give it the device: --device /dev/fuse",
-            errno.ENODEV: "modprobe fuse",
-            errno.ENXIO: "modprobe fuse",
-            errno.EACCES: "make /dev/fuse accessible (mode 0666 is usual), or run as root",
-            errno.EPERM: "the container must be allowed to use the device: --device /dev/fuse",
-        }.get(error.errno or 0, "")
-        return Unsupported(f"cannot open /dev/fuse: {os.strerror(error.errno or 0)}", remedy=remedy)
-    if error.errno in (errno.EPERM, errno.EACCES):
-        return Unsupported(
-            f"not permitted to mount {spec.mountpoint}: {text}{f' ({where})' if where else ''}",
-            remedy="run as root, or install fuse3 for its fusermount3",
-        )
-    if error.errno == errno.ENOENT and where:
-        return NotFound(f"{where}: {text}")
-    return CowfsError(f"cannot mount {spec.mountpoint}: {where + ': ' if where else ''}{text}")
 
 
 def main() -> int:
@@ -619,6 +433,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from cowfs.server import main as _main  # the importable module's table of verbs is the one that others extend
+    from cowfs.server import main as _main  # the module by its name, as every other module sees it
 
     sys.exit(_main())

@@ -20,7 +20,7 @@ from cowfs.index import Row
 from cowfs.model import Kind, Mount, Usage
 from cowfs.mounting import MountHandle
 from cowfs.mountpoint import resolve
-from cowfs.server import make_view
+from cowfs.parts import make_view
 from cowfs.spec import MountSpec
 from cowfs.stack import Stack
 from cowfs.store.core import StoreCore

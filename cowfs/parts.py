@@ -1,0 +1,117 @@
+"""What a server is put together from: the view and the session that a wish asks for, and what to say when that fails."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from typing import TYPE_CHECKING
+
+from cowfs.errors import CowfsError, NotFound, Unsupported
+from cowfs.spec import MountSpec
+from cowfs.stack import Stack
+
+if TYPE_CHECKING:
+    from cowfs.fuse.portable import PortableSession
+    from cowfs.fuse.session import Session
+    from cowfs.union import View
+
+__all__ = ["explain", "make_session", "make_view", "name_process", "raise_file_limit"]
+
+
+def make_view(stack: Stack) -> View:
+    """The view that a wish asks for.
+
+    Raises:
+        OSError: what the layers' file systems said.
+    """
+    from cowfs.union import Options, View
+
+    spec = stack.spec
+    options = Options(
+        readonly=spec.readonly,
+        volatile=spec.volatile or not spec.fsync,
+        limit=stack.limit,
+        uid_map=spec.uid_map,
+        gid_map=spec.gid_map,
+        squash_uid=spec.squash_uid,
+        squash_gid=spec.squash_gid,
+        override_xattr=spec.override_xattr.encode() or None,
+        noxattrs=spec.noxattrs,
+        dotwh=spec.dotwh,
+        row=spec.row or None,
+    )
+    if spec.factory:
+        from importlib import import_module
+
+        module, _, function = spec.factory.partition(":")
+        made: View = getattr(import_module(module), function)(stack, options)
+        return made
+    return View(stack.lowers, stack.upper, stack.work, options=options)
+
+
+def make_session(spec: MountSpec, view: View, target: str) -> Session | PortableSession:
+    """Mount and make the session that serves it, with the front end that was asked for."""
+    from cowfs.fuse import mount_fuse
+    from cowfs.fuse.session import Session, SessionOptions
+
+    words = [*spec.options]
+    if (spec.readonly or (spec.upper is None and spec.scratch is None)) and "ro" not in words:
+        words.append("ro")
+    allow_other = os.geteuid() == 0 if spec.allow_other is None else spec.allow_other
+    if spec.frontend == "fusepy":
+        from cowfs.fuse.portable import PortableSession
+
+        trace = sys.stderr if spec.trace else None
+        return PortableSession(target, view, words, allow_other, spec.source, spec.subtype, trace=trace)
+    fd = mount_fuse(target, words, allow_other, spec.source, spec.subtype)
+    return Session(
+        fd,
+        view,
+        options=SessionOptions(io=spec.io, trace=sys.stderr if spec.trace else None, max_nodes=spec.max_nodes),
+    )
+
+
+def raise_file_limit() -> None:
+    """As many descriptors as the hard limit allows."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def name_process() -> None:
+    """What ps and top show (comm, 15 bytes)."""
+    try:
+        with open("/proc/self/comm", "w", encoding="ascii") as file:
+            file.write("cowfs")
+    except OSError:
+        pass
+
+
+def explain(error: BaseException, spec: MountSpec) -> CowfsError | None:
+    """A start's failure as one line, or None when it is nobody's fault but ours."""
+    if isinstance(error, CowfsError):
+        return error
+    if not isinstance(error, OSError):
+        return None
+    where = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""
+    text = error.strerror or str(error)
+    if where == "/dev/fuse" or "/dev/fuse" in text:
+        remedy = {
+            errno.ENOENT: "modprobe fuse; in a container give it the device: --device /dev/fuse",
+            errno.ENODEV: "modprobe fuse",
+            errno.ENXIO: "modprobe fuse",
+            errno.EACCES: "make /dev/fuse accessible (mode 0666 is usual), or run as root",
+            errno.EPERM: "the container must be allowed to use the device: --device /dev/fuse",
+        }.get(error.errno or 0, "")
+        return Unsupported(f"cannot open /dev/fuse: {os.strerror(error.errno or 0)}", remedy=remedy)
+    if error.errno in (errno.EPERM, errno.EACCES):
+        return Unsupported(
+            f"not permitted to mount {spec.mountpoint}: {text}{f' ({where})' if where else ''}",
+            remedy="run as root, or install fuse3 for its fusermount3",
+        )
+    if error.errno == errno.ENOENT and where:
+        return NotFound(f"{where}: {text}")
+    return CowfsError(f"cannot mount {spec.mountpoint}: {where + ': ' if where else ''}{text}")
