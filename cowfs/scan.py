@@ -43,7 +43,7 @@ from cowfs.tree import (
 )
 from cowfs.union import space
 from cowfs.union.inodes import ino_of_origin
-from cowfs.union.rowmap import Ref
+from cowfs.union.rowmap import Ref as RowRef
 from cowfs.whiteout import Form
 
 __all__ = ["KnownDigest", "Scanned", "locate", "scan_delta", "scan_full"]
@@ -308,9 +308,9 @@ class _Delta(_Scan):
         meta = form.redirects and form.metacopy in stored and stat.S_ISREG(st.st_mode)
         redirect = stored.get(form.redirect)
         if form.row in stored:  # a redirect file without a map changes only attributes
-            ref = Ref.unpack(stored[form.row], name)
-            if not ref.has_map and ref.base_end == st.st_size:
-                meta, redirect = True, b"/" + ref.path
+            row = RowRef.unpack(stored[form.row], name)
+            if not row.has_map and row.base_end == st.st_size:
+                meta, redirect = True, b"/" + row.path
         if form.exempt not in stored:
             self.count(frame.fd, name, st, stored, data=not meta)
         entry = self.make(frame, name, st, stored)
