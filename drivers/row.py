@@ -21,6 +21,7 @@ from cowfs.model import Limit, Mount, Usage, parse_size
 from cowfs.sys import trees
 from cowfs.union import rowcheck, rowmap
 from cowfs.whiteout import choose_form
+
 from . import deltas, records
 
 DEFAULT_BLOCK = 4096

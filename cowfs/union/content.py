@@ -267,4 +267,3 @@ def fsync_fd(view: View, node: Node) -> int | None:
     if node.data is not None:
         return view.open_own(node)
     return os.dup(node.fd if node.fd >= 0 else _open(view, node))
-

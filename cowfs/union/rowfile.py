@@ -437,10 +437,13 @@ class RowFile:
         """After another boot: what a lost record left behind in the block of ``base_end``."""
         assert self.extents is not None
         start, end = self.base_end, self.alone
+        space = self.rows.view.space
         if start < end and not self.extents.has_all(start, end, self.own):
+            if space is not None:
+                space.count(self.node)
             files.fallocate(self.own_fd(), _PUNCH | _KEEP, start, end - start)
-            if self.rows.view.space is not None:
-                self.rows.view.space.recount(self.node)
+            if space is not None:
+                space.recount(self.node)
 
     def _store_ref(self, ref: Ref) -> None:
         self.ref = ref
