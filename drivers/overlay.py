@@ -10,17 +10,15 @@ of layers, unless the kernel's was asked for by name (fsconfig(2) takes it). Sou
 
 from __future__ import annotations
 
-import fcntl
 import os
-import tempfile
 from collections.abc import Sequence
 
 from cowfs.driver import Driver, Probe
 from cowfs.errors import InvalidArgument, Unsupported
 from cowfs.model import Limit, Mount, Usage
-from cowfs.sys import files, host, trees, xattr
+from cowfs.sys import host, trees
 from cowfs.whiteout import choose_form
-from . import records
+from . import deltas, records
 
 
 class OverlayDriver(Driver):
@@ -32,48 +30,15 @@ class OverlayDriver(Driver):
     def probe(cls, root: str) -> Probe:
         """Usable where the file system takes whiteouts and the xattrs of the layer form."""
         form = choose_form()
-        with tempfile.TemporaryDirectory(prefix="new-probe-", dir=root) as place:
-            fd = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX)  # no sweep of another process takes it away
-                name = files.fs_name(fd)
-                try:
-                    xattr.setx(fd, b"", form.opaque, b"y")
-                except OSError as error:
-                    return Probe(usable=False, reasons=(f"{name} takes no {form.name}.* xattrs: {error.strerror}",))
-                try:
-                    os.mknod("whiteout", 0o020000, 0, dir_fd=fd)
-                except OSError as error:
-                    return Probe(usable=False, reasons=(f"no whiteouts can be made on {name}: {error.strerror}",))
-            finally:
-                os.close(fd)
+        name, reason = deltas.why_not(root, form)
+        if reason:
+            return Probe(usable=False, reasons=(reason,))
         how = "the kernel's overlayfs and FUSE" if host.has_cap(host.CAP_SYS_ADMIN) else "FUSE"
         return Probe(usable=True, rank=20, reasons=(f"{name} takes the {form.name} layer form; mounts by {how}",))
 
     def create(self, id: str, parents: Sequence[str], limit: Limit) -> Usage:
         """Empty directories, the root's attributes from the parent."""
-        directory, tree = self.directory(id), self.tree(id)
-        os.mkdir(tree, 0o755)
-        os.mkdir(self.work(id), 0o700)
-        os.chmod(tree, 0o755)
-        if parents:
-            src = os.open(self.tree(parents[0]), os.O_RDONLY | os.O_DIRECTORY)
-            dst = os.open(tree, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                trees.copy_attributes(src, dst, os.fstat(src))
-                for own in (self.form.origin, self.form.impure, self.form.opaque):
-                    if xattr.try_get(dst, b"", own) is not None:
-                        xattr.remove(dst, b"", own)
-            finally:
-                os.close(src)
-                os.close(dst)
-        if self.fsync:
-            for path in (tree, directory):
-                fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-                try:
-                    os.fsync(fd)
-                finally:
-                    os.close(fd)
+        deltas.create(self, id, parents)
         return Usage()
 
     def mounts(

@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from cowfs.fuse import abi, codec
@@ -103,6 +104,10 @@ class Data(Adapter):
             if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
                 raise
             self.nowait = False  # the host below has no such reads
+        size = len(room)
+        held = getattr(node, "data", None)
+        if hasattr(held, "reader"):  # a redirect file: its segments, from many descriptors
+            return self._look_redirect(unique, node.id, held.reader(offset, size), size)
         try:
             fd = os.dup(self.view.data_fd(node, False))
         except OSError as error:
@@ -110,7 +115,6 @@ class Data(Adapter):
                 raise
             got = self.view.pread(node, offset, room)
             return _OK(16 + got, 0, unique), room[:got]
-        size = len(room)
 
         def job() -> codec.Reply:
             try:
@@ -125,6 +129,14 @@ class Data(Adapter):
 
         self.host.look(node.id, unique, job)
         return None
+
+    def _look_redirect(self, unique: int, id: int, read: Callable[[memoryview], int], size: int) -> None:
+        def job() -> codec.Reply:
+            mine = self._own_buffer()[:size]
+            got = read(mine)
+            return _OK(16 + got, 0, unique), mine[:got]
+
+        self.host.look(id, unique, job)
 
     def _own_buffer(self) -> memoryview:
         try:
@@ -207,7 +219,11 @@ class Data(Adapter):
 
     def fsync(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply | None:
         _fh, flags, _ = abi.FSYNC_IN.unpack_from(buf, 40)
-        fd = self.view.fsync_fd(self.view.node(nodeid))
+        node = self.view.node(nodeid)
+        held = getattr(node, "data", None)
+        if hasattr(held, "sync_job"):  # a redirect file: its data, then its map
+            return self._sync_redirect(unique, held.sync_job(), bool(flags & abi.FSYNC_FDATASYNC))
+        fd = self.view.fsync_fd(node)
         if fd is None:
             return _OK(16, 0, unique)
         sync = os.fdatasync if flags & abi.FSYNC_FDATASYNC else os.fsync
@@ -222,13 +238,23 @@ class Data(Adapter):
         self.host.aside(unique, job)
         return None
 
+    def _sync_redirect(self, unique: int, sync: Callable[[bool], None], data_only: bool) -> None:
+        def job() -> codec.Reply:
+            sync(data_only)
+            return codec.ok(unique)
+
+        self.host.aside(unique, job)
+
     def syncfs(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply | None:
         fd = self.view.fsync_fd(self.view.root)
         if fd is None:
             return _OK(16, 0, unique)
+        rows = getattr(self.view, "rows", None)
 
         def job() -> codec.Reply:
             try:
+                if rows is not None:
+                    rows.sync_job()()
                 files.syncfs(fd)
             finally:
                 os.close(fd)
