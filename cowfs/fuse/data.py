@@ -14,11 +14,13 @@ import errno
 import os
 import threading
 from collections.abc import Callable
+from time import perf_counter_ns as _clock
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from cowfs.fuse import abi, codec
 from cowfs.fuse.adapter import Adapter, Handler
 from cowfs.sys import files
+from cowfs.union.ahead import COLD_NS, ReadAhead
 
 if TYPE_CHECKING:
     from cowfs.union import View
@@ -54,13 +56,14 @@ class Host(Protocol):
 class Data(Adapter):
     """The handlers that touch data, on top of those for names and attributes."""
 
-    __slots__ = ("_buffer", "_local", "host", "max_read", "nowait")
+    __slots__ = ("_ahead", "_buffer", "_local", "host", "max_read", "nowait")
 
     def __init__(self, view: View, host: Host, max_read: int) -> None:
         super().__init__(view)
         self.host = host
         self.max_read = max_read
         self.nowait = True
+        self._ahead = ReadAhead()
         self._buffer = memoryview(bytearray(max_read))
         self._local = threading.local()
 
@@ -89,7 +92,10 @@ class Data(Adapter):
         room = self._buffer[:size]
         if size >= LARGE_READ and self.nowait:
             return self._large_read(unique, node, offset, room)
+        start = _clock()
         got = self.view.pread(node, offset, room)
+        if _clock() - start > COLD_NS:
+            self._ahead.cold(self.view, node)
         return _OK(16 + got, 0, unique), room[:got]
 
     def _large_read(self, unique: int, node: Any, offset: int, room: memoryview) -> codec.Reply | None:
