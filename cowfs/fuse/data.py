@@ -111,9 +111,10 @@ class Data(Adapter):
                 raise
             self.nowait = False  # the host below has no such reads
         size = len(room)
-        held = getattr(node, "data", None)
+        held: Any = getattr(node, "data", None)
         if hasattr(held, "reader"):  # a redirect file: its segments, from many descriptors
-            return self._look_redirect(unique, node.id, held.reader(offset, size), size)
+            self._look_redirect(unique, node.id, held.reader(offset, size), size)
+            return None
         try:
             fd = os.dup(self.view.data_fd(node, False))
         except OSError as error:
@@ -226,9 +227,10 @@ class Data(Adapter):
     def fsync(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply | None:
         _fh, flags, _ = abi.FSYNC_IN.unpack_from(buf, 40)
         node = self.view.node(nodeid)
-        held = getattr(node, "data", None)
+        held: Any = getattr(node, "data", None)
         if hasattr(held, "sync_job"):  # a redirect file: its data, then its map
-            return self._sync_redirect(unique, held.sync_job(), bool(flags & abi.FSYNC_FDATASYNC))
+            self._sync_redirect(unique, held.sync_job(), bool(flags & abi.FSYNC_FDATASYNC))
+            return None
         fd = self.view.fsync_fd(node)
         if fd is None:
             return _OK(16, 0, unique)
