@@ -210,7 +210,11 @@ class RowFile:
     # -- reading ------------------------------------------------------------------------------
 
     def pread(self, offset: int, buffer: memoryview, flags: int = 0) -> int:
-        """Read into ``buffer``; fewer bytes only at the end of the file (or with RWF_NOWAIT in ``flags``)."""
+        """Read into ``buffer``; fewer bytes only at the end of the file.
+
+        Raises:
+            OSError: EIO; EAGAIN with ``flags`` RWF_NOWAIT when the disk would be waited for.
+        """
         extents = self.extents if self.extents is not None else self.load()
         end = min(offset + len(buffer), self.size)
         if offset >= end:
@@ -218,18 +222,13 @@ class RowFile:
         runs = list(extents.runs(offset, end))
         if len(runs) == 1:
             return self._read_run(runs[0][2], offset, buffer[: end - offset], flags)
-        if flags or len(runs) <= _FEW:
-            for start, stop, owner in runs:
-                try:
-                    got = self._read_run(owner, start, buffer[start - offset : stop - offset], flags)
-                except BlockingIOError:
-                    if start == offset:
-                        raise
-                    return start - offset
-                if got < stop - start:
-                    return start + got - offset
+        if len(runs) > _FEW:
+            self._read_many(runs, offset, buffer, flags)
             return end - offset
-        self._read_many(runs, offset, buffer)
+        for start, stop, owner in runs:
+            part = buffer[start - offset : stop - offset]
+            if self._read_run(owner, start, part, flags) < len(part):
+                raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
         return end - offset
 
     def _read_run(self, owner: int, offset: int, buffer: memoryview, flags: int = 0) -> int:
@@ -247,34 +246,51 @@ class RowFile:
             done += more
         return done
 
-    def _read_many(self, runs: list[tuple[int, int, int]], offset: int, buffer: memoryview) -> None:
+    def _read_many(self, runs: list[tuple[int, int, int]], offset: int, buffer: memoryview, flags: int) -> None:
         """Many segments: the span of the level that has most of it in one call, then the others."""
         held: dict[int, int] = {}
         for start, stop, owner in runs:
             held[owner] = held.get(owner, 0) + stop - start
+        held.pop(ZEROS, None)
         main = max(held, key=held.__getitem__)
         first = next(start for start, _, owner in runs if owner == main)
         last = next(stop for _, stop, owner in reversed(runs) if owner == main)
-        self._read_run(main, first, buffer[first - offset : last - offset])
-        for start, stop, owner in runs:
-            if owner != main:
-                self._read_run(owner, start, buffer[start - offset : stop - offset])
+        parts = [(first, last, main)] + [run for run in runs if run[2] != main]
+        for start, stop, owner in parts:
+            if self._read_run(owner, start, buffer[start - offset : stop - offset], flags) < stop - start:
+                raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
     def _fetch(self, start: int, end: int) -> bytearray:
         data = bytearray(end - start)
         self.pread(start, memoryview(data))
         return data
 
-    def plan(self, offset: int, length: int) -> list[tuple[int, int, int]]:
-        """(start, end, new descriptor or ZEROS) of what a read needs, for a worker thread; the caller closes them."""
+    def reader(self, offset: int, length: int) -> Callable[[memoryview], int]:
+        """A read to be run once in any thread, while nobody writes: it fills a buffer and returns how many bytes."""
         end = min(offset + length, self.size)
-        found: list[tuple[int, int, int]] = []
-        copies: dict[int, int] = {}
-        for start, stop, owner in self.load().runs(offset, end) if offset < end else ():
-            if owner not in copies:
-                copies[owner] = os.dup(self._fd(owner)) if owner != ZEROS else ZEROS
-            found.append((start, stop, copies[owner]))
-        return found
+        runs = list(self.load().runs(offset, end)) if offset < end else []
+        owners = {owner for _, _, owner in runs if owner != ZEROS}
+        copies = {owner: os.dup(self._fd(owner)) for owner in owners}
+
+        def read(buffer: memoryview) -> int:
+            try:
+                for start, stop, owner in runs:
+                    part = buffer[start - offset : stop - offset]
+                    if owner == ZEROS:
+                        part[:] = bytes(len(part))
+                        continue
+                    done = 0
+                    while done < len(part):
+                        got = os.preadv(copies[owner], [part[done:]], start + done)
+                        if not got:
+                            raise OSError(errno.EIO, "a file beneath is shorter than it was")
+                        done += got
+            finally:
+                for fd in copies.values():
+                    os.close(fd)
+            return max(0, end - offset)
+
+        return read
 
     def lseek(self, offset: int, whence: int) -> int:
         """SEEK_DATA or SEEK_HOLE. Raises ENXIO past the end."""
