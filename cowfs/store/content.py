@@ -1,7 +1,8 @@
 """A snapshot's tree as archives want to read it: attributes from the index, data from the layers.
 
 Strategy: nothing is mounted and no directory is listed. A path is looked up in the records; only a
-regular file's bytes are read, from the layer that the record names.
+regular file's bytes are read, from the layer that the record names. A walk asks for a directory's
+names before it asks for what is in it: listings are kept for that, so each record is read once.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ from collections.abc import Iterator
 from cowfs.archive import LowerStat
 from cowfs.scan import locate
 from cowfs.store.layers import SameData
-from cowfs.tree import Entry, Pair, Records, decode, entries
+from cowfs.tree import Entry, Pair, Records, decode, entries, join
 
 __all__ = ["IndexedTree"]
 
 _CHUNK = 1 << 20
+_KEPT = 64  # listings, the latest ones: as deep as trees go
 
 
 class IndexedTree:
@@ -34,8 +36,30 @@ class IndexedTree:
         self._records = records
         self._root = root
         self._data = data
+        self._listings: dict[bytes, tuple[dict[bytes, Pair], bytes]] = {}
+        self._latest: tuple[bytes, tuple[Entry | None, bytes]] | None = None
 
     def _entry(self, path: bytes) -> tuple[Entry | None, bytes]:
+        if self._latest is not None and self._latest[0] == path:
+            return self._latest[1]
+        found = self._listed(path) or self._located(path)
+        self._latest = path, found
+        return found
+
+    def _listed(self, path: bytes) -> tuple[Entry | None, bytes] | None:
+        """The entry out of a listing that is kept, None where there is no such listing."""
+        parent, _, name = path.rpartition(b"/")
+        listing = self._listings.get(parent) if path else None
+        if listing is None:
+            return None
+        pair = listing[0].get(name)
+        where = join(listing[1], name)
+        if pair is None:
+            return None, where
+        entry = decode(pair)
+        return entry, (entry.base if entry.is_dir else entry.path) or where
+
+    def _located(self, path: bytes) -> tuple[Entry | None, bytes]:
         pair, where = locate(self._records, self._root, path)
         return (decode(pair) if pair is not None else None), where
 
@@ -63,10 +87,14 @@ class IndexedTree:
 
     def names(self, path: bytes) -> list[bytes]:
         """The entries of a directory."""
-        entry, _ = self._must(path)
+        entry, where = self._must(path)
         if entry.ref is None:
             raise NotADirectoryError(20, os.strerror(20), path)
-        return list(entries(self._records, entry.ref.storage))
+        found = entries(self._records, entry.ref.storage)
+        if len(self._listings) >= _KEPT:
+            del self._listings[next(iter(self._listings))]
+        self._listings[path] = found, where
+        return list(found)
 
     def readlink(self, path: bytes) -> bytes:
         """A symbolic link's target."""
