@@ -64,6 +64,11 @@ def _layer(server: Server, path: str) -> Layer:
     for layer in server.view.layers:
         there = os.fstat(layer.root.open())
         if (there.st_dev, there.st_ino) == (wanted.st_dev, wanted.st_ino):
+            if layer.index < server.view.indexed_layers - 1:
+                raise FailedPrecondition(
+                    f"{server.spec.mountpoint} was mounted over newer layers, which stay until it is unmounted",
+                    remedy="unmount it, roll back, mount it again",
+                )
             return layer
     raise NotFound(f"the mount at {server.spec.mountpoint} has no layer {path}")
 

@@ -6,18 +6,21 @@ empty layer. When our server has the key mounted it switches layers itself, betw
 
 Order, so that a kill at any point leaves the state before or the state after:
 
-1. ``live-ID`` is made, filled and locked, with a note of what it is for;
+1. ``live-ID`` is made, filled and locked, and ``live-ID.json`` beside it notes what it is for;
 2. the server leaves its mark in it and switches (nothing was written to it before);
 3. one transaction writes the rows and renames it to ``layers/ID``.
 
-=========================  ==========================================================
-found at the next open     what :meth:`LiveVerbs.recover` does
-=========================  ==========================================================
-``live-ID``, locked        nothing: somebody is at it
-``live-ID``, no mark       deletes it: the state before
-``live-ID``, marked        carries on with step 3: the state after
-``live-ID``, a row         renames it: the transaction was committed
-=========================  ==========================================================
+===========================  ========================================================
+found with the note          what :meth:`LiveVerbs.recover` does, at each open and gc
+===========================  ========================================================
+the directory, locked        nothing: somebody is at it
+the directory, no mark       deletes it: the state before
+the directory, marked        carries on with step 3: the state after
+the directory, a row         removes the note: the transaction was committed
+no directory                 removes the note
+===========================  ========================================================
+
+The directory is called ``live-ID``, or ``layers/ID`` when the transaction was lost after the rename.
 
 The limit of a key counts what was written since prepare, so what its live snapshots hold is kept in the row as a
 negative base.
@@ -25,6 +28,7 @@ negative base.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sqlite3
@@ -44,13 +48,12 @@ from cowfs.store.core import _taken
 from cowfs.store.mounts import KernelMount
 from cowfs.store.names import check_labels, check_name, new_id
 from cowfs.store.staging import NEW, _lock, _make_locked, discard, fsync_directory
-from cowfs.store.upkeep import UpkeepVerbs
+from cowfs.store.upkeep import Collected, UpkeepVerbs
 from cowfs.sys import trees
 
 __all__ = ["LiveHandle", "LiveVerbs"]
 
-LIVE = "live-"
-NOTE = "cowfs-live.json"
+LIVE, NOTE = "live-", ".json"
 LABEL = "cowfs.snapshot-of"
 """Label of snapshots made by :meth:`LiveVerbs.snapshot`: the key they were made of."""
 
@@ -201,7 +204,7 @@ class LiveVerbs(UpkeepVerbs):
         marked = False
         try:
             driver.create(here, parents, row.limit)
-            _write_note(driver.directory(here), switch)
+            _write_note(self._note(id), switch)
             os.rename(driver.directory(here), driver.directory(LIVE + id))
             here = LIVE + id
             point("switch.made")
@@ -225,6 +228,7 @@ class LiveVerbs(UpkeepVerbs):
         except BaseException:
             if not marked:
                 driver.remove(here)
+                _unlink(self._note(id))
             raise
         finally:
             os.close(lock)
@@ -236,8 +240,11 @@ class LiveVerbs(UpkeepVerbs):
             self._finish_snapshot(id, row, switch)
         else:
             self._finish_rollback(id, row, switch)
-        for name in (MARK, NOTE):
-            os.unlink(os.path.join(self.driver.directory(id), name))
+        _unlink(os.path.join(self.driver.directory(id), MARK))
+        _unlink(self._note(id))
+
+    def _note(self, id: str) -> str:
+        return os.path.join(self.root, f"{LIVE}{id}{NOTE}")
 
     def _finish_snapshot(self, id: str, row: Row, switch: _Switch) -> None:
         self.driver.settle(row.id)
@@ -305,7 +312,8 @@ class LiveVerbs(UpkeepVerbs):
     def _publish(self, id: str) -> None:
         """The final name, inside the transaction that writes the row."""
         point("switch.recorded")
-        os.rename(self.driver.directory(LIVE + id), self.driver.directory(id))
+        if os.path.isdir(self.driver.directory(LIVE + id)):  # else a killed process had come so far
+            os.rename(self.driver.directory(LIVE + id), self.driver.directory(id))
         if self.driver.fsync:
             fsync_directory(f"{self.root}/layers")
             fsync_directory(self.root)
@@ -314,49 +322,68 @@ class LiveVerbs(UpkeepVerbs):
     # -- after a kill ---------------------------------------------------------------------------
 
     def recover(self) -> None:
-        """Finish, or take back, what killed processes left half done. Called by :meth:`open`."""
+        """Finish, or take back, what killed processes left half done. Called by :meth:`open` and :meth:`gc`."""
         for name in os.listdir(self.root):
-            if not name.startswith(LIVE):
+            if not name.startswith(LIVE) or not name.endswith(NOTE):
                 continue
-            lock = _lock(os.path.join(self.root, name))
+            id = name.removeprefix(LIVE).removesuffix(NOTE)
+            here = LIVE + id if os.path.isdir(self.driver.directory(LIVE + id)) else id
+            if not os.path.isdir(self.driver.directory(here)):
+                _unlink(self._note(id))
+                continue
+            lock = _lock(self.driver.directory(here))
             if lock is None:
                 continue
             try:
-                self._recover(name.removeprefix(LIVE))
+                self._recover(id, here)
             finally:
                 os.close(lock)
 
-    def _recover(self, id: str) -> None:
-        directory = self.driver.directory(LIVE + id)
-        if next(self.index.rows("s.id = ?", (id,)), None) is not None:
+    def _recover(self, id: str, here: str) -> None:
+        directory = self.driver.directory(here)
+        switch = _read_note(self._note(id))
+        if next(self.index.rows("s.id = ?", (id,)), None) is None:
+            if switch is None or not os.path.exists(os.path.join(directory, MARK)):
+                self.driver.remove(here)
+                _unlink(self._note(id))
+                return
+            row = next(self.index.rows("s.num = ?", (switch.num,)), None)
+            if row is None or row.kind is not Kind.ACTIVE:
+                raise FailedPrecondition(
+                    f"{directory} belongs to a snapshot that is no longer active",
+                    remedy="move it away and look into it",
+                )
+            former = row.id
+            self._finish(id, switch)
+            if switch.verb == "rollback":
+                discard(self.driver, former)
+            return
+        if here != id:
             os.rename(directory, self.driver.directory(id))
-            return
-        switch = _read_note(directory)
-        if switch is None or not os.path.exists(os.path.join(directory, MARK)):
-            self.driver.remove(LIVE + id)
-            return
-        row = next(self.index.rows("s.num = ?", (switch.num,)), None)
-        if row is None or row.kind is not Kind.ACTIVE:
-            raise FailedPrecondition(
-                f"{directory} belongs to a snapshot that is no longer active", remedy="move it away and look into it"
-            )
-        former = row.id
-        self._finish(id, switch)
-        if switch.verb == "rollback":
-            discard(self.driver, former)
+        _unlink(os.path.join(self.driver.directory(id), MARK))
+        _unlink(self._note(id))
+
+    def gc(self) -> Collected:
+        """As :meth:`UpkeepVerbs.gc`, once nothing half done is left."""
+        self.recover()
+        return super().gc()
 
 
-def _write_note(directory: str, switch: _Switch) -> None:
-    path = os.path.join(directory, NOTE)
+def _unlink(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def _write_note(path: str, switch: _Switch) -> None:
     with open(path, "x", encoding="utf-8") as file:
         json.dump(switch._asdict(), file)
         file.flush()
         os.fsync(file.fileno())
 
 
-def _read_note(directory: str) -> _Switch | None:
+def _read_note(path: str) -> _Switch | None:
     try:
-        with open(os.path.join(directory, NOTE), encoding="utf-8") as file:
+        with open(path, encoding="utf-8") as file:
             return _Switch(**json.load(file))
     except (OSError, ValueError, TypeError):
         return None
