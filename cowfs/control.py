@@ -62,6 +62,15 @@ def run_directory() -> str:
     )
 
 
+def leave_run_directory(place: str) -> None:
+    """Remove a run directory that is empty, where it was made below the temporary directory."""
+    if os.path.basename(place).startswith("cowfs-"):
+        try:
+            os.rmdir(place)
+        except OSError:
+            pass
+
+
 def _is_private(place: str) -> bool:
     try:
         status = os.lstat(place)

@@ -257,6 +257,8 @@ class Server:
                     os.unlink(self.log)
             except OSError:
                 pass
+        if self.socket:
+            control.leave_run_directory(os.path.dirname(self.socket))
         with self._answers:  # who asked for the unmount still waits for its answer
             self._answers.wait_for(lambda: self._answering == 0, timeout=2.0)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -55,7 +56,7 @@ def scratch(tmp_path_factory: pytest.TempPathFactory, can_mount: None) -> Iterat
     base = tmp_path_factory.mktemp("scratch")
     base.chmod(0o755)
     for parent in list(base.parents)[:2]:
-        parent.chmod(0o755)
+        parent.chmod(stat.S_IMODE(parent.stat().st_mode) | 0o055)  # it may be /tmp itself
     yield hostfs.make_tmpfs(base)
 
 
