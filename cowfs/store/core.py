@@ -209,7 +209,12 @@ class StoreCore:
             point("create.made")
             # A view of a whole layer is mounted from the parent itself: nothing is copied.
             copied = [] if kind is Kind.VIEW and self.driver.whole else chain
-            base = self.driver.create(layer.staged, copied, limit)
+            try:
+                base = self.driver.create(layer.staged, copied, limit)
+            except FileNotFoundError:
+                if above is not None:
+                    self._gone(above)
+                raise
             if self.driver.whole and chain:
                 layers.mark_copied(self.driver, layer.staged, chain[0], only_root=not copied)
             point("create.filled")
@@ -252,6 +257,14 @@ class StoreCore:
             raise InvalidArgument(f"{name!r} is {_a(row.kind)}, a parent must be committed", remedy="commit it first")
         _sound(row)
         return row
+
+    def _gone(self, row: Row) -> None:
+        """A file of a snapshot's layer is missing: say whether it was removed meanwhile, or has lost its layer."""
+        if self.index.get(row.name).num != row.num:
+            raise NotFound(f"no snapshot {row.name!r}: it was replaced meanwhile")
+        problems = self.driver.check(row.id)
+        if problems:
+            raise Corrupt(f"{row.name!r}: {problems[0]}", remedy="run 'cowfs check'")
 
     def _free(self, name: str) -> None:
         if self.index.find(name) is not None:
@@ -649,12 +662,15 @@ class StoreCore:
 
 
 def _make_root(path: str, create: bool) -> None:
-    if os.path.exists(os.path.join(path, INDEX)):
+    index, layers_dir = os.path.join(path, INDEX), os.path.join(path, "layers")
+    if os.path.exists(index):
+        if not os.path.getsize(index) and os.path.isdir(layers_dir) and os.listdir(layers_dir):
+            raise Corrupt(f"the index {index} is empty, but there are layers", remedy="restore it from a backup")
         return
     if os.path.lexists(path):
         if not os.path.isdir(path):
             raise InvalidArgument(f"{path} is not a directory", remedy="a store is a directory")
-        if os.path.exists(os.path.join(path, "layers")):
+        if os.path.exists(layers_dir):
             raise Corrupt(f"the store {path} has lost its index ({INDEX})", remedy="restore it from a backup")
         if create and any(not name.startswith(("index.db", "layers", "empty", "new-")) for name in os.listdir(path)):
             raise InvalidArgument(f"{path} holds something that is not a store", remedy="choose an empty directory")

@@ -77,14 +77,17 @@ def _make_locked(path: str) -> int:
     """A fresh directory and a descriptor that holds its lock."""
     while True:
         os.mkdir(path, 0o700)
-        os.chmod(path, 0o700)
         try:
             fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except FileNotFoundError:
             continue  # a sweep came before the lock
         fcntl.flock(fd, fcntl.LOCK_EX)
-        if os.fstat(fd).st_nlink:
-            return fd
+        try:
+            if os.stat(path).st_ino == os.fstat(fd).st_ino:
+                os.fchmod(fd, 0o700)  # whatever the umask
+                return fd
+        except FileNotFoundError:
+            pass
         os.close(fd)
 
 

@@ -1,0 +1,214 @@
+"""Several processes on one store: one of two wins, nobody sees a half, and any of them may be killed at any moment."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from cowfs.errors import AlreadyExists, CowfsError
+from cowfs.model import Kind
+from cowfs.store import Store
+
+from .conftest import tree_path
+
+
+def in_children(count: int, act: Callable[[int], int]) -> list[int]:
+    """Run ``act`` in child processes that start at one moment; their exit codes (negative: signals)."""
+    reading, writing = os.pipe()
+    pids = []
+    for number in range(count):
+        pid = os.fork()
+        if pid == 0:
+            code = 99
+            try:
+                os.close(writing)
+                os.read(reading, 1)  # ends when the parent closes its end
+                code = act(number)
+            finally:
+                os._exit(code)
+        pids.append(pid)
+    os.close(reading)
+    os.close(writing)
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+
+
+def test_of_two_processes_that_prepare_one_key_one_wins(space: Path, driver: str) -> None:
+    root = space / "store"
+    Store.open(root, driver=driver, fsync=False).close()
+
+    def prepare(number: int) -> int:
+        with Store.open(root, fsync=False) as store:
+            lost = 0
+            for round_ in range(10):
+                try:
+                    store.prepare(f"key-{round_}", labels={"by": str(number)})
+                except AlreadyExists:
+                    lost += 1
+            return lost
+
+    lost = in_children(2, prepare)
+    assert sum(lost) == 10
+    with Store.open(root, fsync=False) as store:
+        assert len(list(store.walk())) == 10
+        assert len(os.listdir(root / "layers")) == 10
+        assert store.check().problems == []
+
+
+def test_a_store_may_be_opened_for_the_first_time_by_several(space: Path) -> None:
+    root = space / "store"
+
+    def first(number: int) -> int:
+        with Store.open(root, fsync=False) as store:
+            store.prepare(f"k{number}")
+        return 0
+
+    assert in_children(6, first) == [0] * 6
+    with Store.open(root, fsync=False) as store:
+        assert len(list(store.walk())) == 6
+
+
+def test_threads_share_a_store(store: Store) -> None:
+    store.prepare("k")
+    store.commit("k", "base")
+
+    def work(number: int) -> None:
+        for round_ in range(5):
+            key = f"{number}-{round_}"
+            store.prepare(key, "base")
+            (tree_path(store, key) / key).write_text(key)
+            store.commit(key, key.upper() + "-done")
+            assert [change.path for change in store.diff(key.upper() + "-done") if change.path] == [key.encode()]
+            store.remove(key.upper() + "-done")
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
+    assert [info.name for info in store.walk()] == ["base"]
+    assert store.check().problems == []
+
+
+def test_one_image_imported_by_several_at_once_is_there_once(space: Path, driver: str) -> None:
+    root, source = space / "store", space / "rootfs"
+    (source / "etc").mkdir(parents=True)
+    (source / "etc" / "passwd").write_text("root:x:0:0::/root:/bin/sh\n")
+    Store.open(root, driver=driver, fsync=False).close()
+
+    def bring(number: int) -> int:
+        with Store.open(root, fsync=False) as store:
+            store.import_image(source, f"tag{number}")
+        return 0
+
+    assert in_children(4, bring) == [0] * 4
+    with Store.open(root, fsync=False) as store:
+        assert len(list(store.walk())) == 1
+        assert len(os.listdir(root / "layers")) == 1
+        assert {tag.name for tag in store.tags()} == {f"tag{number}" for number in range(4)}
+
+
+def worker(root: Path, seed: int, log: int) -> int:
+    """Random verbs; each committed name is told to the parent once commit has returned."""
+    dice = random.Random(seed)
+    with Store.open(root, fsync=False) as store:
+        for count in range(10_000):
+            key = f"k-{seed}-{count}"
+            try:
+                parents = [info.name for info in store.walk(["kind==committed"])]
+                parent = dice.choice([*parents[-8:], "base"])
+                store.prepare(key, parent)
+                tree = tree_path(store, key)
+                (tree / f"f{dice.randrange(5)}").write_text(key)
+                (tree / "last").write_text(key)
+                what = dice.random()
+                if what < 0.6:
+                    store.commit(key, key.upper())
+                    os.write(log, key.upper().encode() + b"\n")
+                else:
+                    store.remove(key)
+                if what < 0.1:
+                    store.gc()
+                old = [info for info in store.walk([f"name~=^K-{seed}-"])]
+                if len(old) > 4:
+                    store.remove(dice.choice(old).name)
+                    os.write(log, b"?\n")
+            except CowfsError:
+                pass  # somebody else's child, or a parent that is gone: what races are for
+    return 0
+
+
+@pytest.mark.parametrize("backend", ["overlay", "vfs"])
+def test_killed_under_load_from_four_processes_nothing_is_lost(
+    space: Path, backend: str, request: pytest.FixtureRequest
+) -> None:
+    kills = int(request.config.getoption("--kills"))
+    dice = random.Random(int(request.config.getoption("--seed")))
+    root = space / "store"
+    with Store.open(root, driver=backend, fsync=False) as store:
+        store.prepare("base")
+        (tree_path(store, "base") / "shared").write_text("shared")
+        store.commit("base", "BASE")
+        store.prepare("base", "BASE")
+        store.commit("base", "base")
+    reading, writing = os.pipe()
+    os.set_blocking(reading, False)
+    running: dict[int, int] = {}
+    seed = 0
+
+    def start() -> None:
+        nonlocal seed
+        seed += 1
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                os.close(reading)
+                code = worker(root, seed, writing)
+            except BrokenPipeError:
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(code)
+        running[pid] = seed
+
+    try:
+        for _ in range(4):
+            start()
+        for _ in range(kills):
+            time.sleep(dice.uniform(0.0, 0.06))
+            pid = dice.choice(sorted(running))
+            os.kill(pid, signal.SIGKILL)
+            assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL, "a worker failed by itself"
+            del running[pid]
+            start()
+    finally:
+        for pid in running:
+            try:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+            except ProcessLookupError:
+                pass  # it failed, and that is what the test says
+        os.close(writing)
+    told = os.read(reading, 1 << 20)
+    os.close(reading)
+    assert told.count(b"\n") > kills / 5, "the load was too light to mean anything"
+    with Store.open(root, fsync=False) as store:
+        assert store.check().damage == []
+        store.gc()
+        assert store.check(content=True).problems == []
+        assert set(os.listdir(root / "layers")) == {row.id for row in store.index.rows()}
+        assert not [name for name in os.listdir(root) if name.startswith(("new-", "rm-"))]
+        for info in store.walk():
+            if info.kind is Kind.COMMITTED and info.name.startswith("K-"):
+                assert b"last" in {change.path for change in store.diff(info.name)}
+            elif info.kind is Kind.ACTIVE:
+                list(store.diff(info.name))
+                store.mounts(info.name)
