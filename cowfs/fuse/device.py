@@ -100,6 +100,22 @@ def open_device(path: str = DEVICE) -> int:
         raise Unsupported(f"{path}: {error.strerror}") from None
 
 
+def widen_read_ahead(fd: int, size: int) -> None:
+    """Let the kernel read ``size`` bytes ahead on the mount behind the connection ``fd``, instead of 128 KiB.
+
+    A sequential reader then asks a quarter as often. Needs root, sysfs, and a kernel that names the connection in
+    fdinfo (Linux 6.17); elsewhere nothing is changed. Does not touch the mount, so the server itself may call it.
+    """
+    try:
+        with open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as file:
+            minor = next((line.split()[1] for line in file if line.startswith("fuse_connection:")), None)
+        if minor is not None:
+            with open(f"/sys/class/bdi/0:{minor}/read_ahead_kb", "w", encoding="ascii") as file:
+                file.write(str(size >> 10))
+    except OSError:
+        pass
+
+
 def check_target(target: str) -> None:
     """See that ``target`` can be mounted on; take dead mounts off. Raises as :func:`mount_fuse`."""
     for _ in range(16):

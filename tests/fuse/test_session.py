@@ -805,3 +805,17 @@ def test_a_bug_is_in_the_trace(serve: Any, caplog: pytest.LogCaptureFixture) -> 
 def test_options_have_sane_defaults() -> None:
     options = SessionOptions()
     assert (options.max_write, options.io, options.writeback, options.max_nodes) == (1 << 20, "cached", False, None)
+
+
+def test_a_sequential_reader_asks_for_half_a_mebibyte_at_a_time(mnt: Any) -> None:
+    data = os.urandom(8 << 20)
+    node = make(mnt, "f", data)
+    with open(f"/proc/self/fdinfo/{mnt.session._fd}", encoding="ascii") as file:
+        if "fuse_connection" not in file.read():
+            pytest.skip("the kernel does not name the connection in fdinfo (Linux 6.17)")
+    mnt.session.notifier.inval_inode(node.id)
+    assert mnt.session.notifier.flush(10)
+    mnt.mark()
+    with open(mnt / "f", "rb", buffering=0) as file:
+        assert file.read() == data
+    assert mnt.asked()["READ"] <= 20  # 64 with the kernel's default
