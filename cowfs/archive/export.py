@@ -32,6 +32,7 @@ from cowfs.archive.options import OVERRIDE_XATTR, Exported, LowerStat, Tree
 from cowfs.errors import FailedPrecondition, InvalidArgument, Unsupported
 from cowfs.model import Change
 from cowfs.sys import xattr
+from cowfs.sys.files import data_ranges
 from cowfs.whiteout import FORMS
 
 __all__ = ["export_changes", "export_layer", "export_tree"]
@@ -47,6 +48,7 @@ _TYPES = {
     stat.S_IFIFO: header.FIFO,
 }  # a socket has no place in an archive and is left out, as every tar does
 _PADS = [bytes(size) for size in range(header.BLOCK)]
+_WORTH = 64 << 10  # a smaller file is never written as a sparse one
 _END = bytes(2 * header.BLOCK)
 Progress = Callable[[int, int], object]
 
@@ -64,15 +66,19 @@ class _Writer:
         self, path: bytes, kind: bytes, mode: int, uid: int, gid: int, size: int, mtime: int, *,
         linkname: bytes = b"", rdev: int = 0, xattrs: dict[bytes, bytes] | None = None,
     ) -> None:  # fmt: skip
+        self.check_name(path)
+        self._put(
+            path, kind, mode, uid, gid, size, mtime, linkname=linkname,
+            device=(os.major(rdev), os.minor(rdev)) if kind in (header.CHAR, header.BLOCKDEV) else None, xattrs=xattrs,
+        )  # fmt: skip
+
+    def check_name(self, path: bytes) -> None:
+        """Raises InvalidArgument for a name that means something else in a layer archive."""
         if self._reserved and WHITEOUT_PREFIX in path and path.rpartition(b"/")[2].startswith(WHITEOUT_PREFIX):
             raise InvalidArgument(
                 f"{show(path)} cannot be in a layer archive: names that start with .wh. mean deletions there",
                 remedy="rename it, or export the whole tree as a plain tar",
             )
-        self._put(
-            path, kind, mode, uid, gid, size, mtime, linkname=linkname,
-            device=(os.major(rdev), os.minor(rdev)) if kind in (header.CHAR, header.BLOCKDEV) else None, xattrs=xattrs,
-        )  # fmt: skip
 
     def _put(
         self, path: bytes, kind: bytes, mode: int, uid: int, gid: int, size: int, mtime: int, *,
@@ -87,6 +93,9 @@ class _Writer:
                 device=device, xattrs=xattrs,
             )
         )  # fmt: skip
+        self._count()
+
+    def _count(self) -> None:
         self.entries += 1
         if self._progress is not None and self.entries % 256 == 0:
             self._progress(self._packer.size, self.entries)
@@ -102,6 +111,30 @@ class _Writer:
             return False
         self.header(path, header.LINK, st_mode, uid, gid, 0, mtime, linkname=first)
         return True
+
+    def sparse(self, path: bytes, st: os.stat_result, fd: int, xattrs: dict[bytes, bytes], owner: tuple[int, int, int]) -> None:
+        """A file with its holes: PAX sparse version 1.0, a map and then the data ("Storing Sparse Files")."""
+        size = st.st_size
+        segments = [(start, end - start) for start, end in data_ranges(fd, size)]
+        if not segments or sum(segments[-1]) < size:
+            segments.append((size, 0))  # how the format says that the file ends in a hole
+        listed = header.sparse_map(segments)
+        stored = sum(length for _, length in segments)
+        mode, uid, gid = owner
+        parent, slash, base = path.rpartition(b"/")
+        self._write(
+            header.encode(
+                parent + slash + b"GNUSparseFile.0/" + base, header.REGULAR, mode=mode & 0o7777, uid=uid, gid=gid,
+                size=len(listed) + stored, mtime=st.st_mtime_ns, xattrs=xattrs,
+                extra=(
+                    (b"GNU.sparse.major", b"1"), (b"GNU.sparse.minor", b"0"),
+                    (b"GNU.sparse.name", path), (b"GNU.sparse.realsize", b"%d" % size),
+                ),
+            )
+        )  # fmt: skip
+        self._count()
+        self._write(listed)
+        self.data(path, stored, _ranges(fd, segments))
 
     def whole(self, data: bytes) -> None:
         """All of a file's data at once."""
@@ -156,6 +189,7 @@ def export_layer(
     compression: str = "none",
     level: int | None = None,
     override: bool = False,
+    sparse: bool = False,
     progress: Progress | None = None,
 ) -> Exported:
     """Write an OCI layer tar of a layer directory.
@@ -167,6 +201,8 @@ def export_layer(
         compression: ``none``, ``gzip`` or ``zstd``; level: its own scale.
         override: take owner, mode and type from ``user.containers.override_stat`` where it is
             set (a layer applied with ``owners="xattr"``).
+        sparse: write files that are half holes or more as PAX sparse members (GNU tar, bsdtar and Go read
+            them). The bytes then depend on where this host has holes; without it they never do.
         progress: called with (uncompressed bytes, members) now and then.
 
     Raises:
@@ -178,7 +214,7 @@ def export_layer(
         raise InvalidArgument(f"unknown layer form {form!r}", remedy="use trusted, user or plain")
     root = os.open(".", _DIR, dir_fd=layer) if isinstance(layer, int) else os.open(layer, _DIR)
     try:
-        walk = _LayerWalk(FORMS.get(form), tree, override)
+        walk = _LayerWalk(FORMS.get(form), tree, override, sparse)
         return _run(out, compression, level, progress, True, lambda writer: walk.run(writer, root))
     finally:
         os.close(root)
@@ -264,10 +300,9 @@ def _write_tree(writer: _Writer, tree: Tree, top: bytes, *, opaque: bool = False
 class _LayerWalk:
     """One walk over a layer directory in overlay form (``form`` None: a plain one)."""
 
-    def __init__(self, form: whiteout.Form | None, tree: Tree | None, override: bool) -> None:
-        self._form, self._tree, self._override = form, tree, override
+    def __init__(self, form: whiteout.Form | None, tree: Tree | None, override: bool, sparse: bool) -> None:
+        self._form, self._tree, self._override, self._sparse = form, tree, override, sparse
         self._writer: _Writer
-        self._root_dev = 0
 
     def run(self, writer: _Writer, root: int) -> None:
         self._writer = writer
@@ -374,9 +409,13 @@ class _LayerWalk:
                 return
             if st.st_nlink > 1 and self._linked(path, st):
                 return
+            size = st.st_size
+            if self._sparse and size >= _WORTH and st.st_blocks * 512 <= size // 2 and not self._override:
+                self._writer.check_name(path)
+                self._writer.sparse(path, st, fd, xattrs, (st.st_mode, st.st_uid, st.st_gid))
+                return
             if not self._object(path, header.REGULAR, st, xattrs, own):
                 return
-            size = st.st_size
             if size <= CHUNK:
                 data = os.read(fd, size) if size else b""
                 if len(data) == size:
@@ -459,3 +498,11 @@ def _pieces(fd: int, first: bytes = b"") -> Iterator[bytes]:
         yield first
     while data := os.read(fd, CHUNK):
         yield data
+
+
+def _ranges(fd: int, segments: Iterable[tuple[int, int]]) -> Iterator[bytes]:
+    for start, count in segments:
+        while count and (data := os.pread(fd, min(count, CHUNK), start)):
+            yield data
+            start += len(data)
+            count -= len(data)

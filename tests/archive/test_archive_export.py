@@ -134,6 +134,39 @@ def test_holes_do_not_show(space: Path) -> None:
     assert _export(space / "one")[0] == _export(space / "two")[0]
 
 
+@pytest.mark.parametrize("tool", ["cowfs", "tar", "bsdtar"])
+def test_holes_can_be_kept(space: Path, tool: str) -> None:
+    """Data at the start, in the middle, at the end, nowhere; and a small file that is not worth it."""
+    one = space / "one"
+    one.mkdir()
+    size = 1 << 20
+    for name, spots in {"start": [0], "middle": [300_000], "end": [size - 5000], "none": [], "many": range(0, size, 65536)}.items():
+        with open(one / name, "wb") as file:
+            for spot in spots:
+                file.seek(spot)
+                file.write(name.encode() * 1000)
+            file.truncate(size)
+    (one / "small").write_bytes(b"x")
+    for name in os.listdir(one):
+        os.utime(one / name, ns=(1, 1_500_000_000))
+    os.setxattr(one / "many", "user.k", b"v")
+    data, _ = _export(one, sparse=True)
+    assert len(data) < 1 << 19
+    (space / "two").mkdir()
+    if tool == "cowfs":
+        log = io.BytesIO()
+        apply(data, space / "two", log=log)
+    else:
+        (space / "layer.tar").write_bytes(data)
+        flags = ["--xattrs", "--xattrs-include=*"] if tool == "tar" else ["--xattrs"]
+        subprocess.run([_tool(tool), *flags, "-xpf", str(space / "layer.tar"), "-C", str(space / "two")], check=True)
+    for side in ("one", "two"):
+        os.utime(space / side, ns=(1, 1))
+    _same_tree(one, space / "two")
+    if tool == "cowfs":
+        assert sum(os.stat(space / "two" / name).st_blocks for name in os.listdir(one)) * 512 < size
+
+
 def test_sockets_are_left_out(space: Path) -> None:
     (space / "one").mkdir()
     os.mknod(space / "one" / "socket", stat.S_IFSOCK | 0o600)
