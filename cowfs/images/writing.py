@@ -9,6 +9,7 @@ Sources: OCI image-spec ``image-layout.md`` and ``manifest.md``; moby's image sp
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -19,8 +20,8 @@ from typing import Any, BinaryIO
 from cowfs.archive import header
 from cowfs.archive.decode import CHUNK
 from cowfs.errors import AlreadyExists, Corrupt, InvalidArgument
+from cowfs.images.description import LAYER_TAR
 from cowfs.images.digests import check_digest, diff_ids_of, digest_of, parse_json
-from cowfs.images.reading import LAYER_TAR
 
 __all__ = ["OutImage", "OutLayer", "write_docker", "write_oci"]
 
@@ -62,8 +63,6 @@ class _Hashing:
     """A file that is written once and knows its digest."""
 
     def __init__(self, file: BinaryIO) -> None:
-        import hashlib
-
         self.file, self._hash, self.size = file, hashlib.sha256(), 0
 
     def write(self, data: bytes) -> int:

@@ -221,7 +221,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error(space: Path, monkeypat
         while data := os.read(fd, 1 << 18):
             yield data
 
-    monkeypatch.setattr("cowfs.archive.export._pieces", shrinking)
+    monkeypatch.setattr("cowfs.archive.walk._pieces", shrinking)
     with pytest.raises(FailedPrecondition, match=r"'f' became shorter"):
         _export(space / "one")
 

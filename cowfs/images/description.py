@@ -1,0 +1,59 @@
+"""What an image is, whatever it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import BinaryIO
+
+from cowfs.images.digests import chain_ids, check_digest
+
+__all__ = ["LAYER_TAR", "Image", "Layer"]
+
+LAYER_TAR = "application/vnd.oci.image.layer.v1.tar"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """One layer of an image.
+
+    Attributes:
+        diff_id: digest of the uncompressed tar; None where the source does not say (a root filesystem).
+        digest: of the stream that :meth:`open` gives; None where the source does not say.
+        size: bytes of that stream, None where unknown. media_type: as the manifest has it.
+    """
+
+    diff_id: str | None
+    digest: str | None
+    size: int | None
+    media_type: str
+    opener: Callable[[], BinaryIO] = field(repr=False)
+
+    def open(self) -> BinaryIO:
+        """The layer's stream, compressed as it is stored. The caller closes it.
+
+        A root filesystem that came through a pipe can be opened once only (FailedPrecondition).
+        """
+        return self.opener()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Image:
+    """One image of a source.
+
+    Attributes:
+        config: the configuration document as it is stored. config_digest: of it, the image's id.
+        layers: bottom first. tags: names the source gives it, maybe none.
+        platform: ``os/architecture``.
+    """
+
+    config: bytes = field(repr=False)
+    config_digest: str
+    layers: tuple[Layer, ...]
+    tags: tuple[str, ...]
+    platform: str
+
+    @property
+    def chain(self) -> list[str]:
+        """The chain id of each layer, bottom first; raises InvalidArgument where a diff id is not known yet."""
+        return chain_ids([check_digest(layer.diff_id, "diff id") for layer in self.layers])
