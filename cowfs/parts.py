@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from cowfs.fuse.session import Session
     from cowfs.union import View
 
-__all__ = ["explain", "make_session", "make_view", "name_process", "raise_file_limit"]
+__all__ = ["explain", "make_session", "make_view", "name_process", "raise_file_limit", "refused"]
 
 
 def make_view(stack: Stack) -> View:
@@ -50,6 +50,13 @@ def make_view(stack: Stack) -> View:
     return View(stack.lowers, stack.upper, stack.work, options=options)
 
 
+def can_pass_through() -> bool:
+    """The kernel takes backing files only from those who could mount anything (fs/fuse/backing.c)."""
+    from cowfs.sys import host
+
+    return host.init_userns() and host.has_cap(host.CAP_SYS_ADMIN)
+
+
 def make_session(spec: MountSpec, view: View, target: str) -> Session | PortableSession:
     """Mount and make the session that serves it, with the front end that was asked for."""
     from cowfs.fuse import mount_fuse
@@ -58,6 +65,11 @@ def make_session(spec: MountSpec, view: View, target: str) -> Session | Portable
     words = [*spec.options]
     if (spec.readonly or (spec.upper is None and spec.scratch is None)) and "ro" not in words:
         words.append("ro")
+    if spec.io == "passthrough" and not (spec.frontend == "kernel" and can_pass_through()):
+        raise Unsupported(
+            "io=passthrough needs CAP_SYS_ADMIN on the host and the kernel front end",
+            remedy="mount without --io passthrough",
+        )
     allow_other = os.geteuid() == 0 if spec.allow_other is None else spec.allow_other
     if spec.frontend == "fusepy":
         from cowfs.fuse.portable import PortableSession
@@ -70,6 +82,17 @@ def make_session(spec: MountSpec, view: View, target: str) -> Session | Portable
         view,
         options=SessionOptions(io=spec.io, trace=sys.stderr if spec.trace else None, max_nodes=spec.max_nodes),
     )
+
+
+def refused(session: Session | PortableSession, spec: MountSpec) -> CowfsError | None:
+    """What the kernel did not agree to although it was asked for, or None. Only once the session is ready."""
+    agreement = getattr(session, "agreement", None)
+    if agreement is not None and spec.io == "passthrough" and agreement.mode != spec.io:
+        return Unsupported(
+            "this kernel's FUSE has no passthrough (Linux 6.9 with CONFIG_FUSE_PASSTHROUGH)",
+            remedy="mount without --io passthrough",
+        )
+    return None
 
 
 def raise_file_limit() -> None:
@@ -94,6 +117,10 @@ def explain(error: BaseException, spec: MountSpec) -> CowfsError | None:
     """A start's failure as one line, or None when it is nobody's fault but ours."""
     if isinstance(error, CowfsError):
         return error
+    from cowfs.fuse.codec import ProtocolError
+
+    if isinstance(error, ProtocolError):
+        return Unsupported(f"no FUSE session with this kernel: {error}", remedy="try --frontend fusepy")
     if not isinstance(error, OSError):
         return None
     where = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""

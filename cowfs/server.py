@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cowfs import control, mountpoint, verbs
 from cowfs.errors import CowfsError, FailedPrecondition, InvalidArgument
-from cowfs.parts import explain, make_session, make_view, name_process, raise_file_limit
+from cowfs.parts import explain, make_session, make_view, name_process, raise_file_limit, refused
 from cowfs.spec import MountSpec
 from cowfs.stack import Stack
 
@@ -159,6 +159,7 @@ class Server:
         self._wakeup: tuple[socket.socket, socket.socket] | None = None
         self._listens = threading.Event()
         self._ending = threading.Event()
+        self._problem: CowfsError | None = None  # what the kernel refused; set by the ready thread before it unmounts
         self._answers = threading.Condition()
         self._answering = 0  # requests taken whose answer is not sent yet; guarded by _answers
 
@@ -236,6 +237,10 @@ class Server:
             if problem is not None and self._report.send({"error": control.error_to(problem)}):
                 return problem.exit_code
             raise
+        if self._problem is not None:
+            if not self._report.send({"error": control.error_to(self._problem)}):
+                raise self._problem
+            return self._problem.exit_code
         return 0
 
     def _close(self) -> None:
@@ -270,6 +275,10 @@ class Server:
             os.stat(self.spec.mountpoint)
         except OSError:
             return  # the main thread knows why, and says so
+        self._problem = refused(self.session, self.spec)
+        if self._problem is not None:
+            mountpoint.detach(self.spec.mountpoint, force=True)
+            return
         self._listens.wait()
         self._report.send({"pid": os.getpid(), "socket": self.socket}, self._let_go)
 

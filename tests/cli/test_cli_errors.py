@@ -297,3 +297,45 @@ def test_help_has_examples_that_parse(cowfs: Run, verb: str) -> None:
             else:
                 words.append(word)
     assert verb in shown
+
+
+OLD_KERNEL = """
+from cowfs.fuse import handshake, abi
+from cowfs.cli import main
+import sys
+negotiate = handshake.negotiate
+def older(body, **more):
+    {change}
+    return negotiate(memoryview(body), **more)
+handshake.negotiate = older
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "words"),
+    [
+        ("body = abi.INIT_COMPAT_IN.pack(7, 8, 0, 0)", (), ("7.8", "Linux 5.4", "--frontend fusepy")),
+        ("body = bytearray(body); body[16:20] = bytes(4)", ("--io", "passthrough"), ("passthrough", "Linux 6.9")),
+    ],
+)
+def test_kernel_too_old(
+    run_directory: Path, stack: Path, mnt: Path, change: str, options: tuple[str, ...], words: tuple[str, ...]
+) -> None:
+    """A kernel that offers less in INIT (here: the same one, cut short): the feature is named, nothing stays mounted."""
+    script = OLD_KERNEL.format(change=change)
+    command = [sys.executable, "-c", script, "mount", str(stack), str(mnt), *options]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 8, done.stderr
+    for word in words:
+        assert word in one_line(done)
+    assert not os.path.ismount(mnt)
+    assert list(run_directory.iterdir()) == []
+
+
+def test_passthrough_is_roots(run_directory: Path, ordinary_user: int, readable: None, stack: Path, mnt: Path) -> None:
+    for path in (stack.parent, stack, mnt):
+        os.chown(path, users.UID, users.GID)
+    done = _as_user("mount", stack, mnt, "--io", "passthrough")
+    assert done.returncode == 8
+    assert "CAP_SYS_ADMIN" in one_line(done)
