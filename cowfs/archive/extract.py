@@ -16,7 +16,6 @@ Rule 2: the overlay's whiteout device is never taken from an archive.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import stat
 from collections.abc import Callable, Iterable
@@ -25,6 +24,7 @@ from cowfs import whiteout
 from cowfs.archive import header
 from cowfs.archive.attributes import PLAIN_END, SET_ID, Attributes, drop_acls, drop_xattr
 from cowfs.archive.clear import lstat, remove_tree
+from cowfs.archive.content import Content, write
 from cowfs.archive.dirs import Dir, Dirs
 from cowfs.archive.header import Member
 from cowfs.archive.headerlog import LogWriter
@@ -72,8 +72,8 @@ class Extractor:
         on_inode: Callable[[int, str], object] | None = None,
     ) -> None:
         self._form, self._reader, self._options = form, reader, options
-        self._lower, self._log, self._on_file, self._on_inode = lower, log, on_file, on_inode
-        self._hash = on_file is not None or on_inode is not None
+        self._lower, self._log = lower, log
+        self._content = Content(reader, on_file, on_inode)
         self._attr = Attributes(options)
         self._uid, self._gid = self._attr.uid, self._attr.gid
         self._owners = options.owners
@@ -370,17 +370,7 @@ class Extractor:
             self._clear(parent, name, path)
             fd = os.open(name, _CREATE, 0o600, dir_fd=parent.fd)
         try:
-            if member.segments is not None:
-                self._sparse(member, fd, path)
-            else:
-                piece = self._reader.whole()
-                if piece is not None:
-                    if piece:
-                        _write(fd, piece)
-                    if self._hash:
-                        self._hashed(fd, path, hashlib.sha256(piece).hexdigest())
-                else:
-                    self._long(fd, path)
+            self._content.fill(fd, member, path)
             uid, gid, mtime = member.uid, member.gid, member.mtime
             if parent.inherits or member.xattrs is not None or self._owners != "fail":
                 if parent.inherits:
@@ -395,41 +385,6 @@ class Extractor:
                 self._attr.check_time(fd, mtime)
         finally:
             os.close(fd)
-
-    def _long(self, fd: int, path: bytes) -> None:
-        """A file's data that does not lie in one chunk."""
-        hasher = hashlib.sha256() if self._hash else None
-        for piece in self._reader.data():
-            if hasher is not None:
-                hasher.update(piece)
-            _write(fd, piece)
-        if hasher is not None:
-            self._hashed(fd, path, hasher.hexdigest())
-
-    def _sparse(self, member: Member, fd: int, path: bytes) -> None:
-        assert member.segments is not None
-        pieces = self._reader.data()
-        piece = memoryview(b"")
-        for offset, length in header.iter_segments(member.segments):
-            os.lseek(fd, offset, os.SEEK_SET)
-            while length:
-                if not piece:
-                    piece = next(pieces)
-                part = piece[:length]
-                piece = piece[len(part) :]
-                length -= len(part)
-                _write(fd, part)
-        for _ in pieces:  # nothing is left but the check that nothing is missing
-            pass
-        os.truncate(fd, member.size)
-        if self._hash:
-            self._hashed(fd, path, _digest_of(fd) if member.size <= 4 * member.stored + (1 << 20) else "")
-
-    def _hashed(self, fd: int, path: bytes, digest: str) -> None:
-        if self._on_file is not None and digest:
-            self._on_file(path, digest)
-        if self._on_inode is not None:
-            self._on_inode(os.fstat(fd).st_ino, digest)
 
     def _hardlink(self, member: Member, parent: Dir, name: bytes, path: bytes) -> None:
         options = self._options
@@ -482,8 +437,8 @@ class Extractor:
         fd = os.open(name, _CREATE, 0o600, dir_fd=home.fd)
         try:
             for data in lower.read(path):
-                _write(fd, memoryview(data))
-            self._hashed(fd, path, "")
+                write(fd, memoryview(data))
+            self._content.tell(fd, path, "")
             self._attr.set(fd, st.uid, st.gid, stat.S_IMODE(st.mode), "file", lower.xattrs(path), regroup=True)
             os.utime(fd, ns=(st.mtime, st.mtime))
         finally:
@@ -560,23 +515,6 @@ class Extractor:
             os.utime(fd, ns=(member.mtime, member.mtime))
         finally:
             os.close(fd)
-
-
-def _write(fd: int, data: memoryview) -> None:
-    done = os.write(fd, data)
-    while done < len(data):
-        done += os.write(fd, data[done:])
-
-
-def _digest_of(fd: int) -> str:
-    hasher = hashlib.sha256()
-    again = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        while data := os.read(again, 1 << 20):
-            hasher.update(data)
-    finally:
-        os.close(again)
-    return hasher.hexdigest()
 
 
 _Handler = Callable[[Extractor, Member, Dir, bytes, bytes], None]
