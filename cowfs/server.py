@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Server", "Started", "parse_report", "start"]
 
+_FLUSH_SECONDS = 10.0  # how long SIGTERM waits for dirty pages
+
 
 class Started(NamedTuple):
     """What a mount is known by once it answers."""
@@ -355,32 +357,40 @@ class Server:
                     self._wakeup[0].recv(64)
                     threading.Thread(target=self._terminate, name="cowfs-terminate", daemon=True).start()
                 else:
-                    connection, _address = self._listener.accept()
+                    try:
+                        connection, _address = self._listener.accept()
+                    except OSError:  # gone already, or no descriptor left
+                        time.sleep(0.05)
+                        continue
                     threading.Thread(target=self._answer, args=(connection,), name="cowfs-answer", daemon=True).start()
 
     def _terminate(self) -> None:
         """SIGTERM: write back what maps hold, unmount; when somebody is inside, unmount all the same."""
-        target = self.spec.mountpoint
+        flush = threading.Thread(target=self._flush, name="cowfs-flush", daemon=True)
+        flush.start()
+        flush.join(_FLUSH_SECONDS)
         try:
-            fd = os.open(target, os.O_RDONLY | os.O_DIRECTORY)
+            mountpoint.detach(self.spec.mountpoint)
+        except CowfsError:
+            try:
+                mountpoint.detach(self.spec.mountpoint, lazy=True)
+            except CowfsError:
+                pass  # taken off by somebody else, or beyond us: the end of the session ends the mount
+            self.session.stop()
+
+    def _flush(self) -> None:
+        from cowfs.sys.files import syncfs
+
+        try:
+            fd = os.open(self.spec.mountpoint, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError:
+            return
+        try:
+            syncfs(fd)
         except OSError:
             pass
-        else:
-            from cowfs.sys.files import syncfs
-
-            try:
-                syncfs(fd)
-            except OSError:
-                pass
-            finally:
-                os.close(fd)
-        try:
-            mountpoint.detach(target)
-        except FailedPrecondition:
-            mountpoint.detach(target, lazy=True)
-            self.session.stop()
-        except CowfsError:
-            self.session.stop()
+        finally:
+            os.close(fd)
 
     def _answer(self, connection: socket.socket) -> None:
         """Serve one connection: a line in, a line out, until the other side stops."""

@@ -77,9 +77,9 @@ class Stack:
         self._check_layers()
         if spec.record:
             self._hold_layers()
+        if wanted and (spec.readonly or (spec.upper is None and spec.scratch is None)):
+            raise InvalidArgument("a limit needs something writable", remedy="leave out --read-only, or the limit")
         if spec.upper is None and spec.scratch is None:
-            if wanted:
-                raise InvalidArgument("a limit needs something writable", remedy="leave out --read-only, or the limit")
             self.limit = None
             self._check_mountpoint()
             return
