@@ -32,7 +32,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cowfs import control, mountpoint, verbs
-from cowfs.errors import CowfsError, FailedPrecondition, InvalidArgument
+from cowfs.errors import CowfsError, InvalidArgument
 from cowfs.parts import explain, make_session, make_view, name_process, raise_file_limit, refused
 from cowfs.spec import MountSpec
 from cowfs.stack import Stack
