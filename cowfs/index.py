@@ -13,13 +13,11 @@ Threads: each thread has its own connection, made when first used and again afte
 from __future__ import annotations
 
 import errno
-import importlib.resources
 import json
 import os
 import sqlite3
 import threading
 import time
-import uuid
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -134,6 +132,11 @@ def _row(values: tuple) -> Row:  # type: ignore[type-arg]
     )
 
 
+def _schema() -> str:
+    with open(os.path.join(os.path.dirname(__file__), "schema.sql"), encoding="utf-8") as file:
+        return file.read()
+
+
 class _Connection(sqlite3.Connection):
     """A connection that can be referred to weakly (a thread that ends drops its own)."""
 
@@ -203,8 +206,10 @@ class Index:
             try:
                 version = self._version(connection)
                 if version == 0:
-                    self._script(connection, importlib.resources.files("cowfs").joinpath("schema.sql").read_text())
+                    self._script(connection, _schema())
                     connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+                    import uuid
+
                     facts = {"uuid": str(uuid.uuid4()), "created": str(time.time_ns())}
                     connection.executemany("INSERT INTO meta VALUES (?, ?)", facts.items())
                     version = 1

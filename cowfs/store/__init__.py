@@ -1,5 +1,19 @@
-"""The store of snapshots. Start with :mod:`cowfs.store.core`; :mod:`cowfs.store.staging` says what survives a kill."""
+"""The store of snapshots. Start with :mod:`cowfs.store.core`; :mod:`cowfs.store.staging` says what survives a kill.
 
-from cowfs.store.store import Store
+:class:`Store` is imported when it is first asked for: a mount's server needs only :mod:`cowfs.store.serve`.
+"""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cowfs.store.store import Store
 
 __all__ = ["Store"]
+
+
+def __getattr__(name: str) -> object:
+    if name == "Store":
+        from cowfs.store.store import Store
+
+        return Store
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from cowfs.sys import xattr
 from cowfs.union import lower
-from cowfs.union.attr import ATTR, NS, encode_dev
+from cowfs.union.attr import ATTR, NS, encode_dev, unpack
 from cowfs.union.holding import ROOT_ID
 from cowfs.union.lower import Data
 from cowfs.union.node import DT_DIR, DT_REG, Dir, Node
@@ -202,7 +202,13 @@ def make(view: View, parent: Dir, name: bytes) -> Node | None:
         return made
     existing = view.nodes.get(ino)
     if existing is not None or ino <= ROOT_ID or ino in view.burnt:
-        if existing is not None and entry.nlink > 1 and existing.where is not None and existing.where.layer is layer:
+        if (
+            existing is not None
+            and entry.nlink > 1
+            and existing.where is not None
+            and existing.where.layer is layer
+            and _is_same(view, existing, entry)
+        ):
             view.bind(parent, name, existing)
             return existing
         ino = view.fresh_id()
@@ -220,6 +226,14 @@ def make(view: View, parent: Dir, name: bytes) -> Node | None:
     view.bind(parent, name, node)
     node.attr = attr_of(view, node, entry)
     return node
+
+
+def _is_same(view: View, node: Node, entry: Any) -> bool:
+    """Whether an entry with a node's number is that inode: the kernel breaks hard links when it copies metadata up."""
+    if node.attr is None:
+        return True
+    a, b = unpack(node.attr), unpack(attr_of(view, node, entry))
+    return (a.mode, a.uid, a.gid, a.size, a.mtime_ns, a.nlink) == (b.mode, b.uid, b.gid, b.size, b.mtime_ns, b.nlink)
 
 
 def attr_of(view: View, node: Node, entry: Any) -> bytes:

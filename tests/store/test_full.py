@@ -1,0 +1,92 @@
+"""A full disk fails the verb with ENOSPC and loses nothing; space freed makes it work again."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import tarfile
+from pathlib import Path
+
+import pytest
+from support import hostfs
+
+from cowfs.errors import CowfsError
+from cowfs.store import Store
+
+from .conftest import tree_path
+
+VERBS = {
+    "prepare": lambda store: store.prepare("new", "base"),
+    "commit": lambda store: store.commit("work", "done"),
+    "apply": lambda store: store.apply("work", io.BytesIO(_tar())),
+    "import": lambda store: store.import_image(io.BytesIO(_tar()), "image"),
+    "label": lambda store: store.update("base", {f"label-{number}": "x" * 3000 for number in range(40)}),
+}
+
+
+def _tar() -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        for number in range(40):
+            info = tarfile.TarInfo(f"d/file-{number}")
+            info.size = 20_000
+            tar.addfile(info, io.BytesIO(b"%05d" % number * 4000))
+    return out.getvalue()
+
+
+def _fill_disk(place: Path, leave: int) -> Path:
+    """Leave about so many bytes free."""
+    ballast = place / "ballast"
+    fd = os.open(ballast, os.O_WRONLY | os.O_CREAT)
+    try:
+        host = os.statvfs(place)
+        os.posix_fallocate(fd, 0, max(1, host.f_bavail * host.f_frsize - leave))
+        while True:
+            host = os.statvfs(place)
+            if host.f_bavail * host.f_frsize <= leave:
+                break
+            os.posix_fallocate(fd, 0, os.fstat(fd).st_size + 4096)
+    except OSError as error:
+        assert error.errno == errno.ENOSPC
+    finally:
+        os.close(fd)
+    return ballast
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("leave", [0, 4096, 16_384, 65_536, 300_000])
+def test_a_full_disk_loses_nothing(
+    verb: str, leave: int, driver: str, tmp_path_factory: pytest.TempPathFactory, can_mount: None
+) -> None:
+    place = hostfs.make_tmpfs(tmp_path_factory.mktemp("small"), size="8m")
+    with Store.open(place / "store", driver=driver, fsync=False) as store:
+        store.prepare("k")
+        (tree_path(store, "k") / "file").write_text("base")
+        store.commit("k", "base")
+        store.prepare("work", "base")
+        (tree_path(store, "work") / "own").write_text("own")
+        before = {info.name for info in store.walk()}
+        ballast = _fill_disk(place, leave)
+        try:
+            VERBS[verb](store)
+        except OSError as error:
+            assert error.errno == errno.ENOSPC
+            done = False
+        except CowfsError as error:
+            pytest.fail(f"{verb}: {error}")
+        else:
+            done = True
+        ballast.unlink()
+        assert store.check().damage == []
+        if not done and verb != "import":  # the layers of an image that are complete stay
+            assert {info.name for info in store.walk()} == before
+        assert [change.path for change in store.diff("base")] == [b"file"]
+        store.gc()
+        assert store.check(content=True).problems == []
+        if not done:
+            VERBS[verb](store)
+        if verb == "apply":
+            store.commit("work", "done")
+            assert b"d/file-39" in {change.path for change in store.diff("done")}
+        assert store.check(content=True).problems == []
