@@ -367,3 +367,27 @@ def test_interrupted_start_leaves_no_mount(cowfs: Run, stack: Path, mnt: Path) -
             assert time.monotonic() < end
             time.sleep(0.02)
         assert cowfs("mounts", "--quiet").stdout == ""
+
+
+def test_fusepy_front_end_has_the_same_life(cowfs: Run, stack: Path, mnt: Path, run_directory: Path) -> None:
+    """Mounted, listed, limited, compared, unmounted and killed, through libfuse 2."""
+    pytest.importorskip("fuse", reason="fusepy or libfuse 2 is not installed", exc_type=Exception)
+    pid = json.loads(cowfs("mount", stack, mnt, "--frontend", "fusepy", "--size", "1M", "--json").stdout)["pid"]
+    assert status_of(cowfs, mnt)["pid"] == pid
+    (mnt / "new").write_text("1")
+    assert "A /new" in cowfs("diff", mnt).stdout
+    cowfs("limit", mnt, "--size", "2M")
+    assert os.statvfs(mnt).f_blocks * os.statvfs(mnt).f_frsize == 2 << 20
+    cowfs("umount", mnt)
+    assert _gone(pid, 2.0)
+    assert list(run_directory.iterdir()) == []
+    cowfs("mount", stack, mnt, "--frontend", "fusepy")
+    os.kill(int(str(status_of(cowfs, mnt)["pid"])), signal.SIGTERM)
+    end = time.monotonic() + 20
+    while os.path.ismount(mnt):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    cowfs("mount", stack, mnt, "--frontend", "fusepy")
+    os.kill(int(str(status_of(cowfs, mnt)["pid"])), signal.SIGKILL)
+    cowfs("umount", mnt)
+    assert os.listdir(mnt) == []
