@@ -52,6 +52,11 @@ _T = TypeVar("_T")
 #: for this very processor go on without the server falling asleep and being woken: a look-up took 10.8 us instead of
 #: 12.4 (fuse-overlayfs 2: 11.2), and between two processors, where sleeping costs most, 15-20 instead of 50.
 TRIES: Final = 20
+#: A yield that took this long met a process that computes, and gave up a whole time slice to it (which the scheduler
+#: then holds against us); so for this many requests the loop does not yield, and tries less, before it sleeps.
+CROWDED_NS: Final = 1_000_000
+CROWDED_REQUESTS: Final = 256
+CROWDED_TRIES: Final = 3
 #: Bytes the kernel reads ahead: a quarter of the requests of its default, and not yet much for a fault in a map.
 READ_AHEAD: Final = 512 << 10
 #: Seconds between two looks at whether a waiting process was killed.
@@ -263,7 +268,8 @@ class Session:
         poll = select.poll()
         poll.register(fd, select.POLLIN)
         poll.register(self._wake, select.POLLIN)
-        sched_yield = os.sched_yield
+        sched_yield, clock = os.sched_yield, time.perf_counter_ns
+        crowded = 0
         nodes, most = self.view.nodes, self.options.max_nodes
         tries = TRIES
         while True:
@@ -282,7 +288,13 @@ class Session:
             if n is None:
                 if tries:
                     tries -= 1
+                    if crowded:
+                        tries = min(tries, CROWDED_TRIES)
+                        continue
+                    start = clock()
                     sched_yield()
+                    if clock() - start > CROWDED_NS:
+                        crowded = CROWDED_REQUESTS
                     continue
                 if most:
                     most = self._prune()
@@ -290,6 +302,8 @@ class Session:
                 tries = TRIES
                 continue
             tries = TRIES
+            if crowded:
+                crowded -= 1
             if most and len(nodes) > most:
                 most = self._prune()
             length, opcode, unique, nodeid = unpack(buf)
