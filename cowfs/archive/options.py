@@ -27,7 +27,8 @@ class ApplyOptions:
         max_header: bytes of one PAX header or long name.
         owners: what to do about owners, devices and privileged attributes that this process may
             not set: ``fail``; ``xattr``: record them in :data:`OVERRIDE_XATTR` (files and
-            directories; a device, FIFO or socket becomes an empty file that carries it); ``ignore``: leave
+            directories; a device or FIFO becomes an empty file that carries it; a symbolic link can carry nothing
+            and loses its owner); ``ignore``: leave
             them out, and never keep a set-id bit without its owner.
         xattrs: restore extended attributes at all.
     """

@@ -40,9 +40,11 @@ class LayerWalk:
     def __init__(self, form: whiteout.Form | None, tree: Tree | None, override: bool, sparse: bool) -> None:
         self._form, self._tree, self._override, self._sparse = form, tree, override, sparse
         self._writer: MemberWriter
+        self._maker = 0
 
     def run(self, writer: MemberWriter, root: int) -> None:
         self._writer = writer
+        self._maker = os.fstat(root).st_uid
         stack: list[tuple[int, Iterator[tuple[bytes, int]], bytes]] = []
         try:
             stack.append(self._enter(os.dup(root), b""))
@@ -207,6 +209,8 @@ class LayerWalk:
         mode, uid, gid, rdev = st.st_mode, st.st_uid, st.st_gid, st.st_rdev
         if self._override and own and OVERRIDE_XATTR in own:
             uid, gid, mode, kind, rdev = _overridden(own[OVERRIDE_XATTR], kind, path)
+        elif self._override and kind == header.SYMLINK and uid == self._maker:
+            uid = gid = 0  # a link carries no attribute of ours; nearly all are root's, and it has no effect
         size = st.st_size if kind == header.REGULAR else 0
         self._writer.header(
             path, kind, mode, uid, gid, size, st.st_mtime_ns, linkname=linkname, rdev=rdev, xattrs=xattrs

@@ -334,6 +334,7 @@ def test_owners_recorded_in_attributes_are_exported_as_owners(space: Path) -> No
     data = tar(
         directory("./", uid=1, gid=1), directory("d", mode=0o700, uid=9, gid=9), member("d/f", b"x", mode=0o4711, uid=8),
         member("dev", type=tarfile.CHRTYPE, device=(5, 1), mode=0o666), member("p", type=tarfile.FIFOTYPE),
+        symlink("l", "d"),
     )  # fmt: skip
     with acting_as():
         apply(data, space / "user", form="user", options=ApplyOptions(owners="xattr"))
