@@ -34,6 +34,7 @@ _OK = abi.OUT_HEADER.pack
 _READ = abi.READ_IN.unpack_from
 _WRITE = abi.WRITE_IN.unpack_from
 _WRITTEN = codec.WRITE_REPLY.pack
+_REGULAR = 8  # DT_REG
 _NOWAIT = getattr(os, "RWF_NOWAIT", 8)
 
 
@@ -49,6 +50,9 @@ class Host(Protocol):
     def look(self, nodeid: int, unique: int, job: Any) -> None:
         """Run ``job() -> Reply`` on a worker as a shared job and send what it returns; loop thread."""
 
+    def wait_behind(self, nodeid: int, request: memoryview) -> bool:
+        """Queue ``request`` behind the node's copy-up, if one is under way; loop thread."""
+
     def aside(self, unique: int, job: Any) -> None:
         """Run ``job() -> Reply`` on a worker without holding anything back; loop thread."""
 
@@ -56,19 +60,20 @@ class Host(Protocol):
 class Data(Adapter):
     """The handlers that touch data, on top of those for names and attributes."""
 
-    __slots__ = ("_ahead", "_buffer", "_local", "host", "max_read", "nowait")
+    __slots__ = ("_ahead", "_buffer", "_local", "host", "max_read", "metacopy", "nowait")
 
     def __init__(self, view: View, host: Host, max_read: int) -> None:
         super().__init__(view)
         self.host = host
         self.max_read = max_read
+        self.metacopy = view.form.redirects  # the form that knows redirects knows metacopies, too
         self.nowait = True
         self._ahead = ReadAhead()
         self._buffer = memoryview(bytearray(max_read))
         self._local = threading.local()
 
     def table(self) -> dict[int, Handler]:
-        return super().table() | {
+        table = super().table() | {
             abi.READ: self.read,
             abi.WRITE: self.write,
             abi.SETATTR: self.setattr,
@@ -81,6 +86,12 @@ class Data(Adapter):
             abi.COPY_FILE_RANGE_64: self.copy_file_range_64,
             abi.RELEASE: self.release,
         }
+        if not self.metacopy:
+            table |= {abi.LINK: self._linked, abi.RENAME: self._renamed, abi.RENAME2: self._renamed}
+            for opcode in (abi.SETXATTR, abi.REMOVEXATTR):
+                if opcode in table:
+                    table[opcode] = self._of_node(table[opcode])
+        return table
 
     # -- reading ------------------------------------------------------------------------------
 
@@ -173,6 +184,12 @@ class Data(Adapter):
         self.host.copy_up(node.id, bytes(buf), stage)
         return True
 
+    def _later_too(self, node: Any, buf: memoryview) -> bool:
+        """The same for a change of attributes or names, where the layer form knows no metacopy: that copies data."""
+        if self.metacopy or node.type != _REGULAR or self.view.in_upper(node):
+            return False
+        return self.host.wait_behind(node.id, buf) or self._later(node, buf)
+
     def write(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply | None:
         _fh, offset, size, flags, _, _, _ = _WRITE(buf, 40)
         if size != n - 80:
@@ -185,10 +202,36 @@ class Data(Adapter):
     def setattr(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply | None:
         node = self.nodes.get(nodeid) or self.view.node(nodeid)
         valid, _, _, size = abi.SETATTR_IN.unpack_from(buf, 40)[:4]
-        if valid & abi.FATTR_SIZE and self._later(node, buf[:n], size):
+        if valid & abi.FATTR_SIZE:
+            if self._later(node, buf[:n], size):
+                return None
+        elif not self.metacopy and self._later_too(node, buf[:n]):
             return None
         self.apply(node, buf)
         return codec.attributes(unique, node.attr or self.view.attr(node))
+
+    def _of_node(self, handler: Handler) -> Handler:
+        """A handler whose node is copied up first."""
+
+        def first(buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply | None:
+            if self._later_too(self.view.node(nodeid), buf[:n]):
+                return None
+            return handler(buf, n, unique, nodeid)
+
+        return first
+
+    def _linked(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply | None:
+        if self._later_too(self.view.node(abi.LINK_IN.unpack_from(buf, 40)[0]), buf[:n]):
+            return None
+        return self.link(buf, n, unique, nodeid)
+
+    def _renamed(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply | None:
+        _, opcode, _, _ = abi.HEAD.unpack_from(buf)
+        old, _ = codec.two_names(buf, 48 if opcode == abi.RENAME else 56, n)
+        node = self.view.child(self.view.directory(nodeid), old)
+        if node is not None and self._later_too(node, buf[:n]):
+            return None
+        return (self.rename if opcode == abi.RENAME else self.rename2)(buf, n, unique, nodeid)
 
     def fallocate(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply | None:
         _fh, offset, length, mode, _ = abi.FALLOCATE_IN.unpack_from(buf, 40)

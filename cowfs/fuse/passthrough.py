@@ -60,14 +60,7 @@ class Passthrough(Data):
         self.refused = False
 
     def table(self) -> dict[int, Handler]:
-        return super().table() | {
-            abi.OPEN: self.open,
-            abi.RELEASE: self.release,
-            abi.GETATTR: self.getattr,
-            abi.LOOKUP: self.lookup,
-            abi.LINK: self.link,
-            abi.READDIRPLUS: self.readdirplus,
-        }
+        return super().table() | {abi.OPEN: self.open}
 
     def open(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply | None:
         flags, _ = abi.OPEN_IN.unpack_from(buf, 40)

@@ -422,8 +422,10 @@ class Session:
         def run() -> None:
             try:
                 stage.run()
-            finally:
-                self.post(done)
+            except Exception:  # noqa: BLE001 - a bug must not end the server, nor publish half a copy; it is logged
+                self._report()
+                stage.error = OSError(errno.EIO, "bug")
+            self.post(done)
 
         def done() -> None:
             del self._jobs[unique]
@@ -451,6 +453,13 @@ class Session:
             self.post(lambda: self._left(nodeid, exclusive=False))
 
         self._workers.submit(run)
+
+    def wait_behind(self, nodeid: int, request: memoryview) -> bool:
+        gate = self._gates.nodes.get(nodeid)
+        if gate is None or not gate.exclusive:
+            return False
+        gate.queue.append(bytes(request))
+        return True
 
     def aside(self, unique: int, job: Callable[[], codec.Reply]) -> None:
         self._workers.submit(lambda: self._answer(unique, job))

@@ -17,6 +17,7 @@ from typing import Any
 
 from cowfs.fuse import abi
 from cowfs.union import Options
+from cowfs.whiteout import TRUSTED
 
 
 def fail(code: int) -> OSError:
@@ -51,6 +52,7 @@ class MemStage:
         self.gate = threading.Event()
         self.started = threading.Event()
         self.cancelled = False
+        self.error: OSError | None = None
         self.thread = 0
 
     def run(self) -> None:
@@ -68,6 +70,7 @@ class MemoryView:
 
     NOW = object()
     options = Options()
+    form = TRUSTED
 
     def __init__(self) -> None:
         self._ids = itertools.count(2)
@@ -294,8 +297,8 @@ class MemoryView:
 
     def publish(self, stage: MemStage) -> None:
         self.stages.pop(stage.node.id, None)
-        if stage.code:
-            raise fail(stage.code)
+        if stage.error is not None or stage.code:
+            raise stage.error or fail(stage.code)
         self.published.append(stage.node)
 
     def pread(self, node: MemNode, offset: int, buf: memoryview, flags: int = 0) -> int:
