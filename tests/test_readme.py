@@ -49,10 +49,12 @@ def run(command: list[str], place: Path) -> str:
 
 def test_shell_examples(place: Path) -> None:
     outputs = [run(["bash", "-ec", block], place) for block in blocks("sh")]
-    assert len(outputs) == 2
+    assert len(outputs) == 3
     assert "/mnt/rootfs" in outputs[0]
     assert "A /greeting" in outputs[0]
     assert "4 GiB" in outputs[0]
+    assert "A /greeting" in outputs[1]
+    assert "v2" in outputs[1]
     assert os.listdir("/mnt/rootfs") == []
 
 
