@@ -30,11 +30,11 @@ _END = bytes(2 * header.BLOCK)
 
 
 def _run(
-    out: BinaryIO, compression: str, level: int | None, progress: Progress | None, reserved: bool,
+    out: BinaryIO, compression: str, level: int | None, progress: Progress | None, reserved: bool, override: bool,
     body: Callable[[MemberWriter], None],
 ) -> Exported:  # fmt: skip
     packer = Packer(out, compression, level)
-    writer = MemberWriter(packer, progress, reserved=reserved)
+    writer = MemberWriter(packer, progress, reserved=reserved, override=override)
     try:
         body(writer)
         packer.write(_END)
@@ -73,7 +73,8 @@ def export_layer(
         tree: the merged tree with this layer on top; needed where the layer refers to lower ones.
         compression: ``none``, ``gzip`` or ``zstd``; level: its own scale.
         override: take owner, mode and type from ``user.containers.override_stat`` where it is
-            set (a layer applied with ``owners="xattr"``).
+            set: only for layers applied with ``owners="xattr"`` and nothing else, since whoever may write a
+            file may set its attribute.
         sparse: write files that are half holes or more as PAX sparse members (GNU tar, bsdtar and Go read
             them). The bytes then depend on where this host has holes; without it they never do.
         progress: called with (uncompressed bytes, members) now and then.
@@ -88,21 +89,22 @@ def export_layer(
     root = os.open(".", _DIR, dir_fd=layer) if isinstance(layer, int) else os.open(layer, _DIR)
     try:
         walk = LayerWalk(FORMS.get(form), tree, override, sparse)
-        return _run(out, compression, level, progress, True, lambda writer: walk.run(writer, root))
+        return _run(out, compression, level, progress, True, override, lambda writer: walk.run(writer, root))
     finally:
         os.close(root)
 
 
 def export_tree(
-    tree: Tree, out: BinaryIO, *, compression: str = "none", level: int | None = None, progress: Progress | None = None
-) -> Exported:
+    tree: Tree, out: BinaryIO, *, compression: str = "none", level: int | None = None, override: bool = False,
+    progress: Progress | None = None,
+) -> Exported:  # fmt: skip
     """Write a plain tar of a whole merged tree (a root filesystem, flattened); as :func:`export_layer`."""
-    return _run(out, compression, level, progress, False, lambda writer: write_tree(writer, tree, b""))
+    return _run(out, compression, level, progress, False, override, lambda writer: write_tree(writer, tree, b""))
 
 
 def export_changes(
     tree: Tree, changes: Iterable[Change], out: BinaryIO, *, compression: str = "none", level: int | None = None,
-    progress: Progress | None = None,
+    override: bool = False, progress: Progress | None = None,
 ) -> Exported:  # fmt: skip
     """Write an OCI layer tar of a list of changes, the new state of each read from ``tree``.
 
@@ -119,7 +121,7 @@ def export_changes(
             else:
                 write_object(writer, tree, change.path)
 
-    return _run(out, compression, level, progress, True, body)
+    return _run(out, compression, level, progress, True, override, body)
 
 
 def _order(path: bytes, deleted: bool) -> list[tuple[bool, bytes]]:

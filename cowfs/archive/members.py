@@ -15,11 +15,11 @@ from cowfs.archive.attributes import is_smuggled
 from cowfs.archive.compress import Packer
 from cowfs.archive.decode import CHUNK
 from cowfs.archive.names import OPAQUE_NAME, WHITEOUT_PREFIX, show
-from cowfs.archive.options import LowerStat, Tree
+from cowfs.archive.options import OVERRIDE_XATTR, LowerStat, Tree
 from cowfs.errors import FailedPrecondition, InvalidArgument
 from cowfs.sys.files import data_ranges
 
-__all__ = ["TYPES", "MemberWriter", "Progress", "write_object", "write_tree"]
+__all__ = ["TYPES", "MemberWriter", "Progress", "overridden", "write_object", "write_tree"]
 
 TYPES = {
     stat.S_IFREG: header.REGULAR,
@@ -34,10 +34,16 @@ Progress = Callable[[int, int], object]
 
 
 class MemberWriter:
-    """Members in, bytes out."""
+    """Members in, bytes out.
 
-    def __init__(self, packer: Packer, progress: Progress | None, *, reserved: bool) -> None:
+    Args:
+        reserved: refuse names that a layer archive gives another meaning.
+        override: owners are recorded in :data:`~cowfs.archive.options.OVERRIDE_XATTR`.
+    """
+
+    def __init__(self, packer: Packer, progress: Progress | None, *, reserved: bool, override: bool) -> None:
         self._packer, self._progress, self._reserved = packer, progress, reserved
+        self.override = override
         self._write = packer.write
         self._links: dict[object, bytes] = {}
         self.entries = 0
@@ -144,6 +150,23 @@ def _ranges(fd: int, segments: Iterable[tuple[int, int]]) -> Iterator[bytes]:
             count -= len(data)
 
 
+_STAND_INS = {b"pipe": header.FIFO, b"char": header.CHAR, b"block": header.BLOCKDEV}
+
+
+def overridden(value: bytes, kind: bytes, path: bytes) -> tuple[int, int, int, bytes, int]:
+    """(uid, gid, mode, type, device) of an override attribute. Raises InvalidArgument."""
+    try:
+        uid, gid, mode, *rest = value.split(b":")
+        numbers = int(uid), int(gid), int(mode, 8) & 0o7777
+        what, *device = rest[0].split(b"-") if rest else [b""]
+        if not (0 <= numbers[0] <= header.MAX_ID and 0 <= numbers[1] <= header.MAX_ID):
+            raise ValueError("owner")
+        rdev = os.makedev(int(device[0]), int(device[1])) if device else 0
+    except (ValueError, IndexError, OverflowError):
+        raise InvalidArgument(f"{show(path)}: unreadable {OVERRIDE_XATTR.decode()} {value[:60]!r}") from None
+    return *numbers, _STAND_INS.get(what, kind), rdev
+
+
 # From a merged tree ---------------------------------------------------------------------------
 
 
@@ -159,11 +182,17 @@ def write_object(writer: MemberWriter, tree: Tree, path: bytes) -> LowerStat | N
     linkable = st.nlink > 1 and kind != header.DIRECTORY and st.ident is not None
     if linkable and writer.linked(path, st.ident, st.mode, st.uid, st.gid, st.mtime):
         return st
+    xattrs = tree.xattrs(path)
+    mode, uid, gid, rdev = st.mode, st.uid, st.gid, st.rdev
+    if writer.override and OVERRIDE_XATTR in xattrs:
+        uid, gid, mode, kind, rdev = overridden(xattrs[OVERRIDE_XATTR], kind, path)
+    elif writer.override and kind == header.SYMLINK and uid == os.geteuid():
+        uid = gid = 0
     size = st.size if kind == header.REGULAR else 0
     writer.header(
-        path, kind, st.mode, st.uid, st.gid, size, st.mtime, rdev=st.rdev,
+        path, kind, mode, uid, gid, size, st.mtime, rdev=rdev,
         linkname=tree.readlink(path) if kind == header.SYMLINK else b"",
-        xattrs={name: value for name, value in tree.xattrs(path).items() if not is_smuggled(name)},
+        xattrs={name: value for name, value in xattrs.items() if not is_smuggled(name)},
     )  # fmt: skip
     if size:
         writer.data(path, size, tree.read(path))

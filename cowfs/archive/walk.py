@@ -20,10 +20,10 @@ from cowfs import whiteout
 from cowfs.archive import header
 from cowfs.archive.attributes import is_smuggled
 from cowfs.archive.decode import CHUNK
-from cowfs.archive.members import TYPES, MemberWriter, write_object, write_tree
+from cowfs.archive.members import TYPES, MemberWriter, overridden, write_object, write_tree
 from cowfs.archive.names import OPAQUE_NAME, WHITEOUT_PREFIX, show
 from cowfs.archive.options import OVERRIDE_XATTR, Tree
-from cowfs.errors import FailedPrecondition, InvalidArgument, Unsupported
+from cowfs.errors import FailedPrecondition, Unsupported
 from cowfs.sys import xattr
 
 __all__ = ["LayerWalk"]
@@ -208,7 +208,7 @@ class LayerWalk:
         """Write a header; True when data must follow."""
         mode, uid, gid, rdev = st.st_mode, st.st_uid, st.st_gid, st.st_rdev
         if self._override and own and OVERRIDE_XATTR in own:
-            uid, gid, mode, kind, rdev = _overridden(own[OVERRIDE_XATTR], kind, path)
+            uid, gid, mode, kind, rdev = overridden(own[OVERRIDE_XATTR], kind, path)
         elif self._override and kind == header.SYMLINK and uid == self._maker:
             uid = gid = 0  # a link carries no attribute of ours; nearly all are root's, and it has no effect
         size = st.st_size if kind == header.REGULAR else 0
@@ -219,19 +219,6 @@ class LayerWalk:
 
 
 _NONE: dict[bytes, bytes] = {}
-_OVERRIDETYPES = {b"pipe": header.FIFO, b"char": header.CHAR, b"block": header.BLOCKDEV}
-
-
-def _overridden(value: bytes, kind: bytes, path: bytes) -> tuple[int, int, int, bytes, int]:
-    """(uid, gid, mode, type, device) of an override attribute."""
-    try:
-        uid, gid, mode, *rest = value.split(b":")
-        numbers = int(uid), int(gid), int(mode, 8) & 0o7777
-        what, *device = rest[0].split(b"-") if rest else [b""]
-        rdev = os.makedev(int(device[0]), int(device[1])) if device else 0
-    except (ValueError, IndexError, OverflowError):
-        raise InvalidArgument(f"{show(path)}: unreadable {OVERRIDE_XATTR.decode()} {value[:60]!r}") from None
-    return *numbers, _OVERRIDETYPES.get(what, kind), rdev
 
 
 def _pieces(fd: int, first: bytes = b"") -> Iterator[bytes]:

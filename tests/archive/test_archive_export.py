@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import shutil
@@ -342,6 +343,15 @@ def test_owners_recorded_in_attributes_are_exported_as_owners(space: Path) -> No
     exported, _ = _export(space / "user", form="user", override=True)
     assert exported == _export(space / "root")[0]
     assert b"override_stat" not in _export(space / "user", form="user")[0]
+    flat = []
+    for side, override in (("user", True), ("root", False)):
+        fd = os.open(space / side, os.O_RDONLY)
+        out = io.BytesIO()
+        with acting_as() if override else contextlib.nullcontext():
+            export_tree(DirTree(fd), out, override=override)
+        os.close(fd)
+        flat.append(out.getvalue())
+    assert flat[0] == flat[1]
     os.setxattr(space / "user" / "d" / "f", "user.containers.override_stat", b"rubbish")
     with pytest.raises(InvalidArgument, match=r"'d/f'"):
         _export(space / "user", form="user", override=True)
