@@ -8,7 +8,9 @@ host does not let us (no CAP_SYS_ADMIN), ``why_not`` says so and tests that moun
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import errno
 import os
 
 CLONE_NEWNS = 0x00020000
@@ -54,6 +56,18 @@ def bind(source: str, target: str) -> None:
     mount(source, target, None, MS_BIND)
 
 
+def _make_private() -> None:
+    """Nothing propagates from or to this namespace."""
+    try:
+        mount("none", "/", None, MS_REC | MS_PRIVATE)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        for target in reversed(mount_points()):  # in a chroot "/" is no mount point: what can be seen, one by one
+            with contextlib.suppress(OSError):
+                mount("none", target, None, MS_PRIVATE)
+
+
 def enter() -> None:
     """Move the process to a mount namespace of its own with nothing propagated either way."""
     global why_not
@@ -67,7 +81,7 @@ def enter() -> None:
         why_not = f"unshare(CLONE_NEWNS): {os.strerror(ctypes.get_errno())}"
         return
     try:
-        mount("none", "/", None, MS_REC | MS_PRIVATE)
+        _make_private()
         os.makedirs(RUN, mode=0o755, exist_ok=True)
         mount("tmpfs", RUN, "tmpfs", 0, "mode=755,size=16m")  # control sockets of our servers only
     except OSError as error:
