@@ -189,7 +189,8 @@ class DriverSuite:
         third = self.layer(store, "third", second, lambda tree: (tree / "other").write_text("x"))
         with self.seen(store, third) as tree:
             assert not os.path.lexists(tree / "file")
-            assert os.stat(tree / "dir" / "file").st_nlink == 1
+            if store.driver.whole or store.driver.form.redirects:
+                assert os.stat(tree / "dir" / "file").st_nlink == 1  # the user form cannot say so without the data
             assert sorted(os.listdir(tree)) == ["dir", "fifo", "link", "other"]
 
     def test_a_directory_removed_and_made_again_is_empty(self, store: Store) -> None:
