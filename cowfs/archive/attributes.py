@@ -27,6 +27,7 @@ __all__ = ["PLAIN_END", "SET_ID", "Attributes", "drop_acls", "drop_xattr", "is_s
 
 PLAIN_END = (1 << 31) * header.NANO  # from the epoch to here every file system keeps a time
 SET_ID = stat.S_ISUID | stat.S_ISGID
+_VALUE_MAX, _LIST_MAX = 65536, 65536 - 1024  # xattr(7); past the second listxattr(2) fails for everybody
 _DENIED = frozenset({errno.EPERM, errno.EACCES, errno.EINVAL})
 _NO_XATTR = frozenset({errno.EOPNOTSUPP, errno.EPERM, errno.EACCES})
 
@@ -57,6 +58,10 @@ class Attributes:
                 self.dropped[os.fsdecode(name)] += 1
             else:
                 wanted[name] = value
+                if len(value) > _VALUE_MAX:
+                    raise InvalidArgument(f"extended attribute {show(name)} of {len(value)} bytes")
+        if sum(map(len, wanted)) + len(wanted) > _LIST_MAX:
+            raise InvalidArgument(f"{len(wanted)} extended attributes are more than can be listed")
         return wanted
 
     def set(
