@@ -191,7 +191,8 @@ class Run:
         for path in plain:
             model = os.lstat(self.plain / path).st_ino
             number = os.lstat(self.mounted.path / path).st_ino
-            assert self.numbers.setdefault(model, number) == number, f"{path}: inode number changed\n{self.story()}"
+            known = self.numbers.setdefault(model, number)
+            assert known == number, f"{path}: inode number was {known}, is {number}\n{self.story()}"
         alive = {os.lstat(self.plain / path).st_ino for path in plain}
         numbers = [self.numbers[model] for model in alive]
         assert len(set(numbers)) == len(numbers), f"two files share an inode number\n{self.story()}"
