@@ -136,6 +136,10 @@ def drop(view: View, node: Node) -> None:
         if node.fd >= 0:
             os.close(node.fd)
             node.fd, node.wfd = -1, False
+        if node.__class__ is Dir:
+            for source in node.sources:
+                source.close()
+            node.children = None
         parent = node.parent
         if parent is None:
             unhold(view, node)
@@ -151,13 +155,9 @@ def drop(view: View, node: Node) -> None:
             if directory is not parent and directory.nlookup <= 0:
                 view.drop(directory)
         _fold(view, parent, node.name, node)
-        if node.__class__ is Dir:
-            for source in node.sources:
-                source.close()
-            node.children = None
-            if node in view.moved and view.upper is not None:
-                del view.moved[node]
-                view.redirects.pop(view.upper, None)  # to be looked for again when needed
+        if node in view.moved and view.upper is not None:
+            del view.moved[node]
+            view.redirects.pop(view.upper, None)  # to be looked for again when needed
         node = parent
 
 
