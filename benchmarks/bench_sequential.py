@@ -11,9 +11,9 @@ from collections.abc import Callable
 from . import trees
 from .claims import Bar, Claim, Key, Metric
 from .lab import Lab, run
-from .peers import ALL, COWFS, FO1, FUSEPY, OVERLAY, PASSTHROUGH, Stack, available, mounted, mounted_fresh
+from .peers import ALL, COWFS, FO1, OVERLAY, PASSTHROUGH, Stack, available, mounted, mounted_fresh
 
-SUBJECTS = (*ALL, PASSTHROUGH, FUSEPY)
+SUBJECTS = (*ALL, PASSTHROUGH)
 
 
 def measure(lab: Lab) -> None:

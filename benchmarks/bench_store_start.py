@@ -39,7 +39,9 @@ def measure(lab: Lab) -> None:
                 podman = _podman(lab, opened_)
         for number, name in lab.rounds(names, 4 * lab.profile.rounds):
             with lab.trying(name):
-                {COW: _library, COMMAND: _command, PODMAN: lambda *more: _by_podman(podman, *more)}[name](lab, opened_, number)
+                {COW: _library, COMMAND: _command, PODMAN: lambda *more: _by_podman(podman, *more)}[name](
+                    lab, opened_, number
+                )
 
 
 def _library(lab: Lab, opened_: Opened, number: int) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from . import trees
 from .claims import Bar, Claim, Key, Metric
 from .lab import Lab, run
-from .peers import ALL, COWFS, FUSEPY, OVERLAY
+from .peers import ALL, COWFS, OVERLAY
 from .warm import measure_warm
 
 WALK = ("find", ".", "-printf", "%s %T@ %m %n\n")
@@ -19,7 +19,7 @@ WALK = ("find", ".", "-printf", "%s %T@ %m %n\n")
 
 def measure(lab: Lab) -> None:
     tree = trees.small_files(lab, lab.profile.walk_files)
-    measure_warm(lab, tree, (*ALL, FUSEPY), lambda at: run(WALK, cwd=at))
+    measure_warm(lab, tree, ALL, lambda at: run(WALK, cwd=at))
 
 
 CLAIM = Claim(
@@ -30,7 +30,7 @@ CLAIM = Claim(
         Metric(name="read-only", title="walk, read-only mount"),
         Metric(name="writable", title="walk, writable mount"),
     ),
-    subjects=(*ALL, FUSEPY),
+    subjects=ALL,
     measure=measure,
     bars=(
         Bar(metric="read-only", subject=COWFS, against=OVERLAY, at_most=1.25, says="warm walk-and-stat, read-only"),

@@ -101,7 +101,7 @@ PROFILES: dict[str, Profile] = {
         Profile(
             name="full",
             rounds=5,
-            claim_seconds=120,
+            claim_seconds=150,
             total_seconds=3_600,
             walk_files=46_700,
             unpack_files=5_000,
@@ -118,7 +118,7 @@ PROFILES: dict[str, Profile] = {
             sandboxes=100,
             sandbox_big=1 * GIB,
             transactions=2_000,
-            pg_seconds=10,
+            pg_seconds=6,
             store_snapshots=100_000,
             store_tree=100_000,
             apply_files=30_000,

@@ -14,6 +14,7 @@ import pkgutil
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,16 @@ def configure(made: argparse.ArgumentParser) -> None:
     made.add_argument(
         "--out", type=Path, default=None, metavar="DIR", help="write the report (pictures, page, results.json) here"
     )
+    made.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SIZE=N",
+        help="change a size of the profile, as rounds=3 or claim_seconds=60; may be repeated (the results say so)",
+    )
+    made.add_argument(
+        "--render", action="store_true", help="measure nothing: write the report of --out anew from its results.json"
+    )
     made.add_argument("--merge", action="store_true", help="keep the results of other claims that --out already has")
 
 
@@ -211,6 +222,30 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "python -m benchmarks
     return run_options(made.parse_args(argv), prog)
 
 
+def changed(profile: Profile, words: Sequence[str]) -> Profile:
+    """The profile with sizes changed by words such as ``rounds=3``; its name tells them.
+
+    Raises:
+        ValueError: no such size, or not a number.
+    """
+    for word in words:
+        name, _, text = word.partition("=")
+        old = getattr(profile, name, None)
+        if not isinstance(old, int | float) or isinstance(old, bool):
+            raise ValueError(f"{name!r} is no size of a profile that takes a number")
+        sizes: dict[str, Any] = {name: type(old)(float(text)), "name": f"{profile.name}, {word}"}
+        profile = replace(profile, **sizes)
+    return profile
+
+
+def _render(folder: Path) -> int:
+    from . import report
+
+    described, name, results = load(folder / "results.json")
+    report.write(folder, described, name, results)
+    return 0
+
+
 def run_options(options: argparse.Namespace, prog: str) -> int:
     """Does what parsed options say; returns the exit status."""
     known = claims()
@@ -223,7 +258,13 @@ def run_options(options: argparse.Namespace, prog: str) -> int:
         print(f"{prog}: no claim is named {unknown[0]!r} (see {prog} --list)", file=sys.stderr)
         return 2
     chosen = [known[name] for name in options.claims] if options.claims else list(known.values())
-    profile = PROFILES[options.profile]
+    if options.render:
+        return _render(options.out or Path(__file__).parent / "report")
+    try:
+        profile = changed(PROFILES[options.profile], options.set)
+    except ValueError as why:
+        print(f"{prog}: --set: {why}", file=sys.stderr)
+        return 2
 
     def say(text: str) -> None:
         if options.verbose or not text.startswith("    "):
