@@ -73,14 +73,17 @@ class Syncer:
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="cowfs-row-sync", daemon=True)
             self._thread.start()
-        elif many:
+        if many or len(self.dirty) == 1:
             self._wake.set()
         if len(self.dirty) > 4 * _MOST_DIRTY:
             self.sync()
 
     def _run(self) -> None:
         while not self._ended:
-            self._wake.wait(INTERVAL)
+            self._wake.wait(INTERVAL if self.dirty else None)
+            if self._wake.is_set() and not self._ended and len(self.dirty) <= _MOST_DIRTY:
+                self._wake.clear()  # something is dirty now: give it a while
+                continue
             self._wake.clear()
             if not self._ended:
                 with contextlib.suppress(OSError):  # it is tried again; fsync reports it to whoever asks
@@ -101,10 +104,9 @@ class Syncer:
                     if logs is not None:
                         log.sync()
                 except OSError as error:
-                    failure = error
-                    continue
+                    failure = log.failure = error  # whoever calls fsync is told
                 with self._lock:
-                    if log.dirty:
+                    if log.dirty and log.failure is None:
                         continue
                     del self.dirty[log]
                     close = log in self.orphaned
@@ -149,6 +151,7 @@ class Rows:
         self.view = view
         self.block = view.options.row or DEFAULT_BLOCK
         rowmap.check_block(self.block)
+        rowmap.boot_id()  # read once, before somebody waits for it
         self._marked: dict[Layer, bool] = {}
         self._maps: dict[Layer, int] = {}
         self.syncer = Syncer(view.must_sync)
@@ -236,8 +239,14 @@ class Rows:
     def resolve(self, file: RowFile) -> None:
         """Give a file its chain: the levels beneath and who holds what."""
         assert file.ref is not None
-        _, name = file.place()
-        own = self._read_map(file.layer, name, file.ref)
+        where, name = file.place()
+        try:
+            own = self._read_map(file.layer, name, file.ref)
+        except FileNotFoundError:
+            if self.ref_at(where, name) is None:  # it was compacted since it was looked up: all of it is its own
+                file.stand_alone()
+                return
+            raise _no_map(file.ref, name) from None
         levels, extents = self._beneath(file.ref, file.layer)
         file.adopt(extents, levels, own)
         if own.end > own.synced and file.writable and not own.stale:
@@ -246,28 +255,31 @@ class Rows:
     def _read_map(self, layer: Layer, name: bytes, ref: Ref) -> Loaded:
         if not ref.has_map:
             return Loaded([], 0, 0, 0, True)
-        try:
-            return rowmap.read(self.map_dir(layer), ref)
-        except FileNotFoundError:
-            raise OSError(errno.EIO, f"the map {ref.map_name.decode()} of a redirect file is missing", name) from None
+        return rowmap.read(self.map_dir(layer), ref)
 
     def _beneath(self, ref: Ref, layer: Layer) -> tuple[list[Level], Extents]:
         """The chain under a reference in ``layer``, bottom first, merged."""
-        found: list[tuple[Source, bytes, Ref]] = []
+        found: list[tuple[Source, bytes, Ref, Loaded]] = []
         queue: list[Source] = []
         while True:
             queue, where, name = self._find(ref.path, layer, queue)
             below = self.ref_at(where, name)
             if below is None:
                 break
-            found.append((where, name, below))
+            try:
+                loaded = self._read_map(where.layer, name, below)
+            except FileNotFoundError:
+                if self.ref_at(where, name) is None:  # compacted just now
+                    break
+                raise _no_map(below, name) from None
+            found.append((where, name, below, loaded))
             ref, layer = below, where.layer
         levels = [Level(where, name)]
         extents = Extents()
-        for where, name, below in reversed(found):
+        for where, name, below, loaded in reversed(found):
             st = lstat(where, name)
             size = st.st_size if st is not None else 0
-            lay(extents, self._read_map(where.layer, name, below), below.shift, min(below.base_end, size), len(levels))
+            lay(extents, loaded, below.shift, min(below.base_end, size), len(levels))
             levels.append(Level(where, name))
         return levels, extents
 
@@ -518,6 +530,10 @@ class Rows:
             self.drop_map(upper, file.ref)
         file.close()
         node.data = node.attr = None
+
+
+def _no_map(ref: Ref, name: bytes) -> OSError:
+    return OSError(errno.EIO, f"the map {ref.map_name.decode()} of a redirect file is missing", name)
 
 
 def rows_of(view: View) -> Rows | None:

@@ -207,6 +207,10 @@ class RowFile:
         lay(extents, loaded, self.ref.shift, self.base_end, len(levels))
         self.extents = extents
 
+    def stand_alone(self) -> None:
+        """All of it is its own (a frozen file that was compacted meanwhile)."""
+        self.levels, self.base_end, self.extents = [], 0, Extents()
+
     # -- reading ------------------------------------------------------------------------------
 
     def pread(self, offset: int, buffer: memoryview, flags: int = 0) -> int:
@@ -633,6 +637,12 @@ class RowFile:
                 return
             try:
                 (os.fdatasync if data_only and not whole else os.fsync)(fd)
+                if log is not None and log.failure is not None:
+                    raise log.failure
+            except OSError as error:
+                if log is not None:
+                    log.failure = error
+                raise
             finally:
                 os.close(fd)
             if log is not None and upto > log.synced:

@@ -260,15 +260,20 @@ class Log:
     """A map open for appending.
 
     Any thread may call; ``_lock`` orders the records, whose checksums depend on where they stand.
+
+    Attributes:
+        failure: an fsync of the data failed. The host has dropped what it could not write (fsync(2), errors), so no
+            later success means anything: nothing is marked any more, and a reboot brings back the old blocks.
     """
 
-    __slots__ = ("_lock", "end", "fd", "synced")
+    __slots__ = ("_lock", "end", "failure", "fd", "synced")
 
     def __init__(self, fd: int, end: int, synced: int) -> None:
         self._lock = threading.Lock()
         self.fd = fd
         self.end = end
         self.synced = synced
+        self.failure: OSError | None = None
 
     @classmethod
     def create(cls, dirfd: int, ref: Ref) -> Log:
@@ -315,7 +320,7 @@ class Log:
     def mark_synced(self, upto: int) -> None:
         """The data of all records before ``upto`` is on the disk."""
         with self._lock:
-            if self.fd >= 0 and upto > self.synced:
+            if self.fd >= 0 and upto > self.synced and self.failure is None:
                 self._add(_record(self.end, _SYNC, 0, upto))
                 self.synced = self.end if self.end - RECORD_SIZE == upto else upto
 
