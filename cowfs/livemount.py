@@ -20,6 +20,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from cowfs.errors import FailedPrecondition, NotFound
+from cowfs.fuse.session import Session
 from cowfs.sys.files import syncfs
 from cowfs.verbs import verb
 
@@ -83,6 +84,11 @@ def _switch(server: Server, arguments: dict[str, Any], switch: Callable[[], None
             "writes pass the server with io=passthrough, so no instant can be told",
             remedy="mount without --io passthrough",
         )
+    session = server.session
+    if not isinstance(session, Session):
+        raise FailedPrecondition(
+            "libfuse's requests cannot be held for an instant", remedy="mount without --frontend fusepy"
+        )
     _write_back(server)
     locks = stack.lock_more(arguments["upper"], arguments["work"])
     mark = arguments["mark"]
@@ -90,7 +96,7 @@ def _switch(server: Server, arguments: dict[str, Any], switch: Callable[[], None
     patience = time.monotonic() + _PATIENCE_SECONDS
 
     def at_once() -> float | None:
-        if server.session.has_held_requests() and time.monotonic() < patience:
+        if session.has_held_requests() and time.monotonic() < patience:
             return None  # a write that came before is waiting for its copy-up
         begun = time.perf_counter()
         os.close(os.open(mark, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
