@@ -100,11 +100,15 @@ class Syncer:
                 try:
                     if self.durable:
                         os.fsync(fd)
+                except OSError as error:
+                    failure = log.failure = error  # whoever calls fsync is told
+                try:
                     log.mark_synced(upto)
                     if logs is not None:
                         log.sync()
-                except OSError as error:
-                    failure = log.failure = error  # whoever calls fsync is told
+                except OSError as error:  # the map's own host is full: again in the next round
+                    failure = error
+                    continue
                 with self._lock:
                     if log.dirty and log.failure is None:
                         continue
