@@ -25,7 +25,7 @@ Verb = Callable[["Server", dict[str, Any]], dict[str, Any]]
 
 VERBS: dict[str, Verb] = {}
 
-LATE_VERBS = {"freeze": "cowfs.livemount", "rollback": "cowfs.livemount"}
+LATE_VERBS = {"compact": "cowfs.livecompact", "freeze": "cowfs.livemount", "rollback": "cowfs.livemount"}
 """Verbs that most mounts never need, and the module that registers them when first asked for."""
 
 

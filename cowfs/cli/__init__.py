@@ -56,6 +56,7 @@ VERBS: dict[str, Verb] = {
     "rollback": Verb("cowfs.cli.storelive", "put a key back to an ancestor, also while it is mounted", _SNAPSHOTS),
     "squash": Verb("cowfs.cli.storelive", "merge a snapshot into its only child", _SNAPSHOTS),
     "fork": Verb("cowfs.cli.storelive", "prepare many snapshots of one parent", _SNAPSHOTS),
+    "compact": Verb("cowfs.cli.storecompact", "make plain files of files that were mostly rewritten", _SNAPSHOTS),
     "rm": Verb("cowfs.cli.store", "remove snapshots and tags", _SNAPSHOTS),
     "ls": Verb("cowfs.cli.store", "list snapshots", _SNAPSHOTS),
     "tree": Verb("cowfs.cli.store", "which snapshot is based on which", _SNAPSHOTS),

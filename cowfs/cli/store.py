@@ -98,12 +98,15 @@ def _configure_commit(parser: argparse.ArgumentParser) -> None:
     add("name", metavar="NAME", help="of the committed one")
     add("--label", action="append", default=[], metavar="K=V", help="keep a label with it; repeated")
     add("--digests", action="store_true", help="also compute the digest of every file in the layer")
+    add("--compact", action="store_true", help="driver row: first make plain files of those that were mostly rewritten")
     add_store(parser)
 
 
 def _commit(args: argparse.Namespace) -> int:
     with open_store(args, create=False) as store:
-        info = store.commit(args.key, args.name, labels=set_labels(args.label), digests=args.digests)
+        info = store.commit(
+            args.key, args.name, labels=set_labels(args.label), digests=args.digests, compact=args.compact
+        )
         if args.json:
             print_json({**info_as_json(info), "usage": _usage(store, info.name)})
     return 0
