@@ -50,7 +50,8 @@ def _compact(server: Server, arguments: dict[str, Any]) -> dict[str, Any]:
             steps = _running.pop(server, None) or compact(view, share=share, call=server.call)
             end = time.monotonic() + _SECONDS
             try:
-                for told in steps:
+                for step in steps:
+                    told = step
                     if time.monotonic() > end:
                         _running[server] = steps
                         break
