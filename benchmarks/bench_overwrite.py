@@ -59,7 +59,7 @@ def _compacted(lab: Lab, store: Opened, share: int, size: int, rounds: int) -> N
     compact = getattr(store.store, "compact", None)
     if compact is None:
         raise SkipSubject("this store has no compact")
-    lab.record(f"compaction {share} %", COMPACTED, timed(lambda: compact(f"share-{share}")))
+    lab.record(f"compaction {share} %", COMPACTED, timed(lambda: compact(f"share-{share}", share=0.0)))
     for number in range(rounds):
         _read(lab, store, "big", COMPACTED, share, size, number)
 

@@ -165,6 +165,7 @@ class Lab:
         self._claim = claim
         begin = time.monotonic()
         self._until = begin + self.profile.claim_seconds
+        self.note(f"load average {os.getloadavg()[0]:.1f} when it began")
         stack, self._stack = self._stack, contextlib.ExitStack()
         try:
             with self._stack:

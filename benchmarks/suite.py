@@ -205,6 +205,9 @@ def configure(made: argparse.ArgumentParser) -> None:
         help="change a size of the profile, as rounds=3 or claim_seconds=60; may be repeated (the results say so)",
     )
     made.add_argument(
+        "--results-only", action="store_true", help="with --out: write results.json, no page, no pictures"
+    )
+    made.add_argument(
         "--render", action="store_true", help="measure nothing: write the report of --out anew from its results.json"
     )
     made.add_argument("--merge", action="store_true", help="keep the results of other claims that --out already has")
@@ -295,7 +298,7 @@ def run_options(options: argparse.Namespace, prog: str) -> int:
     except SkipClaim as why:
         print(f"{prog}: {why}", file=sys.stderr)
         return 1
-    if options.out:
+    if options.out and not options.results_only:
         from . import report  # matplotlib is loaded only where pictures are drawn
 
         report.write(options.out, described, profile.name, results)
