@@ -1,0 +1,291 @@
+"""Redirect files: what is stored, long chains, limits, compaction, damage."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cowfs.model import Limit
+from cowfs.sys import xattr
+from cowfs.union import Options, View, rowcheck, rowcompact, rowmap
+from cowfs.union.paths import Paths
+from cowfs.union.rowfile import RowFile
+from cowfs.union.space import measure
+from cowfs.whiteout import choose_form
+
+BLOCK = 4096
+FORM = choose_form()
+
+
+class Stack:
+    """Layer directories as the row driver makes them, opened one above the other."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+        self.trees: list[str] = []
+        self.view: View | None = None
+
+    def layer(self) -> Path:
+        path = self.place / f"{len(self.trees):03}"
+        (path / "fs").mkdir(parents=True)
+        (path / "work").mkdir()
+        self.trees.append(str(path / "fs"))
+        return path / "fs"
+
+    def open(self, **options: object) -> Paths:
+        self.close()
+        work = os.path.join(os.path.dirname(self.trees[-1]), "work")
+        made = Options(**{"row": BLOCK, **options})  # type: ignore[arg-type]
+        self.view = View(list(reversed(self.trees[:-1])), self.trees[-1], work, options=made)
+        return Paths(self.view)
+
+    def close(self) -> None:
+        if self.view is not None:
+            self.view.close()
+            self.view = None
+
+    def map_dir(self) -> Path:
+        return Path(self.trees[-1]).parent / "map"
+
+
+@pytest.fixture
+def stack(tmp_path: Path) -> Iterator[Stack]:
+    made = Stack(tmp_path)
+    yield made
+    made.close()
+
+
+def fill(size: int, seed: int = 1) -> bytes:
+    return random.Random(seed).randbytes(size)
+
+
+def test_the_first_write_stores_one_block_whatever_the_size(stack: Stack) -> None:
+    with (stack.layer() / "big").open("wb") as file:
+        file.truncate(10 << 30)
+    upper = stack.layer()
+    paths = stack.open()
+    paths.write_at("big", 5 << 30, b"here")
+    st = os.stat(upper / "big")
+    assert st.st_size == 10 << 30
+    assert st.st_blocks * 512 <= 4 * BLOCK  # the host's own blocks for extents and xattrs included
+    assert paths.read_bytes("big", 5 << 30, 6) == b"here\0\0"
+    assert stack.view is not None
+    assert stack.view.usage().bytes == BLOCK
+
+
+def test_aligned_writes_are_amplified_by_the_map_only(stack: Stack) -> None:
+    (stack.layer() / "big").write_bytes(fill(4 << 20))
+    stack.layer()
+    paths = stack.open()
+    blocks = random.Random(2).sample(range(1024), 200)
+    for block in blocks:
+        paths.write_at("big", block * BLOCK, bytes(BLOCK))
+    (log,) = stack.map_dir().iterdir()
+    assert log.stat().st_size <= rowmap.HEAD_SIZE + len(blocks) * rowmap.RECORD_SIZE
+    assert measure(stack.view.upper, FORM).bytes == len(blocks) * BLOCK  # type: ignore[union-attr,arg-type]
+
+
+def test_chmod_copies_no_data_and_makes_no_map(stack: Stack) -> None:
+    data = fill(1 << 20)
+    (stack.layer() / "big").write_bytes(data)
+    upper = stack.layer()
+    paths = stack.open()
+    paths.chmod("big", 0o600)
+    assert paths.read_bytes("big") == data
+    assert os.stat(upper / "big").st_blocks * 512 <= BLOCK  # at most the host's block of xattrs
+    assert list(stack.map_dir().iterdir()) == []
+
+
+def test_a_chain_of_128_reads_as_it_was_written(stack: Stack) -> None:
+    model = bytearray(fill(1 << 20))
+    (stack.layer() / "dir").mkdir()
+    Path(stack.trees[0], "dir", "big").write_bytes(model)
+    rnd = random.Random(3)
+    for depth in range(128):
+        stack.layer()
+        paths = stack.open(limit=Limit(bytes=64 << 10))
+        if depth % 16 == 5:
+            paths.rename("dir", f"dir{depth}")
+            paths.rename(f"dir{depth}", "dir")
+        for _ in range(4):
+            offset, length = rnd.randrange(1 << 20), rnd.randrange(1, 9000)
+            piece = rnd.randbytes(length)
+            paths.write_at("dir/big", offset, piece)
+            model[offset : offset + length] = piece
+        if depth % 10 == 9:
+            size = rnd.randrange(900_000, 1 << 20)
+            paths.truncate("dir/big", size)
+            paths.truncate("dir/big", 1 << 20)
+            model[size:] = bytes((1 << 20) - size)
+    del model[1 << 20 :]
+    paths.truncate("dir/big", 1 << 20)
+    assert paths.read_bytes("dir/big") == bytes(model)
+    paths = stack.open()
+    assert paths.read_bytes("dir/big") == bytes(model)
+    node = paths.node("dir/big")
+    assert isinstance(node.data, RowFile)
+    assert len(node.data.levels) == 128
+
+
+def test_a_write_ends_at_the_limit_in_whole_blocks(stack: Stack) -> None:
+    data = fill(1 << 20)
+    (stack.layer() / "big").write_bytes(data)
+    stack.layer()
+    paths = stack.open(limit=Limit(bytes=4 * BLOCK))
+    node, view = paths.node("big"), stack.view
+    assert view is not None
+    assert view.write(node, 100, b"x" * (10 * BLOCK)) == 4 * BLOCK - 100
+    with pytest.raises(OSError) as caught:
+        view.write(node, 512 << 10, b"x")
+    assert caught.value.errno == errno.ENOSPC
+    view.write(node, 200, b"over")  # what is there can be overwritten
+    assert view.usage().bytes == 4 * BLOCK
+    now = paths.read_bytes("big")
+    assert now[4 * BLOCK :] == data[4 * BLOCK :]
+    assert now[:100] == data[:100]
+
+
+@pytest.mark.parametrize("block", [4096, 65536, 1 << 20])
+def test_block_sizes(stack: Stack, block: int) -> None:
+    data = bytearray(fill(3 << 20))
+    (stack.layer() / "big").write_bytes(data)
+    stack.layer()
+    paths = stack.open(row=block)
+    paths.write_at("big", 1_500_000, b"here")
+    data[1_500_000:1_500_004] = b"here"
+    assert paths.read_bytes("big") == bytes(data)
+    assert stack.view is not None
+    assert stack.view.usage().bytes == block
+
+
+def test_a_compacted_file_is_a_plain_one(stack: Stack) -> None:
+    data = bytearray(fill(1 << 20))
+    (stack.layer() / "big").write_bytes(data)
+    upper = stack.layer()
+    paths = stack.open()
+    for at in range(0, 800 << 10, 2 * BLOCK):
+        paths.write_at("big", at, b"w" * BLOCK)
+        data[at : at + BLOCK] = b"w" * BLOCK
+    view = stack.view
+    assert view is not None
+    assert [told.files for told in rowcompact.compact(view)][-1] == 0  # less than three quarters
+    files = 0
+    for told in rowcompact.compact(view, share=0.3):
+        assert paths.read_bytes("big") == bytes(data)
+        files = told.files
+    assert files == 1
+    assert (upper / "big").read_bytes() == bytes(data)
+    assert xattr.try_get(view.upper.root.fd, b"big", FORM.row) is None  # type: ignore[union-attr]
+    assert list(stack.map_dir().iterdir()) == []
+    paths.write_at("big", 0, b"again")
+    assert paths.read_bytes("big", 0, 5) == b"again"
+
+
+def test_compaction_that_was_killed_leaves_a_redirect_file_that_is_right(stack: Stack) -> None:
+    data = bytearray(fill(4 << 20))
+    (stack.layer() / "big").write_bytes(data)
+    stack.layer()
+    paths = stack.open()
+    paths.write_at("big", 0, b"new")
+    data[:3] = b"new"
+    killed = stack.view
+    assert killed is not None
+    next(rowcompact.compact(killed, share=0))
+    stack.view = None
+    assert stack.open().read_bytes("big") == bytes(data)
+    killed.close()
+
+
+def test_a_compacted_layer_does_not_disturb_who_reads_above_it(stack: Stack) -> None:
+    data = fill(1 << 20)
+    (stack.layer() / "big").write_bytes(data)
+    stack.layer()
+    stack.open().write_at("big", 0, b"one")
+    stack.close()
+    reader = View(list(reversed(stack.trees)), options=Options())
+    node = reader.lookup(reader.root, b"big")  # its reference is known, its map is not read yet
+    middle = stack.trees[-1]
+    for _ in rowcompact.compact_layer(stack.trees[:1], middle, os.path.dirname(middle) + "/work", share=0):
+        pass
+    buffer = bytearray(1 << 20)
+    assert reader.pread(node, 0, memoryview(buffer)) == 1 << 20
+    assert bytes(buffer) == b"one" + data[3:]
+    reader.close()
+
+
+def test_a_missing_map_is_an_error_and_not_old_data(stack: Stack) -> None:
+    (stack.layer() / "big").write_bytes(fill(1 << 20))
+    upper = stack.layer()
+    stack.open().write_at("big", 0, b"new")
+    stack.close()
+    (log,) = stack.map_dir().iterdir()
+    log.unlink()
+    paths = stack.open()
+    with pytest.raises(OSError) as caught:
+        paths.read_bytes("big")
+    assert caught.value.errno == errno.EIO
+    damage, spare = rowcheck.inspect(str(upper), FORM)
+    assert len(damage) == 1
+    assert "big" in damage[0]
+    assert spare == []
+
+
+def test_a_map_without_its_file_is_garbage(stack: Stack) -> None:
+    (stack.layer() / "big").write_bytes(fill(1 << 20))
+    upper = stack.layer()
+    stack.open().write_at("big", 0, b"new")
+    stack.close()
+    (upper / "big").unlink()
+    assert len(rowcheck.inspect(str(upper), FORM)[1]) == 1
+    assert rowcheck.collect(str(upper), FORM) == 1
+    assert list(stack.map_dir().iterdir()) == []
+
+
+def test_removing_a_redirect_file_removes_its_map(stack: Stack) -> None:
+    (stack.layer() / "big").write_bytes(fill(1 << 20))
+    stack.layer()
+    paths = stack.open()
+    paths.write_at("big", 0, b"new")
+    paths.unlink("big")
+    assert list(stack.map_dir().iterdir()) == []
+
+
+@pytest.mark.parametrize("value", [b"", b"\x01", b"\x02" + bytes(40), bytes(28) + b"x", b"\x01\x0c" + bytes(26) + b"../x"])
+def test_a_damaged_reference_is_an_error(value: bytes) -> None:
+    with pytest.raises(OSError) as caught:
+        rowmap.Ref.unpack(value)
+    assert caught.value.errno == errno.EIO
+
+
+def test_the_records_round_trip() -> None:
+    ref = rowmap.Ref.make(65536, 123_456, 248, b"a/b", has_map=True)
+    assert rowmap.Ref.unpack(ref.pack()) == ref
+    assert rowmap.Ref.unpack(ref.ending(7).pack()).base_end == 7
+    with pytest.raises(ValueError, match="power of two"):
+        rowmap.check_block(5000)
+
+
+@pytest.mark.parametrize("cut", range(1, rowmap.RECORD_SIZE))
+def test_a_torn_record_ends_the_map_and_is_overwritten(tmp_path: Path, cut: int) -> None:
+    fd = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        ref = rowmap.Ref.make(4096, 1 << 20, 0, b"x", has_map=True)
+        log = rowmap.Log.create(fd, ref)
+        log.append(3, 5)
+        log.append(9, 10)
+        log.close()
+        path = tmp_path / ref.map_name.decode()
+        os.truncate(path, path.stat().st_size - cut)
+        loaded = rowmap.read(fd, ref)
+        assert loaded.ranges == [(3, 5)]
+        again = rowmap.Log.open(fd, ref, loaded, durable=False)
+        again.append(100, 101)
+        again.close()
+        assert rowmap.read(fd, ref).ranges == [(3, 5), (100, 101)]
+    finally:
+        os.close(fd)
