@@ -180,6 +180,7 @@ def rebuild(log: BinaryIO, layer: int, out: BinaryIO, *, compression: str = "non
     with tempfile.TemporaryFile() as spool:
         kept = _load_saved(log, len(MAGIC) + headers, saved, spool)
         packer = Packer(out, compression)
+        files = _Files(layer)
         try:
             reader = Reader(
                 _Section(log, len(MAGIC), headers), raw=packer.write, stripped=True, max_entries=_BIG, max_header=_BIG
@@ -197,11 +198,13 @@ def rebuild(log: BinaryIO, layer: int, out: BinaryIO, *, compression: str = "non
                 if found is not None:
                     _copy(spool.fileno(), found[1], found[2], member, packer)
                 else:
-                    _copy_file(layer, path, member, packer)
+                    _copy_file(files, path, member, packer)
             packer.close()
         except BaseException:
             packer.abandon()
             raise
+        finally:
+            files.close()
     if packer.diff_id != trailer["diff_id"]:
         raise Corrupt(f"layer does not match its archive any more: {packer.diff_id} instead of {trailer['diff_id']}")
     return packer.blob_digest, packer.blob_size
@@ -227,16 +230,45 @@ def _load_saved(log: BinaryIO, start: int, length: int, spool: BinaryIO) -> dict
     return kept
 
 
-def _copy_file(layer: int, path: bytes, member: header.Member, packer: Packer) -> None:
-    try:
-        fd = open_beneath(layer, path, _READ)
-    except OSError as error:
-        raise Corrupt(f"layer has no {show(path)} any more: {error.strerror}") from None
+class _Files:
+    """Files of the layer by path; the directory of the one before stays open, since archives go directory by directory."""
+
+    def __init__(self, layer: int) -> None:
+        self._layer = layer
+        self._path: bytes | None = None
+        self._dir = -1
+
+    def open(self, path: bytes) -> int:
+        """Nothing is followed. Raises Corrupt where there is no such file."""
+        parent, _, name = path.rpartition(b"/")
+        try:
+            if parent != self._path:
+                self.close()
+                self._dir = open_beneath(self._layer, parent, os.O_PATH | os.O_DIRECTORY)
+                self._path = parent
+            return os.open(name, _READ, dir_fd=self._dir)
+        except OSError as error:
+            raise Corrupt(f"layer has no {show(path)} any more: {error.strerror}") from None
+
+    def close(self) -> None:
+        if self._path is not None:
+            os.close(self._dir)
+            self._path = None
+
+
+def _copy_file(files: _Files, path: bytes, member: header.Member, packer: Packer) -> None:
+    fd = files.open(path)
     try:
         st = os.fstat(fd)
-        if not stat.S_ISREG(st.st_mode) or st.st_size != member.size:
+        size = st.st_size
+        if not stat.S_ISREG(st.st_mode) or size != member.size:
             raise Corrupt(f"layer file {show(path)} is not what the archive held")
-        _copy(fd, 0, st.st_size, member, packer)
+        if size <= CHUNK and size == member.stored and member.segments is None:
+            data = os.read(fd, size)
+            if len(data) == size:
+                packer.write(data)
+                return
+        _copy(fd, 0, size, member, packer)
     finally:
         os.close(fd)
 
