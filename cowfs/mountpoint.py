@@ -167,7 +167,8 @@ def _fusermount(target: str, *, lazy: bool) -> None:
             raise busy(target)
         if "not found" in text.lower():
             raise NotFound(f"nothing is mounted at {target}")
-        raise CowfsError(text or f"cannot unmount {target}")
+        remedy = "as root: ln -s /proc/self/mounts /etc/mtab" if "/etc/mtab" in text else ""
+        raise CowfsError(text or f"cannot unmount {target}", remedy=remedy)
 
 
 def busy(target: str) -> FailedPrecondition:
