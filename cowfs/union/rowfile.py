@@ -591,10 +591,9 @@ class RowFile:
                 at = hole
                 continue
             stop = min(at + max(block, min(most - done, 1 << 20) & -block), self.base_end)
+            done += sum(b - a for a, b, owner in extents.runs(at, stop) if owner != own)
             while at < stop:
-                step = self.pwrite(at, memoryview(self._fetch(at, stop)))
-                at += step
-                done += step
+                at += self.pwrite(at, memoryview(self._fetch(at, stop)))
         return done
 
     def _hole(self, at: int) -> int:
