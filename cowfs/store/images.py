@@ -29,7 +29,7 @@ from cowfs.images import OutImage, OutLayer
 from cowfs.index import Index, Row
 from cowfs.model import Change, Kind, Limit, Usage
 from cowfs.store.content import IndexedTree
-from cowfs.store.layers import KeptDigests, SameData, hold, mark_copied
+from cowfs.store.layers import KeptDigests, SameData, hold, mark_copied, mark_time, untouched
 from cowfs.store.names import check_name, new_id
 from cowfs.store.staging import Staged
 from cowfs.store.upkeep import UpkeepVerbs
@@ -80,7 +80,7 @@ class ImageVerbs(UpkeepVerbs):
         row = self._active(key)
         with hold(self.driver, row, "apply to"):
             row = self._active(key, row.num)
-            fresh = not os.listdir(self.driver.tree(row.id)) if not self.driver.whole else True
+            fresh = untouched(self.driver, row.id)
             _forget(self.driver.directory(row.id))
             above = self.index.by_num(row.parent) if row.parent is not None else None
             applied, digests = self._unpack(
@@ -89,7 +89,7 @@ class ImageVerbs(UpkeepVerbs):
             point("apply.unpacked")
             KeptDigests.save(self.driver, row.id, digests)
             if fresh:
-                _mark_applied(self.driver.directory(row.id), applied.diff_id)
+                mark_time(f"{self.driver.directory(row.id)}/{APPLIED}", applied.diff_id)
             else:
                 _forget(self.driver.directory(row.id))
             point("apply.synced")
@@ -616,21 +616,6 @@ def _forget(directory: str) -> None:
             os.unlink(f"{directory}/{name}")
         except FileNotFoundError:
             pass
-
-
-def _mark_applied(directory: str, diff_id: str) -> None:
-    """Write the mark, with a ctime later than anything that the archive made.
-
-    File systems stamp with a clock of some milliseconds: wait for its next tick.
-    """
-    path = f"{directory}/{APPLIED}"
-    with open(path, "w", encoding="ascii") as file:
-        file.write(diff_id)
-        file.flush()
-        first = os.fstat(file.fileno()).st_ctime_ns
-        while os.fstat(file.fileno()).st_ctime_ns == first:
-            time.sleep(0.001)
-            os.utime(file.fileno())
 
 
 _NO_ROOT = archive.LowerStat(mode=0o040755, uid=0, gid=0, size=0, mtime=123_456_789)

@@ -11,7 +11,9 @@ import errno
 import fcntl
 import hashlib
 import os
+import stat
 import struct
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -23,8 +25,9 @@ from cowfs.sys import files, trees, xattr
 from cowfs.sys.mounts import mountinfo
 from cowfs.tree import Entry
 from cowfs.union import Dir, Node, Options, View
+from cowfs.union.rowmap import MAP_DIR
 
-__all__ = ["KeptDigests", "LayerFile", "SameData", "Unchanged", "file_digest", "hold", "kernel_mount_of", "mark_copied", "user_of"]
+__all__ = ["KeptDigests", "LayerFile", "SameData", "Unchanged", "file_digest", "hold", "kernel_mount_of", "mark_copied", "mark_time", "untouched", "user_of"]
 
 KEPT = "cowfs-digests"
 _RECORD = struct.Struct("<QQ32s")  # inode, ctime in ns, digest
@@ -106,7 +109,33 @@ def mark_copied(driver: Driver, id: str, parent: str, *, only_root: bool) -> Non
         finally:
             os.close(src)
             os.close(dst)
-    os.close(os.open(f"{driver.directory(id)}/{COPIED}", os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+    mark_time(f"{driver.directory(id)}/{COPIED}")
+
+
+def mark_time(path: str, text: str = "") -> None:
+    """Write a small file with a ctime later than that of anything made before.
+
+    File systems stamp with a clock of some milliseconds: this waits for its next tick.
+    """
+    with open(path, "w", encoding="ascii") as file:
+        file.write(text)
+        file.flush()
+        first = os.fstat(file.fileno()).st_ctime_ns
+        while os.fstat(file.fileno()).st_ctime_ns == first:
+            time.sleep(0.001)
+            os.utime(file.fileno())
+
+
+def untouched(driver: Driver, id: str) -> bool:
+    """Whether a layer is as its driver made it: empty, or nothing in it changed since it was copied."""
+    tree = driver.tree(id)
+    if not set(os.listdir(tree)) - {os.fsdecode(MAP_DIR)}:
+        return True
+    try:
+        cut = os.stat(f"{driver.directory(id)}/{COPIED}").st_ctime_ns
+    except FileNotFoundError:
+        return False
+    return os.stat(tree).st_ctime_ns < cut and all(st.st_ctime_ns < cut for st in trees.walk_all(tree))
 
 
 class LayerFile:
@@ -220,9 +249,9 @@ class KeptDigests:
         """
         found: list[bytes] = []
         with open(f"{driver.directory(id)}/{KEPT}", "ab") as file:
-            for st in trees.walk_files(driver.tree(id)):
+            for st in trees.walk_all(driver.tree(id)):
                 digest = digests.get(st.st_ino)
-                if digest:
+                if digest and stat.S_ISREG(st.st_mode):
                     found.append(_RECORD.pack(st.st_ino, st.st_ctime_ns, digest))
             file.write(b"".join(found))
             file.flush()

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 from cowfs.sys import files, xattr
 
-__all__ = ["copy_attributes", "copy_tree", "empty_tree", "remove_tree", "sync_tree", "walk_files"]
+__all__ = ["copy_attributes", "copy_tree", "empty_tree", "remove_tree", "sync_tree", "walk_all"]
 
 KEEP_OPEN = 128
 _DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -211,13 +211,40 @@ def _copy_file(src: int, dst: int, name: bytes, st: os.stat_result) -> None:
     os.utime(name, ns=(st.st_atime_ns, st.st_mtime_ns), dir_fd=dst, follow_symlinks=False)
 
 
-def walk_files(path: str | bytes) -> Iterator[os.stat_result]:
-    """The stat of each regular file below a directory, in no order; no link is followed."""
-    for _, _, names, fd in os.fwalk(path, topdown=True, follow_symlinks=False):
-        for name in names:
-            st = os.stat(name, dir_fd=fd, follow_symlinks=False)
-            if stat.S_ISREG(st.st_mode):
-                yield st
+def walk_all(path: str | bytes) -> Iterator[os.stat_result]:
+    """The stat of everything below a directory, in no order; no link is followed, depth costs memory only."""
+    stack: list[tuple[int, list[bytes]]] = []
+    try:
+        fd = os.open(path, _DIR)
+        stack.append((fd, []))
+        yield from _stats(fd, stack[-1][1])
+        while stack:
+            fd, below = stack[-1]
+            if below:
+                child = os.open(below.pop(), _DIR, dir_fd=fd)
+                stack.append((child, []))
+                if len(stack) > KEEP_OPEN and stack[-KEEP_OPEN][0] >= 0:
+                    os.close(stack[-KEEP_OPEN][0])
+                    stack[-KEEP_OPEN] = (-1, stack[-KEEP_OPEN][1])
+                yield from _stats(child, stack[-1][1])
+                continue
+            if len(stack) > 1 and stack[-2][0] < 0:
+                stack[-2] = (os.open("..", _DIR, dir_fd=fd), stack[-2][1])
+            os.close(fd)
+            stack.pop()
+    finally:
+        for fd, _ in stack:
+            if fd >= 0:
+                os.close(fd)
+
+
+def _stats(fd: int, below: list[bytes]) -> Iterator[os.stat_result]:
+    """Stat each name of a directory; names of sub-directories go to ``below``."""
+    for name in os.listdir(fd):
+        st = os.stat(name, dir_fd=fd, follow_symlinks=False)
+        if stat.S_ISDIR(st.st_mode):
+            below.append(os.fsencode(name))
+        yield st
 
 
 def sync_tree(path: str | bytes) -> None:
