@@ -215,7 +215,9 @@ class _Writer:
             made = self.into.symlink(parent, name, self.source.readlink(there), meta.uid, meta.gid)
         else:
             made = self.into.mknod(parent, name, stat.S_IFMT(meta.mode) | 0o600, meta.rdev, meta.uid, meta.gid)
-        if there.type == DT_REG:
+        if there.type == DT_REG and hasattr(there.data, "pread"):
+            self._copy_redirected(there, made, meta.size)
+        elif there.type == DT_REG:
             src = self.source.open_data(there)
             try:
                 files.copy_data(src, self.into.data_fd(made, True), meta.size)
@@ -224,6 +226,24 @@ class _Writer:
         assert made.where is not None
         self._attributes(there, made.where.open(), name)
         self.linked[there.id] = made
+
+    def _copy_redirected(self, there: Node, made: Node, size: int) -> None:
+        """The bytes of a redirect file, which no single descriptor has; holes stay holes."""
+        buffer = memoryview(bytearray(1 << 20))
+        at = 0
+        while at < size:
+            try:
+                at = self.source.lseek(there, at, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno != errno.ENXIO:
+                    raise
+                break
+            end = self.source.lseek(there, at, os.SEEK_HOLE)
+            while at < end:
+                count = self.source.pread(there, at, buffer[: min(end - at, len(buffer))])
+                self.into.write(made, at, buffer[:count])
+                at += count
+        self.into.setattr(made, size=size)
 
     def _attributes(self, there: Node, dirfd: int, name: bytes) -> None:
         meta = copyup.read_meta(self.source, there)

@@ -242,9 +242,11 @@ class View:
         return not self.options.volatile
 
     def open_data(self, node: Node) -> int:
-        """A new descriptor for reading a regular file's data, wherever it is."""
+        """A new descriptor for reading a regular file's data, wherever it is. EOPNOTSUPP for redirect files."""
         flags = os.O_RDONLY | _FILE
         data = node.data
+        if hasattr(data, "pread"):  # no single file has it
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP), node.name)
         where, name = (node.where, node.name) if data is None else (data.where, data.name)
         if where is None:
             return os.open(b"/proc/self/fd/%d" % node.fd, os.O_RDONLY | os.O_CLOEXEC)
