@@ -19,6 +19,7 @@ EIO, and the loop goes on.
 from __future__ import annotations
 
 import errno
+import gc
 import io
 import logging
 import os
@@ -64,6 +65,9 @@ INTERRUPT_TICK: Final = 0.1
 #: Seconds a thread may keep the interpreter while another waits for it. The loop answers in ~10 us, so the default
 #: of 5 ms would be an age for it.
 SWITCH_INTERVAL: Final = 0.0005
+#: Young garbage is collected as ever, the oldest generation never: it is the view's nodes, which reference counts free,
+#: and to look through 100,000 of them takes 90 ms, in which nobody is answered.
+NEVER: Final = 1 << 30
 
 _GONE: Final = (errno.ENODEV, errno.ECONNABORTED, errno.ENOTCONN)
 _NO_REPLY: Final = frozenset((abi.FORGET, abi.BATCH_FORGET, abi.INTERRUPT))
@@ -182,11 +186,15 @@ class Session:
             OSError: the device failed otherwise than by unmount.
         """
         self._thread = threading.get_ident()
-        sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_INTERVAL))
+        interval, thresholds = sys.getswitchinterval(), gc.get_threshold()
+        sys.setswitchinterval(min(interval, SWITCH_INTERVAL))
+        gc.set_threshold(*thresholds[:2], NEVER)
         try:
             if self._handshake():
                 self._serve()
         finally:
+            sys.setswitchinterval(interval)
+            gc.set_threshold(*thresholds)
             self._workers.close()
             self._ended = True
             self._empty_mail()

@@ -819,3 +819,15 @@ def test_a_sequential_reader_asks_for_half_a_mebibyte_at_a_time(mnt: Any) -> Non
     with open(mnt / "f", "rb", buffering=0) as file:
         assert file.read() == data
     assert mnt.asked()["READ"] <= 20  # 64 with the kernel's default
+
+
+def test_what_the_session_sets_for_its_process_is_put_back(serve: Any) -> None:
+    import gc
+
+    interval, thresholds = sys.getswitchinterval(), gc.get_threshold()
+    served = serve()
+    assert served.session.call(lambda: gc.get_threshold()[2]) > 10**9
+    assert served.session.call(sys.getswitchinterval) <= 0.0005 + 1e-9
+    mounts.umount(served.path)
+    served.thread.join(10)
+    assert (sys.getswitchinterval(), gc.get_threshold()) == (interval, thresholds)
