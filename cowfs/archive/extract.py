@@ -87,7 +87,11 @@ class Extractor:
         self.whiteouts = self.skipped = self._ordinal = 0
         self._made_whiteouts = self._written is not None and form is not None
         if self._written is None:
-            self._set_implied(self.dirs.root)
+            try:
+                self._set_implied(self.dirs.root)
+            except BaseException:
+                self.dirs.abandon()
+                raise
 
     def extract(self, member: Member) -> None:
         """Write one member. The data it does not read is skipped by the reader.

@@ -191,3 +191,21 @@ def test_gzip_made_on_several_threads_is_one_member_that_gzip_reads(size: int) -
     assert engine.eof
     assert engine.unused_data == b""
     assert len(outs[0]) <= len(gzip.compress(data, 6)) * 1.02 + 64
+
+
+@pytest.mark.parametrize("package", ["zlib", "isal.isal_zlib"])
+def test_both_inflaters_give_the_same_answers(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``isal`` is optional: what it refuses, zlib refuses, and the other way round."""
+    module = pytest.importorskip(package)
+    monkeypatch.setattr("cowfs.archive.decode._inflater", module.decompressobj)
+    whole = WAYS["gzip"](BODY)
+    assert _all(io.BytesIO(whole + WAYS["gzip"](b"more") + bytes(100)))[0] == BODY + b"more"
+    choose = random.Random(5)
+    for _ in range(40):
+        bad = bytearray(WAYS["gzip"](BODY[:3000]))
+        position = choose.randrange(3, len(bad))
+        bad[position] ^= 1 << choose.randrange(8)
+        try:
+            assert _all(io.BytesIO(bytes(bad)))[0] == BODY[:3000]  # a field of the header that says nothing
+        except InvalidArgument as error:
+            assert "gzip" in str(error)

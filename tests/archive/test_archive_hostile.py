@@ -466,6 +466,18 @@ def test_descriptors_are_given_back_after_an_error(space: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) <= before + 1
 
 
+def test_descriptors_are_given_back_when_not_even_the_root_can_be_set(space: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **options: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("cowfs.archive.attributes.Attributes.set", refuse)
+    before = len(os.listdir("/proc/self/fd"))
+    for n in range(10):
+        with pytest.raises(OSError, match="Input/output"):
+            apply(tar(member("f")), space / f"layer{n}")
+    assert len(os.listdir("/proc/self/fd")) <= before + 1
+
+
 def test_a_target_may_be_a_descriptor_and_stays_the_callers(space: Path) -> None:
     fd = os.open(space, os.O_RDONLY | os.O_DIRECTORY)
     try:
