@@ -9,6 +9,7 @@ the new layer; the two old ones are deleted after it. A kill leaves the state be
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 from collections.abc import Iterator
