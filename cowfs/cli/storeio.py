@@ -81,7 +81,7 @@ def _apply(args: argparse.Namespace) -> int:
     with open_store(args, create=False) as store, Bars() as bars:
         source = _source(args.tar)
         try:
-            stream = open(source, "rb") if isinstance(source, str) else source
+            stream = open(source, "rb") if isinstance(source, str) else source  # noqa: SIM115  (closed by the with below)
         except FileNotFoundError:
             raise NotFound(f"no such file: {args.tar}") from None
         with stream:

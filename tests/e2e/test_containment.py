@@ -139,7 +139,8 @@ def guarded(work: Callable[[int], None], seed: int, problems: list[str]) -> None
     """Run ``work``, again while the link is in the directory's place."""
     while True:
         try:
-            return work(seed)
+            work(seed)
+            return
         except OSError as error:
             if error.errno not in (errno.ENOTDIR, errno.ELOOP):
                 problems.append(repr(error))

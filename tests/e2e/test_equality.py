@@ -27,8 +27,7 @@ from typing import Any, ClassVar
 
 import hypothesis
 import pytest
-from hypothesis import HealthCheck, Phase, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, Phase, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 from support import mounts, stacks, trees
 from support.ops import SLOTS, Actor, Op

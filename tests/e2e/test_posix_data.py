@@ -382,7 +382,7 @@ def test_record_locks_exclude_by_range(d: Path) -> None:
         os.write(writer, repr(answers).encode())
         os._exit(0)
     os.waitpid(child, 0)
-    answer = eval(os.read(reader, 1000))  # noqa: S307  (our own child's repr)
+    answer = eval(os.read(reader, 1000))
     assert answer[0] in ("EAGAIN", "EACCES")
     assert answer[1] == ""
     os.close(fd)

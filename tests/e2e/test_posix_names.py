@@ -12,7 +12,6 @@ from support.posix import KINDS, error_of, fails, kind_of, make, make_all, mode_
 from support.users import acting_as
 
 
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_create_makes_what_was_asked(d: Path, kind: str) -> None:
     """mknod, mkdir, open and symlink make an object of the type asked for, with one link."""

@@ -212,7 +212,7 @@ def test_a_newer_format_is_refused_clearly(space: Path) -> None:
     root = space / "store"
     fill(root)
     sql(root, "PRAGMA user_version = 999")
-    with pytest.raises(Unsupported, match="999.*upgrade"):
+    with pytest.raises(Unsupported, match=r"999.*upgrade"):
         Store.open(root, fsync=False)
 
 

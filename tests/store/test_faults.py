@@ -6,7 +6,9 @@ each of them, killed there. Together they pass every point that ``cowfs.faults``
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import os
 import signal
 import tarfile
@@ -30,6 +32,31 @@ def _layer_tar() -> bytes:
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w") as tar:
         for name, data in (("one", b"1"), ("two", b"22"), ("sub/three", b"333")):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return out.getvalue()
+
+
+def _docker_archive() -> bytes:
+    """Three layers as `docker save` writes them."""
+    parts = []
+    for number in range(3):
+        out = io.BytesIO()
+        with tarfile.open(fileobj=out, mode="w") as tar:
+            for name in (f"layer-{number}", "sub/same"):
+                info = tarfile.TarInfo(name)
+                info.size = 5
+                tar.addfile(info, io.BytesIO(b"%05d" % number))
+        parts.append(out.getvalue())
+    ids = ["sha256:" + hashlib.sha256(part).hexdigest() for part in parts]
+    config = {"architecture": "amd64", "os": "linux", "config": {}, "rootfs": {"type": "layers", "diff_ids": ids}}
+    files = {f"{number}/layer.tar": part for number, part in enumerate(parts)}
+    manifest = [{"Config": "config.json", "RepoTags": ["three:1"], "Layers": list(files)}]
+    files |= {"config.json": json.dumps(config).encode(), "manifest.json": json.dumps(manifest).encode()}
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        for name, data in files.items():
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
@@ -92,6 +119,17 @@ def _imported(store: Store, before: bool) -> None:
         assert {change.path for change in store.diff(info.name)} >= {b"one", b"two", b"sub/three"}
 
 
+def _imported_image(store: Store, before: bool) -> None:
+    """Whatever is there is complete from the bottom up, and a second try brings the rest."""
+    there = list(store.walk(["name~=^sha256"]))
+    for number, info in enumerate(there):
+        assert f"layer-{number}".encode() in {change.path for change in store.diff(info.name)}
+    if not before:
+        store.import_image(io.BytesIO(_docker_archive()))
+        assert [info.name for info in store.walk(["name~=^sha256"])][: len(there)] == [info.name for info in there]
+        assert len(store.chain("three:1")) == 3
+
+
 def _nothing(store: Store, before: bool) -> None:
     assert store.exists("leaf")
 
@@ -105,6 +143,7 @@ VERBS: dict[str, tuple[Act, Callable[[Store, bool], None]]] = {
     "update": (lambda store: store.update("base", {"a": "1", "b": "2"}), _updated),
     "gc": (lambda store: store.gc(), _nothing),
     "import": (lambda store: store.import_image(io.BytesIO(_layer_tar()), "tag"), _imported),
+    "import of three": (lambda store: store.import_image(io.BytesIO(_docker_archive())), _imported_image),
 }
 
 

@@ -11,7 +11,6 @@ import stat
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -93,7 +92,7 @@ def layout(space: Path) -> Path:
 
 
 @pytest.fixture
-def mounted(store: Store, space: Path) -> Iterator[object]:
+def mounted(store: Store, space: Path) -> object:
     """A function that gives the tree of a snapshot, seen through a mount."""
     target = space / "mnt"
     target.mkdir()
@@ -106,7 +105,7 @@ def mounted(store: Store, space: Path) -> Iterator[object]:
         finally:
             store.remove("look")
 
-    yield look
+    return look
 
 
 def test_each_layer_of_an_image_is_what_umoci_makes_of_it(store: Store, layout: Path, space: Path, mounted: object) -> None:

@@ -10,7 +10,6 @@ Format: Documentation/filesystems/overlayfs.rst, "whiteouts and opaque directori
 from __future__ import annotations
 
 import os
-import socket
 import stat
 import struct
 from collections.abc import Mapping

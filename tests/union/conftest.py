@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cowfs.union import Options, View
-from cowfs.union.paths import Paths
 from support import mounts, namespace
 from support.layers import Layer
+
+from cowfs.union import Options, View
+from cowfs.union.paths import Paths
 
 
 class Stack:

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cowfs.model import Limit
 from support import trees
 from support.layers import EPOCH
 from support.posix import fails
+
+from cowfs.model import Limit
 
 Stack = Any
 EXCHANGE, NOREPLACE = 2, 1

@@ -153,7 +153,7 @@ def test_nodes_of_rolled_back_files_are_stale_and_others_are_not(bench: Bench) -
     stale = view.rollback(frozen, *bench.pair())
     assert touched.id in stale.inodes
     assert left.id not in stale.inodes
-    with pytest.raises(OSError) as caught:  # noqa: PT011 - the errno is the claim
+    with pytest.raises(OSError) as caught:
         view.node(touched.id)
     assert caught.value.errno == errno.ESTALE
     assert view.node(left.id) is left
@@ -179,7 +179,7 @@ def test_a_limit_counts_everything_written_since_it_was_set(tmp_path: Path) -> N
     paths.write_bytes("one", bytes(40 << 10))
     bench.view.freeze(*bench.pair())
     assert bench.view.usage().bytes == 40 << 10
-    with pytest.raises(OSError) as caught:  # noqa: PT011 - the errno is the claim
+    with pytest.raises(OSError) as caught:
         paths.write_bytes("two", bytes(40 << 10))
     assert caught.value.errno == errno.ENOSPC
     bench.view.close()
@@ -189,7 +189,7 @@ def test_freeze_refuses_a_directory_that_is_not_empty(bench: Bench) -> None:
     upper, work = bench.pair()
     Path(upper, "something").touch()
     before = tree_of(bench.view)
-    with pytest.raises(OSError) as caught:  # noqa: PT011 - the errno is the claim
+    with pytest.raises(OSError) as caught:
         bench.view.freeze(upper, work)
     assert caught.value.errno == errno.ENOTEMPTY
     assert tree_of(bench.view) == before
