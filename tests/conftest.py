@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import os
 import signal
-import stat
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +20,7 @@ import pytest
 
 sys.path.insert(0, os.path.dirname(__file__))
 
-from support import hostfs, namespace, users  # noqa: E402  (the path above comes first)
+from support import hostfs, mounts, namespace, users  # noqa: E402  (the path above comes first)
 
 namespace.enter()
 
@@ -51,13 +51,20 @@ def can_mount() -> None:
 
 
 @pytest.fixture(scope="session")
-def scratch(tmp_path_factory: pytest.TempPathFactory, can_mount: None) -> Iterator[Path]:
+def public_directory(can_mount: None) -> Iterator[Path]:
+    """A directory that every user can reach (pytest's own is closed by each session that starts)."""
+    path = Path(tempfile.mkdtemp(prefix="cowfs-tests-"))
+    path.chmod(0o755)
+    yield path
+    subprocess.run(["rm", "-rf", "--one-file-system", str(path)], check=False)
+
+
+@pytest.fixture(scope="session")
+def scratch(public_directory: Path) -> Iterator[Path]:
     """A tmpfs of 2 GiB for the session: where tests put layers unless they ask for another host."""
-    base = tmp_path_factory.mktemp("scratch")
-    base.chmod(0o755)
-    for parent in list(base.parents)[:2]:
-        parent.chmod(stat.S_IMODE(parent.stat().st_mode) | 0o055)  # it may be /tmp itself
-    yield hostfs.make_tmpfs(base)
+    target = hostfs.make_tmpfs(public_directory)
+    yield target
+    mounts.umount_busy(str(target), 2.0)
 
 
 @pytest.fixture

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -66,3 +68,25 @@ def d(request: pytest.FixtureRequest, semantics_mount: mounts.Mounted, impl: str
         if marker is not None:
             marker.args[0](where)
     return where
+
+
+@pytest.fixture(scope="session")
+def root_tar(request: pytest.FixtureRequest, can_mount: None) -> Path:
+    """The tar of a minimal Debian root."""
+    given = request.config.getoption("--debian-root")
+    if given:
+        return Path(given)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cowfs-tests"
+    made = cache / "bookworm.tar"
+    if not made.exists():
+        if shutil.which("mmdebstrap") is None:
+            pytest.skip("mmdebstrap is not installed")
+        cache.mkdir(parents=True, exist_ok=True)
+        unfinished = made.with_suffix(".new.tar")
+        done = subprocess.run(
+            ["mmdebstrap", "--variant=apt", "--quiet", "bookworm", str(unfinished)], capture_output=True, text=True, check=False
+        )
+        if done.returncode != 0:
+            pytest.skip(f"mmdebstrap cannot build a root here: {done.stderr.strip().splitlines()[-1:]}")
+        unfinished.rename(made)
+    return made

@@ -50,28 +50,6 @@ C_PROGRAM = '#include <stdio.h>\nint main(void){printf("compiled\\n");return 0;}
 
 
 @pytest.fixture(scope="module")
-def root_tar(request: pytest.FixtureRequest, can_mount: None) -> Path:
-    """The tar of a minimal Debian root."""
-    given = request.config.getoption("--debian-root")
-    if given:
-        return Path(given)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cowfs-tests"
-    made = cache / "bookworm.tar"
-    if not made.exists():
-        if shutil.which("mmdebstrap") is None:
-            pytest.skip("mmdebstrap is not installed")
-        cache.mkdir(parents=True, exist_ok=True)
-        unfinished = made.with_suffix(".new.tar")
-        done = subprocess.run(
-            ["mmdebstrap", "--variant=apt", "--quiet", "bookworm", str(unfinished)], capture_output=True, text=True, check=False
-        )
-        if done.returncode != 0:
-            pytest.skip(f"mmdebstrap cannot build a root here: {done.stderr.strip().splitlines()[-1:]}")
-        unfinished.rename(made)
-    return made
-
-
-@pytest.fixture(scope="module")
 def stack(root_tar: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, list[Path]]]:
     """The root, a layer that takes things away (whiteouts, an opaque directory), one that adds."""
     base = hostfs.make_tmpfs(tmp_path_factory.mktemp("debian"), "5g")
