@@ -51,8 +51,8 @@ class ReadAhead:
         asked = 0
         for name in names[start : start + FILES]:
             code = children[name]
-            if code.__class__ is int and code >= 0 and code & 15 == DT_REG:  # type: ignore[operator]
-                source = parent.sources[len(parent.sources) - 1 - (code >> 4)]  # type: ignore[operator]
+            if code.__class__ is int and code >= 0 and code & 15 == DT_REG:
+                source = parent.sources[len(parent.sources) - 1 - (code >> 4)]
                 asked += _ask(source.open(), name)
         return asked
 
