@@ -156,17 +156,21 @@ def test_upper_directories_swapped_behind_the_server(space: Path, canary: Path) 
     lower = layers.Layer(space / "lower").file("d/low", b"l")
     with mounts.mounted("kernel", [lower], space) as m:
         write(m.path / "d" / "new", b"n")
+        # held, so that the kernel asks about names in this very directory: looked up anew, it would be the link,
+        # which the caller himself would follow
+        held = os.open(m.path / "d", os.O_RDONLY | os.O_DIRECTORY)
         mounts.drop_caches(2)
         (space / "upper" / "d").rename(space / "upper" / "hidden")
         (space / "upper" / "d").symlink_to(canary)
         for call in (
-            lambda: write(m.path / "d" / "secret", b"overwritten"),
-            lambda: os.unlink(m.path / "d" / "secret"),
-            lambda: os.chmod(m.path / "d" / "secret", 0o777),
-            lambda: os.mkdir(m.path / "d" / "made"),
-            lambda: os.rename(m.path / "d" / "in", m.path / "stolen"),
+            lambda: os.close(os.open("secret", os.O_WRONLY | os.O_TRUNC, dir_fd=held)),
+            lambda: os.unlink("secret", dir_fd=held),
+            lambda: os.chmod("secret", 0o777, dir_fd=held),
+            lambda: os.mkdir("made", dir_fd=held),
+            lambda: os.rename("in", m.path / "stolen", src_dir_fd=held),
         ):
             error_of(call)
+        os.close(held)
         assert not (m.path / "stolen").exists()
 
 
