@@ -132,6 +132,15 @@ def _row(values: tuple) -> Row:  # type: ignore[type-arg]
     )
 
 
+def _is_text(name: str) -> bool:
+    """Whether SQLite can be asked for it; a lone surrogate (bytes that were not UTF-8) is nobody's name."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _schema() -> str:
     with open(os.path.join(os.path.dirname(__file__), "schema.sql"), encoding="utf-8") as file:
         return file.read()
@@ -318,6 +327,8 @@ class Index:
 
     def find(self, name: str) -> Row | None:
         """The snapshot with this key or name."""
+        if not _is_text(name):
+            return None
         with self._errors():
             row = self._connection().execute(_ROW + "WHERE s.name = ?", (name,)).fetchone()
         return None if row is None else _row(row)
@@ -473,6 +484,8 @@ class Index:
 
     def tag(self, name: str) -> Tag | None:
         """The tag of this name."""
+        if not _is_text(name):
+            return None
         return next(self.tags("t.name = ?", (name,)), None)
 
     def tags(self, where: str = "1", values: Iterable[object] = ()) -> Iterator[Tag]:

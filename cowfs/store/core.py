@@ -19,12 +19,12 @@ import json
 import os
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
-from cowfs import compare, registry, scan
+from cowfs import registry, scan
 from cowfs.driver import Driver, Probe
 from cowfs.errors import (
     AlreadyExists,
@@ -35,31 +35,22 @@ from cowfs.errors import (
     Unsupported,
 )
 from cowfs.faults import point
-from cowfs.index import Index, Row, Tag
-from cowfs.model import Change, Info, Kind, Limit, Mount, Usage, parse_count, parse_size
-from cowfs.store import filters as filter_language, layers
+from cowfs.index import Index, Row
+from cowfs.model import Info, Kind, Limit, Mount, Usage, parse_count, parse_size
+from cowfs.store import layers
 from cowfs.store.names import check_labels, check_name, new_id
+from cowfs.store.opening import INDEX, default_root, make_root, must_run
 from cowfs.store.staging import discard, staged, sweep
 from cowfs.sys import host, trees
-from cowfs.tree import Entry, Pair, Pending, encode
 
-__all__ = ["MAX_DEPTH", "StoreCore", "default_root"]
+__all__ = ["MAX_DEPTH", "StoreCore"]
 
-INDEX = "index.db"
 MAX_DEPTH = 2000
 """Layers in a chain: what one mount opens at most."""
 
 
-def default_root() -> str:
-    """Where a store is when nobody says: ``/var/lib/cowfs`` as root, the user's data directory otherwise."""
-    if host.is_root_here():
-        return "/var/lib/cowfs"
-    data = os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
-    return os.path.join(data, "cowfs")
-
-
 class StoreCore:
-    """The verbs about snapshots. Made by :meth:`open`; users see it as :class:`cowfs.Store`.
+    """The verbs that change snapshots. Made by :meth:`open`; users see it as :class:`cowfs.Store`.
 
     Attributes:
         root: the store's directory, absolute.
@@ -103,7 +94,7 @@ class StoreCore:
             Corrupt: the index is damaged.
         """
         path = os.path.abspath(os.fspath(root) if root is not None else default_root())
-        _make_root(path, create)
+        make_root(path, create)
         index = Index(os.path.join(path, INDEX), create=create, fsync=fsync)
         try:
             had = index.meta("driver")
@@ -115,7 +106,7 @@ class StoreCore:
                 else:
                     driver = had
             elif had is None:
-                _must_run(registry.load(driver), path)
+                must_run(registry.load(driver), path)
             had = had or index.set_meta("driver", driver)
             if driver != had:
                 raise InvalidArgument(
@@ -447,97 +438,23 @@ class StoreCore:
             point("remove.committed")
             discard(self.driver, row.id)
 
+    def untag(self, name: str) -> None:
+        """Drop a tag; the snapshot stays.
+
+        Raises:
+            NotFound: no such tag.
+        """
+        with self.index.write() as connection:
+            there = self.index.tag(name) is not None
+            if there:
+                connection.execute("DELETE FROM tags WHERE name = ?", (name,))
+            else:
+                raise NotFound(f"no tag {name!r}", remedy="'cowfs images' shows what there is")
+
     def _tags_of(self, row: Row) -> list[str]:
         return [tag.name for tag in self.index.tags("t.target = ?", (row.num,))]
 
-    # ------------------------------------------------------------------ looking
-
-    def stat(self, name: str) -> Info:
-        """One snapshot.
-
-        Raises:
-            NotFound: no such key, name or tag.
-        """
-        return self.resolve(name).info()
-
-    def exists(self, name: str) -> bool:
-        """Whether a key or name is taken."""
-        return self.index.find(name) is not None
-
-    def walk(self, filters: Iterable[str] = (), *, reverse: bool = False) -> Iterator[Info]:
-        """All snapshots, in the order of their making.
-
-        Snapshots made or removed meanwhile may be there or not; no lock is held in between.
-
-        Args:
-            filters: :mod:`cowfs.store.filters`; one of them must match.
-
-        Raises:
-            InvalidArgument: a filter cannot be read.
-        """
-        wanted = filter_language.parse(filters)
-        return self._walk(wanted, reverse)
-
-    def _walk(self, wanted: filter_language.Filter | None, reverse: bool) -> Iterator[Info]:
-        infos: Iterable[Info] = self.index.infos()
-        if reverse:
-            infos = reversed(list(infos))
-        for info in infos:
-            if wanted is None or wanted(info):
-                yield info
-
-    def chain(self, name: str) -> list[Info]:
-        """A snapshot and its ancestors, nearest first."""
-        return [self.index.by_num(num).info() for num, _ in self.index.chain(self.resolve(name).num)]
-
-    def limit(self, name: str) -> Limit:
-        """The limit given to :meth:`prepare`."""
-        return self.resolve(name).limit
-
-    def usage(self, name: str) -> Usage:
-        """What a snapshot holds itself; parents are not counted.
-
-        Of a committed one it is recorded; of a mounted one its server is asked; only that of an
-        active one that is not mounted is counted, in its own layer.
-
-        Raises:
-            NotFound: no such key, name or tag.
-        """
-        row = self.resolve(name)
-        if row.usage is not None:
-            return row.usage
-        if row.kind is Kind.VIEW:
-            return Usage()
-        whole = self._live_usage(row) or self.driver.usage(row.id)
-        base = row.base if row.base.bytes >= 0 else Usage()  # a negative one is what live snapshots hold (cowfs.store.live)
-        return Usage(bytes=max(0, whole.bytes - base.bytes), inodes=max(0, whole.inodes - base.inodes))
-
-    def _live_usage(self, row: Row) -> Usage | None:
-        return None
-
-    def update(self, name: str, labels: Mapping[str, str | None], *, replace: bool = False) -> Info:
-        """Change labels; all else about a snapshot is immutable.
-
-        Args:
-            labels: set where a value is given, removed where it is None.
-            replace: drop all labels that are not named.
-
-        Raises:
-            NotFound: no such key or name.
-            InvalidArgument: a bad label.
-        """
-        check_labels(labels)
-        with self.index.write() as connection:
-            row = self.resolve(name)
-            merged = {**({} if replace else row.labels), **labels}
-            kept = {key: value for key, value in merged.items() if value is not None}
-            now = max(time.time_ns(), row.updated + 1)  # a clock that went backwards changes nothing
-            connection.execute(
-                "UPDATE snapshots SET labels = ?, updated = ? WHERE num = ?",
-                (json.dumps(kept, sort_keys=True), now, row.num),
-            )
-            point("update.recorded")
-        return self.resolve(name).info()
+    # ------------------------------------------------------------------- mounts
 
     def mounts(self, key: str, *, mount_type: str | None = None) -> tuple[Mount, ...]:
         """How to mount an active snapshot or a view: records, nothing is mounted.
@@ -569,124 +486,8 @@ class StoreCore:
             )
         return self.driver.mounts(id, parents, readonly=readonly, limit=limit, mount_type=mount_type)
 
-    # --------------------------------------------------------------------- diff
-
-    def diff(self, a: str, b: str | None = None) -> Iterator[Change]:
-        """What changed from one snapshot to another, in path order.
-
-        Of two committed snapshots, related or not, only the index is read (and two files that agree
-        in all it knows, but are different objects without a digest). An active one's own layer is
-        read first.
-
-        Args:
-            a: a key, name or tag. Alone: what it changed against its parent.
-            b: likewise.
-
-        Raises:
-            NotFound: no such snapshot.
-            Corrupt: records or layers are missing.
-        """
-        after = self.resolve(b if b is not None else a)
-        if b is not None:
-            before: Row | None = self.resolve(a)
-        else:
-            before = self.index.by_num(after.parent) if after.parent is not None else None
-        pending = Pending(self.index)
-        old = self._tree(before, pending) if before is not None else None
-        new = self._tree(after, pending)
-        return compare.compare(pending, old, new, layers.SameData(self.driver, self.index))
-
-    def _tree(self, row: Row, pending: Pending) -> Pair:
-        """The root entry of a snapshot's tree; records that are not in the index go to ``pending``."""
-        _sound(row)
-        if row.root is not None:
-            return row.root
-        if row.kind is Kind.VIEW:
-            if row.parent is None:
-                return encode(b"", Entry(0o40755, ref=pending.empty()))
-            return self._tree(self.index.by_num(row.parent), pending)
-        scanned = self._scan(row, layers.KeptDigests.load(self.driver, row.id))
-        pending.new.update(scanned.pending.new)
-        return scanned.root
-
-    # --------------------------------------------------------------------- tags
-
-    def tag(self, name: str, target: str, *, config: str | None = None, move: bool = True) -> Tag:
-        """Name a committed snapshot (once more).
-
-        Args:
-            name: the tag.
-            target: a committed snapshot, or a tag.
-            config: the image's configuration, a JSON document kept with the tag as it is.
-            move: whether a tag of that name may be moved here.
-
-        Raises:
-            AlreadyExists: a snapshot of that name; or a tag, and it may not be moved.
-            InvalidArgument: a bad name, or a target that is not committed.
-        """
-        check_name(name, "tag")
-        row = self.resolve(target)
-        if row.kind is not Kind.COMMITTED:
-            raise InvalidArgument(f"{target!r} is {_a(row.kind)}, a tag names committed ones", remedy="commit it first")
-        with self.index.write() as connection:
-            self._free(name)
-            self._parent(row.name, row.num)
-            had = self.index.tag(name)
-            if had is not None and not move:
-                raise AlreadyExists(f"the tag {name!r} exists", remedy=f"cowfs rm {name} drops it")
-            kept = config if config is not None else had.config if had is not None and had.target == row.name else ""
-            connection.execute(
-                "INSERT OR REPLACE INTO tags VALUES (?, ?, ?, ?)",
-                (name, row.num, kept, time.time_ns()),
-            )
-        tag = self.index.tag(name)
-        assert tag is not None
-        return tag
-
-    def untag(self, name: str) -> None:
-        """Drop a tag; the snapshot stays.
-
-        Raises:
-            NotFound: no such tag.
-        """
-        with self.index.write() as connection:
-            if not connection.execute("DELETE FROM tags WHERE name = ?", (name,)).rowcount:
-                raise NotFound(f"no tag {name!r}", remedy="'cowfs images' shows what there is")
-
-    def tags(self) -> list[Tag]:
-        """All tags, by name."""
-        return list(self.index.tags())
-
 
 # -------------------------------------------------------------------- helpers
-
-
-def _make_root(path: str, create: bool) -> None:
-    index, layers_dir = os.path.join(path, INDEX), os.path.join(path, "layers")
-    if os.path.exists(index):
-        if not os.path.getsize(index) and os.path.isdir(layers_dir) and os.listdir(layers_dir):
-            raise Corrupt(f"the index {index} is empty, but there are layers", remedy="restore it from a backup")
-        return
-    if os.path.lexists(path):
-        if not os.path.isdir(path):
-            raise InvalidArgument(f"{path} is not a directory", remedy="a store is a directory")
-        if os.path.exists(layers_dir):
-            raise Corrupt(f"the store {path} has lost its index ({INDEX})", remedy="restore it from a backup")
-        if create and any(not name.startswith(("index.db", "layers", "empty", "new-")) for name in os.listdir(path)):
-            raise InvalidArgument(f"{path} holds something that is not a store", remedy="choose an empty directory")
-    if not create:
-        raise NotFound(f"no store at {path}", remedy="make one with 'cowfs init'")
-    try:
-        os.makedirs(path, mode=0o700, exist_ok=True)
-        os.chmod(path, 0o700)
-    except PermissionError:
-        raise Unsupported(f"{path} cannot be made by this user", remedy="choose a place with --root DIR") from None
-
-
-def _must_run(driver: type[Driver], root: str) -> None:
-    probe = driver.probe(root)
-    if not probe.usable:
-        raise Unsupported(f"the driver {driver.name} cannot run here: {', '.join(probe.reasons)}")
 
 
 def _sound(row: Row) -> None:

@@ -25,7 +25,6 @@ from cowfs.sys import files, trees, xattr
 from cowfs.sys.mounts import mountinfo
 from cowfs.tree import Entry
 from cowfs.union import Dir, Node, Options, View
-from cowfs.union.rowmap import MAP_DIR
 
 __all__ = ["KeptDigests", "LayerFile", "SameData", "Unchanged", "file_digest", "hold", "kernel_mount_of", "mark_copied", "mark_time", "untouched", "user_of"]
 
@@ -129,7 +128,7 @@ def mark_time(path: str, text: str = "") -> None:
 def untouched(driver: Driver, id: str) -> bool:
     """Whether a layer is as its driver made it: empty, or nothing in it changed since it was copied."""
     tree = driver.tree(id)
-    if not set(os.listdir(tree)) - {os.fsdecode(MAP_DIR)}:
+    if not os.listdir(tree):
         return True
     try:
         cut = os.stat(f"{driver.directory(id)}/{COPIED}").st_ctime_ns

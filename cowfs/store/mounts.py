@@ -23,8 +23,8 @@ from cowfs.mountpoint import resolve
 from cowfs.parts import make_view
 from cowfs.spec import MountSpec
 from cowfs.stack import Stack
-from cowfs.store.core import StoreCore
 from cowfs.store.layers import kernel_mount_of
+from cowfs.store.looking import LookVerbs
 from cowfs.store.serve import FACTORY
 from cowfs.sys import mounts as sys_mounts
 from cowfs.union.paths import Paths
@@ -70,7 +70,7 @@ class KernelMount:
     usage = limit = diff = snapshot = rollback = counters = status = _nobody
 
 
-class MountVerbs(StoreCore):
+class MountVerbs(LookVerbs):
     """The verbs that mount."""
 
     def mount(

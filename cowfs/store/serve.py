@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from cowfs.errors import NotFound
 from cowfs.index import Index, Row
-from cowfs.tree import IndexTree
+from cowfs.indextree import IndexTree
 from cowfs.union import View, space
 
 if TYPE_CHECKING:

@@ -10,10 +10,10 @@ from hypothesis import given, settings, strategies as st
 from cowfs import tree
 from cowfs.compare import compare
 from cowfs.errors import Corrupt
+from cowfs.indextree import IndexTree
 from cowfs.tree import (
     EMPTY,
     Entry,
-    IndexTree,
     Pair,
     Pending,
     Ref,

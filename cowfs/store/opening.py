@@ -1,0 +1,62 @@
+"""Where a store is, and whether a directory may become one.
+
+Rule: nothing is made where something else is, and a store that has lost its index is never taken for a new one: its
+layers would then be garbage.
+"""
+
+from __future__ import annotations
+
+import os
+
+from cowfs.driver import Driver
+from cowfs.errors import Corrupt, InvalidArgument, NotFound, Unsupported
+from cowfs.sys import host
+
+__all__ = ["INDEX", "default_root", "make_root", "must_run"]
+
+INDEX = "index.db"
+
+
+def default_root() -> str:
+    """Where a store is when nobody says: ``/var/lib/cowfs`` as root, the user's data directory otherwise."""
+    if host.is_root_here():
+        return "/var/lib/cowfs"
+    data = os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
+    return os.path.join(data, "cowfs")
+
+
+def make_root(path: str, create: bool) -> None:
+    """Make a store's directory, private, or refuse what is there.
+
+    Raises:
+        NotFound: there is no store, and none is to be made.
+        InvalidArgument: something else is there.
+        Corrupt: a store without its index.
+        Unsupported: this user may not.
+    """
+    index, layers_dir = os.path.join(path, INDEX), os.path.join(path, "layers")
+    if os.path.exists(index):
+        if not os.path.getsize(index) and os.path.isdir(layers_dir) and os.listdir(layers_dir):
+            raise Corrupt(f"the index {index} is empty, but there are layers", remedy="restore it from a backup")
+        return
+    if os.path.lexists(path):
+        if not os.path.isdir(path):
+            raise InvalidArgument(f"{path} is not a directory", remedy="a store is a directory")
+        if os.path.exists(layers_dir):
+            raise Corrupt(f"the store {path} has lost its index ({INDEX})", remedy="restore it from a backup")
+        if create and any(not name.startswith(("index.db", "layers", "empty", "new-")) for name in os.listdir(path)):
+            raise InvalidArgument(f"{path} holds something that is not a store", remedy="choose an empty directory")
+    if not create:
+        raise NotFound(f"no store at {path}", remedy="make one with 'cowfs init'")
+    try:
+        os.makedirs(path, mode=0o700, exist_ok=True)
+        os.chmod(path, 0o700)
+    except PermissionError:
+        raise Unsupported(f"{path} cannot be made by this user", remedy="choose a place with --root DIR") from None
+
+
+def must_run(driver: type[Driver], root: str) -> None:
+    """Raise Unsupported, with its reasons, when a driver cannot run below ``root``."""
+    probe = driver.probe(root)
+    if not probe.usable:
+        raise Unsupported(f"the driver {driver.name} cannot run here: {', '.join(probe.reasons)}")
