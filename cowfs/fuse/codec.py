@@ -291,6 +291,13 @@ def error(unique: int, code: int) -> bytes:
     return abi.OUT_HEADER.pack(16, -code if 0 < code < 512 else -errno.EIO, unique)
 
 
+def failure(unique: int, raised: OSError) -> bytes:
+    """What an OSError stands for. ENOSYS becomes EOPNOTSUPP: it would tell the kernel never to ask that opcode again,
+    and for fsync to take that as success."""
+    code = raised.errno or errno.EIO
+    return error(unique, errno.EOPNOTSUPP if code == errno.ENOSYS else code)
+
+
 def payload(unique: int, data: bytes) -> bytes:
     """Success with ``data``; for small data, where one copy is cheaper than a second buffer."""
     return abi.OUT_HEADER.pack(16 + len(data), 0, unique) + data

@@ -348,7 +348,7 @@ class Session:
         if opcode in _NO_REPLY:
             _log.warning("%s: %s", abi.NAMES[opcode], error)
             return None
-        return codec.error(unique, error.errno or errno.EIO)
+        return codec.failure(unique, error)
 
     @staticmethod
     def _bug(opcode: int, unique: int) -> bytes | None:
@@ -448,7 +448,7 @@ class Session:
                 failure = OSError(errno.EIO, "bug")
             if failure is not None:
                 opcode = abi.HEAD.unpack_from(request)[1]
-                self.reply(unique, opcode, codec.error(unique, failure.errno or errno.EIO))
+                self.reply(unique, opcode, codec.failure(unique, failure))
             self._left(nodeid, exclusive=True, first=None if failure else request)
 
         self._workers.submit(run)
@@ -476,7 +476,7 @@ class Session:
         try:
             reply = job()
         except OSError as error:
-            reply = codec.error(unique, error.errno or errno.EIO)
+            reply = codec.failure(unique, error)
         except Exception:  # noqa: BLE001 - the same
             self._report()
             reply = codec.error(unique, errno.EIO)
@@ -551,7 +551,8 @@ class Session:
                 reply = handler(buf, n, unique, nodeid)
                 if reply is not None:
                     size = len(reply) if isinstance(reply, bytes) else sum(map(len, reply))
-                    result = f"ok {size - 16}"
+                    code = -abi.OUT_HEADER.unpack_from(reply if isinstance(reply, bytes) else reply[0])[1]
+                    result = errno.errorcode.get(code, str(code)) if code else f"ok {size - 16}"
                 elif abi.HEAD.unpack_from(buf)[1] in _NO_REPLY:
                     result = "-"
                 return reply
@@ -593,4 +594,4 @@ def _killed(pid: int) -> bool:
 def _enosys(buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply:
     """What has no handler: OPEN, OPENDIR, CREATE, FLUSH, STATX, ACCESS, locks... The kernel asks once and then
     does without."""
-    raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    return codec.error(unique, errno.ENOSYS)

@@ -545,6 +545,20 @@ def test_a_body_that_is_wrong_has_its_errno_and_the_session_goes_on(
     assert pair.ask(abi.GETATTR, bytes(16))[0] == 0
 
 
+@pytest.mark.parametrize("opcode", [abi.FSYNC, abi.LSEEK, abi.GETXATTR])
+def test_an_enosys_from_below_does_not_make_the_kernel_stop_asking(pair: Pair, file: Any, opcode: int) -> None:
+    def none() -> None:
+        raise OSError(errno.ENOSYS, "the host has no such call")
+
+    bodies = {
+        abi.FSYNC: bytes(16),
+        abi.LSEEK: abi.LSEEK_IN.pack(0, 0, os.SEEK_HOLE, 0),
+        abi.GETXATTR: abi.GETXATTR_IN.pack(0, 0) + b"user.a\0",
+    }
+    pair.view.hooks = dict.fromkeys(("fsync_fd", "lseek", "getxattr"), none)
+    assert pair.ask(opcode, bodies[opcode], nodeid=file.id)[0] == errno.EOPNOTSUPP
+
+
 def test_an_unknown_node_is_stale(pair: Pair) -> None:
     pair.init()
     assert pair.ask(abi.GETATTR, bytes(16), nodeid=4711)[0] == errno.ESTALE
