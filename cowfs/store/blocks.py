@@ -1,0 +1,120 @@
+"""Block-level differences of snapshots, out and in (:mod:`cowfs.blockdiff`)."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+from typing import BinaryIO
+
+from cowfs import blockdiff, compare
+from cowfs.errors import CowfsError, InvalidArgument
+from cowfs.index import Row
+from cowfs.model import Kind, Limit
+from cowfs.store import layers
+from cowfs.store.compaction import CompactionVerbs
+from cowfs.sys import trees
+from cowfs.tree import Pending
+from cowfs.union import Options, View
+
+__all__ = ["BlockVerbs"]
+
+_EMPTY = bytes(32)
+
+
+class BlockVerbs(CompactionVerbs):
+    """export_blocks and apply_blocks."""
+
+    def export_blocks(self, name: str, target: BinaryIO, *, base: str | None = None) -> blockdiff.Counts:
+        """Write what a committed snapshot changed, block by block.
+
+        Args:
+            name: a committed snapshot, or a tag.
+            target: a stream; a pipe will do.
+            base: the committed snapshot that it is for; default: the parent.
+
+        Raises:
+            NotFound: no such snapshot.
+            InvalidArgument: not committed.
+            CowfsError: a file cannot be read.
+        """
+        after = self.resolve(name)
+        before: Row | None = None
+        if base is not None:
+            before = self.resolve(base)
+        elif after.parent is not None:
+            before = self.index.by_num(after.parent)
+        for row in (after, before):
+            if row is not None and row.kind is not Kind.COMMITTED:
+                raise InvalidArgument(f"{row.name!r} is not committed", remedy="use commit or snapshot first")
+        pending = Pending(self.index)
+        old = self._tree(before, pending) if before is not None else None
+        same = layers.SameData(self.driver, self.index)
+        changes = compare.compare(pending, old, self._tree(after, pending), same)
+        with self._reading(before) as a, self._reading(after) as b:
+            try:
+                return blockdiff.produce(a, b, changes, target, base=self._identity(before))
+            except BrokenPipeError:
+                raise
+            except OSError as error:
+                raise CowfsError(f"export of {name!r} stopped: {error.strerror}") from None
+
+    def apply_blocks(self, key: str, stream: BinaryIO) -> blockdiff.Counts:
+        """Make the changes of a block-level difference in an active snapshot.
+
+        Args:
+            key: an active snapshot that nobody has mounted, fresh from the tree that the stream was made against.
+            stream: what :meth:`export_blocks` wrote; a pipe will do.
+
+        Raises:
+            NotFound: no such key.
+            FailedPrecondition: not active, mounted, or of another parent than the stream is for.
+            Corrupt, InvalidArgument: the stream is damaged or hostile. Part of it may have been applied.
+            LimitExceeded: the snapshot's limit; likewise.
+        """
+        row = self._active(key)
+        with layers.hold(self.driver, row, "apply to"):
+            row = self._active(key, row.num)
+            parent = self.index.by_num(row.parent) if row.parent is not None else None
+            below = [] if self.driver.whole else [self.driver.tree(id) for _, id in self.index.chain(row.parent)]
+            view = View(
+                below or [f"{self.root}/empty"],
+                self.driver.tree(row.id),
+                self.driver.work(row.id),
+                options=self._options(row.limit if not self.driver.whole else Limit()),
+            )
+            try:
+                counts = blockdiff.apply(view, stream, base=self._identity(parent))
+            except OSError as error:
+                raise CowfsError(f"the difference cannot be applied to {key!r}: {error.strerror}") from None
+            finally:
+                view.close()
+            if self.driver.fsync:
+                trees.sync_tree(self.driver.tree(row.id))
+        return counts
+
+    def _options(self, limit: Limit) -> Options:
+        return Options(
+            form=self.driver.form.name,
+            row=self.driver.row or None,
+            volatile=not self.driver.fsync,
+            limit=limit or None,
+        )
+
+    def _identity(self, row: Row | None) -> bytes:
+        """What two stores agree on when they hold the same tree: 32 bytes."""
+        if row is None:
+            return _EMPTY
+        return hashlib.sha256(self._tree(row, Pending(self.index))[0]).digest()
+
+    @contextlib.contextmanager
+    def _reading(self, row: Row | None) -> Iterator[View]:
+        """The view of a committed tree; without one, of an empty directory."""
+        stack = [self.driver.tree(id) for _, id in self.index.chain(row.num)] if row is not None else []
+        if self.driver.whole:
+            stack = stack[:1]
+        view = View(stack or [f"{self.root}/empty"], options=Options(form=self.driver.form.name, readonly=True))
+        try:
+            yield view
+        finally:
+            view.close()
