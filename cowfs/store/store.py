@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from cowfs.store.compaction import CompactionVerbs
+from cowfs.store.blocks import BlockVerbs
 from cowfs.store.images import ImageVerbs
 from cowfs.store.squash import SquashVerbs
 
 __all__ = ["Store"]
 
 
-class Store(CompactionVerbs, SquashVerbs, ImageVerbs):
+class Store(BlockVerbs, SquashVerbs, ImageVerbs):
     """A store of snapshots in one directory. Make it with :meth:`open`.
 
     >>> with Store.open("/tmp/store") as store:  # doctest: +SKIP
