@@ -39,7 +39,7 @@ from cowfs.index import Index, Row
 from cowfs.model import Info, Kind, Limit, Mount, Usage, parse_count, parse_size
 from cowfs.store import layers
 from cowfs.store.names import check_labels, check_name, new_id
-from cowfs.store.opening import INDEX, default_root, make_root, must_run
+from cowfs.store.opening import INDEX, default_root, make_root, must_run, only_one
 from cowfs.store.staging import discard, staged, sweep
 from cowfs.sys import host, trees
 
@@ -95,20 +95,23 @@ class StoreCore:
         """
         path = os.path.abspath(os.fspath(root) if root is not None else default_root())
         make_root(path, create)
-        index = Index(os.path.join(path, INDEX), create=create, fsync=fsync)
+        with only_one(path):
+            index = Index(os.path.join(path, INDEX), create=create, fsync=fsync)
         try:
-            had = index.meta("driver")
             why: Mapping[str, Probe] = {}
-            if driver == "auto":
-                if had is None:
-                    best, why = registry.choose(path)
-                    driver = best.name
-                else:
-                    driver = had
-            elif had is None:
-                must_run(registry.load(driver), path)
-            had = had or index.set_meta("driver", driver)
-            if driver != had:
+            had = index.meta("driver")
+            if had is None:
+                with only_one(path):  # nobody sweeps, or chooses another, while the drivers try what they can do here
+                    had = index.meta("driver")
+                    if had is None:
+                        if driver == "auto":
+                            best, why = registry.choose(path)
+                            had = best.name
+                        else:
+                            must_run(registry.load(driver), path)
+                            had = driver
+                        index.set_meta("driver", had)
+            if driver not in ("auto", had):
                 raise InvalidArgument(
                     f"the store {path} has the driver {had}, not {driver}", remedy="another driver needs a store of its own"
                 )

@@ -6,13 +6,16 @@ layers would then be garbage.
 
 from __future__ import annotations
 
+import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from cowfs.driver import Driver
 from cowfs.errors import Corrupt, InvalidArgument, NotFound, Unsupported
 from cowfs.sys import host
 
-__all__ = ["INDEX", "default_root", "make_root", "must_run"]
+__all__ = ["INDEX", "default_root", "make_root", "must_run", "only_one"]
 
 INDEX = "index.db"
 
@@ -53,6 +56,17 @@ def make_root(path: str, create: bool) -> None:
         os.chmod(path, 0o700)
     except PermissionError:
         raise Unsupported(f"{path} cannot be made by this user", remedy="choose a place with --root DIR") from None
+
+
+@contextmanager
+def only_one(path: str) -> Iterator[None]:
+    """One process at a time, for what happens at a store's first opening (flock on its directory)."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
 
 
 def must_run(driver: type[Driver], root: str) -> None:

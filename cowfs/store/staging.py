@@ -36,6 +36,7 @@ from cowfs.index import Index
 __all__ = ["Staged", "discard", "fsync_directory", "orphans", "staged", "sweep"]
 
 NEW, RM = "new-", "rm-"
+PROBE = "new-probe-"  # a driver trying what it can do here, for a moment; only gc takes it for garbage
 
 
 class Staged:
@@ -141,6 +142,8 @@ def sweep(driver: Driver, index: Index, *, everything: bool = False) -> list[str
     """
     root = driver.root
     names = [name for name in os.listdir(root) if name.startswith((NEW, RM))]
+    if not everything:
+        names = [name for name in names if not name.startswith(PROBE)]
     if not names and not everything:
         return []
     doomed: list[tuple[str, int]] = []

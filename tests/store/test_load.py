@@ -33,7 +33,10 @@ def in_children(count: int, act: Callable[[int], int]) -> list[int]:
                 os.close(writing)
                 os.read(reading, 1)  # ends when the parent closes its end
                 code = act(number)
+            except BaseException:
+                traceback.print_exc()
             finally:
+                sys.stderr.flush()
                 os._exit(code)
         pids.append(pid)
     os.close(reading)
