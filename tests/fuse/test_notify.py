@@ -127,6 +127,7 @@ def test_invalidating_a_dirty_map_does_not_hang(mnt: Any) -> None:
     node = mnt.node("f")
     code = (
         "import mmap, os, sys\n"
+        "os.chdir(sys.argv[1])\n"  # not cwd=: a vforked child holds our interpreter, which must answer the chdir
         "fd = os.open('f', os.O_RDWR)\n"
         "with mmap.mmap(fd, 8192) as m:\n"
         "    m[0:5] = b'dirty'\n"
@@ -138,7 +139,7 @@ def test_invalidating_a_dirty_map_does_not_hang(mnt: Any) -> None:
     import sys
 
     with subprocess.Popen(
-        [sys.executable, "-c", code], cwd=mnt.path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, str(mnt.path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout is not None
         assert process.stdin is not None
