@@ -162,7 +162,7 @@ def _differing(data: bytes, there: bytes) -> Iterator[Range]:
     """Runs of blocks that are not the same; what ``there`` lacks counts as zeros."""
     if data == there:
         return
-    start = -1
+    start, was_zero = -1, False
     zeros = bytes(BLOCK)
     for at in range(0, len(data), BLOCK):
         one, other = data[at : at + BLOCK], there[at : at + BLOCK]
@@ -172,7 +172,7 @@ def _differing(data: bytes, there: bytes) -> Iterator[Range]:
                 start = -1
         else:
             is_zero = one == zeros[: len(one)]
-            if start >= 0 and is_zero != was_zero:  # noqa: F821 - set whenever start is
+            if start >= 0 and is_zero != was_zero:
                 yield start, at
                 start = at
             elif start < 0:

@@ -14,7 +14,7 @@ from cowfs.model import Kind, Limit
 from cowfs.store import layers
 from cowfs.store.compaction import CompactionVerbs
 from cowfs.sys import trees
-from cowfs.tree import Pending
+from cowfs.tree import Pending, decode, entries, join
 from cowfs.union import Options, View
 
 __all__ = ["BlockVerbs"]
@@ -102,10 +102,24 @@ class BlockVerbs(CompactionVerbs):
         )
 
     def _identity(self, row: Row | None) -> bytes:
-        """What two stores agree on when they hold the same tree: 32 bytes."""
+        """What two stores agree on when they hold the same tree, as far as they know it: 32 bytes.
+
+        Content digests are left out, since not every store has them: names, attributes, sizes and times decide.
+        """
         if row is None:
             return _EMPTY
-        return hashlib.sha256(self._tree(row, Pending(self.index))[0]).digest()
+        digest = hashlib.sha256()
+        pending = Pending(self.index)
+        todo = [(b"", self._tree(row, pending))]
+        while todo:
+            path, pair = todo.pop()
+            entry = decode(pair)
+            shape = (path, entry.mode, entry.uid, entry.gid, entry.rdev, entry.target, entry.xattrs)
+            digest.update(repr((*shape, entry.mtime_ns, 0 if entry.is_dir else entry.size)).encode())
+            if entry.ref is not None:
+                below = entries(pending, entry.ref.storage)
+                todo += [(join(path, name), below[name]) for name in sorted(below)]
+        return digest.digest()
 
     @contextlib.contextmanager
     def _reading(self, row: Row | None) -> Iterator[View]:
