@@ -73,6 +73,7 @@ def _configure_apply(parser: argparse.ArgumentParser) -> None:
     add("key", metavar="KEY", help="an active snapshot that is not mounted")
     add("tar", metavar="TAR", help="an OCI layer tar, plain or compressed; - is a pipe")
     add("--diff-id", metavar="DIGEST", help="refuse an archive with another digest")
+    add("--blocks", action="store_true", help="TAR is what 'cowfs export --blocks' wrote")
     _add_bounds(parser)
     add_store(parser)
 
@@ -84,6 +85,9 @@ def _apply(args: argparse.Namespace) -> int:
             stream = open(source, "rb") if isinstance(source, str) else source  # noqa: SIM115  (closed by the with below)
         except FileNotFoundError:
             raise NotFound(f"no such file: {args.tar}") from None
+        if args.blocks:
+            with stream:
+                return _told(store.apply_blocks(args.key, stream), as_json=args.json)
         with stream:
             applied = store.apply(
                 args.key, stream, options=_bounds(args), diff_id=args.diff_id, progress=bars if bars.on else None
@@ -97,6 +101,18 @@ def _apply(args: argparse.Namespace) -> int:
     return 0
 
 
+def _told(counts: Counts, *, as_json: bool) -> int:
+    from dataclasses import asdict
+
+    from cowfs.model import format_size
+
+    if as_json:
+        print_json(asdict(counts))
+    else:
+        print(f"{counts.paths} paths, {format_size(counts.data)} of data in {format_size(counts.size)}")
+    return 0
+
+
 def _configure_export(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("name", metavar="NAME", help="a snapshot or a tag")
@@ -105,6 +121,8 @@ def _configure_export(parser: argparse.ArgumentParser) -> None:
         help="OCI layout in a tar; docker-archive; the whole tree as a tar; the changes as a layer tar (default: oci)")  # fmt: skip
     add("--compression", choices=("none", "gzip", "zstd"), help="(default: gzip for oci, else none)")
     add("--directory", action="store_true", help="an OCI layout directory instead of a tar")
+    add("--blocks", action="store_true", help="only the blocks that changed, for 'cowfs apply --blocks' in another store")
+    add("--base", metavar="NAME", help="with --blocks: against this snapshot (default: the parent)")
     add_store(parser)
 
 
@@ -113,6 +131,8 @@ def _export(args: argparse.Namespace) -> int:
         raise InvalidArgument("an archive does not go to a terminal", remedy="redirect it, or name a file")
     with open_store(args, create=False) as store, Bars() as bars:
         progress = bars if bars.on else None
+        if args.blocks:
+            return _export_blocks(args, store)
         target: str | BinaryIO = sys.stdout.buffer if args.file == "-" else os.path.abspath(args.file)
         told = store.export(
             args.name, target, format=args.format, compression=args.compression, directory=args.directory, progress=progress
@@ -122,6 +142,23 @@ def _export(args: argparse.Namespace) -> int:
     elif args.json:
         print_json({"exported": told, "file": args.file, "format": args.format})
     return 0
+
+
+def _export_blocks(args: argparse.Namespace, store: Store) -> int:
+    if args.file == "-":
+        store.export_blocks(args.name, sys.stdout.buffer, base=args.base)
+        sys.stdout.buffer.flush()
+        return 0
+    temp = f"{args.file}.new-{os.getpid()}"
+    try:
+        with open(temp, "wb") as file:
+            counts = store.export_blocks(args.name, file, base=args.base)
+        os.replace(temp, args.file)
+    except BaseException:
+        if os.path.exists(temp):
+            os.unlink(temp)
+        raise
+    return _told(counts, as_json=args.json)
 
 
 COMMANDS = {
@@ -136,13 +173,14 @@ COMMANDS = {
         _configure_apply,
         _apply,
         "Unpack an OCI layer tar into an active snapshot; print its diff id.",
-        ("cowfs apply work layer.tar.gz", "zstdcat layer.tar.zst | cowfs apply work -"),
+        ("cowfs apply work layer.tar.gz", "zstdcat layer.tar.zst | cowfs apply work -",
+         "cowfs apply work changed.blocks --blocks"),
     ),
     "export": Command(
         _configure_export,
         _export,
         "Write a snapshot out as an image, a tree or a layer.",
         ("cowfs export app app.tar", "cowfs export app - --format docker | podman load",
-         "cowfs export work changes.tar --format layer"),
+         "cowfs export work changes.tar --format layer", "cowfs export v2 changed.blocks --blocks --base v1"),
     ),
 }
