@@ -234,9 +234,11 @@ def replay(failure: Failure, base: Path, compared: bool = True) -> str:
     (impl, seed, weight, form), operations = failure
     run = Run(base, impl, seed, weight, form)
     try:
-        for op, as_user in operations:
+        for number, (op, as_user) in enumerate(operations):
             if compared:
                 run.carry_out(op, as_user)
+                if number % 5 == 0 or len(operations) < 30:
+                    run.check()
             else:
                 run.log.append((op, as_user, run.ours.do(op, as_user)))
         if compared:
