@@ -202,7 +202,7 @@ def configure(made: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="SIZE=N",
-        help="change a size of the profile, as rounds=3 or claim_seconds=60; may be repeated (the results say so)",
+        help="change a size of the profile, as rounds=3 or depths=1/8/64; may be repeated (the results say so)",
     )
     made.add_argument(
         "--results-only", action="store_true", help="with --out: write results.json, no page, no pictures"
@@ -234,9 +234,10 @@ def changed(profile: Profile, words: Sequence[str]) -> Profile:
     for word in words:
         name, _, text = word.partition("=")
         old = getattr(profile, name, None)
-        if not isinstance(old, int | float) or isinstance(old, bool):
-            raise ValueError(f"{name!r} is no size of a profile that takes a number")
-        sizes: dict[str, Any] = {name: type(old)(float(text)), "name": f"{profile.name}, {word}"}
+        if not isinstance(old, int | float | tuple):
+            raise ValueError(f"{name!r} is no size of a profile")
+        value = tuple(map(int, text.split("/"))) if isinstance(old, tuple) else type(old)(float(text))
+        sizes: dict[str, Any] = {name: value, "name": f"{profile.name}, {word}"}
         profile = replace(profile, **sizes)
     return profile
 
