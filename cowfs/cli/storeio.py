@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import argparse
 
     from cowfs.archive import ApplyOptions
+    from cowfs.blockdiff import Counts
+    from cowfs.store import Store
 
 
 def _source(name: str) -> str | BinaryIO:
