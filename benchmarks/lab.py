@@ -107,10 +107,20 @@ def device_written(path: Path) -> int:
 
 
 def used(disk: Path) -> int:
-    """Bytes in use on the file system mounted at ``disk``, after a sync: shared (reflinked) blocks count once."""
+    """Bytes in use on the file system mounted at ``disk``, after a sync: shared (reflinked) blocks count once.
+
+    Read until it stands still (at most 5 s), for some hosts free space in the background.
+    """
     os.sync()
-    st = os.statvfs(disk)
-    return (st.f_blocks - st.f_bfree) * st.f_frsize
+    last = -1
+    for _ in range(25):
+        st = os.statvfs(disk)
+        now = (st.f_blocks - st.f_bfree) * st.f_frsize
+        if now == last:
+            break
+        last = now
+        time.sleep(0.2)
+    return last
 
 
 def allocated(root: Path) -> int:
