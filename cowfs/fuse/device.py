@@ -11,13 +11,9 @@ message says what and where, and whose remedy says what to do.
 
 from __future__ import annotations
 
-import array
 import errno
 import os
-import shutil
-import socket
 import stat
-import subprocess
 from collections.abc import Iterable, Sequence
 from typing import Final
 
@@ -71,7 +67,7 @@ def mount_fuse(
         try:
             return _mount_directly(target, words, allow_other, source, subtype)
         except PermissionError as error:
-            if shutil.which("fusermount3") is None:
+            if _which("fusermount3") is None:
                 raise Unsupported(
                     f"{target}: mounting is not permitted: {error.strerror}",
                     remedy="needs CAP_SYS_ADMIN in the namespace that owns the mount, or fusermount3 (package fuse3)",
@@ -145,13 +141,21 @@ def clear_dead(target: str) -> None:
         return
     except OSError as error:
         reason = error.strerror
-    helper = shutil.which("fusermount3")
+    helper = _which("fusermount3")
     if helper is not None:
+        import subprocess
+
         done = subprocess.run([helper, "-u", "-z", "--", target], capture_output=True, text=True, check=False)
         if done.returncode == 0:
             return
         reason = done.stderr.strip() or reason
     raise FailedPrecondition(f"{target}: the dead mount there cannot be taken off: {reason}")
+
+
+def _which(program: str) -> str | None:
+    import shutil
+
+    return shutil.which(program)
 
 
 def _escaped(text: str) -> str:
@@ -188,7 +192,11 @@ def _mount_directly(target: str, words: Sequence[str], allow_other: bool, source
 
 
 def _mount_by_helper(target: str, words: Sequence[str], allow_other: bool, source: str, subtype: str) -> int:
-    helper = shutil.which("fusermount3") or shutil.which("fusermount")
+    import array
+    import socket
+    import subprocess
+
+    helper = _which("fusermount3") or _which("fusermount")
     if helper is None:
         raise Unsupported(f"{target}: mounting needs root or fusermount3", remedy="apt-get install fuse3")
     os.close(open_device())  # so that the reason is ours to tell

@@ -10,15 +10,12 @@ Anyone may call :class:`Notifier`'s methods from any thread; they only queue.
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import threading
 from collections.abc import Sequence
 from queue import SimpleQueue
 
-from cowfs.fuse import abi, codec
-
-_log = logging.getLogger("cowfs.fuse")
+from cowfs.fuse import abi, codec, log
 
 
 class Notifier:
@@ -99,6 +96,6 @@ class Notifier:
                     self.unsupported.add(code)
                     continue
                 if error.errno not in (errno.ENOENT, errno.ENODEV, errno.ENOTDIR, errno.ENOTEMPTY, errno.EBUSY):
-                    _log.warning("notification %s failed: %s", abi.NOTIFY_NAMES.get(code, code), error)
+                    log.warning("notification %s failed: %s", abi.NOTIFY_NAMES.get(code, code), error)
                     continue
             self.sent[code] = self.sent.get(code, 0) + 1

@@ -21,19 +21,17 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import logging
 import os
 import struct
 from typing import TYPE_CHECKING, Any
 
-from cowfs.fuse import abi, codec
+from cowfs.fuse import abi, codec, log
 from cowfs.fuse.adapter import Handler
 from cowfs.fuse.data import Data, Host
 
 if TYPE_CHECKING:
     from cowfs.union import View
 
-_log = logging.getLogger("cowfs.fuse")
 _OPEN_REPLY = struct.Struct("<IiQQIi").pack
 
 
@@ -91,7 +89,7 @@ class Passthrough(Data):
         except OSError as error:
             os.close(fd)
             self.refused = True
-            _log.warning("passthrough: the kernel refused a backing file (%s): serving through the page cache", error)
+            log.warning("passthrough: the kernel refused a backing file (%s): serving through the page cache", error)
             return Opened(0, -1)
         return Opened(backing, fd)
 

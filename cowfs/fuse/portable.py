@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import logging
 import os
 import re
 import stat
@@ -31,7 +30,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final, TextIO, TypeVar
 
 from cowfs.errors import FailedPrecondition, InvalidArgument, Unsupported
-from cowfs.fuse import device
+from cowfs.fuse import device, log
 from cowfs.sys import mounts
 
 if TYPE_CHECKING:
@@ -39,7 +38,6 @@ if TYPE_CHECKING:
 
 __all__ = ["PortableSession"]
 
-_log = logging.getLogger("cowfs.fuse")
 _T = TypeVar("_T")
 _ENCODING: Final = "latin-1"
 #: The name libfuse gives to a file that is removed while open (lib/fuse.c, hidden_name).
@@ -176,7 +174,7 @@ class PortableSession:
                 raise fail(error.errno or errno.EIO) from None
             except Exception as error:  # noqa: BLE001 - a bug must not end the server; it is logged
                 result = f"{type(error).__name__} -> EIO"
-                _log.exception("%s failed: answered EIO", label)
+                log.exception("%s failed: answered EIO", label)
                 raise fail(errno.EIO) from None
             finally:
                 if self.trace is not None:

@@ -21,7 +21,6 @@ from __future__ import annotations
 import errno
 import gc
 import io
-import logging
 import os
 import select
 import sys
@@ -29,12 +28,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, TextIO, TypeVar
 
-from cowfs.fuse import abi, codec, device, handshake
+from cowfs.fuse import abi, codec, device, handshake, log
 from cowfs.fuse.adapter import Handler
 from cowfs.fuse.codec import ProtocolError
 from cowfs.fuse.data import Data
@@ -46,7 +44,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Session", "SessionOptions"]
 
-_log = logging.getLogger("cowfs.fuse")
 _T = TypeVar("_T")
 
 #: Empty reads after a reply, each followed by sched_yield(2), before the loop sleeps. Yielding lets a client that waits
@@ -149,27 +146,26 @@ class Session:
         """
         if threading.get_ident() == self._thread:
             return fn()
-        future: Future[_T] = Future()
+        done = threading.Event()
+        outcome: list[Any] = []  # [None, result] or [exception]
 
         def run() -> None:
-            if self._ended:
-                future.set_exception(OSError(errno.ENODEV, "the mount is gone"))
-                return
             try:
-                future.set_result(fn())
+                if self._ended:
+                    raise OSError(errno.ENODEV, "the mount is gone")
+                outcome[:] = None, fn()
             except BaseException as error:  # noqa: BLE001 - handed to the caller
-                future.set_exception(error)
+                outcome[:] = (error,)
+            done.set()
 
-        if self._ended:
-            raise OSError(errno.ENODEV, "the mount is gone")
         self.post(run)
         if self._ended:
             self._empty_mail()
-        return future.result()
-
-    def has_held_requests(self) -> bool:
-        """Whether requests wait for a copy-up or another job of their node. In the loop thread (see :meth:`call`)."""
-        return bool(self._jobs) or bool(self._gates.nodes)
+        done.wait()
+        failure = outcome[0]
+        if failure is not None:
+            raise failure
+        return outcome[1]  # type: ignore[no-any-return]
 
     def stop(self) -> None:
         """Make :meth:`run` return soon, without unmounting. Any thread, also a signal handler."""
@@ -346,18 +342,18 @@ class Session:
     def _failure(opcode: int, unique: int, error: OSError) -> bytes | None:
         """The reply that an OSError stands for."""
         if opcode in _NO_REPLY:
-            _log.warning("%s: %s", abi.NAMES[opcode], error)
+            log.warning("%s: %s", abi.NAMES[opcode], error)
             return None
         return codec.failure(unique, error)
 
     @staticmethod
     def _bug(opcode: int, unique: int) -> bytes | None:
         """The reply to a request whose handler failed unforeseen; call inside ``except``."""
-        _log.exception("%s failed: answered EIO", abi.NAMES[opcode])
+        log.exception("%s failed: answered EIO", abi.NAMES[opcode])
         return None if opcode in _NO_REPLY else codec.error(unique, errno.EIO)
 
     def _refuse(self, opcode: int, unique: int) -> None:
-        _log.warning("%s: a request of the wrong length was refused", abi.NAMES[opcode])
+        log.warning("%s: a request of the wrong length was refused", abi.NAMES[opcode])
         if opcode not in _NO_REPLY:
             self.reply(unique, opcode, codec.error(unique, errno.EINVAL))
 
@@ -376,7 +372,7 @@ class Session:
         if error.errno in _GONE:
             return
         if error.errno != errno.ENOENT:
-            _log.error("reply to %s was refused: %s", abi.NAMES[opcode] or opcode, error)
+            log.error("reply to %s was refused: %s", abi.NAMES[opcode] or opcode, error)
         for nodeid in codec.looked_up(opcode, reply):
             self.view.forget(nodeid, 1)
 
@@ -417,7 +413,7 @@ class Session:
                     pass
 
     def _report(self) -> None:
-        _log.exception("an unforeseen error outside of any request")
+        log.exception("an unforeseen error outside of any request")
 
     # -- work for others ----------------------------------------------------------------------
 
