@@ -8,7 +8,6 @@ which tells whether the host can have lost anything since.
 from __future__ import annotations
 
 import os
-import shutil
 
 from cowfs.errors import FailedPrecondition, Unsupported
 
@@ -61,6 +60,8 @@ def check_volatile(work: str, *, volatile: bool, upper: str) -> None:
                 syncfs(fd)
             finally:
                 os.close(fd)
+            import shutil
+
             shutil.rmtree(incompat)
 
 
