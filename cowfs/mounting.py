@@ -281,6 +281,7 @@ def mount(
     gid_map: IdMap = (),
     options: Iterable[str] = (),
     max_nodes: int | None = None,
+    row: str | int | None = None,
     log: PathLike | None = None,
     trace: bool = False,
 ) -> MountHandle:
@@ -301,6 +302,7 @@ def mount(
         uid_map, gid_map: ranges (id in the layers, id shown, count).
         options: mount(8) words: nodev, nosuid, noexec, ro, noatime...
         max_nodes: bound on cached nodes in the server.
+        row: bytes a block, a power of two from 4 KiB to 1 MiB: redirect on write instead of copying up (docs/row.md).
         log: file for the server's diagnostics.
         trace: write one line a request to the log.
 
@@ -329,7 +331,18 @@ def mount(
         log=os.path.abspath(log) if log else "",
         trace=trace,
     )
-    return spawn(spec)
+    return spawn(spec if row is None else replace(spec, row=_block_size(row)))
+
+
+def _block_size(text: str | int) -> int:
+    from cowfs.union.rowmap import check_block
+
+    size = parse_size(text)
+    try:
+        check_block(size)
+    except ValueError as error:
+        raise InvalidArgument(f"row={text}: {error}") from None
+    return size
 
 
 def spawn(spec: MountSpec) -> MountHandle:

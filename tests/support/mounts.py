@@ -150,8 +150,11 @@ def mounted(
             if readonly:
                 options.update(upper=None, readonly=True)
                 options.pop("work", None)
+            if impl == "row":
+                options.setdefault("row", 4096)
+            frontend = "kernel" if impl == "row" else impl
             result.handle = stack.enter_context(
-                _cowfs().mount([str(p) for p in paths], str(target), frontend=impl, **options)
+                _cowfs().mount([str(p) for p in paths], str(target), frontend=frontend, **options)
             )
         yield result
 
