@@ -143,6 +143,8 @@ class Actor:
 
     def op_truncate(self, path: str, size: int) -> Any:
         os.truncate(self.at(path), size)
+        if size == 0:  # from 0 to 0 tmpfs keeps mtime, and only with truncate(2); POSIX allows both
+            os.utime(self.at(path))
 
     def op_chmod(self, path: str, mode: int) -> Any:
         os.chmod(self.at(path), mode)
