@@ -124,8 +124,8 @@ def _extract_all(
             if progress is not None and source.read_bytes - shown >= _PROGRESS_STEP:
                 shown = source.read_bytes
                 progress(shown, member.ordinal)
-        extractor.dirs.finish()
+        extractor.finish()
     except BaseException:
-        extractor.dirs.abandon()
+        extractor.abandon()
         raise
     return extractor

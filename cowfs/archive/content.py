@@ -1,20 +1,86 @@
 """A file's bytes: from the archive into an open file, hashed on the way.
 
-Strategy. Most files lie in one chunk of the stream and are written and hashed in one go, without a
-copy. A sparse file's segments are written at their places and the holes left.
+Strategy. Most files lie in one chunk of the stream and are written in one go, without a copy. They
+are hashed on a thread of its own, a batch at a time, out of the same chunks: hashing releases the
+interpreter lock, so it costs the extraction nothing where a core is free. A sparse file's
+segments are written at their places and the holes left; its digest is read back.
+
+Threads: batches go one way through a bounded queue, finished digests come back through a deque that
+the caller's thread empties; the callbacks run on the caller's thread, in archive order.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import queue
+import threading
+from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 from cowfs.archive import header
 from cowfs.archive.header import Member
 from cowfs.archive.reader import Reader
 
 __all__ = ["Content", "write"]
+
+
+# (running hash, piece, None): more of a long file; (running hash, None, key): its end; (None, piece, key): all of a file
+_Item = tuple[Any, memoryview | None, "_Key | None"]
+_Key = tuple[int, bytes]  # inode number (0 where nobody asked), path
+_BATCH = 128 << 10
+_BATCHES = 16
+
+
+class _Hasher:
+    """Digests on a thread of its own; it starts with the first full batch."""
+
+    def __init__(self) -> None:
+        self._batch: list[_Item] = []
+        self._size = 0
+        self._queue: queue.Queue[list[_Item] | None] = queue.Queue(_BATCHES)
+        self._thread: threading.Thread | None = None
+        self.done: deque[tuple[_Key, str]] = deque()
+
+    def add(self, running: Any, piece: memoryview | None, key: _Key | None) -> None:
+        self._batch.append((running, piece, key))
+        self._size += 512 + (len(piece) if piece is not None else 0)
+        if self._size >= _BATCH:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="cowfs-hash", daemon=True)
+                self._thread.start()
+            self._queue.put(self._batch)
+            self._batch, self._size = [], 0
+
+    def _run(self) -> None:
+        while (batch := self._queue.get()) is not None:
+            self._hash(batch)
+
+    def _hash(self, batch: list[_Item]) -> None:
+        sha256, done = hashlib.sha256, self.done
+        for running, piece, key in batch:
+            if running is None:
+                assert piece is not None and key is not None
+                done.append((key, sha256(piece).hexdigest()))
+            elif piece is not None:
+                running.update(piece)
+            else:
+                assert key is not None
+                done.append((key, running.hexdigest()))
+
+    def finish(self) -> None:
+        """Everything added is done."""
+        self.stop()
+        self._hash(self._batch)
+        self._batch = []
+
+    def stop(self) -> None:
+        """End the thread."""
+        if self._thread is not None:
+            self._queue.put(None)
+            self._thread.join()
+            self._thread = None
 
 
 class Content:
@@ -32,7 +98,7 @@ class Content:
         on_inode: Callable[[int, str], object] | None,
     ) -> None:
         self._reader, self._on_file, self._on_inode = reader, on_file, on_inode
-        self._hash = on_file is not None or on_inode is not None
+        self._hasher = _Hasher() if on_file is not None or on_inode is not None else None
 
     def fill(self, fd: int, member: Member, path: bytes) -> None:
         """Write the member's data to the new, empty file ``fd``."""
@@ -45,18 +111,24 @@ class Content:
             return
         if piece:
             write(fd, piece)
-        if self._hash:
-            self.tell(fd, path, hashlib.sha256(piece).hexdigest())
+        if self._hasher is not None:
+            self._hasher.add(None, piece, self._key(fd, path))
+            if self._hasher.done:
+                self._report()
+
+    def _key(self, fd: int, path: bytes) -> _Key:
+        return os.fstat(fd).st_ino if self._on_inode is not None else 0, path
 
     def _long(self, fd: int, path: bytes) -> None:
         """Data that does not lie in one chunk."""
-        hasher = hashlib.sha256() if self._hash else None
+        hasher = self._hasher
+        running = hashlib.sha256() if hasher is not None else None
         for piece in self._reader.data():
-            if hasher is not None:
-                hasher.update(piece)
             write(fd, piece)
+            if hasher is not None:
+                hasher.add(running, piece, None)
         if hasher is not None:
-            self.tell(fd, path, hasher.hexdigest())
+            hasher.add(running, None, self._key(fd, path))
 
     def _sparse(self, fd: int, member: Member, path: bytes) -> None:
         assert member.segments is not None
@@ -74,16 +146,45 @@ class Content:
         for _ in pieces:  # nothing is left but the check that nothing is missing
             pass
         os.truncate(fd, member.size)
-        if self._hash:
+        if self._hasher is not None:
             mostly_data = member.size <= 4 * member.stored + (1 << 20)
             self.tell(fd, path, _digest_of(fd) if mostly_data else "")
 
     def tell(self, fd: int, path: bytes, digest: str) -> None:
-        """Report a file's digest, "" where it was not computed."""
-        if self._on_file is not None and digest:
-            self._on_file(path, digest)
-        if self._on_inode is not None:
-            self._on_inode(os.fstat(fd).st_ino, digest)
+        """Report a digest that is known, "" for one that is not; in its turn."""
+        if self._hasher is not None:
+            self._hasher.add(_Known(digest), None, self._key(fd, path))
+
+    def _report(self) -> None:
+        assert self._hasher is not None
+        done = self._hasher.done
+        while done:
+            (inode, path), digest = done.popleft()
+            if self._on_file is not None and digest:
+                self._on_file(path, digest)
+            if self._on_inode is not None:
+                self._on_inode(inode, digest)
+
+    def finish(self) -> None:
+        """Report what is left."""
+        if self._hasher is not None:
+            self._hasher.finish()
+            self._report()
+
+    def abandon(self) -> None:
+        """Report nothing more."""
+        if self._hasher is not None:
+            self._hasher.stop()
+
+
+class _Known:
+    """A digest that needs no hashing, in the place of a running hash."""
+
+    def __init__(self, digest: str) -> None:
+        self._digest = digest
+
+    def hexdigest(self) -> str:
+        return self._digest
 
 
 def write(fd: int, data: memoryview) -> None:

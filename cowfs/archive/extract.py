@@ -139,6 +139,16 @@ class Extractor:
         except OSError as error:
             raise OSError(error.errno, error.strerror, self.label(member)) from error
 
+    def finish(self) -> None:
+        """Nothing more comes: directory times are set, the last digests told."""
+        self._content.finish()
+        self.dirs.finish()
+
+    def abandon(self) -> None:
+        """Give descriptors and threads back after an error."""
+        self._content.abandon()
+        self.dirs.abandon()
+
     @staticmethod
     def label(member: Member) -> str:
         """How error messages call a member."""
