@@ -11,7 +11,7 @@ Durability. fsync of a file brings its data to the disk, then marks the map, the
 syncs a thread does the same every few seconds, so that a file is as safe here as on a host that writes back by
 itself. A volatile view only marks, when it is closed.
 
-Threads: the view's thread owns all of it but :class:`Syncer`, which gets descriptors and logs of its own.
+Threads: the view's thread owns all of it but :class:`~cowfs.union.rowsync.Syncer`, which gets descriptors and logs of its own.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ import contextlib
 import errno
 import os
 import stat
-import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from cowfs.sys import xattr
@@ -32,8 +31,10 @@ from cowfs.union.extents import INFINITY, ZEROS, Extents
 from cowfs.union.lower import Data
 from cowfs.union.node import DT_REG, Node
 from cowfs.union.rowcheck import is_marked
-from cowfs.union.rowfile import Level, RowFile, lay
+from cowfs.union.rowfile import RowFile
 from cowfs.union.rowmap import MAP_DIR, ROOT_MARK, Loaded, Log, Ref
+from cowfs.union.rowread import Chain, Level, lay
+from cowfs.union.rowsync import Syncer
 from cowfs.union.source import Layer, Source, lstat
 from cowfs.union.space import Blocks, xattr_units
 
@@ -41,107 +42,7 @@ if TYPE_CHECKING:
     from cowfs.union.view import View
 
 DEFAULT_BLOCK = 4096
-#: seconds between two rounds of bringing unsynced redirect files to the disk
-INTERVAL = 5.0
-_MOST_DIRTY = 512
 _DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-
-
-class Syncer:
-    """Brings dirty files to the disk every few seconds. Its lock guards ``dirty`` only."""
-
-    def __init__(self, durable: bool) -> None:
-        self.durable = durable
-        self.dirty: dict[Log, int] = {}  # log -> a descriptor of the data, ours
-        self.orphaned: set[Log] = set()  # to be closed once they are clean
-        self._lock = threading.Lock()
-        self._round = threading.Lock()
-        self._wake = threading.Event()
-        self._ended = False
-        self._thread: threading.Thread | None = None
-
-    def add(self, log: Log, data_fd: int) -> None:
-        """A record was appended to a map that was clean."""
-        fd = os.dup(data_fd)
-        with self._lock:
-            known = self.dirty.setdefault(log, fd)
-            many = len(self.dirty) > _MOST_DIRTY
-        if known != fd:
-            os.close(fd)
-        if not self.durable:
-            return
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="cowfs-row-sync", daemon=True)
-            self._thread.start()
-        if many or len(self.dirty) == 1:
-            self._wake.set()
-        if len(self.dirty) > 4 * _MOST_DIRTY:
-            self.sync()
-
-    def _run(self) -> None:
-        while not self._ended:
-            self._wake.wait(INTERVAL if self.dirty else None)
-            if self._wake.is_set() and not self._ended and len(self.dirty) <= _MOST_DIRTY:
-                self._wake.clear()  # something is dirty now: give it a while
-                continue
-            self._wake.clear()
-            if not self._ended:
-                with contextlib.suppress(OSError):  # it is tried again; fsync reports it to whoever asks
-                    self.sync()
-
-    def sync(self, logs: Iterable[Log] | None = None) -> None:
-        """One round, of all or of some; any thread. Raises OSError after all were tried."""
-        failure: OSError | None = None
-        with self._round:
-            with self._lock:
-                wanted = self.dirty if logs is None else self.dirty.keys() & set(logs)
-                todo = [(log, self.dirty[log], log.end) for log in wanted]
-            for log, fd, upto in todo:
-                try:
-                    if self.durable:
-                        os.fsync(fd)
-                except OSError as error:
-                    failure = log.failure = error  # whoever calls fsync is told
-                try:
-                    log.mark_synced(upto)
-                    if logs is not None:
-                        log.sync()
-                except OSError as error:  # the map's own host is full: again in the next round
-                    failure = error
-                    continue
-                with self._lock:
-                    if log.dirty and log.failure is None:
-                        continue
-                    del self.dirty[log]
-                    close = log in self.orphaned
-                    self.orphaned.discard(log)
-                os.close(fd)
-                if close:
-                    log.close()
-        if failure is not None:
-            raise failure
-
-    def leave(self, log: Log) -> bool:
-        """Nobody else needs the log any more. Returns whether it will be closed here."""
-        with self._lock:
-            if log in self.dirty:
-                self.orphaned.add(log)
-                return True
-        return False
-
-    def close(self) -> None:
-        """A last round, and the end of the thread."""
-        self._ended = True
-        self._wake.set()
-        if self._thread is not None:
-            self._thread.join()
-        try:
-            self.sync()
-        finally:
-            for log, fd in self.dirty.items():
-                os.close(fd)
-                log.close()
-            self.dirty.clear()
 
 
 class Rows:
@@ -159,7 +60,7 @@ class Rows:
         self._marked: dict[Layer, bool] = {}
         self._maps: dict[Layer, int] = {}
         self.syncer = Syncer(view.must_sync)
-        self._opened: deque[RowFile] = deque()
+        self._opened: deque[Chain] = deque()
         self._fds = 0
 
     # -- layers -------------------------------------------------------------------------------
@@ -240,7 +141,7 @@ class Rows:
         file.behind = data
         return file
 
-    def resolve(self, file: RowFile) -> None:
+    def resolve(self, file: Chain) -> None:
         """Give a file its chain: the levels beneath and who holds what."""
         assert file.ref is not None
         where, name = file.place()
@@ -254,7 +155,7 @@ class Rows:
         levels, extents = self._beneath(file.ref, file.layer)
         file.adopt(extents, levels, own)
         if own.end > own.synced and file.writable and not own.stale:
-            file._open_log()  # a killed server left records that hang on this boot
+            file.resume()  # a killed server left records that hang on this boot
 
     def _read_map(self, layer: Layer, name: bytes, ref: Ref) -> Loaded:
         if not ref.has_map:
@@ -317,7 +218,7 @@ class Rows:
 
     # -- descriptors --------------------------------------------------------------------------
 
-    def opening(self, file: RowFile) -> None:
+    def opening(self, file: Chain) -> None:
         """A level of ``file`` is about to be opened."""
         if self._fds >= self.view.max_files:
             while self._opened:

@@ -20,7 +20,7 @@ from hypothesis.stateful import (
 
 from cowfs.model import Limit
 from cowfs.sys import files
-from cowfs.union import Options, View, live, row, rowcheck, rowmap
+from cowfs.union import Options, View, live, rowcheck, rowmap, rowsync
 from cowfs.union.node import Node
 from cowfs.union.rowfile import RowFile
 from cowfs.union.space import measure
@@ -83,7 +83,7 @@ class Stack:
 @pytest.fixture(autouse=True)
 def _still(monkeypatch: pytest.MonkeyPatch) -> None:
     """The background thread off, and a boot id that a test can change."""
-    monkeypatch.setattr(row.Syncer, "_run", lambda self: None)
+    monkeypatch.setattr(rowsync.Syncer, "_run", lambda self: None)
     monkeypatch.setattr(rowmap, "boot_id", lambda: b"boot%012d" % boot[0])
 
 
