@@ -167,6 +167,10 @@ class Session:
             raise failure
         return outcome[1]  # type: ignore[no-any-return]
 
+    def has_held_requests(self) -> bool:
+        """Whether requests wait for a copy-up or another job of their node. In the loop thread (see :meth:`call`)."""
+        return bool(self._jobs) or bool(self._gates.nodes)
+
     def stop(self) -> None:
         """Make :meth:`run` return soon, without unmounting. Any thread, also a signal handler."""
         self._stopping = True
