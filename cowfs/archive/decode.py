@@ -168,7 +168,7 @@ def zstandard() -> Any:
     try:
         import zstandard as package
     except ImportError:
-        raise Unsupported("zstd needs the zstandard package", remedy="pip install 'cowfs[zstd]'") from None
+        raise Unsupported("zstd needs the zstandard package", remedy="pip install zstandard") from None
     return package
 
 
