@@ -29,7 +29,7 @@ import hypothesis
 import pytest
 from hypothesis import HealthCheck, Phase, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
-from support import mounts, stacks, trees
+from support import mounts, stacks, trees, users
 from support.ops import SLOTS, Actor, Op
 
 pytestmark = pytest.mark.slow
@@ -154,14 +154,16 @@ class Run:
         os.chown(upper, status.st_uid, status.st_gid)
         os.chmod(upper, 0o777)
         os.chmod(self.plain, 0o777)
-        options = {} if impl == "overlay" else {"form": form} if form == "user" else {}
-        self.mounted = self.stack.enter_context(mounts.mounted(impl, self.lowers, base, form=form, upper=upper, **options))
+        self.mounted = self._mount(upper)
         if impl == "plain":
             self.mounted.path.chmod(0o777)
         self.ours = Actor(str(self.mounted.path), self.started)
         self.theirs = Actor(str(self.plain), self.started)
         self.log: list[tuple[Op, bool, Any]] = []
         self.numbers: dict[int, int] = {}
+
+    def _mount(self, upper: Path) -> mounts.Mounted:
+        return self.stack.enter_context(mounts.mounted(self.impl, self.lowers, self.base, form=self.form, upper=upper))
 
     def step(self, op: Op, as_user: bool) -> None:
         paths = existing(str(self.plain))
@@ -225,14 +227,45 @@ class Run:
         self.stack.close()
 
 
+class UserRun(Run):
+    """The mount is made by an ordinary user through fusermount3: no privilege, the ``userxattr`` form.
+
+    Everything belongs to that user, who also does everything; nobody takes the rights of the owner away,
+    since then the server, who is just the owner, could not copy the file.
+    """
+
+    def _mount(self, upper: Path) -> mounts.Mounted:
+        work, target = self.base / "work", self.base / "mnt"
+        for path in (work, target):
+            path.mkdir()
+        subprocess.run(["chown", "-hR", f"{users.UID}:{users.GID}", str(self.base)], check=True)
+        self._python(
+            f"cowfs.mount({[str(layer.path) for layer in self.lowers]!r}, {str(target)!r}, upper={str(upper)!r},"
+            f" work={str(work)!r}, allow_other=True)"
+        )
+        self.stack.callback(self._python, f"cowfs.umount({str(target)!r})")
+        return mounts.Mounted(self.impl, target, [layer.path for layer in self.lowers], upper, work)
+
+    def _python(self, call: str) -> None:
+        done = users.run_python(f"import cowfs; {call}", HOME=str(self.base), XDG_RUNTIME_DIR=str(self.base))
+        assert done.returncode == 0, done.stderr
+
+    def carry_out(self, real: Op, as_user: bool) -> None:
+        kept = list(real)
+        for position, part in enumerate(TABLE[real[0]][1], 1):
+            if part is MODES:
+                kept[position] = real[position] | 0o700
+        super().carry_out(tuple(kept), True)
+
+
 Failure = tuple[tuple[str, int, int, str], list[tuple[Op, bool]]]
 """(implementation, seed and weight of the layers, their form), operations."""
 
 
-def replay(failure: Failure, base: Path, compared: bool = True) -> str:
+def replay(failure: Failure, base: Path, compared: bool = True, kind: type[Run] = Run) -> str:
     """Carry out the operations of a failure again; '' when nothing fails now."""
     (impl, seed, weight, form), operations = failure
-    run = Run(base, impl, seed, weight, form)
+    run = kind(base, impl, seed, weight, form)
     try:
         for number, (op, as_user) in enumerate(operations):
             if compared:
@@ -291,6 +324,7 @@ class Equality(RuleBasedStateMachine):
     impl: ClassVar[str] = "kernel"
     form: ClassVar[str] = "trusted"
     compared: ClassVar[bool] = True
+    kind: ClassVar[type[Run]] = Run
     steps: ClassVar[int] = 0
     failure: ClassVar[Failure | None] = None
     _count: ClassVar[Iterator[int]] = itertools.count()
@@ -298,7 +332,7 @@ class Equality(RuleBasedStateMachine):
     @classmethod
     def again(cls, failure: Failure, base: Path) -> str:
         """Replay for the shrinker; the message of what failed, or ''."""
-        return replay(failure, base, cls.compared)
+        return replay(failure, base, cls.compared, cls.kind)
 
     def __init__(self) -> None:
         super().__init__()
@@ -307,7 +341,7 @@ class Equality(RuleBasedStateMachine):
 
     @initialize(seed=st.integers(0, 2**20), weight=st.integers(0, 25))
     def start(self, seed: int, weight: int) -> None:
-        self.run = Run(type(self).base / f"run{next(Equality._count)}", self.impl, seed, weight, self.form)
+        self.run = self.kind(type(self).base / f"run{next(Equality._count)}", self.impl, seed, weight, self.form)
         self.done = 0
 
     @rule(op=OPS, as_user=st.sampled_from((False, False, False, True)))
@@ -425,6 +459,12 @@ def test_cowfs_reads_what_the_kernel_wrote(space: Path, request: pytest.FixtureR
     """Random operations by the kernel's overlayfs; cowfs then shows the very same tree."""
     machine = _machine(space, impl="overlay", compared=False)
     run_machine(machine, request.config.getoption("--steps") // 4, request.config.getoption("--seed") + 2)
+
+
+def test_the_same_for_an_ordinary_user(space: Path, ordinary_user: int, request: pytest.FixtureRequest) -> None:
+    """A mount without any privilege: layers of the ``userxattr`` form, where the kernel has no redirects."""
+    machine = _machine(space, kind=UserRun, form="user")
+    run_machine(machine, request.config.getoption("--steps") // 10, request.config.getoption("--seed") + 3)
 
 
 def test_the_harness_agrees_with_itself(space: Path, request: pytest.FixtureRequest) -> None:
