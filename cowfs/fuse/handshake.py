@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+from cowfs.errors import Unsupported
 from cowfs.fuse import abi
 from cowfs.fuse.codec import ProtocolError
 
@@ -92,7 +93,8 @@ def negotiate(body: memoryview, *, mode: str = CACHED, max_write: int = 1 << 20)
     ask again (it does so by itself).
 
     Raises:
-        ProtocolError: the kernel is older than protocol 7.31 (Linux 5.4), or the body is no INIT.
+        ProtocolError: the body is no INIT.
+        Unsupported: the kernel is older than protocol 7.31 (Linux 5.4).
     """
     if len(body) < abi.INIT_COMPAT_IN.size:
         raise ProtocolError(f"INIT of {len(body)} bytes")
@@ -100,8 +102,9 @@ def negotiate(body: memoryview, *, mode: str = CACHED, max_write: int = 1 << 20)
     if major > abi.MAJOR:
         return abi.INIT_OUT.pack(abi.MAJOR, abi.MINOR, *[0] * 11), None
     if major < abi.MAJOR or minor < abi.MIN_MINOR:
-        raise ProtocolError(
-            f"the kernel speaks FUSE {major}.{minor}; cowfs needs {abi.MAJOR}.{abi.MIN_MINOR} (Linux 5.4) or newer"
+        raise Unsupported(
+            f"the kernel speaks FUSE {major}.{minor}, cowfs needs {abi.MAJOR}.{abi.MIN_MINOR}",
+            remedy="Linux 5.4 or newer, or --frontend fusepy",
         )
     if flags & abi.INIT_FLAGS["INIT_EXT"]:
         if len(body) < abi.INIT_IN.size:

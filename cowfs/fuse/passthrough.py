@@ -25,6 +25,7 @@ import os
 import struct
 from typing import TYPE_CHECKING, Any
 
+from cowfs.errors import Unsupported
 from cowfs.fuse import abi, codec, log
 from cowfs.fuse.adapter import Handler
 from cowfs.fuse.data import Data, Host
@@ -33,6 +34,33 @@ if TYPE_CHECKING:
     from cowfs.union import View
 
 _OPEN_REPLY = struct.Struct("<IiQQIi").pack
+
+
+def probe(device: int) -> None:
+    """See that files may be passed through on this connection.
+
+    Raises:
+        Unsupported: the kernel does not let us (it wants CAP_SYS_ADMIN outside of any user namespace).
+    """
+    fd = os.memfd_create("cowfs-passthrough", os.MFD_CLOEXEC)
+    try:
+        backing = _open_backing(device, fd)
+    except OSError as error:
+        raise Unsupported(
+            f"passthrough is not permitted: {error.strerror}", remedy="run as root of the host, or use --io cached"
+        ) from None
+    finally:
+        os.close(fd)
+    _close_backing(device, backing)
+
+
+def _open_backing(device: int, fd: int) -> int:
+    # with a mutable buffer, fcntl.ioctl returns what ioctl(2) does: here the id
+    return int(fcntl.ioctl(device, abi.DEV_IOC_BACKING_OPEN, bytearray(abi.BACKING_MAP.pack(fd, 0, 0))))
+
+
+def _close_backing(device: int, backing: int) -> None:
+    fcntl.ioctl(device, abi.DEV_IOC_BACKING_CLOSE, bytearray(struct.pack("<I", backing)))
 
 
 class Opened:
@@ -84,8 +112,8 @@ class Passthrough(Data):
             if error.errno != errno.EOPNOTSUPP:
                 raise
             return Opened(0, -1)
-        try:  # with a mutable buffer, fcntl.ioctl returns what ioctl(2) does: here the id
-            backing = fcntl.ioctl(self.device, abi.DEV_IOC_BACKING_OPEN, bytearray(abi.BACKING_MAP.pack(fd, 0, 0)))
+        try:
+            backing = _open_backing(self.device, fd)
         except OSError as error:
             os.close(fd)
             self.refused = True
@@ -101,7 +129,7 @@ class Passthrough(Data):
                 del self.opened[nodeid]
                 if state.backing:
                     self._refreshed(nodeid)
-                    fcntl.ioctl(self.device, abi.DEV_IOC_BACKING_CLOSE, bytearray(struct.pack("<I", state.backing)))
+                    _close_backing(self.device, state.backing)
                     os.close(state.fd)
         return codec.ok(unique)
 

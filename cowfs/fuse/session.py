@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, TextIO, TypeVar
 
+from cowfs.errors import FailedPrecondition, Unsupported
 from cowfs.fuse import abi, codec, device, handshake, log
 from cowfs.fuse.adapter import Handler
 from cowfs.fuse.codec import ProtocolError
@@ -98,10 +99,17 @@ class Session:
         fd: the connection, as ``cowfs.fuse.device.mount_fuse`` returns it; the session closes it at the end of
             :meth:`run`.
         view: the merged view; only :meth:`run`'s thread touches it.
+
+    Raises:
+        FailedPrecondition: the view has a limit, and the options would let writes pass it.
     """
 
     def __init__(self, fd: int, view: View, *, options: SessionOptions | None = None) -> None:
         self.options = options or SessionOptions()
+        if view.limit is not None and (self.options.writeback or self.options.io == "passthrough"):
+            raise FailedPrecondition(
+                "no limit can hold with io=passthrough or writeback", remedy="use io=cached, or take the limit off"
+            )
         self.view = view
         self.notifier = Notifier(fd)
         self.ready = threading.Event()  # set once INIT is answered: the mount answers from now on
@@ -182,7 +190,8 @@ class Session:
         """Serve until the file system is unmounted (or :meth:`stop`), then close the connection.
 
         Raises:
-            ProtocolError: the kernel is too old, or sent what is no request.
+            Unsupported: the kernel is too old, or cannot do what the options ask for.
+            ProtocolError: it sent what is no request.
             OSError: the device failed otherwise than by unmount.
         """
         self._thread = threading.get_ident()
@@ -219,6 +228,7 @@ class Session:
             try:
                 n = os.readv(self._fd, [buffer])
             except BlockingIOError:
+                self._sleepless()
                 self._empty_mail()
                 continue
             except OSError as error:
@@ -236,17 +246,27 @@ class Session:
                 body, agreement = handshake.negotiate(
                     request[codec.HEADER_SIZE :], mode=mode, max_write=self.options.max_write
                 )
-            except ProtocolError:
+            except (ProtocolError, Unsupported):
                 os.write(self._fd, codec.error(unique, errno.EPROTO))
                 raise
             if agreement is not None:
                 self._agree(agreement)
             os.write(self._fd, codec.payload(unique, body))
             if agreement is not None:
+                if self.options.io == "passthrough":
+                    self._check_passthrough(agreement)
                 device.widen_read_ahead(self._fd, min(READ_AHEAD, agreement.max_write))
                 self.ready.set()
                 return True
         return False
+
+    def _check_passthrough(self, agreement: handshake.Agreement) -> None:
+        """Raises Unsupported where no file could be passed through."""
+        if agreement.mode != handshake.PASSTHROUGH:
+            raise Unsupported("the kernel has no FUSE passthrough", remedy="Linux 6.9 or newer, or --io cached")
+        from cowfs.fuse.passthrough import probe
+
+        probe(self._fd)
 
     def _agree(self, agreement: handshake.Agreement) -> None:
         self.agreement = agreement
@@ -411,10 +431,14 @@ class Session:
             timeout = INTERRUPT_TICK * 1000
         for fd, _ in poll.poll(timeout):
             if fd == self._wake:
-                try:
-                    os.eventfd_read(self._wake)
-                except BlockingIOError:
-                    pass
+                self._sleepless()
+
+    def _sleepless(self) -> None:
+        """Take note of a wake-up."""
+        try:
+            os.eventfd_read(self._wake)
+        except BlockingIOError:
+            pass
 
     def _report(self) -> None:
         log.exception("an unforeseen error outside of any request")

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from cowfs.fuse import abi
+from cowfs.model import Limit
 from cowfs.union import Options
 from cowfs.whiteout import TRUSTED
 
@@ -71,6 +72,7 @@ class MemoryView:
     NOW = object()
     options = Options()
     form = TRUSTED
+    limit: Limit | None = None
 
     def __init__(self) -> None:
         self._ids = itertools.count(2)

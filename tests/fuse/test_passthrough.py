@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from cowfs.errors import FailedPrecondition
+from cowfs.fuse import Session, SessionOptions
+from cowfs.model import Limit
+from cowfs.union import Options, View
 
 
 @pytest.fixture
@@ -140,3 +146,34 @@ def test_a_setuid_bit_does_not_survive_a_write_by_another_user(served: Any) -> N
     os.chmod(mnt / "up", 0o4777)
     mnt.python("import os; os.setuid(1); open('up', 'r+b').write(b'y')")
     assert os.stat(mnt / "up").st_mode & 0o7777 == 0o777
+
+
+def test_passthrough_and_writeback_refuse_a_limit(layers: Path) -> None:
+    view = View([], bytes(layers / "upper"), bytes(layers / "work"), options=Options(limit=Limit(bytes=1 << 20)))
+    for options in (SessionOptions(io="passthrough"), SessionOptions(writeback=True)):
+        with pytest.raises(FailedPrecondition, match="no limit can hold"):
+            Session(-1, view, options=options)
+    view.close()
+
+
+def test_passthrough_where_it_is_not_permitted_is_refused_at_once(layers: Path) -> None:
+    """A user namespace's root may mount FUSE, but not pass files through."""
+    code = (
+        "import os, sys, tempfile\n"
+        "from cowfs.fuse import Session, SessionOptions, mount_fuse\n"
+        "from cowfs.union import View\n"
+        f"view = View([{os.fspath(layers / 'lower')!r}])\n"
+        "session = Session(mount_fuse(tempfile.mkdtemp()), view, options=SessionOptions(io='passthrough'))\n"
+        "try: session.run()\n"
+        "except Exception as error: print(type(error).__name__, error)\n"
+    )
+    done = subprocess.run(
+        ["unshare", "-Urm", "sh", "-c", 'mount -t tmpfs none /mnt && TMPDIR=/mnt exec "$0" -c "$1"', sys.executable, code],
+        capture_output=True, text=True, timeout=30, check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+    )  # fmt: skip
+    if "unshare" in done.stderr or "/dev/fuse" in done.stdout:
+        pytest.skip(f"no FUSE in a user namespace here: {done.stderr}{done.stdout}")
+    assert done.stdout.startswith(("Unsupported passthrough is not permitted", "Unsupported the kernel has no FUSE")), (
+        done.stdout + done.stderr
+    )
