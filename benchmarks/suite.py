@@ -11,6 +11,7 @@ import importlib
 import json
 import os
 import pkgutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -242,6 +243,10 @@ def changed(profile: Profile, words: Sequence[str]) -> Profile:
     return profile
 
 
+def _ended(number: int, frame: object) -> None:
+    sys.exit(128 + number)
+
+
 def _render(folder: Path) -> int:
     from . import report
 
@@ -274,6 +279,7 @@ def run_options(options: argparse.Namespace, prog: str) -> int:
         if options.verbose or not text.startswith("    "):
             print(text, file=sys.stderr, flush=True)
 
+    signal.signal(signal.SIGTERM, _ended)  # everything that was mounted or started is given back
     try:
         enter_private_namespace()
         with Lab(profile, options.work.resolve(), say) as lab:
