@@ -117,7 +117,7 @@ mount --bind $d/fuse /dev/fuse
 exec setpriv --reuid {uid} --regid {uid} --clear-groups {sys.executable} -c "$1"
 """
     return subprocess.run(
-        ["unshare", "-m", "--propagation", "private", "sh", "-c", script, "sh", code],
+        ["unshare", "-m", "--propagation", "unchanged", "sh", "-c", script, "sh", code],
         capture_output=True, text=True, timeout=30, check=False, cwd="/",
         env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
     )  # fmt: skip
