@@ -18,6 +18,7 @@ from cowfs.errors import InvalidArgument, Unsupported
 from cowfs.model import Limit, Mount, Usage
 from cowfs.sys import host, trees
 from cowfs.whiteout import choose_form
+
 from . import deltas, records
 
 

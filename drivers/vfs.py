@@ -16,6 +16,7 @@ from cowfs.driver import Driver, Probe
 from cowfs.errors import Unsupported
 from cowfs.model import Limit, Mount, Usage
 from cowfs.sys import host, trees
+
 from . import records
 
 
