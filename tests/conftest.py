@@ -20,7 +20,7 @@ import pytest
 
 sys.path.insert(0, os.path.dirname(__file__))
 
-from support import hostfs, mounts, namespace, users  # noqa: E402  (the path above comes first)
+from support import hostfs, mounts, namespace, users
 
 namespace.enter()
 
