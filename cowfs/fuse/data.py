@@ -226,12 +226,20 @@ class Data(Adapter):
         return self.link(buf, n, unique, nodeid)
 
     def _renamed(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply | None:
-        _, opcode, _, _ = abi.HEAD.unpack_from(buf)
-        old, _ = codec.two_names(buf, 48 if opcode == abi.RENAME else 56, n)
-        node = self.view.child(self.view.directory(nodeid), old)
-        if node is not None and self._later_too(node, buf[:n]):
-            return None
-        return (self.rename if opcode == abi.RENAME else self.rename2)(buf, n, unique, nodeid)
+        """RENAME and RENAME2: what gets a name in the upper layer is copied up first; for an exchange that is both."""
+        if abi.HEAD.unpack_from(buf)[1] == abi.RENAME:
+            (target,), flags, start, rename = abi.RENAME_IN.unpack_from(buf, 40), 0, 48, self.rename
+        else:
+            target, flags, _ = abi.RENAME2_IN.unpack_from(buf, 40)
+            start, rename = 56, self.rename2
+        old, new = codec.two_names(buf, start, n)
+        moved = [self.view.child(self.view.directory(nodeid), old)]
+        if flags & files.RENAME_EXCHANGE:
+            moved.append(self.view.child(self.view.directory(target), new))
+        for node in moved:
+            if node is not None and self._later_too(node, buf[:n]):
+                return None
+        return rename(buf, n, unique, nodeid)
 
     def fallocate(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply | None:
         _fh, offset, length, mode, _ = abi.FALLOCATE_IN.unpack_from(buf, 40)
