@@ -259,8 +259,11 @@ def fsync_fd(view: View, node: Node) -> int | None:
         if upper is None:
             return None
         return os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=upper.open())
-    if not view.in_upper(node) or node.type != DT_REG:
+    if node.type != DT_REG:
         return None
+    if node.where is not None and node.where.layer is not view.upper:
+        # Written before a live snapshot, perhaps, and not yet on the disk.
+        return view.open_data(node) if node.where.layer.index >= view.lower_count and node.data is None else None
     if node.data is not None and hasattr(node.data, "sync_job"):
         node.data.sync_job()(False)  # who cannot wait runs the job elsewhere
         return None

@@ -112,6 +112,7 @@ class View:
         self.rows: row.Rows | None = None
         self.index = options.index
         #: how many layers the index covers; those above are scanned
+        self.lower_count = len(lowers)
         self.indexed_layers = len(lowers) if options.index is not None else 0
         self.sources: dict[tuple[int, bytes], Source] = {}
         #: ids that a rollback took away
