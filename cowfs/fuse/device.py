@@ -222,7 +222,9 @@ def _mount_by_helper(target: str, words: Sequence[str], allow_other: bool, sourc
             remedy = ""
             if "user_allow_other" in message:
                 remedy = "add the line user_allow_other to /etc/fuse.conf, or mount without --allow-other"
-            raise FailedPrecondition(f"{target}: {message.removeprefix('fusermount3: ')}", remedy=remedy)
+            if "determine username" in message:
+                remedy = "fusermount3 wants the user's name: add one to /etc/passwd"
+            raise FailedPrecondition(f"{target}: {message.rpartition('fusermount3: ')[2]}", remedy=remedy)
         ours.settimeout(10)
         _, ancillary, _, _ = ours.recvmsg(1, socket.CMSG_SPACE(array.array("i").itemsize))
     for level, kind, data in ancillary:
