@@ -33,10 +33,22 @@ _FOREVER = codec.FOREVER
 _ENTRY = codec.ENTRY_HEAD.pack
 _ATTR = codec.ATTR_HEAD.pack
 _OK = abi.OUT_HEADER.pack
-_CALLER = struct.Struct("<I").unpack_from  # the uid in the request's header
+_CALLER = struct.Struct("<III").unpack_from  # uid, gid and pid in the request's header
 _DIRENT_SIZE = abi.DIRENT.size
 _DIRENTPLUS_SIZE = abi.DIRENTPLUS.size
 _PADDING = [bytes(-length % 8) for length in range(8)]
+
+
+def _groups(pid: int) -> frozenset[int]:
+    """Supplementary groups of a process; none when it cannot be seen from here."""
+    try:
+        with open(f"/proc/{pid}/status", "rb") as file:
+            for line in file:
+                if line.startswith(b"Groups:"):
+                    return frozenset(map(int, line.split()[1:]))
+    except OSError:
+        pass
+    return frozenset()
 
 
 def _signed(seconds: int) -> int:
@@ -275,8 +287,40 @@ class Adapter:
             changes["mtime"] = view.NOW if valid & abi.FATTR_MTIME_NOW else _signed(mtime) * 10**9 + mtime_ns
         if valid & (abi.FATTR_KILL_SUIDGID | abi.FATTR_UID | abi.FATTR_GID):
             changes["kill"] = True
-        # chown(-1, -1) comes with no field at all, and still moves ctime (POSIX chown; seen as valid == 0)
-        view.setattr(node, **(changes or {"uid": -1}))
+        if not valid:
+            self._chown_nothing(node, buf)
+            return
+        view.setattr(node, **changes)
+        if valid & abi.FATTR_KILL_SUIDGID and valid & abi.FATTR_SIZE:
+            self.strip(node, buf)
+
+    def _chown_nothing(self, node: Any, buf: memoryview) -> None:
+        """A request without any field: chown(-1, -1), which moves ctime and clears set-id bits.
+
+        The kernel sends the same before a write by somebody unprivileged (the bits are then cleared by the write
+        itself). So a stranger's is not refused, as chown(2) would; it just must not clear anything.
+        """
+        uid, _, _ = _CALLER(buf, 24)
+        fields = abi.ATTR.unpack(self.view.attr(node))
+        stranger = uid and uid != fields[11] and fields[9] & (stat.S_ISUID | stat.S_ISGID)
+        if stranger and not self.written_past_us(node):
+            return
+        self.view.setattr(node, uid=-1)
+        self.strip(node, buf)
+
+    def written_past_us(self, node: Any) -> bool:
+        """Whether writes may come that we do not see, so that this request is all we hear of them."""
+        return False
+
+    def strip(self, node: Any, buf: memoryview) -> None:
+        """Clear a setgid bit that means no program, too, when the caller is outside the file's group (Linux 6.2)."""
+        fields = abi.ATTR.unpack(self.view.attr(node))
+        mode = fields[9]
+        if mode & (stat.S_ISGID | stat.S_IXGRP) != stat.S_ISGID or not stat.S_ISREG(mode):
+            return
+        uid, gid, pid = _CALLER(buf, 24)
+        if uid and gid != fields[12] and fields[12] not in _groups(pid):
+            self.view.setattr(node, mode=mode & 0o7777 & ~stat.S_ISGID)
 
     @staticmethod
     def ordinary(buf: memoryview) -> bool:

@@ -197,7 +197,10 @@ class Data(Adapter):
         node = self.nodes.get(nodeid) or self.view.node(nodeid)
         if self._later(node, buf[:n]):
             return None
-        return _WRITTEN(24, 0, unique, self.view.write(node, offset, buf[80:n], bool(flags & 4)), 0)
+        kill = bool(flags & 4)
+        if kill:
+            self.strip(node, buf)
+        return _WRITTEN(24, 0, unique, self.view.write(node, offset, buf[80:n], kill), 0)
 
     def setattr(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply | None:
         node = self.nodes.get(nodeid) or self.view.node(nodeid)
@@ -249,6 +252,7 @@ class Data(Adapter):
         self.view.fallocate(node, mode, offset, length)
         if self.ordinary(buf):
             self.view.kill_privileges(node)  # HANDLE_KILLPRIV_V2: no flag comes with this request
+            self.strip(node, buf)
         return _OK(16, 0, unique)
 
     def _copied(self, buf: memoryview, n: int, nodeid: int) -> int | None:
@@ -263,6 +267,7 @@ class Data(Adapter):
         count = self.view.copy_range(source, source_offset, target, target_offset, min(length, COPY_STEP))
         if count and self.ordinary(buf):
             self.view.kill_privileges(target)
+            self.strip(target, buf)
         return count
 
     def copy_file_range(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply | None:

@@ -121,6 +121,9 @@ class Passthrough(Data):
             return Opened(0, -1)
         return Opened(backing, fd)
 
+    def written_past_us(self, node: Any) -> bool:
+        return node.id in self.opened
+
     def release(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply | None:
         state = self.opened.get(nodeid)
         if state is not None:

@@ -16,6 +16,9 @@ from support.users import GID, OTHER_GID, OTHER_UID, UID, acting_as
 ACCESS, DEFAULT = "system.posix_acl_access", "system.posix_acl_default"
 
 
+acl_free = pytest.mark.only("kernel", "overlay", reason="libfuse2 does not tell who writes at that moment")
+
+
 def owned(path: Path, mode: int, uid: int = UID, gid: int = GID, data: bytes = b"data") -> None:
     """A file of an ordinary user."""
     write(path, data)
@@ -84,6 +87,29 @@ def test_a_change_of_data_by_a_user_clears_suid_and_sgid(d: Path, how: str) -> N
             posix.fallocate(fd, 0, 0, 100)
             os.close(fd)
     assert mode_of(d / "f") == 0o777
+
+
+@acl_free
+@tree(lambda d: owned(d / "f", 0o666))
+@pytest.mark.parametrize(("gid", "groups", "expected"), [(GID, [], 0o2666), (OTHER_GID, [GID], 0o2666), (OTHER_GID, [], 0o666)])
+@pytest.mark.parametrize("how", ["write", "truncate", "fallocate"])
+def test_sgid_without_execute_goes_only_when_an_outsider_writes(
+    d: Path, how: str, gid: int, groups: list[int], expected: int
+) -> None:
+    """02666 is no program; a member of the group keeps the bit, somebody outside loses it (Linux 6.2)."""
+    os.chmod(d / "f", 0o2666)
+    with acting_as(OTHER_UID, gid, groups):
+        fd = os.open(d / "f", os.O_WRONLY)
+        {"write": lambda: os.write(fd, b"x"), "truncate": lambda: os.ftruncate(fd, 1), "fallocate": lambda: posix.fallocate(fd, 0, 0, 100)}[how]()
+        os.close(fd)
+    assert mode_of(d / "f") == expected
+
+
+@tree(lambda d: owned(d / "f", 0o6755))
+def test_a_stranger_clears_no_suid_by_a_chown_of_nothing(d: Path) -> None:
+    with acting_as(OTHER_UID, OTHER_GID):
+        posix.error_of(os.chown, d / "f", -1, -1)
+    assert mode_of(d / "f") == 0o6755
 
 
 @tree(lambda d: owned(d / "f", 0o6755))
