@@ -36,6 +36,9 @@ _OK = abi.OUT_HEADER.pack
 _CALLER = struct.Struct("<III").unpack_from  # uid, gid and pid in the request's header
 _DIRENT_SIZE = abi.DIRENT.size
 _DIRENTPLUS_SIZE = abi.DIRENTPLUS.size
+_MODE, _UID, _GID, _SIZE = abi.FATTR_MODE, abi.FATTR_UID, abi.FATTR_GID, abi.FATTR_SIZE
+_ATIME, _MTIME = abi.FATTR_ATIME, abi.FATTR_MTIME
+_KILL = abi.FATTR_KILL_SUIDGID | _UID | _GID
 _PADDING = [bytes(-length % 8) for length in range(8)]
 
 
@@ -266,32 +269,30 @@ class Adapter:
         node = self.nodes.get(nodeid) or self.view.node(nodeid)
         return _ATTR(120, 0, unique, _FOREVER, 0, 0) + (node.attr or self.view.attr(node))
 
-    def apply(self, node: Any, buf: memoryview) -> None:
-        """Carry out the SETATTR in ``buf``."""
-        (valid, _, _, size, _, atime, mtime, _, atime_ns, mtime_ns, _, mode, _, uid, gid, _) = (
-            abi.SETATTR_IN.unpack_from(buf, 40)
-        )
-        view = self.view
-        changes: dict[str, Any] = {}
-        if valid & abi.FATTR_MODE:
-            changes["mode"] = mode & 0o7777
-        if valid & abi.FATTR_UID:
-            changes["uid"] = uid
-        if valid & abi.FATTR_GID:
-            changes["gid"] = gid
-        if valid & abi.FATTR_SIZE:
-            changes["size"] = size
-        if valid & abi.FATTR_ATIME:
-            changes["atime"] = view.NOW if valid & abi.FATTR_ATIME_NOW else _signed(atime) * 10**9 + atime_ns
-        if valid & abi.FATTR_MTIME:
-            changes["mtime"] = view.NOW if valid & abi.FATTR_MTIME_NOW else _signed(mtime) * 10**9 + mtime_ns
-        if valid & (abi.FATTR_KILL_SUIDGID | abi.FATTR_UID | abi.FATTR_GID):
-            changes["kill"] = True
+    def apply(self, node: Any, buf: memoryview, fields: tuple[int, ...]) -> None:
+        """Carry out the SETATTR in ``buf``, whose struct is ``fields``."""
+        (valid, _, _, size, _, atime, mtime, _, atime_ns, mtime_ns, _, mode, _, uid, gid, _) = fields
         if not valid:
             self._chown_nothing(node, buf)
             return
-        view.setattr(node, **changes)
-        if valid & abi.FATTR_KILL_SUIDGID and valid & abi.FATTR_SIZE:
+        view = self.view
+        accessed: Any = None
+        modified: Any = None
+        if valid & _ATIME:
+            accessed = view.NOW if valid & abi.FATTR_ATIME_NOW else _signed(atime) * 1_000_000_000 + atime_ns
+        if valid & _MTIME:
+            modified = view.NOW if valid & abi.FATTR_MTIME_NOW else _signed(mtime) * 1_000_000_000 + mtime_ns
+        view.setattr(
+            node,
+            mode=mode & 0o7777 if valid & _MODE else None,
+            uid=uid if valid & _UID else None,
+            gid=gid if valid & _GID else None,
+            size=size if valid & _SIZE else None,
+            atime=accessed,
+            mtime=modified,
+            kill=valid & _KILL != 0,
+        )
+        if valid & abi.FATTR_KILL_SUIDGID and valid & _SIZE:
             self.strip(node, buf)
 
     def _chown_nothing(self, node: Any, buf: memoryview) -> None:

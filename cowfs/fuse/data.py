@@ -204,13 +204,13 @@ class Data(Adapter):
 
     def setattr(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply | None:
         node = self.nodes.get(nodeid) or self.view.node(nodeid)
-        valid, _, _, size = abi.SETATTR_IN.unpack_from(buf, 40)[:4]
-        if valid & abi.FATTR_SIZE:
-            if self._later(node, buf[:n], size):
+        fields = abi.SETATTR_IN.unpack_from(buf, 40)
+        if fields[0] & abi.FATTR_SIZE:
+            if self._later(node, buf[:n], fields[3]):
                 return None
         elif not self.metacopy and self._later_too(node, buf[:n]):
             return None
-        self.apply(node, buf)
+        self.apply(node, buf, fields)
         return codec.attributes(unique, node.attr or self.view.attr(node))
 
     def _of_node(self, handler: Handler) -> Handler:
