@@ -39,10 +39,7 @@ _NOWAIT = getattr(os, "RWF_NOWAIT", 8)
 
 
 class Host(Protocol):
-    """What the data handlers need of the session: work done elsewhere, and replies from there."""
-
-    def reply(self, unique: int, opcode: int, reply: codec.Reply) -> None:
-        """Send a reply; any thread."""
+    """What the data handlers need of the session (:class:`cowfs.fuse.errands.Errands`): work done elsewhere."""
 
     def copy_up(self, nodeid: int, request: bytes, stage: Any) -> None:
         """Run a stage on a worker, publish it, then serve ``request`` again; loop thread."""

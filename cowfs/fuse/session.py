@@ -37,8 +37,9 @@ from cowfs.fuse import abi, codec, device, handshake, log
 from cowfs.fuse.adapter import Handler
 from cowfs.fuse.codec import ProtocolError
 from cowfs.fuse.data import Data
+from cowfs.fuse.errands import Errands
 from cowfs.fuse.notify import Notifier
-from cowfs.fuse.work import HELD_OPCODES, Gates, Workers
+from cowfs.fuse.work import HELD_OPCODES
 
 if TYPE_CHECKING:
     from cowfs.union import View
@@ -118,10 +119,7 @@ class Session:
         self._counts = [0] * abi.OPCODE_END
         self._mail: deque[Callable[[], None]] = deque()  # appended by any thread, emptied by the loop
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._gates = Gates()
-        self._workers = Workers(self.options.workers, self._report)
-        self._jobs: dict[int, _Job] = {}  # unique -> copy-up under way; loop only
-        self._watched: dict[int, int] = {}  # unique -> pid of interrupted requests that still wait; loop only
+        self._errands = Errands(self, self.options.workers)
         self._stopping = False
         self._ended = False
         self._thread: int | None = None
@@ -177,7 +175,7 @@ class Session:
 
     def has_held_requests(self) -> bool:
         """Whether requests wait for a copy-up or another job of their node. In the loop thread (see :meth:`call`)."""
-        return bool(self._jobs) or bool(self._gates.nodes)
+        return self._errands.pending
 
     def stop(self) -> None:
         """Make :meth:`run` return soon, without unmounting. Any thread, also a signal handler."""
@@ -204,7 +202,7 @@ class Session:
         finally:
             sys.setswitchinterval(interval)
             gc.set_threshold(*thresholds)
-            self._workers.close()
+            self._errands.workers.close()
             self._ended = True
             self._empty_mail()
             os.close(self._fd)
@@ -273,13 +271,13 @@ class Session:
         if agreement.mode == handshake.PASSTHROUGH:
             from cowfs.fuse.passthrough import Passthrough
 
-            adapter: Data = Passthrough(self.view, self, agreement.max_write, self._fd)
+            adapter: Data = Passthrough(self.view, self._errands, agreement.max_write, self._fd)
         else:
-            adapter = Data(self.view, self, agreement.max_write)
+            adapter = Data(self.view, self._errands, agreement.max_write)
         adapter.setxattr_ext = agreement.has("SETXATTR_EXT")
         self._low, self._high = codec.bounds(agreement.max_write, setxattr_ext=adapter.setxattr_ext)
         table = adapter.table()
-        table[abi.INTERRUPT] = self._interrupt
+        table[abi.INTERRUPT] = self._errands.interrupt
         self._handlers = [table.get(opcode, _enosys) for opcode in range(abi.OPCODE_END)]
         if self.options.trace is not None:
             self._handlers = [self._traced(handler) for handler in self._handlers]
@@ -292,7 +290,8 @@ class Session:
         readinto, write, writev = channel.readinto, os.write, os.writev
         unpack = abi.HEAD.unpack_from
         counts, handlers, low, high = self._counts, self._handlers, self._low, self._high
-        gates, mail, end = self._gates.nodes, self._mail, abi.OPCODE_END
+        gates, hold = self._errands.gates.nodes, self._errands.gates.hold
+        mail, end = self._mail, abi.OPCODE_END
         poll = select.poll()
         poll.register(fd, select.POLLIN)
         poll.register(self._wake, select.POLLIN)
@@ -344,7 +343,7 @@ class Session:
             if not low[opcode] <= n <= high[opcode]:
                 self._refuse(opcode, unique)
                 continue
-            if gates and opcode in HELD_OPCODES and self._gates.hold(opcode, nodeid, buf[:n]):
+            if gates and opcode in HELD_OPCODES and hold(opcode, nodeid, buf[:n]):
                 continue
             try:
                 reply = handlers[opcode](buf, n, unique, nodeid)
@@ -400,7 +399,7 @@ class Session:
         for nodeid in codec.looked_up(opcode, reply):
             self.view.forget(nodeid, 1)
 
-    def _dispatch(self, request: bytes) -> None:
+    def dispatch(self, request: bytes) -> None:
         """Serve a request that waited; loop thread."""
         _, opcode, unique, nodeid = abi.HEAD.unpack_from(request)
         try:
@@ -422,12 +421,12 @@ class Session:
             try:
                 fn()
             except Exception:  # noqa: BLE001 - a bug must not end the server; it is logged
-                self._report()
+                self.report()
 
     def _idle(self, poll: select.poll) -> None:
         timeout = None
-        if self._watched:
-            self._check_watched()
+        if self._errands.watched:
+            self._errands.check_watched()
             timeout = INTERRUPT_TICK * 1000
         for fd, _ in poll.poll(timeout):
             if fd == self._wake:
@@ -440,103 +439,9 @@ class Session:
         except BlockingIOError:
             pass
 
-    def _report(self) -> None:
+    def report(self) -> None:
+        """Log an unforeseen error outside of any request; call inside ``except``. Any thread."""
         log.exception("an unforeseen error outside of any request")
-
-    # -- work for others ----------------------------------------------------------------------
-
-    def copy_up(self, nodeid: int, request: bytes, stage: Any) -> None:
-        unique = abi.HEAD.unpack_from(request)[2]
-        job = _Job(stage, abi.CALLER.unpack_from(request, abi.CALLER_AT)[2])
-        self._jobs[unique] = job
-        self._gates.enter(nodeid, exclusive=True)
-
-        def run() -> None:
-            try:
-                stage.run()
-            except Exception:  # noqa: BLE001 - a bug must not end the server, nor publish half a copy; it is logged
-                self._report()
-                stage.error = OSError(errno.EIO, "bug")
-            self.post(done)
-
-        def done() -> None:
-            del self._jobs[unique]
-            self._watched.pop(unique, None)
-            failure: OSError | None = None
-            try:
-                self.view.publish(stage)
-            except OSError as error:
-                failure = error
-            except Exception:  # noqa: BLE001 - a bug must not end the server; it is logged
-                self._report()
-                failure = OSError(errno.EIO, "bug")
-            if failure is not None:
-                opcode = abi.HEAD.unpack_from(request)[1]
-                self.reply(unique, opcode, codec.failure(unique, failure))
-            self._left(nodeid, exclusive=True, first=None if failure else request)
-
-        self._workers.submit(run)
-
-    def look(self, nodeid: int, unique: int, job: Callable[[], codec.Reply]) -> None:
-        self._gates.enter(nodeid, exclusive=False)
-
-        def run() -> None:
-            self._answer(unique, job)
-            self.post(lambda: self._left(nodeid, exclusive=False))
-
-        self._workers.submit(run)
-
-    def wait_behind(self, nodeid: int, request: memoryview) -> bool:
-        gate = self._gates.nodes.get(nodeid)
-        if gate is None or not gate.exclusive:
-            return False
-        gate.queue.append(bytes(request))
-        return True
-
-    def aside(self, unique: int, job: Callable[[], codec.Reply]) -> None:
-        self._workers.submit(lambda: self._answer(unique, job))
-
-    def _answer(self, unique: int, job: Callable[[], codec.Reply]) -> None:
-        try:
-            reply = job()
-        except OSError as error:
-            reply = codec.failure(unique, error)
-        except Exception:  # noqa: BLE001 - the same
-            self._report()
-            reply = codec.error(unique, errno.EIO)
-        self.reply(unique, 0, reply)
-
-    def _left(self, nodeid: int, *, exclusive: bool, first: bytes | None = None) -> None:
-        self._gates.leave(nodeid, exclusive=exclusive, first=first)
-        while (request := self._gates.next(nodeid)) is not None:
-            self._dispatch(request)
-
-    # -- interrupts ---------------------------------------------------------------------------
-
-    def _interrupt(self, buf: memoryview, n: int, unique: int, nodeid: int) -> None:
-        """A process that waits got a signal. Only one that was killed is let go: programs do not expect EINTR of
-        a file. What is already being answered needs nothing."""
-        (target,) = abi.INTERRUPT_IN.unpack_from(buf, 40)
-        job = self._jobs.get(target)
-        if job is not None:
-            self._watched[target] = job.pid
-            return
-        for gate in self._gates.nodes.values():
-            for request in gate.queue:
-                if abi.HEAD.unpack_from(request)[2] == target:
-                    self._watched[target] = abi.CALLER.unpack_from(request, abi.CALLER_AT)[2]
-        self._check_watched()
-
-    def _check_watched(self) -> None:
-        for unique, pid in list(self._watched.items()):
-            if not _killed(pid):
-                continue
-            request = self._gates.withdraw(unique)
-            if request is not None:
-                self.reply(unique, 0, codec.error(unique, errno.EINTR))
-            elif unique in self._jobs:
-                self._jobs[unique].stage.cancelled = True
-            del self._watched[unique]
 
     # -- the kernel's cache -------------------------------------------------------------------
 
@@ -591,28 +496,6 @@ class Session:
                 trace.write(f"{unique} {what} = {result} {spent}us\n")
 
         return traced
-
-
-class _Job:
-    """One copy-up under way."""
-
-    __slots__ = ("pid", "stage")
-
-    def __init__(self, stage: Any, pid: int) -> None:
-        self.stage = stage
-        self.pid = pid
-
-
-def _killed(pid: int) -> bool:
-    """Whether a thread is about to die of a signal (SIGKILL is what every fatal one becomes)."""
-    try:
-        with open(f"/proc/{pid}/status", "rb") as file:
-            for line in file:
-                if line.startswith((b"SigPnd:", b"ShdPnd:")) and int(line.split()[1], 16) & 1 << 8:
-                    return True
-    except OSError:
-        return True
-    return False
 
 
 def _enosys(buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply:

@@ -358,7 +358,7 @@ def test_a_killed_process_that_waits_behind_a_copy_up_is_let_go(mnt: Any) -> Non
     writer = in_thread(lambda: os.pwrite(fd, b"new", 0))
     assert stage.started.wait(10)
     process = subprocess.Popen(["tail", "-c", "1", "f"], cwd=mnt.path, stdout=subprocess.DEVNULL)
-    assert mnt.eventually(lambda: bool(mnt.session._gates.nodes[node.id].queue))
+    assert mnt.eventually(lambda: bool(mnt.session._errands.gates.nodes[node.id].queue))
     process.send_signal(signal.SIGTERM)
     assert process.wait(10) == -signal.SIGTERM
     assert not stage.cancelled
@@ -641,7 +641,7 @@ def test_requests_for_a_node_wait_in_order_behind_its_copy_up(pair: Pair, file: 
     assert in_loop == [10, 11, 13, 14]
     assert all(code == 0 for _, code, _ in answers)
     assert answers[1][2][:3] == b"new"
-    assert pair.session.call(lambda: dict(pair.session._gates.nodes)) == {}
+    assert pair.session.call(lambda: dict(pair.session._errands.gates.nodes)) == {}
 
 
 def test_a_request_that_was_interrupted_while_it_waits_is_let_go_when_its_process_is_gone(
