@@ -367,7 +367,7 @@ class LimitMachine(Equality):
     """Random operations under a small limit: never passed, ENOSPC changes nothing, the count equals a scan."""
 
     compared = False
-    size, inodes = 75 * UNIT, 40
+    size, inodes = 30 * UNIT, 14
     refused = 0
 
     @classmethod
@@ -476,4 +476,4 @@ class LimitRun(Run):
 def test_random_operations_never_pass_the_limit(space: Path, request: pytest.FixtureRequest) -> None:
     machine = type("Machine", (LimitMachine,), {"base": space})
     run_machine(machine, request.config.getoption("--steps") // 10, request.config.getoption("--seed") + 10)
-    assert machine.refused > machine.steps // 100, "the limit was hardly ever reached"
+    assert machine.refused >= 5, "the limit was hardly ever reached"
