@@ -6,11 +6,40 @@ Reading order: :mod:`header` (the codec, no I/O), :mod:`reader` (members of a st
 or a tree becomes a tar), :mod:`compress` and :mod:`decode` (threads, digests, gzip and zstd).
 """
 
-from cowfs.archive.apply import apply_layer
-from cowfs.archive.export import export_changes, export_layer, export_tree
-from cowfs.archive.headerlog import read_trailer, rebuild
-from cowfs.archive.options import Applied, ApplyOptions, Exported, LowerStat, Tree
-from cowfs.archive.trees import DirTree
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cowfs.archive.apply import apply_layer as apply_layer
+    from cowfs.archive.export import (
+        export_changes as export_changes,
+        export_layer as export_layer,
+        export_tree as export_tree,
+    )
+    from cowfs.archive.headerlog import read_trailer as read_trailer, rebuild as rebuild
+    from cowfs.archive.options import (
+        Applied as Applied,
+        ApplyOptions as ApplyOptions,
+        Exported as Exported,
+        LowerStat as LowerStat,
+        Tree as Tree,
+    )
+    from cowfs.archive.trees import DirTree as DirTree
+
+# Public name -> module that defines it; imported on first use, since most verbs of a store need neither.
+_EXPORTS = {
+    "Applied": "cowfs.archive.options",
+    "ApplyOptions": "cowfs.archive.options",
+    "DirTree": "cowfs.archive.trees",
+    "Exported": "cowfs.archive.options",
+    "LowerStat": "cowfs.archive.options",
+    "Tree": "cowfs.archive.options",
+    "apply_layer": "cowfs.archive.apply",
+    "export_changes": "cowfs.archive.export",
+    "export_layer": "cowfs.archive.export",
+    "export_tree": "cowfs.archive.export",
+    "read_trailer": "cowfs.archive.headerlog",
+    "rebuild": "cowfs.archive.headerlog",
+}
 
 __all__ = [
     "Applied",
@@ -26,3 +55,13 @@ __all__ = [
     "read_trailer",
     "rebuild",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name in _EXPORTS:
+        from importlib import import_module
+
+        found: object = getattr(import_module(_EXPORTS[name]), name)
+        globals()[name] = found
+        return found
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,10 +4,41 @@
 (documents into descriptions), :mod:`reading` (what is this source?), :mod:`writing`. What a layer's tar says is :mod:`cowfs.archive`'s business.
 """
 
-from cowfs.images.description import Image, Layer
-from cowfs.images.digests import chain_ids, check_digest, diff_ids_of, digest_of, make_config
-from cowfs.images.reading import ImageSource, open_image
-from cowfs.images.writing import OutImage, OutLayer, write_docker, write_oci
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cowfs.images.description import Image as Image, Layer as Layer
+    from cowfs.images.digests import (
+        chain_ids as chain_ids,
+        check_digest as check_digest,
+        diff_ids_of as diff_ids_of,
+        digest_of as digest_of,
+        make_config as make_config,
+    )
+    from cowfs.images.reading import ImageSource as ImageSource, open_image as open_image
+    from cowfs.images.writing import (
+        OutImage as OutImage,
+        OutLayer as OutLayer,
+        write_docker as write_docker,
+        write_oci as write_oci,
+    )
+
+# Public name -> module that defines it; imported on first use, since most verbs of a store need neither.
+_EXPORTS = {
+    "Image": "cowfs.images.description",
+    "ImageSource": "cowfs.images.reading",
+    "Layer": "cowfs.images.description",
+    "OutImage": "cowfs.images.writing",
+    "OutLayer": "cowfs.images.writing",
+    "chain_ids": "cowfs.images.digests",
+    "check_digest": "cowfs.images.digests",
+    "diff_ids_of": "cowfs.images.digests",
+    "digest_of": "cowfs.images.digests",
+    "make_config": "cowfs.images.digests",
+    "open_image": "cowfs.images.reading",
+    "write_docker": "cowfs.images.writing",
+    "write_oci": "cowfs.images.writing",
+}
 
 __all__ = [
     "Image",
@@ -24,3 +55,13 @@ __all__ = [
     "write_docker",
     "write_oci",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name in _EXPORTS:
+        from importlib import import_module
+
+        found: object = getattr(import_module(_EXPORTS[name]), name)
+        globals()[name] = found
+        return found
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

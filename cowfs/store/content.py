@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-from cowfs.archive import LowerStat
+from cowfs import archive
 from cowfs.scan import locate
 from cowfs.store.layers import SameData
 from cowfs.tree import Entry, Pair, Records, decode, entries, join
@@ -69,12 +69,12 @@ class IndexedTree:
             raise FileNotFoundError(2, os.strerror(2), path)
         return entry, where
 
-    def stat(self, path: bytes) -> LowerStat | None:
+    def stat(self, path: bytes) -> archive.LowerStat | None:
         """Attributes, None where there is nothing."""
         entry, _ = self._entry(path)
         if entry is None:
             return None
-        return LowerStat(
+        return archive.LowerStat(
             mode=entry.mode,
             uid=entry.uid,
             gid=entry.gid,

@@ -121,7 +121,10 @@ class StoreCore:
                     f"the layers of {path} have trusted.overlay.* attributes, which this user cannot read",
                     remedy="run as root, or use a store of your own",
                 )
-            made = registry.load(had)(path, form=form, fsync=fsync, **options)
+            found = registry.load(had, index.meta("driver_class"))
+            if index.meta("driver_class") is None:
+                index.set_meta("driver_class", registry.where(found))
+            made = found(path, form=form, fsync=fsync, **options)
             for name in ("layers", "empty"):
                 os.makedirs(os.path.join(path, name), mode=0o755 if name == "empty" else 0o700, exist_ok=True)
             sweep(made, index)

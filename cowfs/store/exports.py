@@ -8,7 +8,6 @@ from typing import BinaryIO
 
 from cowfs import archive, images
 from cowfs.errors import InvalidArgument
-from cowfs.images import OutImage, OutLayer
 from cowfs.index import Row
 from cowfs.model import Change, Kind
 from cowfs.store.archives import HEADERS, ArchiveVerbs, Progress, counter
@@ -74,7 +73,7 @@ class ExportVerbs(ArchiveVerbs):
             images.write_docker(where, [image], spool_dir=self.root)
         return row.name
 
-    def _image(self, name: str, row: Row) -> OutImage:
+    def _image(self, name: str, row: Row) -> images.OutImage:
         chain = [self.index.by_num(num) for num, _ in reversed(self.index.chain(row.num))]
         diff_ids = self._diff_ids(row)
         config = self._config(chain, diff_ids)
@@ -82,9 +81,9 @@ class ExportVerbs(ArchiveVerbs):
         def writer(each: Row) -> Callable[[BinaryIO, str], str]:
             return lambda out, compression: self._write_layer(each, out, compression, None)
 
-        outs = [OutLayer(diff_id=diff_id, write=writer(each)) for each, diff_id in zip(chain, diff_ids, strict=True)]
+        outs = [images.OutLayer(diff_id=diff_id, write=writer(each)) for each, diff_id in zip(chain, diff_ids, strict=True)]
         tags = [name] if self.index.tag(name) is not None else [tag.name for tag in self.index.tags("t.target = ?", (row.num,))]
-        return OutImage(config=config, layers=outs, tags=tags)
+        return images.OutImage(config=config, layers=outs, tags=tags)
 
     def _config(self, chain: list[Row], diff_ids: list[str]) -> bytes:
         """The configuration of the nearest tagged ancestor, with the layers above it added."""

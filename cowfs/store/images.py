@@ -289,7 +289,7 @@ class _Awaited:
 
     def stat(self, path: bytes) -> archive.LowerStat | None:
         if not path:
-            return _NO_ROOT
+            return archive.LowerStat(mode=0o040755, uid=0, gid=0, size=0, mtime=_NO_ROOT_TIME)
         tree = self._get()
         return tree.stat(path) if tree is not None else None
 
@@ -313,8 +313,8 @@ class _Awaited:
         return tree
 
 
-_NO_ROOT = archive.LowerStat(mode=0o040755, uid=0, gid=0, size=0, mtime=123_456_789)
-"""What :class:`_Awaited` says of the root, so that unpacking does not wait for the layer beneath: a root with
+_NO_ROOT_TIME = 123_456_789
+"""The mtime that :class:`_Awaited` gives the root, so that unpacking does not wait for the layer beneath: a root with
 this time had no entry in the archive."""
 
 
@@ -322,7 +322,7 @@ def _inherit_root(below: str | None, tree: str) -> None:
     """Give a root without an entry in the archive the attributes of the parent's."""
     dst = os.open(tree, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        if os.fstat(dst).st_mtime_ns != _NO_ROOT.mtime:
+        if os.fstat(dst).st_mtime_ns != _NO_ROOT_TIME:
             return
         if below is None:
             os.utime(dst, ns=(0, 0))
