@@ -85,6 +85,12 @@ def drop_caches(what: int = 3) -> None:
     Path("/proc/sys/vm/drop_caches").write_text(f"{what}\n")
 
 
+def cache_drops() -> int:
+    """How often the kernel's caches were dropped on this host since it started, by anybody."""
+    rows = dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines())
+    return int(rows.get("drop_pagecache", 0)) + int(rows.get("drop_slab", 0))
+
+
 def rss(pid: int) -> int:
     """Resident bytes of a process, as VmRSS counts them."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
