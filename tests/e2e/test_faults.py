@@ -40,8 +40,8 @@ try:
         name = f"f{rng.randrange(30)}"
         if kind < 0.5:
             data = b"%d:" % number + bytes([number % 251]) * rng.randrange(1, 60000)
+            os.write(journal, b"begin %s\n" % name.encode())  # before the open: that truncates
             fd = os.open(f"{mount}/{name}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o644)
-            os.write(journal, b"begin %s\n" % name.encode())
             os.write(fd, data)
             os.fsync(fd)
             os.close(fd)
@@ -452,7 +452,7 @@ def test_an_upper_in_use_by_the_kernel_names_its_mount_point(bench: Path) -> Non
 def test_no_fuse_device(bench: Path) -> None:
     """A machine without /dev/fuse: one line that names it."""
     script = f"mount -t tmpfs none /dev && mknod -m 666 /dev/null c 1 3 && exec {sys.executable} -m cowfs mount --layer {bench}/lower --upper {bench}/up {bench}/mnt"
-    done = subprocess.run(["unshare", "-m", "sh", "-c", script], capture_output=True, text=True, check=False, timeout=30)
+    done = subprocess.run(["unshare", "-m", "--propagation", "unchanged", "sh", "-c", script], capture_output=True, text=True, check=False, timeout=30)
     assert done.returncode != 0
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert "/dev/fuse" in done.stderr
