@@ -334,8 +334,11 @@ def measure(layer: Layer, form: Form) -> Usage:
     blocks, inodes = large_xattrs(layer.root.open(), b""), 0
     seen: set[int] = set()
     pending = [layer.root]
+    opened = []  # a child opens its parent again when need be, so they are closed together
     while pending:
         source = pending.pop()
+        if source is not layer.root:
+            opened.append(source)
         fd = source.open()
         with os.scandir(b"/proc/self/fd/%d" % fd) as found:
             names = [entry.name for entry in found]
@@ -359,6 +362,8 @@ def measure(layer: Layer, form: Form) -> Usage:
                 blocks += _measure_file(fd, name, st, form.prealloc in attributes, fs)
             inodes += 1
         source.descriptors.trim()
+    for source in opened:
+        source.close()
     return Usage(bytes=blocks * UNIT, inodes=inodes)
 
 

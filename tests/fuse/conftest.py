@@ -23,6 +23,9 @@ from cowfs.fuse import Session, SessionOptions, mount_fuse
 from cowfs.sys import mounts
 from cowfs.union import View
 
+# vfork(2) would hold this process's interpreter, which must answer, while a child changes into the mount.
+subprocess._USE_VFORK = False
+
 
 def drops() -> list[str]:
     """How often the kernel's caches were dropped by hand since it was started."""
