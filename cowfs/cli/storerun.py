@@ -151,7 +151,7 @@ def _child(store: Store, key: str, target: str, command: list[str], environment:
             namespaces.unshare(namespaces.CLONE_NEWNS)
         else:
             namespaces.become_root()
-        mounts.mount("", "/", "", mounts.MS_REC | mounts.MS_PRIVATE)
+        mounts.make_private()
     except OSError as error:
         raise Unsupported(f"no private namespace can be made: {error.strerror}", remedy="run as root") from None
     handle = store.mount(key, target)

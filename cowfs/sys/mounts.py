@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -108,6 +109,20 @@ def overlay_mount(
         syscall(_MOVE_MOUNT, tree, b"", -100, os.fsencode(target), _MOVE_MOUNT_F_EMPTY_PATH)
     finally:
         os.close(tree)
+
+
+def make_private() -> None:
+    """Let no mount made from now on show outside this mount namespace (mount --make-rprivate /).
+
+    In a chroot "/" is no mount point, so there the mounts that can be seen are made private one by one.
+    """
+    try:
+        mount("", "/", "", MS_REC | MS_PRIVATE)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        for one in mountinfo():
+            mount("", one.target, "", MS_PRIVATE)
 
 
 @dataclass(frozen=True, slots=True)

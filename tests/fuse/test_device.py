@@ -114,6 +114,10 @@ d=$(mktemp -d)
 mount -t tmpfs -o mode=0755 none $d
 mknod -m {device_mode} $d/fuse c 10 229
 mount --bind $d/fuse /dev/fuse
+if ! getent passwd {uid} >/dev/null; then  # fusermount3 wants a name
+  (cat /etc/passwd; echo 'cowfs-test:x:{uid}:{uid}::/:/bin/sh') >$d/passwd
+  mount --bind $d/passwd /etc/passwd
+fi
 exec setpriv --reuid {uid} --regid {uid} --clear-groups {sys.executable} -c "$1"
 """
     return subprocess.run(
