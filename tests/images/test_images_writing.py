@@ -143,8 +143,8 @@ def test_what_umoci_writes_is_read_to_the_tree_that_umoci_makes(space: Path) -> 
 @pytest.mark.parametrize("kind", ["oci-archive", "docker-archive"])
 def test_podman_and_buildah_load_what_we_write(space: Path, unpacked: OutImage, program: str, kind: str) -> None:
     tool = _tool(program)
-    if program == "buildah" and not any(mount.target == b"/" for mount in mountinfo()):
-        pytest.skip("in a chroot: buildah must make / private")
+    if not any(mount.target == b"/" for mount in mountinfo()):
+        pytest.skip("in a chroot: containers/storage must make / private")
     target = str(space / "out.tar")
     if kind == "docker-archive":
         write_docker(target, [unpacked])
