@@ -86,7 +86,7 @@ def load(path: Path) -> tuple[dict[str, Any], str, list[tuple[Claim, Result]]]:
 
 def times(ratio: float) -> str:
     """A ratio for people: ``1.25x``, and ``1/300`` below a twentieth."""
-    return f"{ratio:.3g}x" if ratio >= 0.05 else f"1/{1 / ratio:.3g}" if ratio > 0 else "0x"
+    return f"{ratio:.3g}x" if ratio >= 0.05 else f"1/{round(1 / ratio):,}" if ratio > 0 else "0x"
 
 
 def bar_text(verdict: Verdict) -> str:
