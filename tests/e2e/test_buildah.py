@@ -29,7 +29,7 @@ UID = GID = 46_431
 CONTAINERFILE = """FROM scratch
 ADD root.tar /
 RUN apt-get -qq -o APT::Sandbox::User=root update && apt-get -qq -o APT::Sandbox::User=root -y --no-install-recommends install hello bc
-RUN rm -rf /usr/share/doc && mkdir /usr/share/doc && echo kept >/usr/share/doc/note && mv /usr/share/zoneinfo /usr/share/zones && chmod 4755 /usr/bin/bc
+RUN rm -rf /usr/share/doc && mkdir /usr/share/doc && echo kept >/usr/share/doc/note && mv /usr/share/perl5 /usr/share/perl5-moved && chmod 4755 /usr/bin/bc
 """
 
 
