@@ -40,6 +40,7 @@ from cowfs.fuse.data import Data
 from cowfs.fuse.errands import Errands
 from cowfs.fuse.notify import Notifier
 from cowfs.fuse.work import HELD_OPCODES
+from cowfs.union.space import Awaited
 
 if TYPE_CHECKING:
     from cowfs.union import View
@@ -67,6 +68,9 @@ SWITCH_INTERVAL: Final = 0.0005
 #: Young garbage is collected as ever, the oldest generation never: it is the view's nodes, which reference counts free,
 #: and to look through 100,000 of them takes 90 ms, in which nobody is answered.
 NEVER: Final = 1 << 30
+
+#: Requests after which one that waits for what the kernel forgets is answered even though others keep coming.
+PATIENCE: Final = 64
 
 _GONE: Final = (errno.ENODEV, errno.ECONNABORTED, errno.ENOTCONN)
 _NO_REPLY: Final = frozenset((abi.FORGET, abi.BATCH_FORGET, abi.INTERRUPT))
@@ -125,6 +129,7 @@ class Session:
         self._thread: int | None = None
         self._prune_mark = 0
         self._handlers: list[Handler] = []
+        self._awaiting: list[Callable[[], None]] = []  # what space.Awaited put off; the loop's
         self._low: list[int] = []
         self._high: list[int] = []
 
@@ -160,6 +165,9 @@ class Session:
                 if self._ended:
                     raise OSError(errno.ENODEV, "the mount is gone")
                 outcome[:] = None, fn()
+            except Awaited:
+                self._awaiting.append(run)
+                return
             except BaseException as error:  # noqa: BLE001 - handed to the caller
                 outcome[:] = (error,)
             done.set()
@@ -205,6 +213,8 @@ class Session:
             self._errands.workers.close()
             self._ended = True
             self._empty_mail()
+            self._answer_awaiting()
+            self.view.patient = False
             os.close(self._fd)
             self.notifier.close()
             os.close(self._wake)
@@ -298,6 +308,8 @@ class Session:
         sched_yield, clock = os.sched_yield, time.perf_counter_ns
         crowded = 0
         nodes, most = self.view.nodes, self.options.max_nodes
+        awaiting, patience = self._awaiting, PATIENCE
+        self.view.patient = True
         tries = TRIES
         while True:
             if mail:
@@ -313,6 +325,9 @@ class Session:
                     continue  # the request was withdrawn while it was copied
                 raise
             if n is None:
+                if awaiting:
+                    self._answer_awaiting()
+                    patience = PATIENCE
                 if tries:
                     tries -= 1
                     if crowded:
@@ -345,8 +360,16 @@ class Session:
                 continue
             if gates and opcode in HELD_OPCODES and hold(opcode, nodeid, buf[:n]):
                 continue
+            if awaiting:
+                patience -= 1
+                if not patience:
+                    self._answer_awaiting()
+                    patience = PATIENCE
             try:
                 reply = handlers[opcode](buf, n, unique, nodeid)
+            except Awaited:
+                self._put_off(bytes(buf[:n]))
+                continue
             except OSError as error:
                 reply = self._failure(opcode, unique, error)
             except Exception:  # noqa: BLE001 - a bug must not end the server; it is logged
@@ -404,12 +427,37 @@ class Session:
         _, opcode, unique, nodeid = abi.HEAD.unpack_from(request)
         try:
             reply = self._handlers[opcode](memoryview(request), len(request), unique, nodeid)
+        except Awaited:
+            self._put_off(request)
+            return
         except OSError as error:
             reply = self._failure(opcode, unique, error)
         except Exception:  # noqa: BLE001 - a bug must not end the server; it is logged
             reply = self._bug(opcode, unique)
         if reply is not None:
             self.reply(unique, opcode, reply)
+
+    def _put_off(self, request: bytes) -> None:
+        """Serve a request again, and for good, once everything that the kernel has forgotten by now was read."""
+
+        def again() -> None:
+            _, opcode, _, nodeid = abi.HEAD.unpack_from(request)
+            if opcode not in HELD_OPCODES or not self._errands.gates.hold(opcode, nodeid, memoryview(request)):
+                self.dispatch(request)
+
+        self._awaiting.append(again)
+
+    def _answer_awaiting(self) -> None:
+        """The device had nothing more (or enough came since): now it counts."""
+        put_off = self._awaiting[:]
+        self._awaiting.clear()
+        self.view.patient = False
+        for again in put_off:
+            try:
+                again()
+            except Exception:  # noqa: BLE001 - a bug must not end the server; it is logged
+                self.report()
+        self.view.patient = True
 
     def _empty_mail(self) -> None:
         mail = self._mail

@@ -32,6 +32,18 @@ UNIT = 4096
 LARGE_XATTR = 1024  # bytes; what is larger does not fit beside the inode on common hosts
 
 
+class Awaited(OSError):
+    """Ask again once everything that is already forgotten was heard of: inodes without a name still hold space.
+
+    Only raised for a front end that set ``view.patient``; nothing was changed. A kernel sends what it forgets behind
+    requests that wait, so a client that unlinked a file can want its space, or look for it with statfs(2), before the
+    view has it back. ENOSPC for whoever does not ask again.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def units(size: int) -> int:
     """How many units hold ``size`` bytes."""
     return (size + UNIT - 1) // UNIT
@@ -145,7 +157,7 @@ class Space:
     Owner: the view's thread.
     """
 
-    __slots__ = ("_fs", "_inodes", "_leaving", "_units", "limit", "view")
+    __slots__ = ("_fs", "_inodes", "_leaving", "_nameless", "_units", "limit", "view")
 
     def __init__(self, view: View) -> None:
         assert view.upper is not None
@@ -153,15 +165,18 @@ class Space:
         self.limit = Limit()
         self._fs = files.fs_name(view.upper.root.fd)
         self._leaving: dict[Node, int] = {}  # units of large xattrs of inodes without a name
+        self._nameless: set[Node] = set()  # inodes that lost their last name, as far as they are still in use
         now = measure(view.upper, view.form)
         self._units, self._inodes = now.bytes // UNIT, now.inodes
         for node in view.nodes.values():
             if node.where is None and node.fd >= 0:  # unlinked but open: not found by a scan
                 self._units += total_of(self.count(node))
                 self._inodes += 1
+                self._nameless.add(node)
 
     def usage(self) -> Usage:
         """What is held now."""
+        self._settle()
         return Usage(bytes=self._units * UNIT, inodes=self._inodes)
 
     def left(self) -> int:
@@ -172,10 +187,26 @@ class Space:
     def need(self, blocks: int, inodes: int = 0) -> None:
         """Raise ENOSPC unless so much more fits. Counts nothing."""
         if blocks > 0 and blocks > self.left():
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise self._full()
         most = self.limit.inodes
         if inodes and most is not None and self._inodes + inodes > most:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise self._full()
+
+    def _settle(self) -> None:
+        """Raise Awaited while what was removed may still be counted."""
+        if self._may_return():
+            raise Awaited
+
+    def _full(self) -> OSError:
+        """What to raise when something does not fit."""
+        return Awaited() if self._may_return() else OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def _may_return(self) -> bool:
+        """Whether space may come back without anybody's doing, and the front end has a way to wait for that."""
+        if not self.view.patient:
+            return False
+        self._nameless = {node for node in self._nameless if node.where is None}  # an unlink may have failed
+        return bool(self._nameless)
 
     def add(self, blocks: int, inodes: int = 0) -> None:
         """Count what was done."""
@@ -187,6 +218,7 @@ class Space:
         from cowfs.union import metadata
 
         self.count(node)
+        self._nameless.add(node)
         if node.bare < 2 and (cost := large_xattrs(*metadata.at(node))):
             self._leaving[node] = cost
 
@@ -205,6 +237,7 @@ class Space:
 
     def statfs(self, host: os.statvfs_result) -> os.statvfs_result:
         """statvfs with the limit as the size; available also bounded by what the host has."""
+        self._settle()
         fields = list(host[:10])
         host_free = host.f_bavail * host.f_frsize // UNIT
         if self.limit.bytes is not None:
@@ -254,8 +287,8 @@ class Space:
                 if new > left:
                     last = space + left
                     length = last * UNIT - offset
-                    if length <= 0:
-                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                    if length <= 0 or self._may_return():
+                        raise self._full()
                     new = left
                 node.space = space + new
                 self._units += new
@@ -266,8 +299,8 @@ class Space:
             if end - start > left:
                 last = start + left
                 length = last * UNIT - offset
-                if length <= 0:
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                if length <= 0 or self._may_return():
+                    raise self._full()
                 break
             left -= end - start
         self._count_new(space, first, last)
@@ -285,7 +318,7 @@ class Space:
         first, last = offset // UNIT, units(offset + length)
         new = sum(end - start for start, end in space.missing(first, last))
         if new - space.credit > self.left():
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise self._full()
         self._count_new(space, first, last)
 
     def punch(self, node: Node, offset: int, length: int, size: int) -> None:
@@ -320,6 +353,7 @@ class Space:
         """An inode of the upper layer is gone for good."""
         if node.type == 4:
             return
+        self._nameless.discard(node)
         self._units -= total_of(node.space) + self._leaving.pop(node, 0)
         self._inodes -= 1
 

@@ -109,6 +109,7 @@ class View:
         self.nodes: dict[int, Node] = {}
         self.changed: Callable[[str, Node, bytes], None] | None = None
         self.space: space.Space | None = None
+        self.patient = False  # the front end can wait for what the kernel is about to forget (space.Awaited)
         self.rows: row.Rows | None = None
         self.index = options.index
         #: how many layers the index covers; those above are scanned

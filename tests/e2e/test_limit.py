@@ -61,6 +61,19 @@ def fill(path: Path, block: int = 65536) -> int:
     return total
 
 
+def test_the_space_of_a_removed_file_is_there_at_once(space: Path) -> None:
+    """As the limit sees it, as df sees it and as usage() sees it, each time."""
+    with mounts.mounted("kernel", [lower_with(space, old=b"x")], space, size=2 * MIB, inodes=3) as m:
+        for turn in range(60):
+            with open(m.path / "big", "wb", buffering=0) as file:
+                assert file.write(bytes(2 * MIB)) == 2 * MIB
+            os.unlink(m.path / "big")
+            if turn % 3 == 1:
+                assert os.statvfs(m.path).f_bavail * UNIT == 2 * MIB
+            elif turn % 3 == 2:
+                assert (m.handle.usage().bytes, m.handle.usage().inodes) == (0, 0)
+
+
 def test_dd_gets_enospc_at_the_limit_within_a_block(fs: hostfs.HostFs) -> None:
     """64 MiB: dd is stopped there, df shows it full, the scan agrees, du too on tmpfs."""
     base = fs.fresh("dd")

@@ -73,6 +73,7 @@ class MemoryView:
     options = Options()
     form = TRUSTED
     limit: Limit | None = None
+    patient = False
 
     def __init__(self) -> None:
         self._ids = itertools.count(2)
