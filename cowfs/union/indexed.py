@@ -155,9 +155,9 @@ def entry_of(view: View, node: Node) -> Any:
         if node.record is None or node.sources[0].layer.index >= view.indexed_layers:
             return None
         return find_entry(view, node.record.path)
-    parent = node.parent
-    if parent is None or parent.record is None:
-        return None
+    parent, where = node.parent, node.where
+    if parent is None or parent.record is None or where is None or where.layer.index >= view.indexed_layers:
+        return None  # the last: of a layer frozen since, where the index may know an older file by this name
     return tree(view).entries(parent.record).get(node.name)
 
 

@@ -210,6 +210,18 @@ def test_a_snapshot_under_load_holds_acknowledged_fsyncs_and_nothing_later(store
         assert before <= len(lines) <= after
 
 
+def test_a_file_written_before_a_snapshot_keeps_its_data_when_its_mode_changes_after_it(
+    store: Store, tmp_path: Path
+) -> None:
+    """The index knows an older file of that name, from before the mount."""
+    file = tmp_path / "mnt/d/e/f"
+    with store.mount("k", tmp_path / "mnt"):
+        file.write_bytes(b"longer" * 10_000)
+        store.snapshot("k", "s")
+        file.chmod(0o600)
+        assert file.read_bytes() == b"longer" * 10_000
+
+
 def test_fork_prepares_many(store: Store) -> None:
     made = store.fork("base", "a", "b", "c")
     assert list(made) == ["a", "b", "c"]
