@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
-from cowfs.model import Change
-from cowfs.tree import TYPE_NAMES, Entry, Pair, Records, Ref, decode, differing, join
+from cowfs.model import TYPE_NAMES, Change
+from cowfs.tree import Entry, Pair, Records, Ref, decode, differing, join
 
-__all__ = ["SameData", "compare", "differences"]
+__all__ = ["SameData", "compare", "different_attributes", "differences"]
 
 SameData = Callable[[bytes, Entry, bytes, Entry], bool]
 """Whether two files hold the same bytes: (path in layer, entry) twice."""
@@ -71,6 +72,30 @@ def _below(
         yield join(path, name), join(old_base, name), join(new_base, name), before, after
 
 
+class Attributes(Protocol):
+    """What :func:`different_attributes` looks at: ``mode`` with its type, times in nanoseconds."""
+
+    @property
+    def mode(self) -> int: ...
+    @property
+    def uid(self) -> int: ...
+    @property
+    def gid(self) -> int: ...
+    @property
+    def mtime_ns(self) -> int: ...
+
+
+def different_attributes(a: Attributes, b: Attributes) -> set[str]:
+    """Which of a change's words (``Change.what``) two objects' attributes give: type, mode, owner, mtime."""
+    pairs = {
+        "type": (stat.S_IFMT(a.mode), stat.S_IFMT(b.mode)),
+        "mode": (a.mode & 0o7777, b.mode & 0o7777),
+        "owner": ((a.uid, a.gid), (b.uid, b.gid)),
+        "mtime": (a.mtime_ns, b.mtime_ns),
+    }
+    return {word for word, (before, after) in pairs.items() if before != after}
+
+
 def _size(entry: Entry) -> int:
     return entry.size if entry.type == stat.S_IFREG else 0
 
@@ -79,15 +104,7 @@ def differences(
     a: Entry, b: Entry, a_path: bytes, b_path: bytes, same_data: SameData | None = None
 ) -> frozenset[str]:
     """The ``what`` of a change from one entry to another; empty when users see no difference."""
-    what = set()
-    if a.type != b.type:
-        what.add("type")
-    if (a.mode ^ b.mode) & 0o7777:
-        what.add("mode")
-    if (a.uid, a.gid) != (b.uid, b.gid):
-        what.add("owner")
-    if a.mtime_ns != b.mtime_ns:
-        what.add("mtime")
+    what = different_attributes(a, b)
     if a.xattrs != b.xattrs:
         what.add("xattrs")
     if a.type == b.type and not _same_content(a, b, a_path, b_path, same_data):

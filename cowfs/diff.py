@@ -23,8 +23,9 @@ import stat
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from cowfs.compare import different_attributes
 from cowfs.errors import CowfsError, InvalidArgument, NotFound
-from cowfs.model import Change
+from cowfs.model import TYPE_NAMES, Change
 
 if TYPE_CHECKING:
     from cowfs.union import Options, View
@@ -32,15 +33,6 @@ if TYPE_CHECKING:
 
 __all__ = ["changes", "view_options"]
 
-_TYPES = {
-    stat.S_IFREG: "file",
-    stat.S_IFDIR: "dir",
-    stat.S_IFLNK: "symlink",
-    stat.S_IFIFO: "fifo",
-    stat.S_IFSOCK: "socket",
-    stat.S_IFCHR: "char",
-    stat.S_IFBLK: "block",
-}
 _CHUNK = 1 << 20
 
 
@@ -191,26 +183,17 @@ class _Walk:
         from cowfs.union.attr import unpack
 
         attr = unpack(view.attr(node))
-        type_ = _TYPES[stat.S_IFMT(attr.mode)]
+        type_ = TYPE_NAMES[stat.S_IFMT(attr.mode)]
         return Change(path=path, kind=kind, type=type_, size=attr.size if type_ == "file" else 0, what=what)
 
     def _differences(self, before: Node, after: Node) -> frozenset[str]:
         from cowfs.union.attr import unpack
 
         a, b = unpack(self.lower.attr(before)), unpack(self.merged.attr(after))
-        same_type = stat.S_IFMT(a.mode) == stat.S_IFMT(b.mode)
-        what = set()
-        if not same_type:
-            what.add("type")
-        if (a.mode ^ b.mode) & 0o7777:
-            what.add("mode")
-        if (a.uid, a.gid) != (b.uid, b.gid):
-            what.add("owner")
-        if a.mtime_ns != b.mtime_ns:
-            what.add("mtime")
+        what = different_attributes(a, b)
         if _xattrs(self.lower, before) != _xattrs(self.merged, after):
             what.add("xattrs")
-        if same_type:
+        if "type" not in what:
             if stat.S_ISREG(a.mode):
                 differs = a.size != b.size or not self._same_bytes(before, after, a.size)
             elif stat.S_ISLNK(a.mode):

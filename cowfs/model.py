@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import enum
 import re
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from cowfs.errors import InvalidArgument
 
 __all__ = [
+    "TYPE_NAMES",
     "Change",
     "Info",
     "Kind",
@@ -24,6 +26,18 @@ __all__ = [
     "parse_count",
     "parse_size",
 ]
+
+
+#: the word for a file type, by S_IFMT of a mode
+TYPE_NAMES: Mapping[int, str] = {
+    stat.S_IFREG: "file",
+    stat.S_IFDIR: "dir",
+    stat.S_IFLNK: "symlink",
+    stat.S_IFIFO: "fifo",
+    stat.S_IFSOCK: "socket",
+    stat.S_IFCHR: "char",
+    stat.S_IFBLK: "block",
+}
 
 
 class Kind(enum.Enum):

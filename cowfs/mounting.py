@@ -144,23 +144,8 @@ class MountHandle:
         details = self.status().details
         if not details["upper"]:
             raise FailedPrecondition(f"{self.mountpoint} has no upper layer", remedy="it was mounted read-only")
-        self._sync()
+        mountpoint.hand_over(self.mountpoint)
         return diff.changes(details["upper"], details["layers"], options=diff.view_options(details))
-
-    def _sync(self) -> None:
-        """Have the kernel hand its dirty pages to the server, so that the upper has them."""
-        from cowfs.sys.files import syncfs
-
-        try:
-            fd = os.open(self.mountpoint, os.O_RDONLY | os.O_DIRECTORY)
-        except OSError:
-            return  # mounted in another namespace, or not ours to enter; what was written is in the upper already
-        try:
-            syncfs(fd)
-        except OSError:
-            pass
-        finally:
-            os.close(fd)
 
     def unmount(self, *, lazy: bool = False, force: bool = False) -> None:
         """Unmount, and wait until the server has closed everything.

@@ -12,9 +12,10 @@ import stat
 
 from cowfs import control
 from cowfs.errors import CowfsError, FailedPrecondition, InvalidArgument, NotFound, Unsupported
+from cowfs.sys.files import syncfs
 from cowfs.sys.mounts import MNT_DETACH, MNT_FORCE, UMOUNT_NOFOLLOW, MountInfo, mountinfo, umount
 
-__all__ = ["busy_processes", "cowfs_mounts", "detach", "find", "is_dead", "prepare", "resolve"]
+__all__ = ["busy_processes", "cowfs_mounts", "detach", "find", "hand_over", "is_dead", "prepare", "resolve"]
 
 TYPES = ("fuse.cowfs", "fuse.cowfs-overlayfs")
 
@@ -204,6 +205,20 @@ def busy_processes(target: str, at_most: int = 5) -> list[str]:
         if len(found) == at_most:
             break
     return found
+
+
+def hand_over(mountpoint: str) -> None:
+    """Have the kernel hand a mount's dirty pages to its server, so that the upper has them; as far as we may."""
+    try:
+        fd = os.open(mountpoint, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        return  # mounted in another namespace, or not ours to enter; what was written is in the upper already
+    try:
+        syncfs(fd)
+    except OSError:
+        pass
+    finally:
+        os.close(fd)
 
 
 def _command(pid: str) -> str:

@@ -366,7 +366,7 @@ class Server:
 
     def _terminate(self) -> None:
         """SIGTERM: write back what maps hold, unmount; when somebody is inside, unmount all the same."""
-        flush = threading.Thread(target=self._flush, name="cowfs-flush", daemon=True)
+        flush = threading.Thread(target=mountpoint.hand_over, args=(self.spec.mountpoint,), name="cowfs-flush", daemon=True)
         flush.start()
         flush.join(_FLUSH_SECONDS)
         try:
@@ -377,20 +377,6 @@ class Server:
             except CowfsError:
                 pass  # taken off by somebody else, or beyond us: the end of the session ends the mount
             self.session.stop()
-
-    def _flush(self) -> None:
-        from cowfs.sys.files import syncfs
-
-        try:
-            fd = os.open(self.spec.mountpoint, os.O_RDONLY | os.O_DIRECTORY)
-        except OSError:
-            return
-        try:
-            syncfs(fd)
-        except OSError:
-            pass
-        finally:
-            os.close(fd)
 
     def _answer(self, connection: socket.socket) -> None:
         """Serve one connection: a line in, a line out, until the other side stops."""

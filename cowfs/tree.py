@@ -50,7 +50,6 @@ __all__ = [
     "CHUNK_ABOVE",
     "CHUNK_SIZE",
     "EMPTY",
-    "TYPE_NAMES",
     "Entry",
     "Pair",
     "Pending",
@@ -86,16 +85,6 @@ _XATTR = struct.Struct("<HI")  # length of the name, of the value
 _TOKEN = struct.Struct("<IQ")  # layer, ino
 
 _NLINK, _RDEV, _TARGET, _XATTRS, _DIGEST, _UNKNOWN = 1, 2, 4, 8, 16, 32
-
-TYPE_NAMES: Mapping[int, str] = {
-    stat.S_IFREG: "file",
-    stat.S_IFDIR: "dir",
-    stat.S_IFLNK: "symlink",
-    stat.S_IFIFO: "fifo",
-    stat.S_IFSOCK: "socket",
-    stat.S_IFCHR: "char",
-    stat.S_IFBLK: "block",
-}
 
 Pair = tuple[bytes, bytes]
 """One packed entry: (content half, storage half)."""

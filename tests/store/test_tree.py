@@ -11,6 +11,7 @@ from cowfs import tree
 from cowfs.compare import compare
 from cowfs.errors import Corrupt
 from cowfs.indextree import IndexTree
+from cowfs.model import TYPE_NAMES
 from cowfs.tree import (
     EMPTY,
     Entry,
@@ -37,7 +38,7 @@ PATH = st.none() | st.binary(min_size=1, max_size=4095)
 
 @st.composite
 def some_entry(draw: st.DrawFn) -> Entry:
-    kind = draw(st.sampled_from(list(tree.TYPE_NAMES)))
+    kind = draw(st.sampled_from(list(TYPE_NAMES)))
     entry = Entry(
         kind | draw(st.integers(0, 0o7777)),
         draw(U32),
