@@ -41,6 +41,7 @@ def listing(view: View, directory: Dir, cookie: int = 0) -> Iterator[tuple[bytes
     children = directory.children
     if children is None:
         children = view.load(directory)
+        view.parents.reserve(len(view.nodes) + len(children))
     order = directory.order
     if order is None:
         order = directory.order = sorted(children, key=cookie_of)

@@ -74,7 +74,15 @@ class Parents:
             slot = slot + 1 & mask
         self._values[slot] = parent
         if self._used * 5 > len(keys) * 4:
-            self._grow()
+            self._grow(self._count)
+
+    def reserve(self, count: int) -> None:
+        """Have room for so many entries.
+
+        Asked for while nodes are made, so that a storm of forgets neither needs memory nor copies a full table.
+        """
+        if count * 5 > len(self._keys) * 4:
+            self._grow(count)
 
     def discard(self, id: int) -> None:
         """Forget an id."""
@@ -83,13 +91,16 @@ class Parents:
             self._keys[slot] = _FREED
             self._count -= 1
 
-    def _grow(self) -> None:
+    def _grow(self, count: int) -> None:
+        """Make the table anew for ``count`` entries, at least those it has."""
         keys, values = self._keys, self._values
         bits = 8
-        while (1 << bits) * 2 < self._count * 3:
+        while (1 << bits) * 2 < count * 3:
             bits += 1
-        self._count = self._used = 0
+        entries, self._count, self._used = self._count, 0, 0
         self._make(bits)
+        if not entries:
+            return
         for id, parent in zip(keys, values, strict=True):
             if id > _FREED:
                 self[id] = parent
