@@ -8,6 +8,8 @@ or a tree becomes a tar), :mod:`compress` and :mod:`decode` (threads, digests, g
 
 from typing import TYPE_CHECKING
 
+from cowfs.late import exports
+
 if TYPE_CHECKING:
     from cowfs.archive.apply import apply_layer as apply_layer
     from cowfs.archive.export import (
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
     )
     from cowfs.archive.trees import DirTree as DirTree
 
-# Public name -> module that defines it; imported on first use, since most verbs of a store need neither.
 _EXPORTS = {
     "Applied": "cowfs.archive.options",
     "ApplyOptions": "cowfs.archive.options",
@@ -41,27 +42,6 @@ _EXPORTS = {
     "rebuild": "cowfs.archive.headerlog",
 }
 
-__all__ = [
-    "Applied",
-    "ApplyOptions",
-    "DirTree",
-    "Exported",
-    "LowerStat",
-    "Tree",
-    "apply_layer",
-    "export_changes",
-    "export_layer",
-    "export_tree",
-    "read_trailer",
-    "rebuild",
-]
+__all__ = sorted(_EXPORTS)
 
-
-def __getattr__(name: str) -> object:
-    if name in _EXPORTS:
-        from importlib import import_module
-
-        found: object = getattr(import_module(_EXPORTS[name]), name)
-        globals()[name] = found
-        return found
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = exports(__name__, _EXPORTS)

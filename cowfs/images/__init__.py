@@ -6,6 +6,8 @@
 
 from typing import TYPE_CHECKING
 
+from cowfs.late import exports
+
 if TYPE_CHECKING:
     from cowfs.images.description import Image as Image, Layer as Layer
     from cowfs.images.digests import (
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
         write_oci as write_oci,
     )
 
-# Public name -> module that defines it; imported on first use, since most verbs of a store need neither.
 _EXPORTS = {
     "Image": "cowfs.images.description",
     "ImageSource": "cowfs.images.reading",
@@ -40,28 +41,6 @@ _EXPORTS = {
     "write_oci": "cowfs.images.writing",
 }
 
-__all__ = [
-    "Image",
-    "ImageSource",
-    "Layer",
-    "OutImage",
-    "OutLayer",
-    "chain_ids",
-    "check_digest",
-    "diff_ids_of",
-    "digest_of",
-    "make_config",
-    "open_image",
-    "write_docker",
-    "write_oci",
-]
+__all__ = sorted(_EXPORTS)
 
-
-def __getattr__(name: str) -> object:
-    if name in _EXPORTS:
-        from importlib import import_module
-
-        found: object = getattr(import_module(_EXPORTS[name]), name)
-        globals()[name] = found
-        return found
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = exports(__name__, _EXPORTS)

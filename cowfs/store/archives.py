@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from cowfs import archive, images, scan
 from cowfs.faults import point
 from cowfs.index import Row
-from cowfs.store.content import IndexedTree
 from cowfs.store.layers import KeptDigests, SameData, hold, mark_time, untouched
 from cowfs.store.upkeep import UpkeepVerbs
 from cowfs.sys import xattr
+from cowfs.tree import Pair, Records
+
+if TYPE_CHECKING:
+    from cowfs.store.content import IndexedTree
 
 __all__ = ["APPLIED", "HEADERS", "ArchiveVerbs", "Progress", "counter"]
 
@@ -64,7 +67,7 @@ class ArchiveVerbs(UpkeepVerbs):
             _forget(self.driver.directory(row.id))
             above = self.index.by_num(row.parent) if row.parent is not None else None
             applied, digests = self._unpack(
-                self.driver.directory(row.id), stream, self._content(above), options, diff_id, counter(progress, key)
+                self.driver.directory(row.id), stream, self._content_of(above), options, diff_id, counter(progress, key)
             )
             point("apply.unpacked")
             KeptDigests.save(self.driver, row.id, digests)
@@ -91,6 +94,10 @@ class ArchiveVerbs(UpkeepVerbs):
         def on_inode(inode: int, digest: str) -> None:
             digests[inode] = bytes.fromhex(digest)
 
+        if options is not None and options.owners == "xattr":
+            from cowfs.store.owners import mark
+
+            mark(directory)
         with open(f"{directory}/{HEADERS}", "w+b") as log:
             applied = archive.apply_layer(
                 stream,
@@ -109,10 +116,15 @@ class ArchiveVerbs(UpkeepVerbs):
                 os.fsync(log.fileno())
         return applied, digests
 
-    def _content(self, row: Row | None) -> IndexedTree | None:
-        if row is None or row.root is None:
-            return None
-        return IndexedTree(self.index, row.root, SameData(self.driver, self.index))
+    def _content(self, root: Pair, records: Records) -> IndexedTree:
+        """A tree as archives want to read it."""
+        from cowfs.store.content import IndexedTree
+        from cowfs.store.owners import Recorded
+
+        return IndexedTree(records, root, SameData(self.driver, self.index), Recorded(self.driver, self.index))
+
+    def _content_of(self, row: Row | None) -> IndexedTree | None:
+        return None if row is None or row.root is None else self._content(row.root, self.index)
 
     def _archive_of(self, row: Row, scanned: scan.Scanned) -> tuple[str | None, str | None]:
         """(diff id, chain id) of a layer that is exactly what one archive made it."""

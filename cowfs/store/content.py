@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from cowfs import archive
 from cowfs.scan import locate
 from cowfs.store.layers import SameData
+from cowfs.store.owners import Recorded
 from cowfs.tree import Entry, Pair, Records, decode, entries, join
 
 __all__ = ["IndexedTree"]
@@ -28,14 +29,16 @@ class IndexedTree:
         records: the index, or pending records over it.
         root: the root entry.
         data: opens files in layers.
+        owners: knows who really owns what.
 
     Threads: one at a time.
     """
 
-    def __init__(self, records: Records, root: Pair, data: SameData) -> None:
+    def __init__(self, records: Records, root: Pair, data: SameData, owners: Recorded) -> None:
         self._records = records
         self._root = root
         self._data = data
+        self._owners = owners
         self._listings: dict[bytes, tuple[dict[bytes, Pair], bytes]] = {}
         self._latest: tuple[bytes, tuple[Entry | None, bytes]] | None = None
 
@@ -74,13 +77,14 @@ class IndexedTree:
         entry, _ = self._entry(path)
         if entry is None:
             return None
+        owner = self._owners.owner(entry, path)
         return archive.LowerStat(
-            mode=entry.mode,
-            uid=entry.uid,
-            gid=entry.gid,
+            mode=owner.mode,
+            uid=owner.uid,
+            gid=owner.gid,
             size=entry.size,
             mtime=entry.mtime_ns,
-            rdev=entry.rdev,
+            rdev=owner.rdev,
             nlink=max(1, entry.nlink),
             ident=(entry.layer, entry.ino),
         )
@@ -101,8 +105,8 @@ class IndexedTree:
         return self._must(path)[0].target
 
     def xattrs(self, path: bytes) -> dict[bytes, bytes]:
-        """Extended attributes as users see them."""
-        return dict(self._must(path)[0].xattrs)
+        """Extended attributes as users see them, without the one that records an owner."""
+        return self._owners.others(self._must(path)[0])
 
     def read(self, path: bytes) -> Iterator[bytes]:
         """A regular file's bytes, in pieces."""

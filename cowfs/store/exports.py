@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from typing import BinaryIO
@@ -11,8 +12,6 @@ from cowfs.errors import InvalidArgument
 from cowfs.index import Row
 from cowfs.model import Change, Kind
 from cowfs.store.archives import HEADERS, ArchiveVerbs, Progress, counter
-from cowfs.store.content import IndexedTree
-from cowfs.store.layers import SameData
 from cowfs.tree import Pending
 
 __all__ = ["FORMATS", "ExportVerbs"]
@@ -116,7 +115,7 @@ class ExportVerbs(ArchiveVerbs):
 
     def _write_tar(self, row: Row, out: BinaryIO, compression: str, progress: Progress | None) -> str:
         pending = Pending(self.index)
-        tree = IndexedTree(pending, self._tree(row, pending), SameData(self.driver, self.index))
+        tree = self._content(self._tree(row, pending), pending)
         return archive.export_tree(tree, out, compression=compression, progress=counter(progress, row.name)).diff_id
 
     def _write_layer(self, row: Row, out: BinaryIO, compression: str, progress: Progress | None) -> str:
@@ -139,10 +138,10 @@ class ExportVerbs(ArchiveVerbs):
         pending = Pending(self.index)
         if before is None and after.parent is not None:
             before = self.index.by_num(after.parent)
-        tree = IndexedTree(pending, self._tree(after, pending), SameData(self.driver, self.index))
+        tree = self._content(self._tree(after, pending), pending)
         changes: Iterator[Change] = self.diff(before.name if before is not None else after.name, after.name)
         if before is None:
-            changes = self.diff(after.name)
+            changes = itertools.chain(_root_of(tree), self.diff(after.name))
         return archive.export_changes(
             tree, changes, out, compression=compression, progress=counter(progress, after.name)
         ).diff_id
@@ -158,6 +157,13 @@ class ExportVerbs(ArchiveVerbs):
             Its diff id.
         """
         return self._export_changes(self.resolve(b), self.resolve(a), target, compression, progress)
+
+
+def _root_of(tree: archive.Tree) -> Iterator[Change]:
+    """The root of a layer without a parent, if it is not what an empty layer's is: no comparison names it."""
+    st = tree.stat(b"")
+    if st is not None and ((st.mode, st.uid, st.gid) != (0o40755, 0, 0) or tree.xattrs(b"")):
+        yield Change(path=b"", kind="changed", type="dir")
 
 
 def _into_file(path: str, fill: Callable[[BinaryIO], str]) -> str:

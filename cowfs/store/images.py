@@ -284,7 +284,7 @@ class _Awaited:
     def _get(self) -> IndexedTree | None:
         with self._lock:
             if self._tree is None:
-                self._tree = self._store._content(self._below.result())
+                self._tree = self._store._content_of(self._below.result())
             return self._tree
 
     def stat(self, path: bytes) -> archive.LowerStat | None:

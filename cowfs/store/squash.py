@@ -87,10 +87,13 @@ class SquashVerbs(LiveVerbs):
         return found
 
     def _squash(self, row: Row, child: Row, above: list[Row]) -> None:
+        from cowfs.store.owners import carry
+
         parent = self.index.by_num(row.parent) if row.parent is not None else None
         base = [id for _, id in self.index.chain(row.parent)]
         with staged(self.driver, new_id()) as layer:
             self.driver.create(layer.staged, base, Limit())
+            carry(self.driver, [child.id, row.id], layer.staged)
             pending = Pending(self.index)
             after = self._tree(child, pending)
             same = layers.SameData(self.driver, self.index)

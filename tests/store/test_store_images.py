@@ -206,6 +206,18 @@ def test_a_layer_made_here_is_exported_reproducibly(store: Store) -> None:
         assert [one.name for one in tar if one.name != "."] == ["a", "b", "d", "d/c", "hard"]
 
 
+def test_a_first_layers_root_keeps_its_attributes(store: Store) -> None:
+    """A root that is not what every empty layer's is has an entry, although no comparison names it."""
+    store.prepare("k")
+    tree_path(store, "k").chmod(0o1700)
+    store.commit("k", "made")
+    out = io.BytesIO()
+    store.export("made", out, format="layer")
+    store.prepare("again")
+    store.apply("again", io.BytesIO(out.getvalue()))
+    assert stat.S_IMODE(tree_path(store, "again").stat().st_mode) == 0o1700
+
+
 def test_a_diff_id_is_forgotten_when_the_layer_is_changed(store: Store) -> None:
     data = layers()[0]
     digest = "sha256:" + hashlib.sha256(data).hexdigest()

@@ -1,0 +1,89 @@
+"""Owners that a layer records in attributes because its maker could not give them (``owners="xattr"``).
+
+Rule 1. A layer is *recorded* when an archive was applied to it that way: the file ``cowfs-owners`` lies beside its tree.
+Only then is ``user.containers.override_stat`` believed, since whoever may write a file may set its attribute.
+Rule 2. In a store of an ordinary user, what is based on a recorded layer is recorded, too: a file that was copied up took its
+attribute along, and nobody but that user can have set one.
+Rule 3. In a recorded layer what carries no attribute and belongs to the store's own user is root's: symbolic links, which can
+carry none, and whatever was made in a namespace where this user was root.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from typing import NamedTuple
+
+from cowfs.archive.members import TYPES, overridden
+from cowfs.archive.options import OVERRIDE_XATTR
+from cowfs.driver import Driver
+from cowfs.index import Index
+from cowfs.tree import Entry
+
+__all__ = ["Owner", "Recorded", "carry", "mark"]
+
+MARK = "cowfs-owners"
+_FORMATS = {kind: form for form, kind in TYPES.items()}
+
+
+class Owner(NamedTuple):
+    """What an object would be if its maker had been able to make it: ``mode`` with its type bits."""
+
+    mode: int
+    uid: int
+    gid: int
+    rdev: int
+
+
+def mark(directory: str) -> None:
+    """A layer's directory is about to get recorded owners."""
+    os.close(os.open(f"{directory}/{MARK}", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
+
+
+def carry(driver: Driver, sources: list[str], target: str) -> None:
+    """Layer ``target`` holds what was in ``sources``: it is recorded if one of them was."""
+    if any(os.path.exists(f"{driver.directory(id)}/{MARK}") for id in sources):
+        mark(driver.directory(target))
+
+
+class Recorded:
+    """Real owners of the entries of a store's layers. Threads: one at a time."""
+
+    def __init__(self, driver: Driver, index: Index) -> None:
+        self._driver = driver
+        self._index = index
+        self._known: dict[int, bool] = {}
+        st = os.stat(driver.root)
+        self._maker = st.st_uid, st.st_gid
+
+    def covers(self, num: int) -> bool:
+        """Whether a layer, given by its number, is recorded."""
+        found = self._known.get(num)
+        if found is None:
+            chain = self._index.chain(num) if self._maker[0] else self._index.chain(num)[:1]
+            found = any(os.path.exists(f"{self._driver.directory(id)}/{MARK}") for _, id in chain)
+            self._known[num] = found
+        return found
+
+    def owner(self, entry: Entry, path: bytes) -> Owner:
+        """Who owns an entry, and what it is.
+
+        Raises:
+            InvalidArgument: its attribute cannot be read.
+        """
+        if self.covers(entry.layer):
+            for name, value in entry.xattrs:
+                if name == OVERRIDE_XATTR:
+                    uid, gid, mode, kind, rdev = overridden(value, TYPES.get(stat.S_IFMT(entry.mode), b""), path)
+                    form = _FORMATS.get(kind, stat.S_IFMT(entry.mode))
+                    return Owner(form | mode, uid, gid, rdev)
+            if entry.uid == self._maker[0]:
+                return Owner(entry.mode, 0, 0 if entry.gid == self._maker[1] else entry.gid, entry.rdev)
+        return Owner(entry.mode, entry.uid, entry.gid, entry.rdev)
+
+    def others(self, entry: Entry) -> dict[bytes, bytes]:
+        """An entry's extended attributes without the one that :meth:`owner` believes."""
+        found = dict(entry.xattrs)
+        if OVERRIDE_XATTR in found and self.covers(entry.layer):
+            del found[OVERRIDE_XATTR]
+        return found
