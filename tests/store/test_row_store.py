@@ -1,21 +1,14 @@
-"""Redirect files in a store, through real mounts: live snapshots, rollback, squash, compaction, a killed server."""
+"""Redirect files in a store, through real mounts: live snapshots, rollback, squash, compaction."""
 
 from __future__ import annotations
 
 import os
 import random
-import signal
-import sqlite3
-import subprocess
-import sys
-import textwrap
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from cowfs import mounting
 from cowfs.errors import Unsupported
 from cowfs.store import Store
 
@@ -101,49 +94,3 @@ def test_other_drivers_have_nothing_to_compact(space: Path) -> None:
         other.prepare("work")
         with pytest.raises(Unsupported):
             other.compact("work")
-
-
-_WRITER = """
-import sqlite3, sys
-db = sqlite3.connect(sys.argv[1], isolation_level=None)
-db.execute("PRAGMA synchronous=FULL")
-number = db.execute("SELECT max(n) FROM t").fetchone()[0]
-while True:
-    number += 1
-    db.execute("BEGIN")
-    db.execute("INSERT INTO t VALUES (?, ?)", (number, "x" * (number * 37 % 3000)))
-    db.execute("UPDATE t SET v = v || 'y' WHERE n = ?", (number * 7919 % number,))
-    db.execute("COMMIT")
-    print(number, flush=True)
-"""
-
-
-def test_sqlite_survives_kills_of_the_server(store: Store, space: Path, request: pytest.FixtureRequest) -> None:
-    """Every acknowledged transaction is there, and the database is whole."""
-    mnt, rnd = space / "mnt", random.Random(request.config.getoption("--seed"))
-    store.prepare("db")
-    with store.mount("db", mnt):
-        db = sqlite3.connect(mnt / "data")
-        db.execute("CREATE TABLE t (n INTEGER PRIMARY KEY, v TEXT)")
-        db.executemany("INSERT INTO t VALUES (?, ?)", ((n, "z" * 900) for n in range(2000)))
-        db.commit()
-        db.close()
-    store.commit("db", "data")
-    store.prepare("run", "data")
-    for _ in range(request.config.getoption("--kills") // 5):
-        handle = store.mount("run", mnt)
-        writer = subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(_WRITER), str(mnt / "data")],
-            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        )  # fmt: skip
-        time.sleep(0.1 + rnd.random() * 0.4)
-        os.kill(handle.pid, signal.SIGKILL)
-        told, _ = writer.communicate(timeout=60)
-        said = [int(line) for line in told.split("\n")[:-1]]
-        mounting.umount(mnt)  # its server is gone
-        with store.mount("run", mnt):
-            db = sqlite3.connect(mnt / "data")
-            assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-            if said:
-                assert db.execute("SELECT count(*) FROM t WHERE n <= ?", (said[-1],)).fetchone()[0] == said[-1] + 1
-            db.close()
