@@ -165,7 +165,8 @@ class Stack:
         return os.path.join(scratch, "upper"), os.path.join(scratch, "work"), scratch if spec.record else None
 
     def _check_upper(self, upper: str, work: str) -> None:
-        layers: dict[tuple[int, int] | None, str] = {_identity(os.stat(layer)): layer for layer in self.spec.layers}
+        below = () if self.spec.checked else self.spec.layers  # each costs a dozen system calls
+        layers: dict[tuple[int, int] | None, str] = {_identity(os.stat(layer)): layer for layer in below}
         for path in _upwards(upper):
             inside = layers.get(_identity_at(path))
             if inside is not None:
@@ -184,7 +185,7 @@ class Stack:
                     mode=os.R_OK | os.W_OK | os.X_OK if not self.spec.readonly else os.R_OK | os.X_OK,
                 )
             )
-            for layer in self.spec.layers:
+            for layer in below:
                 if any(_identity_at(path) == identity for path in _upwards(os.path.realpath(layer))):
                     raise InvalidArgument(f"the layer lies inside the upper directory: {layer}")
         if upper == work or upper.startswith(f"{work}/") or work.startswith(f"{upper}/"):

@@ -445,4 +445,5 @@ def rows_of(view: View) -> Rows | None:
     """The redirect files of a view that may have some: by option, or because a layer is marked."""
     if view.options.row:
         return Rows(view)
-    return Rows(view) if any(is_marked(layer.root.open(), view.form) for layer in view.layers) else None
+    looked_at = view.layers[view.indexed_layers :]  # an index comes from a store, which knows whether its layers have any
+    return Rows(view) if any(is_marked(layer.root.open(), view.form) for layer in looked_at) else None
