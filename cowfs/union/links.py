@@ -9,35 +9,56 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from cowfs.sys import xattr
 from cowfs.union.node import Dir, Node
-from cowfs.union.source import Layer, Source
+from cowfs.union.source import Descriptors, Layer, Source
 
 if TYPE_CHECKING:
     from cowfs.union.view import View
 
 Groups = dict[int, list[bytes]]
 
+_HELD = 64  # descriptors that a scan holds at most
+
+
+@contextmanager
+def _apart(layer: Layer) -> Iterator[Source]:
+    """The layer's root for a scan with descriptors of its own.
+
+    A scan runs in the middle of an operation, which may hold Sources: those must stay open, and those of a large layer
+    would be more than a process may have.
+    """
+    descriptors = Descriptors(_HELD)
+    root = Source(layer, None, b"", descriptors)
+    root.fd = layer.root.fd
+    try:
+        yield root
+    finally:
+        descriptors.budget = 0
+        descriptors.trim()
+
 
 def scan_groups(layer: Layer) -> Groups:
     """inode -> its paths in a layer, for inodes with more than one link."""
     groups: Groups = {}
-    pending: list[tuple[Source, bytes]] = [(layer.root, b"")]
-    while pending:
-        source, prefix = pending.pop()
-        fd = source.open()
-        with os.scandir(b"/proc/self/fd/%d" % fd) as entries:
-            for entry in entries:
-                if entry.is_dir(follow_symlinks=False):
-                    pending.append((source.child(entry.name), prefix + entry.name + b"/"))
-                    continue
-                st = os.stat(entry.name, dir_fd=fd, follow_symlinks=False)
-                if st.st_nlink > 1 and not (stat.S_ISCHR(st.st_mode) and st.st_rdev == 0):
-                    groups.setdefault(st.st_ino, []).append(prefix + entry.name)
-        if source is not layer.root:
-            source.close()
+    with _apart(layer) as root:
+        pending: list[tuple[Source, bytes]] = [(root, b"")]
+        while pending:
+            source, prefix = pending.pop()
+            fd = source.open()
+            with os.scandir(b"/proc/self/fd/%d" % fd) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        pending.append((source.child(entry.name), prefix + entry.name + b"/"))
+                        continue
+                    st = os.stat(entry.name, dir_fd=fd, follow_symlinks=False)
+                    if st.st_nlink > 1 and not (stat.S_ISCHR(st.st_mode) and st.st_rdev == 0):
+                        groups.setdefault(st.st_ino, []).append(prefix + entry.name)
+            source.descriptors.trim()
     return groups
 
 
@@ -57,40 +78,40 @@ def complete(view: View, node: Node) -> bool:
     if groups is None:
         groups = view.groups[layer] = scan_groups(layer)
     for path in groups.get(st.st_ino, ()):
-        for candidate in _merged_paths(view, layer, path):
-            if _walk(view, candidate) is node:
-                break
+        for shown in _merged_paths(view, layer, path):
+            _walk(view, shown)
     return node in view.names
 
 
 def _merged_paths(view: View, layer: Layer, path: bytes) -> list[bytes]:
-    """Where a path of a layer may show in the merged tree: directories above it may have been moved."""
+    """Where a path of a layer shows in the merged tree: each layer above it may have moved directories."""
     paths = [path]
     for above in view.layers[layer.index + 1 :]:
-        if above is view.upper and above not in view.redirects:
-            find_moved(view)
         moves = view.redirects.get(above)
-        if moves is None:
+        if above is view.upper:
+            if moves is None:
+                find_moved(view)
+            there = [directory for directory in view.moved if directory.parent is not None]
+            moves = [(directory.lowpath, view.path(directory)) for directory in there if directory.lowpath]
+        elif moves is None:
             moves = view.redirects[above] = scan_redirects(view, above)
-        for low, now in moves:
-            paths += [now + p[len(low) :] for p in paths if p.startswith(low + b"/")]
-    for directory in view.moved:
-        was = directory.lowpath
-        if was is not None and directory.parent is not None:
-            paths += [view.path(directory) + p[len(was) :] for p in paths if p.startswith(was + b"/")]
-    return paths[::-1]
+        paths = [now for before in paths for now in _after(before, moves)]
+    return paths
 
 
-def _walk(view: View, path: bytes) -> Node | None:
-    here: Node = view.root
+def _after(path: bytes, moves: list[tuple[bytes, bytes]]) -> list[bytes]:
+    """A path after a layer's moves: the deepest directory above it that was moved takes it along."""
+    deepest = max((len(low) for low, _ in moves if path.startswith(low + b"/")), default=0)
+    return [now + path[deepest:] for low, now in moves if len(low) == deepest and path.startswith(low + b"/")] or [path]
+
+
+def _walk(view: View, path: bytes) -> None:
+    """Look up a path, as far as there is one: that gives its node all names on the way."""
+    here: Node | None = view.root
     for part in path.split(b"/"):
         if not isinstance(here, Dir):
-            return None
-        deeper = view.child(here, part)
-        if deeper is None:
-            return None
-        here = deeper
-    return here
+            return
+        here = view.child(here, part)
 
 
 def scan_redirects(view: View, layer: Layer) -> list[tuple[bytes, bytes]]:
@@ -98,20 +119,22 @@ def scan_redirects(view: View, layer: Layer) -> list[tuple[bytes, bytes]]:
     found: list[tuple[bytes, bytes]] = []
     if not view.form.redirects:
         return found
-    pending: list[tuple[Source, bytes]] = [(layer.root, b"")]
-    while pending:
-        source, prefix = pending.pop()
-        fd = source.open()
-        with os.scandir(b"/proc/self/fd/%d" % fd) as entries:
-            names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
-        for name in names:
-            redirect = xattr.try_get(fd, name, view.form.redirect)
-            if redirect:
-                low = redirect[1:] if redirect.startswith(b"/") else prefix + redirect
-                found.append((low, prefix + name))
-            pending.append((source.child(name), prefix + name + b"/"))
-        if source is not layer.root:
-            source.close()
+    with _apart(layer) as root:
+        pending: list[tuple[Source, bytes, bytes]] = [(root, b"", b"")]
+        while pending:
+            source, prefix, beneath = pending.pop()
+            fd = source.open()
+            with os.scandir(b"/proc/self/fd/%d" % fd) as entries:
+                names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+            for name in names:
+                redirect = xattr.try_get(fd, name, view.form.redirect)
+                if redirect:
+                    low = redirect[1:] if redirect.startswith(b"/") else beneath + redirect
+                    found.append((low, prefix + name))
+                else:
+                    low = beneath + name
+                pending.append((source.child(name), prefix + name + b"/", low + b"/"))
+            source.descriptors.trim()
     return found
 
 

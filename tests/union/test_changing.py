@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import stat
 from pathlib import Path
 from typing import Any
@@ -228,6 +229,21 @@ def test_hard_links_of_a_layer_are_copied_up_under_all_their_names(stack: Stack)
     paths = stack.again(paths)
     assert paths.stat("f").nlink == 3
     assert paths.read_bytes("d/h") == b"new"
+
+
+def test_names_of_a_hard_link_are_found_with_few_descriptors(trusted: Stack) -> None:
+    layer = trusted.add().file("f", b"data")
+    for i in range(150):
+        layer.file(f"d{i}/sub/g", b"")
+    layer.link("f", "d77/sub/f")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 100, hard))
+    try:
+        paths = trusted.open()
+        paths.chmod("f", 0o600)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert paths.stat("d77/sub/f").mode & 0o777 == 0o600
 
 
 def test_unlinking_one_lower_hard_link_lowers_the_count_of_the_others(trusted: Stack) -> None:
