@@ -63,8 +63,6 @@ from cowfs import whiteout
 from cowfs.errors import InvalidArgument
 from cowfs.model import Limit, Mount, Usage
 from cowfs.sys import trees
-from cowfs.union.source import Descriptors, Layer
-from cowfs.union.space import measure
 
 __all__ = ["Driver", "Probe"]
 
@@ -181,6 +179,9 @@ class Driver(ABC):
 
     def usage(self, id: str) -> Usage:
         """What the layer's tree holds now, by a walk (the store keeps the result of a frozen one)."""
+        from cowfs.union.source import Descriptors, Layer
+        from cowfs.union.space import measure
+
         layer = Layer(os.fsencode(self.tree(id)), 0, Descriptors())
         try:
             return measure(layer, self.form)

@@ -14,16 +14,17 @@ __all__ = ["exports"]
 
 
 def exports(package: str, names: Mapping[str, str]) -> Callable[[str], object]:
-    """The ``__getattr__`` of a package, for a table from public name to defining module."""
+    """The ``__getattr__`` of a package, for a table from public name to ``module`` or ``module:name there``."""
 
     def find(name: str) -> object:
-        module = names.get(name)
-        if module is None:
+        place = names.get(name)
+        if place is None:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        module, _, there = place.partition(":")
         import sys
         from importlib import import_module
 
-        found: object = getattr(import_module(module), name)
+        found: object = getattr(import_module(module), there or name)
         setattr(sys.modules[package], name, found)
         return found
 

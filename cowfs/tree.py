@@ -35,7 +35,6 @@ Integers are little-endian. Mtime is seconds and nanoseconds apart, so no time w
 
 from __future__ import annotations
 
-import hashlib
 import stat
 import struct
 import zlib
@@ -181,7 +180,7 @@ class Pending:
 
     def add(self, data: bytes, children: bytes) -> bytes:
         """Keep a new record; ``children`` are the digests it points at, one after another."""
-        digest = hashlib.sha256(data).digest()
+        digest = _sha256(data)
         self.new[digest] = (children, data)
         return digest
 
@@ -352,7 +351,7 @@ def _leaf(pending: Pending, names: Sequence[bytes], pairs: Mapping[bytes, Pair])
     lengths = [len(pair[0]) for pair in chosen]
     head = _LEAF.pack(b"E", count, len(content)) + struct.pack(f"<{count}I", *lengths)
     where = struct.pack(f"<{2 * count}H", *map(len, names), *[len(pair[1]) for pair in chosen])
-    digest = hashlib.sha256(head + content).digest()
+    digest = _sha256(head + content)
     data = b"".join([head, where, content, *[pair[1] for pair in chosen]])
     children = b"".join([root_digest(pair[1]) for pair in chosen if pair[0][2] & 0xF0 == 0x40])
     return Ref(pending.add(data, children), digest), count
@@ -362,7 +361,7 @@ def _list(pending: Pending, chunks: list[_Chunk]) -> Ref:
     parts = [_LIST.pack(b"L", len(chunks))]
     for chunk in chunks:
         parts += (_CHUNK.pack(chunk.size, *chunk.ref, len(chunk.first)), chunk.first)
-    content = hashlib.sha256(b"L" + b"".join([chunk.ref.content for chunk in chunks])).digest()
+    content = _sha256(b"L" + b"".join([chunk.ref.content for chunk in chunks]))
     return Ref(pending.add(b"".join(parts), b"".join([chunk.ref.storage for chunk in chunks])), content)
 
 
@@ -522,8 +521,15 @@ def lookup(records: Records, root: Pair, path: bytes) -> Pair | None:
 
 
 _EMPTY_RECORD = _LEAF.pack(b"E", 0, 0)
-EMPTY = Ref(hashlib.sha256(_EMPTY_RECORD).digest(), hashlib.sha256(_EMPTY_RECORD).digest())
+_EMPTY_DIGEST = bytes.fromhex("8185c15ba07bf5d0ae79070fd6d79ce3c354f52f04e6c735a151ae5a9cfb86c5")
+EMPTY = Ref(_EMPTY_DIGEST, _EMPTY_DIGEST)
 """The directory without entries; every index has it without storing it."""
+
+
+def _sha256(data: bytes) -> bytes:
+    from hashlib import sha256  # a library of its own behind it, and most verbs read records only
+
+    return sha256(data).digest()
 
 
 def join(base: bytes, name: bytes) -> bytes:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import tempfile
 from collections.abc import Sequence
 
 from cowfs.driver import Driver
@@ -16,6 +15,8 @@ __all__ = ["create", "why_not"]
 
 def why_not(root: str, form: Form) -> tuple[str, str]:
     """(the file system's name, why it cannot hold layers of this form; "" when it can)."""
+    import tempfile
+
     with tempfile.TemporaryDirectory(prefix="new-probe-", dir=root) as place:
         fd = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -71,6 +70,8 @@ def set_labels(pairs: list[str]) -> dict[str, str]:
 @contextmanager
 def paged() -> Iterator[Callable[[str], None]]:
     """A function that prints lines: through a pager when standard output is a terminal and one is there."""
+    import shutil
+
     pager = os.environ.get("PAGER") or "less"
     program = shutil.which(pager.split()[0]) if pager else None
     if not sys.stdout.isatty() or program is None or pager == "cat":
@@ -113,6 +114,8 @@ class Bars:
         self._draw()
 
     def _draw(self) -> None:
+        import shutil
+
         from cowfs.model import format_size
 
         known = [part for part in self._parts.values() if part[1]]

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, BinaryIO
 
-from cowfs import archive, images, scan
+from cowfs import archive, images
 from cowfs.faults import point
 from cowfs.index import Row
 from cowfs.store.layers import KeptDigests, SameData, hold, mark_time, untouched
@@ -20,6 +20,7 @@ from cowfs.sys import xattr
 from cowfs.tree import Pair, Records
 
 if TYPE_CHECKING:
+    from cowfs import scan
     from cowfs.store.content import IndexedTree
 
 __all__ = ["APPLIED", "HEADERS", "ArchiveVerbs", "Progress", "counter"]

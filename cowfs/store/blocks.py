@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
-from cowfs import blockdiff, compare
+from cowfs import compare, union
 from cowfs.errors import CowfsError, InvalidArgument
 from cowfs.index import Row
 from cowfs.model import Kind, Limit
@@ -15,7 +14,9 @@ from cowfs.store import layers
 from cowfs.store.compaction import CompactionVerbs
 from cowfs.sys import trees
 from cowfs.tree import Pending, decode, entries, join
-from cowfs.union import Options, View
+
+if TYPE_CHECKING:
+    from cowfs import blockdiff
 
 __all__ = ["BlockVerbs"]
 
@@ -38,6 +39,8 @@ class BlockVerbs(CompactionVerbs):
             InvalidArgument: not committed.
             CowfsError: a file cannot be read.
         """
+        from cowfs import blockdiff
+
         after = self.resolve(name)
         before: Row | None = None
         if base is not None:
@@ -72,12 +75,14 @@ class BlockVerbs(CompactionVerbs):
             Corrupt, InvalidArgument: the stream is damaged or hostile. Part of it may have been applied.
             LimitExceeded: the snapshot's limit; likewise.
         """
+        from cowfs import blockdiff
+
         row = self._active(key)
         with layers.hold(self.driver, row, "apply to"):
             row = self._active(key, row.num)
             parent = self.index.by_num(row.parent) if row.parent is not None else None
             below = [] if self.driver.whole else [self.driver.tree(id) for _, id in self.index.chain(row.parent)]
-            view = View(
+            view = union.View(
                 below or [f"{self.root}/empty"],
                 self.driver.tree(row.id),
                 self.driver.work(row.id),
@@ -93,8 +98,8 @@ class BlockVerbs(CompactionVerbs):
                 trees.sync_tree(self.driver.tree(row.id))
         return counts
 
-    def _options(self, limit: Limit) -> Options:
-        return Options(
+    def _options(self, limit: Limit) -> union.Options:
+        return union.Options(
             form=self.driver.form.name,
             row=self.driver.row or None,
             volatile=not self.driver.fsync,
@@ -108,6 +113,8 @@ class BlockVerbs(CompactionVerbs):
         """
         if row is None:
             return _EMPTY
+        import hashlib
+
         digest = hashlib.sha256()
         pending = Pending(self.index)
         todo = [(b"", self._tree(row, pending))]
@@ -122,12 +129,12 @@ class BlockVerbs(CompactionVerbs):
         return digest.digest()
 
     @contextlib.contextmanager
-    def _reading(self, row: Row | None) -> Iterator[View]:
+    def _reading(self, row: Row | None) -> Iterator[union.View]:
         """The view of a committed tree; without one, of an empty directory."""
         stack = [self.driver.tree(id) for _, id in self.index.chain(row.num)] if row is not None else []
         if self.driver.whole:
             stack = stack[:1]
-        view = View(stack or [f"{self.root}/empty"], options=Options(form=self.driver.form.name, readonly=True))
+        view = union.View(stack or [f"{self.root}/empty"], options=union.Options(form=self.driver.form.name, readonly=True))
         try:
             yield view
         finally:

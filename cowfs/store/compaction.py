@@ -9,13 +9,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cowfs import control
 from cowfs.errors import CowfsError, Unsupported
 from cowfs.index import Row
 from cowfs.model import Info
 from cowfs.store import layers
 from cowfs.store.live import LiveVerbs
-from cowfs.union.rowcompact import SHARE, compact_layer
 
 __all__ = ["Compacted", "CompactionVerbs"]
 
@@ -56,12 +54,12 @@ class CompactionVerbs(LiveVerbs):
             self.compact(key)
         return super().commit(key, name, labels=labels, digests=digests)
 
-    def compact(self, key: str, *, share: float = SHARE, on_progress: OnProgress | None = None) -> Compacted:
+    def compact(self, key: str, *, share: float | None = None, on_progress: OnProgress | None = None) -> Compacted:
         """Turn redirect files, most of which was written, into plain files. Reading and writing go on meanwhile.
 
         Args:
             key: an active snapshot, mounted or not.
-            share: leave files alone of which less than this part is their own; 0 takes all.
+            share: leave files alone of which less than this part is their own; default: 0.75; 0 takes all.
             on_progress: told after each step.
 
         Raises:
@@ -70,6 +68,9 @@ class CompactionVerbs(LiveVerbs):
             Unsupported: the driver makes no redirect files.
             CowfsError: an I/O error; what was compacted until then is.
         """
+        from cowfs.union.rowcompact import SHARE
+
+        share = SHARE if share is None else share
         row = self._active(key)
         if not self.driver.row:
             raise Unsupported(f"the driver {self.driver.name} has nothing to compact", remedy="it is for the driver row")
@@ -80,6 +81,8 @@ class CompactionVerbs(LiveVerbs):
             return self._compact_layer(row, share, on_progress)
 
     def _compact_mounted(self, server: dict[str, Any], share: float, on_progress: OnProgress | None) -> Compacted:
+        from cowfs import control
+
         while True:
             told = control.ask(server["socket"], "compact", timeout=600.0, share=share)
             if on_progress is not None:
@@ -88,6 +91,8 @@ class CompactionVerbs(LiveVerbs):
                 return Compacted(files=told["files"], skipped=told["skipped"], bytes=told["done"])
 
     def _compact_layer(self, row: Row, share: float, on_progress: OnProgress | None) -> Compacted:
+        from cowfs.union.rowcompact import compact_layer
+
         below = [self.driver.tree(id) for _, id in self.index.chain(row.parent)]
         if not below:  # nothing to stand on, so nothing was redirected
             return Compacted(files=0, skipped=0, bytes=0)

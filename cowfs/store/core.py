@@ -22,9 +22,9 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from cowfs import registry, scan
+from cowfs import registry
 from cowfs.driver import Driver, Probe
 from cowfs.errors import (
     AlreadyExists,
@@ -42,6 +42,9 @@ from cowfs.store.names import check_labels, check_name, new_id
 from cowfs.store.opening import INDEX, default_root, make_root, must_run, only_one
 from cowfs.store.staging import discard, staged, sweep
 from cowfs.sys import host, trees
+
+if TYPE_CHECKING:
+    from cowfs import scan
 
 __all__ = ["MAX_DEPTH", "StoreCore"]
 
@@ -373,6 +376,8 @@ class StoreCore:
     def _scan_at(
         self, id: str, num: int, parent: Row | None, known: scan.KnownDigest | None, copied: Usage
     ) -> scan.Scanned:
+        from cowfs import scan
+
         base = parent.root if parent is not None else None
         form = self.driver.form
         fd = os.open(self.driver.tree(id), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -15,8 +15,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from cowfs import archive, images
 from cowfs.errors import AlreadyExists, InvalidArgument, NotFound
@@ -24,12 +23,16 @@ from cowfs.faults import point
 from cowfs.index import Index, Row
 from cowfs.model import Limit, Usage
 from cowfs.store.archives import Progress, counter
-from cowfs.store.content import IndexedTree
 from cowfs.store.exports import ExportVerbs
 from cowfs.store.layers import mark_copied
 from cowfs.store.names import check_name, new_id
 from cowfs.store.staging import Staged
 from cowfs.sys import trees
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    from cowfs.store.content import IndexedTree
 
 __all__ = ["ImageVerbs"]
 
@@ -110,6 +113,8 @@ class ImageVerbs(ExportVerbs):
         progress: Progress | None,
     ) -> Row:
         """Unpack several layers at once; write their rows in order."""
+        from concurrent.futures import Future, ThreadPoolExecutor
+
         jobs = [_Import(self, layer, options, progress) for layer in missing]
         below: list[Future[Row | None]] = [Future() for _ in range(len(jobs) + 1)]
         below[0].set_result(top)
@@ -177,6 +182,8 @@ class _Import:
 
     def unpack(self, parent: Row | None) -> None:
         """Unpack over a parent that is there."""
+        from concurrent.futures import Future
+
         done: Future[Row | None] = Future()
         done.set_result(parent)
         self.unpack_over(done)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import os
 import stat
 import struct
@@ -24,7 +23,6 @@ from cowfs.index import Index, Row
 from cowfs.sys import files, trees, xattr
 from cowfs.sys.mounts import mountinfo
 from cowfs.tree import Entry
-from cowfs.union import Dir, Node, Options, View
 
 __all__ = ["KeptDigests", "LayerFile", "SameData", "Unchanged", "file_digest", "hold", "kernel_mount_of", "mark_copied", "mark_time", "untouched", "user_of"]
 
@@ -167,6 +165,8 @@ class _Redirected(LayerFile):
     """A redirect file, read through the layers beneath it."""
 
     def __init__(self, trees: list[str], path: bytes, form: str) -> None:
+        from cowfs.union import Dir, Node, Options, View
+
         self._view = View(trees, options=Options(form=form, readonly=True))
         node: Node = self._view.root
         for name in path.split(b"/"):
@@ -188,6 +188,8 @@ class _Redirected(LayerFile):
 
 def file_digest(file: LayerFile) -> bytes:
     """SHA-256 of an open file's data."""
+    import hashlib
+
     digest = hashlib.sha256()
     at = 0
     while data := file.pread(_CHUNK, at):

@@ -34,15 +34,13 @@ import os
 import sqlite3
 import time
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-from cowfs import control
 from cowfs.errors import FailedPrecondition, InvalidArgument, Unsupported
 from cowfs.faults import point
 from cowfs.index import Index, Row
 from cowfs.livemark import MARK
 from cowfs.model import Info, Kind, Mount, Usage
-from cowfs.mounting import MountHandle
 from cowfs.store import layers
 from cowfs.store.core import _taken
 from cowfs.store.mounts import KernelMount
@@ -51,7 +49,10 @@ from cowfs.store.staging import NEW, _lock, _make_locked, discard, fsync_directo
 from cowfs.store.upkeep import Collected, UpkeepVerbs
 from cowfs.sys import trees
 
-__all__ = ["LiveHandle", "LiveVerbs"]
+if TYPE_CHECKING:
+    from cowfs.store.handle import LiveHandle
+
+__all__ = ["LiveVerbs"]
 
 LIVE, NOTE = "live-", ".json"
 LABEL = "cowfs.snapshot-of"
@@ -67,37 +68,20 @@ class _Switch(NamedTuple):
     labels: dict[str, str]
 
 
-class LiveHandle(MountHandle):
-    """A mount of an active snapshot of a store: a :class:`cowfs.MountHandle` that can also make snapshots of itself.
-
-    Attributes:
-        key: the snapshot's key.
-    """
-
-    def __init__(self, handle: MountHandle, store: LiveVerbs, key: str) -> None:
-        super().__init__(handle.mountpoint, handle.pid, handle.socket)
-        self.key = key
-        self._store = store
-
-    def snapshot(self, name: str, *, labels: Mapping[str, str] | None = None) -> Info:
-        """As :meth:`LiveVerbs.snapshot`."""
-        return self._store.snapshot(self.key, name, labels=labels)
-
-    def rollback(self, name: str, *, keep: str | None = None) -> Info:
-        """As :meth:`LiveVerbs.rollback`."""
-        return self._store.rollback(self.key, name, keep=keep)
-
-
 class LiveVerbs(UpkeepVerbs):
     """snapshot, rollback and fork; mounts get a handle that knows them."""
 
     def mount(self, key: str, target: str | os.PathLike[str], **options: Any) -> LiveHandle | KernelMount:
         """As :meth:`MountVerbs.mount`; the handle also has ``snapshot`` and ``rollback``."""
         handle = super().mount(key, target, **options)
+        from cowfs.store.handle import LiveHandle
+
         return handle if isinstance(handle, KernelMount) else LiveHandle(handle, self, key)
 
     def handle(self, key: str) -> LiveHandle:
         """As :meth:`MountVerbs.handle`."""
+        from cowfs.store.handle import LiveHandle
+
         return LiveHandle(super().handle(key), self, key)
 
     @classmethod
@@ -209,6 +193,8 @@ class LiveVerbs(UpkeepVerbs):
             here = LIVE + id
             point("switch.made")
             if server is not None:
+                from cowfs import control
+
                 control.ask(
                     server["socket"],
                     verb,

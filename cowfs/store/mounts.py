@@ -12,22 +12,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from cowfs import control, mounting
 from cowfs.errors import CowfsError, FailedPrecondition, InvalidArgument, NotFound
 from cowfs.index import Row
 from cowfs.model import Kind, Mount, Usage
-from cowfs.mounting import MountHandle
-from cowfs.mountpoint import resolve
-from cowfs.parts import make_view
-from cowfs.spec import MountSpec
-from cowfs.stack import Stack
 from cowfs.store.layers import kernel_mount_of
 from cowfs.store.looking import LookVerbs
-from cowfs.store.serve import FACTORY
 from cowfs.sys import mounts as sys_mounts
-from cowfs.union.paths import Paths
+
+if TYPE_CHECKING:
+    from cowfs.mounting import MountHandle
+    from cowfs.spec import MountSpec
+    from cowfs.union.paths import Paths
 
 __all__ = ["KernelMount", "MountVerbs", "mount_record"]
 
@@ -97,6 +94,9 @@ class MountVerbs(LookVerbs):
             FailedPrecondition: a committed snapshot, or mounted already.
             Unsupported: the host or user may not mount.
         """
+        from cowfs import mounting
+        from cowfs.mountpoint import resolve
+
         row = self.index.get(key)
         where = resolve(os.fspath(target))
         if mount_type == "kernel":
@@ -110,6 +110,9 @@ class MountVerbs(LookVerbs):
 
     def spec(self, key: str, target: str, **more: Any) -> MountSpec:
         """The wish that our server gets for a snapshot (:class:`cowfs.spec.MountSpec`)."""
+        from cowfs.spec import MountSpec
+        from cowfs.store.serve import FACTORY
+
         row = self.index.get(key)
         self._mounts(row, "fuse")  # the same refusals
         id, *parents = [id for _, id in self.index.chain(row.num)]
@@ -145,6 +148,10 @@ class MountVerbs(LookVerbs):
             NotFound: no such key.
             FailedPrecondition: a committed snapshot, or in use.
         """
+        from cowfs.parts import make_view
+        from cowfs.stack import Stack
+        from cowfs.union.paths import Paths
+
         stack = Stack.open(self.spec(key, os.path.join(self.root, "nowhere"), io="cached"))
         try:
             view = make_view(stack)
@@ -171,6 +178,8 @@ class MountVerbs(LookVerbs):
         row = self.index.get(key)
         server = self._server_of(row)
         if server is not None:
+            from cowfs import mounting
+
             mounting.umount(server["mountpoint"], lazy=lazy, force=force)
             return
         where = kernel_mount_of(self.driver.tree(row.id))
@@ -186,6 +195,8 @@ class MountVerbs(LookVerbs):
 
     def _server_of(self, row: Row) -> dict[str, Any] | None:
         """What the server of a mounted snapshot says of itself."""
+        from cowfs import control
+
         tree = os.path.realpath(self.driver.tree(row.id))
         for path in control.sockets():
             try:
@@ -203,6 +214,8 @@ class MountVerbs(LookVerbs):
             NotFound: it is not mounted.
             FailedPrecondition: the kernel has mounted it.
         """
+        from cowfs.mounting import MountHandle
+
         row = self.index.get(key)
         server = self._server_of(row)
         if server is None:

@@ -10,7 +10,7 @@ the command line, and is refused here.
 
 from __future__ import annotations
 
-import secrets
+import os
 from collections.abc import Mapping
 
 from cowfs.errors import InvalidArgument
@@ -72,5 +72,5 @@ def check_labels(labels: Mapping[str, str | None]) -> None:
 
 def new_id() -> str:
     """A fresh id for a layer: 50 random bits, short because mount options have little room."""
-    number = secrets.randbits(50)
+    number = int.from_bytes(os.urandom(7), "little")  # the lower 50 bits of 56
     return "".join(_ALPHABET[number >> shift & 31] for shift in range(0, 50, 5))

@@ -13,7 +13,6 @@ Rules:
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -205,6 +204,8 @@ class UpkeepVerbs(MountVerbs):
 
     def _broken_record(self, report: Report, root: bytes, good: dict[bytes, bool]) -> bytes | None:
         """A record below ``root`` that is missing or not what its digest says; None when all is well."""
+        import hashlib
+
         todo = [root]
         with self.index.read() as connection:
             while todo:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import stat
 
 import pytest
@@ -128,6 +129,7 @@ def test_content_digests_are_equal_wherever_the_data_is() -> None:
 
 def test_the_empty_directory_needs_no_record() -> None:
     assert write(Pending(), {}) == EMPTY
+    assert hashlib.sha256(Pending().record(EMPTY.storage)).digest() == EMPTY.storage
     assert entries(Pending(), EMPTY.storage) == {}
 
 

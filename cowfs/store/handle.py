@@ -1,0 +1,35 @@
+"""What :meth:`cowfs.Store.mount` returns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from cowfs.mounting import MountHandle
+
+if TYPE_CHECKING:
+    from cowfs.model import Info
+    from cowfs.store.live import LiveVerbs
+
+__all__ = ["LiveHandle"]
+
+
+class LiveHandle(MountHandle):
+    """A mount of an active snapshot of a store: a :class:`cowfs.MountHandle` that can also make snapshots of itself.
+
+    Attributes:
+        key: the snapshot's key.
+    """
+
+    def __init__(self, handle: MountHandle, store: LiveVerbs, key: str) -> None:
+        super().__init__(handle.mountpoint, handle.pid, handle.socket)
+        self.key = key
+        self._store = store
+
+    def snapshot(self, name: str, *, labels: Mapping[str, str] | None = None) -> Info:
+        """As :meth:`LiveVerbs.snapshot`."""
+        return self._store.snapshot(self.key, name, labels=labels)
+
+    def rollback(self, name: str, *, keep: str | None = None) -> Info:
+        """As :meth:`LiveVerbs.rollback`."""
+        return self._store.rollback(self.key, name, keep=keep)
