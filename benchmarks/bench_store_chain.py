@@ -1,7 +1,8 @@
 """Claim: a chain of 500 layers mounts and compares as one of five does.
 
 "mount" is `Store.mount` of a fresh snapshot until its root and one directory are listed, and its unmount; "diff" is of
-the topmost layer. The chain's layers each change a file in one of ten directories.
+the topmost layer. The bottom layer has ten directories of one file; each layer above writes one of them anew, so the tree is the
+same size at any length.
 """
 
 from __future__ import annotations
@@ -33,9 +34,10 @@ def measure(lab: Lab) -> None:
         for length in map(int, _lengths(lab.profile)):
             while have < length:
                 store.prepare("k", parent)
-                folder = Path(store.driver.tree(store.index.get("k").id)) / f"d{have % 10}"
-                folder.mkdir()
-                (folder / f"f{have}").write_text(str(have))
+                tree = Path(store.driver.tree(store.index.get("k").id))
+                for number in range(10) if not have else (have % 10,):
+                    (tree / f"d{number}").mkdir()
+                    (top / f"d{number}" / "file").write_text(str(have))
                 parent, have = f"chain-{have}", have + 1
                 store.commit("k", parent)
             tops[length] = parent

@@ -10,11 +10,12 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from .claims import Bar, Claim, Key, Metric
-from .lab import Lab, SkipSubject, run, timed, unmount
+from .lab import Lab, SkipSubject, run, timed
 from .peers import cowfs_env
 from .stores import COW, Opened, opened
 
@@ -31,12 +32,15 @@ def _fill(top: Path) -> None:
 
 def measure(lab: Lab) -> None:
     names = lab.wanted(SUBJECTS)
-    with opened(lab, COW, 8 << 30) as opened_:
+    with (
+        opened(lab, COW, 8 << 30) as opened_,
+        tempfile.TemporaryDirectory(prefix="cowfs-", dir="/run", ignore_cleanup_errors=True) as run_root,
+    ):  # podman's --runroot takes no path of more than 50 characters
         opened_.base("base", _fill)
         podman: list[str] = []
         if PODMAN in names:
             with lab.trying(PODMAN):
-                podman = _podman(lab, opened_)
+                podman = _podman(opened_, run_root)
         for number, name in lab.rounds(names, 4 * lab.profile.rounds):
             with lab.trying(name):
                 {COW: _library, COMMAND: _command, PODMAN: lambda *more: _by_podman(podman, *more)}[name](
@@ -73,16 +77,16 @@ def _command(lab: Lab, opened_: Opened, number: int) -> None:
     try:
         lab.record("start", COMMAND, timed(start))
     finally:
-        unmount(at)
+        opened_.store.unmount(key)  # waits for the server
     opened_.store.remove(key)
 
 
-def _podman(lab: Lab, opened_: Opened) -> list[str]:
+def _podman(opened_: Opened, run_root: str) -> list[str]:
     """The command with a storage of its own that has the same tree as an image."""
     if not shutil.which("podman"):
         raise SkipSubject("podman is not installed")
     place = opened_.disk / "podman"
-    podman = ["podman", "--root", f"{place}/root", "--runroot", f"{place}/run", "--storage-driver", "overlay"]
+    podman = ["podman", "--root", f"{place}/root", "--runroot", run_root, "--storage-driver", "overlay"]
     image = opened_.disk / "base.tar"
     opened_.store.tag("base:1", "base")
     opened_.store.export("base:1", image, format="docker")
