@@ -20,6 +20,7 @@ from cowfs import whiteout
 from cowfs.sys import files, xattr
 from cowfs.union import copyup, finding, links
 from cowfs.union.attr import mode_of, unpack, with_nlink
+from cowfs.union.holding import unhold
 from cowfs.union.node import DT_DIR, DT_LNK, DT_REG, Dir, Node
 from cowfs.union.source import Source, lstat
 
@@ -340,7 +341,9 @@ def link(view: View, node: Node, parent: Dir, name: bytes) -> Node:
     _added(view, parent, up, name)
     if node.where is not None and node.where.impure:
         copyup.mark_impure(view, up)
-    if node.parent is None:  # a tmpfile gets its first name
+    if node.parent is None:  # a tmpfile gets its first name, or a file whose known names went one more
+        view.astray.discard(node)
+        unhold(view, node)
         node.where, node.name = up, name
     view.bind(parent, name, node)
     node.attr = None
@@ -411,8 +414,12 @@ def unlink(view: View, parent: Dir, name: bytes) -> None:
     parent.attr = None
     view.unbind(parent, name, node)
     node.attr = None
-    if known:
-        return
+    if not known:
+        unnamed(view, node, held, last)
+
+
+def unnamed(view: View, node: Node, held: bytes | None, last: bool) -> None:
+    """The last known name of an upper inode went; ``held`` is what :func:`hold` said, ``last`` that it has no other."""
     if held is not None:
         work = view.workdir
         assert work is not None
@@ -423,7 +430,7 @@ def unlink(view: View, parent: Dir, name: bytes) -> None:
         _gone(view, node)
     elif node.nlookup > 0:
         view.astray.add(node)
-    elif node.nlookup <= 0 and view.nodes.pop(node.id, None) is not None and node.fd >= 0:
+    elif view.nodes.pop(node.id, None) is not None and node.fd >= 0:
         os.close(node.fd)  # other names exist that nobody has looked at
         node.fd, node.wfd = -1, False
 

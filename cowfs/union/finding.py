@@ -159,8 +159,9 @@ def bind_inode(view: View, parent: Dir, name: bytes, source: Source, st: os.stat
     """The node of inode number ``ino``, new or, for one more hard link, the one there is."""
     existing = view.nodes.get(ino)
     if existing is not None or ino <= ROOT_ID or ino in view.burnt:
-        if existing is not None and st.st_nlink > 1 and _same(existing, source, st):
-            if existing in view.astray:  # its other names were not known until now
+        nameless = existing is not None and existing.parent is None
+        if existing is not None and (nameless or st.st_nlink > 1) and _same(existing, source, st):
+            if nameless:  # its other names were not known until now
                 view.astray.discard(existing)
                 unhold(view, existing)
                 existing.where, existing.name, existing.attr = source, name, None

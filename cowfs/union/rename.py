@@ -233,15 +233,9 @@ def _bury_victim(view: View, to: Dir, to_name: bytes, other: Node, held: bytes |
     if known:
         return
     if upper:
-        if held is not None:
-            assert view.workdir is not None
-            other.where, other.name = view.workdir.source, held
-        elif other.nlookup > 0:
-            other.where = None
-    if last:
+        create.unnamed(view, other, held, last)
+    else:
         create._gone(view, other)
-    elif upper and other.nlookup > 0:
-        view.astray.add(other)
 
 
 def _account_names(source: Source, name: bytes, leaves: bool, destination: Source, to_name: bytes, lands: bool) -> None:
@@ -377,6 +371,7 @@ def _make_opaque(view: View, node: Dir) -> None:
             _make_opaque(view, child)
     own = _upper_dir(view, node)
     if len(node.sources) > 1 or node.record is not None:
+        copyup.mark_impure(view, own)  # merged, it was so without saying
         xattr.setx(own.open(), b"", view.form.opaque, b"y")
     for name in own.whiteouts or ():
         os.unlink(name, dir_fd=own.open())
