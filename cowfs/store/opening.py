@@ -37,18 +37,23 @@ def make_root(path: str, create: bool) -> None:
         Corrupt: a store without its index.
         Unsupported: this user may not.
     """
-    index, layers_dir = os.path.join(path, INDEX), os.path.join(path, "layers")
+    index, layers = os.path.join(path, INDEX), os.path.join(path, "layers")
+    # Another process may be making this very store, and makes the index first: so the index is looked at last.
+    try:
+        names = os.listdir(path) if os.path.isdir(path) else []
+        held = os.listdir(layers) if "layers" in names else []
+    except PermissionError:
+        raise Unsupported(f"{path} is not this user's", remedy="choose a place of your own with --root DIR") from None
     if os.path.exists(index):
-        if not os.path.getsize(index) and os.path.isdir(layers_dir) and os.listdir(layers_dir):
+        if held and not os.path.getsize(index):
             raise Corrupt(f"the index {index} is empty, but there are layers", remedy="restore it from a backup")
         return
-    if os.path.lexists(path):
-        if not os.path.isdir(path):
-            raise InvalidArgument(f"{path} is not a directory", remedy="a store is a directory")
-        if os.path.exists(layers_dir):
-            raise Corrupt(f"the store {path} has lost its index ({INDEX})", remedy="restore it from a backup")
-        if create and any(not name.startswith(("index.db", "layers", "empty", "new-")) for name in os.listdir(path)):
-            raise InvalidArgument(f"{path} holds something that is not a store", remedy="choose an empty directory")
+    if os.path.lexists(path) and not os.path.isdir(path):
+        raise InvalidArgument(f"{path} is not a directory", remedy="a store is a directory")
+    if "layers" in names:
+        raise Corrupt(f"the store {path} has lost its index ({INDEX})", remedy="restore it from a backup")
+    if create and any(not name.startswith(("index.db", "empty", "new-")) for name in names):
+        raise InvalidArgument(f"{path} holds something that is not a store", remedy="choose an empty directory")
     if not create:
         raise NotFound(f"no store at {path}", remedy="make one with 'cowfs init'")
     try:
