@@ -32,6 +32,8 @@ __all__ = ["APPLICATION_ID", "FORMAT", "Index", "Row", "Tag"]
 
 APPLICATION_ID = 0x636F7766  # "cowf"
 BUSY_SECONDS = 60.0
+WAL_PAGES = 256
+"""Pages that the write-ahead log grows to, and is cut to after a large transaction: a megabyte, a quarter of SQLite's own."""
 
 MIGRATIONS: dict[int, str] = {}
 """SQL that turns format N into N + 1, by N. Format 1 is schema.sql as it first was."""
@@ -191,6 +193,8 @@ class Index:
         connection.execute(f"PRAGMA synchronous = {'FULL' if self._fsync else 'OFF'}")
         connection.execute("PRAGMA foreign_keys = ON")
         connection.execute("PRAGMA cache_size = -16384")
+        connection.execute(f"PRAGMA wal_autocheckpoint = {WAL_PAGES}")
+        connection.execute(f"PRAGMA journal_size_limit = {WAL_PAGES * 4096}")
         with self._lock:
             self._open.add(connection)
         return connection
