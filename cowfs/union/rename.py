@@ -350,15 +350,19 @@ def _subtree_cost(view: View, node: Dir) -> tuple[int, int]:
 def _up_all(view: View, node: Dir) -> None:
     copyup.up_dir(view, node)
     children = node.children if node.children is not None else view.load(node)
-    for name in list(children):
-        child = view.child(node, name)
-        if isinstance(child, Dir):
-            _up_all(view, child)
-        elif child is not None:
-            copyup.up_meta(view, child)
-            if child.nlookup <= 0:
-                with contextlib.suppress(OSError):
-                    view.drop(child)
+    node.nlookup += 1  # it must not go with the last of its files that does
+    try:
+        for name in list(children):
+            child = view.child(node, name)
+            if isinstance(child, Dir):
+                _up_all(view, child)
+            elif child is not None:
+                copyup.up_meta(view, child)
+                if child.nlookup <= 0:
+                    with contextlib.suppress(OSError):
+                        view.drop(child)
+    finally:
+        node.nlookup -= 1
     view.descriptors.trim()
 
 
