@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from cowfs.model import Kind
 from cowfs.store import Store
+from cowfs.union import Options, View
 
 
 @pytest.fixture(params=["overlay", "vfs"])
@@ -27,3 +29,54 @@ def store(space: Path, driver: str) -> Iterator[Store]:
 def tree_path(store: Store, key: str) -> Path:
     """The directory that holds an active snapshot's changes: writing there is what a mount does in the end."""
     return Path(store.driver.tree(store.index.get(key).id))
+
+
+BIG = bytes(range(1, 251)) * 400
+"""A file that is worth a redirect file."""
+
+
+def view_of(store: Store, key: str) -> View:
+    """What a mount of ``key`` would show and write; close it."""
+    (record,) = store.mounts(key)
+    words = dict(option.partition("=")[::2] for option in record.options)
+    options = Options(form=store.driver.form.name, row=store.driver.row or None)
+    lowers = words.get("lowerdir", record.source)  # a bind mount of one layer has none
+    return View(lowers.split(":"), words.get("upperdir"), words.get("workdir"), options=options)
+
+
+def overwrite(store: Store, key: str, path: str, offset: int, data: bytes) -> None:
+    """Write into a file of ``key`` as a mount does: backends of deltas copy it up, or make a redirect file."""
+    if store.driver.whole:
+        with (tree_path(store, key) / path).open("r+b") as file:
+            file.seek(offset)
+            file.write(data)
+        return
+    view = view_of(store, key)
+    try:
+        node = view.root
+        for name in path.encode().split(b"/"):
+            node = view.lookup(node, name)
+        view.write(node, offset, data)
+    finally:
+        view.close()
+
+
+def content(store: Store, name: str, path: str) -> bytes:
+    """A file of a snapshot, as a mount shows it."""
+    if store.driver.whole:
+        return (tree_path(store, name) / path).read_bytes()
+    key = "to look" if (committed := store.stat(name).kind is Kind.COMMITTED) else name
+    if committed:
+        store.view(key, name)
+    view = view_of(store, key)
+    try:
+        node = view.root
+        for part in path.encode().split(b"/"):
+            node = view.lookup(node, part)
+        found = bytearray(view.size(node))
+        assert view.pread(node, 0, memoryview(found)) == len(found)
+    finally:
+        view.close()
+        if committed:
+            store.remove(key)
+    return bytes(found)

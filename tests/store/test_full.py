@@ -14,7 +14,9 @@ from support import hostfs
 from cowfs.errors import CowfsError
 from cowfs.store import Store
 
-from .conftest import tree_path
+from .conftest import BIG, content, overwrite, tree_path
+
+BIGGER = BIG[:5000] + b"own" + BIG[5003:]
 
 VERBS = {
     "prepare": lambda store: store.prepare("new", "base"),
@@ -23,6 +25,11 @@ VERBS = {
     "import": lambda store: store.import_image(io.BytesIO(_tar()), "image"),
     "label": lambda store: store.update("base", {f"label-{number}": "x" * 3000 for number in range(40)}),
 }
+
+
+@pytest.fixture(params=["overlay", "vfs", "row"])
+def driver(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 def _tar() -> bytes:
@@ -63,9 +70,11 @@ def test_a_full_disk_loses_nothing(
     with Store.open(place / "store", driver=driver, fsync=False) as store:
         store.prepare("k")
         (tree_path(store, "k") / "file").write_text("base")
+        (tree_path(store, "k") / "big").write_bytes(BIG)
         store.commit("k", "base")
         store.prepare("work", "base")
         (tree_path(store, "work") / "own").write_text("own")
+        overwrite(store, "work", "big", 5000, b"own")
         before = {info.name for info in store.walk()}
         ballast = _fill_disk(place, leave)
         try:
@@ -81,11 +90,12 @@ def test_a_full_disk_loses_nothing(
         assert store.check().damage == []
         if not done and verb != "import":  # the layers of an image that are complete stay
             assert {info.name for info in store.walk()} == before
-        assert [change.path for change in store.diff("base")] == [b"file"]
+        assert [change.path for change in store.diff("base")] == [b"big", b"file"]
         store.gc()
         assert store.check(content=True).problems == []
         if not done:
             VERBS[verb](store)
+        assert content(store, "done" if verb == "commit" else "work", "big") == BIGGER
         if verb == "apply":
             store.commit("work", "done")
             assert b"d/file-39" in {change.path for change in store.diff("done")}
