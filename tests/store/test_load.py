@@ -18,7 +18,7 @@ from cowfs.errors import AlreadyExists, CowfsError
 from cowfs.model import Kind
 from cowfs.store import Store
 
-from .conftest import tree_path
+from .conftest import BIG, content, overwrite, tree_path
 
 
 def in_children(count: int, act: Callable[[int], int]) -> list[int]:
@@ -129,6 +129,8 @@ def worker(root: Path, seed: int, log: int) -> int:
                 tree = tree_path(store, key)
                 (tree / f"f{dice.randrange(5)}").write_text(key)
                 (tree / "last").write_text(key)
+                if store.driver.row:
+                    overwrite(store, key, "shared", dice.randrange(len(BIG) - 9), b"%09d" % count)
                 what = dice.random()
                 if what < 0.6:
                     store.commit(key, key.upper())
@@ -146,7 +148,7 @@ def worker(root: Path, seed: int, log: int) -> int:
     return 0
 
 
-@pytest.mark.parametrize("backend", ["overlay", "vfs"])
+@pytest.mark.parametrize("backend", ["overlay", "vfs", "row"])
 def test_killed_under_load_from_four_processes_nothing_is_lost(
     space: Path, backend: str, request: pytest.FixtureRequest
 ) -> None:
@@ -155,7 +157,7 @@ def test_killed_under_load_from_four_processes_nothing_is_lost(
     root = space / "store"
     with Store.open(root, driver=backend, fsync=False) as store:
         store.prepare("base")
-        (tree_path(store, "base") / "shared").write_text("shared")
+        (tree_path(store, "base") / "shared").write_bytes(BIG)
         store.commit("base", "BASE")
         store.prepare("base", "BASE")
         store.commit("base", "base")
@@ -209,9 +211,11 @@ def test_killed_under_load_from_four_processes_nothing_is_lost(
         assert store.check(content=True).problems == []
         assert set(os.listdir(root / "layers")) == {row.id for row in store.index.rows()}
         assert not [name for name in os.listdir(root) if name.startswith(("new-", "rm-"))]
-        for info in store.walk():
+        for info in list(store.walk()):
             if info.kind is Kind.COMMITTED and info.name.startswith("K-"):
                 assert b"last" in {change.path for change in store.diff(info.name)}
+                if store.driver.row:
+                    assert len(content(store, info.name, "shared")) == len(BIG)
             elif info.kind is Kind.ACTIVE:
                 list(store.diff(info.name))
                 store.mounts(info.name)
