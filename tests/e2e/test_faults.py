@@ -120,17 +120,19 @@ def left_in_work(work: Path) -> list[str]:
 
 
 @pytest.mark.slow
-def test_sigkill_at_random_moments(space: Path, request: pytest.FixtureRequest) -> None:
-    """Killed under load, remounted, checked, and on with the same upper; the kernel reads it in the end."""
-    kills: int = request.config.getoption("--kills")
+@pytest.mark.parametrize("row", [False, True], ids=["overlay", "row"])
+def test_sigkill_at_random_moments(space: Path, row: bool, request: pytest.FixtureRequest) -> None:
+    """Killed under load, remounted, checked, and on with the same upper; the kernel reads it in the end (or cowfs again)."""
+    kills: int = request.config.getoption("--kills") // (5 if row else 1)
     rng = random.Random(request.config.getoption("--seed"))
     lower = big_layer(space)
     target, upper, work = space / "mnt", space / "upper", space / "work"
     target.mkdir()
+    options = {"upper": upper, "work": work} | ({"row": 4096} if row else {})
     for number in range(kills):
         journal = space / "journal"
         journal.unlink(missing_ok=True)
-        handle = cowfs.mount([str(lower.path)], str(target), upper=upper, work=work)
+        handle = cowfs.mount([str(lower.path)], str(target), **options)
         load = subprocess.Popen([sys.executable, "-c", LOAD, str(target), str(journal), str(rng.random() * 1e9 // 1)[:-2]])
         while not journal.exists() and load.poll() is None:
             time.sleep(0.001)
@@ -139,12 +141,12 @@ def test_sigkill_at_random_moments(space: Path, request: pytest.FixtureRequest) 
         assert load.wait(20) == 0, f"kill {number}: the load failed otherwise"
         wait_dead(target, handle.pid)
         cowfs.umount(str(target))
-        with cowfs.mount([str(lower.path)], str(target), upper=upper, work=work):
+        with cowfs.mount([str(lower.path)], str(target), **options):
             check_after_kill(target, journal)
             ours = trees.snapshot(target)
         assert left_in_work(work) == [], f"kill {number}"
-    with mounts.overlay([lower.path], target, upper, work):
-        trees.assert_same(ours, trees.snapshot(target), names=("cowfs", "kernel"))
+    with mounts.mounted("row", [lower.path], space) if row else mounts.overlay([lower.path], target, upper, work):
+        trees.assert_same(ours, trees.snapshot(target), names=("cowfs", "cowfs again" if row else "kernel"))
 
 
 def test_sigkill_of_a_limited_mount_keeps_the_count(space: Path) -> None:
