@@ -31,9 +31,14 @@ LARGE_READ: Final = 64 << 10
 COPY_STEP: Final = 32 << 20
 
 _OK = abi.OUT_HEADER.pack
+_ATTR = codec.ATTR_HEAD.pack
+_FOREVER = codec.FOREVER
 _READ = abi.READ_IN.unpack_from
 _WRITE = abi.WRITE_IN.unpack_from
+_SETATTR = abi.SETATTR_IN.unpack_from
 _WRITTEN = codec.WRITE_REPLY.pack
+_KILL = abi.WRITE_KILL_SUIDGID
+_pwrite = os.pwrite
 _REGULAR = 8  # DT_REG
 _NOWAIT = getattr(os, "RWF_NOWAIT", 8)
 
@@ -164,6 +169,8 @@ class Data(Adapter):
         _fh, offset, whence, _ = abi.LSEEK_IN.unpack_from(buf, 40)
         if whence not in (os.SEEK_DATA, os.SEEK_HOLE):
             raise codec.invalid("whence")
+        if offset >> 63:  # negative: the kernel leaves that to us
+            raise OSError(errno.ENXIO, os.strerror(errno.ENXIO))
         where = self.view.lseek(self.view.node(nodeid), offset, whence)
         return codec.payload(unique, abi.LSEEK_OUT.pack(where))
 
@@ -192,23 +199,28 @@ class Data(Adapter):
         if size != n - 80:
             raise codec.invalid("write size")
         node = self.nodes.get(nodeid) or self.view.node(nodeid)
-        if self._later(node, buf[:n]):
+        view, where = self.view, node.where
+        if node.data is None and (where is None or where.layer is view.upper):
+            if node.wfd and view.space is None and not flags & _KILL:  # nothing to ask: what most writes are
+                node.attr = None
+                return _WRITTEN(24, 0, unique, _pwrite(node.fd, buf[80:n], offset), 0)
+        elif self._later(node, buf[:n]):
             return None
-        kill = bool(flags & 4)
+        kill = bool(flags & _KILL)
         if kill:
             self.strip(node, buf)
-        return _WRITTEN(24, 0, unique, self.view.write(node, offset, buf[80:n], kill), 0)
+        return _WRITTEN(24, 0, unique, view.write(node, offset, buf[80:n], kill), 0)
 
     def setattr(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply | None:
         node = self.nodes.get(nodeid) or self.view.node(nodeid)
-        fields = abi.SETATTR_IN.unpack_from(buf, 40)
+        fields = _SETATTR(buf, 40)
         if fields[0] & abi.FATTR_SIZE:
             if self._later(node, buf[:n], fields[3]):
                 return None
         elif not self.metacopy and self._later_too(node, buf[:n]):
             return None
         self.apply(node, buf, fields)
-        return codec.attributes(unique, node.attr or self.view.attr(node))
+        return _ATTR(120, 0, unique, _FOREVER, 0, 0) + (node.attr or self.view.attr(node))
 
     def _of_node(self, handler: Handler) -> Handler:
         """A handler whose node is copied up first."""

@@ -146,6 +146,7 @@ def test_seek_finds_data_and_holes(d: Path) -> None:
     assert os.lseek(fd, 260 * KIB, os.SEEK_DATA) == 512 * KIB
     fails(errno.ENXIO, os.lseek, fd, 600 * KIB, os.SEEK_DATA)
     fails(errno.ENXIO, os.lseek, fd, 1 << 20, os.SEEK_HOLE)
+    fails(errno.ENXIO, os.lseek, fd, -1, os.SEEK_DATA)
     assert os.lseek(fd, 0, os.SEEK_HOLE) == 0
     os.close(fd)
 

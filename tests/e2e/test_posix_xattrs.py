@@ -25,6 +25,15 @@ def test_set_get_list_remove(d: Path) -> None:
     assert sorted(os.listxattr(d / "f")) == ["trusted.t", "user.b"]
 
 
+@tree(lambda d: [write(d / "f"), (d / "d").mkdir()])
+def test_removing_an_acl_that_is_not_there_succeeds(d: Path) -> None:
+    for name in ("f", "d"):
+        os.removexattr(d / name, "system.posix_acl_access")
+    os.removexattr(d / "d", "system.posix_acl_default")
+    os.setxattr(d / "f", "system.posix_acl_access", struct.pack("<I", 2))
+    assert os.listxattr(d / "f") == []
+
+
 @tree(lambda d: [write(d / "f"), os.setxattr(d / "f", "user.a", b"1")])
 def test_create_and_replace_flags(d: Path) -> None:
     fails(errno.EEXIST, os.setxattr, d / "f", "user.a", b"2", os.XATTR_CREATE)
