@@ -38,7 +38,12 @@ _DIRENT_SIZE = abi.DIRENT.size
 _DIRENTPLUS_SIZE = abi.DIRENTPLUS.size
 _MODE, _UID, _GID, _SIZE = abi.FATTR_MODE, abi.FATTR_UID, abi.FATTR_GID, abi.FATTR_SIZE
 _ATIME, _MTIME = abi.FATTR_ATIME, abi.FATTR_MTIME
+_TIMES = _ATIME | _MTIME
+_NS = 1_000_000_000
+_OWNER = _UID | _GID | abi.FATTR_KILL_SUIDGID
 _KILL = abi.FATTR_KILL_SUIDGID | _UID | _GID
+_CAPABILITY = b"security.capability\0"
+_CAPABILITY_END = 48 + len(_CAPABILITY)
 _PADDING = [bytes(-length % 8) for length in range(8)]
 
 
@@ -276,12 +281,21 @@ class Adapter:
             self._chown_nothing(node, buf)
             return
         view = self.view
+        if not valid & ~_OWNER:
+            view.setattr(node, uid=uid if valid & _UID else None, gid=gid if valid & _GID else None, kill=True)
+            return
+        if valid == _MODE:
+            view.setattr(node, mode=mode & 0o7777)
+            return
+        if valid == _TIMES:
+            view.setattr(node, atime=_signed(atime) * _NS + atime_ns, mtime=_signed(mtime) * _NS + mtime_ns)
+            return
         accessed: Any = None
         modified: Any = None
         if valid & _ATIME:
-            accessed = view.NOW if valid & abi.FATTR_ATIME_NOW else _signed(atime) * 1_000_000_000 + atime_ns
+            accessed = view.NOW if valid & abi.FATTR_ATIME_NOW else _signed(atime) * _NS + atime_ns
         if valid & _MTIME:
-            modified = view.NOW if valid & abi.FATTR_MTIME_NOW else _signed(mtime) * 1_000_000_000 + mtime_ns
+            modified = view.NOW if valid & abi.FATTR_MTIME_NOW else _signed(mtime) * _NS + mtime_ns
         view.setattr(
             node,
             mode=mode & 0o7777 if valid & _MODE else None,
@@ -356,6 +370,10 @@ class Adapter:
         return _OK(16, 0, unique)
 
     def getxattr(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply:
+        if n == _CAPABILITY_END and bytes(buf[48:n]) == _CAPABILITY:  # before each first write, chown and truncate
+            node = self.nodes.get(nodeid)
+            if node is not None and node.bare:
+                return _OK(16, -errno.ENODATA, unique)
         room, _ = abi.GETXATTR_IN.unpack_from(buf, 40)
         name = codec.text(buf, 48, n, codec.XATTR_NAME_MAX)
         return self._sized(unique, room, self.view.getxattr(self.view.node(nodeid), name))

@@ -55,8 +55,10 @@ _T = TypeVar("_T")
 TRIES: Final = 20
 #: A yield that took this long met a process that computes, and gave up a whole time slice to it (which the scheduler
 #: then holds against us); so for this many requests the loop does not yield, and tries less, before it sleeps.
-CROWDED_NS: Final = 1_000_000
+CROWDED_NS: Final = 200_000
 CROWDED_REQUESTS: Final = 256
+#: Each time that yielding was tried again in vain, twice as many, up to these.
+CROWDED_MOST: Final = 16384
 CROWDED_TRIES: Final = 3
 #: Bytes the kernel reads ahead: a quarter of the requests of its default, and not yet much for a fault in a map.
 READ_AHEAD: Final = 512 << 10
@@ -306,7 +308,7 @@ class Session:
         poll.register(fd, select.POLLIN)
         poll.register(self._wake, select.POLLIN)
         sched_yield, clock = os.sched_yield, time.perf_counter_ns
-        crowded = 0
+        crowded, crowd = 0, CROWDED_REQUESTS
         nodes, most = self.view.nodes, self.options.max_nodes
         awaiting, patience = self._awaiting, PATIENCE
         self.view.patient = True
@@ -336,7 +338,8 @@ class Session:
                     start = clock()
                     sched_yield()
                     if clock() - start > CROWDED_NS:
-                        crowded = CROWDED_REQUESTS
+                        crowded = crowd
+                        crowd = min(2 * crowd, CROWDED_MOST)
                     continue
                 if most:
                     most = self._prune()
@@ -346,6 +349,8 @@ class Session:
             tries = TRIES
             if crowded:
                 crowded -= 1
+            elif crowd > CROWDED_REQUESTS:
+                crowd -= 1  # the longer yielding goes well, the sooner it is tried again after it did not
             if most and len(nodes) > most:
                 most = self._prune()
             length, opcode, unique, nodeid = unpack(buf)

@@ -107,6 +107,22 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
     check(libc.fallocate(fd, mode, ctypes.c_int64(offset), ctypes.c_int64(length)))
 
 
+# utimensat(2), linux/stat.h
+_TIMES = struct.Struct("<qqqq")
+_UTIME_OMIT = (1 << 30) - 2
+_futimens = libc.futimens
+_futimens.argtypes = (ctypes.c_int, ctypes.c_char_p)
+_NS = 1_000_000_000
+
+
+def futimens(fd: int, atime: int | None, mtime: int | None) -> None:
+    """Set a descriptor's times, in ns since 1970; ``None`` leaves one alone (which os.utime cannot say)."""
+    a, b = (0, _UTIME_OMIT) if atime is None else divmod(atime, _NS)
+    c, d = (0, _UTIME_OMIT) if mtime is None else divmod(mtime, _NS)
+    if _futimens(fd, _TIMES.pack(a, b, c, d)):
+        check(-1)
+
+
 def syncfs(fd: int) -> None:
     """syncfs(2): everything dirty on the file system of ``fd``."""
     check(libc.syncfs(fd))

@@ -3,7 +3,8 @@
 The *at forms of the xattr calls exist only since Linux 6.13, so names go through
 ``/proc/self/fd/DIRFD/NAME``: the magic link ends at the open directory whatever happened to its
 path, and the last component is not followed. With ``name == b""`` the descriptor's own object
-is meant, also for O_PATH descriptors, of symbolic links too.
+is meant, also for O_PATH descriptors, of symbolic links too; with ``name is None`` an ordinary descriptor's, the
+quick way.
 """
 
 from __future__ import annotations
@@ -40,17 +41,19 @@ def _can_ask() -> bool:
 _CAN_ASK = _can_ask()
 
 
-def at(dirfd: int, name: bytes) -> bytes:
-    """The path under /proc that names ``name`` in the open directory ``dirfd``."""
+def at(dirfd: int, name: bytes | None) -> bytes | int:
+    """The path under /proc that names ``name`` in the open directory ``dirfd``; a descriptor for itself."""
+    if name is None:
+        return dirfd
     return b"/proc/self/fd/%d/%b" % (dirfd, name) if name else b"/proc/self/fd/%d" % dirfd
 
 
-def get(dirfd: int, name: bytes, attribute: bytes | str) -> bytes:
+def get(dirfd: int, name: bytes | None, attribute: bytes | str) -> bytes:
     """The value. Raises OSError: ENODATA when the object does not have it."""
     return os.getxattr(at(dirfd, name), attribute, follow_symlinks=not name)
 
 
-def try_get(dirfd: int, name: bytes, attribute: bytes | str) -> bytes | None:
+def try_get(dirfd: int, name: bytes | None, attribute: bytes | str) -> bytes | None:
     """The value, or ``None`` where the object or its file system does not have it."""
     if (
         _CAN_ASK
@@ -68,7 +71,7 @@ def try_get(dirfd: int, name: bytes, attribute: bytes | str) -> bytes | None:
         raise
 
 
-def listx(dirfd: int, name: bytes) -> list[bytes]:
+def listx(dirfd: int, name: bytes | None) -> list[bytes]:
     """All names that this process may see; empty where the file system has none."""
     try:
         return [os.fsencode(n) for n in os.listxattr(at(dirfd, name), follow_symlinks=not name)]
@@ -78,12 +81,12 @@ def listx(dirfd: int, name: bytes) -> list[bytes]:
         raise
 
 
-def setx(dirfd: int, name: bytes, attribute: bytes | str, value: bytes, flags: int = 0) -> None:
+def setx(dirfd: int, name: bytes | None, attribute: bytes | str, value: bytes, flags: int = 0) -> None:
     """Create or replace (``flags``: 0, CREATE or REPLACE)."""
     os.setxattr(at(dirfd, name), attribute, value, flags, follow_symlinks=not name)
 
 
-def remove(dirfd: int, name: bytes, attribute: bytes | str) -> None:
+def remove(dirfd: int, name: bytes | None, attribute: bytes | str) -> None:
     """Remove. Raises OSError: ENODATA when the object does not have it."""
     os.removexattr(at(dirfd, name), attribute, follow_symlinks=not name)
 

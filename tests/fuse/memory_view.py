@@ -43,6 +43,8 @@ class MemNode:
         self.target = b""
         self.xattrs: dict[bytes, bytes] = {}
         self.attr: bytes | None = None
+        self.bare, self.wfd, self.where = 0, False, None
+        self.data = object()  # "elsewhere": each write asks :meth:`MemoryView.writable` first
 
 
 class MemStage:
