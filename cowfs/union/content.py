@@ -166,11 +166,14 @@ def truncate(view: View, node: Node, size: int) -> None:
         node.data.truncate(size)
         return
     fd = node.fd if node.wfd else _open(view, node)
-    if view.space is not None:
-        view.space.count(node)
+    space = view.space
+    if space is None:
+        os.ftruncate(fd, size)
+        return
+    space.count(node)
+    before = os.fstat(fd).st_size
     os.ftruncate(fd, size)
-    if view.space is not None:
-        view.space.cut(node, size)
+    space.cut(node, size, before)
 
 
 def fallocate(view: View, node: Node, mode: int, offset: int, length: int) -> None:

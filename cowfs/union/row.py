@@ -30,6 +30,7 @@ from cowfs.union.attr import unpack
 from cowfs.union.extents import INFINITY, ZEROS, Extents
 from cowfs.union.lower import Data
 from cowfs.union.node import DT_REG, Node
+from cowfs.union.rowahead import Pilot
 from cowfs.union.rowcheck import is_marked
 from cowfs.union.rowfile import RowFile
 from cowfs.union.rowmap import MAP_DIR, ROOT_MARK, Loaded, Log, Ref
@@ -60,6 +61,7 @@ class Rows:
         self._marked: dict[Layer, bool] = {}
         self._maps: dict[Layer, int] = {}
         self.syncer = Syncer(view.must_sync)
+        self.pilot = Pilot()
         self._opened: deque[Chain] = deque()
         self._fds = 0
 
@@ -104,6 +106,7 @@ class Rows:
 
     def close(self) -> None:
         """Sync what is dirty, mark the maps, close everything."""
+        self.pilot.close()
         try:
             self.syncer.close()
         finally:
@@ -248,6 +251,9 @@ class Rows:
             log = Log.create(self.map_dir(upper), file.ref)
             file.mapped()
             return log
+        left = self.syncer.take_back(file.ref.map_name)
+        if left is not None:
+            return left
         if loaded is None:
             loaded = rowmap.read(self.map_dir(upper), file.ref)
         log = Log.open(self.map_dir(upper), file.ref, loaded, durable=self.view.must_sync)

@@ -207,6 +207,7 @@ class RowFile(Chain):
             space.count(self.node)
         if size > self.size and self.end_stale:
             self._store_end()
+        before = self.size
         os.ftruncate(fd, size)
         self.size = size
         if size < self.base_end:
@@ -218,7 +219,7 @@ class RowFile(Chain):
             extents.put(alone, INFINITY, self.own)
             self._store_end()
         if space is not None:
-            space.cut(self.node, size)
+            space.cut(self.node, size, before)
         if size == 0:
             self.rows.make_plain(self)
 
@@ -302,6 +303,8 @@ class RowFile(Chain):
             hole = self._hole(at)
             if hole > at:
                 space = self.rows.view.space
+                if space is not None:
+                    space.count(self.node)
                 files.fallocate(fd, _PUNCH | _KEEP, at, hole - at)
                 if space is not None:
                     space.punch(self.node, at, hole - at, self.size)

@@ -259,17 +259,20 @@ def _read_all(fd: int) -> bytes:
 class Log:
     """A map open for appending.
 
-    Any thread may call; ``_lock`` orders the records, whose checksums depend on where they stand.
+    Any thread may call; ``_lock`` orders the records, whose checksums depend on where they stand. So there is never a
+    second one of a map: who wants it again while it waits for its last sync takes it back (``Syncer.take_back``).
 
     Attributes:
+        name: the map's file name.
         failure: an fsync of the data failed. The host has dropped what it could not write (fsync(2), errors), so no
             later success means anything: nothing is marked any more, and a reboot brings back the old blocks.
     """
 
-    __slots__ = ("_lock", "end", "failure", "fd", "synced")
+    __slots__ = ("_lock", "end", "failure", "fd", "name", "synced")
 
-    def __init__(self, fd: int, end: int, synced: int) -> None:
+    def __init__(self, name: bytes, fd: int, end: int, synced: int) -> None:
         self._lock = threading.Lock()
+        self.name = name
         self.fd = fd
         self.end = end
         self.synced = synced
@@ -286,7 +289,7 @@ class Log:
             os.close(fd)
             os.unlink(ref.map_name, dir_fd=dirfd)
             raise
-        return cls(fd, HEAD_SIZE, HEAD_SIZE)
+        return cls(ref.map_name, fd, HEAD_SIZE, HEAD_SIZE)
 
     @classmethod
     def open(cls, dirfd: int, ref: Ref, loaded: Loaded, *, durable: bool) -> Log:
@@ -301,7 +304,7 @@ class Log:
         except BaseException:
             os.close(fd)
             raise
-        return cls(fd, end, synced)
+        return cls(ref.map_name, fd, end, synced)
 
     @property
     def dirty(self) -> bool:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from cowfs.union.extents import INFINITY, ZEROS, Extents
 from cowfs.union.lower import Data
 from cowfs.union.node import Node
+from cowfs.union.rowahead import Ahead, Hints, plan
 from cowfs.union.rowmap import Loaded, Log, Ref
 from cowfs.union.source import Layer, Source
 from cowfs.union.space import UNIT
@@ -61,9 +62,11 @@ class Chain:
         loaded: the map as it was read, until it is appended to.
         end_stale: whether ``base_end`` is smaller than the reference on disk says.
         ref_dirty: whether the reference changed since the last fsync.
+        ahead: what was asked for ahead of a reader.
     """
 
     __slots__ = (
+        "ahead",
         "base_end",
         "behind",
         "end_stale",
@@ -92,6 +95,7 @@ class Chain:
         self.behind: Data | None = None
         self.base_end = 0
         self.size = 0
+        self.ahead = Ahead()
         self.extents: Extents | None = None
         self.levels: list[Level] = []
         self.log: Log | None = None
@@ -216,21 +220,42 @@ class Chain:
         Raises:
             OSError: EIO; EAGAIN with ``flags`` RWF_NOWAIT when the disk would be waited for.
         """
-        extents = self.extents if self.extents is not None else self.load()
+        if self.extents is None:
+            self.load()
         end = min(offset + len(buffer), self.size)
         if offset >= end:
             return 0
-        runs = list(extents.runs(offset, end))
+        if not flags:
+            return self._read(offset, end, buffer)
+        sequential = self.ahead.follow(self, offset, end)
+        try:
+            done = self._read(offset, end, buffer, flags)
+        except BlockingIOError:
+            if sequential:
+                self.ahead.wait(self, offset, end)
+            raise
+        if done < end - offset and sequential:
+            self.ahead.wait(self, offset, end)
+        return done
+
+    def _read(self, offset: int, end: int, buffer: memoryview, flags: int = 0) -> int:
+        assert self.extents is not None
+        runs = list(self.extents.runs(offset, end))
         if len(runs) == 1:
             return self._read_run(runs[0][2], offset, buffer[: end - offset], flags)
-        if len(runs) > _FEW:
-            self._read_many(runs, offset, buffer, flags)
-            return end - offset
-        for start, stop, owner in runs:
+        for start, stop, owner in plan(runs) if len(runs) > _FEW else runs:
             part = buffer[start - offset : stop - offset]
             if self._read_run(owner, start, part, flags) < len(part):
                 raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
         return end - offset
+
+    def hints(self, start: int, end: int) -> Hints:
+        """What to ask the host for when [start, end) will be read."""
+        wanted: dict[int, list[tuple[int, int]]] = {}
+        for first, last, owner in plan(list(self.load().runs(start, end))):
+            if owner != ZEROS:
+                wanted.setdefault(owner, []).append((first, last))
+        return [(os.dup(self._fd(owner)), ranges) for owner, ranges in wanted.items()]
 
     def _read_run(self, owner: int, offset: int, buffer: memoryview, flags: int = 0) -> int:
         if owner == ZEROS:
@@ -247,20 +272,6 @@ class Chain:
             done += more
         return done
 
-    def _read_many(self, runs: list[tuple[int, int, int]], offset: int, buffer: memoryview, flags: int) -> None:
-        """Many segments: the span of the level that has most of it in one call, then the others."""
-        held: dict[int, int] = {}
-        for start, stop, owner in runs:
-            held[owner] = held.get(owner, 0) + stop - start
-        held.pop(ZEROS, None)
-        main = max(held, key=held.__getitem__)
-        first = next(start for start, _, owner in runs if owner == main)
-        last = next(stop for _, stop, owner in reversed(runs) if owner == main)
-        parts = [(first, last, main)] + [run for run in runs if run[2] != main]
-        for start, stop, owner in parts:
-            if self._read_run(owner, start, buffer[start - offset : stop - offset], flags) < stop - start:
-                raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
-
     def fetch(self, start: int, end: int) -> bytearray:
         data = bytearray(end - start)
         self.pread(start, memoryview(data))
@@ -270,6 +281,7 @@ class Chain:
         """A read to be run once in any thread, while nobody writes: it fills a buffer and returns how many bytes."""
         end = min(offset + length, self.size)
         runs = list(self.load().runs(offset, end)) if offset < end else []
+        runs = plan(runs) if len(runs) > _FEW else runs
         owners = {owner for _, _, owner in runs if owner != ZEROS}
         copies = {owner: os.dup(self._fd(owner)) for owner in owners}
 

@@ -96,6 +96,15 @@ class Syncer:
                 return True
         return False
 
+    def take_back(self, name: bytes) -> Log | None:
+        """The log of that map, if it was left here and is not clean yet: a second one would not know its end."""
+        with self._lock:
+            for log in self.orphaned:
+                if log.name == name:
+                    self.orphaned.discard(log)
+                    return log
+        return None
+
     def close(self) -> None:
         """A last round, and the end of the thread."""
         self._ended = True

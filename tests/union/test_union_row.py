@@ -310,6 +310,10 @@ class RedirectFile(RuleBasedStateMachine):
             node = self.view.lookup(self.view.root, name.encode())
             assert self.view.size(node) == len(self.model)
             assert read(self.view, node) == bytes(self.model)
+            if isinstance(node.data, RowFile):  # what a worker thread reads
+                found = memoryview(bytearray(len(self.model)))
+                assert node.data.reader(0, len(found))(found) == len(found)
+                assert found == self.model
 
     @invariant()
     def seek_is_honest(self) -> None:

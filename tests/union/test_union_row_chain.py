@@ -186,6 +186,40 @@ def test_a_compacted_file_is_a_plain_one(stack: Stack) -> None:
     assert paths.read_bytes("big", 0, 5) == b"again"
 
 
+def test_a_file_that_was_forgotten_before_its_sync_goes_on_with_the_same_map(stack: Stack) -> None:
+    """Two that append to one map would not know of each other's records, and the first wrong one ends the map."""
+    (stack.layer() / "big").write_bytes(fill(1 << 20))
+    stack.layer()
+    paths = stack.open()
+    view = stack.view
+    assert view is not None
+    assert view.rows is not None
+    for block in (3, 5, 7):
+        paths.write_at("big", block * BLOCK, b"new")
+        view.drop(paths.node("big"))
+    view.rows.syncer.sync()
+    paths.write_at("big", 9 * BLOCK, b"new")
+    view.rows.syncer.sync()
+    ref = paths.node("big").data.ref
+    loaded = rowmap.read(view.rows.map_dir(view.need_upper()), ref)
+    assert loaded.ranges == [(3, 4), (5, 6), (7, 8), (9, 10)]
+    assert loaded.synced == loaded.end
+
+
+def test_compaction_gives_back_what_was_reserved_where_the_base_has_a_hole(stack: Stack) -> None:
+    with (stack.layer() / "big").open("wb") as file:
+        file.truncate(1 << 20)
+    stack.layer()
+    paths = stack.open(limit=Limit(bytes=1 << 20))
+    view = stack.view
+    assert view is not None
+    view.fallocate(paths.node("big"), 0, 0, 4 * BLOCK)
+    view.drop(paths.node("big"))
+    for _ in rowcompact.compact(view, share=0):
+        pass
+    assert view.usage() == measure(view.need_upper(), FORM)
+
+
 def test_compaction_that_was_killed_leaves_a_redirect_file_that_is_right(stack: Stack) -> None:
     data = bytearray(fill(4 << 20))
     (stack.layer() / "big").write_bytes(data)
