@@ -435,6 +435,11 @@ class Index:
         data: bytes = row[0]
         return data
 
+    @property
+    def spool(self) -> str:
+        """Where files without a name may be made: beside the index."""
+        return os.path.dirname(self.path)
+
     @staticmethod
     def add_records(connection: sqlite3.Connection, new: Mapping[bytes, tuple[bytes, bytes]]) -> None:
         """Store records inside a write transaction; those already there are kept."""

@@ -33,13 +33,13 @@ from cowfs.tree import (
     Pending,
     Records,
     Ref,
+    Writer,
     decode,
     edit,
     encode,
     entries,
     find,
     join,
-    write,
 )
 from cowfs.union import space
 from cowfs.union.inodes import ino_of_origin
@@ -50,6 +50,7 @@ __all__ = ["KnownDigest", "Scanned", "locate", "scan_delta", "scan_full"]
 
 KEEP_OPEN = 128
 _DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_FLUSH = 4096  # entries of a new directory that are kept before they are recorded
 _MANY = 64  # names of a big directory that are cheaper looked up together than one by one
 
 KnownDigest = Callable[[bytes, os.stat_result], bytes | None]
@@ -105,7 +106,9 @@ class _Frame:
         edits: what this layer does to it.
     """
 
-    __slots__ = ("base", "below", "cache", "edits", "entry", "fd", "implied", "many", "name", "nested", "path", "todo")
+    __slots__ = (
+        "base", "below", "cache", "edits", "entry", "fd", "implied", "many", "name", "nested", "path", "todo", "writer",
+    )  # fmt: skip
 
     def __init__(self, fd: int, name: bytes, path: bytes, entry: Entry, below: Ref, base: bytes, implied: bytes) -> None:
         self.fd = fd
@@ -116,6 +119,7 @@ class _Frame:
         self.base = base
         self.implied = implied  # where it is, and its files are, when its entry says nothing
         self.edits: dict[bytes, Pair | None] = {}
+        self.writer: Writer | None = None  # of a directory that starts from nothing
         self.nested = False
         self.cache: dict[bytes, Pair] | None = None
         self.many = False
@@ -182,6 +186,8 @@ class _Scan:
                     if st.st_ctime_ns > self.latest:
                         self.latest = st.st_ctime_ns
                     self.file(frame, child[0], st)
+                if frame.writer is not None and len(frame.edits) > _FLUSH:
+                    self.flush(frame, frame.writer)
         finally:
             for frame in stack:
                 if frame.fd >= 0:
@@ -196,7 +202,11 @@ class _Scan:
 
     def leave(self, frame: _Frame) -> Pair:
         if frame.below == EMPTY:
-            ref = write(self.pending, {name: pair for name, pair in frame.edits.items() if pair is not None})
+            writer = frame.writer or Writer(self.pending)
+            if frame.writer is None:
+                frame.edits = dict(sorted(frame.edits.items()))
+            self.flush(frame, writer)
+            ref = writer.done()
         elif frame.edits:
             ref = edit(self.pending, frame.below.storage, frame.edits)
         else:
@@ -205,13 +215,28 @@ class _Scan:
         base = None if frame.base == frame.implied else frame.base
         return encode(frame.name, frame.entry._replace(ref=ref, path=path, base=base))
 
-    def listed(self, frame: _Frame) -> list[tuple[bytes, bool]]:
+    def flush(self, frame: _Frame, writer: Writer) -> None:
+        """Record what a new directory has so far, in the order of its names."""
+        for name, pair in frame.edits.items():
+            if pair is not None:
+                writer.add(name, pair)
+        frame.edits = {}
+
+    def listed(self, frame: _Frame) -> list[bytes]:
         """Start reading the frame's names (all at once: the layer is not changing)."""
+        names: list[bytes] = []
+        inner: set[bytes] = set()
         with os.scandir(frame.fd) as listing:
-            found = [(os.fsencode(entry.name), entry.is_dir(follow_symlinks=False)) for entry in listing]
-        frame.many = len(found) > _MANY
-        frame.todo = iter(found)
-        return found
+            for entry in listing:
+                names.append(os.fsencode(entry.name))
+                if entry.is_dir(follow_symlinks=False):
+                    inner.add(names[-1])
+        frame.many = len(names) > _MANY
+        if frame.below == EMPTY and len(names) > _FLUSH:
+            names.sort()
+            frame.writer = Writer(self.pending)
+        frame.todo = ((name, name in inner) for name in names)
+        return names
 
     def count(self, fd: int, name: bytes, st: os.stat_result, stored: dict[bytes, bytes], *, data: bool) -> None:
         """Add one object to the usage, by the measure of :mod:`cowfs.union.space`."""
@@ -372,7 +397,7 @@ class _Full(_Scan):
         found = self.listed(frame)
         if below != EMPTY:
             frame.many = True
-            here = {child for child, _ in found}
+            here = set(found)
             for gone in entries(self.pending, below.storage):
                 if gone not in here:
                     frame.edits[gone] = None

@@ -44,6 +44,7 @@ from itertools import accumulate, pairwise
 from typing import NamedTuple, Protocol
 
 from cowfs.errors import Corrupt
+from cowfs.spill import Spill
 
 __all__ = [
     "CHUNK_ABOVE",
@@ -54,6 +55,7 @@ __all__ = [
     "Pending",
     "Records",
     "Ref",
+    "Writer",
     "children_of",
     "decode",
     "differing",
@@ -158,11 +160,12 @@ class Pending:
     Threads: belongs to one verb, in one thread.
     """
 
-    __slots__ = ("_below", "new")
+    __slots__ = ("_below", "new", "spool")
 
     def __init__(self, below: Records | None = None) -> None:
         self._below = below
-        self.new: dict[bytes, tuple[bytes, bytes]] = {}  # digest -> (digests it points at, data)
+        self.spool: str | None = getattr(below, "spool", None)  # where a file may be made for many of them
+        self.new: Spill = Spill(self.spool)  # digest -> (digests it points at, data)
 
     def record(self, digest: bytes) -> bytes:
         made = self.new.get(digest)
@@ -381,6 +384,34 @@ def _cut(pending: Pending, pairs: Mapping[bytes, Pair]) -> list[_Chunk]:
         ref, count = _leaf(pending, run, pairs)
         made.append(_Chunk(run[0], count, ref))
     return made
+
+
+class Writer:
+    """Records a directory from its entries in the order of their names, keeping a chunk or two of them.
+
+    Gives what :func:`write` gives for the same entries.
+    """
+
+    __slots__ = ("_chunks", "_pairs", "_pending")
+
+    def __init__(self, pending: Pending) -> None:
+        self._pending = pending
+        self._pairs: dict[bytes, Pair] = {}
+        self._chunks: list[_Chunk] = []
+
+    def add(self, name: bytes, pair: Pair) -> None:
+        """The next entry."""
+        self._pairs[name] = pair
+        if len(self._pairs) > 2 * CHUNK_ABOVE and _is_boundary(name):
+            del self._pairs[name]
+            self._chunks += _cut(self._pending, self._pairs)
+            self._pairs = {name: pair}
+
+    def done(self) -> Ref:
+        """All of them were given."""
+        if not self._chunks:
+            return write(self._pending, self._pairs)
+        return _list(self._pending, self._chunks + _cut(self._pending, self._pairs))
 
 
 def write(pending: Pending, pairs: Mapping[bytes, Pair]) -> Ref:

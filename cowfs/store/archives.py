@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, BinaryIO
 from cowfs import archive, images
 from cowfs.faults import point
 from cowfs.index import Row
-from cowfs.store.layers import KeptDigests, SameData, hold, mark_time, untouched
+from cowfs.store.byinode import ByInode
+from cowfs.store.layers import UNKNOWN, KeptDigests, SameData, hold, mark_time, untouched
 from cowfs.store.upkeep import UpkeepVerbs
 from cowfs.sys import xattr
-from cowfs.tree import Pair, Records
+from cowfs.tree import DIGEST, Pair, Records
 
 if TYPE_CHECKING:
     from cowfs import scan
@@ -88,12 +89,12 @@ class ArchiveVerbs(UpkeepVerbs):
         diff_id: str | None,
         progress: Callable[[int, int], object] | None,
         blob_digest: str | None = None,
-    ) -> tuple[archive.Applied, dict[int, bytes]]:
+    ) -> tuple[archive.Applied, ByInode]:
         """Unpack into ``directory``; the digests of the files by inode."""
-        digests: dict[int, bytes] = {}
+        digests = ByInode(DIGEST)
 
         def on_inode(inode: int, digest: str) -> None:
-            digests[inode] = bytes.fromhex(digest)
+            digests[inode] = bytes.fromhex(digest) or UNKNOWN
 
         if options is not None and options.owners == "xattr":
             from cowfs.store.owners import mark

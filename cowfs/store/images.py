@@ -23,8 +23,9 @@ from cowfs.faults import point
 from cowfs.index import Index, Row
 from cowfs.model import Limit, Usage
 from cowfs.store.archives import Progress, counter
+from cowfs.store.byinode import ByInode
 from cowfs.store.exports import ExportVerbs
-from cowfs.store.layers import mark_copied
+from cowfs.store.layers import known_digest, mark_copied
 from cowfs.store.names import check_name, new_id
 from cowfs.store.staging import Staged
 from cowfs.sys import trees
@@ -165,7 +166,7 @@ class _Import:
         self._staged: Staged | None = None
         self._base = Limit()
         self._applied: archive.Applied
-        self._digests: dict[int, bytes] = {}
+        self._digests: ByInode
         self._copied = Usage()
 
     def __enter__(self) -> _Import:
@@ -228,7 +229,7 @@ class _Import:
         num = index.reserve()
         digests = self._digests
         scanned = store._scan_at(
-            layer.staged, num, parent, lambda path, st: digests.get(st.st_ino) or None, self._copied
+            layer.staged, num, parent, lambda path, st: known_digest(digests.get(st.st_ino)), self._copied
         )
         if driver.fsync:
             trees.sync_tree(driver.tree(layer.staged))

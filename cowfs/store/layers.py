@@ -20,17 +20,25 @@ from cowfs.driver import Driver
 from cowfs.errors import Corrupt, FailedPrecondition
 from cowfs.holders import lock_holder
 from cowfs.index import Index, Row
+from cowfs.store.byinode import ByInode
 from cowfs.sys import files, trees, xattr
 from cowfs.sys.mounts import mountinfo
 from cowfs.tree import Entry
 
-__all__ = ["KeptDigests", "LayerFile", "SameData", "Unchanged", "file_digest", "hold", "kernel_mount_of", "mark_copied", "mark_time", "untouched", "user_of"]
+__all__ = ["UNKNOWN", "KeptDigests", "LayerFile", "SameData", "Unchanged", "file_digest", "hold", "kernel_mount_of", "known_digest", "mark_copied", "mark_time", "untouched", "user_of"]
 
 KEPT = "cowfs-digests"
 _RECORD = struct.Struct("<QQ32s")  # inode, ctime in ns, digest
 COPIED = "cowfs-copied"
 """A file made right after a driver copied the parent: what has an older ctime was not touched since."""
 _CHUNK = 1 << 20
+UNKNOWN = bytes(32)
+"""In place of a digest: the file has none."""
+
+
+def known_digest(value: bytes | None) -> bytes | None:
+    """A digest as it was kept; None for none."""
+    return None if value == UNKNOWN else value
 
 
 @contextmanager
@@ -206,7 +214,7 @@ class KeptDigests:
     """
 
     def __init__(
-        self, known: dict[int, tuple[int, bytes]], tree: str, *, row: bytes = b"", compute: bool = False
+        self, known: ByInode, tree: str, *, row: bytes = b"", compute: bool = False
     ) -> None:
         self._known = known
         self._tree = tree
@@ -215,8 +223,8 @@ class KeptDigests:
 
     def __call__(self, path: bytes, st: os.stat_result) -> bytes | None:
         found = self._known.get(st.st_ino)
-        if found is not None and found[0] == st.st_ctime_ns:
-            return found[1]
+        if found is not None and int.from_bytes(found[:8], "little") == st.st_ctime_ns:
+            return found[8:]
         if not self._compute:
             return None
         root = os.open(self._tree, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -230,31 +238,27 @@ class KeptDigests:
     @classmethod
     def load(cls, driver: Driver, id: str, *, compute: bool = False) -> KeptDigests | None:
         """Those of a layer; None where there is nothing to tell."""
-        known: dict[int, tuple[int, bytes]] = {}
+        known = ByInode(_RECORD.size - 8)
         try:
             with open(f"{driver.directory(id)}/{KEPT}", "rb") as file:
-                data = file.read()
+                while len(record := file.read(_RECORD.size)) == _RECORD.size:
+                    known[int.from_bytes(record[:8], "little")] = record[8:]
         except FileNotFoundError:
             if not compute:
                 return None
-            data = b""
-        for ino, ctime, digest in _RECORD.iter_unpack(data[: len(data) // _RECORD.size * _RECORD.size]):
-            known[ino] = (ctime, digest)
         return cls(known, driver.tree(id), row=driver.form.row if driver.row else b"", compute=compute)
 
     @staticmethod
-    def save(driver: Driver, id: str, digests: dict[int, bytes]) -> None:
+    def save(driver: Driver, id: str, digests: ByInode) -> None:
         """Keep digests, given by inode, after an apply; those kept before stay where the inode is not named.
 
         The ctimes are taken now, by a walk of the layer.
         """
-        found: list[bytes] = []
         with open(f"{driver.directory(id)}/{KEPT}", "ab") as file:
             for st in trees.walk_all(driver.tree(id)):
-                digest = digests.get(st.st_ino)
-                if digest and stat.S_ISREG(st.st_mode):
-                    found.append(_RECORD.pack(st.st_ino, st.st_ctime_ns, digest))
-            file.write(b"".join(found))
+                digest = known_digest(digests.get(st.st_ino)) if stat.S_ISREG(st.st_mode) else None
+                if digest:
+                    file.write(_RECORD.pack(st.st_ino, st.st_ctime_ns, digest))
             file.flush()
             if driver.fsync:
                 os.fsync(file.fileno())

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import stat
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -13,6 +15,8 @@ from cowfs.compare import compare
 from cowfs.errors import Corrupt
 from cowfs.indextree import IndexTree
 from cowfs.model import TYPE_NAMES
+from cowfs.spill import Spill
+from cowfs.store.byinode import ByInode
 from cowfs.tree import (
     EMPTY,
     Entry,
@@ -182,3 +186,39 @@ def test_a_renamed_directory_is_one_entry_over_the_old_record() -> None:
     assert below[b"own"].path == b"new/own"
     with pytest.raises(Corrupt):
         IndexTree(pending, _directory(b"", root), {0: 0, 1: 0}).entries(seen.root())[b"new"]
+
+
+@pytest.mark.parametrize("count", [0, 1, 1024, 1025, 2049, 2500, 6000])
+def test_entries_given_one_by_one_make_the_same_record(count: int) -> None:
+    """Writer and write agree, below and above the size at which a directory is cut."""
+    names = sorted(b"file-%d" % (number * 7919) for number in range(count))
+    pairs = {name: encode(name, Entry(0o100644, size=len(name), layer=1)) for name in names}
+    made = Pending()
+    writer = tree.Writer(made)
+    for name in names:
+        writer.add(name, pairs[name])
+    ref = writer.done()
+    assert ref == write(Pending(), pairs)
+    assert entries(made, ref.storage) == pairs
+
+
+def test_records_beyond_the_budget_lie_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are found as before, and no name is left behind."""
+    monkeypatch.setattr("cowfs.spill.BUDGET", 100)
+    spill = Spill(str(tmp_path))
+    wanted = {bytes([number]): (b"a" * number, b"b" * (255 - number)) for number in range(256)}
+    spill.update(wanted)
+    assert dict(spill.items()) == wanted
+    assert spill.get(b"none") is None
+    assert os.listdir(tmp_path) == []
+
+
+@given(st.lists(st.tuples(st.integers(0, 1 << 64 - 1), st.binary(min_size=3, max_size=3)), max_size=200))
+def test_values_by_inode_number(pairs: list[tuple[int, bytes]]) -> None:
+    """The last of a number counts; bytes that look like a number inside another record are none."""
+    kept = ByInode(3)
+    for inode, value in pairs:
+        kept[inode & 0xFF00000000000003] = value
+    wanted = {inode & 0xFF00000000000003: value for inode, value in pairs}
+    assert {inode: kept.get(inode) for inode in wanted} == wanted
+    assert kept.get(5) is None
