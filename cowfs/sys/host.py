@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 
-CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_FOWNER = 0, 1, 2, 3
+CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_FOWNER, CAP_FSETID = 0, 1, 2, 3, 4
 CAP_SYS_ADMIN, CAP_MKNOD, CAP_SETFCAP = 21, 27, 31
 
 

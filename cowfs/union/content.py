@@ -10,11 +10,12 @@ A file whose ``data`` has a ``pread`` of its own (a redirect file) answers for i
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import stat
 from typing import TYPE_CHECKING
 
-from cowfs.sys import files, xattr
+from cowfs.sys import files, host, xattr
 from cowfs.union import copyup
 from cowfs.union.attr import mode_of
 from cowfs.union.node import DT_DIR, DT_LNK, DT_REG, Dir, Node
@@ -130,6 +131,22 @@ def write(view: View, node: Node, offset: int, data: memoryview | bytes, kill: b
         make_writable(view, node)
     if kill:
         kill_privileges(view, node)
+    elif _sheds() and (mode := view.mode(node)) & (stat.S_ISUID | stat.S_ISGID):  # a store through a map keeps them
+        done = _write(view, node, offset, data)
+        from cowfs.union import metadata
+
+        metadata.chmod(view, node, stat.S_IMODE(mode))
+        return done
+    return _write(view, node, offset, data)
+
+
+@functools.cache
+def _sheds() -> bool:
+    """Whether the host takes set-id bits away when this process writes."""
+    return not host.has_cap(host.CAP_FSETID)
+
+
+def _write(view: View, node: Node, offset: int, data: memoryview | bytes) -> int:
     if node.data is not None:
         node.attr = None
         return int(node.data.pwrite(offset, data))

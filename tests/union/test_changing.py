@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import trees
+from support import trees, users
 from support.layers import EPOCH
 from support.posix import fails
 
@@ -377,3 +377,23 @@ def test_a_copy_is_the_whole_file(stack: Stack, count: int) -> None:
     paths.setxattr("f", "user.touch", b"1")
     paths.write_at("f", count, b"+end")
     assert paths.read_bytes("f") == data + b"+end"
+
+
+def test_a_server_without_privilege_keeps_set_id_bits_that_a_write_must_not_clear(space: Path, ordinary_user: int) -> None:
+    """Pages that were changed through a map arrive as writes that kill nothing; the host would."""
+    space.chmod(0o777)
+    script = f"""
+import os
+from cowfs.union import View
+for name in ("lower", "upper", "work"):
+    os.mkdir("{space}/" + name)
+view = View(["{space}/lower"], "{space}/upper", "{space}/work")
+node = view.mknod(view.root, b"f", 0o100755, 0, os.getuid(), os.getgid())
+view.setattr(node, mode=0o6755)
+view.write(node, 0, b"x")
+kept = view.mode(node)
+view.write(node, 0, b"x", kill=True)
+print(oct(kept), oct(view.mode(node)))
+"""
+    done = users.run_python(script, HOME=str(space))
+    assert (done.stdout, done.stderr) == ("0o106755 0o100755\n", "")
