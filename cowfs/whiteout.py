@@ -132,6 +132,18 @@ def make(dirfd: int, name: bytes) -> None:
     os.mknod(name, stat.S_IFCHR, 0, dir_fd=dirfd)
 
 
+def make_nested(dirfd: int, name: bytes, form: Form) -> None:
+    """Create a whiteout where nobody may make a device 0/0, because the host is an overlay itself."""
+    os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=dirfd))
+    xattr.setx(dirfd, name, form.whiteout, b"y")
+
+
+def allow_nested(fd: int, form: Form) -> None:
+    """Mark a directory: it may hold whiteouts of :func:`make_nested`. One that is opaque needs none."""
+    if not xattr.try_get(fd, b"", form.opaque):
+        xattr.setx(fd, b"", form.opaque, b"x")
+
+
 def wh_target(name: bytes) -> bytes | None:
     """The name that an archive's ``.wh.`` entry deletes; ``None`` for any other name."""
     if name.startswith(WH_PREFIX) and not name.startswith(WH_META_PREFIX):

@@ -32,7 +32,7 @@ from cowfs.union.lower import Data
 from cowfs.union.node import DT_REG, Dir, Node
 from cowfs.union.source import Layer, Source
 from cowfs.union.space import UNIT, total_of, units, xattr_units
-from cowfs.whiteout import Form, make as make_whiteout
+from cowfs.whiteout import Form, allow_nested, make as make_whiteout, make_nested
 
 if TYPE_CHECKING:
     from cowfs.union.view import View
@@ -51,9 +51,12 @@ class WorkDir:
 
     Everything is kept in its sub-directory ``work``, as the kernel does, and what a killed
     process left there is removed when it is opened.
+
+    On a host that is an overlay itself (a container's root) nobody may make a device 0/0. Whiteouts are then the
+    kernel's nested ones: from the first on, the directories that get one and the upper's root are marked before.
     """
 
-    def __init__(self, path: bytes, upper: Layer) -> None:
+    def __init__(self, path: bytes, upper: Layer, form: Form) -> None:
         outer = os.open(path, _DIR_FLAGS & ~os.O_NOFOLLOW)
         try:
             if os.fstat(outer).st_dev != upper.dev:
@@ -73,6 +76,8 @@ class WorkDir:
         self.fd = fd
         self._count = 0
         self._whiteout: bytes | None = None
+        self._form = form
+        self._nested = False
 
     def close(self) -> None:
         """Remove what is left and close."""
@@ -90,7 +95,8 @@ class WorkDir:
         for _ in range(2):
             if self._whiteout is None:
                 self._whiteout = self.temp()
-                make_whiteout(self.fd, self._whiteout)
+                self._make(self.fd, self._whiteout)
+            self.allow(dirfd)
             try:
                 os.link(self._whiteout, name, src_dir_fd=self.fd, dst_dir_fd=dirfd, follow_symlinks=False)
                 return
@@ -100,12 +106,32 @@ class WorkDir:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(self._whiteout, dir_fd=self.fd)
                 self._whiteout = None
-        make_whiteout(dirfd, name)
+        self._make(dirfd, name)
+
+    def _make(self, dirfd: int, name: bytes) -> None:
+        if not self._nested:
+            try:
+                make_whiteout(dirfd, name)
+            except PermissionError:
+                self._nested = True
+        if self._nested:
+            make_nested(dirfd, name, self._form)
+
+    def allow(self, dirfd: int) -> None:
+        """Before a whiteout moves into a directory of the upper layer."""
+        if not self._nested or dirfd == self.fd:
+            return
+        layer = self.source.layer
+        if not layer.xwhiteouts:
+            allow_nested(layer.root.open(), self._form)
+            layer.xwhiteouts = True
+        allow_nested(dirfd, self._form)
 
     def cover(self, dirfd: int, name: bytes) -> None:
         """Replace the non-directory ``name`` by a whiteout, in one step."""
         temp = self.temp()
         self.put_whiteout(self.fd, temp)
+        self.allow(dirfd)
         os.rename(temp, name, src_dir_fd=self.fd, dst_dir_fd=dirfd)
 
     def discard(self, name: bytes) -> None:

@@ -543,6 +543,7 @@ def remove_dir(view: View, node: Dir, own: Source) -> None:
     temp = work.temp()
     if covered:
         work.put_whiteout(work.fd, temp)
+        work.allow(up.open())
         files.rename2(work.fd, temp, up.open(), name, files.RENAME_EXCHANGE)
         assert up.shadow is not None and up.whiteouts is not None
         up.shadow.discard(name)

@@ -69,7 +69,7 @@ def _new_upper(view: View, upper: str | bytes, work: str | bytes, dev: int) -> L
     try:
         if layer.dev != dev:
             raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), path)
-        workdir = copyup.WorkDir(os.fsencode(work), layer)
+        workdir = copyup.WorkDir(os.fsencode(work), layer, view.form)
     except BaseException:
         layer.close()
         raise

@@ -160,7 +160,7 @@ def scan(source: Source, form: Form) -> tuple[dict[bytes, int], set[bytes], bool
     names: dict[bytes, int] = {}
     deleted: set[bytes] = set()
     opaque = False
-    look_for_xattr = source.layer.xwhiteouts and source.parent is not None and whiteout.opaque_value(fd, form) == b"x"
+    look_for_xattr = source.layer.xwhiteouts and whiteout.opaque_value(fd, form) == b"x"
     with os.scandir(b"/proc/self/fd/%d" % fd) as entries:
         for entry in entries:
             name = entry.name

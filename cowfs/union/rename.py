@@ -143,6 +143,8 @@ def _move(view: View, parent: Dir, name: bytes, node: Node, to: Dir, to_name: by
     over_whiteout = destination.whiteouts is not None and to_name in destination.whiteouts
     src_fd, dst_fd = source.open(), destination.open()
     if isinstance(node, Dir) and over_whiteout:
+        if leaves and view.workdir is not None:
+            view.workdir.allow(src_fd)
         files.rename2(src_fd, name, dst_fd, to_name, _EXCHANGE)
         if not leaves:
             os.unlink(name, dir_fd=src_fd)

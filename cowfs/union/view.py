@@ -144,7 +144,7 @@ class View:
                 if not self.readonly:
                     if work is None:
                         raise OSError(errno.EINVAL, "an upper directory needs a work directory")
-                    self.workdir = copyup.WorkDir(os.fsencode(work), self.upper)
+                    self.workdir = copyup.WorkDir(os.fsencode(work), self.upper, self.form)
             if not self.layers:
                 raise OSError(errno.EINVAL, "no layers")
             self.owners: Owners | None = make_owners(options)
@@ -167,7 +167,10 @@ class View:
             record = self.index.root()
             sources = [self.upper.root] if self.upper is not None else [self.layers[-1].root]
         for number, source in enumerate(sources):
-            if opaque_value(source.open(), self.form) == b"y":
+            value = opaque_value(source.open(), self.form)
+            if value == b"x":
+                source.layer.xwhiteouts = True
+            if value == b"y":
                 del sources[number + 1 :]
                 break
         root = Dir(ROOT_ID, b"", sources)
