@@ -323,16 +323,21 @@ class Space:
 
     def punch(self, node: Node, offset: int, length: int, size: int) -> None:
         """Count a hole: whole units inside it are free again."""
+        first, end = units(offset), offset + length
         space = self._ranges(node)
-        first = units(offset)
-        end = offset + length
+        if space.credit or (end >= size and space.ends[-1:] > [size // UNIT]):
+            self.recount(node)  # of the unit with the file's end, and of room reserved past it, hosts think differently
+            return
         last = max(units(end), first) if end >= size else end // UNIT
         self._units -= space.remove(first, last)
 
-    def cut(self, node: Node, size: int) -> None:
-        """Count a truncation to ``size``; a longer file has a hole, which is free."""
+    def cut(self, node: Node, size: int, before: int) -> None:
+        """Count a truncation from ``before`` to ``size``; a longer file has a hole, which is free."""
         space = self.count(node)
         whole = units(size)
+        if size > before and isinstance(space, Blocks) and (space.credit or space.ends[-1:] > [units(before)]):
+            self.recount(node)  # room was reserved past the end: most hosts keep it
+            return
         if isinstance(space, int):
             if whole < space:
                 self._units += whole - space
