@@ -115,7 +115,10 @@ class Reader:
             block = source.take(BLOCK)
             if len(block) < BLOCK:
                 if block.strip(b"\0"):
-                    raise InvalidArgument(f"archive is truncated in the header after entry {self.entries}")
+                    raise InvalidArgument(
+                        f"archive is truncated in the header after entry {self.entries}",
+                        remedy="" if self.entries else "it may not be a tar archive at all",
+                    )
                 if pax is not None or long_name is not None or long_link is not None:
                     raise InvalidArgument(f"archive is truncated after the extension of entry {self.entries + 1}")
                 raw(block)

@@ -210,7 +210,10 @@ def _changes(what: str, layers: list[str]) -> Iterator[Change]:
             raise InvalidArgument("a mount knows its own layers", remedy="leave out --layer")
         return mounting.attach(what).diff()
     if not os.path.isdir(what):
-        raise NotFound(f"no such mount point or upper directory: {what}")
+        from cowfs.cli import is_path
+
+        kinds = "mount point or upper directory" if is_path(what) else "snapshot, tag, mount point or upper directory"
+        raise NotFound(f"no such {kinds}: {what}", remedy="cowfs mounts, ls and images show what there is")
     upper = os.path.abspath(what)
     if layers:
         return diff.changes(upper, [os.path.abspath(layer) for layer in layers])

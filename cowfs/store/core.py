@@ -221,6 +221,7 @@ class StoreCore:
             point("create.synced")
             try:
                 with self.index.write() as connection:
+                    self._free(key)
                     if above is not None:
                         self._parent(above.name, above.num)
                     connection.execute(
@@ -266,9 +267,12 @@ class StoreCore:
         if problems:
             raise Corrupt(f"{row.name!r}: {problems[0]}", remedy="run 'cowfs check'")
 
-    def _free(self, name: str) -> None:
+    def _free(self, name: str, *, for_tag: bool = False) -> None:
+        """Refuse a key or name that a snapshot has, or (it would hide it) a tag."""
         if self.index.find(name) is not None:
             raise _taken(name)
+        if not for_tag and self.index.tag(name) is not None:
+            raise AlreadyExists(f"{name!r} is a tag", remedy=f"choose another name, or drop it: cowfs rm {name}")
 
     def resolve(self, name: str) -> Row:
         """The row of a snapshot, or of the one that a tag names.
@@ -333,6 +337,8 @@ class StoreCore:
             try:
                 with self.index.write() as connection:
                     self._active(key, row.num)
+                    if name != key:
+                        self._free(name)
                     Index.add_records(connection, scanned.pending.new)
                     connection.execute(
                         "UPDATE snapshots SET name = ?, kind = 'committed', labels = ?, created = ?, updated = ?, bytes = ?,"
@@ -507,7 +513,7 @@ def _sound(row: Row) -> None:
 
 
 def _taken(name: str) -> AlreadyExists:
-    return AlreadyExists(f"the name {name!r} is taken")
+    return AlreadyExists(f"the name {name!r} is taken", remedy="choose another, or remove what has it")
 
 
 def _a(kind: Kind) -> str:

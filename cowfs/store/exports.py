@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
 from cowfs import archive, images
-from cowfs.errors import InvalidArgument
+from cowfs.errors import InvalidArgument, NotFound
 from cowfs.index import Row
 from cowfs.model import Change, Kind
 from cowfs.store.archives import HEADERS, ArchiveVerbs, Progress, counter
@@ -54,6 +54,11 @@ class ExportVerbs(ArchiveVerbs):
         row = self.resolve(name)
         if format not in FORMATS:
             raise InvalidArgument(f"no format {format!r}", remedy=f"one of {', '.join(FORMATS)}")
+        if isinstance(target, (str, os.PathLike)):
+            _check_target(os.path.abspath(target), directory=directory)
+            if os.path.exists(target) and not (os.path.isfile(target) or os.path.isdir(target)):
+                with open(target, "wb") as pipe:  # a device or a pipe is written to, not replaced
+                    return self.export(name, pipe, format=format, compression=compression, progress=progress)
         if format in ("tar", "layer"):
             write = self._write_tar if format == "tar" else self._write_layer
             packed = compression or "none"
@@ -164,6 +169,18 @@ def _root_of(tree: archive.Tree) -> Iterator[Change]:
     st = tree.stat(b"")
     if st is not None and ((st.mode, st.uid, st.gid) != (0o40755, 0, 0) or tree.xattrs(b"")):
         yield Change(path=b"", kind="changed", type="dir")
+
+
+def _check_target(path: str, *, directory: bool) -> None:
+    """Say in time that a file cannot be made there.
+
+    Raises:
+        NotFound, InvalidArgument: why not.
+    """
+    if not os.path.isdir(os.path.dirname(path)):
+        raise NotFound(f"no such directory: {os.path.dirname(path)}", remedy="make it, or choose another place")
+    if os.path.isdir(path) and not directory:
+        raise InvalidArgument(f"{path} is a directory", remedy=f"name a file, as in {os.path.join(path, 'image.tar')}")
 
 
 def _into_file(path: str, fill: Callable[[BinaryIO], str]) -> str:

@@ -72,7 +72,9 @@ def parse(filters: Iterable[str]) -> Filter | None:
         while at < len(text):
             match = _CONDITION.match(text, at)
             if match is None:
-                raise InvalidArgument(f"cannot read the filter {text!r} at {text[at:]!r}")
+                raise InvalidArgument(
+                    f"cannot read the filter {text!r} at {text[at:]!r}", remedy="as in: kind==active  name~=^web  labels.team==storage"
+                )
             conditions.append(_condition(text, match))
             at = match.end()
         alternatives.append(conditions)

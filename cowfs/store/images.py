@@ -74,7 +74,7 @@ class ImageVerbs(ExportVerbs):
         """
         if name is not None:
             check_name(name, "tag")
-            self._free(name)
+            self._free(name, for_tag=True)
         with images.open_image(source, spool_dir=self.root) as opened:
             image = opened.pick(tag, platform=platform)
             top = self._import_layers(image, options, labels or {}, progress)

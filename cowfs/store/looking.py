@@ -171,7 +171,7 @@ class LookVerbs(StoreCore):
         if row.kind is not Kind.COMMITTED:
             raise InvalidArgument(f"{target!r} is {_a(row.kind)}, a tag names committed ones", remedy="commit it first")
         with self.index.write() as connection:
-            self._free(name)
+            self._free(name, for_tag=True)
             self._parent(row.name, row.num)
             had = self.index.tag(name)
             if had is not None and not move:

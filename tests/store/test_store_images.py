@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from cowfs.errors import Corrupt, FailedPrecondition, InvalidArgument
+from cowfs.errors import AlreadyExists, Corrupt, FailedPrecondition, InvalidArgument, NotFound
 from cowfs.store import Store
 from cowfs.sys.mounts import mountinfo
 from cowfs.testing import tree_of
@@ -293,3 +294,35 @@ def test_active_snapshots_are_exported_as_trees_and_layers_only(store: Store) ->
         assert "f" in tar.getnames()
     with pytest.raises(InvalidArgument):
         store.export("k", io.BytesIO(), format="oci")
+
+
+def test_a_place_that_cannot_be_written_is_named(store: Store, space: Path) -> None:
+    """Not the temporary file beside it; a device is written to, never replaced."""
+    store.prepare("k")
+    store.commit("k", "made")
+    for form in ("oci", "docker", "tar", "layer"):
+        with pytest.raises(NotFound, match=re.escape(f"no such directory: {space}/none (")):
+            store.export("made", space / "none" / "x", format=form)
+        with pytest.raises(InvalidArgument, match=re.escape(f"{space} is a directory (name a file")):
+            store.export("made", space, format=form)
+        os.mkfifo(space / form)
+        reading = os.open(space / form, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            store.export("made", space / form, format=form)
+            assert os.read(reading, 1 << 16)
+        finally:
+            os.close(reading)
+        assert stat.S_ISFIFO((space / form).stat().st_mode)
+
+
+def test_a_tag_is_hidden_by_no_snapshot(store: Store) -> None:
+    """The name of a tag is taken, for keys and names alike."""
+    store.prepare("k")
+    store.commit("k", "made")
+    store.tag("t", "made")
+    store.prepare("k")
+    with pytest.raises(AlreadyExists, match="'t' is a tag"):
+        store.prepare("t")
+    with pytest.raises(AlreadyExists, match="'t' is a tag"):
+        store.commit("k", "t")
+    assert store.tag("t", "made").target == "made"
