@@ -33,11 +33,15 @@ def _fill(length: int, seed: int) -> bytes:
 
 
 class Actor:
-    """Carries out operations below ``root``. ``started``: times before it (ns) are compared exactly."""
+    """Carries out operations below ``root``.
 
-    def __init__(self, root: str, started: int) -> None:
+    ``started``: times before it (ns) are compared exactly. ``counts``: link counts are compared.
+    """
+
+    def __init__(self, root: str, started: int, counts: bool = True) -> None:
         self.root = root
         self.started = started
+        self.counts = counts
         self.slots: dict[int, int] = {}
         self.numbers: dict[str, int] = {}
 
@@ -71,7 +75,7 @@ class Actor:
             status.st_uid,
             status.st_gid,
             None if directory else status.st_size,
-            None if directory else status.st_nlink,
+            None if directory or not self.counts else status.st_nlink,
             status.st_rdev if stat.S_ISCHR(status.st_mode) or stat.S_ISBLK(status.st_mode) else 0,
             status.st_mtime_ns if status.st_mtime_ns < self.started else "now",
         )
@@ -142,8 +146,9 @@ class Actor:
             os.close(fd)
 
     def op_truncate(self, path: str, size: int) -> Any:
+        before = os.stat(self.at(path)).st_size
         os.truncate(self.at(path), size)
-        if size == 0:  # from 0 to 0 tmpfs keeps mtime, and only with truncate(2); POSIX allows both
+        if size == before:  # tmpfs then keeps mtime, and only with truncate(2); POSIX allows both
             os.utime(self.at(path))
 
     def op_chmod(self, path: str, mode: int) -> Any:

@@ -155,6 +155,8 @@ def _add(rng: random.Random, layer: Layer, merged: _Merged, path: str, there: st
     kind = rng.choices(
         ("file", "dir", "symlink", "fifo", "socket", "char", "sparse", "link"), (30, 30, 8, 3, 2, 2, 6, 12 if topmost else 0)
     )[0]
+    if kind == "char" and layer.form == "user":  # who has no privilege cannot copy a device up
+        kind = "fifo"
     if kind == "file":
         size = rng.choice((0, 1, 100, 4096, 5000, 20_000))
         attributes = {"user.layer": rng.randbytes(5)} if rng.random() < 0.3 else None

@@ -113,13 +113,13 @@ def snapshot(root: str | os.PathLike[str], *, skip: Iterable[str] = (), xattrs: 
 
 
 def _canonical_links(tree: Tree) -> Tree:
-    """Name each group of hard links by its smallest path, whatever the walk's order was."""
+    """Name each group of hard links in the tree by its smallest path, whatever the walk's order was."""
     groups: dict[str, list[str]] = {}
     for path, record in tree.items():
         if record.same_as:
             groups.setdefault(record.same_as, []).append(path)
     for members in groups.values():
-        head = min(members)
+        head = min(members) if len(members) > 1 else ""
         for path in members:
             tree[path] = replace(tree[path], same_as=head)
     return tree
