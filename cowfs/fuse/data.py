@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from cowfs.fuse import abi, codec
 from cowfs.fuse.adapter import Adapter, Handler
 from cowfs.sys import files
+from cowfs.sys.host import CAP_FSETID, has_cap
 from cowfs.union.ahead import COLD_NS, ReadAhead
 
 if TYPE_CHECKING:
@@ -62,13 +63,14 @@ class Host(Protocol):
 class Data(Adapter):
     """The handlers that touch data, on top of those for names and attributes."""
 
-    __slots__ = ("_ahead", "_buffer", "_local", "host", "max_read", "metacopy", "nowait")
+    __slots__ = ("_ahead", "_buffer", "_local", "host", "keeps_modes", "max_read", "metacopy", "nowait")
 
     def __init__(self, view: View, host: Host, max_read: int) -> None:
         super().__init__(view)
         self.host = host
         self.max_read = max_read
         self.metacopy = view.form.redirects  # the form that knows redirects knows metacopies, too
+        self.keeps_modes = has_cap(CAP_FSETID)  # else a write may clear set-id bits, and the view looks after them
         self.nowait = True
         self._ahead = ReadAhead()
         self._buffer = memoryview(bytearray(max_read))
@@ -201,7 +203,7 @@ class Data(Adapter):
         node = self.nodes.get(nodeid) or self.view.node(nodeid)
         view, where = self.view, node.where
         if node.data is None and (where is None or where.layer is view.upper):
-            if node.wfd and view.space is None and not flags & _KILL:  # nothing to ask: what most writes are
+            if node.wfd and view.space is None and self.keeps_modes and not flags & _KILL:  # what most writes are
                 node.attr = None
                 return _WRITTEN(24, 0, unique, _pwrite(node.fd, buf[80:n], offset), 0)
         elif self._later(node, buf[:n]):
