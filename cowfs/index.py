@@ -148,6 +148,20 @@ def _schema() -> str:
         return file.read()
 
 
+def _is_readonly(path: str) -> bool:
+    """Whether a file is on a file system that nobody can write, by this mount or another."""
+    try:
+        if not os.statvfs(path).f_flag & os.ST_RDONLY:
+            return False
+        dev = os.stat(path).st_dev
+    except OSError:
+        return False  # it is not there yet
+    from cowfs.sys.mounts import mountinfo
+
+    name = f"{os.major(dev)}:{os.minor(dev)}"
+    return any(entry.dev == name and b"ro" in entry.super_options.split(b",") for entry in mountinfo())
+
+
 class _Connection(sqlite3.Connection):
     """A connection that can be referred to weakly (a thread that ends drops its own)."""
 
@@ -187,8 +201,9 @@ class Index:
         return connection
 
     def _connect(self) -> _Connection:
+        path, frozen = self._as_uri() if _is_readonly(self.path) else (self.path, False)
         connection = sqlite3.connect(
-            self.path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False, factory=_Connection
+            path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False, factory=_Connection, uri=frozen
         )
         connection.execute(f"PRAGMA synchronous = {'FULL' if self._fsync else 'OFF'}")
         connection.execute("PRAGMA foreign_keys = ON")
@@ -198,6 +213,17 @@ class Index:
         with self._lock:
             self._open.add(connection)
         return connection
+
+    def _as_uri(self) -> tuple[str, bool]:
+        """(name, that it is a URI) under which SQLite opens a file that nobody can change: it wants to write one beside it."""
+        from urllib.parse import quote
+
+        if os.path.exists(f"{self.path}-wal") and os.path.getsize(f"{self.path}-wal"):
+            raise FailedPrecondition(
+                f"{self.path} was in use when its file system became read-only",
+                remedy="make it writable once: 'cowfs ls' will do",
+            )
+        return f"file:{quote(self.path)}?mode=ro&immutable=1", True
 
     def close(self) -> None:
         """Close every thread's connection. Idempotent; using the index again opens it again."""
@@ -436,9 +462,10 @@ class Index:
         return data
 
     @property
-    def spool(self) -> str:
-        """Where files without a name may be made: beside the index."""
-        return os.path.dirname(self.path)
+    def spool(self) -> str | None:
+        """Where files without a name may be made: beside the index; None (the host's own place) where nothing can be written."""
+        root = os.path.dirname(self.path)
+        return None if os.statvfs(root).f_flag & os.ST_RDONLY else root
 
     @staticmethod
     def add_records(connection: sqlite3.Connection, new: Mapping[bytes, tuple[bytes, bytes]]) -> None:

@@ -71,10 +71,10 @@ class ExportVerbs(ArchiveVerbs):
         where = target if not isinstance(target, os.PathLike) else os.fspath(target)
         if format == "oci":
             images.write_oci(
-                where, [image], directory=directory, compression=compression or "gzip", spool_dir=self.root
+                where, [image], directory=directory, compression=compression or "gzip", spool_dir=self.index.spool
             )
         else:
-            images.write_docker(where, [image], spool_dir=self.root)
+            images.write_docker(where, [image], spool_dir=self.index.spool)
         return row.name
 
     def _image(self, name: str, row: Row) -> images.OutImage:

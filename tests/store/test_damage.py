@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import sqlite3
@@ -13,6 +14,7 @@ import pytest
 from cowfs import index as index_module
 from cowfs.errors import Corrupt, CowfsError, FailedPrecondition, InvalidArgument, NotFound, Unsupported
 from cowfs.store import Store
+from cowfs.sys import mounts
 
 from .conftest import tree_path
 
@@ -278,3 +280,39 @@ def test_an_active_snapshot_in_use_is_told_with_its_holder(space: Path) -> None:
     fill(space / "store")
     with Store.open(space / "store", fsync=False) as store, store.paths("work"), pytest.raises(FailedPrecondition, match=str(os.getpid())):
         store.commit("work", "done")
+
+
+def test_a_store_on_a_readonly_file_system_is_read(space: Path, can_mount: None) -> None:
+    """Everything that only looks works; what would write says that it cannot."""
+    disk = space / "disk"
+    disk.mkdir()
+    mounts.mount("tmpfs", str(disk), "tmpfs", 0, "size=16m")
+    try:
+        fill(disk / "store")
+        mounts.mount("", str(disk), "", mounts.MS_REMOUNT | mounts.MS_RDONLY)
+        with Store.open(disk / "store", create=False) as store:
+            assert [info.name for info in store.walk()] == ["base", "middle", "top", "other", "work"]
+            assert [change.path for change in store.diff("top")] == [b"", b"d", b"d/top", b"top"]
+            assert store.check(content=True).problems == []
+            assert store.usage("work").inodes == 0
+            store.export("top", space / "top.tar")
+            with pytest.raises(OSError, match="Read-only") as refused:
+                store.prepare("more", "top")
+            assert refused.value.errno == errno.EROFS
+    finally:
+        mounts.umount(str(disk), mounts.MNT_DETACH)
+
+
+def test_a_readonly_store_with_a_log_beside_it_is_refused(space: Path, can_mount: None) -> None:
+    """What was written last is in the log, which nobody can work in there."""
+    disk = space / "disk"
+    disk.mkdir()
+    mounts.mount("tmpfs", str(disk), "tmpfs", 0, "size=16m")
+    try:
+        fill(disk / "store")
+        (disk / "store" / "index.db-wal").write_bytes(b"x" * 100)
+        mounts.mount("", str(disk), "", mounts.MS_REMOUNT | mounts.MS_RDONLY)
+        with pytest.raises(FailedPrecondition, match="make it writable once"):
+            Store.open(disk / "store", create=False)
+    finally:
+        mounts.umount(str(disk), mounts.MNT_DETACH)
