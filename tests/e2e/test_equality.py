@@ -214,8 +214,8 @@ class Run:
         last = trees.snapshot(self.mounted.path)
         self.stack.close()
         other = {"overlay": "kernel", "row": "row"}.get(self.impl, "overlay")  # the kernel knows no redirect files
-        with mounts.mounted(other, self.lowers, self.base, form=self.form) as read_by_other:
-            seen = trees.snapshot(read_by_other.path)
+        with self.mounted_by(other) as again:
+            seen = trees.snapshot(again)
         for path in last.keys() & seen.keys():
             if seen[path].type == "dir":  # the kernel touches directories when it mounts and lists them (its xattr "impure")
                 seen[path] = replace(seen[path], ctime=last[path].ctime)
@@ -223,6 +223,11 @@ class Run:
         assert not found, "\n  ".join(found[:20]) + "\n" + self.story()
         left = os.listdir(self.mounted.work / "work") if (self.mounted.work / "work").is_dir() else []
         assert [name for name in left if name != "incompat"] == [], f"left in work: {left}"
+
+    @contextmanager
+    def mounted_by(self, impl: str) -> Iterator[Path]:
+        with mounts.mounted(impl, self.lowers, self.base, form=self.form) as again:
+            yield again.path
 
     def close(self) -> None:
         self.ours.close()
@@ -245,12 +250,29 @@ class UserRun(Run):
         for path in (work, target):
             path.mkdir()
         subprocess.run(["chown", "-hR", f"{users.UID}:{users.GID}", str(self.base)], check=True)
-        self._python(
-            f"cowfs.mount({[str(layer.path) for layer in self.lowers]!r}, {str(target)!r}, upper={str(upper)!r},"
-            f" work={str(work)!r}, allow_other=True)"
-        )
+        self.mount_as_user(upper, work, target)
         self.stack.callback(self._python, f"cowfs.umount({str(target)!r})")
         return mounts.Mounted(self.impl, target, [layer.path for layer in self.lowers], upper, work)
+
+    def mount_as_user(self, upper: Path, work: Path, target: Path) -> None:
+        row = ", row=4096" if self.impl == "row" else ""
+        self._python(
+            f"cowfs.mount({[str(layer.path) for layer in self.lowers]!r}, {str(target)!r}, upper={str(upper)!r},"
+            f" work={str(work)!r}, allow_other=True{row})"
+        )
+
+    @contextmanager
+    def mounted_by(self, impl: str) -> Iterator[Path]:
+        if impl != "row":
+            with super().mounted_by(impl) as path:
+                yield path
+            return
+        target = self.base / "mnt"
+        self.mount_as_user(self.base / "upper", self.base / "work", target)
+        try:
+            yield target
+        finally:
+            self._python(f"cowfs.umount({str(target)!r})")
 
     def _python(self, call: str) -> None:
         done = users.run_python(f"import cowfs; {call}", HOME=str(self.base), XDG_RUNTIME_DIR=str(self.base))
@@ -471,6 +493,13 @@ def test_the_same_for_an_ordinary_user(space: Path, ordinary_user: int, request:
     """A mount without any privilege: layers of the ``userxattr`` form, where the kernel has no redirects."""
     machine = _machine(space, kind=UserRun, form="user")
     run_machine(machine, request.config.getoption("--steps") // 10, request.config.getoption("--seed") + 3)
+
+
+def test_the_same_with_redirect_on_write_for_an_ordinary_user(
+    space: Path, ordinary_user: int, request: pytest.FixtureRequest
+) -> None:
+    machine = _machine(space, kind=UserRun, form="user", impl="row")
+    run_machine(machine, request.config.getoption("--steps") // 40, request.config.getoption("--seed") + 5)
 
 
 def test_the_harness_agrees_with_itself(space: Path, request: pytest.FixtureRequest) -> None:
