@@ -110,11 +110,12 @@ class ExportVerbs(ArchiveVerbs):
                 with open(os.devnull, "wb") as nowhere:
                     diff_id = self._write_layer(each, nowhere, "none", None)
                 chain_id = self._chain_id(each.parent, diff_id)
-                with self.index.write() as connection:
-                    connection.execute(
-                        "UPDATE snapshots SET diff_id = ?, chain_id = ? WHERE num = ? AND diff_id IS NULL",
-                        (diff_id, chain_id, num),
-                    )
+                if self.index.spool is not None:  # a store that can only be read finds it anew each time
+                    with self.index.write() as connection:
+                        connection.execute(
+                            "UPDATE snapshots SET diff_id = ?, chain_id = ? WHERE num = ? AND diff_id IS NULL",
+                            (diff_id, chain_id, num),
+                        )
             found.append(diff_id)
         return found
 
