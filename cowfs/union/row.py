@@ -147,20 +147,25 @@ class Rows:
     def resolve(self, file: Chain) -> None:
         """Give a file its chain: the levels beneath and who holds what."""
         assert file.ref is not None
-        where, name = file.place()
         try:
-            own = self._read_map(file.layer, name, file.ref)
+            own = self._read_map(file.layer, file.ref)
         except FileNotFoundError:
-            if self.ref_at(where, name) is None:  # it was compacted since it was looked up: all of it is its own
+            if not self._redirected(file):  # it was compacted since it was looked up: all of it is its own
                 file.stand_alone()
                 return
-            raise _no_map(file.ref, name) from None
+            raise _no_map(file.ref, file.node.name) from None
         levels, extents = self._beneath(file.ref, file.layer)
         file.adopt(extents, levels, own)
         if own.end > own.synced and file.writable and not own.stale:
             file.resume()  # a killed server left records that hang on this boot
 
-    def _read_map(self, layer: Layer, name: bytes, ref: Ref) -> Loaded:
+    def _redirected(self, file: Chain) -> bool:
+        """Whether a file still is a redirect file on the disk."""
+        if file.where is None and file.node.where is None:  # it lost its last name
+            return xattr.try_get(file.own_fd(), b"", self.view.form.row) is not None
+        return self.ref_at(*file.place()) is not None
+
+    def _read_map(self, layer: Layer, ref: Ref) -> Loaded:
         if not ref.has_map:
             return Loaded([], 0, 0, 0, True)
         return rowmap.read(self.map_dir(layer), ref)
@@ -175,7 +180,7 @@ class Rows:
             if below is None:
                 break
             try:
-                loaded = self._read_map(where.layer, name, below)
+                loaded = self._read_map(where.layer, below)
             except FileNotFoundError:
                 if self.ref_at(where, name) is None:  # compacted just now
                     break

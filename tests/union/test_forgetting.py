@@ -301,7 +301,7 @@ TABLE: dict[str, tuple[int, str]] = {
 class Pair:
     """A view and a plain directory that start alike."""
 
-    def __init__(self, base: Path, seed: int, form: str) -> None:
+    def __init__(self, base: Path, seed: int, form: str, row: bool = False) -> None:
         self.base, self.rng = base, random.Random(seed)
         lowers = stacks.random_stack(self.rng.randrange(1 << 20), self.rng.choice((3, 8, 15, 23, 30)), base, form)
         for name in ("kernel", "plain", "upper", "work"):
@@ -309,7 +309,7 @@ class Pair:
         with mounts.overlay(lowers, base / "kernel", form=form):
             mounts.copy_tree(base / "kernel", base / "plain")
         self._arguments = ([os.fspath(layer) for layer in reversed(lowers)], str(base / "upper"), str(base / "work"))
-        self._options = Options(form=form)
+        self._options = Options(form=form, row=4096 if row else None)
         self.plain, self.ours = Plain(base / "plain"), InView(View(*self._arguments, options=self._options))
         #: in the user form, the count of a lower inode stays when one of its names goes (semantics.md)
         self.counted = form == "trusted"
@@ -388,14 +388,17 @@ def _outcome(act: Callable[[], Any]) -> Any:
         return "refused"
 
 
+@pytest.mark.parametrize("row", [False, True], ids=["", "row"])
 @pytest.mark.parametrize("form", ["trusted", "user"])
-def test_a_view_whose_nodes_are_forgotten_equals_a_plain_directory(space: Path, form: str, request: pytest.FixtureRequest) -> None:
+def test_a_view_whose_nodes_are_forgotten_equals_a_plain_directory(
+    space: Path, form: str, row: bool, request: pytest.FixtureRequest
+) -> None:
     os.umask(0o022)
-    steps, number = request.config.getoption("--steps") // 8, 0
+    steps, number = request.config.getoption("--steps") // 12, 0
     while number * 100 < steps:
         base = space / f"{number}"
         base.mkdir()
-        pair = Pair(base, request.config.getoption("--seed") + number, form)
+        pair = Pair(base, request.config.getoption("--seed") + number, form, row)
         try:
             for _ in range(100):
                 pair.step()
@@ -459,3 +462,18 @@ def test_an_open_file_whose_known_name_went_gets_another(trusted: Stack) -> None
     ours.client.forget_all()
     assert ours.inode(b"two") == ours.inode(b"three")
     assert ours.fstat(0) == ours.stat(b"three") == (stat.S_IFREG | 0o644, 2, 0)
+
+
+def test_a_redirect_file_without_a_name_goes_on_for_who_has_it_open(trusted: Stack) -> None:
+    trusted.add().file("f", b"x" * 20_000)
+    ours = InView(trusted.open(row=4096).view)
+    ours.write(b"f", 5000)
+    ours.client.forget_all()
+    ours.open(0, b"f")
+    ours.unlink(b"f")
+    ours.fwrite(0, 9000)
+    buffer = bytearray(20_000)
+    assert ours.view.pread(ours.client.node(ours.client.open[0]), 0, memoryview(buffer)) == 20_000
+    expected = bytearray(b"x" * 20_000)
+    expected[5000:5012], expected[9000:9009] = b"written 5000", b"open 9000"
+    assert buffer == expected
