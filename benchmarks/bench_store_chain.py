@@ -37,7 +37,7 @@ def measure(lab: Lab) -> None:
                 tree = Path(store.driver.tree(store.index.get("k").id))
                 for number in range(10) if not have else (have % 10,):
                     (tree / f"d{number}").mkdir()
-                    (top / f"d{number}" / "file").write_text(str(have))
+                    (tree / f"d{number}" / "file").write_text(str(have))
                 parent, have = f"chain-{have}", have + 1
                 store.commit("k", parent)
             tops[length] = parent

@@ -14,7 +14,7 @@ from typing import Protocol
 from cowfs.model import TYPE_NAMES, Change
 from cowfs.tree import Entry, Pair, Records, Ref, decode, differing, join
 
-__all__ = ["SameData", "compare", "different_attributes", "differences"]
+__all__ = ["SameData", "compare", "differences", "different_attributes"]
 
 SameData = Callable[[bytes, Entry, bytes, Entry], bool]
 """Whether two files hold the same bytes: (path in layer, entry) twice."""

@@ -66,6 +66,13 @@ def stack(request: pytest.FixtureRequest, space: Path) -> Iterator[Stack]:
 
 
 @pytest.fixture
+def unprivileged(space: Path) -> Iterator[Stack]:
+    """A stack of the form without privilege, in which a rename of a lower directory copies."""
+    with ExitStack() as cleanup:
+        yield Stack(space, "user", cleanup)
+
+
+@pytest.fixture
 def trusted(space: Path) -> Iterator[Stack]:
     """A stack of the privileged form, which alone has redirects and metacopy."""
     if namespace.why_not:

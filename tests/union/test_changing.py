@@ -191,19 +191,13 @@ def test_a_lower_directory_is_renamed_in_the_user_form_too(stack: Stack) -> None
     assert paths.listdir() == [b"c"]
 
 
-def test_a_rename_that_copies_is_refused_whole_when_it_would_pass_the_limit(space: Path) -> None:
-    from contextlib import ExitStack
-
-    from conftest import Stack as Made  # type: ignore[attr-defined]
-
-    with ExitStack() as cleanup:
-        stack = Made(space, "user", cleanup)
-        stack.add().file("a/one", b"x" * 50_000).file("a/two", b"y" * 50_000)
-        paths = stack.open(limit=Limit(bytes=80_000))
-        fails(errno.ENOSPC, paths.rename, "a", "b")
-        assert sorted(paths.listdir("a")) == [b"one", b"two"]
-        assert paths.listdir() == [b"a"]
-        assert paths.view.usage().bytes == 0
+def test_a_rename_that_copies_is_refused_whole_when_it_would_pass_the_limit(unprivileged: Stack) -> None:
+    unprivileged.add().file("a/one", b"x" * 50_000).file("a/two", b"y" * 50_000)
+    paths = unprivileged.open(limit=Limit(bytes=80_000))
+    fails(errno.ENOSPC, paths.rename, "a", "b")
+    assert sorted(paths.listdir("a")) == [b"one", b"two"]
+    assert paths.listdir() == [b"a"]
+    assert paths.view.usage().bytes == 0
 
 
 def test_rename_flags(stack: Stack) -> None:
