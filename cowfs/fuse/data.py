@@ -1,8 +1,10 @@
 """From requests to the view: reads, writes, space and fsync, and what of it runs on a worker.
 
 Strategy: the loop thread does what is quick. A read of 64 KiB or more is tried with RWF_NOWAIT first; what is not in
-the page cache goes to a worker, on a descriptor of its own. A change of data asks ``view.writable`` first; when that
-says "copy up" and the file is large, the copy runs on a worker and the request comes back when it is published.
+the page cache goes to a worker, on a descriptor of its own. So does a read that goes on where the last one ended: two
+threads copy more than one (reading and writing release the interpreter's lock). A change of data asks
+``view.writable`` first; when that says "copy up" and the file is large, the copy runs on a worker and the request comes
+back when it is published.
 
 Buffers: one read buffer belongs to the loop thread, and one to each worker (a thread-local); a reply that points
 into it is written before the buffer is used again. WRITE hands the view a slice of the request itself.
@@ -63,7 +65,7 @@ class Host(Protocol):
 class Data(Adapter):
     """The handlers that touch data, on top of those for names and attributes."""
 
-    __slots__ = ("_ahead", "_buffer", "_local", "host", "keeps_modes", "max_read", "metacopy", "nowait")
+    __slots__ = ("_ahead", "_buffer", "_local", "_stream", "host", "keeps_modes", "max_read", "metacopy", "nowait")
 
     def __init__(self, view: View, host: Host, max_read: int) -> None:
         super().__init__(view)
@@ -73,6 +75,7 @@ class Data(Adapter):
         self.keeps_modes = has_cap(CAP_FSETID)  # else a write may clear set-id bits, and the view looks after them
         self.nowait = True
         self._ahead = ReadAhead()
+        self._stream = (0, 0)  # node id and offset at which a reader in sequence will go on
         self._buffer = memoryview(bytearray(max_read))
         self._local = threading.local()
 
@@ -114,7 +117,11 @@ class Data(Adapter):
         return _OK(16 + got, 0, unique), room[:got]
 
     def _large_read(self, unique: int, node: Any, offset: int, room: memoryview) -> codec.Reply | None:
+        streams = self._stream == (node.id, offset)
+        self._stream = node.id, offset + len(room)
         try:
+            if streams and not hasattr(node.data, "pread"):
+                raise BlockingIOError  # the worker copies while the loop takes the next request
             got = self.view.pread(node, offset, room, _NOWAIT)
             end = abi.ATTR.unpack(node.attr or self.view.attr(node))[1]
             if got == len(room) or offset + got >= end:

@@ -75,11 +75,12 @@ class Errands:
 
     def look(self, nodeid: int, unique: int, job: Callable[[], codec.Reply]) -> None:
         """Run ``job`` on a worker as a shared job of the node, and send what it returns."""
-        self.gates.enter(nodeid, exclusive=False)
+        gate = self.gates.enter(nodeid, exclusive=False)
 
         def run() -> None:
             self._answer(unique, job)
-            self._session.post(lambda: self._left(nodeid, exclusive=False))
+            # the loop need not be woken for a gate that holds nothing back: it looks at its mail before each request
+            self._session.post(lambda: self._left(nodeid, exclusive=False), wake=lambda: bool(gate.queue))
 
         self.workers.submit(run)
 

@@ -142,9 +142,15 @@ class Session:
         """Requests served so far, by opcode name; only those that came."""
         return {abi.NAMES[opcode]: count for opcode, count in enumerate(self._counts) if count}
 
-    def post(self, fn: Callable[[], None]) -> None:
-        """Have ``fn`` run in the loop thread, between two requests. Any thread; does not wait."""
+    def post(self, fn: Callable[[], None], wake: Callable[[], bool] | None = None) -> None:
+        """Have ``fn`` run in the loop thread, between two requests. Any thread; does not wait.
+
+        Args:
+            wake: asked once ``fn`` is in the loop's mail: whether a sleeping loop must see it before the next request.
+        """
         self._mail.append(fn)
+        if wake is not None and not wake():
+            return
         try:
             os.eventfd_write(self._wake, 1)
         except OSError:

@@ -108,7 +108,7 @@ class Gates:
         gate.queue.append(bytes(request))
         return True
 
-    def enter(self, nodeid: int, *, exclusive: bool) -> None:
+    def enter(self, nodeid: int, *, exclusive: bool) -> Gate:
         gate = self.nodes.get(nodeid)
         if gate is None:
             gate = self.nodes[nodeid] = Gate()
@@ -116,6 +116,7 @@ class Gates:
             gate.exclusive = True
         else:
             gate.shared += 1
+        return gate
 
     def leave(self, nodeid: int, *, exclusive: bool, first: bytes | None = None) -> None:
         """A job ended. ``first`` is a request to be served before all that wait."""

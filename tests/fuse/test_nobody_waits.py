@@ -204,3 +204,25 @@ def test_two_writers_of_one_file_copy_it_once(mounted: Any, slow: Any) -> None:
     assert len(slow.threads) == 1
     for fd in fds:
         os.close(fd)
+
+
+def test_a_file_read_in_sequence_is_copied_by_workers(mounted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    mnt = mounted("trusted")
+    threads = []
+    real = os.preadv
+
+    def preadv(*arguments: Any) -> int:
+        threads.append(threading.current_thread().name)
+        return real(*arguments)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    assert (mnt.path / "big").read_bytes() == b"b" * SIZE
+    assert [name for name in threads if name.startswith("cowfs-worker")]
+
+
+def test_reads_that_workers_answered_hold_nothing_back(mounted: Any) -> None:
+    mnt = mounted("trusted")
+    (mnt.path / "big").read_bytes()
+    append(mnt)
+    assert (mnt.path / "big").read_bytes() == b"b" * SIZE + b"!"
+    assert mnt.eventually(lambda: not mnt.session.call(mnt.session.has_held_requests))
