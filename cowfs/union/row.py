@@ -282,9 +282,9 @@ class Rows:
 
     def drop_map(self, layer: Layer, ref: Ref) -> None:
         """Remove a map that nothing refers to any more; what is left over is garbage."""
-        if ref.has_map and layer in self._maps:
+        if ref.has_map:
             with contextlib.suppress(OSError):
-                os.unlink(ref.map_name, dir_fd=self._maps[layer])
+                os.unlink(ref.map_name, dir_fd=self.map_dir(layer))
 
     # -- making -------------------------------------------------------------------------------
 
@@ -439,11 +439,25 @@ class Rows:
 
     def make_plain(self, file: RowFile) -> None:
         """A file that shows nothing of its base any more is a plain one."""
+        if file.ref is not None:
+            xattr.remove(file.own_fd(), b"", self.view.form.row)
+        self._plain(file)
+
+    def replaced(self, file: RowFile, fd: int) -> None:
+        """A plain file with the same data, open as ``fd``, has taken the place of a redirect file."""
+        node = file.node
+        if node.fd >= 0:
+            os.close(node.fd)
+        node.fd, node.wfd = fd, True
+        self.view.open_files.append(node)
+        self._plain(file)
+
+    def _plain(self, file: RowFile) -> None:
         view, node = self.view, file.node
         if file.ref is not None:
-            upper = view.need_upper()
-            xattr.remove(file.own_fd(), b"", view.form.row)
-            self.drop_map(upper, file.ref)
+            self.drop_map(view.need_upper(), file.ref)
+            if view.space is not None:
+                view.space.add(-xattr_units(file.ref.pack()))
         file.close()
         node.data = node.attr = None
 

@@ -1,8 +1,9 @@
 """Compaction: a redirect file of which most was written becomes a plain file again.
 
-Strategy, a file: fill what still shows the base (each piece is an ordinary write to the own blocks, so a crash leaves a
-redirect file that is right); bring all of it to the disk; then take the reference away, which is one step; then
-the map. Reading and writing go on meanwhile: the view's thread does one small piece at a time, between requests.
+Strategy, a file whose blocks lie scattered: write it anew (:mod:`cowfs.union.rowtwin`). Any other, and where that does not
+work: fill what still shows the base (each piece is an ordinary write to the own blocks, so a crash leaves a redirect file
+that is right); bring all of it to the disk; then take the reference away, which is one step; then the map. Reading
+and writing go on meanwhile: the view's thread does one small piece at a time, between requests.
 
 Holes stay holes. What is filled counts against the limit; where that ends, the file stays a redirect file.
 """
@@ -10,13 +11,15 @@ Holes stay holes. What is filled counts against the limit; where that ends, the 
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from cowfs.union import rowcheck
+from cowfs.union import rowcheck, rowtwin
 from cowfs.union.node import Dir, Node
 from cowfs.union.rowfile import RowFile
+from cowfs.union.rowtwin import Twin
 
 if TYPE_CHECKING:
     from cowfs.union.view import View
@@ -37,8 +40,8 @@ class Progress:
     Attributes:
         files: redirect files that became plain ones.
         skipped: redirect files left as they are: too little of them was written, or the limit was reached.
-        done: bytes filled so far.
-        todo: bytes that the present file still lacks.
+        done: bytes copied so far.
+        todo: bytes that are still to be copied for the present file.
         path: the present file.
     """
 
@@ -78,6 +81,11 @@ def compact(view: View, *, share: float = SHARE, call: Call[object] | None = Non
             continue
         try:
             told.todo = lacking  # type: ignore[assignment]
+            if (yield from _anew(work, run, told)):
+                told.files += 1
+                yield told
+                continue
+            told.todo = run(work.missing)  # type: ignore[assignment]
             try:
                 while told.todo:
                     told.done += run(work.fill)  # type: ignore[operator]
@@ -100,6 +108,36 @@ def compact(view: View, *, share: float = SHARE, call: Call[object] | None = Non
         finally:
             told.todo = 0
             run(work.end)
+
+
+def _anew(work: _File, run: Callable[[Callable[[], object]], object], told: Progress) -> Generator[Progress, None, bool]:
+    """Write a scattered file anew. Returns whether that was done; else it is as it was."""
+    fd: int = run(work.own)  # type: ignore[assignment]
+    try:
+        if fd < 0 or not rowtwin.scattered(fd):
+            return False
+    finally:
+        if fd >= 0:
+            os.close(fd)
+    twin: Twin | None = run(work.twin)  # type: ignore[assignment]
+    if twin is None:
+        return False
+    try:
+        for _ in range(rowtwin.ROUNDS):
+            while (piece := run(twin.next)) is not None:
+                told.done += piece.copy()  # type: ignore[attr-defined]
+                told.todo = piece.left  # type: ignore[attr-defined]
+                yield told
+            twin.sync()
+            if run(twin.finish):
+                return True
+            if twin.dead:
+                break
+    except OSError:
+        return False  # what is wrong with the file itself shows again at once
+    finally:
+        run(twin.end)
+    return False
 
 
 class _File:
@@ -139,6 +177,19 @@ class _File:
         """The redirect file, while it is still that of the upper layer (a snapshot may have come between)."""
         file = self._node.data if self._node is not None else None
         return file if isinstance(file, RowFile) and file.writable else None
+
+    def own(self) -> int:
+        """A new descriptor of the file itself, or -1."""
+        file = self._file()
+        return os.dup(file.own_fd()) if file is not None else -1
+
+    def twin(self) -> Twin | None:
+        """Begin to write it anew; ``None`` where that cannot be."""
+        file = self._file()
+        try:
+            return Twin(file) if file is not None and file.ref is not None else None
+        except OSError:
+            return None
 
     def missing(self) -> int:
         """Bytes that still show the base."""

@@ -45,6 +45,8 @@ class RowFile(Chain):
         extents = self.load()
         fd = self._ready_to_write()
         end = offset + length
+        if self.twin is not None:
+            self.twin.changed(offset, end)
         if end > self.size and self.end_stale:
             self._store_end()
         alone = self.alone
@@ -208,6 +210,8 @@ class RowFile(Chain):
         if size > self.size and self.end_stale:
             self._store_end()
         before = self.size
+        if self.twin is not None:
+            self.twin.changed(size, INFINITY)
         os.ftruncate(fd, size)
         self.size = size
         if size < self.base_end:
@@ -227,6 +231,8 @@ class RowFile(Chain):
         """fallocate(2). Blocks that are still the base's get room reserved; a hole or zeros make them own."""
         self.load()
         fd = self._ready_to_write()
+        if self.twin is not None:
+            self.twin.dead = True
         space, node = self.rows.view.space, self.node
         end = offset + length
         size = self.size

@@ -22,6 +22,7 @@ from cowfs.union.space import UNIT
 
 if TYPE_CHECKING:
     from cowfs.union.row import Rows
+    from cowfs.union.rowtwin import Twin
 
 #: a read with more segments than this fetches the main level's span whole and patches the others into it
 _FEW = 3
@@ -63,6 +64,7 @@ class Chain:
         end_stale: whether ``base_end`` is smaller than the reference on disk says.
         ref_dirty: whether the reference changed since the last fsync.
         ahead: what was asked for ahead of a reader.
+        twin: the file that is to take its place, while it is compacted.
     """
 
     __slots__ = (
@@ -82,6 +84,7 @@ class Chain:
         "ref_dirty",
         "rows",
         "size",
+        "twin",
         "where",
     )
 
@@ -96,6 +99,7 @@ class Chain:
         self.base_end = 0
         self.size = 0
         self.ahead = Ahead()
+        self.twin: Twin | None = None
         self.extents: Extents | None = None
         self.levels: list[Level] = []
         self.log: Log | None = None
@@ -304,6 +308,26 @@ class Chain:
             return max(0, end - offset)
 
         return read
+
+    def data_in(self, start: int, end: int) -> list[tuple[int, int]]:
+        """The parts of [start, end) that hold data; what is not named is zeros."""
+        found: list[tuple[int, int]] = []
+        for at, stop, owner in self.load().runs(start, end):
+            fd = self._fd(owner) if owner != ZEROS else -1
+            while fd >= 0 and at < stop:
+                try:
+                    data = os.lseek(fd, at, os.SEEK_DATA)
+                except OSError as error:
+                    if error.errno != errno.ENXIO:
+                        raise
+                    break
+                if data >= stop:
+                    break
+                at = min(os.lseek(fd, data, os.SEEK_HOLE), stop)
+                if found and found[-1][1] == data:
+                    data = found.pop()[0]
+                found.append((data, at))
+        return found
 
     def lseek(self, offset: int, whence: int) -> int:
         """SEEK_DATA or SEEK_HOLE. Raises ENXIO past the end."""

@@ -18,9 +18,9 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from cowfs.model import Limit
+from cowfs.model import Limit, Usage
 from cowfs.sys import files
-from cowfs.union import Options, View, live, rowcheck, rowmap, rowsync
+from cowfs.union import Options, View, live, rowcheck, rowmap, rowsync, rowtwin
 from cowfs.union.node import Node
 from cowfs.union.rowfile import RowFile
 from cowfs.union.space import measure
@@ -47,6 +47,13 @@ class Stack:
         self.layers: list[str] = []
         self.view: View | None = None
         self.abandoned: list[View] = []
+        self.twin: rowtwin.Twin | None = None
+        self.piece: rowtwin.Piece | None = None
+
+    def end_twin(self) -> None:
+        if self.twin is not None:
+            self.twin.end()
+            self.twin = self.piece = None
 
     def add(self) -> str:
         path = f"{self.place}/{len(self.layers):03}"
@@ -63,6 +70,7 @@ class Stack:
         return self.view
 
     def close(self) -> None:
+        self.end_twin()
         if self.view is not None:
             self.view.close()
             self.view = None
@@ -71,7 +79,7 @@ class Stack:
         """As after SIGKILL: nothing is flushed, marked or tidied."""
         assert self.view is not None
         self.abandoned.append(self.view)
-        self.view = None
+        self.view = self.twin = self.piece = None
 
     def end(self) -> None:
         self.close()
@@ -84,6 +92,7 @@ class Stack:
 def _still(monkeypatch: pytest.MonkeyPatch) -> None:
     """The background thread off, and a boot id that a test can change."""
     monkeypatch.setattr(rowsync.Syncer, "_run", lambda self: None)
+    monkeypatch.setattr(rowtwin, "STEP", 32 * KIB)
     monkeypatch.setattr(rowmap, "boot_id", lambda: b"boot%012d" % boot[0])
 
 
@@ -164,6 +173,7 @@ class RedirectFile(RuleBasedStateMachine):
         self.view.setattr(self.node, size=size)
         del self.model[size:]
         self.model.extend(bytes(size - len(self.model)))
+        self.versions += {version[:size] for version in self.versions}  # the size may be on the disk before the data
         self.changed()
 
     @rule(mode=st.sampled_from([0, KEEP, PUNCH | KEEP, PUNCH | KEEP, ZERO, ZERO | KEEP]), offset=_offsets, length=_lengths)
@@ -235,6 +245,48 @@ class RedirectFile(RuleBasedStateMachine):
             data.fill(most)
             self.changed()
 
+    @precondition(lambda self: self.stack.twin is None)
+    @rule()
+    def begin_twin(self) -> None:
+        data = self.node.data
+        if isinstance(data, RowFile) and data.writable:
+            self.stack.twin = rowtwin.Twin(data)
+
+    @precondition(lambda self: self.stack.twin is not None)
+    @rule(steps=st.integers(1, 8))
+    def go_on_with_twin(self, steps: int) -> None:
+        """What is copied may have changed since it was read out where it is."""
+        stack, twin = self.stack, self.stack.twin
+        assert twin is not None
+        for _ in range(steps):
+            if stack.piece is not None:
+                try:
+                    stack.piece.copy()
+                except OSError as error:
+                    assert error.errno == errno.EIO  # cut off meanwhile
+                    stack.end_twin()
+                    return
+            stack.piece = twin.next()
+            if stack.piece is None:
+                break
+
+    @precondition(lambda self: self.stack.twin is not None and self.stack.piece is None)
+    @rule(late=st.booleans())
+    def finish_twin(self, late: bool) -> None:
+        stack, twin = self.stack, self.stack.twin
+        assert twin is not None
+        while (piece := twin.next()) is not None:
+            piece.copy()
+        twin.sync()
+        if late and self.model:
+            self._write(len(self.model) // 2, 10)
+        if twin.finish():
+            assert not late or not self.model
+            stack.end_twin()
+            assert self.node.data is None
+        elif twin.dead:
+            stack.end_twin()
+
     # -- the mount's life
 
     @rule()
@@ -295,6 +347,7 @@ class RedirectFile(RuleBasedStateMachine):
                     rowcheck.seal(layer, form=self.view.form)
                 self.versions = [bytes(self.model)]
 
+    @precondition(lambda self: self.stack.twin is None)  # who compacts holds it
     @rule()
     def forget(self) -> None:
         """The kernel lets go of the node."""
@@ -337,7 +390,10 @@ class RedirectFile(RuleBasedStateMachine):
     def count_is_right(self) -> None:
         if hasattr(self, "stack") and self.view.space is not None and not self.view.retired:
             assert self.view.upper is not None
-            assert self.view.usage() == measure(self.view.upper, self.view.form)
+            held = measure(self.view.upper, self.view.form)
+            if self.stack.twin is not None:
+                held = Usage(bytes=held.bytes + self.stack.twin._blocks.total * 4096, inodes=held.inodes)
+            assert self.view.usage() == held
 
     def teardown(self) -> None:
         if hasattr(self, "stack"):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cowfs.model import Limit
-from cowfs.sys import xattr
+from cowfs.sys import files, xattr
 from cowfs.union import Options, View, rowcheck, rowcompact, rowmap
 from cowfs.union.paths import Paths
 from cowfs.union.rowfile import RowFile
@@ -220,6 +220,81 @@ def test_compaction_gives_back_what_was_reserved_where_the_base_has_a_hole(stack
     assert view.usage() == measure(view.need_upper(), FORM)
 
 
+@pytest.fixture
+def scattered(stack: Stack) -> tuple[Paths, Path, bytearray]:
+    """A file of which every tenth block was written, one by one."""
+    data = bytearray(fill(4 << 20))
+    (stack.layer() / "big").write_bytes(data)
+    upper = stack.layer()
+    paths = stack.open(limit=Limit(bytes=64 << 20))
+    for at in range(0, 4 << 20, 10 * BLOCK):
+        paths.write_at("big", at, b"w" * BLOCK)
+        data[at : at + BLOCK] = b"w" * BLOCK
+    with (upper / "big").open("rb") as file:
+        if files.extents(file.fileno()) is None:
+            pytest.skip("this host does not say how a file lies on it")
+    return paths, upper, data
+
+
+def test_a_scattered_file_is_written_anew_in_one_piece(stack: Stack, scattered: tuple[Paths, Path, bytearray]) -> None:
+    paths, upper, data = scattered
+    paths.setxattr("big", "user.note", b"kept")
+    paths.chmod("big", 0o4751)
+    paths.utime("big", atime_ns=1_000_000_007, mtime_ns=1_000_000_009)
+    before, shown = os.stat(upper / "big"), paths.stat("big")
+    assert stack.view is not None
+    assert [told.files for told in rowcompact.compact(stack.view, share=0)][-1] == 1
+    after = os.stat(upper / "big")
+    assert after.st_ino != before.st_ino
+    with (upper / "big").open("rb") as file:
+        assert file.read() == data
+        lies = files.extents(file.fileno())
+    assert lies is not None
+    assert len(lies) <= 4
+    assert (after.st_mode, after.st_mtime_ns, after.st_size) == (before.st_mode, before.st_mtime_ns, before.st_size)
+    assert paths.stat("big").ino == shown.ino
+    assert paths.getxattr("big", "user.note") == b"kept"
+    assert list(stack.map_dir().iterdir()) == []
+    assert stack.view.usage() == measure(stack.view.need_upper(), FORM)
+
+
+def test_what_is_written_while_a_file_is_written_anew_is_in_it(
+    stack: Stack, scattered: tuple[Paths, Path, bytearray]
+) -> None:
+    paths, upper, data = scattered
+    rnd = random.Random(5)
+    assert stack.view is not None
+    before = os.stat(upper / "big").st_ino
+    for step, _ in enumerate(rowcompact.compact(stack.view, share=0)):
+        if step < 5:
+            offset, piece = rnd.randrange(4 << 20), rnd.randbytes(100)
+            paths.write_at("big", offset, piece)
+            data[offset : offset + 100] = piece
+        assert paths.read_bytes("big") == bytes(data)
+    assert os.stat(upper / "big").st_ino != before
+    assert stack.open().read_bytes("big") == bytes(data)
+
+
+@pytest.mark.parametrize("why", ["names", "room", "limit"])
+def test_a_file_that_cannot_be_written_anew_is_compacted_where_it_stands(
+    stack: Stack, scattered: tuple[Paths, Path, bytearray], why: str
+) -> None:
+    paths, upper, data = scattered
+    view = stack.view
+    assert view is not None
+    if why == "names":
+        paths.link("big", "other")
+    elif why == "room":
+        view.fallocate(paths.node("big"), 1, 8 << 20, BLOCK)
+    else:
+        view.set_limit(Limit(bytes=(4 << 20) + 25 * BLOCK))
+    before = os.stat(upper / "big").st_ino
+    assert [told.files for told in rowcompact.compact(view, share=0)][-1] == 1
+    assert os.stat(upper / "big").st_ino == before
+    assert paths.read_bytes("big") == bytes(data)
+    assert view.usage() == measure(view.need_upper(), FORM)
+
+
 def test_compaction_that_was_killed_leaves_a_redirect_file_that_is_right(stack: Stack) -> None:
     data = bytearray(fill(4 << 20))
     (stack.layer() / "big").write_bytes(data)
@@ -280,12 +355,20 @@ def test_a_map_without_its_file_is_garbage(stack: Stack) -> None:
     assert list(stack.map_dir().iterdir()) == []
 
 
-def test_removing_a_redirect_file_removes_its_map(stack: Stack) -> None:
+@pytest.mark.parametrize("how", ["unlinked", "replaced"])
+@pytest.mark.parametrize("remounted", [False, True])
+def test_a_redirect_file_that_goes_takes_its_map_along(stack: Stack, how: str, remounted: bool) -> None:
     (stack.layer() / "big").write_bytes(fill(1 << 20))
     stack.layer()
     paths = stack.open()
     paths.write_at("big", 0, b"new")
-    paths.unlink("big")
+    if remounted:
+        paths = stack.open()
+    if how == "unlinked":
+        paths.unlink("big")
+    else:
+        paths.write_bytes("other", b"")
+        paths.rename("other", "big")
     assert list(stack.map_dir().iterdir()) == []
 
 
