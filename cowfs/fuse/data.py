@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 
 #: Reads from this size on are tried without waiting first, bytes.
 LARGE_READ: Final = 64 << 10
+#: Writes from this size on may be of a long file.
+LARGE_WRITE: Final = 64 << 10
+#: Bytes written in sequence after which the host is told to begin writing them to the disk.
+EARLY: Final = 16 << 20
 #: One COPY_FILE_RANGE moves at most this much, so that others are served in between; a short count is allowed.
 COPY_STEP: Final = 32 << 20
 
@@ -61,11 +65,25 @@ class Host(Protocol):
     def aside(self, unique: int, job: Any) -> None:
         """Run ``job() -> Reply`` on a worker without holding anything back; loop thread."""
 
+    def meanwhile(self, job: Any) -> None:
+        """Run ``job()`` on a worker; nobody waits for it; loop thread."""
+
 
 class Data(Adapter):
     """The handlers that touch data, on top of those for names and attributes."""
 
-    __slots__ = ("_ahead", "_buffer", "_local", "_stream", "host", "keeps_modes", "max_read", "metacopy", "nowait")
+    __slots__ = (
+        "_ahead",
+        "_buffer",
+        "_local",
+        "_stream",
+        "_writes",
+        "host",
+        "keeps_modes",
+        "max_read",
+        "metacopy",
+        "nowait",
+    )
 
     def __init__(self, view: View, host: Host, max_read: int) -> None:
         super().__init__(view)
@@ -75,6 +93,7 @@ class Data(Adapter):
         self.keeps_modes = has_cap(CAP_FSETID)  # else a write may clear set-id bits, and the view looks after them
         self.nowait = True
         self._ahead = ReadAhead()
+        self._writes = (0, 0, 0)  # of a writer in sequence: node id, its end, up to where the host was told to begin
         self._stream = (0, 0)  # node id and offset at which a reader in sequence will go on
         self._buffer = memoryview(bytearray(max_read))
         self._local = threading.local()
@@ -212,13 +231,37 @@ class Data(Adapter):
         if node.data is None and (where is None or where.layer is view.upper):
             if node.wfd and view.space is None and self.keeps_modes and not flags & _KILL:  # what most writes are
                 node.attr = None
-                return _WRITTEN(24, 0, unique, _pwrite(node.fd, buf[80:n], offset), 0)
+                done = _pwrite(node.fd, buf[80:n], offset)
+                if size >= LARGE_WRITE:
+                    self._written(node, offset, done)
+                return _WRITTEN(24, 0, unique, done, 0)
         elif self._later(node, buf[:n]):
             return None
         kill = bool(flags & _KILL)
         if kill:
             self.strip(node, buf)
-        return _WRITTEN(24, 0, unique, view.write(node, offset, buf[80:n], kill), 0)
+        done = view.write(node, offset, buf[80:n], kill)
+        if size >= LARGE_WRITE:
+            self._written(node, offset, done)
+        return _WRITTEN(24, 0, unique, done, 0)
+
+    def _written(self, node: Any, offset: int, done: int) -> None:
+        """Have the host begin to write a long file that is being written in sequence: less is left for its fsync."""
+        id, end, begun = self._writes
+        if id != node.id or end != offset:
+            begun = offset
+        end = offset + done
+        if end - begun >= EARLY and node.wfd and node.data is None and self.view.must_sync:
+            fd, start, begun = os.dup(node.fd), begun, end
+
+            def job() -> None:
+                try:
+                    files.begin_writing(fd, start, end - start)
+                finally:
+                    os.close(fd)
+
+            self.host.meanwhile(job)
+        self._writes = node.id, end, begun
 
     def setattr(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply | None:
         node = self.nodes.get(nodeid) or self.view.node(nodeid)

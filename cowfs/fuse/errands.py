@@ -96,6 +96,10 @@ class Errands:
         """Run ``job`` on a worker and send what it returns; nothing waits for it."""
         self.workers.submit(lambda: self._answer(unique, job))
 
+    def meanwhile(self, job: Callable[[], None]) -> None:
+        """Run ``job`` on a worker; nobody waits for it."""
+        self.workers.submit(job)
+
     def _answer(self, unique: int, job: Callable[[], codec.Reply]) -> None:
         try:
             reply = job()

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from cowfs.fuse import data
 from cowfs.sys import files
 from cowfs.union import Options, View
 
@@ -226,3 +227,31 @@ def test_reads_that_workers_answered_hold_nothing_back(mounted: Any) -> None:
     append(mnt)
     assert (mnt.path / "big").read_bytes() == b"b" * SIZE + b"!"
     assert mnt.eventually(lambda: not mnt.session.call(mnt.session.has_held_requests))
+
+
+@pytest.mark.parametrize("volatile", [False, True], ids=["kept", "volatile"])
+def test_the_host_begins_to_write_a_long_file_before_its_fsync(
+    serve: Any, layers: Path, monkeypatch: pytest.MonkeyPatch, volatile: bool
+) -> None:
+    begun: list[tuple[int, int]] = []
+    monkeypatch.setattr(files, "begin_writing", lambda fd, offset, length: begun.append((offset, length)))
+    monkeypatch.setattr(data, "EARLY", 2 << 20)
+    view = View(
+        [bytes(layers / "lower")], bytes(layers / "upper"), bytes(layers / "work"), options=Options(volatile=volatile)
+    )
+    mnt = serve(view)
+    (mnt.path / "long").write_bytes(b"x" * SIZE)
+    (mnt.path / "short").write_bytes(b"x" * (1 << 20))
+    if volatile:
+        assert begun == []
+    else:
+        assert mnt.eventually(lambda: sum(length for _, length in begun) == SIZE), begun
+
+
+def test_beginning_to_write_a_range_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"x" * 100_000)
+    with path.open("r+b") as file:
+        files.begin_writing(file.fileno(), 0, 200_000)
+    files.begin_writing(-1, 0, 1)  # not even an error
+    assert path.read_bytes() == b"x" * 100_000
