@@ -83,7 +83,8 @@ def load(view: View, directory: Dir) -> dict[bytes, Node | int]:
         if view.form.dotwh and not view.readonly:
             create.own_whiteouts(view, upper, names, deleted)
         upper.whiteouts = deleted
-        upper.impure = bool(below or merged) or bool(xattr.try_get(upper.open(), b"", view.form.impure))
+        merges = bool(below) or directory.record is not None
+        upper.impure = merges or bool(xattr.try_get(upper.open(), b"", view.form.impure))
         upper.shadow = set()
         if merged:
             upper.shadow = merged.keys() & names.keys()

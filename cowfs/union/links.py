@@ -2,7 +2,8 @@
 
 The kernel's overlayfs breaks hard links on copy-up: one name gets the copy, the others keep the
 old file. cowfs does not: the copy gets all names. Those that were never looked up are found by one scan
-of the layer that holds the inode, kept as inode -> paths for inodes with more than one.
+of the layer that holds the inode, kept as inode -> paths for inodes with more than one. A lower tree that an index knows
+is read there instead: its inodes may have their names in one layer and their data in another.
 """
 
 from __future__ import annotations
@@ -11,16 +12,17 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from cowfs.sys import xattr
-from cowfs.union.node import Dir, Node
+from cowfs.union import indexed
+from cowfs.union.node import DT_DIR, Dir, Node
 from cowfs.union.source import Descriptors, Layer, Source
 
 if TYPE_CHECKING:
     from cowfs.union.view import View
 
-Groups = dict[int, list[bytes]]
+Groups = dict[Any, list[bytes]]
 
 _HELD = 64  # descriptors that a scan holds at most
 
@@ -62,22 +64,42 @@ def scan_groups(layer: Layer) -> Groups:
     return groups
 
 
+def _indexed_groups(view: View) -> Groups:
+    """(layer, inode) -> its paths in the tree that the index knows, for inodes with more than one link."""
+    index, kept = indexed.tree(view), cast("dict[object, Groups]", view.groups)
+    groups = kept.get(index)
+    if groups is None:
+        groups = kept[index] = {}
+        pending = [(index.root(), b"")]
+        while pending:
+            record, prefix = pending.pop()
+            for name, entry in index.entries(record).items():
+                if entry.type == DT_DIR:
+                    pending.append((entry.record, prefix + name + b"/"))
+                elif entry.nlink > 1:
+                    groups.setdefault((entry.layer, entry.ino), []).append(prefix + name)
+    return groups
+
+
 def complete(view: View, node: Node) -> bool:
     """Look up every name of a lower inode. Returns whether it has more than one."""
     where = node.where
     if where is None or where.layer is view.upper or node.parent is None:
         return node in view.names
-    from cowfs.union.copyup import physical
-
-    source, real = physical(view, node, where)
-    st = os.stat(real, dir_fd=source.open(), follow_symlinks=False)
-    if st.st_nlink < 2:
-        return False
-    layer = source.layer
-    groups = view.groups.get(layer)
-    if groups is None:
-        groups = view.groups[layer] = scan_groups(layer)
-    for path in groups.get(st.st_ino, ()):
+    entry = indexed.entry_of(view, node)
+    if entry is not None:
+        layer, paths = view.layers[view.indexed_layers - 1], []
+        if entry.nlink > 1:
+            paths = _indexed_groups(view).get((entry.layer, entry.ino), [])
+    else:
+        st = os.stat(node.name, dir_fd=where.open(), follow_symlinks=False)
+        layer, paths = where.layer, []
+        if st.st_nlink > 1:
+            groups = view.groups.get(layer)
+            if groups is None:
+                groups = view.groups[layer] = scan_groups(layer)
+            paths = groups.get(st.st_ino, [])
+    for path in paths:
         for shown in _merged_paths(view, layer, path):
             _walk(view, shown)
     return node in view.names
