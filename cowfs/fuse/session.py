@@ -75,6 +75,8 @@ NEVER: Final = 1 << 30
 PATIENCE: Final = 64
 
 _GONE: Final = (errno.ENODEV, errno.ECONNABORTED, errno.ENOTCONN)
+#: What a worker answers, when the loop does not: then the loop sleeps at once, which leaves the interpreter to the worker.
+HANDED_OVER: Final = frozenset((abi.FSYNC, abi.FSYNCDIR, abi.SYNCFS))
 _NO_REPLY: Final = frozenset((abi.FORGET, abi.BATCH_FORGET, abi.INTERRUPT))
 
 
@@ -386,6 +388,8 @@ class Session:
             except Exception:  # noqa: BLE001 - a bug must not end the server; it is logged
                 reply = self._bug(opcode, unique)
             if reply is None:
+                if opcode in HANDED_OVER:
+                    tries = 0  # the worker needs the interpreter, and who waits for it asks nothing meanwhile
                 continue
             try:
                 if reply.__class__ is bytes:
