@@ -331,34 +331,15 @@ def _block_size(text: str | int) -> int:
 
 
 def spawn(spec: MountSpec) -> MountHandle:
-    """Start a server for a wish in a fresh interpreter, since the caller's process may have threads.
+    """Have a server started for a wish, in a process of its own.
 
     Raises:
         CowfsError: as :func:`mount`.
     """
-    started = _spawn(spec)
+    from cowfs import nursery
+
+    started = nursery.start(spec)
     return MountHandle(spec.mountpoint, started.pid, started.socket)
-
-
-def _spawn(spec: MountSpec) -> Started:
-    import subprocess
-
-    from cowfs.server import parse_report
-
-    if not sys.executable:
-        raise Unsupported("no Python interpreter known to run the server with", remedy="set sys.executable")
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), root)))
-    done = subprocess.run(
-        [sys.executable, "-m", "cowfs.server", spec.mountpoint],
-        input=control.encode(spec.to_json()),
-        stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": path},
-        check=False,
-    )
-    if not done.stdout:
-        raise CowfsError(f"the server could not be started (status {done.returncode})")
-    return parse_report(done.stdout)
 
 
 # ---------------------------------------------------------------------------------------------------------------

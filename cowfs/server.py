@@ -5,8 +5,7 @@ session, the control socket. So it can be killed at any moment and leaves nothin
 
 Start. :func:`start` forks; the child checks, locks, mounts, and reports through a pipe once a stat of the mount point was
 answered, or what went wrong. Only then does it let go of the standard streams. The command forks itself (fast). The
-library's caller may be threaded, so it runs ``python -m cowfs.server`` with the wish as JSON on standard input, and that
-fresh process forks (:mod:`cowfs.mounting`).
+library's caller may be threaded, so it has a process of one thread that forks servers for it (:mod:`cowfs.nursery`).
 
 Threads:
 - main: the session's loop; sole owner of the view.
@@ -29,7 +28,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from cowfs import control, mountpoint, verbs
 from cowfs.errors import CowfsError, InvalidArgument
@@ -42,7 +41,7 @@ if TYPE_CHECKING:
     from cowfs.fuse.session import Session
     from cowfs.union import View
 
-__all__ = ["Server", "Started", "parse_report", "start"]
+__all__ = ["Server", "Started", "parse_report", "serve", "start"]
 
 _FLUSH_SECONDS = 10.0  # how long SIGTERM waits for dirty pages
 
@@ -71,20 +70,8 @@ def start(spec: MountSpec) -> Started:
     sys.stderr.flush()
     pid = os.fork()
     if pid == 0:
-        code = 1
-        try:
-            os.close(reading)
-            os.setsid()
-            code = Server(spec, _Report(writing)).run()
-        except BaseException:  # noqa: BLE001  (this process must end here, never return into the caller's code)
-            import traceback
-
-            traceback.print_exc()
-        finally:
-            try:
-                sys.stderr.flush()
-            finally:
-                os._exit(code)
+        os.close(reading)
+        serve(spec, writing)
     os.close(writing)
     try:
         with open(reading, "rb") as pipe:
@@ -92,11 +79,33 @@ def start(spec: MountSpec) -> Started:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # too late for second thoughts: the mount is there, and we end
     except BaseException:  # interrupted while waiting: what was started goes, too
         os.kill(pid, signal.SIGTERM)
+        os.waitpid(pid, 0)  # it may just have mounted
         raise
     if not line:
         _, status = os.waitpid(pid, 0)
         raise CowfsError(f"the server ended before the mount answered (status {os.waitstatus_to_exitcode(status)})")
     return parse_report(line)
+
+
+def serve(spec: MountSpec, report: int) -> NoReturn:
+    """Be the server of a wish; this process, forked for it, ends here.
+
+    Args:
+        report: a pipe, whose ownership passes over.
+    """
+    code = 1
+    try:
+        os.setsid()
+        code = Server(spec, _Report(report)).run()
+    except BaseException:  # noqa: BLE001  (never return into the caller's code)
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        try:
+            sys.stderr.flush()
+        finally:
+            os._exit(code)
 
 
 def parse_report(line: bytes) -> Started:
@@ -420,26 +429,3 @@ class Server:
 
             traceback.print_exc()
             return {"error": control.error_to(CowfsError(f"unforeseen error in {message['verb']}; see {self.log}"))}
-
-
-def main() -> int:
-    """``python -m cowfs.server [MNT]``: a wish as JSON on standard input, the report on standard output.
-
-    The argument is for people who look at the process list.
-    """
-    try:
-        spec = MountSpec.from_json(control.decode(sys.stdin.buffer.read()))
-        started = start(spec)
-        report: dict[str, Any] = started._asdict()
-        code = 0
-    except CowfsError as error:
-        report, code = {"error": control.error_to(error)}, error.exit_code
-    sys.stdout.buffer.write(control.encode(report))
-    sys.stdout.buffer.flush()
-    return code
-
-
-if __name__ == "__main__":
-    from cowfs.server import main as _main  # the module by its name, as every other module sees it
-
-    sys.exit(_main())

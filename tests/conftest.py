@@ -22,6 +22,8 @@ sys.path.insert(0, os.path.dirname(__file__))
 
 from support import hostfs, mounts, namespace, users
 
+from cowfs import nursery
+
 namespace.enter()
 
 
@@ -130,6 +132,7 @@ def nothing_left() -> Iterator[None]:
         return
     before = set(_children())
     yield
+    nursery.close()
     end = time.monotonic() + 10
     while left := {pid: line for pid, line in _children().items() if pid not in before}:
         if time.monotonic() > end:
