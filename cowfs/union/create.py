@@ -82,7 +82,7 @@ def _own(view: View, parent: Dir, dirfd: int, name: bytes, mode: int, uid: int, 
     if owners is not None:
         if owners.record(dirfd, name, mode | (stat.S_ISGID if inherits and stat.S_ISDIR(mode) else 0), uid, gid):
             return
-        uid, gid = owners.stored(uid, gid)
+        uid, gid = owners.stored_new(uid, gid)
     st = os.stat(name, dir_fd=dirfd, follow_symlinks=False)
     wrong = _mode_differs(parent, st, mode)
     if uid not in (-1, st.st_uid) or gid not in (-1, st.st_gid):

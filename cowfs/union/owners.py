@@ -36,6 +36,15 @@ def map_in(number: int, ranges: Sequence[IdRange]) -> int:
     return number
 
 
+def _placed(number: int, ranges: Sequence[IdRange], squash: int | None) -> int:
+    if squash is not None:
+        return -1
+    try:
+        return map_in(number, ranges)
+    except OSError:
+        return OVERFLOW
+
+
 class Owners:
     """Translates owners both ways. Stateless."""
 
@@ -68,6 +77,13 @@ class Owners:
         if gid != -1:
             gid = -1 if self.squash_gid is not None else map_in(gid, self.gids)
         return uid, gid
+
+    def stored_new(self, uid: int, gid: int) -> tuple[int, int]:
+        """(uid, gid) to store for who makes something. Whom no range has may do so all the same, as nobody.
+
+        A container engine writes into its containers from outside (/etc/mtab, mount points), as fuse-overlayfs lets it.
+        """
+        return _placed(uid, self.uids, self.squash_uid), _placed(gid, self.gids, self.squash_gid)
 
     def record(self, fd: int, name: bytes, mode: int, uid: int, gid: int) -> bool:
         """Store owner and mode in the override xattr. Returns whether that is how it is done."""

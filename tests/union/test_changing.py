@@ -337,6 +337,15 @@ def test_ids_are_mapped_both_ways(stack: Stack) -> None:
     assert (status.st_uid, status.st_gid) == (5, 6)
 
 
+def test_whom_no_range_has_makes_files_as_nobody_but_gives_none_away(stack: Stack) -> None:
+    stack.add().file("f", b"x")
+    paths = stack.open(uid_map=((0, 100_000, 65536),), gid_map=((0, 200_000, 65536),))
+    paths.write_bytes("new", b"")
+    status = (stack.upper / "new").stat()
+    assert (status.st_uid, status.st_gid) == (65534, 65534)
+    fails(errno.EOVERFLOW, paths.chown, "f", 5, -1)
+
+
 def test_squashed_ids(stack: Stack) -> None:
     stack.add().file("f", b"x", uid=1000)
     paths = stack.open(squash_uid=42, squash_gid=43)
