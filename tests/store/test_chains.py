@@ -1,0 +1,136 @@
+"""Chains of snapshots, each written over the one before: every one shows what a plain directory does.
+
+Between a few random operations the active snapshot is committed and a new one prepared, or just opened again. All reads
+of lower layers go through the index, which records what the layers before left: redirects, metacopies, hard links whose
+names and data are in different layers.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+from support import mounts, stacks
+from support.forgetting import InView, Pair
+
+from cowfs.store import Store
+from cowfs.union.paths import Paths
+
+
+class Chain(Pair):
+    """The key ``k`` of a store, over a random stack of layers committed one by one."""
+
+    def __init__(self, base: Path, seed: int, driver: str) -> None:
+        super().__init__(base / "plain", seed)
+        lowers = stacks.random_stack(self.rng.randrange(1 << 20), self.rng.choice((3, 8, 15, 23)), base)
+        for name in ("kernel", "plain"):
+            (base / name).mkdir()
+        with mounts.overlay(lowers, base / "kernel"):
+            mounts.copy_tree(base / "kernel", base / "plain")
+        self.store = Store.open(base / "store", driver=driver, fsync=False)
+        self.number = 0
+        self.opened = ExitStack()
+        self.store.prepare("k")
+        for layer in lowers:
+            tree = self.store.driver.tree(self.store.index.get("k").id)
+            subprocess.run(["cp", "-a", f"{os.fspath(layer)}/.", tree], check=True)
+            self.commit()
+        self.open()
+
+    def open(self) -> None:
+        self.ours = InView(self.opened.enter_context(self.store.paths("k")).view)
+
+    def shut(self) -> None:
+        self.let_go()
+        self.opened.close()
+
+    def commit(self) -> None:
+        self.number += 1
+        self.store.commit("k", f"c{self.number}")
+        self.store.prepare("k", f"c{self.number}")
+
+    def again(self, commit: bool) -> None:
+        self.log.append("commit" if commit else "open again")
+        self.shut()
+        if commit:
+            self.commit()
+        self.open()
+        self.compare()
+
+
+@pytest.mark.parametrize("driver", ["overlay", "row"])
+def test_each_snapshot_of_a_chain_equals_a_plain_directory(
+    space: Path, driver: str, can_mount: None, request: pytest.FixtureRequest
+) -> None:
+    os.umask(0o022)
+    for number in range(request.config.getoption("--steps") // 2500):
+        base = space / f"{number}"
+        base.mkdir()
+        chain = Chain(base, request.config.getoption("--seed") + number, driver)
+        for _ in range(180):
+            chain.step()
+            if (dice := chain.rng.random()) < 0.03:
+                chain.again(commit=dice < 0.015)
+        chain.again(commit=True)
+        chain.shut()
+        assert chain.store.check(content=True).problems == [], chain.story("check")
+        chain.store.close()
+        shutil.rmtree(base)
+
+
+@pytest.fixture
+def store(space: Path) -> Iterator[Store]:
+    with Store.open(space / "store", driver="overlay", fsync=False) as opened:
+        opened.prepare("k")
+        yield opened
+
+
+@contextmanager
+def written(store: Store, name: str) -> Iterator[Paths]:
+    """Change ``k``, commit it under a name, and prepare the next ``k`` on it."""
+    with store.paths("k") as tree:
+        yield tree
+    store.commit("k", name)
+    store.prepare("k", name)
+
+
+def test_a_hard_link_to_a_file_whose_data_is_layers_below_is_written_under_all_its_names(store: Store) -> None:
+    """Its names are in a layer with its attributes alone; where its data is, it had one name."""
+    with written(store, "data") as tree:
+        tree.write_bytes("one", b"old " * 5000)
+    with written(store, "names") as tree:
+        tree.link("one", "two")
+    with store.paths("k") as tree:
+        tree.write_at("two", 0, b"new ")
+        assert tree.read_bytes("one", 0, 8) == b"new old "
+        assert tree.stat("one").nlink == 2
+
+
+def test_a_hard_link_that_was_copied_up_twice_has_one_number(store: Store) -> None:
+    with written(store, "first") as tree:
+        tree.symlink("x", "a")
+    with written(store, "second") as tree:
+        tree.rename("a", "b")
+    with written(store, "third") as tree:
+        tree.link("b", "c")
+    with store.paths("k") as tree:
+        assert stat.S_ISLNK(tree.stat("b").mode)
+        assert tree.stat("b").ino == tree.stat("c").ino
+
+
+def test_a_file_moved_to_a_directory_with_an_empty_lower_one_keeps_its_number(store: Store) -> None:
+    with written(store, "first") as tree:
+        tree.mkdir("empty")
+        tree.write_bytes("file", b"x")
+    with store.paths("k") as tree:
+        before = tree.stat("file").ino
+        tree.chmod("empty", 0o700)
+        tree.rename("file", "empty/file")
+    with store.paths("k") as tree:
+        assert tree.stat("empty/file").ino == before
