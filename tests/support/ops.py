@@ -213,6 +213,8 @@ class Actor:
     # -- by descriptor ------------------------------------------------------------------
 
     def op_open(self, slot: int, path: str, flags: int) -> Any:
+        if flags & os.O_CREAT and os.path.islink(self.at(path)):
+            flags &= ~os.O_CREAT  # a link may lead out of the tree: nothing is to be made there
         fd = os.open(self.at(path), flags | os.O_NONBLOCK, 0o644)
         self.op_close(slot, quiet=True)
         self.slots[slot] = fd
