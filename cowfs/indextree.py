@@ -110,6 +110,11 @@ class IndexTree:
         self._limit = keep
         self._kept: dict[Handle, _Names] = {}
 
+    @property
+    def records(self) -> Records:
+        """Where the records come from."""
+        return self._records
+
     def root(self) -> Handle:
         """The root directory, to be given to :meth:`entries`."""
         entry = decode(self._root)

@@ -1,4 +1,25 @@
 """The name on which a mount's server and a store agree for a switch of layers that has begun."""
 
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
 MARK = "cowfs-begun"
-"""File in a new layer's directory: from now on the layer may be written to."""
+"""File in a layer's directory: from now on a new layer may be written to, or a mount no longer reads this old one."""
+
+
+def leave_mark(path: str, facts: dict[str, Any]) -> None:
+    """Make a mark that says something, whole or not at all.
+
+    Raises:
+        FileExistsError: there is one.
+    """
+    unfinished = f"{path}.{os.getpid()}"
+    with open(unfinished, "w", encoding="ascii") as file:
+        json.dump(facts, file)
+    try:
+        os.link(unfinished, path)
+    finally:
+        os.unlink(unfinished)

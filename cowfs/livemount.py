@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from cowfs.errors import FailedPrecondition, NotFound
 from cowfs.fuse.session import Session
 from cowfs.sys.files import syncfs
+from cowfs.union.space import UNIT
 from cowfs.verbs import verb
 
 if TYPE_CHECKING:
@@ -29,10 +30,11 @@ if TYPE_CHECKING:
     from cowfs.union.live import Stale
     from cowfs.union.source import Layer
 
-__all__: list[str] = []
+__all__ = ["at_once", "can_switch"]
 
 _FLUSH_SECONDS = 10.0
 _PATIENCE_SECONDS = 5.0  # how long a switch waits for a moment without held requests
+_STRICT_SECONDS = 60.0  # ... when any other moment will not do
 _BARRIERS, _FEW = 200, 2
 
 
@@ -48,11 +50,27 @@ def _freeze(server: Server, arguments: dict[str, Any]) -> dict[str, Any]:
 
 @verb("rollback")
 def _rollback(server: Server, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Drop what is above the layer ``layer`` and go on over ``upper`` and ``work``."""
+    """Drop what is above the layer ``layer`` and go on over ``upper`` and ``work``.
+
+    Args:
+        base: what counts for the limit although the new layer does not hold it, negative (bytes, inodes).
+        lowers, num, index: how the view comes to scan what is to be dropped (the verb ``restack``), if it reads it from the
+            index.
+    """
     stale: list[Stale] = []
 
     def switch() -> None:
-        stale.append(server.view.rollback(_layer(server, arguments["layer"]), arguments["upper"], arguments["work"]))
+        view = server.view
+        layer = _layer(server, arguments["layer"])
+        if layer.index < view.indexed_layers - 1:
+            from importlib import import_module
+
+            stand_on = import_module("cowfs.store.restack").stand_on
+            stand_on(view, view.index.records, arguments["lowers"], arguments["num"])  # type: ignore[union-attr]
+        stale.append(view.rollback(layer, arguments["upper"], arguments["work"]))
+        base = arguments["base"]
+        if view.space is not None:
+            view.space.add(-(base["bytes"] // UNIT), -base["inodes"])
 
     stalled = _switch(server, arguments, switch)
     _tell_kernel(server, stale[0])
@@ -65,57 +83,83 @@ def _layer(server: Server, path: str) -> Layer:
     for layer in server.view.layers:
         there = os.fstat(layer.root.open())
         if (there.st_dev, there.st_ino) == (wanted.st_dev, wanted.st_ino):
-            if layer.index < server.view.indexed_layers - 1:
-                raise FailedPrecondition(
-                    f"{server.spec.mountpoint} was mounted over newer layers, which stay until it is unmounted",
-                    remedy="unmount it, roll back, mount it again",
-                )
             return layer
     raise NotFound(f"the mount at {server.spec.mountpoint} has no layer {path}")
 
 
-def _switch(server: Server, arguments: dict[str, Any], switch: Callable[[], None]) -> float:
-    """Steps 1 and 2; returns how long the loop was held, in seconds."""
-    stack = server.stack
-    if stack.upper is None or server.spec.readonly:
+def can_switch(server: Server, *, writing: bool = True) -> None:
+    """Whether this mount's layers can be switched at one instant.
+
+    Args:
+        writing: the upper layer takes part.
+
+    Raises:
+        FailedPrecondition: no; the message says why.
+    """
+    if writing and (server.stack.upper is None or server.spec.readonly):
         raise FailedPrecondition("a read-only mount has no snapshots")
     if server.spec.io == "passthrough":
         raise FailedPrecondition(
             "writes pass the server with io=passthrough, so no instant can be told",
             remedy="mount without --io passthrough",
         )
-    session = server.session
-    if not isinstance(session, Session):
+    if not isinstance(server.session, Session):
         raise FailedPrecondition(
             "libfuse's requests cannot be held for an instant", remedy="mount without --frontend fusepy"
         )
+
+
+def at_once(server: Server, act: Callable[[], None], *, strict: bool = False) -> float:
+    """Call ``act`` in the loop thread at a moment when no request waits for a copy-up; how long that took, in seconds.
+
+    Such a moment is waited for; after some seconds, any will do unless ``strict``.
+
+    Raises:
+        FailedPrecondition: with ``strict``, there was none for a minute.
+    """
+    session = server.session
+    assert isinstance(session, Session)
+    patience = time.monotonic() + (_STRICT_SECONDS if strict else _PATIENCE_SECONDS)
+
+    def attempt() -> float | None:
+        if session.has_held_requests():
+            if time.monotonic() < patience:
+                return None  # a write that came before is waiting for its copy-up
+            if strict:
+                raise FailedPrecondition("a big file is being copied up under the mount", remedy="try again")
+        begun = time.perf_counter()
+        act()
+        return time.perf_counter() - begun
+
+    while (held := server.call(attempt)) is None:
+        time.sleep(0.002)
+    return float(held)
+
+
+def _switch(server: Server, arguments: dict[str, Any], switch: Callable[[], None]) -> float:
+    """Steps 1 and 2; returns how long the loop was held, in seconds."""
+    stack = server.stack
+    can_switch(server)
     _write_back(server)
     locks = stack.lock_more(arguments["upper"], arguments["work"])
     mark = arguments["mark"]
 
-    patience = time.monotonic() + _PATIENCE_SECONDS
-
-    def at_once() -> float | None:
-        if session.has_held_requests() and time.monotonic() < patience:
-            return None  # a write that came before is waiting for its copy-up
-        begun = time.perf_counter()
+    def act() -> None:
         os.close(os.open(mark, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
         try:
             switch()
         except BaseException:
             os.unlink(mark)
             raise
-        return time.perf_counter() - begun
 
     try:
-        while (held := server.call(at_once)) is None:
-            time.sleep(0.002)
+        held = at_once(server, act)
     except BaseException:
         for lock in locks:
             os.close(lock)
         raise
     stack.switched(arguments["final_upper"], arguments["final_work"], locks)
-    return float(held)
+    return held
 
 
 def _write_back(server: Server) -> None:

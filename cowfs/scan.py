@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from cowfs import whiteout
@@ -151,6 +151,7 @@ class _Scan:
         self.base = base
         self.pending = Pending(records)
         self.known = known
+        self.names: Mapping[int, int] = {}
         self.units = 0
         self.inodes = 0
         self.latest = 0
@@ -275,7 +276,7 @@ class _Scan:
         return Entry(
             mode, st.st_uid, st.st_gid, st.st_size, st.st_mtime_ns, st.st_ino, st.st_blocks,
             st.st_rdev if mode & 0o170000 in (stat.S_IFCHR, stat.S_IFBLK) else 0,
-            st.st_nlink, target, self.visible(stored), self.num, frame.place(name, path), digest,
+            self.names.get(st.st_ino, st.st_nlink), target, self.visible(stored), self.num, frame.place(name, path), digest,
         )  # fmt: skip
 
 
@@ -434,7 +435,14 @@ def _same_attributes(a: Entry, b: Entry) -> bool:
 
 
 def scan_delta(
-    root_fd: int, *, num: int, form: Form, base: Pair | None, records: Records, known: KnownDigest | None = None
+    root_fd: int,
+    *,
+    num: int,
+    form: Form,
+    base: Pair | None,
+    records: Records,
+    known: KnownDigest | None = None,
+    names: Mapping[int, int] | None = None,
 ) -> Scanned:
     """Read an overlay layer over its parent's tree.
 
@@ -445,12 +453,15 @@ def scan_delta(
         base: the parent's root entry; None when there is no parent.
         records: the index.
         known: digests of files that are known already.
+        names: inode -> its names, for files that have further names outside the layer, which are about to go.
 
     Raises:
         Corrupt: a metacopy has no data beneath it, or the parent's records are incomplete.
         OSError: the layer cannot be read.
     """
-    return _Delta(root_fd, num, form, base, records, known).run()
+    delta = _Delta(root_fd, num, form, base, records, known)
+    delta.names = names or {}
+    return delta.run()
 
 
 def scan_full(

@@ -25,7 +25,13 @@ Verb = Callable[["Server", dict[str, Any]], dict[str, Any]]
 
 VERBS: dict[str, Verb] = {}
 
-LATE_VERBS = {"compact": "cowfs.livecompact", "freeze": "cowfs.livemount", "rollback": "cowfs.livemount"}
+LATE_VERBS = {
+    "absorb": "cowfs.store.restack",
+    "compact": "cowfs.livecompact",
+    "freeze": "cowfs.livemount",
+    "restack": "cowfs.store.restack",
+    "rollback": "cowfs.livemount",
+}
 """Verbs that most mounts never need, and the module that registers them when first asked for."""
 
 

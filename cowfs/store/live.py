@@ -33,19 +33,19 @@ import json
 import os
 import sqlite3
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-from cowfs.errors import FailedPrecondition, InvalidArgument, Unsupported
+from cowfs.errors import AlreadyExists, CowfsError, FailedPrecondition, InvalidArgument, Unsupported
 from cowfs.faults import point
 from cowfs.index import Index, Row
 from cowfs.livemark import MARK
 from cowfs.model import Info, Kind, Mount, Usage
 from cowfs.store import layers
-from cowfs.store.core import _taken
 from cowfs.store.mounts import KernelMount
 from cowfs.store.names import check_labels, check_name, new_id
 from cowfs.store.staging import NEW, _lock, _make_locked, discard, fsync_directory
+from cowfs.store.turns import turn
 from cowfs.store.upkeep import Collected, UpkeepVerbs
 from cowfs.sys import trees
 
@@ -73,6 +73,7 @@ class LiveVerbs(UpkeepVerbs):
 
     def mount(self, key: str, target: str | os.PathLike[str], **options: Any) -> LiveHandle | KernelMount:
         """As :meth:`MountVerbs.mount`; the handle also has ``snapshot`` and ``rollback``."""
+        self.recover()
         handle = super().mount(key, target, **options)
         from cowfs.store.handle import LiveHandle
 
@@ -107,10 +108,14 @@ class LiveVerbs(UpkeepVerbs):
         """
         check_name(name)
         check_labels(labels or {})
+        with self._turn(key):
+            return self._snapshot(key, name, labels or {})
+
+    def _snapshot(self, key: str, name: str, labels: Mapping[str, str]) -> Info:
         row = self._active(key)
         self._free(name)
         self._can_switch("snapshot")
-        switch = _Switch("snapshot", row.num, name, {**row.labels, **(labels or {}), LABEL: key})
+        switch = _Switch("snapshot", row.num, name, {**row.labels, **labels, LABEL: key})
         self._switch(row, switch, [id for _, id in self.index.chain(row.num)], "freeze")
         return self.index.get(name).info()
 
@@ -125,19 +130,36 @@ class LiveVerbs(UpkeepVerbs):
         Raises:
             NotFound: no such key or name.
             InvalidArgument: not an ancestor of the key.
-            FailedPrecondition: the mount reads layers above the ancestor from the index; unmount it first.
+            FailedPrecondition: mounted by the kernel, read-only, or in use by another verb.
         """
+        if keep is not None:
+            check_name(keep)
+        with self._turn(key):
+            return self._rollback(key, name, keep)
+
+    def _rollback(self, key: str, name: str, keep: str | None) -> Info:
         row = self._active(key)
         ancestor = self.resolve(name)
         if ancestor.num not in [num for num, _ in self.index.chain(row.parent)]:
             raise InvalidArgument(f"{name!r} is not an ancestor of {key!r}", remedy=f"'cowfs log {key}' shows them")
         self._can_switch("rollback")
         if keep is not None:
-            self.snapshot(key, keep)
+            self._snapshot(key, keep, {})
             row = self._active(key)
         switch = _Switch("rollback", row.num, ancestor.name, {})
         chain = [id for _, id in self.index.chain(ancestor.num)]
-        self._switch(row, switch, chain, "rollback", layer=self.driver.tree(ancestor.id))
+        base = self._base_at(row, ancestor)
+        self._switch(
+            row,
+            switch,
+            chain,
+            "rollback",
+            layer=self.driver.tree(ancestor.id),
+            base={"bytes": base.bytes, "inodes": base.inodes},
+            lowers=[self.driver.tree(id) for _, id in self.index.chain(row.parent)],
+            num=ancestor.num,
+            index=self.index.path,
+        )
         if not os.path.isdir(self.driver.directory(row.id)):
             return self.index.get(key).info()
         discard(self.driver, row.id)
@@ -155,6 +177,33 @@ class LiveVerbs(UpkeepVerbs):
         for key in keys:
             self._free(key)
         return {key: self.prepare(key, name, **options) for key in keys}
+
+    @contextlib.contextmanager
+    def _turn(self, key: str) -> Iterator[None]:
+        """No other live verb is at a key meanwhile, and none that was killed has left it half done."""
+        with turn(self.root, key):
+            self.recover()
+            yield
+
+    def _commit(self, key: str, name: str, **options: Any) -> Row:
+        with turn(self.root, key):
+            return super()._commit(key, name, **options)
+
+    def _remove(self, row: Row) -> None:
+        with turn(self.root, row.name):
+            super()._remove(row)
+
+    def _base_at(self, row: Row, ancestor: Row) -> Usage:
+        """The base that a key has over one of its ancestors: what its own snapshots hold counts for its limit."""
+        under = row
+        for num, _ in self.index.chain(row.parent):
+            one = self.index.by_num(num)
+            if not counts(one, under):
+                break
+            if num == ancestor.num:
+                return _after(one)
+            under = one
+        return Usage()
 
     def _can_switch(self, verb: str) -> None:
         if self.driver.whole:
@@ -195,26 +244,24 @@ class LiveVerbs(UpkeepVerbs):
             if server is not None:
                 from cowfs import control
 
-                control.ask(
-                    server["socket"],
-                    verb,
-                    timeout=600.0,
-                    upper=driver.tree(here),
-                    work=driver.work(here),
-                    mark=os.path.join(driver.directory(here), MARK),
-                    final_upper=driver.tree(id),
-                    final_work=driver.work(id),
-                    **more,
-                )
+                mark = os.path.join(driver.directory(here), MARK)
+                places = {"upper": driver.tree(here), "work": driver.work(here)}
+                final = {"final_upper": driver.tree(id), "final_work": driver.work(id)}
+                try:
+                    control.ask(server["socket"], verb, timeout=600.0, mark=mark, **places, **final, **more)
+                except CowfsError:
+                    if not os.path.exists(mark):
+                        raise
+                    # it switched, and ended before it could say so
             else:
                 os.close(os.open(os.path.join(driver.directory(here), MARK), os.O_WRONLY | os.O_CREAT, 0o600))
             marked = True
             point("switch.done")
             self._finish(id, switch)
         except BaseException:
-            if not marked:
+            if not marked and not os.path.exists(os.path.join(driver.directory(here), MARK)):
                 driver.remove(here)
-                _unlink(self._note(id))
+                unlink(self._note(id))
             raise
         finally:
             os.close(lock)
@@ -222,17 +269,22 @@ class LiveVerbs(UpkeepVerbs):
     def _finish(self, id: str, switch: _Switch) -> None:
         """Step 3: the rows, and the directory's final name."""
         row = self.index.by_num(switch.num)
-        if switch.verb == "snapshot":
-            self._finish_snapshot(id, row, switch)
-        else:
+        name = switch.name
+        if switch.verb == "rollback":
             self._finish_rollback(id, row, switch)
-        _unlink(os.path.join(self.driver.directory(id), MARK))
-        _unlink(self._note(id))
+        elif not self._finish_snapshot(id, row, switch):  # too late to go back
+            name = f"{name}.{id}"
+            self._finish_snapshot(id, row, switch._replace(name=name))
+        unlink(os.path.join(self.driver.directory(id), MARK))
+        unlink(self._note(id))
+        if name != switch.name:
+            raise AlreadyExists(f"the name {switch.name!r} was taken meanwhile", remedy=f"the snapshot is called {name}")
 
     def _note(self, id: str) -> str:
         return os.path.join(self.root, f"{LIVE}{id}{NOTE}")
 
-    def _finish_snapshot(self, id: str, row: Row, switch: _Switch) -> None:
+    def _finish_snapshot(self, id: str, row: Row, switch: _Switch) -> bool:
+        """Returns whether the name was free."""
         self.driver.settle(row.id)
         scanned = self._scan(row, layers.KeptDigests.load(self.driver, row.id))
         if self.driver.fsync:
@@ -275,17 +327,13 @@ class LiveVerbs(UpkeepVerbs):
                 )
                 self._publish(id)
         except sqlite3.IntegrityError:
-            raise _taken(switch.name) from None
+            return False
         point("switch.committed")
+        return True
 
     def _finish_rollback(self, id: str, row: Row, switch: _Switch) -> None:
         ancestor = self.index.get(switch.name)
-        base = Usage()
-        for num, _ in self.index.chain(ancestor.num):
-            above = self.index.by_num(num)
-            if above.labels.get(LABEL) != row.name or above.usage is None:
-                break
-            base = Usage(bytes=base.bytes - above.usage.bytes, inodes=base.inodes - above.usage.inodes)
+        base = self._base_at(row, ancestor)
         with self.index.write() as connection:
             connection.execute(
                 "UPDATE snapshots SET id = ?, parent = ?, depth = ?, updated = ?, base_bytes = ?, base_inodes = ?"
@@ -315,7 +363,7 @@ class LiveVerbs(UpkeepVerbs):
             id = name.removeprefix(LIVE).removesuffix(NOTE)
             here = LIVE + id if os.path.isdir(self.driver.directory(LIVE + id)) else id
             if not os.path.isdir(self.driver.directory(here)):
-                _unlink(self._note(id))
+                unlink(self._note(id))
                 continue
             lock = _lock(self.driver.directory(here))
             if lock is None:
@@ -331,7 +379,7 @@ class LiveVerbs(UpkeepVerbs):
         if next(self.index.rows("s.id = ?", (id,)), None) is None:
             if switch is None or not os.path.exists(os.path.join(directory, MARK)):
                 self.driver.remove(here)
-                _unlink(self._note(id))
+                unlink(self._note(id))
                 return
             row = next(self.index.rows("s.num = ?", (switch.num,)), None)
             if row is None or row.kind is not Kind.ACTIVE:
@@ -340,14 +388,15 @@ class LiveVerbs(UpkeepVerbs):
                     remedy="move it away and look into it",
                 )
             former = row.id
-            self._finish(id, switch)
+            with contextlib.suppress(AlreadyExists):
+                self._finish(id, switch)
             if switch.verb == "rollback":
                 discard(self.driver, former)
             return
         if here != id:
             os.rename(directory, self.driver.directory(id))
-        _unlink(os.path.join(self.driver.directory(id), MARK))
-        _unlink(self._note(id))
+        unlink(os.path.join(self.driver.directory(id), MARK))
+        unlink(self._note(id))
 
     def gc(self) -> Collected:
         """As :meth:`UpkeepVerbs.gc`, once nothing half done is left."""
@@ -355,7 +404,19 @@ class LiveVerbs(UpkeepVerbs):
         return super().gc()
 
 
-def _unlink(path: str) -> None:
+def counts(row: Row, child: Row) -> bool:
+    """Whether what a snapshot holds counts for the limit of its child: it was made of it while it was active."""
+    return child.base == _after(row)
+
+
+def _after(row: Row) -> Usage:
+    """The base of a key that goes on over the snapshot made of it."""
+    held = row.usage or Usage()
+    return Usage(bytes=row.base.bytes - held.bytes, inodes=row.base.inodes - held.inodes)
+
+
+def unlink(path: str) -> None:
+    """Remove a file that may be gone."""
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
 

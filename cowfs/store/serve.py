@@ -44,8 +44,8 @@ def view(stack: Stack, options: Options) -> View:
     form = index.meta("form") or "auto"
     tree = _lower(index, row, stack.lowers, root)
     made = View(stack.lowers, stack.upper, stack.work, options=replace(options, form=form, index=tree))
-    if row.base.inodes and not made.readonly:
-        # a whole layer: what was copied is neither use nor limit
+    if (row.base.bytes or row.base.inodes) and not made.readonly:
+        # a whole layer: what was copied is neither use nor limit; or live snapshots below hold what counts
         made.space = space.Space(made)
         made.space.add(-(row.base.bytes // space.UNIT), -row.base.inodes)
         made.set_limit(stack.limit)

@@ -1,55 +1,103 @@
 """Squash: merge a snapshot into its only child, so that chains of live snapshots do not grow without end.
 
-Strategy: the child's new layer is built as any change is, by writing into a merged view over the snapshot's parent;
-what to write is the difference of two trees that the index knows. Then the records of everything above are made again,
-since files that were in the snapshot's layer are in the child's now. One transaction writes all that, and renames
-the new layer; the two old ones are deleted after it. A kill leaves the state before or the state after.
+Under mounts that go on. Which way depends on the child:
+
+*A committed child*: the two layers stay as they are, and a third one that holds both is built (:mod:`cowfs.store.merging`).
+The records of everything above are made again, since files that were in the snapshot's layer are in the child's now. One
+transaction writes all that and renames the new layer; every mount above is then told to stand on the new one
+(:mod:`cowfs.store.restack`); the two old ones are deleted when all have done so.
+
+*An active child*: its layer takes over what is seen of the snapshot's (:mod:`cowfs.union.absorb`), in the server of the mount
+or here, and is then as good without it as with it. One transaction gives it the snapshot's parent.
+
+Order, so that a kill at any point leaves the state before or the state after. ``squash-ID.json`` notes what is under way,
+locked for as long as somebody is at it; ID is the new layer's id, or the snapshot's where an active child takes it over.
+
+=======================================  ====================================================================
+found with the note                      what :meth:`SquashVerbs.recover` does, at each open and gc
+=======================================  ====================================================================
+locked                                   nothing
+merge, no row with ID                    removes the note (``new-ID`` is swept like any other)
+merge, a row with ID                     tells the mounts again, deletes the old layers, removes the note
+take-over, no mark in the layer          leaves one that the server heeds, removes the note: what was copied up
+                                         does no harm
+take-over, marked (the server switched)  carries on with the transaction, deletes the layer, removes the note
+take-over, no row with ID                deletes the layer, removes the note
+=======================================  ====================================================================
+
+What a note names as old is no garbage to anybody while it is there. A mount that does not answer keeps its old layers: the
+note then stays, and the next open tries again.
+
+What counts for a limit does not change for a child that did not count the snapshot. One that did (its base says so) counts
+the merged layer instead, and what is overwritten is free again.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
+import fcntl
+import json
 import os
-import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
-from cowfs import compare, scan
-from cowfs.errors import FailedPrecondition, Unsupported
+from cowfs.errors import CowfsError, FailedPrecondition, Unsupported
 from cowfs.faults import point
 from cowfs.index import Index, Row
-from cowfs.model import Change, Info, Kind, Limit, Usage
+from cowfs.livemark import MARK, leave_mark
+from cowfs.model import Info, Kind, Limit, Usage
 from cowfs.store import layers
 from cowfs.store.core import _sound
-from cowfs.store.live import LABEL, LiveVerbs
+from cowfs.store.live import LiveVerbs, counts, unlink
 from cowfs.store.names import new_id
-from cowfs.store.staging import discard, staged
-from cowfs.sys import files, trees
-from cowfs.tree import Pair, Pending
-from cowfs.union import Options, View, copyup
-from cowfs.union.node import DT_LNK, DT_REG, Dir, Node
+from cowfs.store.staging import SQUASH, discard, fsync_directory, staged
+from cowfs.store.turns import turn
+from cowfs.sys import trees
+
+if TYPE_CHECKING:
+    from cowfs import scan
+    from cowfs.tree import Pair, Pending
 
 __all__ = ["SquashVerbs"]
+
+_LONG = 86400.0  # seconds that a server may take to take over a layer
+_TRIES = 5
 
 
 class SquashVerbs(LiveVerbs):
     """squash."""
 
     def squash(self, name: str) -> Info:
-        """Merge a committed snapshot into its only child, and remove it.
+        """Merge a committed snapshot into its only child, and remove it; mounts above it go on.
 
         Returns:
             The child.
 
         Raises:
             NotFound: no such snapshot.
-            FailedPrecondition: it is not committed, has a tag, has no child or several, or something above it is
-                mounted or in use; the message says what.
+            FailedPrecondition: it is not committed, has a tag, has no child or several, or something above it is in use by
+                another verb or mounted in a way that cannot switch layers; the message says what.
             Unsupported: the driver keeps whole trees (there is nothing to gain).
         """
-        row = self.resolve(name)
         if self.driver.whole:
             raise Unsupported(f"the driver {self.driver.name} keeps whole trees: nothing to squash", remedy="cowfs rm")
+        for _ in range(_TRIES):
+            row, child = self._pair(name)
+            above = self._above(child)
+            with turn(self.root, *(one.name for one in (row, child, *above))):
+                self.recover()
+                if self._pair(name) != (row, child) or self._above(child) != above:
+                    continue
+                if child.kind is Kind.ACTIVE:
+                    self._take_over(row, child)
+                else:
+                    self._merge(row, child, above)
+                return self.index.get(child.name).info()
+        raise FailedPrecondition(f"what is above {name!r} keeps changing", remedy="try again")
+
+    def _pair(self, name: str) -> tuple[Row, Row]:
+        """A snapshot that can be squashed, and its child."""
+        row = self.resolve(name)
         if row.kind is not Kind.COMMITTED:
             raise FailedPrecondition(f"{name!r} is not committed", remedy="commit it first")
         children = self.index.children(row.num)
@@ -65,15 +113,9 @@ class SquashVerbs(LiveVerbs):
             )
         _sound(row)
         child = self.index.get(children[0])
-        above = self._above(child)
-        with contextlib.ExitStack() as held:
-            for one in (child, *above):
-                if one.kind is not Kind.VIEW:
-                    held.enter_context(layers.hold(self.driver, one, "squash"))
-            self._squash(row, child, above)
-        for id in (row.id, child.id):
-            discard(self.driver, id)
-        return self.index.get(child.name).info()
+        if child.kind is Kind.VIEW:
+            raise FailedPrecondition(f"the child of {name!r} is a view, {child.name!r}", remedy=f"cowfs rm {child.name}")
+        return row, child
 
     def _above(self, row: Row) -> list[Row]:
         """Everything that has ``row`` as an ancestor, parents before children."""
@@ -81,13 +123,63 @@ class SquashVerbs(LiveVerbs):
         pending = [row]
         while pending:
             one = pending.pop()
-            below = [self.index.get(name) for name in self.index.children(one.num)]
+            below = list(self.index.rows("s.parent = ?", (one.num,)))
             found += below
             pending += below
         return found
 
-    def _squash(self, row: Row, child: Row, above: list[Row]) -> None:
+    # -- who uses the layers ------------------------------------------------------------------------
+
+    def _served(self, rows: Iterable[Row]) -> dict[int, dict[str, Any]]:
+        """What the servers of those that are mounted say, by number."""
+        from cowfs import control
+
+        wanted = {os.path.realpath(self.driver.tree(row.id)): row for row in rows}
+        found: dict[int, dict[str, Any]] = {}
+        for path in control.sockets():
+            try:
+                answer = control.ask(path, "info")
+            except (CowfsError, OSError):
+                continue
+            row = wanted.get(os.path.realpath(str(answer.get("upper"))))
+            if row is not None and answer.get("label") == row.name:
+                found[row.num] = {**answer, "socket": path}
+        return found
+
+    @contextlib.contextmanager
+    def _holding(self, rows: Iterable[Row], served: dict[int, dict[str, Any]]) -> Iterator[None]:
+        """Nobody but our servers uses any of these, nor will."""
+        with contextlib.ExitStack() as held:
+            for row in rows:
+                server = served.get(row.num)
+                if server is None:
+                    held.enter_context(layers.hold(self.driver, row, "squash"))
+                elif server.get("io") == "passthrough" or server.get("frontend") != "kernel":
+                    how = "--io passthrough" if server.get("io") == "passthrough" else f"--frontend {server['frontend']}"
+                    raise FailedPrecondition(
+                        f"{row.name!r} is mounted with {how}, which cannot switch layers", remedy="unmount it first"
+                    )
+            yield
+
+    # -- a committed child --------------------------------------------------------------------------
+
+    def _merge(self, row: Row, child: Row, above: list[Row]) -> None:
+        served = self._served(above)
+        with contextlib.ExitStack() as held:
+            held.enter_context(self._holding((row, child, *above), served))
+            new = self._build(row, child, above, held)
+            self._switch_mounts(served, {one.num: one for one in above})
+            point("squash.switched")
+            for id in (row.id, child.id):
+                discard(self.driver, id)
+            unlink(self._squash_note(new))
+
+    def _build(self, row: Row, child: Row, above: list[Row], held: contextlib.ExitStack) -> str:
+        """Make the merged layer, and record it. Returns its id."""
+        from cowfs import compare
+        from cowfs.store.merging import write_changes
         from cowfs.store.owners import carry
+        from cowfs.tree import Pending
 
         parent = self.index.by_num(row.parent) if row.parent is not None else None
         base = [id for _, id in self.index.chain(row.parent)]
@@ -98,7 +190,7 @@ class SquashVerbs(LiveVerbs):
             after = self._tree(child, pending)
             same = layers.SameData(self.driver, self.index)
             changes = list(compare.compare(pending, parent.root if parent else None, after, same))
-            self._write_changes(changes, base, [child.id, row.id, *base], layer.staged)
+            made = write_changes(self.driver, changes, base, [child.id, row.id, *base], layer.staged)
             point("squash.built")
             if self.driver.fsync:
                 trees.sync_tree(self.driver.tree(layer.staged))
@@ -108,182 +200,281 @@ class SquashVerbs(LiveVerbs):
             if parent is not None and parent.root is not None:
                 roots[parent.num] = parent.root
             for one in (child, *above):
-                if one.kind is Kind.VIEW:
+                if one.kind is not Kind.COMMITTED:
                     continue
                 under = row.parent if one is child else one.parent
-                id = layer.staged if one is child else one.id
-                scanned = self._scan_over(id, one, roots.get(under) if under is not None else None, pending)
+                root = roots.get(under) if under is not None else None
+                names = made.names if one is child else {}
+                scanned = self._scan_over(layer.staged if one is child else one.id, one, root, pending, names)
                 pending.new.update(scanned.pending.new)
                 roots[one.num], usage[one.num] = scanned.root, scanned.usage
-            with self.index.write() as connection:
-                Index.add_records(connection, pending.new)
-                for one in (child, *above):
-                    root = roots[one.num] if one.kind is Kind.COMMITTED else (None, None)
+            note = {"old": [row.id, child.id], "child": child.num}
+            held.callback(os.close, _write_note(self._squash_note(layer.id), note))
+            try:
+                with self.index.write() as connection:
+                    self._look_again(row, child)
+                    Index.add_records(connection, pending.new)
+                    for one in (child, *above):
+                        pair = roots[one.num] if one.kind is Kind.COMMITTED else (None, None)
+                        connection.execute(
+                            "UPDATE snapshots SET depth = depth - 1, root_content = ?, root_storage = ? WHERE num = ?",
+                            (*pair, one.num),
+                        )
+                    bases = _bases(row, child, above, usage[child.num])
                     connection.execute(
-                        "UPDATE snapshots SET depth = depth - 1, root_content = ?, root_storage = ? WHERE num = ?",
-                        (*root, one.num),
+                        "UPDATE snapshots SET id = ?, parent = ?, bytes = ?, inodes = ?, diff_id = NULL, chain_id = NULL"
+                        " WHERE num = ?",
+                        (layer.id, row.parent, usage[child.num].bytes, usage[child.num].inodes, child.num),
                     )
-                held = row.usage or Usage()
-                back = held if child.kind is Kind.ACTIVE and LABEL in row.labels else Usage()
-                committed = usage[child.num] if child.kind is Kind.COMMITTED else None
-                connection.execute(
-                    "UPDATE snapshots SET id = ?, parent = ?, bytes = ?, inodes = ?, base_bytes = base_bytes + ?,"
-                    " base_inodes = base_inodes + ?, diff_id = NULL, chain_id = NULL WHERE num = ?",
-                    (
-                        layer.id,
-                        row.parent,
-                        committed.bytes if committed else None,
-                        committed.inodes if committed else None,
-                        back.bytes,
-                        back.inodes,
-                        child.num,
-                    ),
-                )
-                connection.execute("DELETE FROM snapshots WHERE num = ?", (row.num,))
-                point("squash.recorded")
-                layer.publish()
-                point("squash.renamed")
+                    connection.executemany(
+                        "UPDATE snapshots SET base_bytes = ?, base_inodes = ? WHERE num = ?",
+                        [(base.bytes, base.inodes, num) for num, base in bases.items()],
+                    )
+                    connection.execute("DELETE FROM snapshots WHERE num = ?", (row.num,))
+                    point("squash.recorded")
+                    layer.publish()
+                    point("squash.renamed")
+            except BaseException:
+                unlink(self._squash_note(layer.id))
+                raise
         point("squash.committed")
+        return layer.id
 
-    def _scan_over(self, id: str, row: Row, base: Pair | None, records: Pending) -> scan.Scanned:
+    def _look_again(self, row: Row, child: Row) -> None:
+        """In the transaction: is it still as it was when we began?"""
+        now = self.index.by_num(row.num)
+        if self.index.children(row.num) != [child.name] or self.index.by_num(child.num).id != child.id or now.id != row.id:
+            raise FailedPrecondition(f"{row.name!r} got another child meanwhile", remedy="cowfs tree shows them")
+        if self._tags_of(now):
+            raise FailedPrecondition(f"{row.name!r} was tagged meanwhile", remedy="cowfs images shows the tags")
+
+    def _scan_over(self, id: str, row: Row, base: Pair | None, records: Pending, names: dict[int, int]) -> scan.Scanned:
+        from cowfs import scan
+
         known = layers.KeptDigests.load(self.driver, row.id)
         fd = os.open(self.driver.tree(id), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            return scan.scan_delta(fd, num=row.num, form=self.driver.form, base=base, records=records, known=known)
+            return scan.scan_delta(
+                fd, num=row.num, form=self.driver.form, base=base, records=records, known=known, names=names
+            )
         finally:
             os.close(fd)
 
-    def _write_changes(self, changes: list[Change], base: list[str], stack: list[str], target: str) -> None:
-        """Write into the layer ``target`` over ``base`` what makes it equal to ``stack`` (ids, topmost first)."""
-        driver = self.driver
-        options = Options(form=driver.form.name, volatile=True)
-        lowers = [driver.tree(id) for id in base] or [f"{self.root}/empty"]
-        with (
-            _view(View([driver.tree(id) for id in stack], options=options)) as source,
-            _view(View(lowers, driver.tree(target), driver.work(target), options=options)) as into,
-        ):
-            _Writer(source, into).write(changes)
+    def _switch_mounts(self, served: dict[int, dict[str, Any]], rows: dict[int, Row]) -> None:
+        """Have every mount stand on the layers that the index has now.
 
+        Raises:
+            CowfsError: one of them does not; the others do.
+        """
+        from cowfs import control
 
-@contextlib.contextmanager
-def _view(view: View) -> Iterator[View]:
-    try:
-        yield view
-    finally:
-        view.close()
-
-
-class _Writer:
-    """Makes changed paths of one view in another."""
-
-    def __init__(self, source: View, into: View) -> None:
-        self.source, self.into = source, into
-        self.linked: dict[int, Node] = {}  # node of the source with several names -> its copy
-
-    def write(self, changes: list[Change]) -> None:
-        directories = []
-        for change in changes:
-            here = _find(self.into, change.path)
-            if change.kind == "deleted" or (here is not None and change.kind == "added") or "type" in change.what:
-                if here is not None and change.path:
-                    _remove(self.into, here)
-                    here = None
-                if change.kind == "deleted":
-                    continue
-            there = _find(self.source, change.path)
-            assert there is not None
-            if isinstance(there, Dir):
-                directories.append(change.path)
-                if here is None:
-                    parent, name = _place(self.into, change.path)
-                    self.into.mkdir(parent, name, 0o700, 0, 0)
-            else:
-                if here is not None:
-                    parent, name = _place(self.into, change.path)
-                    self.into.unlink(parent, name)
-                self._copy(change.path, there)
-        for path in reversed(directories):
-            there, here = _find(self.source, path), _find(self.into, path)
-            assert there is not None
-            assert isinstance(here, Dir)
-            self._attributes(there, copyup.up_dir(self.into, here).open(), b"")
-
-    def _copy(self, path: bytes, there: Node) -> None:
-        parent, name = _place(self.into, path)
-        twin = self.linked.get(there.id)
-        if twin is not None:
-            self.into.link(twin, parent, name)
-            return
-        meta = copyup.read_meta(self.source, there)
-        if there.type == DT_LNK:
-            made = self.into.symlink(parent, name, self.source.readlink(there), meta.uid, meta.gid)
-        else:
-            made = self.into.mknod(parent, name, stat.S_IFMT(meta.mode) | 0o600, meta.rdev, meta.uid, meta.gid)
-        if there.type == DT_REG and hasattr(there.data, "pread"):
-            self._copy_redirected(there, made, meta.size)
-        elif there.type == DT_REG:
-            src = self.source.open_data(there)
+        failures: list[str] = []
+        for num, server in served.items():
+            row = self.index.by_num(num)
+            if row.id != rows[num].id:
+                continue
+            lowers = [self.driver.tree(id) for _, id in self.index.chain(row.parent)]
+            more = {"lowers": lowers, "num": row.parent, "index": self.index.path, "upper": self.driver.tree(row.id)}
+            before = rows[num].base
+            freed = {"bytes": row.base.bytes - before.bytes, "inodes": row.base.inodes - before.inodes}
             try:
-                files.copy_data(src, self.into.data_fd(made, True), meta.size)
+                control.ask(server["socket"], "restack", timeout=600.0, freed=freed, **more)
+            except CowfsError as error:
+                try:
+                    with layers.hold(self.driver, row, "squash"):
+                        continue  # unmounted meanwhile
+                except CowfsError:
+                    failures.append(f"{server['mountpoint']} ({error.message})")
+        if failures:
+            raise CowfsError(
+                f"merged, but these mounts still use the old layers, which stay: {', '.join(failures)}",
+                remedy="unmount them, then 'cowfs gc'",
+            )
+
+    # -- an active child ----------------------------------------------------------------------------
+
+    def _take_over(self, row: Row, child: Row) -> None:
+        server = self._served([child]).get(child.num)
+        with self._holding((row, child), {} if server is None else {child.num: server}):
+            note = self._squash_note(row.id)
+            lock = _write_note(note, {"old": [row.id], "child": child.num, "row": row.num})
+            mark = os.path.join(self.driver.directory(row.id), MARK)
+            unlink(mark)  # of one that was taken back
+            try:
+                moved = self._absorb(row, child, server, mark)
+                point("squash.absorbed")
+                self._finish_take_over(row, child, moved)
+            except BaseException:
+                if not os.path.exists(mark):
+                    unlink(note)
+                raise
             finally:
-                os.close(src)
-        assert made.where is not None
-        self._attributes(there, made.where.open(), name)
-        self.linked[there.id] = made
+                os.close(lock)
+            discard(self.driver, row.id)
+            unlink(note)
 
-    def _copy_redirected(self, there: Node, made: Node, size: int) -> None:
-        """The bytes of a redirect file, which no single descriptor has; holes stay holes."""
-        buffer = memoryview(bytearray(1 << 20))
-        at = 0
-        while at < size:
+    def _absorb(self, row: Row, child: Row, server: dict[str, Any] | None, mark: str) -> Usage:
+        lowers = [self.driver.tree(id) for _, id in self.index.chain(row.num)]
+        if server is None:
+            return self._absorb_here(child, lowers)
+        from cowfs import control
+
+        held = None
+        if counts(row, child):
+            usage = row.usage or Usage()
+            held = {"bytes": usage.bytes, "inodes": usage.inodes}
+        more = {"lowers": lowers, "num": row.parent, "index": self.index.path, "upper": self.driver.tree(child.id)}
+        try:
+            control.ask(
+                server["socket"], "absorb", timeout=_LONG, mark=mark, held=held, empty=f"{self.root}/empty", **more
+            )
+        except CowfsError:
+            if not os.path.exists(mark):
+                raise  # the server ended before it switched
+        return _marked(mark)
+
+    def _absorb_here(self, child: Row, lowers: list[str]) -> Usage:
+        from cowfs.union import Options, View
+        from cowfs.union.absorb import absorb
+
+        driver = self.driver
+        options = Options(form=driver.form.name, volatile=not driver.fsync, row=driver.row or None)
+        view = View(lowers, driver.tree(child.id), driver.work(child.id), options=options)
+        try:
+            moved = absorb(view)
+        except OSError as error:
+            raise CowfsError(f"{child.name!r} cannot take over what is beneath it: {error.strerror}") from None
+        finally:
+            view.close()
+        if driver.fsync:
+            trees.sync_tree(driver.tree(child.id))
+        return moved
+
+    def _finish_take_over(self, row: Row, child: Row, moved: Usage) -> None:
+        """The child's parent is the snapshot's now; the snapshot goes, unless somebody has begun to use it."""
+        from cowfs.store.owners import carry
+
+        carry(self.driver, [row.id], child.id)
+        with self.index.write() as connection:
+            child = self.index.by_num(child.num)
+            base = row.base
+            if not counts(row, child):
+                base = Usage(bytes=child.base.bytes + moved.bytes, inodes=child.base.inodes + moved.inodes)
+            connection.execute(
+                "UPDATE snapshots SET parent = ?, depth = ?, base_bytes = ?, base_inodes = ? WHERE num = ?",
+                (row.parent, row.depth, base.bytes, base.inodes, child.num),
+            )
+            if not self.index.children(row.num) and not self._tags_of(row):
+                connection.execute("DELETE FROM snapshots WHERE num = ?", (row.num,))
+            point("squash.recorded")
+        point("squash.committed")
+
+    # -- after a kill -------------------------------------------------------------------------------
+
+    def _squash_note(self, id: str) -> str:
+        return os.path.join(self.root, f"{SQUASH}{id}.json")
+
+    def recover(self) -> None:
+        """Finish, or take back, what killed processes left half done. Called by :meth:`open` and :meth:`gc`."""
+        super().recover()
+        for name in os.listdir(self.root):
+            if not name.startswith(SQUASH) or not name.endswith(".json"):
+                continue
+            path = os.path.join(self.root, name)
+            lock = _lock_note(path)
+            if lock is None:
+                continue
             try:
-                at = self.source.lseek(there, at, os.SEEK_DATA)
-            except OSError as error:
-                if error.errno != errno.ENXIO:
-                    raise
-                break
-            end = self.source.lseek(there, at, os.SEEK_HOLE)
-            while at < end:
-                count = self.source.pread(there, at, buffer[: min(end - at, len(buffer))])
-                self.into.write(made, at, buffer[:count])
-                at += count
-        self.into.setattr(made, size=size)
+                with open(path, encoding="utf-8") as file:
+                    note = json.load(file)
+                self._recover_squash(path, name.removeprefix(SQUASH).removesuffix(".json"), note)
+            except (FileNotFoundError, ValueError):
+                unlink(path)  # killed while it was written
+            finally:
+                os.close(lock)
 
-    def _attributes(self, there: Node, dirfd: int, name: bytes) -> None:
-        meta = copyup.read_meta(self.source, there)
-        copyup.write_meta(dirfd, name or b".", meta, self.into)
-
-
-def _find(view: View, path: bytes) -> Node | None:
-    here: Node | None = view.root
-    for part in path.split(b"/") if path else ():
-        if not isinstance(here, Dir):
-            return None
-        here = view.child(here, part)
-    return here
-
-
-def _place(view: View, path: bytes) -> tuple[Dir, bytes]:
-    head, _, name = path.rpartition(b"/")
-    parent = _find(view, head)
-    assert isinstance(parent, Dir)
-    return parent, name
-
-
-def _remove(view: View, node: Node) -> None:
-    assert node.parent is not None
-    if isinstance(node, Dir):
-        for name in list(view.load(node) if node.children is None else node.children):
-            inner = view.child(node, name)
-            if inner is not None:
-                _remove_at(view, node, name, inner)
-        view.rmdir(node.parent, node.name)
-    else:
-        view.unlink(node.parent, node.name)
+    def _recover_squash(self, path: str, id: str, note: dict[str, Any]) -> None:
+        there = next(self.index.rows("s.id = ?", (id,)), None)
+        child = next(self.index.rows("s.num = ?", (note["child"],)), None)
+        if "row" in note:
+            mark = os.path.join(self.driver.directory(id), MARK)
+            if there is not None and child is not None and child.parent == there.num and not _taken_back(mark):
+                self._finish_take_over(there, child, _marked(mark))
+                there = next(self.index.rows("s.id = ?", (id,)), None)
+            if there is None:
+                discard(self.driver, id)
+        elif there is not None:
+            above = self._above(there)
+            with turn(self.root, *(one.name for one in above), wait=False) as mine:
+                if not mine:
+                    return
+                try:
+                    self._switch_mounts(self._served(above), {one.num: one for one in above})
+                except CowfsError:
+                    return  # the old layers stay
+                for old in note["old"]:
+                    discard(self.driver, old)
+        unlink(path)
 
 
-def _remove_at(view: View, parent: Dir, name: bytes, node: Node) -> None:
-    if isinstance(node, Dir):
-        _remove(view, node)
-    else:
-        view.unlink(parent, name)
+def _bases(row: Row, child: Row, above: list[Row], merged: Usage) -> dict[int, Usage]:
+    """What the merged child and all above it have as their base, by number, so that each counts what it should."""
+    held, own = row.usage or Usage(), child.usage or Usage()
+    if not counts(row, child):  # what the child counts stays what it was
+        return {
+            child.num: Usage(
+                bytes=child.base.bytes + merged.bytes - own.bytes, inodes=child.base.inodes + merged.inodes - own.inodes
+            )
+        }
+    bases = {child.num: row.base}
+    freed = Usage(bytes=held.bytes + own.bytes - merged.bytes, inodes=held.inodes + own.inodes - merged.inodes)
+    before = {child.num: child}
+    for one in above:  # parents before children
+        under = before.get(one.parent) if one.parent is not None else None
+        if under is not None and counts(under, one):
+            before[one.num] = one
+            bases[one.num] = Usage(bytes=one.base.bytes + freed.bytes, inodes=one.base.inodes + freed.inodes)
+    return bases
+
+
+def _taken_back(mark: str) -> bool:
+    """Take a take-over back, unless the server has left its mark: one of the two gives the file its name."""
+    try:
+        leave_mark(mark, {"taken back": True})
+    except FileExistsError:
+        with open(mark, encoding="ascii") as file:
+            return "moved" not in json.load(file)
+    return True
+
+
+def _marked(mark: str) -> Usage:
+    """What a server said that it took over."""
+    with open(mark, encoding="ascii") as file:
+        return Usage(**json.load(file)["moved"])
+
+
+def _write_note(path: str, note: dict[str, Any]) -> int:
+    """Write a note and return a descriptor that holds its lock."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        os.write(fd, json.dumps(note).encode())
+        os.fsync(fd)
+        fsync_directory(os.path.dirname(path))
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _lock_note(path: str) -> int | None:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        return None
+    return fd

@@ -25,6 +25,7 @@ A sweep looks and renames under the write lock, where no verb is between its row
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,6 +37,8 @@ from cowfs.index import Index
 __all__ = ["Staged", "discard", "fsync_directory", "orphans", "staged", "sweep"]
 
 NEW, RM = "new-", "rm-"
+SQUASH = "squash-"
+"""Notes of squashes (:mod:`cowfs.store.squash`): what they name as old may still be somebody's."""
 PROBE = "new-probe-"  # a driver trying what it can do here, for a moment; only gc takes it for garbage
 
 
@@ -124,10 +127,23 @@ def discard(driver: Driver, id: str) -> None:
     point("remove.emptied")
 
 
+def spared(root: str) -> set[str]:
+    """Ids of the directories that no row names and that are no garbage: running mounts may still read them."""
+    found: set[str] = set()
+    for name in os.listdir(root):
+        if name.startswith(SQUASH):
+            try:
+                with open(f"{root}/{name}", encoding="utf-8") as file:
+                    found.update(json.load(file)["old"])
+            except (OSError, ValueError, KeyError):
+                continue
+    return found
+
+
 def orphans(driver: Driver, index: Index) -> list[str]:
     """Ids of the directories in ``layers`` that no row names, right now."""
     with index.write() as connection:
-        known = {row[0] for row in connection.execute("SELECT id FROM snapshots")}
+        known = {row[0] for row in connection.execute("SELECT id FROM snapshots")} | spared(driver.root)
         return sorted(id for id in os.listdir(f"{driver.root}/layers") if id not in known)
 
 
@@ -160,8 +176,9 @@ def sweep(driver: Driver, index: Index, *, everything: bool = False) -> list[str
                 continue
             doomed.append((name, fd))
         if everything:
+            kept = known | spared(root)
             for id in os.listdir(f"{root}/layers"):
-                if id not in known:
+                if id not in kept:
                     os.rename(f"{root}/layers/{id}", f"{root}/{RM}{id}")
                     point("gc.renamed")
                     fd = _lock(f"{root}/{RM}{id}")

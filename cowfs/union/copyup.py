@@ -208,7 +208,9 @@ def write_meta(dirfd: int, name: bytes, meta: Meta, view: View) -> None:
     """
     privileged = view.form.redirects
     st = os.stat(name, dir_fd=dirfd, follow_symlinks=False)
+    wrong = (st.st_mode ^ meta.mode) & 0o7777 or b"system.posix_acl_access" in meta.xattrs
     if (st.st_uid, st.st_gid) != (meta.uid, meta.gid):
+        wrong = wrong or st.st_mode & 0o6000  # chown clears them
         try:
             os.chown(name, meta.uid, meta.gid, dir_fd=dirfd, follow_symlinks=False)
         except PermissionError:
@@ -225,7 +227,7 @@ def write_meta(dirfd: int, name: bytes, meta: Meta, view: View) -> None:
             ):
                 continue
             raise
-    if not stat.S_ISLNK(meta.mode):
+    if wrong and not stat.S_ISLNK(meta.mode):
         os.chmod(name, stat.S_IMODE(meta.mode), dir_fd=dirfd)
     os.utime(name, ns=(meta.atime, meta.mtime), dir_fd=dirfd, follow_symlinks=False)
 
@@ -292,6 +294,9 @@ def kept_times(source: Source) -> Iterator[None]:
 def mark_impure(view: View, source: Source) -> None:
     """Say that entries of an upper directory may carry ``origin`` (kernel: ``impure``)."""
     source.impure = True
+    if source.marked:
+        return
+    source.marked = True
     fd = source.open()
     if xattr.try_get(fd, b"", view.form.impure) is None:
         with contextlib.suppress(OSError):
@@ -329,6 +334,7 @@ class Stage:
         "src_fd",
         "sync",
         "temp",
+        "times",
         "where",
         "work",
     )
@@ -343,6 +349,7 @@ class Stage:
         self.sync = sync
         self.error: OSError | None = None
         self.cancelled = False
+        self.times: tuple[int, int] | None = None  # of the metacopy, before its data came
         self.reserved = 0  # units counted when it was begun...
         self.fixed = 0  # ... of them for other things than data
 
@@ -361,11 +368,12 @@ class Stage:
             self.error = error
 
 
-def writable(view: View, node: Node, keep: int | None = None) -> Stage | None:
+def writable(view: View, node: Node, keep: int | None = None, *, plain: bool = False) -> Stage | None:
     """Make ready to change a file's data.
 
     Args:
         keep: how many bytes of the present data are still wanted (default: all).
+        plain: make no redirect file.
 
     Returns:
         ``None`` when the data is in the upper layer; else the copy that has to be made first.
@@ -379,7 +387,7 @@ def writable(view: View, node: Node, keep: int | None = None) -> Stage | None:
     if node.type != DT_REG:
         number = errno.EISDIR if node.type == 4 else errno.EINVAL
         raise OSError(number, os.strerror(number), node.name)
-    if view.rows is not None and view.rows.redirect(node, keep):
+    if view.rows is not None and not plain and view.rows.redirect(node, keep):
         return None
     size = view.size(node)
     keep = size if keep is None else min(keep, size)
@@ -401,6 +409,9 @@ def writable(view: View, node: Node, keep: int | None = None) -> Stage | None:
         raise
     stage = Stage(node, keep, src_fd, dst_fd, temp, work, view.must_sync)
     stage.reserved, stage.fixed = reserved, fixed
+    if inplace:
+        st = os.fstat(dst_fd)
+        stage.times = st.st_atime_ns, st.st_mtime_ns
     return stage
 
 
@@ -475,7 +486,7 @@ def _fill_metacopy(view: View, node: Node, stage: Stage) -> None:
         if attribute == b"security.capability":
             xattr.setx(fd, b"", attribute, value)
     os.fchmod(fd, stat.S_IMODE(meta.mode))
-    os.utime(fd, ns=(meta.atime, meta.mtime))
+    os.utime(fd, ns=stage.times or (meta.atime, meta.mtime))
     if view.must_sync:
         os.fsync(fd)
     for attribute in (form.metacopy, form.redirect):
@@ -491,15 +502,16 @@ def _adopt_orphan(view: View, node: Node, stage: Stage) -> None:
     node.where = None
 
 
-def place(view: View, node: Node, temp: bytes, work: WorkDir, *, metacopy: bool) -> None:
-    """Give a built copy all its attributes and put it under every name the node has."""
+def place(view: View, node: Node, temp: bytes, work: WorkDir, *, metacopy: bool, meta: Meta | None = None) -> None:
+    """Give a built copy all its attributes (``meta``, where they were read) and put it under every name the node has."""
     assert node.parent is not None and node.where is not None
     where = node.where
     others = links.complete(view, node)
     ups = [(up_dir(view, directory), directory, name) for directory, name in view.names_of(node)]
     low = view.low_path(node.parent)
     low = low + b"/" + node.name if low else node.name
-    meta = read_meta(view, node)
+    if meta is None:
+        meta = read_meta(view, node)
     write_meta(work.fd, temp, meta, view)
     blocks = int.from_bytes(view.attr(node)[16:24], "little")
     data = node.data if isinstance(node.data, Data) else Data(where, node.name, low, meta.size, blocks)
@@ -509,7 +521,6 @@ def place(view: View, node: Node, temp: bytes, work: WorkDir, *, metacopy: bool)
         xattr.setx(work.fd, temp, view.form.metacopy, b"")
         if others:
             xattr.setx(work.fd, temp, view.form.redirect, b"/" + low)
-        os.utime(temp, ns=(meta.atime, meta.mtime), dir_fd=work.fd)
     for above, _, name in ups[1:]:
         with kept_times(above):
             os.link(temp, name, src_dir_fd=work.fd, dst_dir_fd=above.open(), follow_symlinks=False)
@@ -538,6 +549,8 @@ def up_meta(view: View, node: Node) -> None:
     if isinstance(node, Dir):
         up_dir(view, node)
         return
+    if view.leaving is not None:
+        view.leaving.before_up(node)
     if view.in_upper(node):
         return
     view.need_upper()
@@ -566,7 +579,7 @@ def up_meta(view: View, node: Node) -> None:
         if node.fd >= 0:
             os.close(node.fd)
             node.fd, node.wfd = -1, False
-        place(view, node, temp, work, metacopy=is_meta)
+        place(view, node, temp, work, metacopy=is_meta, meta=meta)
     except BaseException:
         work.discard(temp)
         raise
@@ -603,7 +616,7 @@ def make_like(dirfd: int, name: bytes, meta: Meta, node: Node) -> None:
     """An empty object of the same type: a file with a hole, a link, a device."""
     if stat.S_ISREG(meta.mode):
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        fd = os.open(name, flags, 0o600, dir_fd=dirfd)
+        fd = os.open(name, flags, meta.mode & 0o777 | 0o600, dir_fd=dirfd)  # often the mode it is to have
         try:
             os.ftruncate(fd, meta.size)
         finally:

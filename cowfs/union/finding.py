@@ -117,15 +117,7 @@ def _make(view: View, parent: Dir, name: bytes, code: int) -> Node | None:
     ino = view.inodes.shown(st.st_dev, st.st_ino)
     data: Any = None
     if mode & 0o170000 == 0o100000:
-        if source.layer.index and st.st_size:
-            low = view.low_child(parent, name)
-            if view.index is not None:
-                data = indexed.metacopy_data(view, parent, position, name, low)
-            else:
-                below = sources[position + 1 :]
-                data = lower.metacopy_data(below, source, name, low, view.form, view.roots)
-        if view.rows is not None and source.layer.index:
-            data = view.rows.find(source, name, data)
+        data = data_of(view, parent, position, name, st.st_size)
     if is_upper and source.impure:
         origin = xattr.try_get(fd, name, view.form.origin)
         if origin:
@@ -138,6 +130,18 @@ def _make(view: View, parent: Dir, name: bytes, code: int) -> Node | None:
             data.bind(node)
         view.pack_into(node, st, source, name)
     return node
+
+
+def data_of(view: View, parent: Dir, position: int, name: bytes, size: int) -> Any:
+    """What a regular file's data is, when the file ``name`` of one of ``parent``'s parts has not got it itself."""
+    source, data = parent.sources[position], None
+    if source.layer.index and size:
+        low = view.low_child(parent, name)
+        if view.index is not None:
+            data = indexed.metacopy_data(view, parent, position, name, low)
+        else:
+            data = lower.metacopy_data(parent.sources[position + 1 :], source, name, low, view.form, view.roots)
+    return view.rows.find(source, name, data) if view.rows is not None and source.layer.index else data
 
 
 def pack_into(view: View, node: Node, st: os.stat_result, source: Source, name: bytes) -> None:

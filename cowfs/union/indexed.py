@@ -117,10 +117,10 @@ def metacopy_data(view: View, parent: Dir, position: int, name: bytes, low: byte
             entry = tree(view).entries(record).get(name) if record is not None else None
             if entry is None or entry.type != DT_REG:
                 raise OSError(errno.EIO, "metacopy without data", name)
-            return _data_at(view, entry, _path_of(entry, record, name), low.lstrip(b"/"))
+            return _data_at(view, entry, path_of(entry, record, name), low.lstrip(b"/"))
 
 
-def _path_of(entry: Any, record: Any, name: bytes) -> bytes:
+def path_of(entry: Any, record: Any, name: bytes) -> bytes:
     """Where an entry of a record is in its layer."""
     if entry.path is not None:
         return bytes(entry.path)
@@ -193,7 +193,7 @@ def make(view: View, parent: Dir, name: bytes) -> Node | None:
     if entry is None:
         return None
     layer = view.layers[entry.layer]
-    path = _path_of(entry, parent.record, name)
+    path = path_of(entry, parent.record, name)
     ino = ino_of(view, entry)
     if entry.type == DT_DIR:
         made = view.new_dir(parent, name, [source_at(view, layer, path)], ino)
@@ -212,20 +212,28 @@ def make(view: View, parent: Dir, name: bytes) -> Node | None:
             view.bind(parent, name, existing)
             return existing
         ino = view.fresh_id()
-    head, _, real = path.rpartition(b"/")
-    where = source_at(view, layer, head)
+    where, data = locate(view, parent, name, entry)
     node = Node(ino, entry.type, name, where)
-    if entry.type == DT_REG:
-        if view.rows is not None and entry.layer:
-            node.data = view.rows.find(where, real, None)
-        if node.data is not None:
-            node.data.bind(node)
-        elif real != name:
-            node.data = _data_at(view, entry, path, view.low_child(parent, name))
+    node.data = data
+    if hasattr(data, "bind"):
+        data.bind(node)
     view.nodes[ino] = node
     view.bind(parent, name, node)
     node.attr = attr_of(view, node, entry)
     return node
+
+
+def locate(view: View, parent: Dir, name: bytes, entry: Any) -> tuple[Source, Any]:
+    """Where a file of ``parent``'s record is, and what its data is when it is not that."""
+    path = path_of(entry, parent.record, name)
+    head, _, real = path.rpartition(b"/")
+    where, data = source_at(view, view.layers[entry.layer], head), None
+    if entry.type == DT_REG:
+        if view.rows is not None and entry.layer:
+            data = view.rows.find(where, real, None)
+        if data is None and real != name:
+            data = _data_at(view, entry, path, view.low_child(parent, name))
+    return where, data
 
 
 def _is_same(view: View, node: Node, entry: Any) -> bool:

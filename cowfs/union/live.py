@@ -158,7 +158,8 @@ def _strike_out(view: View, dropped: set[Layer]) -> tuple[list[int], list[tuple[
         kept = [source for source in directory.sources if source.layer not in dropped]
         if not kept and directory.record is not None:
             kept = [indexed.source_of(view, directory)]
-        moved = directory.lowpath is not None or not kept
+        elsewhere = directory.record is not None and directory.record.path != view.path(directory)
+        moved = directory.lowpath is not None or not kept or elsewhere
         for source in directory.sources:
             if source.layer in dropped and source.parent is not None:
                 source.close()

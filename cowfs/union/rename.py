@@ -97,6 +97,8 @@ def _refuse_mismatch(view: View, node: Node, other: Node, name: bytes) -> None:
 def _bring_up(view: View, node: Node) -> None:
     """Have the object in the upper layer, ready to stand at another path."""
     if isinstance(node, Dir):
+        if view.leaving is not None:
+            view.leaving.moves += 1
         if view.form.redirects or (len(node.sources) == 1 and node.record is None and view.upper_of(node)):
             low = view.low_path(node)
             merged = len(node.sources) > 1 or view.upper_of(node) is None or node.record is not None

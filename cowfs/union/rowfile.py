@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 from cowfs.sys import files, xattr
 from cowfs.union.extents import INFINITY, ZEROS
@@ -283,30 +283,42 @@ class RowFile(Chain):
 
     # -- compaction ----------------------------------------------------------------------------
 
-    def missing(self) -> int:
-        """How many bytes still show a level beneath."""
-        extents = self.load()
-        return self.base_end - extents.share(self.own, self.base_end)
+    def missing(self, owners: Container[int] | None = None) -> int:
+        """How many bytes still show a level beneath (one of ``owners``)."""
+        if owners is None:
+            return self.base_end - self.load().share(self.own, self.base_end)
+        return sum(stop - start for start, stop, owner in self.load().runs(0, self.base_end) if owner in owners)
 
-    def fill(self, most: int) -> int:
+    def fill(self, most: int, owners: Container[int] | None = None) -> int:
         """Make up to ``most`` bytes of what the levels beneath show the file's own. Returns how many that were.
 
-        Holes stay holes. Raises ENOSPC at the limit; what was filled is filled.
+        The file's times stay. Holes stay holes. Raises ENOSPC at the limit; what was filled is filled.
+
+        Args:
+            owners: only what these levels show.
         """
-        extents = self.load()
+        self.load()
         fd = self._ready_to_write()
+        st = os.fstat(fd)
+        try:
+            return self._fill(fd, most, owners)
+        finally:
+            os.utime(fd, ns=(st.st_atime_ns, st.st_mtime_ns))
+
+    def _fill(self, fd: int, most: int, owners: Container[int] | None) -> int:
+        extents = self.load()
         block, own = 1 << self.shift, self.own
         done = at = 0
         while done < most and at < self.base_end:
             for start, stop, owner in extents.runs(at, self.base_end):
-                if owner == own:
+                if owner == own or (owners is not None and owner not in owners):
                     at = stop
                     continue
-                at = start
+                at, edge = start, stop if owners is not None else self.base_end
                 break
             else:
                 break
-            hole = self._hole(at)
+            hole = min(self._hole(at), edge)
             if hole > at:
                 space = self.rows.view.space
                 if space is not None:
@@ -317,11 +329,17 @@ class RowFile(Chain):
                 self._clear(at, hole)
                 at = hole
                 continue
-            stop = min(at + max(block, min(most - done, 1 << 20) & -block), self.base_end)
+            stop = min(at + max(block, min(most - done, 1 << 20) & -block), edge)
             done += sum(b - a for a, b, owner in extents.runs(at, stop) if owner != own)
             while at < stop:
                 at += self.pwrite(at, memoryview(self.fetch(at, stop)))
         return done
+
+    def end_base(self, end: int) -> None:
+        """The base shows no further than ``end``; whole blocks from there on are the file's own already."""
+        if end < self.base_end:
+            self.base_end = end
+            self._store_end()
 
     def _hole(self, at: int) -> int:
         """The end of the whole blocks from ``at`` that are not the own ones and hold no data."""

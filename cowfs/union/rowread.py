@@ -175,6 +175,11 @@ class Chain:
                 self.rows.closing()
                 os.close(fd)
 
+    def rebase(self) -> None:
+        """The layers beneath are others now, with the same data: read the chain again at the next use."""
+        self.release()
+        self.levels, self.extents = [], None
+
     def close(self) -> None:
         """The node goes: give back everything; the map, too, when the file has no name any more."""
         self.release()

@@ -160,12 +160,8 @@ class Space:
     __slots__ = ("_fs", "_inodes", "_leaving", "_nameless", "_units", "limit", "view")
 
     def __init__(self, view: View) -> None:
+        self._start(view)
         assert view.upper is not None
-        self.view = view
-        self.limit = Limit()
-        self._fs = files.fs_name(view.upper.root.fd)
-        self._leaving: dict[Node, int] = {}  # units of large xattrs of inodes without a name
-        self._nameless: set[Node] = set()  # inodes that lost their last name, as far as they are still in use
         now = measure(view.upper, view.form)
         self._units, self._inodes = now.bytes // UNIT, now.inodes
         for node in view.nodes.values():
@@ -173,6 +169,15 @@ class Space:
                 self._units += total_of(self.count(node))
                 self._inodes += 1
                 self._nameless.add(node)
+
+    def _start(self, view: View) -> None:
+        assert view.upper is not None
+        self.view = view
+        self.limit = Limit()
+        self._fs = files.fs_name(view.upper.root.fd)
+        self._leaving: dict[Node, int] = {}  # units of large xattrs of inodes without a name
+        self._nameless: set[Node] = set()  # inodes that lost their last name, as far as they are still in use
+        self._units = self._inodes = 0
 
     def usage(self) -> Usage:
         """What is held now."""
@@ -361,6 +366,13 @@ class Space:
         self._nameless.discard(node)
         self._units -= total_of(node.space) + self._leaving.pop(node, 0)
         self._inodes -= 1
+
+
+def ledger(view: View) -> Space:
+    """A count that starts with nothing and has no limit: what is done with it shows by itself."""
+    made = object.__new__(Space)
+    made._start(view)
+    return made
 
 
 def measure(layer: Layer, form: Form) -> Usage:

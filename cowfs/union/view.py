@@ -20,6 +20,8 @@ call: a directory's names from one scan of each of its layers, a file's attribut
 :mod:`links`         which names a lower inode has
 :mod:`space`         the limit
 :mod:`live`          snapshots of a live view, and back
+:mod:`restack`       other layers that show the same tree
+:mod:`absorb`        the upper layer takes over the one beneath
 ===================  =====================================================================
 
 Threading: one thread owns a view and makes every call, except :meth:`Stage.run
@@ -34,6 +36,7 @@ import errno
 import os
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from cowfs.model import Limit, Usage
 from cowfs.sys import files
@@ -60,6 +63,9 @@ from cowfs.union.owners import Owners, make_owners
 from cowfs.union.parents import Parents
 from cowfs.union.source import Descriptors, Layer, Source
 from cowfs.whiteout import choose_form, opaque_value
+
+if TYPE_CHECKING:
+    from cowfs.union.absorb import Absorption
 
 __all__ = ["View"]
 
@@ -119,6 +125,8 @@ class View:
         #: ids that a rollback took away
         self.burnt: set[int] = set()
         self.astray: set[Node] = set()  # upper inodes in use whose known names went, while they have others
+        #: the upper layer is taking over what the one beneath holds
+        self.leaving: Absorption | None = None
         #: work directories of frozen layers: files that were open may still be in them
         self.retired: list[copyup.WorkDir] = []
         self.parents = Parents()  # forgotten id -> its parent's id

@@ -20,15 +20,16 @@ Act = Callable[[Store], object]
 ACTS: dict[str, Act] = {
     "snapshot": lambda store: store.snapshot("k", "new"),
     "rollback": lambda store: store.rollback("k", "base"),
-    "squash": lambda store: store.squash("middle"),
+    "squash into the key": lambda store: store.squash("middle"),
+    "squash into a snapshot": lambda store: store.squash("base"),
 }
 CAN = os.path.exists("/dev/fuse") and os.geteuid() == 0
 MOUNTED = pytest.param(True, marks=pytest.mark.skipif(not CAN, reason="needs /dev/fuse and root"))
 
 
-def _make(root: Path) -> None:
+def _make(root: Path, driver: str) -> None:
     """base < middle < k, one file written in each."""
-    with Store.open(root, driver="overlay", fsync=False) as store:
+    with Store.open(root, driver=driver, fsync=False) as store:
         parent = None
         for name in ("base", "middle"):
             store.prepare("work", parent)
@@ -57,20 +58,19 @@ def _verify(store: Store, verb: str, mnt: Path, later: list[str]) -> None:
         store.remove("look")
 
 
+CASES = [("overlay", verb) for verb in ACTS] + [("row", verb) for verb in ACTS if verb.startswith("squash")]
+
+
 @pytest.mark.parametrize("mounted", [False, MOUNTED])
-@pytest.mark.parametrize("verb", ACTS)
-def test_a_kill_between_two_steps_leaves_a_whole_state(verb: str, mounted: bool, space: Path) -> None:
-    if mounted and verb == "squash":
-        pytest.skip("squash refuses what is mounted")
+@pytest.mark.parametrize(("driver", "verb"), CASES)
+def test_a_kill_between_two_steps_leaves_a_whole_state(driver: str, verb: str, mounted: bool, space: Path) -> None:
     act, mnt = ACTS[verb], space / "mnt"
-    if mounted and verb == "rollback":
-        act = lambda store: store.rollback("k", "middle")  # noqa: E731
     mnt.mkdir()
-    _make(space / "record")
+    _make(space / "record", driver)
     points = _passed(space / "record", act)
     for number, name in enumerate(points):
         root = space / f"kill-{number}"
-        _make(root)
+        _make(root, driver)
         count = 0
 
         def kill(passed: str, number: int = number) -> None:
@@ -94,13 +94,13 @@ def test_a_kill_between_two_steps_leaves_a_whole_state(verb: str, mounted: bool,
             _verify(store, verb, mnt, later)
             store.gc()
             assert store.check(content=True).problems == [], f"{verb} killed at {name}"
-            assert not [left for left in os.listdir(root) if left.startswith(("new-", "rm-", "live-"))]
+            assert not [left for left in os.listdir(root) if left.startswith(("new-", "rm-", "live-", "squash-"))]
             _verify(store, verb, mnt, later)
 
 
 def test_the_live_verbs_pass_every_point_of_theirs(space: Path) -> None:
     seen: set[str] = set()
     for verb, act in ACTS.items():
-        _make(space / verb)
+        _make(space / verb, "overlay")
         seen |= set(_passed(space / verb, act))
     assert {name for name in faults.POINTS if name.startswith(LIVE)} <= seen

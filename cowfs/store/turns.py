@@ -1,0 +1,62 @@
+"""One live verb at a time for each key: snapshot, rollback and squash take turns.
+
+Strategy: one file in the store, one byte of it for each key (by a hash of its name), locked as an open file description's
+lock (fcntl(2), F_OFD_SETLK). Such locks end with the process, however it ends, work between threads, and leave nothing behind.
+Two keys that share a byte only wait for each other.
+
+Who wants several takes them in the order of their bytes, so that nobody waits in a circle.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+import time
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from cowfs.errors import FailedPrecondition
+
+__all__ = ["turn"]
+
+FILE = "live.lock"
+_BYTES = 1 << 20
+_PATIENCE, _PAUSE = 600.0, 0.02  # seconds
+_FLOCK = struct.Struct("@hhqqi4x")  # struct flock of 64-bit Linux
+
+
+@contextmanager
+def turn(root: str, *keys: str, wait: bool = True) -> Iterator[bool]:
+    """Be the only one to switch the layers of some keys of the store in ``root``.
+
+    Args:
+        wait: for others; else the block runs with False when it is not our turn.
+
+    Raises:
+        FailedPrecondition: others took ten minutes.
+    """
+    fd = os.open(f"{root}/{FILE}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        end = time.monotonic() + _PATIENCE
+        mine = True
+        for place, key in sorted({zlib.crc32(key.encode()) % _BYTES: key for key in keys}.items()):
+            while mine and not _lock(fd, place):
+                if not wait:
+                    mine = False
+                elif time.monotonic() > end:
+                    raise FailedPrecondition(f"another verb has been at work on {key!r} for ten minutes", remedy="try again")
+                else:
+                    time.sleep(_PAUSE)
+        yield mine
+    finally:
+        os.close(fd)
+
+
+def _lock(fd: int, place: int) -> bool:
+    try:
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, place, 1, 0))
+    except (BlockingIOError, PermissionError):  # EAGAIN or EACCES (fcntl(2))
+        return False
+    return True

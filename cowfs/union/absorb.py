@@ -1,0 +1,432 @@
+"""The upper layer takes over what the layer right beneath it holds, while the view goes on.
+
+Strategy. Everything that is still seen of the lower layer is copied up, as if somebody were about to change it, one object
+between two requests; its whiteouts are made again above it, and a directory that shows nothing of the layers beneath
+becomes opaque. Each step is an ordinary copy-up, so the tree is the same before and after each, *with and without* the
+layer beneath. Once nothing of it is seen any more it can be taken away (:func:`cowfs.union.restack.restack`), and wherever
+that does not happen, nothing was lost.
+
+Nothing may come to stand on the layer while this runs: what would become a metacopy of one of its files becomes a full
+copy (:meth:`Absorption.before_up`). So one pass over the layer, and one over the upper layer for the metacopies and
+redirect files made before, are enough; the second is repeated when a directory was renamed under it.
+
+A layer that renamed directories is another matter: paths by which the upper layer refers to what is beneath lead through
+those renames. What such a directory shows is copied whole, data included.
+
+Redirect files keep the blocks that lower layers hold: only those of the layer that goes are copied.
+
+Threads: :func:`absorb` runs in its caller's; all that touches the view goes through ``call``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from cowfs import whiteout
+from cowfs.model import Usage
+from cowfs.sys import files, xattr
+from cowfs.union import copyup, links, lower, space
+from cowfs.union.copyup import Stage
+from cowfs.union.lower import Data
+from cowfs.union.node import DT_REG, Dir, Node
+from cowfs.union.restack import aside, depends, own_data
+from cowfs.union.rowfile import RowFile
+from cowfs.union.rowmap import Ref
+from cowfs.union.source import Layer, Source
+
+if TYPE_CHECKING:
+    from cowfs.union.view import View
+
+__all__ = ["Absorption", "absorb"]
+
+Call = Callable[[Callable[[], Any]], Any]
+
+_DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_PIECE = 1 << 20  # bytes of a redirect file that are filled in one go
+_PASSES = 20
+
+
+def absorb(view: View, call: Call | None = None) -> Usage:
+    """Bring everything that is seen of the topmost lower layer into the upper one.
+
+    Args:
+        call: runs a function in the thread that owns the view and returns what it returns (default: here and now).
+
+    Returns:
+        What the upper layer holds more than before.
+
+    Raises:
+        OSError: EROFS; ENOSPC, EIO from the host. What was copied until then stays, and is no harm.
+    """
+    run: Call = call or (lambda function: function())
+    work: Absorption = run(lambda: Absorption(view))
+    try:
+        for kind, path, names in _walk(work.layer.root.open()):
+            if kind == "leave":
+                run(partial(work.leave, path))
+                continue
+            run(partial(work.enter, path))
+            for name in names:
+                _bring(work, run, path + b"/" + name if path else name)
+        for path in run(work.redirected):
+            run(partial(work.take_all, path))
+        for _ in range(_PASSES):
+            moves = work.moves
+            for path in _unfinished(view):
+                _bring(work, run, path, anywhere=False)
+            if work.moves == moves:
+                break
+        if view.must_sync and view.rows is not None:
+            run(view.rows.sync_job)()
+        return work.ledger.usage()
+    finally:
+        run(work.end)
+
+
+def _bring(work: Absorption, run: Call, path: bytes, *, anywhere: bool = True) -> None:
+    step = run(partial(work.begin, path, anywhere))
+    while step is not None:
+        if isinstance(step, Stage):
+            step.run()
+            step = run(partial(work.publish, step))
+        elif isinstance(step, _Apart):
+            step.job(False)
+            step = run(step.then)
+        else:
+            step = run(step)
+
+
+@dataclass(frozen=True, slots=True)
+class _Apart:
+    """What waits for the disk, and goes on in the view's thread."""
+
+    job: Callable[[bool], None]
+    then: Callable[[], Any]
+
+
+def _walk(root: int) -> Iterator[tuple[str, bytes, list[bytes]]]:
+    """The directories of a layer that nobody writes: each with its other names before, and again after, those in it."""
+    stack = [("enter", b"")]
+    while stack:
+        kind, path = stack.pop()
+        if kind == "leave":
+            yield kind, path, []
+            continue
+        fd = files.open_beneath(root, path, _DIR)
+        try:
+            with os.scandir(fd) as found:
+                entries = [(os.fsencode(entry.name), entry.is_dir(follow_symlinks=False)) for entry in found]
+        finally:
+            os.close(fd)
+        yield kind, path, [name for name, is_dir in entries if not is_dir]
+        stack.append(("leave", path))
+        stack += [("enter", path + b"/" + name if path else name) for name, is_dir in entries if is_dir]
+
+
+def _unfinished(view: View) -> Iterator[bytes]:
+    """Paths in the upper layer of files whose data, or a part of it, is elsewhere. From any thread."""
+    form = view.form
+    root = view.layers[-1].root.open()
+    pending = [b""]
+    while pending:
+        path = pending.pop()
+        try:
+            fd = files.open_beneath(root, path, _DIR)
+        except OSError:
+            continue  # moved or removed meanwhile
+        try:
+            with os.scandir(fd) as found:
+                entries = [(os.fsencode(e.name), e.is_dir(follow_symlinks=False), e.is_file(follow_symlinks=False)) for e in found]
+            for name, is_dir, is_file in entries:
+                inner = path + b"/" + name if path else name
+                if is_dir:
+                    pending.append(inner)
+                elif is_file:
+                    try:
+                        stands_on = xattr.try_get(fd, name, form.row) or (
+                            form.redirects and xattr.try_get(fd, name, form.metacopy) is not None
+                        )
+                    except OSError:
+                        continue
+                    if stands_on:
+                        yield inner
+        finally:
+            os.close(fd)
+
+
+class Absorption:
+    """One absorption under way: ``view.leaving`` while it is. Its methods run in the thread that owns the view.
+
+    Attributes:
+        layer: the layer that goes.
+        ledger: what was copied.
+        moves: how many directories were renamed meanwhile.
+    """
+
+    def __init__(self, view: View) -> None:
+        view.need_upper()
+        self.view = view
+        self.layer: Layer = view.layers[-2]
+        self.ledger = space.ledger(view)
+        self.moves = 0
+        self._renames = links.scan_redirects(view, self.layer)
+        if view.upper not in view.redirects:
+            links.find_moved(view)
+        view.leaving = self
+
+    def end(self) -> None:
+        """The view is as any other again."""
+        if self.view.leaving is self:
+            self.view.leaving = None
+
+    def before_up(self, node: Node) -> None:
+        """A file is about to be brought up, renamed or linked: not as something that stands on the layer."""
+        if node.type == DT_REG and (node.where is not None or node.data is not None) and self._stands_on(node):
+            with aside(self.view, self.ledger):
+                own_data(self.view, node)
+
+    def _stands_on(self, node: Node) -> bool:
+        file = node.data
+        if isinstance(file, RowFile) and file.layer is not self.layer:
+            extents = file.load()
+            mine = [n for n, level in enumerate(file.levels) if level.where.layer is self.layer]
+            if mine:
+                below = self._reference(node)
+                return (
+                    below is None
+                    or file.ref is None
+                    or below.path != file.ref.path
+                    or below.base_end < file.base_end
+                    or any(extents.share(n, file.base_end) for n in mine)
+                )
+        elif depends(node, {self.layer}):
+            return True
+        return bool(self._renames) and (node.data is not None or not self.view.in_upper(node))
+
+    # -- directories ------------------------------------------------------------------------------
+
+    def _shown(self, path: bytes) -> list[Node]:
+        """What a path of the layer is in the merged tree."""
+        found = []
+        for candidate in links._merged_paths(self.view, self.layer, path) if path else [b""]:
+            node = self._at(candidate)
+            if node is not None:
+                found.append(node)
+        return found
+
+    def _at(self, path: bytes) -> Node | None:
+        here: Node | None = self.view.root
+        for name in path.split(b"/") if path else ():
+            if not isinstance(here, Dir):
+                return None
+            here = self.view.child(here, name)
+        return here
+
+    def _directory(self, path: bytes) -> tuple[Dir, Source] | None:
+        """The directory that a directory of the layer is part of, and that part; None when it is hidden."""
+        for node in self._shown(path):
+            if isinstance(node, Dir):
+                for source in node.sources:
+                    if source.layer is self.layer and source.path() == path:
+                        return node, source
+        return None
+
+    def _stands_alone(self, directory: Dir) -> bool:
+        """Whether nothing beneath the layer is a part of it."""
+        return directory.record is None and directory.sources[-1].layer.index >= self.layer.index
+
+    def enter(self, path: bytes) -> None:
+        """A directory of the layer: have it above, with the layer's whiteouts."""
+        there = self._directory(path)
+        if there is None:
+            return
+        directory, source = there
+        view = self.view
+        exempt = xattr.try_get(source.open(), b"", view.form.exempt) is not None
+        with aside(view, self.ledger):
+            up = copyup.up_dir(view, directory, exempt=exempt)
+        if self._stands_alone(directory):
+            return
+        children = directory.children if directory.children is not None else view.load(directory)
+        for name in lower.scan(source, view.form)[1]:
+            if name not in children and not (up.whiteouts is not None and name in up.whiteouts):
+                assert view.workdir is not None
+                if not whiteout.exists(up.open(), name):
+                    with copyup.kept_times(up):
+                        view.workdir.put_whiteout(up.open(), name)
+                if up.whiteouts is not None:
+                    up.whiteouts.add(name)
+
+    def leave(self, path: bytes) -> None:
+        """All that the layer has in a directory is above."""
+        there = self._directory(path)
+        if there is None or not path:
+            return
+        if self._stands_alone(there[0]):
+            self._seal(there[0])
+        self.view.drop(there[0])
+
+    def _seal(self, directory: Dir) -> None:
+        """What is beneath a directory shows no more, whatever it is."""
+        with aside(self.view, self.ledger):
+            up = copyup.up_dir(self.view, directory)
+        xattr.setx(up.open(), b"", self.view.form.opaque, b"y")
+
+    def redirected(self) -> list[bytes]:
+        """Directories that the layer renamed, or that stand on a path through one: all they show is to be copied."""
+        if not self._renames:
+            return []
+        view = self.view
+        through = [now for _, now in self._renames] + [low for low, _ in self._renames]
+        found = [view.path(node) for _, now in self._renames for node in self._shown(now) if isinstance(node, Dir)]
+        for directory in list(view.moved):
+            low = directory.lowpath
+            if low is not None and any(low == path or low.startswith(path + b"/") for path in through):
+                found.append(view.path(directory))
+        return found
+
+    def take_all(self, path: bytes) -> None:
+        """Copy everything that a directory shows, and let it show nothing else."""
+        top = self._at(path)
+        if not isinstance(top, Dir) or top is self.view.root:
+            return
+        pending: list[Dir] = [top]
+        order: list[Dir] = []
+        while pending:
+            directory = pending.pop()
+            order.append(directory)
+            children = directory.children if directory.children is not None else self.view.load(directory)
+            for name in list(children):
+                node = self.view.child(directory, name)
+                if isinstance(node, Dir):
+                    pending.append(node)
+                elif node is not None and (node.data is not None or not self.view.in_upper(node)):
+                    with aside(self.view, self.ledger):
+                        own_data(self.view, node)
+        for directory in reversed(order):
+            self._seal(directory)
+
+    # -- files ------------------------------------------------------------------------------------
+
+    def begin(self, path: bytes, anywhere: bool) -> Any:
+        """A file of the layer, or (not ``anywhere``) of the upper layer: the first step of bringing its data up.
+
+        Returns:
+            None when it is done; a stage to be run and handed to :meth:`publish`; or the next step, to be called.
+        """
+        step = None
+        for node in self._shown(path) if anywhere else [self._at(path)]:
+            if node is None or isinstance(node, Dir) or not self._stands_on(node):
+                continue
+            step = self._bring_row(node) if isinstance(node.data, RowFile) else self._bring(node)
+        return step
+
+    def _bring(self, node: Node) -> Stage | None:
+        view = self.view
+        with aside(view, self.ledger):
+            if node.type != DT_REG or view.size(node) == 0:
+                copyup.up_meta(view, node)
+                return None
+            stage = copyup.writable(view, node, plain=True)
+            if stage is None:
+                return None
+            if not stage.small:
+                node.nlookup += 1
+                return stage
+            stage.run()
+            copyup.publish(view, stage)
+        self._done(node)
+        return None
+
+    def publish(self, stage: Stage) -> None:
+        """The second step."""
+        node = stage.node
+        try:
+            with aside(self.view, self.ledger):
+                copyup.publish(self.view, stage)
+        finally:
+            node.nlookup -= 1
+            self._done(node)
+
+    def _done(self, node: Node) -> None:
+        node.space = None
+        if node.fd >= 0:
+            self.view.open_files.append(node)
+        self.view.drop(node)
+
+    def _bring_row(self, node: Node) -> Callable[[], Any]:
+        """A redirect file: the blocks that the layer holds, or all of them where its base cannot be named any more."""
+        view = self.view
+        assert view.rows is not None
+        old = node.data
+        before = self._reference(node)
+        with aside(view, self.ledger):
+            view.rows.redirect(node)
+        file = node.data
+        assert isinstance(file, RowFile)
+        node.nlookup += 1
+        end = before.base_end if before is not None else -1
+        named = file.ref is not None and before is not None and before.path == file.ref.path and not self._renames
+        if isinstance(old, RowFile) and old.behind is not None:
+            named = False
+        return partial(self._fill, node, end if named else -1)
+
+    def _reference(self, node: Node) -> Ref | None:
+        """The reference of the layer's redirect file that a file is or stands on; None when it is a plain one."""
+        assert self.view.rows is not None
+        file = node.data
+        if node.where is not None and node.where.layer is self.layer and file.where is not None:
+            return file.ref if file.layer is self.layer else None
+        file.load()
+        for level in file.levels:
+            if level.where.layer is self.layer:
+                return self.view.rows.ref_at(level.where, level.name)
+        return None
+
+    def _fill(self, node: Node, base_end: int) -> Any:
+        """One piece. ``base_end``: where what shows through the layer's file ends; -1: all is to be the file's own."""
+        file = node.data
+        if not isinstance(file, RowFile) or not file.writable:  # plain by now, or nameless
+            node.nlookup -= 1
+            return None
+        file.load()
+        mine = None if base_end < 0 else {n for n, level in enumerate(file.levels) if level.where.layer is self.layer}
+        with aside(self.view, self.ledger):
+            if file.missing(mine):
+                file.fill(_PIECE, mine)
+                return partial(self._fill, node, base_end)
+            return _Apart(file.sync_job(), partial(self._finish, node, base_end))
+
+    def _finish(self, node: Node, base_end: int) -> Any:
+        """Its data is on the disk: say so in the reference."""
+        file = node.data
+        if isinstance(file, RowFile) and file.writable:
+            if base_end < 0 and file.missing():
+                return partial(self._fill, node, base_end)
+            if base_end < 0:
+                file.rows.make_plain(file)
+            else:
+                file.end_base(base_end)
+                file.rebase()
+        node.nlookup -= 1
+        self._done(node)
+        return None
+
+
+def complete(view: View) -> bool:
+    """Whether no file in use stands on the topmost lower layer. A safety net; only between requests."""
+    layer = view.layers[-2]
+    for node in view.nodes.values():
+        if isinstance(node, Dir) or node.parent is None:
+            continue
+        if node.where is not None and node.where.layer is layer:
+            return False
+        if isinstance(node.data, Data) and node.data.where.layer is layer:
+            return False
+    return True
+
+

@@ -1,0 +1,329 @@
+"""Another stack of layers that shows the same tree, under a view that goes on.
+
+Strategy. What a layer is made of may change while what it shows does not: two layers are merged into one, or an index
+that knew the lowest five of eight layers now knows them all. Then every node stays: its id, its attributes, whoever has it
+open. Only where it is found changes, and all of that changes here, in one call:
+
+1. files without a name that live in a layer that goes are copied, since nobody could find them again;
+2. the new layers are opened (those that stay are recognised by their root) and each directory in use is looked up anew,
+   parents first. Nothing has changed so far, and a failure leaves it so;
+3. directories get their parts, names their codes, files their place. Data descriptors of layers that go are closed, and
+   redirect files read their chain again when they are next used.
+
+The upper layer stays. Cost: the directories in use, not the tree.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from cowfs.union import copyup, finding, indexed, lower, space
+from cowfs.union.attr import unpack
+from cowfs.union.lower import Data
+from cowfs.union.node import DT_REG, Dir, Node
+from cowfs.union.rowfile import RowFile
+from cowfs.union.source import Layer, Source, lstat
+
+if TYPE_CHECKING:
+    from cowfs.union.options import TreeIndex
+    from cowfs.union.view import View
+
+__all__ = ["aside", "layers_under", "own_data", "restack"]
+
+Place = tuple[list[Source], Any]
+"""A directory's parts, topmost first, and its record."""
+
+
+def restack(view: View, lowers: Sequence[str | bytes], index: TreeIndex | None, covered: int) -> None:
+    """Stand the view on other lower layers, which show the same tree as the present ones.
+
+    Args:
+        lowers: layer directories, topmost first.
+        index: the merged tree of the lowest ``covered`` of them, where it is known.
+
+    Raises:
+        OSError: a layer is missing, or does not show what the present ones do (EIO). Nothing has changed then.
+    """
+    assert view.upper is not None
+    known = {_identity(layer.root.open()): layer for layer in view.layers[:-1]}
+    opened: list[Layer] = []
+    before = view.layers, view.roots, view.sources, view.index, view.indexed_layers
+    numbers = [(layer, layer.index) for layer in view.layers]
+    try:
+        stack = []
+        for number, path in enumerate(reversed(lowers)):
+            layer = Layer(os.fsencode(path), number, view.descriptors)
+            there = known.get(_identity(layer.root.fd))
+            if there is not None:
+                layer.close()
+                layer = there
+            else:
+                opened.append(layer)
+            stack.append(layer)
+        dropped = set(view.layers) - {*stack, view.upper}
+        _save_nameless(view, dropped)
+        view.layers = [*stack, view.upper]
+        for number, layer in enumerate(view.layers):
+            layer.index = number
+        view.roots = [layer.root for layer in reversed(view.layers)]
+        view.sources = {(s.layer.index, s.path()): s for s in before[2].values() if s.layer not in dropped}
+        view.index, view.indexed_layers = index, covered if index is not None else 0
+        places = _find_directories(view)
+    except BaseException:
+        view.layers, view.roots, view.sources, view.index, view.indexed_layers = before
+        for layer, number in numbers:
+            layer.index = number
+        for layer in opened:
+            layer.close()
+        raise
+    view.lower_count = len(stack)
+    for directory, place in places.items():
+        _move(view, directory, place)
+    for node in view.nodes.values():
+        if not isinstance(node, Dir) and node.parent is not None and node.where is not None:
+            _move_file(view, node, dropped, view.indexed_layers != before[4])
+    _let_go(view, dropped)
+
+
+def layers_under(view: View) -> list[bytes]:
+    """The lower layers as paths that work whatever they are called now, topmost first."""
+    return [b"/proc/self/fd/%d" % layer.root.open() for layer in reversed(view.layers[:-1])]
+
+
+@contextmanager
+def aside(view: View, ledger: space.Space) -> Iterator[None]:
+    """Count what is done meanwhile elsewhere: it is not the users' doing, and no limit holds."""
+    kept, view.space = view.space, ledger
+    try:
+        yield
+    finally:
+        view.space = kept
+
+
+def own_data(view: View, node: Node) -> None:
+    """Have all of a file's data in the upper layer, whatever its size, now."""
+    if node.type != DT_REG:
+        copyup.up_meta(view, node)
+        return
+    if isinstance(node.data, RowFile):
+        assert view.rows is not None
+        view.rows.redirect(node)
+        file = node.data
+        if isinstance(file, RowFile):
+            while file.missing():
+                file.fill(1 << 20)
+            file.sync_job()(False)
+            view.rows.make_plain(file)
+    else:
+        stage = copyup.writable(view, node, plain=True)
+        if stage is not None:
+            stage.run()
+            copyup.publish(view, stage)
+            if node.fd >= 0:
+                view.open_files.append(node)
+    node.space = None
+
+
+def depends(node: Node, layers: set[Layer]) -> bool:
+    """Whether a file's inode or any of its data is in one of some layers."""
+    data = node.data
+    if node.where is not None and node.where.layer in layers:
+        return True
+    if isinstance(data, RowFile):
+        return data.layer in layers or any(level.where.layer in layers for level in data.levels)
+    return isinstance(data, Data) and data.where.layer in layers
+
+
+def _identity(fd: int) -> tuple[int, int]:
+    st = os.fstat(fd)
+    return st.st_dev, st.st_ino
+
+
+def _save_nameless(view: View, dropped: set[Layer]) -> None:
+    if view.readonly:
+        return
+    for node in list(view.nodes.values()):
+        if node.parent is not None or isinstance(node, Dir):
+            continue
+        if isinstance(node.data, RowFile):
+            node.data.load()
+        if depends(node, dropped):
+            with aside(view, space.ledger(view)):
+                own_data(view, node)
+            if view.space is not None:
+                view.space.add(space.total_of(view.space.count(node)), 1)
+
+
+# -- directories ----------------------------------------------------------------------------------
+
+
+def _find_directories(view: View) -> dict[Dir, Place]:
+    """Where each directory in use is found in the new stack."""
+    roots = list(view.roots)
+    record = None
+    if view.index is not None:
+        record = view.index.root()
+        roots = [root for root in roots if root.layer.index >= view.indexed_layers]
+    places: dict[Dir, Place | None] = {view.root: (roots, record)}
+    for node in list(view.nodes.values()):
+        way: list[Dir] = []
+        here = node
+        while isinstance(here, Dir) and here not in places:
+            way.append(here)
+            if here.parent is None:  # removed, and still somebody's
+                places[here] = None
+                way.pop()
+                break
+            here = here.parent
+        for directory in reversed(way):
+            assert directory.parent is not None
+            above = places[directory.parent]
+            places[directory] = None if above is None else _find(view, above, directory)
+    return {directory: place for directory, place in places.items() if place is not None}
+
+
+def _find(view: View, above: Place, directory: Dir) -> Place:
+    sources, record = above
+    name, own, entry = directory.name, view.upper_of(directory), None
+    if view.index is not None:
+        found, entry = indexed.merged_dir(view, indexed.scanned(view, sources), record, name)
+    else:
+        found = lower.merged_dirs(sources, name, view.form, view.roots)
+    if own is not None and found and found[0].layer is view.upper:
+        found[0].close()
+        found[0] = own
+    elif own is not None or (found and found[0].layer is view.upper) or (not found and entry is None):
+        raise OSError(errno.EIO, "the new layers do not show what the old ones do", view.path(directory))
+    if not found:
+        assert entry is not None
+        found = [view.source_at(view.layers[entry.layer], indexed.path_of(entry, record, name))]
+    return found, entry.record if entry is not None else None
+
+
+def _move(view: View, directory: Dir, place: Place) -> None:
+    before, children = directory.sources, directory.children
+    directory.sources, directory.record = place
+    directory.where = directory.sources[0]
+    if children is not None:
+        directory.children = _codes(view, directory, before, children)
+    for source in before:
+        if source not in directory.sources and source.parent is not None:
+            source.close()
+
+
+def _codes(
+    view: View, directory: Dir, before: list[Source], children: dict[bytes, Node | int]
+) -> dict[bytes, Node | int]:
+    """The names' codes in terms of the new parts."""
+    own = view.upper_of(directory)
+    if directory.record is not None and len(directory.sources) == 1:  # the upper part and the index: no need to look
+        top = len(before) - 1 if own is not None else -1
+        return {
+            name: item if isinstance(item, Node) else item & 15 if item >= 0 and item >> 4 == top else -1
+            for name, item in children.items()
+        }
+    directory.children = None
+    now = view.load(directory)
+    for name, item in children.items():
+        if isinstance(item, Node):
+            now[name] = item
+    return now
+
+
+# -- files ----------------------------------------------------------------------------------------
+
+
+def _move_file(view: View, node: Node, dropped: set[Layer], again: bool) -> None:
+    """``again``: what the index covers has changed. It puts a metacopy where its data is, a scan where it is itself."""
+    where, data = node.where, node.data
+    assert where is not None and node.parent is not None
+    if where.layer is not view.upper and (again or where.layer in dropped):
+        _find_again(view, node)
+    elif isinstance(data, RowFile):
+        if data.layer in dropped:  # a metacopy of one
+            _close(node)
+            node.data = _data(view, node)
+        else:
+            data.rebase()
+    elif isinstance(data, Data) and data.where.layer in dropped:
+        _close(node)
+        node.data = _data(view, node)
+    if node.data is not data and isinstance(node.data, RowFile):
+        node.data.bind(node)
+
+
+def _close(node: Node) -> None:
+    """Let go of data in a layer that goes."""
+    if isinstance(node.data, RowFile):
+        node.data.close()
+    if node.fd >= 0:
+        os.close(node.fd)
+        node.fd, node.wfd = -1, False
+    node.data = node.space = None
+
+
+def _data(view: View, node: Node) -> Any:
+    """What a file's data is, when it is not the file that its name names."""
+    parent, where = node.parent, node.where
+    assert parent is not None and where is not None
+    position = next((n for n, source in enumerate(parent.sources) if source.layer is where.layer), -1)
+    if position < 0:
+        return None
+    st = os.stat(node.name, dir_fd=parent.sources[position].open(), follow_symlinks=False)
+    return finding.data_of(view, parent, position, node.name, st.st_size)
+
+
+def _find_again(view: View, node: Node) -> None:
+    """A file of a layer that goes, in the new ones."""
+    parent, name = node.parent, node.name
+    assert parent is not None
+    before = node.where, node.data
+    for position, source in enumerate(parent.sources):
+        if source.layer is view.upper or (view.index is not None and source.layer.index < view.indexed_layers):
+            continue
+        st = lstat(source, name)
+        if st is not None:
+            place = source, finding.data_of(view, parent, position, name, st.st_size) if node.type == DT_REG else None
+            break
+    else:
+        entry = view.index.entries(parent.record).get(name) if view.index is not None and parent.record is not None else None
+        if entry is None:
+            raise OSError(errno.EIO, "the new layers lack a file of the old ones", view.path(node))
+        place = indexed.locate(view, parent, name, entry)
+        if node.attr is not None and unpack(node.attr).nlink != entry.nlink:
+            node.attr = indexed.attr_of(view, node, entry)
+    if _same(before, place):
+        if isinstance(node.data, RowFile):
+            node.data.rebase()
+        return
+    _close(node)
+    node.where, node.data = place
+
+
+def _same(one: tuple[Source | None, Any], other: tuple[Source | None, Any]) -> bool:
+    """Whether two places of a file are one."""
+    return all(_where(a) == _where(b) and type(a) is type(b) for a, b in zip(one, other, strict=True))
+
+
+def _where(place: Any) -> Any:
+    if isinstance(place, Source):
+        return place.layer, place.path()
+    if isinstance(place, RowFile):
+        return (*map(_where, place.place()),) if place.where is not None else None
+    return (_where(place.where), place.name) if isinstance(place, Data) else place
+
+
+def _let_go(view: View, dropped: set[Layer]) -> None:
+    for layer in dropped:
+        view.groups.pop(layer, None)
+        view.redirects.pop(layer, None)
+        if view.rows is not None:
+            view.rows.forget(layer)
+        layer.close()
+    for workdir in [work for work in view.retired if work.source.layer in dropped]:
+        view.retired.remove(workdir)
+        workdir.close()
