@@ -13,20 +13,18 @@ own (:mod:`cowfs.server`) and outlives its maker unless unmounted. Every method 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import EllipsisType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from cowfs import control, mountpoint
-from cowfs.errors import CowfsError, FailedPrecondition, InvalidArgument, NotFound, Unsupported
+from cowfs.errors import CowfsError, FailedPrecondition, InvalidArgument, NotFound
 from cowfs.model import Limit, Usage, parse_count, parse_size
 from cowfs.spec import HIDDEN, IdMap, MountSpec, find_layers
 
 if TYPE_CHECKING:
     from cowfs.model import Change
-    from cowfs.server import Started
 
 __all__ = ["MountHandle", "MountStatus", "attach", "make_spec", "mount", "mounts", "umount"]
 
