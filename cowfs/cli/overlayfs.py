@@ -169,6 +169,7 @@ _MEANING: dict[str, Callable[[str], dict[str, Any]]] = {
     "allow_other": lambda text: {"allow_other": True},
     "io": lambda text: {"io": text},
     "debug": lambda text: {"foreground": True, "trace": True},
+    "remount": lambda text: {"remount": True},
 }
 
 # Accepted without effect: the mount always behaves so, or the word is for somebody else.
@@ -341,10 +342,32 @@ def _detected_override(directories: Sequence[str]) -> str:
     return ""
 
 
+def remount(found: dict[str, Any]) -> int:
+    """`mount -o remount,ro MNT`: other flags for a mount that is there; its server goes on. Returns the exit status.
+
+    As in mount(2), flags that are not given are cleared; mount(8) adds those that the mount has.
+    """
+    from cowfs import mountpoint
+    from cowfs.sys import mounts
+
+    target = mountpoint.resolve(found["arguments"][-1]) if found["arguments"] else ""
+    mounted = mountpoint.find(target) if target else None
+    if mounted is None or mounted.fstype != f"fuse.{PROGRAM}":
+        raise InvalidArgument(f"nothing of {PROGRAM} is mounted at {target!r}", remedy="mount it first, without remount")
+    flags = mounts.MS_RDONLY if found.get("readonly") else 0
+    for word in found["words"]:
+        flag, on = mounts.OPTION_FLAGS[word]
+        flags = flags | flag if on else flags & ~flag
+    mounts.mount("", target, "", flags | mounts.MS_REMOUNT)
+    return 0
+
+
 def run(argv: Sequence[str]) -> int:
     """Mount. Returns the exit status."""
     from cowfs.cli.mount import serve
 
+    if any("remount" in split_options(argument.removeprefix("-o")) for argument in argv):
+        return remount(parse(argv))
     return serve(spec_of(argv))
 
 

@@ -65,6 +65,21 @@ def test_as_mount_helpers_call_it(tree: Path, mnt: Path) -> None:
     assert (tree / "up/new").exists()
 
 
+def test_remount_changes_the_flags_of_a_mount(tree: Path, mnt: Path) -> None:
+    """As mount(8) hands `mount -o remount,ro MNT` to the helper of the type."""
+    run("-o", f"lowerdir={tree / 'base'},upperdir={tree / 'up'},workdir={tree / 'work'}", mnt)
+    run("cowfs-overlayfs", mnt, "-o", "ro,nosuid,remount")
+    assert os.statvfs(mnt).f_flag & (os.ST_RDONLY | os.ST_NOSUID) == os.ST_RDONLY | os.ST_NOSUID
+    with pytest.raises(OSError, match="Read-only"):
+        (mnt / "new").write_text("1")
+    run("cowfs-overlayfs", mnt, "-o", "rw,remount")
+    (mnt / "new").write_text("1")
+
+
+def test_remount_of_nothing_is_refused(tree: Path, mnt: Path) -> None:
+    one_line(run("none", mnt, "-o", "remount,ro", code=2))
+
+
 def test_mount_by_type(tree: Path, mnt: Path, tmp_path: Path) -> None:
     """`mount -t fuse.cowfs-overlayfs none MNT -o ...` finds the program by its name, in the PATH that mount(8) sets."""
     program = tmp_path / "cowfs-overlayfs"
