@@ -92,7 +92,7 @@ COMMANDS = {
     "squash": Command(
         _configure_squash,
         _squash,
-        "Merge NAME into its only child, and remove it. Nothing above it may be mounted.",
+        "Merge NAME into its only child, and remove it. Mounts above it go on: their layers are switched at one instant.",
         ("cowfs squash before-upgrade",),
     ),
     "fork": Command(
