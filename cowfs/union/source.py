@@ -71,6 +71,7 @@ class Source:
         whiteouts: names deleted here (kept for the upper layer only).
         shadow: names here that would show something of a lower layer if removed (upper only).
         impure: whether entries here may carry ``origin`` (upper only).
+        marked: whether it is known that the directory says so.
         default_acl: whether new entries inherit an ACL; ``None`` while unknown.
     """
 
@@ -80,6 +81,7 @@ class Source:
         "fd",
         "impure",
         "layer",
+        "marked",
         "name",
         "parent",
         "shadow",
@@ -95,6 +97,7 @@ class Source:
         self.whiteouts: set[bytes] | None = None
         self.shadow: set[bytes] | None = None
         self.impure = False
+        self.marked = False
         self.default_acl: bool | None = None
 
     def open(self) -> int:
