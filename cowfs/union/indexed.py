@@ -104,7 +104,8 @@ def metacopy_data(view: View, parent: Dir, position: int, name: bytes, low: byte
         redirect = lower.redirect_of(at.open(), name, view.form)
         if redirect is not None:
             queue, record, name = _follow(view, queue, record, redirect, at.layer)
-            low = redirect[1:] if redirect.startswith(b"/") else low.rpartition(b"/")[0] + b"/" + redirect
+            if at is parent.sources[position]:  # the path right beneath the layer, as lower.metacopy_data says
+                low = redirect[1:] if redirect.startswith(b"/") else low.rpartition(b"/")[0] + b"/" + redirect
         for number, source in enumerate(queue):
             st = lstat(source, name)
             if st is None:

@@ -122,18 +122,21 @@ def metacopy_data(
     """The data of a regular file ``name`` in ``at`` if it is a metacopy, else ``None``.
 
     ``queue`` holds the parent's sources below ``at``; ``path`` is the name's path in the merged
-    lower tree. A metacopy without data beneath is EIO, as in the kernel.
+    lower tree. The path of the data is the one in the tree right beneath ``at``, which is what a redirect in
+    that layer says, however many layers further down it goes on. A metacopy without data beneath is EIO, as in the kernel.
     """
     if not form.redirects or at.layer.index == 0:
         return None
     fd = at.fd if at.fd >= 0 else at.open()
+    top = at
     if xattr.try_get(fd, name, form.metacopy) is None:
         return None
     while True:
         redirect = redirect_of(fd, name, form)
         if redirect is not None:
             queue, name = _follow(queue, redirect, at.layer.index, form, roots)
-            path = redirect[1:] if redirect.startswith(b"/") else _sibling(path, redirect)
+            if at is top:
+                path = redirect[1:] if redirect.startswith(b"/") else _sibling(path, redirect)
         for number, source in enumerate(queue):
             st = lstat(source, name)
             if st is None:

@@ -1,8 +1,8 @@
 """Chains of snapshots, each written over the one before: every one shows what a plain directory does.
 
-Between a few random operations the active snapshot is committed and a new one prepared, or just opened again. All reads
-of lower layers go through the index, which records what the layers before left: redirects, metacopies, hard links whose
-names and data are in different layers.
+Between a few random operations the active snapshot is committed and a new one prepared, or just opened again. Lower layers
+are read through the index, which records what the layers before left (redirects, metacopies, hard links whose names and
+data are in different layers), or by themselves.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from support.forgetting import InView, Pair
 
 from cowfs.store import Store
 from cowfs.union.paths import Paths
+
+from .conftest import view_of
 
 
 class Chain(Pair):
@@ -44,7 +46,12 @@ class Chain(Pair):
         self.open()
 
     def open(self) -> None:
-        self.ours = InView(self.opened.enter_context(self.store.paths("k")).view)
+        """With the index, or as one who knows nothing of the store would mount the same layers."""
+        if self.rng.random() < 0.7:
+            self.ours = InView(self.opened.enter_context(self.store.paths("k")).view)
+        else:
+            self.ours = InView(view_of(self.store, "k"))
+            self.opened.callback(self.ours.view.close)
 
     def shut(self) -> None:
         self.let_go()
@@ -134,3 +141,22 @@ def test_a_file_moved_to_a_directory_with_an_empty_lower_one_keeps_its_number(st
         tree.rename("file", "empty/file")
     with store.paths("k") as tree:
         assert tree.stat("empty/file").ino == before
+
+
+def test_a_metacopy_of_a_metacopy_is_renamed(store: Store) -> None:
+    """The redirect says where the file is right beneath, not where the layers beneath say that its data is."""
+    with written(store, "data") as tree:
+        tree.write_bytes("a", b"data" * 5000)
+    with written(store, "moved") as tree:
+        tree.rename("a", "b")
+        tree.mkdir("a")
+    view = view_of(store, "k")
+    tree = Paths(view)
+    tree.chmod("b", 0o600)
+    view.close()
+    view = view_of(store, "k")
+    tree = Paths(view)
+    tree.rename("b", "c")
+    view.close()
+    with store.paths("k") as tree:
+        assert tree.read_bytes("c", 0, 4) == b"data"
