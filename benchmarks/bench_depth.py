@@ -1,7 +1,9 @@
 """Claim: a random 4 KiB read through 128 layers that all changed the file costs at most 1.3x of that through one.
 
 Each layer overwrites 64 random blocks of one file and is committed; then a view of the top is mounted and every block
-read once in random order with read-ahead off, so that each read is a request. x is the chain's length.
+read once in random order with read-ahead off, so that each read is a request. x is the chain's length. All lengths are
+views of one chain, read in the same round one after the other, so that a busy host weighs on each; each is read twice,
+through a fresh mount, so that the host has the layers in memory when it counts.
 """
 
 from __future__ import annotations
@@ -12,9 +14,10 @@ from pathlib import Path
 
 from . import trees
 from .claims import Bar, Claim, Key, Metric
-from .lab import Lab, timed
+from .lab import Lab, cache_drops, timed
 from .profiles import MIB, Profile
 from .stores import BLOCK, COW, ROW, VFS, Opened, opened_all, overwrite, read_random, some_blocks
+from .warm import TRIES
 
 SIZE = 16 * MIB
 SUBJECTS = (ROW, COW, VFS)
@@ -27,21 +30,18 @@ def _depths(profile: Profile) -> tuple[float, ...]:
 def measure(lab: Lab) -> None:
     source = trees.big_file(lab, SIZE) / "big"
     with opened_all(lab, SUBJECTS, 4 << 30) as stores:
-        tops: dict[str, str] = {}
-        depth = 0
+        tops: dict[str, dict[int, str]] = {}
         for subject, store in stores.items():
             with lab.trying(subject):
-                tops[subject] = store.base("layer-0", lambda at: _fill(source, at))
-        for wanted in lab.profile.depths:
-            while depth < wanted:
-                depth += 1
-                for subject, top in tops.items():
-                    with lab.trying(subject):
-                        tops[subject] = _deeper(lab, stores[subject], top, depth)
-            for number, subject in lab.rounds(list(tops)):
+                tops[subject] = {0: store.base("layer-0", lambda at: _fill(source, at))}
+        for depth in range(1, max(lab.profile.depths) + 1):
+            for subject, names in tops.items():
                 with lab.trying(subject):
-                    key = f"view-{depth}-{number}"
-                    _read_view(lab, stores[subject], tops[subject], key, float(wanted))
+                    names[depth] = _deeper(lab, stores[subject], names[depth - 1], depth)
+        for number, subject in lab.rounds(list(tops)):
+            for wanted in lab.profile.depths:
+                with lab.trying(subject):
+                    _read_view(lab, stores[subject], tops[subject][wanted], float(wanted), number)
 
 
 def _deeper(lab: Lab, store: Opened, top: str, depth: int) -> str:
@@ -50,13 +50,26 @@ def _deeper(lab: Lab, store: Opened, top: str, depth: int) -> str:
     return store.base(f"layer-{depth}", lambda at: _change(at, blocks, lab), top)
 
 
-def _read_view(lab: Lab, store: Opened, top: str, key: str, x: float) -> None:
-    some = some_blocks(lab.rng(key), SIZE, 0.5)
+def _read_view(lab: Lab, store: Opened, top: str, x: float, number: int) -> None:
+    some = some_blocks(lab.rng(f"view-{number}"), SIZE, 0.5)
+    for attempt in range(TRIES):
+        drops = cache_drops()
+        took = [_pass(store, top, f"view-{attempt}-{again}", some) for again in range(2)][1]
+        if cache_drops() == drops:
+            break
+    else:
+        lab.note("somebody drops the kernel's caches all the time")
+    lab.record("random read", store.subject, took, x)
+
+
+def _pass(store: Opened, top: str, key: str, some: list[int]) -> float:
+    """Seconds a read, through a fresh mount; the first read, which opens the file, is not in it."""
     store.store.view(key, top)
     with store.mount(key) as (at, _):
         read_random(at / "big", some[:1])
-        lab.record("random read", store.subject, _read_rest(at / "big", some), x)
+        took = _read_rest(at / "big", some)
     store.store.remove(key)
+    return took
 
 
 def _read_rest(file: Path, some: list[int]) -> float:

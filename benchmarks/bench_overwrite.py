@@ -1,8 +1,13 @@
 """Claim: after random overwrites, row still reads at a useful speed, and compaction gives the rest back.
 
 1 %, 10 % and 100 % of a lower file's blocks are overwritten in random order; then the file is read as a whole and at
-random places, through a fresh mount with all caches dropped. "plain" is an untouched file of the same size in the
-same mount of the same store: what the mount itself costs is on both sides.
+random places, through a fresh mount with all caches dropped, and as a whole once more through another fresh mount, with
+the layers in the host's memory ("warm"). "plain" is an untouched file of the same size in the same mount of the same
+store: what the mount itself costs is on both sides. So the ratios are the price of the redirects alone; what a mount
+costs against the bare host is the claim "sequential".
+
+The disk is a loop device that passes requests on as they come: one that goes through the page cache handles one after
+the other, which no disk does, and the scattered blocks are what then waits.
 """
 
 from __future__ import annotations
@@ -19,14 +24,15 @@ from .stores import BLOCK, COW, ROW, VFS, Opened, opened_all, overwrite, read_ra
 SHARES = (1, 10, 100)
 COMPACTED = "row compacted"
 PLAIN = "plain"
-SUBJECTS = (ROW, COMPACTED, COW, VFS, PLAIN)
+AGAIN = "plain beside compacted"
+SUBJECTS = (ROW, COMPACTED, COW, VFS, PLAIN, AGAIN)
 
 
 def measure(lab: Lab) -> None:
     size = lab.profile.big // 2
     source = trees.big_file(lab, size) / "big"
     rounds = min(3, lab.profile.rounds)
-    with opened_all(lab, (ROW, COW, VFS), 9 * size + (1 << 30)) as stores:
+    with opened_all(lab, (ROW, COW, VFS), 9 * size + (1 << 30), direct=True) as stores:
         for driver, store in stores.items():
             with lab.trying(driver):
                 store.base("base", lambda at: _fill(source, at))
@@ -62,6 +68,7 @@ def _compacted(lab: Lab, store: Opened, share: int, size: int, rounds: int) -> N
     lab.record(f"compaction {share} %", COMPACTED, timed(lambda: compact(f"share-{share}", share=0.0)))
     for number in range(rounds):
         _read(lab, store, "big", COMPACTED, share, size, number)
+        _read(lab, store, "calm", AGAIN, share, size, number)
 
 
 def _read(lab: Lab, store: Opened, name: str, subject: str, share: int, size: int, number: int) -> None:
@@ -69,6 +76,8 @@ def _read(lab: Lab, store: Opened, name: str, subject: str, share: int, size: in
     with store.mount(f"share-{share}") as (at, _):
         drop_caches()
         lab.record(f"sequential read {share} %", subject, run(["cat", at / name]))
+    with store.mount(f"share-{share}") as (at, _):
+        lab.record(f"sequential read {share} %, warm", subject, run(["cat", at / name]))
     with store.mount(f"share-{share}") as (at, _):
         drop_caches()
         lab.record(f"random read {share} %", subject, timed(lambda: read_random(at / name, some)) / len(some))
@@ -81,26 +90,19 @@ CLAIM = Claim(
     topic="row",
     metrics=(
         *(Metric(name=f"sequential read {s} %", title=f"whole file, {s} % overwritten") for s in SHARES),
+        *(Metric(name=f"sequential read {s} %, warm", title=f"the same from memory, {s} % overwritten") for s in SHARES),
         *(Metric(name=f"random read {s} %", title=f"4 KiB at random, {s} % overwritten") for s in SHARES),
         *(Metric(name=f"compaction {s} %", title=f"compaction, {s} % overwritten") for s in SHARES),
     ),
     subjects=SUBJECTS,
     measure=measure,
-    bars=(
-        Bar(
-            metric="sequential read 10 %",
-            subject=ROW,
-            against=PLAIN,
-            at_most=1 / 0.6,
-            says="sequential read after overwriting 10 %, time (0.6x speed)",
-        ),
-        Bar(
-            metric="sequential read 10 %",
-            subject=COMPACTED,
-            against=PLAIN,
-            at_most=1 / 0.95,
-            says="the same after compaction (0.95x speed)",
-        ),
+    bars=tuple(
+        Bar(metric=f"sequential read 10 %{how}", subject=subject, against=against, at_most=at_most, says=f"{says}{how}")
+        for how in ("", ", warm")
+        for subject, against, at_most, says in (
+            (ROW, PLAIN, 1 / 0.6, "sequential read after overwriting 10 %, time (0.6x speed)"),
+            (COMPACTED, AGAIN, 1 / 0.95, "the same after compaction (0.95x speed)"),
+        )
     ),
 )
 

@@ -252,8 +252,12 @@ class Lab:
         return path
 
     @contextlib.contextmanager
-    def fresh(self, kind: str, size: int = 8 << 30) -> Iterator[Path]:
+    def fresh(self, kind: str, size: int = 8 << 30, *, direct: bool = False) -> Iterator[Path]:
         """A new, empty file system: "tmpfs", or "ext4"/"xfs"/"btrfs" made by mkfs on a sparse image and a loop device.
+
+        Args:
+            direct: the loop device passes requests on as they come, many at once, as a disk does. Otherwise it works on
+                the image through the page cache, one request after the other.
 
         Raises:
             SkipSubject: this host has no mkfs for it.
@@ -274,8 +278,18 @@ class Lab:
             with open(image, "wb") as file:
                 file.truncate(size)
             run([*maker, image])
+            options = "loop,noatime" + (",allocsize=64k" if kind == "xfs" else "")
+            device: Path | str = image
+            if direct:
+                made = ["losetup", "--find", "--show", "--direct-io=on", image]
+                device = subprocess.run(made, check=True, capture_output=True, text=True).stdout.strip()
+                options = options.removeprefix("loop,")
             # xfs allocates ahead of a growing file and gives it back when it likes: not in what is measured here
-            run(["mount", "-o", "loop,noatime" + (",allocsize=64k" if kind == "xfs" else ""), image, where])
+            try:
+                run(["mount", "-o", options, device, where])
+            finally:
+                if direct:  # it goes when it is unmounted
+                    run(["losetup", "--detach", device])
         try:
             yield where
         finally:

@@ -57,7 +57,7 @@ class Opened:
 
 
 @contextlib.contextmanager
-def opened(lab: Lab, subject: str, size: int, **options: Any) -> Iterator[Opened]:
+def opened(lab: Lab, subject: str, size: int, *, direct: bool = False, **options: Any) -> Iterator[Opened]:
     """A new store for ``subject`` on a fresh file system of ``size`` bytes (sparse); closed and removed on leaving.
 
     Raises:
@@ -67,7 +67,7 @@ def opened(lab: Lab, subject: str, size: int, **options: Any) -> Iterator[Opened
     from cowfs.errors import CowfsError
 
     driver, _, kind = subject.partition(" ")
-    with lab.fresh(kind or "ext4", size) as disk:
+    with lab.fresh(kind or "ext4", size, direct=direct) as disk:
         root = disk / "store"
         try:
             store = cowfs.Store.open(root, driver=driver, **options)
@@ -80,13 +80,13 @@ def opened(lab: Lab, subject: str, size: int, **options: Any) -> Iterator[Opened
 
 
 @contextlib.contextmanager
-def opened_all(lab: Lab, subjects: Sequence[str], size: int) -> Iterator[dict[str, Opened]]:
+def opened_all(lab: Lab, subjects: Sequence[str], size: int, *, direct: bool = False) -> Iterator[dict[str, Opened]]:
     """A store for each subject that can run here, all open at once, so that rounds can be interleaved."""
     with contextlib.ExitStack() as stack:
         stores: dict[str, Opened] = {}
         for subject in lab.wanted(subjects):
             with lab.trying(subject):
-                stores[subject] = stack.enter_context(opened(lab, subject, size))
+                stores[subject] = stack.enter_context(opened(lab, subject, size, direct=direct))
         yield stores
 
 

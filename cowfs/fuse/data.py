@@ -139,7 +139,7 @@ class Data(Adapter):
         streams = self._stream == (node.id, offset)
         self._stream = node.id, offset + len(room)
         try:
-            if streams and not hasattr(node.data, "pread"):
+            if streams:
                 raise BlockingIOError  # the worker copies while the loop takes the next request
             got = self.view.pread(node, offset, room, _NOWAIT)
             end = abi.ATTR.unpack(node.attr or self.view.attr(node))[1]
@@ -154,7 +154,8 @@ class Data(Adapter):
         size = len(room)
         held: Any = getattr(node, "data", None)
         if hasattr(held, "reader"):  # a redirect file: its segments, from many descriptors
-            self._look_redirect(unique, node.id, held.reader(offset, size), size)
+            read = held.stream(offset, size) if streams else held.reader(offset, size)
+            self._look_redirect(unique, node.id, read, size)
             return None
         try:
             fd = os.dup(self.view.data_fd(node, False))

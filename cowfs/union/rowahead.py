@@ -96,11 +96,13 @@ class Ahead:
         next: where the last read ended.
         asked: how far was asked for; 0 while nothing is.
         window: bytes asked for ahead of the reader, the last time.
+        cold: a read in another thread had to wait for the disk (set there).
     """
 
-    __slots__ = ("asked", "next", "window")
+    __slots__ = ("asked", "cold", "next", "window")
 
     def __init__(self) -> None:
+        self.cold = False
         self.next = 0
         self.asked = 0
         self.window = 0

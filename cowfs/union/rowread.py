@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 #: a read with more segments than this fetches the main level's span whole and patches the others into it
 _FEW = 3
+_NOWAIT = getattr(os, "RWF_NOWAIT", 8)
 _FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 
 
@@ -286,6 +287,14 @@ class Chain:
         self.pread(start, memoryview(data))
         return data
 
+    def stream(self, offset: int, length: int) -> Callable[[memoryview], int]:
+        """:meth:`reader` for a read that goes on where the last one ended."""
+        end = min(offset + length, self.size)
+        if self.ahead.follow(self, offset, end) and self.ahead.cold:
+            self.ahead.wait(self, offset, end)
+        self.ahead.cold = False
+        return self.reader(offset, length)
+
     def reader(self, offset: int, length: int) -> Callable[[memoryview], int]:
         """A read to be run once in any thread, while nobody writes: it fills a buffer and returns how many bytes."""
         end = min(offset + length, self.size)
@@ -301,7 +310,9 @@ class Chain:
                     if owner == ZEROS:
                         part[:] = bytes(len(part))
                         continue
-                    done = 0
+                    done = _at_once(copies[owner], part, start)
+                    if done < len(part):
+                        self.ahead.cold = True
                     while done < len(part):
                         got = os.preadv(copies[owner], [part[done:]], start + done)
                         if not got:
@@ -353,6 +364,14 @@ class Chain:
         if whence == os.SEEK_HOLE:
             return self.size
         raise OSError(errno.ENXIO, os.strerror(errno.ENXIO), self.node.name)
+
+
+def _at_once(fd: int, part: memoryview, offset: int) -> int:
+    """Read what is in memory. Returns how many bytes that were."""
+    try:
+        return os.preadv(fd, [part], offset, _NOWAIT)
+    except OSError:  # nothing, or a host that cannot tell
+        return 0
 
 
 def lay(extents: Extents, loaded: Loaded, shift: int, base_end: int, owner: int) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, strategies as st
 
-from cowfs.union import Options, View, rowahead
+from cowfs.union import Options, View, rowahead, rowread
 from cowfs.union.extents import Extents
 from cowfs.union.node import Node
 from cowfs.union.rowahead import Hints, plan
@@ -104,6 +104,18 @@ def test_who_jumps_is_followed_again_from_the_second_read_in_sequence(cold: tupl
     assert recorder.asked == []
     _try(node, (8 << 20) + STEP)
     assert recorder.asked[0][0][0] == (8 << 20) + STEP
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_stream_read_in_other_threads_asks_ahead_once_one_of_them_waited(
+    cold: tuple[Node, Recorder], monkeypatch: pytest.MonkeyPatch, waits: bool
+) -> None:
+    node, recorder = cold
+    monkeypatch.setattr(rowread, "_at_once", lambda fd, part, offset: 0 if waits else os.preadv(fd, [part], offset))
+    buffer = memoryview(bytearray(STEP))
+    for offset in (0, STEP):
+        assert node.data.stream(offset, STEP)(buffer) == STEP
+    assert [pieces[0][0] for pieces in recorder.asked] == ([STEP] if waits else [])
 
 
 @given(
