@@ -2,7 +2,8 @@
 
 Strategy. A caller may have threads, so it cannot fork a server itself, and a fresh interpreter takes ten times as long to get
 ready as a mount does. So the first mount of a process starts a *nursery*: a fresh interpreter that imports the server, has one
-thread, and forks a server for each wish that it is sent. It ends when its only client does. A nursery inherits its client's
+thread, and forks a server for each wish that it is sent. It ends when its only client does, and once nobody wished for
+anything for a while, so that a program that mounts now and then keeps no process beside its servers. A nursery inherits its client's
 namespaces, credentials and environment once; when those have changed since (:func:`_context`), it is replaced.
 
 On the socket between them: four bytes of length, a JSON document with the wish and the working directory; with the
@@ -15,6 +16,7 @@ Threads: :func:`start` and :func:`close` may be called from any.
 from __future__ import annotations
 
 import os
+import select
 import signal
 import socket
 import struct
@@ -30,8 +32,10 @@ from cowfs.spec import MountSpec
 
 __all__ = ["close", "start"]
 
+#: Seconds without a wish after which a nursery ends.
+IDLE = 3.0
+
 _LENGTH = struct.Struct("<I")
-_CODE = "from cowfs.nursery import main; main()"
 _PAD = " " * 1024  # room for what ps shows of a server
 _NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "user", "uts")
 _CREDENTIALS = (b"Uid:", b"Gid:", b"Groups:", b"Cap", b"NoNewPrivs:", b"Seccomp:")
@@ -173,7 +177,7 @@ def _open() -> socket.socket:
     try:
         with theirs:  # without the module site: what it would find is in our path
             done = subprocess.run(
-                [sys.executable, "-S", "-P", "-c", _CODE, _PAD],
+                [sys.executable, "-S", "-P", "-c", f"from cowfs.nursery import main; main({IDLE})", _PAD],
                 stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 env={**os.environ, "PYTHONPATH": path},
@@ -192,8 +196,11 @@ def _open() -> socket.socket:
 # The nursery's side
 
 
-def main() -> NoReturn:
-    """Fork, so that the client has no child to wait for; then fork a server for each wish until the client is gone."""
+def main(idle: float = IDLE) -> NoReturn:
+    """Fork, so that the client has no child to wait for; then fork a server for each wish.
+
+    Until the client is gone, or wished for nothing in ``idle`` seconds.
+    """
     if os.fork():
         os._exit(0)
     os.setsid()
@@ -205,7 +212,7 @@ def main() -> NoReturn:
     os.dup2(null, 0)
     os.close(null)
     _import("cowfs.union.view", "cowfs.fuse.session", "cowfs.fuse.handshake")
-    while True:
+    while select.select([client], [], [], idle)[0]:
         head, fds, _, _ = socket.recv_fds(client, _LENGTH.size, 2)
         body = _exactly(client, _LENGTH.unpack(head)[0]) if len(head) == _LENGTH.size and len(fds) == 2 else b""
         if not body:
@@ -220,6 +227,7 @@ def main() -> NoReturn:
             _serve(spec, message["cwd"], *fds)
         for fd in fds:
             os.close(fd)
+    os._exit(0)
 
 
 def _import(*names: str) -> None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,9 +32,29 @@ def _parent(pid: int) -> int:
         return int(file.read().rpartition(b")")[2].split()[1])
 
 
-def test_two_mounts_have_servers_of_one_nursery(stack: Path) -> None:
-    """Which ends when it is let go, while the servers go on."""
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nurseries that wait long for their next wish, however slow the machine is."""
     nursery.close()
+    monkeypatch.setattr(nursery, "IDLE", 600.0)
+    yield
+    nursery.close()
+
+
+def test_a_nursery_without_a_wish_ends_and_its_servers_go_on(stack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nursery.close()
+    monkeypatch.setattr(nursery, "IDLE", 0.01)
+    with cowfs.mount(stack / "layers", stack / "one", readonly=True) as one:
+        end = time.monotonic() + 20
+        while _parent(one.pid) != 1 and time.monotonic() < end:
+            time.sleep(0.01)
+        assert (stack / "one" / "hello").read_bytes() == b"hello"
+        with cowfs.mount(stack / "layers", stack / "two", readonly=True) as two:
+            assert two.pid != one.pid
+
+
+def test_two_mounts_have_servers_of_one_nursery(stack: Path, patient: None) -> None:
+    """Which ends when it is let go, while the servers go on."""
     with cowfs.mount(stack / "layers", stack / "one", readonly=True) as one:
         with cowfs.mount(stack / "layers", stack / "two", readonly=True) as two:
             mother = _parent(one.pid)
@@ -47,7 +68,7 @@ def test_two_mounts_have_servers_of_one_nursery(stack: Path) -> None:
         assert (stack / "one" / "hello").read_bytes() == b"hello"
 
 
-def test_a_killed_nursery_is_replaced(stack: Path) -> None:
+def test_a_killed_nursery_is_replaced(stack: Path, patient: None) -> None:
     with cowfs.mount(stack / "layers", stack / "one", readonly=True) as one:
         mother = _parent(one.pid)
     os.kill(mother, signal.SIGKILL)
@@ -66,7 +87,9 @@ def test_an_error_of_the_server_is_the_callers(stack: Path) -> None:
 CHANGED = """
 import os, sys
 import cowfs
+from cowfs import nursery
 from cowfs.sys import namespaces, mounts
+nursery.IDLE = 600
 layers, one, two = sys.argv[1:]
 def parent(pid):
     return int(open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[1])
