@@ -487,10 +487,15 @@ class StoreCore:
         """
         return self._mounts(self.index.get(key), mount_type)
 
-    def _mounts(self, row: Row, mount_type: str | None) -> tuple[Mount, ...]:
+    @staticmethod
+    def _mountable(row: Row) -> None:
+        """Refuse what cannot be mounted, however it is asked for."""
         if row.kind is Kind.COMMITTED:
             raise FailedPrecondition(f"{row.name!r} is committed", remedy="mount a view of it")
         _sound(row)
+
+    def _mounts(self, row: Row, mount_type: str | None) -> tuple[Mount, ...]:
+        self._mountable(row)
         id, *parents = [id for _, id in self.index.chain(row.num)]
         readonly = row.kind is Kind.VIEW
         if readonly and self.driver.whole and parents:

@@ -114,7 +114,7 @@ class MountVerbs(LookVerbs):
         from cowfs.store.serve import FACTORY
 
         row = self.index.get(key)
-        self._mounts(row, "fuse")  # the same refusals
+        self._mountable(row)
         id, *parents = [id for _, id in self.index.chain(row.num)]
         readonly = row.kind is Kind.VIEW
         if self.driver.whole:
