@@ -539,8 +539,9 @@ def place(view: View, node: Node, temp: bytes, work: WorkDir, *, metacopy: bool,
 
 def physical(view: View, node: Node, where: Source) -> tuple[Source, bytes]:
     """Where a lower inode itself is: an index knows files by where their data is."""
-    if isinstance(node.data, Data) and indexed.entry_of(view, node) is not None:
-        return node.data.where, node.data.name
+    data = node.data  # a Data, or a redirect file of a lower layer
+    if data is not None and data.where is not None and indexed.entry_of(view, node) is not None:
+        return data.where, data.name
     return where, node.name
 
 

@@ -160,3 +160,21 @@ def test_a_metacopy_of_a_metacopy_is_renamed(store: Store) -> None:
     view.close()
     with store.paths("k") as tree:
         assert tree.read_bytes("c", 0, 4) == b"data"
+
+
+def test_a_redirect_file_that_was_renamed_keeps_its_number(space: Path) -> None:
+    """Its data stays in the layer that wrote it, under the name that it had there."""
+    with Store.open(space / "store", driver="row", fsync=False) as store:
+        store.prepare("k")
+        with written(store, "data") as tree:
+            tree.write_bytes("f", b"x" * 50_000)
+        with written(store, "blocks") as tree:
+            tree.write_at("f", 5000, b"block")
+        with written(store, "renamed") as tree:
+            tree.rename("f", "g")
+        with store.paths("k") as tree:
+            before = tree.stat("g").ino
+            tree.chmod("g", 0o600)
+        with store.paths("k") as tree:
+            assert tree.stat("g").ino == before
+            assert tree.read_bytes("g", 4999, 7) == b"xblockx"
