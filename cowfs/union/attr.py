@@ -74,6 +74,11 @@ def mode_of(attr: bytes) -> int:
     return int(_U32.unpack_from(attr, _MODE)[0])
 
 
+def nlink_of(attr: bytes) -> int:
+    """st_nlink of a packed record."""
+    return int(_U32.unpack_from(attr, _NLINK)[0])
+
+
 def size_of(attr: bytes) -> int:
     """st_size of a packed record."""
     return int(_U64.unpack_from(attr, _SIZE)[0])

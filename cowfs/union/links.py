@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from cowfs.sys import xattr
 from cowfs.union import indexed
+from cowfs.union.attr import nlink_of
 from cowfs.union.node import DT_DIR, Dir, Node
 from cowfs.union.source import Descriptors, Layer, Source
 
@@ -92,9 +93,9 @@ def complete(view: View, node: Node) -> bool:
         if entry.nlink > 1:
             paths = _indexed_groups(view).get((entry.layer, entry.ino), [])
     else:
-        st = os.stat(node.name, dir_fd=where.open(), follow_symlinks=False)
         layer, paths = where.layer, []
-        if st.st_nlink > 1:
+        if nlink_of(view.attr(node)) > 1:
+            st = os.stat(node.name, dir_fd=where.open(), follow_symlinks=False)
             groups = view.groups.get(layer)
             if groups is None:
                 groups = view.groups[layer] = scan_groups(layer)
