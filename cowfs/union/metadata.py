@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from cowfs.sys import files, xattr
 from cowfs.union import content, copyup, indexed
-from cowfs.union.attr import mode_of, pack, unpack, with_nlink, with_size
+from cowfs.union.attr import ATTR, NS, mode_of, pack, unpack, with_nlink, with_size
 from cowfs.union.node import DT_LNK, DT_REG, Dir, Node
 from cowfs.union.space import xattr_units
 
@@ -201,6 +201,9 @@ def setattr(
             content.kill_privileges(view, node)
     where = node.where
     if node.__class__ is Dir or (where is not None and where.layer is not view.upper):
+        if node.__class__ is Dir and node.parent is None and not view.in_upper(node):
+            _setattr_removed(view, node, mode, uid, gid, atime, mtime)
+            return
         copyup.up_meta(view, node)
     if uid is not None or gid is not None:
         chown(view, node, -1 if uid is None else uid, -1 if gid is None else gid)
@@ -208,6 +211,21 @@ def setattr(
         chmod(view, node, mode & 0o7777)
     if atime is not None or mtime is not None:
         _utime(view, node, atime, mtime)
+
+
+def _setattr_removed(
+    view: View, node: Node, mode: int | None, uid: int | None, gid: int | None, atime: object, mtime: object
+) -> None:
+    """A removed directory that only lower layers have, and somebody has open: there is no place to keep its attributes
+    but the node, which goes when it is closed."""
+    old, stamp = unpack(view.attr(node)), now()
+    times = [stamp if new is NOW else was if new is None else int(new)  # type: ignore[call-overload]
+             for new, was in ((atime, old.atime_ns), (mtime, old.mtime_ns), (NOW, 0))]  # fmt: skip
+    node.attr = ATTR.pack(
+        old.ino, old.size, old.blocks, *(t // NS for t in times), *(t % NS for t in times),
+        old.mode if mode is None else stat.S_IFDIR | mode & 0o7777, old.nlink,
+        old.uid if uid in (None, -1) else uid, old.gid if gid in (None, -1) else gid, 0, 4096, 0,
+    )  # fmt: skip
 
 
 def _utime(view: View, node: Node, atime: object, mtime: object) -> None:

@@ -15,6 +15,7 @@ from support.layers import EPOCH
 from support.posix import fails
 
 from cowfs.model import Limit
+from cowfs.union.attr import unpack
 
 Stack = Any
 EXCHANGE, NOREPLACE = 2, 1
@@ -165,6 +166,18 @@ def test_rmdir_of_a_directory_that_still_shows_something(stack: Stack) -> None:
     paths.unlink("d/up")
     paths.rmdir("d")
     fails(errno.ENOENT, paths.stat, "d")
+    assert is_whiteout(stack.upper / "d")
+
+
+def test_attributes_of_a_removed_lower_directory_that_is_in_use_can_still_be_changed(stack: Stack) -> None:
+    stack.add().dir("d")
+    view = stack.open().view
+    node = view.lookup(view.root, b"d")
+    node.nlookup += 1
+    view.rmdir(view.root, b"d")
+    view.setattr(node, mode=0o2711, uid=5, atime=-1_500_000_000, mtime=view.NOW)
+    attr = unpack(view.attr(node))
+    assert (attr.mode, attr.uid, attr.gid, attr.nlink, attr.atime_ns) == (0o42711, 5, os.getegid(), 0, -1_500_000_000)
     assert is_whiteout(stack.upper / "d")
 
 
@@ -321,7 +334,12 @@ def test_the_kernel_reads_what_the_view_wrote(stack: Stack) -> None:
     assert set(shown) | {""} == set(theirs)
     for path, attr in shown.items():
         entry = theirs[path]
-        assert (stat.S_IMODE(attr.mode), attr.uid, attr.gid, attr.mtime_ns) == (entry.mode, entry.uid, entry.gid, entry.mtime), path
+        assert (stat.S_IMODE(attr.mode), attr.uid, attr.gid, attr.mtime_ns) == (
+            entry.mode,
+            entry.uid,
+            entry.gid,
+            entry.mtime,
+        ), path
         if entry.type == "file":
             assert data[path] == (kernel / path).read_bytes(), path
             assert attr.nlink == entry.nlink, path
@@ -382,7 +400,9 @@ def test_a_copy_is_the_whole_file(stack: Stack, count: int) -> None:
     assert paths.read_bytes("f") == data + b"+end"
 
 
-def test_a_server_without_privilege_keeps_set_id_bits_that_a_write_must_not_clear(space: Path, ordinary_user: int) -> None:
+def test_a_server_without_privilege_keeps_set_id_bits_that_a_write_must_not_clear(
+    space: Path, ordinary_user: int
+) -> None:
     """Pages that were changed through a map arrive as writes that kill nothing; the host would."""
     space.chmod(0o777)
     script = f"""
