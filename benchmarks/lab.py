@@ -281,7 +281,7 @@ class Lab:
             options = "loop,noatime" + (",allocsize=64k" if kind == "xfs" else "")
             device: Path | str = image
             if direct:
-                made = ["losetup", "--find", "--show", "--direct-io=on", image]
+                made: list[str | Path] = ["losetup", "--find", "--show", "--direct-io=on", image]
                 device = subprocess.run(made, check=True, capture_output=True, text=True).stdout.strip()
                 options = options.removeprefix("loop,")
             # xfs allocates ahead of a growing file and gives it back when it likes: not in what is measured here

@@ -314,10 +314,11 @@ def mount(
         log=os.path.abspath(log) if log else "",
         trace=trace,
     )
-    return spawn(spec if row is None else replace(spec, row=_block_size(row)))
+    return spawn(spec if row is None else replace(spec, row=block_size(row)))
 
 
-def _block_size(text: str | int) -> int:
+def block_size(text: str | int) -> int:
+    """Bytes a block of new redirect files. Raises InvalidArgument unless it is a power of two from 4 KiB to 1 MiB."""
     from cowfs.union.rowmap import check_block
 
     size = parse_size(text)

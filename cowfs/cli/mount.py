@@ -44,6 +44,8 @@ def _configure_mount(parser: argparse.ArgumentParser) -> None:
     add("-r", "--read-only", action="store_true", help="no changes; an --upper is then the topmost layer")
     add("--size", metavar="SIZE", help="limit on bytes: 512M, 2G, 1.5T")
     add("--inodes", metavar="N", help="limit on inodes: 10000, 100k")
+    add("--row", metavar="SIZE", help="redirect on write: of a big file only the blocks of SIZE that are written go to the upper"
+        " (4K to 1M; docs/row.md)")  # fmt: skip
     add("--volatile", action="store_true", help="never sync; after a crash of the host the upper cannot be used")
     add("--allow-other", action="store_true", default=None, help="let other users in (default as root)")
     add("--io", choices=("cached", "passthrough"), default="cached",
@@ -93,7 +95,7 @@ def parse_map(texts: list[str]) -> IdMap:
 
 
 def _spec(args: argparse.Namespace) -> MountSpec:
-    from cowfs.mounting import make_spec
+    from cowfs.mounting import block_size, make_spec
 
     if args.layer:
         if len(args.paths) != 1:
@@ -119,6 +121,7 @@ def _spec(args: argparse.Namespace) -> MountSpec:
         frontend=args.frontend,
         uid_map=parse_map(args.uid_map),
         gid_map=parse_map(args.gid_map),
+        row=block_size(args.row) if args.row else 0,
         max_nodes=args.max_nodes,
         foreground=args.foreground,
         trace=args.trace,
@@ -131,7 +134,7 @@ def _mount_key(args: argparse.Namespace) -> int:
     from cowfs.cli.storeargs import open_store
     from cowfs.mountpoint import resolve
 
-    refused = [name for name in ("layer", "upper", "work", "ephemeral", "size", "inodes") if getattr(args, name)]
+    refused = [name for name in ("layer", "upper", "work", "ephemeral", "size", "inodes", "row") if getattr(args, name)]
     if len(args.paths) != 1 or refused:
         raise InvalidArgument(
             "with --key there is one more argument, the mount point" + "".join(f"; no --{name}" for name in refused)

@@ -40,6 +40,22 @@ def test_layers_stack_by_number(cowfs: Run, stack: Path, mnt: Path) -> None:
     assert [os.path.basename(layer) for layer in status_of(cowfs, mnt)["layers"]] == ["1-base", "2-python", "10-app"]  # type: ignore[attr-defined]
 
 
+def test_row_stores_the_blocks_that_are_written(cowfs: Run, mnt: Path, tmp_path: Path) -> None:
+    """Also after a remount without the option; any other size than a power of two from 4K to 1M is an error."""
+    (tmp_path / "layer").mkdir()
+    (tmp_path / "layer/big").write_bytes(b"old." * (1 << 18))
+    where = ("mount", "--layer", tmp_path / "layer", "--upper", tmp_path / "upper", mnt)
+    assert "power of two" in cowfs(*where, "--row", "5000", code=2).stderr
+    for more in (("--row", "4K"), ()):
+        cowfs(*where, *more)
+        with (mnt / "big").open("r+b") as file:
+            file.seek(len(more) << 16)
+            file.write(b"new!")
+        assert (mnt / "big").read_bytes().count(b"old.") == (1 << 18) - (1 if more else 2)
+        cowfs("umount", mnt)
+    assert os.stat(tmp_path / "upper/big").st_blocks * 512 <= 16384
+
+
 def test_one_server_process_is_left_and_ends(cowfs: Run, stack: Path, mnt: Path, run_directory: Path) -> None:
     """A mount is one process; after umount it, its socket and its log are gone."""
     pid = json.loads(cowfs("mount", stack, mnt, "--json").stdout)["pid"]
