@@ -304,8 +304,13 @@ def mark_impure(view: View, source: Source) -> None:
 
 
 def set_origin(view: View, dirfd: int, name: bytes, src_fd: int, src_name: bytes) -> None:
-    """Record which lower inode a copy came from, so that its number stays."""
-    value = make_origin(src_fd, src_name, view.uuid_at(src_fd))
+    """Record which lower inode a copy came from, so that its number stays.
+
+    An index shows the number of the inode that the lower one is itself a copy of, if it is: that is recorded then.
+    """
+    value = xattr.try_get(src_fd, src_name, view.form.origin) if view.index is not None else None
+    if not value or not view.inodes.from_origin(value):
+        value = make_origin(src_fd, src_name, view.uuid_at(src_fd))
     try:
         xattr.setx(dirfd, name, view.form.origin, value)
     except OSError as error:  # symbolic links and devices take no user.* xattrs
