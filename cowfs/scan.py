@@ -315,6 +315,8 @@ class _Delta(_Scan):
                     ino = entry.ino
             if below == EMPTY:
                 base = path
+        if below == EMPTY and above is not None and form.origin in stored:  # a copy of one that a squash took away
+            ino = ino_of_origin(stored[form.origin], self.fs) or ino
         frame = _Frame(fd, name, path, _directory(st, self.num, self.visible(stored), ino), below, base, implied)
         frame.nested = opaque == b"x"
         if form.exempt not in stored and above is not None:

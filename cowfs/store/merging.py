@@ -81,6 +81,7 @@ class _Writer:
 
     def __init__(self, source: View, into: View, merged: int) -> None:
         self.source, self.into = source, into
+        source.plain_layers = 0  # numbers as the store's mounts show them
         self.linked: dict[int, Node] = {}  # node of the source with several names -> its copy
         self._merged = set(source.layers[len(source.layers) - merged :])
 
@@ -101,7 +102,8 @@ class _Writer:
                 directories.append(change.path)
                 if here is None:
                     parent, name = _place(self.into, change.path)
-                    self.into.mkdir(parent, name, 0o700, 0, 0)
+                    made = self.into.mkdir(parent, name, 0o700, 0, 0)
+                    self._keep_number(there, parent, made.sources[0].open(), b"")
             elif here is None or not self._change(change.path, here, there):
                 if here is not None:
                     parent, name = _place(self.into, change.path)
@@ -230,8 +232,20 @@ class _Writer:
             finally:
                 os.close(src)
         assert made.where is not None
+        self._keep_number(there, parent, made.where.open(), name)
         self._attributes(there, made.where.open(), name)
         return made
+
+    def _keep_number(self, there: Node, parent: Dir, dirfd: int, name: bytes) -> None:
+        """A copy is known by the inode number of what it is a copy of."""
+        if isinstance(there, Dir):
+            src, real = there.sources[-1].open(), b""
+        elif there.where is not None:
+            src, real = there.where.open(), there.name
+        else:
+            return
+        copyup.set_origin(self.into, dirfd, name, src, real, there.id)
+        copyup.mark_impure(self.into, copyup.up_dir(self.into, parent))
 
     def _attributes(self, there: Node, dirfd: int, name: bytes) -> None:
         meta = copyup.read_meta(self.source, there)

@@ -210,13 +210,9 @@ class Absorption:
     # -- directories ------------------------------------------------------------------------------
 
     def _shown(self, path: bytes) -> list[Node]:
-        """What a path of the layer is in the merged tree."""
-        found = []
-        for candidate in links._merged_paths(self.view, self.layer, path) if path else [b""]:
-            node = self._at(candidate)
-            if node is not None:
-                found.append(node)
-        return found
+        """What a file of the layer is in the merged tree."""
+        found = [self._at(candidate) for candidate in links._merged_paths(self.view, self.layer, path)]
+        return [node for node in found if node is not None]
 
     def _at(self, path: bytes) -> Node | None:
         here: Node | None = self.view.root
@@ -228,7 +224,9 @@ class Absorption:
 
     def _directory(self, path: bytes) -> tuple[Dir, Source] | None:
         """The directory that a directory of the layer is part of, and that part; None when it is hidden."""
-        for node in self._shown(path):
+        inside = path + b"/" if path else b""  # where a name in it shows, it shows itself, whether it was moved or not
+        for candidate in links._merged_paths(self.view, self.layer, inside + b"-"):
+            node = self._at(candidate.rpartition(b"/")[0])
             if isinstance(node, Dir):
                 for source in node.sources:
                     if source.layer is self.layer and source.path() == path:
@@ -253,7 +251,11 @@ class Absorption:
             return
         children = directory.children if directory.children is not None else view.load(directory)
         for name in lower.scan(source, view.form)[1]:
-            if name not in children and not (up.whiteouts is not None and name in up.whiteouts):
+            if name in children:
+                made = view.child(directory, name)
+                if isinstance(made, Dir) and made.lowpath is None and self._stands_alone(made):
+                    self._seal(made)  # it was made where the layer hides one beneath
+            elif not (up.whiteouts is not None and name in up.whiteouts):
                 assert view.workdir is not None
                 if not whiteout.exists(up.open(), name):
                     with copyup.kept_times(up):
@@ -282,7 +284,8 @@ class Absorption:
             return []
         view = self.view
         through = [now for _, now in self._renames] + [low for low, _ in self._renames]
-        found = [view.path(node) for _, now in self._renames for node in self._shown(now) if isinstance(node, Dir)]
+        shown = [self._directory(now) for _, now in self._renames]
+        found = [view.path(there[0]) for there in shown if there is not None]
         for directory in list(view.moved):
             low = directory.lowpath
             if low is not None and any(low == path or low.startswith(path + b"/") for path in through):

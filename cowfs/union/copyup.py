@@ -257,7 +257,7 @@ def up_dir(view: View, directory: Dir, *, exempt: bool = False) -> Source:
     try:
         os.mkdir(temp, 0o700, dir_fd=work.fd)
         write_meta(work.fd, temp, meta, view)
-        set_origin(view, work.fd, temp, top.open(), b"")
+        set_origin(view, work.fd, temp, top.open(), b"", directory.id)
         if exempt:
             xattr.setx(work.fd, temp, view.form.exempt, b"y")
         with kept_times(above):
@@ -303,13 +303,10 @@ def mark_impure(view: View, source: Source) -> None:
             xattr.setx(fd, b"", view.form.impure, b"y")
 
 
-def set_origin(view: View, dirfd: int, name: bytes, src_fd: int, src_name: bytes) -> None:
-    """Record which lower inode a copy came from, so that its number stays.
-
-    An index shows the number of the inode that the lower one is itself a copy of, if it is: that is recorded then.
-    """
-    value = xattr.try_get(src_fd, src_name, view.form.origin) if view.index is not None else None
-    if not value or not view.inodes.from_origin(value):
+def set_origin(view: View, dirfd: int, name: bytes, src_fd: int, src_name: bytes, ino: int) -> None:
+    """Record which lower inode a copy came from, so that its number ``ino`` stays, whatever that one came from."""
+    value = xattr.try_get(src_fd, src_name, view.form.origin)
+    if not value or view.inodes.from_origin(value) != ino:
         value = make_origin(src_fd, src_name, view.uuid_at(src_fd))
     try:
         xattr.setx(dirfd, name, view.form.origin, value)
@@ -521,7 +518,7 @@ def place(view: View, node: Node, temp: bytes, work: WorkDir, *, metacopy: bool,
     blocks = int.from_bytes(view.attr(node)[16:24], "little")
     data = node.data if isinstance(node.data, Data) else Data(where, node.name, low, meta.size, blocks)
     source, real = physical(view, node, where)
-    set_origin(view, work.fd, temp, source.open(), real)
+    set_origin(view, work.fd, temp, source.open(), real, node.id)
     if metacopy:
         xattr.setx(work.fd, temp, view.form.metacopy, b"")
         if others:

@@ -16,7 +16,7 @@ from cowfs.union import create, indexed, lower, metadata
 from cowfs.union.attr import pack, with_size
 from cowfs.union.holding import ROOT_ID, unhold
 from cowfs.union.node import Dir, Node, type_of
-from cowfs.union.source import Source
+from cowfs.union.source import Layer, Source
 
 if TYPE_CHECKING:
     from cowfs.union.view import View
@@ -118,7 +118,7 @@ def _make(view: View, parent: Dir, name: bytes, code: int) -> Node | None:
     data: Any = None
     if mode & 0o170000 == 0o100000:
         data = data_of(view, parent, position, name, st.st_size)
-    if is_upper and source.impure:
+    if source.impure if is_upper else _keeps_origin(view, source.layer):
         origin = xattr.try_get(fd, name, view.form.origin)
         if origin:
             ino = view.inodes.from_origin(origin) or ino
@@ -162,6 +162,7 @@ def generation(view: View, ino: int) -> int:
 
 def bind_inode(view: View, parent: Dir, name: bytes, source: Source, st: os.stat_result, ino: int) -> Node:
     """The node of inode number ``ino``, new or, for one more hard link, the one there is."""
+    first, ino = ino, view.reborn.get(ino, ino)
     existing = view.nodes.get(ino)
     if existing is not None or ino <= ROOT_ID or ino in view.burnt:
         nameless = existing is not None and existing.parent is None
@@ -173,7 +174,9 @@ def bind_inode(view: View, parent: Dir, name: bytes, source: Source, st: os.stat
             view.bind(parent, name, existing)
             view.attr(existing)
             return existing
-        ino = view.fresh_id()
+        burnt, ino = ino in view.burnt, view.fresh_id()
+        if burnt:
+            view.reborn[first] = ino
     node = Node(ino, type_of(st.st_mode), name, source)
     node.generation = view.dead.get(ino, 0) if view.dead else 0
     view.nodes[ino] = node
@@ -191,6 +194,11 @@ def _same(node: Node, source: Source, st: os.stat_result) -> bool:
     return (there.st_dev, there.st_ino) == (st.st_dev, st.st_ino)
 
 
+def _keeps_origin(view: View, layer: Layer) -> bool:
+    """Whether a layer was this mount's, or is a store's: what was copied into it keeps the number it had before."""
+    return layer.index >= (view.indexed_layers if view.index is not None else view.plain_layers)
+
+
 def _make_dir(view: View, parent: Dir, name: bytes, position: int) -> Dir | None:
     queue: Sequence[Source] = parent.sources[position:]
     entry = None
@@ -205,11 +213,12 @@ def _make_dir(view: View, parent: Dir, name: bytes, position: int) -> Dir | None
     if entry is not None:
         ino = indexed.ino_of(view, entry)
     else:
-        anchor = found[1] if is_upper and len(found) > 1 else top
+        kept = _keeps_origin(view, found[-1].layer)
+        anchor = found[-1] if kept else found[1] if is_upper and len(found) > 1 else top
         st = os.fstat(anchor.open())
         ino = view.inodes.shown(st.st_dev, st.st_ino)
-        if is_upper and len(found) == 1 and parent.sources[position].impure:
-            origin = xattr.try_get(top.open(), b"", view.form.origin)
+        if kept and (anchor.layer is not view.upper or parent.sources[position].impure):
+            origin = xattr.try_get(anchor.open(), b"", view.form.origin)
             if origin:
                 ino = view.inodes.from_origin(origin) or ino
     node = view.new_dir(parent, name, found, ino)
@@ -225,8 +234,11 @@ def _make_dir(view: View, parent: Dir, name: bytes, position: int) -> Dir | None
 
 def new_dir(view: View, parent: Dir, name: bytes, sources: list[Source], ino: int) -> Dir:
     """A bound directory node."""
+    first, ino = ino, view.reborn.get(ino, ino)
     if ino in view.nodes or ino <= ROOT_ID or ino in view.burnt:
-        ino = view.fresh_id()
+        burnt, ino = ino in view.burnt, view.fresh_id()
+        if burnt:
+            view.reborn[first] = ino
     node = Dir(ino, name, sources)
     node.generation = view.dead.get(ino, 0) if view.dead else 0
     view.nodes[ino] = node

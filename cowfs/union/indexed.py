@@ -201,6 +201,7 @@ def make(view: View, parent: Dir, name: bytes) -> Node | None:
         made.record = entry.record
         made.attr = attr_of(view, made, entry)
         return made
+    first, ino = ino, view.reborn.get(ino, ino)
     existing = view.nodes.get(ino)
     if existing is not None or ino <= ROOT_ID or ino in view.burnt:
         if (
@@ -210,9 +211,16 @@ def make(view: View, parent: Dir, name: bytes) -> Node | None:
             and existing.where.layer is layer
             and _is_same(view, existing, entry)
         ):
+            if existing.parent is None:  # the names that were known went
+                existing.name = name
+                existing.where, data = locate(view, parent, name, entry)
+                if not hasattr(existing.data, "bind"):
+                    existing.data = data
             view.bind(parent, name, existing)
             return existing
-        ino = view.fresh_id()
+        burnt, ino = ino in view.burnt, view.fresh_id()
+        if burnt:
+            view.reborn[first] = ino
     where, data = locate(view, parent, name, entry)
     node = Node(ino, entry.type, name, where)
     node.data = data

@@ -80,7 +80,7 @@ def restack(view: View, lowers: Sequence[str | bytes], index: TreeIndex | None, 
         for layer in opened:
             layer.close()
         raise
-    view.lower_count = len(stack)
+    view.lower_count, view.plain_layers = len(stack), 0
     for directory, place in places.items():
         _move(view, directory, place)
     for node in view.nodes.values():

@@ -120,10 +120,14 @@ class View:
         self.index = options.index
         #: how many layers the index covers; those above are scanned
         self.lower_count = len(lowers)
+        #: how many of the lowest layers show their files' own inode numbers, whatever those were copied from
+        self.plain_layers = len(lowers)
         self.indexed_layers = len(lowers) if options.index is not None else 0
         self.sources: dict[tuple[int, bytes], Source] = {}
         #: ids that a rollback took away
         self.burnt: set[int] = set()
+        #: inode number -> the id that its bearer has since a rollback took the number away
+        self.reborn: dict[int, int] = {}
         self.astray: set[Node] = set()  # upper inodes in use whose known names went, while they have others
         #: the upper layer is taking over what the one beneath holds
         self.leaving: Absorption | None = None
