@@ -216,6 +216,11 @@ def make(view: View, parent: Dir, name: bytes) -> Node | None:
                 existing.where, data = locate(view, parent, name, entry)
                 if not hasattr(existing.data, "bind"):
                     existing.data = data
+            if existing.parent is None:  # the names that were known went
+                existing.name = name
+                existing.where, data = locate(view, parent, name, entry)
+                if not hasattr(existing.data, "bind"):
+                    existing.data = data
             view.bind(parent, name, existing)
             return existing
         burnt, ino = ino in view.burnt, view.fresh_id()
