@@ -304,9 +304,13 @@ def mark_impure(view: View, source: Source) -> None:
 
 
 def set_origin(view: View, dirfd: int, name: bytes, src_fd: int, src_name: bytes, ino: int) -> None:
-    """Record which lower inode a copy came from, so that its number ``ino`` stays, whatever that one came from."""
+    """Record which lower inode a copy came from, so that its number ``ino`` stays.
+
+    An index shows the number of the inode that the lower one is itself a copy of, if it is: that is recorded then.
+    """
     value = xattr.try_get(src_fd, src_name, view.form.origin)
-    if not value or view.inodes.from_origin(value) != ino:
+    number = view.inodes.from_origin(value) if value else None
+    if not value or not number or (number != ino and view.index is None):
         value = make_origin(src_fd, src_name, view.uuid_at(src_fd))
     try:
         xattr.setx(dirfd, name, view.form.origin, value)
