@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import random
 import threading
@@ -176,6 +177,55 @@ def test_nothing_grows_with_rounds_of_snapshot_and_squash(
     assert last[1:] == first[1:]
     assert last[0] <= first[0] + 100  # descriptors that are kept open, within a budget
     assert len(list(store.walk())) == 2
+
+
+def test_a_snapshot_under_several_writers_holds_what_each_was_told_is_safe(store: Store, space: Path) -> None:
+    """Two that append and fsync, two that store through maps and msync; nothing later than its end is in it."""
+    mnt, stop = space / "mnt", threading.Event()
+    done = dict.fromkeys(("log-0", "log-1", "map-0", "map-1"), 0)
+
+    def append(name: str) -> None:
+        with open(mnt / name, "ab", buffering=0) as file:
+            while not stop.is_set():
+                file.write(b"%08d\n" % (done[name] + 1))
+                os.fsync(file.fileno())
+                done[name] += 1
+
+    def store_in_map(name: str) -> None:
+        (mnt / name).write_bytes(bytes(4096))
+        with open(mnt / name, "r+b") as file, mmap.mmap(file.fileno(), 4096) as mapped:
+            while not stop.is_set():
+                mapped[:8] = b"%08d" % (done[name] + 1)
+                mapped.flush()
+                done[name] += 1
+
+    writers = [threading.Thread(target=append if name.startswith("log") else store_in_map, args=(name,)) for name in done]
+    between = []
+    with store.mount("k", mnt):
+        for writer in writers:
+            writer.start()
+        try:
+            for number in range(3):
+                while min(done.values()) < 5 * (number + 1):
+                    stop.wait(0.005)
+                before = dict(done)
+                store.snapshot("k", f"s{number}")
+                between.append((f"s{number}", before, dict(done)))
+        finally:
+            stop.set()
+            for writer in writers:
+                writer.join()
+    for name, before, after in between:
+        tree = shown(store, name, space / "look")
+        for file in done:
+            data = tree[file][3]
+            if file.startswith("log"):
+                lines = data.split()
+                assert lines == [b"%08d" % number for number in range(1, len(lines) + 1)]
+                held = len(lines)
+            else:
+                held = int(data[:8])
+            assert before[file] <= held <= after[file] + 1, (name, file)
 
 
 def test_a_mount_that_cannot_switch_is_named(store: Store, space: Path) -> None:
