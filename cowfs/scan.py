@@ -370,8 +370,9 @@ class _Delta(_Scan):
 
     def _origin(self, frame: _Frame, name: bytes, st: os.stat_result, value: bytes) -> int:
         """The inode number that a copied-up object keeps: that of the lower one, the same under all its names."""
-        if st.st_nlink > 1:
-            return ino_of_origin(value, self.fs) or st.st_ino
+        number = ino_of_origin(value, self.fs)
+        if number or st.st_nlink > 1:  # the lower entry of that name may be another file
+            return number or st.st_ino
         pair = frame.lower(self.pending, name)
         if pair is not None:
             entry = decode(pair)

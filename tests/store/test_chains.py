@@ -178,3 +178,22 @@ def test_a_redirect_file_that_was_renamed_keeps_its_number(space: Path) -> None:
         with store.paths("k") as tree:
             assert tree.stat("g").ino == before
             assert tree.read_bytes("g", 4999, 7) == b"xblockx"
+
+
+def test_files_that_changed_places_keep_numbers_of_their_own(store: Store) -> None:
+    with written(store, "first") as tree:
+        tree.mkdir("d")
+        tree.write_bytes("one", b"1")
+        tree.write_bytes("d/two", b"")
+    before = {}
+    with store.paths("k") as tree:
+        before = {"d/two": tree.stat("one").ino, "three": tree.stat("d/two").ino}
+        tree.chmod("d/two", 0o600)
+        tree.chmod("one", 0o600)
+        tree.rename("d/two", "three")
+        tree.truncate("one", 0)
+        tree.rename("one", "d/two")
+    store.commit("k", "second")
+    store.prepare("k", "second")
+    with store.paths("k") as tree:
+        assert {path: tree.stat(path).ino for path in before} == before
