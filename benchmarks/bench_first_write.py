@@ -66,8 +66,14 @@ def measure(lab: Lab) -> None:
             rounds = lab.profile.rounds if size < GIB else min(lab.profile.rounds, 3 if size == GIB else 2)
             for metric in ("latency", "cold"):
                 for number, subject in lab.rounds([s for s in SUBJECTS if s in ready], rounds):
-                    key, offset = f"trial-{metric}-{number}", lab.rng(f"{size}/{number}").randrange(size // BLOCK) * BLOCK
-                    with lab.trying(subject), _trial(lab, subject, ready[subject], lower, key, room) as (file, prepared):
+                    key, offset = (
+                        f"trial-{metric}-{number}",
+                        lab.rng(f"{size}/{number}").randrange(size // BLOCK) * BLOCK,
+                    )
+                    with (
+                        lab.trying(subject),
+                        _trial(lab, subject, ready[subject], lower, key, room) as (file, prepared),
+                    ):
                         if metric == "cold":
                             drop_caches()
                         os.stat(file)

@@ -90,7 +90,10 @@ CLAIM = Claim(
     topic="row",
     metrics=(
         *(Metric(name=f"sequential read {s} %", title=f"whole file, {s} % overwritten") for s in SHARES),
-        *(Metric(name=f"sequential read {s} %, warm", title=f"the same from memory, {s} % overwritten") for s in SHARES),
+        *(
+            Metric(name=f"sequential read {s} %, warm", title=f"the same from memory, {s} % overwritten")
+            for s in SHARES
+        ),
         *(Metric(name=f"random read {s} %", title=f"4 KiB at random, {s} % overwritten") for s in SHARES),
         *(Metric(name=f"compaction {s} %", title=f"compaction, {s} % overwritten") for s in SHARES),
     ),

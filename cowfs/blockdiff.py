@@ -440,7 +440,9 @@ class _Target:
         view = self._view
         try:
             view.setattr(node, uid=int(meta["uid"]), gid=int(meta["gid"]))
-            wanted = {_bytes(name): base64.b64decode(value, validate=True) for name, value in meta.get("xattrs", {}).items()}
+            wanted = {
+                _bytes(name): base64.b64decode(value, validate=True) for name, value in meta.get("xattrs", {}).items()
+            }
             for name in view.listxattr(node):
                 if name not in wanted:
                     view.removexattr(node, name)

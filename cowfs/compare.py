@@ -20,7 +20,9 @@ SameData = Callable[[bytes, Entry, bytes, Entry], bool]
 """Whether two files hold the same bytes: (path in layer, entry) twice."""
 
 
-def compare(records: Records, old: Pair | None, new: Pair | None, same_data: SameData | None = None) -> Iterator[Change]:
+def compare(
+    records: Records, old: Pair | None, new: Pair | None, same_data: SameData | None = None
+) -> Iterator[Change]:
     """What differs between two trees given by their root entries, in path order.
 
     Args:
@@ -100,9 +102,7 @@ def _size(entry: Entry) -> int:
     return entry.size if entry.type == stat.S_IFREG else 0
 
 
-def differences(
-    a: Entry, b: Entry, a_path: bytes, b_path: bytes, same_data: SameData | None = None
-) -> frozenset[str]:
+def differences(a: Entry, b: Entry, a_path: bytes, b_path: bytes, same_data: SameData | None = None) -> frozenset[str]:
     """The ``what`` of a change from one entry to another; empty when users see no difference."""
     what = different_attributes(a, b)
     if a.xattrs != b.xattrs:

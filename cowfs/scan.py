@@ -110,7 +110,9 @@ class _Frame:
         "base", "below", "cache", "edits", "entry", "fd", "implied", "many", "name", "nested", "path", "todo", "writer",
     )  # fmt: skip
 
-    def __init__(self, fd: int, name: bytes, path: bytes, entry: Entry, below: Ref, base: bytes, implied: bytes) -> None:
+    def __init__(
+        self, fd: int, name: bytes, path: bytes, entry: Entry, below: Ref, base: bytes, implied: bytes
+    ) -> None:
         self.fd = fd
         self.name = name
         self.path = path
@@ -143,7 +145,9 @@ class _Frame:
 class _Scan:
     """State common to both kinds of layer. Owner: one verb, one thread."""
 
-    def __init__(self, root_fd: int, num: int, form: Form, base: Pair | None, records: Records, known: KnownDigest | None) -> None:
+    def __init__(
+        self, root_fd: int, num: int, form: Form, base: Pair | None, records: Records, known: KnownDigest | None
+    ) -> None:
         self.root_fd = root_fd
         self.fs = files.fs_name(root_fd)
         self.num = num

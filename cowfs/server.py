@@ -375,7 +375,9 @@ class Server:
 
     def _terminate(self) -> None:
         """SIGTERM: write back what maps hold, unmount; when somebody is inside, unmount all the same."""
-        flush = threading.Thread(target=mountpoint.hand_over, args=(self.spec.mountpoint,), name="cowfs-flush", daemon=True)
+        flush = threading.Thread(
+            target=mountpoint.hand_over, args=(self.spec.mountpoint,), name="cowfs-flush", daemon=True
+        )
         flush.start()
         flush.join(_FLUSH_SECONDS)
         try:

@@ -17,9 +17,7 @@ def escape(path: str) -> str:
     return path.replace("\\", "\\\\").replace(":", "\\:").replace(",", "\\,")
 
 
-def fuse(
-    lowers: Sequence[str], upper: str | None, work: str | None, *, readonly: bool = False, limit: Limit
-) -> Mount:
+def fuse(lowers: Sequence[str], upper: str | None, work: str | None, *, readonly: bool = False, limit: Limit) -> Mount:
     """A mount by ``mount -t fuse.cowfs-overlayfs``; ``lowers`` topmost first."""
     if readonly and upper is not None:
         lowers, upper = [upper, *lowers], None

@@ -71,7 +71,9 @@ class RowDriver(Driver):
             reason = "there is no /dev/fuse"
         if reason:
             return Probe(usable=False, reasons=(reason,))
-        return Probe(usable=True, rank=15, reasons=(f"{name} takes the {choose_form().name} layer form; mounts by FUSE",))
+        return Probe(
+            usable=True, rank=15, reasons=(f"{name} takes the {choose_form().name} layer form; mounts by FUSE",)
+        )
 
     def create(self, id: str, parents: Sequence[str], limit: Limit) -> Usage:
         """Empty directories, the root's attributes from the parent."""

@@ -33,7 +33,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--kills", type=int, default=50, help="SIGKILLs of the fault test (default 50)")
     group.addoption("--rounds", type=int, default=6, help="rounds of the growth test of live snapshots (default 6)")
     group.addoption("--seed", type=int, default=20_261_124, help="seed of every random test")
-    group.addoption("--impl", default="kernel,fusepy", help="what the POSIX tests run against: plain,overlay,kernel,fusepy")
+    group.addoption(
+        "--impl", default="kernel,fusepy", help="what the POSIX tests run against: plain,overlay,kernel,fusepy"
+    )
     group.addoption("--debian-root", default=os.environ.get("COWFS_DEBIAN_ROOT", ""), help="tar of a Debian root")
 
 

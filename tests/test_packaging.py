@@ -26,7 +26,9 @@ def tree_files() -> set[str]:
     found = set()
     for package, folder in PACKAGES.items():
         for directory, names, files in os.walk(ROOT / folder):
-            names[:] = [name for name in names if name != "__pycache__" and (Path(directory) / name / "__init__.py").exists()]
+            names[:] = [
+                name for name in names if name != "__pycache__" and (Path(directory) / name / "__init__.py").exists()
+            ]
             inside = Path(directory).relative_to(ROOT / folder)
             found |= {str(package / inside / name) for name in files if name.endswith((".py", ".sql", ".typed"))}
     return found
@@ -87,7 +89,12 @@ print((r.files("cowfs") / "py.typed").is_file())
     assert typed == "True"
     for program in ("cowfs", "cowfs-overlayfs"):
         done = subprocess.run(
-            [target / "bin" / program, "--version"], env=environ, cwd=tmp_path, capture_output=True, text=True, check=True
+            [target / "bin" / program, "--version"],
+            env=environ,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=True,
         )
         assert done.stdout.startswith(program)
 

@@ -98,7 +98,9 @@ class MemberWriter:
         self.header(path, header.LINK, st_mode, uid, gid, 0, mtime, linkname=first)
         return True
 
-    def sparse(self, path: bytes, st: os.stat_result, fd: int, xattrs: dict[bytes, bytes], owner: tuple[int, int, int]) -> None:
+    def sparse(
+        self, path: bytes, st: os.stat_result, fd: int, xattrs: dict[bytes, bytes], owner: tuple[int, int, int]
+    ) -> None:
         """A file with its holes: PAX sparse version 1.0, a map and then the data ("Storing Sparse Files")."""
         size = st.st_size
         segments = [(start, end - start) for start, end in data_ranges(fd, size)]
@@ -168,7 +170,6 @@ def overridden(value: bytes, kind: bytes, path: bytes) -> tuple[int, int, int, b
 
 
 # From a merged tree ---------------------------------------------------------------------------
-
 
 
 def write_object(writer: MemberWriter, tree: Tree, path: bytes) -> LowerStat | None:

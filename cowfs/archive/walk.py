@@ -33,7 +33,6 @@ _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _WORTH = 64 << 10  # a smaller file is never written as a sparse one
 
 
-
 class LayerWalk:
     """One walk over a layer directory in overlay form (``form`` None: a plain one)."""
 
@@ -179,9 +178,7 @@ class LayerWalk:
         self._object(path, kind, st, self._xattrs(dirfd, name)[1], linkname=link)
 
     def _linked(self, path: bytes, st: os.stat_result) -> bool:
-        return self._writer.linked(
-            path, (st.st_dev, st.st_ino), st.st_mode, st.st_uid, st.st_gid, st.st_mtime_ns
-        )
+        return self._writer.linked(path, (st.st_dev, st.st_ino), st.st_mode, st.st_uid, st.st_gid, st.st_mtime_ns)
 
     def _xattrs(self, dirfd: int, name: bytes) -> tuple[dict[bytes, bytes], dict[bytes, bytes]]:
         """(the layer form's own attributes, the user's)."""

@@ -353,7 +353,9 @@ def remount(found: dict[str, Any]) -> int:
     target = mountpoint.resolve(found["arguments"][-1]) if found["arguments"] else ""
     mounted = mountpoint.find(target) if target else None
     if mounted is None or mounted.fstype != f"fuse.{PROGRAM}":
-        raise InvalidArgument(f"nothing of {PROGRAM} is mounted at {target!r}", remedy="mount it first, without remount")
+        raise InvalidArgument(
+            f"nothing of {PROGRAM} is mounted at {target!r}", remedy="mount it first, without remount"
+        )
     flags = mounts.MS_RDONLY if found.get("readonly") else 0
     for word in found["words"]:
         flag, on = mounts.OPTION_FLAGS[word]

@@ -214,7 +214,12 @@ def _stat(args: argparse.Namespace) -> int:
 
 def _configure_ls(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("filters", nargs="*", metavar="FILTER", help='as in: kind==active  parent==base  name~=^web  labels."team"==storage')
+    add(
+        "filters",
+        nargs="*",
+        metavar="FILTER",
+        help='as in: kind==active  parent==base  name~=^web  labels."team"==storage',
+    )
     add("-q", "--quiet", action="store_true", help="names only")
     add_store(parser)
 
@@ -324,7 +329,9 @@ def _images(args: argparse.Namespace) -> int:
         for tag in store.tags():
             chain = [store.index.by_num(num) for num, _ in store.index.chain(store.index.get(tag.target).num)]
             size = sum(row.usage.bytes for row in chain if row.usage)
-            found.append({"tag": tag.name, "target": tag.target, "layers": len(chain), "bytes": size, "created": tag.created})
+            found.append(
+                {"tag": tag.name, "target": tag.target, "layers": len(chain), "bytes": size, "created": tag.created}
+            )
     if args.json:
         print_json(found)
     elif found:
@@ -341,7 +348,11 @@ COMMANDS = {
         _configure_prepare,
         _prepare,
         "Make a writable snapshot, in constant time, and print how to mount it.",
-        ("cowfs prepare work debian", "cowfs prepare box base --size 2G --inodes 100k", "cowfs mount --key work /mnt/rootfs"),
+        (
+            "cowfs prepare work debian",
+            "cowfs prepare box base --size 2G --inodes 100k",
+            "cowfs mount --key work /mnt/rootfs",
+        ),
     ),
     "view": Command(
         _configure_view, _view, "Make a read-only snapshot and print how to mount it.", ("cowfs view look base",)
@@ -359,17 +370,26 @@ COMMANDS = {
         ("cowfs rm work", "cowfs rm debian:12 --chain"),
     ),
     "label": Command(
-        _configure_label, _label, "Set or remove labels of a snapshot.", ("cowfs label base team=storage", "cowfs label base team-")
+        _configure_label,
+        _label,
+        "Set or remove labels of a snapshot.",
+        ("cowfs label base team=storage", "cowfs label base team-"),
     ),
     "tag": Command(_configure_tag, _tag, "Give a committed snapshot a tag.", ("cowfs tag app:latest app-v2",)),
-    "stat": Command(_configure_stat, _stat, "Show all about one snapshot.", ("cowfs stat base", "cowfs stat base --json")),
+    "stat": Command(
+        _configure_stat, _stat, "Show all about one snapshot.", ("cowfs stat base", "cowfs stat base --json")
+    ),
     "ls": Command(
         _configure_ls,
         _ls,
         "List snapshots in the order of their making; conditions in one FILTER must all hold, one of several FILTERs must.",
         ("cowfs ls", "cowfs ls kind==active", "cowfs ls 'name~=^web,labels.\"team\"==storage'"),
     ),
-    "tree": Command(_configure_tree, _tree, "Show which snapshot is based on which.", ("cowfs tree", "cowfs tree debian:12")),
+    "tree": Command(
+        _configure_tree, _tree, "Show which snapshot is based on which.", ("cowfs tree", "cowfs tree debian:12")
+    ),
     "log": Command(_configure_log, _log, "List a snapshot and its ancestors, nearest first.", ("cowfs log app-v2",)),
-    "images": Command(_configure_images, _images, "List tags with layers and size.", ("cowfs images", "cowfs images --json")),
+    "images": Command(
+        _configure_images, _images, "List tags with layers and size.", ("cowfs images", "cowfs images --json")
+    ),
 }

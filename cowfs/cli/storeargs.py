@@ -22,7 +22,9 @@ ROOT = "COWFS_ROOT"
 def add_store(parser: argparse.ArgumentParser, *, json: bool = True) -> None:
     """``--root``, ``--driver`` and ``--json``."""
     add = parser.add_argument
-    add("--root", metavar="DIR", help=f"the store (default: ${ROOT}, else /var/lib/cowfs as root, else the user's data)")
+    add(
+        "--root", metavar="DIR", help=f"the store (default: ${ROOT}, else /var/lib/cowfs as root, else the user's data)"
+    )
     add("--driver", default="auto", metavar="NAME", help="its backend, when the store is new (default: the best here)")
     if json:
         add("--json", action="store_true", help="as JSON")
@@ -80,7 +82,9 @@ def paged() -> Iterator[Callable[[str], None]]:
     import subprocess
 
     environment = {"LESS": "FRX", **os.environ}
-    with subprocess.Popen(pager.split(), stdin=subprocess.PIPE, text=True, errors="surrogateescape", env=environment) as process:
+    with subprocess.Popen(
+        pager.split(), stdin=subprocess.PIPE, text=True, errors="surrogateescape", env=environment
+    ) as process:
         assert process.stdin is not None
         pipe = process.stdin
         try:

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 def _configure(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("key", metavar="KEY", help="an active snapshot, mounted or not")
-    add("--share", metavar="PERCENT", default="75", help="only files of which so much was written (default: 75; 0: all)")
+    add(
+        "--share", metavar="PERCENT", default="75", help="only files of which so much was written (default: 75; 0: all)"
+    )
     add_store(parser)
 
 

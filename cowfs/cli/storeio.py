@@ -47,7 +47,11 @@ def _bounds(args: argparse.Namespace) -> ApplyOptions:
 
 def _configure_import(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("source", metavar="SOURCE", help="OCI layout (directory or tar), docker-archive, root file system tar, directory; - is a pipe")
+    add(
+        "source",
+        metavar="SOURCE",
+        help="OCI layout (directory or tar), docker-archive, root file system tar, directory; - is a pipe",
+    )
     add("name", nargs="?", metavar="NAME", help="tag that it gets here (default: those that the source has)")
     add("--tag", metavar="TAG", help="which image, where the source has several")
     add("--platform", metavar="OS/ARCH", help="likewise, by platform")
@@ -123,7 +127,11 @@ def _configure_export(parser: argparse.ArgumentParser) -> None:
         help="OCI layout in a tar; docker-archive; the whole tree as a tar; the changes as a layer tar (default: oci)")  # fmt: skip
     add("--compression", choices=("none", "gzip", "zstd"), help="(default: gzip for oci, else none)")
     add("--directory", action="store_true", help="an OCI layout directory instead of a tar")
-    add("--blocks", action="store_true", help="only the blocks that changed, for 'cowfs apply --blocks' in another store")
+    add(
+        "--blocks",
+        action="store_true",
+        help="only the blocks that changed, for 'cowfs apply --blocks' in another store",
+    )
     add("--base", metavar="NAME", help="with --blocks: against this snapshot (default: the parent)")
     add_store(parser)
 
@@ -137,7 +145,12 @@ def _export(args: argparse.Namespace) -> int:
             return _export_blocks(args, store)
         target: str | BinaryIO = sys.stdout.buffer if args.file == "-" else os.path.abspath(args.file)
         told = store.export(
-            args.name, target, format=args.format, compression=args.compression, directory=args.directory, progress=progress
+            args.name,
+            target,
+            format=args.format,
+            compression=args.compression,
+            directory=args.directory,
+            progress=progress,
         )
     if args.file == "-":
         sys.stdout.buffer.flush()
@@ -168,21 +181,31 @@ COMMANDS = {
         _configure_import,
         _import,
         "Bring an image or a tree into the store, as a chain of snapshots; print the name of the top one.",
-        ("cowfs import debian.tar debian:12", "skopeo copy docker-archive:x.tar oci:layout && cowfs import layout app",
-         "cowfs import ./rootfs base"),
+        (
+            "cowfs import debian.tar debian:12",
+            "skopeo copy docker-archive:x.tar oci:layout && cowfs import layout app",
+            "cowfs import ./rootfs base",
+        ),
     ),
     "apply": Command(
         _configure_apply,
         _apply,
         "Unpack an OCI layer tar into an active snapshot; print its diff id.",
-        ("cowfs apply work layer.tar.gz", "zstdcat layer.tar.zst | cowfs apply work -",
-         "cowfs apply work changed.blocks --blocks"),
+        (
+            "cowfs apply work layer.tar.gz",
+            "zstdcat layer.tar.zst | cowfs apply work -",
+            "cowfs apply work changed.blocks --blocks",
+        ),
     ),
     "export": Command(
         _configure_export,
         _export,
         "Write a snapshot out as an image, a tree or a layer.",
-        ("cowfs export app app.tar", "cowfs export app - --format docker | podman load",
-         "cowfs export work changes.tar --format layer", "cowfs export v2 changed.blocks --blocks --base v1"),
+        (
+            "cowfs export app app.tar",
+            "cowfs export app - --format docker | podman load",
+            "cowfs export work changes.tar --format layer",
+            "cowfs export v2 changed.blocks --blocks --base v1",
+        ),
     ),
 }

@@ -121,7 +121,9 @@ def _each(store: Store) -> list[dict[str, Any]]:
 def _configure_check(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--content", action="store_true", help="also read every file whose digest is known, and list those without one")
-    add("--repair", action="store_true", help="delete garbage, rebuild records, put in quarantine what cannot be helped")
+    add(
+        "--repair", action="store_true", help="delete garbage, rebuild records, put in quarantine what cannot be helped"
+    )
     add_store(parser)
 
 
@@ -139,7 +141,9 @@ def _check(args: argparse.Namespace) -> int:
                 "snapshots": report.snapshots,
                 "records": report.records,
                 "files": report.files,
-                "undigested": [{"name": name, "path": path.decode("utf-8", "surrogateescape")} for name, path in report.undigested],
+                "undigested": [
+                    {"name": name, "path": path.decode("utf-8", "surrogateescape")} for name, path in report.undigested
+                ],
             }
         )
     else:

@@ -39,7 +39,9 @@ def check_digest(text: object, what: str = "digest") -> str:
             return text
         if _FORM.fullmatch(text) and not text.startswith("sha256:"):
             raise Unsupported(f"{what} {text[:80]!r} is not a sha256 digest")
-    raise InvalidArgument(f"{what} {show(str(text).encode('utf-8', 'replace'))} is not of the form sha256:<64 hex digits>")
+    raise InvalidArgument(
+        f"{what} {show(str(text).encode('utf-8', 'replace'))} is not of the form sha256:<64 hex digits>"
+    )
 
 
 def digest_of(data: bytes) -> str:

@@ -40,7 +40,9 @@ __all__ = ["ImageSource", "open_image"]
 _IMAGE_NAME = re.compile(
     rb"oci-layout|repositories|blobs(/.*)?|[^/]+\.(json|tar|tar\.gz|tgz)|(sha256:)?[0-9a-f]{64}(/.*)?", re.DOTALL
 )
-_DECISIVE = re.compile(rb"oci-layout|index\.json|manifest\.json|blobs/sha256/.+|[0-9a-f]{64}/(layer\.tar|json|VERSION)", re.DOTALL)
+_DECISIVE = re.compile(
+    rb"oci-layout|index\.json|manifest\.json|blobs/sha256/.+|[0-9a-f]{64}/(layer\.tar|json|VERSION)", re.DOTALL
+)
 _UNDECIDED = 8 << 20  # bytes without a name that decides: go on with the whole archive at hand
 
 
@@ -75,7 +77,9 @@ class ImageSource:
             fitting = [image for image in fitting if image.platform == wanted] or ([] if platform else fitting)
         there = ", ".join(sorted({name for image in self.images for name in image.tags})) or "no names"
         if not fitting:
-            raise NotFound(f"no image {tag or ''} for {wanted} in the source".replace("  ", " "), remedy=f"it has {there}")
+            raise NotFound(
+                f"no image {tag or ''} for {wanted} in the source".replace("  ", " "), remedy=f"it has {there}"
+            )
         if len({image.config_digest for image in fitting}) > 1:
             raise InvalidArgument(f"the source has {len(fitting)} images", remedy=f"name one of: {there}")
         return fitting[0]

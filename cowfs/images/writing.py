@@ -118,9 +118,7 @@ class _TarSink:
         if name in self._names:
             return False
         self._names.add(name)
-        self._out.write(
-            header.encode(name.encode(), header.REGULAR, mode=0o644, uid=0, gid=0, size=size, mtime=0)
-        )
+        self._out.write(header.encode(name.encode(), header.REGULAR, mode=0o644, uid=0, gid=0, size=size, mtime=0))
         return True
 
     def add(self, name: str, data: bytes) -> None:

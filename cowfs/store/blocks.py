@@ -134,7 +134,9 @@ class BlockVerbs(CompactionVerbs):
         stack = [self.driver.tree(id) for _, id in self.index.chain(row.num)] if row is not None else []
         if self.driver.whole:
             stack = stack[:1]
-        view = union.View(stack or [f"{self.root}/empty"], options=union.Options(form=self.driver.form.name, readonly=True))
+        view = union.View(
+            stack or [f"{self.root}/empty"], options=union.Options(form=self.driver.form.name, readonly=True)
+        )
         try:
             yield view
         finally:

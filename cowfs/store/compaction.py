@@ -73,7 +73,9 @@ class CompactionVerbs(LiveVerbs):
         share = SHARE if share is None else share
         row = self._active(key)
         if not self.driver.row:
-            raise Unsupported(f"the driver {self.driver.name} has nothing to compact", remedy="it is for the driver row")
+            raise Unsupported(
+                f"the driver {self.driver.name} has nothing to compact", remedy="it is for the driver row"
+            )
         server = self._server_of(row)
         if server is not None:
             return self._compact_mounted(server, share, on_progress)

@@ -116,7 +116,8 @@ class StoreCore:
                         index.set_meta("driver", had)
             if driver not in ("auto", had):
                 raise InvalidArgument(
-                    f"the store {path} has the driver {had}, not {driver}", remedy="another driver needs a store of its own"
+                    f"the store {path} has the driver {had}, not {driver}",
+                    remedy="another driver needs a store of its own",
                 )
             form = index.meta("form") or index.set_meta("form", "trusted" if host.can_trusted_xattr() else "user")
             if form == "trusted" and not host.can_trusted_xattr():
@@ -290,9 +291,7 @@ class StoreCore:
 
     # ------------------------------------------------------------------- commit
 
-    def commit(
-        self, key: str, name: str, *, labels: Mapping[str, str] | None = None, digests: bool = False
-    ) -> Info:
+    def commit(self, key: str, name: str, *, labels: Mapping[str, str] | None = None, digests: bool = False) -> Info:
         """Make an active snapshot immutable and give it a name; the key is free again.
 
         Costs what changed: only the layer is read.
@@ -514,7 +513,9 @@ class StoreCore:
 
 def _sound(row: Row) -> None:
     if row.damage is not None:
-        raise Corrupt(f"{row.name!r} is in quarantine: {row.damage}", remedy="restore the layer, then 'cowfs check --repair'")
+        raise Corrupt(
+            f"{row.name!r} is in quarantine: {row.damage}", remedy="restore the layer, then 'cowfs check --repair'"
+        )
 
 
 def _taken(name: str) -> AlreadyExists:
@@ -523,4 +524,3 @@ def _taken(name: str) -> AlreadyExists:
 
 def _a(kind: Kind) -> str:
     return {Kind.ACTIVE: "active", Kind.VIEW: "a view", Kind.COMMITTED: "committed"}[kind]
-

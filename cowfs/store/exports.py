@@ -66,7 +66,9 @@ class ExportVerbs(ArchiveVerbs):
                 return _into_file(os.fspath(target), lambda out: write(row, out, packed, progress))
             return write(row, target, packed, progress)
         if row.kind is not Kind.COMMITTED:
-            raise InvalidArgument(f"{name!r} is not committed, an image is made of committed ones", remedy="commit it first")
+            raise InvalidArgument(
+                f"{name!r} is not committed, an image is made of committed ones", remedy="commit it first"
+            )
         image = self._image(name, row)
         where = target if not isinstance(target, os.PathLike) else os.fspath(target)
         if format == "oci":
@@ -85,8 +87,14 @@ class ExportVerbs(ArchiveVerbs):
         def writer(each: Row) -> Callable[[BinaryIO, str], str]:
             return lambda out, compression: self._write_layer(each, out, compression, None)
 
-        outs = [images.OutLayer(diff_id=diff_id, write=writer(each)) for each, diff_id in zip(chain, diff_ids, strict=True)]
-        tags = [name] if self.index.tag(name) is not None else [tag.name for tag in self.index.tags("t.target = ?", (row.num,))]
+        outs = [
+            images.OutLayer(diff_id=diff_id, write=writer(each)) for each, diff_id in zip(chain, diff_ids, strict=True)
+        ]
+        tags = (
+            [name]
+            if self.index.tag(name) is not None
+            else [tag.name for tag in self.index.tags("t.target = ?", (row.num,))]
+        )
         return images.OutImage(config=config, layers=outs, tags=tags)
 
     def _config(self, chain: list[Row], diff_ids: list[str]) -> bytes:

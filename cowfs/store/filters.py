@@ -73,7 +73,8 @@ def parse(filters: Iterable[str]) -> Filter | None:
             match = _CONDITION.match(text, at)
             if match is None:
                 raise InvalidArgument(
-                    f"cannot read the filter {text!r} at {text[at:]!r}", remedy="as in: kind==active  name~=^web  labels.team==storage"
+                    f"cannot read the filter {text!r} at {text[at:]!r}",
+                    remedy="as in: kind==active  name~=^web  labels.team==storage",
                 )
             conditions.append(_condition(text, match))
             at = match.end()

@@ -87,7 +87,11 @@ class ImageVerbs(ExportVerbs):
         return top.name
 
     def _import_layers(
-        self, image: images.Image, options: archive.ApplyOptions | None, labels: Mapping[str, str], progress: Progress | None
+        self,
+        image: images.Image,
+        options: archive.ApplyOptions | None,
+        labels: Mapping[str, str],
+        progress: Progress | None,
     ) -> Row:
         if not image.layers:
             raise InvalidArgument("the image has no layers")
@@ -207,7 +211,9 @@ class _Import:
                 _Awaited(store, below) if parent is not None or not driver.whole else None,
                 self._options,
                 self._layer.diff_id,
-                counter(self._progress, (self._layer.digest or self._layer.diff_id or "layer")[:19], self._layer.size or 0),
+                counter(
+                    self._progress, (self._layer.digest or self._layer.diff_id or "layer")[:19], self._layer.size or 0
+                ),
                 self._layer.digest,
             )
         point("apply.unpacked")

@@ -25,7 +25,21 @@ from cowfs.sys import files, trees, xattr
 from cowfs.sys.mounts import mountinfo
 from cowfs.tree import Entry
 
-__all__ = ["UNKNOWN", "KeptDigests", "LayerFile", "SameData", "Unchanged", "file_digest", "hold", "kernel_mount_of", "known_digest", "mark_copied", "mark_time", "untouched", "user_of"]
+__all__ = [
+    "UNKNOWN",
+    "KeptDigests",
+    "LayerFile",
+    "SameData",
+    "Unchanged",
+    "file_digest",
+    "hold",
+    "kernel_mount_of",
+    "known_digest",
+    "mark_copied",
+    "mark_time",
+    "untouched",
+    "user_of",
+]
 
 KEPT = "cowfs-digests"
 _RECORD = struct.Struct("<QQ32s")  # inode, ctime in ns, digest
@@ -213,9 +227,7 @@ class KeptDigests:
     each name of a hard link has its digest.
     """
 
-    def __init__(
-        self, known: ByInode, tree: str, *, row: bytes = b"", compute: bool = False
-    ) -> None:
+    def __init__(self, known: ByInode, tree: str, *, row: bytes = b"", compute: bool = False) -> None:
         self._known = known
         self._tree = tree
         self._row = row  # the xattr of redirect files, which have no bytes of their own to digest

@@ -278,7 +278,9 @@ class LiveVerbs(UpkeepVerbs):
         unlink(os.path.join(self.driver.directory(id), MARK))
         unlink(self._note(id))
         if name != switch.name:
-            raise AlreadyExists(f"the name {switch.name!r} was taken meanwhile", remedy=f"the snapshot is called {name}")
+            raise AlreadyExists(
+                f"the name {switch.name!r} was taken meanwhile", remedy=f"the snapshot is called {name}"
+            )
 
     def _note(self, id: str) -> str:
         return os.path.join(self.root, f"{LIVE}{id}{NOTE}")

@@ -81,7 +81,9 @@ class LookVerbs(StoreCore):
         if row.kind is Kind.VIEW:
             return Usage()
         whole = self._live_usage(row) or self.driver.usage(row.id)
-        base = row.base if row.base.bytes >= 0 else Usage()  # a negative one is what live snapshots hold (cowfs.store.live)
+        base = (
+            row.base if row.base.bytes >= 0 else Usage()
+        )  # a negative one is what live snapshots hold (cowfs.store.live)
         return Usage(bytes=max(0, whole.bytes - base.bytes), inodes=max(0, whole.inodes - base.inodes))
 
     def _live_usage(self, row: Row) -> Usage | None:

@@ -61,7 +61,8 @@ class KernelMount:
 
     def _nobody(self, *args: object, **kwargs: object) -> NoReturn:
         raise FailedPrecondition(
-            f"{self.mountpoint} is mounted by the kernel, which cannot do this", remedy="mount it without mount_type='kernel'"
+            f"{self.mountpoint} is mounted by the kernel, which cannot do this",
+            remedy="mount it without mount_type='kernel'",
         )
 
     usage = limit = diff = snapshot = rollback = counters = status = _nobody
@@ -287,5 +288,3 @@ def _split(text: str) -> list[str]:
             now += text[at]
         at += 1
     return [*items, now]
-
-

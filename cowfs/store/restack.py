@@ -100,7 +100,9 @@ def _same_upper(server: Server, path: str) -> None:
     except FileNotFoundError:
         there = None
     if there is None or (here.st_dev, here.st_ino) != (there.st_dev, there.st_ino):
-        raise FailedPrecondition(f"the mount at {server.spec.mountpoint} got another layer meanwhile", remedy="try again")
+        raise FailedPrecondition(
+            f"the mount at {server.spec.mountpoint} got another layer meanwhile", remedy="try again"
+        )
 
 
 def _explained(server: Server, error: OSError) -> CowfsError:

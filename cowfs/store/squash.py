@@ -114,7 +114,9 @@ class SquashVerbs(LiveVerbs):
         _sound(row)
         child = self.index.get(children[0])
         if child.kind is Kind.VIEW:
-            raise FailedPrecondition(f"the child of {name!r} is a view, {child.name!r}", remedy=f"cowfs rm {child.name}")
+            raise FailedPrecondition(
+                f"the child of {name!r} is a view, {child.name!r}", remedy=f"cowfs rm {child.name}"
+            )
         return row, child
 
     def _above(self, row: Row) -> list[Row]:
@@ -155,7 +157,9 @@ class SquashVerbs(LiveVerbs):
                 if server is None:
                     held.enter_context(layers.hold(self.driver, row, "squash"))
                 elif server.get("io") == "passthrough" or server.get("frontend") != "kernel":
-                    how = "--io passthrough" if server.get("io") == "passthrough" else f"--frontend {server['frontend']}"
+                    how = (
+                        "--io passthrough" if server.get("io") == "passthrough" else f"--frontend {server['frontend']}"
+                    )
                     raise FailedPrecondition(
                         f"{row.name!r} is mounted with {how}, which cannot switch layers", remedy="unmount it first"
                     )
@@ -243,7 +247,11 @@ class SquashVerbs(LiveVerbs):
     def _look_again(self, row: Row, child: Row) -> None:
         """In the transaction: is it still as it was when we began?"""
         now = self.index.by_num(row.num)
-        if self.index.children(row.num) != [child.name] or self.index.by_num(child.num).id != child.id or now.id != row.id:
+        if (
+            self.index.children(row.num) != [child.name]
+            or self.index.by_num(child.num).id != child.id
+            or now.id != row.id
+        ):
             raise FailedPrecondition(f"{row.name!r} got another child meanwhile", remedy="cowfs tree shows them")
         if self._tags_of(now):
             raise FailedPrecondition(f"{row.name!r} was tagged meanwhile", remedy="cowfs images shows the tags")

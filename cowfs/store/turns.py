@@ -41,12 +41,16 @@ def turn(root: str, *keys: str, wait: bool = True) -> Iterator[bool]:
     try:
         end = time.monotonic() + _PATIENCE
         mine = True
-        for place, key in sorted({zlib.crc32(key.encode(errors="surrogatepass")) % _BYTES: key for key in keys}.items()):
+        for place, key in sorted(
+            {zlib.crc32(key.encode(errors="surrogatepass")) % _BYTES: key for key in keys}.items()
+        ):
             while mine and not _lock(fd, place):
                 if not wait:
                     mine = False
                 elif time.monotonic() > end:
-                    raise FailedPrecondition(f"another verb has been at work on {key!r} for ten minutes", remedy="try again")
+                    raise FailedPrecondition(
+                        f"another verb has been at work on {key!r} for ten minutes", remedy="try again"
+                    )
                 else:
                     time.sleep(_PAUSE)
         yield mine

@@ -112,7 +112,9 @@ class UpkeepVerbs(MountVerbs):
         """What ``cowfs df`` shows."""
         with self.index.read() as connection:
             count = dict(connection.execute("SELECT kind, count(*) FROM snapshots GROUP BY kind").fetchall())
-            used = connection.execute("SELECT coalesce(sum(bytes), 0), coalesce(sum(inodes), 0) FROM snapshots").fetchone()
+            used = connection.execute(
+                "SELECT coalesce(sum(bytes), 0), coalesce(sum(inodes), 0) FROM snapshots"
+            ).fetchone()
             free = connection.execute(
                 "SELECT coalesce(sum(bytes), 0), coalesce(sum(inodes), 0) FROM snapshots AS s WHERE kind = 'committed'"
                 " AND NOT EXISTS (SELECT 1 FROM snapshots AS c WHERE c.parent = s.num)"
@@ -239,7 +241,9 @@ class UpkeepVerbs(MountVerbs):
         if scanned.root != row.root:
             return False
         with self.index.write() as connection:
-            connection.executemany("DELETE FROM records WHERE digest = ?", ((digest,) for digest in scanned.pending.new))
+            connection.executemany(
+                "DELETE FROM records WHERE digest = ?", ((digest,) for digest in scanned.pending.new)
+            )
             Index.add_records(connection, scanned.pending.new)
         return True
 
@@ -282,7 +286,9 @@ class UpkeepVerbs(MountVerbs):
                 if entry.ref is not None:
                     old_below = decode(was).ref if was is not None else None
                     if old_below is None or old_below.storage != entry.ref.storage:
-                        todo.append((join(path, name), implied if entry.base is None else entry.base, old_below, entry.ref))
+                        todo.append(
+                            (join(path, name), implied if entry.base is None else entry.base, old_below, entry.ref)
+                        )
                 elif entry.layer == num and entry.type == 0o100000 and not entry.flags:
                     yield join(path, name), implied if entry.path is None else entry.path, entry
 

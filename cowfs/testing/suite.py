@@ -380,7 +380,9 @@ class DriverSuite:
             os.utime(tree / "a", ns=(before.st_atime_ns, before.st_mtime_ns))  # hides behind an old time
             os.chmod(tree / "b", 0o600)
 
-        found = {change.path: change.what for change in store.diff(self.layer(store, "second", base, change)) if change.path}
+        found = {
+            change.path: change.what for change in store.diff(self.layer(store, "second", base, change)) if change.path
+        }
         assert found == {b"a": {"content"}, b"b": {"mode"}}
 
     def test_a_deep_tree_deleted_and_made_again(self, store: Store) -> None:
@@ -399,7 +401,12 @@ class DriverSuite:
 
         base = self.layer(store, "base", None, make)
         second = self.layer(store, "second", base, again)
-        assert _rows(store.diff(second)) == [("deleted", "x/1"), ("deleted", "x/y/2"), ("added", "x/y/4"), ("deleted", "x/y/z")]
+        assert _rows(store.diff(second)) == [
+            ("deleted", "x/1"),
+            ("deleted", "x/y/2"),
+            ("added", "x/y/4"),
+            ("deleted", "x/y/z"),
+        ]
         third = self.layer(store, "third", second, lambda tree: None)
         assert _rows(store.diff(base, third)) == _rows(store.diff(second))
 

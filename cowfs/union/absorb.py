@@ -140,7 +140,10 @@ def _unfinished(view: View) -> Iterator[bytes]:
             continue  # moved or removed meanwhile
         try:
             with os.scandir(fd) as found:
-                entries = [(os.fsencode(e.name), e.is_dir(follow_symlinks=False), e.is_file(follow_symlinks=False)) for e in found]
+                entries = [
+                    (os.fsencode(e.name), e.is_dir(follow_symlinks=False), e.is_file(follow_symlinks=False))
+                    for e in found
+                ]
             for name, is_dir, is_file in entries:
                 inner = path + b"/" + name if path else name
                 if is_dir:
@@ -431,5 +434,3 @@ def complete(view: View) -> bool:
         if isinstance(node.data, Data) and node.data.where.layer is layer:
             return False
     return True
-
-

@@ -290,7 +290,11 @@ def _find_again(view: View, node: Node) -> None:
             place = source, finding.data_of(view, parent, position, name, st.st_size) if node.type == DT_REG else None
             break
     else:
-        entry = view.index.entries(parent.record).get(name) if view.index is not None and parent.record is not None else None
+        entry = (
+            view.index.entries(parent.record).get(name)
+            if view.index is not None and parent.record is not None
+            else None
+        )
         if entry is None:
             raise OSError(errno.EIO, "the new layers lack a file of the old ones", view.path(node))
         place = indexed.locate(view, parent, name, entry)

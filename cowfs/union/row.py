@@ -470,5 +470,7 @@ def rows_of(view: View) -> Rows | None:
     """The redirect files of a view that may have some: by option, or because a layer is marked."""
     if view.options.row:
         return Rows(view)
-    looked_at = view.layers[view.indexed_layers :]  # an index comes from a store, which knows whether its layers have any
+    looked_at = view.layers[
+        view.indexed_layers :
+    ]  # an index comes from a store, which knows whether its layers have any
     return Rows(view) if any(is_marked(layer.root.open(), view.form) for layer in looked_at) else None

@@ -110,7 +110,9 @@ def compact(view: View, *, share: float = SHARE, call: Call[object] | None = Non
             run(work.end)
 
 
-def _anew(work: _File, run: Callable[[Callable[[], object]], object], told: Progress) -> Generator[Progress, None, bool]:
+def _anew(
+    work: _File, run: Callable[[Callable[[], object]], object], told: Progress
+) -> Generator[Progress, None, bool]:
     """Write a scattered file anew. Returns whether that was done; else it is as it was."""
     fd: int = run(work.own)  # type: ignore[assignment]
     try:

@@ -148,7 +148,11 @@ def test_extended_attributes_of_every_kind(space: Path) -> None:
     cap = b"\x01\x00\x00\x02\x00\x04\x00\x00" + bytes(12)
     data = tar(
         directory("d", pax={"SCHILY.xattr.user.on-dir": "1"}),
-        member("d/f", b"x", pax={"SCHILY.xattr.user.name": "value", "SCHILY.xattr.security.capability": cap.decode("latin")}),
+        member(
+            "d/f",
+            b"x",
+            pax={"SCHILY.xattr.user.name": "value", "SCHILY.xattr.security.capability": cap.decode("latin")},
+        ),
         symlink("d/l", "x", pax={"SCHILY.xattr.trusted.t": "2"}),
     )
     apply(data, space / "layer")
@@ -221,9 +225,7 @@ def test_digests_and_progress_are_reported(space: Path) -> None:
     steps: list[tuple[int, int]] = []
     tee = io.BytesIO()
     data = tar(member("big", bytes(3 << 20)), member("small", b"x"), member("empty"))
-    done = apply(
-        data, space / "layer", on_file=digests.__setitem__, progress=lambda *step: steps.append(step), tee=tee
-    )
+    done = apply(data, space / "layer", on_file=digests.__setitem__, progress=lambda *step: steps.append(step), tee=tee)
     assert digests == {
         b"big": hashlib.sha256(bytes(3 << 20)).hexdigest(),
         b"small": hashlib.sha256(b"x").hexdigest(),
@@ -288,15 +290,15 @@ def test_a_slow_pipe_will_do(space: Path) -> None:
 
 def test_sparse_files_in_the_old_gnu_form(space: Path) -> None:
     pairs = [(4096 * 2 * n, 512) for n in range(30)] + [(1 << 20, 0)]
+
     def entry(pair: tuple[int, int]) -> bytes:
         return b"%011o\0%011o\0" % pair
+
     body = b"".join(bytes([65 + n % 26]) * 512 for n in range(30))
     info = tarfile.TarInfo("sparse")
     info.size, info.type = len(body), b"S"
     head = info.tobuf(tarfile.GNU_FORMAT)
-    head = patched(
-        head, (386, b"".join(map(entry, pairs[:4]))), (482, b"\1"), (483, b"%011o\0" % (1 << 20))
-    )
+    head = patched(head, (386, b"".join(map(entry, pairs[:4]))), (482, b"\1"), (483, b"%011o\0" % (1 << 20)))
     more = b"".join(map(entry, pairs[4:25])).ljust(504, b"\0") + b"\1" + bytes(7)
     last = b"".join(map(entry, pairs[25:])).ljust(512, b"\0")
     apply(head + more + last + body + bytes(1024), space / "layer")
@@ -558,9 +560,7 @@ def test_without_privilege_the_default_is_to_fail_naming_the_entry(homely: Path)
     with acting_as(), pytest.raises(Unsupported, match=r"entry 1 'd/'.*owner 9:9.*owners=xattr"):
         apply(MIXED, homely / "layer", form="user")
     with acting_as(), pytest.raises(Unsupported, match="device"):
-        apply(
-            tar(member("dev", type=tarfile.CHRTYPE, device=(5, 1), uid=4321, gid=4321)), homely / "l2", form="user"
-        )
+        apply(tar(member("dev", type=tarfile.CHRTYPE, device=(5, 1), uid=4321, gid=4321)), homely / "l2", form="user")
 
 
 def test_without_privilege_owners_can_be_left_out(homely: Path) -> None:
@@ -601,7 +601,9 @@ def test_without_privilege_owners_can_be_recorded_as_fuse_overlayfs_does(homely:
 
 
 def test_without_privilege_privileged_attributes_fail_or_are_counted(homely: Path) -> None:
-    data = tar(member("f", uid=4321, gid=4321, pax={"SCHILY.xattr.trusted.x": "1"}), directory("./", uid=4321, gid=4321))
+    data = tar(
+        member("f", uid=4321, gid=4321, pax={"SCHILY.xattr.trusted.x": "1"}), directory("./", uid=4321, gid=4321)
+    )
     for path in ("layer", "l2"):
         (homely / path).mkdir()
         os.chown(homely / path, 4321, 4321)

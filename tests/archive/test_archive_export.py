@@ -141,7 +141,13 @@ def test_holes_can_be_kept(space: Path, tool: str) -> None:
     one = space / "one"
     one.mkdir()
     size = 1 << 20
-    for name, spots in {"start": [0], "middle": [300_000], "end": [size - 5000], "none": [], "many": range(0, size, 65536)}.items():
+    for name, spots in {
+        "start": [0],
+        "middle": [300_000],
+        "end": [size - 5000],
+        "none": [],
+        "many": range(0, size, 65536),
+    }.items():
         with open(one / name, "wb") as file:
             for spot in spots:
                 file.seek(spot)
@@ -253,9 +259,7 @@ def test_a_directory_renamed_by_the_kernel_is_exported_whole_with_a_whiteout(spa
         os.unlink(merged / "renamed" / "g2")
         expected = trees.snapshot(merged)
         namespace.umount(str(merged))
-        namespace.mount(
-            "overlay", str(merged), "overlay", 1, f"lowerdir={upper}:{lower},redirect_dir=on,metacopy=on"
-        )
+        namespace.mount("overlay", str(merged), "overlay", 1, f"lowerdir={upper}:{lower},redirect_dir=on,metacopy=on")
         assert os.getxattr(upper / "renamed", "trusted.overlay.redirect")
         with pytest.raises(Unsupported, match="lower layer"):
             _export(upper)

@@ -65,7 +65,11 @@ PATCH = st.lists(st.tuples(st.integers(0, 511), st.binary(min_size=1, max_size=1
 @st.composite
 def hostile_members(draw: st.DrawFn) -> bytes:
     """One member whose every part may be a trap."""
-    kind = draw(st.sampled_from([b"0", b"\0", b"1", b"2", b"3", b"4", b"5", b"6", b"7", b"S", b"x", b"g", b"L", b"K", b"V", b"Z"]))
+    kind = draw(
+        st.sampled_from(
+            [b"0", b"\0", b"1", b"2", b"3", b"4", b"5", b"6", b"7", b"S", b"x", b"g", b"L", b"K", b"V", b"Z"]
+        )
+    )
     data = draw(st.sampled_from([b"", b"evil", b"x" * 600, b"../outside/file\0", b"11 path=..\n", b"2\n0\n1\n"]))
     if kind in b"123456":
         data = b""
@@ -108,8 +112,12 @@ def mutated(draw: st.DrawFn) -> bytes:
         else:  # a field changed with the checksum made right: the parser proper is reached
             block = at // 512 * 512
             if len(data) >= block + 512:
-                offset = draw(st.sampled_from([0, 100, 108, 116, 124, 136, 156, 157, 257, 329, 337, 345, 386, 482, 483]))
-                value = draw(st.one_of(st.binary(min_size=1, max_size=12), st.sampled_from([b"../", b"/", b"S", b"x", b"L"])))
+                offset = draw(
+                    st.sampled_from([0, 100, 108, 116, 124, 136, 156, 157, 257, 329, 337, 345, 386, 482, 483])
+                )
+                value = draw(
+                    st.one_of(st.binary(min_size=1, max_size=12), st.sampled_from([b"../", b"/", b"S", b"x", b"L"]))
+                )
                 data[block : block + 512] = patched(bytes(data[block : block + 512]), (offset, value))[:512]
     return bytes(data)
 
@@ -176,7 +184,10 @@ def test_hostile_archives(space: Path, data: bytes, form: str) -> None:
 
 
 @LENIENT
-@given(data=st.binary(max_size=4096), magic=st.sampled_from([b"", b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ\0"]))
+@given(
+    data=st.binary(max_size=4096),
+    magic=st.sampled_from([b"", b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ\0"]),
+)
 def test_rubbish(space: Path, data: bytes, magic: bytes) -> None:
     _run(space, magic + data, "trusted")
 

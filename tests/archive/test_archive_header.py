@@ -106,7 +106,9 @@ def test_numbers(field: bytes, value: int) -> None:
     assert header._number(field, "field") == value
 
 
-@pytest.mark.parametrize("field", [b"0o17\0\0\0\0", b"1_0\0\0\0\0\0", b"-7\0\0\0\0\0\0", b"89\0\0\0\0\0\0", b"abc\0\0\0\0\0"])
+@pytest.mark.parametrize(
+    "field", [b"0o17\0\0\0\0", b"1_0\0\0\0\0\0", b"-7\0\0\0\0\0\0", b"89\0\0\0\0\0\0", b"abc\0\0\0\0\0"]
+)
 def test_a_field_that_is_no_number_is_refused(field: bytes) -> None:
     with pytest.raises(InvalidArgument):
         header._number(field, "field")
@@ -136,7 +138,17 @@ def test_signed_checksums_of_old_writers_are_accepted() -> None:
 
 @pytest.mark.parametrize(
     "data",
-    [b"5 a=\n", b"30 path=x\n", b"x path=x\n", b" path=x\n", b"9 path=xx", b"7 pathx\n", b"5 =x\n", b"-9 path=x\n", b"1 "],
+    [
+        b"5 a=\n",
+        b"30 path=x\n",
+        b"x path=x\n",
+        b" path=x\n",
+        b"9 path=xx",
+        b"7 pathx\n",
+        b"5 =x\n",
+        b"-9 path=x\n",
+        b"1 ",
+    ],
 )
 def test_malformed_pax_records_are_refused(data: bytes) -> None:
     if data == b"5 a=\n":

@@ -348,7 +348,9 @@ def test_swapping_a_directory_for_a_link_during_apply_reaches_nothing_outside(sp
     layer = space / "layer"
     (layer / "d").mkdir(parents=True)
     # entries of two directories in turn, with more directories than stay open between: each step opens anew
-    entries = [directory(f"x{n % 300}/y") if n % 2 else member(f"d/file{n % 7}", b"evil", mode=0o777) for n in range(900)]
+    entries = [
+        directory(f"x{n % 300}/y") if n % 2 else member(f"d/file{n % 7}", b"evil", mode=0o777) for n in range(900)
+    ]
     stop, swaps = threading.Event(), [0]
     with canaries(space):
         thread = threading.Thread(target=_swapper, args=(layer / "d", space / "outside", stop, swaps))
@@ -468,7 +470,9 @@ def test_descriptors_are_given_back_after_an_error(space: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) <= before + 1
 
 
-def test_descriptors_are_given_back_when_not_even_the_root_can_be_set(space: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_descriptors_are_given_back_when_not_even_the_root_can_be_set(
+    space: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*args: object, **options: object) -> None:
         raise OSError(5, "Input/output error")
 

@@ -349,11 +349,12 @@ def test_mount_point_may_be_a_symbolic_link_and_relative(cowfs: Run, stack: Path
 
 def test_mount_in_another_namespace_is_found_by_its_socket(cowfs: Run, stack: Path, mnt: Path, space: Path) -> None:
     """What is mounted where we cannot see it is listed, asked and unmounted all the same."""
-    script = (
-        f"{sys.executable} -m cowfs mount {stack} {mnt} && echo mounted && exec sleep 60"
-    )
+    script = f"{sys.executable} -m cowfs mount {stack} {mnt} && echo mounted && exec sleep 60"
     with subprocess.Popen(
-        ["unshare", "-m", "--propagation", "unchanged", "sh", "-c", script], env=environment(), stdout=subprocess.PIPE, text=True
+        ["unshare", "-m", "--propagation", "unchanged", "sh", "-c", script],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        text=True,
     ) as elsewhere:
         try:
             assert elsewhere.stdout is not None

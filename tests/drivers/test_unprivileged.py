@@ -47,7 +47,12 @@ def test_the_suite_passes_for_an_ordinary_user(driver: str, fs: HostFs, ordinary
     python, environment = users.interpreter()
     command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(place), str(suite)]
     environment["PYTHONPATH"] += os.pathsep + packages
-    environment |= {"HOME": str(place), "XDG_RUNTIME_DIR": str(place), "PYTHONDONTWRITEBYTECODE": "1", "TMPDIR": str(place)}
+    environment |= {
+        "HOME": str(place),
+        "XDG_RUNTIME_DIR": str(place),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "TMPDIR": str(place),
+    }
     done = subprocess.run(
         users.command_as(command), cwd=place, env=environment, capture_output=True, text=True, check=False, timeout=550
     )

@@ -84,7 +84,10 @@ def root_tar(request: pytest.FixtureRequest, can_mount: None) -> Path:
         cache.mkdir(parents=True, exist_ok=True)
         unfinished = made.with_suffix(".new.tar")
         done = subprocess.run(
-            ["mmdebstrap", "--variant=apt", "--quiet", "bookworm", str(unfinished)], capture_output=True, text=True, check=False
+            ["mmdebstrap", "--variant=apt", "--quiet", "bookworm", str(unfinished)],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if done.returncode != 0:
             pytest.skip(f"mmdebstrap cannot build a root here: {done.stderr.strip().splitlines()[-1:]}")

@@ -89,7 +89,9 @@ class Buildah:
             env=self.environment, cwd="/", capture_output=True, text=True, check=False, timeout=400,
         )  # fmt: skip
         output = done.stdout + done.stderr
-        if any(word in output for word in ("Temporary failure resolving", "Could not connect to", "Unable to connect to")):
+        if any(
+            word in output for word in ("Temporary failure resolving", "Could not connect to", "Unable to connect to")
+        ):
             pytest.skip(f"no package mirror: {output.strip().splitlines()[-1]}")
         assert done.returncode == 0 or not check, f"buildah {' '.join(arguments)}\n{output[-3000:]}"
         return done.stdout
@@ -104,7 +106,16 @@ def build_run_push(buildah: Buildah, base: Path, layout: Path) -> None:
     assert buildah("run", "--isolation", "chroot", container, "--", "cat", "/usr/share/doc/note") == "kept\n"
     assert buildah("run", "--isolation", "chroot", container, "--", "ls", "/usr/share/doc") == "note\n"
     assert buildah("run", "--isolation", "chroot", container, "--", "stat", "-c", "%a", "/usr/bin/bc") == "4755\n"
-    buildah("run", "--isolation", "chroot", container, "--", "sh", "-c", "rm -rf /usr/share/doc; ln -s /etc /usr/share/doc; touch /new")
+    buildah(
+        "run",
+        "--isolation",
+        "chroot",
+        container,
+        "--",
+        "sh",
+        "-c",
+        "rm -rf /usr/share/doc; ln -s /etc /usr/share/doc; touch /new",
+    )
     assert "new" in buildah("run", "--isolation", "chroot", container, "--", "ls", "/")
     buildah("commit", *buildah.policy, "--rm", container, "four")
     buildah("push", *buildah.policy, "four", f"oci:{layout}:four")
@@ -112,8 +123,14 @@ def build_run_push(buildah: Buildah, base: Path, layout: Path) -> None:
         subprocess.run(["skopeo", "inspect", f"oci:{layout}:four"], check=True, capture_output=True, text=True).stdout
     )
     assert len(inspected["Layers"]) == 4
-    last = inspected["LayersData"][-1]["Digest"].removeprefix("sha256:") if "LayersData" in inspected else inspected["Layers"][-1][7:]
-    listed = subprocess.run(["tar", "tzf", str(layout / "blobs" / "sha256" / last)], check=True, capture_output=True, text=True).stdout
+    last = (
+        inspected["LayersData"][-1]["Digest"].removeprefix("sha256:")
+        if "LayersData" in inspected
+        else inspected["Layers"][-1][7:]
+    )
+    listed = subprocess.run(
+        ["tar", "tzf", str(layout / "blobs" / "sha256" / last)], check=True, capture_output=True, text=True
+    ).stdout
     assert {"new", "usr/share/doc"} <= {line.strip("/") for line in listed.splitlines()}
     calls = buildah.log.read_text()
     assert "lowerdir=" in calls
@@ -158,7 +175,12 @@ def test_as_an_ordinary_user(context: Path, named_user: Path) -> None:
     runtime = named_user / "run"
     runtime.mkdir(mode=0o700)
     os.chown(runtime, UID, GID)
-    environment = {"PATH": os.environ.get("PATH", ""), "HOME": str(named_user), "XDG_RUNTIME_DIR": str(runtime), "TMPDIR": str(named_user)}
+    environment = {
+        "PATH": os.environ.get("PATH", ""),
+        "HOME": str(named_user),
+        "XDG_RUNTIME_DIR": str(runtime),
+        "TMPDIR": str(named_user),
+    }
     store = context / "store-user"
     layout = context / "oci-user"
     for path in (store, layout):
@@ -172,7 +194,9 @@ def mounted_below(path: Path, seconds: float = 5.0) -> list[str]:
     """Mount points below ``path`` that do not go away (buildah may keep its own bind of the storage)."""
     end = time.monotonic() + seconds
     while True:
-        left = [point for point in namespace.mount_points() if point.startswith(f"{path}/") and point.endswith("/merged")]
+        left = [
+            point for point in namespace.mount_points() if point.startswith(f"{path}/") and point.endswith("/merged")
+        ]
         if not left or time.monotonic() > end:
             return left
         time.sleep(0.05)

@@ -223,7 +223,9 @@ class Postgres:
     def __init__(self, programs: Path, data: Path, sockets: Path) -> None:
         self.where = f"host={sockets} user=postgres dbname=postgres connect_timeout=20"
         self.pq = LibPq()
-        settings = [word for setting in (*self.SETTINGS, f"unix_socket_directories={sockets}") for word in ("-c", setting)]
+        settings = [
+            word for setting in (*self.SETTINGS, f"unix_socket_directories={sockets}") for word in ("-c", setting)
+        ]
         self.log = sockets / "log"
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
@@ -288,7 +290,16 @@ def cluster(programs: Path, scratch: Path) -> Path:
     data.mkdir(parents=True, mode=0o755)
     user = pwd.getpwnam("postgres")
     os.chown(data, user.pw_uid, user.pw_gid)
-    options = ["-A", "trust", "-k", "--locale=C", "--encoding=UTF8", "--wal-segsize=1", "--no-sync", "--no-instructions"]
+    options = [
+        "-A",
+        "trust",
+        "-k",
+        "--locale=C",
+        "--encoding=UTF8",
+        "--wal-segsize=1",
+        "--no-sync",
+        "--no-instructions",
+    ]
     subprocess.run(as_postgres(programs / "initdb", "-D", data, *options), check=True, capture_output=True, cwd="/")
     return lower
 
@@ -306,7 +317,9 @@ def make_tables(server: Postgres) -> None:
     link = server.connect()
     for table in TABLES:
         rows = ", ".join(f"({n}, {k}, '{v}')" for n, k, v in state_after(0))
-        server.pq.run(link, f"CREATE TABLE {table} (n int PRIMARY KEY, k int, v text); INSERT INTO {table} VALUES {rows}")
+        server.pq.run(
+            link, f"CREATE TABLE {table} (n int PRIMARY KEY, k int, v text); INSERT INTO {table} VALUES {rows}"
+        )
     server.pq.close(link)
 
 

@@ -176,7 +176,9 @@ class Run:
         expected = self.theirs.do(real, as_user)
         actual = self.ours.do(real, as_user)
         self.log.append((real, as_user, expected))
-        assert actual == expected, f"{real} as {'user' if as_user else 'root'}: plain {expected!r}, mount {actual!r}\n{self.story()}"
+        assert actual == expected, (
+            f"{real} as {'user' if as_user else 'root'}: plain {expected!r}, mount {actual!r}\n{self.story()}"
+        )
 
     def story(self) -> str:
         lines = [f"{op}{' as user' if user else ''} -> {str(result)[:60]}" for op, user, result in self.log]
@@ -217,7 +219,9 @@ class Run:
         with self.mounted_by(other) as again:
             seen = trees.snapshot(again)
         for path in last.keys() & seen.keys():
-            if seen[path].type == "dir":  # the kernel touches directories when it mounts and lists them (its xattr "impure")
+            if (
+                seen[path].type == "dir"
+            ):  # the kernel touches directories when it mounts and lists them (its xattr "impure")
                 seen[path] = replace(seen[path], ctime=last[path].ctime)
         found = trees.differences(last, seen, ignore=(), names=(self.impl, other))
         assert not found, "\n  ".join(found[:20]) + "\n" + self.story()
@@ -397,7 +401,11 @@ class Equality(RuleBasedStateMachine):
                 self.run.check()
         else:
             paths = existing(str(self.run.mounted.path))
-            dirs = [""] + [p for p in paths[1:] if (self.run.mounted.path / p).is_dir() and not (self.run.mounted.path / p).is_symlink()]
+            dirs = [""] + [
+                p
+                for p in paths[1:]
+                if (self.run.mounted.path / p).is_dir() and not (self.run.mounted.path / p).is_symlink()
+            ]
             real = concrete(op, paths, [p for p in dirs if p.count("/") < 3])
             self.run.log.append((real, as_user, self.run.ours.do(real, as_user)))
 

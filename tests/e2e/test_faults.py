@@ -107,7 +107,11 @@ def check_after_kill(target: Path, journal: Path) -> None:
         head = b"%d:" % number
         assert read(target / name) == head + bytes([number % 251]) * (length - len(head)), name
     for i in range(20):
-        assert read(target / f"low/d{i}/in") == b"i" if (target / f"low/d{i}").exists() else (target / "low/tmp/in").exists()
+        assert (
+            read(target / f"low/d{i}/in") == b"i"
+            if (target / f"low/d{i}").exists()
+            else (target / "low/tmp/in").exists()
+        )
     for i in range(10):
         content = read(target / f"low/big{i}")
         assert len(content) == 300_000
@@ -133,7 +137,9 @@ def test_sigkill_at_random_moments(space: Path, row: bool, request: pytest.Fixtu
         journal = space / "journal"
         journal.unlink(missing_ok=True)
         handle = cowfs.mount([str(lower.path)], str(target), **options)
-        load = subprocess.Popen([sys.executable, "-c", LOAD, str(target), str(journal), str(rng.random() * 1e9 // 1)[:-2]])
+        load = subprocess.Popen(
+            [sys.executable, "-c", LOAD, str(target), str(journal), str(rng.random() * 1e9 // 1)[:-2]]
+        )
         while not journal.exists() and load.poll() is None:
             time.sleep(0.001)
         time.sleep(rng.random() * 0.15)
@@ -195,7 +201,10 @@ def small_host(base: Path, size: str = "8m", inodes: str = "200") -> Iterator[Pa
 
 def test_a_full_host_gives_enospc_and_loses_nothing(space: Path) -> None:
     lower = layers.Layer(space / "lower").file("big", b"b" * 6_000_000).file("small", b"s")
-    with small_host(space) as host, mounts.mounted("kernel", [lower.path], space, upper=host / "u", work=host / "w") as m:
+    with (
+        small_host(space) as host,
+        mounts.mounted("kernel", [lower.path], space, upper=host / "u", work=host / "w") as m,
+    ):
         write(m.path / "mine", b"m" * 4_000_000)
         before = trees.snapshot(m.path)
         assert error_of(lambda: os.pwrite(os.open(m.path / "big", os.O_WRONLY), b"x", 0)) == "ENOSPC", "copy-up"
@@ -224,7 +233,10 @@ def test_a_full_host_gives_enospc_and_loses_nothing(space: Path) -> None:
 
 def test_a_host_without_inodes(space: Path) -> None:
     lower = layers.Layer(space / "lower").file("low", b"l")
-    with small_host(space, "8m", "60") as host, mounts.mounted("kernel", [lower.path], space, upper=host / "u", work=host / "w") as m:
+    with (
+        small_host(space, "8m", "60") as host,
+        mounts.mounted("kernel", [lower.path], space, upper=host / "u", work=host / "w") as m,
+    ):
         made = 0
         with pytest.raises(OSError, match="No space"):
             while True:
@@ -338,7 +350,9 @@ def test_a_lower_layer_that_gives_eio(space: Path) -> None:
     source = layers.Layer(space / "source").file("bad", b"b" * 100_000).file("good", b"g" * 100_000)
     failing = space / "failing"
     failing.mkdir()
-    server = subprocess.Popen([sys.executable, "-c", FAILING, str(source.path), str(failing)], stderr=subprocess.DEVNULL)
+    server = subprocess.Popen(
+        [sys.executable, "-c", FAILING, str(source.path), str(failing)], stderr=subprocess.DEVNULL
+    )
     try:
         end = time.monotonic() + 10
         while not namespace.fstype_of(str(failing)):
@@ -438,7 +452,15 @@ def test_an_upper_in_use_names_the_holder(bench: Path) -> None:
     (bench / "mnt2").mkdir()
     options = {"upper": bench / "up", "work": bench / "work"}
     with cowfs.mount([str(bench / "lower")], str(bench / "mnt"), **options) as held:
-        line = refused("--layer", str(bench / "lower"), "--upper", str(bench / "up"), "--work", str(bench / "work"), str(bench / "mnt2"))
+        line = refused(
+            "--layer",
+            str(bench / "lower"),
+            "--upper",
+            str(bench / "up"),
+            "--work",
+            str(bench / "work"),
+            str(bench / "mnt2"),
+        )
         assert str(held.pid) in line, line
 
 
@@ -447,14 +469,28 @@ def test_an_upper_in_use_by_the_kernel_names_its_mount_point(bench: Path) -> Non
     (bench / "up").mkdir()
     (bench / "work").mkdir()
     with mounts.overlay([bench / "lower"], bench / "mnt", bench / "up", bench / "work"):
-        line = refused("--layer", str(bench / "lower"), "--upper", str(bench / "up"), "--work", str(bench / "work"), str(bench / "mnt2"))
+        line = refused(
+            "--layer",
+            str(bench / "lower"),
+            "--upper",
+            str(bench / "up"),
+            "--work",
+            str(bench / "work"),
+            str(bench / "mnt2"),
+        )
         assert str(bench / "mnt") in line, line
 
 
 def test_no_fuse_device(bench: Path) -> None:
     """A machine without /dev/fuse: one line that names it."""
     script = f"mount -t tmpfs none /dev && mknod -m 666 /dev/null c 1 3 && exec {sys.executable} -m cowfs mount --layer {bench}/lower --upper {bench}/up {bench}/mnt"
-    done = subprocess.run(["unshare", "-m", "--propagation", "unchanged", "sh", "-c", script], capture_output=True, text=True, check=False, timeout=30)
+    done = subprocess.run(
+        ["unshare", "-m", "--propagation", "unchanged", "sh", "-c", script],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=30,
+    )
     assert done.returncode != 0
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert "/dev/fuse" in done.stderr

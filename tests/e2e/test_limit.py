@@ -83,7 +83,10 @@ def test_dd_gets_enospc_at_the_limit_within_a_block(fs: hostfs.HostFs) -> None:
         assert before.f_blocks * before.f_frsize == 64 * MIB
         assert before.f_bavail * before.f_frsize == 64 * MIB
         done = subprocess.run(
-            ["dd", "if=/dev/zero", f"of={m.path}/big", "bs=1M", "count=100"], capture_output=True, text=True, check=False
+            ["dd", "if=/dev/zero", f"of={m.path}/big", "bs=1M", "count=100"],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert done.returncode != 0
         assert "No space left on device" in done.stderr
@@ -302,7 +305,9 @@ def test_parallel_writers_share_exactly_the_limit(fs: hostfs.HostFs) -> None:
     with mounts.mounted("kernel", [lower_with(base)], base, size=16 * MIB) as m:
         writers = [
             subprocess.Popen(
-                [sys.executable, "-c", WRITER, str(m.path / f"f{i}"), str(4096 * (i + 1))], stdout=subprocess.PIPE, text=True
+                [sys.executable, "-c", WRITER, str(m.path / f"f{i}"), str(4096 * (i + 1))],
+                stdout=subprocess.PIPE,
+                text=True,
             )
             for i in range(4)
         ]
@@ -411,7 +416,9 @@ class LimitMachine(Equality):
         type(self).steps += 1
         self.done += 1
         paths = existing(str(run.mounted.path))
-        dirs = [""] + [p for p in paths[1:] if (run.mounted.path / p).is_dir() and not (run.mounted.path / p).is_symlink()]
+        dirs = [""] + [
+            p for p in paths[1:] if (run.mounted.path / p).is_dir() and not (run.mounted.path / p).is_symlink()
+        ]
         result = run.limited(concrete(op, paths, [p for p in dirs if p.count("/") < 3]), as_user)
         type(self).refused += result == "!ENOSPC"
         if self.done % 20 == 0:

@@ -283,7 +283,9 @@ def test_a_mapped_program_runs(d: Path) -> None:
 
 
 @tree(lambda d: [write(d / "from", PATTERN), write(d / "to", b"0" * 10_000)])
-@pytest.mark.parametrize(("source", "target", "length"), [(0, 0, 16384), (1, 7, 5000), (4096, 8192, 4096), (16380, 0, 100)])
+@pytest.mark.parametrize(
+    ("source", "target", "length"), [(0, 0, 16384), (1, 7, 5000), (4096, 8192, 4096), (16380, 0, 100)]
+)
 def test_copy_file_range(d: Path, source: int, target: int, length: int) -> None:
     one, two = opened(d / "from"), opened(d / "to")
     expected = bytearray(b"0" * 10_000)

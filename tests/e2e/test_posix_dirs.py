@@ -231,7 +231,9 @@ def test_a_handle_of_a_removed_file_is_stale(d: Path) -> None:
 # -- forgotten nodes -----------------------------------------------------------------------
 
 
-@tree(lambda d: [os.makedirs(d / "a" / "b"), write(d / "a" / "b" / "f", b"1"), os.link(d / "a" / "b" / "f", d / "twin")])
+@tree(
+    lambda d: [os.makedirs(d / "a" / "b"), write(d / "a" / "b" / "f", b"1"), os.link(d / "a" / "b" / "f", d / "twin")]
+)
 def test_everything_is_found_again_after_the_kernel_forgot(d: Path) -> None:
     fd = os.open(d / "a" / "b" / "f", os.O_RDWR)
     number = os.stat(d / "twin").st_ino

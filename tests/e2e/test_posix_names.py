@@ -116,7 +116,14 @@ def test_long_names_of_a_lower_layer(d: Path) -> None:
 def test_names_are_bytes(d: Path) -> None:
     """Any byte but '/' and NUL may be in a name."""
     base = os.fsencode(d)
-    names = [bytes([b]) for b in range(1, 256) if b not in b"/."] + [b"\xff\xfe\x80", "né".encode(), b"a\nb", b"...", b".wh.x", b".wh..wh..opq"]
+    names = [bytes([b]) for b in range(1, 256) if b not in b"/."] + [
+        b"\xff\xfe\x80",
+        "né".encode(),
+        b"a\nb",
+        b"...",
+        b".wh.x",
+        b".wh..wh..opq",
+    ]
     for name in names:
         write(base + b"/" + name, name)
     assert sorted(os.listdir(base)) == sorted(names)
@@ -298,7 +305,14 @@ def test_link_errors(d: Path) -> None:
     fails(errno.ENOENT, os.link, d / "missing", d / "x")
 
 
-@tree(lambda d: [write(d / "f", b"one"), os.link(d / "f", d / "g"), os.mkdir(d / "sub"), os.link(d / "f", d / "sub" / "h")])
+@tree(
+    lambda d: [
+        write(d / "f", b"one"),
+        os.link(d / "f", d / "g"),
+        os.mkdir(d / "sub"),
+        os.link(d / "f", d / "sub" / "h"),
+    ]
+)
 def test_hard_links_of_a_layer_stay_one_file_when_written(d: Path) -> None:
     """A change through one name shows through all, and the inode number stays one."""
     assert os.stat(d / "f").st_nlink == 3

@@ -91,7 +91,9 @@ def test_a_change_of_data_by_a_user_clears_suid_and_sgid(d: Path, how: str) -> N
 
 @acl_free
 @tree(lambda d: owned(d / "f", 0o666))
-@pytest.mark.parametrize(("gid", "groups", "expected"), [(GID, [], 0o2666), (OTHER_GID, [GID], 0o2666), (OTHER_GID, [], 0o666)])
+@pytest.mark.parametrize(
+    ("gid", "groups", "expected"), [(GID, [], 0o2666), (OTHER_GID, [GID], 0o2666), (OTHER_GID, [], 0o666)]
+)
 @pytest.mark.parametrize("how", ["write", "truncate", "fallocate"])
 def test_sgid_without_execute_goes_only_when_an_outsider_writes(
     d: Path, how: str, gid: int, groups: list[int], expected: int
@@ -100,7 +102,11 @@ def test_sgid_without_execute_goes_only_when_an_outsider_writes(
     os.chmod(d / "f", 0o2666)
     with acting_as(OTHER_UID, gid, groups):
         fd = os.open(d / "f", os.O_WRONLY)
-        {"write": lambda: os.write(fd, b"x"), "truncate": lambda: os.ftruncate(fd, 1), "fallocate": lambda: posix.fallocate(fd, 0, 0, 100)}[how]()
+        {
+            "write": lambda: os.write(fd, b"x"),
+            "truncate": lambda: os.ftruncate(fd, 1),
+            "fallocate": lambda: posix.fallocate(fd, 0, 0, 100),
+        }[how]()
         os.close(fd)
     assert mode_of(d / "f") == expected
 
@@ -235,7 +241,9 @@ ACL_NAMED = layers.acl(
 ACL_INHERIT = layers.acl(
     (ACL_USER_OBJ, 7, -1), (ACL_GROUP_OBJ, 5, -1), (ACL_GROUP, 7, OTHER_GID), (ACL_MASK, 7, -1), (ACL_OTHER, 0, -1)
 )
-acl_needed = pytest.mark.only("kernel", "overlay", reason="libfuse2 has no POSIX_ACL: the kernel would not enforce them")
+acl_needed = pytest.mark.only(
+    "kernel", "overlay", reason="libfuse2 has no POSIX_ACL: the kernel would not enforce them"
+)
 
 
 @acl_needed
@@ -289,7 +297,14 @@ def test_default_acls_are_inherited(d: Path) -> None:
 
 
 @acl_needed
-@tree(lambda d: [os.mkdir(d / "dir"), write(d / "dir" / "f"), os.setxattr(d / "dir" / "f", ACCESS, ACL_NAMED), os.setxattr(d / "dir", DEFAULT, ACL_INHERIT)])
+@tree(
+    lambda d: [
+        os.mkdir(d / "dir"),
+        write(d / "dir" / "f"),
+        os.setxattr(d / "dir" / "f", ACCESS, ACL_NAMED),
+        os.setxattr(d / "dir", DEFAULT, ACL_INHERIT),
+    ]
+)
 def test_acls_survive_copy_up_and_removal_restores_the_mode(d: Path) -> None:
     write(d / "dir" / "f", b"new")
     assert os.getxattr(d / "dir" / "f", ACCESS) == ACL_NAMED
@@ -305,7 +320,11 @@ def test_acls_survive_copy_up_and_removal_restores_the_mode(d: Path) -> None:
 @acl_needed
 def test_malformed_acls_are_einval(d: Path) -> None:
     write(d / "f")
-    for bad in (b"\x02\0\0\0\x01", layers.acl((ACL_USER_OBJ, 7, -1)), layers.acl((ACL_USER_OBJ, 8, -1), (ACL_GROUP_OBJ, 0, -1), (ACL_OTHER, 0, -1))):
+    for bad in (
+        b"\x02\0\0\0\x01",
+        layers.acl((ACL_USER_OBJ, 7, -1)),
+        layers.acl((ACL_USER_OBJ, 8, -1), (ACL_GROUP_OBJ, 0, -1), (ACL_OTHER, 0, -1)),
+    ):
         fails(errno.EINVAL, os.setxattr, d / "f", ACCESS, bad)
     good = layers.acl((ACL_USER_OBJ, 7, -1), (ACL_GROUP_OBJ, 0, -1), (ACL_OTHER, 0, -1))
     assert posix.error_of(os.setxattr, d / "f", DEFAULT, good) == "EACCES", "a default ACL belongs to directories only"

@@ -242,7 +242,16 @@ def test_rename_needs_both_directories_writable(d: Path) -> None:
         fails(errno.EACCES, os.rename, d / "rw" / "g", d / "ro" / "g")
 
 
-@tree(lambda d: [os.mkdir(d / "o"), os.chown(d / "o", 4321, 4321), os.chmod(d / "o", 0o700), os.mkdir(d / "o" / "sub"), os.mkdir(d / "p"), os.chmod(d / "p", 0o777)])
+@tree(
+    lambda d: [
+        os.mkdir(d / "o"),
+        os.chown(d / "o", 4321, 4321),
+        os.chmod(d / "o", 0o700),
+        os.mkdir(d / "o" / "sub"),
+        os.mkdir(d / "p"),
+        os.chmod(d / "p", 0o777),
+    ]
+)
 def test_a_directory_one_cannot_write_cannot_change_parents(d: Path) -> None:
     """'..' of a moved directory changes, so it must be writable (POSIX); within its parent it may be renamed."""
     with acting_as(4321, 4321):

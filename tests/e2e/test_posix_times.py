@@ -141,7 +141,14 @@ def test_chmod_and_chown_keep_mtime_across_a_copy_up(d: Path) -> None:
     assert os.stat(d / "h").st_mtime_ns == 222
 
 
-@tree(lambda d: [os.makedirs(d / "a" / "b"), write(d / "a" / "b" / "f"), os.utime(d / "a" / "b", ns=(1, 2)), os.utime(d / "a", ns=(3, 4))])
+@tree(
+    lambda d: [
+        os.makedirs(d / "a" / "b"),
+        write(d / "a" / "b" / "f"),
+        os.utime(d / "a" / "b", ns=(1, 2)),
+        os.utime(d / "a", ns=(3, 4)),
+    ]
+)
 def test_a_write_below_keeps_the_times_of_copied_up_parents(d: Path) -> None:
     write(d / "a" / "b" / "f", b"new")
     assert os.stat(d / "a" / "b").st_mtime_ns == 2
@@ -183,7 +190,9 @@ def test_a_descriptor_and_a_path_show_one_file_after_copy_up(d: Path) -> None:
 @pytest.mark.only("kernel", "overlay", reason="libfuse2's path interface has no rename flags")
 def test_exchange_moves_ctime_of_both(d: Path) -> None:
     tick()
-    assert touched(d / "fifo", lambda: [rename2(d / "file", d / "fifo", 2), rename2(d / "file", d / "fifo", 2)]) == CHANGE
+    assert (
+        touched(d / "fifo", lambda: [rename2(d / "file", d / "fifo", 2), rename2(d / "file", d / "fifo", 2)]) == CHANGE
+    )
 
 
 def test_new_objects_are_stamped_now(d: Path) -> None:

@@ -63,7 +63,9 @@ def stack(root_tar: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
                 if str(parent) != ".":
                     middle.dir(str(parent))
             middle.whiteout(name)
-    middle.dir("var").dir("var/cache", opaque=True).dir("var/cache/apt/archives/partial", mode=0o700).dir("var/cache/debconf")
+    middle.dir("var").dir("var/cache", opaque=True).dir("var/cache/apt/archives/partial", mode=0o700).dir(
+        "var/cache/debconf"
+    )
     top = layers.Layer(base / "20-site")
     top.file("etc/hostname", b"cowfs\n").dir("srv").file("usr/local/bin/hello", b"#!/bin/sh\necho hello\n", mode=0o755)
     top.file("srv/linked", b"one file\n").link("srv/linked", "srv/other-name")
@@ -89,12 +91,21 @@ def inhabited(root: Path) -> Iterator[None]:
 
 def run(root: Path, script: str, *, network: bool = False) -> str:
     """Run a shell script inside; its output. Where only the network is missing, skip."""
-    environment = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C.UTF-8", "HOME": "/root"}
+    environment = {
+        "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+        "DEBIAN_FRONTEND": "noninteractive",
+        "LC_ALL": "C.UTF-8",
+        "HOME": "/root",
+    }
     done = subprocess.run(
         ["chroot", str(root), "/bin/bash", "-euc", script], env=environment, capture_output=True, text=True, check=False
     )
     output = done.stdout + done.stderr
-    if network and done.returncode and any(word in output for word in ("Temporary failure", "Could not resolve", "Could not connect")):
+    if (
+        network
+        and done.returncode
+        and any(word in output for word in ("Temporary failure", "Could not resolve", "Could not connect"))
+    ):
         pytest.skip(f"no package mirror: {output.strip().splitlines()[-1]}")
     assert done.returncode == 0, f"{script}\n{output[-3000:]}"
     return output
@@ -121,13 +132,22 @@ def test_a_debian_root_lives_on_cowfs(stack: tuple[Path, list[Path]]) -> None:
             run(root, "cd /srv && git init -q origin && cd origin && git config user.email a@b && git config user.name n"
                       " && for i in $(seq 50); do echo $i >f$i; done && git add . && git commit -qm one"
                       " && cd .. && git clone -q --no-local origin copy && cd copy && git fsck --strict && git gc -q && git status --porcelain")  # fmt: skip
-            run(root, "python3 -m pip --version && python3 -m pip install -q --break-system-packages --no-index --help >/dev/null")
+            run(
+                root,
+                "python3 -m pip --version && python3 -m pip install -q --break-system-packages --no-index --help >/dev/null",
+            )
             run(root, "mkdir -p /tmp/p/six2 && cd /tmp/p && printf 'from setuptools import setup\\nsetup(name=\"six2\", version=\"1\", packages=[\"six2\"])\\n' >setup.py"
                       " && echo 'value = 42' >six2/__init__.py && python3 -m pip install -q --break-system-packages --no-build-isolation --no-index . 2>/dev/null"
                       " && cd / && python3 -c 'import six2; assert six2.value == 42'")  # fmt: skip
             assert "rows" in run(root, f"python3 - <<'E'\n{SQLITE}E")
-            run(root, f"{APT} remove mtr-tiny && {APT} purge iputils-ping && {APT} autoremove && {APT} clean && dpkg --audit")
-            run(root, "chown -R 5:5 /usr/share/perl5 2>/dev/null || chown -R 5:5 /usr/share; mv /usr/share/zoneinfo /usr/share/zones 2>/dev/null || true")
+            run(
+                root,
+                f"{APT} remove mtr-tiny && {APT} purge iputils-ping && {APT} autoremove && {APT} clean && dpkg --audit",
+            )
+            run(
+                root,
+                "chown -R 5:5 /usr/share/perl5 2>/dev/null || chown -R 5:5 /usr/share; mv /usr/share/zoneinfo /usr/share/zones 2>/dev/null || true",
+            )
             run(root, "echo changed >>/srv/linked; cmp /srv/linked /srv/other-name")
             run(root, f"{APT} --reinstall install libcap2-bin", network=True)
         ours = trees.snapshot(root)

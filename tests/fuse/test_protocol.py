@@ -360,7 +360,9 @@ def test_a_write_that_waits_for_room_is_answered_though_requests_never_cease(pai
     assert answers.index((7, errno.ENOSPC)) < 90
 
 
-def test_a_call_that_must_know_what_is_forgotten_is_made_once_the_device_is_empty(pair: Pair, file: Any, full: Any) -> None:
+def test_a_call_that_must_know_what_is_forgotten_is_made_once_the_device_is_empty(
+    pair: Pair, file: Any, full: Any
+) -> None:
     gone, _ = full
     seen: list[tuple[bool, bool]] = []
 

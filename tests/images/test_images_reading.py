@@ -187,7 +187,11 @@ def test_an_old_docker_archive_links_a_layer_that_it_has_already() -> None:
         hardlink("third.tar", f"{OLD_ID}/layer.tar"),
     ]  # fmt: skip
     config = make_config([_digest(LAYER)] * 3)
-    entry = {"Config": "c.json", "RepoTags": None, "Layers": [f"{OLD_ID}/layer.tar", f"{OTHER_ID}/layer.tar", "third.tar"]}
+    entry = {
+        "Config": "c.json",
+        "RepoTags": None,
+        "Layers": [f"{OLD_ID}/layer.tar", f"{OTHER_ID}/layer.tar", "third.tar"],
+    }
     data = tar(*parts, member("c.json", config), member("manifest.json", json.dumps([entry]).encode()))
     with _open(data) as source:
         assert [layer.open().read() for layer in source.pick().layers] == [LAYER] * 3
@@ -237,7 +241,11 @@ def test_an_error_of_the_directory_reaches_the_reader(space: Path) -> None:
     root = space / "root"
     root.mkdir()
     (root / ".wh.x").touch()
-    with open_image(root) as source, source.pick().layers[0].open() as stream, pytest.raises(InvalidArgument, match=r"\.wh\.x"):
+    with (
+        open_image(root) as source,
+        source.pick().layers[0].open() as stream,
+        pytest.raises(InvalidArgument, match=r"\.wh\.x"),
+    ):
         stream.read(1 << 20)
         stream.read(1 << 20)
 
@@ -252,7 +260,11 @@ def test_an_index_of_platforms_and_nested_indexes() -> None:
     index = json.dumps({"manifests": [b.manifests[0] for b in builds.values() if b.manifests]}).encode()
     outer = {"mediaType": "application/vnd.oci.image.index.v1+json", **oci.put(index),
              "annotations": {"org.opencontainers.image.ref.name": "many:1"}}  # fmt: skip
-    attestation = {"schemaVersion": 2, "config": {"mediaType": "application/vnd.oci.empty.v1+json", **oci.put(b"{}")}, "layers": []}
+    attestation = {
+        "schemaVersion": 2,
+        "config": {"mediaType": "application/vnd.oci.empty.v1+json", **oci.put(b"{}")},
+        "layers": [],
+    }
     note = {"mediaType": "application/vnd.oci.image.manifest.v1+json", **oci.put(json.dumps(attestation).encode())}
     oci.manifests = [outer, note]
     with _open(oci.tar()) as source:
@@ -400,11 +412,21 @@ def test_a_docker_configuration_that_is_not_what_its_name_says_is_refused() -> N
     config = make_config([_digest(LAYER)])
     entry = {"Config": "0" * 64 + ".json", "Layers": ["a.tar"]}
     with pytest.raises(Corrupt, match="digest"):
-        _open(tar(member("manifest.json", json.dumps([entry]).encode()), member("a.tar", LAYER), member("0" * 64 + ".json", config)))
+        _open(
+            tar(
+                member("manifest.json", json.dumps([entry]).encode()),
+                member("a.tar", LAYER),
+                member("0" * 64 + ".json", config),
+            )
+        )
 
 
 def test_links_out_of_a_docker_archive_lead_nowhere() -> None:
-    for link in (symlink("a.tar", "../../../etc/passwd"), symlink("a.tar", "/etc/passwd"), hardlink("a.tar", "/etc/passwd")):
+    for link in (
+        symlink("a.tar", "../../../etc/passwd"),
+        symlink("a.tar", "/etc/passwd"),
+        hardlink("a.tar", "/etc/passwd"),
+    ):
         data = _docker([("a.tar", LAYER)])
         config_and_manifest = data[len(member("a.tar", LAYER)) :]
         with pytest.raises(CowfsError, match=r"out of the archive|no file"):
@@ -447,7 +469,10 @@ def test_truncated_and_foreign_sources_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_root_filesystem_that_starts_like_an_image_is_one_all_the_same() -> None:
-    for parts in ([member("oci-layout", b"{}"), member("etc/passwd")], [member("backup.tar", bytes(9 << 20)), directory("etc")]):
+    for parts in (
+        [member("oci-layout", b"{}"), member("etc/passwd")],
+        [member("backup.tar", bytes(9 << 20)), directory("etc")],
+    ):
         data = tar(*parts)
         with _open(data) as source:
             assert source.kind == "rootfs"
@@ -458,7 +483,11 @@ def test_names_as_other_writers_of_docker_archives_choose_them() -> None:
     """jib, kaniko and bazel: no hexadecimal names, compressed layers."""
     config = make_config([_digest(LAYER)])
     entry = {"Config": "config.json", "RepoTags": ["x:1"], "Layers": ["a.tar.gz"]}
-    data = tar(member("a.tar.gz", gzip.compress(LAYER)), member("config.json", config), member("manifest.json", json.dumps([entry]).encode()))
+    data = tar(
+        member("a.tar.gz", gzip.compress(LAYER)),
+        member("config.json", config),
+        member("manifest.json", json.dumps([entry]).encode()),
+    )
     with _open(data) as source:
         assert source.kind == "docker"
         assert source.pick("x:1").layers[0].diff_id == _digest(LAYER)

@@ -35,7 +35,9 @@ def _from_bytes(data: bytes) -> OutLayer:
 
 def _image(*layers: bytes, tags: Sequence[str] = ("app:1",)) -> OutImage:
     return OutImage(
-        config=make_config([_digest(layer) for layer in layers]), layers=[_from_bytes(layer) for layer in layers], tags=tags
+        config=make_config([_digest(layer) for layer in layers]),
+        layers=[_from_bytes(layer) for layer in layers],
+        tags=tags,
     )
 
 
@@ -109,7 +111,9 @@ def test_umoci_unpacks_our_layout_to_the_tree_that_apply_makes(space: Path, unpa
     _run(umoci, "unpack", "--image", f"{space}/layout:small:1", str(space / "bundle"))
     with open_image(space / "layout") as source:
         _apply_all(source, space / "tree")
-    trees.assert_same(trees.snapshot(space / "bundle" / "rootfs"), trees.snapshot(space / "tree"), names=("umoci", "cowfs"))
+    trees.assert_same(
+        trees.snapshot(space / "bundle" / "rootfs"), trees.snapshot(space / "tree"), names=("umoci", "cowfs")
+    )
 
 
 @pytest.mark.root
@@ -156,7 +160,9 @@ def test_podman_and_buildah_load_what_we_write(space: Path, unpacked: OutImage, 
     place = ["--root", f"{space}/root", "--runroot", run, "--storage-driver", "vfs"]
     try:
         _run(tool, *place, "pull", "-q", "--signature-policy", str(policy), f"{kind}:{target}")
-        listed = json.loads(_run(tool, *place, "images", *(["--format", "json"] if program == "podman" else ["--json"])))
+        listed = json.loads(
+            _run(tool, *place, "images", *(["--format", "json"] if program == "podman" else ["--json"]))
+        )
         assert len(listed) == 1
         identity = str(listed[0].get("id") or listed[0].get("Id"))
         assert _digest(unpacked.config)[7:].startswith(identity)
@@ -205,7 +211,9 @@ def test_a_layer_that_two_images_share_is_written_once() -> None:
         return shared.write(out, compression)
 
     images = [
-        OutImage(config=make_config([shared.diff_id]), layers=[OutLayer(diff_id=shared.diff_id, write=write)], tags=[tag])
+        OutImage(
+            config=make_config([shared.diff_id]), layers=[OutLayer(diff_id=shared.diff_id, write=write)], tags=[tag]
+        )
         for tag in ("a:1", "b:1")
     ]
     for writer, compression in ((write_oci, "gzip"), (write_docker, "none")):
@@ -275,7 +283,10 @@ def test_layers_made_here_are_written_too(space: Path) -> None:
     def write(out: BinaryIO, compression: str) -> Any:
         return export_layer(str(layer), out, compression=compression)
 
-    image = OutImage(config=make_config([_digest(LAYER), diff_id]), layers=[_from_bytes(LAYER), OutLayer(diff_id=diff_id, write=write)])
+    image = OutImage(
+        config=make_config([_digest(LAYER), diff_id]),
+        layers=[_from_bytes(LAYER), OutLayer(diff_id=diff_id, write=write)],
+    )
     out = io.BytesIO()
     write_oci(out, [image])
     with open_image(io.BytesIO(out.getvalue())) as source:

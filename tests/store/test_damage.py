@@ -53,7 +53,14 @@ def test_a_store_copied_while_it_is_open_and_written_is_whole(space: Path, drive
         assert copy.check(content=True).damage == []
         copy.gc()
         assert copy.check(content=True).problems == []
-        assert {change.path for change in copy.diff("base", "top")} == {b"d/middle", b"d/top", b"middle", b"top", b"", b"d"}
+        assert {change.path for change in copy.diff("base", "top")} == {
+            b"d/middle",
+            b"d/top",
+            b"middle",
+            b"top",
+            b"",
+            b"d",
+        }
         copy.prepare("again", "top")
         (tree_path(copy, "again") / "new").write_text("x")
         copy.commit("again", "new")
@@ -222,7 +229,10 @@ def test_an_older_format_is_migrated_in_one_transaction(space: Path, monkeypatch
     root = space / "store"
     fill(root)
     monkeypatch.setattr(index_module, "FORMAT", index_module.FORMAT + 1)
-    steps = {index_module.FORMAT - 1: "CREATE TABLE later (x INTEGER);\nINSERT INTO later VALUES (7);\nSELECT nothing FROM nowhere;"}
+    steps = {
+        index_module.FORMAT
+        - 1: "CREATE TABLE later (x INTEGER);\nINSERT INTO later VALUES (7);\nSELECT nothing FROM nowhere;"
+    }
     monkeypatch.setattr(index_module, "MIGRATIONS", steps)
     with pytest.raises(CowfsError):
         Store.open(root, fsync=False)
@@ -278,7 +288,11 @@ def test_a_store_is_private_whatever_the_umask(space: Path) -> None:
 
 def test_an_active_snapshot_in_use_is_told_with_its_holder(space: Path) -> None:
     fill(space / "store")
-    with Store.open(space / "store", fsync=False) as store, store.paths("work"), pytest.raises(FailedPrecondition, match=str(os.getpid())):
+    with (
+        Store.open(space / "store", fsync=False) as store,
+        store.paths("work"),
+        pytest.raises(FailedPrecondition, match=str(os.getpid())),
+    ):
         store.commit("work", "done")
 
 

@@ -58,7 +58,9 @@ def listings(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     real_scan, real_list = os.scandir, os.listdir
 
     def where(target: Any) -> str:
-        return os.readlink(f"/proc/self/fd/{target}") if isinstance(target, int) else os.path.realpath(os.fsdecode(target))
+        return (
+            os.readlink(f"/proc/self/fd/{target}") if isinstance(target, int) else os.path.realpath(os.fsdecode(target))
+        )
 
     def scandir(target: Any = ".") -> Any:
         seen.append(where(target))

@@ -199,7 +199,9 @@ def test_a_snapshot_under_several_writers_holds_what_each_was_told_is_safe(store
                 mapped.flush()
                 done[name] += 1
 
-    writers = [threading.Thread(target=append if name.startswith("log") else store_in_map, args=(name,)) for name in done]
+    writers = [
+        threading.Thread(target=append if name.startswith("log") else store_in_map, args=(name,)) for name in done
+    ]
     between = []
     with store.mount("k", mnt):
         for writer in writers:

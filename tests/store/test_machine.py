@@ -117,7 +117,9 @@ def view_tree(paths: Paths) -> dict[str, tuple[object, ...]]:
             continue
         path = raw.decode()
         xattrs = tuple(
-            (name.decode(), paths.getxattr(raw, name)) for name in sorted(paths.listxattr(raw)) if name.startswith(b"user.")
+            (name.decode(), paths.getxattr(raw, name))
+            for name in sorted(paths.listxattr(raw))
+            if name.startswith(b"user.")
         )
         if stat.S_ISDIR(attr.mode):
             found[path] = (attr.mode, 0, b"", xattrs, 0)
@@ -240,9 +242,7 @@ class StoreMachine(RuleBasedStateMachine):
         """A scan of the layer, less what was copied."""
         row = self.store.index.get(name)
         whole = self.store.driver.usage(row.id)
-        return type(whole)(
-            bytes=max(0, whole.bytes - row.base.bytes), inodes=max(0, whole.inodes - row.base.inodes)
-        )
+        return type(whole)(bytes=max(0, whole.bytes - row.base.bytes), inodes=max(0, whole.inodes - row.base.inodes))
 
     @rule(name=st.sampled_from(NAMES + [n.upper() for n in NAMES]))
     def remove(self, name: str) -> None:
@@ -273,7 +273,22 @@ class StoreMachine(RuleBasedStateMachine):
         content = f"{self.count:06}".encode() * data.draw(st.sampled_from([1, 1, 3, 1000]))
         mode = data.draw(st.sampled_from([0o600, 0o755, 0o4711]))
         act = data.draw(
-            st.sampled_from(["write", "write", "mkdir", "mkdir", "unlink", "rmdir", "rmtree", "rename", "link", "symlink", "chmod", "xattr"])
+            st.sampled_from(
+                [
+                    "write",
+                    "write",
+                    "mkdir",
+                    "mkdir",
+                    "unlink",
+                    "rmdir",
+                    "rmtree",
+                    "rename",
+                    "link",
+                    "symlink",
+                    "chmod",
+                    "xattr",
+                ]
+            )
         )
         calls = {
             "write": lambda on: on.write_bytes(path, content),
@@ -285,7 +300,9 @@ class StoreMachine(RuleBasedStateMachine):
             "link": lambda on: on.link(path, other),
             "symlink": lambda on: on.symlink(f"to-{self.count}", path),
             "chmod": lambda on: on.chmod(path, mode) if not os.path.islink(plain / path) else None,
-            "xattr": lambda on: on.setxattr(path, "user.note", content[:6]) if not os.path.islink(plain / path) else None,
+            "xattr": lambda on: (
+                on.setxattr(path, "user.note", content[:6]) if not os.path.islink(plain / path) else None
+            ),
         }
         if any(through_link(plain, each) for each in (path, other)):
             return  # by path, the view follows no link; the system calls do

@@ -60,7 +60,17 @@ def user_store(space: Path, driver: str, warm: None) -> Iterator[Store]:
 def _members(data: bytes) -> dict[str, tuple[object, ...]]:
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         return {
-            one.name: (one.type, one.uid, one.gid, one.mode, one.size, one.linkname, one.devmajor, one.devminor, one.mtime)
+            one.name: (
+                one.type,
+                one.uid,
+                one.gid,
+                one.mode,
+                one.size,
+                one.linkname,
+                one.devmajor,
+                one.devminor,
+                one.mtime,
+            )
             for one in tar
         }
 

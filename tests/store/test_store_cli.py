@@ -57,11 +57,16 @@ def test_a_snapshot_from_birth_to_removal(cowfs: Cowfs, base: str, space: Path) 
     assert "in use" in one_line(refused)
     cowfs("umount", mnt)
     assert json.loads(cowfs("commit", "work", "done", "--json").stdout)["usage"]["inodes"] == 2
-    assert [json.loads(line)["path"] for line in cowfs("diff", "base", "done", "--json").stdout.splitlines()] == ["/etc", "/etc/motd"]
+    assert [json.loads(line)["path"] for line in cowfs("diff", "base", "done", "--json").stdout.splitlines()] == [
+        "/etc",
+        "/etc/motd",
+    ]
     told = json.loads(cowfs("stat", "done", "--json").stdout)
     assert (told["kind"], told["parent"], told["labels"]) == ("committed", base, {"team": "storage"})
     cowfs("label", "done", "team-", "stage=test")
-    assert [json.loads(line)["name"] for line in cowfs("ls", "labels.stage==test", "--json").stdout.splitlines()] == ["done"]
+    assert [json.loads(line)["name"] for line in cowfs("ls", "labels.stage==test", "--json").stdout.splitlines()] == [
+        "done"
+    ]
     assert [one["name"] for one in json.loads(cowfs("log", "done", "--json").stdout)] == ["done", base]
     assert "done" in cowfs("tree").stdout
     assert cowfs("tag", "app:1", "done").returncode == 0

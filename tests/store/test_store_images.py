@@ -110,7 +110,9 @@ def mounted(store: Store, space: Path) -> object:
     return look
 
 
-def test_each_layer_of_an_image_is_what_umoci_makes_of_it(store: Store, layout: Path, space: Path, mounted: object) -> None:
+def test_each_layer_of_an_image_is_what_umoci_makes_of_it(
+    store: Store, layout: Path, space: Path, mounted: object
+) -> None:
     for tag in ("one", "two", "three", "four"):
         store.import_image(layout, tag, tag=tag)
         bundle = space / f"bundle-{tag}"
@@ -151,7 +153,9 @@ def test_layers_are_exported_byte_for_byte(store: Store, layout: Path) -> None:
         assert out.getvalue() == data
 
 
-def test_an_image_goes_round_through_docker_archive_and_skopeo(store: Store, layout: Path, space: Path, driver: str) -> None:
+def test_an_image_goes_round_through_docker_archive_and_skopeo(
+    store: Store, layout: Path, space: Path, driver: str
+) -> None:
     top = store.import_image(layout, "app:4", tag="four")
     store.export("app:4", space / "docker.tar", format="docker")
     with Store.open(space / "other", driver=driver, fsync=False) as other:
@@ -181,7 +185,9 @@ def test_podman_loads_what_we_export(store: Store, layout: Path, space: Path) ->
     store.export("mine:1", space / "image.tar", format="docker")
     run = tempfile.mkdtemp(prefix="cowfs-podman-", dir="/tmp")  # podman wants at most 50 characters
     podman = ["podman", "--root", f"{run}/root", "--runroot", f"{run}/run", "--storage-driver", "vfs"]
-    loaded = subprocess.run([*podman, "load", "-q", "-i", space / "image.tar"], check=False, capture_output=True, text=True)
+    loaded = subprocess.run(
+        [*podman, "load", "-q", "-i", space / "image.tar"], check=False, capture_output=True, text=True
+    )
     assert loaded.returncode == 0, loaded.stderr
     told = subprocess.run([*podman, "image", "inspect", "mine:1"], check=True, capture_output=True, text=True)
     shutil.rmtree(run)

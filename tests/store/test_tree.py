@@ -124,7 +124,9 @@ def test_content_digests_are_equal_wherever_the_data_is() -> None:
     pending = Pending()
     known = {"digest": b"d" * 32}
     one = write(pending, {b"f": encode(b"f", Entry(0o100644, size=1, layer=1, ino=5, **known))})
-    other = write(pending, {b"f": encode(b"f", Entry(0o100644, size=1, layer=2, ino=9, path=b"else", blocks=8, **known))})
+    other = write(
+        pending, {b"f": encode(b"f", Entry(0o100644, size=1, layer=2, ino=9, path=b"else", blocks=8, **known))}
+    )
     assert one.content == other.content
     assert one.storage != other.storage
     unknown = [write(pending, {b"f": encode(b"f", Entry(0o100644, size=1, layer=1, ino=ino))}) for ino in (5, 6)]

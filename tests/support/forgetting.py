@@ -316,7 +316,10 @@ class Pair:
 
     def draw(self) -> tuple[str, list[Any]]:
         rng, paths = self.rng, self.plain.paths()
-        dirs = [b"", *(path + b"/" for path in paths if path.count(b"/") < 3 and self.plain._type(path) == stat.S_IFDIR)]
+        dirs = [
+            b"",
+            *(path + b"/" for path in paths if path.count(b"/") < 3 and self.plain._type(path) == stat.S_IFDIR),
+        ]
         sources: dict[str, Callable[[], Any]] = {
             "P": lambda: rng.choice(paths or [b"nothing"]),
             "N": lambda: rng.choice(dirs) + rng.choice(NAMES),
@@ -355,9 +358,13 @@ class Pair:
             self.same("stat", path)
             st = os.lstat(self.plain.at(path))
             if stat.S_ISREG(st.st_mode):
-                assert Path(os.fsdecode(self.plain.at(path))).read_bytes() == self.ours.content(path), self.story(f"{path!r}: content")
+                assert Path(os.fsdecode(self.plain.at(path))).read_bytes() == self.ours.content(path), self.story(
+                    f"{path!r}: content"
+                )
             if not stat.S_ISDIR(st.st_mode):
-                assert nodes.setdefault(st.st_ino, self.ours.inode(path)) == self.ours.inode(path), self.story(f"{path!r}: two nodes")
+                assert nodes.setdefault(st.st_ino, self.ours.inode(path)) == self.ours.inode(path), self.story(
+                    f"{path!r}: two nodes"
+                )
         assert len(set(nodes.values())) == len(nodes), self.story("one node for two inodes")
         for slot in range(OPEN):
             self.same("fstat", slot)

@@ -165,7 +165,9 @@ class Layer:
         os.setxattr(full, self.attr("redirect"), os.fsencode(target))
         return self
 
-    def metacopy(self, name: str, size: int, mode: int = 0o644, uid: int = 0, gid: int = 0, redirect: str | None = None) -> Layer:
+    def metacopy(
+        self, name: str, size: int, mode: int = 0o644, uid: int = 0, gid: int = 0, redirect: str | None = None
+    ) -> Layer:
         """Attributes only; the data of ``size`` bytes is that of the layer below."""
         full = self._new(name)
         with open(full, "xb") as file:

@@ -57,7 +57,9 @@ def overlay_mount(
         empty = Path(bind[0]).parent / ".empty-lower"
         empty.mkdir(exist_ok=True)
         bind.append(str(empty))
-    parts = ["lowerdir=" + ":".join(path.replace("\\", "\\\\").replace(":", "\\:").replace(",", "\\,") for path in bind)]
+    parts = [
+        "lowerdir=" + ":".join(path.replace("\\", "\\\\").replace(":", "\\:").replace(",", "\\,") for path in bind)
+    ]
     if upper is not None:
         parts += [f"upperdir={os.fspath(upper)}", f"workdir={os.fspath(work or '')}"]
     if form == "user":

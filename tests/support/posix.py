@@ -126,7 +126,9 @@ def fails(code: int, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Non
     """Assert that the call fails with exactly this errno."""
     expected = NAMES_OF_ERRORS[code]
     actual = error_of(call, *args, **kwargs)
-    assert actual == expected, f"{getattr(call, '__name__', call)}{args}: expected {expected}, got {actual or 'success'}"
+    assert actual == expected, (
+        f"{getattr(call, '__name__', call)}{args}: expected {expected}, got {actual or 'success'}"
+    )
 
 
 def kind_of(path: Any) -> int:

@@ -82,7 +82,9 @@ def _copy_parents(layer: Layer, path: str) -> None:
             layer.dir(at, mode=0o777, mtime=EPOCH)
 
 
-def _change(rng: random.Random, layer: Layer, merged: _Merged, touched: set[str], *, topmost: bool, bottom: bool) -> None:
+def _change(
+    rng: random.Random, layer: Layer, merged: _Merged, touched: set[str], *, topmost: bool, bottom: bool
+) -> None:
     path = _free(rng, merged)
     if _owned(layer, path):
         return
@@ -153,20 +155,36 @@ def _add(rng: random.Random, layer: Layer, merged: _Merged, path: str, there: st
     _copy_parents(layer, path)
     uid = rng.choice((0, 0, 4321))
     kind = rng.choices(
-        ("file", "dir", "symlink", "fifo", "socket", "char", "sparse", "link"), (30, 30, 8, 3, 2, 2, 6, 12 if topmost else 0)
+        ("file", "dir", "symlink", "fifo", "socket", "char", "sparse", "link"),
+        (30, 30, 8, 3, 2, 2, 6, 12 if topmost else 0),
     )[0]
     if kind == "char" and layer.form == "user":  # who has no privilege cannot copy a device up
         kind = "fifo"
     if kind == "file":
         size = rng.choice((0, 1, 100, 4096, 5000, 20_000))
         attributes = {"user.layer": rng.randbytes(5)} if rng.random() < 0.3 else None
-        layer.file(path, rng.randbytes(size), mode=rng.choice((0o644, 0o666, 0o600, 0o755)), uid=uid, gid=uid, xattrs=attributes)
+        layer.file(
+            path,
+            rng.randbytes(size),
+            mode=rng.choice((0o644, 0o666, 0o600, 0o755)),
+            uid=uid,
+            gid=uid,
+            xattrs=attributes,
+        )
     elif kind == "sparse":
         layer.sparse(path, 100_000, {rng.randrange(0, 90_000): rng.randbytes(500)}, mode=0o666)
         kind = "file"
     elif kind == "dir":
         attributes = {"trusted.mark" if layer.form == "trusted" else "user.mark": b"d"} if rng.random() < 0.2 else None
-        layer.dir(path, mode=rng.choice((0o777, 0o755, 0o1777)), uid=uid, gid=uid, mtime=EPOCH, xattrs=attributes, opaque=False)
+        layer.dir(
+            path,
+            mode=rng.choice((0o777, 0o755, 0o1777)),
+            uid=uid,
+            gid=uid,
+            mtime=EPOCH,
+            xattrs=attributes,
+            opaque=False,
+        )
     elif kind == "symlink":
         layer.symlink(path, rng.choice(NAMES), uid=uid, gid=uid)
     elif kind == "fifo":

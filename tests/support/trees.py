@@ -125,7 +125,9 @@ def _canonical_links(tree: Tree) -> Tree:
     return tree
 
 
-def differences(left: Tree, right: Tree, *, ignore: Iterable[str] = ("ctime",), names: tuple[str, str] = ("left", "right")) -> list[str]:
+def differences(
+    left: Tree, right: Tree, *, ignore: Iterable[str] = ("ctime",), names: tuple[str, str] = ("left", "right")
+) -> list[str]:
     """One line a difference, sorted by path; ``ignore`` are field names of ``Entry``."""
     ignored = set(ignore)
     compared = [field.name for field in fields(Entry) if field.name not in ignored]
@@ -151,7 +153,9 @@ def _show(field: str, value: object) -> str:
     return _FORMATS[field](value) if field in _FORMATS and isinstance(value, int) else repr(value)
 
 
-def assert_same(left: Tree, right: Tree, *, ignore: Iterable[str] = ("ctime",), names: tuple[str, str] = ("left", "right")) -> None:
+def assert_same(
+    left: Tree, right: Tree, *, ignore: Iterable[str] = ("ctime",), names: tuple[str, str] = ("left", "right")
+) -> None:
     """Fail with every difference listed (at most 40 lines)."""
     found = differences(left, right, ignore=ignore, names=names)
     assert not found, f"{len(found)} differences between {names[0]} and {names[1]}:\n  " + "\n  ".join(found[:40])

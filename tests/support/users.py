@@ -97,5 +97,10 @@ def run_python(script: str, **environment: str) -> subprocess.CompletedProcess[s
     """Run a script as the ordinary user; stdout and stderr as text."""
     python, base = interpreter()
     return subprocess.run(
-        command_as([python, "-c", script]), env={**base, **environment}, cwd="/", capture_output=True, text=True, check=False
+        command_as([python, "-c", script]),
+        env={**base, **environment},
+        cwd="/",
+        capture_output=True,
+        text=True,
+        check=False,
     )

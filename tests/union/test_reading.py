@@ -254,7 +254,9 @@ def test_a_listing_goes_on_after_its_cookie(stack: Stack) -> None:
 def test_the_view_shows_what_the_kernel_shows(trusted: Stack) -> None:
     """One stack with every device of the format, compared name by name with the kernel's overlayfs."""
     low = trusted.add()
-    low.file("keep", b"k", xattrs={"user.a": b"1"}).file("gone", b"g").file("meta", b"m" * 5000).file("moved/in/deep", b"d")
+    low.file("keep", b"k", xattrs={"user.a": b"1"}).file("gone", b"g").file("meta", b"m" * 5000).file(
+        "moved/in/deep", b"d"
+    )
     low.file("opaque/hidden", b"h").symlink("link", "keep").fifo("fifo").sparse("sparse", 100_000, {50_000: b"x"})
     top = trusted.add()
     top.whiteout("gone").metacopy("meta", 5000, mode=0o600).whiteout("moved").redirect("there", "/moved")
@@ -268,7 +270,12 @@ def test_the_view_shows_what_the_kernel_shows(trusted: Stack) -> None:
     assert set(shown) | {""} == set(theirs)
     for path, attr in shown.items():
         entry = theirs[path]
-        assert (stat.S_IMODE(attr.mode), attr.uid, attr.gid, attr.mtime_ns) == (entry.mode, entry.uid, entry.gid, entry.mtime), path
+        assert (stat.S_IMODE(attr.mode), attr.uid, attr.gid, attr.mtime_ns) == (
+            entry.mode,
+            entry.uid,
+            entry.gid,
+            entry.mtime,
+        ), path
         if entry.type == "file":
             assert data[path] == (kernel / path).read_bytes()
 

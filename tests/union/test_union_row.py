@@ -176,7 +176,9 @@ class RedirectFile(RuleBasedStateMachine):
         self.versions += {version[:size] for version in self.versions}  # the size may be on the disk before the data
         self.changed()
 
-    @rule(mode=st.sampled_from([0, KEEP, PUNCH | KEEP, PUNCH | KEEP, ZERO, ZERO | KEEP]), offset=_offsets, length=_lengths)
+    @rule(
+        mode=st.sampled_from([0, KEEP, PUNCH | KEEP, PUNCH | KEEP, ZERO, ZERO | KEEP]), offset=_offsets, length=_lengths
+    )
     def fallocate(self, mode: int, offset: int, length: int) -> None:
         if self.where == "/dev/shm" and not mode & PUNCH and self.view.space is not None:
             return  # tmpfs does not tell where it has reserved room
@@ -326,7 +328,9 @@ class RedirectFile(RuleBasedStateMachine):
         assert len(found) == len(self.model)
         for at in range(0, len(found), 4096):
             block = found[at : at + 4096]
-            assert any(version[at : at + 4096].ljust(len(block), b"\0")[: len(block)] == block for version in self.versions)
+            assert any(
+                version[at : at + 4096].ljust(len(block), b"\0")[: len(block)] == block for version in self.versions
+            )
         self.model[:] = found
         self.changed()
 

@@ -372,7 +372,9 @@ def test_a_redirect_file_that_goes_takes_its_map_along(stack: Stack, how: str, r
     assert list(stack.map_dir().iterdir()) == []
 
 
-@pytest.mark.parametrize("value", [b"", b"\x01", b"\x02" + bytes(40), bytes(28) + b"x", b"\x01\x0c" + bytes(26) + b"../x"])
+@pytest.mark.parametrize(
+    "value", [b"", b"\x01", b"\x02" + bytes(40), bytes(28) + b"x", b"\x01\x0c" + bytes(26) + b"../x"]
+)
 def test_a_damaged_reference_is_an_error(value: bytes) -> None:
     with pytest.raises(OSError) as caught:
         rowmap.Ref.unpack(value)
