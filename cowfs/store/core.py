@@ -500,10 +500,11 @@ class StoreCore:
         if readonly and self.driver.whole and parents:
             id, *parents = parents
         limit = row.limit
-        if limit and row.base.inodes:
+        if limit and row.base != Usage():
+            # What its live snapshots hold counts, too. A mount's options cannot say 0.
             limit = Limit(
-                bytes=None if limit.bytes is None else limit.bytes + row.base.bytes,
-                inodes=None if limit.inodes is None else limit.inodes + row.base.inodes,
+                bytes=None if limit.bytes is None else max(1, limit.bytes + row.base.bytes),
+                inodes=None if limit.inodes is None else max(1, limit.inodes + row.base.inodes),
             )
         return self.driver.mounts(id, parents, readonly=readonly, limit=limit, mount_type=mount_type)
 

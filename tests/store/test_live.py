@@ -147,6 +147,24 @@ def test_rollback_and_snapshot_without_a_mount(store: Store, tmp_path: Path) -> 
     assert store.stat("k").parent == "base"
 
 
+def test_the_mount_record_of_a_key_allows_what_its_snapshots_left_of_the_limit(store: Store, tmp_path: Path) -> None:
+    def sizes() -> list[str]:
+        (record,) = store.mounts("limited", mount_type="fuse")
+        return [option for option in record.options if option.startswith(("size=", "inodes="))]
+
+    mnt = tmp_path / "mnt"
+    store.prepare("limited", "base", size=1 << 20, inodes=100)
+    assert sizes() == ["size=1048576", "inodes=100"]
+    with store.mount("limited", mnt):
+        (mnt / "new").write_bytes(bytes(256 << 10))
+    store.snapshot("limited", "held")
+    assert sizes() == ["size=786432", "inodes=99"]
+    with store.mount("limited", mnt):
+        (mnt / "full").write_bytes(bytes(768 << 10))
+    store.snapshot("limited", "full")
+    assert sizes() == ["size=1", "inodes=98"]
+
+
 def test_descriptors_on_changed_files_are_stale_after_a_rollback(store: Store, tmp_path: Path) -> None:
     mnt = tmp_path / "mnt"
     with store.mount("k", mnt) as handle:
