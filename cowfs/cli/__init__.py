@@ -77,6 +77,10 @@ VERBS: dict[str, Verb] = {
 }
 
 
+#: options that may stand before the verb, and whether a value follows
+_BEFORE = {"--root": True, "--driver": True, "--json": False}
+
+
 def is_path(argument: str) -> bool:
     """Whether an argument is a path; others name snapshots in the store."""
     return argument.startswith(("/", "./", "../")) or argument in (".", "..")
@@ -137,9 +141,25 @@ def overview() -> str:
     return "\n".join(lines)
 
 
+def verb_first(arguments: Sequence[str]) -> list[str]:
+    """Put the options of a store behind the verb, when somebody wrote them before it.
+
+    >>> verb_first(["--root", "store", "--json", "ls", "-l"])
+    ['ls', '--root', 'store', '--json', '-l']
+    """
+    end = 0
+    while end < len(arguments) and (option := arguments[end].partition("="))[0] in _BEFORE:
+        end += 2 if _BEFORE[option[0]] and not option[1] else 1
+    return (
+        [*arguments[end : end + 1], *arguments[:end], *arguments[end + 1 :]]
+        if end < len(arguments)
+        else list(arguments)
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the command. Returns the exit status."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = verb_first(sys.argv[1:] if argv is None else argv)
     name = arguments[0] if arguments else "--help"
     if name in ("--help", "-h", "help"):
         if name == "help" and len(arguments) > 1 and arguments[1] in VERBS:

@@ -12,7 +12,9 @@ __all__ = ["Store"]
 class Store(BlockVerbs, SquashVerbs, ImageVerbs):
     """A store of snapshots in one directory. Make it with :meth:`open`.
 
-    >>> with Store.open("/tmp/store") as store:  # doctest: +SKIP
-    ...     store.prepare("work")
-    ...     store.commit("work", "base")
+    >>> with Store.open("store") as store:
+    ...     records = store.prepare("work", size="1G")
+    ...     info = store.commit("work", "base")
+    ...     [(each.name, each.kind.value) for each in store.walk()]
+    [('base', 'committed')]
     """

@@ -87,9 +87,10 @@ class View:
         OSError: a directory is missing or unreadable; ENOTDIR; EXDEV when ``work`` is on another
             file system than ``upper``.
 
-    >>> import tempfile, os
+    >>> import pathlib, tempfile
     >>> base = tempfile.mkdtemp()
-    >>> _ = open(base + "/hello", "w").write("world")
+    >>> pathlib.Path(base, "hello").write_bytes(b"world")
+    5
     >>> view = View([base])
     >>> view.size(view.lookup(view.root, b"hello"))
     5

@@ -194,3 +194,12 @@ def test_a_reader_that_leaves_early_is_no_error(cowfs: Cowfs, base: str, space: 
         f"{sys.executable} -m cowfs ls --json | true", shell=True, env=env, capture_output=True, text=True, check=False
     )
     assert done.stderr == ""
+
+
+def test_the_options_of_a_store_may_stand_before_the_verb(cowfs: Cowfs, space: Path) -> None:
+    other = space / "other"
+    cowfs("--root", other, "--driver=vfs", "prepare", "k")
+    assert [json.loads(line)["name"] for line in cowfs("--json", f"--root={other}", "ls").stdout.splitlines()] == ["k"]
+    assert json.loads(cowfs("--json", "info", "--root", other).stdout)["driver"] == "vfs"
+    for arguments in (["--root"], ["--root", other], ["--json"]):
+        assert "no verb '--" in one_line(cowfs(*arguments, status=2))
