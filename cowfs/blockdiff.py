@@ -37,6 +37,7 @@ from cowfs.model import Change
 from cowfs.union import Dir, Node, View
 from cowfs.union.attr import unpack
 from cowfs.union.node import DT_LNK, DT_REG
+from cowfs.union.paths import find
 from cowfs.union.rowfile import RowFile
 
 __all__ = ["BLOCK", "MAGIC", "Counts", "apply", "produce"]
@@ -105,7 +106,7 @@ def produce(before: View, after: View, changes: Iterable[Change], stream: Binary
     linked: dict[int, bytes] = {}
     for change in changes:
         out.counts.paths += 1
-        old, new = _find(before, change.path), _find(after, change.path)
+        old, new = find(before, change.path), find(after, change.path)
         if change.kind == "deleted" or new is None:
             out.frame(b"M", _json({"path": _text(change.path), "kind": "deleted"}))
             continue
@@ -339,7 +340,7 @@ class _Target:
             raise Corrupt(f"the block-level difference holds a damaged record for {meta['path']!r}") from error
 
     def _begin(self, path: bytes, meta: dict[str, Any]) -> None:
-        view, here = self._view, _find(self._view, path)
+        view, here = self._view, find(self._view, path)
         if meta["kind"] == "deleted":
             if here is not None and path:
                 _remove(view, here)
@@ -351,7 +352,7 @@ class _Target:
         if here is not None and not keep:
             _remove(view, here)
         if "link" in meta:
-            twin = _find(view, _bytes(meta["link"]))
+            twin = find(view, _bytes(meta["link"]))
             if twin is None:
                 raise Corrupt(f"{meta['path']!r} is a link to nothing")
             parent, name = _place(view, path)
@@ -432,7 +433,7 @@ class _Target:
         """The last path is complete, and with it the directories."""
         self._finish()
         for path, meta in reversed(self._directories):
-            node = _find(self._view, path)
+            node = find(self._view, path)
             if node is not None:
                 self._attributes(node, meta)
 
@@ -456,18 +457,9 @@ class _Target:
             raise Corrupt(f"the block-level difference holds a damaged record for {meta['path']!r}") from error
 
 
-def _find(view: View, path: bytes) -> Node | None:
-    here: Node | None = view.root
-    for part in path.split(b"/") if path else ():
-        if not isinstance(here, Dir):
-            return None
-        here = view.child(here, part)
-    return here
-
-
 def _place(view: View, path: bytes) -> tuple[Dir, bytes]:
     head, _, name = path.rpartition(b"/")
-    parent = _find(view, head)
+    parent = find(view, head)
     if not isinstance(parent, Dir) or not name:
         raise Corrupt(f"the block-level difference names {os.fsdecode(path)!r} without its directory")
     return parent, name

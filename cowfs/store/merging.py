@@ -28,6 +28,7 @@ from cowfs.union import Options, View, copyup, create, links
 from cowfs.union.attr import unpack
 from cowfs.union.lower import Data
 from cowfs.union.node import DT_LNK, DT_REG, Dir, Node
+from cowfs.union.paths import find
 from cowfs.union.rowfile import RowFile
 
 __all__ = ["Merged", "write_changes"]
@@ -89,14 +90,14 @@ class _Writer:
         """Make them all. Owner of neither view's descriptors afterwards."""
         directories = []
         for change in changes:
-            here = _find(self.into, change.path)
+            here = find(self.into, change.path)
             if change.kind == "deleted" or (here is not None and change.kind == "added") or "type" in change.what:
                 if here is not None and change.path:
                     _remove(self.into, here)
                     here = None
                 if change.kind == "deleted":
                     continue
-            there = _find(self.source, change.path)
+            there = find(self.source, change.path)
             assert there is not None
             if isinstance(there, Dir):
                 directories.append(change.path)
@@ -111,7 +112,7 @@ class _Writer:
                 self._make(change.path, there)
         above = {path.rpartition(b"/")[0] for path in (change.path for change in changes) if path}
         for path in sorted({*directories, *above}, reverse=True):  # their times last, and from the bottom up
-            there, here = _find(self.source, path), _find(self.into, path)
+            there, here = find(self.source, path), find(self.into, path)
             if isinstance(there, Dir) and isinstance(here, Dir) and (path in directories or self.into.upper_of(here)):
                 self._attributes(there, copyup.up_dir(self.into, here).open(), b"")
 
@@ -266,18 +267,9 @@ def _physical(node: Node) -> tuple[int, bytes]:
     return where.open(), name
 
 
-def _find(view: View, path: bytes) -> Node | None:
-    here: Node | None = view.root
-    for part in path.split(b"/") if path else ():
-        if not isinstance(here, Dir):
-            return None
-        here = view.child(here, part)
-    return here
-
-
 def _place(view: View, path: bytes) -> tuple[Dir, bytes]:
     head, _, name = path.rpartition(b"/")
-    parent = _find(view, head)
+    parent = find(view, head)
     assert isinstance(parent, Dir)
     return parent, name
 

@@ -28,6 +28,16 @@ from cowfs.union.view import View
 Path = str | bytes
 
 
+def find(view: View, path: bytes) -> Node | None:
+    """The node at a path of names, without following links; ``None`` when there is none. Raises OSError of the layers."""
+    here: Node | None = view.root
+    for part in path.split(b"/") if path else ():
+        if not isinstance(here, Dir):
+            return None
+        here = view.child(here, part)
+    return here
+
+
 class Paths:
     """Path-level calls on a :class:`~cowfs.union.view.View`; errors are OSError, as in ``os``.
 
