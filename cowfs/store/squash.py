@@ -50,7 +50,7 @@ from cowfs.store import layers
 from cowfs.store.core import _sound
 from cowfs.store.live import LiveVerbs, counts, unlink
 from cowfs.store.names import new_id
-from cowfs.store.staging import SQUASH, discard, fsync_directory, staged
+from cowfs.store.staging import SQUASH, discard, fsync_directory, locked, staged
 from cowfs.store.turns import turn
 from cowfs.sys import trees
 
@@ -480,9 +480,4 @@ def _lock_note(path: str) -> int | None:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(fd)
-        return None
-    return fd
+    return locked(fd)

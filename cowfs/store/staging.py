@@ -196,6 +196,11 @@ def _lock(path: str) -> int | None:
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
         return None
+    return locked(fd)
+
+
+def locked(fd: int) -> int | None:
+    """The descriptor, locked; or None, and it is closed, while somebody else holds the lock."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
