@@ -13,6 +13,7 @@ Threads: each thread has its own connection, made when first used and again afte
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import sqlite3
@@ -35,7 +36,21 @@ BUSY_SECONDS = 60.0
 WAL_PAGES = 256
 """Pages that the write-ahead log grows to, and is cut to after a large transaction: a megabyte, a quarter of SQLite's own."""
 
-MIGRATIONS: dict[int, str] = {}
+MIGRATIONS: dict[int, str] = {
+    1: """
+-- Configurations that snapshots remember: one for all the snapshots of an image.
+CREATE TABLE configs (
+    digest TEXT PRIMARY KEY,            -- 'sha256:...' of the document: the id of the image
+    data   TEXT NOT NULL                -- byte for byte
+) WITHOUT ROWID;
+
+-- the configuration of the image that it was made from, whatever becomes of that image's tag
+ALTER TABLE snapshots ADD COLUMN config TEXT REFERENCES configs (digest);
+
+-- which form of export gave diff_id (cowfs.archive.FORM); NULL: an archive did, or an older cowfs
+ALTER TABLE snapshots ADD COLUMN diff_form INTEGER;
+""",
+}
 """SQL that turns format N into N + 1, by N. Format 1 is schema.sql as it first was."""
 
 FORMAT = 1 + len(MIGRATIONS)
@@ -185,6 +200,7 @@ class Index:
         self._local = threading.local()
         self._open: weakref.WeakSet[_Connection] = weakref.WeakSet()  # guarded by _lock
         self._lock = threading.Lock()
+        self._format = FORMAT
         if not create and not os.path.exists(path):
             raise NotFound(f"no index at {path}", remedy="make the store with 'cowfs init'")
         self._prepare()
@@ -239,6 +255,9 @@ class Index:
             connection = self._connection()
             version = self._version(connection)
             if version == FORMAT:
+                return
+            if version and _is_readonly(self.path):
+                self._format = version  # read as it is: what an older format does not have is not known
                 return
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("BEGIN IMMEDIATE")
@@ -489,6 +508,9 @@ class Index:
             self._mark(connection, [row[0] for row in connection.execute(roots)], marked)
             unused = [row for row in connection.execute("SELECT digest FROM records") if row[0] not in marked]
             connection.executemany("DELETE FROM records WHERE digest = ?", unused)
+            connection.execute(
+                "DELETE FROM configs WHERE digest NOT IN (SELECT config FROM snapshots WHERE config IS NOT NULL)"
+            )
             point("gc.swept")
         point("gc.committed")
         return len(unused)
@@ -515,6 +537,32 @@ class Index:
                 connection.execute("INSERT INTO sqlite_sequence (name, seq) VALUES ('snapshots', 0)")
                 row = connection.execute(bump).fetchone()
             return int(row[0])
+
+    # --------------------------------------------------------- configurations
+
+    @staticmethod
+    def keep_config(connection: sqlite3.Connection, config: str) -> str:
+        """Store a configuration inside a write transaction; its digest."""
+        digest = "sha256:" + hashlib.sha256(config.encode()).hexdigest()
+        connection.execute("INSERT OR IGNORE INTO configs VALUES (?, ?)", (digest, config))
+        return digest
+
+    def config_of(self, num: int) -> str | None:
+        """The configuration of the image that a snapshot was made from, where it is remembered."""
+        if self._format < 2:
+            return None
+        query = "SELECT c.data FROM snapshots AS s JOIN configs AS c ON c.digest = s.config WHERE s.num = ?"
+        with self._errors():
+            row = self._connection().execute(query, (num,)).fetchone()
+        return None if row is None else str(row[0])
+
+    def diff_form(self, num: int) -> int | None:
+        """Which form of export gave a snapshot's diff id; None where an archive did, or an older cowfs."""
+        if self._format < 2:
+            return None
+        with self._errors():
+            row = self._connection().execute("SELECT diff_form FROM snapshots WHERE num = ?", (num,)).fetchone()
+        return None if row is None else row[0]
 
     # ------------------------------------------------------------------- tags
 

@@ -312,7 +312,8 @@ class LiveVerbs(UpkeepVerbs):
                 )
                 connection.execute(
                     "INSERT INTO snapshots (id, name, kind, parent, depth, labels, created, updated, limit_bytes,"
-                    " limit_inodes, base_bytes, base_inodes) VALUES (?, ?, 'active', ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    " limit_inodes, base_bytes, base_inodes, config) VALUES (?, ?, 'active', ?, ?, ?, ?, ?, ?, ?, ?, ?,"
+                    " (SELECT config FROM snapshots WHERE num = ?))",
                     (
                         id,
                         row.name,
@@ -325,6 +326,7 @@ class LiveVerbs(UpkeepVerbs):
                         row.limit.inodes,
                         base.bytes,
                         base.inodes,
+                        row.num,
                     ),
                 )
                 self._publish(id)

@@ -202,6 +202,7 @@ class StoreCore:
         check_labels(labels)
         above = self._parent(parent) if parent is not None else None
         self._free(key)
+        config = self._config_at(parent, above)
         chain = [id for _, id in self.index.chain(above.num if above is not None else None)]
         if len(chain) >= MAX_DEPTH:
             raise InvalidArgument(f"{parent!r} has {len(chain)} layers, {MAX_DEPTH} are allowed", remedy="cowfs squash")
@@ -227,7 +228,7 @@ class StoreCore:
                         self._parent(above.name, above.num)
                     connection.execute(
                         "INSERT INTO snapshots (id, name, kind, parent, depth, labels, created, updated, limit_bytes,"
-                        " limit_inodes, base_bytes, base_inodes) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                        " limit_inodes, base_bytes, base_inodes, config) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                         (
                             layer.id,
                             key,
@@ -241,6 +242,7 @@ class StoreCore:
                             limit.inodes,
                             base.bytes,
                             base.inodes,
+                            self.index.keep_config(connection, config) if config else None,
                         ),
                     )
                     point("create.recorded")
@@ -250,6 +252,19 @@ class StoreCore:
                 raise _taken(key) from None
         point("create.committed")
         return self.index.get(key)
+
+    def _config_at(self, name: str | None, row: Row | None) -> str:
+        """The configuration of the image that a name means: the tag's, else the one that the snapshot was made from."""
+        if name is None or row is None:
+            return ""
+        tag = self.index.tag(name)
+        if tag is not None and tag.config:
+            return tag.config
+        own = self.index.config_of(row.num)
+        if own is not None:
+            return own
+        tags = [tag for tag in self.index.tags("t.target = ?", (row.num,)) if tag.config]
+        return min(tags, key=lambda tag: (tag.created, tag.name)).config if tags else ""
 
     def _parent(self, name: str, num: int | None = None) -> Row:
         row = self.index.get(name) if num is not None else self.resolve(name)
