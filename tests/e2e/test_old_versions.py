@@ -6,7 +6,6 @@ import hashlib
 import os
 import stat
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,12 +20,12 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="its layers have trust
 
 
 @pytest.fixture
-def old(space: Path, can_mount: None) -> Iterator[Path]:
+def old(space: Path, can_mount: None) -> Path:
     """What version 0.1 left, unpacked."""
     command = ["tar", "--zstd", "--xattrs", "--xattrs-include=*", "--acls", "-xf", str(DATA), "-C", str(space)]
     subprocess.run(command, check=True)
     (space / "mnt").mkdir()
-    yield space
+    return space
 
 
 def listing(top: Path) -> list[str]:
