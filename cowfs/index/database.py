@@ -13,19 +13,19 @@ Threads: each thread has its own connection, made when first used and again afte
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import sqlite3
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from cowfs.errors import Corrupt, CowfsError, FailedPrecondition, NotFound, Unsupported
 from cowfs.index.directory import EMPTY, Pair, root_digest
+from cowfs.index.transaction import Transaction
 from cowfs.model import Info, Kind, Limit, Usage
 from cowfs.sys.faults import point
 
@@ -37,7 +37,16 @@ WAL_PAGES = 256
 """Pages that the write-ahead log grows to, and is cut to after a large transaction: a megabyte, a quarter of SQLite's own."""
 
 MIGRATIONS: dict[int, str] = {
+    # Format 1 had no such column: sharing a limit was told from the numbers, which a live snapshot's child has alone.
     1: """
+ALTER TABLE snapshots ADD COLUMN shares_limit INTEGER NOT NULL DEFAULT 0;
+UPDATE snapshots SET shares_limit = 1 WHERE EXISTS (
+    SELECT 1 FROM snapshots AS p WHERE p.num = snapshots.parent
+    AND snapshots.base_bytes = p.base_bytes - coalesce(p.bytes, 0)
+    AND snapshots.base_inodes = p.base_inodes - coalesce(p.inodes, 0)
+    AND p.labels LIKE '%"cowfs.snapshot-of"%');
+""",
+    2: """
 -- Configurations that snapshots remember: one for all the snapshots of an image.
 CREATE TABLE configs (
     digest TEXT PRIMARY KEY,            -- 'sha256:...' of the document: the id of the image
@@ -55,6 +64,9 @@ ALTER TABLE snapshots ADD COLUMN diff_form INTEGER;
 
 FORMAT = 1 + len(MIGRATIONS)
 
+LACKING = {1: "0 AS shares_limit, NULL AS config, NULL AS diff_form", 2: "NULL AS config, NULL AS diff_form"}
+"""Columns of snapshots that an older format has not, by format: so it is read where it cannot be migrated."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
@@ -70,6 +82,7 @@ class Row:
     created: int
     updated: int
     limit: Limit
+    shares_limit: bool
     base: Usage
     usage: Usage | None
     root: Pair | None
@@ -103,6 +116,7 @@ class Tag:
 _ROW = """
 SELECT s.num, s.id, s.name, s.kind, s.parent, s.depth, s.labels, s.created, s.updated, s.limit_bytes, s.limit_inodes,
        s.base_bytes, s.base_inodes, s.bytes, s.inodes, s.root_content, s.root_storage, s.diff_id, s.chain_id, s.damage,
+       s.shares_limit,
        (SELECT p.name FROM snapshots AS p WHERE p.num = s.parent)
 FROM snapshots AS s
 """
@@ -127,7 +141,7 @@ SELECT num, id FROM chain ORDER BY depth DESC
 
 def _row(values: tuple) -> Row:  # type: ignore[type-arg]
     (num, id_, name, kind, parent, depth, labels, created, updated, limit_bytes, limit_inodes, base_bytes, base_inodes,
-     bytes_, inodes, content, storage, diff_id, chain_id, damage, parent_name) = values  # fmt: skip
+     bytes_, inodes, content, storage, diff_id, chain_id, damage, shares_limit, parent_name) = values  # fmt: skip
     return Row(
         num=num,
         id=id_,
@@ -139,6 +153,7 @@ def _row(values: tuple) -> Row:  # type: ignore[type-arg]
         created=created,
         updated=updated,
         limit=Limit(bytes=limit_bytes, inodes=limit_inodes),
+        shares_limit=bool(shares_limit),
         base=Usage(bytes=base_bytes, inodes=base_inodes),
         usage=None if bytes_ is None else Usage(bytes=bytes_, inodes=inodes),
         root=None if content is None else (content, storage),
@@ -200,7 +215,6 @@ class Index:
         self._local = threading.local()
         self._open: weakref.WeakSet[_Connection] = weakref.WeakSet()  # guarded by _lock
         self._lock = threading.Lock()
-        self._format = FORMAT
         if not create and not os.path.exists(path):
             raise NotFound(f"no index at {path}", remedy="make the store with 'cowfs init'")
         self._prepare()
@@ -226,9 +240,20 @@ class Index:
         connection.execute("PRAGMA cache_size = -16384")
         connection.execute(f"PRAGMA wal_autocheckpoint = {WAL_PAGES}")
         connection.execute(f"PRAGMA journal_size_limit = {WAL_PAGES * 4096}")
+        if frozen:
+            self._complete(connection)
         with self._lock:
             self._open.add(connection)
         return connection
+
+    @staticmethod
+    def _complete(connection: _Connection) -> None:
+        """Let an index that cannot be migrated look as if it had been; temporary names come before the file's own."""
+        lacking = LACKING.get(int(connection.execute("PRAGMA user_version").fetchone()[0]))
+        if lacking:
+            connection.execute("PRAGMA temp_store = MEMORY")
+            connection.execute(f"CREATE TEMP VIEW snapshots AS SELECT *, {lacking} FROM main.snapshots")
+            connection.execute("CREATE TEMP TABLE configs (digest TEXT PRIMARY KEY, data TEXT NOT NULL)")
 
     def _as_uri(self) -> tuple[str, bool]:
         """(name, that it is a URI) under which SQLite opens a file that nobody can change: it wants to write one beside it."""
@@ -254,10 +279,7 @@ class Index:
         with self._errors():
             connection = self._connection()
             version = self._version(connection)
-            if version == FORMAT:
-                return
-            if version and _is_readonly(self.path):
-                self._format = version  # read as it is: what an older format does not have is not known
+            if version == FORMAT or (version in LACKING and _is_readonly(self.path)):
                 return
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("BEGIN IMMEDIATE")
@@ -331,13 +353,16 @@ class Index:
         return CowfsError(f"the index {self.path}: {error}")
 
     @contextmanager
-    def write(self) -> Iterator[_Connection]:
-        """One transaction that writes: the whole of it happens, or nothing."""
+    def write(self) -> Iterator[Transaction]:
+        """One transaction that writes: the whole of it happens, or nothing.
+
+        Reads of this index in the same thread see what the transaction wrote.
+        """
         with self._errors():
             connection = self._connection()
             connection.execute("BEGIN IMMEDIATE")
             try:
-                yield connection
+                yield Transaction(connection)
                 connection.execute("COMMIT")
             except BaseException:
                 if connection.in_transaction:
@@ -345,16 +370,16 @@ class Index:
                 raise
 
     @contextmanager
-    def read(self) -> Iterator[_Connection]:
+    def read(self) -> Iterator[None]:
         """Several reads of one and the same state."""
         with self._errors():
             connection = self._connection()
             if connection.in_transaction:
-                yield connection
+                yield
                 return
             connection.execute("BEGIN")
             try:
-                yield connection
+                yield
             finally:
                 connection.execute("COMMIT")
 
@@ -368,7 +393,8 @@ class Index:
 
     def set_meta(self, key: str, value: str) -> str:
         """Settle a fact once; whoever comes second gets the first one's value."""
-        with self.write() as connection:
+        with self.write():
+            connection = self._connection()
             connection.execute("INSERT OR IGNORE INTO meta VALUES (?, ?)", (key, value))
             return str(connection.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()[0])
 
@@ -411,13 +437,29 @@ class Index:
             )
         return None if row is None else _row(row)
 
-    def rows(self, where: str = "1", values: Iterable[object] = (), *, page: int = 512) -> Iterator[Row]:
-        """Snapshots in the order of their making, read in pages so that no transaction stays open.
+    def find_num(self, num: int) -> Row | None:
+        """The snapshot with this number."""
+        return next(self._rows("s.num = ?", (num,)), None)
 
-        ``where`` is SQL over the columns of ``s``; what is removed meanwhile may be missing.
-        """
+    def find_id(self, id: str) -> Row | None:
+        """The snapshot whose directory the driver calls ``id``."""
+        return next(self._rows("s.id = ?", (id,)), None)
+
+    def rows(self) -> Iterator[Row]:
+        """All snapshots in the order of their making, read in pages: one that is removed meanwhile may be missing."""
+        return self._rows("1")
+
+    def rows_on(self, num: int) -> list[Row]:
+        """The snapshots whose parent this is."""
+        return list(self._rows("s.parent = ?", (num,)))
+
+    def damaged(self) -> list[Row]:
+        """The snapshots in quarantine."""
+        return list(self._rows("s.damage IS NOT NULL"))
+
+    def _rows(self, where: str, values: tuple[object, ...] = (), *, page: int = 512) -> Iterator[Row]:
+        """Snapshots by a condition over the columns of ``s``, in pages so that no transaction stays open."""
         after = -1
-        values = tuple(values)
         while True:
             with self._errors():
                 found = (
@@ -486,13 +528,11 @@ class Index:
         root = os.path.dirname(self.path)
         return None if os.statvfs(root).f_flag & os.ST_RDONLY else root
 
-    @staticmethod
-    def add_records(connection: sqlite3.Connection, new: Mapping[bytes, tuple[bytes, bytes]]) -> None:
-        """Store records inside a write transaction; those already there are kept."""
-        connection.executemany(
-            "INSERT OR IGNORE INTO records VALUES (?, ?, ?)",
-            ((digest, children, data) for digest, (children, data) in new.items()),
-        )
+    def record_children(self, digest: bytes) -> bytes | None:
+        """The digests of the records that a directory record points at, one after another; None where it is not there."""
+        with self._errors():
+            row = self._connection().execute("SELECT children FROM records WHERE digest = ?", (digest,)).fetchone()
+        return None if row is None else bytes(row[0])
 
     def sweep(self) -> int:
         """Delete the records that no snapshot's tree reaches; how many there were.
@@ -500,37 +540,36 @@ class Index:
         Reachable ones are found without the write lock; what snapshots made since then reach is
         added under it.
         """
-        roots = "SELECT root_storage FROM snapshots WHERE root_storage IS NOT NULL"
         marked: set[bytes] = set()
-        with self.read() as connection:
-            self._mark(connection, [row[0] for row in connection.execute(roots)], marked)
-        with self.write() as connection:
-            self._mark(connection, [row[0] for row in connection.execute(roots)], marked)
-            unused = [row for row in connection.execute("SELECT digest FROM records") if row[0] not in marked]
-            connection.executemany("DELETE FROM records WHERE digest = ?", unused)
-            connection.execute(
-                "DELETE FROM configs WHERE digest NOT IN (SELECT config FROM snapshots WHERE config IS NOT NULL)"
-            )
+        with self.read():
+            self._mark(marked)
+        with self.write() as change:
+            self._mark(marked)
+            every = self._connection().execute("SELECT digest FROM records")
+            unused = [digest for (digest,) in every if digest not in marked]
+            change.remove_records(unused)
+            change.drop_configs()
             point("gc.swept")
         point("gc.committed")
         return len(unused)
 
-    @staticmethod
-    def _mark(connection: sqlite3.Connection, roots: list[bytes], marked: set[bytes]) -> None:
-        todo = [root_digest(storage) for storage in roots]
+    def _mark(self, marked: set[bytes]) -> None:
+        """Add the digests of all records that a snapshot's tree reaches."""
+        roots = self._connection().execute("SELECT root_storage FROM snapshots WHERE root_storage IS NOT NULL")
+        todo = [root_digest(storage) for (storage,) in roots]
         while todo:
             digest = todo.pop()
             if digest in marked:
                 continue
             marked.add(digest)
-            row = connection.execute("SELECT children FROM records WHERE digest = ?", (digest,)).fetchone()
-            if row is not None:
-                below: bytes = row[0]
+            below = self.record_children(digest)
+            if below is not None:
                 todo += [below[at : at + 32] for at in range(0, len(below), 32)]
 
     def reserve(self) -> int:
         """A number for a snapshot that is to be inserted later under it; never given twice."""
-        with self.write() as connection:
+        with self.write():
+            connection = self._connection()
             bump = "UPDATE sqlite_sequence SET seq = seq + 1 WHERE name = 'snapshots' RETURNING seq"
             row = connection.execute(bump).fetchone()
             if row is None:
@@ -540,17 +579,8 @@ class Index:
 
     # --------------------------------------------------------- configurations
 
-    @staticmethod
-    def keep_config(connection: sqlite3.Connection, config: str) -> str:
-        """Store a configuration inside a write transaction; its digest."""
-        digest = "sha256:" + hashlib.sha256(config.encode()).hexdigest()
-        connection.execute("INSERT OR IGNORE INTO configs VALUES (?, ?)", (digest, config))
-        return digest
-
     def config_of(self, num: int) -> str | None:
         """The configuration of the image that a snapshot was made from, where it is remembered."""
-        if self._format < 2:
-            return None
         query = "SELECT c.data FROM snapshots AS s JOIN configs AS c ON c.digest = s.config WHERE s.num = ?"
         with self._errors():
             row = self._connection().execute(query, (num,)).fetchone()
@@ -558,8 +588,6 @@ class Index:
 
     def diff_form(self, num: int) -> int | None:
         """Which form of export gave a snapshot's diff id; None where an archive did, or an older cowfs."""
-        if self._format < 2:
-            return None
         with self._errors():
             row = self._connection().execute("SELECT diff_form FROM snapshots WHERE num = ?", (num,)).fetchone()
         return None if row is None else row[0]
@@ -570,19 +598,62 @@ class Index:
         """The tag of this name."""
         if not _is_text(name):
             return None
-        return next(self.tags("t.name = ?", (name,)), None)
+        return next(iter(self._tags("t.name = ?", (name,))), None)
 
-    def tags(self, where: str = "1", values: Iterable[object] = ()) -> Iterator[Tag]:
-        """Tags in the order of their names."""
+    def tags(self) -> list[Tag]:
+        """All tags, in the order of their names."""
+        return self._tags("1")
+
+    def tags_of(self, num: int) -> list[Tag]:
+        """The tags of a snapshot."""
+        return self._tags("t.target = ?", (num,))
+
+    def _tags(self, where: str, values: tuple[object, ...] = ()) -> list[Tag]:
         with self._errors():
             found = (
                 self._connection()
                 .execute(
                     "SELECT t.name, s.name, t.config, t.created FROM tags AS t JOIN snapshots AS s ON s.num = t.target"
                     f" WHERE {where} ORDER BY t.name",
-                    tuple(values),
+                    values,
                 )
                 .fetchall()
             )
-        for name, target, config, created in found:
-            yield Tag(name=name, target=target, config=config, created=created)
+        return [
+            Tag(name=name, target=target, config=config, created=created) for name, target, config, created in found
+        ]
+
+    # ----------------------------------------------------------------- totals
+
+    def ids(self) -> set[str]:
+        """The driver's ids of all snapshots."""
+        with self._errors():
+            return {id for (id,) in self._connection().execute("SELECT id FROM snapshots")}
+
+    def counts(self) -> dict[str, int]:
+        """How many snapshots there are, by kind."""
+        with self._errors():
+            return dict(self._connection().execute("SELECT kind, count(*) FROM snapshots GROUP BY kind").fetchall())
+
+    def used(self) -> Usage:
+        """The usage of all committed layers together."""
+        return self._sum("1")
+
+    def reclaimable(self) -> Usage:
+        """The usage of the committed layers that have neither tag nor child."""
+        return self._sum(
+            "kind = 'committed' AND NOT EXISTS (SELECT 1 FROM snapshots AS c WHERE c.parent = s.num)"
+            " AND NOT EXISTS (SELECT 1 FROM tags AS t WHERE t.target = s.num)"
+        )
+
+    def _sum(self, where: str) -> Usage:
+        query = f"SELECT coalesce(sum(bytes), 0), coalesce(sum(inodes), 0) FROM snapshots AS s WHERE {where}"
+        with self._errors():
+            size, inodes = self._connection().execute(query).fetchone()
+        return Usage(bytes=size, inodes=inodes)
+
+    def damage_of_file(self) -> list[str]:
+        """Sentences of SQLite about damage of the file itself, ten at most; empty when it is sound."""
+        with self._errors():
+            lines = [line for (line,) in self._connection().execute("PRAGMA quick_check(10)")]
+        return [line for line in lines if line != "ok"]

@@ -88,7 +88,7 @@ class ExportVerbs(ArchiveVerbs):
         if self.index.tag(name) is not None:
             return [self._image(chain, diff_ids, self.config(name), [name])]
         tags: dict[str, list[str]] = {}
-        for tag in self.index.tags("t.target = ?", (row.num,)):
+        for tag in self.index.tags_of(row.num):
             tags.setdefault(self.config(tag.name), []).append(tag.name)
         if not tags:
             tags[self.config(name)] = []
@@ -119,7 +119,7 @@ class ExportVerbs(ArchiveVerbs):
             if self.index.config_of(row.num) == config:
                 return count  # the first that was made from it
         for count, row in enumerate(chain):
-            if any(tag.config == config for tag in self.index.tags("t.target = ?", (row.num,))):
+            if any(tag.config == config for tag in self.index.tags_of(row.num)):
                 return count + 1
         return len(chain)
 
@@ -134,11 +134,8 @@ class ExportVerbs(ArchiveVerbs):
                     diff_id = self._write_layer(each, nowhere, "none", None)
                 chain_id = self._chain_id(each.parent, diff_id)
                 if self.index.spool is not None:  # a store that can only be read finds it anew each time
-                    with self.index.write() as connection:
-                        connection.execute(
-                            "UPDATE snapshots SET diff_id = ?, chain_id = coalesce(chain_id, ?), diff_form = ? WHERE num = ?",
-                            (diff_id, chain_id, archive.FORM, num),
-                        )
+                    with self.index.write() as change:
+                        change.set_archive(num, diff_id, chain_id, form=archive.FORM)
             found.append(diff_id)
         return found
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -101,15 +100,12 @@ class LookVerbs(StoreCore):
             InvalidArgument: a bad label.
         """
         check_labels(labels)
-        with self.index.write() as connection:
+        with self.index.write() as change:
             row = self.resolve(name)
             merged = {**({} if replace else row.labels), **labels}
             kept = {key: value for key, value in merged.items() if value is not None}
             now = max(time.time_ns(), row.updated + 1)  # a clock that went backwards changes nothing
-            connection.execute(
-                "UPDATE snapshots SET labels = ?, updated = ? WHERE num = ?",
-                (json.dumps(kept, sort_keys=True), now, row.num),
-            )
+            change.set_labels(row.num, kept, now)
             point("update.recorded")
         return self.resolve(name).info()
 
@@ -174,7 +170,7 @@ class LookVerbs(StoreCore):
         if row.kind is not Kind.COMMITTED:
             raise InvalidArgument(f"{target!r} is {_a(row.kind)}, a tag names committed ones", remedy="commit it first")
         kept = self._config_at(target, row) if config is None else config
-        with self.index.write() as connection:
+        with self.index.write() as change:
             self._free(name, for_tag=True)
             self._parent(row.name, row.num)
             had = self.index.tag(name)
@@ -182,7 +178,7 @@ class LookVerbs(StoreCore):
                 raise AlreadyExists(f"the tag {name!r} exists", remedy=f"cowfs rm {name} drops it")
             if config is None and target == row.name and had is not None and had.target == row.name and had.config:
                 kept = had.config  # the tag stays where it is
-            connection.execute("INSERT OR REPLACE INTO tags VALUES (?, ?, ?, ?)", (name, row.num, kept, time.time_ns()))
+            change.set_tag(name, row.num, kept)
         tag = self.index.tag(name)
         assert tag is not None
         return tag
@@ -205,4 +201,4 @@ class LookVerbs(StoreCore):
 
     def tags(self) -> list[Tag]:
         """All tags, by name."""
-        return list(self.index.tags())
+        return self.index.tags()
