@@ -228,8 +228,10 @@ def guarded(run: Callable[[], int], program: str = "cowfs") -> int:
     from cowfs.errors import CowfsError
 
     try:
-        code = run()
-        sys.stdout.flush()
+        try:
+            code = run()
+        finally:
+            _flush()
     except CowfsError as error:
         return complain(program, str(error), error.exit_code)
     except BrokenPipeError:
@@ -239,21 +241,20 @@ def guarded(run: Callable[[], int], program: str = "cowfs") -> int:
     except KeyboardInterrupt:
         return 130
     except OSError as error:
-        if _give_up_output():
-            return complain(program, f"standard output: {error.strerror}", 1)
         where = os.fsdecode(error.filename) + ": " if isinstance(error.filename, str | bytes) else ""
         return complain(program, f"{where}{error.strerror or error}", 1)
     return code
 
 
-def _give_up_output() -> bool:
-    """What standard output did not take, it must not be given once more at exit; whether there was any."""
+def _flush() -> None:
+    """What standard output did not take, it must not be given once more at exit."""
     try:
         sys.stdout.flush()
-    except OSError:
+    except BrokenPipeError:
+        raise
+    except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return True
-    return False
+        raise OSError(error.errno, error.strerror, "standard output") from None
 
 
 def complain(program: str, message: str, code: int) -> int:
