@@ -24,9 +24,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from cowfs.errors import Corrupt, CowfsError, FailedPrecondition, NotFound, Unsupported
+from cowfs.index import events
 from cowfs.index.directory import EMPTY, Pair, root_digest
 from cowfs.index.transaction import Transaction
-from cowfs.model import Info, Kind, Limit, Usage
+from cowfs.model import Event, Info, Kind, Limit, Usage
 from cowfs.sys.faults import point
 
 __all__ = ["APPLICATION_ID", "FORMAT", "Index", "Row", "Tag"]
@@ -59,12 +60,27 @@ ALTER TABLE snapshots ADD COLUMN config TEXT REFERENCES configs (digest);
 -- which form of export gave diff_id (cowfs.archive.FORM); NULL: an archive did, or an older cowfs
 ALTER TABLE snapshots ADD COLUMN diff_form INTEGER;
 """,
+    3: """
+-- What happened, the newest cowfs.index.events.KEPT of it. seq grows without gaps: the newest is never deleted.
+CREATE TABLE events (
+    seq        INTEGER PRIMARY KEY,
+    time       INTEGER NOT NULL,
+    type       TEXT NOT NULL,           -- image, container, snapshot, mount, limit, store
+    action     TEXT NOT NULL,
+    actor      TEXT NOT NULL,           -- the key, name, tag or id that it happened to
+    attributes TEXT NOT NULL            -- JSON object of strings
+);
+""",
 }
 """SQL that turns format N into N + 1, by N. Format 1 is schema.sql as it first was."""
 
 FORMAT = 1 + len(MIGRATIONS)
 
-LACKING = {1: "0 AS shares_limit, NULL AS config, NULL AS diff_form", 2: "NULL AS config, NULL AS diff_form"}
+LACKING = {
+    1: "0 AS shares_limit, NULL AS config, NULL AS diff_form",
+    2: "NULL AS config, NULL AS diff_form",
+    3: "",
+}
 """Columns of snapshots that an older format has not, by format: so it is read where it cannot be migrated."""
 
 
@@ -250,8 +266,11 @@ class Index:
     def _complete(connection: _Connection) -> None:
         """Let an index that cannot be migrated look as if it had been; temporary names come before the file's own."""
         lacking = LACKING.get(int(connection.execute("PRAGMA user_version").fetchone()[0]))
+        if lacking is None:
+            return
+        connection.execute("PRAGMA temp_store = MEMORY")
+        connection.execute("CREATE TEMP TABLE events (seq, time, type, action, actor, attributes)")
         if lacking:
-            connection.execute("PRAGMA temp_store = MEMORY")
             connection.execute(f"CREATE TEMP VIEW snapshots AS SELECT *, {lacking} FROM main.snapshots")
             connection.execute("CREATE TEMP TABLE configs (digest TEXT PRIMARY KEY, data TEXT NOT NULL)")
 
@@ -622,6 +641,30 @@ class Index:
         return [
             Tag(name=name, target=target, config=config, created=created) for name, target, config, created in found
         ]
+
+    # ----------------------------------------------------------------- events
+
+    def events(self, after: int, count: int) -> list[Event]:
+        """Events behind a sequence number, oldest first, ``count`` at most;"""
+        with self._errors():
+            return events.read(self._connection(), after, count)
+
+    def event_at(self, time: int) -> int:
+        """The sequence number of the last event before a time (nanoseconds since 1970); 0 when there is none."""
+        with self._errors():
+            return events.before(self._connection(), time)
+
+    def event_range(self) -> tuple[int, int]:
+        """Sequence numbers of the oldest and the newest event that are kept; (1, 0) when there is none."""
+        with self._errors():
+            return events.ends(self._connection())
+
+    def changes(self) -> int:
+        """A number that differs from the last one when somebody wrote meanwhile, seen from this thread."""
+        with self._errors():
+            connection = self._connection()
+            others = int(connection.execute("PRAGMA data_version").fetchone()[0])
+            return others << 40 | connection.total_changes
 
     # ----------------------------------------------------------------- totals
 

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from cowfs.errors import AlreadyExists
+from cowfs.index import events
 from cowfs.index.directory import Pair
 from cowfs.model import Kind, Limit, Usage
 
@@ -123,6 +124,7 @@ class Transaction:
             self._connection.execute(f"INSERT INTO snapshots ({columns}) VALUES ({places})", tuple(values.values()))
         except sqlite3.IntegrityError:
             raise NameTaken(name) from None
+        self.record_event("snapshot", _MADE[kind], name, {"parent": self._name_of(parent[0])} if parent else {})
 
     def commit_active(self, num: int, name: str, labels: Mapping[str, str], committed: Committed) -> None:
         """Make an active snapshot a committed one under a name.
@@ -140,10 +142,12 @@ class Transaction:
             **_committed(committed),
         }
         self.add_records(committed.records)
+        key = self._name_of(num)
         try:
             self._set(num, values)
         except sqlite3.IntegrityError:
             raise NameTaken(name) from None
+        self.record_event("snapshot", "commit", name, {"key": key, "bytes": str(committed.usage.bytes)})
 
     def set_labels(self, num: int, labels: Mapping[str, str], updated: int) -> None:
         """Replace the labels of a snapshot."""
@@ -159,6 +163,7 @@ class Transaction:
     def set_damage(self, num: int, why: str | None) -> None:
         """Put a snapshot in quarantine, or (None) take it out."""
         self._set(num, {"damage": why})
+        self.record_event("store", "quarantine" if why else "release", self._name_of(num), {"why": why} if why else {})
 
     def set_base(self, num: int, base: Usage) -> None:
         """Set what a snapshot does not count for its limit."""
@@ -204,7 +209,12 @@ class Transaction:
 
     def remove(self, num: int) -> None:
         """Delete the record of a snapshot that has neither child nor tag."""
+        self.record_event("snapshot", "remove", self._name_of(num))
         self._connection.execute("DELETE FROM snapshots WHERE num = ?", (num,))
+
+    def _name_of(self, num: int) -> str:
+        found = self._connection.execute("SELECT name FROM snapshots WHERE num = ?", (num,)).fetchone()
+        return str(found[0]) if found else ""
 
     def _set(self, num: int, values: Mapping[str, object]) -> None:
         columns = ", ".join(f"{column} = ?" for column in values)
@@ -244,10 +254,34 @@ class Transaction:
     def set_tag(self, name: str, num: int, config: str) -> None:
         """Make a tag, or move it."""
         self._connection.execute("INSERT OR REPLACE INTO tags VALUES (?, ?, ?, ?)", (name, num, config, time.time_ns()))
+        self.record_event("image", "tag", name, {"name": name, "snapshot": self._name_of(num), **_image(config)})
 
     def drop_tag(self, name: str) -> None:
         """Delete a tag; its snapshot stays."""
+        found = self._connection.execute("SELECT config FROM tags WHERE name = ?", (name,)).fetchone()
         self._connection.execute("DELETE FROM tags WHERE name = ?", (name,))
+        self.record_event("image", "untag", name, {"name": name, **_image(found[0] if found else "")})
+
+    # -- events -----------------------------------------------------------------------------------
+
+    def record_event(
+        self, type: str, action: str, actor: str, attributes: Mapping[str, str] | None = None, *, at: int | None = None
+    ) -> int:
+        """Add to the log of events what this transaction does; the event's sequence number.
+
+        Args:
+            type, action, actor, attributes: as in :class:`cowfs.model.Event`.
+            at: nanoseconds since 1970, of something that happened earlier; now by default.
+        """
+        return events.add(self._connection, type, action, actor, attributes or {}, time.time_ns() if at is None else at)
+
+
+_MADE = {Kind.ACTIVE: "prepare", Kind.VIEW: "view", Kind.COMMITTED: "create"}
+
+
+def _image(config: str) -> dict[str, str]:
+    """The attribute ``image``: the id of the image with this configuration."""
+    return {"image": "sha256:" + hashlib.sha256(config.encode()).hexdigest()} if config else {}
 
 
 def _labels(labels: Mapping[str, str]) -> str:
