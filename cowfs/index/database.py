@@ -231,6 +231,7 @@ class Index:
         self._local = threading.local()
         self._open: weakref.WeakSet[_Connection] = weakref.WeakSet()  # guarded by _lock
         self._lock = threading.Lock()
+        self._closed = False
         if not create and not os.path.exists(path):
             raise NotFound(f"no index at {path}", remedy="make the store with 'cowfs init'")
         self._prepare()
@@ -240,6 +241,8 @@ class Index:
     def _connection(self) -> _Connection:
         local = self._local
         if getattr(local, "pid", None) != os.getpid():
+            if self._closed:
+                raise FailedPrecondition(f"the store {os.path.dirname(self.path)} is closed", remedy="open it again")
             # A connection must not be used across a fork: the child drops it without closing.
             local.connection = self._connect()
             local.pid = os.getpid()
@@ -286,7 +289,8 @@ class Index:
         return f"file:{quote(self.path)}?mode=ro&immutable=1", True
 
     def close(self) -> None:
-        """Close every thread's connection. Idempotent; using the index again opens it again."""
+        """Close every thread's connection. Idempotent; the index cannot be used any more."""
+        self._closed = True
         with self._lock:
             connections = list(self._open)
             self._open.clear()

@@ -19,9 +19,9 @@ from types import EllipsisType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from cowfs.errors import CowfsError, FailedPrecondition, InvalidArgument, NotFound
-from cowfs.model import Limit, Usage, parse_count, parse_size
+from cowfs.model import SMALLEST_LIMIT, Limit, Usage, parse_count, parse_size
 from cowfs.mounting import mountpoint, protocol
-from cowfs.mounting.request import HIDDEN, IdMap, MountSpec, find_layers
+from cowfs.mounting.request import HIDDEN, IdMap, MountSpec, find_layers, refuse_layer
 
 if TYPE_CHECKING:
     from cowfs.model import Change
@@ -121,7 +121,7 @@ class MountHandle:
         """
         wanted: dict[str, int | None] = {}
         if not isinstance(size, EllipsisType):
-            wanted["bytes"] = None if size is None else parse_size(size)
+            wanted["bytes"] = None if size is None else parse_size(size, least=SMALLEST_LIMIT)
         if not isinstance(inodes, EllipsisType):
             wanted["inodes"] = None if inodes is None else parse_count(inodes)
         answer = self.ask("limit", **wanted) if wanted else self.ask("usage")
@@ -192,7 +192,7 @@ def make_spec(
     from cowfs.sys.mounts import OPTION_FLAGS
 
     words = []
-    for word in options:
+    for word in options.split(",") if isinstance(options, str) else options:
         if word == "ro":
             readonly = True
         elif word in ("rw", "defaults", ""):
@@ -220,6 +220,7 @@ def make_spec(
                 "the layers have no common parent to keep a scratch upper in",
                 remedy="name one: --upper DIR; or mount with --read-only",
             )
+        refuse_layer(beside)
         scratch = _scratch(beside, ephemeral)
     return MountSpec(
         layers=found,
@@ -229,7 +230,7 @@ def make_spec(
         scratch=scratch,
         ephemeral=ephemeral,
         readonly=readonly,
-        size=None if size is None else parse_size(size),
+        size=None if size is None else parse_size(size, least=SMALLEST_LIMIT),
         inodes=None if inodes is None else parse_count(inodes),
         options=tuple(words),
         **more,

@@ -122,7 +122,8 @@ class MountVerbs(LookVerbs):
         if self.driver.whole:
             parents = parents[:1] if readonly else []
         layers = [self.driver.tree(parent) for parent in reversed(parents)] or [f"{self.root}/empty"]
-        words = tuple(more.pop("options", ()))
+        words = more.pop("options", ())
+        words = words.split(",") if isinstance(words, str) else tuple(words)
         return MountSpec(
             layers=tuple(layers),
             mountpoint=target,

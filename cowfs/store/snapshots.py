@@ -33,7 +33,7 @@ from cowfs.errors import (
 )
 from cowfs.index.database import Index, Row
 from cowfs.index.transaction import Committed, NameTaken
-from cowfs.model import Info, Kind, Limit, Mount, Usage, parse_count, parse_size
+from cowfs.model import SMALLEST_LIMIT, Info, Kind, Limit, Mount, Usage, parse_count, parse_size
 from cowfs.store import layers
 from cowfs.store.names import check_labels, check_name, new_id
 from cowfs.store.opening import INDEX, default_root, make_root, must_run, only_one
@@ -179,7 +179,8 @@ class StoreCore:
             Corrupt: the parent is in quarantine.
         """
         limit = Limit(
-            bytes=None if size is None else parse_size(size), inodes=None if inodes is None else parse_count(inodes)
+            bytes=None if size is None else parse_size(size, least=SMALLEST_LIMIT),
+            inodes=None if inodes is None else parse_count(inodes),
         )
         row = self._create(key, parent, Kind.ACTIVE, limit, labels or {})
         return self._mounts(row, mount_type)

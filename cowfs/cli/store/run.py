@@ -57,7 +57,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.rm and args.commit:
         raise InvalidArgument("--rm and --commit exclude each other")
     key = args.key or f"run-{secrets.token_hex(4)}"
-    with open_store(args) as store:
+    with open_store(args, create=False) as store:
         config = _config(store, args.parent)
         command = args.command or [*(config.get("Entrypoint") or ()), *(config.get("Cmd") or ())] or ["/bin/sh"]
         environment = _environment(config, args.env)
