@@ -74,6 +74,8 @@ def _mount_row(status: MountStatus) -> tuple[str, ...]:
     where = shown(status.mountpoint)
     if not status.alive:
         return (where, "?", "server is gone: cowfs umount clears it", "", "", "", "", "")
+    if not status.answers:
+        return (where, "?", "server does not answer: cowfs umount --force ends it", "", "", "", "", "")
     if status.pid is None:
         return (where, "?", "another user's", "", "", "", "", "")
     return (
@@ -89,7 +91,7 @@ def _mount_row(status: MountStatus) -> tuple[str, ...]:
 
 
 def _mount_as_json(status: MountStatus) -> dict[str, object]:
-    return {**status.details, "mountpoint": status.mountpoint, "alive": status.alive}
+    return {**status.details, "mountpoint": status.mountpoint, "alive": status.alive, "answers": status.answers}
 
 
 # -- usage -------------------------------------------------------------------------------------------------------------

@@ -193,6 +193,15 @@ class Session:
             raise failure
         return outcome[1]  # type: ignore[no-any-return]
 
+    @property
+    def connected(self) -> bool:
+        """Whether the kernel still has the file system: false from its unmount on, also before :meth:`run` noticed. Any thread."""
+        if self._ended:
+            return False
+        poll = select.poll()
+        poll.register(self._fd, 0)
+        return not any(events & (select.POLLERR | select.POLLNVAL) for _, events in poll.poll(0))
+
     def has_held_requests(self) -> bool:
         """Whether requests wait for a copy-up or another job of their node. In the loop thread (see :meth:`call`)."""
         return self._errands.pending

@@ -119,6 +119,11 @@ class PortableSession:
         """Operations served so far, by name in capitals; only those that came."""
         return dict(self._counts)
 
+    @property
+    def connected(self) -> bool:
+        """Whether libfuse still serves the file system. Any thread."""
+        return not self._ended
+
     def call(self, fn: Callable[[], _T]) -> _T:
         """Run ``fn`` while no operation is being answered. Any thread. Raises ENODEV after the end."""
         with self._lock:

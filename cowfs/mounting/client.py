@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from types import EllipsisType, TracebackType
 from typing import TYPE_CHECKING, Any
 
-from cowfs.errors import CowfsError, FailedPrecondition, InvalidArgument, NotFound
+from cowfs.errors import FailedPrecondition, InvalidArgument, NotFound
 from cowfs.model import SMALLEST_LIMIT, Limit, Usage, parse_count, parse_size
 from cowfs.mounting import mountpoint, protocol
 from cowfs.mounting.request import HIDDEN, IdMap, MountSpec, find_layers, refuse_layer
@@ -40,7 +40,8 @@ class MountStatus:
 
     Attributes:
         mountpoint: where.
-        alive: whether its server answers; of a dead one only ``mountpoint`` (and perhaps ``socket``) is known.
+        alive: whether its server is there; of a dead one only ``mountpoint`` (and perhaps ``socket``) is known.
+        answers: whether a server that is there answered in time; of one that did not, no more is known either.
         layers: bottom first.
         upper: the writable directory, or None.
         usage, limit: bytes and inodes.
@@ -51,6 +52,7 @@ class MountStatus:
 
     mountpoint: str
     alive: bool
+    answers: bool = True
     layers: tuple[str, ...] = ()
     upper: str | None = None
     readonly: bool = False
@@ -372,12 +374,9 @@ def attach(target: PathLike) -> MountHandle:
 
 def _socket_elsewhere(where: str) -> str | None:
     """The socket of a server that mounted at this path in another mount namespace, or None."""
-    for path in protocol.sockets():
-        try:
-            if protocol.ask(path, "info")["mountpoint"] == where:
-                return path
-        except CowfsError:
-            continue
+    for path, answer in protocol.ask_all(protocol.sockets(), "info"):
+        if not isinstance(answer, OSError) and answer["mountpoint"] == where:
+            return path
     return None
 
 
@@ -390,17 +389,23 @@ def _gone(where: str) -> FailedPrecondition:
 def mounts() -> list[MountStatus]:
     """All mounts of cowfs that this user can see, dead ones included, by mount point."""
     found = []
-    for path in protocol.sockets():
-        try:
-            details = protocol.ask(path, "info")
-        except CowfsError:
+    stuck = set()
+    for path, answer in protocol.ask_all(protocol.sockets(), "info"):
+        if isinstance(answer, TimeoutError):
+            stuck.add(path)
+        elif isinstance(answer, OSError):
             _sweep(path)
-            continue
-        found.append(_status(details["mountpoint"], path, details))
+        else:
+            found.append(_status(answer["mountpoint"], path, answer))
     answered = {status.mountpoint for status in found}
     for entry in mountpoint.cowfs_mounts():
         where = os.fsdecode(entry.target)
-        if where not in answered:
+        if where in answered:
+            continue
+        socket = protocol.socket_of(entry.dev)
+        if socket in stuck:
+            found.append(MountStatus(mountpoint=where, alive=True, answers=False, socket=socket or "", details={}))
+        else:
             found.append(MountStatus(mountpoint=where, alive=not mountpoint.is_dead(where, entry), details={}))
     return sorted(found, key=lambda status: status.mountpoint)
 

@@ -18,7 +18,9 @@ from collections.abc import Iterable, Sequence
 
 from cowfs.errors import FailedPrecondition, InvalidArgument, NotFound
 from cowfs.model import Limit
+from cowfs.mounting import notice
 from cowfs.mounting.holders import lock, refuse_kernel_mount
+from cowfs.mounting.notice import Notice
 from cowfs.mounting.request import MountSpec, check_directory
 from cowfs.mounting.upper_state import layers_of, limit_of, read_record, record_places, write_record
 from cowfs.mounting.volatile import check_volatile
@@ -48,6 +50,7 @@ class Stack:
         self._place: str | None = None  # directory of the record
         self._locks: list[int] = []
         self._ephemeral: str | None = None
+        self._notice: Notice | None = None
         self._made: list[str] = []  # directories that were not there before
 
     @classmethod
@@ -283,6 +286,25 @@ class Stack:
         os.chmod(upper, stat.S_IMODE(model.st_mode))
         os.utime(upper, ns=(model.st_atime_ns, model.st_mtime_ns))
 
+    def announce(self, told: Notice) -> None:
+        """Leave the server's notice beside the upper layer, where there is a place for it: a store's layer, or the record's."""
+        self._notice = told
+        directory = self._notice_place()
+        if directory is not None:
+            notice.leave(directory, told, alone=not self.spec.readonly)
+
+    def _notice_place(self) -> str | None:
+        if self.upper is None:
+            return None
+        above, name = os.path.split(self.upper)
+        if name == "fs" and os.path.exists(f"{above}/../../index.db"):
+            return above
+        return self._place
+
+    def announce_at(self, upper: str) -> str | None:
+        """Leave the notice beside a layer of the store that is about to become the upper; its path."""
+        return None if self._notice is None else notice.leave(os.path.dirname(upper), self._notice, alone=True)
+
     def lock_more(self, *directories: str) -> list[int]:
         """Lock directories that are about to become the writable pair; the locks are the caller's until
         :meth:`switched`.
@@ -305,6 +327,9 @@ class Stack:
 
     def switched(self, upper: str, work: str, locks: Sequence[int]) -> None:
         """The writable pair is another one from now on; the former one is let go."""
+        former = self._notice_place()
+        if former is not None:
+            notice.drop(former)
         for fd in self._locks:
             os.close(fd)
         self._locks = list(locks)

@@ -76,7 +76,7 @@ class CompactionVerbs(LiveVerbs):
             raise Unsupported(
                 f"the driver {self.driver.name} has nothing to compact", remedy="it is for the driver row"
             )
-        server = self._server_of(row)
+        server = self._server_of(row, made_by="store")
         if server is not None:
             return self._compact_mounted(server, share, on_progress)
         with layers.hold(self.driver, row, "compact"):

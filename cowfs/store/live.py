@@ -214,7 +214,7 @@ class LiveVerbs(UpkeepVerbs):
     # -- the switch -----------------------------------------------------------------------------
 
     def _switch(self, row: Row, switch: _Switch, parents: list[str], verb: str, **more: Any) -> None:
-        server = self._server_of(row)
+        server = self._server_of(row, made_by="store")
         if server is not None:
             self._make_and_switch(row, switch, parents, server, verb, more)
             return

@@ -135,19 +135,8 @@ class SquashVerbs(LiveVerbs):
 
     def _served(self, rows: Iterable[Row]) -> dict[int, dict[str, Any]]:
         """What the servers of those that are mounted say, by number."""
-        from cowfs.mounting import protocol
-
-        wanted = {os.path.realpath(self.driver.tree(row.id)): row for row in rows}
-        found: dict[int, dict[str, Any]] = {}
-        for path in protocol.sockets():
-            try:
-                answer = protocol.ask(path, "info")
-            except (CowfsError, OSError):
-                continue
-            row = wanted.get(os.path.realpath(str(answer.get("upper"))))
-            if row is not None and answer.get("label") == row.name:
-                found[row.num] = {**answer, "socket": path}
-        return found
+        asked = ((row.num, self._server_of(row, made_by="store")) for row in rows if row.kind is not Kind.COMMITTED)
+        return {num: server for num, server in asked if server is not None}
 
     @contextlib.contextmanager
     def _holding(self, rows: Iterable[Row], served: dict[int, dict[str, Any]]) -> Iterator[None]:
