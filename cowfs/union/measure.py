@@ -24,13 +24,13 @@ import stat
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from cowfs import whiteout
+from cowfs.format import whiteout
+from cowfs.format.whiteout import WH_PREFIX, Form
 from cowfs.model import Usage
+from cowfs.row.map import MAP_DIR
 from cowfs.sys import files, xattr
 from cowfs.union.blocks import UNIT, measure_file, units
-from cowfs.union.rowmap import MAP_DIR
-from cowfs.union.source import Layer
-from cowfs.whiteout import WH_PREFIX, Form
+from cowfs.union.layers import Layer
 
 FREE_SMALL = 8  # units
 FREE_WHITEOUTS = 8  # units

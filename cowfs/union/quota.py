@@ -1,0 +1,537 @@
+"""The limit: what the upper layer holds, counted by us and not by the host, and refused before it passes.
+
+The measure is that of :mod:`cowfs.union.measure`. Here it is kept: :class:`Space` starts with one walk and then follows
+every change, so that asking costs nothing. Rule for each change: :meth:`Space.need` before, with the most that it may
+take; then the change; then what it really took, read from the disk where a host decides.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import TYPE_CHECKING
+
+from cowfs.model import Limit, Usage
+from cowfs.sys import files, xattr
+from cowfs.union.blocks import UNIT, Blocks, blocks_of, total_of, units
+from cowfs.union.layers import Source
+from cowfs.union.measure import (
+    FREE_WHITEOUTS,
+    GROWTH,
+    NOTHING,
+    Room,
+    Sizes,
+    Tally,
+    inode_xattrs,
+    link_units,
+    measure,
+    names_cost,
+    sizes,
+    walk,
+    xattr_room,
+)
+from cowfs.union.node import DT_DIR, DT_LNK, DT_REG, Dir, Node
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from cowfs.union.copyup import Meta
+    from cowfs.union.view import View
+
+__all__ = ["UNIT", "Awaited", "Blocks", "Space", "ledger", "measure", "total_of", "units"]
+
+_ORIGIN = 29  # bytes of the mark that a copy gets (cowfs.union.inodes.make_origin)
+
+
+class Awaited(OSError):
+    """Ask again once everything that is already forgotten was heard of: inodes without a name still hold space.
+
+    Only raised for a front end that set ``view.patient``; nothing was changed. A kernel sends what it forgets behind
+    requests that wait, so a client that unlinked a file can want its space, or look for it with statfs(2), before the
+    view has it back. ENOSPC for whoever does not ask again.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+class Space(Tally):
+    """Keeps the count of one view and refuses what would pass the limit.
+
+    Owner: the view's thread.
+    """
+
+    __slots__ = ("_base", "_base_inodes", "_excess", "_later", "_leaving", "_nameless", "_written", "limit", "view")
+
+    def __init__(self, view: View) -> None:
+        self._start(view)
+        assert view.upper is not None
+        self._take(walk(view.upper, view.form))
+        for node in view.nodes.values():
+            if node.where is None and node.fd >= 0:  # unlinked but open: not found by a scan
+                self.units += total_of(self.count(node))
+                self.inodes += 1
+                self._nameless.add(node)
+        self._sum()
+
+    def _start(self, view: View) -> None:
+        assert view.upper is not None
+        super().__init__(files.fs_name(view.upper.root.fd), view.form)
+        self.view = view
+        self.limit = Limit()
+        self._base = self._base_inodes = 0  # what counts although the upper layer does not hold it
+        self._excess = 0  # units of rule 3
+        self._later: list[Space] = []  # ledgers of what is there but does not count yet
+        self._leaving: dict[Node, Room] = {}  # the xattrs of inodes without a name
+        self._nameless: set[Node] = set()  # inodes that lost their last name, as far as they are still in use
+        self._written: set[bytes] = set()  # maps that may have become longer, from another thread, too
+
+    def _take(self, tally: Tally) -> None:
+        self.units, self.inodes, self.small, self.names = tally.units, tally.inodes, tally.small, tally.names
+        self.grown, self.growth, self.mapped = tally.grown, tally.growth, tally.mapped
+        self.hidden, self.exempt = tally.hidden, tally.exempt
+
+    def _sum(self) -> None:
+        """After a change of what rule 3 counts."""
+        self._excess = self.beyond()
+
+    def usage(self) -> Usage:
+        """What is held now."""
+        self._settle()
+        self._look_at_maps()
+        return Usage(bytes=(self._base + self.total()) * UNIT, inodes=self._base_inodes + self.inodes)
+
+    def offset(self, blocks: int, inodes: int) -> None:
+        """Count (or, negative, do not count) what the upper layer does not hold."""
+        self._base += blocks
+        self._base_inodes += inodes
+
+    def freeze(self) -> None:
+        """What the upper layer holds is another layer's from now on, and goes on to count; a new one starts empty."""
+        self._look_at_maps()
+        nameless = [node for node in self.view.nodes.values() if node.where is None and node.type != DT_DIR]
+        xattrs = [self._leaving[node] for node in nameless if node in self._leaving]
+        kept = sum(total_of(node.space) for node in nameless) + sum(room.large for room in xattrs)
+        small = sum(room.small for room in xattrs)
+        self.take(Room(-kept, -small))
+        self.inodes -= len(nameless)
+        self.offset(self.total(), self.inodes)
+        self.clear()
+        self.units, self.small, self.inodes = kept, small, len(nameless)
+        self._written.clear()
+        self._sum()
+
+    def later(self, other: Space) -> None:
+        """What was done with a ledger is there, and is to be counted when :meth:`take_later` is called."""
+        self._later.append(other)
+
+    def take_later(self) -> None:
+        """Count what :meth:`later` was told."""
+        for other in self._later:
+            other._look_at_maps()
+            self.take(Room(other.units, other.small))
+            self.inodes += other.inodes
+            self.names += other.names
+            self.growth += other.growth
+            self.hidden += other.hidden
+            self.exempt += other.exempt
+            self.mapped.update(other.mapped)
+            self._written |= other._written
+        self._later.clear()
+        self._sum()
+
+    def left(self) -> int:
+        """Units that may still be allocated."""
+        limit = self.limit.bytes
+        return (1 << 62) if limit is None else max(0, limit // UNIT - self._base - self.units - self._excess)
+
+    def need(self, blocks: int, inodes: int = 0, names: int = 0, room: Room = NOTHING) -> None:
+        """Raise ENOSPC unless so much more fits. Counts nothing.
+
+        Args:
+            blocks: units.
+            names: bytes that new names may take (:meth:`entering`).
+            room: for xattrs.
+        """
+        if self.limit.bytes is not None:
+            blocks += room.large
+            more = names + inodes * self.host.inode + room.small * UNIT
+            if more > 0:
+                blocks += max(0, self.beyond(more) - self._excess)
+            if blocks > 0 and blocks > self.left():
+                raise self._full()
+        most = self.limit.inodes
+        if inodes and most is not None and self._base_inodes + self.inodes + inodes > most:
+            raise self._full()
+
+    def entering(self, name: bytes, count: int = 1) -> int:
+        """The most bytes that a new name (or ``count`` like it) may take, for :meth:`need`."""
+        return count * (GROWTH * UNIT if self.host.grows else self.name_cost(name))
+
+    def need_hidden(self, names: Iterable[bytes], blocks: int = 0) -> None:
+        """Raise ENOSPC unless whiteouts of these names, and so many units of directories for them, fit into the allowance."""
+        if self.limit.bytes is None:
+            return
+        more = self.exempt + blocks + units(self.hidden + names_cost(self, names)) - FREE_WHITEOUTS
+        if more > max(self.limit.bytes // UNIT - self._base, self.units + self._excess):
+            raise self._full()
+
+    def _settle(self) -> None:
+        """Raise Awaited while what was removed may still be counted."""
+        if self._may_return():
+            raise Awaited
+
+    def _full(self) -> OSError:
+        """What to raise when something does not fit."""
+        return Awaited() if self._may_return() else OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def _may_return(self) -> bool:
+        """Whether space may come back without anybody's doing, and the front end has a way to wait for that."""
+        if not self.view.patient:
+            return False
+        self._nameless = {node for node in self._nameless if node.where is None}  # an unlink may have failed
+        return bool(self._nameless)
+
+    def add(self, blocks: int, inodes: int = 0) -> None:
+        """Count what was done."""
+        self.units += blocks
+        if inodes:
+            self.inodes += inodes
+            self._sum()
+
+    # -- names ----------------------------------------------------------------------------------
+
+    def named(self, up: Source, name: bytes, blocks: int = 0, inodes: int = 0) -> None:
+        """A directory of the upper layer got a name, of an object that counts so much."""
+        self.units += blocks
+        self.inodes += inodes
+        self.names += self.name_cost(name)
+        self._looked(up)
+
+    def copied(self, up: Source, name: bytes, room: Room) -> None:
+        """A directory was copied up only for whiteouts; its xattrs take ``room``."""
+        self.exempt += 1 + sum(room)
+        self.named(up, name)
+
+    def unnamed(self, up: Source, name: bytes) -> None:
+        """A name went."""
+        self.names -= self.name_cost(name)
+        self._looked(up)
+
+    def _looked(self, up: Source) -> None:
+        host = self.host
+        if host.grows:
+            self.grew(os.fstat(up.fd if up.fd >= 0 else up.open()))
+        elif not host.name:
+            return
+        self._excess = self.beyond()
+
+    def hid(self, up: Source, name: bytes, *, instead: bool = False) -> None:
+        """A whiteout was put there; ``instead`` of something that the upper layer had."""
+        self.hide(name)
+        if instead:
+            self.names -= self.name_cost(name)
+        self._looked(up)
+        self._sum()
+
+    def unhid(self, names: Iterable[bytes]) -> None:
+        """Whiteouts are gone."""
+        self.hidden -= names_cost(self, names)
+        self._sum()
+
+    def moved(
+        self, source: Source, name: bytes, destination: Source, to_name: bytes, *, leaves: bool, over: bool
+    ) -> None:
+        """A rename was done.
+
+        Args:
+            leaves: a whiteout.
+            over: something that the upper layer had (not a whiteout).
+        """
+        self.names -= self.name_cost(name)
+        if not over:
+            self.names += self.name_cost(to_name)
+        if leaves:
+            self.hide(name)
+        self._looked(source)
+        self._looked(destination)
+        self._sum()
+
+    # -- inodes and their xattrs ------------------------------------------------------------------
+
+    def copy_cost(self, meta: Meta) -> Room:
+        """What a copy gets beside its data takes: xattrs with its mark, a link's target."""
+        found = {name: len(value) for name, value in meta.xattrs.items()}
+        found[self.form.origin] = _ORIGIN
+        link = link_units(meta.size) if meta.mode & 0o170000 == 0o120000 else 0
+        return xattr_room(found, self.form).with_units(link)
+
+    def xattrs(self, fd: int, name: bytes | None) -> Room:
+        """What an inode's xattrs take now."""
+        return inode_xattrs(fd, name, self.form)
+
+    def inherited(self, up: Source, *, directory: bool) -> Room:
+        """What the ACLs that a new object gets from its directory take, at most."""
+        length = len(xattr.try_get(up.open(), b"", b"system.posix_acl_default") or b"")
+        found = {b"system.posix_acl_access": length}
+        if directory:
+            found[b"system.posix_acl_default"] = length
+        return xattr_room(found, self.form)
+
+    def set_xattr(
+        self,
+        fd: int,
+        name: bytes | None,
+        attribute: bytes,
+        value: bytes,
+        flags: int = 0,
+        *,
+        node: Node | None = None,
+        found: Sizes | None = None,
+    ) -> None:
+        """Set an xattr that counts. Raises ENOSPC.
+
+        Args:
+            node: whose it is, if that may have lost its last name.
+            found: the xattrs that there are, where they are known.
+        """
+        found = sizes(fd, name) if found is None else found
+        before = xattr_room(found, self.form)
+        if found is not None:
+            self.need(0, room=xattr_room({**found, attribute: len(value)}, self.form).over(before))
+        xattr.setx(fd, name, attribute, value, flags)
+        self.xattrs_changed(node, self.xattrs(fd, name).over(before))
+
+    def xattrs_changed(self, node: Node | None, more: Room) -> None:
+        """The xattrs of a node came to take so much more."""
+        if not any(more):
+            return
+        self.take(more)
+        self._sum()
+        if node is not None and node.parent is None and node.type != DT_DIR:
+            before = self._leaving.get(node, NOTHING)
+            self._leaving[node] = Room(before.large + more.large, before.small + more.small)
+
+    def leaving(self, node: Node) -> None:
+        """The last name of an upper inode is about to go: count it while it can still be read."""
+        from cowfs.union import attributes
+
+        self.count(node)
+        self._nameless.add(node)
+        if node.bare < 2 and any(room := self.xattrs(*attributes.at(node))):
+            self._leaving[node] = room
+
+    def counts_now(self, node: Dir) -> None:
+        """A directory that was copied up only for whiteouts is changed: it counts from now on. Raises ENOSPC."""
+        fd = node.sources[0].open()
+        if xattr.try_get(fd, b"", self.form.exempt) is None:
+            return
+        room = self.xattrs(fd, b"").with_units(1)
+        self.need(0, 1, room=room)
+        xattr.remove(fd, b"", self.form.exempt)
+        self.exempt -= sum(room)
+        self.take(room)
+        self.add(0, 1)
+
+    def directory_gone(self, source: Source) -> tuple[Room, int, int, int, int]:
+        """What removing an upper directory that holds at most whiteouts will change, for :meth:`apply`."""
+        fd = source.open()
+        room = self.xattrs(fd, b"").with_units(1)
+        hidden = names_cost(self, source.whiteouts or ())
+        ino = os.fstat(fd).st_ino
+        if xattr.try_get(fd, b"", self.form.exempt) is not None:
+            return NOTHING, 0, sum(room), hidden, ino
+        return room, 1, 0, hidden, ino
+
+    def apply(self, gone: tuple[Room, int, int, int, int]) -> None:
+        """An upper directory is gone."""
+        room, inodes, exempt, hidden, ino = gone
+        self.take(NOTHING.over(room))
+        self.inodes -= inodes
+        self.exempt -= exempt
+        self.hidden -= hidden
+        self.forget_growth(ino)
+        self._sum()
+
+    # -- maps of redirect files -------------------------------------------------------------------
+
+    def map_written(self, name: bytes, size: int) -> None:
+        """A map has ``size`` bytes now; it may become a little longer when it is synced."""
+        self._written.add(name)
+        if self.mapped.get(name) != units(size):
+            self.map(name, size)
+            self._look_at_map_dir()
+            self._sum()
+
+    def map_room(self, name: bytes, size: int) -> Room:
+        """What a map of ``size`` bytes takes more than now."""
+        return Room(0, max(0, units(size) - self.mapped.get(name, 0)))
+
+    def map_gone(self, name: bytes) -> None:
+        """A map was removed."""
+        self._written.discard(name)
+        self.map(name, 0)
+        self._sum()
+
+    def _look_at_map_dir(self) -> None:
+        rows = self.view.rows
+        if self.host.grows and rows is not None and self.view.upper is not None:
+            self.grew(os.fstat(rows.map_dir(self.view.upper)))
+
+    def _look_at_maps(self) -> None:
+        """Maps are synced in a thread of their own, which makes them longer."""
+        rows = self.view.rows
+        if not self._written or rows is None or self.view.upper is None:
+            return
+        there = rows.map_dir(self.view.upper)
+        for name in list(self._written):
+            try:
+                self.map(name, os.stat(name, dir_fd=there, follow_symlinks=False).st_size)
+            except FileNotFoundError:
+                self.map_gone(name)
+        self._sum()
+
+    def statfs(self, host: os.statvfs_result) -> os.statvfs_result:
+        """statvfs with the limit as the size; available also bounded by what the host has."""
+        self._settle()
+        self._look_at_maps()
+        fields = list(host[:10])
+        host_free = host.f_bavail * host.f_frsize // UNIT
+        if self.limit.bytes is not None:
+            total = self.limit.bytes // UNIT
+            free = max(0, total - self._base - self.total())
+            fields[0] = fields[1] = UNIT
+            fields[2:5] = [total, free, min(free, host_free)]
+        if self.limit.inodes is not None:
+            free = max(0, self.limit.inodes - self._base_inodes - self.inodes)
+            fields[5:8] = [self.limit.inodes, free, min(free, host.f_favail) if host.f_files else free]
+        return os.statvfs_result(fields)
+
+    # -- one file -----------------------------------------------------------------------------
+
+    def count(self, node: Node) -> int | Blocks:
+        """A node's units, counted from the disk the first time."""
+        if node.space is None:
+            if node.type == DT_LNK:
+                node.space = link_units(self.view.size(node))
+                return node.space  # type: ignore[no-any-return]
+            own = getattr(node.data, "writable", False)  # a redirect file of the upper layer
+            if (node.data is not None and not own) or node.type != DT_REG:
+                return 0
+            fd = node.data.own_fd() if own else self.view.data_fd(node, False)
+            st = os.fstat(fd)
+            prealloc = xattr.try_get(fd, b"", self.view.form.prealloc) is not None
+            node.space = blocks_of(fd, st.st_size, prealloc, self.fs)
+        return node.space  # type: ignore[no-any-return]
+
+    def _ranges(self, node: Node) -> Blocks:
+        space = self.count(node)
+        if isinstance(space, int):
+            space = node.space = Blocks([(0, space)])
+        return space
+
+    def grow(self, node: Node, offset: int, length: int) -> int:
+        """How many of ``length`` bytes may be written at ``offset``; counts their units.
+
+        Raises:
+            OSError: ENOSPC when not even one byte fits.
+        """
+        space = self.count(node)
+        first, last = offset // UNIT, units(offset + length)
+        if isinstance(space, int):
+            if first <= space:
+                new = last - space
+                if new <= 0:
+                    return length
+                left = self.left()
+                if new > left:
+                    last = space + left
+                    length = last * UNIT - offset
+                    if length <= 0 or self._may_return():
+                        raise self._full()
+                    new = left
+                node.space = space + new
+                self.units += new
+                return length
+            space = self._ranges(node)
+        left = self.left() + space.credit
+        for start, end in space.missing(first, last):
+            if end - start > left:
+                last = start + left
+                length = last * UNIT - offset
+                if length <= 0 or self._may_return():
+                    raise self._full()
+                break
+            left -= end - start
+        self._count_new(space, first, last)
+        return length
+
+    def _count_new(self, space: Blocks, first: int, last: int) -> None:
+        new = space.add(first, last)
+        paid = min(space.credit, new)
+        space.credit -= paid
+        self.units += new - paid
+
+    def allocate(self, node: Node, offset: int, length: int) -> None:
+        """Count an fallocate of [offset, offset+length). Raises ENOSPC when it does not fit."""
+        space = self._ranges(node)
+        first, last = offset // UNIT, units(offset + length)
+        new = sum(end - start for start, end in space.missing(first, last))
+        if new - space.credit > self.left():
+            raise self._full()
+        self._count_new(space, first, last)
+
+    def punch(self, node: Node, offset: int, length: int, size: int) -> None:
+        """Count a hole: whole units inside it are free again."""
+        first, end = units(offset), offset + length
+        space = self._ranges(node)
+        if space.credit or (end >= size and space.ends[-1:] > [size // UNIT]):
+            self.recount(node)  # of the unit with the file's end, and of room reserved past it, hosts think differently
+            return
+        last = max(units(end), first) if end >= size else end // UNIT
+        self.units -= space.remove(first, last)
+
+    def cut(self, node: Node, size: int, before: int) -> None:
+        """Count a truncation from ``before`` to ``size``; a longer file has a hole, which is free."""
+        space = self.count(node)
+        whole = units(size)
+        if size > before and isinstance(space, Blocks) and (space.credit or space.ends[-1:] > [units(before)]):
+            self.recount(node)  # room was reserved past the end: most hosts keep it
+            return
+        if isinstance(space, int):
+            if whole < space:
+                self.units += whole - space
+                node.space = whole
+            elif whole > space:
+                self._ranges(node)
+        else:
+            self.units -= space.remove(whole, 1 << 62) + space.credit
+            space.credit = 0
+
+    def recount(self, node: Node) -> None:
+        """Count a file again from the disk, after the host refused a part."""
+        before = total_of(node.space)
+        node.space = None
+        self.units += total_of(self.count(node)) - before
+
+    def release(self, node: Node) -> None:
+        """An inode of the upper layer is gone for good."""
+        if node.type == DT_DIR:
+            return
+        self._nameless.discard(node)
+        self.units -= total_of(node.space)
+        self.inodes -= 1
+        room = self._leaving.pop(node, None)
+        if room is not None:
+            self.take(NOTHING.over(room))
+        if room is not None or self.host.inode:
+            self._sum()
+
+
+def ledger(view: View) -> Space:
+    """A count that starts with nothing and has no limit: what is done with it shows by itself (:meth:`Space.later`)."""
+    made = object.__new__(Space)
+    made._start(view)
+    if view.space is not None:
+        made.grown = view.space.grown  # what a directory grew by is counted once, by the one or the other
+    return made
