@@ -29,13 +29,13 @@ from cowfs.row.chain import Chain, Level, lay
 from cowfs.row.extents import INFINITY, ZEROS, Extents
 from cowfs.row.file import RowFile
 from cowfs.row.layer import is_marked
-from cowfs.row.map import MAP_DIR, ROOT_MARK, Loaded, Log, Ref
+from cowfs.row.map import ROOT_MARK, Loaded, Log, Ref
 from cowfs.row.readahead import Pilot
 from cowfs.row.writeback import Syncer
 from cowfs.sys import xattr
 from cowfs.union import copyup, merge
 from cowfs.union.attr import unpack
-from cowfs.union.layers import Layer, Source, lstat
+from cowfs.union.layers import MAP_DIR, Layer, Source, lstat
 from cowfs.union.measure import NOTHING, Room
 from cowfs.union.merge import Data
 from cowfs.union.node import DT_REG, Node

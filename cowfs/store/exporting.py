@@ -90,17 +90,13 @@ class ExportVerbs(ArchiveVerbs):
         outs = [
             images.OutLayer(diff_id=diff_id, write=writer(each)) for each, diff_id in zip(chain, diff_ids, strict=True)
         ]
-        tags = (
-            [name]
-            if self.index.tag(name) is not None
-            else [tag.name for tag in self.index.tags("t.target = ?", (row.num,))]
-        )
+        tags = [name] if self.index.tag(name) is not None else [tag.name for tag in self.index.tags_of(row.num)]
         return images.OutImage(config=config, layers=outs, tags=tags)
 
     def _config(self, chain: list[Row], diff_ids: list[str]) -> bytes:
         """The configuration of the nearest tagged ancestor, with the layers above it added."""
         for row in reversed(chain):
-            for tag in self.index.tags("t.target = ?", (row.num,)):
+            for tag in self.index.tags_of(row.num):
                 if tag.config:
                     config = tag.config.encode()
                     if row is chain[-1] and images.diff_ids_of(config) == diff_ids:
@@ -119,11 +115,8 @@ class ExportVerbs(ArchiveVerbs):
                     diff_id = self._write_layer(each, nowhere, "none", None)
                 chain_id = self._chain_id(each.parent, diff_id)
                 if self.index.spool is not None:  # a store that can only be read finds it anew each time
-                    with self.index.write() as connection:
-                        connection.execute(
-                            "UPDATE snapshots SET diff_id = ?, chain_id = ? WHERE num = ? AND diff_id IS NULL",
-                            (diff_id, chain_id, num),
-                        )
+                    with self.index.write() as change:
+                        change.set_archive(num, diff_id, chain_id)
             found.append(diff_id)
         return found
 

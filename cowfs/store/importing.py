@@ -9,18 +9,16 @@ is complete.
 
 from __future__ import annotations
 
-import json
 import os
-import sqlite3
 import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, BinaryIO
 
 from cowfs import archive, images
 from cowfs.errors import AlreadyExists, InvalidArgument, NotFound
-from cowfs.index.database import Index, Row
-from cowfs.model import Limit, Usage
+from cowfs.index.database import Row
+from cowfs.index.transaction import Committed, NameTaken
+from cowfs.model import Kind, Limit, Usage
 from cowfs.store.applying import Progress, counter
 from cowfs.store.digest_table import ByInode
 from cowfs.store.exporting import ExportVerbs
@@ -240,38 +238,30 @@ class _Import:
         if driver.fsync:
             trees.sync_tree(driver.tree(layer.staged))
         point("create.synced")
-        now = time.time_ns()
         try:
-            with index.write() as connection:
+            with index.write() as change:
                 if parent is not None:
                     store._parent(parent.name, parent.num)
-                Index.add_records(connection, scanned.pending.new)
-                connection.execute(
-                    "INSERT INTO snapshots (num, id, name, kind, parent, depth, labels, created, updated, base_bytes,"
-                    " base_inodes, bytes, inodes, root_content, root_storage, diff_id, chain_id)"
-                    " VALUES (?, ?, ?, 'committed', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                    (
-                        num,
-                        layer.id,
-                        chain_id,
-                        None if parent is None else parent.num,
-                        0 if parent is None else parent.depth + 1,
-                        json.dumps(dict(labels), sort_keys=True),
-                        now,
-                        now,
-                        self._copied.bytes,
-                        self._copied.inodes,
-                        scanned.usage.bytes,
-                        scanned.usage.inodes,
-                        *scanned.root,
-                        diff_id,
-                        chain_id,
+                change.add_snapshot(
+                    num=num,
+                    id=layer.id,
+                    name=chain_id,
+                    kind=Kind.COMMITTED,
+                    parent=None if parent is None else (parent.num, parent.depth),
+                    labels=labels,
+                    base=self._copied,
+                    committed=Committed(
+                        usage=scanned.usage,
+                        root=scanned.root,
+                        records=scanned.pending.new,
+                        diff_id=diff_id,
+                        chain_id=chain_id,
                     ),
                 )
                 point("create.recorded")
                 layer.publish()
                 point("create.renamed")
-        except sqlite3.IntegrityError:
+        except NameTaken:
             self.close()
             other = index.find(chain_id)
             if other is None or other.chain_id != chain_id:

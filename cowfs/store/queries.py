@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -101,15 +100,12 @@ class LookVerbs(StoreCore):
             InvalidArgument: a bad label.
         """
         check_labels(labels)
-        with self.index.write() as connection:
+        with self.index.write() as change:
             row = self.resolve(name)
             merged = {**({} if replace else row.labels), **labels}
             kept = {key: value for key, value in merged.items() if value is not None}
             now = max(time.time_ns(), row.updated + 1)  # a clock that went backwards changes nothing
-            connection.execute(
-                "UPDATE snapshots SET labels = ?, updated = ? WHERE num = ?",
-                (json.dumps(kept, sort_keys=True), now, row.num),
-            )
+            change.set_labels(row.num, kept, now)
             point("update.recorded")
         return self.resolve(name).info()
 
@@ -172,21 +168,18 @@ class LookVerbs(StoreCore):
         row = self.resolve(target)
         if row.kind is not Kind.COMMITTED:
             raise InvalidArgument(f"{target!r} is {_a(row.kind)}, a tag names committed ones", remedy="commit it first")
-        with self.index.write() as connection:
+        with self.index.write() as change:
             self._free(name, for_tag=True)
             self._parent(row.name, row.num)
             had = self.index.tag(name)
             if had is not None and not move:
                 raise AlreadyExists(f"the tag {name!r} exists", remedy=f"cowfs rm {name} drops it")
             kept = config if config is not None else had.config if had is not None and had.target == row.name else ""
-            connection.execute(
-                "INSERT OR REPLACE INTO tags VALUES (?, ?, ?, ?)",
-                (name, row.num, kept, time.time_ns()),
-            )
+            change.set_tag(name, row.num, kept)
         tag = self.index.tag(name)
         assert tag is not None
         return tag
 
     def tags(self) -> list[Tag]:
         """All tags, by name."""
-        return list(self.index.tags())
+        return self.index.tags()

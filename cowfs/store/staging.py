@@ -142,8 +142,8 @@ def spared(root: str) -> set[str]:
 
 def orphans(driver: Driver, index: Index) -> list[str]:
     """Ids of the directories in ``layers`` that no row names, right now."""
-    with index.write() as connection:
-        known = {row[0] for row in connection.execute("SELECT id FROM snapshots")} | spared(driver.root)
+    with index.write():
+        known = index.ids() | spared(driver.root)
         return sorted(id for id in os.listdir(f"{driver.root}/layers") if id not in known)
 
 
@@ -163,8 +163,8 @@ def sweep(driver: Driver, index: Index, *, everything: bool = False) -> list[str
     if not names and not everything:
         return []
     doomed: list[tuple[str, int]] = []
-    with index.write() as connection:
-        known = {row[0] for row in connection.execute("SELECT id FROM snapshots")} if everything or names else set()
+    with index.write():
+        known = index.ids() if everything or names else set()
         for name in names:
             id = name.removeprefix(NEW).removeprefix(RM)
             fd = _lock(f"{root}/{name}")

@@ -27,10 +27,9 @@ from typing import NamedTuple
 from cowfs.format import whiteout
 from cowfs.format.whiteout import WH_PREFIX, Form
 from cowfs.model import Usage
-from cowfs.row.map import MAP_DIR
 from cowfs.sys import files, xattr
 from cowfs.union.blocks import UNIT, measure_file, units
-from cowfs.union.layers import Layer
+from cowfs.union.layers import MAP_DIR, Layer
 
 FREE_SMALL = 8  # units
 FREE_WHITEOUTS = 8  # units
