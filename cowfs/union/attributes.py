@@ -358,6 +358,8 @@ def removexattr(view: View, node: Node, name: bytes) -> None:
     xattr.remove(fd, real, stored)
     if space is not None:
         space.xattrs_changed(node, space.xattrs(fd, real).over(before))
+        if isinstance(node, Dir):
+            space.grew_by_xattrs(fd, b"")
     _changed(node, stored)
 
 

@@ -280,8 +280,9 @@ def up_dir(view: View, directory: Dir, *, exempt: bool = False) -> Source:
         if exempt:
             space.copied(above, directory.name, room)
         else:
-            space.take(room)
             space.named(above, directory.name, 1, 1)
+            space.xattrs_changed(None, room)
+        space.grew_by_xattrs(source.open(), b"")
     return source
 
 

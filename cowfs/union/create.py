@@ -139,13 +139,15 @@ def _count(view: View, up: Source, name: bytes, blocks: int, *, directory: bool 
         space.need(blocks, 1, space.entering(name), room)
 
 
-def _counted(view: View, up: Source, name: bytes, blocks: int) -> None:
+def _counted(view: View, up: Source, name: bytes, blocks: int, *, directory: bool = False) -> None:
     """Count a new object."""
     space = view.space
     if space is not None:
-        if up.default_acl:
-            space.take(space.xattrs(up.open(), name))
         space.named(up, name, blocks, 1)
+        if up.default_acl:
+            space.xattrs_changed(None, space.xattrs(up.open(), name))
+            if directory:
+                space.grew_by_xattrs(up.open(), name)
 
 
 def _default_mode(view: View, up: Source, mode: int, umask: int) -> int:
@@ -271,7 +273,7 @@ def mkdir(view: View, parent: Dir, name: bytes, mode: int, uid: int, gid: int, u
         except BaseException:
             os.rmdir(name, dir_fd=fd)
             raise
-    _counted(view, up, name, 1)
+    _counted(view, up, name, 1, directory=True)
     made = _adopt(view, parent, up, name)
     assert isinstance(made, Dir)
     return made

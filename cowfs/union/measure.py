@@ -80,16 +80,19 @@ class Host(NamedTuple):
         inode: bytes for each.
         name, letter: bytes for each name, and for each of its letters.
         grows: whether st_blocks of a directory says what its names take.
+        sized: whether its st_size does, which does not count xattrs.
     """
 
     inode: int = 0
     name: int = 0
     letter: int = 0
     grows: bool = True
+    sized: bool = False
 
 
 HOSTS = {
     "btrfs": Host(inode=256, name=256, letter=4, grows=False),  # items of a tree, each name three times
+    "ext4": Host(sized=True),
     "tmpfs": Host(grows=False),  # bounds names and inodes by itself (nr_inodes)
     "xfs": Host(inode=512),
 }
@@ -227,7 +230,7 @@ class Tally:
 
     def grew(self, st: os.stat_result) -> None:
         """The same from a stat result."""
-        now = st.st_blocks // 8 - 1
+        now = (units(st.st_size) if self.host.sized else st.st_blocks // 8) - 1
         before = self.grown.get(st.st_ino, 0)
         if now > 0 and now != before:
             self.grown[st.st_ino] = now

@@ -132,6 +132,8 @@ def _move(view: View, parent: Dir, name: bytes, node: Node, to: Dir, to_name: by
     if space is not None:
         space.need(0, 0, space.entering(to_name))
     leaves = bool(source.shadow) and name in source.shadow  # type: ignore[operator]
+    if space is not None and leaves:
+        space.need_hidden((name,))
     lands = _lower_has(view, to, destination, to_name, other)
     if isinstance(node, Dir):
         if lands and node.lowpath is None:
