@@ -27,7 +27,7 @@ from cowfs.archive.content import Content, write
 from cowfs.archive.dirs import Dir, Dirs
 from cowfs.archive.header import Member
 from cowfs.archive.headerlog import LogWriter
-from cowfs.archive.names import Meaning, canonical, meaning, show
+from cowfs.archive.names import WHITEOUT_PREFIX, Meaning, canonical, meaning, show
 from cowfs.archive.options import ApplyOptions, Tree
 from cowfs.archive.reader import Reader
 from cowfs.errors import CowfsError, InvalidArgument, LimitExceeded, Unsupported
@@ -84,7 +84,7 @@ class Extractor:
         self._home: Dir | None = None  # and as it was found
         self._short = min(255, options.max_path)
         self.dropped = self._attr.dropped
-        self.whiteouts = self.skipped = self._ordinal = 0
+        self.whiteouts = self.skipped = self.reserved = self._ordinal = 0
         self._made_whiteouts = self._written is not None and form is not None
         if self._written is None:
             try:
@@ -119,7 +119,7 @@ class Extractor:
                 return
             self._head = None
             path = canonical(member.name, max_path=options.max_path, max_depth=options.max_depth)
-            what, path = meaning(path)
+            what, path = meaning(path) if options.whiteouts else self._ordinary(path)
             if what is Meaning.ENTRY:
                 if not path:
                     self._root(member)
@@ -138,6 +138,14 @@ class Extractor:
             raise InvalidArgument(f"a time of {member.mtime} ns is out of range") from None
         except OSError as error:
             raise OSError(error.errno, error.strerror, self.label(member)) from error
+
+    def _ordinary(self, path: bytes) -> tuple[Meaning, bytes]:
+        """A name of a whole tree, whatever it would mean in a layer."""
+        if WHITEOUT_PREFIX in path and any(part.startswith(WHITEOUT_PREFIX) for part in path.split(b"/")):
+            self.reserved += 1
+            if self._log is not None:
+                self._log.give_up()
+        return Meaning.ENTRY, path
 
     def finish(self) -> None:
         """Nothing more comes: directory times are set, the last digests told."""
@@ -403,7 +411,7 @@ class Extractor:
     def _hardlink(self, member: Member, parent: Dir, name: bytes, path: bytes) -> None:
         options = self._options
         source = canonical(member.linkname, max_path=options.max_path, max_depth=options.max_depth)
-        if meaning(source)[0] is not Meaning.ENTRY:
+        if options.whiteouts and meaning(source)[0] is not Meaning.ENTRY:
             raise InvalidArgument(f"hard link to the whiteout {show(source)}")
         if source.startswith(path + b"/"):
             raise InvalidArgument(f"hard link in place of the directory of its target {show(source)}")

@@ -27,6 +27,7 @@ from cowfs.errors import CowfsError, InvalidArgument, LimitExceeded
 __all__ = ["Reader", "blame"]
 
 _MAX_SEGMENTS = 1 << 20
+_MAX_TRAILER = 1 << 30
 _PLAIN_PAX = frozenset({b"mtime", b"atime", b"uid", b"gid"})  # what a global header may set
 
 
@@ -44,6 +45,7 @@ class Reader:
         stripped: the stream holds no member data (see above).
         max_header: bytes one PAX header or long name may have.
         max_entries: members, more raise LimitExceeded.
+        trailer: read on behind the zero block that ends the archive, up to 1 GiB.
         locate: called with the stream offset of each member's data.
 
     Raises:
@@ -59,7 +61,9 @@ class Reader:
         stripped: bool = False,
         max_header: int = 1 << 20,
         max_entries: int = 1_000_000,
+        trailer: bool = True,
     ) -> None:
+        self._trailing = trailer
         self._source = source
         self._raw = raw or (lambda data: None)
         self._stripped = stripped
@@ -179,13 +183,19 @@ class Reader:
 
     def _trailer(self) -> None:
         """After a zero block: another one, then anything (kept for the record), or the end."""
+        if not self._trailing:
+            return
         block = self._source.take(BLOCK)
         self._raw(block)
         if block.strip(b"\0"):
             raise InvalidArgument(f"archive is damaged: a lone zero block after entry {self.entries}")
+        left = _MAX_TRAILER
         while len(block):
             block = self._source.take(1 << 16)
             self._raw(block)
+            left -= len(block)
+            if left < 0:
+                raise LimitExceeded(f"there are more than {_MAX_TRAILER} bytes behind the end of the archive")
 
     def _extension(self, member: Member) -> bytes:
         if not 0 <= member.size <= self._max_header:

@@ -24,9 +24,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from cowfs.errors import Corrupt, CowfsError, FailedPrecondition, NotFound, Unsupported
+from cowfs.index import events
 from cowfs.index.directory import EMPTY, Pair, root_digest
 from cowfs.index.transaction import Transaction
-from cowfs.model import Info, Kind, Limit, Usage
+from cowfs.model import Event, Info, Kind, Limit, Usage
 from cowfs.sys.faults import point
 
 __all__ = ["APPLICATION_ID", "FORMAT", "Index", "Row", "Tag"]
@@ -46,10 +47,41 @@ UPDATE snapshots SET shares_limit = 1 WHERE EXISTS (
     AND snapshots.base_inodes = p.base_inodes - coalesce(p.inodes, 0)
     AND p.labels LIKE '%"cowfs.snapshot-of"%');
 """,
+    2: """
+-- Configurations that snapshots remember: one for all the snapshots of an image.
+CREATE TABLE configs (
+    digest TEXT PRIMARY KEY,            -- 'sha256:...' of the document: the id of the image
+    data   TEXT NOT NULL                -- byte for byte
+) WITHOUT ROWID;
+
+-- the configuration of the image that it was made from, whatever becomes of that image's tag
+ALTER TABLE snapshots ADD COLUMN config TEXT REFERENCES configs (digest);
+
+-- which form of export gave diff_id (cowfs.archive.FORM); NULL: an archive did, or an older cowfs
+ALTER TABLE snapshots ADD COLUMN diff_form INTEGER;
+""",
+    3: """
+-- What happened, the newest cowfs.index.events.KEPT of it. seq grows without gaps: the newest is never deleted.
+CREATE TABLE events (
+    seq        INTEGER PRIMARY KEY,
+    time       INTEGER NOT NULL,
+    type       TEXT NOT NULL,           -- image, container, snapshot, mount, limit, store
+    action     TEXT NOT NULL,
+    actor      TEXT NOT NULL,           -- the key, name, tag or id that it happened to
+    attributes TEXT NOT NULL            -- JSON object of strings
+);
+""",
 }
 """SQL that turns format N into N + 1, by N. Format 1 is schema.sql as it first was."""
 
 FORMAT = 1 + len(MIGRATIONS)
+
+LACKING = {
+    1: "0 AS shares_limit, NULL AS config, NULL AS diff_form",
+    2: "NULL AS config, NULL AS diff_form",
+    3: "",
+}
+"""Columns of snapshots that an older format has not, by format: so it is read where it cannot be migrated."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -224,9 +256,23 @@ class Index:
         connection.execute("PRAGMA cache_size = -16384")
         connection.execute(f"PRAGMA wal_autocheckpoint = {WAL_PAGES}")
         connection.execute(f"PRAGMA journal_size_limit = {WAL_PAGES * 4096}")
+        if frozen:
+            self._complete(connection)
         with self._lock:
             self._open.add(connection)
         return connection
+
+    @staticmethod
+    def _complete(connection: _Connection) -> None:
+        """Let an index that cannot be migrated look as if it had been; temporary names come before the file's own."""
+        lacking = LACKING.get(int(connection.execute("PRAGMA user_version").fetchone()[0]))
+        if lacking is None:
+            return
+        connection.execute("PRAGMA temp_store = MEMORY")
+        connection.execute("CREATE TEMP TABLE events (seq, time, type, action, actor, attributes)")
+        if lacking:
+            connection.execute(f"CREATE TEMP VIEW snapshots AS SELECT *, {lacking} FROM main.snapshots")
+            connection.execute("CREATE TEMP TABLE configs (digest TEXT PRIMARY KEY, data TEXT NOT NULL)")
 
     def _as_uri(self) -> tuple[str, bool]:
         """(name, that it is a URI) under which SQLite opens a file that nobody can change: it wants to write one beside it."""
@@ -252,7 +298,7 @@ class Index:
         with self._errors():
             connection = self._connection()
             version = self._version(connection)
-            if version == FORMAT:
+            if version == FORMAT or (version in LACKING and _is_readonly(self.path)):
                 return
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("BEGIN IMMEDIATE")
@@ -521,6 +567,7 @@ class Index:
             every = self._connection().execute("SELECT digest FROM records")
             unused = [digest for (digest,) in every if digest not in marked]
             change.remove_records(unused)
+            change.drop_configs()
             point("gc.swept")
         point("gc.committed")
         return len(unused)
@@ -548,6 +595,21 @@ class Index:
                 connection.execute("INSERT INTO sqlite_sequence (name, seq) VALUES ('snapshots', 0)")
                 row = connection.execute(bump).fetchone()
             return int(row[0])
+
+    # --------------------------------------------------------- configurations
+
+    def config_of(self, num: int) -> str | None:
+        """The configuration of the image that a snapshot was made from, where it is remembered."""
+        query = "SELECT c.data FROM snapshots AS s JOIN configs AS c ON c.digest = s.config WHERE s.num = ?"
+        with self._errors():
+            row = self._connection().execute(query, (num,)).fetchone()
+        return None if row is None else str(row[0])
+
+    def diff_form(self, num: int) -> int | None:
+        """Which form of export gave a snapshot's diff id; None where an archive did, or an older cowfs."""
+        with self._errors():
+            row = self._connection().execute("SELECT diff_form FROM snapshots WHERE num = ?", (num,)).fetchone()
+        return None if row is None else row[0]
 
     # ------------------------------------------------------------------- tags
 
@@ -579,6 +641,30 @@ class Index:
         return [
             Tag(name=name, target=target, config=config, created=created) for name, target, config, created in found
         ]
+
+    # ----------------------------------------------------------------- events
+
+    def events(self, after: int, count: int) -> list[Event]:
+        """Events behind a sequence number, oldest first, ``count`` at most;"""
+        with self._errors():
+            return events.read(self._connection(), after, count)
+
+    def event_at(self, time: int) -> int:
+        """The sequence number of the last event before a time (nanoseconds since 1970); 0 when there is none."""
+        with self._errors():
+            return events.before(self._connection(), time)
+
+    def event_range(self) -> tuple[int, int]:
+        """Sequence numbers of the oldest and the newest event that are kept; (1, 0) when there is none."""
+        with self._errors():
+            return events.ends(self._connection())
+
+    def changes(self) -> int:
+        """A number that differs from the last one when somebody wrote meanwhile, seen from this thread."""
+        with self._errors():
+            connection = self._connection()
+            others = int(connection.execute("PRAGMA data_version").fetchone()[0])
+            return others << 40 | connection.total_changes
 
     # ----------------------------------------------------------------- totals
 

@@ -6,6 +6,7 @@ its own writes are seen) and writes through these methods; the whole of it happe
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sqlite3
 import time
@@ -13,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from cowfs.errors import AlreadyExists
+from cowfs.index import events
 from cowfs.index.directory import Pair
 from cowfs.model import Kind, Limit, Usage
 
@@ -72,6 +74,7 @@ class Transaction:
         shares_limit: bool = False,
         created: int | None = None,
         num: int | None = None,
+        config: str | None = None,
         committed: Committed | None = None,
     ) -> None:
         """Record a snapshot.
@@ -87,6 +90,7 @@ class Transaction:
             shares_limit: the parent was made of it while it was active: one limit is on both.
             created: nanoseconds since 1970; now by default.
             num: a number that was reserved.
+            config: the configuration of the image that it is made from (JSON).
             committed: given for a committed one.
 
         Raises:
@@ -109,6 +113,7 @@ class Transaction:
             "base_bytes": base.bytes,
             "base_inodes": base.inodes,
             "shares_limit": int(shares_limit),
+            "config": self._keep_config(config) if config else None,
         }
         if committed is not None:
             self.add_records(committed.records)
@@ -119,6 +124,7 @@ class Transaction:
             self._connection.execute(f"INSERT INTO snapshots ({columns}) VALUES ({places})", tuple(values.values()))
         except sqlite3.IntegrityError:
             raise NameTaken(name) from None
+        self.record_event("snapshot", _MADE[kind], name, {"parent": self._name_of(parent[0])} if parent else {})
 
     def commit_active(self, num: int, name: str, labels: Mapping[str, str], committed: Committed) -> None:
         """Make an active snapshot a committed one under a name.
@@ -136,24 +142,28 @@ class Transaction:
             **_committed(committed),
         }
         self.add_records(committed.records)
+        key = self._name_of(num)
         try:
             self._set(num, values)
         except sqlite3.IntegrityError:
             raise NameTaken(name) from None
+        self.record_event("snapshot", "commit", name, {"key": key, "bytes": str(committed.usage.bytes)})
 
     def set_labels(self, num: int, labels: Mapping[str, str], updated: int) -> None:
         """Replace the labels of a snapshot."""
         self._set(num, {"labels": _labels(labels), "updated": updated})
 
-    def set_archive(self, num: int, diff_id: str, chain_id: str | None) -> None:
-        """Keep the digests of a layer's archive, unless there are some."""
+    def set_archive(self, num: int, diff_id: str, chain_id: str | None, *, form: int) -> None:
+        """Keep the digest of the archive that an export in this form gave; a chain id only where there is none."""
         self._connection.execute(
-            "UPDATE snapshots SET diff_id = ?, chain_id = ? WHERE num = ? AND diff_id IS NULL", (diff_id, chain_id, num)
+            "UPDATE snapshots SET diff_id = ?, chain_id = coalesce(chain_id, ?), diff_form = ? WHERE num = ?",
+            (diff_id, chain_id, form, num),
         )
 
     def set_damage(self, num: int, why: str | None) -> None:
         """Put a snapshot in quarantine, or (None) take it out."""
         self._set(num, {"damage": why})
+        self.record_event("store", "quarantine" if why else "release", self._name_of(num), {"why": why} if why else {})
 
     def set_base(self, num: int, base: Usage) -> None:
         """Set what a snapshot does not count for its limit."""
@@ -199,7 +209,12 @@ class Transaction:
 
     def remove(self, num: int) -> None:
         """Delete the record of a snapshot that has neither child nor tag."""
+        self.record_event("snapshot", "remove", self._name_of(num))
         self._connection.execute("DELETE FROM snapshots WHERE num = ?", (num,))
+
+    def _name_of(self, num: int) -> str:
+        found = self._connection.execute("SELECT name FROM snapshots WHERE num = ?", (num,)).fetchone()
+        return str(found[0]) if found else ""
 
     def _set(self, num: int, values: Mapping[str, object]) -> None:
         columns = ", ".join(f"{column} = ?" for column in values)
@@ -223,15 +238,50 @@ class Transaction:
         """Delete directory records that nothing points at."""
         self._connection.executemany("DELETE FROM records WHERE digest = ?", ((digest,) for digest in digests))
 
-    # -- tags -------------------------------------------------------------------------------------
+    # -- configurations and tags ------------------------------------------------------------------
+
+    def _keep_config(self, config: str) -> str:
+        digest = "sha256:" + hashlib.sha256(config.encode()).hexdigest()
+        self._connection.execute("INSERT OR IGNORE INTO configs VALUES (?, ?)", (digest, config))
+        return digest
+
+    def drop_configs(self) -> None:
+        """Delete the configurations that no snapshot remembers."""
+        self._connection.execute(
+            "DELETE FROM configs WHERE digest NOT IN (SELECT config FROM snapshots WHERE config IS NOT NULL)"
+        )
 
     def set_tag(self, name: str, num: int, config: str) -> None:
         """Make a tag, or move it."""
         self._connection.execute("INSERT OR REPLACE INTO tags VALUES (?, ?, ?, ?)", (name, num, config, time.time_ns()))
+        self.record_event("image", "tag", name, {"name": name, "snapshot": self._name_of(num), **_image(config)})
 
     def drop_tag(self, name: str) -> None:
         """Delete a tag; its snapshot stays."""
+        found = self._connection.execute("SELECT config FROM tags WHERE name = ?", (name,)).fetchone()
         self._connection.execute("DELETE FROM tags WHERE name = ?", (name,))
+        self.record_event("image", "untag", name, {"name": name, **_image(found[0] if found else "")})
+
+    # -- events -----------------------------------------------------------------------------------
+
+    def record_event(
+        self, type: str, action: str, actor: str, attributes: Mapping[str, str] | None = None, *, at: int | None = None
+    ) -> int:
+        """Add to the log of events what this transaction does; the event's sequence number.
+
+        Args:
+            type, action, actor, attributes: as in :class:`cowfs.model.Event`.
+            at: nanoseconds since 1970, of something that happened earlier; now by default.
+        """
+        return events.add(self._connection, type, action, actor, attributes or {}, time.time_ns() if at is None else at)
+
+
+_MADE = {Kind.ACTIVE: "prepare", Kind.VIEW: "view", Kind.COMMITTED: "create"}
+
+
+def _image(config: str) -> dict[str, str]:
+    """The attribute ``image``: the id of the image with this configuration."""
+    return {"image": "sha256:" + hashlib.sha256(config.encode()).hexdigest()} if config else {}
 
 
 def _labels(labels: Mapping[str, str]) -> str:

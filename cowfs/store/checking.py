@@ -106,7 +106,10 @@ class UpkeepVerbs(MountVerbs):
         Snapshots are never deleted, whatever their names or tags.
         """
         directories = sweep(self.driver, self.index, everything=True)
-        return Collected(directories=tuple(directories), records=self.index.sweep())
+        records = self.index.sweep()
+        with self.index.write() as change:
+            change.record_event("store", "gc", "", {"directories": str(len(directories)), "records": str(records)})
+        return Collected(directories=tuple(directories), records=records)
 
     def totals(self) -> Totals:
         """What ``cowfs df`` shows."""

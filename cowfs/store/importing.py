@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, BinaryIO
 
 from cowfs import archive, images
@@ -46,9 +47,11 @@ class ImageVerbs(ExportVerbs):
         *,
         tag: str | None = None,
         platform: str | None = None,
+        form: images.Form | None = None,
         options: archive.ApplyOptions | None = None,
         labels: Mapping[str, str] | None = None,
         progress: Progress | None = None,
+        told: Callable[[str], object] | None = None,
     ) -> str:
         """Bring in an image or a tree: a chain of snapshots named by chain id, and a tag.
 
@@ -56,10 +59,13 @@ class ImageVerbs(ExportVerbs):
             source: an OCI layout (directory or tar), a docker-archive, a root filesystem's tar, or a plain
                 directory; a path or a stream.
             name: the tag it gets here; default: those that the source has.
-            tag, platform: which image of the source, where it has several.
+            tag, platform: which image of the source, where it has several (:meth:`cowfs.images.ImageSource.pick`).
+            form: ``image``, ``rootfs`` or ``layer``, where looking at the source is not to decide.
             options: bounds for its archives.
             labels: for the snapshots that are new.
             progress: told how far it is.
+            told: called with a line for each name of the source that was another image's tag here and moved, and for
+                each that cannot be a tag. Default: a warning.
 
         Returns:
             The name of its top snapshot.
@@ -73,26 +79,31 @@ class ImageVerbs(ExportVerbs):
         if name is not None:
             check_name(name, "tag")
             self._free(name, for_tag=True)
-        with images.open_image(source, spool_dir=self.root) as opened:
+        options = options or archive.ApplyOptions()
+        tell = told or _warn
+        with images.open_image(source, form=form, spool_dir=self.root, max_bytes=options.max_bytes) as opened:
             image = opened.pick(tag, platform=platform)
+            tags = [name] if name is not None else [each for each in image.tags if _usable_tag(each, tell)]
+            for each in tags:
+                self._free(each, for_tag=True)
             top = self._import_layers(image, options, labels or {}, progress)
-            config = image.config.decode("utf-8", "strict")
-            if any(layer.diff_id is None for layer in image.layers):
-                config = images.make_config(self._diff_ids(top), image.config).decode()
-            for each in [name] if name is not None else image.tags:
-                if _usable_tag(each, strict=name is not None):
-                    self.tag(each, top.name, config=config)
+        config = image.config.decode()
+        if any(layer.diff_id is None for layer in image.layers):
+            config = images.make_config(self._diff_ids(top), image.config).decode() if top.diff_id else ""
+        for each in tags:
+            had = self.index.tag(each)
+            self.tag(each, top.name, config=config)
+            if name is None and had is not None and (had.target, had.config) != (top.name, config):
+                tell(f"the tag {each!r} was another image's ({had.target}) and names {top.name} now")
         return top.name
 
     def _import_layers(
         self,
         image: images.Image,
-        options: archive.ApplyOptions | None,
+        options: archive.ApplyOptions,
         labels: Mapping[str, str],
         progress: Progress | None,
     ) -> Row:
-        if not image.layers:
-            raise InvalidArgument("the image has no layers")
         top, start = self._already(image)
         missing = image.layers[start:]
         if not missing:
@@ -111,7 +122,7 @@ class ImageVerbs(ExportVerbs):
         self,
         missing: Sequence[images.Layer],
         top: Row | None,
-        options: archive.ApplyOptions | None,
+        options: archive.ApplyOptions,
         labels: Mapping[str, str],
         progress: Progress | None,
     ) -> Row:
@@ -159,11 +170,11 @@ class _Import:
     """
 
     def __init__(
-        self, store: ImageVerbs, layer: images.Layer, options: archive.ApplyOptions | None, progress: Progress | None
+        self, store: ImageVerbs, layer: images.Layer, options: archive.ApplyOptions, progress: Progress | None
     ) -> None:
         self._store = store
         self._layer = layer
-        self._options = options
+        self._options = replace(options, whiteouts=False) if layer.whole else options
         self._progress = progress
         self._staged: Staged | None = None
         self._base = Limit()
@@ -220,10 +231,13 @@ class _Import:
         """Read it into records and write its row; if somebody else was faster, take theirs."""
         store, driver, index, layer = self._store, self._store.driver, self._store.index, self._staged
         assert layer is not None
-        diff_id = self._applied.diff_id
-        chain_id = store._chain_id(parent.num if parent is not None else None, diff_id)
+        diff_id: str | None = self._applied.diff_id
+        chain_id = store._chain_id(parent.num if parent is not None else None, self._applied.diff_id)
         assert chain_id is not None
-        there = index.by_chain(chain_id)
+        name = chain_id
+        if self._applied.reserved:  # as a layer the same bytes would mean another tree
+            name, diff_id, chain_id = images.digest_of(f"tree {diff_id}".encode()), None, None
+        there = index.by_chain(chain_id) if chain_id is not None else index.find(name)
         if there is not None:
             self.close()
             return there
@@ -245,7 +259,7 @@ class _Import:
                 change.add_snapshot(
                     num=num,
                     id=layer.id,
-                    name=chain_id,
+                    name=name,
                     kind=Kind.COMMITTED,
                     parent=None if parent is None else (parent.num, parent.depth),
                     labels=labels,
@@ -263,14 +277,14 @@ class _Import:
                 point("create.renamed")
         except NameTaken:
             self.close()
-            other = index.find(chain_id)
+            other = index.find(name)
             if other is None or other.chain_id != chain_id:
-                raise AlreadyExists(f"another snapshot is called {chain_id}") from None
+                raise AlreadyExists(f"another snapshot is called {name}") from None
             return other
         point("create.committed")
         self._staged = None
         layer.close(keep=True)
-        return index.get(chain_id)
+        return index.get(name)
 
 
 class _Awaited:
@@ -340,11 +354,16 @@ def _inherit_root(below: str | None, tree: str) -> None:
         os.close(dst)
 
 
-def _usable_tag(name: str, *, strict: bool) -> bool:
+def _usable_tag(name: str, tell: Callable[[str], object]) -> bool:
     try:
         check_name(name, "tag")
-    except InvalidArgument:
-        if strict:
-            raise
+    except InvalidArgument as error:
+        tell(f"a name of the source is left out: {error.message}")
         return False
     return True
+
+
+def _warn(line: str) -> None:
+    import warnings
+
+    warnings.warn(line, stacklevel=4)

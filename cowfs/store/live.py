@@ -305,6 +305,7 @@ class LiveVerbs(UpkeepVerbs):
                     base=base,
                     shares_limit=True,
                     created=row.created,
+                    config=self.index.config_of(row.num),
                 )
                 self._publish(id)
         except NameTaken:

@@ -200,6 +200,7 @@ class StoreCore:
         check_labels(labels)
         above = self._parent(parent) if parent is not None else None
         self._free(key)
+        config = self._config_at(parent, above)
         chain = [id for _, id in self.index.chain(above.num if above is not None else None)]
         if len(chain) >= MAX_DEPTH:
             raise InvalidArgument(f"{parent!r} has {len(chain)} layers, {MAX_DEPTH} are allowed", remedy="cowfs squash")
@@ -229,12 +230,26 @@ class StoreCore:
                     labels=labels,
                     limit=limit,
                     base=base,
+                    config=config,
                 )
                 point("create.recorded")
                 layer.publish()
                 point("create.renamed")
         point("create.committed")
         return self.index.get(key)
+
+    def _config_at(self, name: str | None, row: Row | None) -> str:
+        """The configuration of the image that a name means: the tag's, else the one that the snapshot was made from."""
+        if name is None or row is None:
+            return ""
+        tag = self.index.tag(name)
+        if tag is not None and tag.config:
+            return tag.config
+        own = self.index.config_of(row.num)
+        if own is not None:
+            return own
+        tags = [tag for tag in self.index.tags_of(row.num) if tag.config]
+        return min(tags, key=lambda tag: (tag.created, tag.name)).config if tags else ""
 
     def _parent(self, name: str, num: int | None = None) -> Row:
         row = self.index.get(name) if num is not None else self.resolve(name)

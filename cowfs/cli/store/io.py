@@ -54,7 +54,9 @@ def _configure_import(parser: argparse.ArgumentParser) -> None:
     )
     add("name", nargs="?", metavar="NAME", help="tag that it gets here (default: those that the source has)")
     add("--tag", metavar="TAG", help="which image, where the source has several")
-    add("--platform", metavar="OS/ARCH", help="likewise, by platform")
+    add("--platform", metavar="OS/ARCH[/VARIANT]", help="likewise, by platform (default: this machine's)")
+    add("--as", dest="form", choices=("image", "rootfs", "layer"),
+        help="what SOURCE is, where looking at it does not tell; in a layer, names that begin with .wh. delete")  # fmt: skip
     add("--label", action="append", default=[], metavar="K=V", help="label of the new snapshots; repeated")
     _add_bounds(parser)
     add_store(parser)
@@ -63,8 +65,9 @@ def _configure_import(parser: argparse.ArgumentParser) -> None:
 def _import(args: argparse.Namespace) -> int:
     with open_store(args) as store, Bars() as bars:
         top = store.import_image(
-            _source(args.source), args.name, tag=args.tag, platform=args.platform, options=_bounds(args),
-            labels=set_labels(args.label), progress=bars if bars.on else None,
+            _source(args.source), args.name, tag=args.tag, platform=args.platform, form=args.form,
+            options=_bounds(args), labels=set_labels(args.label), progress=bars if bars.on else None,
+            told=lambda line: print(f"cowfs: note: {shown(line)}", file=sys.stderr),
         )  # fmt: skip
         tags = [tag.name for tag in store.tags() if tag.target == top]
     if args.json:
