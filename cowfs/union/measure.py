@@ -123,15 +123,18 @@ def xattr_room(found: Sizes | None, form: Form) -> Room:
         return _COUNTLESS
     if not found:
         return NOTHING
-    small = total = 0
+    small = beside = total = 0
     free = form.constant
     for name, length in found.items():
         if length > _LARGE:
-            total += units(length + _HEADER)
+            total += units(length)
+            beside += _HEADER
         elif name not in free and name not in _PASSING:
             kept = 0 if name.startswith(_ACL) else len(name) - name.find(b".") - 1
             small += _ENTRY + (kept + 3 & ~3) + (length + 3 & ~3)
-    return Room(total, units(2 * small) if small > _INLINE else 0)  # twice: a host's leaf is half full after a split
+    if small > _INLINE:
+        beside += 2 * small  # twice: a host's leaf is half full after a split
+    return Room(total, units(beside))
 
 
 def inode_xattrs(fd: int, name: bytes | None, form: Form) -> Room:

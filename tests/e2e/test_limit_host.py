@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import hostfs, layers, mounts
+from support import hostfs, layers, limits, mounts
 
 LIMIT = 1 << 20
 ALLOWANCE = 64 << 10
@@ -211,6 +211,7 @@ def test_the_host_holds_no_more_than_the_limit_and_the_allowance(fs: hostfs.Host
     with mounts.mounted("kernel", [lower], base, **more) as m:
         done, refused = as_many_as_allowed(m.path, kind)
         usage = m.handle.usage()
+        assert (usage.bytes, usage.inodes) == limits.measure(base / "upper"), "counted otherwise by a second opinion"
     after = held(base)
     assert done
     assert usage.bytes <= LIMIT
