@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from cowfs.cli import guarded
+from cowfs.cli import fill_streams, guarded, say
 from cowfs.errors import InvalidArgument, Unsupported
 from cowfs.format.mount_options import split_layers, split_options, unescape
 
@@ -345,15 +345,14 @@ def run(argv: Sequence[str]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the command. Returns the exit status."""
+    fill_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if any(argument in ("-h", "--help") for argument in arguments):
-        sys.stdout.write(HELP)
-        return 0
+        return guarded(lambda: say(HELP), PROGRAM)
     if any(argument in ("-V", "--version") for argument in arguments):
         from cowfs import __version__
 
-        sys.stdout.write(f"{PROGRAM}: version {__version__}\n")
-        return 0
+        return guarded(lambda: say(f"{PROGRAM}: version {__version__}\n"), PROGRAM)
     return guarded(lambda: run(arguments), PROGRAM)
 
 

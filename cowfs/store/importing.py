@@ -241,8 +241,8 @@ class _Import:
         if there is not None:
             self.close()
             return there
-        if not driver.whole:
-            _inherit_root(driver.tree(parent.id) if parent is not None else None, driver.tree(layer.staged))
+        if not driver.whole and parent is not None and not self._applied.root:
+            _inherit_root(driver.tree(parent.id), driver.tree(layer.staged))
         driver.freeze(layer.staged)
         num = index.reserve()
         digests = self._digests
@@ -307,7 +307,7 @@ class _Awaited:
 
     def stat(self, path: bytes) -> archive.LowerStat | None:
         if not path:
-            return archive.LowerStat(mode=0o040755, uid=0, gid=0, size=0, mtime=_NO_ROOT_TIME)
+            return archive.LowerStat(mode=0o040755, uid=0, gid=0, size=0, mtime=0)
         tree = self._get()
         return tree.stat(path) if tree is not None else None
 
@@ -324,6 +324,9 @@ class _Awaited:
     def read(self, path: bytes) -> Iterator[bytes]:
         return self._must().read(path)
 
+    def data(self, path: bytes) -> Iterator[tuple[int, bytes]]:
+        return self._must().data(path)
+
     def _must(self) -> IndexedTree:
         tree = self._get()
         if tree is None:
@@ -331,20 +334,10 @@ class _Awaited:
         return tree
 
 
-_NO_ROOT_TIME = 123_456_789
-"""The mtime that :class:`_Awaited` gives the root, so that unpacking does not wait for the layer beneath: a root with
-this time had no entry in the archive."""
-
-
-def _inherit_root(below: str | None, tree: str) -> None:
-    """Give a root without an entry in the archive the attributes of the parent's."""
+def _inherit_root(below: str, tree: str) -> None:
+    """Give a root without an entry in the archive the attributes of the parent's: unpacking did not wait for that."""
     dst = os.open(tree, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        if os.fstat(dst).st_mtime_ns != _NO_ROOT_TIME:
-            return
-        if below is None:
-            os.utime(dst, ns=(0, 0))
-            return
         src = os.open(below, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             trees.copy_attributes(src, dst, os.fstat(src))

@@ -168,6 +168,10 @@ class LayerFile:
         """Up to ``count`` bytes at ``offset``; none at the end."""
         return os.pread(self._fd, count, offset)
 
+    def data_ranges(self) -> list[tuple[int, int]]:
+        """The parts that are no holes, as (start, end)."""
+        return files.data_ranges(self._fd, self.size)
+
     def close(self) -> None:
         """Close it."""
         os.close(self._fd)
@@ -199,6 +203,11 @@ class _Redirected(LayerFile):
     def pread(self, count: int, offset: int) -> bytes:
         buffer = bytearray(count)
         return bytes(buffer[: self._view.pread(self._node, offset, memoryview(buffer))])
+
+    def data_ranges(self) -> list[tuple[int, int]]:
+        from cowfs.union import content
+
+        return list(content.data_ranges(self._view, self._node))
 
     def close(self) -> None:
         self._view.close()
