@@ -13,6 +13,8 @@ from bisect import bisect_left, bisect_right
 from cowfs.sys import files
 
 UNIT = 4096  # bytes
+_PAGE = os.sysconf("SC_PAGESIZE")
+_TMPFS_END = 1 << 51  # units: 2^63 bytes
 
 
 def units(size: int) -> int:
@@ -94,8 +96,9 @@ def blocks_of(fd: int, size: int, prealloc: bool, fs: str) -> int | Blocks:
         if ranges == [(0, whole)] and total <= whole:
             return whole
         blocks = Blocks(ranges)
-        blocks.credit = max(0, total - blocks.total)
-        return blocks if size or blocks.credit else 0
+        if total > blocks.total:
+            _find_reserved(fd, blocks, total)
+        return blocks if size or blocks.total or blocks.credit else 0
     if not prealloc and (ranges == [(0, whole)] or whole == 0):
         return whole
     blocks = Blocks(ranges)
@@ -103,6 +106,23 @@ def blocks_of(fd: int, size: int, prealloc: bool, fs: str) -> int | Blocks:
         if flags & files.FIEMAP_EXTENT_UNWRITTEN:
             blocks.add(start // UNIT, units(end) if prealloc else min(units(end), whole))
     return blocks
+
+
+def _find_reserved(fd: int, blocks: Blocks, total: int) -> None:
+    """Find the units of a file on tmpfs that were reserved and not written; SEEK_DATA does not show those."""
+    pending = blocks.missing(0, _TMPFS_END)
+    while pending and blocks.total < total:
+        start, end = pending.pop()
+        there = files.cached_pages(fd, start * UNIT, end * UNIT)
+        if there is None:
+            break
+        there //= UNIT // _PAGE or 1
+        if there >= end - start:
+            blocks.add(start, end)
+        elif there:
+            middle = (start + end) // 2
+            pending += [(start, middle), (middle, end)]
+    blocks.credit = max(0, total - blocks.total)
 
 
 def total_of(space: int | Blocks | None) -> int:
