@@ -34,7 +34,7 @@ class Holder(NamedTuple):
 
     def __str__(self) -> str:
         who = f"process {self.pid}" if self.pid else "another process"
-        return who if self.notice is None else f"the mount at {self.notice.mountpoint} ({who})"
+        return who if self.notice is None else f"{who}, which serves the mount at {self.notice.mountpoint}"
 
 
 def take(fd: int, places: Iterable[str], *, shared: bool = False, grace: float = 0.0) -> Holder | None:

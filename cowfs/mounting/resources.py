@@ -350,6 +350,11 @@ class Stack:
         self.limit = limit
         if self._place and self.upper and not self.spec.readonly:
             layers = [os.path.realpath(layer) for layer in self.spec.layers]
+            had = read_record(self._place)
+            if had is not None and layers == [os.path.realpath(layer) for layer in layers_of(self._place, had)]:
+                same = os.path.realpath(os.path.join(self._place, str(had["upper"]))) == self.upper
+                if same and limit_of(had) == (limit or Limit()):
+                    return  # nothing new, and perhaps no room to write it
             write_record(self._place, layers, self.upper, limit or Limit())
 
     def close(self) -> None:

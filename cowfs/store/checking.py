@@ -23,6 +23,7 @@ from cowfs.index.directory import Entry, Pair, Ref, children_of, decode, entries
 from cowfs.model import Usage
 from cowfs.store.layers import KeptDigests, SameData, file_digest
 from cowfs.store.mounts import MountVerbs
+from cowfs.store.reserve import names_full
 from cowfs.store.staging import NEW, RM, orphans, sweep
 
 __all__ = ["Collected", "Problem", "Report", "Totals", "UpkeepVerbs"]
@@ -100,15 +101,20 @@ class Totals:
 class UpkeepVerbs(MountVerbs):
     """gc, check and what the store is made of."""
 
+    @names_full
     def gc(self) -> Collected:
         """Delete the directories and records that nothing records.
 
         Snapshots are never deleted, whatever their names or tags.
         """
-        directories = sweep(self.driver, self.index, everything=True)
-        records = self.index.sweep()
-        with self.index.write() as change:
-            change.record_event("store", "gc", "", {"directories": str(len(directories)), "records": str(records)})
+        directories = self._freeing(lambda: sweep(self.driver, self.index, everything=True))
+        records = self._freeing(self.index.sweep)
+
+        def tell() -> None:
+            with self.index.write() as change:
+                change.record_event("store", "gc", "", {"directories": str(len(directories)), "records": str(records)})
+
+        self._freeing(tell)
         return Collected(directories=tuple(directories), records=records)
 
     def totals(self) -> Totals:
@@ -124,6 +130,7 @@ class UpkeepVerbs(MountVerbs):
             host_free=host.f_bavail * host.f_frsize,
         )
 
+    @names_full
     def check(self, *, content: bool = False, repair: bool = False, progress: Progress | None = None) -> Report:
         """Verify the store.
 
@@ -135,6 +142,11 @@ class UpkeepVerbs(MountVerbs):
         Returns:
             The report; an intact store has no ``problems``.
         """
+        if repair:
+            return self._freeing(lambda: self._check(content, repair, progress))
+        return self._check(content, repair, progress)
+
+    def _check(self, content: bool, repair: bool, progress: Progress | None) -> Report:
         report = Report()
         self._check_database(report)
         self._check_garbage(report, repair)

@@ -14,6 +14,7 @@ from cowfs.index.database import Row
 from cowfs.model import Info
 from cowfs.store import layers
 from cowfs.store.live import LiveVerbs
+from cowfs.store.reserve import names_full
 
 __all__ = ["Compacted", "CompactionVerbs"]
 
@@ -54,6 +55,7 @@ class CompactionVerbs(LiveVerbs):
             self.compact(key)
         return super().commit(key, name, labels=labels, digests=digests)
 
+    @names_full
     def compact(self, key: str, *, share: float | None = None, on_progress: OnProgress | None = None) -> Compacted:
         """Turn redirect files, most of which was written, into plain files. Reading and writing go on meanwhile.
 

@@ -25,6 +25,7 @@ from cowfs.store.digest_table import ByInode
 from cowfs.store.exporting import ExportVerbs
 from cowfs.store.layers import known_digest, mark_copied
 from cowfs.store.names import check_name, new_id
+from cowfs.store.reserve import names_full
 from cowfs.store.staging import Staged
 from cowfs.sys import trees
 from cowfs.sys.faults import point
@@ -40,6 +41,7 @@ __all__ = ["ImageVerbs"]
 class ImageVerbs(ExportVerbs):
     """import."""
 
+    @names_full
     def import_image(
         self,
         source: str | os.PathLike[str] | BinaryIO,

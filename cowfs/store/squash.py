@@ -48,6 +48,7 @@ from cowfs.store import layers
 from cowfs.store.key_lock import turn
 from cowfs.store.live import LiveVerbs, unlink
 from cowfs.store.names import new_id
+from cowfs.store.reserve import names_full
 from cowfs.store.snapshots import _sound
 from cowfs.store.staging import SQUASH, discard, staged
 from cowfs.sys import locks, trees
@@ -67,6 +68,7 @@ _TRIES = 5
 class SquashVerbs(LiveVerbs):
     """squash."""
 
+    @names_full
     def squash(self, name: str) -> Info:
         """Merge a committed snapshot into its only child, and remove it; mounts above it go on.
 
@@ -369,6 +371,8 @@ class SquashVerbs(LiveVerbs):
     def recover(self) -> None:
         """Finish, or take back, what killed processes left half done. Called by :meth:`open` and :meth:`gc`."""
         super().recover()
+        if self.index.refused:
+            return
         for name in os.listdir(self.root):
             if not name.startswith(SQUASH) or not name.endswith(".json"):
                 continue
