@@ -181,6 +181,7 @@ def _open() -> socket.socket:
                 stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 env={**os.environ, "PYTHONPATH": path},
+                start_new_session=True,  # a Ctrl-C is the client's, who lets go of it then
                 check=False,
             )
     except OSError as error:
@@ -264,7 +265,10 @@ def _serve(spec: MountSpec, cwd: str, report: int, errors: int) -> NoReturn:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.dup2(errors, 2)
     os.close(errors)
-    os.write(report, b"%d\n" % os.getpid())
+    try:
+        os.write(report, b"%d\n" % os.getpid())
+    except BrokenPipeError:  # whoever wanted the mount was interrupted
+        os._exit(1)
     try:
         os.chdir(cwd)
     except OSError:
