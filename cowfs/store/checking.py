@@ -311,6 +311,12 @@ class UpkeepVerbs(MountVerbs):
         """Snapshots in quarantine, and why."""
         return [(row.name, row.damage or "") for row in self.index.damaged()]
 
+    def _why_this_driver(self) -> str:
+        try:
+            return "; ".join(self.driver.probe(self.root).reasons)
+        except OSError as error:
+            return f"cannot be tried now: {error.strerror}"
+
     def describe(self) -> dict[str, str]:
         """What ``cowfs info`` shows: driver, layer form, host file system, how mounts are made, and why."""
         from cowfs.model import Limit
@@ -324,7 +330,7 @@ class UpkeepVerbs(MountVerbs):
         told = {
             "root": self.root,
             "driver": self.driver.name,
-            "why": "; ".join(self.driver.probe(self.root).reasons),
+            "why": self._why_this_driver(),
             "form": self.driver.form.name,
             "host": host,
             "uuid": self.index.meta("uuid") or "",

@@ -25,6 +25,7 @@ FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 RESERVE = "reserve"
 _MOST, _LEAST, _PART = 2 << 20, 256 << 10, 64  # bytes; one 64th of a small file system
+_INODES = 3  # empty files beside it: log, shared memory, and one to spare
 _TRIES = 4
 
 
@@ -43,6 +44,7 @@ class Reserve:
     def __init__(self, root: str) -> None:
         self._root = root
         self._path = os.path.join(root, RESERVE)
+        self._inodes = [f"{self._path}.{number}" for number in range(_INODES)]
 
     def keep(self) -> None:
         """Take the room that there should be, if it is not taken already; without an error where there is none."""
@@ -57,6 +59,8 @@ class Reserve:
             fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
             try:
                 os.posix_fallocate(fd, 0, size)
+                for path in self._inodes:
+                    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
                 os.rename(new, self._path)
             except OSError:
                 os.unlink(new)
@@ -66,11 +70,12 @@ class Reserve:
 
     def give(self) -> bool:
         """Give the room back to the file system; whether there was any."""
-        try:
-            os.unlink(self._path)
-        except FileNotFoundError:
-            return False
-        return True
+        given = False
+        for path in (self._path, *self._inodes):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+                given = True
+        return given
 
     def spend(self, delete: Callable[[], _T], again: Callable[[], None]) -> _T:
         """Do what frees room, with the reserve if it needs some.
@@ -108,20 +113,25 @@ def no_room(error: OSError, root: str) -> OSError:
     above = os.path.realpath(root)
     while not os.path.ismount(above):
         above = os.path.dirname(above)
-    what = "disk quota exceeded on" if error.errno == errno.EDQUOT else "no space left on"
-    if host.f_files and not host.f_favail:
-        what = "no inodes left on"
-    told = NoRoomError(
-        error.errno,
-        f"{what} the file system of the store {root} ({name} at {above};"
-        " 'cowfs rm' and 'cowfs gc' work even so, 'cowfs df -v' shows what can go)",
-    )
-    told.filename = error.filename if error.filename and root not in os.fsdecode(error.filename) else None
+    where = f"{name} at {above}"
+    if error.errno == errno.EROFS:
+        text = f"the store {root} is on a read-only file system ({where}): it can be looked at, not changed"
+    else:
+        what = "disk quota exceeded on" if error.errno == errno.EDQUOT else "no space left on"
+        if host.f_files and not host.f_favail:
+            what = "no inodes left on"
+        remedy = "'cowfs rm' and 'cowfs gc' work even so, 'cowfs df -v' shows what can go"
+        if not os.path.exists(os.path.join(root, RESERVE)):
+            remedy = "remove something there, then 'cowfs rm' and 'cowfs gc' work again"
+        text = f"{what} the file system of the store {root} ({where}; {remedy})"
+    told = NoRoomError(error.errno, text)
+    if error.filename and root not in os.fsdecode(error.filename):
+        told.filename = error.filename
     return told
 
 
 class NoRoomError(OSError):
-    """ENOSPC or EDQUOT whose text says which file system is full."""
+    """ENOSPC, EDQUOT or EROFS whose text says of which file system."""
 
 
 def names_full(verb: Callable[Concatenate[_S, _P], _T]) -> Callable[Concatenate[_S, _P], _T]:
@@ -132,7 +142,7 @@ def names_full(verb: Callable[Concatenate[_S, _P], _T]) -> Callable[Concatenate[
         try:
             return verb(self, *args, **more)
         except OSError as error:
-            if error.errno not in FULL or isinstance(error, NoRoomError):
+            if error.errno not in (errno.EROFS, *FULL) or isinstance(error, NoRoomError):
                 raise
             raise no_room(error, self.root) from error
 

@@ -15,6 +15,7 @@ Threads: a store may be used by any number of threads and, opened anew, of proce
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -103,7 +104,7 @@ class StoreCore:
         try:
             return cls._open(path, driver, create, fsync, options)
         except OSError as error:
-            if error.errno not in FULL:
+            if error.errno not in (errno.EROFS, *FULL) or not os.path.isdir(path):
                 raise
             raise no_room(error, path) from error
 
