@@ -609,7 +609,7 @@ def play(make: Run, steps: Iterator[list[Any]] | list[list[Any]], done: list[lis
             machine.do(step)
         done.append(["finish"])
         machine.finish()
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - whatever goes wrong is a finding
         trace = "" if isinstance(error, Mismatch) else traceback.format_exc()
         return f"{done[-1]}: {error}\n{trace}"
     finally:
