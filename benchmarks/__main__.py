@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from .suite import main
+from .lab.suite import main
 
 if __name__ == "__main__":
     arguments = sys.argv[1:]

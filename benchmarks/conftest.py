@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from .claims import Claim, Key, Result
-from .lab import Lab, SkipClaim, enter_private_namespace
-from .profiles import PROFILES
-from .replay import clock, key_id, keys, player
-from .suite import DEFAULT_WORK
+from .lab.claim import Claim, Key, Result
+from .lab.measure import Lab, SkipClaim, enter_private_namespace
+from .lab.profiles import PROFILES
+from .lab.replay import clock, key_id, keys, player
+from .lab.suite import DEFAULT_WORK
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

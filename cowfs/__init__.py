@@ -30,16 +30,16 @@ _EXPORTS = {
     "Limit": "cowfs.model",
     "Mount": "cowfs.model",
     "Usage": "cowfs.model",
-    "MountHandle": "cowfs.mounting",
-    "MountStatus": "cowfs.mounting",
+    "MountHandle": "cowfs.mounting.client",
+    "MountStatus": "cowfs.mounting.client",
     "Store": "cowfs.store",
     "Options": "cowfs.union",
     "View": "cowfs.union",
     "Paths": "cowfs.union.paths",
-    "attach": "cowfs.mounting",
-    "mount": "cowfs.mounting",
-    "mounts": "cowfs.mounting",
-    "umount": "cowfs.mounting",
+    "attach": "cowfs.mounting.client",
+    "mount": "cowfs.mounting.client",
+    "mounts": "cowfs.mounting.client",
+    "umount": "cowfs.mounting.client",
 }
 
 __all__ = ["__version__", *sorted(_EXPORTS)]
@@ -63,7 +63,7 @@ if TYPE_CHECKING:
         Mount as Mount,
         Usage as Usage,
     )
-    from cowfs.mounting import (
+    from cowfs.mounting.client import (
         MountHandle as MountHandle,
         MountStatus as MountStatus,
         attach as attach,

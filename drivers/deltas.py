@@ -6,9 +6,9 @@ import fcntl
 import os
 from collections.abc import Sequence
 
-from cowfs.driver import Driver
+from cowfs.driver.interface import Driver
+from cowfs.format.whiteout import Form
 from cowfs.sys import files, trees, xattr
-from cowfs.whiteout import Form
 
 __all__ = ["create", "why_not"]
 

@@ -13,11 +13,11 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from cowfs.driver import Driver, Probe
+from cowfs.driver.interface import Driver, Probe
 from cowfs.errors import InvalidArgument, Unsupported
+from cowfs.format.whiteout import choose_form
 from cowfs.model import Limit, Mount, Usage
 from cowfs.sys import host, trees
-from cowfs.whiteout import choose_form
 
 from . import deltas, records
 

@@ -2,7 +2,7 @@
 
 Strategy: layers are those of the overlay backend, but a file that was only partly written is a *redirect file*: a
 sparse file that holds the written blocks at their own offsets, and a map beside the layer that says which those are
-(docs/row.md; :mod:`cowfs.union.row`). The kernel's overlayfs does not know them, so all mounts are the FUSE mount.
+(docs/row.md; :mod:`cowfs.row.redirects`). The kernel's overlayfs does not know them, so all mounts are the FUSE mount.
 
 Choose it for images, databases and other big files that change in places. For many small files the overlay backend is
 as good, and its layers can be mounted by the kernel.
@@ -15,12 +15,12 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from cowfs.driver import Driver, Probe
+from cowfs.driver.interface import Driver, Probe
 from cowfs.errors import InvalidArgument, Unsupported
+from cowfs.format.whiteout import choose_form
 from cowfs.model import Limit, Mount, Usage, parse_size
+from cowfs.row import layer as row_layer, map as row_map
 from cowfs.sys import trees
-from cowfs.union import rowcheck, rowmap
-from cowfs.whiteout import choose_form
 
 from . import deltas, records
 
@@ -46,7 +46,7 @@ class RowDriver(Driver):
         if block is not None:
             self.row = parse_size(block)
             try:
-                rowmap.check_block(self.row)
+                row_map.check_block(self.row)
             except ValueError as error:
                 raise InvalidArgument(str(error)) from None
             with open(path + ".new", "w", encoding="ascii") as file:
@@ -78,7 +78,7 @@ class RowDriver(Driver):
     def create(self, id: str, parents: Sequence[str], limit: Limit) -> Usage:
         """Empty directories, the root's attributes from the parent."""
         deltas.create(self, id, parents)
-        rowcheck.mark(self.tree(id), self.form)
+        row_layer.mark(self.tree(id), self.form)
         return Usage()
 
     def mounts(
@@ -106,18 +106,18 @@ class RowDriver(Driver):
 
     def freeze(self, id: str) -> None:
         """Make the maps true for good, and empty the work directory."""
-        rowcheck.seal(self.tree(id), form=self.form, durable=self.fsync)
-        rowcheck.collect(self.tree(id), self.form)
+        row_layer.seal(self.tree(id), form=self.form, durable=self.fsync)
+        row_layer.collect(self.tree(id), self.form)
         trees.empty_tree(self.work(id))
 
     def settle(self, id: str) -> None:
         """Make the maps true for good; a mount may still read them."""
-        rowcheck.seal(self.tree(id), form=self.form, durable=self.fsync)
+        row_layer.seal(self.tree(id), form=self.form, durable=self.fsync)
 
     def check(self, id: str) -> list[str]:
         """Every redirect file has its map. Walks the layer."""
         found = super().check(id)
         if found:
             return found
-        damage, _ = rowcheck.inspect(self.tree(id), self.form)
+        damage, _ = row_layer.inspect(self.tree(id), self.form)
         return [f"layer {id}: {line}" for line in damage]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from cowfs.driver import Driver, Probe
+from cowfs.driver.interface import Driver, Probe
 from cowfs.errors import Unsupported
 from cowfs.model import Limit, Mount, Usage
 from cowfs.sys import host, trees

@@ -22,7 +22,7 @@ sys.path.insert(0, os.path.dirname(__file__))
 
 from support import hostfs, mounts, namespace, users
 
-from cowfs import nursery
+from cowfs.mounting import prefork
 
 namespace.enter()
 
@@ -135,7 +135,7 @@ def nothing_left() -> Iterator[None]:
         return
     before = set(_children())
     yield
-    nursery.close()
+    prefork.close()
     end = time.monotonic() + 10
     while left := {pid: line for pid, line in _children().items() if pid not in before}:
         if time.monotonic() > end:

@@ -8,7 +8,7 @@ or a tree becomes a tar), :mod:`compress` and :mod:`decode` (threads, digests, g
 
 from typing import TYPE_CHECKING
 
-from cowfs.late import exports
+from cowfs._lazy import exports
 
 if TYPE_CHECKING:
     from cowfs.archive.apply import apply_layer as apply_layer

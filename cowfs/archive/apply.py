@@ -12,7 +12,7 @@ from cowfs.archive.headerlog import LogWriter
 from cowfs.archive.options import Applied, ApplyOptions, Tree
 from cowfs.archive.reader import Reader, blame
 from cowfs.errors import Corrupt, CowfsError, InvalidArgument
-from cowfs.whiteout import FORMS
+from cowfs.format.whiteout import FORMS
 
 __all__ = ["apply_layer"]
 

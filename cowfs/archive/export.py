@@ -20,8 +20,8 @@ from cowfs.archive.names import WHITEOUT_PREFIX
 from cowfs.archive.options import Exported, Tree
 from cowfs.archive.walk import LayerWalk
 from cowfs.errors import InvalidArgument
+from cowfs.format.whiteout import FORMS
 from cowfs.model import Change
-from cowfs.whiteout import FORMS
 
 __all__ = ["export_changes", "export_layer", "export_tree"]
 

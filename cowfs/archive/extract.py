@@ -20,7 +20,6 @@ import os
 import stat
 from collections.abc import Callable, Iterable
 
-from cowfs import whiteout
 from cowfs.archive import header
 from cowfs.archive.attributes import PLAIN_END, SET_ID, Attributes, drop_acls, drop_xattr
 from cowfs.archive.clear import lstat, remove_tree
@@ -32,6 +31,7 @@ from cowfs.archive.names import Meaning, canonical, meaning, show
 from cowfs.archive.options import ApplyOptions, Tree
 from cowfs.archive.reader import Reader
 from cowfs.errors import CowfsError, InvalidArgument, LimitExceeded, Unsupported
+from cowfs.format import whiteout
 from cowfs.sys import xattr
 
 __all__ = ["Extractor"]

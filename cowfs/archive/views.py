@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 from cowfs.archive.decode import CHUNK
 from cowfs.archive.options import LowerStat
-from cowfs.union import content, metadata
+from cowfs.union import attributes, content
 from cowfs.union.attr import unpack
 from cowfs.union.node import Dir, Node
 from cowfs.union.view import View
@@ -70,7 +70,7 @@ class ViewTree:
 
     def xattrs(self, path: bytes) -> dict[bytes, bytes]:
         node = self._node(path)
-        return {name: metadata.getxattr(self._view, node, name) for name in metadata.listxattr(self._view, node)}
+        return {name: attributes.getxattr(self._view, node, name) for name in attributes.listxattr(self._view, node)}
 
     def read(self, path: bytes) -> Iterator[bytes]:
         node = self._node(path)

@@ -16,7 +16,6 @@ import os
 import stat
 from collections.abc import Iterator
 
-from cowfs import whiteout
 from cowfs.archive import header
 from cowfs.archive.attributes import is_smuggled
 from cowfs.archive.decode import CHUNK
@@ -24,6 +23,7 @@ from cowfs.archive.members import TYPES, MemberWriter, overridden, write_object,
 from cowfs.archive.names import OPAQUE_NAME, WHITEOUT_PREFIX, show
 from cowfs.archive.options import OVERRIDE_XATTR, Tree
 from cowfs.errors import FailedPrecondition, Unsupported
+from cowfs.format import whiteout
 from cowfs.sys import xattr
 
 __all__ = ["LayerWalk"]

@@ -15,7 +15,7 @@ from cowfs.errors import CowfsError, InvalidArgument
 if TYPE_CHECKING:
     import argparse
 
-    from cowfs.spec import IdMap, MountSpec
+    from cowfs.mounting.request import IdMap, MountSpec
 
 
 # -- mount -------------------------------------------------------------------------------------------------------------
@@ -95,7 +95,7 @@ def parse_map(texts: list[str]) -> IdMap:
 
 
 def _spec(args: argparse.Namespace) -> MountSpec:
-    from cowfs.mounting import block_size, make_spec
+    from cowfs.mounting.client import block_size, make_spec
 
     if args.layer:
         if len(args.paths) != 1:
@@ -131,8 +131,8 @@ def _spec(args: argparse.Namespace) -> MountSpec:
 
 def _mount_key(args: argparse.Namespace) -> int:
     """A snapshot of the store. Its limit is the one it was prepared with."""
-    from cowfs.cli.storeargs import open_store
-    from cowfs.mountpoint import resolve
+    from cowfs.cli.store.args import open_store
+    from cowfs.mounting.mountpoint import resolve
 
     refused = [name for name in ("layer", "upper", "work", "ephemeral", "size", "inodes", "row") if getattr(args, name)]
     if len(args.paths) != 1 or refused:
@@ -172,7 +172,7 @@ def _mount(args: argparse.Namespace) -> int:
 
 def serve(spec: MountSpec, *, as_json: bool = False) -> int:
     """Start the server of a wish, in the background unless the wish says foreground. Returns the exit status."""
-    from cowfs import server
+    from cowfs.mounting import server
 
     if spec.foreground:
         return server.Server(spec).run()
@@ -196,17 +196,17 @@ def _configure_umount(parser: argparse.ArgumentParser) -> None:
 
 
 def _umount(args: argparse.Namespace) -> int:
-    from cowfs import mounting
+    from cowfs.mounting import client
 
     targets = list(args.mountpoints)
     if args.all:
-        targets += [status.mountpoint for status in reversed(mounting.mounts())]
+        targets += [status.mountpoint for status in reversed(client.mounts())]
     elif not targets:
         raise InvalidArgument("which mount point?", remedy="cowfs umount MNT; cowfs mounts lists them")
     code = 0
     for target in targets:
         try:
-            mounting.umount(target, lazy=args.lazy, force=args.force)
+            client.umount(target, lazy=args.lazy, force=args.force)
         except CowfsError as error:
             if len(targets) == 1:
                 raise
@@ -227,10 +227,10 @@ def _configure_limit(parser: argparse.ArgumentParser) -> None:
 
 
 def _limit(args: argparse.Namespace) -> int:
-    from cowfs import mounting
     from cowfs.cli import show
+    from cowfs.mounting import client
 
-    handle = mounting.attach(args.mountpoint)
+    handle = client.attach(args.mountpoint)
     changes = {
         name: None if text.lower() == "none" else text
         for name, text in (("size", args.size), ("inodes", args.inodes))

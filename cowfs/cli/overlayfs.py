@@ -21,7 +21,7 @@ from cowfs.cli import guarded
 from cowfs.errors import InvalidArgument, Unsupported
 
 if TYPE_CHECKING:
-    from cowfs.spec import IdMap, MountSpec
+    from cowfs.mounting.request import IdMap, MountSpec
 
 PROGRAM = "cowfs-overlayfs"
 
@@ -136,7 +136,7 @@ def _count(text: str) -> int:
 
 def _block(text: str) -> int:
     from cowfs.model import parse_size
-    from cowfs.union.rowmap import check_block
+    from cowfs.row.map import check_block
 
     size = parse_size(text)
     try:
@@ -239,7 +239,7 @@ _IGNORED = frozenset(
 
 
 def parse(argv: Sequence[str]) -> dict[str, Any]:
-    """What a command line asks for: fields of a :class:`~cowfs.spec.MountSpec`, before paths are made absolute.
+    """What a command line asks for: fields of a :class:`~cowfs.mounting.request.MountSpec`, before paths are made absolute.
 
     Raises:
         InvalidArgument: a value that cannot be understood, or something needed is missing.
@@ -289,8 +289,8 @@ def spec_of(argv: Sequence[str]) -> MountSpec:
     Raises:
         InvalidArgument, Unsupported: it cannot be understood or served.
     """
-    from cowfs import mountpoint
-    from cowfs.spec import MountSpec
+    from cowfs.mounting import mountpoint
+    from cowfs.mounting.request import MountSpec
 
     found = {"dotwh": True, **parse(argv)}
     arguments = found.pop("arguments")
@@ -347,7 +347,7 @@ def remount(found: dict[str, Any]) -> int:
 
     As in mount(2), flags that are not given are cleared; mount(8) adds those that the mount has.
     """
-    from cowfs import mountpoint
+    from cowfs.mounting import mountpoint
     from cowfs.sys import mounts
 
     target = mountpoint.resolve(found["arguments"][-1]) if found["arguments"] else ""

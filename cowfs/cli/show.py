@@ -16,7 +16,7 @@ from cowfs.cli.output import (
     shown,
     size_or,
 )
-from cowfs.cli.storeargs import add_store, known_in_store, open_store
+from cowfs.cli.store.args import add_store, known_in_store, open_store
 from cowfs.errors import InvalidArgument, NotFound
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from cowfs.model import Change
-    from cowfs.mounting import MountHandle, MountStatus
+    from cowfs.mounting.client import MountHandle, MountStatus
 
 
 # -- mounts ------------------------------------------------------------------------------------------------------------
@@ -39,11 +39,11 @@ def _configure_mounts(parser: argparse.ArgumentParser) -> None:
 
 
 def _mounts(args: argparse.Namespace) -> int:
-    from cowfs import mounting
+    from cowfs.mounting import client
 
     if args.key is not None:
         return _records(args)
-    found = mounting.mounts()
+    found = client.mounts()
     if args.json:
         print_json([_mount_as_json(status) for status in found])
     elif args.quiet:
@@ -58,15 +58,15 @@ def _mounts(args: argparse.Namespace) -> int:
 
 
 def _records(args: argparse.Namespace) -> int:
-    from cowfs.cli.store import mount_as_json, mount_line
+    from cowfs.cli.store.snapshots import mount_as_json, mount_line
 
     with open_store(args, create=False) as store:
         records = store.mounts(args.key, mount_type=args.mount_type)
     if args.json:
-        print_json([mount_as_json(record) for record in records])
+        print_json([mount_as_json(upper_state) for upper_state in records])
     else:
-        for record in records:
-            print(mount_line(record))
+        for upper_state in records:
+            print(mount_line(upper_state))
     return 0
 
 
@@ -102,11 +102,11 @@ def _configure_usage(parser: argparse.ArgumentParser) -> None:
 
 
 def _usage(args: argparse.Namespace) -> int:
-    from cowfs import mounting
+    from cowfs.mounting import client
 
     if not is_path(args.mountpoint) and known_in_store(args, args.mountpoint):
         return _store_usage(args)
-    return print_usage(mounting.attach(args.mountpoint), as_json=args.json)
+    return print_usage(client.attach(args.mountpoint), as_json=args.json)
 
 
 def _store_usage(args: argparse.Namespace) -> int:
@@ -202,13 +202,14 @@ def _print_changes(args: argparse.Namespace, found: Iterator[Change]) -> int:
 
 
 def _changes(what: str, layers: list[str]) -> Iterator[Change]:
-    from cowfs import diff, mounting, mountpoint, record
+    from cowfs.diff import changes
+    from cowfs.mounting import client, mountpoint, upper_state
 
     entry = mountpoint.find(what)
     if entry is not None and entry.fstype in mountpoint.TYPES:
         if layers:
             raise InvalidArgument("a mount knows its own layers", remedy="leave out --layer")
-        return mounting.attach(what).diff()
+        return client.attach(what).diff()
     if not os.path.isdir(what):
         from cowfs.cli import is_path
 
@@ -216,13 +217,13 @@ def _changes(what: str, layers: list[str]) -> Iterator[Change]:
         raise NotFound(f"no such {kinds}: {what}", remedy="cowfs mounts, ls and images show what there is")
     upper = os.path.abspath(what)
     if layers:
-        return diff.changes(upper, [os.path.abspath(layer) for layer in layers])
-    known = record.lookup_record(upper)
+        return changes.changes(upper, [os.path.abspath(layer) for layer in layers])
+    known = upper_state.lookup_record(upper)
     if known is None:
         raise NotFound(
             f"no record of what lies beneath {what}", remedy="name the layers, bottom first: --layer DIR ..."
         )
-    return diff.changes(upper, known[0])
+    return changes.changes(upper, known[0])
 
 
 COMMANDS = {

@@ -11,6 +11,6 @@ the number of a request, which its reply repeats.
 """
 
 from cowfs.fuse.device import mount_fuse
-from cowfs.fuse.session import Session, SessionOptions
+from cowfs.fuse.loop import Session, SessionOptions
 
 __all__ = ["Session", "SessionOptions", "mount_fuse"]

@@ -6,7 +6,7 @@
 
 from typing import TYPE_CHECKING
 
-from cowfs.late import exports
+from cowfs._lazy import exports
 
 if TYPE_CHECKING:
     from cowfs.images.description import Image as Image, Layer as Layer

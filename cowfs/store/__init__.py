@@ -1,6 +1,6 @@
-"""The store of snapshots. Start with :mod:`cowfs.store.core`; :mod:`cowfs.store.staging` says what survives a kill.
+"""The store of snapshots. Start with :mod:`cowfs.store.snapshots`; :mod:`cowfs.store.staging` says what survives a kill.
 
-:class:`Store` is imported when it is first asked for: a mount's server needs only :mod:`cowfs.store.serve`.
+:class:`Store` is imported when it is first asked for: a mount's server needs only :mod:`cowfs.mounting.index_view`.
 """
 
 from typing import TYPE_CHECKING

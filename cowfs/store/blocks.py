@@ -1,4 +1,4 @@
-"""Block-level differences of snapshots, out and in (:mod:`cowfs.blockdiff`)."""
+"""Block-level differences of snapshots, out and in (:mod:`cowfs.diff.blocks`)."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, BinaryIO
 
-from cowfs import compare, union
+from cowfs import union
 from cowfs.errors import CowfsError, InvalidArgument
-from cowfs.index import Row
+from cowfs.index import compare
+from cowfs.index.database import Row
+from cowfs.index.directory import Pending, decode, entries, join
 from cowfs.model import Kind, Limit
 from cowfs.store import layers
-from cowfs.store.compaction import CompactionVerbs
+from cowfs.store.compacting import CompactionVerbs
 from cowfs.sys import trees
-from cowfs.tree import Pending, decode, entries, join
 
 if TYPE_CHECKING:
-    from cowfs import blockdiff
+    from cowfs.diff import blocks
 
 __all__ = ["BlockVerbs"]
 
@@ -26,7 +27,7 @@ _EMPTY = bytes(32)
 class BlockVerbs(CompactionVerbs):
     """export_blocks and apply_blocks."""
 
-    def export_blocks(self, name: str, target: BinaryIO, *, base: str | None = None) -> blockdiff.Counts:
+    def export_blocks(self, name: str, target: BinaryIO, *, base: str | None = None) -> blocks.Counts:
         """Write what a committed snapshot changed, block by block.
 
         Args:
@@ -39,7 +40,7 @@ class BlockVerbs(CompactionVerbs):
             InvalidArgument: not committed.
             CowfsError: a file cannot be read.
         """
-        from cowfs import blockdiff
+        from cowfs.diff import blocks
 
         after = self.resolve(name)
         before: Row | None = None
@@ -56,13 +57,13 @@ class BlockVerbs(CompactionVerbs):
         changes = compare.compare(pending, old, self._tree(after, pending), same)
         with self._reading(before) as a, self._reading(after) as b:
             try:
-                return blockdiff.produce(a, b, changes, target, base=self._identity(before))
+                return blocks.produce(a, b, changes, target, base=self._identity(before))
             except BrokenPipeError:
                 raise
             except OSError as error:
                 raise CowfsError(f"export of {name!r} stopped: {error.strerror}") from None
 
-    def apply_blocks(self, key: str, stream: BinaryIO) -> blockdiff.Counts:
+    def apply_blocks(self, key: str, stream: BinaryIO) -> blocks.Counts:
         """Make the changes of a block-level difference in an active snapshot.
 
         Args:
@@ -75,7 +76,7 @@ class BlockVerbs(CompactionVerbs):
             Corrupt, InvalidArgument: the stream is damaged or hostile. Part of it may have been applied.
             LimitExceeded: the snapshot's limit; likewise.
         """
-        from cowfs import blockdiff
+        from cowfs.diff import blocks
 
         row = self._active(key)
         with layers.hold(self.driver, row, "apply to"):
@@ -89,7 +90,7 @@ class BlockVerbs(CompactionVerbs):
                 options=self._options(row.limit if not self.driver.whole else Limit()),
             )
             try:
-                counts = blockdiff.apply(view, stream, base=self._identity(parent))
+                counts = blocks.apply(view, stream, base=self._identity(parent))
             except OSError as error:
                 raise CowfsError(f"the difference cannot be applied to {key!r}: {error.strerror}") from None
             finally:

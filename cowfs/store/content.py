@@ -11,10 +11,10 @@ import os
 from collections.abc import Iterator
 
 from cowfs import archive
-from cowfs.scan import locate
+from cowfs.index.directory import Entry, Pair, Records, decode, entries, join
+from cowfs.index.scan import locate
 from cowfs.store.layers import SameData
 from cowfs.store.owners import Recorded
-from cowfs.tree import Entry, Pair, Records, decode, entries, join
 
 __all__ = ["IndexedTree"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from cowfs.mounting import MountHandle
+from cowfs.mounting.client import MountHandle
 
 if TYPE_CHECKING:
     from cowfs.model import Info

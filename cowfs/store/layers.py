@@ -16,14 +16,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from cowfs.driver import Driver
+from cowfs.driver.interface import Driver
 from cowfs.errors import Corrupt, FailedPrecondition
-from cowfs.holders import lock_holder
-from cowfs.index import Index, Row
-from cowfs.store.byinode import ByInode
+from cowfs.index.database import Index, Row
+from cowfs.index.directory import Entry
+from cowfs.mounting.holders import lock_holder
+from cowfs.store.digest_table import ByInode
 from cowfs.sys import files, trees, xattr
 from cowfs.sys.mounts import mountinfo
-from cowfs.tree import Entry
 
 __all__ = [
     "UNKNOWN",
@@ -277,7 +277,7 @@ class KeptDigests:
 
 
 class SameData:
-    """Compares the bytes of two files in their layers (:data:`cowfs.compare.SameData`)."""
+    """Compares the bytes of two files in their layers (:data:`cowfs.index.compare.SameData`)."""
 
     def __init__(self, driver: Driver, index: Index) -> None:
         self._driver = driver

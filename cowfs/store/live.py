@@ -2,7 +2,7 @@
 
 A snapshot re-parents its key: the layer written so far becomes a committed snapshot, and the key goes on over a new,
 empty layer. When our server has the key mounted it switches layers itself, between two requests
-(:mod:`cowfs.livemount`); nobody's descriptors break.
+(:mod:`cowfs.mounting.verbs.live`); nobody's descriptors break.
 
 Order, so that a kill at any point leaves the state before or the state after:
 
@@ -37,17 +37,17 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from cowfs.errors import AlreadyExists, CowfsError, FailedPrecondition, InvalidArgument, Unsupported
-from cowfs.faults import point
-from cowfs.index import Index, Row
-from cowfs.livemark import MARK
+from cowfs.index.database import Index, Row
 from cowfs.model import Info, Kind, Mount, Usage
+from cowfs.mounting.switch_mark import MARK
 from cowfs.store import layers
+from cowfs.store.checking import Collected, UpkeepVerbs
+from cowfs.store.key_lock import turn
 from cowfs.store.mounts import KernelMount
 from cowfs.store.names import check_labels, check_name, new_id
 from cowfs.store.staging import NEW, _lock, _make_locked, discard, fsync_directory
-from cowfs.store.turns import turn
-from cowfs.store.upkeep import Collected, UpkeepVerbs
 from cowfs.sys import trees
+from cowfs.sys.faults import point
 
 if TYPE_CHECKING:
     from cowfs.store.handle import LiveHandle
@@ -242,13 +242,13 @@ class LiveVerbs(UpkeepVerbs):
             here = LIVE + id
             point("switch.made")
             if server is not None:
-                from cowfs import control
+                from cowfs.mounting import protocol
 
                 mark = os.path.join(driver.directory(here), MARK)
                 places = {"upper": driver.tree(here), "work": driver.work(here)}
                 final = {"final_upper": driver.tree(id), "final_work": driver.work(id)}
                 try:
-                    control.ask(server["socket"], verb, timeout=600.0, mark=mark, **places, **final, **more)
+                    protocol.ask(server["socket"], verb, timeout=600.0, mark=mark, **places, **final, **more)
                 except CowfsError:
                     if not os.path.exists(mark):
                         raise

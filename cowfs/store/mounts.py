@@ -15,15 +15,15 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from cowfs.errors import CowfsError, FailedPrecondition, InvalidArgument, NotFound
-from cowfs.index import Row
+from cowfs.index.database import Row
 from cowfs.model import Kind, Mount, Usage
 from cowfs.store.layers import kernel_mount_of
-from cowfs.store.looking import LookVerbs
+from cowfs.store.queries import LookVerbs
 from cowfs.sys import mounts as sys_mounts
 
 if TYPE_CHECKING:
-    from cowfs.mounting import MountHandle
-    from cowfs.spec import MountSpec
+    from cowfs.mounting.client import MountHandle
+    from cowfs.mounting.request import MountSpec
     from cowfs.union.paths import Paths
 
 __all__ = ["KernelMount", "MountVerbs", "mount_record"]
@@ -95,8 +95,8 @@ class MountVerbs(LookVerbs):
             FailedPrecondition: a committed snapshot, or mounted already.
             Unsupported: the host or user may not mount.
         """
-        from cowfs import mounting
-        from cowfs.mountpoint import resolve
+        from cowfs.mounting import client
+        from cowfs.mounting.mountpoint import resolve
 
         row = self.index.get(key)
         where = resolve(os.fspath(target))
@@ -107,12 +107,12 @@ class MountVerbs(LookVerbs):
             return KernelMount(where)
         if mount_type not in (None, "fuse"):
             raise InvalidArgument(f"no mount type {mount_type!r}", remedy="kernel or fuse")
-        return mounting.spawn(self.spec(key, where, **more))
+        return client.spawn(self.spec(key, where, **more))
 
     def spec(self, key: str, target: str, **more: Any) -> MountSpec:
-        """The wish that our server gets for a snapshot (:class:`cowfs.spec.MountSpec`)."""
-        from cowfs.spec import MountSpec
-        from cowfs.store.serve import FACTORY
+        """The wish that our server gets for a snapshot (:class:`cowfs.mounting.request.MountSpec`)."""
+        from cowfs.mounting.index_view import FACTORY
+        from cowfs.mounting.request import MountSpec
 
         row = self.index.get(key)
         self._mountable(row)
@@ -149,8 +149,8 @@ class MountVerbs(LookVerbs):
             NotFound: no such key.
             FailedPrecondition: a committed snapshot, or in use.
         """
-        from cowfs.parts import make_view
-        from cowfs.stack import Stack
+        from cowfs.mounting.assemble import make_view
+        from cowfs.mounting.resources import Stack
         from cowfs.union.paths import Paths
 
         stack = Stack.open(self.spec(key, os.path.join(self.root, "nowhere"), io="cached"))
@@ -179,9 +179,9 @@ class MountVerbs(LookVerbs):
         row = self.index.get(key)
         server = self._server_of(row)
         if server is not None:
-            from cowfs import mounting
+            from cowfs.mounting import client
 
-            mounting.umount(server["mountpoint"], lazy=lazy, force=force)
+            client.umount(server["mountpoint"], lazy=lazy, force=force)
             return
         where = kernel_mount_of(self.driver.tree(row.id))
         if where is None:
@@ -196,12 +196,12 @@ class MountVerbs(LookVerbs):
 
     def _server_of(self, row: Row) -> dict[str, Any] | None:
         """What the server of a mounted snapshot says of itself."""
-        from cowfs import control
+        from cowfs.mounting import protocol
 
         tree = os.path.realpath(self.driver.tree(row.id))
-        for path in control.sockets():
+        for path in protocol.sockets():
             try:
-                answer = control.ask(path, "info")
+                answer = protocol.ask(path, "info")
             except (CowfsError, OSError):
                 continue
             if answer.get("label") == row.name and os.path.realpath(str(answer.get("upper"))) == tree:
@@ -215,7 +215,7 @@ class MountVerbs(LookVerbs):
             NotFound: it is not mounted.
             FailedPrecondition: the kernel has mounted it.
         """
-        from cowfs.mounting import MountHandle
+        from cowfs.mounting.client import MountHandle
 
         row = self.index.get(key)
         server = self._server_of(row)

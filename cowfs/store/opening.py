@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from cowfs.driver import Driver
+from cowfs.driver.interface import Driver
 from cowfs.errors import Corrupt, InvalidArgument, NotFound, Unsupported
 from cowfs.sys import host
 

@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 from cowfs.archive.members import TYPES, overridden
 from cowfs.archive.options import OVERRIDE_XATTR
-from cowfs.driver import Driver
-from cowfs.index import Index
-from cowfs.tree import Entry
+from cowfs.driver.interface import Driver
+from cowfs.index.database import Index
+from cowfs.index.directory import Entry
 
 __all__ = ["Owner", "Recorded", "carry", "mark"]
 

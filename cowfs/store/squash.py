@@ -2,10 +2,10 @@
 
 Under mounts that go on. Which way depends on the child:
 
-*A committed child*: the two layers stay as they are, and a third one that holds both is built (:mod:`cowfs.store.merging`).
+*A committed child*: the two layers stay as they are, and a third one that holds both is built (:mod:`cowfs.store.layer_merge`).
 The records of everything above are made again, since files that were in the snapshot's layer are in the child's now. One
 transaction writes all that and renames the new layer; every mount above is then told to stand on the new one
-(:mod:`cowfs.store.restack`); the two old ones are deleted when all have done so.
+(:mod:`cowfs.mounting.verbs.restack`); the two old ones are deleted when all have done so.
 
 *An active child*: its layer takes over what is seen of the snapshot's (:mod:`cowfs.union.absorb`), in the server of the mount
 or here, and is then as good without it as with it. One transaction gives it the snapshot's parent.
@@ -42,21 +42,21 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from cowfs.errors import CowfsError, FailedPrecondition, Unsupported
-from cowfs.faults import point
-from cowfs.index import Index, Row
-from cowfs.livemark import MARK, leave_mark
+from cowfs.index.database import Index, Row
 from cowfs.model import Info, Kind, Limit, Usage
+from cowfs.mounting.switch_mark import MARK, leave_mark
 from cowfs.store import layers
-from cowfs.store.core import _sound
+from cowfs.store.key_lock import turn
 from cowfs.store.live import LiveVerbs, counts, unlink
 from cowfs.store.names import new_id
+from cowfs.store.snapshots import _sound
 from cowfs.store.staging import SQUASH, discard, fsync_directory, locked, staged
-from cowfs.store.turns import turn
 from cowfs.sys import trees
+from cowfs.sys.faults import point
 
 if TYPE_CHECKING:
-    from cowfs import scan
-    from cowfs.tree import Pair, Pending
+    from cowfs.index import scan
+    from cowfs.index.directory import Pair, Pending
 
 __all__ = ["SquashVerbs"]
 
@@ -134,13 +134,13 @@ class SquashVerbs(LiveVerbs):
 
     def _served(self, rows: Iterable[Row]) -> dict[int, dict[str, Any]]:
         """What the servers of those that are mounted say, by number."""
-        from cowfs import control
+        from cowfs.mounting import protocol
 
         wanted = {os.path.realpath(self.driver.tree(row.id)): row for row in rows}
         found: dict[int, dict[str, Any]] = {}
-        for path in control.sockets():
+        for path in protocol.sockets():
             try:
-                answer = control.ask(path, "info")
+                answer = protocol.ask(path, "info")
             except (CowfsError, OSError):
                 continue
             row = wanted.get(os.path.realpath(str(answer.get("upper"))))
@@ -180,10 +180,10 @@ class SquashVerbs(LiveVerbs):
 
     def _build(self, row: Row, child: Row, above: list[Row], held: contextlib.ExitStack) -> str:
         """Make the merged layer, and record it. Returns its id."""
-        from cowfs import compare
-        from cowfs.store.merging import write_changes
+        from cowfs.index import compare
+        from cowfs.index.directory import Pending
+        from cowfs.store.layer_merge import write_changes
         from cowfs.store.owners import carry
-        from cowfs.tree import Pending
 
         parent = self.index.by_num(row.parent) if row.parent is not None else None
         base = [id for _, id in self.index.chain(row.parent)]
@@ -257,7 +257,7 @@ class SquashVerbs(LiveVerbs):
             raise FailedPrecondition(f"{row.name!r} was tagged meanwhile", remedy="cowfs images shows the tags")
 
     def _scan_over(self, id: str, row: Row, base: Pair | None, records: Pending, names: dict[int, int]) -> scan.Scanned:
-        from cowfs import scan
+        from cowfs.index import scan
 
         known = layers.KeptDigests.load(self.driver, row.id)
         fd = os.open(self.driver.tree(id), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -274,7 +274,7 @@ class SquashVerbs(LiveVerbs):
         Raises:
             CowfsError: one of them does not; the others do.
         """
-        from cowfs import control
+        from cowfs.mounting import protocol
 
         failures: list[str] = []
         for num, server in served.items():
@@ -286,7 +286,7 @@ class SquashVerbs(LiveVerbs):
             before = rows[num].base
             freed = {"bytes": row.base.bytes - before.bytes, "inodes": row.base.inodes - before.inodes}
             try:
-                control.ask(server["socket"], "restack", timeout=600.0, freed=freed, **more)
+                protocol.ask(server["socket"], "restack", timeout=600.0, freed=freed, **more)
             except CowfsError as error:
                 try:
                     with layers.hold(self.driver, row, "squash"):
@@ -325,7 +325,7 @@ class SquashVerbs(LiveVerbs):
         lowers = [self.driver.tree(id) for _, id in self.index.chain(row.num)]
         if server is None:
             return self._absorb_here(child, lowers)
-        from cowfs import control
+        from cowfs.mounting import protocol
 
         held = None
         if counts(row, child):
@@ -333,7 +333,7 @@ class SquashVerbs(LiveVerbs):
             held = {"bytes": usage.bytes, "inodes": usage.inodes}
         more = {"lowers": lowers, "num": row.parent, "index": self.index.path, "upper": self.driver.tree(child.id)}
         try:
-            control.ask(
+            protocol.ask(
                 server["socket"], "absorb", timeout=_LONG, mark=mark, held=held, empty=f"{self.root}/empty", **more
             )
         except CowfsError:

@@ -30,9 +30,9 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from cowfs.driver import Driver
-from cowfs.faults import point
-from cowfs.index import Index
+from cowfs.driver.interface import Driver
+from cowfs.index.database import Index
+from cowfs.sys.faults import point
 
 __all__ = ["Staged", "discard", "fsync_directory", "orphans", "staged", "sweep"]
 

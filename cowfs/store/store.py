@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cowfs.store.blocks import BlockVerbs
-from cowfs.store.images import ImageVerbs
+from cowfs.store.importing import ImageVerbs
 from cowfs.store.squash import SquashVerbs
 
 __all__ = ["Store"]

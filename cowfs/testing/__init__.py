@@ -7,7 +7,7 @@ A driver passes when a class of four lines does::
     class TestMine(DriverSuite):
         driver = "mine"            # its name in the entry-point group cowfs.drivers
 
-Every method is a claim about any driver, from the invariants in :mod:`cowfs.driver` and from what
+Every method is a claim about any driver, from the invariants in :mod:`cowfs.driver.interface` and from what
 the suites of containerd's snapshotters and of containers/storage claim, made through a
 :class:`cowfs.Store` and real mounts. Fixtures to override: ``place`` (a directory to put stores in), ``store``.
 """

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from cowfs.late import exports
+from cowfs._lazy import exports
 
 if TYPE_CHECKING:
     from cowfs.union.attr import (

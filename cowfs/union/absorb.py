@@ -26,17 +26,17 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from cowfs import whiteout
+from cowfs.format import whiteout
 from cowfs.model import Usage
+from cowfs.row.file import RowFile
+from cowfs.row.map import Ref
 from cowfs.sys import files, xattr
-from cowfs.union import copyup, links, lower, space
+from cowfs.union import copyup, hardlinks, merge, quota
 from cowfs.union.copyup import Stage
-from cowfs.union.lower import Data
+from cowfs.union.layers import Layer, Source
+from cowfs.union.merge import Data
 from cowfs.union.node import DT_REG, Dir, Node
 from cowfs.union.restack import aside, depends, own_data
-from cowfs.union.rowfile import RowFile
-from cowfs.union.rowmap import Ref
-from cowfs.union.source import Layer, Source
 
 if TYPE_CHECKING:
     from cowfs.union.view import View
@@ -174,11 +174,11 @@ class Absorption:
         view.need_upper()
         self.view = view
         self.layer: Layer = view.layers[-2]
-        self.ledger = space.ledger(view)
+        self.ledger = quota.ledger(view)
         self.moves = 0
-        self._renames = links.scan_redirects(view, self.layer)
+        self._renames = hardlinks.scan_redirects(view, self.layer)
         if view.upper not in view.redirects:
-            links.find_moved(view)
+            hardlinks.find_moved(view)
         view.leaving = self
 
     def end(self) -> None:
@@ -214,7 +214,7 @@ class Absorption:
 
     def _shown(self, path: bytes) -> list[Node]:
         """What a file of the layer is in the merged tree."""
-        found = [self._at(candidate) for candidate in links._merged_paths(self.view, self.layer, path)]
+        found = [self._at(candidate) for candidate in hardlinks._merged_paths(self.view, self.layer, path)]
         return [node for node in found if node is not None]
 
     def _at(self, path: bytes) -> Node | None:
@@ -228,7 +228,7 @@ class Absorption:
     def _directory(self, path: bytes) -> tuple[Dir, Source] | None:
         """The directory that a directory of the layer is part of, and that part; None when it is hidden."""
         inside = path + b"/" if path else b""  # where a name in it shows, it shows itself, whether it was moved or not
-        for candidate in links._merged_paths(self.view, self.layer, inside + b"-"):
+        for candidate in hardlinks._merged_paths(self.view, self.layer, inside + b"-"):
             node = self._at(candidate.rpartition(b"/")[0])
             if isinstance(node, Dir):
                 for source in node.sources:
@@ -253,7 +253,7 @@ class Absorption:
         if self._stands_alone(directory):
             return
         children = directory.children if directory.children is not None else view.load(directory)
-        for name in lower.scan(source, view.form)[1]:
+        for name in merge.scan(source, view.form)[1]:
             if name in children:
                 made = view.child(directory, name)
                 if isinstance(made, Dir) and made.lowpath is None and self._stands_alone(made):

@@ -113,9 +113,9 @@ def kill_privileges(view: View, node: Node) -> None:
     if mode & stat.S_IXGRP:
         clean &= ~stat.S_ISGID
     if clean != mode:
-        from cowfs.union import metadata
+        from cowfs.union import attributes
 
-        metadata.chmod(view, node, stat.S_IMODE(clean))
+        attributes.chmod(view, node, stat.S_IMODE(clean))
 
 
 def write(view: View, node: Node, offset: int, data: memoryview | bytes, kill: bool = False) -> int:
@@ -133,9 +133,9 @@ def write(view: View, node: Node, offset: int, data: memoryview | bytes, kill: b
         kill_privileges(view, node)
     elif _sheds() and (mode := view.mode(node)) & (stat.S_ISUID | stat.S_ISGID):  # a store through a map keeps them
         done = _write(view, node, offset, data)
-        from cowfs.union import metadata
+        from cowfs.union import attributes
 
-        metadata.chmod(view, node, stat.S_IMODE(mode))
+        attributes.chmod(view, node, stat.S_IMODE(mode))
         return done
     return _write(view, node, offset, data)
 

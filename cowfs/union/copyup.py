@@ -10,7 +10,7 @@ it was, and a leftover that the next mount removes.
 * Data is copied by a :class:`Stage`, which any thread may run while the view goes on; the owner
   thread then publishes it. A metacopy receives its data in place: until its xattr is removed,
   after the data is on disk, readers still use the lower file.
-* All names of a lower inode move up together (see :mod:`cowfs.union.links`).
+* All names of a lower inode move up together (see :mod:`cowfs.union.hardlinks`).
 
 The kernel's overlayfs reads and continues what is written here, and the reverse.
 """
@@ -24,15 +24,15 @@ import stat
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
+from cowfs.format.whiteout import Form, allow_nested, make as make_whiteout, make_nested
 from cowfs.sys import files, xattr
-from cowfs.union import indexed, links
+from cowfs.union import from_index, hardlinks
 from cowfs.union.attr import with_nlink
 from cowfs.union.inodes import make_origin
-from cowfs.union.lower import Data
+from cowfs.union.layers import Layer, Source
+from cowfs.union.merge import Data
 from cowfs.union.node import DT_REG, Dir, Node
-from cowfs.union.source import Layer, Source
-from cowfs.union.space import UNIT, total_of, units, xattr_units
-from cowfs.whiteout import Form, allow_nested, make as make_whiteout, make_nested
+from cowfs.union.quota import UNIT, total_of, units, xattr_units
 
 if TYPE_CHECKING:
     from cowfs.union.view import View
@@ -43,7 +43,7 @@ _DIR_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _HOST_ONLY = (b"security.selinux", b"security.ima", b"security.evm")
 
 
-_KEEP = (b"incompat",)  # the kernel's marks of volatile mounts; who mounts honours them (cowfs.volatile)
+_KEEP = (b"incompat",)  # the kernel's marks of volatile mounts; who mounts honours them (cowfs.mounting.volatile)
 
 
 class WorkDir:
@@ -184,7 +184,7 @@ class Meta(NamedTuple):
 def read_meta(view: View, node: Node) -> Meta:
     """The stored attributes and the user-visible xattrs of a node."""
     form = view.form
-    entry = indexed.entry_of(view, node)
+    entry = from_index.entry_of(view, node)
     if entry is not None:
         kept = {k: v for k, v in entry.xattrs.items() if form.show_name(k) is not None}
         return Meta(entry.mode, entry.uid, entry.gid, entry.size, entry.rdev, entry.mtime_ns, entry.mtime_ns, kept)
@@ -512,7 +512,7 @@ def place(view: View, node: Node, temp: bytes, work: WorkDir, *, metacopy: bool,
     """Give a built copy all its attributes (``meta``, where they were read) and put it under every name the node has."""
     assert node.parent is not None and node.where is not None
     where = node.where
-    others = links.complete(view, node)
+    others = hardlinks.complete(view, node)
     ups = [(up_dir(view, directory), directory, name) for directory, name in view.names_of(node)]
     low = view.low_path(node.parent)
     low = low + b"/" + node.name if low else node.name
@@ -546,7 +546,7 @@ def place(view: View, node: Node, temp: bytes, work: WorkDir, *, metacopy: bool,
 def physical(view: View, node: Node, where: Source) -> tuple[Source, bytes]:
     """Where a lower inode itself is: an index knows files by where their data is."""
     data = node.data  # a Data, or a redirect file of a lower layer
-    if data is not None and data.where is not None and indexed.entry_of(view, node) is not None:
+    if data is not None and data.where is not None and from_index.entry_of(view, node) is not None:
         return data.where, data.name
     return where, node.name
 

@@ -16,13 +16,13 @@ import stat
 from bisect import insort
 from typing import TYPE_CHECKING
 
-from cowfs import whiteout
+from cowfs.format import whiteout
 from cowfs.sys import files, xattr
-from cowfs.union import copyup, finding, links
+from cowfs.union import copyup, hardlinks, lookup
 from cowfs.union.attr import mode_of, unpack, with_nlink
-from cowfs.union.holding import unhold
+from cowfs.union.layers import Source, lstat
+from cowfs.union.lifetime import unhold
 from cowfs.union.node import DT_DIR, DT_LNK, DT_REG, Dir, Node
-from cowfs.union.source import Source, lstat
 
 if TYPE_CHECKING:
     from cowfs.union.view import View
@@ -123,7 +123,7 @@ def _adopt(view: View, parent: Dir, up: Source, name: bytes, st: os.stat_result 
         made = view.new_dir(parent, name, [source], ino)
         made.children = {}
         return made
-    node = finding.bind_inode(view, parent, name, up, st, ino)
+    node = lookup.bind_inode(view, parent, name, up, st, ino)
     view.pack_into(node, st, up, name)
     return node
 
@@ -239,7 +239,7 @@ def _inherit_acl(view: View, up: Source, dirfd: int, name: bytes, mode: int) -> 
     acl = xattr.get(up.open(), b"", b"system.posix_acl_default")
     if stat.S_ISDIR(mode):
         xattr.setx(dirfd, name, b"system.posix_acl_default", acl)
-    from cowfs.union.acl import masked
+    from cowfs.format.acl import masked
 
     xattr.setx(dirfd, name, b"system.posix_acl_access", masked(acl, mode))
 
@@ -394,7 +394,7 @@ def unlink(view: View, parent: Dir, name: bytes) -> None:
         raise error(errno.EROFS, name)
     if not view.in_upper(node):
         nlink = unpack(view.attr(node)).nlink
-        if nlink <= 1 or not view.form.redirects or not links.complete(view, node) or not _up_for_count(view, node):
+        if nlink <= 1 or not view.form.redirects or not hardlinks.complete(view, node) or not _up_for_count(view, node):
             _hide(view, parent, name)
             view.unbind(parent, name, node)
             _gone(view, node)

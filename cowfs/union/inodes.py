@@ -17,7 +17,7 @@ import struct
 from collections.abc import Iterable
 
 from cowfs.sys import files
-from cowfs.union.source import Layer
+from cowfs.union.layers import Layer
 
 _HEAD = struct.Struct("<BBBBB16s")
 _MAGIC, _FOREIGN = 0xFB, 0x01  # foreign: big endian

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from cowfs.sys import xattr
-from cowfs.union import indexed
+from cowfs.union import from_index
+from cowfs.union.layers import lstat
 from cowfs.union.node import DT_DIR, Dir
-from cowfs.union.source import lstat
 
 if TYPE_CHECKING:
     from cowfs.union.view import View
@@ -65,7 +65,7 @@ def entry(view: View, directory: Dir, name: bytes) -> tuple[int, int]:
         return item.id, item.type  # type: ignore[union-attr]
     if item < 0:
         entry = view.index.entries(directory.record)[name]  # type: ignore[union-attr]
-        return indexed.ino_of(view, entry), entry.type
+        return from_index.ino_of(view, entry), entry.type
     if item & 15 == DT_DIR:
         made = view.child(directory, name)
         return (made.id, DT_DIR) if made is not None else (0, 0)

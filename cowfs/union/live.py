@@ -19,9 +19,9 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cowfs.union import copyup, indexed, space
+from cowfs.union import copyup, from_index, quota
+from cowfs.union.layers import Layer
 from cowfs.union.node import Dir, Node
-from cowfs.union.source import Layer
 
 if TYPE_CHECKING:
     from cowfs.union.view import View
@@ -136,7 +136,7 @@ def rollback(view: View, frozen: Layer, upper: str | bytes, work: str | bytes) -
     view.root.attr = None
     if view.space is not None:
         limit = view.space.limit
-        view.space = space.Space(view)
+        view.space = quota.Space(view)
         view.space.limit = limit
     return Stale(tuple(stale), tuple(entries))
 
@@ -157,7 +157,7 @@ def _strike_out(view: View, dropped: set[Layer]) -> tuple[list[int], list[tuple[
     for directory in touched:
         kept = [source for source in directory.sources if source.layer not in dropped]
         if not kept and directory.record is not None:
-            kept = [indexed.source_of(view, directory)]
+            kept = [from_index.source_of(view, directory)]
         elsewhere = directory.record is not None and directory.record.path != view.path(directory)
         moved = directory.lowpath is not None or not kept or elsewhere
         for source in directory.sources:

@@ -16,7 +16,7 @@ import stat
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cowfs.union.source import Source
+    from cowfs.union.layers import Source
 
 DT_FIFO, DT_CHR, DT_DIR, DT_BLK, DT_REG, DT_LNK, DT_SOCK = 1, 2, 4, 6, 8, 10, 12
 
@@ -35,8 +35,8 @@ class Node:
             2 when it has no xattr at all, 0 when nothing is known.
         fd: an open descriptor of the data, or -1.
         wfd: whether ``fd`` may be written.
-        data: where the data is when it is not in ``where``: a :class:`~cowfs.union.lower.Data`.
-        space: data units of 4 KiB: int when dense, :class:`~cowfs.union.space.Blocks` when not,
+        data: where the data is when it is not in ``where``: a :class:`~cowfs.union.merge.Data`.
+        space: data units of 4 KiB: int when dense, :class:`~cowfs.union.quota.Blocks` when not,
             ``None`` when not counted yet.
     """
 

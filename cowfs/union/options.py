@@ -12,7 +12,7 @@ IdRange = tuple[int, int, int]  # (inside the layers, shown outside, count)
 
 
 class Entry(Protocol):
-    """One name of a directory record, as a tree index gives it (see cowfs.tree)."""
+    """One name of a directory record, as a tree index gives it (see cowfs.index.directory)."""
 
     type: int  # DT_* of readdir(3)
     mode: int

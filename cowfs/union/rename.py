@@ -18,13 +18,13 @@ import os
 from bisect import insort
 from typing import TYPE_CHECKING
 
+from cowfs.format.whiteout import WH_PREFIX
 from cowfs.sys import files, xattr
-from cowfs.union import copyup, create, links
+from cowfs.union import copyup, create, hardlinks
 from cowfs.union.attr import unpack
 from cowfs.union.create import error
+from cowfs.union.layers import Source
 from cowfs.union.node import DT_REG, Dir, Node
-from cowfs.union.source import Source
-from cowfs.whiteout import WH_PREFIX
 
 if TYPE_CHECKING:
     from cowfs.union.view import View
@@ -137,7 +137,7 @@ def _move(view: View, parent: Dir, name: bytes, node: Node, to: Dir, to_name: by
         _clear_way(view, destination, to_name, other)
     held, last, known = None, False, False
     if other is not None and not isinstance(other, Dir):
-        if not view.in_upper(other) and view.form.redirects and links.complete(view, other):
+        if not view.in_upper(other) and view.form.redirects and hardlinks.complete(view, other):
             copyup.up_meta(view, other)
         held, last, known = _prepare_victim(view, other)
     elif isinstance(other, Dir):

@@ -21,12 +21,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from cowfs.union import copyup, finding, indexed, lower, space
+from cowfs.row.file import RowFile
+from cowfs.union import copyup, from_index, lookup, merge, quota
 from cowfs.union.attr import unpack
-from cowfs.union.lower import Data
+from cowfs.union.layers import Layer, Source, lstat
+from cowfs.union.merge import Data
 from cowfs.union.node import DT_REG, Dir, Node
-from cowfs.union.rowfile import RowFile
-from cowfs.union.source import Layer, Source, lstat
 
 if TYPE_CHECKING:
     from cowfs.union.options import TreeIndex
@@ -95,7 +95,7 @@ def layers_under(view: View) -> list[bytes]:
 
 
 @contextmanager
-def aside(view: View, ledger: space.Space) -> Iterator[None]:
+def aside(view: View, ledger: quota.Space) -> Iterator[None]:
     """Count what is done meanwhile elsewhere: it is not the users' doing, and no limit holds."""
     kept, view.space = view.space, ledger
     try:
@@ -152,10 +152,10 @@ def _save_nameless(view: View, dropped: set[Layer]) -> None:
         if isinstance(node.data, RowFile):
             node.data.load()
         if depends(node, dropped):
-            with aside(view, space.ledger(view)):
+            with aside(view, quota.ledger(view)):
                 own_data(view, node)
             if view.space is not None:
-                view.space.add(space.total_of(view.space.count(node)), 1)
+                view.space.add(quota.total_of(view.space.count(node)), 1)
 
 
 # -- directories ----------------------------------------------------------------------------------
@@ -190,9 +190,9 @@ def _find(view: View, above: Place, directory: Dir) -> Place:
     sources, record = above
     name, own, entry = directory.name, view.upper_of(directory), None
     if view.index is not None:
-        found, entry = indexed.merged_dir(view, indexed.scanned(view, sources), record, name)
+        found, entry = from_index.merged_dir(view, from_index.scanned(view, sources), record, name)
     else:
-        found = lower.merged_dirs(sources, name, view.form, view.roots)
+        found = merge.merged_dirs(sources, name, view.form, view.roots)
     if own is not None and found and found[0].layer is view.upper:
         found[0].close()
         found[0] = own
@@ -200,7 +200,7 @@ def _find(view: View, above: Place, directory: Dir) -> Place:
         raise OSError(errno.EIO, "the new layers do not show what the old ones do", view.path(directory))
     if not found:
         assert entry is not None
-        found = [view.source_at(view.layers[entry.layer], indexed.path_of(entry, record, name))]
+        found = [view.source_at(view.layers[entry.layer], from_index.path_of(entry, record, name))]
     return found, entry.record if entry is not None else None
 
 
@@ -274,7 +274,7 @@ def _data(view: View, node: Node) -> Any:
     if position < 0:
         return None
     st = os.stat(node.name, dir_fd=parent.sources[position].open(), follow_symlinks=False)
-    return finding.data_of(view, parent, position, node.name, st.st_size)
+    return lookup.data_of(view, parent, position, node.name, st.st_size)
 
 
 def _find_again(view: View, node: Node) -> None:
@@ -287,7 +287,7 @@ def _find_again(view: View, node: Node) -> None:
             continue
         st = lstat(source, name)
         if st is not None:
-            place = source, finding.data_of(view, parent, position, name, st.st_size) if node.type == DT_REG else None
+            place = source, lookup.data_of(view, parent, position, name, st.st_size) if node.type == DT_REG else None
             break
     else:
         entry = (
@@ -297,9 +297,9 @@ def _find_again(view: View, node: Node) -> None:
         )
         if entry is None:
             raise OSError(errno.EIO, "the new layers lack a file of the old ones", view.path(node))
-        place = indexed.locate(view, parent, name, entry)
+        place = from_index.locate(view, parent, name, entry)
         if node.attr is not None and unpack(node.attr).nlink != entry.nlink:
-            node.attr = indexed.attr_of(view, node, entry)
+            node.attr = from_index.attr_of(view, node, entry)
     if _same(before, place):
         if isinstance(node.data, RowFile):
             node.data.rebase()

@@ -38,31 +38,33 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from cowfs.format.whiteout import choose_form, opaque_value
 from cowfs.model import Limit, Usage
+from cowfs.row import (
+    redirects,
+)
 from cowfs.sys import files
 from cowfs.union import (
+    attributes,
     content,
     copyup,
     create,
-    finding,
-    holding,
-    indexed,
-    links,
+    from_index,
+    hardlinks,
+    lifetime,
     listing as _listing,
     live,
-    metadata,
+    lookup as union_lookup,
+    quota,
     rename as _rename,
-    row,
-    space,
 )
-from cowfs.union.holding import ROOT_ID
+from cowfs.union.forgotten import Parents
 from cowfs.union.inodes import SYNTHETIC, Inodes
+from cowfs.union.layers import Descriptors, Layer, Source
+from cowfs.union.lifetime import ROOT_ID
 from cowfs.union.node import Dir, Node
 from cowfs.union.options import Options
 from cowfs.union.owners import Owners, make_owners
-from cowfs.union.parents import Parents
-from cowfs.union.source import Descriptors, Layer, Source
-from cowfs.whiteout import choose_form, opaque_value
 
 if TYPE_CHECKING:
     from cowfs.union.absorb import Absorption
@@ -97,7 +99,7 @@ class View:
     >>> view.close()
     """
 
-    NOW = metadata.NOW
+    NOW = attributes.NOW
 
     def __init__(
         self,
@@ -115,9 +117,9 @@ class View:
         self.workdir: copyup.WorkDir | None = None
         self.nodes: dict[int, Node] = {}
         self.changed: Callable[[str, Node, bytes], None] | None = None
-        self.space: space.Space | None = None
+        self.space: quota.Space | None = None
         self.patient = False  # the front end can wait for what the kernel is about to forget (space.Awaited)
-        self.rows: row.Rows | None = None
+        self.rows: redirects.Rows | None = None
         self.index = options.index
         #: how many layers the index covers; those above are scanned
         self.lower_count = len(lowers)
@@ -141,7 +143,7 @@ class View:
         self.max_files = self.descriptors.budget
         #: further names of nodes with more than one, the first being (node.parent, node.name)
         self.names: dict[Node, list[tuple[Dir, bytes]]] = {}
-        self.groups: dict[Layer, links.Groups] = {}
+        self.groups: dict[Layer, hardlinks.Groups] = {}
         self.redirects: dict[Layer, list[tuple[bytes, bytes]]] = {}
         #: directories that a rename took away from their lower path
         self.moved: dict[Dir, None] = {}
@@ -162,7 +164,7 @@ class View:
                 raise OSError(errno.EINVAL, "no layers")
             self.owners: Owners | None = make_owners(options)
             self.inodes = Inodes(self.layers)
-            self.rows = row.rows_of(self)
+            self.rows = redirects.rows_of(self)
             self.monotonic = files.fs_name(self.layers[-1].root.fd) in _MONOTONIC
             #: the roots of all layers, topmost first: where absolute redirects start
             self.roots = [layer.root for layer in reversed(self.layers)]
@@ -232,7 +234,7 @@ class View:
         if self.space is None:
             if not limit:
                 return
-            self.space = space.Space(self)
+            self.space = quota.Space(self)
         self.space.limit = limit or Limit()
 
     @property
@@ -244,7 +246,7 @@ class View:
         """What the upper layer holds: kept when there is a limit, else counted now."""
         if self.space is not None:
             return self.space.usage()
-        return space.measure(self.upper, self.form) if self.upper is not None else Usage()
+        return quota.measure(self.upper, self.form) if self.upper is not None else Usage()
 
     def uuid_at(self, fd: int) -> bytes:
         """The uuid of the file system that an open object is on."""
@@ -324,33 +326,33 @@ class View:
 
     # -- the rest, one concept a module ---------------------------------------------------------
 
-    node = finding.node
-    directory = finding.directory
-    lookup = finding.lookup
-    child = finding.child
-    parent = finding.parent
-    load = finding.load
-    new_dir = finding.new_dir
-    pack_into = finding.pack_into
-    generation = finding.generation
-    source_at = indexed.source_at
-    bind = holding.bind
-    unbind = holding.unbind
-    names_of = holding.names_of
-    fresh_id = holding.fresh_id
-    upper_of = holding.upper_of
-    in_upper = holding.in_upper
-    path = holding.path
-    low_path = holding.low_path
-    low_child = holding.low_child
-    forget = holding.forget
-    drop = holding.drop
-    revive = holding.revive
+    node = union_lookup.node
+    directory = union_lookup.directory
+    lookup = union_lookup.lookup
+    child = union_lookup.child
+    parent = union_lookup.parent
+    load = union_lookup.load
+    new_dir = union_lookup.new_dir
+    pack_into = union_lookup.pack_into
+    generation = union_lookup.generation
+    source_at = from_index.source_at
+    bind = lifetime.bind
+    unbind = lifetime.unbind
+    names_of = lifetime.names_of
+    fresh_id = lifetime.fresh_id
+    upper_of = lifetime.upper_of
+    in_upper = lifetime.in_upper
+    path = lifetime.path
+    low_path = lifetime.low_path
+    low_child = lifetime.low_child
+    forget = lifetime.forget
+    drop = lifetime.drop
+    revive = lifetime.revive
     listing = _listing.listing
     entry = _listing.entry
-    attr = metadata.attr
-    size = metadata.size
-    mode = metadata.mode
+    attr = attributes.attr
+    size = attributes.size
+    mode = attributes.mode
     mknod = create.mknod
     mkdir = create.mkdir
     symlink = create.symlink
@@ -372,8 +374,8 @@ class View:
     publish = copyup.publish
     freeze = live.freeze
     rollback = live.rollback
-    setattr = metadata.setattr
-    getxattr = metadata.getxattr
-    listxattr = metadata.listxattr
-    setxattr = metadata.setxattr
-    removexattr = metadata.removexattr
+    setattr = attributes.setattr
+    getxattr = attributes.getxattr
+    listxattr = attributes.listxattr
+    setxattr = attributes.setxattr
+    removexattr = attributes.removexattr

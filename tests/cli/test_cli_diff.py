@@ -1,4 +1,4 @@
-"""`cowfs diff` and cowfs.diff: exactly what an upper changes, whoever wrote it and in whatever encoding."""
+"""`cowfs diff` and cowfs.diff.changes: exactly what an upper changes, whoever wrote it and in whatever encoding."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from support import mounts
 from support.command import Run
 from support.layers import Layer
 
-from cowfs import diff
 from cowfs.cli.output import change_line
+from cowfs.diff import changes as diff_changes
 from cowfs.errors import InvalidArgument, NotFound
 from cowfs.model import Change
 
@@ -20,7 +20,7 @@ from cowfs.model import Change
 def found(upper: Path, *layers: Path) -> list[str]:
     """A diff as lines, times left out: directories change theirs with every name in them."""
     lines = []
-    for change in diff.changes(str(upper), [str(layer) for layer in layers]):
+    for change in diff_changes.changes(str(upper), [str(layer) for layer in layers]):
         what = change.what - {"mtime"}
         if change.kind == "changed" and not what:
             continue
@@ -39,12 +39,12 @@ def base(space: Path, can_mount: None) -> Layer:
 def test_nothing(base: Layer, space: Path) -> None:
     upper = Layer(space / "upper")
     os.utime(upper.path, ns=(0, os.stat(base.path).st_mtime_ns))
-    assert list(diff.changes(str(upper.path), [str(base.path)])) == []
+    assert list(diff_changes.changes(str(upper.path), [str(base.path)])) == []
 
 
 def test_additions_list_everything_in_them(base: Layer, space: Path) -> None:
     upper = Layer(space / "upper").file("opt/app/main", b"12345").fifo("opt/pipe")
-    changes = list(diff.changes(str(upper.path), [str(base.path)]))
+    changes = list(diff_changes.changes(str(upper.path), [str(base.path)]))
     assert [(c.path, c.kind, c.type, c.size) for c in changes if c.kind == "added"] == [
         (b"opt", "added", "dir", 0),
         (b"opt/app", "added", "dir", 0),
@@ -72,7 +72,7 @@ def test_content_is_compared_by_bytes(base: Layer, space: Path) -> None:
     assert found(upper.path, base.path) == ["C /usr/lib/a (content)"]
     (upper.path / "usr/lib/a").write_bytes(b"a" * 5000)
     os.utime(upper.path / "usr/lib/a", ns=(0, 42))
-    changes = [c for c in diff.changes(str(upper.path), [str(base.path)]) if c.path == b"usr/lib/a"]
+    changes = [c for c in diff_changes.changes(str(upper.path), [str(base.path)]) if c.path == b"usr/lib/a"]
     assert [c.what for c in changes] == [frozenset({"mtime"})]
 
 
@@ -93,7 +93,7 @@ def test_change_of_type_is_one_change(base: Layer, space: Path) -> None:
     upper = Layer(space / "upper").file("usr", b"").dir("etc/passwd", opaque=True).file("etc/passwd/x", b"")
     lines = [line.split(" (")[0] for line in found(upper.path, base.path)]
     assert lines == ["C /etc/passwd/", "A /etc/passwd/x", "C /usr"]
-    kinds = {c.path: c.what for c in diff.changes(str(upper.path), [str(base.path)])}
+    kinds = {c.path: c.what for c in diff_changes.changes(str(upper.path), [str(base.path)])}
     assert "type" in kinds[b"usr"]
     assert "content" not in kinds[b"usr"]
 
@@ -109,7 +109,7 @@ def test_renamed_directory_of_a_lower_layer(base: Layer, space: Path) -> None:
 def test_order_is_that_of_paths(base: Layer, space: Path) -> None:
     """A directory before what is in it, names by their bytes."""
     upper = Layer(space / "upper").file("b/x", b"").file("b-", b"").file("a", b"").file("\udcff", b"")
-    paths = [c.path for c in diff.changes(str(upper.path), [str(base.path)]) if c.path]
+    paths = [c.path for c in diff_changes.changes(str(upper.path), [str(base.path)]) if c.path]
     assert paths == [b"a", b"b", b"b/x", b"b-", b"\xff"]
 
 
@@ -141,9 +141,9 @@ def test_agrees_with_what_the_kernel_wrote(base: Layer, space: Path) -> None:
 
 def test_diff_of_missing_directories(base: Layer, space: Path) -> None:
     with pytest.raises(NotFound, match="nowhere"):
-        diff.changes(str(space / "nowhere"), [str(base.path)])
+        diff_changes.changes(str(space / "nowhere"), [str(base.path)])
     with pytest.raises(InvalidArgument, match="passwd"):
-        diff.changes(str(base.path / "etc/passwd"), [str(base.path)])
+        diff_changes.changes(str(base.path / "etc/passwd"), [str(base.path)])
 
 
 def test_command_on_mount_and_on_upper_say_the_same(cowfs: Run, stack: Path, mnt: Path) -> None:

@@ -14,7 +14,7 @@ from support import users
 from support.command import environment, run_module, user_python
 
 import cowfs
-from cowfs import control, mounting
+from cowfs.mounting import client, protocol
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_attach(run_directory: Path, layers: list[str], mnt: Path) -> None:
         with pytest.raises(cowfs.FailedPrecondition):
             m.usage()
         m.unmount()
-        m2 = mounting.mounts()
+        m2 = client.mounts()
         assert [s for s in m2 if s.mountpoint == str(mnt)] == []
         with pytest.raises(cowfs.NotFound):
             m.unmount()
@@ -138,10 +138,10 @@ def test_server_knows_its_verbs(run_directory: Path, layers: list[str], mnt: Pat
         with pytest.raises(cowfs.InvalidArgument, match="no such verb"):
             m.ask("frobnicate")
         for line in (b"nonsense\n", b"[]\n", b"{}\n", b"\xff\n"):
-            with control.connect(m.socket) as sock:
+            with protocol.connect(m.socket) as sock:
                 sock.sendall(line)
-                assert "error" in control.decode(control.read_line(sock))
-        with control.connect(m.socket) as sock:
+                assert "error" in protocol.decode(protocol.read_line(sock))
+        with protocol.connect(m.socket) as sock:
             sock.sendall(b'{"verb": ')  # and gone
         for value in (0, -1, "x", 1.5, []):
             with pytest.raises((cowfs.InvalidArgument, cowfs.FailedPrecondition)):
@@ -154,7 +154,7 @@ def test_a_dead_servers_socket_is_swept(run_directory: Path, layers: list[str], 
     os.kill(m.pid, signal.SIGKILL)
     while True:
         try:
-            control.connect(m.socket).close()
+            protocol.connect(m.socket).close()
         except ConnectionRefusedError:
             break
         except OSError:
@@ -207,10 +207,10 @@ print(os.path.ismount({str(mnt)!r}), os.listdir({str(runtime / "cowfs")!r}))
 def test_errors_travel_whole() -> None:
     """An error on the socket comes back as its class, message and remedy; an unknown one as the base."""
     for kind in (cowfs.NotFound, cowfs.LimitExceeded, cowfs.Unsupported):
-        back = control.error_from(control.error_to(kind("what", remedy="how")))
+        back = protocol.error_from(protocol.error_to(kind("what", remedy="how")))
         assert (type(back), back.message, back.remedy) == (kind, "what", "how")
     for data in ({"type": "os", "message": "m"}, {"type": "CowfsError"}, [], None, {"type": "__doc__"}):
-        assert type(control.error_from(data)) is cowfs.CowfsError
+        assert type(protocol.error_from(data)) is cowfs.CowfsError
 
 
 def test_package_exports() -> None:
@@ -224,8 +224,8 @@ def test_package_exports() -> None:
 
 HEAVY = {
     "sqlite3", "asyncio", "subprocess", "tempfile", "multiprocessing", "email", "http", "hashlib", "tarfile", "fuse",
-    "xattr", "zstandard", "unittest", "ctypes.util", "cowfs.store", "cowfs.index", "cowfs.archive", "cowfs.images",
-    "cowfs.mounting", "cowfs.diff", "argparse",
+    "xattr", "zstandard", "unittest", "ctypes.util", "cowfs.store", "cowfs.index.database", "cowfs.archive", "cowfs.images",
+    "cowfs.mounting.client", "cowfs.diff.changes", "argparse",
 }  # fmt: skip
 
 
@@ -247,7 +247,9 @@ def test_importing_the_package_costs_nothing() -> None:
 
 def test_the_mount_loads_only_what_it_needs() -> None:
     """Neither parsing nor serving loads what only other verbs need (a mount has 200 ms, Python's start included)."""
-    serving = _modules_after("import cowfs.server\nfrom cowfs.fuse import Session\nfrom cowfs.union import View")
+    serving = _modules_after(
+        "import cowfs.mounting.server\nfrom cowfs.fuse import Session\nfrom cowfs.union import View"
+    )
     assert serving & HEAVY - {"subprocess"} == set()
     parsing = _modules_after("from cowfs.cli import parser_of\nparser_of('mount')")
     assert parsing & (HEAVY - {"argparse"}) == set()

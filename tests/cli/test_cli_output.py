@@ -13,7 +13,7 @@ from support.command import ROOT, Run, environment, run_module
 from cowfs.cli import VERBS, completion, main, parser_of, reference
 from cowfs.cli.output import Tree, shown
 from cowfs.model import Change
-from cowfs.spec import find_layers
+from cowfs.mounting.request import find_layers
 
 
 @given(st.binary())

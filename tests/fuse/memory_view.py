@@ -15,10 +15,10 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from cowfs.format.whiteout import TRUSTED
 from cowfs.fuse import abi
 from cowfs.model import Limit
 from cowfs.union import Options
-from cowfs.whiteout import TRUSTED
 
 
 def fail(code: int) -> OSError:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from cowfs.fuse import data
+from cowfs.fuse.handlers import data
 from cowfs.sys import files
 from cowfs.union import Options, View
 

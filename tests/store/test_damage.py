@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from cowfs import index as index_module
 from cowfs.errors import Corrupt, CowfsError, FailedPrecondition, InvalidArgument, NotFound, Unsupported
+from cowfs.index import database as index_module
 from cowfs.store import Store
 from cowfs.sys import mounts
 

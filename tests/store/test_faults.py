@@ -1,7 +1,7 @@
 """A process killed between any two steps of a verb leaves the state before it or the one after it.
 
 The points are not sampled: each verb is run once to record which points it passes, then once more for
-each of them, killed there. Together they pass every point that ``cowfs.faults`` names.
+each of them, killed there. Together they pass every point that ``cowfs.sys.faults`` names.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from cowfs import faults
 from cowfs.model import Kind
 from cowfs.store import Store
+from cowfs.sys import faults
 
 from .conftest import BIG, content, overwrite, tree_path
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from cowfs import faults
 from cowfs.store import Store
+from cowfs.sys import faults
 
 from .conftest import tree_path
 from .test_faults import LIVE, _in_child, _passed

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from cowfs import control
 from cowfs.errors import FailedPrecondition
+from cowfs.mounting import protocol
 from cowfs.store import Store
 
 from .test_live import Tree, change, shown, tree_of
@@ -113,7 +113,7 @@ def test_a_limit_counts_all_that_was_written_through_squash_and_rollback(space: 
             (space / "mnt/base").write_bytes(bytes(400 << 10))
         store.commit("seed", "base")
         store.prepare("k", "base", size="1M")
-        used = lambda: control.ask(handle.socket, "usage")["usage"]["bytes"] >> 10  # noqa: E731
+        used = lambda: protocol.ask(handle.socket, "usage")["usage"]["bytes"] >> 10  # noqa: E731
         with store.mount("k", space / "mnt") as handle:
             (space / "mnt/a").write_bytes(bytes(200 << 10))
             store.snapshot("k", "s1")

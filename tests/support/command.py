@@ -32,7 +32,7 @@ def run_module(module: str, *arguments: object, **more: object) -> subprocess.Co
 
 def user_python() -> str | None:
     """An interpreter that an ordinary user can run with the tree under test, or None."""
-    probe = "import subprocess, sys, cowfs.server; subprocess.run([sys.executable, '-c', ''], check=True)"
+    probe = "import subprocess, sys, cowfs.mounting.server; subprocess.run([sys.executable, '-c', ''], check=True)"
     for python in (sys.executable, "/usr/bin/python3"):
         command = users.command_as([python, "-c", probe])
         if (

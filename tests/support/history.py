@@ -36,8 +36,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cowfs.errors import CowfsError
+from cowfs.index.directory import Pair, decode, entries, join
 from cowfs.store import Store
-from cowfs.tree import Pair, decode, entries, join
 
 from .ops import Actor, Op
 

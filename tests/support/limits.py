@@ -1,6 +1,6 @@
 """A second opinion on what an upper layer holds, by the words of docs/semantics.md ("Limits").
 
-Written against the words, not against ``cowfs.union.space``: 4 KiB units of file data, 4 KiB a
+Written against the words, not against ``cowfs.union.quota``: 4 KiB units of file data, 4 KiB a
 directory (not the root) and a large xattr (over 1,024 bytes), whiteouts free, and directories free
 that were copied up only to hold one.
 """

@@ -10,7 +10,7 @@ import pytest
 from support import mounts, namespace
 
 from cowfs.model import Limit
-from cowfs.union.space import measure
+from cowfs.union.quota import measure
 
 Stack = Any
 

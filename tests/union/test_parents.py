@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import given, strategies as st
 
-from cowfs.union.parents import Parents
+from cowfs.union.forgotten import Parents
 
 IDS = st.integers(2, 400) | st.integers(2, (1 << 64) - 1)
 STEPS = st.tuples(st.just("set"), IDS, IDS) | st.tuples(st.sampled_from(["discard", "reserve"]), IDS, st.just(0))

@@ -1,0 +1,211 @@
+"""`cowfs import`, `export`, `apply`: images and archives in and out of the store."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING, BinaryIO
+
+from cowfs.cli import Command
+from cowfs.cli.output import print_json, shown
+from cowfs.cli.store.args import Bars, add_store, open_store, set_labels
+from cowfs.errors import InvalidArgument, NotFound
+
+if TYPE_CHECKING:
+    import argparse
+
+    from cowfs.archive import ApplyOptions
+    from cowfs.diff.blocks import Counts
+    from cowfs.store import Store
+
+
+def _source(name: str) -> str | BinaryIO:
+    return sys.stdin.buffer if name == "-" else name
+
+
+def _add_bounds(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--owners", choices=("fail", "xattr", "ignore"), default="fail",
+        help="what to do about owners and devices that this user cannot make (default: fail)")  # fmt: skip
+    add("--max-size", metavar="SIZE", help="refuse an archive that unpacks to more (default: 64G)")
+    add("--max-entries", metavar="N", help="refuse an archive with more members (default: 1M)")
+
+
+def _bounds(args: argparse.Namespace) -> ApplyOptions:
+    from dataclasses import replace
+
+    from cowfs.archive import ApplyOptions
+    from cowfs.model import parse_count, parse_size
+
+    options = ApplyOptions(owners=args.owners)
+    if args.max_size:
+        options = replace(options, max_bytes=parse_size(args.max_size))
+    if args.max_entries:
+        options = replace(options, max_entries=parse_count(args.max_entries))
+    return options
+
+
+def _configure_import(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "source",
+        metavar="SOURCE",
+        help="OCI layout (directory or tar), docker-archive, root file system tar, directory; - is a pipe",
+    )
+    add("name", nargs="?", metavar="NAME", help="tag that it gets here (default: those that the source has)")
+    add("--tag", metavar="TAG", help="which image, where the source has several")
+    add("--platform", metavar="OS/ARCH", help="likewise, by platform")
+    add("--label", action="append", default=[], metavar="K=V", help="label of the new snapshots; repeated")
+    _add_bounds(parser)
+    add_store(parser)
+
+
+def _import(args: argparse.Namespace) -> int:
+    with open_store(args) as store, Bars() as bars:
+        top = store.import_image(
+            _source(args.source), args.name, tag=args.tag, platform=args.platform, options=_bounds(args),
+            labels=set_labels(args.label), progress=bars if bars.on else None,
+        )  # fmt: skip
+        tags = [tag.name for tag in store.tags() if tag.target == top]
+    if args.json:
+        print_json({"name": top, "tags": tags})
+    else:
+        print(shown(top))
+    return 0
+
+
+def _configure_apply(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("key", metavar="KEY", help="an active snapshot that is not mounted")
+    add("tar", metavar="TAR", help="an OCI layer tar, plain or compressed; - is a pipe")
+    add("--diff-id", metavar="DIGEST", help="refuse an archive with another digest")
+    add("--blocks", action="store_true", help="TAR is what 'cowfs export --blocks' wrote")
+    _add_bounds(parser)
+    add_store(parser)
+
+
+def _apply(args: argparse.Namespace) -> int:
+    with open_store(args, create=False) as store, Bars() as bars:
+        source = _source(args.tar)
+        try:
+            stream = open(source, "rb") if isinstance(source, str) else source  # noqa: SIM115  (closed by the with below)
+        except FileNotFoundError:
+            raise NotFound(f"no such file: {args.tar}") from None
+        if args.blocks:
+            with stream:
+                return _told(store.apply_blocks(args.key, stream), as_json=args.json)
+        with stream:
+            applied = store.apply(
+                args.key, stream, options=_bounds(args), diff_id=args.diff_id, progress=bars if bars.on else None
+            )
+    if args.json:
+        from dataclasses import asdict
+
+        print_json({key: dict(value) if key == "dropped" else value for key, value in asdict(applied).items()})
+    else:
+        print(applied.diff_id)
+    return 0
+
+
+def _told(counts: Counts, *, as_json: bool) -> int:
+    from dataclasses import asdict
+
+    from cowfs.model import format_size
+
+    if as_json:
+        print_json(asdict(counts))
+    else:
+        print(f"{counts.paths} paths, {format_size(counts.data)} of data in {format_size(counts.size)}")
+    return 0
+
+
+def _configure_export(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("name", metavar="NAME", help="a snapshot or a tag")
+    add("file", metavar="FILE", help="where to; - is a pipe")
+    add("--format", choices=("oci", "docker", "tar", "layer"), default="oci",
+        help="OCI layout in a tar; docker-archive; the whole tree as a tar; the changes as a layer tar (default: oci)")  # fmt: skip
+    add("--compression", choices=("none", "gzip", "zstd"), help="(default: gzip for oci, else none)")
+    add("--directory", action="store_true", help="an OCI layout directory instead of a tar")
+    add(
+        "--blocks",
+        action="store_true",
+        help="only the blocks that changed, for 'cowfs apply --blocks' in another store",
+    )
+    add("--base", metavar="NAME", help="with --blocks: against this snapshot (default: the parent)")
+    add_store(parser)
+
+
+def _export(args: argparse.Namespace) -> int:
+    if args.file == "-" and sys.stdout.isatty():
+        raise InvalidArgument("an archive does not go to a terminal", remedy="redirect it, or name a file")
+    with open_store(args, create=False) as store, Bars() as bars:
+        progress = bars if bars.on else None
+        if args.blocks:
+            return _export_blocks(args, store)
+        target: str | BinaryIO = sys.stdout.buffer if args.file == "-" else os.path.abspath(args.file)
+        told = store.export(
+            args.name,
+            target,
+            format=args.format,
+            compression=args.compression,
+            directory=args.directory,
+            progress=progress,
+        )
+    if args.file == "-":
+        sys.stdout.buffer.flush()
+    elif args.json:
+        print_json({"exported": told, "file": args.file, "format": args.format})
+    return 0
+
+
+def _export_blocks(args: argparse.Namespace, store: Store) -> int:
+    if args.file == "-":
+        store.export_blocks(args.name, sys.stdout.buffer, base=args.base)
+        sys.stdout.buffer.flush()
+        return 0
+    temp = f"{args.file}.new-{os.getpid()}"
+    try:
+        with open(temp, "wb") as file:
+            counts = store.export_blocks(args.name, file, base=args.base)
+        os.replace(temp, args.file)
+    except BaseException:
+        if os.path.exists(temp):
+            os.unlink(temp)
+        raise
+    return _told(counts, as_json=args.json)
+
+
+COMMANDS = {
+    "import": Command(
+        _configure_import,
+        _import,
+        "Bring an image or a tree into the store, as a chain of snapshots; print the name of the top one.",
+        (
+            "cowfs import debian.tar debian:12",
+            "skopeo copy docker-archive:x.tar oci:layout && cowfs import layout app",
+            "cowfs import ./rootfs base",
+        ),
+    ),
+    "apply": Command(
+        _configure_apply,
+        _apply,
+        "Unpack an OCI layer tar into an active snapshot; print its diff id.",
+        (
+            "cowfs apply work layer.tar.gz",
+            "zstdcat layer.tar.zst | cowfs apply work -",
+            "cowfs apply work changed.blocks --blocks",
+        ),
+    ),
+    "export": Command(
+        _configure_export,
+        _export,
+        "Write a snapshot out as an image, a tree or a layer.",
+        (
+            "cowfs export app app.tar",
+            "cowfs export app - --format docker | podman load",
+            "cowfs export work changes.tar --format layer",
+            "cowfs export v2 changed.blocks --blocks --base v1",
+        ),
+    ),
+}

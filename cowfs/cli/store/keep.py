@@ -1,0 +1,188 @@
+"""`cowfs init`, `info`, `df`, `check`, `gc`: the store itself."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from cowfs.cli import Command
+from cowfs.cli.output import print_json, print_table, shown, size_or
+from cowfs.cli.store.args import Bars, add_store, open_store
+
+if TYPE_CHECKING:
+    import argparse
+
+    from cowfs.store import Store
+
+
+def _configure_init(parser: argparse.ArgumentParser) -> None:
+    add_store(parser)
+
+
+def _init(args: argparse.Namespace) -> int:
+    with open_store(args) as store:
+        told = store.describe()
+        probes = {name: {"usable": probe.usable, "reasons": list(probe.reasons)} for name, probe in store.why.items()}
+    if args.json:
+        print_json({**told, "probes": probes})
+        return 0
+    print(f"{shown(told['root'])}: driver {told['driver']} ({told['why']})")
+    for name, probe in sorted(probes.items()):
+        if name != told["driver"]:
+            state = "possible too" if probe["usable"] else "not possible"
+            print(f"  {name}: {state}: {'; '.join(probe['reasons'])}")  # type: ignore[arg-type]
+    return 0
+
+
+def _info(args: argparse.Namespace) -> int:
+    with open_store(args) as store:
+        told: dict[str, Any] = store.describe()
+        totals = store.totals()
+    told["snapshots"] = totals.count
+    if args.json:
+        print_json(told)
+        return 0
+    count = totals.count
+    lines = [
+        ("store", shown(told["root"])),
+        ("uuid", told["uuid"]),
+        ("driver", told["driver"]),
+        ("why", told["why"]),
+        ("layer form", told["form"]),
+        ("host", told["host"]),
+        ("mounts", told["mounts"]),
+        ("mount records", f"{told['records']} (without a limit)"),
+        ("snapshots", ", ".join(f"{count.get(kind, 0)} {kind}" for kind in ("committed", "active", "view"))),
+    ]
+    for key, value in lines:
+        print(f"{key + ':':<15}{value}")
+    return 0
+
+
+def _configure_df(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-v", "--verbose", action="store_true", help="each snapshot: own, shared and reclaimable")
+    add_store(parser)
+
+
+def _df(args: argparse.Namespace) -> int:
+    with open_store(args) as store:
+        totals = store.totals()
+        each = _each(store) if args.verbose else []
+    if args.json:
+        told: dict[str, Any] = {
+            "committed": {"bytes": totals.committed.bytes, "inodes": totals.committed.inodes},
+            "reclaimable": {"bytes": totals.reclaimable.bytes, "inodes": totals.reclaimable.inodes},
+            "count": totals.count,
+            "host": {"bytes": totals.host_bytes, "free": totals.host_free},
+        }
+        if args.verbose:
+            told["snapshots"] = each
+        print_json(told)
+        return 0
+    if args.verbose:
+        print_table(
+            ("OWN", "INODES", "SHARED", "RECLAIMABLE", "NAME"),
+            [
+                (size_or(one["own"], "?"), str(one["inodes"] if one["inodes"] is not None else "?"), size_or(one["shared"]),
+                 size_or(one["reclaimable"]), shown(one["name"])) for one in each
+            ],
+        )  # fmt: skip
+        print()
+    print_table(
+        ("", "BYTES", "INODES"),
+        [
+            ("committed", size_or(totals.committed.bytes), f"{totals.committed.inodes:,}"),
+            ("reclaimable", size_or(totals.reclaimable.bytes), f"{totals.reclaimable.inodes:,}"),
+            ("host file system", size_or(totals.host_bytes), ""),
+            ("free on it", size_or(totals.host_free), ""),
+        ],
+    )
+    return 0
+
+
+def _each(store: Store) -> list[dict[str, Any]]:
+    """Own: its layer. Shared: its ancestors' layers. Reclaimable: its layer, when neither child nor tag needs it."""
+    below: dict[int, int] = {}
+    told = []
+    tagged = {tag.target for tag in store.tags()}
+    rows = list(store.index.rows())
+    parents = {row.parent for row in rows}
+    for row in rows:
+        own = row.usage.bytes if row.usage is not None else None
+        shared = below.get(row.parent, 0) if row.parent is not None else 0
+        below[row.num] = shared + (own or 0)
+        free = own if own is not None and row.num not in parents and row.name not in tagged else 0
+        told.append(
+            {"name": row.name, "kind": row.kind.value, "own": own, "inodes": row.usage.inodes if row.usage else None,
+             "shared": shared, "reclaimable": free}
+        )  # fmt: skip
+    return told
+
+
+def _configure_check(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--content", action="store_true", help="also read every file whose digest is known, and list those without one")
+    add(
+        "--repair", action="store_true", help="delete garbage, rebuild records, put in quarantine what cannot be helped"
+    )
+    add_store(parser)
+
+
+def _check(args: argparse.Namespace) -> int:
+    with open_store(args, create=False) as store, Bars() as bars:
+        report = store.check(content=args.content, repair=args.repair, progress=bars if bars.on else None)
+        quarantined = store.quarantined()
+    if args.json:
+        from dataclasses import asdict
+
+        print_json(
+            {
+                "problems": [asdict(problem) for problem in report.problems],
+                "quarantined": [{"name": name, "why": why} for name, why in quarantined],
+                "snapshots": report.snapshots,
+                "records": report.records,
+                "files": report.files,
+                "undigested": [
+                    {"name": name, "path": path.decode("utf-8", "surrogateescape")} for name, path in report.undigested
+                ],
+            }
+        )
+    else:
+        for problem in report.problems:
+            where = f"{shown(problem.name)}: " if problem.name else ""
+            done = f" ({problem.repaired})" if problem.repaired else ""
+            print(f"{problem.kind}: {where}{shown(problem.what)}{done}")
+        for name, path in report.undigested:
+            print(f"no digest: {shown(name)}: {shown(path)}")
+        for name, why in quarantined:
+            print(f"in quarantine: {shown(name)}: {shown(why)}")
+        files = f", {report.files:,} files" if args.content else ""
+        print(f"{report.snapshots:,} snapshots, {report.records:,} records{files}: ", end="")
+        print("no damage" if not report.damage and not quarantined else "DAMAGED")
+    return 0 if not report.damage and not quarantined else 7
+
+
+def _gc(args: argparse.Namespace) -> int:
+    with open_store(args, create=False) as store:
+        done = store.gc()
+    if args.json:
+        print_json({"directories": list(done.directories), "records": done.records})
+    else:
+        for name in done.directories:
+            print(f"deleted {shown(name)}")
+        print(f"{len(done.directories)} directories, {done.records:,} records")
+    return 0
+
+
+COMMANDS = {
+    "init": Command(_configure_init, _init, "Make a store and say which driver it got, and why.",
+                    ("cowfs init --root /srv/store", "cowfs init --driver vfs")),
+    "info": Command(_configure_init, _info, "Show driver, mount type, host file system, and why they were chosen.",
+                    ("cowfs info", "cowfs info --json")),
+    "df": Command(_configure_df, _df, "Show what the store holds, from its records: no walk.", ("cowfs df", "cowfs df -v")),
+    "check": Command(
+        _configure_check, _check, "Verify records, directories and, with --content, files. Exits with 7 on damage.",
+        ("cowfs check", "cowfs check --content", "cowfs check --repair"),
+    ),
+    "gc": Command(_configure_init, _gc, "Delete directories and tree records that nothing records. Never a snapshot.",
+                  ("cowfs gc",)),
+}  # fmt: skip

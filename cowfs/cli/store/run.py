@@ -1,0 +1,238 @@
+"""`cowfs run`: a fresh snapshot, mounted where only one command sees it.
+
+Strategy. The process moves to a mount namespace of its own (as an ordinary user, to a user namespace in which it
+is root), mounts the snapshot there with the usual server, and starts the command in a new pid namespace,
+chrooted. Whatever happens, the namespaces end with their last process, and so does the mount.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import sys
+import tempfile
+from typing import TYPE_CHECKING, Any
+
+from cowfs.cli import Command
+from cowfs.cli.store.args import add_store, open_store
+from cowfs.errors import CowfsError, InvalidArgument, Unsupported
+
+if TYPE_CHECKING:
+    import argparse
+
+    from cowfs.store import Store
+
+_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
+_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+
+
+def _configure_run(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("parent", metavar="PARENT", help="a committed snapshot, or a tag")
+    add("--rm", action="store_true", help="remove the snapshot afterwards")
+    add("--commit", metavar="NAME", help="commit it under a name when the command succeeds")
+    add("--key", metavar="KEY", help="its key (default: run-... )")
+    add("--size", metavar="S", help="limit on what it may hold: 512M, 2G")
+    add("--inodes", metavar="N", help="limit on inodes")
+    add("--env", action="append", default=[], metavar="K=V", help="environment of the command; repeated")
+    add("--workdir", metavar="DIR", help="where it starts (default: what the image says, else /)")
+    add_store(parser, json=False)
+    parser.set_defaults(command=[])
+    parser.usage = "cowfs run PARENT [options] -- CMD [ARG ...]"
+    parse = parser.parse_args
+
+    def parse_args(arguments: list[str]) -> argparse.Namespace:
+        """What follows ``--`` is the command's, whatever it looks like."""
+        at = arguments.index("--") if "--" in arguments else len(arguments)
+        args = parse(arguments[:at])
+        args.command = arguments[at + 1 :]
+        return args
+
+    parser.parse_args = parse_args  # type: ignore[method-assign,assignment]
+
+
+def _run(args: argparse.Namespace) -> int:
+    if args.rm and args.commit:
+        raise InvalidArgument("--rm and --commit exclude each other")
+    key = args.key or f"run-{secrets.token_hex(4)}"
+    with open_store(args) as store:
+        config = _config(store, args.parent)
+        command = args.command or [*(config.get("Entrypoint") or ()), *(config.get("Cmd") or ())] or ["/bin/sh"]
+        environment = _environment(config, args.env)
+        where = args.workdir or config.get("WorkingDir") or "/"
+        store.prepare(key, args.parent, size=args.size, inodes=args.inodes)
+        try:
+            status = _in_namespace(store, key, command, environment, where)
+        except BaseException:
+            _drop(store, key)
+            raise
+        if args.commit and status == 0:
+            store.commit(key, args.commit)
+        elif args.rm:
+            _drop(store, key)
+        else:
+            print(f"cowfs run: the snapshot is {key}", file=sys.stderr)
+    return status
+
+
+def _drop(store: Store, key: str) -> None:
+    if store.exists(key):
+        store.remove(key)
+
+
+def _config(store: Store, parent: str) -> dict[str, Any]:
+    """The ``config`` of an image (OCI image-spec, config.md), {} where there is none."""
+    tag = store.index.tag(parent)
+    if tag is None or not tag.config:
+        return {}
+    found = json.loads(tag.config).get("config")
+    return found if isinstance(found, dict) else {}
+
+
+def _environment(config: dict[str, Any], given: list[str]) -> dict[str, str]:
+    environment = {"PATH": _PATH, "HOME": "/root", "TERM": os.environ.get("TERM", "dumb")}
+    for pair in [*(config.get("Env") or ()), *given]:
+        key, equals, value = str(pair).partition("=")
+        if not equals or not key:
+            raise InvalidArgument(f"not a variable: {pair!r}", remedy="write KEY=VALUE")
+        environment[key] = value
+    return environment
+
+
+def _in_namespace(store: Store, key: str, command: list[str], environment: dict[str, str], where: str) -> int:
+    """Mount, run and unmount in a child, since namespaces are for good; the exit status."""
+    spec_target = tempfile.mkdtemp(prefix="cowfs-run-")
+    reading, writing = os.pipe()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    old = {signum: signal.signal(signum, signal.SIG_IGN) for signum in _FORWARDED}
+    try:
+        pid = os.fork()
+        if pid == 0:
+            os.close(reading)
+            code = 1
+            try:
+                code = _child(store, key, spec_target, command, environment, where)
+            except CowfsError as error:
+                os.write(writing, f"{error.exit_code} {error}".encode())
+            except OSError as error:
+                os.write(writing, f"1 {error.filename or 'namespace'}: {error.strerror}".encode())
+            finally:
+                os._exit(code)
+        os.close(writing)
+        with open(reading, "rb") as pipe:
+            problem = pipe.read().decode("utf-8", "replace")
+        _, status = os.waitpid(pid, 0)
+    finally:
+        for signum, handler in old.items():
+            signal.signal(signum, handler)
+        os.rmdir(spec_target)
+    if problem:
+        number, _, message = problem.partition(" ")
+        failed = CowfsError(message)
+        failed.exit_code = int(number)  # type: ignore[misc]
+        raise failed
+    return _status(status)
+
+
+def _status(status: int) -> int:
+    code = os.waitstatus_to_exitcode(status)
+    return 128 - code if code < 0 else code
+
+
+def _child(store: Store, key: str, target: str, command: list[str], environment: dict[str, str], where: str) -> int:
+    from cowfs.sys import host, mounts, namespaces
+
+    try:
+        if host.has_cap(host.CAP_SYS_ADMIN):
+            namespaces.unshare(namespaces.CLONE_NEWNS)
+        else:
+            namespaces.become_root()
+        mounts.make_private()
+    except OSError as error:
+        raise Unsupported(f"no private namespace can be made: {error.strerror}", remedy="run as root") from None
+    handle = store.mount(key, target)
+    try:
+        namespaces.unshare(namespaces.CLONE_NEWPID)
+        pid = os.fork()
+        if pid == 0:
+            os._exit(_init(target, command, environment, where))
+        _, status = os.waitpid(pid, 0)
+    finally:
+        for name in ("proc", "dev"):
+            if os.path.ismount(f"{target}/{name}"):
+                mounts.umount(f"{target}/{name}", mounts.MNT_DETACH)
+        handle.unmount()
+    return _status(status)
+
+
+def _init(target: str, command: list[str], environment: dict[str, str], where: str) -> int:
+    """Process 1 of the pid namespace: starts the command, passes signals on, collects orphans."""
+    try:
+        _furnish(target)
+        os.chroot(target)
+        os.chdir("/")
+    except OSError as error:
+        print(f"cowfs run: {error.filename or target}: {error.strerror}", file=sys.stderr)
+        return 125
+    pid = os.fork()
+    if pid == 0:
+        for number in (*_FORWARDED, signal.SIGPIPE):
+            signal.signal(number, signal.SIG_DFL)
+        try:
+            os.chdir(where)
+            os.execvpe(command[0], command, environment)
+        except FileNotFoundError as error:
+            what = where if error.filename == where else command[0]
+            print(f"cowfs run: {what}: not found in the snapshot", file=sys.stderr)
+            os._exit(127)
+        except OSError as error:
+            print(f"cowfs run: {command[0]}: {error.strerror}", file=sys.stderr)
+            os._exit(126)
+    for number in _FORWARDED:
+        signal.signal(number, lambda got, _frame: os.kill(pid, got))
+    while True:
+        try:
+            ended, status = os.waitpid(-1, 0)
+        except InterruptedError:
+            continue
+        if ended == pid:
+            return _status(status)
+
+
+def _furnish(target: str) -> None:
+    """/proc and a few devices, where the tree has directories for them."""
+    from cowfs.sys import mounts
+
+    if os.path.isdir(f"{target}/proc") and not os.path.islink(f"{target}/proc"):
+        mounts.mount("proc", f"{target}/proc", "proc", mounts.MS_NOSUID | mounts.MS_NODEV | mounts.MS_NOEXEC)
+    dev = f"{target}/dev"
+    if not os.path.isdir(dev) or os.path.islink(dev):
+        return
+    mounts.mount("tmpfs", dev, "tmpfs", mounts.MS_NOSUID, "mode=755,size=64k")
+    for name in _DEVICES:
+        if os.path.exists(f"/dev/{name}"):
+            os.close(os.open(f"{dev}/{name}", os.O_WRONLY | os.O_CREAT, 0o644))
+            mounts.mount(f"/dev/{name}", f"{dev}/{name}", "", mounts.MS_BIND)
+    for name, end in (("fd", "/proc/self/fd"), ("stdin", "/proc/self/fd/0"), ("stdout", "/proc/self/fd/1"),
+                      ("stderr", "/proc/self/fd/2")):  # fmt: skip
+        os.symlink(end, f"{dev}/{name}")
+    os.mkdir(f"{dev}/shm", 0o1777)
+
+
+COMMANDS = {
+    "run": Command(
+        _configure_run,
+        _run,
+        "Run a command in a fresh snapshot, in namespaces of its own; its exit status is passed on. The snapshot stays,"
+        " unless --rm or --commit says otherwise.",
+        (
+            "cowfs run debian:12 -- apt-get --version",
+            "cowfs run debian:12 --rm --size 100M -- sh",
+            "cowfs run debian:12 --commit with-python -- apt-get install -y python3",
+        ),
+    ),
+}

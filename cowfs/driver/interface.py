@@ -1,0 +1,200 @@
+"""What a backend is, and the words it is described with.
+
+A store keeps *snapshots*; each owns one *layer*, a directory that one driver fills and reads.
+The store decides which layers there are, what they are called, which is whose parent, and in
+which order things reach the disk. The driver knows only how a layer *holds* a tree. It is given
+ids and never sees a key, a name, a tag or the index, so a driver is a few small functions.
+
+Words. An **id** names a layer's directory and survives the commit. **parents** are ids, nearest
+first. The layer being written is *active*; :meth:`Driver.freeze` makes it *frozen*, which is for
+good. A **mount** is data (type, source, options): a driver says how its layers are mounted and
+never mounts. A **delta** layer holds what changed against its parents, a **whole** layer the
+entire tree.
+
+On disk. Layer ``ID`` is ``ROOT/layers/ID``. While it is being made it is ``ROOT/new-ID``, while
+it is being deleted ``ROOT/rm-ID``; the store renames, and hands the driver the id with the
+prefix. So nothing in a layer's directory may name the directory's own path. The tree that users
+see, or its changes, is in ``fs``; ``work`` beside it belongs to whoever mounts; everything else
+in there belongs to the driver and to the store's files called ``cowfs-*``.
+
+Invariants, which :class:`cowfs.testing.DriverSuite` checks for any driver:
+
+1. ``create`` either returns with a complete layer or leaves what ``remove`` can delete.
+2. The root directory of a fresh layer looks as its parent's: mode, owner, times, xattrs.
+3. Nothing written through the mounts of one layer changes any other layer.
+4. ``freeze`` may be repeated, and a crash in it leaves the layer writable or frozen.
+5. ``usage`` counts the layer itself: for a whole layer the difference to what ``create`` copied.
+6. ``remove`` and ``close`` may be repeated.
+7. A limit given to ``create`` holds in every mount that ``mounts`` describes.
+
+A driver that keeps whole layers in plain directories is no more than this::
+
+    class CopyDriver(Driver):
+        name = "copy"
+        whole = True
+
+        def create(self, id, parents, limit):
+            os.makedirs(self.tree(id))
+            if parents:
+                copy_tree(self.tree(parents[0]), self.tree(id))
+            return self.measure(id)
+
+        def mounts(self, id, parents, *, readonly=False, limit=Limit(), mount_type=None):
+            return (Mount(type="bind", source=self.tree(id), options=("ro" if readonly else "rw", "rbind")),)
+
+It becomes ``Store.open(driver="copy")`` by an entry point in the group ``cowfs.drivers``
+(:mod:`cowfs.driver.registry`). ``drivers/vfs.py`` is the same with the edges that real use needs.
+
+Errors: OSError from the host as it is; :class:`~cowfs.errors.Unsupported` for what this driver
+cannot do; :class:`~cowfs.errors.Corrupt` when a layer contradicts itself.
+
+Threads: a driver keeps no state between calls but its options, so any thread may call it.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from cowfs.errors import InvalidArgument
+from cowfs.format import whiteout
+from cowfs.model import Limit, Mount, Usage
+from cowfs.sys import trees
+
+__all__ = ["Driver", "Probe"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """Whether a driver can run on this host, as this user, in this directory.
+
+    Attributes:
+        usable: it can.
+        rank: how good a choice it is among usable ones; higher is better.
+        reasons: one clause each, for people: what was found, or what is missing.
+    """
+
+    usable: bool
+    rank: int = 0
+    reasons: tuple[str, ...] = ()
+
+
+class Driver(ABC):
+    """One backend. See the module for words, invariants and an example.
+
+    Args:
+        root: the store's directory, absolute.
+        form: ``trusted`` or ``user``: the xattr form of the store's layers.
+        fsync: whether what :meth:`create` and :meth:`freeze` made must be on the disk when they return.
+        options: the driver's own, from ``Store.open``.
+
+    Raises:
+        InvalidArgument: an option that the driver does not know.
+    """
+
+    name: ClassVar[str]
+    whole: ClassVar[bool] = False
+    """Whether each layer is an entire tree; otherwise it is a delta in the overlay format."""
+
+    row: int = 0
+    """Bytes a block of redirect files, for a driver whose mounts make them; 0 for any other."""
+
+    def __init__(self, root: str, *, form: str = "auto", fsync: bool = True, **options: Any) -> None:
+        self.root = root
+        self.form = whiteout.choose_form(form)
+        self.fsync = fsync
+        if options:
+            raise InvalidArgument(f"the driver {self.name} has no option {', '.join(sorted(options))}")
+
+    @classmethod
+    @abstractmethod
+    def probe(cls, root: str) -> Probe:
+        """Whether this driver can keep a store below ``root`` (which exists). Changes nothing."""
+
+    # -- places
+
+    def directory(self, id: str) -> str:
+        """The layer's directory, also while it is being made or deleted."""
+        return f"{self.root}/{id}" if id.startswith(("new-", "rm-", "live-")) else f"{self.root}/layers/{id}"
+
+    def tree(self, id: str) -> str:
+        """The directory inside it that holds the tree, or its changes."""
+        return f"{self.directory(id)}/fs"
+
+    def work(self, id: str) -> str:
+        """The work directory of its mounts."""
+        return f"{self.directory(id)}/work"
+
+    # -- verbs
+
+    @abstractmethod
+    def create(self, id: str, parents: Sequence[str], limit: Limit) -> Usage:
+        """Make the layer's directory and fill it.
+
+        Args:
+            id: what :meth:`directory` maps to a path that exists and is empty.
+            parents: frozen layers, nearest first.
+            limit: what mounts of it must keep to; counted without what is returned.
+
+        Returns:
+            What was copied from the parents, which later does not count as the layer's own.
+
+        Raises:
+            Unsupported: the limit cannot be held.
+        """
+
+    @abstractmethod
+    def mounts(
+        self,
+        id: str,
+        parents: Sequence[str],
+        *,
+        readonly: bool = False,
+        limit: Limit = Limit(),  # noqa: B008 - frozen
+        mount_type: str | None = None,
+    ) -> tuple[Mount, ...]:
+        """How to mount a layer over its parents.
+
+        Args:
+            readonly: for a view.
+            limit: the one given to :meth:`create`.
+            mount_type: ``kernel`` or ``fuse`` where the caller insists.
+
+        Raises:
+            Unsupported: this host, user or driver cannot do the type asked for.
+        """
+
+    def freeze(self, id: str) -> None:  # noqa: B027 - a driver may have nothing to do
+        """Nothing will be written any more; drop what only a writer needs."""
+
+    def settle(self, id: str) -> None:  # noqa: B027 - likewise
+        """The layer became a lower one of a mount that goes on; make what was written hold, and leave the rest alone."""
+
+    def remove(self, id: str) -> None:
+        """Delete the layer's directory; one that is gone is fine."""
+        trees.remove_tree(self.directory(id))
+
+    def usage(self, id: str) -> Usage:
+        """What the layer's tree holds now, by a walk (the store keeps the result of a frozen one)."""
+        from cowfs.union.layers import Descriptors, Layer
+        from cowfs.union.quota import measure
+
+        layer = Layer(os.fsencode(self.tree(id)), 0, Descriptors())
+        try:
+            return measure(layer, self.form)
+        finally:
+            layer.close()
+
+    def check(self, id: str) -> list[str]:
+        """What is wrong with a layer, one line each; quick: no walk."""
+        if not os.path.isdir(self.directory(id)):
+            return [f"layer {id} is gone: {self.directory(id)}"]
+        if not os.path.isdir(self.tree(id)):
+            return [f"layer {id} has no tree: {self.tree(id)}"]
+        return []
+
+    def close(self) -> None:  # noqa: B027 - likewise
+        """Let go of whatever is open. Idempotent."""

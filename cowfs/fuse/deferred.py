@@ -1,0 +1,163 @@
+"""Errands: requests whose answer takes long, from the worker that runs them to what they held back.
+
+Strategy: the handlers hand over what they must not wait for (:class:`cowfs.fuse.handlers.data.Host` is this module's face to
+them); :mod:`cowfs.fuse.workers` has the threads and the rules of order. What ends here is the life of such a request:
+
+* a **copy-up** runs on a worker, is published in the loop, and then its request is served again, as if it came just now;
+  if it failed, that is the request's answer, and the next one in the queue tries again;
+* a **look** (cold read) and what goes **aside** (fsync) are answered by the worker itself;
+* a waiting process that was **killed** is let go: the copy it caused is cancelled, a queued request is answered EINTR.
+  Other signals interrupt nothing, because programs do not expect EINTR of a file.
+
+Ownership: everything here belongs to the loop thread, but for the jobs themselves.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from cowfs.fuse import abi, codec
+from cowfs.fuse.workers import Gates, Workers
+
+if TYPE_CHECKING:
+    from cowfs.fuse.loop import Session
+
+
+class Errands:
+    """The errands of one session, which it asks to reply, to dispatch and to post."""
+
+    def __init__(self, session: Session, workers: int) -> None:
+        self.gates = Gates()
+        self.workers = Workers(workers, session.report)
+        self.watched: dict[int, int] = {}  # unique -> pid of interrupted requests that still wait
+        self._session = session
+        self._jobs: dict[int, _Job] = {}  # unique -> copy-up under way
+
+    @property
+    def pending(self) -> bool:
+        """Whether requests wait for a copy-up or another job of their node."""
+        return bool(self._jobs) or bool(self.gates.nodes)
+
+    def copy_up(self, nodeid: int, request: bytes, stage: Any) -> None:
+        """Run a stage on a worker, publish it, then serve ``request`` again."""
+        unique = abi.HEAD.unpack_from(request)[2]
+        job = _Job(stage, abi.CALLER.unpack_from(request, abi.CALLER_AT)[2])
+        self._jobs[unique] = job
+        self.gates.enter(nodeid, exclusive=True)
+
+        def run() -> None:
+            try:
+                stage.run()
+            except Exception:  # noqa: BLE001 - a bug must not end the server, nor publish half a copy; it is logged
+                self._session.report()
+                stage.error = OSError(errno.EIO, "bug")
+            self._session.post(done)
+
+        def done() -> None:
+            del self._jobs[unique]
+            self.watched.pop(unique, None)
+            failure: OSError | None = None
+            try:
+                self._session.view.publish(stage)
+            except OSError as error:
+                failure = error
+            except Exception:  # noqa: BLE001 - a bug must not end the server; it is logged
+                self._session.report()
+                failure = OSError(errno.EIO, "bug")
+            if failure is not None:
+                opcode = abi.HEAD.unpack_from(request)[1]
+                self._session.reply(unique, opcode, codec.failure(unique, failure))
+            self._left(nodeid, exclusive=True, first=None if failure else request)
+
+        self.workers.submit(run)
+
+    def look(self, nodeid: int, unique: int, job: Callable[[], codec.Reply]) -> None:
+        """Run ``job`` on a worker as a shared job of the node, and send what it returns."""
+        gate = self.gates.enter(nodeid, exclusive=False)
+
+        def run() -> None:
+            self._answer(unique, job)
+            # the loop need not be woken for a gate that holds nothing back: it looks at its mail before each request
+            self._session.post(lambda: self._left(nodeid, exclusive=False), wake=lambda: bool(gate.queue))
+
+        self.workers.submit(run)
+
+    def wait_behind(self, nodeid: int, request: memoryview) -> bool:
+        """Queue ``request`` behind the node's copy-up, if one is under way."""
+        gate = self.gates.nodes.get(nodeid)
+        if gate is None or not gate.exclusive:
+            return False
+        gate.queue.append(bytes(request))
+        return True
+
+    def aside(self, unique: int, job: Callable[[], codec.Reply]) -> None:
+        """Run ``job`` on a worker and send what it returns; nothing waits for it."""
+        self.workers.submit(lambda: self._answer(unique, job))
+
+    def meanwhile(self, job: Callable[[], None]) -> None:
+        """Run ``job`` on a worker; nobody waits for it."""
+        self.workers.submit(job)
+
+    def _answer(self, unique: int, job: Callable[[], codec.Reply]) -> None:
+        try:
+            reply = job()
+        except OSError as error:
+            reply = codec.failure(unique, error)
+        except Exception:  # noqa: BLE001 - the same
+            self._session.report()
+            reply = codec.error(unique, errno.EIO)
+        self._session.reply(unique, 0, reply)
+
+    def _left(self, nodeid: int, *, exclusive: bool, first: bytes | None = None) -> None:
+        self.gates.leave(nodeid, exclusive=exclusive, first=first)
+        while (request := self.gates.next(nodeid)) is not None:
+            self._session.dispatch(request)
+
+    def interrupt(self, buf: memoryview, n: int, unique: int, nodeid: int) -> None:
+        """A process that waits got a signal. Only one that was killed is let go: programs do not expect EINTR of
+        a file. What is already being answered needs nothing."""
+        (target,) = abi.INTERRUPT_IN.unpack_from(buf, 40)
+        job = self._jobs.get(target)
+        if job is not None:
+            self.watched[target] = job.pid
+        for gate in self.gates.nodes.values():
+            for request in gate.queue:
+                if abi.HEAD.unpack_from(request)[2] == target:
+                    self.watched[target] = abi.CALLER.unpack_from(request, abi.CALLER_AT)[2]
+        self.check_watched()
+
+    def check_watched(self) -> None:
+        """Let go those of the interrupted whose process is dying."""
+        for unique, pid in list(self.watched.items()):
+            if not _killed(pid):
+                continue
+            request = self.gates.withdraw(unique)
+            if request is not None:
+                self._session.reply(unique, 0, codec.error(unique, errno.EINTR))
+            elif unique in self._jobs:
+                self._jobs[unique].stage.cancelled = True
+            del self.watched[unique]
+
+
+class _Job:
+    """One copy-up under way."""
+
+    __slots__ = ("pid", "stage")
+
+    def __init__(self, stage: Any, pid: int) -> None:
+        self.stage = stage
+        self.pid = pid
+
+
+def _killed(pid: int) -> bool:
+    """Whether a thread is about to die of a signal (SIGKILL is what every fatal one becomes)."""
+    try:
+        with open(f"/proc/{pid}/status", "rb") as file:
+            for line in file:
+                if line.startswith((b"SigPnd:", b"ShdPnd:")) and int(line.split()[1], 16) & 1 << 8:
+                    return True
+    except OSError:
+        return True
+    return False

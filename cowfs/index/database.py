@@ -1,0 +1,540 @@
+"""The index: which snapshots there are, and which file of each lives where.
+
+Strategy. One SQLite file in WAL mode, used by many processes and threads at once. A reader never
+waits. A writer takes the write lock with BEGIN IMMEDIATE, so that no transaction ever fails half
+way for want of it, and holds it for a few statements and renames: whatever takes long (copying,
+unpacking, reading a layer, packing records) is done before.
+
+The index only says what is so; the order of files against records is the store's.
+
+Threads: each thread has its own connection, made when first used and again after a fork.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sqlite3
+import threading
+import time
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from cowfs.errors import Corrupt, CowfsError, FailedPrecondition, NotFound, Unsupported
+from cowfs.index.directory import EMPTY, Pair, root_digest
+from cowfs.model import Info, Kind, Limit, Usage
+from cowfs.sys.faults import point
+
+__all__ = ["APPLICATION_ID", "FORMAT", "Index", "Row", "Tag"]
+
+APPLICATION_ID = 0x636F7766  # "cowf"
+BUSY_SECONDS = 60.0
+WAL_PAGES = 256
+"""Pages that the write-ahead log grows to, and is cut to after a large transaction: a megabyte, a quarter of SQLite's own."""
+
+MIGRATIONS: dict[int, str] = {}
+"""SQL that turns format N into N + 1, by N. Format 1 is schema.sql as it first was."""
+
+FORMAT = 1 + len(MIGRATIONS)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One snapshot as the index keeps it; the columns are described in schema.sql."""
+
+    num: int
+    id: str
+    name: str
+    kind: Kind
+    parent: int | None
+    depth: int
+    labels: Mapping[str, str] = field(default_factory=dict)
+    created: int
+    updated: int
+    limit: Limit
+    base: Usage
+    usage: Usage | None
+    root: Pair | None
+    diff_id: str | None
+    chain_id: str | None
+    damage: str | None
+    parent_name: str | None
+
+    def info(self) -> Info:
+        """What users see of it."""
+        return Info(
+            name=self.name,
+            kind=self.kind,
+            parent=self.parent_name,
+            labels=self.labels,
+            created=self.created,
+            updated=self.updated,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tag:
+    """A name for an image: the top snapshot of its chain, and its configuration (JSON, "" for a plain tree)."""
+
+    name: str
+    target: str
+    config: str
+    created: int
+
+
+_ROW = """
+SELECT s.num, s.id, s.name, s.kind, s.parent, s.depth, s.labels, s.created, s.updated, s.limit_bytes, s.limit_inodes,
+       s.base_bytes, s.base_inodes, s.bytes, s.inodes, s.root_content, s.root_storage, s.diff_id, s.chain_id, s.damage,
+       (SELECT p.name FROM snapshots AS p WHERE p.num = s.parent)
+FROM snapshots AS s
+"""
+
+_INFO = """
+SELECT s.num, s.name, s.kind, s.labels, s.created, s.updated, p.name
+FROM snapshots AS s LEFT JOIN snapshots AS p ON p.num = s.parent
+WHERE s.num > ? ORDER BY s.num LIMIT ?
+"""
+
+_KINDS = {kind.value: kind for kind in Kind}
+
+_CHAIN = """
+WITH RECURSIVE chain (num, parent, id, depth) AS (
+    SELECT num, parent, id, depth FROM snapshots WHERE num = ?
+    UNION ALL
+    SELECT s.num, s.parent, s.id, s.depth FROM snapshots AS s JOIN chain ON s.num = chain.parent
+)
+SELECT num, id FROM chain ORDER BY depth DESC
+"""
+
+
+def _row(values: tuple) -> Row:  # type: ignore[type-arg]
+    (num, id_, name, kind, parent, depth, labels, created, updated, limit_bytes, limit_inodes, base_bytes, base_inodes,
+     bytes_, inodes, content, storage, diff_id, chain_id, damage, parent_name) = values  # fmt: skip
+    return Row(
+        num=num,
+        id=id_,
+        name=name,
+        kind=_KINDS[kind],
+        parent=parent,
+        depth=depth,
+        labels=json.loads(labels),
+        created=created,
+        updated=updated,
+        limit=Limit(bytes=limit_bytes, inodes=limit_inodes),
+        base=Usage(bytes=base_bytes, inodes=base_inodes),
+        usage=None if bytes_ is None else Usage(bytes=bytes_, inodes=inodes),
+        root=None if content is None else (content, storage),
+        diff_id=diff_id,
+        chain_id=chain_id,
+        damage=damage,
+        parent_name=parent_name,
+    )
+
+
+def _is_text(name: str) -> bool:
+    """Whether SQLite can be asked for it; a lone surrogate (bytes that were not UTF-8) is nobody's name."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _schema() -> str:
+    with open(os.path.join(os.path.dirname(__file__), "schema.sql"), encoding="utf-8") as file:
+        return file.read()
+
+
+def _is_readonly(path: str) -> bool:
+    """Whether a file is on a file system that nobody can write, by this mount or another."""
+    try:
+        if not os.statvfs(path).f_flag & os.ST_RDONLY:
+            return False
+        dev = os.stat(path).st_dev
+    except OSError:
+        return False  # it is not there yet
+    from cowfs.sys.mounts import mountinfo
+
+    name = f"{os.major(dev)}:{os.minor(dev)}"
+    return any(entry.dev == name and b"ro" in entry.super_options.split(b",") for entry in mountinfo())
+
+
+class _Connection(sqlite3.Connection):
+    """A connection that can be referred to weakly (a thread that ends drops its own)."""
+
+
+class Index:
+    """The index file of one store.
+
+    Args:
+        path: the file; made when ``create`` is set and it is not there.
+        fsync: whether a committed transaction must survive a power loss.
+
+    Raises:
+        NotFound: no such file, and ``create`` is not set.
+        Corrupt: the file is not an index, or is damaged.
+        Unsupported: a newer cowfs wrote it.
+    """
+
+    def __init__(self, path: str, *, create: bool = False, fsync: bool = True) -> None:
+        self.path = path
+        self._fsync = fsync
+        self._local = threading.local()
+        self._open: weakref.WeakSet[_Connection] = weakref.WeakSet()  # guarded by _lock
+        self._lock = threading.Lock()
+        if not create and not os.path.exists(path):
+            raise NotFound(f"no index at {path}", remedy="make the store with 'cowfs init'")
+        self._prepare()
+
+    # ------------------------------------------------------------ connections
+
+    def _connection(self) -> _Connection:
+        local = self._local
+        if getattr(local, "pid", None) != os.getpid():
+            # A connection must not be used across a fork: the child drops it without closing.
+            local.connection = self._connect()
+            local.pid = os.getpid()
+        connection: _Connection = local.connection
+        return connection
+
+    def _connect(self) -> _Connection:
+        path, frozen = self._as_uri() if _is_readonly(self.path) else (self.path, False)
+        connection = sqlite3.connect(
+            path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False, factory=_Connection, uri=frozen
+        )
+        connection.execute(f"PRAGMA synchronous = {'FULL' if self._fsync else 'OFF'}")
+        connection.execute("PRAGMA foreign_keys = ON")
+        connection.execute("PRAGMA cache_size = -16384")
+        connection.execute(f"PRAGMA wal_autocheckpoint = {WAL_PAGES}")
+        connection.execute(f"PRAGMA journal_size_limit = {WAL_PAGES * 4096}")
+        with self._lock:
+            self._open.add(connection)
+        return connection
+
+    def _as_uri(self) -> tuple[str, bool]:
+        """(name, that it is a URI) under which SQLite opens a file that nobody can change: it wants to write one beside it."""
+        from urllib.parse import quote
+
+        if os.path.exists(f"{self.path}-wal") and os.path.getsize(f"{self.path}-wal"):
+            raise FailedPrecondition(
+                f"{self.path} was in use when its file system became read-only",
+                remedy="make it writable once: 'cowfs ls' will do",
+            )
+        return f"file:{quote(self.path)}?mode=ro&immutable=1", True
+
+    def close(self) -> None:
+        """Close every thread's connection. Idempotent; using the index again opens it again."""
+        with self._lock:
+            connections = list(self._open)
+            self._open.clear()
+        for connection in connections:
+            connection.close()
+        self._local = threading.local()
+
+    def _prepare(self) -> None:
+        with self._errors():
+            connection = self._connection()
+            version = self._version(connection)
+            if version == FORMAT:
+                return
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                version = self._version(connection)
+                if version == 0:
+                    self._script(connection, _schema())
+                    connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+                    import uuid
+
+                    facts = {"uuid": str(uuid.uuid4()), "created": str(time.time_ns())}
+                    connection.executemany("INSERT INTO meta VALUES (?, ?)", facts.items())
+                    version = 1
+                while version < FORMAT:
+                    self._script(connection, MIGRATIONS[version])
+                    version += 1
+                connection.execute(f"PRAGMA user_version = {FORMAT}")
+                connection.execute("COMMIT")
+            except BaseException:
+                connection.execute("ROLLBACK")
+                raise
+
+    def _version(self, connection: _Connection) -> int:
+        version = int(connection.execute("PRAGMA user_version").fetchone()[0])
+        application = int(connection.execute("PRAGMA application_id").fetchone()[0])
+        if version == 0 and not connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+            return 0
+        if application != APPLICATION_ID:
+            raise Corrupt(f"{self.path} is not the index of a cowfs store", remedy="give the store's own directory")
+        if version > FORMAT:
+            raise Unsupported(
+                f"{self.path} has format {version}, this cowfs knows up to {FORMAT}", remedy="upgrade cowfs"
+            )
+        return version
+
+    @staticmethod
+    def _script(connection: _Connection, script: str) -> None:
+        """Run statements inside the open transaction (``executescript`` would commit it)."""
+        statement = ""
+        for line in script.splitlines(keepends=True):
+            statement += line
+            if sqlite3.complete_statement(statement):
+                connection.execute(statement)
+                statement = ""
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Say in cowfs's words what SQLite says in its own."""
+        try:
+            yield
+        except sqlite3.IntegrityError:
+            raise
+        except sqlite3.DatabaseError as error:
+            code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
+            raise self._translate(code, error) from error
+
+    def _translate(self, code: int, error: Exception) -> Exception:
+        if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+            return Corrupt(
+                f"the index {self.path} is damaged: {error}",
+                remedy="restore it from a backup; the layers beside it are untouched",
+            )
+        if code == sqlite3.SQLITE_FULL:
+            return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.path)
+        if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM):
+            return OSError(errno.EROFS, os.strerror(errno.EROFS), self.path)
+        if code == sqlite3.SQLITE_BUSY:
+            return FailedPrecondition(f"the index {self.path} stayed locked for {BUSY_SECONDS:.0f} s")
+        if code in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN):
+            return OSError(errno.EIO, f"{error}", self.path)
+        return CowfsError(f"the index {self.path}: {error}")
+
+    @contextmanager
+    def write(self) -> Iterator[_Connection]:
+        """One transaction that writes: the whole of it happens, or nothing."""
+        with self._errors():
+            connection = self._connection()
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield connection
+                connection.execute("COMMIT")
+            except BaseException:
+                if connection.in_transaction:
+                    connection.execute("ROLLBACK")
+                raise
+
+    @contextmanager
+    def read(self) -> Iterator[_Connection]:
+        """Several reads of one and the same state."""
+        with self._errors():
+            connection = self._connection()
+            if connection.in_transaction:
+                yield connection
+                return
+            connection.execute("BEGIN")
+            try:
+                yield connection
+            finally:
+                connection.execute("COMMIT")
+
+    # ------------------------------------------------------------------ facts
+
+    def meta(self, key: str) -> str | None:
+        """A fact about the store: ``driver``, ``form``, ``uuid``, ``created``."""
+        with self._errors():
+            row = self._connection().execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+        return None if row is None else str(row[0])
+
+    def set_meta(self, key: str, value: str) -> str:
+        """Settle a fact once; whoever comes second gets the first one's value."""
+        with self.write() as connection:
+            connection.execute("INSERT OR IGNORE INTO meta VALUES (?, ?)", (key, value))
+            return str(connection.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()[0])
+
+    # -------------------------------------------------------------- snapshots
+
+    def find(self, name: str) -> Row | None:
+        """The snapshot with this key or name."""
+        if not _is_text(name):
+            return None
+        with self._errors():
+            row = self._connection().execute(_ROW + "WHERE s.name = ?", (name,)).fetchone()
+        return None if row is None else _row(row)
+
+    def get(self, name: str) -> Row:
+        """The snapshot with this key or name.
+
+        Raises:
+            NotFound: there is none.
+        """
+        row = self.find(name)
+        if row is None:
+            raise NotFound(f"no snapshot {name!r}", remedy="'cowfs ls' shows what there is")
+        return row
+
+    def by_num(self, num: int) -> Row:
+        """The snapshot with this number, which must be there."""
+        with self._errors():
+            row = self._connection().execute(_ROW + "WHERE s.num = ?", (num,)).fetchone()
+        if row is None:
+            raise Corrupt(f"the index refers to snapshot {num}, which is gone", remedy="run 'cowfs check'")
+        return _row(row)
+
+    def by_chain(self, chain_id: str) -> Row | None:
+        """A committed snapshot with this chain id, the oldest of them."""
+        with self._errors():
+            row = (
+                self._connection()
+                .execute(_ROW + "WHERE s.chain_id = ? AND s.damage IS NULL ORDER BY s.num LIMIT 1", (chain_id,))
+                .fetchone()
+            )
+        return None if row is None else _row(row)
+
+    def rows(self, where: str = "1", values: Iterable[object] = (), *, page: int = 512) -> Iterator[Row]:
+        """Snapshots in the order of their making, read in pages so that no transaction stays open.
+
+        ``where`` is SQL over the columns of ``s``; what is removed meanwhile may be missing.
+        """
+        after = -1
+        values = tuple(values)
+        while True:
+            with self._errors():
+                found = (
+                    self._connection()
+                    .execute(_ROW + f"WHERE ({where}) AND s.num > ? ORDER BY s.num LIMIT ?", (*values, after, page))
+                    .fetchall()
+                )
+            for values_of_row in found:
+                yield _row(values_of_row)
+            if len(found) < page:
+                return
+            after = found[-1][0]
+
+    def infos(self, *, page: int = 2048) -> Iterator[Info]:
+        """What users see of all snapshots, in the order of their making, in pages as :meth:`rows`."""
+        after = -1
+        while True:
+            with self._errors():
+                found = self._connection().execute(_INFO, (after, page)).fetchall()
+            for _, name, kind, labels, created, updated, parent in found:
+                yield Info(
+                    name=name,
+                    kind=_KINDS[kind],
+                    parent=parent,
+                    labels=json.loads(labels) if labels != "{}" else {},
+                    created=created,
+                    updated=updated,
+                )
+            if len(found) < page:
+                return
+            after = found[-1][0]
+
+    def chain(self, num: int | None) -> list[tuple[int, str]]:
+        """(number, id) of a snapshot and its ancestors, nearest first; empty for None."""
+        if num is None:
+            return []
+        with self._errors():
+            return self._connection().execute(_CHAIN, (num,)).fetchall()
+
+    def children(self, num: int) -> list[str]:
+        """Names of the snapshots whose parent this is, a few of them."""
+        with self._errors():
+            found = self._connection().execute("SELECT name FROM snapshots WHERE parent = ? LIMIT 4", (num,)).fetchall()
+        return [row[0] for row in found]
+
+    # ---------------------------------------------------------------- records
+
+    def record(self, digest: bytes) -> bytes:
+        """A directory record's bytes (:class:`cowfs.index.directory.Records`).
+
+        Raises:
+            Corrupt: it is not there.
+        """
+        with self._errors():
+            row = self._connection().execute("SELECT data FROM records WHERE digest = ?", (digest,)).fetchone()
+        if row is None:
+            if digest == EMPTY.storage:
+                return b"E" + bytes(8)
+            raise Corrupt(f"the index has no record {digest.hex()}", remedy="run 'cowfs check'")
+        data: bytes = row[0]
+        return data
+
+    @property
+    def spool(self) -> str | None:
+        """Where files without a name may be made: beside the index; None (the host's own place) where nothing can be written."""
+        root = os.path.dirname(self.path)
+        return None if os.statvfs(root).f_flag & os.ST_RDONLY else root
+
+    @staticmethod
+    def add_records(connection: sqlite3.Connection, new: Mapping[bytes, tuple[bytes, bytes]]) -> None:
+        """Store records inside a write transaction; those already there are kept."""
+        connection.executemany(
+            "INSERT OR IGNORE INTO records VALUES (?, ?, ?)",
+            ((digest, children, data) for digest, (children, data) in new.items()),
+        )
+
+    def sweep(self) -> int:
+        """Delete the records that no snapshot's tree reaches; how many there were.
+
+        Reachable ones are found without the write lock; what snapshots made since then reach is
+        added under it.
+        """
+        roots = "SELECT root_storage FROM snapshots WHERE root_storage IS NOT NULL"
+        marked: set[bytes] = set()
+        with self.read() as connection:
+            self._mark(connection, [row[0] for row in connection.execute(roots)], marked)
+        with self.write() as connection:
+            self._mark(connection, [row[0] for row in connection.execute(roots)], marked)
+            unused = [row for row in connection.execute("SELECT digest FROM records") if row[0] not in marked]
+            connection.executemany("DELETE FROM records WHERE digest = ?", unused)
+            point("gc.swept")
+        point("gc.committed")
+        return len(unused)
+
+    @staticmethod
+    def _mark(connection: sqlite3.Connection, roots: list[bytes], marked: set[bytes]) -> None:
+        todo = [root_digest(storage) for storage in roots]
+        while todo:
+            digest = todo.pop()
+            if digest in marked:
+                continue
+            marked.add(digest)
+            row = connection.execute("SELECT children FROM records WHERE digest = ?", (digest,)).fetchone()
+            if row is not None:
+                below: bytes = row[0]
+                todo += [below[at : at + 32] for at in range(0, len(below), 32)]
+
+    def reserve(self) -> int:
+        """A number for a snapshot that is to be inserted later under it; never given twice."""
+        with self.write() as connection:
+            bump = "UPDATE sqlite_sequence SET seq = seq + 1 WHERE name = 'snapshots' RETURNING seq"
+            row = connection.execute(bump).fetchone()
+            if row is None:
+                connection.execute("INSERT INTO sqlite_sequence (name, seq) VALUES ('snapshots', 0)")
+                row = connection.execute(bump).fetchone()
+            return int(row[0])
+
+    # ------------------------------------------------------------------- tags
+
+    def tag(self, name: str) -> Tag | None:
+        """The tag of this name."""
+        if not _is_text(name):
+            return None
+        return next(self.tags("t.name = ?", (name,)), None)
+
+    def tags(self, where: str = "1", values: Iterable[object] = ()) -> Iterator[Tag]:
+        """Tags in the order of their names."""
+        with self._errors():
+            found = (
+                self._connection()
+                .execute(
+                    "SELECT t.name, s.name, t.config, t.created FROM tags AS t JOIN snapshots AS s ON s.num = t.target"
+                    f" WHERE {where} ORDER BY t.name",
+                    tuple(values),
+                )
+                .fetchall()
+            )
+        for name, target, config, created in found:
+            yield Tag(name=name, target=target, config=config, created=created)

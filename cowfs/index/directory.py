@@ -1,0 +1,568 @@
+"""Directory records: what a committed snapshot's tree is made of in the index.
+
+Strategy. A record is one directory's entries, packed, and named by the SHA-256 of its bytes,
+as git names trees; a sub-directory is the digest of its record. So a directory that did not
+change is the same record in every snapshot, a commit writes the directories along the changed
+paths only, and two snapshots are compared by comparing digests and going down where they
+differ.
+
+Each entry is a pair of packed strings, sorted by name within the record:
+
+``content``   what a user sees: name, type, mode, owner, size, mtime, device, link target,
+              xattrs, the file's digest, a sub-directory's *content* digest.
+``storage``   where it is: the layer with the data, the path there when it is another one, the
+              inode number and blocks shown, a sub-directory's *storage* digest.
+
+The content digest of a directory is taken over the first halves only, so equal trees are equal
+wherever they came from; the storage digest names the record. A file whose digest is not known
+has its (layer, inode number) in the first half instead: content digests that are equal then
+never lie, and a comparison that finds them different looks at the files themselves.
+
+Paths. The *implied* path of an entry is its directory's base and its name. A file's data, and a
+directory itself, are at the implied path of their layer unless the entry gives a path; a
+directory's base is its implied path unless the entry gives a base. A renamed directory of a
+lower layer is therefore one entry with a base, over the old record.
+
+Big directories. Past ``CHUNK_ABOVE`` entries a record is a list of chunks, cut where
+``crc32(name)`` is a multiple of ``CHUNK_SIZE``: boundaries depend on the names alone, so equal
+directories have equal chunks whatever their history, and one change rewrites one chunk.
+
+On disk a leaf is: ``E``, the number of entries n, the bytes of all content halves; n lengths of
+content halves, n of names, n of storage halves; the content halves; the storage halves. With the
+lengths in front it is taken apart by slicing alone. A list is: ``L``, the number of chunks, the chunks.
+Integers are little-endian. Mtime is seconds and nanoseconds apart, so no time wraps.
+"""
+
+from __future__ import annotations
+
+import stat
+import struct
+import zlib
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate, pairwise
+from typing import NamedTuple, Protocol
+
+from cowfs.errors import Corrupt
+from cowfs.index.spool import Spill
+
+__all__ = [
+    "CHUNK_ABOVE",
+    "CHUNK_SIZE",
+    "EMPTY",
+    "Entry",
+    "Pair",
+    "Pending",
+    "Records",
+    "Ref",
+    "Writer",
+    "children_of",
+    "decode",
+    "differing",
+    "edit",
+    "encode",
+    "entries",
+    "find",
+    "join",
+    "lookup",
+    "ref_of",
+    "root_digest",
+    "write",
+]
+
+CHUNK_ABOVE = 1024
+CHUNK_SIZE = 256
+DIGEST = 32
+
+_HEAD = struct.Struct("<BHIIQqIH")  # flags, mode, uid, gid, size, mtime s, mtime ns, name length
+_STORE = struct.Struct("<BIQQ")  # driver flags, layer, ino, blocks
+_LEAF = struct.Struct("<cII")  # b"E", entries, bytes of the content half
+_LIST = struct.Struct("<cI")  # b"L", chunks
+_CHUNK = struct.Struct("<I32s32sH")  # entries, storage digest, content digest, length of the first name
+_U16 = struct.Struct("<H")
+_U32 = struct.Struct("<I")
+_U64 = struct.Struct("<Q")
+_XATTR = struct.Struct("<HI")  # length of the name, of the value
+_TOKEN = struct.Struct("<IQ")  # layer, ino
+
+_NLINK, _RDEV, _TARGET, _XATTRS, _DIGEST, _UNKNOWN = 1, 2, 4, 8, 16, 32
+
+Pair = tuple[bytes, bytes]
+"""One packed entry: (content half, storage half)."""
+
+
+class Ref(NamedTuple):
+    """A directory: the digest that names its record, and the one that says what is in it."""
+
+    storage: bytes
+    content: bytes
+
+
+class Entry(NamedTuple):
+    """One entry, unpacked.
+
+    Attributes:
+        mode: type and permission bits as in ``st_mode``.
+        size: bytes; of a symbolic link, of its target.
+        blocks: units of 512 bytes.
+        nlink: names of the file within the tree; 0 for a directory.
+        layer: number of the layer that holds the data.
+        path: where it is in that layer, when not at the implied path (see the module).
+        base: of a directory: where its files are, when not at the implied path.
+        digest: SHA-256 of a regular file's data where it is known.
+        ref: a directory's record.
+        flags: belongs to the driver that wrote the layer.
+    """
+
+    mode: int
+    uid: int = 0
+    gid: int = 0
+    size: int = 0
+    mtime_ns: int = 0
+    ino: int = 0
+    blocks: int = 0
+    rdev: int = 0
+    nlink: int = 1
+    target: bytes = b""
+    xattrs: tuple[tuple[bytes, bytes], ...] = ()
+    layer: int = 0
+    path: bytes | None = None
+    digest: bytes | None = None
+    ref: Ref | None = None
+    flags: int = 0
+    base: bytes | None = None
+
+    @property
+    def type(self) -> int:
+        """The ``S_IFMT`` part of the mode."""
+        return self.mode & 0o170000
+
+    @property
+    def is_dir(self) -> bool:
+        return self.mode & 0o170000 == 0o040000
+
+
+class Records(Protocol):
+    """Where records come from: the index, or a set of them not yet stored."""
+
+    def record(self, digest: bytes) -> bytes:
+        """The bytes named by a storage digest.
+
+        Raises:
+            Corrupt: the index does not have it.
+        """
+        ...
+
+
+class Pending:
+    """Records made but not stored yet, over those that are.
+
+    Threads: belongs to one verb, in one thread.
+    """
+
+    __slots__ = ("_below", "new", "spool")
+
+    def __init__(self, below: Records | None = None) -> None:
+        self._below = below
+        self.spool: str | None = getattr(below, "spool", None)  # where a file may be made for many of them
+        self.new: Spill = Spill(self.spool)  # digest -> (digests it points at, data)
+
+    def record(self, digest: bytes) -> bytes:
+        made = self.new.get(digest)
+        if made is not None:
+            return made[1]
+        if digest == EMPTY.storage:
+            return _EMPTY_RECORD
+        if self._below is None:
+            raise Corrupt(f"the index has no record {digest.hex()}", remedy="run 'cowfs check'")
+        return self._below.record(digest)
+
+    def empty(self) -> Ref:
+        """The directory without entries."""
+        return EMPTY
+
+    def add(self, data: bytes, children: bytes) -> bytes:
+        """Keep a new record; ``children`` are the digests it points at, one after another."""
+        digest = _sha256(data)
+        self.new[digest] = (children, data)
+        return digest
+
+
+# ---------------------------------------------------------------- one entry
+
+
+def encode(name: bytes, entry: Entry) -> Pair:
+    """Pack one entry."""
+    mode = entry.mode
+    kind = mode & 0o170000
+    flags = 0
+    tail: list[bytes] = []
+    if kind == stat.S_IFDIR:
+        assert entry.ref is not None
+        tail.append(entry.ref.content)
+    elif entry.nlink != 1:
+        flags |= _NLINK
+        tail.append(_U32.pack(entry.nlink))
+    if kind in (stat.S_IFCHR, stat.S_IFBLK):
+        flags |= _RDEV
+        tail.append(_U64.pack(entry.rdev))
+    elif kind == stat.S_IFLNK:
+        flags |= _TARGET
+        tail += (_U32.pack(len(entry.target)), entry.target)
+    elif kind == stat.S_IFREG:
+        if entry.digest is not None:
+            flags |= _DIGEST
+            tail.append(entry.digest)
+        elif entry.size:
+            flags |= _UNKNOWN
+            tail.append(_TOKEN.pack(entry.layer, entry.ino))
+    if entry.xattrs:
+        flags |= _XATTRS
+        tail.append(_U32.pack(len(entry.xattrs)))
+        for key, value in entry.xattrs:
+            tail += (_XATTR.pack(len(key), len(value)), key, value)
+    rest = b"".join(tail)
+    seconds, nanoseconds = divmod(entry.mtime_ns, 1_000_000_000)
+    content = (
+        _HEAD.pack(
+            flags,
+            mode,
+            entry.uid,
+            entry.gid,
+            entry.size if kind != stat.S_IFDIR else 0,
+            seconds,
+            nanoseconds,
+            len(name),
+        )
+        + name
+        + rest
+    )
+    where = b"" if entry.path is None else entry.path
+    if entry.ref is not None:
+        base = b"" if entry.base is None else entry.base
+        where = entry.ref.storage + (_U16.pack(len(base)) + base + where if base or where else b"")
+    return content, _STORE.pack(entry.flags, entry.layer, entry.ino, entry.blocks) + where
+
+
+def decode(pair: Pair) -> Entry:
+    """Unpack one entry; the reverse of :func:`encode` but for the name."""
+    content, storage = pair
+    flags, mode, uid, gid, size, seconds, nanoseconds, name_length = _HEAD.unpack_from(content)
+    at = _HEAD.size + name_length
+    driver_flags, layer, ino, blocks = _STORE.unpack_from(storage)
+    where = _STORE.size
+    ref, base, nlink, rdev, target, digest = None, None, 1, 0, b"", None
+    if mode & 0o170000 == 0o040000:
+        ref = Ref(storage[where : where + DIGEST], content[at : at + DIGEST])
+        at += DIGEST
+        where += DIGEST
+        if where < len(storage):
+            length = _U16.unpack_from(storage, where)[0]
+            where += 2 + length
+            base = storage[where - length : where] or None
+        nlink = 0
+    if flags & _NLINK:
+        nlink = _U32.unpack_from(content, at)[0]
+        at += 4
+    if flags & _RDEV:
+        rdev = _U64.unpack_from(content, at)[0]
+        at += 8
+    if flags & _TARGET:
+        length = _U32.unpack_from(content, at)[0]
+        target = content[at + 4 : at + 4 + length]
+        at += 4 + length
+    if flags & _DIGEST:
+        digest = content[at : at + DIGEST]
+        at += DIGEST
+    if flags & _UNKNOWN:
+        at += _TOKEN.size
+    xattrs: tuple[tuple[bytes, bytes], ...] = ()
+    if flags & _XATTRS:
+        found = []
+        count = _U32.unpack_from(content, at)[0]
+        at += 4
+        for _ in range(count):
+            key_length, value_length = _XATTR.unpack_from(content, at)
+            at += _XATTR.size
+            middle = at + key_length
+            found.append((content[at:middle], content[middle : middle + value_length]))
+            at = middle + value_length
+        xattrs = tuple(found)
+    return Entry(
+        mode, uid, gid, size, seconds * 1_000_000_000 + nanoseconds, ino, blocks, rdev, nlink, target, xattrs,
+        layer, storage[where:] or None, digest, ref, driver_flags, base,
+    )  # fmt: skip
+
+
+def ref_of(pair: Pair) -> Ref | None:
+    """The directory record an entry points at, or None; cheaper than :func:`decode`."""
+    content, storage = pair
+    if content[2] & 0xF0 != 0x40:  # the high byte of the mode
+        return None
+    at = _HEAD.size + int.from_bytes(content[_HEAD.size - 2 : _HEAD.size], "little")
+    return Ref(storage[_STORE.size : _STORE.size + DIGEST], content[at : at + DIGEST])
+
+
+def root_digest(storage_half: bytes) -> bytes:
+    """The record digest in a directory entry's storage half."""
+    return storage_half[_STORE.size : _STORE.size + DIGEST]
+
+
+# ------------------------------------------------------------ one directory
+
+
+class _Chunk(NamedTuple):
+    first: bytes
+    size: int
+    ref: Ref
+
+
+def _split(data: bytes) -> dict[bytes, Pair]:
+    names, contents, storages = _parts(data)
+    return dict(zip(names, zip(contents, storages, strict=True), strict=True))
+
+
+def _parts(data: bytes) -> tuple[list[bytes], list[bytes], list[bytes]]:
+    """(names, content halves, storage halves) of a leaf, in name order."""
+    _, count, content_length = _LEAF.unpack_from(data)
+    lengths = struct.unpack_from(f"<{count}I{2 * count}H", data, _LEAF.size)
+    start = _LEAF.size + 8 * count
+    ends = list(accumulate(lengths[:count], initial=start))
+    contents = [data[a:b] for a, b in pairwise(ends)]
+    head = _HEAD.size
+    names = [half[head : head + n] for half, n in zip(contents, lengths[count : 2 * count], strict=True)]
+    stops = list(accumulate(lengths[2 * count :], initial=start + content_length))
+    return names, contents, [data[a:b] for a, b in pairwise(stops)]
+
+
+def _chunks(data: bytes) -> list[_Chunk]:
+    _, count = _LIST.unpack_from(data)
+    at = _LIST.size
+    found = []
+    for _ in range(count):
+        entries_, storage, content, length = _CHUNK.unpack_from(data, at)
+        at += _CHUNK.size
+        found.append(_Chunk(data[at : at + length], entries_, Ref(storage, content)))
+        at += length
+    return found
+
+
+def _leaf(pending: Pending, names: Sequence[bytes], pairs: Mapping[bytes, Pair]) -> tuple[Ref, int]:
+    chosen = [pairs[name] for name in names]
+    count = len(chosen)
+    content = b"".join([pair[0] for pair in chosen])
+    lengths = [len(pair[0]) for pair in chosen]
+    head = _LEAF.pack(b"E", count, len(content)) + struct.pack(f"<{count}I", *lengths)
+    where = struct.pack(f"<{2 * count}H", *map(len, names), *[len(pair[1]) for pair in chosen])
+    digest = _sha256(head + content)
+    data = b"".join([head, where, content, *[pair[1] for pair in chosen]])
+    children = b"".join([root_digest(pair[1]) for pair in chosen if pair[0][2] & 0xF0 == 0x40])
+    return Ref(pending.add(data, children), digest), count
+
+
+def _list(pending: Pending, chunks: list[_Chunk]) -> Ref:
+    parts = [_LIST.pack(b"L", len(chunks))]
+    for chunk in chunks:
+        parts += (_CHUNK.pack(chunk.size, *chunk.ref, len(chunk.first)), chunk.first)
+    content = _sha256(b"L" + b"".join([chunk.ref.content for chunk in chunks]))
+    return Ref(pending.add(b"".join(parts), b"".join([chunk.ref.storage for chunk in chunks])), content)
+
+
+def _is_boundary(name: bytes) -> bool:
+    return zlib.crc32(name) % CHUNK_SIZE == 0
+
+
+def _cut(pending: Pending, pairs: Mapping[bytes, Pair]) -> list[_Chunk]:
+    """Chunks of some consecutive entries; only the first may begin with no boundary."""
+    runs: list[list[bytes]] = []
+    for name in sorted(pairs):
+        if not runs or _is_boundary(name):
+            runs.append([])
+        runs[-1].append(name)
+    made = []
+    for run in runs:
+        ref, count = _leaf(pending, run, pairs)
+        made.append(_Chunk(run[0], count, ref))
+    return made
+
+
+class Writer:
+    """Records a directory from its entries in the order of their names, keeping a chunk or two of them.
+
+    Gives what :func:`write` gives for the same entries.
+    """
+
+    __slots__ = ("_chunks", "_pairs", "_pending")
+
+    def __init__(self, pending: Pending) -> None:
+        self._pending = pending
+        self._pairs: dict[bytes, Pair] = {}
+        self._chunks: list[_Chunk] = []
+
+    def add(self, name: bytes, pair: Pair) -> None:
+        """The next entry."""
+        self._pairs[name] = pair
+        if len(self._pairs) > 2 * CHUNK_ABOVE and _is_boundary(name):
+            del self._pairs[name]
+            self._chunks += _cut(self._pending, self._pairs)
+            self._pairs = {name: pair}
+
+    def done(self) -> Ref:
+        """All of them were given."""
+        if not self._chunks:
+            return write(self._pending, self._pairs)
+        return _list(self._pending, self._chunks + _cut(self._pending, self._pairs))
+
+
+def write(pending: Pending, pairs: Mapping[bytes, Pair]) -> Ref:
+    """Record a directory with these entries."""
+    if len(pairs) <= CHUNK_ABOVE:
+        return _leaf(pending, sorted(pairs), pairs)[0]
+    return _list(pending, _cut(pending, pairs))
+
+
+def entries(records: Records, storage: bytes) -> dict[bytes, Pair]:
+    """All entries of a directory, packed, in name order."""
+    data = records.record(storage)
+    if data[:1] == b"E":
+        return _split(data)
+    found: dict[bytes, Pair] = {}
+    for chunk in _chunks(data):
+        found.update(_split(records.record(chunk.ref.storage)))
+    return found
+
+
+def find(records: Records, storage: bytes, name: bytes) -> Pair | None:
+    """One entry of a directory; reads one chunk of a big one."""
+    data = records.record(storage)
+    if data[:1] == b"L":
+        chunks = _chunks(data)
+        at = max(0, bisect_right(chunks, name, key=lambda chunk: chunk.first) - 1)
+        data = records.record(chunks[at].ref.storage)
+    return _split(data).get(name)
+
+
+def edit(pending: Pending, storage: bytes, edits: Mapping[bytes, Pair | None]) -> Ref:
+    """The directory with some entries put in place (a pair) or taken away (None).
+
+    Gives what :func:`write` gives for the same entries, at the cost of the chunks touched.
+    """
+    data = pending.record(storage)
+    if data[:1] == b"E":
+        pairs = _split(data)
+        _apply(pairs, edits)
+        return write(pending, pairs)
+    chunks = _chunks(data)
+    touched: dict[int, dict[bytes, Pair | None]] = {}
+    firsts = [chunk.first for chunk in chunks]
+    for name, pair in edits.items():
+        touched.setdefault(max(0, bisect_right(firsts, name) - 1), {})[name] = pair
+    done: list[_Chunk] = []
+    for at, chunk in enumerate(chunks):
+        mine = touched.get(at)
+        if mine is None:
+            done.append(chunk)
+            continue
+        pairs = _split(pending.record(chunk.ref.storage))
+        _apply(pairs, mine)
+        if pairs and done and not _is_boundary(min(pairs)):
+            before = done.pop()
+            pairs.update(_split(pending.record(before.ref.storage)))
+        done += _cut(pending, pairs)
+    if sum(chunk.size for chunk in done) > CHUNK_ABOVE:
+        return _list(pending, done)
+    everything: dict[bytes, Pair] = {}
+    for chunk in done:
+        everything.update(_split(pending.record(chunk.ref.storage)))
+    return write(pending, everything)
+
+
+def _apply(pairs: dict[bytes, Pair], edits: Mapping[bytes, Pair | None]) -> None:
+    for name, pair in edits.items():
+        if pair is None:
+            pairs.pop(name, None)
+        else:
+            pairs[name] = pair
+
+
+def differing(records: Records, old: Ref | None, new: Ref) -> Iterator[tuple[bytes, Pair | None, Pair | None]]:
+    """Names whose content halves differ, in name order, reading only chunks that differ."""
+    new_data = records.record(new.storage)
+    old_data = records.record(old.storage) if old is not None else _EMPTY_RECORD
+    if new_data[:1] == b"L" and old_data[:1] == b"L":
+        old_chunks, new_chunks = _chunks(old_data), _chunks(new_data)
+        common = {chunk.ref.content for chunk in old_chunks} & {chunk.ref.content for chunk in new_chunks}
+        a = _load(records, [chunk for chunk in old_chunks if chunk.ref.content not in common])
+        b = _load(records, [chunk for chunk in new_chunks if chunk.ref.content not in common])
+    else:
+        if new_data[:1] == b"E" and old_data[:1] == b"E":
+            yield from _differing_leaves(old_data, new_data)
+            return
+        a = entries(records, old.storage) if old is not None else {}
+        b = entries(records, new.storage)
+    names = [name for name, pair in b.items() if name not in a or a[name][0] != pair[0]]
+    names += [name for name in a if name not in b]
+    for name in sorted(names):
+        yield name, a.get(name), b.get(name)
+
+
+def _differing_leaves(old: bytes, new: bytes) -> Iterator[tuple[bytes, Pair | None, Pair | None]]:
+    """As :func:`differing`, of two small directories: only entries that differ are looked at one by one."""
+    old_names, old_contents, old_storages = _parts(old)
+    new_names, new_contents, new_storages = _parts(new)
+    before, after = set(old_contents), set(new_contents)
+    found: dict[bytes, list[Pair | None]] = {}
+    if not before <= after:
+        for name, content, storage in zip(old_names, old_contents, old_storages, strict=True):
+            if content not in after:
+                found[name] = [(content, storage), None]
+    if not after <= before:
+        for name, content, storage in zip(new_names, new_contents, new_storages, strict=True):
+            if content not in before:
+                found.setdefault(name, [None, None])[1] = (content, storage)
+    for name in sorted(found):
+        yield name, found[name][0], found[name][1]
+
+
+def _load(records: Records, chunks: list[_Chunk]) -> dict[bytes, Pair]:
+    found: dict[bytes, Pair] = {}
+    for chunk in chunks:
+        found.update(_split(records.record(chunk.ref.storage)))
+    return found
+
+
+def children_of(data: bytes) -> list[bytes]:
+    """The storage digests a record points at: chunks, or sub-directories."""
+    if data[:1] == b"L":
+        return [chunk.ref.storage for chunk in _chunks(data)]
+    return [ref.storage for pair in _split(data).values() if (ref := ref_of(pair)) is not None]
+
+
+def lookup(records: Records, root: Pair, path: bytes) -> Pair | None:
+    """The entry at a path below a root entry (no symbolic link is followed)."""
+    pair: Pair | None = root
+    for name in path.split(b"/"):
+        if not name:
+            continue
+        ref = ref_of(pair) if pair is not None else None
+        if ref is None:
+            return None
+        pair = find(records, ref.storage, name)
+    return pair
+
+
+_EMPTY_RECORD = _LEAF.pack(b"E", 0, 0)
+_EMPTY_DIGEST = bytes.fromhex("8185c15ba07bf5d0ae79070fd6d79ce3c354f52f04e6c735a151ae5a9cfb86c5")
+EMPTY = Ref(_EMPTY_DIGEST, _EMPTY_DIGEST)
+"""The directory without entries; every index has it without storing it."""
+
+
+def _sha256(data: bytes) -> bytes:
+    from hashlib import sha256  # a library of its own behind it, and most verbs read records only
+
+    return sha256(data).digest()
+
+
+def join(base: bytes, name: bytes) -> bytes:
+    """A path from a directory's path (b"" is the root) and a name."""
+    return base + b"/" + name if base else name

@@ -1,0 +1,483 @@
+"""Mounts as the library sees them: make one, find those that are there, talk to one, take one away.
+
+>>> import cowfs
+>>> with cowfs.mount(["layers/base", "layers/python"], "/mnt/rootfs", size="2G") as m:  # doctest: +SKIP
+...     open("/mnt/rootfs/hello", "w").write("hi")
+...     [change.path for change in m.diff()]
+[b'hello']
+
+Strategy: a :class:`MountHandle` holds no more than a mount point and a socket's path; the mount lives in a process of its
+own (:mod:`cowfs.mounting.server`) and outlives its maker unless unmounted. Every method asks that process anew.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import EllipsisType, TracebackType
+from typing import TYPE_CHECKING, Any
+
+from cowfs.errors import CowfsError, FailedPrecondition, InvalidArgument, NotFound
+from cowfs.model import Limit, Usage, parse_count, parse_size
+from cowfs.mounting import mountpoint, protocol
+from cowfs.mounting.request import HIDDEN, IdMap, MountSpec, find_layers
+
+if TYPE_CHECKING:
+    from cowfs.model import Change
+
+__all__ = ["MountHandle", "MountStatus", "attach", "make_spec", "mount", "mounts", "umount"]
+
+PathLike = str | os.PathLike[str]
+
+
+_NOTHING, _NO_LIMIT = Usage(), Limit()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MountStatus:
+    """One mount of cowfs, as it is now.
+
+    Attributes:
+        mountpoint: where.
+        alive: whether its server answers; of a dead one only ``mountpoint`` (and perhaps ``socket``) is known.
+        layers: bottom first.
+        upper: the writable directory, or None.
+        usage, limit: bytes and inodes.
+        pid: the server.
+        started: nanoseconds since 1970.
+        details: everything else that the server tells.
+    """
+
+    mountpoint: str
+    alive: bool
+    layers: tuple[str, ...] = ()
+    upper: str | None = None
+    readonly: bool = False
+    usage: Usage = _NOTHING
+    limit: Limit = _NO_LIMIT
+    pid: int | None = None
+    started: int = 0
+    socket: str = ""
+    label: str = ""
+    details: Mapping[str, Any]
+
+
+class MountHandle:
+    """A live mount. As a context manager it unmounts at the end of the block.
+
+    Attributes:
+        mountpoint: absolute path.
+        pid: the server process.
+        socket: its control socket.
+    """
+
+    def __init__(self, mountpoint: str, pid: int, socket: str) -> None:
+        self.mountpoint = mountpoint
+        self.pid = pid
+        self.socket = socket
+
+    def __repr__(self) -> str:
+        return f"<cowfs mount {self.mountpoint!r}, server {self.pid}>"
+
+    def __enter__(self) -> MountHandle:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            self.unmount()
+        except NotFound:
+            pass  # somebody was faster
+
+    def ask(self, verb: str, **arguments: Any) -> dict[str, Any]:
+        """One verb of the server's table (``cowfs.mounting.verbs.basic.VERBS``).
+
+        Raises:
+            CowfsError: as the server raised it; FailedPrecondition when it is gone.
+        """
+        return protocol.ask(self.socket, verb, **arguments)
+
+    def status(self) -> MountStatus:
+        """What `cowfs mounts` shows."""
+        return _status(self.mountpoint, self.socket, self.ask("info"))
+
+    def usage(self) -> Usage:
+        """What the upper layer holds: bytes in units of 4 KiB, and inodes."""
+        return Usage(**self.ask("usage")["usage"])
+
+    def limit(
+        self, *, size: str | int | EllipsisType | None = ..., inodes: str | int | EllipsisType | None = ...
+    ) -> Limit:
+        """The limit; with arguments, change it first.
+
+        Args:
+            size: bytes, or "4G"; None for no limit; left out: as it was.
+            inodes: a count, or "100k"; likewise.
+
+        Raises:
+            FailedPrecondition: a read-only mount, or one with ``io="passthrough"``.
+        """
+        wanted: dict[str, int | None] = {}
+        if not isinstance(size, EllipsisType):
+            wanted["bytes"] = None if size is None else parse_size(size)
+        if not isinstance(inodes, EllipsisType):
+            wanted["inodes"] = None if inodes is None else parse_count(inodes)
+        answer = self.ask("limit", **wanted) if wanted else self.ask("usage")
+        return Limit(**answer["limit"])
+
+    def counters(self) -> dict[str, int]:
+        """Requests that the kernel made so far, by opcode name."""
+        return dict(self.ask("counters")["counters"])
+
+    def diff(self) -> Iterator[Change]:
+        """What the upper layer adds, changes and deletes, sorted by path.
+
+        Raises:
+            FailedPrecondition: a mount without an upper layer.
+        """
+        from cowfs.diff import changes
+
+        details = self.status().details
+        if not details["upper"]:
+            raise FailedPrecondition(f"{self.mountpoint} has no upper layer", remedy="it was mounted read-only")
+        mountpoint.hand_over(self.mountpoint)
+        return changes.changes(details["upper"], details["layers"], options=changes.view_options(details))
+
+    def unmount(self, *, lazy: bool = False, force: bool = False) -> None:
+        """Unmount, and wait until the server has closed everything.
+
+        Args:
+            lazy: take it off the tree now; the server ends with the last user.
+            force: do not ask a server that may hang.
+
+        Raises:
+            FailedPrecondition: in use; the message names who.
+            NotFound: not mounted any more.
+        """
+        umount(self.mountpoint, lazy=lazy, force=force, socket=self.socket)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Making one
+
+
+def make_spec(
+    layers: PathLike | Sequence[PathLike],
+    target: PathLike,
+    *,
+    upper: PathLike | None = None,
+    work: PathLike | None = None,
+    readonly: bool = False,
+    ephemeral: bool = False,
+    size: str | int | None = None,
+    inodes: str | int | None = None,
+    options: Iterable[str] = (),
+    **more: Any,
+) -> MountSpec:
+    """The wish behind :func:`mount`: paths made absolute, words for options sorted out, sizes parsed.
+
+    Raises:
+        InvalidArgument, NotFound: as :func:`mount`.
+    """
+    if isinstance(layers, str | os.PathLike):
+        directory = os.path.abspath(layers)
+        found = find_layers(directory)
+        beside: str | None = directory
+    else:
+        found = tuple(os.path.abspath(layer) for layer in layers)
+        parents = {os.path.dirname(layer) for layer in found}
+        beside = parents.pop() if len(parents) == 1 else None
+    from cowfs.sys.mounts import OPTION_FLAGS
+
+    words = []
+    for word in options:
+        if word == "ro":
+            readonly = True
+        elif word in ("rw", "defaults", ""):
+            pass
+        elif word == "volatile":
+            more["volatile"] = True
+        elif word in OPTION_FLAGS:
+            words.append(word)
+        else:
+            raise InvalidArgument(
+                f"no such mount option: {word!r}", remedy=f"known: {', '.join(OPTION_FLAGS)}, volatile"
+            )
+    scratch = None
+    if ephemeral and (upper or work):
+        raise InvalidArgument(
+            "an ephemeral mount makes its own upper", remedy="leave out --upper and --work, or --ephemeral"
+        )
+    if work and not upper:
+        raise InvalidArgument("a work directory alone is of no use", remedy="name the upper, too: --upper DIR")
+    if ephemeral and readonly:
+        raise InvalidArgument("ephemeral and read-only exclude each other")
+    if not upper and not readonly:
+        if beside is None:
+            raise InvalidArgument(
+                "the layers have no common parent to keep a scratch upper in",
+                remedy="name one: --upper DIR; or mount with --read-only",
+            )
+        scratch = _scratch(beside, ephemeral)
+    return MountSpec(
+        layers=found,
+        mountpoint=mountpoint.resolve(os.fspath(target)),
+        upper=os.path.abspath(upper) if upper else None,
+        work=os.path.abspath(work) if work else None,
+        scratch=scratch,
+        ephemeral=ephemeral,
+        readonly=readonly,
+        size=None if size is None else parse_size(size),
+        inodes=None if inodes is None else parse_count(inodes),
+        options=tuple(words),
+        **more,
+    )
+
+
+def _scratch(beside: str, ephemeral: bool) -> str:
+    """``LAYERS/.cowfs``; for an ephemeral upper the temporary directory where the layers' cannot be written."""
+    scratch = os.path.join(beside, HIDDEN)
+    if ephemeral and not os.access(scratch if os.path.isdir(scratch) else beside, os.W_OK | os.X_OK):
+        import tempfile
+
+        return os.path.join(tempfile.gettempdir(), f"cowfs-ephemeral-{os.geteuid()}")
+    return scratch
+
+
+def mount(
+    layers: PathLike | Sequence[PathLike],
+    mountpoint: PathLike,
+    *,
+    upper: PathLike | None = None,
+    work: PathLike | None = None,
+    readonly: bool = False,
+    ephemeral: bool = False,
+    size: str | int | None = None,
+    inodes: str | int | None = None,
+    volatile: bool = False,
+    allow_other: bool | None = None,
+    io: str = "cached",
+    frontend: str = "kernel",
+    uid_map: IdMap = (),
+    gid_map: IdMap = (),
+    options: Iterable[str] = (),
+    max_nodes: int | None = None,
+    row: str | int | None = None,
+    log: PathLike | None = None,
+    trace: bool = False,
+) -> MountHandle:
+    """Mount a stack of layers as one tree; returns when it answers.
+
+    Args:
+        layers: directories, bottom first; or one path: a directory whose sub-directories are the layers.
+        mountpoint: an existing directory.
+        upper: where changes go (made if missing); default: kept in ``.cowfs`` beside the layers, used again next time.
+        work: same file system as ``upper``; default: beside it.
+        readonly: no changes; an ``upper`` given is the topmost layer.
+        ephemeral: changes are dropped at unmount.
+        size, inodes: the limit: bytes or "2G"; a count or "100k".
+        volatile: sync nothing; after a crash of the host the upper cannot be used.
+        allow_other: whether other users may enter; default: as root yes.
+        io: "cached" (no requests when warm) or "passthrough" (root only, no limit: for databases).
+        frontend: "kernel" (cowfs's own protocol engine) or "fusepy" (libfuse 2).
+        uid_map, gid_map: ranges (id in the layers, id shown, count).
+        options: mount(8) words: nodev, nosuid, noexec, ro, noatime...
+        max_nodes: bound on cached nodes in the server.
+        row: bytes a block, a power of two from 4 KiB to 1 MiB: redirect on write instead of copying up (docs/row.md).
+        log: file for the server's diagnostics.
+        trace: write one line a request to the log.
+
+    Raises:
+        NotFound, InvalidArgument: layers, upper or mount point are missing or unfit.
+        FailedPrecondition: upper or mount point in use; the upper belongs to other layers.
+        Unsupported: the host or user may not mount.
+    """
+    spec = make_spec(
+        layers,
+        mountpoint,
+        upper=upper,
+        work=work,
+        readonly=readonly,
+        ephemeral=ephemeral,
+        size=size,
+        inodes=inodes,
+        options=options,
+        volatile=volatile,
+        allow_other=allow_other,
+        io=io,
+        frontend=frontend,
+        uid_map=uid_map,
+        gid_map=gid_map,
+        max_nodes=max_nodes,
+        log=os.path.abspath(log) if log else "",
+        trace=trace,
+    )
+    return spawn(spec if row is None else replace(spec, row=block_size(row)))
+
+
+def block_size(text: str | int) -> int:
+    """Bytes a block of new redirect files. Raises InvalidArgument unless it is a power of two from 4 KiB to 1 MiB."""
+    from cowfs.row.map import check_block
+
+    size = parse_size(text)
+    try:
+        check_block(size)
+    except ValueError as error:
+        raise InvalidArgument(f"row={text}: {error}") from None
+    return size
+
+
+def spawn(spec: MountSpec) -> MountHandle:
+    """Have a server started for a wish, in a process of its own.
+
+    Raises:
+        CowfsError: as :func:`mount`.
+    """
+    from cowfs.mounting import prefork
+
+    started = prefork.start(spec)
+    return MountHandle(spec.mountpoint, started.pid, started.socket)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Finding and ending
+
+
+def attach(target: PathLike) -> MountHandle:
+    """The handle of a mount that is there.
+
+    Raises:
+        NotFound: no mount of cowfs there.
+        FailedPrecondition: its server is gone.
+    """
+    path = os.fspath(target)
+    entry = mountpoint.find(path)
+    if entry is not None and entry.fstype not in mountpoint.TYPES:
+        entry = None
+    where = os.fsdecode(entry.target) if entry is not None else mountpoint.resolve(path)
+    socket = protocol.socket_of(entry.dev) if entry is not None else _socket_elsewhere(where)
+    if socket is None and entry is None:
+        raise NotFound(f"no mount of cowfs at {path}", remedy="cowfs mounts lists them")
+    if socket is None:
+        raise _gone(where)
+    try:
+        pid = protocol.ask(socket, "info")["pid"]
+    except FailedPrecondition:
+        raise _gone(where) from None
+    return MountHandle(where, pid, socket)
+
+
+def _socket_elsewhere(where: str) -> str | None:
+    """The socket of a server that mounted at this path in another mount namespace, or None."""
+    for path in protocol.sockets():
+        try:
+            if protocol.ask(path, "info")["mountpoint"] == where:
+                return path
+        except CowfsError:
+            continue
+    return None
+
+
+def _gone(where: str) -> FailedPrecondition:
+    if mountpoint.is_dead(where):
+        return FailedPrecondition(f"the server of {where} is gone", remedy=f"cowfs umount {where} clears the mount")
+    return FailedPrecondition(f"the server of {where} cannot be reached by this user")
+
+
+def mounts() -> list[MountStatus]:
+    """All mounts of cowfs that this user can see, dead ones included, by mount point."""
+    found = []
+    for path in protocol.sockets():
+        try:
+            details = protocol.ask(path, "info")
+        except CowfsError:
+            _sweep(path)
+            continue
+        found.append(_status(details["mountpoint"], path, details))
+    answered = {status.mountpoint for status in found}
+    for entry in mountpoint.cowfs_mounts():
+        where = os.fsdecode(entry.target)
+        if where not in answered:
+            found.append(MountStatus(mountpoint=where, alive=not mountpoint.is_dead(where, entry), details={}))
+    return sorted(found, key=lambda status: status.mountpoint)
+
+
+def _sweep(path: str) -> None:
+    """Remove the socket and log of a server that was killed; a mount that it left is listed from mountinfo."""
+    import contextlib
+
+    try:
+        protocol.connect(path, 1.0).close()
+    except ConnectionRefusedError:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+        log = path.removesuffix(protocol.SUFFIX) + ".log"
+        with contextlib.suppress(OSError):
+            if not os.path.getsize(log):
+                os.unlink(log)
+    except OSError:
+        pass
+
+
+def _status(where: str, socket: str, details: Mapping[str, Any]) -> MountStatus:
+    return MountStatus(
+        mountpoint=where,
+        alive=True,
+        layers=tuple(details["layers"]),
+        upper=details["upper"],
+        readonly=details["readonly"],
+        usage=Usage(**details["usage"]),
+        limit=Limit(**details["limit"]),
+        pid=details["pid"],
+        started=details["started"],
+        socket=socket,
+        label=details["label"],
+        details=details,
+    )
+
+
+def umount(target: PathLike, *, lazy: bool = False, force: bool = False, socket: str | None = None) -> None:
+    """Unmount what is mounted at ``target`` and wait until its server has closed everything; clears dead mounts, too.
+
+    Args:
+        target: the mount point.
+        lazy: take it off the tree now; the server ends with the last user.
+        force: cut the connection of a server that hangs.
+        socket: the server's control socket, where it is known already.
+
+    Raises:
+        NotFound: no mount of cowfs there.
+        FailedPrecondition: in use; the message names who.
+    """
+    path = os.fspath(target)
+    entry = mountpoint.find(path)
+    if entry is None and socket is None:
+        socket = _socket_elsewhere(mountpoint.resolve(path))
+    if entry is None and socket is None:
+        raise NotFound(f"nothing is mounted at {path}", remedy="cowfs mounts lists what is")
+    if entry is not None and entry.fstype not in mountpoint.TYPES:
+        raise NotFound(f"what is mounted at {path} is {entry.fstype}, not cowfs", remedy=f"umount {path}")
+    where = os.fsdecode(entry.target) if entry is not None else path
+    if entry is not None and socket is None:
+        socket = protocol.socket_of(entry.dev)
+    if socket is None or force:
+        mountpoint.detach(where, lazy=lazy, force=force or mountpoint.is_dead(where, entry))
+        return
+    try:
+        connection = protocol.connect(socket)
+    except OSError:
+        if entry is None:
+            raise NotFound(f"nothing is mounted at {path}", remedy="cowfs mounts lists what is") from None
+        mountpoint.detach(where, lazy=lazy, force=mountpoint.is_dead(where, entry))
+        _sweep(socket)
+        return
+    with connection:
+        protocol.talk(connection, "umount", {"lazy": lazy})
+        if not lazy:
+            connection.settimeout(protocol.TIMEOUT)
+            try:
+                connection.recv(1)  # ends when the server does
+            except OSError:
+                pass

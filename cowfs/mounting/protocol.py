@@ -1,0 +1,236 @@
+"""The control socket of a mount's server: where it is, what is said on it, and the asking side.
+
+Strategy: one unix stream socket a server, in a directory only its owner can enter. A client sends one line of JSON,
+``{"verb": "usage", ...arguments}``, and gets one line back: ``{"ok": {...}}`` or ``{"error": {"type", "message",
+"remedy"}}``; then the server may keep the connection until it ends, which is how a client waits for that end. The
+answering side is :mod:`cowfs.mounting.server`; its table of verbs is the protocol's list.
+
+The socket's name is the minor number of the mount's device (FUSE file systems have anonymous devices, major 0), so it is
+found from a mount point through mountinfo alone, without touching a mount whose server may hang.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from cowfs import errors
+from cowfs.errors import CowfsError, FailedPrecondition
+
+__all__ = ["ask", "connect", "decode", "directories", "encode", "run_directory", "sockets"]
+
+SUFFIX = ".sock"
+_MAX_LINE = 64 << 20
+TIMEOUT = 10.0
+"""Seconds that a client waits for an answer."""
+
+
+def directories() -> list[str]:
+    """Where sockets may be, the preferred place first.
+
+    ``/run/cowfs`` as root; ``$XDG_RUNTIME_DIR/cowfs`` otherwise; a private directory below the temporary directory where
+    neither can be written (root in a user namespace, a login without a session).
+    """
+    places = ["/run/cowfs"] if os.geteuid() == 0 else []
+    if os.environ.get("XDG_RUNTIME_DIR"):
+        places.append(os.path.join(os.environ["XDG_RUNTIME_DIR"], "cowfs"))
+    places.append(os.path.join(os.environ.get("TMPDIR") or "/tmp", f"cowfs-{os.geteuid()}"))
+    return places
+
+
+def run_directory() -> str:
+    """The first usable place, made if need be: ours, and closed to others.
+
+    Raises:
+        FailedPrecondition: none can be made.
+    """
+    for place in directories():
+        try:
+            os.makedirs(place, mode=0o700, exist_ok=True)
+        except OSError:
+            continue
+        if _is_private(place) and os.access(place, os.W_OK | os.X_OK, effective_ids=True):
+            return place
+    raise FailedPrecondition(
+        f"no place for the control socket: {', '.join(directories())}",
+        remedy="set XDG_RUNTIME_DIR to a directory of yours",
+    )
+
+
+def leave_run_directory(place: str) -> None:
+    """Remove a run directory that is empty, where it was made below the temporary directory."""
+    if os.path.basename(place).startswith("cowfs-"):
+        try:
+            os.rmdir(place)
+        except OSError:
+            pass
+
+
+def _is_private(place: str) -> bool:
+    try:
+        status = os.lstat(place)
+    except OSError:
+        return False
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o022
+
+
+def sockets() -> Iterator[str]:
+    """Paths of all control sockets that this user may see, those of dead servers included."""
+    for place in directories():
+        if not _is_private(place):
+            continue
+        try:
+            names = os.listdir(place)
+        except OSError:
+            continue
+        for name in sorted(names):
+            if name.endswith(SUFFIX):
+                yield os.path.join(place, name)
+
+
+def socket_of(device: str) -> str | None:
+    """The socket of the mount with this device ("0:85", as mountinfo writes it), or None."""
+    name = device.partition(":")[2] + SUFFIX
+    for place in directories():
+        path = os.path.join(place, name)
+        if _is_private(place) and os.path.exists(path):
+            return path
+    return None
+
+
+def encode(message: dict[str, Any]) -> bytes:
+    """One line. Bytes and file names that are not UTF-8 travel as surrogates."""
+    import json
+
+    return json.dumps(message).encode() + b"\n"
+
+
+def decode(line: bytes) -> dict[str, Any]:
+    """Inverse of :func:`encode`.
+
+    Raises:
+        ValueError: not one JSON object.
+    """
+    import json
+
+    message = json.loads(line)
+    if not isinstance(message, dict):
+        raise ValueError("not an object")
+    return message
+
+
+@contextmanager
+def short(path: str) -> Iterator[str]:
+    """The same place, named in the 107 bytes that an address has room for (unix(7)), through its directory's descriptor."""
+    if len(os.fsencode(path)) < 100:
+        yield path
+        return
+    directory, name = os.path.split(path)
+    fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{fd}/{name}"
+    finally:
+        os.close(fd)
+
+
+def connect(path: str, timeout: float = TIMEOUT) -> socket.socket:
+    """A connection to a server.
+
+    Raises:
+        OSError: nobody answers there (ECONNREFUSED, ENOENT: the server is gone).
+    """
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.settimeout(timeout)
+    try:
+        for attempt in range(100):
+            try:
+                with short(path) as address:
+                    sock.connect(address)
+                break
+            except BlockingIOError:  # many clients at once: the queue is full (unix(7), EAGAIN)
+                if attempt == 99:
+                    raise
+                time.sleep(timeout / 100)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def read_line(sock: socket.socket) -> bytes:
+    """Up to and without the newline; what came, if the other side stops earlier.
+
+    Raises:
+        OSError: timeout, or more than 64 MiB.
+    """
+    parts, size = [], 0
+    while True:
+        part = sock.recv(1 << 16)
+        parts.append(part)
+        size += len(part)
+        if not part or part.endswith(b"\n"):
+            return b"".join(parts).rstrip(b"\n")
+        if size > _MAX_LINE:
+            raise OSError("the message is too long")
+
+
+def talk(sock: socket.socket, verb: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Ask one verb on an open connection.
+
+    Raises:
+        CowfsError: as the server raised it, by class.
+        FailedPrecondition: the server ended or did not answer.
+    """
+    try:
+        sock.sendall(encode({"verb": verb, **arguments}))
+        line = read_line(sock)
+    except TimeoutError:
+        raise FailedPrecondition("the server does not answer", remedy="cowfs umount --force MNT ends it") from None
+    except OSError as error:
+        raise FailedPrecondition(f"the server is gone: {error.strerror or error}") from None
+    if not line:
+        raise FailedPrecondition("the server ended without an answer")
+    try:
+        answer = decode(line)
+    except ValueError:
+        raise FailedPrecondition("the server sent something else than an answer") from None
+    if "error" in answer:
+        raise error_from(answer["error"])
+    result = answer.get("ok")
+    return result if isinstance(result, dict) else {}
+
+
+def ask(path: str, verb: str, *, timeout: float = TIMEOUT, **arguments: Any) -> dict[str, Any]:
+    """Connect, ask one verb, disconnect.
+
+    Raises:
+        CowfsError: as the server raised it, by class.
+        FailedPrecondition: nobody answers at the socket.
+    """
+    try:
+        sock = connect(path, timeout)
+    except OSError as error:
+        raise FailedPrecondition(
+            f"no server at {path}: {error.strerror or error}", remedy="cowfs umount MNT clears what it left"
+        ) from None
+    with sock:
+        return talk(sock, verb, arguments)
+
+
+def error_to(error: CowfsError) -> dict[str, str]:
+    """An error as it travels."""
+    return {"type": type(error).__name__, "message": error.message, "remedy": error.remedy}
+
+
+def error_from(data: object) -> CowfsError:
+    """Inverse of :func:`error_to`; an unknown class becomes its base."""
+    fields = data if isinstance(data, dict) else {}
+    kind = getattr(errors, str(fields.get("type")), CowfsError)
+    if not (isinstance(kind, type) and issubclass(kind, CowfsError)):
+        kind = CowfsError
+    return kind(str(fields.get("message", "unknown error")), remedy=str(fields.get("remedy", "")))

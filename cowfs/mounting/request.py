@@ -1,0 +1,146 @@
+"""What is wanted of a mount, before anything is checked: plain data, and how layers are found in a directory.
+
+A :class:`MountSpec` is made by the command, by the library or by a store, and sent to the server process, where
+:class:`cowfs.mounting.resources.Stack` makes something of it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import stat
+from dataclasses import asdict, dataclass, fields
+
+from cowfs.errors import FailedPrecondition, InvalidArgument, NotFound
+
+__all__ = ["HIDDEN", "IdMap", "MountSpec", "check_directory", "find_layers"]
+
+HIDDEN = ".cowfs"
+"""Directory beside the layers for what cowfs keeps there; ending of the one beside an upper."""
+
+IdMap = tuple[tuple[int, int, int], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MountSpec:
+    """One wanted mount. All paths absolute.
+
+    Attributes:
+        layers: bottom first.
+        mountpoint: an existing directory.
+        upper: the writable directory; with ``readonly`` the topmost layer; None: see ``scratch``.
+        work: the work directory; None: beside the upper.
+        scratch: directory that gets ``upper`` and ``work`` where ``upper`` is None; None: read-only.
+        ephemeral: an upper of its own below ``scratch``, removed at unmount.
+        record: keep layers and limit beside the upper, and check them.
+        size, inodes: the limit; None: the recorded one, or none.
+        uid_map, gid_map: ranges (id in the layers, id shown at the mount, count).
+        override_xattr: xattr that holds owner and mode (``user.containers.override_stat``), or "".
+        row: bytes a block: a written file of a lower layer gets a redirect file (docs/row.md); 0: it is copied up.
+        volatile: sync nothing, and mark the work directory so; ``fsync=False``: the same without the mark.
+        options: mount(8) words (``nodev``, ``noexec``...).
+        subtype: the type shown is ``fuse.SUBTYPE``.
+        log: file for diagnostics; "": one in the run directory, or standard error in the foreground.
+        factory: "module:function" called with the stack and the view's options to make the view; "": the merged view.
+        label: what `cowfs mounts` shows beside the mount (a snapshot's key, say).
+        checked: layers, upper and work come from a store, which vouches for them: the checks whose cost grows with
+            the number of layers are left out.
+    """
+
+    layers: tuple[str, ...]
+    mountpoint: str
+    upper: str | None = None
+    work: str | None = None
+    scratch: str | None = None
+    ephemeral: bool = False
+    record: bool = True
+    readonly: bool = False
+    volatile: bool = False
+    fsync: bool = True
+    size: int | None = None
+    inodes: int | None = None
+    uid_map: IdMap = ()
+    gid_map: IdMap = ()
+    squash_uid: int | None = None
+    squash_gid: int | None = None
+    override_xattr: str = ""
+    noxattrs: bool = False
+    dotwh: bool = False
+    row: int = 0
+    allow_other: bool | None = None
+    io: str = "cached"
+    frontend: str = "kernel"
+    options: tuple[str, ...] = ()
+    source: str = "cowfs"
+    subtype: str = "cowfs"
+    foreground: bool = False
+    trace: bool = False
+    log: str = ""
+    max_nodes: int | None = None
+    factory: str = ""
+    label: str = ""
+    checked: bool = False
+
+    def to_json(self) -> dict[str, object]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, object]) -> MountSpec:
+        """Inverse of :meth:`to_json`; lists become tuples."""
+
+        def frozen(value: object) -> object:
+            return tuple(frozen(item) for item in value) if isinstance(value, list | tuple) else value
+
+        names = {field.name for field in fields(cls)}
+        return cls(**{key: frozen(value) for key, value in data.items() if key in names})  # type: ignore[arg-type]
+
+
+def _numbers_as_numbers(name: str) -> list[tuple[int, int, str]]:
+    """Sort key: ``2`` before ``10``, digits before letters."""
+    return [(0, int(part), part) if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name) if part]
+
+
+def find_layers(directory: str) -> tuple[str, ...]:
+    """The layers in a stack directory: its sub-directories that are not hidden, bottom first.
+
+    Raises:
+        NotFound: no such directory, or nothing in it.
+        InvalidArgument: a file, or a directory that looks like a root file system itself.
+    """
+    check_directory(directory, "the stack of layers")
+    names = [e.name for e in os.scandir(directory) if not e.name.startswith(".") and e.is_dir()]
+    if "etc" in names and "usr" in names:
+        raise InvalidArgument(
+            f"{directory} looks like a root file system, not like a directory of layers",
+            remedy=f"to use it as one layer: --layer {directory}",
+        )
+    if not names:
+        raise NotFound(
+            f"no layers in {directory}", remedy="each sub-directory that is not hidden is a layer, bottom first"
+        )
+    return tuple(os.path.join(directory, name) for name in sorted(names, key=_numbers_as_numbers))
+
+
+def check_directory(path: str, what: str, *, mode: int = os.R_OK | os.X_OK) -> os.stat_result:
+    """The status of a directory that must be there and usable; ``mode`` as access(2) takes it.
+
+    Raises:
+        NotFound, InvalidArgument, FailedPrecondition: it is not; the message begins with ``what``.
+    """
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR):
+            raise NotFound(f"{what} does not exist: {path}") from None
+        if error.errno == errno.ENOTCONN:
+            raise FailedPrecondition(
+                f"{what} is a mount whose server is gone: {path}", remedy=f"cowfs umount {path}"
+            ) from None
+        raise InvalidArgument(f"{what} cannot be used: {path}: {error.strerror}") from None
+    if not stat.S_ISDIR(status.st_mode):
+        raise InvalidArgument(f"{what} is not a directory: {path}")
+    if not os.access(path, mode, effective_ids=True):
+        verb = "writable" if mode & os.W_OK else "readable"
+        raise InvalidArgument(f"{what} is not {verb} for this user: {path}")
+    return status

@@ -1,0 +1,434 @@
+"""The server process of one mount: its start, its control socket, its end.
+
+Strategy: one process a mount, and everything that belongs to the mount is in it: the locks, the merged view, the FUSE
+session, the control socket. So it can be killed at any moment and leaves nothing that the next mount does not clear.
+
+Start. :func:`start` forks; the child checks, locks, mounts, and reports through a pipe once a stat of the mount point was
+answered, or what went wrong. Only then does it let go of the standard streams. The command forks itself (fast). The
+library's caller may be threaded, so it has a process of one thread that forks servers for it (:mod:`cowfs.mounting.prefork`).
+
+Threads:
+- main: the session's loop; sole owner of the view.
+- control: accepts connections and hears signals (by the wake-up descriptor, never in a handler). It answers no request
+  of the kernel and holds no lock that answering needs, so it may unmount.
+- one for each connection, for as long as it lasts.
+- ready: asks the kernel for the mount point once, then reports and ends.
+
+End. Whoever unmounts (a verb, a signal, somebody's umount) only takes the mount off the tree. The kernel then ends the
+session, and the main thread closes everything in one place.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+
+from cowfs.errors import CowfsError, InvalidArgument
+from cowfs.mounting import mountpoint, protocol
+from cowfs.mounting.assemble import explain, make_session, make_view, name_process, raise_file_limit, refused
+from cowfs.mounting.request import MountSpec
+from cowfs.mounting.resources import Stack
+from cowfs.mounting.verbs import basic
+
+if TYPE_CHECKING:
+    from cowfs.fuse.loop import Session
+    from cowfs.fuse.portable import PortableSession
+    from cowfs.union import View
+
+__all__ = ["Server", "Started", "parse_report", "serve", "start"]
+
+_FLUSH_SECONDS = 10.0  # how long SIGTERM waits for dirty pages
+
+
+class Started(NamedTuple):
+    """What a mount is known by once it answers."""
+
+    pid: int
+    socket: str
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Start
+
+
+def start(spec: MountSpec) -> Started:
+    """Fork a server for ``spec`` and wait until the mount answers.
+
+    For a process that has one thread and ends soon: it hears no SIGINT any more once the mount is there.
+
+    Raises:
+        CowfsError: as raised in the server; then nothing is mounted and the server is gone.
+    """
+    reading, writing = os.pipe()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid == 0:
+        os.close(reading)
+        serve(spec, writing)
+    os.close(writing)
+    try:
+        with open(reading, "rb") as pipe:
+            line = pipe.read()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # too late for second thoughts: the mount is there, and we end
+    except BaseException:  # interrupted while waiting: what was started goes, too
+        os.kill(pid, signal.SIGTERM)
+        os.waitpid(pid, 0)  # it may just have mounted
+        raise
+    if not line:
+        _, status = os.waitpid(pid, 0)
+        raise CowfsError(f"the server ended before the mount answered (status {os.waitstatus_to_exitcode(status)})")
+    return parse_report(line)
+
+
+def serve(spec: MountSpec, report: int) -> NoReturn:
+    """Be the server of a wish; this process, forked for it, ends here.
+
+    Args:
+        report: a pipe, whose ownership passes over.
+    """
+    code = 1
+    try:
+        os.setsid()
+        code = Server(spec, _Report(report)).run()
+    except BaseException:  # noqa: BLE001  (never return into the caller's code)
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        try:
+            sys.stderr.flush()
+        finally:
+            os._exit(code)
+
+
+def parse_report(line: bytes) -> Started:
+    """What a report says.
+
+    Raises:
+        CowfsError: the report is an error.
+    """
+    message = protocol.decode(line)
+    if "error" in message:
+        raise protocol.error_from(message["error"])
+    return Started(message["pid"], message["socket"])
+
+
+class _Report:
+    """The one message from a starting server to whoever waits for it. The first to speak wins; any thread may."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._lock = threading.Lock()
+
+    def send(self, message: dict[str, Any], before_close: Callable[[], None] | None = None) -> bool:
+        """Send, unless something was sent. ``before_close`` runs while the other side still waits."""
+        with self._lock:
+            if self._fd < 0:
+                return False
+            fd, self._fd = self._fd, -1
+            try:
+                os.write(fd, protocol.encode(message))
+            except OSError:
+                pass  # nobody waits any more
+            if before_close:
+                before_close()
+            os.close(fd)
+            return True
+
+
+class _NoReport(_Report):
+    """In the foreground nobody waits."""
+
+    def __init__(self) -> None:
+        super().__init__(-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The process
+
+
+class Server:
+    """One mount being served. See the module for its threads."""
+
+    def __init__(self, spec: MountSpec, report: _Report | None = None) -> None:
+        self.spec = spec
+        self.started = 0
+        self.socket = ""
+        self.log = ""
+        self.stack: Stack
+        self.view: View
+        self.session: Session | PortableSession
+        self._report = report or _NoReport()
+        self._listener: socket.socket | None = None
+        self._wakeup: tuple[socket.socket, socket.socket] | None = None
+        self._listens = threading.Event()
+        self._ending = threading.Event()
+        self._problem: CowfsError | None = None  # what the kernel refused; set by the ready thread before it unmounts
+        self._answers = threading.Condition()
+        self._answering = 0  # requests taken whose answer is not sent yet; guarded by _answers
+
+    def call(self, function: Callable[[], Any]) -> Any:
+        """Run a function in the thread that owns the view, between two requests."""
+        return self.session.call(function)
+
+    def facts(self) -> dict[str, Any]:
+        """What is known only now that it runs."""
+        return {
+            "pid": os.getpid(),
+            "socket": self.socket,
+            "log": self.log,
+            "started": self.started,
+            "upper": self.stack.upper,
+            "work": self.stack.work,
+            "readonly": self.spec.readonly or self.stack.upper is None,
+        }
+
+    def run(self) -> int:
+        """Serve until the mount is gone. Returns the exit status."""
+        try:
+            self._prepare()
+        except Exception as error:
+            if hasattr(self, "stack"):
+                self.stack.undo()
+            self._close()
+            problem = explain(error, self.spec)
+            if problem is None:
+                raise
+            if not self._report.send({"error": protocol.error_to(problem)}):
+                raise problem from None
+            return problem.exit_code
+        try:
+            return self._serve()
+        finally:
+            self._close()
+
+    def _prepare(self) -> None:
+        spec = self.spec
+        os.umask(0)
+        raise_file_limit()
+        target = mountpoint.prepare(spec.mountpoint)
+        self.spec = spec = replace(spec, mountpoint=target)
+        self.stack = Stack.open(spec)
+        os.chdir("/")
+        self.view = make_view(self.stack)
+        if spec.volatile and self.stack.work and not spec.readonly:
+            from cowfs.mounting.volatile import mark_volatile
+
+            mark_volatile(self.stack.work)
+        self._hear()
+        self.session = make_session(spec, self.view, target)
+        self.stack.commit()
+        self.started = time.time_ns()
+        try:
+            if spec.frontend == "kernel":
+                self._listen(target)
+            name_process()
+        except BaseException:
+            mountpoint.detach(target, force=True)
+            raise
+
+    def _serve(self) -> int:
+        threading.Thread(target=self._control, name="cowfs-control", daemon=True).start()
+        threading.Thread(target=self._ready, name="cowfs-ready", daemon=True).start()
+        try:
+            self.session.run()
+        except BaseException as error:
+            try:
+                mountpoint.detach(self.spec.mountpoint, force=True)
+            except CowfsError:
+                pass
+            problem = explain(error, self.spec)
+            if problem is not None and self._report.send({"error": protocol.error_to(problem)}):
+                return problem.exit_code
+            raise
+        if self._problem is not None:
+            if not self._report.send({"error": protocol.error_to(self._problem)}):
+                raise self._problem
+            return self._problem.exit_code
+        return 0
+
+    def _close(self) -> None:
+        """Everything but the process itself, in the order in which others may rely on it."""
+        self._ending.set()
+        if hasattr(self, "view"):
+            self.view.close()
+        if hasattr(self, "stack"):
+            self.stack.close()
+        if self._listener is not None:
+            try:
+                os.unlink(self.socket)
+            except OSError:
+                pass
+        if self.log and not self.spec.log:
+            sys.stderr.flush()
+            try:
+                if not os.path.getsize(self.log):
+                    os.unlink(self.log)
+            except OSError:
+                pass
+        if self.socket:
+            protocol.leave_run_directory(os.path.dirname(self.socket))
+        with self._answers:  # who asked for the unmount still waits for its answer
+            self._answers.wait_for(lambda: self._answering == 0, timeout=2.0)
+
+    # -- ready -----------------------------------------------------------------------------------------------------
+
+    def _ready(self) -> None:
+        self.session.ready.wait()
+        try:
+            os.stat(self.spec.mountpoint)
+        except OSError:
+            return  # the main thread knows why, and says so
+        self._problem = refused(self.session, self.spec)
+        if self._problem is not None:
+            mountpoint.detach(self.spec.mountpoint, force=True)
+            return
+        self._listens.wait()
+        self._report.send({"pid": os.getpid(), "socket": self.socket}, self._let_go)
+
+    def _let_go(self) -> None:
+        """Leave the standard streams of whoever started us; diagnostics go to the log from here on."""
+        null = os.open("/dev/null", os.O_RDWR)
+        os.dup2(null, 0)
+        os.dup2(null, 1)
+        os.close(null)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.log = self.spec.log or self.socket.removesuffix(protocol.SUFFIX) + ".log"
+        try:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | (0 if self.spec.log else os.O_TRUNC)
+            fd = os.open(self.log, flags, 0o600)
+        except OSError:
+            self.log = ""
+            fd = os.open("/dev/null", os.O_WRONLY)
+        os.dup2(fd, 2)
+        os.close(fd)
+
+    # -- control ---------------------------------------------------------------------------------------------------
+
+    def _listen(self, target: str) -> None:
+        entry = mountpoint.find(target)
+        name = entry.dev.partition(":")[2] if entry else f"pid{os.getpid()}"
+        self.socket = os.path.join(protocol.run_directory(), name + protocol.SUFFIX)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            unfinished = f"{self.socket}.{os.getpid()}"  # nobody may find a socket that does not listen yet
+            before = os.umask(0o177)
+            try:
+                with protocol.short(unfinished) as address:
+                    listener.bind(address)
+            finally:
+                os.umask(before)
+            listener.listen(16)
+            os.rename(unfinished, self.socket)
+        except BaseException:
+            listener.close()
+            raise
+        self._listener = listener
+        self._listens.set()
+
+    def _hear(self) -> None:
+        """Have signals told to the control thread; main thread only.
+
+        Before there is a mount: a signal then waits in the socket until the control thread runs, and never ends half a start.
+        """
+        self._wakeup = socket.socketpair()
+        for end in self._wakeup:
+            end.setblocking(False)
+        signal.set_wakeup_fd(self._wakeup[1].fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)  # the wake-up descriptor tells the control thread
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        if self.spec.foreground:
+            signal.signal(signal.SIGHUP, lambda *_: None)
+
+    def _control(self) -> None:
+        import select
+
+        if self._listener is None:  # a front end that mounts only when it runs
+            self.session.ready.wait()
+            self._listen(self.spec.mountpoint)
+        assert self._listener is not None
+        assert self._wakeup is not None
+        poll = select.poll()
+        poll.register(self._listener, select.POLLIN)
+        poll.register(self._wakeup[0], select.POLLIN)
+        while not self._ending.is_set():
+            for fd, _ in poll.poll():
+                if fd == self._wakeup[0].fileno():
+                    self._wakeup[0].recv(64)
+                    threading.Thread(target=self._terminate, name="cowfs-terminate", daemon=True).start()
+                else:
+                    try:
+                        connection, _address = self._listener.accept()
+                    except OSError:  # gone already, or no descriptor left
+                        time.sleep(0.05)
+                        continue
+                    threading.Thread(target=self._answer, args=(connection,), name="cowfs-answer", daemon=True).start()
+
+    def _terminate(self) -> None:
+        """SIGTERM: write back what maps hold, unmount; when somebody is inside, unmount all the same."""
+        flush = threading.Thread(
+            target=mountpoint.hand_over, args=(self.spec.mountpoint,), name="cowfs-flush", daemon=True
+        )
+        flush.start()
+        flush.join(_FLUSH_SECONDS)
+        try:
+            mountpoint.detach(self.spec.mountpoint)
+        except CowfsError:
+            try:
+                mountpoint.detach(self.spec.mountpoint, lazy=True)
+            except CowfsError:
+                pass  # taken off by somebody else, or beyond us: the end of the session ends the mount
+            self.session.stop()
+
+    def _answer(self, connection: socket.socket) -> None:
+        """Serve one connection: a line in, a line out, until the other side stops."""
+        with connection:
+            while True:
+                try:
+                    line = protocol.read_line(connection)
+                except OSError:
+                    return
+                if not line:
+                    return
+                with self._answers:
+                    self._answering += 1
+                try:
+                    connection.sendall(protocol.encode(self._dispatch(line)))
+                except OSError:
+                    return
+                finally:
+                    with self._answers:
+                        self._answering -= 1
+                        self._answers.notify_all()
+
+    def _dispatch(self, line: bytes) -> dict[str, Any]:
+        try:
+            message = protocol.decode(line)
+        except ValueError:
+            return {"error": protocol.error_to(InvalidArgument("not a message of cowfs"))}
+        name = str(message.get("verb"))
+        function = basic.find_verb(name)
+        if function is None:
+            known = ", ".join(sorted({*basic.VERBS, *basic.LATE_VERBS}))
+            return {"error": protocol.error_to(InvalidArgument(f"no such verb: {message.get('verb')!r}", remedy=known))}
+        try:
+            return {"ok": function(self, message)}
+        except CowfsError as error:
+            return {"error": protocol.error_to(error)}
+        except OSError as error:
+            return {"error": protocol.error_to(CowfsError(f"{message['verb']}: {error.strerror or error}"))}
+        except Exception:  # noqa: BLE001  (a bug in one verb must not end the mount; it is logged and said)
+            import traceback
+
+            traceback.print_exc()
+            return {"error": protocol.error_to(CowfsError(f"unforeseen error in {message['verb']}; see {self.log}"))}

@@ -1,0 +1,109 @@
+"""What can be asked on a mount's control socket: one table, and the verbs that every mount has.
+
+Rules: a verb is called in its connection's thread, gets the server and the message, and returns what the answer's "ok"
+holds, or raises a :class:`~cowfs.errors.CowfsError`. Whatever touches the view goes through
+:meth:`Server.call <cowfs.mounting.server.Server.call>`. Other modules add theirs with :func:`verb`; those that most mounts never
+need are in :data:`LATE_VERBS`, and their module is imported when one is first asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from cowfs.errors import FailedPrecondition, InvalidArgument
+from cowfs.model import Limit
+from cowfs.mounting import mountpoint
+
+if TYPE_CHECKING:
+    from cowfs.mounting.server import Server
+
+__all__ = ["LATE_VERBS", "VERBS", "Verb", "find_verb", "verb"]
+
+Verb = Callable[["Server", dict[str, Any]], dict[str, Any]]
+
+VERBS: dict[str, Verb] = {}
+
+LATE_VERBS = {
+    "absorb": "cowfs.mounting.verbs.restack",
+    "compact": "cowfs.mounting.verbs.compact",
+    "freeze": "cowfs.mounting.verbs.live",
+    "restack": "cowfs.mounting.verbs.restack",
+    "rollback": "cowfs.mounting.verbs.live",
+}
+"""Verbs that most mounts never need, and the module that registers them when first asked for."""
+
+
+def verb(name: str) -> Callable[[Verb], Verb]:
+    """Register a verb of the control socket."""
+
+    def register(function: Verb) -> Verb:
+        VERBS[name] = function
+        return function
+
+    return register
+
+
+def find_verb(name: str) -> Verb | None:
+    """The verb of a name, imported if it is a late one."""
+    if name in LATE_VERBS and name not in VERBS:
+        from importlib import import_module
+
+        import_module(LATE_VERBS[name])
+    return VERBS.get(name)
+
+
+@verb("info")
+def _info(server: Server, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Everything about the mount, use and limit included."""
+    return {**asdict(server.spec), **server.facts(), **_usage(server, {})}
+
+
+@verb("usage")
+def _usage(server: Server, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Used and allowed bytes and inodes."""
+    used = server.call(server.view.usage)
+    limit = server.stack.limit or Limit()
+    return {
+        "usage": {"bytes": used.bytes, "inodes": used.inodes},
+        "limit": {"bytes": limit.bytes, "inodes": limit.inodes},
+    }
+
+
+@verb("limit")
+def _limit(server: Server, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Change the limit: ``bytes`` and ``inodes``, a number or null for none; what is left out stays."""
+    if server.stack.upper is None or server.spec.readonly:
+        raise FailedPrecondition("a read-only mount has no limit")
+    if server.spec.io == "passthrough":
+        raise FailedPrecondition("no limit can hold with io=passthrough", remedy="mount again without --io passthrough")
+    now = server.stack.limit or Limit()
+    values = {"bytes": now.bytes, "inodes": now.inodes}
+    for key in values:
+        if key in arguments:
+            value = arguments[key]
+            if value is not None and (not isinstance(value, int) or value <= 0):
+                raise InvalidArgument(f"not a limit of {key}: {value!r}")
+            values[key] = value
+    limit = Limit(**values)
+
+    def change() -> None:
+        server.view.set_limit(limit or None)
+
+    server.call(change)
+    server.stack.record_limit(limit or None)
+    return _usage(server, {})
+
+
+@verb("counters")
+def _counters(server: Server, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Requests served so far, by opcode."""
+    return {"counters": dict(server.session.counters), "nodes": server.call(lambda: len(server.view.nodes))}
+
+
+@verb("umount")
+def _umount(server: Server, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Take the mount off. The connection ends when the server has closed everything."""
+    mountpoint.detach(server.spec.mountpoint, lazy=bool(arguments.get("lazy")))
+    return {}

@@ -1,0 +1,70 @@
+"""What a mount's server does for `cowfs compact`: the verb ``compact``.
+
+One call works for a short time and tells how far it is; the caller calls again until it hears "finished". So progress
+needs no second channel, and a caller that goes away leaves nothing behind but files that are compacted already.
+
+Threads: called in a connection's thread of the control socket. The loop thread does one small piece at a time, between
+requests; what waits for the disk waits here.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from cowfs.errors import CowfsError, FailedPrecondition, InvalidArgument
+from cowfs.mounting.verbs.basic import verb
+from cowfs.row.compact import SHARE, Progress, compact
+
+if TYPE_CHECKING:
+    from cowfs.mounting.server import Server
+
+__all__: list[str] = []
+
+_SECONDS = 0.5
+
+_lock = threading.Lock()
+_running: WeakKeyDictionary[Server, Iterator[Progress]] = WeakKeyDictionary()
+
+
+@verb("compact")
+def _compact(server: Server, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Go on compacting, or begin: files of which at least ``share`` is their own.
+
+    Returns:
+        files, skipped, done, todo, path: see :class:`~cowfs.row.compact.Progress`; finished: nothing is left to do.
+    """
+    share = arguments.get("share", SHARE)
+    if not isinstance(share, int | float) or not 0 <= share <= 1:
+        raise InvalidArgument(f"not a share from 0 to 1: {share!r}")
+    view = server.view
+    if view.upper is None or server.spec.readonly:
+        raise FailedPrecondition("a read-only mount has nothing to compact")
+    told = Progress()
+    finished = view.rows is None
+    if not finished:
+        with _lock:  # one step at a time, whoever asks
+            steps = _running.pop(server, None) or compact(view, share=share, call=server.call)
+            end = time.monotonic() + _SECONDS
+            try:
+                for step in steps:
+                    told = step
+                    if time.monotonic() > end:
+                        _running[server] = steps
+                        break
+                else:
+                    finished = True
+            except OSError as error:
+                name = told.path.decode(errors="replace")
+                raise CowfsError(f"compaction stopped at {name}: {error.strerror}") from None
+    return {
+        "files": told.files,
+        "skipped": told.skipped,
+        "done": told.done,
+        "todo": told.todo,
+        "path": told.path.decode(errors="surrogateescape"),
+        "finished": finished,
+    }

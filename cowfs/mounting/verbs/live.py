@@ -1,0 +1,196 @@
+"""What a mount's server does for a snapshot of itself, and for the way back: the verbs ``freeze`` and ``rollback``.
+
+Order, for both:
+
+1. syncfs(2) on the mount, from this thread, so that what was stored through maps before is in the upper layer;
+2. in one call of the loop thread, so that no request is being answered: leave the mark in the new layer, switch;
+3. after a rollback: tell the kernel what is stale, from the notifier's thread.
+
+The *mark* (a file in the new layer's directory) is made before anything is written to the new layer. So whoever
+finds a half-done snapshot knows by it whether the new layer may hold something (:mod:`cowfs.store.live`).
+
+Threads: called in a connection's thread of the control socket, never in the loop.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from cowfs.errors import FailedPrecondition, NotFound
+from cowfs.fuse.loop import Session
+from cowfs.mounting.verbs.basic import verb
+from cowfs.sys.files import syncfs
+from cowfs.union.quota import UNIT
+
+if TYPE_CHECKING:
+    from cowfs.mounting.server import Server
+    from cowfs.union.layers import Layer
+    from cowfs.union.live import Stale
+
+__all__ = ["at_once", "can_switch"]
+
+_FLUSH_SECONDS = 10.0
+_PATIENCE_SECONDS = 5.0  # how long a switch waits for a moment without held requests
+_STRICT_SECONDS = 60.0  # ... when any other moment will not do
+_BARRIERS, _FEW = 200, 2
+
+
+@verb("freeze")
+def _freeze(server: Server, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Freeze the upper layer and go on over ``upper`` and ``work``, whose directory will be called ``final``."""
+
+    def switch() -> None:
+        server.view.freeze(arguments["upper"], arguments["work"])
+
+    return {"stalled": _switch(server, arguments, switch)}
+
+
+@verb("rollback")
+def _rollback(server: Server, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Drop what is above the layer ``layer`` and go on over ``upper`` and ``work``.
+
+    Args:
+        base: what counts for the limit although the new layer does not hold it, negative (bytes, inodes).
+        lowers, num, index: how the view comes to scan what is to be dropped (the verb ``restack``), if it reads it from the
+            index.
+    """
+    stale: list[Stale] = []
+
+    def switch() -> None:
+        view = server.view
+        layer = _layer(server, arguments["layer"])
+        if layer.index < view.indexed_layers - 1:
+            from importlib import import_module
+
+            stand_on = import_module("cowfs.mounting.verbs.restack").stand_on
+            stand_on(view, view.index.records, arguments["lowers"], arguments["num"])  # type: ignore[union-attr]
+        stale.append(view.rollback(layer, arguments["upper"], arguments["work"]))
+        base = arguments["base"]
+        if view.space is not None:
+            view.space.add(-(base["bytes"] // UNIT), -base["inodes"])
+
+    stalled = _switch(server, arguments, switch)
+    _tell_kernel(server, stale[0])
+    return {"stalled": stalled, "stale": len(stale[0].inodes)}
+
+
+def _layer(server: Server, path: str) -> Layer:
+    """The view's layer at ``path``; only in the loop thread."""
+    wanted = os.stat(path)
+    for layer in server.view.layers:
+        there = os.fstat(layer.root.open())
+        if (there.st_dev, there.st_ino) == (wanted.st_dev, wanted.st_ino):
+            return layer
+    raise NotFound(f"the mount at {server.spec.mountpoint} has no layer {path}")
+
+
+def can_switch(server: Server, *, writing: bool = True) -> None:
+    """Whether this mount's layers can be switched at one instant.
+
+    Args:
+        writing: the upper layer takes part.
+
+    Raises:
+        FailedPrecondition: no; the message says why.
+    """
+    if writing and (server.stack.upper is None or server.spec.readonly):
+        raise FailedPrecondition("a read-only mount has no snapshots")
+    if server.spec.io == "passthrough":
+        raise FailedPrecondition(
+            "writes pass the server with io=passthrough, so no instant can be told",
+            remedy="mount without --io passthrough",
+        )
+    if not isinstance(server.session, Session):
+        raise FailedPrecondition(
+            "libfuse's requests cannot be held for an instant", remedy="mount without --frontend fusepy"
+        )
+
+
+def at_once(server: Server, act: Callable[[], None], *, strict: bool = False) -> float:
+    """Call ``act`` in the loop thread at a moment when no request waits for a copy-up; how long that took, in seconds.
+
+    Such a moment is waited for; after some seconds, any will do unless ``strict``.
+
+    Raises:
+        FailedPrecondition: with ``strict``, there was none for a minute.
+    """
+    session = server.session
+    assert isinstance(session, Session)
+    patience = time.monotonic() + (_STRICT_SECONDS if strict else _PATIENCE_SECONDS)
+
+    def attempt() -> float | None:
+        if session.has_held_requests():
+            if time.monotonic() < patience:
+                return None  # a write that came before is waiting for its copy-up
+            if strict:
+                raise FailedPrecondition("a big file is being copied up under the mount", remedy="try again")
+        begun = time.perf_counter()
+        act()
+        return time.perf_counter() - begun
+
+    while (held := server.call(attempt)) is None:
+        time.sleep(0.002)
+    return float(held)
+
+
+def _switch(server: Server, arguments: dict[str, Any], switch: Callable[[], None]) -> float:
+    """Steps 1 and 2; returns how long the loop was held, in seconds."""
+    stack = server.stack
+    can_switch(server)
+    _write_back(server)
+    locks = stack.lock_more(arguments["upper"], arguments["work"])
+    mark = arguments["mark"]
+
+    def act() -> None:
+        os.close(os.open(mark, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        try:
+            switch()
+        except BaseException:
+            os.unlink(mark)
+            raise
+
+    try:
+        held = at_once(server, act)
+    except BaseException:
+        for lock in locks:
+            os.close(lock)
+        raise
+    stack.switched(arguments["final_upper"], arguments["final_work"], locks)
+    return held
+
+
+def _write_back(server: Server) -> None:
+    """Have the server answer every write-back of what was stored through maps before now.
+
+    syncfs(2) on a FUSE mount starts the write-back but (since Linux 6.18) does not wait for it. Requests are queued in
+    order, so when one of our own is answered, those before it were read; what exceeds the kernel's bound of background
+    requests comes after, and shows in the connection's count of waiting requests.
+    """
+    target = server.spec.mountpoint
+    fd = os.open(target, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        syncfs(fd)
+        connection = f"/sys/fs/fuse/connections/{os.minor(os.fstat(fd).st_dev)}/waiting"
+    finally:
+        os.close(fd)
+    for _ in range(_BARRIERS):
+        os.statvfs(target)
+        try:
+            with open(connection, encoding="ascii") as file:
+                if int(file.read()) <= _FEW:
+                    return
+        except OSError:
+            return  # no fusectl here: one barrier has to do
+
+
+def _tell_kernel(server: Server, stale: Stale) -> None:
+    notifier = server.session.notifier
+    for inode in stale.inodes:
+        notifier.inval_inode(inode)
+    notifier.inc_epoch()
+    for parent, name in stale.entries:
+        notifier.inval_entry(parent, name)
+    notifier.flush(_FLUSH_SECONDS)

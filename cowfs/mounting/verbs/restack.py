@@ -1,0 +1,164 @@
+"""Inside a mount's server: other layers beneath, while the mount goes on. The verbs ``restack`` and ``absorb``.
+
+Strategy: who asks says which layers are to be beneath and which snapshot's tree the index is to be read for; the rest
+is found here as :mod:`cowfs.mounting.index_view` finds it at the start. A snapshot's tree covers its own layers; layers above
+those are scanned.
+
+*restack* is one call of the loop thread, so that no request is being answered. *absorb*, for a squash into the mounted key
+itself, first copies what the layer beneath holds, between requests; when nothing is seen of it any more, one call of the
+loop thread leaves the mark (:data:`cowfs.mounting.switch_mark.MARK`) in that layer's directory and takes it away. From then on the
+upper layer may hold what is only right without it.
+
+Threads: verbs are called in a connection's thread of the control socket, never in the loop.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any, cast
+
+from cowfs.errors import CowfsError, FailedPrecondition
+from cowfs.index.database import Index
+from cowfs.index.mounted import IndexTree
+from cowfs.mounting.switch_mark import leave_mark
+from cowfs.mounting.verbs.basic import verb
+from cowfs.mounting.verbs.live import at_once, can_switch
+from cowfs.union.absorb import absorb, complete
+from cowfs.union.options import TreeIndex
+from cowfs.union.quota import UNIT
+from cowfs.union.restack import restack
+from cowfs.union.view import View
+
+if TYPE_CHECKING:
+    from cowfs.mounting.server import Server
+
+__all__ = ["stand_on"]
+
+_PASSES = 5
+_one = threading.Lock()  # one take-over at a time, whoever asks: who asked first may be gone
+
+
+def stand_on(view: View, index: Index, lowers: Sequence[str | bytes], num: int | None) -> None:
+    """Put the view on ``lowers`` (topmost first), the lowest of which are the chain of the snapshot ``num``.
+
+    Raises:
+        OSError: as :func:`cowfs.union.restack.restack`.
+    """
+    tree, covered = None, 0
+    if num is not None:
+        root, chain = index.by_num(num).root, index.chain(num)
+        covered = len(chain)
+        if root is not None:
+            places = {above: covered - 1 - place for place, (above, _) in enumerate(chain)}
+            tree = cast("TreeIndex", IndexTree(index, root, places))
+    restack(view, lowers, tree, covered)
+
+
+def _index(server: Server, path: str) -> Index:
+    """The index that the view reads already, if it does."""
+    there = server.view.index
+    return there.records if isinstance(there, IndexTree) and isinstance(there.records, Index) else Index(path)
+
+
+@verb("restack")
+def _restack(server: Server, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Stand on the layers ``lowers``, with the tree of the snapshot ``num`` of ``index``; they show what the present ones do.
+
+    Returns:
+        stalled: how long no request was answered, in seconds.
+    """
+    can_switch(server, writing=False)
+    lowers, num = arguments["lowers"], arguments["num"]
+
+    def switch() -> None:
+        _same_upper(server, arguments["upper"])
+        try:
+            stand_on(server.view, _index(server, arguments["index"]), lowers, num)
+        except OSError as error:
+            raise _explained(server, error) from None
+        server.spec = replace(server.spec, layers=tuple(reversed(lowers)))
+        freed = arguments.get("freed")
+        if freed is not None and server.view.space is not None:
+            server.view.space.add(-(freed["bytes"] // UNIT), -freed["inodes"])
+
+    return {"stalled": at_once(server, switch, strict=True)}
+
+
+def _same_upper(server: Server, path: str) -> None:
+    """Only in the loop thread: whoever asks knows what the view's upper layer is.
+
+    Raises:
+        FailedPrecondition: it was switched meanwhile.
+    """
+    assert server.view.upper is not None
+    here = os.fstat(server.view.upper.root.open())
+    try:
+        there = os.stat(path)
+    except FileNotFoundError:
+        there = None
+    if there is None or (here.st_dev, here.st_ino) != (there.st_dev, there.st_ino):
+        raise FailedPrecondition(
+            f"the mount at {server.spec.mountpoint} got another layer meanwhile", remedy="try again"
+        )
+
+
+def _explained(server: Server, error: OSError) -> CowfsError:
+    where = f": {os.fsdecode(error.filename)}" if error.filename else ""
+    return CowfsError(f"the mount at {server.spec.mountpoint} cannot use its new layers: {error.strerror}{where}")
+
+
+@verb("absorb")
+def _absorb(server: Server, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Take over what the topmost of ``lowers`` holds, then stand on the others; ``num`` is the snapshot they belong to.
+
+    Args:
+        held: what the layer counted for the limit (bytes, inodes), when it counted.
+        mark: a file that is made, with what was taken over as JSON, at the instant of the switch.
+
+    Returns:
+        moved: bytes and inodes that the upper layer holds more; stalled: as above.
+    """
+    can_switch(server, writing=True)
+    view, lowers, num = server.view, arguments["lowers"], arguments["num"]
+    rest = lowers[1:] or [arguments["empty"]]
+
+    def prepare() -> None:
+        _same_upper(server, arguments["upper"])
+        stand_on(view, _index(server, arguments["index"]), lowers, num)
+
+    moved = {"bytes": 0, "inodes": 0}
+
+    def switch() -> bool:
+        if not complete(view):
+            return False
+        try:
+            leave_mark(arguments["mark"], {"moved": moved})
+        except FileExistsError:
+            raise FailedPrecondition("this squash was taken back meanwhile", remedy="try again") from None
+        try:
+            stand_on(view, _index(server, arguments["index"]), rest, num)
+        except BaseException:
+            os.unlink(arguments["mark"])
+            raise
+        held = arguments["held"]
+        if held is not None and view.space is not None:
+            view.space.add((moved["bytes"] - held["bytes"]) // UNIT, moved["inodes"] - held["inodes"])
+        server.spec = replace(server.spec, layers=tuple(reversed(rest)))
+        return True
+
+    with _one:
+        try:
+            at_once(server, prepare, strict=True)
+            for _ in range(_PASSES):
+                for name, value in asdict(absorb(view, server.call)).items():
+                    moved[name] += value
+                done: list[bool] = []
+                stalled = at_once(server, lambda: done.append(switch()), strict=True)  # noqa: B023 - called at once
+                if done[0]:
+                    return {"moved": moved, "stalled": stalled}
+        except OSError as error:
+            raise _explained(server, error) from None
+    raise FailedPrecondition(f"too much is being renamed in {server.spec.mountpoint}", remedy="try again")

@@ -1,0 +1,147 @@
+"""A row layer as a whole, without a view: seal it, find what is wrong with it, find its redirect files.
+
+Every redirect file has its map and every map its file. A file without its map has lost data: that is damage. A map
+without its file is garbage, left by a process that was killed between two steps.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+from cowfs.format.whiteout import Form
+from cowfs.row import map as row_map
+from cowfs.row.map import MAP_DIR, ROOT_MARK, Ref
+from cowfs.sys import files, xattr
+
+_DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+def is_marked(root_fd: int, form: Form) -> bool:
+    """Whether a layer may hold redirect files."""
+    return xattr.try_get(root_fd, b"", form.row) is not None
+
+
+def mark(layer: str | bytes, form: Form) -> None:
+    """Make a fresh layer one that may hold redirect files.
+
+    Raises:
+        OSError: its file system takes no such xattr.
+    """
+    root = os.open(layer, _DIR)
+    try:
+        os.mkdir(MAP_DIR, 0o700, dir_fd=root)
+        xattr.setx(root, b"", form.row, ROOT_MARK)
+    finally:
+        os.close(root)
+
+
+def seal(layer: str | bytes, *, form: Form, durable: bool = True) -> None:
+    """A layer will not be written any more: make its maps true for good. May be repeated.
+
+    Args:
+        layer: its tree's directory.
+        durable: bring what is not on the disk there first.
+
+    Raises:
+        OSError: EIO for a damaged map.
+    """
+    root = os.open(layer, _DIR)
+    try:
+        if not is_marked(root, form):
+            return
+        maps = os.open(MAP_DIR, _DIR, dir_fd=root)
+        try:
+            if row_map.seal(maps, (lambda: files.syncfs(root)) if durable else None) and durable:
+                os.fsync(maps)
+        finally:
+            os.close(maps)
+    finally:
+        os.close(root)
+
+
+def redirects(layer: str | bytes, form: Form) -> Iterator[tuple[bytes, Ref | OSError]]:
+    """(path, reference) of every redirect file of a layer; the error where the reference is damaged."""
+    root = os.open(layer, _DIR)
+    try:
+        if is_marked(root, form):
+            yield from _walk(root, b"", form)
+    finally:
+        os.close(root)
+
+
+def _walk(fd: int, prefix: bytes, form: Form) -> Iterator[tuple[bytes, Ref | OSError]]:
+    pending: list[bytes] = [prefix]
+    while pending:
+        path = pending.pop()
+        here = files.open_beneath(fd, path, _DIR)
+        try:
+            with os.scandir(here) as found:
+                entries = [
+                    (os.fsencode(entry.name), entry.is_dir(follow_symlinks=False), entry.is_file(follow_symlinks=False))
+                    for entry in found
+                ]
+            for name, is_dir, is_file in entries:
+                inner = path + b"/" + name if path else name
+                if is_dir:
+                    pending.append(inner)
+                elif is_file:
+                    value = xattr.try_get(here, name, form.row)
+                    if value is None:
+                        continue
+                    try:
+                        yield inner, Ref.unpack(value, name)
+                    except OSError as error:
+                        yield inner, error
+        finally:
+            os.close(here)
+
+
+def inspect(layer: str | bytes, form: Form) -> tuple[list[str], list[bytes]]:
+    """What is wrong with a row layer.
+
+    Returns:
+        (damage, one line each; names of maps that belong to no file). Walks the whole layer.
+    """
+    damage: list[str] = []
+    root = os.open(layer, _DIR)
+    try:
+        if not is_marked(root, form):
+            return [], []
+        try:
+            maps = os.open(MAP_DIR, _DIR, dir_fd=root)
+        except FileNotFoundError:
+            return [f"the map directory is missing: {os.fsdecode(layer)}/{MAP_DIR.decode()}"], []
+        try:
+            spare = {os.fsencode(name) for name in os.listdir(maps)}
+            for path, ref in _walk(root, b"", form):
+                if isinstance(ref, OSError):
+                    damage.append(f"{os.fsdecode(path)}: {ref.strerror}")
+                    continue
+                if not ref.has_map:
+                    continue
+                spare.discard(ref.map_name)
+                try:
+                    row_map.read(maps, ref)
+                except FileNotFoundError:
+                    damage.append(f"{os.fsdecode(path)}: its map {ref.map_name.decode()} is missing")
+                except OSError as error:
+                    damage.append(f"{os.fsdecode(path)}: {error.strerror}")
+        finally:
+            os.close(maps)
+    finally:
+        os.close(root)
+    return damage, sorted(spare)
+
+
+def collect(layer: str | bytes, form: Form) -> int:
+    """Remove maps that belong to no file, of a layer that nobody has mounted. Returns how many that were."""
+    _, spare = inspect(layer, form)
+    if spare:
+        root = os.open(layer, _DIR)
+        try:
+            for name in spare:
+                os.unlink(MAP_DIR + b"/" + name, dir_fd=root)
+        finally:
+            os.close(root)
+    return len(spare)

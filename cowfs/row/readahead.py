@@ -1,0 +1,131 @@
+"""Reading ahead in a redirect file: what a program that reads in sequence will need next, from all of its levels.
+
+Strategy. The host reads ahead in a file that is read in sequence. Of a redirect file it sees neither: the levels beneath
+are read around the blocks that were written, and the file itself here a block and there one, each a wait of its own. So,
+once a read in sequence had to wait for the disk, the next megabytes are asked for with POSIX_FADV_WILLNEED: of the level
+that has most of them the whole span, of the others just their segments, all at once, so that the disk has many requests to
+work on. Hints only; what is in memory already costs a look-up in the host's page cache.
+
+Threads: a hint may wait (for a queue of the disk, for the host's own extent map), so :class:`Pilot` gives them from a
+thread of its own. What is asked for is decided in the view's thread, which alone knows the extents.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Final
+
+from cowfs.row.extents import ZEROS
+
+if TYPE_CHECKING:
+    from cowfs.row.chain import Chain
+
+#: The most bytes asked for ahead of a reader; the first time twice what it reads.
+MOST: Final = 8 << 20
+#: Hints that wait for the thread; while there are so many, none is added.
+_QUEUE: Final = 4
+
+Runs = list[tuple[int, int, int]]
+"""(start, end, owner) of segments."""
+Hints = list[tuple[int, list[tuple[int, int]]]]
+"""(descriptor, ours to close; (start, end) of what to ask for)."""
+
+
+def plan(runs: Runs) -> Runs:
+    """In which pieces to read neighbouring segments: the span of the level that has most of them, then the others.
+
+    A later piece lies over an earlier one.
+
+    >>> plan([(0, 10, 0), (10, 11, 1), (11, 20, 0), (20, 21, 2)])
+    [(0, 20, 0), (10, 11, 1), (20, 21, 2)]
+    """
+    held: dict[int, int] = {}
+    for start, stop, owner in runs:
+        held[owner] = held.get(owner, 0) + stop - start
+    held.pop(ZEROS, None)
+    if not held:
+        return runs
+    main = max(held, key=held.__getitem__)
+    first = next(start for start, _, owner in runs if owner == main)
+    last = next(stop for _, stop, owner in reversed(runs) if owner == main)
+    return [(first, last, main), *(run for run in runs if run[2] != main)]
+
+
+class Pilot:
+    """The thread of one view that gives hints; started by the first."""
+
+    def __init__(self) -> None:
+        self._queue: SimpleQueue[Hints | None] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether it is behind."""
+        return self._queue.qsize() >= _QUEUE
+
+    def give(self, hints: Hints) -> None:
+        """Any thread."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="cowfs-row-ahead", daemon=True)
+            self._thread.start()
+        self._queue.put(hints)
+
+    def _run(self) -> None:
+        while (hints := self._queue.get()) is not None:
+            for fd, ranges in hints:
+                with contextlib.suppress(OSError):
+                    for start, end in ranges:
+                        os.posix_fadvise(fd, start, end - start, os.POSIX_FADV_WILLNEED)
+                os.close(fd)
+
+    def close(self) -> None:
+        """Finish what was given, and end."""
+        if self._thread is not None:
+            self._queue.put(None)
+            self._thread.join()
+            self._thread = None
+
+
+class Ahead:
+    """How far ahead one file was asked for. Owner: the view's thread.
+
+    Attributes:
+        next: where the last read ended.
+        asked: how far was asked for; 0 while nothing is.
+        window: bytes asked for ahead of the reader, the last time.
+        cold: a read in another thread had to wait for the disk (set there).
+    """
+
+    __slots__ = ("asked", "cold", "next", "window")
+
+    def __init__(self) -> None:
+        self.cold = False
+        self.next = 0
+        self.asked = 0
+        self.window = 0
+
+    def follow(self, chain: Chain, offset: int, end: int) -> bool:
+        """[offset, end) is going to be read. Returns whether that goes on where the last read ended."""
+        sequential = self.next <= offset <= max(self.next, self.asked)
+        if not sequential:
+            self.asked = self.window = 0
+        elif self.asked and self.asked < min(end + self.window // 2, chain.size):
+            self._ask(chain, max(self.asked, end), end)
+        self.next = end
+        return sequential
+
+    def wait(self, chain: Chain, offset: int, end: int) -> None:
+        """A read in sequence has to wait for the disk: begin."""
+        if not self.asked:
+            self.window = end - offset
+            self._ask(chain, offset, end)
+
+    def _ask(self, chain: Chain, start: int, end: int) -> None:
+        if chain.rows.pilot.busy:
+            return
+        self.window = min(2 * self.window, MOST)
+        self.asked = min(end + self.window, chain.size)
+        chain.rows.pilot.give(chain.hints(start, self.asked))

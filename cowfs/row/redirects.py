@@ -1,0 +1,477 @@
+"""Redirect-on-write: a written lower file gets a redirect file that stores only the blocks written.
+
+Strategy. The rest of the view knows a redirect file as a node whose ``data`` answers for itself
+(:class:`~cowfs.row.file.RowFile`). Here is what connects the two: finding redirect files when names are looked
+up, following their chains down the layers, making one at the first change, and keeping maps in step with the disk.
+
+A layer that may hold redirect files is marked on its root, so a stack is read right whatever the options are; and
+what is written over such a layer is redirected, too.
+
+Durability. fsync of a file brings its data to the disk, then marks the map, then brings the map there. For what nobody
+syncs a thread does the same every few seconds, so that a file is as safe here as on a host that writes back by
+itself. A volatile view only marks, when it is closed.
+
+Threads: the view's thread owns all of it but :class:`~cowfs.row.writeback.Syncer`, which gets descriptors and logs of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from cowfs.row import map as row_map
+from cowfs.row.chain import Chain, Level, lay
+from cowfs.row.extents import INFINITY, ZEROS, Extents
+from cowfs.row.file import RowFile
+from cowfs.row.layer import is_marked
+from cowfs.row.map import MAP_DIR, ROOT_MARK, Loaded, Log, Ref
+from cowfs.row.readahead import Pilot
+from cowfs.row.writeback import Syncer
+from cowfs.sys import xattr
+from cowfs.union import copyup, merge
+from cowfs.union.attr import unpack
+from cowfs.union.layers import Layer, Source, lstat
+from cowfs.union.merge import Data
+from cowfs.union.node import DT_REG, Node
+from cowfs.union.quota import Blocks, xattr_units
+
+if TYPE_CHECKING:
+    from cowfs.union.view import View
+
+DEFAULT_BLOCK = 4096
+_DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class Rows:
+    """The redirect files of one view.
+
+    Attributes:
+        block: bytes a block in the redirect files made here.
+    """
+
+    def __init__(self, view: View) -> None:
+        self.view = view
+        self.block = view.options.row or DEFAULT_BLOCK
+        row_map.check_block(self.block)
+        row_map.boot_id()  # read once, before somebody waits for it
+        self._marked: dict[Layer, bool] = {}
+        self._maps: dict[Layer, int] = {}
+        self.syncer = Syncer(view.must_sync)
+        self.pilot = Pilot()
+        self._opened: deque[Chain] = deque()
+        self._fds = 0
+
+    # -- layers -------------------------------------------------------------------------------
+
+    def marked(self, layer: Layer) -> bool:
+        """Whether a layer may hold redirect files."""
+        found = self._marked.get(layer)
+        if found is None:
+            found = self._marked[layer] = is_marked(layer.root.open(), self.view.form)
+        return found
+
+    def map_dir(self, layer: Layer) -> int:
+        """The open directory of a layer's maps; for the upper layer it is made.
+
+        Raises:
+            OSError: EIO when a marked layer has none.
+        """
+        found = self._maps.get(layer)
+        if found is not None:
+            return found
+        root = layer.root.open()
+        upper = layer is self.view.upper and not self.view.readonly
+        if upper and not self.marked(layer):
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(MAP_DIR, 0o700, dir_fd=root)
+            xattr.setx(root, b"", self.view.form.row, ROOT_MARK)
+            self._marked[layer] = True
+        try:
+            fd = os.open(MAP_DIR, _DIR, dir_fd=root)
+        except FileNotFoundError:
+            raise OSError(errno.EIO, "the layer's map directory is missing", layer.path + b"/" + MAP_DIR) from None
+        self._maps[layer] = fd
+        return fd
+
+    def forget(self, layer: Layer) -> None:
+        """A layer has left the view."""
+        self._marked.pop(layer, None)
+        fd = self._maps.pop(layer, -1)
+        if fd >= 0:
+            os.close(fd)
+
+    def close(self) -> None:
+        """Sync what is dirty, mark the maps, close everything."""
+        self.pilot.close()
+        try:
+            self.syncer.close()
+        finally:
+            for node in list(self.view.nodes.values()):
+                if isinstance(node.data, RowFile):
+                    node.data.close()
+            for fd in self._maps.values():
+                os.close(fd)
+            self._maps.clear()
+
+    # -- finding ------------------------------------------------------------------------------
+
+    def ref_at(self, where: Source, name: bytes) -> Ref | None:
+        """The reference of a file, or ``None`` for a plain one. Raises EIO when it is damaged."""
+        if not self.marked(where.layer):
+            return None
+        value = xattr.try_get(where.open(), name, self.view.form.row)
+        return Ref.unpack(value, name) if value is not None else None
+
+    def load(self, where: Source, name: bytes) -> RowFile | None:
+        """The redirect file of a name in a layer, or ``None``."""
+        ref = self.ref_at(where, name)
+        if ref is None:
+            return None
+        return RowFile(self, where.layer, None if where.layer is self.view.upper else where, name, ref)
+
+    def find(self, where: Source, name: bytes, data: Data | None) -> RowFile | Data | None:
+        """What a file's data is: a redirect file's, also behind a metacopy; else ``data``, as it was found."""
+        if data is None:
+            return self.load(where, name)
+        ref = self.ref_at(data.where, data.name)
+        if ref is None:
+            return data
+        file = RowFile(self, data.where.layer, data.where, data.name, ref)
+        file.behind = data
+        return file
+
+    def resolve(self, file: Chain) -> None:
+        """Give a file its chain: the levels beneath and who holds what."""
+        assert file.ref is not None
+        try:
+            own = self._read_map(file.layer, file.ref)
+        except FileNotFoundError:
+            if not self._redirected(file):  # it was compacted since it was looked up: all of it is its own
+                file.stand_alone()
+                return
+            raise _no_map(file.ref, file.node.name) from None
+        levels, extents = self._beneath(file.ref, file.layer)
+        file.adopt(extents, levels, own)
+        if own.end > own.synced and file.writable and not own.stale:
+            file.resume()  # a killed server left records that hang on this boot
+
+    def _redirected(self, file: Chain) -> bool:
+        """Whether a file still is a redirect file on the disk."""
+        if file.where is None and file.node.where is None:  # it lost its last name
+            return xattr.try_get(file.own_fd(), b"", self.view.form.row) is not None
+        return self.ref_at(*file.place()) is not None
+
+    def _read_map(self, layer: Layer, ref: Ref) -> Loaded:
+        if not ref.has_map:
+            return Loaded([], 0, 0, 0, True)
+        return row_map.read(self.map_dir(layer), ref)
+
+    def _beneath(self, ref: Ref, layer: Layer) -> tuple[list[Level], Extents]:
+        """The chain under a reference in ``layer``, bottom first, merged."""
+        found: list[tuple[Source, bytes, Ref, Loaded]] = []
+        queue: list[Source] = []
+        while True:
+            queue, where, name = self._find(ref.path, layer, queue)
+            below = self.ref_at(where, name)
+            if below is None:
+                break
+            try:
+                loaded = self._read_map(where.layer, below)
+            except FileNotFoundError:
+                if self.ref_at(where, name) is None:  # compacted just now
+                    break
+                raise _no_map(below, name) from None
+            found.append((where, name, below, loaded))
+            ref, layer = below, where.layer
+        levels = [Level(where, name)]
+        extents = Extents()
+        for where, name, below, loaded in reversed(found):
+            st = lstat(where, name)
+            size = st.st_size if st is not None else 0
+            lay(extents, loaded, below.shift, min(below.base_end, size), len(levels))
+            levels.append(Level(where, name))
+        return levels, extents
+
+    def _find(self, path: bytes, layer: Layer, queue: list[Source]) -> tuple[list[Source], Source, bytes]:
+        """The regular file at ``path`` in the layers beneath ``layer``.
+
+        Args:
+            queue: the directories that the last search had left, topmost first. Where they are simply the same path
+                in the layers beneath, the search goes on in them, so that a chain costs one walk and not one a level.
+
+        Returns:
+            (the directories beneath the one that has it, that one, the name there).
+        """
+        view = self.view
+        head, _, name = path.rpartition(b"/")
+        below = [source for source in queue if source.layer.index < layer.index]
+        if not below or below[0].path() != head:
+            below = [root for root in view.roots if root.layer.index < layer.index]
+            for part in head.split(b"/") if head else ():
+                below = merge.merged_dirs(below, part, view.form, view.roots)
+        for number, source in enumerate(below):
+            st = lstat(source, name)
+            if st is None:
+                continue
+            if not stat.S_ISREG(st.st_mode):
+                break
+            rest = below[number + 1 :]
+            data = merge.metacopy_data(rest, source, name, path, view.form, view.roots)
+            return (rest, source, name) if data is None else ([], data.where, data.name)
+        raise OSError(errno.EIO, "the base of a redirect file is missing", path)
+
+    # -- descriptors --------------------------------------------------------------------------
+
+    def opening(self, file: Chain) -> None:
+        """A level of ``file`` is about to be opened."""
+        if self._fds >= self.view.max_files:
+            while self._opened:
+                oldest = self._opened.popleft()
+                if oldest is not file:
+                    oldest.release()
+        if not self._opened or self._opened[-1] is not file:
+            self._opened.append(file)
+        self._fds += 1
+
+    def closing(self) -> None:
+        """A level was closed."""
+        self._fds -= 1
+
+    def make_room(self) -> None:
+        """Before a file itself is opened."""
+        if len(self.view.open_files) > self.view.max_files:
+            self.view.trim_files()
+
+    # -- maps ---------------------------------------------------------------------------------
+
+    def open_log(self, file: RowFile, loaded: Loaded | None) -> Log:
+        """The map of a file of the upper layer, made at the first need."""
+        upper = self.view.need_upper()
+        assert file.ref is not None
+        if not file.ref.has_map:
+            log = Log.create(self.map_dir(upper), file.ref)
+            file.mapped()
+            return log
+        left = self.syncer.take_back(file.ref.map_name)
+        if left is not None:
+            return left
+        if loaded is None:
+            loaded = row_map.read(self.map_dir(upper), file.ref)
+        log = Log.open(self.map_dir(upper), file.ref, loaded, durable=self.view.must_sync)
+        if log.dirty:
+            self.wrote(file, log)
+        return log
+
+    def wrote(self, file: RowFile, log: Log) -> None:
+        """A record was appended."""
+        if log not in self.syncer.dirty:
+            self.syncer.add(log, file.own_fd())
+
+    def close_log(self, log: Log) -> None:
+        """A file lets go of its map."""
+        if not self.syncer.leave(log):
+            log.close()
+
+    def sync_job(self) -> Callable[[], None]:
+        """What syncfs(2) adds here: every dirty file; to be run in any thread."""
+        return self.syncer.sync
+
+    def drop_map(self, layer: Layer, ref: Ref) -> None:
+        """Remove a map that nothing refers to any more; what is left over is garbage."""
+        if ref.has_map:
+            with contextlib.suppress(OSError):
+                os.unlink(ref.map_name, dir_fd=self.map_dir(layer))
+
+    # -- making -------------------------------------------------------------------------------
+
+    def redirect(self, node: Node, keep: int | None = None, *, data: bool = True) -> bool:
+        """Have a redirect file in the upper layer for a file that is about to change.
+
+        Args:
+            keep: how much of the data is still wanted.
+            data: the data will change; otherwise only attributes or names.
+
+        Returns:
+            ``False`` when an ordinary copy is as good: nothing is kept, or all of it is one block.
+
+        Raises:
+            OSError: EROFS, ENOSPC.
+        """
+        view, old = self.view, node.data
+        view.need_upper()
+        if isinstance(old, RowFile) and old.writable:
+            return True
+        size = view.size(node)
+        if node.type != DT_REG or size == 0 or (data and keep == 0 and not isinstance(old, RowFile)):
+            return False
+        if data and not isinstance(old, RowFile) and size <= self.block:
+            return False
+        if node.parent is None:
+            return isinstance(old, RowFile) and self._anonymous(node)
+        if view.in_upper(node):
+            return self._convert(node, size)
+        return self._make(node, size, data)
+
+    def _make(self, node: Node, size: int, data: bool) -> bool:
+        view, work, upper = self.view, self.view.workdir, self.view.need_upper()
+        assert work is not None and node.parent is not None
+        maps = self.map_dir(upper)
+        meta = copyup.read_meta(view, node)
+        blocks = unpack(view.attr(node)).blocks
+        ref = Ref.make(self.block, size, blocks, view.low_child(node.parent, node.name), has_map=data)
+        packed = ref.pack()
+        cost = sum(xattr_units(value) for value in meta.xattrs.values()) + xattr_units(packed)
+        if view.space is not None:
+            view.space.need(cost, 1)
+        levels, extents = self._as_levels(node)
+        log = Log.create(maps, ref) if data else None
+        temp = work.temp()
+        fd = -1
+        try:
+            fd = os.open(temp, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=work.fd)
+            os.ftruncate(fd, size)
+            xattr.setx(fd, b"", view.form.row, packed)
+            copyup.place(view, node, temp, work, metacopy=False)
+        except BaseException as failure:
+            if fd >= 0:
+                os.close(fd)
+                work.discard(temp)
+            if log is not None:
+                log.close()
+            self.drop_map(upper, ref)
+            too_long = isinstance(failure, OSError) and failure.errno in (errno.ENOSPC, errno.E2BIG, errno.ERANGE)
+            if too_long and len(packed) > 2048 and not isinstance(node.data, RowFile):
+                return False  # the host has no room for so long a path: copy
+            raise
+        if view.space is not None:
+            view.space.add(cost, 1)
+        self._take(node, RowFile(self, upper, None, b"", ref), fd, levels, extents, size, log)
+        return True
+
+    def _as_levels(self, node: Node) -> tuple[list[Level], Extents]:
+        """The chain of a lower file's present data. Its descriptor goes along in :meth:`_take`."""
+        old = node.data
+        if isinstance(old, RowFile):
+            extents = old.load().copy()
+            return [*old.levels, Level(*old.place())], extents
+        if old is not None:
+            return [Level(old.where, old.name)], Extents()
+        assert node.where is not None
+        return [Level(node.where, node.name)], Extents()
+
+    def _take(
+        self, node: Node, file: RowFile, fd: int, levels: list[Level], extents: Extents, size: int, log: Log | None
+    ) -> None:
+        """The node's data is ``file`` from now on."""
+        old = node.data
+        if node.fd >= 0:
+            levels[-1].fd = node.fd
+            self.opening(file)
+        if isinstance(old, RowFile):
+            file.older = [log for log in old.older if log.dirty]
+            if old.log is not None:
+                frozen, old.log = old.log, None
+                if frozen.dirty:
+                    file.older.append(frozen)
+                self.close_log(frozen)
+        file.node = node
+        file.levels, file.log = levels, log
+        file.size = file.base_end = size
+        alone = -(-size >> file.shift) << file.shift
+        extents.put(size, alone, ZEROS)
+        extents.put(alone, INFINITY, len(levels))
+        file.extents = extents
+        node.fd, node.wfd, node.data, node.attr = fd, True, file, None
+        self.view.open_files.append(node)
+        if self.view.space is not None:
+            node.space = Blocks()
+
+    def _convert(self, node: Node, size: int) -> bool:
+        """A metacopy of the upper layer becomes a redirect file where it stands."""
+        view, old = self.view, node.data
+        if isinstance(old, RowFile):
+            old = old.behind
+        if not isinstance(old, Data):
+            return False
+        upper = view.need_upper()
+        maps = self.map_dir(upper)
+        fd = view.open_own(node)
+        ref = Ref.make(self.block, size, old.blocks, old.path, has_map=True)
+        levels, extents = self._as_levels(node)
+        log = Log.create(maps, ref)
+        try:
+            xattr.setx(fd, b"", view.form.row, ref.pack())
+            xattr.remove(fd, b"", view.form.metacopy)
+            if xattr.try_get(fd, b"", view.form.redirect) is not None:
+                xattr.remove(fd, b"", view.form.redirect)
+        except BaseException:
+            os.close(fd)
+            log.close()
+            raise
+        self._take(node, RowFile(self, upper, None, b"", ref), fd, levels, extents, size, log)
+        return True
+
+    def _anonymous(self, node: Node) -> bool:
+        """A lower file that lost its last name is written: it dies with the view, so nothing is recorded."""
+        view, work = self.view, self.view.workdir
+        assert work is not None
+        if view.space is not None:
+            view.space.need(0, 1)
+        size = view.size(node)
+        levels, extents = self._as_levels(node)
+        meta = copyup.read_meta(view, node)
+        temp = work.temp()
+        fd = os.open(temp, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=work.fd)
+        try:
+            os.ftruncate(fd, size)
+            copyup.write_meta(work.fd, temp, meta, view)
+        finally:
+            work.discard(temp)
+        if view.space is not None:
+            view.space.add(0, 1)
+        self._take(node, RowFile(self, view.need_upper(), None, b"", None), fd, levels, extents, size, None)
+        node.where = None
+        return True
+
+    def make_plain(self, file: RowFile) -> None:
+        """A file that shows nothing of its base any more is a plain one."""
+        if file.ref is not None:
+            xattr.remove(file.own_fd(), b"", self.view.form.row)
+        self._plain(file)
+
+    def replaced(self, file: RowFile, fd: int) -> None:
+        """A plain file with the same data, open as ``fd``, has taken the place of a redirect file."""
+        node = file.node
+        if node.fd >= 0:
+            os.close(node.fd)
+        node.fd, node.wfd = fd, True
+        self.view.open_files.append(node)
+        self._plain(file)
+
+    def _plain(self, file: RowFile) -> None:
+        view, node = self.view, file.node
+        if file.ref is not None:
+            self.drop_map(view.need_upper(), file.ref)
+            if view.space is not None:
+                view.space.add(-xattr_units(file.ref.pack()))
+        file.close()
+        node.data = node.attr = None
+
+
+def _no_map(ref: Ref, name: bytes) -> OSError:
+    return OSError(errno.EIO, f"the map {ref.map_name.decode()} of a redirect file is missing", name)
+
+
+def rows_of(view: View) -> Rows | None:
+    """The redirect files of a view that may have some: by option, or because a layer is marked."""
+    if view.options.row:
+        return Rows(view)
+    looked_at = view.layers[
+        view.indexed_layers :
+    ]  # an index comes from a store, which knows whether its layers have any
+    return Rows(view) if any(is_marked(layer.root.open(), view.form) for layer in looked_at) else None

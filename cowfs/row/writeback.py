@@ -1,0 +1,120 @@
+"""Bringing redirect files that nobody syncs to the disk: one thread a view, that sleeps while nothing is dirty."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterable
+
+from cowfs.row.map import Log
+
+#: seconds between two rounds
+INTERVAL = 5.0
+_MOST_DIRTY = 512
+
+
+class Syncer:
+    """Brings dirty files to the disk every few seconds. Its lock guards ``dirty`` only."""
+
+    def __init__(self, durable: bool) -> None:
+        self.durable = durable
+        self.dirty: dict[Log, int] = {}  # log -> a descriptor of the data, ours
+        self.orphaned: set[Log] = set()  # to be closed once they are clean
+        self._lock = threading.Lock()
+        self._round = threading.Lock()
+        self._wake = threading.Event()
+        self._ended = False
+        self._thread: threading.Thread | None = None
+
+    def add(self, log: Log, data_fd: int) -> None:
+        """A record was appended to a map that was clean."""
+        fd = os.dup(data_fd)
+        with self._lock:
+            known = self.dirty.setdefault(log, fd)
+            many = len(self.dirty) > _MOST_DIRTY
+        if known != fd:
+            os.close(fd)
+        if not self.durable:
+            return
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="cowfs-row-sync", daemon=True)
+            self._thread.start()
+        if many or len(self.dirty) == 1:
+            self._wake.set()
+        if len(self.dirty) > 4 * _MOST_DIRTY:
+            self.sync()
+
+    def _run(self) -> None:
+        while not self._ended:
+            self._wake.wait(INTERVAL if self.dirty else None)
+            if self._wake.is_set() and not self._ended and len(self.dirty) <= _MOST_DIRTY:
+                self._wake.clear()  # something is dirty now: give it a while
+                continue
+            self._wake.clear()
+            if not self._ended:
+                with contextlib.suppress(OSError):  # it is tried again; fsync reports it to whoever asks
+                    self.sync()
+
+    def sync(self, logs: Iterable[Log] | None = None) -> None:
+        """One round, of all or of some; any thread. Raises OSError after all were tried."""
+        failure: OSError | None = None
+        with self._round:
+            with self._lock:
+                wanted = self.dirty if logs is None else self.dirty.keys() & set(logs)
+                todo = [(log, self.dirty[log], log.end) for log in wanted]
+            for log, fd, upto in todo:
+                try:
+                    if self.durable:
+                        os.fsync(fd)
+                except OSError as error:
+                    failure = log.failure = error  # whoever calls fsync is told
+                try:
+                    log.mark_synced(upto)
+                    if logs is not None:
+                        log.sync()
+                except OSError as error:  # the map's own host is full: again in the next round
+                    failure = error
+                    continue
+                with self._lock:
+                    if log.dirty and log.failure is None:
+                        continue
+                    del self.dirty[log]
+                    close = log in self.orphaned
+                    self.orphaned.discard(log)
+                os.close(fd)
+                if close:
+                    log.close()
+        if failure is not None:
+            raise failure
+
+    def leave(self, log: Log) -> bool:
+        """Nobody else needs the log any more. Returns whether it will be closed here."""
+        with self._lock:
+            if log in self.dirty:
+                self.orphaned.add(log)
+                return True
+        return False
+
+    def take_back(self, name: bytes) -> Log | None:
+        """The log of that map, if it was left here and is not clean yet: a second one would not know its end."""
+        with self._lock:
+            for log in self.orphaned:
+                if log.name == name:
+                    self.orphaned.discard(log)
+                    return log
+        return None
+
+    def close(self) -> None:
+        """A last round, and the end of the thread."""
+        self._ended = True
+        self._wake.set()
+        if self._thread is not None:
+            self._thread.join()
+        try:
+            self.sync()
+        finally:
+            for log, fd in self.dirty.items():
+                os.close(fd)
+                log.close()
+            self.dirty.clear()

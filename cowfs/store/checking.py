@@ -1,0 +1,333 @@
+"""Looking after a store: what is garbage, what is damaged, and what can be done about it.
+
+Rules:
+
+1. Garbage is what no row names: directories, and records that no tree reaches. Only garbage is
+   ever deleted.
+2. Damage is reported where it is, with everything that depends on it; intact snapshots stay usable.
+   What differs harmlessly (a time stamp, an inode number after a restore) is not damage.
+3. A repair takes away garbage, rebuilds records from an intact layer where they come out the same,
+   and puts what cannot be helped in quarantine: the row says why, and verbs refuse it. A later
+   repair that finds the layer restored lets it out again.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from cowfs.errors import Corrupt
+from cowfs.index.database import Index, Row
+from cowfs.index.directory import Entry, Pair, Ref, children_of, decode, entries, join, root_digest
+from cowfs.model import Usage
+from cowfs.store.layers import KeptDigests, SameData, file_digest
+from cowfs.store.mounts import MountVerbs
+from cowfs.store.staging import NEW, RM, orphans, sweep
+
+__all__ = ["Collected", "Problem", "Report", "Totals", "UpkeepVerbs"]
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is done, and how much there is."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Collected:
+    """What gc deleted: directories (relative to the store), and how many records."""
+
+    directories: tuple[str, ...] = ()
+    records: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """One thing that is wrong.
+
+    Attributes:
+        kind: ``garbage``, ``layer``, ``records``, ``content`` or ``index``.
+        name: the snapshot it is about; "" for garbage.
+        what: one line.
+        repaired: what was done about it, "" for nothing.
+    """
+
+    kind: str
+    name: str
+    what: str
+    repaired: str = ""
+
+
+@dataclass(slots=True)
+class Report:
+    """What check found.
+
+    Attributes:
+        problems: in the order found.
+        snapshots, records, files: how many were looked at.
+        undigested: files that no digest is known of, as (snapshot, path); only with ``content``.
+    """
+
+    problems: list[Problem] = field(default_factory=list)
+    snapshots: int = 0
+    records: int = 0
+    files: int = 0
+    undigested: list[tuple[str, bytes]] = field(default_factory=list)
+
+    @property
+    def damage(self) -> list[Problem]:
+        """All problems but garbage and what was mended."""
+        return [problem for problem in self.problems if problem.kind != "garbage" and not problem.repaired]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Totals:
+    """What the store holds, from the records alone.
+
+    Attributes:
+        committed, active: usage of the layers of each kind; views hold nothing. Of active ones
+            that are not mounted only ``count`` is known without a walk.
+        reclaimable: of committed ones that have neither tag nor child.
+        count: snapshots by kind.
+        host_bytes, host_free: size of the host file system and what it has free, bytes.
+    """
+
+    committed: Usage
+    reclaimable: Usage
+    count: dict[str, int]
+    host_bytes: int
+    host_free: int
+
+
+class UpkeepVerbs(MountVerbs):
+    """gc, check and what the store is made of."""
+
+    def gc(self) -> Collected:
+        """Delete the directories and records that nothing records.
+
+        Snapshots are never deleted, whatever their names or tags.
+        """
+        directories = sweep(self.driver, self.index, everything=True)
+        return Collected(directories=tuple(directories), records=self.index.sweep())
+
+    def totals(self) -> Totals:
+        """What ``cowfs df`` shows."""
+        with self.index.read() as connection:
+            count = dict(connection.execute("SELECT kind, count(*) FROM snapshots GROUP BY kind").fetchall())
+            used = connection.execute(
+                "SELECT coalesce(sum(bytes), 0), coalesce(sum(inodes), 0) FROM snapshots"
+            ).fetchone()
+            free = connection.execute(
+                "SELECT coalesce(sum(bytes), 0), coalesce(sum(inodes), 0) FROM snapshots AS s WHERE kind = 'committed'"
+                " AND NOT EXISTS (SELECT 1 FROM snapshots AS c WHERE c.parent = s.num)"
+                " AND NOT EXISTS (SELECT 1 FROM tags AS t WHERE t.target = s.num)"
+            ).fetchone()
+        host = os.statvfs(self.root)
+        return Totals(
+            committed=Usage(bytes=used[0], inodes=used[1]),
+            reclaimable=Usage(bytes=free[0], inodes=free[1]),
+            count=count,
+            host_bytes=host.f_blocks * host.f_frsize,
+            host_free=host.f_bavail * host.f_frsize,
+        )
+
+    def check(self, *, content: bool = False, repair: bool = False, progress: Progress | None = None) -> Report:
+        """Verify the store.
+
+        Args:
+            content: also read every file whose digest is known, and list those without one.
+            repair: delete garbage, rebuild records, put in quarantine what cannot be helped.
+            progress: told how far it is.
+
+        Returns:
+            The report; an intact store has no ``problems``.
+        """
+        report = Report()
+        self._check_database(report)
+        self._check_garbage(report, repair)
+        rows = list(self.index.rows())
+        good: dict[bytes, bool] = {}
+        bad: dict[int, str] = {}
+        for at, row in enumerate(rows):
+            if progress is not None:
+                progress("snapshots", at, len(rows))
+            report.snapshots += 1
+            why = self._check_row(report, row, good, repair)
+            if why is None and row.parent in bad:
+                why = f"its ancestor is damaged: {bad[row.parent]}"
+            if why is not None:
+                bad[row.num] = why
+        if content:
+            for at, row in enumerate(rows):
+                if progress is not None:
+                    progress("content", at, len(rows))
+                if row.root is not None and row.num not in bad:
+                    self._check_content(report, row)
+        if repair:
+            self._quarantine(report, rows, bad)
+        return report
+
+    def _check_database(self, report: Report) -> None:
+        with self.index.read() as connection:
+            for (line,) in connection.execute("PRAGMA quick_check(10)"):
+                if line != "ok":
+                    report.problems.append(Problem(kind="index", name="", what=f"the index is damaged: {line}"))
+
+    def _check_garbage(self, report: Report, repair: bool) -> None:
+        lost = [f"layers/{id}" for id in orphans(self.driver, self.index)]
+        lost += [name for name in os.listdir(self.root) if name.startswith((NEW, RM))]
+        if repair and lost:
+            gone = {name.removeprefix(RM) for name in sweep(self.driver, self.index, everything=True)}
+        else:
+            gone = set()
+        for name in lost:
+            done = "deleted" if not os.path.lexists(f"{self.root}/{name}") and gone else ""
+            report.problems.append(
+                Problem(kind="garbage", name="", what=f"{name}: no snapshot records this directory", repaired=done)
+            )
+
+    def _check_row(self, report: Report, row: Row, good: dict[bytes, bool], repair: bool) -> str | None:
+        """Check a snapshot's layer and records; why it cannot be used, or None."""
+        found = self.driver.check(row.id)
+        for what in found:
+            report.problems.append(Problem(kind="layer", name=row.name, what=what))
+        if found:
+            return found[0]
+        if row.root is None:
+            return None
+        broken = self._broken_record(report, root_digest(row.root[1]), good)
+        if broken is None:
+            return None
+        what = f"the index lacks the record {broken.hex()} of its tree"
+        if repair and self._rebuild(row):
+            good.clear()
+            report.problems.append(Problem(kind="records", name=row.name, what=what, repaired="rebuilt from the layer"))
+            return None
+        report.problems.append(Problem(kind="records", name=row.name, what=what))
+        return what
+
+    def _broken_record(self, report: Report, root: bytes, good: dict[bytes, bool]) -> bytes | None:
+        """A record below ``root`` that is missing or not what its digest says; None when all is well."""
+        import hashlib
+
+        todo = [root]
+        with self.index.read() as connection:
+            while todo:
+                digest = todo.pop()
+                if digest in good:
+                    if not good[digest]:
+                        return digest
+                    continue
+                try:
+                    data = self.index.record(digest)
+                except Corrupt:
+                    good[digest] = False
+                    return digest
+                report.records += 1
+                row = connection.execute("SELECT children FROM records WHERE digest = ?", (digest,)).fetchone()
+                sound = hashlib.sha256(data).digest() == digest
+                below = children_of(data) if sound else []
+                if not sound or (row is not None and row[0] != b"".join(below)):
+                    good[digest] = False
+                    return digest
+                good[digest] = True
+                todo += below
+        return None
+
+    def _rebuild(self, row: Row) -> bool:
+        """Make a snapshot's records anew from its layer; whether they are the ones that the row names."""
+        try:
+            scanned = self._scan(row, KeptDigests.load(self.driver, row.id))
+        except (Corrupt, OSError):
+            return False
+        if scanned.root != row.root:
+            return False
+        with self.index.write() as connection:
+            connection.executemany(
+                "DELETE FROM records WHERE digest = ?", ((digest,) for digest in scanned.pending.new)
+            )
+            Index.add_records(connection, scanned.pending.new)
+        return True
+
+    def _check_content(self, report: Report, row: Row) -> None:
+        parent = self.index.by_num(row.parent).root if row.parent is not None else None
+        data = SameData(self.driver, self.index)
+        assert row.root is not None
+        for path, where, entry in self._own_files(row.num, parent, row.root):
+            report.files += 1
+            if entry.digest is None:
+                if entry.size:
+                    report.undigested.append((row.name, path))
+                continue
+            try:
+                file = data.open(row.num, where)
+            except Corrupt as error:
+                report.problems.append(Problem(kind="content", name=row.name, what=error.message))
+                continue
+            with file:
+                right = file.size == entry.size and file_digest(file) == entry.digest
+            if not right:
+                what = f"{os.fsdecode(path)!r} in layer {row.id} is not what was committed"
+                report.problems.append(Problem(kind="content", name=row.name, what=what))
+
+    def _own_files(self, num: int, parent: Pair | None, root: Pair) -> Iterator[tuple[bytes, bytes, Entry]]:
+        """(path, path in the layer, entry) of the regular files whose data is in layer ``num``."""
+        before = decode(parent).ref if parent is not None else None
+        top = decode(root)
+        assert top.ref is not None
+        todo: list[tuple[bytes, bytes, Ref | None, Ref]] = [(b"", top.base or b"", before, top.ref)]
+        while todo:
+            path, base, old_ref, ref = todo.pop()
+            old = entries(self.index, old_ref.storage) if old_ref is not None else {}
+            for name, pair in entries(self.index, ref.storage).items():
+                was = old.get(name)
+                if was == pair:
+                    continue
+                entry = decode(pair)
+                implied = join(base, name)
+                if entry.ref is not None:
+                    old_below = decode(was).ref if was is not None else None
+                    if old_below is None or old_below.storage != entry.ref.storage:
+                        todo.append(
+                            (join(path, name), implied if entry.base is None else entry.base, old_below, entry.ref)
+                        )
+                elif entry.layer == num and entry.type == 0o100000 and not entry.flags:
+                    yield join(path, name), implied if entry.path is None else entry.path, entry
+
+    def _quarantine(self, report: Report, rows: list[Row], bad: dict[int, str]) -> None:
+        """Mark what is damaged, unmark what no longer is."""
+        with self.index.write() as connection:
+            for row in rows:
+                why = bad.get(row.num)
+                if why != row.damage:
+                    connection.execute("UPDATE snapshots SET damage = ? WHERE num = ?", (why, row.num))
+        for at, problem in enumerate(report.problems):
+            if problem.kind in ("layer", "records") and not problem.repaired:
+                report.problems[at] = Problem(
+                    kind=problem.kind, name=problem.name, what=problem.what, repaired="put in quarantine"
+                )
+
+    def quarantined(self) -> list[tuple[str, str]]:
+        """Snapshots in quarantine, and why."""
+        return [(row.name, row.damage or "") for row in self.index.rows("s.damage IS NOT NULL")]
+
+    def describe(self) -> dict[str, str]:
+        """What ``cowfs info`` shows: driver, layer form, host file system, how mounts are made, and why."""
+        from cowfs.model import Limit
+        from cowfs.sys import files
+
+        fd = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            host = files.fs_name(fd)
+        finally:
+            os.close(fd)
+        told = {
+            "root": self.root,
+            "driver": self.driver.name,
+            "why": "; ".join(self.driver.probe(self.root).reasons),
+            "form": self.driver.form.name,
+            "host": host,
+            "uuid": self.index.meta("uuid") or "",
+            "mounts": "fuse.cowfs (cowfs's own server)",
+        }
+        sample = self.driver.mounts("sample", ["below"] if not self.driver.whole else [], limit=Limit())[0]
+        told["records"] = sample.type
+        return told

@@ -1,0 +1,117 @@
+"""Compaction of the redirect files of an active snapshot (driver ``row``), mounted or not.
+
+Only what can still be written is compacted: the records of a committed snapshot say which blocks it holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cowfs.errors import CowfsError, Unsupported
+from cowfs.index.database import Row
+from cowfs.model import Info
+from cowfs.store import layers
+from cowfs.store.live import LiveVerbs
+
+__all__ = ["Compacted", "CompactionVerbs"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compacted:
+    """What a compaction did.
+
+    Attributes:
+        files: redirect files that are plain files now.
+        skipped: redirect files that were left: too little of them was written, or the limit was reached.
+        bytes: what was copied from the parents.
+    """
+
+    files: int
+    skipped: int
+    bytes: int
+
+
+OnProgress = Callable[[str, int, int], None]
+"""Called with the path in work, bytes copied so far, bytes that this file still lacks."""
+
+
+class CompactionVerbs(LiveVerbs):
+    """compact, and commit with it."""
+
+    def commit(
+        self,
+        key: str,
+        name: str,
+        *,
+        labels: Mapping[str, str] | None = None,
+        digests: bool = False,
+        compact: bool = False,
+    ) -> Info:
+        """As :meth:`StoreCore.commit`; with ``compact`` after a :meth:`compact` of what has mostly been written."""
+        if compact and self.driver.row:
+            self.compact(key)
+        return super().commit(key, name, labels=labels, digests=digests)
+
+    def compact(self, key: str, *, share: float | None = None, on_progress: OnProgress | None = None) -> Compacted:
+        """Turn redirect files, most of which was written, into plain files. Reading and writing go on meanwhile.
+
+        Args:
+            key: an active snapshot, mounted or not.
+            share: leave files alone of which less than this part is their own; default: 0.75; 0 takes all.
+            on_progress: told after each step.
+
+        Raises:
+            NotFound: no such key.
+            FailedPrecondition: not active, or in use by another verb.
+            Unsupported: the driver makes no redirect files.
+            CowfsError: an I/O error; what was compacted until then is.
+        """
+        from cowfs.row.compact import SHARE
+
+        share = SHARE if share is None else share
+        row = self._active(key)
+        if not self.driver.row:
+            raise Unsupported(
+                f"the driver {self.driver.name} has nothing to compact", remedy="it is for the driver row"
+            )
+        server = self._server_of(row)
+        if server is not None:
+            return self._compact_mounted(server, share, on_progress)
+        with layers.hold(self.driver, row, "compact"):
+            return self._compact_layer(row, share, on_progress)
+
+    def _compact_mounted(self, server: dict[str, Any], share: float, on_progress: OnProgress | None) -> Compacted:
+        from cowfs.mounting import protocol
+
+        while True:
+            told = protocol.ask(server["socket"], "compact", timeout=600.0, share=share)
+            if on_progress is not None:
+                on_progress(told["path"], told["done"], told["todo"])
+            if told["finished"]:
+                return Compacted(files=told["files"], skipped=told["skipped"], bytes=told["done"])
+
+    def _compact_layer(self, row: Row, share: float, on_progress: OnProgress | None) -> Compacted:
+        from cowfs.row.compact import compact_layer
+
+        below = [self.driver.tree(id) for _, id in self.index.chain(row.parent)]
+        if not below:  # nothing to stand on, so nothing was redirected
+            return Compacted(files=0, skipped=0, bytes=0)
+        files = skipped = done = 0
+        steps = compact_layer(
+            below,
+            self.driver.tree(row.id),
+            self.driver.work(row.id),
+            form=self.driver.form.name,
+            share=share,
+            durable=self.driver.fsync,
+        )
+        try:
+            for told in steps:
+                files, skipped, done = told.files, told.skipped, told.done
+                if on_progress is not None:
+                    on_progress(told.path.decode(errors="surrogateescape"), told.done, told.todo)
+        except OSError as error:
+            raise CowfsError(f"compaction of {row.name!r} stopped: {error.strerror}") from None
+        return Compacted(files=files, skipped=skipped, bytes=done)

@@ -1,0 +1,360 @@
+"""Images into the store.
+
+Strategy. A layer of an image becomes one committed snapshot, named by its chain id; what has that chain id already is
+not unpacked again. Layers are unpacked into ``new-*`` directories, several at a time, each without waiting for the
+ones beneath; only what an archive leaves to its parent (the attributes of a directory that it does not list, the data
+of a hard link into it) waits for that. Rows are then written in order, so that whatever happens, a chain in the index
+is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, BinaryIO
+
+from cowfs import archive, images
+from cowfs.errors import AlreadyExists, InvalidArgument, NotFound
+from cowfs.index.database import Index, Row
+from cowfs.model import Limit, Usage
+from cowfs.store.applying import Progress, counter
+from cowfs.store.digest_table import ByInode
+from cowfs.store.exporting import ExportVerbs
+from cowfs.store.layers import known_digest, mark_copied
+from cowfs.store.names import check_name, new_id
+from cowfs.store.staging import Staged
+from cowfs.sys import trees
+from cowfs.sys.faults import point
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    from cowfs.store.content import IndexedTree
+
+__all__ = ["ImageVerbs"]
+
+
+class ImageVerbs(ExportVerbs):
+    """import."""
+
+    def import_image(
+        self,
+        source: str | os.PathLike[str] | BinaryIO,
+        name: str | None = None,
+        *,
+        tag: str | None = None,
+        platform: str | None = None,
+        options: archive.ApplyOptions | None = None,
+        labels: Mapping[str, str] | None = None,
+        progress: Progress | None = None,
+    ) -> str:
+        """Bring in an image or a tree: a chain of snapshots named by chain id, and a tag.
+
+        Args:
+            source: an OCI layout (directory or tar), a docker-archive, a root filesystem's tar, or a plain
+                directory; a path or a stream.
+            name: the tag it gets here; default: those that the source has.
+            tag, platform: which image of the source, where it has several.
+            options: bounds for its archives.
+            labels: for the snapshots that are new.
+            progress: told how far it is.
+
+        Returns:
+            The name of its top snapshot.
+
+        Raises:
+            NotFound: no such source, or no such image in it.
+            InvalidArgument: it cannot be read, is hostile, or the tag cannot be one.
+            Corrupt: a digest does not match.
+            AlreadyExists: a snapshot has that name.
+        """
+        if name is not None:
+            check_name(name, "tag")
+            self._free(name, for_tag=True)
+        with images.open_image(source, spool_dir=self.root) as opened:
+            image = opened.pick(tag, platform=platform)
+            top = self._import_layers(image, options, labels or {}, progress)
+            config = image.config.decode("utf-8", "strict")
+            if any(layer.diff_id is None for layer in image.layers):
+                config = images.make_config(self._diff_ids(top), image.config).decode()
+            for each in [name] if name is not None else image.tags:
+                if _usable_tag(each, strict=name is not None):
+                    self.tag(each, top.name, config=config)
+        return top.name
+
+    def _import_layers(
+        self,
+        image: images.Image,
+        options: archive.ApplyOptions | None,
+        labels: Mapping[str, str],
+        progress: Progress | None,
+    ) -> Row:
+        if not image.layers:
+            raise InvalidArgument("the image has no layers")
+        top, start = self._already(image)
+        missing = image.layers[start:]
+        if not missing:
+            assert top is not None
+            return top
+        if self.driver.whole or len(missing) == 1:
+            for layer in missing:
+                with _Import(self, layer, options, progress) as job:
+                    job.unpack(top)
+                    top = job.commit(top, labels)
+            assert top is not None
+            return top
+        return self._import_together(missing, top, options, labels, progress)
+
+    def _import_together(
+        self,
+        missing: Sequence[images.Layer],
+        top: Row | None,
+        options: archive.ApplyOptions | None,
+        labels: Mapping[str, str],
+        progress: Progress | None,
+    ) -> Row:
+        """Unpack several layers at once; write their rows in order."""
+        from concurrent.futures import Future, ThreadPoolExecutor
+
+        jobs = [_Import(self, layer, options, progress) for layer in missing]
+        below: list[Future[Row | None]] = [Future() for _ in range(len(jobs) + 1)]
+        below[0].set_result(top)
+        with ThreadPoolExecutor(max_workers=min(len(jobs), os.cpu_count() or 1)) as pool:
+            try:
+                unpacked = [pool.submit(job.unpack_over, future) for job, future in zip(jobs, below, strict=False)]
+                for at, job in enumerate(jobs):
+                    unpacked[at].result()
+                    top = job.commit(top, labels)
+                    below[at + 1].set_result(top)
+            except BaseException as error:
+                for future in below:
+                    if not future.done():
+                        future.set_exception(error)
+                raise
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+                for job in jobs:
+                    job.close()
+        assert top is not None
+        return top
+
+    def _already(self, image: images.Image) -> tuple[Row | None, int]:
+        """The highest layer of an image that is there, and how many are."""
+        if any(layer.diff_id is None for layer in image.layers):
+            return None, 0
+        chain = image.chain
+        for count in range(len(chain), 0, -1):
+            row = self.index.by_chain(chain[count - 1])
+            if row is not None and not self.driver.check(row.id):
+                return row, count
+        return None, 0
+
+
+class _Import:
+    """One layer of an image on its way in.
+
+    Threads: :meth:`unpack_over` in a worker, everything else in the thread that imports.
+    """
+
+    def __init__(
+        self, store: ImageVerbs, layer: images.Layer, options: archive.ApplyOptions | None, progress: Progress | None
+    ) -> None:
+        self._store = store
+        self._layer = layer
+        self._options = options
+        self._progress = progress
+        self._staged: Staged | None = None
+        self._base = Limit()
+        self._applied: archive.Applied
+        self._digests: ByInode
+        self._copied = Usage()
+
+    def __enter__(self) -> _Import:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Delete what was not committed."""
+        layer, self._staged = self._staged, None
+        if layer is not None:
+            layer.close(keep=False)
+
+    def unpack(self, parent: Row | None) -> None:
+        """Unpack over a parent that is there."""
+        from concurrent.futures import Future
+
+        done: Future[Row | None] = Future()
+        done.set_result(parent)
+        self.unpack_over(done)
+
+    def unpack_over(self, below: Future[Row | None]) -> None:
+        """Unpack; the parent is waited for only when the archive needs it."""
+        store, driver = self._store, self._store.driver
+        self._staged = layer = Staged(driver, new_id())
+        point("create.made")
+        parent = below.result() if below.done() else None
+        chain = [id for _, id in store.index.chain(parent.num)] if parent is not None else []
+        self._copied = driver.create(layer.staged, chain, Limit())
+        if driver.whole and chain:
+            mark_copied(driver, layer.staged, chain[0], only_root=False)
+        point("create.filled")
+        with self._layer.open() as stream:
+            self._applied, self._digests = store._unpack(
+                driver.directory(layer.staged),
+                stream,
+                _Awaited(store, below) if parent is not None or not driver.whole else None,
+                self._options,
+                self._layer.diff_id,
+                counter(
+                    self._progress, (self._layer.digest or self._layer.diff_id or "layer")[:19], self._layer.size or 0
+                ),
+                self._layer.digest,
+            )
+        point("apply.unpacked")
+
+    def commit(self, parent: Row | None, labels: Mapping[str, str]) -> Row:
+        """Read it into records and write its row; if somebody else was faster, take theirs."""
+        store, driver, index, layer = self._store, self._store.driver, self._store.index, self._staged
+        assert layer is not None
+        diff_id = self._applied.diff_id
+        chain_id = store._chain_id(parent.num if parent is not None else None, diff_id)
+        assert chain_id is not None
+        there = index.by_chain(chain_id)
+        if there is not None:
+            self.close()
+            return there
+        if not driver.whole:
+            _inherit_root(driver.tree(parent.id) if parent is not None else None, driver.tree(layer.staged))
+        driver.freeze(layer.staged)
+        num = index.reserve()
+        digests = self._digests
+        scanned = store._scan_at(
+            layer.staged, num, parent, lambda path, st: known_digest(digests.get(st.st_ino)), self._copied
+        )
+        if driver.fsync:
+            trees.sync_tree(driver.tree(layer.staged))
+        point("create.synced")
+        now = time.time_ns()
+        try:
+            with index.write() as connection:
+                if parent is not None:
+                    store._parent(parent.name, parent.num)
+                Index.add_records(connection, scanned.pending.new)
+                connection.execute(
+                    "INSERT INTO snapshots (num, id, name, kind, parent, depth, labels, created, updated, base_bytes,"
+                    " base_inodes, bytes, inodes, root_content, root_storage, diff_id, chain_id)"
+                    " VALUES (?, ?, ?, 'committed', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    (
+                        num,
+                        layer.id,
+                        chain_id,
+                        None if parent is None else parent.num,
+                        0 if parent is None else parent.depth + 1,
+                        json.dumps(dict(labels), sort_keys=True),
+                        now,
+                        now,
+                        self._copied.bytes,
+                        self._copied.inodes,
+                        scanned.usage.bytes,
+                        scanned.usage.inodes,
+                        *scanned.root,
+                        diff_id,
+                        chain_id,
+                    ),
+                )
+                point("create.recorded")
+                layer.publish()
+                point("create.renamed")
+        except sqlite3.IntegrityError:
+            self.close()
+            other = index.find(chain_id)
+            if other is None or other.chain_id != chain_id:
+                raise AlreadyExists(f"another snapshot is called {chain_id}") from None
+            return other
+        point("create.committed")
+        self._staged = None
+        layer.close(keep=True)
+        return index.get(chain_id)
+
+
+class _Awaited:
+    """The tree beneath a layer, waited for when it is first asked something.
+
+    Threads: belongs to the worker that unpacks the layer.
+    """
+
+    def __init__(self, store: ImageVerbs, below: Future[Row | None]) -> None:
+        self._store = store
+        self._below = below
+        self._tree: IndexedTree | None = None
+        self._lock = threading.Lock()
+
+    def _get(self) -> IndexedTree | None:
+        with self._lock:
+            if self._tree is None:
+                self._tree = self._store._content_of(self._below.result())
+            return self._tree
+
+    def stat(self, path: bytes) -> archive.LowerStat | None:
+        if not path:
+            return archive.LowerStat(mode=0o040755, uid=0, gid=0, size=0, mtime=_NO_ROOT_TIME)
+        tree = self._get()
+        return tree.stat(path) if tree is not None else None
+
+    def names(self, path: bytes) -> list[bytes]:
+        tree = self._get()
+        return tree.names(path) if tree is not None else []
+
+    def readlink(self, path: bytes) -> bytes:
+        return self._must().readlink(path)
+
+    def xattrs(self, path: bytes) -> dict[bytes, bytes]:
+        return self._must().xattrs(path) if path else {}
+
+    def read(self, path: bytes) -> Iterator[bytes]:
+        return self._must().read(path)
+
+    def _must(self) -> IndexedTree:
+        tree = self._get()
+        if tree is None:
+            raise NotFound("there is no layer beneath")
+        return tree
+
+
+_NO_ROOT_TIME = 123_456_789
+"""The mtime that :class:`_Awaited` gives the root, so that unpacking does not wait for the layer beneath: a root with
+this time had no entry in the archive."""
+
+
+def _inherit_root(below: str | None, tree: str) -> None:
+    """Give a root without an entry in the archive the attributes of the parent's."""
+    dst = os.open(tree, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        if os.fstat(dst).st_mtime_ns != _NO_ROOT_TIME:
+            return
+        if below is None:
+            os.utime(dst, ns=(0, 0))
+            return
+        src = os.open(below, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            trees.copy_attributes(src, dst, os.fstat(src))
+        finally:
+            os.close(src)
+    finally:
+        os.close(dst)
+
+
+def _usable_tag(name: str, *, strict: bool) -> bool:
+    try:
+        check_name(name, "tag")
+    except InvalidArgument:
+        if strict:
+            raise
+        return False
+    return True

@@ -1,0 +1,293 @@
+"""One layer that holds what two hold, over the layers beneath both.
+
+Strategy: the merged layer is built as any change is, by writing into a merged view over what is beneath; what to write is
+the difference of two trees that the index knows. Nothing that has bytes is copied where it need not be:
+
+* a plain file, link or device that one of the two layers has is *linked*: it keeps its inode, and so its number;
+* a file of which they only have attributes gets those attributes;
+* a redirect file whose base is the same file beneath gets the blocks that the two layers hold;
+* anything else is copied.
+
+So the two layers must be left alone, as committed ones are, and a count of links is only right when they are gone
+(:attr:`Merged.names` has what it will be).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from cowfs.driver.interface import Driver
+from cowfs.model import Change
+from cowfs.row.file import RowFile
+from cowfs.sys import files, xattr
+from cowfs.union import Options, View, copyup, create, hardlinks
+from cowfs.union.attr import unpack
+from cowfs.union.merge import Data
+from cowfs.union.node import DT_LNK, DT_REG, Dir, Node
+from cowfs.union.paths import find
+
+__all__ = ["Merged", "write_changes"]
+
+_PUNCH, _KEEP = files.FALLOC_FL_PUNCH_HOLE, files.FALLOC_FL_KEEP_SIZE
+_PIECE = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """What was made.
+
+    Attributes:
+        names: inode -> how many names it has in the merged layer, for those that other layers have, too.
+    """
+
+    names: dict[int, int]
+
+
+def write_changes(driver: Driver, changes: list[Change], base: list[str], stack: list[str], target: str) -> Merged:
+    """Write into the layer ``target`` over ``base`` what makes it equal to ``stack`` (ids, topmost first).
+
+    Args:
+        stack: the layers to be merged, then ``base``.
+    """
+    options = Options(form=driver.form.name, volatile=True, row=driver.row or None)
+    lowers = [driver.tree(id) for id in base] or [f"{driver.root}/empty"]
+    with (
+        _view(View([driver.tree(id) for id in stack], options=options)) as source,
+        _view(View(lowers, driver.tree(target), driver.work(target), options=options)) as into,
+    ):
+        _Writer(source, into, len(stack) - len(base)).write(changes)
+        assert into.upper is not None
+        return Merged({ino: len(paths) for ino, paths in hardlinks.scan_groups(into.upper).items()})
+
+
+@contextlib.contextmanager
+def _view(view: View) -> Iterator[View]:
+    try:
+        yield view
+    finally:
+        view.close()
+
+
+class _Writer:
+    """Makes changed paths of one view in another.
+
+    Args:
+        merged: how many of the source's topmost layers are to be merged.
+    """
+
+    def __init__(self, source: View, into: View, merged: int) -> None:
+        self.source, self.into = source, into
+        source.plain_layers = 0  # numbers as the store's mounts show them
+        self.linked: dict[int, Node] = {}  # node of the source with several names -> its copy
+        self._merged = set(source.layers[len(source.layers) - merged :])
+
+    def write(self, changes: list[Change]) -> None:
+        """Make them all. Owner of neither view's descriptors afterwards."""
+        directories = []
+        for change in changes:
+            here = find(self.into, change.path)
+            if change.kind == "deleted" or (here is not None and change.kind == "added") or "type" in change.what:
+                if here is not None and change.path:
+                    _remove(self.into, here)
+                    here = None
+                if change.kind == "deleted":
+                    continue
+            there = find(self.source, change.path)
+            assert there is not None
+            if isinstance(there, Dir):
+                directories.append(change.path)
+                if here is None:
+                    parent, name = _place(self.into, change.path)
+                    made = self.into.mkdir(parent, name, 0o700, 0, 0)
+                    self._keep_number(there, parent, made.sources[0].open(), b"")
+            elif here is None or not self._change(change.path, here, there):
+                if here is not None:
+                    parent, name = _place(self.into, change.path)
+                    self.into.unlink(parent, name)
+                self._make(change.path, there)
+        above = {path.rpartition(b"/")[0] for path in (change.path for change in changes) if path}
+        for path in sorted({*directories, *above}, reverse=True):  # their times last, and from the bottom up
+            there, here = find(self.source, path), find(self.into, path)
+            if isinstance(there, Dir) and isinstance(here, Dir) and (path in directories or self.into.upper_of(here)):
+                self._attributes(there, copyup.up_dir(self.into, here).open(), b"")
+
+    # -- a file that is beneath, too ----------------------------------------------------------------
+
+    def _change(self, path: bytes, here: Node, there: Node) -> bool:
+        """Change the file beneath where it stands. Returns whether that could be done."""
+        if there.type != DT_REG or here.type != DT_REG or there.id in self.linked:
+            return False
+        if unpack(self.into.attr(here)).nlink != 1 or unpack(self.source.attr(there)).nlink != 1:
+            return False  # links were made or broken, perhaps
+        if isinstance(there.data, RowFile) and there.data.layer in self._merged:
+            if not self._change_blocks(here, there):
+                return False
+        elif there.data is None or not self._same_file(_physical(here), _physical(there)):
+            return False
+        else:
+            copyup.up_meta(self.into, here)
+        assert here.where is not None
+        self._attributes(there, here.where.open(), here.name)
+        here.attr = None
+        return True
+
+    @staticmethod
+    def _same_file(one: tuple[int, bytes], other: tuple[int, bytes]) -> bool:
+        a, b = (os.stat(name, dir_fd=fd, follow_symlinks=False) for fd, name in (one, other))
+        return (a.st_dev, a.st_ino) == (b.st_dev, b.st_ino)
+
+    def _change_blocks(self, here: Node, there: Node) -> bool:
+        """Give the file beneath the blocks of a redirect file on it."""
+        chain = there.data
+        extents = chain.load()
+        places = [(level.where.open(), level.name) for level in chain.levels]
+        keep = sum(level.where.layer not in self._merged for level in chain.levels)
+        if not keep or not self._stands_on(here, places[:keep]):
+            return False
+        runs = list(extents.runs(0, chain.size))
+        shown = max((stop for _, stop, owner in runs if 0 <= owner < keep), default=0)
+        self.into.setattr(here, size=min(shown, self.into.size(here)))
+        self.into.setattr(here, size=chain.size)
+        copyup.up_meta(self.into, here)
+        for start, stop, owner in runs:
+            if not 0 <= owner < keep:
+                self._copy_span(there, here, start, stop, punch=start < shown)
+        return True
+
+    def _stands_on(self, here: Node, places: list[tuple[int, bytes]]) -> bool:
+        """Whether a file of the layers beneath is made of the files at ``places``, bottom first."""
+        own = [_physical(here)]
+        if isinstance(here.data, RowFile):
+            here.data.load()
+            own = [*((level.where.open(), level.name) for level in here.data.levels), _physical(here)]
+        return len(own) == len(places) and all(self._same_file(a, b) for a, b in zip(own, places, strict=True))
+
+    def _copy_span(self, there: Node, here: Node, start: int, stop: int, *, punch: bool) -> None:
+        """Copy [start, stop); its holes are made where something else would show."""
+        buffer = memoryview(bytearray(_PIECE))
+        while start < stop:
+            data = min(self._seek(there, start, os.SEEK_DATA, stop), stop)
+            if data > start and punch:
+                self.into.fallocate(here, _PUNCH | _KEEP, start, data - start)
+            start = data
+            end = min(self._seek(there, start, os.SEEK_HOLE, stop), stop) if start < stop else stop
+            while start < end:
+                count = self.source.pread(there, start, buffer[: min(end - start, _PIECE)])
+                self.into.write(here, start, buffer[:count])
+                start += count
+
+    def _seek(self, node: Node, at: int, whence: int, end: int) -> int:
+        try:
+            return self.source.lseek(node, at, whence)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            return end
+
+    # -- a file that is not -------------------------------------------------------------------------
+
+    def _make(self, path: bytes, there: Node) -> None:
+        parent, name = _place(self.into, path)
+        twin = self.linked.get(there.id)
+        if twin is not None:
+            self.into.link(twin, parent, name)
+            return
+        made = self._link(there, parent, name) if self._is_plain(there) else self._copy(there, parent, name)
+        self.linked[there.id] = made
+
+    def _is_plain(self, there: Node) -> bool:
+        return there.data is None and there.where is not None and there.where.layer in self._merged
+
+    def _link(self, there: Node, parent: Dir, name: bytes) -> Node:
+        up = create.target(self.into, parent, name)
+        copyup.mark_impure(self.into, up)
+        if up.whiteouts is not None and name in up.whiteouts:
+            os.unlink(name, dir_fd=up.open())
+        assert there.where is not None
+        try:
+            os.link(there.name, name, src_dir_fd=there.where.open(), dst_dir_fd=up.open(), follow_symlinks=False)
+        except OSError as error:
+            if error.errno not in (errno.EMLINK, errno.EPERM):
+                raise
+            return self._copy(there, parent, name)
+        return create._adopt(self.into, parent, up, name)
+
+    def _copy(self, there: Node, parent: Dir, name: bytes) -> Node:
+        meta = copyup.read_meta(self.source, there)
+        if there.type == DT_LNK:
+            made = self.into.symlink(parent, name, self.source.readlink(there), meta.uid, meta.gid)
+        else:
+            made = self.into.mknod(parent, name, stat.S_IFMT(meta.mode) | 0o600, meta.rdev, meta.uid, meta.gid)
+        if there.type == DT_REG and hasattr(there.data, "pread"):
+            self._copy_span(there, made, 0, meta.size, punch=False)
+            self.into.setattr(made, size=meta.size)
+        elif there.type == DT_REG:
+            src = self.source.open_data(there)
+            try:
+                files.copy_data(src, self.into.data_fd(made, True), meta.size)
+            finally:
+                os.close(src)
+        assert made.where is not None
+        self._keep_number(there, parent, made.where.open(), name)
+        self._attributes(there, made.where.open(), name)
+        return made
+
+    def _keep_number(self, there: Node, parent: Dir, dirfd: int, name: bytes) -> None:
+        """A copy is known by the inode number of what it is a copy of."""
+        if isinstance(there, Dir):
+            src, real = there.sources[-1].open(), b""
+        elif there.where is not None:
+            src, real = there.where.open(), there.name
+        else:
+            return
+        copyup.set_origin(self.into, dirfd, name, src, real, there.id)
+        copyup.mark_impure(self.into, copyup.up_dir(self.into, parent))
+
+    def _attributes(self, there: Node, dirfd: int, name: bytes) -> None:
+        meta = copyup.read_meta(self.source, there)
+        for attribute in xattr.listx(dirfd, name):
+            if self.into.form.show_name(attribute) is not None and attribute not in meta.xattrs:
+                xattr.remove(dirfd, name, attribute)
+        copyup.write_meta(dirfd, name or b".", meta, self.into)
+
+
+def _physical(node: Node) -> tuple[int, bytes]:
+    """The file in a lower layer that has a node's data."""
+    where, name = node.where, node.name
+    if isinstance(node.data, Data):
+        where, name = node.data.where, node.data.name
+    elif isinstance(node.data, RowFile):
+        where, name = node.data.place()
+    assert where is not None
+    return where.open(), name
+
+
+def _place(view: View, path: bytes) -> tuple[Dir, bytes]:
+    head, _, name = path.rpartition(b"/")
+    parent = find(view, head)
+    assert isinstance(parent, Dir)
+    return parent, name
+
+
+def _remove(view: View, node: Node) -> None:
+    assert node.parent is not None
+    if isinstance(node, Dir):
+        for name in list(view.load(node) if node.children is None else node.children):
+            inner = view.child(node, name)
+            if inner is not None:
+                _remove_at(view, node, name, inner)
+        view.rmdir(node.parent, node.name)
+    else:
+        view.unlink(node.parent, node.name)
+
+
+def _remove_at(view: View, parent: Dir, name: bytes, node: Node) -> None:
+    if isinstance(node, Dir):
+        _remove(view, node)
+    else:
+        view.unlink(parent, name)

@@ -1,0 +1,192 @@
+"""The verbs that look: stat, walk, usage, labels, diff, tags. None of them walks the tree of a committed snapshot."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Iterator, Mapping
+
+from cowfs.errors import AlreadyExists, InvalidArgument
+from cowfs.index import compare
+from cowfs.index.database import Row, Tag
+from cowfs.index.directory import Entry, Pair, Pending, encode
+from cowfs.model import Change, Info, Kind, Limit, Usage
+from cowfs.store import filters as filter_language, layers
+from cowfs.store.names import check_labels, check_name
+from cowfs.store.snapshots import StoreCore, _a, _sound
+from cowfs.sys.faults import point
+
+__all__ = ["LookVerbs"]
+
+
+class LookVerbs(StoreCore):
+    """What there is, and what changed."""
+
+    # ------------------------------------------------------------------ looking
+
+    def stat(self, name: str) -> Info:
+        """One snapshot.
+
+        Raises:
+            NotFound: no such key, name or tag.
+        """
+        return self.resolve(name).info()
+
+    def exists(self, name: str) -> bool:
+        """Whether a key or name is taken."""
+        return self.index.find(name) is not None
+
+    def walk(self, filters: Iterable[str] = (), *, reverse: bool = False) -> Iterator[Info]:
+        """All snapshots, in the order of their making.
+
+        Snapshots made or removed meanwhile may be there or not; no lock is held in between.
+
+        Args:
+            filters: :mod:`cowfs.store.filters`; one of them must match.
+
+        Raises:
+            InvalidArgument: a filter cannot be read.
+        """
+        wanted = filter_language.parse(filters)
+        return self._walk(wanted, reverse)
+
+    def _walk(self, wanted: filter_language.Filter | None, reverse: bool) -> Iterator[Info]:
+        infos: Iterable[Info] = self.index.infos()
+        if reverse:
+            infos = reversed(list(infos))
+        for info in infos:
+            if wanted is None or wanted(info):
+                yield info
+
+    def chain(self, name: str) -> list[Info]:
+        """A snapshot and its ancestors, nearest first."""
+        return [self.index.by_num(num).info() for num, _ in self.index.chain(self.resolve(name).num)]
+
+    def limit(self, name: str) -> Limit:
+        """The limit given to :meth:`prepare`."""
+        return self.resolve(name).limit
+
+    def usage(self, name: str) -> Usage:
+        """What a snapshot holds itself; parents are not counted.
+
+        Of a committed one it is recorded; of a mounted one its server is asked; only that of an
+        active one that is not mounted is counted, in its own layer.
+
+        Raises:
+            NotFound: no such key, name or tag.
+        """
+        row = self.resolve(name)
+        if row.usage is not None:
+            return row.usage
+        if row.kind is Kind.VIEW:
+            return Usage()
+        whole = self._live_usage(row) or self.driver.usage(row.id)
+        base = (
+            row.base if row.base.bytes >= 0 else Usage()
+        )  # a negative one is what live snapshots hold (cowfs.store.live)
+        return Usage(bytes=max(0, whole.bytes - base.bytes), inodes=max(0, whole.inodes - base.inodes))
+
+    def _live_usage(self, row: Row) -> Usage | None:
+        return None
+
+    def update(self, name: str, labels: Mapping[str, str | None], *, replace: bool = False) -> Info:
+        """Change labels; all else about a snapshot is immutable.
+
+        Args:
+            labels: set where a value is given, removed where it is None.
+            replace: drop all labels that are not named.
+
+        Raises:
+            NotFound: no such key or name.
+            InvalidArgument: a bad label.
+        """
+        check_labels(labels)
+        with self.index.write() as connection:
+            row = self.resolve(name)
+            merged = {**({} if replace else row.labels), **labels}
+            kept = {key: value for key, value in merged.items() if value is not None}
+            now = max(time.time_ns(), row.updated + 1)  # a clock that went backwards changes nothing
+            connection.execute(
+                "UPDATE snapshots SET labels = ?, updated = ? WHERE num = ?",
+                (json.dumps(kept, sort_keys=True), now, row.num),
+            )
+            point("update.recorded")
+        return self.resolve(name).info()
+
+    # --------------------------------------------------------------------- diff
+
+    def diff(self, a: str, b: str | None = None) -> Iterator[Change]:
+        """What changed from one snapshot to another, in path order.
+
+        Of two committed snapshots, related or not, only the index is read (and two files that agree
+        in all it knows, but are different objects without a digest). An active one's own layer is
+        read first.
+
+        Args:
+            a: a key, name or tag. Alone: what it changed against its parent.
+            b: likewise.
+
+        Raises:
+            NotFound: no such snapshot.
+            Corrupt: records or layers are missing.
+        """
+        after = self.resolve(b if b is not None else a)
+        if b is not None:
+            before: Row | None = self.resolve(a)
+        else:
+            before = self.index.by_num(after.parent) if after.parent is not None else None
+        pending = Pending(self.index)
+        old = self._tree(before, pending) if before is not None else None
+        new = self._tree(after, pending)
+        return compare.compare(pending, old, new, layers.SameData(self.driver, self.index))
+
+    def _tree(self, row: Row, pending: Pending) -> Pair:
+        """The root entry of a snapshot's tree; records that are not in the index go to ``pending``."""
+        _sound(row)
+        if row.root is not None:
+            return row.root
+        if row.kind is Kind.VIEW:
+            if row.parent is None:
+                return encode(b"", Entry(0o40755, ref=pending.empty()))
+            return self._tree(self.index.by_num(row.parent), pending)
+        scanned = self._scan(row, layers.KeptDigests.load(self.driver, row.id))
+        pending.new.update(scanned.pending.new)
+        return scanned.root
+
+    # --------------------------------------------------------------------- tags
+
+    def tag(self, name: str, target: str, *, config: str | None = None, move: bool = True) -> Tag:
+        """Name a committed snapshot (once more).
+
+        Args:
+            name: the tag.
+            target: a committed snapshot, or a tag.
+            config: the image's configuration, a JSON document kept with the tag as it is.
+            move: whether a tag of that name may be moved here.
+
+        Raises:
+            AlreadyExists: a snapshot of that name; or a tag, and it may not be moved.
+            InvalidArgument: a bad name, or a target that is not committed.
+        """
+        check_name(name, "tag")
+        row = self.resolve(target)
+        if row.kind is not Kind.COMMITTED:
+            raise InvalidArgument(f"{target!r} is {_a(row.kind)}, a tag names committed ones", remedy="commit it first")
+        with self.index.write() as connection:
+            self._free(name, for_tag=True)
+            self._parent(row.name, row.num)
+            had = self.index.tag(name)
+            if had is not None and not move:
+                raise AlreadyExists(f"the tag {name!r} exists", remedy=f"cowfs rm {name} drops it")
+            kept = config if config is not None else had.config if had is not None and had.target == row.name else ""
+            connection.execute(
+                "INSERT OR REPLACE INTO tags VALUES (?, ?, ?, ?)",
+                (name, row.num, kept, time.time_ns()),
+            )
+        tag = self.index.tag(name)
+        assert tag is not None
+        return tag
+
+    def tags(self) -> list[Tag]:
+        """All tags, by name."""
+        return list(self.index.tags())

@@ -1,0 +1,527 @@
+"""The store: an index and a driver, put together into containerd's verbs.
+
+Rules:
+
+1. A verb looks first, then does what takes long without any lock (copying, reading a layer,
+   packing records), then writes in one short transaction that looks again.
+2. Files precede rows: a row is committed when its directory is on the disk under its final name,
+   and a directory is deleted when its row is gone. :mod:`cowfs.store.staging` has the table.
+3. Whoever writes into a layer holds an exclusive flock on its tree: the server of a mount, an
+   apply, a commit, a remove. So one of them is told who the other is.
+4. Nothing here walks a tree of a committed snapshot: the index knows.
+
+Threads: a store may be used by any number of threads and, opened anew, of processes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from cowfs.driver import registry
+from cowfs.driver.interface import Driver, Probe
+from cowfs.errors import (
+    AlreadyExists,
+    Corrupt,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    Unsupported,
+)
+from cowfs.index.database import Index, Row
+from cowfs.model import Info, Kind, Limit, Mount, Usage, parse_count, parse_size
+from cowfs.store import layers
+from cowfs.store.names import check_labels, check_name, new_id
+from cowfs.store.opening import INDEX, default_root, make_root, must_run, only_one
+from cowfs.store.staging import discard, staged, sweep
+from cowfs.sys import host, trees
+from cowfs.sys.faults import point
+
+if TYPE_CHECKING:
+    from cowfs.index import scan
+
+__all__ = ["MAX_DEPTH", "StoreCore"]
+
+MAX_DEPTH = 2000
+"""Layers in a chain: what one mount opens at most."""
+
+
+class StoreCore:
+    """The verbs that change snapshots. Made by :meth:`open`; users see it as :class:`cowfs.Store`.
+
+    Attributes:
+        root: the store's directory, absolute.
+        driver: the backend.
+        index: the index.
+        why: why this driver: what each one that is installed said, by name; empty when the store
+            had one already.
+    """
+
+    def __init__(self, root: str, index: Index, driver: Driver, why: Mapping[str, Probe]) -> None:
+        self.root = root
+        self.index = index
+        self.driver = driver
+        self.why = why
+
+    # --------------------------------------------------------------- open, close
+
+    @classmethod
+    def open(
+        cls,
+        root: str | os.PathLike[str] | None = None,
+        *,
+        driver: str = "auto",
+        create: bool = True,
+        fsync: bool = True,
+        **options: Any,
+    ) -> Self:
+        """Open the store in a directory, making it on first use.
+
+        Args:
+            root: the directory; default: :func:`default_root`.
+            driver: ``auto`` takes the driver that the store has, else the best one for this host.
+            create: whether to make a store that is not there.
+            fsync: off: a power loss may undo the latest verbs (not damage the store).
+            options: the driver's own.
+
+        Raises:
+            NotFound: no store there and ``create`` is off, or no such driver.
+            InvalidArgument: the directory holds something else, or the store has another driver.
+            Unsupported: no driver can run here, or a newer cowfs made the store.
+            Corrupt: the index is damaged.
+        """
+        path = os.path.abspath(os.fspath(root) if root is not None else default_root())
+        make_root(path, create)
+        with only_one(path):
+            index = Index(os.path.join(path, INDEX), create=create, fsync=fsync)
+        try:
+            why: Mapping[str, Probe] = {}
+            had = index.meta("driver")
+            if had is None:
+                with only_one(path):  # nobody sweeps, or chooses another, while the drivers try what they can do here
+                    had = index.meta("driver")
+                    if had is None:
+                        if driver == "auto":
+                            best, why = registry.choose(path)
+                            had = best.name
+                        else:
+                            must_run(registry.load(driver), path)
+                            had = driver
+                        index.set_meta("driver", had)
+            if driver not in ("auto", had):
+                raise InvalidArgument(
+                    f"the store {path} has the driver {had}, not {driver}",
+                    remedy="another driver needs a store of its own",
+                )
+            form = index.meta("form") or index.set_meta("form", "trusted" if host.can_trusted_xattr() else "user")
+            if form == "trusted" and not host.can_trusted_xattr():
+                raise Unsupported(
+                    f"the layers of {path} have trusted.overlay.* attributes, which this user cannot read",
+                    remedy="run as root, or use a store of your own",
+                )
+            found = registry.load(had, index.meta("driver_class"))
+            if index.meta("driver_class") is None:
+                index.set_meta("driver_class", registry.where(found))
+            made = found(path, form=form, fsync=fsync, **options)
+            for name in ("layers", "empty"):
+                os.makedirs(os.path.join(path, name), mode=0o755 if name == "empty" else 0o700, exist_ok=True)
+            sweep(made, index)
+        except BaseException:
+            index.close()
+            raise
+        return cls(path, index, made, why)
+
+    def close(self) -> None:
+        """Let go of the index and the driver. Idempotent."""
+        self.driver.close()
+        self.index.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # ------------------------------------------------------------------- making
+
+    def prepare(
+        self,
+        key: str,
+        parent: str | None = None,
+        *,
+        size: str | int | None = None,
+        inodes: str | int | None = None,
+        labels: Mapping[str, str] | None = None,
+        mount_type: str | None = None,
+    ) -> tuple[Mount, ...]:
+        """Make a writable snapshot.
+
+        Args:
+            key: its key.
+            parent: a committed snapshot, or a tag; None: an empty tree.
+            size, inodes: the limit on what it may hold itself: bytes or "2G"; a count or "100k".
+            labels: kept with it.
+            mount_type: of the records returned, as for :meth:`mounts`.
+
+        Returns:
+            How to mount it.
+
+        Raises:
+            AlreadyExists: the key is taken.
+            NotFound: no such parent.
+            InvalidArgument: a bad key, label or limit; a parent that is not committed.
+            Corrupt: the parent is in quarantine.
+        """
+        limit = Limit(
+            bytes=None if size is None else parse_size(size), inodes=None if inodes is None else parse_count(inodes)
+        )
+        row = self._create(key, parent, Kind.ACTIVE, limit, labels or {})
+        return self._mounts(row, mount_type)
+
+    def view(
+        self,
+        key: str,
+        parent: str | None = None,
+        *,
+        labels: Mapping[str, str] | None = None,
+        mount_type: str | None = None,
+    ) -> tuple[Mount, ...]:
+        """Make a read-only snapshot; arguments and errors as for :meth:`prepare`."""
+        return self._mounts(self._create(key, parent, Kind.VIEW, Limit(), labels or {}), mount_type)
+
+    def _create(self, key: str, parent: str | None, kind: Kind, limit: Limit, labels: Mapping[str, str]) -> Row:
+        check_name(key, "key")
+        check_labels(labels)
+        above = self._parent(parent) if parent is not None else None
+        self._free(key)
+        chain = [id for _, id in self.index.chain(above.num if above is not None else None)]
+        if len(chain) >= MAX_DEPTH:
+            raise InvalidArgument(f"{parent!r} has {len(chain)} layers, {MAX_DEPTH} are allowed", remedy="cowfs squash")
+        now = time.time_ns()
+        with staged(self.driver, new_id()) as layer:
+            point("create.made")
+            # A view of a whole layer is mounted from the parent itself: nothing is copied.
+            copied = [] if kind is Kind.VIEW and self.driver.whole else chain
+            try:
+                base = self.driver.create(layer.staged, copied, limit)
+            except FileNotFoundError:
+                if above is not None:
+                    self._gone(above)
+                raise
+            if self.driver.whole and chain:
+                layers.mark_copied(self.driver, layer.staged, chain[0], only_root=not copied)
+            point("create.filled")
+            point("create.synced")
+            try:
+                with self.index.write() as connection:
+                    self._free(key)
+                    if above is not None:
+                        self._parent(above.name, above.num)
+                    connection.execute(
+                        "INSERT INTO snapshots (id, name, kind, parent, depth, labels, created, updated, limit_bytes,"
+                        " limit_inodes, base_bytes, base_inodes) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                        (
+                            layer.id,
+                            key,
+                            kind.value,
+                            None if above is None else above.num,
+                            len(chain),
+                            json.dumps(labels, sort_keys=True),
+                            now,
+                            now,
+                            limit.bytes,
+                            limit.inodes,
+                            base.bytes,
+                            base.inodes,
+                        ),
+                    )
+                    point("create.recorded")
+                    layer.publish()
+                    point("create.renamed")
+            except sqlite3.IntegrityError:
+                raise _taken(key) from None
+        point("create.committed")
+        return self.index.get(key)
+
+    def _parent(self, name: str, num: int | None = None) -> Row:
+        row = self.index.get(name) if num is not None else self.resolve(name)
+        if num is not None and row.num != num:
+            raise NotFound(f"no snapshot {name!r}: it was replaced meanwhile")
+        if row.kind is not Kind.COMMITTED:
+            raise InvalidArgument(f"{name!r} is {_a(row.kind)}, a parent must be committed", remedy="commit it first")
+        _sound(row)
+        return row
+
+    def _gone(self, row: Row) -> None:
+        """A file of a snapshot's layer is missing: say whether it was removed meanwhile, or has lost its layer."""
+        if self.index.get(row.name).num != row.num:
+            raise NotFound(f"no snapshot {row.name!r}: it was replaced meanwhile")
+        problems = self.driver.check(row.id)
+        if problems:
+            raise Corrupt(f"{row.name!r}: {problems[0]}", remedy="run 'cowfs check'")
+
+    def _free(self, name: str, *, for_tag: bool = False) -> None:
+        """Refuse a key or name that a snapshot has, or (it would hide it) a tag."""
+        if self.index.find(name) is not None:
+            raise _taken(name)
+        if not for_tag and self.index.tag(name) is not None:
+            raise AlreadyExists(f"{name!r} is a tag", remedy=f"choose another name, or drop it: cowfs rm {name}")
+
+    def resolve(self, name: str) -> Row:
+        """The row of a snapshot, or of the one that a tag names.
+
+        Raises:
+            NotFound: neither.
+        """
+        row = self.index.find(name)
+        if row is not None:
+            return row
+        tag = self.index.tag(name)
+        if tag is None:
+            raise NotFound(f"no snapshot or tag {name!r}", remedy="'cowfs ls' and 'cowfs images' show what there is")
+        return self.index.get(tag.target)
+
+    # ------------------------------------------------------------------- commit
+
+    def commit(self, key: str, name: str, *, labels: Mapping[str, str] | None = None, digests: bool = False) -> Info:
+        """Make an active snapshot immutable and give it a name; the key is free again.
+
+        Costs what changed: only the layer is read.
+
+        Args:
+            key: an active snapshot that nobody has mounted.
+            name: of the committed one.
+            labels: added to those of the key.
+            digests: also compute the digest of each file in the layer.
+
+        Raises:
+            NotFound: no such key.
+            AlreadyExists: the name is taken.
+            FailedPrecondition: a view, committed already, or mounted.
+        """
+        return self._commit(key, name, labels=labels or {}, digests=digests).info()
+
+    def _commit(
+        self,
+        key: str,
+        name: str,
+        *,
+        labels: Mapping[str, str] | None = None,
+        digests: bool = False,
+    ) -> Row:
+        check_name(name)
+        check_labels(labels or {})
+        row = self._active(key)
+        if name != key:
+            self._free(name)
+        with layers.hold(self.driver, row, "commit"):
+            row = self._active(key, row.num)
+            self.driver.freeze(row.id)
+            point("commit.frozen")
+            scanned = self._scan(row, layers.KeptDigests.load(self.driver, row.id, compute=digests))
+            diff_id, chain_id = self._archive_of(row, scanned)
+            point("commit.scanned")
+            if self.driver.fsync:
+                trees.sync_tree(self.driver.tree(row.id))
+            point("commit.synced")
+            merged = {**row.labels, **(labels or {})}
+            try:
+                with self.index.write() as connection:
+                    self._active(key, row.num)
+                    if name != key:
+                        self._free(name)
+                    Index.add_records(connection, scanned.pending.new)
+                    connection.execute(
+                        "UPDATE snapshots SET name = ?, kind = 'committed', labels = ?, created = ?, updated = ?, bytes = ?,"
+                        " inodes = ?, root_content = ?, root_storage = ?, diff_id = ?, chain_id = ? WHERE num = ?",
+                        (
+                            name,
+                            json.dumps(merged, sort_keys=True),
+                            *[time.time_ns()] * 2,
+                            scanned.usage.bytes,
+                            scanned.usage.inodes,
+                            *scanned.root,
+                            diff_id,
+                            chain_id,
+                            row.num,
+                        ),
+                    )
+                    point("commit.recorded")
+            except sqlite3.IntegrityError:
+                raise _taken(name) from None
+        point("commit.committed")
+        return self.index.get(name)
+
+    def _archive_of(self, row: Row, scanned: scan.Scanned) -> tuple[str | None, str | None]:
+        """(diff id, chain id) of a layer that is exactly what one archive made it."""
+        return None, None
+
+    def _active(self, key: str, num: int | None = None) -> Row:
+        row = self.index.get(key)
+        if num is not None and row.num != num:
+            raise NotFound(f"no snapshot {key!r}: it was replaced meanwhile")
+        if row.kind is not Kind.ACTIVE:
+            raise FailedPrecondition(f"{key!r} is {_a(row.kind)}, not active")
+        _sound(row)
+        return row
+
+    def _scan(self, row: Row, known: scan.KnownDigest | None = None) -> scan.Scanned:
+        """Read a layer over its parent's tree."""
+        parent = self.index.by_num(row.parent) if row.parent is not None else None
+        return self._scan_at(row.id, row.num, parent, known, row.base)
+
+    def _scan_at(
+        self, id: str, num: int, parent: Row | None, known: scan.KnownDigest | None, copied: Usage
+    ) -> scan.Scanned:
+        from cowfs.index import scan
+
+        base = parent.root if parent is not None else None
+        form = self.driver.form
+        fd = os.open(self.driver.tree(id), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            if not self.driver.whole:
+                return scan.scan_delta(fd, num=num, form=form, base=base, records=self.index, known=known)
+            same = layers.Unchanged(self.driver, self.index, id, fd)
+            scanned = scan.scan_full(fd, num=num, form=form, base=base, records=self.index, same=same, known=known)
+            whole = scanned.usage
+            usage = Usage(bytes=max(0, whole.bytes - copied.bytes), inodes=max(0, whole.inodes - copied.inodes))
+            return replace(scanned, usage=usage)
+        finally:
+            os.close(fd)
+
+    # ------------------------------------------------------------------ removal
+
+    def remove(self, name: str, *, chain: bool = False) -> list[str]:
+        """Remove a snapshot, or a tag.
+
+        Args:
+            name: a key, a name or a tag; of a tag only the tag goes.
+            chain: also remove each ancestor that then has neither a tag nor a child.
+
+        Returns:
+            The names of the snapshots that were removed.
+
+        Raises:
+            NotFound: no such snapshot or tag.
+            FailedPrecondition: it has children, a tag, or is mounted.
+        """
+        row = self.index.find(name)
+        if row is None:
+            tag = self.index.tag(name)
+            if tag is None:
+                raise NotFound(f"no snapshot or tag {name!r}", remedy="'cowfs ls' shows what there is")
+            self.untag(name)
+            row = self.index.find(tag.target) if chain else None
+            if row is None or self.index.children(row.num) or self._tags_of(row):
+                return []
+        removed = []
+        while True:
+            parent = row.parent
+            self._remove(row)
+            removed.append(row.name)
+            if not chain or parent is None:
+                return removed
+            row = self.index.by_num(parent)
+            if self.index.children(row.num) or self._tags_of(row):
+                return removed
+
+    def _remove(self, row: Row) -> None:
+        with layers.hold(self.driver, row, "remove", missing_ok=True):
+            with self.index.write() as connection:
+                now = self.index.get(row.name)
+                if now.num != row.num:
+                    raise NotFound(f"no snapshot {row.name!r}: it was replaced meanwhile")
+                children = self.index.children(row.num)
+                if children:
+                    raise FailedPrecondition(
+                        f"{row.name!r} has children: {', '.join(children)}", remedy="remove those first"
+                    )
+                tags = self._tags_of(row)
+                if tags:
+                    raise FailedPrecondition(
+                        f"{row.name!r} is tagged {', '.join(tags)}", remedy=f"cowfs rm {tags[0]} drops the tag"
+                    )
+                connection.execute("DELETE FROM snapshots WHERE num = ?", (row.num,))
+                point("remove.deleted")
+            point("remove.committed")
+            discard(self.driver, row.id)
+
+    def untag(self, name: str) -> None:
+        """Drop a tag; the snapshot stays.
+
+        Raises:
+            NotFound: no such tag.
+        """
+        with self.index.write() as connection:
+            there = self.index.tag(name) is not None
+            if there:
+                connection.execute("DELETE FROM tags WHERE name = ?", (name,))
+            else:
+                raise NotFound(f"no tag {name!r}", remedy="'cowfs images' shows what there is")
+
+    def _tags_of(self, row: Row) -> list[str]:
+        return [tag.name for tag in self.index.tags("t.target = ?", (row.num,))]
+
+    # ------------------------------------------------------------------- mounts
+
+    def mounts(self, key: str, *, mount_type: str | None = None) -> tuple[Mount, ...]:
+        """How to mount an active snapshot or a view: records, nothing is mounted.
+
+        Args:
+            mount_type: ``kernel`` or ``fuse``; None: the kernel's where host and user may and no
+                limit was asked for, else FUSE.
+
+        Raises:
+            NotFound: no such key.
+            FailedPrecondition: a committed snapshot.
+            Unsupported: the type asked for is not possible.
+        """
+        return self._mounts(self.index.get(key), mount_type)
+
+    @staticmethod
+    def _mountable(row: Row) -> None:
+        """Refuse what cannot be mounted, however it is asked for."""
+        if row.kind is Kind.COMMITTED:
+            raise FailedPrecondition(f"{row.name!r} is committed", remedy="mount a view of it")
+        _sound(row)
+
+    def _mounts(self, row: Row, mount_type: str | None) -> tuple[Mount, ...]:
+        self._mountable(row)
+        id, *parents = [id for _, id in self.index.chain(row.num)]
+        readonly = row.kind is Kind.VIEW
+        if readonly and self.driver.whole and parents:
+            id, *parents = parents
+        limit = row.limit
+        if limit and row.base != Usage():
+            # What its live snapshots hold counts, too. A mount's options cannot say 0.
+            limit = Limit(
+                bytes=None if limit.bytes is None else max(1, limit.bytes + row.base.bytes),
+                inodes=None if limit.inodes is None else max(1, limit.inodes + row.base.inodes),
+            )
+        return self.driver.mounts(id, parents, readonly=readonly, limit=limit, mount_type=mount_type)
+
+
+# -------------------------------------------------------------------- helpers
+
+
+def _sound(row: Row) -> None:
+    if row.damage is not None:
+        raise Corrupt(
+            f"{row.name!r} is in quarantine: {row.damage}", remedy="restore the layer, then 'cowfs check --repair'"
+        )
+
+
+def _taken(name: str) -> AlreadyExists:
+    return AlreadyExists(f"the name {name!r} is taken", remedy="choose another, or remove what has it")
+
+
+def _a(kind: Kind) -> str:
+    return {Kind.ACTIVE: "active", Kind.VIEW: "a view", Kind.COMMITTED: "committed"}[kind]

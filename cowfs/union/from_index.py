@@ -1,0 +1,271 @@
+"""A lower tree that an index knows already: no layer is ever scanned.
+
+A directory node of such a view has a ``record``; its lower names are the record's entries (code -1 in
+``children``), with attributes and xattrs from there. Layers are opened only for data. An upper
+directory merges with the record at its own path, or at the one that its ``redirect`` names.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from cowfs.sys import xattr
+from cowfs.union import merge
+from cowfs.union.attr import ATTR, NS, encode_dev, unpack
+from cowfs.union.layers import Layer, Source, lstat
+from cowfs.union.lifetime import ROOT_ID
+from cowfs.union.merge import Data
+from cowfs.union.node import DT_DIR, DT_REG, Dir, Node
+from cowfs.union.options import TreeIndex
+
+if TYPE_CHECKING:
+    from cowfs.union.view import View
+
+
+def tree(view: View) -> TreeIndex:
+    """The view's index."""
+    assert view.index is not None
+    return view.index
+
+
+def merged_dir(view: View, queue: Sequence[Source], record: Any, name: bytes) -> tuple[list[Source], Any]:
+    """What merges into the directory ``name``: (parts in scanned layers topmost first, entry or ``None``).
+
+    ``queue`` holds the parent's parts in layers above the index, ``record`` its record. The rules are those of
+    :func:`cowfs.union.merge.merged_dirs`, with the index as the lowest layer.
+    """
+    found: list[Source] = []
+    position = 0
+    while position < len(queue):
+        source = queue[position]
+        position += 1
+        st = lstat(source, name)
+        if st is None:
+            continue
+        if not stat.S_ISDIR(st.st_mode):
+            return found, None
+        child = source.child(name)
+        found.append(child)
+        fd = child.open()
+        if xattr.try_get(fd, b"", view.form.opaque) == b"y":
+            return found, None
+        redirect = merge.redirect_of(fd, b"", view.form)
+        if redirect is not None:
+            queue, record, name = _follow(view, queue[position:], record, redirect, source.layer)
+            position = 0
+    entry = tree(view).entries(record).get(name) if record is not None else None
+    return found, entry if entry is not None and entry.type == DT_DIR else None
+
+
+def _follow(
+    view: View, rest: Sequence[Source], record: Any, redirect: bytes, layer: Layer
+) -> tuple[Sequence[Source], Any, bytes]:
+    """(queue, record, name) where the search goes on after a redirect met in ``layer``."""
+    if not redirect.startswith(b"/"):
+        return rest, record, redirect
+    parts = redirect[1:].split(b"/")
+    queue: Sequence[Source] = [r for r in scanned(view, view.roots) if r.layer.index < layer.index]
+    record = tree(view).root()
+    for part in parts[:-1]:
+        queue, entry = merged_dir(view, queue, record, part)
+        record = entry.record if entry is not None else None
+    return queue, record, parts[-1]
+
+
+def names(view: View, directory: Dir, below: Sequence[Source]) -> dict[bytes, Node | int]:
+    """The names that a directory's record and the scanned layers in ``below`` merge into, as codes."""
+    merged: dict[bytes, Node | int] = dict.fromkeys(tree(view).entries(directory.record), -1)
+    for source in reversed(scanned(view, below)):
+        base = (len(directory.sources) - 1 - directory.sources.index(source)) << 4
+        there, deleted, _ = merge.scan(source, view.form)
+        for name in deleted:
+            merged.pop(name, None)
+        for name, kind in there.items():
+            merged[name] = base | kind
+    return merged
+
+
+def scanned(view: View, sources: Sequence[Source]) -> Sequence[Source]:
+    """Those parts of a directory that are in layers above the index."""
+    return [source for source in sources if source.layer.index >= view.indexed_layers]
+
+
+def metacopy_data(view: View, parent: Dir, position: int, name: bytes, low: bytes) -> Data | None:
+    """The data of a regular file in a layer above the index if it is a metacopy, else ``None``."""
+    at = parent.sources[position]
+    if not view.form.redirects or xattr.try_get(at.open(), name, view.form.metacopy) is None:
+        return None
+    queue, record = scanned(view, parent.sources[position + 1 :]), parent.record
+    while True:
+        redirect = merge.redirect_of(at.open(), name, view.form)
+        if redirect is not None:
+            queue, record, name = _follow(view, queue, record, redirect, at.layer)
+            if at is parent.sources[position]:  # the path right beneath the layer, as lower.metacopy_data says
+                low = redirect[1:] if redirect.startswith(b"/") else low.rpartition(b"/")[0] + b"/" + redirect
+        for number, source in enumerate(queue):
+            st = lstat(source, name)
+            if st is None:
+                continue
+            if xattr.try_get(source.open(), name, view.form.metacopy) is None:
+                return Data(source, name, low, st.st_size, st.st_blocks)
+            at, queue = source, queue[number + 1 :]
+            break
+        else:
+            entry = tree(view).entries(record).get(name) if record is not None else None
+            if entry is None or entry.type != DT_REG:
+                raise OSError(errno.EIO, "metacopy without data", name)
+            return _data_at(view, entry, path_of(entry, record, name), low.lstrip(b"/"))
+
+
+def path_of(entry: Any, record: Any, name: bytes) -> bytes:
+    """Where an entry of a record is in its layer."""
+    if entry.path is not None:
+        return bytes(entry.path)
+    return bytes(record.path + b"/" + name) if record.path else name
+
+
+def _data_at(view: View, entry: Any, path: bytes, low: bytes) -> Data:
+    head, _, real = path.rpartition(b"/")
+    where = source_at(view, view.layers[entry.layer], head)
+    st = os.stat(real, dir_fd=where.open(), follow_symlinks=False)
+    return Data(where, real, low, st.st_size, st.st_blocks)
+
+
+def find_entry(view: View, path: bytes) -> Any:
+    """The entry of a path in the lower tree, or ``None``."""
+    record, entry = tree(view).root(), None
+    for part in path.split(b"/") if path else ():
+        if record is None:
+            return None
+        entry = tree(view).entries(record).get(part)
+        if entry is None:
+            return None
+        record = entry.record
+    return entry
+
+
+def entry_of(view: View, node: Node) -> Any:
+    """The entry of a node that only a lower layer has; ``None`` for any other."""
+    if view.index is None or node is view.root or view.in_upper(node):
+        return None
+    if isinstance(node, Dir):
+        if node.record is None or node.sources[0].layer.index >= view.indexed_layers:
+            return None
+        return find_entry(view, node.record.path)
+    parent, where = node.parent, node.where
+    if parent is None or parent.record is None or where is None or where.layer.index >= view.indexed_layers:
+        return None  # the last: of a layer frozen since, where the index may know an older file by this name
+    return tree(view).entries(parent.record).get(node.name)
+
+
+def ino_of(view: View, entry: Any) -> int:
+    """The inode number shown for an entry."""
+    return view.inodes.shown(view.layers[entry.layer].dev, entry.ino)
+
+
+def source_at(view: View, layer: Layer, path: bytes) -> Source:
+    """The Source of a directory path in a layer, made without opening anything."""
+    if not path:
+        return layer.root
+    key = (layer.index, path)
+    found = view.sources.get(key)
+    if found is None:
+        head, _, name = path.rpartition(b"/")
+        found = view.sources[key] = source_at(view, layer, head).child(name)
+    return found
+
+
+def source_of(view: View, directory: Dir) -> Source:
+    """Where the index has a directory that is in its tree."""
+    path = directory.record.path
+    if not path:
+        return view.layers[view.indexed_layers - 1].root
+    entry = find_entry(view, path)
+    return source_at(view, view.layers[entry.layer], entry.path if entry.path is not None else path)
+
+
+def make(view: View, parent: Dir, name: bytes) -> Node | None:
+    """The node of an entry of ``parent``'s record."""
+    entry = tree(view).entries(parent.record).get(name)
+    if entry is None:
+        return None
+    layer = view.layers[entry.layer]
+    path = path_of(entry, parent.record, name)
+    ino = ino_of(view, entry)
+    if entry.type == DT_DIR:
+        made = view.new_dir(parent, name, [source_at(view, layer, path)], ino)
+        made.record = entry.record
+        made.attr = attr_of(view, made, entry)
+        return made
+    first, ino = ino, view.reborn.get(ino, ino)
+    existing = view.nodes.get(ino)
+    if existing is not None or ino <= ROOT_ID or ino in view.burnt:
+        if (
+            existing is not None
+            and entry.nlink > 1
+            and existing.where is not None
+            and existing.where.layer is layer
+            and _is_same(view, existing, entry)
+        ):
+            if existing.parent is None:  # the names that were known went
+                existing.name = name
+                existing.where, data = locate(view, parent, name, entry)
+                if not hasattr(existing.data, "bind"):
+                    existing.data = data
+            if existing.parent is None:  # the names that were known went
+                existing.name = name
+                existing.where, data = locate(view, parent, name, entry)
+                if not hasattr(existing.data, "bind"):
+                    existing.data = data
+            view.bind(parent, name, existing)
+            return existing
+        burnt, ino = ino in view.burnt, view.fresh_id()
+        if burnt:
+            view.reborn[first] = ino
+    where, data = locate(view, parent, name, entry)
+    node = Node(ino, entry.type, name, where)
+    node.data = data
+    if hasattr(data, "bind"):
+        data.bind(node)
+    view.nodes[ino] = node
+    view.bind(parent, name, node)
+    node.attr = attr_of(view, node, entry)
+    return node
+
+
+def locate(view: View, parent: Dir, name: bytes, entry: Any) -> tuple[Source, Any]:
+    """Where a file of ``parent``'s record is, and what its data is when it is not that."""
+    path = path_of(entry, parent.record, name)
+    head, _, real = path.rpartition(b"/")
+    where, data = source_at(view, view.layers[entry.layer], head), None
+    if entry.type == DT_REG:
+        if view.rows is not None and entry.layer:
+            data = view.rows.find(where, real, None)
+        if data is None and real != name:
+            data = _data_at(view, entry, path, view.low_child(parent, name))
+    return where, data
+
+
+def _is_same(view: View, node: Node, entry: Any) -> bool:
+    """Whether an entry with a node's number is that inode: the kernel breaks hard links when it copies metadata up."""
+    if node.attr is None:
+        return True
+    a, b = unpack(node.attr), unpack(attr_of(view, node, entry))
+    return (a.mode, a.uid, a.gid, a.size, a.mtime_ns, a.nlink) == (b.mode, b.uid, b.gid, b.size, b.mtime_ns, b.nlink)
+
+
+def attr_of(view: View, node: Node, entry: Any) -> bytes:
+    """The packed attributes of an entry."""
+    mode, uid, gid = entry.mode, entry.uid, entry.gid
+    if view.owners is not None:
+        mode, uid, gid = view.owners.show_ids(mode, uid, gid)
+    seconds, rest = divmod(entry.mtime_ns, NS)
+    return ATTR.pack(
+        node.id, entry.size, entry.blocks, seconds, seconds, seconds, rest, rest, rest,
+        mode, 1 if entry.type == DT_DIR else entry.nlink, uid, gid,
+        encode_dev(entry.rdev) if entry.rdev else 0, 4096, 0,
+    )  # fmt: skip

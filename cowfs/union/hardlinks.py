@@ -1,0 +1,169 @@
+"""Which names a lower inode has.
+
+The kernel's overlayfs breaks hard links on copy-up: one name gets the copy, the others keep the
+old file. cowfs does not: the copy gets all names. Those that were never looked up are found by one scan
+of the layer that holds the inode, kept as inode -> paths for inodes with more than one. A lower tree that an index knows
+is read there instead: its inodes may have their names in one layer and their data in another.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
+
+from cowfs.sys import xattr
+from cowfs.union import from_index
+from cowfs.union.attr import nlink_of
+from cowfs.union.layers import Descriptors, Layer, Source
+from cowfs.union.node import DT_DIR, Dir, Node
+
+if TYPE_CHECKING:
+    from cowfs.union.view import View
+
+Groups = dict[Any, list[bytes]]
+
+_HELD = 64  # descriptors that a scan holds at most
+
+
+@contextmanager
+def _apart(layer: Layer) -> Iterator[Source]:
+    """The layer's root for a scan with descriptors of its own.
+
+    A scan runs in the middle of an operation, which may hold Sources: those must stay open, and those of a large layer
+    would be more than a process may have.
+    """
+    descriptors = Descriptors(_HELD)
+    root = Source(layer, None, b"", descriptors)
+    root.fd = layer.root.fd
+    try:
+        yield root
+    finally:
+        descriptors.budget = 0
+        descriptors.trim()
+
+
+def scan_groups(layer: Layer) -> Groups:
+    """inode -> its paths in a layer, for inodes with more than one link."""
+    groups: Groups = {}
+    with _apart(layer) as root:
+        pending: list[tuple[Source, bytes]] = [(root, b"")]
+        while pending:
+            source, prefix = pending.pop()
+            fd = source.open()
+            with os.scandir(b"/proc/self/fd/%d" % fd) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        pending.append((source.child(entry.name), prefix + entry.name + b"/"))
+                        continue
+                    st = os.stat(entry.name, dir_fd=fd, follow_symlinks=False)
+                    if st.st_nlink > 1 and not (stat.S_ISCHR(st.st_mode) and st.st_rdev == 0):
+                        groups.setdefault(st.st_ino, []).append(prefix + entry.name)
+            source.descriptors.trim()
+    return groups
+
+
+def _indexed_groups(view: View) -> Groups:
+    """(layer, inode) -> its paths in the tree that the index knows, for inodes with more than one link."""
+    index, kept = from_index.tree(view), cast("dict[object, Groups]", view.groups)
+    groups = kept.get(index)
+    if groups is None:
+        groups = kept[index] = {}
+        pending = [(index.root(), b"")]
+        while pending:
+            record, prefix = pending.pop()
+            for name, entry in index.entries(record).items():
+                if entry.type == DT_DIR:
+                    pending.append((entry.record, prefix + name + b"/"))
+                elif entry.nlink > 1:
+                    groups.setdefault((entry.layer, entry.ino), []).append(prefix + name)
+    return groups
+
+
+def complete(view: View, node: Node) -> bool:
+    """Look up every name of a lower inode. Returns whether it has more than one."""
+    where = node.where
+    if where is None or where.layer is view.upper or node.parent is None:
+        return node in view.names
+    entry = from_index.entry_of(view, node)
+    if entry is not None:
+        layer, paths = view.layers[view.indexed_layers - 1], []
+        if entry.nlink > 1:
+            paths = _indexed_groups(view).get((entry.layer, entry.ino), [])
+    else:
+        layer, paths = where.layer, []
+        if nlink_of(view.attr(node)) > 1:
+            st = os.stat(node.name, dir_fd=where.open(), follow_symlinks=False)
+            groups = view.groups.get(layer)
+            if groups is None:
+                groups = view.groups[layer] = scan_groups(layer)
+            paths = groups.get(st.st_ino, [])
+    for path in paths:
+        for shown in _merged_paths(view, layer, path):
+            _walk(view, shown)
+    return node in view.names
+
+
+def _merged_paths(view: View, layer: Layer, path: bytes) -> list[bytes]:
+    """Where a path of a layer shows in the merged tree: each layer above it may have moved directories."""
+    paths = [path]
+    for above in view.layers[layer.index + 1 :]:
+        moves = view.redirects.get(above)
+        if above is view.upper:
+            if moves is None:
+                find_moved(view)
+            there = [directory for directory in view.moved if directory.parent is not None]
+            moves = [(directory.lowpath, view.path(directory)) for directory in there if directory.lowpath]
+        elif moves is None:
+            moves = view.redirects[above] = scan_redirects(view, above)
+        paths = [now for before in paths for now in _after(before, moves)]
+    return paths
+
+
+def _after(path: bytes, moves: list[tuple[bytes, bytes]]) -> list[bytes]:
+    """A path after a layer's moves: the deepest directory above it that was moved takes it along."""
+    deepest = max((len(low) for low, _ in moves if path.startswith(low + b"/")), default=0)
+    return [now + path[deepest:] for low, now in moves if len(low) == deepest and path.startswith(low + b"/")] or [path]
+
+
+def _walk(view: View, path: bytes) -> None:
+    """Look up a path, as far as there is one: that gives its node all names on the way."""
+    here: Node | None = view.root
+    for part in path.split(b"/"):
+        if not isinstance(here, Dir):
+            return
+        here = view.child(here, part)
+
+
+def scan_redirects(view: View, layer: Layer) -> list[tuple[bytes, bytes]]:
+    """The directories of a layer that renames moved: (path beneath, path in this layer)."""
+    found: list[tuple[bytes, bytes]] = []
+    if not view.form.redirects:
+        return found
+    with _apart(layer) as root:
+        pending: list[tuple[Source, bytes, bytes]] = [(root, b"", b"")]
+        while pending:
+            source, prefix, beneath = pending.pop()
+            fd = source.open()
+            with os.scandir(b"/proc/self/fd/%d" % fd) as entries:
+                names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+            for name in names:
+                redirect = xattr.try_get(fd, name, view.form.redirect)
+                if redirect:
+                    low = redirect[1:] if redirect.startswith(b"/") else beneath + redirect
+                    found.append((low, prefix + name))
+                else:
+                    low = beneath + name
+                pending.append((source.child(name), prefix + name + b"/", low + b"/"))
+            source.descriptors.trim()
+    return found
+
+
+def find_moved(view: View) -> None:
+    """Look up every directory of the upper layer that a rename moved before this view was made."""
+    assert view.upper is not None
+    view.redirects[view.upper] = []  # from now on ``view.moved`` has them all
+    for _, path in scan_redirects(view, view.upper):
+        _walk(view, path)

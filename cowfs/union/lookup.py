@@ -1,0 +1,246 @@
+"""Finding: from a name to its node.
+
+A directory's names are read from its layers once and kept as codes (see :mod:`cowfs.union.node`); a code turns into
+a node, with one lstat and at most two xattr reads, when somebody asks for that name.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from cowfs.sys import xattr
+from cowfs.union import attributes, create, from_index, merge
+from cowfs.union.attr import pack, with_size
+from cowfs.union.layers import Layer, Source
+from cowfs.union.lifetime import ROOT_ID, unhold
+from cowfs.union.node import Dir, Node, type_of
+
+if TYPE_CHECKING:
+    from cowfs.union.view import View
+
+
+def node(view: View, id: int) -> Node:
+    """The live node of an id. Raises ESTALE."""
+    try:
+        return view.nodes[id]
+    except KeyError:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE)) from None
+
+
+def directory(view: View, id: int) -> Dir:
+    """The live directory of an id. Raises ESTALE, ENOTDIR."""
+    node = view.node(id)
+    if not isinstance(node, Dir):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), node.name)
+    return node
+
+
+def lookup(view: View, parent: Dir, name: bytes) -> Node:
+    """The node of a name. Raises ENOENT, ENOTDIR, ENAMETOOLONG."""
+    node = view.child(parent, name)
+    if node is None:
+        if len(name) > 255:
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), name)
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
+    return node
+
+
+def child(view: View, parent: Dir, name: bytes) -> Node | None:
+    """The node of a name, or ``None``."""
+    children = parent.children
+    if children is None:
+        children = view.load(parent)
+    item = children.get(name)
+    if item.__class__ is int:
+        if len(view.descriptors.opened) > view.descriptors.budget:
+            view.descriptors.trim()
+        return _make(view, parent, name, item)
+    return item  # type: ignore[return-value]
+
+
+def parent(view: View, node: Dir) -> Dir:
+    """A directory's parent; the root's is the root."""
+    return node.parent or view.root
+
+
+def load(view: View, directory: Dir) -> dict[bytes, Node | int]:
+    """Read a directory's names from its layers, once."""
+    if directory.__class__ is not Dir:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), directory.name)
+    sources = directory.sources
+    upper = view.upper_of(directory)
+    below = sources[1:] if upper is not None else sources
+    merged: dict[bytes, Node | int]
+    if directory.record is not None:
+        merged = from_index.names(view, directory, below)
+    else:
+        merged = merge.merge(below, view.form)
+    if upper is not None:
+        names, deleted, _ = merge.scan(upper, view.form)
+        if view.form.dotwh and not view.readonly:
+            create.own_whiteouts(view, upper, names, deleted)
+        upper.whiteouts = deleted
+        merges = bool(below) or directory.record is not None
+        upper.impure = merges or bool(xattr.try_get(upper.open(), b"", view.form.impure))
+        upper.shadow = set()
+        if merged:
+            upper.shadow = merged.keys() & names.keys()
+            for name in deleted:
+                merged.pop(name, None)
+        base = (len(sources) - 1) << 4
+        for name, kind in names.items():
+            merged[name] = base | kind
+    directory.children = merged
+    return merged
+
+
+def _make(view: View, parent: Dir, name: bytes, code: int) -> Node | None:
+    """Turn a code into a node."""
+    if code < 0:
+        return from_index.make(view, parent, name)
+    sources = parent.sources
+    position = len(sources) - 1 - (code >> 4)
+    source = sources[position]
+    fd = source.fd if source.fd >= 0 else source.open()
+    try:
+        st = os.stat(name, dir_fd=fd, follow_symlinks=False)
+    except FileNotFoundError:  # a layer was changed behind our back
+        parent.children.pop(name, None)  # type: ignore[union-attr]
+        return None
+    mode = st.st_mode
+    if mode & 0o170000 == 0o040000:
+        return _make_dir(view, parent, name, position)
+    is_upper = source.layer is view.upper
+    ino = view.inodes.shown(st.st_dev, st.st_ino)
+    data: Any = None
+    if mode & 0o170000 == 0o100000:
+        data = data_of(view, parent, position, name, st.st_size)
+    if source.impure if is_upper else _keeps_origin(view, source.layer):
+        origin = xattr.try_get(fd, name, view.form.origin)
+        if origin:
+            ino = view.inodes.from_origin(origin) or ino
+    node = bind_inode(view, parent, name, source, st, ino)
+    if node.attr is None:
+        if not hasattr(node.data, "bind"):  # a redirect file that is in use stays
+            node.data = data
+        if hasattr(data, "bind"):
+            data.bind(node)
+        view.pack_into(node, st, source, name)
+    return node
+
+
+def data_of(view: View, parent: Dir, position: int, name: bytes, size: int) -> Any:
+    """What a regular file's data is, when the file ``name`` of one of ``parent``'s parts has not got it itself."""
+    source, data = parent.sources[position], None
+    if source.layer.index and size:
+        low = view.low_child(parent, name)
+        if view.index is not None:
+            data = from_index.metacopy_data(view, parent, position, name, low)
+        else:
+            data = merge.metacopy_data(parent.sources[position + 1 :], source, name, low, view.form, view.roots)
+    return view.rows.find(source, name, data) if view.rows is not None and source.layer.index else data
+
+
+def pack_into(view: View, node: Node, st: os.stat_result, source: Source, name: bytes) -> None:
+    """Set a node's attributes from a fresh stat result."""
+    if view.owners is None:
+        attr = pack(st, node.id, st.st_mode, st.st_uid, st.st_gid)
+    else:
+        attr = pack(st, node.id, *view.owners.show(st, source.open(), name))
+    if node.data is not None:
+        attr = with_size(attr, *attributes.data_size(node.data, st))
+    node.attr = attr
+
+
+def generation(view: View, ino: int) -> int:
+    """The generation of an inode number's present bearer."""
+    return view.dead.get(ino, 0) if view.dead else 0
+
+
+def bind_inode(view: View, parent: Dir, name: bytes, source: Source, st: os.stat_result, ino: int) -> Node:
+    """The node of inode number ``ino``, new or, for one more hard link, the one there is."""
+    first, ino = ino, view.reborn.get(ino, ino)
+    existing = view.nodes.get(ino)
+    if existing is not None or ino <= ROOT_ID or ino in view.burnt:
+        nameless = existing is not None and existing.parent is None
+        if existing is not None and (nameless or st.st_nlink > 1) and _same(existing, source, st):
+            if nameless:  # its other names were not known until now
+                view.astray.discard(existing)
+                unhold(view, existing)
+                existing.where, existing.name, existing.attr = source, name, None
+            view.bind(parent, name, existing)
+            view.attr(existing)
+            return existing
+        burnt, ino = ino in view.burnt, view.fresh_id()
+        if burnt:
+            view.reborn[first] = ino
+    node = Node(ino, type_of(st.st_mode), name, source)
+    node.generation = view.dead.get(ino, 0) if view.dead else 0
+    view.nodes[ino] = node
+    view.bind(parent, name, node)
+    return node
+
+
+def _same(node: Node, source: Source, st: os.stat_result) -> bool:
+    """Whether a node is the inode that ``st`` describes."""
+    if node.__class__ is not Node:
+        return False
+    if node.where is not None:
+        return node.where.layer is source.layer
+    there = os.fstat(node.fd)
+    return (there.st_dev, there.st_ino) == (st.st_dev, st.st_ino)
+
+
+def _keeps_origin(view: View, layer: Layer) -> bool:
+    """Whether a layer was this mount's, or is a store's: what was copied into it keeps the number it had before."""
+    return layer.index >= (view.indexed_layers if view.index is not None else view.plain_layers)
+
+
+def _make_dir(view: View, parent: Dir, name: bytes, position: int) -> Dir | None:
+    queue: Sequence[Source] = parent.sources[position:]
+    entry = None
+    if view.index is not None:
+        found, entry = from_index.merged_dir(view, from_index.scanned(view, queue), parent.record, name)
+    else:
+        found = merge.merged_dirs(queue, name, view.form, view.roots)
+    if not found:
+        return None
+    top = found[0]
+    is_upper = top.layer is view.upper
+    if entry is not None:
+        ino = from_index.ino_of(view, entry)
+    else:
+        kept = _keeps_origin(view, found[-1].layer)
+        anchor = found[-1] if kept else found[1] if is_upper and len(found) > 1 else top
+        st = os.fstat(anchor.open())
+        ino = view.inodes.shown(st.st_dev, st.st_ino)
+        if kept and (anchor.layer is not view.upper or parent.sources[position].impure):
+            origin = xattr.try_get(anchor.open(), b"", view.form.origin)
+            if origin:
+                ino = view.inodes.from_origin(origin) or ino
+    node = view.new_dir(parent, name, found, ino)
+    if entry is not None:
+        node.record = entry.record
+    if is_upper and (len(found) > 1 or entry is not None):
+        redirect = merge.redirect_of(top.open(), b"", view.form)
+        if redirect:
+            node.lowpath = redirect[1:] if redirect.startswith(b"/") else view.low_child(parent, redirect)
+            view.moved[node] = None
+    return node
+
+
+def new_dir(view: View, parent: Dir, name: bytes, sources: list[Source], ino: int) -> Dir:
+    """A bound directory node."""
+    first, ino = ino, view.reborn.get(ino, ino)
+    if ino in view.nodes or ino <= ROOT_ID or ino in view.burnt:
+        burnt, ino = ino in view.burnt, view.fresh_id()
+        if burnt:
+            view.reborn[first] = ino
+    node = Dir(ino, name, sources)
+    node.generation = view.dead.get(ino, 0) if view.dead else 0
+    view.nodes[ino] = node
+    view.bind(parent, name, node)
+    return node
