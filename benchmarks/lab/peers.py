@@ -21,7 +21,7 @@ from pathlib import Path
 
 from .measure import Lab, SkipSubject, end_process, is_mounted, run, unmount
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,15 +24,16 @@ from .claim import Claim, Result, Verdict, judge, show
 from .measure import Lab, SkipClaim, enter_private_namespace
 from .profiles import PROFILES, Profile
 
+CLAIMS = Path(__file__).resolve().parents[1] / "claims"
 DEFAULT_WORK = Path(os.environ.get("COWFS_BENCH_WORK", "/var/tmp/cowfs-bench"))
 
 
 def claims() -> dict[str, Claim]:
     """All claims by name, in the order of the report: topic, then name."""
     found: list[Claim] = []
-    for info in pkgutil.iter_modules([str(Path(__file__).parent)]):
+    for info in pkgutil.iter_modules([str(CLAIMS)]):
         if info.name.startswith("bench_"):
-            claim: Claim = importlib.import_module(f".{info.name}", __package__).CLAIM
+            claim: Claim = importlib.import_module(f"..claims.{info.name}", __package__).CLAIM
             if info.name != f"bench_{claim.name}":
                 raise ValueError(f"{info.name}.py: its claim is named {claim.name!r} (name the claim after its file)")
             found.append(claim)
@@ -269,7 +270,7 @@ def run_options(options: argparse.Namespace, prog: str) -> int:
         return 2
     chosen = [known[name] for name in options.claims] if options.claims else list(known.values())
     if options.render:
-        return _render(options.out or Path(__file__).parent / "report")
+        return _render(options.out or CLAIMS.parent / "report")
     try:
         profile = changed(PROFILES[options.profile], options.set)
     except ValueError as why:

@@ -24,8 +24,8 @@ def _suite() -> Any:
     Raises:
         Unsupported: the suite is not installed.
     """
-    beside = Path(cowfs.__file__).resolve().parents[1] / "benchmarks" / "suite.py"
-    name = "benchmarks.suite" if beside.exists() else "cowfs_benchmarks.suite"
+    beside = Path(cowfs.__file__).resolve().parents[1] / "benchmarks" / "lab" / "suite.py"
+    name = "benchmarks.lab.suite" if beside.exists() else "cowfs_benchmarks.lab.suite"
     try:
         return import_module(name)
     except ModuleNotFoundError as error:

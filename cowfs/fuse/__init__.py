@@ -1,9 +1,8 @@
 """The FUSE front end: a merged view, served to the kernel.
 
 Reading order: :mod:`abi` (the wire's constants), :mod:`codec` (bytes in, bytes out), :mod:`handshake` (INIT),
-:mod:`adapter` and :mod:`data` (an operation each), :mod:`session` (the loop), :mod:`errands`, :mod:`work` and
-:mod:`notify` (its threads), :mod:`device` (mounting). :mod:`passthrough` and :mod:`portable` are two other ways to
-serve the same view.
+:mod:`handlers` (an operation each), :mod:`loop`, :mod:`deferred`, :mod:`workers` and :mod:`notify` (its threads),
+:mod:`device` (mounting). :mod:`handlers.passthrough` and :mod:`portable` are two other ways to serve the same view.
 
 Words: a **node id** names a node towards the kernel until it is forgotten; the **look-up count** says how often the
 kernel was handed the id, **forget** lowers it; a **negative entry** is a name known not to be there; **unique** is

@@ -172,7 +172,7 @@ def _open() -> socket.socket:
     if not sys.executable:
         raise Unsupported("no Python interpreter known to run the server with", remedy="set sys.executable")
     ours, theirs = socket.socketpair()
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     path = os.pathsep.join([root, *(place for place in sys.path if place and os.pathsep not in place)])
     try:
         with theirs:  # without the module site: what it would find is in our path

@@ -6,19 +6,19 @@ permission: a front end does both. What it learned it keeps, so a second questio
 call: a directory's names from one scan of each of its layers, a file's attributes from one lstat.
 
 ===================  =====================================================================
-:mod:`source`        layers and their directories; descriptors
-:mod:`finding`       from a name to its node
-:mod:`holding`       names of nodes, look-up counts, forgotten nodes
+:mod:`layers`        layers and their directories; descriptors
+:mod:`lookup`        from a name to its node
+:mod:`lifetime`      names of nodes, look-up counts, forgotten nodes
 :mod:`listing`       directories that change while they are listed
-:mod:`indexed`       a lower tree that an index knows
-:mod:`lower`         how layers merge: whiteouts, opaque, redirect, metacopy (only reads)
+:mod:`from_index`    a lower tree that an index knows
+:mod:`merge`         how layers merge: whiteouts, opaque, redirect, metacopy (only reads)
 :mod:`copyup`        the first change: directories, files, data
 :mod:`create`        mknod, mkdir, symlink, link, tmpfile, unlink, rmdir
 :mod:`rename`        rename with its flags
 :mod:`content`       read, write, truncate, holes
-:mod:`metadata`      setattr, xattrs
-:mod:`links`         which names a lower inode has
-:mod:`space`         the limit
+:mod:`attributes`    setattr, xattrs
+:mod:`hardlinks`     which names a lower inode has
+:mod:`quota`         the limit
 :mod:`live`          snapshots of a live view, and back
 :mod:`restack`       other layers that show the same tree
 :mod:`absorb`        the upper layer takes over the one beneath
@@ -40,9 +40,7 @@ from typing import TYPE_CHECKING
 
 from cowfs.format.whiteout import choose_form, opaque_value
 from cowfs.model import Limit, Usage
-from cowfs.row import (
-    redirects,
-)
+from cowfs.row import redirects
 from cowfs.sys import files
 from cowfs.union import (
     attributes,

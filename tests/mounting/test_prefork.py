@@ -87,9 +87,9 @@ def test_an_error_of_the_server_is_the_callers(stack: Path) -> None:
 CHANGED = """
 import os, sys
 import cowfs
-from cowfs import nursery
+from cowfs.mounting import prefork
 from cowfs.sys import namespaces, mounts
-nursery.IDLE = 600
+prefork.IDLE = 600
 layers, one, two = sys.argv[1:]
 def parent(pid):
     return int(open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[1])

@@ -1,0 +1,1 @@
+"""Differences: :mod:`changes` (paths of an upper layer against its lowers), :mod:`blocks` (blocks of files)."""

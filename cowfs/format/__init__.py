@@ -1,0 +1,1 @@
+"""Every on-disk encoding that others may also read: whiteouts and marks, ACLs."""
