@@ -63,10 +63,10 @@ def _records(args: argparse.Namespace) -> int:
     with open_store(args, create=False) as store:
         records = store.mounts(args.key, mount_type=args.mount_type)
     if args.json:
-        print_json([mount_as_json(upper_state) for upper_state in records])
+        print_json([mount_as_json(record) for record in records])
     else:
-        for upper_state in records:
-            print(mount_line(upper_state))
+        for record in records:
+            print(mount_line(record))
     return 0
 
 
