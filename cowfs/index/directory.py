@@ -16,7 +16,9 @@ Each entry is a pair of packed strings, sorted by name within the record:
 The content digest of a directory is taken over the first halves only, so equal trees are equal
 wherever they came from; the storage digest names the record. A file whose digest is not known
 has its (layer, inode number) in the first half instead: content digests that are equal then
-never lie, and a comparison that finds them different looks at the files themselves.
+never lie, and a comparison that finds them different looks at the files themselves. In the same way every
+name of a file with several has the layer and real inode number of that file in its first half
+(:attr:`Entry.link`): names of a tree are one file when these agree, and never otherwise.
 
 Paths. The *implied* path of an entry is its directory's base and its name. A file's data, and a
 directory itself, are at the implied path of their layer unless the entry gives a path; a
@@ -85,7 +87,7 @@ _U64 = struct.Struct("<Q")
 _XATTR = struct.Struct("<HI")  # length of the name, of the value
 _TOKEN = struct.Struct("<IQ")  # layer, ino
 
-_NLINK, _RDEV, _TARGET, _XATTRS, _DIGEST, _UNKNOWN = 1, 2, 4, 8, 16, 32
+_NLINK, _RDEV, _TARGET, _XATTRS, _DIGEST, _UNKNOWN, _LINK = 1, 2, 4, 8, 16, 32, 64
 
 Pair = tuple[bytes, bytes]
 """One packed entry: (content half, storage half)."""
@@ -109,6 +111,8 @@ class Entry(NamedTuple):
         layer: number of the layer that holds the data.
         path: where it is in that layer, when not at the implied path (see the module).
         base: of a directory: where its files are, when not at the implied path.
+        link: of a file with several names, which file it is: (layer, inode number there). None where records of before
+            2026-12 do not say: see :attr:`file`.
         digest: SHA-256 of a regular file's data where it is known.
         ref: a directory's record.
         flags: belongs to the driver that wrote the layer.
@@ -131,6 +135,12 @@ class Entry(NamedTuple):
     ref: Ref | None = None
     flags: int = 0
     base: bytes | None = None
+    link: tuple[int, int] | None = None
+
+    @property
+    def file(self) -> tuple[int, int]:
+        """Which file it is: names of one tree with several links that agree in this are one file."""
+        return self.link or (self.layer, self.ino)
 
     @property
     def type(self) -> int:
@@ -201,8 +211,8 @@ def encode(name: bytes, entry: Entry) -> Pair:
         assert entry.ref is not None
         tail.append(entry.ref.content)
     elif entry.nlink != 1:
-        flags |= _NLINK
-        tail.append(_U32.pack(entry.nlink))
+        flags |= _NLINK | _LINK
+        tail += (_U32.pack(entry.nlink), _TOKEN.pack(*(entry.link or (entry.layer, entry.ino))))
     if kind in (stat.S_IFCHR, stat.S_IFBLK):
         flags |= _RDEV
         tail.append(_U64.pack(entry.rdev))
@@ -251,7 +261,7 @@ def decode(pair: Pair) -> Entry:
     at = _HEAD.size + name_length
     driver_flags, layer, ino, blocks = _STORE.unpack_from(storage)
     where = _STORE.size
-    ref, base, nlink, rdev, target, digest = None, None, 1, 0, b"", None
+    ref, base, nlink, rdev, target, digest, link = None, None, 1, 0, b"", None, None
     if mode & 0o170000 == 0o040000:
         ref = Ref(storage[where : where + DIGEST], content[at : at + DIGEST])
         at += DIGEST
@@ -264,6 +274,9 @@ def decode(pair: Pair) -> Entry:
     if flags & _NLINK:
         nlink = _U32.unpack_from(content, at)[0]
         at += 4
+    if flags & _LINK:
+        link = _TOKEN.unpack_from(content, at)
+        at += _TOKEN.size
     if flags & _RDEV:
         rdev = _U64.unpack_from(content, at)[0]
         at += 8
@@ -290,7 +303,7 @@ def decode(pair: Pair) -> Entry:
         xattrs = tuple(found)
     return Entry(
         mode, uid, gid, size, seconds * 1_000_000_000 + nanoseconds, ino, blocks, rdev, nlink, target, xattrs,
-        layer, storage[where:] or None, digest, ref, driver_flags, base,
+        layer, storage[where:] or None, digest, ref, driver_flags, base, link,
     )  # fmt: skip
 
 

@@ -277,10 +277,12 @@ class _Scan:
             target = os.readlink(name, dir_fd=frame.fd)
         elif self.known is not None and stat.S_ISREG(mode):
             digest = self.known(path, st)
+        names = self.names.get(st.st_ino, st.st_nlink)
         return Entry(
             mode, st.st_uid, st.st_gid, st.st_size, st.st_mtime_ns, st.st_ino, st.st_blocks,
             st.st_rdev if mode & 0o170000 in (stat.S_IFCHR, stat.S_IFBLK) else 0,
-            self.names.get(st.st_ino, st.st_nlink), target, self.visible(stored), self.num, frame.place(name, path), digest,
+            names, target, self.visible(stored), self.num, frame.place(name, path), digest,
+            link=(self.num, st.st_ino) if names != 1 else None,
         )  # fmt: skip
 
 
@@ -386,9 +388,37 @@ class _Delta(_Scan):
 
 
 class _Full(_Scan):
-    """A whole tree, compared with its parent's entry by entry."""
+    """A whole tree, compared with its parent's entry by entry.
+
+    A file with several names keeps the parent's entries only if all its names were one file there, too, and the same. A pass
+    that finds others (:meth:`torn`) is made again, with these in ``own``.
+    """
 
     same: SameAsParent
+
+    def __init__(
+        self, root_fd: int, num: int, form: Form, base: Pair | None, records: Records, known: KnownDigest | None
+    ) -> None:
+        super().__init__(root_fd, num, form, base, records, known)
+        self.own: set[int] = set()
+        self._files: dict[int, set[tuple[int, int]]] = {}  # inode with several names -> the files that their entries say
+        self._inodes: dict[tuple[int, int], int] = {}  # file -> an inode that has an entry of it
+
+    def torn(self) -> set[int]:
+        """Inodes whose names would be more than one file, or a part of one."""
+        return {inode for inode, files in self._files.items() if len(files) > 1}
+
+    def _file_of(self, inode: int, before: Entry | None) -> bool:
+        """Note which file a name of an inode will be; whether that is the parent's, ``before``."""
+        keeps = before is not None and inode not in self.own
+        file = before.file if before is not None and keeps else (self.num, inode)
+        said = self._files.setdefault(inode, set())
+        said.add(file)
+        other = self._inodes.setdefault(file, inode)
+        if other != inode:
+            said.add((self.num, inode))
+            self._files[other].add((self.num, other))
+        return keeps
 
     def enter(self, above: _Frame | None, name: bytes, fd: int) -> _Frame:
         st = os.fstat(fd)
@@ -418,12 +448,19 @@ class _Full(_Scan):
         self.count(frame.fd, name, st, stored, data=True)
         entry = self.make(frame, name, st, stored)
         pair = frame.lower(self.pending, name)
-        if pair is not None:
-            before = decode(pair)
-            if _same_attributes(before, entry) and (
-                not stat.S_ISREG(st.st_mode) or not st.st_size or self.same(join(frame.path, name), st, before)
-            ):
+        before = decode(pair) if pair is not None else None
+        if before is not None and not (
+            _same_attributes(before, entry)
+            and (not stat.S_ISREG(st.st_mode) or not st.st_size or self.same(join(frame.path, name), st, before))
+        ):
+            before = None
+        if st.st_nlink == 1:
+            if before is not None:
                 return
+        elif self._file_of(st.st_ino, before):
+            return
+        if before is not None and entry.digest is None:
+            entry = entry._replace(digest=before.digest)
         frame.edits[name] = encode(name, entry)
 
 
@@ -490,6 +527,12 @@ def scan_full(
         Corrupt: the parent's records are incomplete.
         OSError: the layer cannot be read.
     """
-    scan = _Full(root_fd, num, form, base, records, known)
-    scan.same = same
-    return scan.run()
+    own: set[int] = set()
+    while True:
+        scan = _Full(root_fd, num, form, base, records, known)
+        scan.same, scan.own = same, own
+        found = scan.run()
+        torn = scan.torn()
+        if not torn:
+            return found
+        own |= torn

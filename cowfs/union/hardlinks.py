@@ -66,7 +66,7 @@ def scan_groups(layer: Layer) -> Groups:
 
 
 def _indexed_groups(view: View) -> Groups:
-    """(layer, inode) -> its paths in the tree that the index knows, for inodes with more than one link."""
+    """File -> its paths in the tree that the index knows, for files with more than one link."""
     index, kept = from_index.tree(view), cast("dict[object, Groups]", view.groups)
     groups = kept.get(index)
     if groups is None:
@@ -78,7 +78,7 @@ def _indexed_groups(view: View) -> Groups:
                 if entry.type == DT_DIR:
                     pending.append((entry.record, prefix + name + b"/"))
                 elif entry.nlink > 1:
-                    groups.setdefault((entry.layer, entry.ino), []).append(prefix + name)
+                    groups.setdefault(entry.file, []).append(prefix + name)
     return groups
 
 
@@ -91,7 +91,7 @@ def complete(view: View, node: Node) -> bool:
     if entry is not None:
         layer, paths = view.layers[view.indexed_layers - 1], []
         if entry.nlink > 1:
-            paths = _indexed_groups(view).get((entry.layer, entry.ino), [])
+            paths = _indexed_groups(view).get(entry.file, [])
     else:
         layer, paths = where.layer, []
         if nlink_of(view.attr(node)) > 1:

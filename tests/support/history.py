@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import io
 import json
 import os
@@ -170,14 +171,12 @@ class Machine:
         sync(self.mnt)
         os.kill(self.pid, signal.SIGKILL)
         while True:
-            with contextlib.suppress(ProcessLookupError):
-                state = (
-                    Path(f"/proc/{self.pid}/stat").read_text() if os.path.exists(f"/proc/{self.pid}/stat") else ") Z"
-                )
-                if state.rpartition(")")[2].split()[0] != "Z":
-                    time.sleep(0.002)
-                    continue
-            break
+            try:
+                os.stat(self.mnt)
+            except OSError as error:
+                if error.errno == errno.ENOTCONN:
+                    break
+            time.sleep(0.001)
         self.mount()
 
     def close(self) -> None:
@@ -611,10 +610,16 @@ def play(make: Run, steps: Iterator[list[Any]] | list[list[Any]], done: list[lis
         machine.finish()
     except Exception as error:  # noqa: BLE001 - whatever goes wrong is a finding
         trace = "" if isinstance(error, Mismatch) else traceback.format_exc()
-        return f"{done[-1]}: {error}\n{trace}"
+        return f"{done[-1]}: {error}\n{trace}{_log_of(error)}"
     finally:
         machine.close()
     return None
+
+
+def _log_of(error: Exception) -> str:
+    """What a server wrote before it said "see FILE"."""
+    log = str(error).rpartition("; see ")[2]
+    return Path(log).read_text() if log.endswith(".log") and os.path.exists(log) else ""
 
 
 def drawn(machine: Machine, seed: int, count: int) -> Iterator[list[Any]]:
