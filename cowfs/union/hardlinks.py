@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 from cowfs.sys import xattr
-from cowfs.union import from_index
+from cowfs.union import from_index, lifetime
 from cowfs.union.attr import nlink_of
 from cowfs.union.layers import Descriptors, Layer, Source
 from cowfs.union.node import DT_DIR, Dir, Node
@@ -104,6 +104,21 @@ def complete(view: View, node: Node) -> bool:
         for shown in _merged_paths(view, layer, path):
             _walk(view, shown)
     return node in view.names
+
+
+def find_place(view: View, node: Node) -> None:
+    """Find the file of a node with the name that is its first one now, in the layer where it is."""
+    parent, where = node.parent, node.where
+    if parent is None or where is None:
+        return
+    if view.index is not None and where.layer.index < view.indexed_layers and parent.record is not None:
+        entry = from_index.tree(view).entries(parent.record).get(node.name)
+        if entry is not None:
+            node.where, data = from_index.locate(view, parent, node.name, entry)
+            if not hasattr(node.data, "bind"):
+                node.data = data
+            return
+    node.where = lifetime.source_in(view, parent, where.layer)
 
 
 def _merged_paths(view: View, layer: Layer, path: bytes) -> list[bytes]:

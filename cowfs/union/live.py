@@ -19,7 +19,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cowfs.union import copyup, from_index, quota
+from cowfs.union import copyup, from_index, hardlinks, quota
 from cowfs.union.layers import Layer
 from cowfs.union.node import Dir, Node
 
@@ -125,6 +125,7 @@ def rollback(view: View, frozen: Layer, upper: str | bytes, work: str | bytes) -
     stale, entries = _strike_out(view, set(dropped))
     del view.layers[frozen.index + 1 :]
     view.roots = [source for source in view.roots if source.layer not in dropped]
+    view.sources = {key: source for key, source in view.sources.items() if source.layer not in dropped}
     view.moved.clear()
     for old in dropped:
         view.groups.pop(old, None)
@@ -172,7 +173,7 @@ def _strike_out(view: View, dropped: set[Layer]) -> tuple[list[int], list[tuple[
             directory.sources[:] = kept
             directory.where = kept[0]
             stale.append(directory.id)
-    _drop_under_struck(view, stale)
+    entries += _drop_under_struck(view, stale)
     for directory in touched:
         if view.nodes.get(directory.id) is directory:
             entries += _reread(view, directory)
@@ -198,19 +199,35 @@ def _strike(view: View, node: Node) -> None:
         node.fd, node.wfd = -1, False
 
 
-def _drop_under_struck(view: View, stale: list[int]) -> None:
-    """Nodes whose way to the root leads through one that was struck out go, too."""
+def _drop_under_struck(view: View, stale: list[int]) -> list[tuple[int, bytes]]:
+    """Nodes whose way to the root leads through one that was struck out go, too; returns the names that others lost.
+
+    A file with further names keeps those that lead to the root.
+    """
+    lost: list[tuple[int, bytes]] = []
     changed = True
     while changed:
         changed = False
         for node in list(view.nodes.values()):
-            parent = node.parent
-            if node is view.root or parent is None or parent is view.root:
+            if node is view.root or node.parent is None:
                 continue
-            if view.nodes.get(parent.id) is not parent:
+            names = view.names_of(node)
+            kept = [(parent, name) for parent, name in names if view.nodes.get(parent.id) is parent]
+            if len(kept) == len(names):
+                continue
+            changed = True
+            lost += [(parent.id, name) for parent, name in names]
+            if not kept:
                 stale.append(node.id)
                 _strike(view, node)
-                changed = True
+                continue
+            view.names.pop(node, None)
+            if len(kept) > 1:
+                view.names[node] = kept[1:]
+            if (node.parent, node.name) != kept[0]:
+                node.parent, node.name = kept[0]
+                hardlinks.find_place(view, node)
+    return lost
 
 
 def _reread(view: View, directory: Dir) -> list[tuple[int, bytes]]:
