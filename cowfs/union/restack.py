@@ -83,9 +83,10 @@ def restack(view: View, lowers: Sequence[str | bytes], index: TreeIndex | None, 
     view.lower_count, view.plain_layers = len(stack), 0
     for directory, place in places.items():
         _move(view, directory, place)
+    covers = set(before[0][: before[4]]) ^ set(view.layers[: view.indexed_layers])
     for node in view.nodes.values():
         if not isinstance(node, Dir) and node.parent is not None and node.where is not None:
-            _move_file(view, node, dropped, view.indexed_layers != before[4])
+            _move_file(view, node, dropped, node.where.layer in covers)
     _let_go(view, dropped)
 
 
@@ -248,7 +249,7 @@ def _is_own(view: View, item: Node | int, top: int) -> bool:
 
 
 def _move_file(view: View, node: Node, dropped: set[Layer], again: bool) -> None:
-    """``again``: what the index covers has changed. It puts a metacopy where its data is, a scan where it is itself."""
+    """``again``: the index covers the file's layer and did not, or the reverse. It puts a metacopy where its data is, a scan where it is itself."""
     where, data = node.where, node.data
     assert where is not None and node.parent is not None
     if where.layer is not view.upper and (again or where.layer in dropped):
