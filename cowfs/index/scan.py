@@ -341,21 +341,32 @@ class _Delta(_Scan):
             return
         meta = form.redirects and form.metacopy in stored and stat.S_ISREG(st.st_mode)
         redirect = stored.get(form.redirect)
-        if form.row in stored:  # a redirect file without a map changes only attributes
+        data: tuple[Entry, bytes] | None = None
+        if meta:
+            data = self._data_of(frame, name, redirect)
+            if data is None:
+                raise Corrupt(f"{join(frame.path, name)!r} is a metacopy without data beneath it")
+        elif form.row in stored:  # a redirect file without a map changes only attributes, if it shows all of its base
             row = RowRef.unpack(stored[form.row], name)
             if not row.has_map and row.base_end == st.st_size:
-                meta, redirect = True, b"/" + row.path
+                data = self._data_of(frame, name, b"/" + row.path)
+                if data is not None and data[0].size != st.st_size:
+                    data = None
         if form.exempt not in stored:
-            self.count(frame.fd, name, st, stored, data=not meta)
+            self.count(frame.fd, name, st, stored, data=data is None)
         entry = self.make(frame, name, st, stored)
-        if meta:
-            entry = self._metacopy(frame, name, entry, redirect)
+        if data is not None:
+            below, place = data
+            entry = entry._replace(
+                ino=below.ino, blocks=below.blocks, layer=below.layer, path=frame.place(name, place), digest=below.digest,
+                flags=below.flags,
+            )  # fmt: skip
         elif form.origin in stored:
             entry = entry._replace(ino=self._origin(frame, name, st, stored[form.origin]))
         frame.edits[name] = encode(name, entry)
 
-    def _metacopy(self, frame: _Frame, name: bytes, entry: Entry, redirect: bytes | None) -> Entry:
-        """The attributes of this layer with the data of the parent's entry."""
+    def _data_of(self, frame: _Frame, name: bytes, redirect: bytes | None) -> tuple[Entry, bytes] | None:
+        """The parent's entry whose data a file of this layer shows, and where that is; None where there is none."""
         if redirect is None:
             pair, place = frame.lower(self.pending, name), join(frame.base, name)
         elif redirect.startswith(b"/"):
@@ -364,15 +375,8 @@ class _Delta(_Scan):
             pair, place = frame.lower(self.pending, redirect), join(frame.base, redirect)
         data = decode(pair) if pair is not None else None
         if data is None or not stat.S_ISREG(data.mode):
-            raise Corrupt(f"{join(frame.path, name)!r} is a metacopy without data beneath it")
-        return entry._replace(
-            ino=data.ino,
-            blocks=data.blocks,
-            layer=data.layer,
-            path=frame.place(name, data.path or place),
-            digest=data.digest,
-            flags=data.flags,
-        )
+            return None
+        return data, data.path or place
 
     def _origin(self, frame: _Frame, name: bytes, st: os.stat_result, value: bytes) -> int:
         """The inode number that a copied-up object keeps: that of the lower one, the same under all its names."""

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cowfs.union import copyup, from_index, hardlinks, quota
-from cowfs.union.layers import Layer
+from cowfs.union.layers import Layer, Source
 from cowfs.union.node import Dir, Node
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ def _strike_out(view: View, dropped: set[Layer]) -> tuple[list[int], list[tuple[
         if not kept and directory.record is not None:
             kept = [from_index.source_of(view, directory)]
         elsewhere = directory.record is not None and directory.record.path != view.path(directory)
-        moved = directory.lowpath is not None or not kept or elsewhere
+        moved = directory.lowpath is not None or not kept or elsewhere or _was_elsewhere(view, directory, kept, dropped)
         for source in directory.sources:
             if source.layer in dropped and source.parent is not None:
                 source.close()
@@ -178,6 +178,17 @@ def _strike_out(view: View, dropped: set[Layer]) -> tuple[list[int], list[tuple[
         if view.nodes.get(directory.id) is directory:
             entries += _reread(view, directory)
     return stale, entries
+
+
+def _was_elsewhere(view: View, directory: Dir, kept: list[Source], dropped: set[Layer]) -> bool:
+    """Whether what is left of a directory had another name, or was in another directory, before the dropped layers."""
+    top, above = kept[0], directory.parent
+    if top.parent is None or above is None or (view.index is not None and top.layer.index < view.indexed_layers):
+        return False
+    there = top.parent.path()
+    return top.name != directory.name or not any(
+        source.layer is top.layer and source.path() == there for source in above.sources if source.layer not in dropped
+    )
 
 
 def _data_dropped(node: Node, dropped: set[Layer]) -> bool:

@@ -83,10 +83,10 @@ def restack(view: View, lowers: Sequence[str | bytes], index: TreeIndex | None, 
     view.lower_count, view.plain_layers = len(stack), 0
     for directory, place in places.items():
         _move(view, directory, place)
-    covers = set(before[0][: before[4]]) ^ set(view.layers[: view.indexed_layers])
+    again = before[0][: before[4]] != view.layers[: view.indexed_layers]
     for node in view.nodes.values():
         if not isinstance(node, Dir) and node.parent is not None and node.where is not None:
-            _move_file(view, node, dropped, node.where.layer in covers)
+            _move_file(view, node, dropped, again)
     _let_go(view, dropped)
 
 
@@ -115,6 +115,7 @@ def own_data(view: View, node: Node) -> None:
         view.rows.redirect(node)
         file = node.data
         if isinstance(file, RowFile):
+            file.load()
             while file.missing():
                 file.fill(1 << 20)
             file.sync_job()(False)
@@ -249,7 +250,7 @@ def _is_own(view: View, item: Node | int, top: int) -> bool:
 
 
 def _move_file(view: View, node: Node, dropped: set[Layer], again: bool) -> None:
-    """``again``: the index covers the file's layer and did not, or the reverse. It puts a metacopy where its data is, a scan where it is itself."""
+    """``again``: what the index covers has changed. It puts a metacopy where its data is, a scan where it is itself."""
     where, data = node.where, node.data
     assert where is not None and node.parent is not None
     if where.layer is not view.upper and (again or where.layer in dropped):
