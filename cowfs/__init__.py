@@ -25,6 +25,7 @@ _EXPORTS = {
     "NotFound": "cowfs.errors",
     "Unsupported": "cowfs.errors",
     "Change": "cowfs.model",
+    "Event": "cowfs.model",
     "Info": "cowfs.model",
     "Kind": "cowfs.model",
     "Limit": "cowfs.model",
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     )
     from cowfs.model import (
         Change as Change,
+        Event as Event,
         Info as Info,
         Kind as Kind,
         Limit as Limit,

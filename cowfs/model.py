@@ -17,6 +17,7 @@ from cowfs.errors import InvalidArgument
 __all__ = [
     "TYPE_NAMES",
     "Change",
+    "Event",
     "Info",
     "Kind",
     "Limit",
@@ -112,6 +113,27 @@ class Change:
     type: str
     size: int = 0
     what: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """Something that happened to the store, its mounts or its containers.
+
+    Attributes:
+        seq: grows by one from event to event; 0 for one that is not in the log (``log lost``).
+        time: nanoseconds since 1970.
+        type: ``image``, ``container``, ``snapshot``, ``mount``, ``limit``, ``store`` or ``log``.
+        action: a verb: ``tag``, ``commit``, ``mount``, ``reached``...
+        actor: what it happened to: a key, name, tag or id.
+        attributes: more about it.
+    """
+
+    seq: int
+    time: int
+    type: str
+    action: str
+    actor: str
+    attributes: Mapping[str, str] = field(default_factory=dict)
 
 
 _UNITS = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50}

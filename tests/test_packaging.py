@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
@@ -49,7 +51,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if done.returncode and ("No matching distribution" in done.stderr or "No module named pip" in done.stderr):
         pytest.skip("cannot build here: no package index, or no pip")
     assert done.returncode == 0, done.stderr
-    (built,) = base.glob("cowfs-*.whl")
+    (built,) = base.glob("cowfs_storage-*.whl")
     return built
 
 
@@ -131,3 +133,46 @@ def test_tests_do_not_reach_outside_the_tree() -> None:
             text = path.read_text(encoding="utf-8")
             assert place not in text, path
             assert ".." + "/shared" not in text, path
+
+
+@pytest.fixture(scope="module")
+def source_archive(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+    """Names in the source archive of what git tracks, below its top folder."""
+    base = tmp_path_factory.mktemp("sdist")
+    copy = base / "source"
+    tracked = subprocess.run(["git", "-C", ROOT, "ls-files", "-z"], capture_output=True, text=True)
+    if tracked.returncode:
+        pytest.skip("not a git checkout: what belongs to the source is not known")
+    for name in filter(None, tracked.stdout.split("\0")):
+        if (ROOT / name).exists():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, copy / name)
+    command = [sys.executable, "-m", "build", "--sdist", "--outdir", str(base), str(copy)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    if done.returncode and "No matching distribution" in done.stderr + done.stdout:
+        pytest.skip("cannot build here: no package index")
+    assert done.returncode == 0, done.stderr
+    (built,) = base.glob("cowfs_storage-*.tar.gz")
+    with tarfile.open(built) as archive:
+        return {name.partition("/")[2] for name in archive.getnames()}
+
+
+def test_the_source_archive_can_be_tested_and_documented(source_archive: set[str]) -> None:
+    """It holds docs, tests with their data, both commands of the README, and what they need."""
+    for name in ("test", "demo", ".ci/prepare", ".ci/run", "docs/README.md", "tests/conftest.py", "CONTRIBUTING.md"):
+        assert name in source_archive
+    for folder in ("docs", "tests", "benchmarks", ".ci"):
+        there = {str(path.relative_to(ROOT)) for path in (ROOT / folder).rglob("*") if path.is_file()}
+        left_out = {name for name in there - source_archive if "__pycache__" not in name}
+        tracked = subprocess.run(["git", "-C", ROOT, "ls-files", folder], capture_output=True, text=True).stdout
+        assert left_out & set(tracked.splitlines()) == set()
+
+
+def test_links_of_the_readme_can_be_made_absolute() -> None:
+    """For the index page: no link of the result is relative."""
+    command = [sys.executable, ROOT / ".ci" / "index-readme", "https://example.org/x"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    links = re.findall(r"\]\(([^)\s]+)\)", text)
+    assert links
+    assert all(link.startswith(("http", "#")) for link in links)
+    assert "(https://example.org/x/docs/mounts.md)" in text

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     )
     from cowfs.archive.headerlog import read_trailer as read_trailer, rebuild as rebuild
     from cowfs.archive.options import (
+        FORM as FORM,
         Applied as Applied,
         ApplyOptions as ApplyOptions,
         Exported as Exported,
@@ -32,6 +33,7 @@ _EXPORTS = {
     "ApplyOptions": "cowfs.archive.options",
     "DirTree": "cowfs.archive.trees",
     "Exported": "cowfs.archive.options",
+    "FORM": "cowfs.archive.options",
     "LowerStat": "cowfs.archive.options",
     "Tree": "cowfs.archive.options",
     "apply_layer": "cowfs.archive.apply",

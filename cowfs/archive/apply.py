@@ -107,6 +107,8 @@ def apply_layer(
         dropped=dict(done.dropped),
         skipped=done.skipped,
         log_size=log_size,
+        reserved=done.reserved,
+        root=done.rooted,
     )
 
 

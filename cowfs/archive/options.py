@@ -6,9 +6,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-__all__ = ["Applied", "ApplyOptions", "Exported", "LowerStat", "Owners", "Tree"]
+__all__ = ["FORM", "Applied", "ApplyOptions", "Exported", "LowerStat", "Owners", "Tree"]
 
 Owners = Literal["fail", "xattr", "ignore"]
+
+FORM = 2
+"""Counts up when an export gives other bytes than before for some tree: digests of older exports are not believed."""
 
 # Where fuse-overlayfs and containers/storage keep the facts that a user may not give a file:
 # "UID:GID:0MODE:TYPE", TYPE one of file, dir, symlink, pipe, socket, block-MAJ-MIN, char-MAJ-MIN.
@@ -20,8 +23,9 @@ class ApplyOptions:
     """Bounds for an archive from a stranger, and what to do without privilege.
 
     Attributes:
-        max_bytes: of the uncompressed archive. Default 64 GiB.
-        max_entries: members. Default 1,000,000.
+        max_bytes: of the uncompressed archive, and of what else it makes this host write: directories that it does
+            not list, files of lower layers that it links to. Default 64 GiB.
+        max_entries: members, and the directories that they need and the archive does not list. Default 1,000,000.
         max_file: length of one file in bytes, holes included. Default 1 TiB.
         max_path: bytes of a name. max_depth: directories it may go down.
         max_header: bytes of one PAX header or long name.
@@ -31,6 +35,7 @@ class ApplyOptions:
             and loses its owner); ``ignore``: leave
             them out, and never keep a set-id bit without its owner.
         xattrs: restore extended attributes at all.
+        whiteouts: names that begin with ``.wh.`` delete; in the tar of a whole tree they are names like any other.
     """
 
     max_bytes: int = 64 << 30
@@ -41,6 +46,7 @@ class ApplyOptions:
     max_header: int = 1 << 20
     owners: Owners = "fail"
     xattrs: bool = True
+    whiteouts: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +56,8 @@ class Applied:
     Attributes:
         diff_id: ``sha256:`` and the digest of the uncompressed archive. size: its bytes.
         blob_digest, blob_size: the same of the stream as it came. compression: how it came.
-        entries: members read. whiteouts: names hidden, opaque directories among them.
+        entries: members read. whiteouts: names hidden, opaque directories among them. reserved: names that would
+            have deleted and were taken as they are (without ``ApplyOptions.whiteouts``). root: it has an entry for its root.
         dropped: extended attributes that were not restored, name to count: the overlay's own names, and
             what this host or user cannot set (with ``owners`` other than ``fail``).
         skipped: members left out (devices without privilege under ``owners="ignore"``, aufs book-keeping).
@@ -67,6 +74,8 @@ class Applied:
     dropped: Mapping[str, int]
     skipped: int
     log_size: int
+    reserved: int = 0
+    root: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,3 +130,6 @@ class Tree(Protocol):
 
     def read(self, path: bytes) -> Iterator[bytes]:
         """A regular file's bytes, in pieces."""
+
+    def data(self, path: bytes) -> Iterator[tuple[int, bytes]]:
+        """A regular file's bytes with the offset of each piece, in order and without its holes."""

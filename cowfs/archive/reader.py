@@ -27,6 +27,7 @@ from cowfs.errors import CowfsError, InvalidArgument, LimitExceeded
 __all__ = ["Reader", "blame"]
 
 _MAX_SEGMENTS = 1 << 20
+_MAX_TRAILER = 1 << 30
 _PLAIN_PAX = frozenset({b"mtime", b"atime", b"uid", b"gid"})  # what a global header may set
 
 
@@ -44,6 +45,7 @@ class Reader:
         stripped: the stream holds no member data (see above).
         max_header: bytes one PAX header or long name may have.
         max_entries: members, more raise LimitExceeded.
+        trailer: read on behind the zero block that ends the archive, up to 1 GiB.
         locate: called with the stream offset of each member's data.
 
     Raises:
@@ -59,14 +61,16 @@ class Reader:
         stripped: bool = False,
         max_header: int = 1 << 20,
         max_entries: int = 1_000_000,
+        trailer: bool = True,
     ) -> None:
+        self._trailing = trailer
         self._source = source
         self._raw = raw or (lambda data: None)
         self._stripped = stripped
         self._max_header, self._max_entries = max_header, max_entries
         self._left = 0
         self._globals: dict[bytes, bytes] = {}
-        self.entries = 0
+        self.entries = self._implied = 0
 
     def __iter__(self) -> Iterator[Member]:
         source, raw = self._source, self._raw
@@ -75,10 +79,8 @@ class Reader:
             if member is None:
                 return
             self.entries += 1
-            if self.entries > self._max_entries:
-                raise LimitExceeded(
-                    f"archive has more than {self._max_entries} entries", remedy="raise max_entries if you trust it"
-                )
+            if self.entries + self._implied > self._max_entries:
+                self._too_many()
             member.ordinal = self.entries
             stored = member.stored
             self._left = 0 if self._stripped else stored
@@ -88,6 +90,23 @@ class Reader:
                     pass
             if stored % BLOCK:
                 raw(source.take(-stored % BLOCK))
+
+    @property
+    def offset(self) -> int:
+        """Bytes of the uncompressed stream that were taken."""
+        return self._source.offset
+
+    def count(self) -> None:
+        """Count an object that the archive needs and does not list. Raises LimitExceeded."""
+        self._implied += 1
+        if self.entries + self._implied > self._max_entries:
+            self._too_many()
+
+    def _too_many(self) -> None:
+        raise LimitExceeded(
+            f"archive has more than {self._max_entries} entries",
+            remedy="raise max_entries (--max-entries) if you trust it",
+        )
 
     def whole(self) -> memoryview | None:
         """All of the current member's stored bytes at once, when they are at hand; else None, and nothing is taken."""
@@ -179,13 +198,19 @@ class Reader:
 
     def _trailer(self) -> None:
         """After a zero block: another one, then anything (kept for the record), or the end."""
+        if not self._trailing:
+            return
         block = self._source.take(BLOCK)
         self._raw(block)
         if block.strip(b"\0"):
             raise InvalidArgument(f"archive is damaged: a lone zero block after entry {self.entries}")
+        left = _MAX_TRAILER
         while len(block):
             block = self._source.take(1 << 16)
             self._raw(block)
+            left -= len(block)
+            if left < 0:
+                raise LimitExceeded(f"there are more than {_MAX_TRAILER} bytes behind the end of the archive")
 
     def _extension(self, member: Member) -> bytes:
         if not 0 <= member.size <= self._max_header:
@@ -237,8 +262,7 @@ class Reader:
                 member.uid = header.parse_decimal(value, "uid")
             elif key == b"gid":
                 member.gid = header.parse_decimal(value, "gid")
-            elif key.startswith(b"SCHILY.xattr."):
-                name = key[13:]
+            elif (name := header.pax_xattr(key)) is not None:
                 if not name or b"\0" in name or len(name) > 255:
                     raise InvalidArgument(f"not a valid extended attribute name: {show(name)}")
                 if member.xattrs is None:

@@ -29,7 +29,9 @@ def _suite() -> Any:
     try:
         return import_module(name)
     except ModuleNotFoundError as error:
-        raise Unsupported(f"the benchmarks are not installed: {error}", remedy="pip install 'cowfs[bench]'") from None
+        raise Unsupported(
+            f"the benchmarks are not installed: {error}", remedy="pip install 'cowfs-storage[bench]'"
+        ) from None
 
 
 def _configure(parser: argparse.ArgumentParser) -> None:

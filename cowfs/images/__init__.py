@@ -1,7 +1,7 @@
 """Container images in and out: OCI layouts, docker-archives, root filesystem tars, directories.
 
 :mod:`digests` (no files), :mod:`files` (a directory or a tar, opened by name), :mod:`layouts`
-(documents into descriptions), :mod:`reading` (what is this source?), :mod:`writing`. What a layer's tar says is :mod:`cowfs.archive`'s business.
+(documents into descriptions), :mod:`platforms` (which of several), :mod:`reading` (what is this source?), :mod:`writing`. What a layer's tar says is :mod:`cowfs.archive`'s business.
 """
 
 from typing import TYPE_CHECKING
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
         digest_of as digest_of,
         make_config as make_config,
     )
-    from cowfs.images.reading import ImageSource as ImageSource, open_image as open_image
+    from cowfs.images.reading import Form as Form, ImageSource as ImageSource, open_image as open_image
     from cowfs.images.writing import (
         OutImage as OutImage,
         OutLayer as OutLayer,
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     )
 
 _EXPORTS = {
+    "Form": "cowfs.images.reading",
     "Image": "cowfs.images.description",
     "ImageSource": "cowfs.images.reading",
     "Layer": "cowfs.images.description",

@@ -21,6 +21,7 @@ class Layer:
         diff_id: digest of the uncompressed tar; None where the source does not say (a root filesystem).
         digest: of the stream that :meth:`open` gives; None where the source does not say.
         size: bytes of that stream, None where unknown. media_type: as the manifest has it.
+        whole: a tree of its own, in which names that begin with ``.wh.`` are ordinary.
     """
 
     diff_id: str | None
@@ -28,6 +29,7 @@ class Layer:
     size: int | None
     media_type: str
     opener: Callable[[], BinaryIO] = field(repr=False)
+    whole: bool = False
 
     def open(self) -> BinaryIO:
         """The layer's stream, compressed as it is stored. The caller closes it.
@@ -44,7 +46,7 @@ class Image:
     Attributes:
         config: the configuration document as it is stored. config_digest: of it, the image's id.
         layers: bottom first. tags: names the source gives it, maybe none.
-        platform: ``os/architecture``.
+        platform: ``os/architecture``, or ``os/architecture/variant``.
     """
 
     config: bytes = field(repr=False)

@@ -6,17 +6,22 @@ all; only sha256 is known (OCI image-spec ``descriptor.md``, "Digests").
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cowfs.archive.names import show
-from cowfs.errors import Corrupt, InvalidArgument, Unsupported
+from cowfs.errors import InvalidArgument, Unsupported
 
-__all__ = ["chain_ids", "check_digest", "diff_ids_of", "digest_of", "make_config", "parse_json", "platform_here"]
+__all__ = [
+    "as_json", "chain_ids", "check_digest", "diff_ids_of", "digest_of", "make_config", "parse_any", "parse_json",
+    "platform_here",
+]  # fmt: skip
 
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}", re.ASCII)
 _FORM = re.compile(r"[a-z0-9]+([+._-][a-z0-9]+)*:[a-zA-Z0-9=_-]+", re.ASCII)
@@ -62,15 +67,42 @@ def chain_ids(diff_ids: Sequence[str]) -> list[str]:
     return chain
 
 
-def parse_json(data: bytes, what: str) -> dict[str, Any]:
-    """A JSON object. Raises InvalidArgument."""
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text[:20]} is no number that JSON can say")
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _no_number(text)
+
+
+def parse_any(data: bytes, what: str) -> Any:
+    """A JSON value in UTF-8 (RFC 8259: no byte order mark, no numbers past what a double holds). Raises InvalidArgument."""
+    if data.startswith(codecs.BOM_UTF8):
+        raise InvalidArgument(f"{what} is not JSON: it begins with a byte order mark")
     try:
-        value = json.loads(data)
+        return json.loads(data.decode(), parse_float=_number, parse_constant=_no_number)
+    except UnicodeDecodeError:
+        raise InvalidArgument(f"{what} is not JSON: it is not in UTF-8") from None
     except (ValueError, RecursionError) as error:
         raise InvalidArgument(f"{what} is not JSON: {error}") from None
+
+
+def parse_json(data: bytes, what: str) -> dict[str, Any]:
+    """A JSON object; errors as :func:`parse_any`."""
+    value = parse_any(data, what)
     if not isinstance(value, dict):
         raise InvalidArgument(f"{what} is not a JSON object")
     return value
+
+
+def as_json(value: Any) -> bytes:
+    """A JSON document, the same for the same value. What UTF-8 cannot hold (a lone surrogate) stays escaped."""
+    text = json.dumps(value, separators=(",", ":"), sort_keys=True, ensure_ascii=False)
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(value, separators=(",", ":"), sort_keys=True).encode()
 
 
 def diff_ids_of(config: bytes) -> list[str]:
@@ -88,11 +120,13 @@ def platform_here() -> str:
     return _ARCHITECTURES.get(machine, machine)
 
 
-def make_config(diff_ids: Sequence[str], base: bytes | None = None, **fields: Any) -> bytes:
+def make_config(diff_ids: Sequence[str], base: bytes | None = None, *, kept: int | None = None, **fields: Any) -> bytes:
     """An image configuration that lists ``diff_ids``.
 
     Args:
-        base: a configuration whose other fields are kept; its history goes as far as its layers went.
+        base: a configuration whose other fields are kept. Its history is for people: it gets a step for each layer
+            above, and steps without a layer any more are marked as such.
+        kept: how many of the layers are those of ``base``; default: as many as it lists, if it lists them.
         fields: set at the top level (``created="2026-...Z"``, ``config={...}``).
 
     Returns:
@@ -101,12 +135,20 @@ def make_config(diff_ids: Sequence[str], base: bytes | None = None, **fields: An
     value: dict[str, Any] = {"architecture": platform_here(), "os": "linux", "config": {}}
     if base is not None:
         value = parse_json(base, "image configuration")
-        history = value.get("history")
-        if isinstance(history, list):
-            layers = sum(1 for item in history if isinstance(item, Mapping) and not item.get("empty_layer"))
-            if layers > len(diff_ids):
-                raise Corrupt(f"image configuration has a history of {layers} layers, the image {len(diff_ids)}")
-            value["history"] = history + [{"created_by": "cowfs"} for _ in range(len(diff_ids) - layers)]
+        if "history" in value:
+            if kept is None:
+                listed = diff_ids_of(base)
+                kept = len(listed) if list(diff_ids[: len(listed)]) == listed else len(diff_ids)
+            value["history"] = _history(value["history"], kept, len(diff_ids))
     value.update(fields)
     value["rootfs"] = {"type": "layers", "diff_ids": [check_digest(diff_id, "diff id") for diff_id in diff_ids]}
-    return json.dumps(value, separators=(",", ":"), sort_keys=True, ensure_ascii=False).encode()
+    return as_json(value)
+
+
+def _history(listed: object, kept: int, count: int) -> list[Any]:
+    """A history with as many layers as the image has (OCI image-spec ``config.md``: "empty_layer")."""
+    history = [dict(step) for step in listed if isinstance(step, Mapping)] if isinstance(listed, list) else []
+    layers = [step for step in history if not step.get("empty_layer")]
+    for step in layers[: max(0, len(layers) - kept)]:
+        step["empty_layer"] = True  # its layer was merged into the next one
+    return history + [{"created_by": "cowfs"} for _ in range(count - min(len(layers), kept))]

@@ -8,23 +8,31 @@ of this host.
 
 from __future__ import annotations
 
+import errno
 import io
+import itertools
 import os
+import re
+import stat
+from collections.abc import Callable, Collection
 from typing import BinaryIO, Protocol
 
 from cowfs.archive import header
 from cowfs.archive.compress import Source
 from cowfs.archive.decode import CHUNK
-from cowfs.archive.names import canonical, show
-from cowfs.archive.reader import Reader
-from cowfs.errors import InvalidArgument, LimitExceeded, NotFound
+from cowfs.archive.names import canonical
+from cowfs.archive.reader import Reader, blame
+from cowfs.errors import CowfsError, InvalidArgument, LimitExceeded, NotFound
 from cowfs.sys.files import open_beneath
 
 __all__ = ["DirFiles", "Files", "TarFiles", "Window"]
 
-MAX_JSON = 16 << 20
+MAX_JSON = 4 << 20
+"""Bytes of a document, as other tools bound them; as objects of this language it takes some twenty times as much."""
 _MAX_NAMES = 200_000
-_FILE = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+_MAX_NAME_BYTES = 32 << 20  # of all names together
+_FILE = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NOCTTY
+_LINKED = ("blobs/", "index.json", "oci-layout")
 
 
 class Files(Protocol):
@@ -38,9 +46,22 @@ class Files(Protocol):
     def size(self, name: str) -> int: ...
 
     def read(self, name: str) -> bytes:
-        """A small file. Raises NotFound, LimitExceeded past 16 MiB."""
+        """A small file. Raises NotFound, LimitExceeded past 4 MiB."""
+
+    def signs(self) -> bool:
+        """Whether there are names that only an image has: layers by digest, layers of an old ``docker save``."""
 
     def close(self) -> None: ...
+
+
+_LAYER_NAME = re.compile(r"blobs/sha256/[0-9a-f]{64}|[0-9a-f]{64}/layer\.tar", re.ASCII)
+_DIGEST_NAME = re.compile(r"[0-9a-f]{64}\.(tar|json)", re.ASCII)
+
+
+def has_signs(names: Collection[str]) -> bool:
+    """Whether names are those of an image: blobs or layers by digest."""
+    listed = "manifest.json" in names or "repositories" in names
+    return any(_LAYER_NAME.fullmatch(name) or (listed and _DIGEST_NAME.fullmatch(name)) for name in names)
 
 
 class Window(io.RawIOBase):
@@ -88,23 +109,40 @@ def _read_small(files: Files, name: str) -> bytes:
 
 
 class DirFiles:
-    """Files below a directory; symbolic links are not followed."""
+    """Files below a directory. Symbolic links are followed where a layout's files are (Bazel makes layouts of links): a
+    blob is only what its digest says. Elsewhere they are not."""
 
     def __init__(self, path: str | bytes) -> None:
         self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
+    def _find(self, name: str, flags: int) -> int:
+        try:
+            return open_beneath(self._fd, os.fsencode(name), flags)
+        except OSError as error:
+            if error.errno != errno.ELOOP or not name.startswith(_LINKED):
+                raise
+            return os.open(name, flags & ~os.O_NOFOLLOW, dir_fd=self._fd)
+
     def has(self, name: str) -> bool:
         try:
-            os.close(open_beneath(self._fd, os.fsencode(name), os.O_PATH))
-        except OSError:
+            fd = self._find(name, os.O_PATH | os.O_CLOEXEC)
+        except (OSError, ValueError):
             return False
-        return True
+        try:
+            return stat.S_ISREG(os.fstat(fd).st_mode)
+        finally:
+            os.close(fd)
 
     def open(self, name: str) -> BinaryIO:
+        if not self.has(name):  # a FIFO or a device is not even opened
+            raise NotFound(f"image has no file {name!r}")
         try:
-            fd = open_beneath(self._fd, os.fsencode(name), _FILE)
+            fd = self._find(name, _FILE)
         except OSError as error:
             raise NotFound(f"image has no file {name!r}: {error.strerror}") from None
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise NotFound(f"image has no file {name!r}: it was replaced meanwhile")
         return os.fdopen(fd, "rb", buffering=0)
 
     def size(self, name: str) -> int:
@@ -113,6 +151,24 @@ class DirFiles:
 
     def read(self, name: str) -> bytes:
         return _read_small(self, name)
+
+    def signs(self) -> bool:
+        top = self._names(".")
+        found = [name for name in top if len(name) == 64 and self.has(f"{name}/layer.tar")]
+        return has_signs(
+            [*top, *(f"{name}/layer.tar" for name in found), *self._names("blobs/sha256", "blobs/sha256/")]
+        )
+
+    def _names(self, folder: str, prefix: str = "") -> list[str]:
+        try:
+            fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._fd)
+        except OSError:
+            return []
+        try:
+            with os.scandir(fd) as entries:
+                return [prefix + entry.name for entry in itertools.islice(entries, _MAX_NAMES)]
+        finally:
+            os.close(fd)
 
     def close(self) -> None:
         if self._fd >= 0:
@@ -150,7 +206,7 @@ class _Indexer(Reader):
     """A reader that seeks over data instead of reading it."""
 
     def __init__(self, source: _Seeking) -> None:
-        super().__init__(source, max_entries=_MAX_NAMES)
+        super().__init__(source, max_entries=_MAX_NAMES, trailer=False)
         self._seeking = source
 
     def here(self) -> int:
@@ -166,19 +222,35 @@ class TarFiles:
 
     Args:
         file: an open, seekable file; owned and closed here.
+        stop: asked about each name; when it says so, the rest is not looked at and :attr:`whole` is False.
+
+    Attributes:
+        whole: every member is known.
 
     Raises:
-        InvalidArgument: no tar archive, or a truncated one. LimitExceeded: more than 200,000 members.
+        InvalidArgument: no tar archive, or a truncated one. LimitExceeded: more than 200,000 members, or 32 MiB of names.
     """
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: BinaryIO, stop: Callable[[header.Member, bytes], bool] | None = None) -> None:
         self._file = file
         self._fd = file.fileno()
         self._where: dict[str, tuple[int, int]] = {}
         self._links: dict[str, str] = {}
+        self.whole = True
+        left = _MAX_NAME_BYTES
         reader = _Indexer(_Seeking(self._fd))
         for member in reader:
-            name = os.fsdecode(canonical(member.name, max_path=4095, max_depth=512))
+            try:
+                path = canonical(member.name, max_path=4095, max_depth=512)
+            except CowfsError as error:
+                raise blame(error, member.ordinal, member.name) from None
+            if stop is not None and stop(member, path):
+                self.whole = False
+                return
+            left -= len(path) + len(member.linkname)
+            if left < 0:
+                raise LimitExceeded(f"archive of images has more than {_MAX_NAME_BYTES} bytes of names")
+            name = os.fsdecode(path)
             if member.type == header.REGULAR and member.segments is None:
                 self._where[name] = (reader.here(), member.stored)
             elif member.type in (header.SYMLINK, header.LINK):
@@ -193,7 +265,7 @@ class TarFiles:
             for part in target.split(b"/"):
                 if part == b"..":
                     if not parts:
-                        raise InvalidArgument(f"archive entry {show(member.name)} links out of the archive")
+                        return  # out of the archive: to nothing
                     parts.pop()
                 elif part not in (b"", b"."):
                     parts.append(part)
@@ -219,9 +291,8 @@ class TarFiles:
             return False
         return True
 
-    def holds(self, prefix: str) -> bool:
-        """Whether any file's name starts so."""
-        return any(name.startswith(prefix) for name in self._where)
+    def signs(self) -> bool:
+        return has_signs(self._where)
 
     def open(self, name: str) -> BinaryIO:
         return Window(self._fd, *self._find(name))  # type: ignore[return-value]

@@ -1,13 +1,14 @@
 """Images in: an OCI layout, a docker-archive, a root filesystem's tar, a directory.
 
 Strategy. All four become one neutral description: a configuration, and layers that can be opened
-as streams. Small documents (index, manifest, configuration) are read and their digests verified here, when
-the source is opened; a layer's digests are verified by whoever streams it
+as streams. What the source lists is read when it is opened; of an image's small documents (manifest, configuration)
+only those of the one that is picked, their digests verified; a layer's digests are verified by whoever streams it
 (:func:`cowfs.archive.apply_layer` takes both), since only that reads it whole.
 
-What a source is, is told from the inside: a layout has ``oci-layout``, a docker-archive
-``manifest.json``; a tar without either is a root filesystem, which the first name that no archive of
-images has gives away.
+What a source is, is told from the inside (:func:`cowfs.images.layouts.kind_of`): a layout has ``oci-layout`` and
+``index.json``, a docker-archive a ``manifest.json`` that lists images. A tar in a file is looked at by its headers. One that
+comes through a pipe, or compressed, is a root filesystem as soon as it has a name that no archive of images has; else it
+is written to a file without a name first, and looked at there. Nothing of it is kept in memory meanwhile.
 """
 
 from __future__ import annotations
@@ -18,71 +19,112 @@ import re
 import stat
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from types import TracebackType
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
+from cowfs.archive import header
 from cowfs.archive.compress import Source
 from cowfs.archive.decode import CHUNK, SNIFF, decoder_for
 from cowfs.archive.export import export_layer
 from cowfs.archive.names import canonical
 from cowfs.archive.reader import Reader
-from cowfs.errors import CowfsError, InvalidArgument, NotFound
+from cowfs.errors import CowfsError, InvalidArgument, LimitExceeded, NotFound
 from cowfs.images.description import LAYER_TAR, Image, Layer
 from cowfs.images.digests import digest_of, make_config, platform_here
 from cowfs.images.files import DirFiles, TarFiles, Window
-from cowfs.images.layouts import images_in, kind_of
+from cowfs.images.layouts import Listed, kind_of, listed_in
+from cowfs.images.platforms import Platform, here, parse_platform, ranking
 
-__all__ = ["ImageSource", "open_image"]
+__all__ = ["Form", "ImageSource", "open_image"]
 
+Form = Literal["image", "rootfs", "layer"]
 
 # What may be at the top of an OCI layout tar or of a docker-archive, whoever wrote it.
 _IMAGE_NAME = re.compile(
     rb"oci-layout|repositories|blobs(/.*)?|[^/]+\.(json|tar|tar\.gz|tgz)|(sha256:)?[0-9a-f]{64}(/.*)?", re.DOTALL
 )
 _DECISIVE = re.compile(
-    rb"oci-layout|index\.json|manifest\.json|blobs/sha256/.+|[0-9a-f]{64}/(layer\.tar|json|VERSION)", re.DOTALL
+    rb"oci-layout|blobs/sha256/[0-9a-f]{64}|[0-9a-f]{64}(/(layer\.tar|json|VERSION)|\.tar)", re.DOTALL
 )
-_UNDECIDED = 8 << 20  # bytes without a name that decides: go on with the whole archive at hand
+_FILES = frozenset({header.REGULAR, header.LINK, header.SYMLINK})
+_UNDECIDED = 64  # names that an archive of images does not usually have
+_AT_HAND = 1 << 20  # bytes of a pipe in memory
 
 
 class ImageSource:
     """An opened source; close it (or use ``with``) when its layers have been read.
 
     Attributes:
-        kind: ``oci``, ``docker``, ``rootfs`` or ``dir``. images: what is in it.
+        kind: ``oci``, ``docker``, ``rootfs``, ``layer`` or ``dir``.
     """
 
-    def __init__(self, kind: str, images: tuple[Image, ...], close: Callable[[], None]) -> None:
-        self.kind, self.images, self._close = kind, images, close
+    def __init__(self, kind: str, lists: Sequence[Sequence[Listed]], close: Callable[[], None]) -> None:
+        self.kind, self._lists, self._close = kind, lists, close
+
+    @property
+    def images(self) -> tuple[Image, ...]:
+        """All images that the source lists, each with all its names. Raises what reading one of them raises."""
+        return _merged(each.read() for each in _leaves(self._lists[0], None))
 
     def pick(self, tag: str | None = None, *, platform: str | None = None) -> Image:
-        """The one image meant by a tag and a platform.
+        """The one image meant by a tag and a platform; nothing else is read.
 
         Args:
-            tag: as in :attr:`Image.tags`, or its part behind the last ``:`` or ``/``. Without it there must be one image.
-            platform: ``os/architecture``; this machine's decides among several where it is not given.
+            tag: a name that the source has, or its part behind the last ``:`` or ``/``. Without it there must be one image.
+            platform: ``os/architecture`` or ``os/architecture/variant``. Where it is not given and there are several,
+                the one that suits this machine.
 
         Raises:
-            NotFound: there is none; the message lists what there is. InvalidArgument: several fit.
+            NotFound: there is none, the message lists what there is; or a part of it is missing. InvalidArgument:
+                several fit, or it is damaged.
         """
-        fitting = [image for image in self.images if tag is None or tag in image.tags]
-        if not fitting and tag is not None:
-            fitting = [
-                image for image in self.images
-                if any(name.endswith((":" + tag, "/" + tag)) for name in image.tags)
-            ]  # fmt: skip
-        wanted = platform or f"linux/{platform_here()}"
-        if platform is not None or len(fitting) > 1:
-            fitting = [image for image in fitting if image.platform == wanted] or ([] if platform else fitting)
-        there = ", ".join(sorted({name for image in self.images for name in image.tags})) or "no names"
-        if not fitting:
-            raise NotFound(
-                f"no image {tag or ''} for {wanted} in the source".replace("  ", " "), remedy=f"it has {there}"
-            )
-        if len({image.config_digest for image in fitting}) > 1:
-            raise InvalidArgument(f"the source has {len(fitting)} images", remedy=f"name one of: {there}")
-        return fitting[0]
+        wanted = parse_platform(platform) if platform is not None else None
+        failures: list[CowfsError] = []
+        for listed in self._lists:
+            fitting = _fitting(_asked(listed, tag), wanted, failures)
+            if len(fitting) == 1:
+                image = fitting[0].read()
+                if image is not None:
+                    return image
+            elif fitting:
+                return self._one_of(fitting)
+        if failures:
+            raise failures[0]
+        raise NotFound(
+            f"no image {tag or ''} for {wanted or here()} in the source".replace("  ", " "),
+            remedy=f"it has {', '.join(self._names()) or 'no names'}",
+        )
+
+    def look(self) -> None:
+        """Read the image that is the only one. Raises what is wrong with it."""
+        if len(self._lists) == 1 and len(self._lists[0]) == 1:
+            failures: list[CowfsError] = []
+            leaves = _leaves(self._lists[0], failures)
+            if failures and not leaves:
+                raise failures[0]
+            if len(leaves) == 1 and not failures:
+                leaves[0].read()
+
+    def _one_of(self, fitting: list[Listed]) -> Image:
+        """Of several that fit: they may be one image with several names."""
+        try:
+            images = _merged(each.read() for each in fitting)
+        except CowfsError:
+            images = ()
+        if len(images) == 1:
+            return images[0]
+        names = sorted({name for each in fitting for name in each.tags})
+        platforms = sorted({str(each.platform) for each in fitting if each.platform})
+        raise InvalidArgument(
+            f"the source has {len(images) or len(fitting)} images",
+            remedy=f"name one of: {', '.join(names)}" if len(names) > 1 or not platforms
+            else f"choose a platform: {', '.join(platforms)}",
+        )  # fmt: skip
+
+    def _names(self) -> list[str]:
+        return sorted({name for listed in self._lists for each in listed for name in each.tags})
 
     def close(self) -> None:
         """Release the files; idempotent."""
@@ -97,55 +139,270 @@ class ImageSource:
         self.close()
 
 
-def open_image(source: str | os.PathLike[str] | BinaryIO, *, spool_dir: str | None = None) -> ImageSource:
+def _asked(listed: Sequence[Listed], tag: str | None) -> list[Listed]:
+    """Those that a tag means: the whole name, else its last part."""
+    if tag is None:
+        return list(listed)
+    for means in (lambda name: name == tag, lambda name: name.endswith((":" + tag, "/" + tag))):
+        found = [each for each in listed if any(map(means, (*each.tags, *each.aliases)))]
+        if found:
+            return found
+    return []
+
+
+def _leaves(listed: Sequence[Listed], failures: list[CowfsError] | None) -> list[Listed]:
+    """Images, those of indexes in the place of these; each once. An index that cannot be read is a failure, or raised."""
+    found: list[Listed] = []
+    for each in listed:
+        if each.inside is None:
+            found.append(each)
+            continue
+        try:
+            found += _leaves(each.inside(), failures)
+        except CowfsError as error:
+            if failures is None:
+                raise
+            failures.append(error)
+    return found
+
+
+def _fitting(listed: Sequence[Listed], wanted: Platform | None, failures: list[CowfsError]) -> list[Listed]:
+    """Those that suit a platform, the best of each name; what is named twice, once."""
+    groups: dict[tuple[str, ...], list[Listed]] = {}
+    for each in listed:
+        groups.setdefault(each.tags, []).append(each)
+    found: list[Listed] = []
+    for group in groups.values():
+        leaves = list({each.key: each for each in _leaves(group, failures)}.values())
+        found += leaves if wanted is None and len(leaves) == 1 else _best(leaves, wanted, failures)
+    return found
+
+
+def _best(listed: Sequence[Listed], wanted: Platform | None, failures: list[CowfsError]) -> list[Listed]:
+    known: dict[Platform, list[Listed]] = {}
+    for each in listed:
+        try:
+            platform = each.platform or each.describe()
+        except CowfsError as error:
+            failures.append(error)
+            continue
+        if platform is not None and platform.os != "unknown":
+            known.setdefault(platform, []).append(each)
+    for platform in ranking(wanted or here(), asked=wanted is not None):
+        if platform in known:
+            return known[platform]
+    return [each for some in known.values() for each in some] if wanted is None else []
+
+
+def _merged(images: Iterable[Image | None]) -> tuple[Image, ...]:
+    """Each image once, with all its names."""
+    found: dict[str, Image] = {}
+    for image in images:
+        if image is not None:
+            known = found.setdefault(image.config_digest, image)
+            found[image.config_digest] = replace(known, tags=tuple(dict.fromkeys((*known.tags, *image.tags))))
+    return tuple(found.values())
+
+
+def open_image(
+    source: str | os.PathLike[str] | BinaryIO, *, form: Form | None = None, spool_dir: str | None = None,
+    max_bytes: int = 64 << 30,
+) -> ImageSource:  # fmt: skip
     """Open an image from a file, a directory or a stream.
 
     Args:
         source: a path, or a binary stream read from where it is (a pipe will do).
+        form: what it is, where looking at it is not to decide: ``image``; ``rootfs``, a whole tree; ``layer``, the tar of
+            one, in which names that begin with ``.wh.`` delete.
         spool_dir: where a compressed or piped archive of images is put while it is read
             (a temporary file without a name); the default is the system's.
+        max_bytes: that may be put there.
 
     Raises:
         InvalidArgument: neither image nor tar, or a damaged one. Corrupt: a digest does not match.
         NotFound: no such path, or a document that the image refers to is missing.
+        LimitExceeded: past ``max_bytes``.
     """
     if not isinstance(source, (str, os.PathLike)):
-        return _open_stream(source, spool_dir, owned=False)
+        return _open_stream(source, form, _Spooling(spool_dir, max_bytes), owned=False)
     path = os.fspath(source)
     try:
         st = os.stat(path)
     except FileNotFoundError:
         raise NotFound(f"no such file or directory: {path}") from None
-    if stat.S_ISDIR(st.st_mode):
-        files = DirFiles(path)
-        try:
-            kind = kind_of(files)
-            if kind is not None:
-                return ImageSource(kind, images_in(kind, files), files.close)
-        except BaseException:
+    if not stat.S_ISDIR(st.st_mode):
+        return _open_stream(open(path, "rb", buffering=0), form, _Spooling(spool_dir, max_bytes), owned=True)
+    if form == "layer":
+        raise InvalidArgument(f"{path} is a directory, a layer is a tar", remedy="--as rootfs takes it as a tree")
+    files = DirFiles(path)
+    found: ImageSource | None = None
+    try:
+        if form != "rootfs":
+            found = _source_of(files, form)
+    finally:
+        if found is None:
             files.close()
-            raise
-        files.close()
-        return _directory(path)
-    return _open_stream(open(path, "rb", buffering=0), spool_dir, owned=True)
+    return found or _directory(path)
+
+
+def _source_of(files: DirFiles | TarFiles, form: Form | None) -> ImageSource | None:
+    """An opened source, None for what is no image. One that is all there is, is read at once: its faults are told now."""
+    kind = kind_of(files, files.signs())
+    if kind is None:
+        if form == "image":
+            raise InvalidArgument("this is no image: neither an OCI layout nor a docker-archive")
+        return None
+    opened = ImageSource("docker" if kind == "both" else kind, listed_in(kind, files), files.close)
+    opened.look()
+    return opened
 
 
 # Streams: what is inside? ---------------------------------------------------------------------
 
 
-class _Head:
-    """A stream that remembers what was read of it, until it is told not to."""
+class _Spooling:
+    """Where to put an archive while it is looked at, and how much of it."""
 
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream = stream
-        self.seen = bytearray()
-        self.keep = True
+    def __init__(self, folder: str | None, max_bytes: int) -> None:
+        self.folder, self._left = folder, max_bytes
 
-    def read(self, count: int = -1) -> bytes:
-        data = self._stream.read(count if count >= 0 else CHUNK) or b""
-        if self.keep:
-            self.seen += data
+    def count(self, data: bytes) -> bytes:
+        """The data. Raises LimitExceeded."""
+        self._left -= len(data)
+        if self._left < 0:
+            raise LimitExceeded("the archive of images is larger than allowed", remedy="raise max_bytes (--max-size)")
         return data
+
+    def whole(self, read: Callable[[int], bytes]) -> BinaryIO:
+        """An archive, uncompressed, in a file without a name."""
+        spool = tempfile.TemporaryFile(dir=self.folder, prefix="cowfs-")  # noqa: SIM115  the source owns it
+        try:
+            first, read = _sniffed(read)
+            for chunk in decoder_for(first)[1](read):
+                spool.write(self.count(chunk))
+            spool.flush()
+        except BaseException:
+            spool.close()
+            raise
+        return spool
+
+
+class _Head:
+    """A stream that keeps what was read of it, to be read again: a little in memory, the rest in a file without a name."""
+
+    def __init__(self, stream: BinaryIO, spooling: _Spooling) -> None:
+        self._stream, self._spooling = stream, spooling
+        self._seen = tempfile.SpooledTemporaryFile(_AT_HAND, dir=spooling.folder, prefix="cowfs-")  # noqa: SIM115
+
+    def read(self, count: int) -> bytes:
+        data = self._stream.read(count) or b""
+        self._seen.write(self._spooling.count(data))
+        return data
+
+    def again(self) -> BinaryIO:
+        """The stream from its beginning, once."""
+        self._seen.seek(0)
+        return _Joined(self._seen, self._stream)  # type: ignore[return-value, arg-type]
+
+    def close(self) -> None:
+        self._seen.close()
+
+
+def _sniffed(read: Callable[[int], bytes]) -> tuple[bytes, Callable[[int], bytes]]:
+    """The first bytes, and the stream with them."""
+    first = read(CHUNK)
+    while len(first) < SNIFF and (more := read(CHUNK)):
+        first += more
+    given = [first]
+    return first, lambda count: given.pop() if given else read(count)
+
+
+def _open_stream(stream: BinaryIO, form: Form | None, spooling: _Spooling, *, owned: bool) -> ImageSource:
+    head: _Head | None = None
+
+    def close() -> None:
+        if head is not None:
+            head.close()
+        if owned:
+            stream.close()
+
+    try:
+        if owned and stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+            return _open_file(stream, form, spooling)
+        head = _Head(stream, spooling)
+        first, read = _sniffed(head.read)
+        if not first:
+            raise InvalidArgument("the source is empty")
+        if form == "image" or (form is None and _may_be_image(decoder_for(first)[1](read))):
+            return _spooled(spooling.whole(head.again().read), form, close)
+        return _rootfs(head.again, None, form, close)
+    except BaseException:
+        close()
+        raise
+
+
+def _open_file(file: BinaryIO, form: Form | None, spooling: _Spooling) -> ImageSource:
+    """A regular file: it can be read as often as one likes."""
+    size = os.fstat(file.fileno()).st_size
+
+    def opener() -> BinaryIO:
+        return Window(file.fileno(), 0, size)  # type: ignore[return-value]
+
+    if not size:
+        raise InvalidArgument("the source is empty")
+    if form in (None, "image"):
+        first, read = _sniffed(opener().read)
+        compression, decoder = decoder_for(first)
+        if compression == "none":
+            found = _archive(file, form)
+            if found is not None:
+                return found
+        elif form == "image" or _may_be_image(decoder(read)):
+            return _spooled(spooling.whole(opener().read), form, file.close)
+    return _rootfs(opener, size, form, file.close)
+
+
+def _archive(file: BinaryIO, form: Form | None) -> ImageSource | None:
+    """An uncompressed archive in a file: of images, or None. The file is the source's in the first case."""
+    sign = 0
+
+    def stop(member: header.Member, path: bytes) -> bool:
+        nonlocal sign
+        if form is None and path and not _IMAGE_NAME.fullmatch(path):
+            sign += 1
+        return sign > _UNDECIDED
+
+    files = TarFiles(file, stop)
+    return _source_of(files, form) if files.whole else None
+
+
+def _spooled(spool: BinaryIO, form: Form | None, close: Callable[[], None]) -> ImageSource:
+    """What was put into a file of ours, because it may be an archive of images."""
+    close()
+    try:
+        found = _archive(spool, form)
+        if found is not None:
+            return found
+        size = os.fstat(spool.fileno()).st_size
+        return _rootfs(lambda: Window(spool.fileno(), 0, size), size, form, spool.close)  # type: ignore[arg-type, return-value]
+    except BaseException:
+        spool.close()
+        raise
+
+
+def _may_be_image(chunks: Iterator[bytes]) -> bool:
+    """Read headers until a name decides; an archive of images has few kinds of names, and plain files in the first place."""
+    undecided = 0
+    reader = Reader(_Pulled(chunks), trailer=False)
+    for member in reader:
+        path = canonical(member.name, max_path=4095, max_depth=512)
+        if _DECISIVE.fullmatch(path):
+            return True
+        if path and not _IMAGE_NAME.fullmatch(path):
+            undecided += 1
+            if member.type not in _FILES or undecided > _UNDECIDED:
+                return False
+    return reader.entries > 0
 
 
 class _Pulled(Source):
@@ -159,100 +416,28 @@ class _Pulled(Source):
         return next(self._chunks, b"")
 
 
-def _open_stream(stream: BinaryIO, spool_dir: str | None, *, owned: bool) -> ImageSource:
-    close = stream.close if owned else (lambda: None)
-    try:
-        head = _Head(stream)
-        first = head.read(CHUNK)
-        while len(first) < SNIFF and (more := head.read(CHUNK)):
-            first += more
-        if not first:
-            raise InvalidArgument("the source is empty")
-        compression, decoder = decoder_for(first)
-        given = [first]
-        chunks = decoder(lambda count: given.pop() if given else head.read(count))
-        if not _looks_like_image(chunks, head):
-            return _rootfs(stream, bytes(head.seen), owned)
-        if compression == "none" and owned and stream.seekable():
-            return _archive(stream)
-        spool = _spool(stream, bytes(head.seen), spool_dir)
-        close()
-        try:
-            return _archive(spool)
-        except BaseException:
-            spool.close()
-            raise
-    except BaseException:
-        close()
-        raise
-
-
-def _archive(file: BinaryIO) -> ImageSource:
-    """An uncompressed archive in a file of ours: of images, or a root filesystem after all."""
-    files = TarFiles(file)
-    kind = kind_of(files)
-    if kind is not None:
-        return ImageSource(kind, images_in(kind, files), files.close)
-    if files.holds("blobs/sha256/"):
-        raise InvalidArgument(
-            "archive has blobs but neither oci-layout with index.json nor manifest.json", remedy="it may be cut short"
-        )
-    return _rootfs(file, b"", True)
-
-
-def _looks_like_image(chunks: Iterator[bytes], head: _Head) -> bool:
-    """Read headers until a name decides; an archive of images has few kinds of names at its top."""
-    for member in Reader(_Pulled(chunks)):
-        path = canonical(member.name, max_path=4095, max_depth=512)
-        if _DECISIVE.fullmatch(path) or len(head.seen) > _UNDECIDED:
-            return True
-        if path and not _IMAGE_NAME.fullmatch(path):
-            return False
-    return False
-
-
-def _spool(stream: BinaryIO, seen: bytes, spool_dir: str | None) -> BinaryIO:
-    """The whole archive, uncompressed, in a file without a name."""
-    given = [seen]
-
-    def read(count: int) -> bytes:
-        return given.pop() if given else stream.read(count) or b""
-
-    spool = tempfile.TemporaryFile(dir=spool_dir, prefix="cowfs-")  # noqa: SIM115  the source owns it
-    try:
-        _, decoder = decoder_for(seen)
-        for chunk in decoder(read):
-            spool.write(chunk)
-        spool.flush()
-    except BaseException:
-        spool.close()
-        raise
-    return spool
-
-
-def _rootfs(stream: BinaryIO, seen: bytes, owned: bool) -> ImageSource:
-    """A tar of a root filesystem: one layer whose diff id is known once it was read."""
-    seekable = owned and stream.seekable()
+def _rootfs(
+    opener: Callable[[], BinaryIO], size: int | None, form: Form | None, close: Callable[[], None]
+) -> ImageSource:
+    """A tar of a root filesystem: one layer whose diff id is known once it was read; without ``size`` it is read once only."""
     opened = False
 
-    def opener() -> BinaryIO:
+    def once() -> BinaryIO:
         nonlocal opened
-        if seekable:
-            fd = stream.fileno()
-            return Window(fd, 0, os.fstat(fd).st_size)  # type: ignore[return-value]
         if opened:
             raise InvalidArgument("a root filesystem from a pipe can be read once only")
         opened = True
-        return _Joined(seen, stream)  # type: ignore[return-value]
+        return opener()
 
-    size = os.fstat(stream.fileno()).st_size if seekable else None
-    return _single("rootfs", opener, size, stream.close if owned else lambda: None)
+    return _single(
+        "layer" if form == "layer" else "rootfs", once if size is None else opener, size, close, whole=form == "rootfs"
+    )
 
 
 class _Joined(io.RawIOBase):
     """What was read already, then the rest."""
 
-    def __init__(self, seen: bytes, stream: BinaryIO) -> None:
+    def __init__(self, seen: BinaryIO, stream: BinaryIO) -> None:
         super().__init__()
         self._seen, self._stream = seen, stream
 
@@ -261,24 +446,24 @@ class _Joined(io.RawIOBase):
 
     def read(self, size: int | None = -1) -> bytes:
         count = CHUNK if size is None or size < 0 else size
-        if self._seen:
-            data, self._seen = self._seen[:count], self._seen[count:]
-            return data
-        return self._stream.read(count) or b""
+        return self._seen.read(count) or self._stream.read(count) or b""
 
 
-def _single(kind: str, opener: Callable[[], BinaryIO], size: int | None, close: Callable[[], None]) -> ImageSource:
+def _single(
+    kind: str, opener: Callable[[], BinaryIO], size: int | None, close: Callable[[], None], *, whole: bool
+) -> ImageSource:
     config = make_config([])
-    layer = Layer(diff_id=None, digest=None, size=size, media_type=LAYER_TAR, opener=opener)
+    layer = Layer(diff_id=None, digest=None, size=size, media_type=LAYER_TAR, opener=opener, whole=whole)
     image = Image(
         config=config, config_digest=digest_of(config), layers=(layer,), tags=(), platform=f"linux/{platform_here()}"
     )
-    return ImageSource(kind, (image,), close)
+    listed = Listed(key="", describe=lambda: None, read=lambda: image)
+    return ImageSource(kind, [[listed]], close)
 
 
 def _directory(path: str) -> ImageSource:
     """A plain directory: its reproducible layer tar, made while it is read."""
-    return _single("dir", lambda: _Exporting(path), None, lambda: None)  # type: ignore[arg-type, return-value]
+    return _single("dir", lambda: _Exporting(path), None, lambda: None, whole=False)  # type: ignore[arg-type, return-value]
 
 
 class _Exporting(io.RawIOBase):

@@ -10,7 +10,6 @@ Sources: OCI image-spec ``image-layout.md`` and ``manifest.md``; moby's image sp
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -21,7 +20,8 @@ from cowfs.archive import header
 from cowfs.archive.decode import CHUNK
 from cowfs.errors import AlreadyExists, Corrupt, InvalidArgument
 from cowfs.images.description import LAYER_TAR
-from cowfs.images.digests import check_digest, diff_ids_of, digest_of, parse_json
+from cowfs.images.digests import as_json, check_digest, diff_ids_of, digest_of, parse_json
+from cowfs.sys.atomic import replacing, write_file
 
 __all__ = ["OutImage", "OutLayer", "write_docker", "write_oci"]
 
@@ -86,10 +86,7 @@ class _DirSink:
         os.makedirs(os.path.join(root, "blobs", "sha256"), exist_ok=True)
 
     def add(self, name: str, data: bytes) -> None:
-        temporary = os.path.join(self._root, f".{os.path.basename(name)}.new")
-        with open(temporary, "wb") as file:
-            file.write(data)
-        os.replace(temporary, os.path.join(self._root, name))
+        write_file(os.path.join(self._root, name), data, mode=0o644, durable=False)
 
     def add_stream(self, fill: Callable[[BinaryIO], Any], name_of: Callable[[str], str]) -> tuple[str, int]:
         fd, temporary = tempfile.mkstemp(dir=os.path.join(self._root, "blobs"), prefix=".new-")
@@ -153,10 +150,6 @@ def _write_layer(layer: OutLayer, compression: str) -> Callable[[BinaryIO], None
     return fill
 
 
-def _json(value: Any) -> bytes:
-    return json.dumps(value, separators=(",", ":"), sort_keys=True, ensure_ascii=False).encode()
-
-
 def _blob(digest: str) -> str:
     return "blobs/sha256/" + digest[7:]
 
@@ -164,7 +157,7 @@ def _blob(digest: str) -> str:
 def _fill_oci(sink: Sink, images: Sequence[OutImage], compression: str, index: list[Any]) -> None:
     if compression not in _SUFFIX:
         raise InvalidArgument(f"unknown compression {compression!r}", remedy="use " + ", ".join(_SUFFIX))
-    sink.add("oci-layout", _json({"imageLayoutVersion": "1.0.0"}))
+    sink.add("oci-layout", as_json({"imageLayoutVersion": "1.0.0"}))
     written: dict[str, tuple[str, int]] = {}
     for image in images:
         image.check()
@@ -176,7 +169,7 @@ def _fill_oci(sink: Sink, images: Sequence[OutImage], compression: str, index: l
             layers.append({"mediaType": LAYER_TAR + _SUFFIX[compression], "digest": digest, "size": size})
         config = digest_of(image.config)
         sink.add(_blob(config), image.config)
-        manifest = _json(
+        manifest = as_json(
             {
                 "schemaVersion": 2,
                 "mediaType": _MANIFEST,
@@ -188,7 +181,11 @@ def _fill_oci(sink: Sink, images: Sequence[OutImage], compression: str, index: l
         described = parse_json(image.config, "image configuration")
         descriptor: dict[str, Any] = {"mediaType": _MANIFEST, "digest": digest_of(manifest), "size": len(manifest)}
         if isinstance(described.get("architecture"), str) and isinstance(described.get("os"), str):
-            descriptor["platform"] = {"architecture": described["architecture"], "os": described["os"]}
+            descriptor["platform"] = {
+                key: described[key]
+                for key in ("architecture", "os", "os.version", "variant")
+                if isinstance(described.get(key), str)
+            }
         for tag in image.tags or (None,):
             named = dict(descriptor)
             if tag is not None:
@@ -197,7 +194,7 @@ def _fill_oci(sink: Sink, images: Sequence[OutImage], compression: str, index: l
             index.append(named)
     sink.add(
         "index.json",
-        _json({"schemaVersion": 2, "mediaType": "application/vnd.oci.image.index.v1+json", "manifests": index}),
+        as_json({"schemaVersion": 2, "mediaType": "application/vnd.oci.image.index.v1+json", "manifests": index}),
     )
     sink.finish()
 
@@ -230,8 +227,8 @@ def _fill_docker(sink: Sink, images: Sequence[OutImage]) -> None:
             repository, _, version = tag.rpartition(":")
             if names:
                 repositories.setdefault(repository, {})[version] = names[-1][:-4]
-    sink.add("manifest.json", _json(manifest))
-    sink.add("repositories", _json(repositories))
+    sink.add("manifest.json", as_json(manifest))
+    sink.add("repositories", as_json(repositories))
     sink.finish()
 
 
@@ -245,16 +242,8 @@ def _into_file(target: str | BinaryIO, fill: Callable[[BinaryIO], None]) -> None
         fill(target)
         target.flush()
         return
-    folder = os.path.dirname(os.path.abspath(target))
-    fd, temporary = tempfile.mkstemp(dir=folder, prefix=".cowfs-export-")
-    try:
-        with os.fdopen(fd, "wb") as file:
-            fill(file)
-            os.fchmod(file.fileno(), 0o644)
-        os.replace(temporary, target)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with replacing(target, mode=0o644, durable=False) as file:
+        fill(file)
 
 
 def write_oci(

@@ -19,13 +19,15 @@ import sqlite3
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from cowfs.errors import Corrupt, CowfsError, FailedPrecondition, NotFound, Unsupported
+from cowfs.index import events
 from cowfs.index.directory import EMPTY, Pair, root_digest
-from cowfs.model import Info, Kind, Limit, Usage
+from cowfs.index.transaction import Transaction
+from cowfs.model import Event, Info, Kind, Limit, Usage
 from cowfs.sys.faults import point
 
 __all__ = ["APPLICATION_ID", "FORMAT", "Index", "Row", "Tag"]
@@ -35,10 +37,51 @@ BUSY_SECONDS = 60.0
 WAL_PAGES = 256
 """Pages that the write-ahead log grows to, and is cut to after a large transaction: a megabyte, a quarter of SQLite's own."""
 
-MIGRATIONS: dict[int, str] = {}
+MIGRATIONS: dict[int, str] = {
+    # Format 1 had no such column: sharing a limit was told from the numbers, which a live snapshot's child has alone.
+    1: """
+ALTER TABLE snapshots ADD COLUMN shares_limit INTEGER NOT NULL DEFAULT 0;
+UPDATE snapshots SET shares_limit = 1 WHERE EXISTS (
+    SELECT 1 FROM snapshots AS p WHERE p.num = snapshots.parent
+    AND snapshots.base_bytes = p.base_bytes - coalesce(p.bytes, 0)
+    AND snapshots.base_inodes = p.base_inodes - coalesce(p.inodes, 0)
+    AND p.labels LIKE '%"cowfs.snapshot-of"%');
+""",
+    2: """
+-- Configurations that snapshots remember: one for all the snapshots of an image.
+CREATE TABLE configs (
+    digest TEXT PRIMARY KEY,            -- 'sha256:...' of the document: the id of the image
+    data   TEXT NOT NULL                -- byte for byte
+) WITHOUT ROWID;
+
+-- the configuration of the image that it was made from, whatever becomes of that image's tag
+ALTER TABLE snapshots ADD COLUMN config TEXT REFERENCES configs (digest);
+
+-- which form of export gave diff_id (cowfs.archive.FORM); NULL: an archive did, or an older cowfs
+ALTER TABLE snapshots ADD COLUMN diff_form INTEGER;
+""",
+    3: """
+-- What happened, the newest cowfs.index.events.KEPT of it. seq grows without gaps: the newest is never deleted.
+CREATE TABLE events (
+    seq        INTEGER PRIMARY KEY,
+    time       INTEGER NOT NULL,
+    type       TEXT NOT NULL,           -- image, container, snapshot, mount, limit, store
+    action     TEXT NOT NULL,
+    actor      TEXT NOT NULL,           -- the key, name, tag or id that it happened to
+    attributes TEXT NOT NULL            -- JSON object of strings
+);
+""",
+}
 """SQL that turns format N into N + 1, by N. Format 1 is schema.sql as it first was."""
 
 FORMAT = 1 + len(MIGRATIONS)
+
+LACKING = {
+    1: "0 AS shares_limit, NULL AS config, NULL AS diff_form",
+    2: "NULL AS config, NULL AS diff_form",
+    3: "",
+}
+"""Columns of snapshots that an older format has not, by format: so it is read where it cannot be migrated."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +98,7 @@ class Row:
     created: int
     updated: int
     limit: Limit
+    shares_limit: bool
     base: Usage
     usage: Usage | None
     root: Pair | None
@@ -88,6 +132,7 @@ class Tag:
 _ROW = """
 SELECT s.num, s.id, s.name, s.kind, s.parent, s.depth, s.labels, s.created, s.updated, s.limit_bytes, s.limit_inodes,
        s.base_bytes, s.base_inodes, s.bytes, s.inodes, s.root_content, s.root_storage, s.diff_id, s.chain_id, s.damage,
+       s.shares_limit,
        (SELECT p.name FROM snapshots AS p WHERE p.num = s.parent)
 FROM snapshots AS s
 """
@@ -112,7 +157,7 @@ SELECT num, id FROM chain ORDER BY depth DESC
 
 def _row(values: tuple) -> Row:  # type: ignore[type-arg]
     (num, id_, name, kind, parent, depth, labels, created, updated, limit_bytes, limit_inodes, base_bytes, base_inodes,
-     bytes_, inodes, content, storage, diff_id, chain_id, damage, parent_name) = values  # fmt: skip
+     bytes_, inodes, content, storage, diff_id, chain_id, damage, shares_limit, parent_name) = values  # fmt: skip
     return Row(
         num=num,
         id=id_,
@@ -124,6 +169,7 @@ def _row(values: tuple) -> Row:  # type: ignore[type-arg]
         created=created,
         updated=updated,
         limit=Limit(bytes=limit_bytes, inodes=limit_inodes),
+        shares_limit=bool(shares_limit),
         base=Usage(bytes=base_bytes, inodes=base_inodes),
         usage=None if bytes_ is None else Usage(bytes=bytes_, inodes=inodes),
         root=None if content is None else (content, storage),
@@ -210,9 +256,23 @@ class Index:
         connection.execute("PRAGMA cache_size = -16384")
         connection.execute(f"PRAGMA wal_autocheckpoint = {WAL_PAGES}")
         connection.execute(f"PRAGMA journal_size_limit = {WAL_PAGES * 4096}")
+        if frozen:
+            self._complete(connection)
         with self._lock:
             self._open.add(connection)
         return connection
+
+    @staticmethod
+    def _complete(connection: _Connection) -> None:
+        """Let an index that cannot be migrated look as if it had been; temporary names come before the file's own."""
+        lacking = LACKING.get(int(connection.execute("PRAGMA user_version").fetchone()[0]))
+        if lacking is None:
+            return
+        connection.execute("PRAGMA temp_store = MEMORY")
+        connection.execute("CREATE TEMP TABLE events (seq, time, type, action, actor, attributes)")
+        if lacking:
+            connection.execute(f"CREATE TEMP VIEW snapshots AS SELECT *, {lacking} FROM main.snapshots")
+            connection.execute("CREATE TEMP TABLE configs (digest TEXT PRIMARY KEY, data TEXT NOT NULL)")
 
     def _as_uri(self) -> tuple[str, bool]:
         """(name, that it is a URI) under which SQLite opens a file that nobody can change: it wants to write one beside it."""
@@ -238,7 +298,7 @@ class Index:
         with self._errors():
             connection = self._connection()
             version = self._version(connection)
-            if version == FORMAT:
+            if version == FORMAT or (version in LACKING and _is_readonly(self.path)):
                 return
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("BEGIN IMMEDIATE")
@@ -312,13 +372,16 @@ class Index:
         return CowfsError(f"the index {self.path}: {error}")
 
     @contextmanager
-    def write(self) -> Iterator[_Connection]:
-        """One transaction that writes: the whole of it happens, or nothing."""
+    def write(self) -> Iterator[Transaction]:
+        """One transaction that writes: the whole of it happens, or nothing.
+
+        Reads of this index in the same thread see what the transaction wrote.
+        """
         with self._errors():
             connection = self._connection()
             connection.execute("BEGIN IMMEDIATE")
             try:
-                yield connection
+                yield Transaction(connection)
                 connection.execute("COMMIT")
             except BaseException:
                 if connection.in_transaction:
@@ -326,16 +389,16 @@ class Index:
                 raise
 
     @contextmanager
-    def read(self) -> Iterator[_Connection]:
+    def read(self) -> Iterator[None]:
         """Several reads of one and the same state."""
         with self._errors():
             connection = self._connection()
             if connection.in_transaction:
-                yield connection
+                yield
                 return
             connection.execute("BEGIN")
             try:
-                yield connection
+                yield
             finally:
                 connection.execute("COMMIT")
 
@@ -349,7 +412,8 @@ class Index:
 
     def set_meta(self, key: str, value: str) -> str:
         """Settle a fact once; whoever comes second gets the first one's value."""
-        with self.write() as connection:
+        with self.write():
+            connection = self._connection()
             connection.execute("INSERT OR IGNORE INTO meta VALUES (?, ?)", (key, value))
             return str(connection.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()[0])
 
@@ -392,13 +456,29 @@ class Index:
             )
         return None if row is None else _row(row)
 
-    def rows(self, where: str = "1", values: Iterable[object] = (), *, page: int = 512) -> Iterator[Row]:
-        """Snapshots in the order of their making, read in pages so that no transaction stays open.
+    def find_num(self, num: int) -> Row | None:
+        """The snapshot with this number."""
+        return next(self._rows("s.num = ?", (num,)), None)
 
-        ``where`` is SQL over the columns of ``s``; what is removed meanwhile may be missing.
-        """
+    def find_id(self, id: str) -> Row | None:
+        """The snapshot whose directory the driver calls ``id``."""
+        return next(self._rows("s.id = ?", (id,)), None)
+
+    def rows(self) -> Iterator[Row]:
+        """All snapshots in the order of their making, read in pages: one that is removed meanwhile may be missing."""
+        return self._rows("1")
+
+    def rows_on(self, num: int) -> list[Row]:
+        """The snapshots whose parent this is."""
+        return list(self._rows("s.parent = ?", (num,)))
+
+    def damaged(self) -> list[Row]:
+        """The snapshots in quarantine."""
+        return list(self._rows("s.damage IS NOT NULL"))
+
+    def _rows(self, where: str, values: tuple[object, ...] = (), *, page: int = 512) -> Iterator[Row]:
+        """Snapshots by a condition over the columns of ``s``, in pages so that no transaction stays open."""
         after = -1
-        values = tuple(values)
         while True:
             with self._errors():
                 found = (
@@ -467,13 +547,11 @@ class Index:
         root = os.path.dirname(self.path)
         return None if os.statvfs(root).f_flag & os.ST_RDONLY else root
 
-    @staticmethod
-    def add_records(connection: sqlite3.Connection, new: Mapping[bytes, tuple[bytes, bytes]]) -> None:
-        """Store records inside a write transaction; those already there are kept."""
-        connection.executemany(
-            "INSERT OR IGNORE INTO records VALUES (?, ?, ?)",
-            ((digest, children, data) for digest, (children, data) in new.items()),
-        )
+    def record_children(self, digest: bytes) -> bytes | None:
+        """The digests of the records that a directory record points at, one after another; None where it is not there."""
+        with self._errors():
+            row = self._connection().execute("SELECT children FROM records WHERE digest = ?", (digest,)).fetchone()
+        return None if row is None else bytes(row[0])
 
     def sweep(self) -> int:
         """Delete the records that no snapshot's tree reaches; how many there were.
@@ -481,34 +559,36 @@ class Index:
         Reachable ones are found without the write lock; what snapshots made since then reach is
         added under it.
         """
-        roots = "SELECT root_storage FROM snapshots WHERE root_storage IS NOT NULL"
         marked: set[bytes] = set()
-        with self.read() as connection:
-            self._mark(connection, [row[0] for row in connection.execute(roots)], marked)
-        with self.write() as connection:
-            self._mark(connection, [row[0] for row in connection.execute(roots)], marked)
-            unused = [row for row in connection.execute("SELECT digest FROM records") if row[0] not in marked]
-            connection.executemany("DELETE FROM records WHERE digest = ?", unused)
+        with self.read():
+            self._mark(marked)
+        with self.write() as change:
+            self._mark(marked)
+            every = self._connection().execute("SELECT digest FROM records")
+            unused = [digest for (digest,) in every if digest not in marked]
+            change.remove_records(unused)
+            change.drop_configs()
             point("gc.swept")
         point("gc.committed")
         return len(unused)
 
-    @staticmethod
-    def _mark(connection: sqlite3.Connection, roots: list[bytes], marked: set[bytes]) -> None:
-        todo = [root_digest(storage) for storage in roots]
+    def _mark(self, marked: set[bytes]) -> None:
+        """Add the digests of all records that a snapshot's tree reaches."""
+        roots = self._connection().execute("SELECT root_storage FROM snapshots WHERE root_storage IS NOT NULL")
+        todo = [root_digest(storage) for (storage,) in roots]
         while todo:
             digest = todo.pop()
             if digest in marked:
                 continue
             marked.add(digest)
-            row = connection.execute("SELECT children FROM records WHERE digest = ?", (digest,)).fetchone()
-            if row is not None:
-                below: bytes = row[0]
+            below = self.record_children(digest)
+            if below is not None:
                 todo += [below[at : at + 32] for at in range(0, len(below), 32)]
 
     def reserve(self) -> int:
         """A number for a snapshot that is to be inserted later under it; never given twice."""
-        with self.write() as connection:
+        with self.write():
+            connection = self._connection()
             bump = "UPDATE sqlite_sequence SET seq = seq + 1 WHERE name = 'snapshots' RETURNING seq"
             row = connection.execute(bump).fetchone()
             if row is None:
@@ -516,25 +596,107 @@ class Index:
                 row = connection.execute(bump).fetchone()
             return int(row[0])
 
+    # --------------------------------------------------------- configurations
+
+    def config_of(self, num: int) -> str | None:
+        """The configuration of the image that a snapshot was made from, where it is remembered."""
+        query = "SELECT c.data FROM snapshots AS s JOIN configs AS c ON c.digest = s.config WHERE s.num = ?"
+        with self._errors():
+            row = self._connection().execute(query, (num,)).fetchone()
+        return None if row is None else str(row[0])
+
+    def diff_form(self, num: int) -> int | None:
+        """Which form of export gave a snapshot's diff id; None where an archive did, or an older cowfs."""
+        with self._errors():
+            row = self._connection().execute("SELECT diff_form FROM snapshots WHERE num = ?", (num,)).fetchone()
+        return None if row is None else row[0]
+
     # ------------------------------------------------------------------- tags
 
     def tag(self, name: str) -> Tag | None:
         """The tag of this name."""
         if not _is_text(name):
             return None
-        return next(self.tags("t.name = ?", (name,)), None)
+        return next(iter(self._tags("t.name = ?", (name,))), None)
 
-    def tags(self, where: str = "1", values: Iterable[object] = ()) -> Iterator[Tag]:
-        """Tags in the order of their names."""
+    def tags(self) -> list[Tag]:
+        """All tags, in the order of their names."""
+        return self._tags("1")
+
+    def tags_of(self, num: int) -> list[Tag]:
+        """The tags of a snapshot."""
+        return self._tags("t.target = ?", (num,))
+
+    def _tags(self, where: str, values: tuple[object, ...] = ()) -> list[Tag]:
         with self._errors():
             found = (
                 self._connection()
                 .execute(
                     "SELECT t.name, s.name, t.config, t.created FROM tags AS t JOIN snapshots AS s ON s.num = t.target"
                     f" WHERE {where} ORDER BY t.name",
-                    tuple(values),
+                    values,
                 )
                 .fetchall()
             )
-        for name, target, config, created in found:
-            yield Tag(name=name, target=target, config=config, created=created)
+        return [
+            Tag(name=name, target=target, config=config, created=created) for name, target, config, created in found
+        ]
+
+    # ----------------------------------------------------------------- events
+
+    def events(self, after: int, count: int) -> list[Event]:
+        """Events behind a sequence number, oldest first, ``count`` at most;"""
+        with self._errors():
+            return events.read(self._connection(), after, count)
+
+    def event_at(self, time: int) -> int:
+        """The sequence number of the last event before a time (nanoseconds since 1970); 0 when there is none."""
+        with self._errors():
+            return events.before(self._connection(), time)
+
+    def event_range(self) -> tuple[int, int]:
+        """Sequence numbers of the oldest and the newest event that are kept; (1, 0) when there is none."""
+        with self._errors():
+            return events.ends(self._connection())
+
+    def changes(self) -> int:
+        """A number that differs from the last one when somebody wrote meanwhile, seen from this thread."""
+        with self._errors():
+            connection = self._connection()
+            others = int(connection.execute("PRAGMA data_version").fetchone()[0])
+            return others << 40 | connection.total_changes
+
+    # ----------------------------------------------------------------- totals
+
+    def ids(self) -> set[str]:
+        """The driver's ids of all snapshots."""
+        with self._errors():
+            return {id for (id,) in self._connection().execute("SELECT id FROM snapshots")}
+
+    def counts(self) -> dict[str, int]:
+        """How many snapshots there are, by kind."""
+        with self._errors():
+            return dict(self._connection().execute("SELECT kind, count(*) FROM snapshots GROUP BY kind").fetchall())
+
+    def used(self) -> Usage:
+        """The usage of all committed layers together."""
+        return self._sum("1")
+
+    def reclaimable(self) -> Usage:
+        """The usage of the committed layers that have neither tag nor child."""
+        return self._sum(
+            "kind = 'committed' AND NOT EXISTS (SELECT 1 FROM snapshots AS c WHERE c.parent = s.num)"
+            " AND NOT EXISTS (SELECT 1 FROM tags AS t WHERE t.target = s.num)"
+        )
+
+    def _sum(self, where: str) -> Usage:
+        query = f"SELECT coalesce(sum(bytes), 0), coalesce(sum(inodes), 0) FROM snapshots AS s WHERE {where}"
+        with self._errors():
+            size, inodes = self._connection().execute(query).fetchone()
+        return Usage(bytes=size, inodes=inodes)
+
+    def damage_of_file(self) -> list[str]:
+        """Sentences of SQLite about damage of the file itself, ten at most; empty when it is sound."""
+        with self._errors():
+            lines = [line for (line,) in self._connection().execute("PRAGMA quick_check(10)")]
+        return [line for line in lines if line != "ok"]

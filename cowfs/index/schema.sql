@@ -1,5 +1,5 @@
 -- The index of a store: snapshots, tags, and the directory records that say which file lives where.
--- Format 1. Times are nanoseconds since 1970; sizes bytes; digests 32 raw bytes of SHA-256.
+-- Format 1; what later formats add is in cowfs.index.database (MIGRATIONS). Times are nanoseconds since 1970; sizes bytes; digests 32 raw bytes of SHA-256.
 
 CREATE TABLE meta (
     key   TEXT PRIMARY KEY,             -- driver, form, uuid, created

@@ -38,7 +38,7 @@ def view(stack: Stack, options: Options) -> View:
     assert stack.upper is not None
     root, _, id = os.path.dirname(stack.upper).rpartition("/layers/")
     index = Index(os.path.join(root, "index.db"))
-    row = next(index.rows("s.id = ?", (id,)), None)
+    row = index.find_id(id)
     if row is None:
         raise NotFound(f"the index of {root} does not know the layer {id}")
     form = index.meta("form") or "auto"

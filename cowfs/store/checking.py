@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from cowfs.errors import Corrupt
-from cowfs.index.database import Index, Row
+from cowfs.index.database import Row
 from cowfs.index.directory import Entry, Pair, Ref, children_of, decode, entries, join, root_digest
 from cowfs.model import Usage
 from cowfs.store.layers import KeptDigests, SameData, file_digest
@@ -106,24 +106,19 @@ class UpkeepVerbs(MountVerbs):
         Snapshots are never deleted, whatever their names or tags.
         """
         directories = sweep(self.driver, self.index, everything=True)
-        return Collected(directories=tuple(directories), records=self.index.sweep())
+        records = self.index.sweep()
+        with self.index.write() as change:
+            change.record_event("store", "gc", "", {"directories": str(len(directories)), "records": str(records)})
+        return Collected(directories=tuple(directories), records=records)
 
     def totals(self) -> Totals:
         """What ``cowfs df`` shows."""
-        with self.index.read() as connection:
-            count = dict(connection.execute("SELECT kind, count(*) FROM snapshots GROUP BY kind").fetchall())
-            used = connection.execute(
-                "SELECT coalesce(sum(bytes), 0), coalesce(sum(inodes), 0) FROM snapshots"
-            ).fetchone()
-            free = connection.execute(
-                "SELECT coalesce(sum(bytes), 0), coalesce(sum(inodes), 0) FROM snapshots AS s WHERE kind = 'committed'"
-                " AND NOT EXISTS (SELECT 1 FROM snapshots AS c WHERE c.parent = s.num)"
-                " AND NOT EXISTS (SELECT 1 FROM tags AS t WHERE t.target = s.num)"
-            ).fetchone()
+        with self.index.read():
+            count, used, free = self.index.counts(), self.index.used(), self.index.reclaimable()
         host = os.statvfs(self.root)
         return Totals(
-            committed=Usage(bytes=used[0], inodes=used[1]),
-            reclaimable=Usage(bytes=free[0], inodes=free[1]),
+            committed=used,
+            reclaimable=free,
             count=count,
             host_bytes=host.f_blocks * host.f_frsize,
             host_free=host.f_bavail * host.f_frsize,
@@ -166,10 +161,8 @@ class UpkeepVerbs(MountVerbs):
         return report
 
     def _check_database(self, report: Report) -> None:
-        with self.index.read() as connection:
-            for (line,) in connection.execute("PRAGMA quick_check(10)"):
-                if line != "ok":
-                    report.problems.append(Problem(kind="index", name="", what=f"the index is damaged: {line}"))
+        for line in self.index.damage_of_file():
+            report.problems.append(Problem(kind="index", name="", what=f"the index is damaged: {line}"))
 
     def _check_garbage(self, report: Report, repair: bool) -> None:
         lost = [f"layers/{id}" for id in orphans(self.driver, self.index)]
@@ -209,7 +202,7 @@ class UpkeepVerbs(MountVerbs):
         import hashlib
 
         todo = [root]
-        with self.index.read() as connection:
+        with self.index.read():
             while todo:
                 digest = todo.pop()
                 if digest in good:
@@ -222,10 +215,10 @@ class UpkeepVerbs(MountVerbs):
                     good[digest] = False
                     return digest
                 report.records += 1
-                row = connection.execute("SELECT children FROM records WHERE digest = ?", (digest,)).fetchone()
+                children = self.index.record_children(digest)
                 sound = hashlib.sha256(data).digest() == digest
                 below = children_of(data) if sound else []
-                if not sound or (row is not None and row[0] != b"".join(below)):
+                if not sound or (children is not None and children != b"".join(below)):
                     good[digest] = False
                     return digest
                 good[digest] = True
@@ -240,11 +233,8 @@ class UpkeepVerbs(MountVerbs):
             return False
         if scanned.root != row.root:
             return False
-        with self.index.write() as connection:
-            connection.executemany(
-                "DELETE FROM records WHERE digest = ?", ((digest,) for digest in scanned.pending.new)
-            )
-            Index.add_records(connection, scanned.pending.new)
+        with self.index.write() as change:
+            change.replace_records(scanned.pending.new)
         return True
 
     def _check_content(self, report: Report, row: Row) -> None:
@@ -294,11 +284,11 @@ class UpkeepVerbs(MountVerbs):
 
     def _quarantine(self, report: Report, rows: list[Row], bad: dict[int, str]) -> None:
         """Mark what is damaged, unmark what no longer is."""
-        with self.index.write() as connection:
+        with self.index.write() as change:
             for row in rows:
                 why = bad.get(row.num)
                 if why != row.damage:
-                    connection.execute("UPDATE snapshots SET damage = ? WHERE num = ?", (why, row.num))
+                    change.set_damage(row.num, why)
         for at, problem in enumerate(report.problems):
             if problem.kind in ("layer", "records") and not problem.repaired:
                 report.problems[at] = Problem(
@@ -307,7 +297,7 @@ class UpkeepVerbs(MountVerbs):
 
     def quarantined(self) -> list[tuple[str, str]]:
         """Snapshots in quarantine, and why."""
-        return [(row.name, row.damage or "") for row in self.index.rows("s.damage IS NOT NULL")]
+        return [(row.name, row.damage or "") for row in self.index.damaged()]
 
     def describe(self) -> dict[str, str]:
         """What ``cowfs info`` shows: driver, layer form, host file system, how mounts are made, and why."""

@@ -15,10 +15,13 @@ from cowfs.index.directory import Pending
 from cowfs.model import Change, Kind
 from cowfs.store import layers
 from cowfs.store.applying import HEADERS, ArchiveVerbs, Progress, counter
+from cowfs.sys.atomic import replacing
 
-__all__ = ["FORMATS", "ExportVerbs"]
+__all__ = ["FORMATS", "NO_LAYER", "ExportVerbs"]
 
 FORMATS = ("oci", "docker", "tar", "layer")
+NO_LAYER = images.digest_of(b"")
+"""The diff id of an archive of no bytes: what an image without layers is kept as."""
 
 
 class ExportVerbs(ArchiveVerbs):
@@ -65,26 +68,44 @@ class ExportVerbs(ArchiveVerbs):
             write = self._write_tar if format == "tar" else self._write_layer
             packed = compression or "none"
             if isinstance(target, (str, os.PathLike)):
-                return _into_file(os.fspath(target), lambda out: write(row, out, packed, progress))
+                with replacing(os.fspath(target), mode=0o644, durable=False) as out:
+                    return write(row, out, packed, progress)
             return write(row, target, packed, progress)
         if row.kind is not Kind.COMMITTED:
             raise InvalidArgument(
                 f"{name!r} is not committed, an image is made of committed ones", remedy="commit it first"
             )
-        image = self._image(name, row)
+        found = self._images(name, row)
         where = target if not isinstance(target, os.PathLike) else os.fspath(target)
         if format == "oci":
             images.write_oci(
-                where, [image], directory=directory, compression=compression or "gzip", spool_dir=self.index.spool
+                where, found, directory=directory, compression=compression or "gzip", spool_dir=self.index.spool
             )
         else:
-            images.write_docker(where, [image], spool_dir=self.index.spool)
+            images.write_docker(where, found, spool_dir=self.index.spool)
         return row.name
 
-    def _image(self, name: str, row: Row) -> images.OutImage:
+    def _images(self, name: str, row: Row) -> list[images.OutImage]:
+        """The image that a tag names; of a snapshot's own name each image that it is, one for each configuration."""
         chain = [self.index.by_num(num) for num, _ in reversed(self.index.chain(row.num))]
         diff_ids = self._diff_ids(row)
-        config = self._config(chain, diff_ids)
+        if self.index.tag(name) is not None:
+            return [self._image(chain, diff_ids, self.config(name), [name])]
+        tags: dict[str, list[str]] = {}
+        for tag in self.index.tags_of(row.num):
+            tags.setdefault(self.config(tag.name), []).append(tag.name)
+        if not tags:
+            tags[self.config(name)] = []
+        return [self._image(chain, diff_ids, config, names) for config, names in tags.items()]
+
+    def _image(self, chain: list[Row], diff_ids: list[str], config: str, tags: list[str]) -> images.OutImage:
+        base = config.encode() if config else None
+        listed = images.diff_ids_of(base) if base is not None else None
+        if listed != diff_ids and listed is not None and NO_LAYER not in listed:
+            # an image without layers is kept as a snapshot of nothing, which is no layer of what is made of it
+            pairs = [pair for pair in zip(chain, diff_ids, strict=True) if pair[1] != NO_LAYER]
+            chain, diff_ids = [each for each, _ in pairs], [diff_id for _, diff_id in pairs]
+        document = base if base is not None and listed == diff_ids else None
 
         def writer(each: Row) -> Callable[[BinaryIO, str], str]:
             return lambda out, compression: self._write_layer(each, out, compression, None)
@@ -92,23 +113,19 @@ class ExportVerbs(ArchiveVerbs):
         outs = [
             images.OutLayer(diff_id=diff_id, write=writer(each)) for each, diff_id in zip(chain, diff_ids, strict=True)
         ]
-        tags = (
-            [name]
-            if self.index.tag(name) is not None
-            else [tag.name for tag in self.index.tags("t.target = ?", (row.num,))]
-        )
-        return images.OutImage(config=config, layers=outs, tags=tags)
+        if document is None:
+            document = images.make_config(diff_ids, base, kept=self._layers_of(chain, config))
+        return images.OutImage(config=document, layers=outs, tags=tags)
 
-    def _config(self, chain: list[Row], diff_ids: list[str]) -> bytes:
-        """The configuration of the nearest tagged ancestor, with the layers above it added."""
-        for row in reversed(chain):
-            for tag in self.index.tags("t.target = ?", (row.num,)):
-                if tag.config:
-                    config = tag.config.encode()
-                    if row is chain[-1] and images.diff_ids_of(config) == diff_ids:
-                        return config
-                    return images.make_config(diff_ids, config)
-        return images.make_config(diff_ids)
+    def _layers_of(self, chain: list[Row], config: str) -> int:
+        """How many layers of a chain, bottom first, are those of the image that a configuration belongs to."""
+        for count, row in enumerate(chain):
+            if self.index.config_of(row.num) == config:
+                return count  # the first that was made from it
+        for count, row in enumerate(chain):
+            if any(tag.config == config for tag in self.index.tags_of(row.num)):
+                return count + 1
+        return len(chain)
 
     def _diff_ids(self, row: Row) -> list[str]:
         """Diff ids of a chain, bottom first; those not known yet are found by a dry export and kept."""
@@ -116,18 +133,25 @@ class ExportVerbs(ArchiveVerbs):
         for num, _ in reversed(self.index.chain(row.num)):
             each = self.index.by_num(num)
             diff_id = each.diff_id
-            if diff_id is None:
+            if diff_id is None or not (self._is_archived(each) or self.index.diff_form(num) == archive.FORM):
                 with open(os.devnull, "wb") as nowhere:
                     diff_id = self._write_layer(each, nowhere, "none", None)
                 chain_id = self._chain_id(each.parent, diff_id)
                 if self.index.spool is not None:  # a store that can only be read finds it anew each time
-                    with self.index.write() as connection:
-                        connection.execute(
-                            "UPDATE snapshots SET diff_id = ?, chain_id = ? WHERE num = ? AND diff_id IS NULL",
-                            (diff_id, chain_id, num),
-                        )
+                    with self.index.write() as change:
+                        change.set_archive(num, diff_id, chain_id, form=archive.FORM)
             found.append(diff_id)
         return found
+
+    def _is_archived(self, row: Row) -> bool:
+        """Whether a layer leaves as the archive that it came from."""
+        if row.kind is not Kind.COMMITTED or row.diff_id is None:
+            return False
+        try:
+            with open(f"{self.driver.directory(row.id)}/{HEADERS}", "rb") as log:
+                return bool(archive.read_trailer(log).get("complete"))
+        except FileNotFoundError:
+            return False
 
     def _write_tar(self, row: Row, out: BinaryIO, compression: str, progress: Progress | None) -> str:
         pending = Pending(self.index)
@@ -136,13 +160,12 @@ class ExportVerbs(ArchiveVerbs):
 
     def _write_layer(self, row: Row, out: BinaryIO, compression: str, progress: Progress | None) -> str:
         directory = self.driver.directory(row.id)
-        if row.kind is Kind.COMMITTED and row.diff_id is not None and os.path.exists(f"{directory}/{HEADERS}"):
+        if row.diff_id is not None and self._is_archived(row):
             fd = os.open(f"{directory}/fs", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
                 with open(f"{directory}/{HEADERS}", "rb") as log:
-                    if archive.read_trailer(log).get("complete"):
-                        archive.rebuild(log, fd, out, compression=compression)
-                        return row.diff_id
+                    archive.rebuild(log, fd, out, compression=compression)
+                return row.diff_id
             finally:
                 os.close(fd)
         return self._export_changes(row, None, out, compression, progress)
@@ -199,19 +222,3 @@ def _check_target(path: str, *, directory: bool) -> None:
         raise NotFound(f"no such directory: {os.path.dirname(path)}", remedy="make it, or choose another place")
     if os.path.isdir(path) and not directory:
         raise InvalidArgument(f"{path} is a directory", remedy=f"name a file, as in {os.path.join(path, 'image.tar')}")
-
-
-def _into_file(path: str, fill: Callable[[BinaryIO], str]) -> str:
-    """Write a file that appears whole or not at all."""
-    temporary = f"{path}.new-{os.getpid()}"
-    try:
-        with open(temporary, "xb") as out:
-            result = fill(out)
-        os.replace(temporary, path)
-    except BaseException:
-        try:
-            os.unlink(temporary)
-        except FileNotFoundError:
-            pass
-        raise
-    return result

@@ -9,18 +9,17 @@ is complete.
 
 from __future__ import annotations
 
-import json
 import os
-import sqlite3
 import threading
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, BinaryIO
 
 from cowfs import archive, images
 from cowfs.errors import AlreadyExists, InvalidArgument, NotFound
-from cowfs.index.database import Index, Row
-from cowfs.model import Limit, Usage
+from cowfs.index.database import Row
+from cowfs.index.transaction import Committed, NameTaken
+from cowfs.model import Kind, Limit, Usage
 from cowfs.store.applying import Progress, counter
 from cowfs.store.digest_table import ByInode
 from cowfs.store.exporting import ExportVerbs
@@ -48,9 +47,11 @@ class ImageVerbs(ExportVerbs):
         *,
         tag: str | None = None,
         platform: str | None = None,
+        form: images.Form | None = None,
         options: archive.ApplyOptions | None = None,
         labels: Mapping[str, str] | None = None,
         progress: Progress | None = None,
+        told: Callable[[str], object] | None = None,
     ) -> str:
         """Bring in an image or a tree: a chain of snapshots named by chain id, and a tag.
 
@@ -58,10 +59,13 @@ class ImageVerbs(ExportVerbs):
             source: an OCI layout (directory or tar), a docker-archive, a root filesystem's tar, or a plain
                 directory; a path or a stream.
             name: the tag it gets here; default: those that the source has.
-            tag, platform: which image of the source, where it has several.
+            tag, platform: which image of the source, where it has several (:meth:`cowfs.images.ImageSource.pick`).
+            form: ``image``, ``rootfs`` or ``layer``, where looking at the source is not to decide.
             options: bounds for its archives.
             labels: for the snapshots that are new.
             progress: told how far it is.
+            told: called with a line for each name of the source that was another image's tag here and moved, and for
+                each that cannot be a tag. Default: a warning.
 
         Returns:
             The name of its top snapshot.
@@ -75,26 +79,31 @@ class ImageVerbs(ExportVerbs):
         if name is not None:
             check_name(name, "tag")
             self._free(name, for_tag=True)
-        with images.open_image(source, spool_dir=self.root) as opened:
+        options = options or archive.ApplyOptions()
+        tell = told or _warn
+        with images.open_image(source, form=form, spool_dir=self.root, max_bytes=options.max_bytes) as opened:
             image = opened.pick(tag, platform=platform)
+            tags = [name] if name is not None else [each for each in image.tags if _usable_tag(each, tell)]
+            for each in tags:
+                self._free(each, for_tag=True)
             top = self._import_layers(image, options, labels or {}, progress)
-            config = image.config.decode("utf-8", "strict")
-            if any(layer.diff_id is None for layer in image.layers):
-                config = images.make_config(self._diff_ids(top), image.config).decode()
-            for each in [name] if name is not None else image.tags:
-                if _usable_tag(each, strict=name is not None):
-                    self.tag(each, top.name, config=config)
+        config = image.config.decode()
+        if any(layer.diff_id is None for layer in image.layers):
+            config = images.make_config(self._diff_ids(top), image.config).decode() if top.diff_id else ""
+        for each in tags:
+            had = self.index.tag(each)
+            self.tag(each, top.name, config=config)
+            if name is None and had is not None and (had.target, had.config) != (top.name, config):
+                tell(f"the tag {each!r} was another image's ({had.target}) and names {top.name} now")
         return top.name
 
     def _import_layers(
         self,
         image: images.Image,
-        options: archive.ApplyOptions | None,
+        options: archive.ApplyOptions,
         labels: Mapping[str, str],
         progress: Progress | None,
     ) -> Row:
-        if not image.layers:
-            raise InvalidArgument("the image has no layers")
         top, start = self._already(image)
         missing = image.layers[start:]
         if not missing:
@@ -113,7 +122,7 @@ class ImageVerbs(ExportVerbs):
         self,
         missing: Sequence[images.Layer],
         top: Row | None,
-        options: archive.ApplyOptions | None,
+        options: archive.ApplyOptions,
         labels: Mapping[str, str],
         progress: Progress | None,
     ) -> Row:
@@ -161,11 +170,11 @@ class _Import:
     """
 
     def __init__(
-        self, store: ImageVerbs, layer: images.Layer, options: archive.ApplyOptions | None, progress: Progress | None
+        self, store: ImageVerbs, layer: images.Layer, options: archive.ApplyOptions, progress: Progress | None
     ) -> None:
         self._store = store
         self._layer = layer
-        self._options = options
+        self._options = replace(options, whiteouts=False) if layer.whole else options
         self._progress = progress
         self._staged: Staged | None = None
         self._base = Limit()
@@ -222,15 +231,18 @@ class _Import:
         """Read it into records and write its row; if somebody else was faster, take theirs."""
         store, driver, index, layer = self._store, self._store.driver, self._store.index, self._staged
         assert layer is not None
-        diff_id = self._applied.diff_id
-        chain_id = store._chain_id(parent.num if parent is not None else None, diff_id)
+        diff_id: str | None = self._applied.diff_id
+        chain_id = store._chain_id(parent.num if parent is not None else None, self._applied.diff_id)
         assert chain_id is not None
-        there = index.by_chain(chain_id)
+        name = chain_id
+        if self._applied.reserved:  # as a layer the same bytes would mean another tree
+            name, diff_id, chain_id = images.digest_of(f"tree {diff_id}".encode()), None, None
+        there = index.by_chain(chain_id) if chain_id is not None else index.find(name)
         if there is not None:
             self.close()
             return there
-        if not driver.whole:
-            _inherit_root(driver.tree(parent.id) if parent is not None else None, driver.tree(layer.staged))
+        if not driver.whole and parent is not None and not self._applied.root:
+            _inherit_root(driver.tree(parent.id), driver.tree(layer.staged))
         driver.freeze(layer.staged)
         num = index.reserve()
         digests = self._digests
@@ -240,47 +252,39 @@ class _Import:
         if driver.fsync:
             trees.sync_tree(driver.tree(layer.staged))
         point("create.synced")
-        now = time.time_ns()
         try:
-            with index.write() as connection:
+            with index.write() as change:
                 if parent is not None:
                     store._parent(parent.name, parent.num)
-                Index.add_records(connection, scanned.pending.new)
-                connection.execute(
-                    "INSERT INTO snapshots (num, id, name, kind, parent, depth, labels, created, updated, base_bytes,"
-                    " base_inodes, bytes, inodes, root_content, root_storage, diff_id, chain_id)"
-                    " VALUES (?, ?, ?, 'committed', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                    (
-                        num,
-                        layer.id,
-                        chain_id,
-                        None if parent is None else parent.num,
-                        0 if parent is None else parent.depth + 1,
-                        json.dumps(dict(labels), sort_keys=True),
-                        now,
-                        now,
-                        self._copied.bytes,
-                        self._copied.inodes,
-                        scanned.usage.bytes,
-                        scanned.usage.inodes,
-                        *scanned.root,
-                        diff_id,
-                        chain_id,
+                change.add_snapshot(
+                    num=num,
+                    id=layer.id,
+                    name=name,
+                    kind=Kind.COMMITTED,
+                    parent=None if parent is None else (parent.num, parent.depth),
+                    labels=labels,
+                    base=self._copied,
+                    committed=Committed(
+                        usage=scanned.usage,
+                        root=scanned.root,
+                        records=scanned.pending.new,
+                        diff_id=diff_id,
+                        chain_id=chain_id,
                     ),
                 )
                 point("create.recorded")
                 layer.publish()
                 point("create.renamed")
-        except sqlite3.IntegrityError:
+        except NameTaken:
             self.close()
-            other = index.find(chain_id)
+            other = index.find(name)
             if other is None or other.chain_id != chain_id:
-                raise AlreadyExists(f"another snapshot is called {chain_id}") from None
+                raise AlreadyExists(f"another snapshot is called {name}") from None
             return other
         point("create.committed")
         self._staged = None
         layer.close(keep=True)
-        return index.get(chain_id)
+        return index.get(name)
 
 
 class _Awaited:
@@ -303,7 +307,7 @@ class _Awaited:
 
     def stat(self, path: bytes) -> archive.LowerStat | None:
         if not path:
-            return archive.LowerStat(mode=0o040755, uid=0, gid=0, size=0, mtime=_NO_ROOT_TIME)
+            return archive.LowerStat(mode=0o040755, uid=0, gid=0, size=0, mtime=0)
         tree = self._get()
         return tree.stat(path) if tree is not None else None
 
@@ -320,6 +324,9 @@ class _Awaited:
     def read(self, path: bytes) -> Iterator[bytes]:
         return self._must().read(path)
 
+    def data(self, path: bytes) -> Iterator[tuple[int, bytes]]:
+        return self._must().data(path)
+
     def _must(self) -> IndexedTree:
         tree = self._get()
         if tree is None:
@@ -327,20 +334,10 @@ class _Awaited:
         return tree
 
 
-_NO_ROOT_TIME = 123_456_789
-"""The mtime that :class:`_Awaited` gives the root, so that unpacking does not wait for the layer beneath: a root with
-this time had no entry in the archive."""
-
-
-def _inherit_root(below: str | None, tree: str) -> None:
-    """Give a root without an entry in the archive the attributes of the parent's."""
+def _inherit_root(below: str, tree: str) -> None:
+    """Give a root without an entry in the archive the attributes of the parent's: unpacking did not wait for that."""
     dst = os.open(tree, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        if os.fstat(dst).st_mtime_ns != _NO_ROOT_TIME:
-            return
-        if below is None:
-            os.utime(dst, ns=(0, 0))
-            return
         src = os.open(below, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             trees.copy_attributes(src, dst, os.fstat(src))
@@ -350,11 +347,16 @@ def _inherit_root(below: str | None, tree: str) -> None:
         os.close(dst)
 
 
-def _usable_tag(name: str, *, strict: bool) -> bool:
+def _usable_tag(name: str, tell: Callable[[str], object]) -> bool:
     try:
         check_name(name, "tag")
-    except InvalidArgument:
-        if strict:
-            raise
+    except InvalidArgument as error:
+        tell(f"a name of the source is left out: {error.message}")
         return False
     return True
+
+
+def _warn(line: str) -> None:
+    import warnings
+
+    warnings.warn(line, stacklevel=4)

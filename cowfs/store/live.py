@@ -31,13 +31,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import sqlite3
-import time
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from cowfs.errors import AlreadyExists, CowfsError, FailedPrecondition, InvalidArgument, Unsupported
-from cowfs.index.database import Index, Row
+from cowfs.index.database import Row
+from cowfs.index.transaction import Committed, NameTaken
 from cowfs.model import Info, Kind, Mount, Usage
 from cowfs.mounting.switch_mark import MARK
 from cowfs.store import layers
@@ -45,8 +44,9 @@ from cowfs.store.checking import Collected, UpkeepVerbs
 from cowfs.store.key_lock import turn
 from cowfs.store.mounts import KernelMount
 from cowfs.store.names import check_labels, check_name, new_id
-from cowfs.store.staging import NEW, _lock, _make_locked, discard, fsync_directory
+from cowfs.store.staging import NEW, _lock, _make_locked, discard
 from cowfs.sys import trees
+from cowfs.sys.atomic import fsync_directory
 from cowfs.sys.faults import point
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ class LiveVerbs(UpkeepVerbs):
             row = self._active(key)
         switch = _Switch("rollback", row.num, ancestor.name, {})
         chain = [id for _, id in self.index.chain(ancestor.num)]
-        base = self._base_at(row, ancestor)
+        base, _ = self._base_at(row, ancestor)
         self._switch(
             row,
             switch,
@@ -193,17 +193,17 @@ class LiveVerbs(UpkeepVerbs):
         with turn(self.root, row.name):
             super()._remove(row)
 
-    def _base_at(self, row: Row, ancestor: Row) -> Usage:
-        """The base that a key has over one of its ancestors: what its own snapshots hold counts for its limit."""
+    def _base_at(self, row: Row, ancestor: Row) -> tuple[Usage, bool]:
+        """The base that a key has over one of its ancestors, and whether they share a limit: its own snapshots count for it."""
         under = row
         for num, _ in self.index.chain(row.parent):
             one = self.index.by_num(num)
-            if not counts(one, under):
+            if not under.shares_limit:
                 break
             if num == ancestor.num:
-                return _after(one)
+                return _after(one), True
             under = one
-        return Usage()
+        return Usage(), False
 
     def _can_switch(self, verb: str) -> None:
         if self.driver.whole:
@@ -291,57 +291,34 @@ class LiveVerbs(UpkeepVerbs):
         scanned = self._scan(row, layers.KeptDigests.load(self.driver, row.id))
         if self.driver.fsync:
             trees.sync_tree(self.driver.tree(row.id))
-        now = time.time_ns()
         base = Usage(bytes=row.base.bytes - scanned.usage.bytes, inodes=row.base.inodes - scanned.usage.inodes)
         try:
-            with self.index.write() as connection:
-                Index.add_records(connection, scanned.pending.new)
-                connection.execute(
-                    "UPDATE snapshots SET name = ?, kind = 'committed', labels = ?, created = ?, updated = ?, bytes = ?,"
-                    " inodes = ?, root_content = ?, root_storage = ? WHERE num = ?",
-                    (
-                        switch.name,
-                        json.dumps(switch.labels, sort_keys=True),
-                        now,
-                        now,
-                        scanned.usage.bytes,
-                        scanned.usage.inodes,
-                        *scanned.root,
-                        row.num,
-                    ),
-                )
-                connection.execute(
-                    "INSERT INTO snapshots (id, name, kind, parent, depth, labels, created, updated, limit_bytes,"
-                    " limit_inodes, base_bytes, base_inodes) VALUES (?, ?, 'active', ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                    (
-                        id,
-                        row.name,
-                        row.num,
-                        row.depth + 1,
-                        json.dumps(row.labels, sort_keys=True),
-                        row.created,
-                        now,
-                        row.limit.bytes,
-                        row.limit.inodes,
-                        base.bytes,
-                        base.inodes,
-                    ),
+            with self.index.write() as change:
+                held = Committed(usage=scanned.usage, root=scanned.root, records=scanned.pending.new)
+                change.commit_active(row.num, switch.name, switch.labels, held)
+                change.add_snapshot(
+                    id=id,
+                    name=row.name,
+                    kind=Kind.ACTIVE,
+                    parent=(row.num, row.depth),
+                    labels=row.labels,
+                    limit=row.limit,
+                    base=base,
+                    shares_limit=True,
+                    created=row.created,
+                    config=self.index.config_of(row.num),
                 )
                 self._publish(id)
-        except sqlite3.IntegrityError:
+        except NameTaken:
             return False
         point("switch.committed")
         return True
 
     def _finish_rollback(self, id: str, row: Row, switch: _Switch) -> None:
         ancestor = self.index.get(switch.name)
-        base = self._base_at(row, ancestor)
-        with self.index.write() as connection:
-            connection.execute(
-                "UPDATE snapshots SET id = ?, parent = ?, depth = ?, updated = ?, base_bytes = ?, base_inodes = ?"
-                " WHERE num = ?",
-                (id, ancestor.num, ancestor.depth + 1, time.time_ns(), base.bytes, base.inodes, row.num),
-            )
+        base, shares_limit = self._base_at(row, ancestor)
+        with self.index.write() as change:
+            change.stand_on(row.num, (ancestor.num, ancestor.depth), base=base, shares_limit=shares_limit, id=id)
             self._publish(id)
         point("switch.committed")
 
@@ -378,12 +355,12 @@ class LiveVerbs(UpkeepVerbs):
     def _recover(self, id: str, here: str) -> None:
         directory = self.driver.directory(here)
         switch = _read_note(self._note(id))
-        if next(self.index.rows("s.id = ?", (id,)), None) is None:
+        if self.index.find_id(id) is None:
             if switch is None or not os.path.exists(os.path.join(directory, MARK)):
                 self.driver.remove(here)
                 unlink(self._note(id))
                 return
-            row = next(self.index.rows("s.num = ?", (switch.num,)), None)
+            row = self.index.find_num(switch.num)
             if row is None or row.kind is not Kind.ACTIVE:
                 raise FailedPrecondition(
                     f"{directory} belongs to a snapshot that is no longer active",
@@ -404,11 +381,6 @@ class LiveVerbs(UpkeepVerbs):
         """As :meth:`UpkeepVerbs.gc`, once nothing half done is left."""
         self.recover()
         return super().gc()
-
-
-def counts(row: Row, child: Row) -> bool:
-    """Whether what a snapshot holds counts for the limit of its child: it was made of it while it was active."""
-    return child.base == _after(row)
 
 
 def _after(row: Row) -> Usage:

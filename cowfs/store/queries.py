@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -101,15 +100,12 @@ class LookVerbs(StoreCore):
             InvalidArgument: a bad label.
         """
         check_labels(labels)
-        with self.index.write() as connection:
+        with self.index.write() as change:
             row = self.resolve(name)
             merged = {**({} if replace else row.labels), **labels}
             kept = {key: value for key, value in merged.items() if value is not None}
             now = max(time.time_ns(), row.updated + 1)  # a clock that went backwards changes nothing
-            connection.execute(
-                "UPDATE snapshots SET labels = ?, updated = ? WHERE num = ?",
-                (json.dumps(kept, sort_keys=True), now, row.num),
-            )
+            change.set_labels(row.num, kept, now)
             point("update.recorded")
         return self.resolve(name).info()
 
@@ -161,7 +157,8 @@ class LookVerbs(StoreCore):
         Args:
             name: the tag.
             target: a committed snapshot, or a tag.
-            config: the image's configuration, a JSON document kept with the tag as it is.
+            config: the image's configuration, a JSON document kept with the tag as it is; by default the one of the
+                image that ``target`` is or was made from.
             move: whether a tag of that name may be moved here.
 
         Raises:
@@ -172,21 +169,36 @@ class LookVerbs(StoreCore):
         row = self.resolve(target)
         if row.kind is not Kind.COMMITTED:
             raise InvalidArgument(f"{target!r} is {_a(row.kind)}, a tag names committed ones", remedy="commit it first")
-        with self.index.write() as connection:
+        kept = self._config_at(target, row) if config is None else config
+        with self.index.write() as change:
             self._free(name, for_tag=True)
             self._parent(row.name, row.num)
             had = self.index.tag(name)
             if had is not None and not move:
                 raise AlreadyExists(f"the tag {name!r} exists", remedy=f"cowfs rm {name} drops it")
-            kept = config if config is not None else had.config if had is not None and had.target == row.name else ""
-            connection.execute(
-                "INSERT OR REPLACE INTO tags VALUES (?, ?, ?, ?)",
-                (name, row.num, kept, time.time_ns()),
-            )
+            if config is None and target == row.name and had is not None and had.target == row.name and had.config:
+                kept = had.config  # the tag stays where it is
+            change.set_tag(name, row.num, kept)
         tag = self.index.tag(name)
         assert tag is not None
         return tag
 
+    def config(self, name: str) -> str:
+        """The configuration of an image: a JSON document (OCI image-spec, config.md) byte for byte, "" for a plain tree.
+
+        Args:
+            name: a tag; or a snapshot, then the one of the image that it was made from.
+
+        Raises:
+            NotFound: no such key, name or tag.
+        """
+        row: Row | None = self.resolve(name)
+        found = self._config_at(name, row)
+        while not found and row is not None and row.parent is not None:
+            row = self.index.by_num(row.parent)
+            found = self._config_at(row.name, row)
+        return found
+
     def tags(self) -> list[Tag]:
         """All tags, by name."""
-        return list(self.index.tags())
+        return self.index.tags()

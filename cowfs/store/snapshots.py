@@ -15,10 +15,7 @@ Threads: a store may be used by any number of threads and, opened anew, of proce
 
 from __future__ import annotations
 
-import json
 import os
-import sqlite3
-import time
 from collections.abc import Mapping
 from dataclasses import replace
 from types import TracebackType
@@ -35,6 +32,7 @@ from cowfs.errors import (
     Unsupported,
 )
 from cowfs.index.database import Index, Row
+from cowfs.index.transaction import Committed, NameTaken
 from cowfs.model import Info, Kind, Limit, Mount, Usage, parse_count, parse_size
 from cowfs.store import layers
 from cowfs.store.names import check_labels, check_name, new_id
@@ -202,10 +200,10 @@ class StoreCore:
         check_labels(labels)
         above = self._parent(parent) if parent is not None else None
         self._free(key)
+        config = self._config_at(parent, above)
         chain = [id for _, id in self.index.chain(above.num if above is not None else None)]
         if len(chain) >= MAX_DEPTH:
             raise InvalidArgument(f"{parent!r} has {len(chain)} layers, {MAX_DEPTH} are allowed", remedy="cowfs squash")
-        now = time.time_ns()
         with staged(self.driver, new_id()) as layer:
             point("create.made")
             # A view of a whole layer is mounted from the parent itself: nothing is copied.
@@ -220,36 +218,38 @@ class StoreCore:
                 layers.mark_copied(self.driver, layer.staged, chain[0], only_root=not copied)
             point("create.filled")
             point("create.synced")
-            try:
-                with self.index.write() as connection:
-                    self._free(key)
-                    if above is not None:
-                        self._parent(above.name, above.num)
-                    connection.execute(
-                        "INSERT INTO snapshots (id, name, kind, parent, depth, labels, created, updated, limit_bytes,"
-                        " limit_inodes, base_bytes, base_inodes) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                        (
-                            layer.id,
-                            key,
-                            kind.value,
-                            None if above is None else above.num,
-                            len(chain),
-                            json.dumps(labels, sort_keys=True),
-                            now,
-                            now,
-                            limit.bytes,
-                            limit.inodes,
-                            base.bytes,
-                            base.inodes,
-                        ),
-                    )
-                    point("create.recorded")
-                    layer.publish()
-                    point("create.renamed")
-            except sqlite3.IntegrityError:
-                raise _taken(key) from None
+            with self.index.write() as change:
+                self._free(key)
+                if above is not None:
+                    self._parent(above.name, above.num)
+                change.add_snapshot(
+                    id=layer.id,
+                    name=key,
+                    kind=kind,
+                    parent=None if above is None else (above.num, above.depth),
+                    labels=labels,
+                    limit=limit,
+                    base=base,
+                    config=config,
+                )
+                point("create.recorded")
+                layer.publish()
+                point("create.renamed")
         point("create.committed")
         return self.index.get(key)
+
+    def _config_at(self, name: str | None, row: Row | None) -> str:
+        """The configuration of the image that a name means: the tag's, else the one that the snapshot was made from."""
+        if name is None or row is None:
+            return ""
+        tag = self.index.tag(name)
+        if tag is not None and tag.config:
+            return tag.config
+        own = self.index.config_of(row.num)
+        if own is not None:
+            return own
+        tags = [tag for tag in self.index.tags_of(row.num) if tag.config]
+        return min(tags, key=lambda tag: (tag.created, tag.name)).config if tags else ""
 
     def _parent(self, name: str, num: int | None = None) -> Row:
         row = self.index.get(name) if num is not None else self.resolve(name)
@@ -271,7 +271,7 @@ class StoreCore:
     def _free(self, name: str, *, for_tag: bool = False) -> None:
         """Refuse a key or name that a snapshot has, or (it would hide it) a tag."""
         if self.index.find(name) is not None:
-            raise _taken(name)
+            raise NameTaken(name)
         if not for_tag and self.index.tag(name) is not None:
             raise AlreadyExists(f"{name!r} is a tag", remedy=f"choose another name, or drop it: cowfs rm {name}")
 
@@ -333,30 +333,15 @@ class StoreCore:
                 trees.sync_tree(self.driver.tree(row.id))
             point("commit.synced")
             merged = {**row.labels, **(labels or {})}
-            try:
-                with self.index.write() as connection:
-                    self._active(key, row.num)
-                    if name != key:
-                        self._free(name)
-                    Index.add_records(connection, scanned.pending.new)
-                    connection.execute(
-                        "UPDATE snapshots SET name = ?, kind = 'committed', labels = ?, created = ?, updated = ?, bytes = ?,"
-                        " inodes = ?, root_content = ?, root_storage = ?, diff_id = ?, chain_id = ? WHERE num = ?",
-                        (
-                            name,
-                            json.dumps(merged, sort_keys=True),
-                            *[time.time_ns()] * 2,
-                            scanned.usage.bytes,
-                            scanned.usage.inodes,
-                            *scanned.root,
-                            diff_id,
-                            chain_id,
-                            row.num,
-                        ),
-                    )
-                    point("commit.recorded")
-            except sqlite3.IntegrityError:
-                raise _taken(name) from None
+            committed = Committed(
+                usage=scanned.usage, root=scanned.root, records=scanned.pending.new, diff_id=diff_id, chain_id=chain_id
+            )
+            with self.index.write() as change:
+                self._active(key, row.num)
+                if name != key:
+                    self._free(name)
+                change.commit_active(row.num, name, merged, committed)
+                point("commit.recorded")
         point("commit.committed")
         return self.index.get(name)
 
@@ -420,7 +405,7 @@ class StoreCore:
                 raise NotFound(f"no snapshot or tag {name!r}", remedy="'cowfs ls' shows what there is")
             self.untag(name)
             row = self.index.find(tag.target) if chain else None
-            if row is None or self.index.children(row.num) or self._tags_of(row):
+            if row is None or self.index.children(row.num) or self.index.tags_of(row.num):
                 return []
         removed = []
         while True:
@@ -430,12 +415,12 @@ class StoreCore:
             if not chain or parent is None:
                 return removed
             row = self.index.by_num(parent)
-            if self.index.children(row.num) or self._tags_of(row):
+            if self.index.children(row.num) or self.index.tags_of(row.num):
                 return removed
 
     def _remove(self, row: Row) -> None:
         with layers.hold(self.driver, row, "remove", missing_ok=True):
-            with self.index.write() as connection:
+            with self.index.write() as change:
                 now = self.index.get(row.name)
                 if now.num != row.num:
                     raise NotFound(f"no snapshot {row.name!r}: it was replaced meanwhile")
@@ -444,12 +429,13 @@ class StoreCore:
                     raise FailedPrecondition(
                         f"{row.name!r} has children: {', '.join(children)}", remedy="remove those first"
                     )
-                tags = self._tags_of(row)
+                tags = self.index.tags_of(row.num)
                 if tags:
                     raise FailedPrecondition(
-                        f"{row.name!r} is tagged {', '.join(tags)}", remedy=f"cowfs rm {tags[0]} drops the tag"
+                        f"{row.name!r} is tagged {', '.join(tag.name for tag in tags)}",
+                        remedy=f"cowfs rm {tags[0].name} drops the tag",
                     )
-                connection.execute("DELETE FROM snapshots WHERE num = ?", (row.num,))
+                change.remove(row.num)
                 point("remove.deleted")
             point("remove.committed")
             discard(self.driver, row.id)
@@ -460,15 +446,10 @@ class StoreCore:
         Raises:
             NotFound: no such tag.
         """
-        with self.index.write() as connection:
-            there = self.index.tag(name) is not None
-            if there:
-                connection.execute("DELETE FROM tags WHERE name = ?", (name,))
-            else:
+        with self.index.write() as change:
+            if self.index.tag(name) is None:
                 raise NotFound(f"no tag {name!r}", remedy="'cowfs images' shows what there is")
-
-    def _tags_of(self, row: Row) -> list[str]:
-        return [tag.name for tag in self.index.tags("t.target = ?", (row.num,))]
+            change.drop_tag(name)
 
     # ------------------------------------------------------------------- mounts
 
@@ -517,10 +498,6 @@ def _sound(row: Row) -> None:
         raise Corrupt(
             f"{row.name!r} is in quarantine: {row.damage}", remedy="restore the layer, then 'cowfs check --repair'"
         )
-
-
-def _taken(name: str) -> AlreadyExists:
-    return AlreadyExists(f"the name {name!r} is taken", remedy="choose another, or remove what has it")
 
 
 def _a(kind: Kind) -> str:

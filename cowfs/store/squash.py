@@ -35,23 +35,23 @@ the merged layer instead, and what is overwritten is free again.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from cowfs.errors import CowfsError, FailedPrecondition, Unsupported
-from cowfs.index.database import Index, Row
+from cowfs.index.database import Row
 from cowfs.model import Info, Kind, Limit, Usage
 from cowfs.mounting.switch_mark import MARK, leave_mark
 from cowfs.store import layers
 from cowfs.store.key_lock import turn
-from cowfs.store.live import LiveVerbs, counts, unlink
+from cowfs.store.live import LiveVerbs, unlink
 from cowfs.store.names import new_id
 from cowfs.store.snapshots import _sound
-from cowfs.store.staging import SQUASH, discard, fsync_directory, locked, staged
-from cowfs.sys import trees
+from cowfs.store.staging import SQUASH, discard, staged
+from cowfs.sys import locks, trees
+from cowfs.sys.atomic import fsync_directory
 from cowfs.sys.faults import point
 
 if TYPE_CHECKING:
@@ -106,10 +106,11 @@ class SquashVerbs(LiveVerbs):
             raise FailedPrecondition(
                 f"{name!r} {what}: squash takes one with exactly one", remedy="cowfs tree shows them"
             )
-        tags = self._tags_of(row)
+        tags = self.index.tags_of(row.num)
         if tags:
             raise FailedPrecondition(
-                f"{name!r} is tagged {', '.join(tags)}", remedy=f"cowfs rm {tags[0]} drops the tag"
+                f"{name!r} is tagged {', '.join(tag.name for tag in tags)}",
+                remedy=f"cowfs rm {tags[0].name} drops the tag",
             )
         _sound(row)
         child = self.index.get(children[0])
@@ -125,7 +126,7 @@ class SquashVerbs(LiveVerbs):
         pending = [row]
         while pending:
             one = pending.pop()
-            below = list(self.index.rows("s.parent = ?", (one.num,)))
+            below = self.index.rows_on(one.num)
             found += below
             pending += below
         return found
@@ -215,26 +216,22 @@ class SquashVerbs(LiveVerbs):
             note = {"old": [row.id, child.id], "child": child.num}
             held.callback(os.close, _write_note(self._squash_note(layer.id), note))
             try:
-                with self.index.write() as connection:
+                with self.index.write() as change:
                     self._look_again(row, child)
-                    Index.add_records(connection, pending.new)
+                    change.add_records(pending.new)
                     for one in (child, *above):
-                        pair = roots[one.num] if one.kind is Kind.COMMITTED else (None, None)
-                        connection.execute(
-                            "UPDATE snapshots SET depth = depth - 1, root_content = ?, root_storage = ? WHERE num = ?",
-                            (*pair, one.num),
-                        )
+                        change.lower(one.num, roots[one.num] if one.kind is Kind.COMMITTED else None)
+                    change.replace_layer(
+                        child.num,
+                        id=layer.id,
+                        parent=row.parent,
+                        usage=usage[child.num],
+                        shares_limit=row.shares_limit and child.shares_limit,
+                    )
                     bases = _bases(row, child, above, usage[child.num])
-                    connection.execute(
-                        "UPDATE snapshots SET id = ?, parent = ?, bytes = ?, inodes = ?, diff_id = NULL, chain_id = NULL"
-                        " WHERE num = ?",
-                        (layer.id, row.parent, usage[child.num].bytes, usage[child.num].inodes, child.num),
-                    )
-                    connection.executemany(
-                        "UPDATE snapshots SET base_bytes = ?, base_inodes = ? WHERE num = ?",
-                        [(base.bytes, base.inodes, num) for num, base in bases.items()],
-                    )
-                    connection.execute("DELETE FROM snapshots WHERE num = ?", (row.num,))
+                    for num, kept in bases.items():
+                        change.set_base(num, kept)
+                    change.remove(row.num)
                     point("squash.recorded")
                     layer.publish()
                     point("squash.renamed")
@@ -253,7 +250,7 @@ class SquashVerbs(LiveVerbs):
             or now.id != row.id
         ):
             raise FailedPrecondition(f"{row.name!r} got another child meanwhile", remedy="cowfs tree shows them")
-        if self._tags_of(now):
+        if self.index.tags_of(now.num):
             raise FailedPrecondition(f"{row.name!r} was tagged meanwhile", remedy="cowfs images shows the tags")
 
     def _scan_over(self, id: str, row: Row, base: Pair | None, records: Pending, names: dict[int, int]) -> scan.Scanned:
@@ -328,7 +325,7 @@ class SquashVerbs(LiveVerbs):
         from cowfs.mounting import protocol
 
         held = None
-        if counts(row, child):
+        if child.shares_limit:
             usage = row.usage or Usage()
             held = {"bytes": usage.bytes, "inodes": usage.inodes}
         more = {"lowers": lowers, "num": row.parent, "index": self.index.path, "upper": self.driver.tree(child.id)}
@@ -363,17 +360,15 @@ class SquashVerbs(LiveVerbs):
         from cowfs.store.owners import carry
 
         carry(self.driver, [row.id], child.id)
-        with self.index.write() as connection:
+        with self.index.write() as change:
             child = self.index.by_num(child.num)
             base = row.base
-            if not counts(row, child):
+            if not child.shares_limit:
                 base = Usage(bytes=child.base.bytes + moved.bytes, inodes=child.base.inodes + moved.inodes)
-            connection.execute(
-                "UPDATE snapshots SET parent = ?, depth = ?, base_bytes = ?, base_inodes = ? WHERE num = ?",
-                (row.parent, row.depth, base.bytes, base.inodes, child.num),
-            )
-            if not self.index.children(row.num) and not self._tags_of(row):
-                connection.execute("DELETE FROM snapshots WHERE num = ?", (row.num,))
+            beneath = None if row.parent is None else (row.parent, row.depth - 1)
+            change.stand_on(child.num, beneath, base=base, shares_limit=row.shares_limit and child.shares_limit)
+            if not self.index.children(row.num) and not self.index.tags_of(row.num):
+                change.remove(row.num)
             point("squash.recorded")
         point("squash.committed")
 
@@ -402,13 +397,13 @@ class SquashVerbs(LiveVerbs):
                 os.close(lock)
 
     def _recover_squash(self, path: str, id: str, note: dict[str, Any]) -> None:
-        there = next(self.index.rows("s.id = ?", (id,)), None)
-        child = next(self.index.rows("s.num = ?", (note["child"],)), None)
+        there = self.index.find_id(id)
+        child = self.index.find_num(note["child"])
         if "row" in note:
             mark = os.path.join(self.driver.directory(id), MARK)
             if there is not None and child is not None and child.parent == there.num and not _taken_back(mark):
                 self._finish_take_over(there, child, _marked(mark))
-                there = next(self.index.rows("s.id = ?", (id,)), None)
+                there = self.index.find_id(id)
             if there is None:
                 discard(self.driver, id)
         elif there is not None:
@@ -428,7 +423,7 @@ class SquashVerbs(LiveVerbs):
 def _bases(row: Row, child: Row, above: list[Row], merged: Usage) -> dict[int, Usage]:
     """What the merged child and all above it have as their base, by number, so that each counts what it should."""
     held, own = row.usage or Usage(), child.usage or Usage()
-    if not counts(row, child):  # what the child counts stays what it was
+    if not child.shares_limit:  # what the child counts stays what it was
         return {
             child.num: Usage(
                 bytes=child.base.bytes + merged.bytes - own.bytes, inodes=child.base.inodes + merged.inodes - own.inodes
@@ -439,7 +434,7 @@ def _bases(row: Row, child: Row, above: list[Row], merged: Usage) -> dict[int, U
     before = {child.num: child}
     for one in above:  # parents before children
         under = before.get(one.parent) if one.parent is not None else None
-        if under is not None and counts(under, one):
+        if under is not None and one.shares_limit:
             before[one.num] = one
             bases[one.num] = Usage(bytes=one.base.bytes + freed.bytes, inodes=one.base.inodes + freed.inodes)
     return bases
@@ -465,7 +460,7 @@ def _write_note(path: str, note: dict[str, Any]) -> int:
     """Write a note and return a descriptor that holds its lock."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
+        locks.lock(fd, wait=True)
         os.write(fd, json.dumps(note).encode())
         os.fsync(fd)
         fsync_directory(os.path.dirname(path))
@@ -477,7 +472,6 @@ def _write_note(path: str, note: dict[str, Any]) -> int:
 
 def _lock_note(path: str) -> int | None:
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
+        return locks.open_locked(path, flags=os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
         return None
-    return locked(fd)

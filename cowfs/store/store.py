@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from cowfs.store.blocks import BlockVerbs
+from cowfs.store.events import EventVerbs
 from cowfs.store.importing import ImageVerbs
 from cowfs.store.squash import SquashVerbs
 
 __all__ = ["Store"]
 
 
-class Store(BlockVerbs, SquashVerbs, ImageVerbs):
+class Store(BlockVerbs, SquashVerbs, ImageVerbs, EventVerbs):
     """A store of snapshots in one directory. Make it with :meth:`open`.
 
     >>> with Store.open("store") as store:

@@ -16,7 +16,24 @@ import os
 # What "no such attribute", "no attributes here" and "not for this namespace" look like.
 ABSENT = frozenset({errno.ENODATA, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES})
 
-CREATE, REPLACE = os.XATTR_CREATE, os.XATTR_REPLACE
+try:
+    from os import (
+        XATTR_CREATE as CREATE,
+        XATTR_REPLACE as REPLACE,
+        getxattr as _getxattr,
+        listxattr as _listxattr,
+        removexattr as _removexattr,
+        setxattr as _setxattr,
+    )
+except ImportError:  # Python was built where sys/xattr.h was not
+    from cowfs.sys._xattr_package import (
+        CREATE as CREATE,
+        REPLACE as REPLACE,
+        getxattr as _getxattr,
+        listxattr as _listxattr,
+        removexattr as _removexattr,
+        setxattr as _setxattr,
+    )
 
 
 # getxattrat(2) of Linux 6.13, asked for sizes only: most questions here end in "no such attribute", and this is the
@@ -50,7 +67,7 @@ def at(dirfd: int, name: bytes | None) -> bytes | int:
 
 def get(dirfd: int, name: bytes | None, attribute: bytes | str) -> bytes:
     """The value. Raises OSError: ENODATA when the object does not have it."""
-    return os.getxattr(at(dirfd, name), attribute, follow_symlinks=not name)
+    return _getxattr(at(dirfd, name), attribute, follow_symlinks=not name)
 
 
 def try_get(dirfd: int, name: bytes | None, attribute: bytes | str) -> bytes | None:
@@ -64,7 +81,7 @@ def try_get(dirfd: int, name: bytes | None, attribute: bytes | str) -> bytes | N
     ):
         return None
     try:
-        return os.getxattr(at(dirfd, name), attribute, follow_symlinks=not name)
+        return _getxattr(at(dirfd, name), attribute, follow_symlinks=not name)
     except OSError as error:
         if error.errno in ABSENT:
             return None
@@ -74,7 +91,7 @@ def try_get(dirfd: int, name: bytes | None, attribute: bytes | str) -> bytes | N
 def listx(dirfd: int, name: bytes | None) -> list[bytes]:
     """All names that this process may see; empty where the file system has none."""
     try:
-        return [os.fsencode(n) for n in os.listxattr(at(dirfd, name), follow_symlinks=not name)]
+        return [os.fsencode(n) for n in _listxattr(at(dirfd, name), follow_symlinks=not name)]
     except OSError as error:
         if error.errno == errno.EOPNOTSUPP:
             return []
@@ -83,12 +100,12 @@ def listx(dirfd: int, name: bytes | None) -> list[bytes]:
 
 def setx(dirfd: int, name: bytes | None, attribute: bytes | str, value: bytes, flags: int = 0) -> None:
     """Create or replace (``flags``: 0, CREATE or REPLACE)."""
-    os.setxattr(at(dirfd, name), attribute, value, flags, follow_symlinks=not name)
+    _setxattr(at(dirfd, name), attribute, value, flags, follow_symlinks=not name)
 
 
 def remove(dirfd: int, name: bytes | None, attribute: bytes | str) -> None:
     """Remove. Raises OSError: ENODATA when the object does not have it."""
-    os.removexattr(at(dirfd, name), attribute, follow_symlinks=not name)
+    _removexattr(at(dirfd, name), attribute, follow_symlinks=not name)
 
 
 def read_all(dirfd: int, name: bytes) -> dict[bytes, bytes]:

@@ -1,4 +1,4 @@
-"""What a driver of your own is tested with. Needs pytest (``pip install cowfs[test]``).
+"""What a driver of your own is tested with. Needs pytest (``pip install cowfs-storage[test]``).
 
 A driver passes when a class of four lines does::
 

@@ -238,8 +238,9 @@ def test_an_older_format_is_migrated_in_one_transaction(space: Path, monkeypatch
         Store.open(root, fsync=False)
     steps[index_module.FORMAT - 1] = "CREATE TABLE later (x INTEGER);\nINSERT INTO later VALUES (7);\n"
     with Store.open(root, fsync=False) as store:
-        with store.index.read() as connection:
+        with sqlite3.connect(root / "index.db") as connection:
             assert connection.execute("SELECT x FROM later").fetchall() == [(7,)]
+        connection.close()
         assert store.check().problems == []
 
 

@@ -15,6 +15,8 @@ import stat
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 
+import xattr
+
 TYPES = {
     stat.S_IFREG: "file",
     stat.S_IFDIR: "dir",
@@ -60,8 +62,8 @@ def _content(path: str, type_: str) -> str:
 
 
 def _xattrs(path: str) -> tuple[tuple[str, bytes], ...]:
-    names = sorted(os.listxattr(path, follow_symlinks=False))
-    return tuple((name, os.getxattr(path, name, follow_symlinks=False)) for name in names)
+    attributes = xattr.xattr(path, xattr.XATTR_NOFOLLOW)  # not the calls that cowfs itself makes
+    return tuple((name, attributes.get(name)) for name in sorted(attributes.list()))
 
 
 def entry(path: str, same_as: str = "", *, xattrs: bool = True) -> Entry:

@@ -10,6 +10,7 @@ from cowfs.cli import Command
 from cowfs.cli.output import print_json, shown
 from cowfs.cli.store.args import Bars, add_store, open_store, set_labels
 from cowfs.errors import InvalidArgument, NotFound
+from cowfs.sys.atomic import replacing
 
 if TYPE_CHECKING:
     import argparse
@@ -54,7 +55,9 @@ def _configure_import(parser: argparse.ArgumentParser) -> None:
     )
     add("name", nargs="?", metavar="NAME", help="tag that it gets here (default: those that the source has)")
     add("--tag", metavar="TAG", help="which image, where the source has several")
-    add("--platform", metavar="OS/ARCH", help="likewise, by platform")
+    add("--platform", metavar="OS/ARCH[/VARIANT]", help="likewise, by platform (default: this machine's)")
+    add("--as", dest="form", choices=("image", "rootfs", "layer"),
+        help="what SOURCE is, where looking at it does not tell; in a layer, names that begin with .wh. delete")  # fmt: skip
     add("--label", action="append", default=[], metavar="K=V", help="label of the new snapshots; repeated")
     _add_bounds(parser)
     add_store(parser)
@@ -63,8 +66,9 @@ def _configure_import(parser: argparse.ArgumentParser) -> None:
 def _import(args: argparse.Namespace) -> int:
     with open_store(args) as store, Bars() as bars:
         top = store.import_image(
-            _source(args.source), args.name, tag=args.tag, platform=args.platform, options=_bounds(args),
-            labels=set_labels(args.label), progress=bars if bars.on else None,
+            _source(args.source), args.name, tag=args.tag, platform=args.platform, form=args.form,
+            options=_bounds(args), labels=set_labels(args.label), progress=bars if bars.on else None,
+            told=lambda line: print(f"cowfs: note: {shown(line)}", file=sys.stderr),
         )  # fmt: skip
         tags = [tag.name for tag in store.tags() if tag.target == top]
     if args.json:
@@ -164,15 +168,8 @@ def _export_blocks(args: argparse.Namespace, store: Store) -> int:
         store.export_blocks(args.name, sys.stdout.buffer, base=args.base)
         sys.stdout.buffer.flush()
         return 0
-    temp = f"{args.file}.new-{os.getpid()}"
-    try:
-        with open(temp, "wb") as file:
-            counts = store.export_blocks(args.name, file, base=args.base)
-        os.replace(temp, args.file)
-    except BaseException:
-        if os.path.exists(temp):
-            os.unlink(temp)
-        raise
+    with replacing(args.file, mode=0o644, durable=False) as file:
+        counts = store.export_blocks(args.name, file, base=args.base)
     return _told(counts, as_json=args.json)
 
 

@@ -7,7 +7,6 @@ chrooted. Whatever happens, the namespaces end with their last process, and so d
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import signal
@@ -85,10 +84,10 @@ def _drop(store: Store, key: str) -> None:
 
 def _config(store: Store, parent: str) -> dict[str, Any]:
     """The ``config`` of an image (OCI image-spec, config.md), {} where there is none."""
-    tag = store.index.tag(parent)
-    if tag is None or not tag.config:
-        return {}
-    found = json.loads(tag.config).get("config")
+    from cowfs.images.digests import parse_json
+
+    document = store.config(parent)
+    found = parse_json(document.encode(), f"the configuration of {parent!r}").get("config") if document else None
     return found if isinstance(found, dict) else {}
 
 

@@ -1,0 +1,29 @@
+"""Rules of the house that no linter knows, held over the source itself."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ("cowfs", "drivers", "benchmarks")
+
+
+def modules(*folders: str) -> Iterator[tuple[str, ast.Module]]:
+    """(path below the repository, syntax tree) of each module."""
+    for folder in folders:
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            yield str(path.relative_to(ROOT)), ast.parse(path.read_text())
+
+
+def test_no_sql_outside_the_index() -> None:
+    """Only cowfs/index runs statements; everybody else calls a named verb of it."""
+    found = [
+        f"{path}:{node.lineno}"
+        for path, tree in modules("cowfs", "drivers")
+        if not path.startswith("cowfs/index/")
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and node.attr in ("execute", "executemany", "executescript")
+    ]
+    assert found == []
