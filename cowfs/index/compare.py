@@ -79,7 +79,9 @@ def changes_with_links(
         for path, _, after in _files(records, None, new):
             entry = decode(after) if after is not None else None
             if entry is not None and entry.nlink > 1 and entry.file in lacking and path not in there:
-                change = Change(path=path, kind="changed", type=TYPE_NAMES[entry.type], size=_size(entry), what=frozenset())
+                change = Change(
+                    path=path, kind="changed", type=TYPE_NAMES[entry.type], size=_size(entry), what=frozenset()
+                )
                 found.append((change, entry.file))
         found.sort(key=lambda pair: pair[0].path.split(b"/") if pair[0].path else [])
     return found
@@ -172,9 +174,7 @@ def _linked_names(records: Records, root: Pair | None, files: Iterable[object]) 
     return found
 
 
-def _files(
-    records: Records, old: Pair | None, new: Pair | None
-) -> Iterator[tuple[bytes, Pair | None, Pair | None]]:
+def _files(records: Records, old: Pair | None, new: Pair | None) -> Iterator[tuple[bytes, Pair | None, Pair | None]]:
     """(path, before, after) of the differing names that are no directories on either side; None for a directory too."""
     pending = [(b"", _ref(old), _ref(new))]
     while pending:
@@ -191,9 +191,7 @@ def _ref(pair: Pair | None) -> Ref | None:
     return ref_of(pair) if pair is not None else None
 
 
-def _below(
-    records: Records, path: bytes, old_base: bytes, new_base: bytes, old: Ref | None, new: Ref
-) -> Steps:
+def _below(records: Records, path: bytes, old_base: bytes, new_base: bytes, old: Ref | None, new: Ref) -> Steps:
     for name, before, after in differing(records, old, new):
         yield join(path, name), join(old_base, name), join(new_base, name), before, after
 

@@ -405,7 +405,9 @@ class _Full(_Scan):
     ) -> None:
         super().__init__(root_fd, num, form, base, records, known)
         self.own: set[int] = set()
-        self._files: dict[int, set[tuple[int, int]]] = {}  # inode with several names -> the files that their entries say
+        self._files: dict[
+            int, set[tuple[int, int]]
+        ] = {}  # inode with several names -> the files that their entries say
         self._inodes: dict[tuple[int, int], int] = {}  # file -> an inode that has an entry of it
 
     def torn(self) -> set[int]:

@@ -49,7 +49,9 @@ class Merged:
     names: dict[int, int]
 
 
-def write_changes(driver: Driver, changes: list[tuple[Change, File | None]], base: list[str], stack: list[str], target: str) -> Merged:
+def write_changes(
+    driver: Driver, changes: list[tuple[Change, File | None]], base: list[str], stack: list[str], target: str
+) -> Merged:
     """Write into the layer ``target`` over ``base`` what makes it equal to ``stack`` (ids, topmost first).
 
     Args:
@@ -105,7 +107,8 @@ class _Writer:
                 directories.append(change.path)
                 if here is None:
                     parent, name = _place(self.into, change.path)
-                    made = self.into.mkdir(parent, name, 0o700, 0, 0)
+                    attr = unpack(self.source.attr(there))
+                    made = self.into.mkdir(parent, name, 0o700, attr.uid, attr.gid)
                     self._keep_number(there, parent, made.sources[0].open(), b"")
             elif here is None or file is not None or not self._change(here, there):
                 parent, name = _place(self.into, change.path)

@@ -115,7 +115,6 @@ def own_data(view: View, node: Node) -> None:
         view.rows.redirect(node)
         file = node.data
         if isinstance(file, RowFile):
-            file.load()
             while file.missing():
                 file.fill(1 << 20)
             file.sync_job()(False)

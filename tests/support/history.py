@@ -193,6 +193,8 @@ class Machine:
         """Carry out one step. Raises Mismatch."""
         kind, *arguments = step
         if kind == "op":
+            if arguments[0] == "chmod" and os.path.isdir(f"{self.plain}/{arguments[1]}"):
+                arguments[2] |= 0o700  # an ordinary user still looks at all of it
             one, two = self.theirs.do(tuple(arguments)), self.ours.do(tuple(arguments))
             if one != two:
                 raise Mismatch(f"{arguments}: plain {one!r}, mounted {two!r}")
@@ -560,7 +562,7 @@ class Draw:
             "rmtree": (name, there),
             "rename": (name, there, new if rng.random() < 0.7 else rng.choice(paths or ["nothing"])),
             "symlink": (name, f"to-{seed}", new),
-            "chmod": (name, there, rng.choice([0o600, 0o644, 0o755])),
+            "chmod": (name, there, rng.choice([0o600, 0o644, 0o755, 0o444])),
             "setxattr": (name, there, rng.choice(["user.one", "user.two"]), rng.choice([3, 100]), seed, 0),
             "removexattr": (name, there, "user.one"),
             "truncate": (name, there, rng.choice([0, 3, 4096, 10_000])),
