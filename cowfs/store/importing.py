@@ -152,15 +152,23 @@ class ImageVerbs(ExportVerbs):
         return top
 
     def _already(self, image: images.Image) -> tuple[Row | None, int]:
-        """The highest layer of an image that is there, and how many are."""
+        """The highest layer of an image that is there, and how many are: each on the very layers that it has in the image."""
         if any(layer.diff_id is None for layer in image.layers):
             return None, 0
-        chain = image.chain
-        for count in range(len(chain), 0, -1):
-            row = self.index.by_chain(chain[count - 1])
-            if row is not None and not self.driver.check(row.id):
-                return row, count
-        return None, 0
+        top: Row | None = None
+        for count, (layer, chain_id) in enumerate(zip(image.layers, image.chain, strict=True)):
+            row = self._there(top, chain_id, layer.diff_id)
+            if row is None:
+                return top, count
+            top = row
+        return top, len(image.layers)
+
+    def _there(self, parent: Row | None, chain_id: str, diff_id: str | None) -> Row | None:
+        """A snapshot that is this layer and has it on the disk; after a squash others may still have its chain id."""
+        for row in self.index.by_chain(chain_id, None if parent is None else parent.num):
+            if row.diff_id == diff_id and not self.driver.check(row.id):
+                return row
+        return None
 
 
 class _Import:
@@ -237,10 +245,12 @@ class _Import:
         name = chain_id
         if self._applied.reserved:  # as a layer the same bytes would mean another tree
             name, diff_id, chain_id = images.digest_of(f"tree {diff_id}".encode()), None, None
-        there = index.by_chain(chain_id) if chain_id is not None else index.find(name)
+        there = self._there_already(parent, name, chain_id, diff_id)
         if there is not None:
             self.close()
             return there
+        if index.find(name) is not None:
+            name = f"{name}.{layer.id}"  # what has its name is not this layer any more
         if not driver.whole and parent is not None and not self._applied.root:
             _inherit_root(driver.tree(parent.id), driver.tree(layer.staged))
         driver.freeze(layer.staged)
@@ -277,14 +287,20 @@ class _Import:
                 point("create.renamed")
         except NameTaken:
             self.close()
-            other = index.find(name)
-            if other is None or other.chain_id != chain_id:
+            other = self._there_already(parent, name, chain_id, diff_id)
+            if other is None:
                 raise AlreadyExists(f"another snapshot is called {name}") from None
             return other
         point("create.committed")
         self._staged = None
         layer.close(keep=True)
         return index.get(name)
+
+    def _there_already(self, parent: Row | None, name: str, chain_id: str | None, diff_id: str | None) -> Row | None:
+        if chain_id is not None:
+            return self._store._there(parent, chain_id, diff_id)
+        row = self._store.index.find(name)
+        return row if row is not None and row.kind is Kind.COMMITTED and row.parent is None else None
 
 
 class _Awaited:
