@@ -166,7 +166,8 @@ def _sets(side: dict[bytes, object]) -> dict[object, set[bytes]]:
 
 def _linked_names(records: Records, root: Pair | None, files: Iterable[object]) -> dict[bytes, object]:
     """Path -> file for all names of some files in a tree."""
-    wanted, found = set(files), {}
+    wanted = set(files)
+    found: dict[bytes, object] = {}
     for path, _, pair in _files(records, None, root):
         entry = decode(pair) if pair is not None else None
         if entry is not None and entry.nlink > 1 and entry.file in wanted:

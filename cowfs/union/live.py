@@ -135,12 +135,14 @@ def rollback(view: View, frozen: Layer, upper: str | bytes, work: str | bytes) -
         if view.rows is not None:
             view.rows.forget(old)
         old.close()
+    counted, view.space = view.space, None  # all that it counted is gone with the layer
     _push(view, layer)
     view.root.attr = None
-    if view.space is not None:
-        limit = view.space.limit
+    if counted is not None:
         view.space = quota.Space(view)
-        view.space.limit = limit
+        view.space.limit = counted.limit
+        for node in view.nodes.values():
+            node.space = None
     return Stale(tuple(stale), tuple(entries))
 
 
