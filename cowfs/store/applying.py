@@ -96,10 +96,10 @@ class ArchiveVerbs(UpkeepVerbs):
         def on_inode(inode: int, digest: str) -> None:
             digests[inode] = bytes.fromhex(digest) or UNKNOWN
 
-        if options is not None and options.owners == "xattr":
+        if options is not None and options.owners != "fail":
             from cowfs.store.owners import mark
 
-            mark(directory)
+            mark(directory, options.owners)
         with open(f"{directory}/{HEADERS}", "w+b") as log:
             applied = archive.apply_layer(
                 stream,

@@ -87,7 +87,7 @@ def _limit(server: Server, arguments: dict[str, Any]) -> dict[str, Any]:
                 raise InvalidArgument(f"not a limit of {key}: {value!r}")
             values[key] = value
     limit = Limit(**values)
-    upper = server.spec.upper if server.spec.factory else None  # of a store, which keeps the limit in its index
+    upper = server.stack.upper if server.spec.factory else None  # of a store, which keeps the limit in its index
 
     def change() -> None:
         if upper is not None and limit and server.view.space is None:
