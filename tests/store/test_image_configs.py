@@ -14,8 +14,9 @@ from support.archives import directory, member, tar
 from support.command import one_line, run_module
 from support.images import FULL_NAME, REF_NAME, Layout, config, digest, docker
 
+from cowfs.archive import ApplyOptions
 from cowfs.cli.store.run import _config
-from cowfs.errors import AlreadyExists
+from cowfs.errors import AlreadyExists, LimitExceeded
 from cowfs.images import open_image
 from cowfs.store import Store
 
@@ -315,3 +316,13 @@ def test_run_takes_the_configuration_of_the_image_that_a_snapshot_was_made_from(
     run_module("cowfs", "commit", "w", "child", *root, check=True)
     with Store.open(space / "store") as store:
         assert _config(store, "child")["Env"] == ["A=prod"]
+
+
+def test_the_layers_of_an_image_count_together(store: Store, space: Path) -> None:
+    layers = [tar(member(f"f{number}", bytes([number]) * 40_000)) for number in range(5)]
+    source = space / "image.tar"
+    source.write_bytes(image("app", layers).getvalue())
+    with pytest.raises(LimitExceeded, match="max-size"):
+        store.import_image(source, options=ApplyOptions(max_bytes=150_000))
+    store.import_image(source, options=ApplyOptions(max_bytes=300_000))
+    store.import_image(source, options=ApplyOptions(max_bytes=1))  # nothing of it is unpacked
