@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Sequence
 
 from cowfs.driver.interface import Driver
 from cowfs.format.whiteout import Form
-from cowfs.sys import files, trees, xattr
+from cowfs.sys import files, locks, trees, xattr
 
 __all__ = ["create", "why_not"]
 
@@ -20,7 +19,7 @@ def why_not(root: str, form: Form) -> tuple[str, str]:
     with tempfile.TemporaryDirectory(prefix="new-probe-", dir=root) as place:
         fd = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)  # no sweep of another process takes it away
+            locks.lock(fd, wait=True)  # no sweep of another process takes it away
             name = files.fs_name(fd)
             try:
                 xattr.setx(fd, b"", form.opaque, b"y")

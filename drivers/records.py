@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from cowfs.format.mount_options import escape, join_layers
 from cowfs.model import Limit, Mount
 
 __all__ = ["MAX_OPTIONS", "fuse", "joined", "kernel"]
@@ -12,18 +13,13 @@ MAX_OPTIONS = 4095
 """Bytes of options that mount(2) takes: one page with its closing NUL."""
 
 
-def escape(path: str) -> str:
-    """A path as one item of ``lowerdir=``: backslash, colon and comma are escaped, as the kernel reads them."""
-    return path.replace("\\", "\\\\").replace(":", "\\:").replace(",", "\\,")
-
-
 def fuse(lowers: Sequence[str], upper: str | None, work: str | None, *, readonly: bool = False, limit: Limit) -> Mount:
     """A mount by ``mount -t fuse.cowfs-overlayfs``; ``lowers`` topmost first."""
     if readonly and upper is not None:
         lowers, upper = [upper, *lowers], None
     options = ["ro"] if upper is None else []
     options.append("dotwh=0")  # in a store's layers such names are ordinary
-    options.append("lowerdir=" + ":".join(map(escape, lowers)))
+    options.append("lowerdir=" + join_layers(lowers))
     if upper is not None and work is not None:
         options += (f"upperdir={escape(upper)}", f"workdir={escape(work)}")
         if limit.bytes is not None:
@@ -39,7 +35,7 @@ def kernel(lowers: Sequence[str], upper: str | None, work: str | None, *, truste
     options += ("redirect_dir=on", "metacopy=on") if trusted else ("userxattr",)
     if upper is None:
         options.append("ro")
-    options.append("lowerdir=" + ":".join(map(escape, lowers)))
+    options.append("lowerdir=" + join_layers(lowers))
     if upper is not None and work is not None:
         options += (f"upperdir={escape(upper)}", f"workdir={escape(work)}")
     return Mount(type="overlay", source="overlay", options=tuple(options))

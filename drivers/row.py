@@ -20,7 +20,7 @@ from cowfs.errors import InvalidArgument, Unsupported
 from cowfs.format.whiteout import choose_form
 from cowfs.model import Limit, Mount, Usage, parse_size
 from cowfs.row import layer as row_layer, map as row_map
-from cowfs.sys import trees
+from cowfs.sys import atomic, trees
 
 from . import deltas, records
 
@@ -49,9 +49,7 @@ class RowDriver(Driver):
                 row_map.check_block(self.row)
             except ValueError as error:
                 raise InvalidArgument(str(error)) from None
-            with open(path + ".new", "w", encoding="ascii") as file:
-                file.write(f"{self.row}\n")
-            os.replace(path + ".new", path)
+            atomic.write_file(path, f"{self.row}\n".encode(), durable=fsync)
             return
         try:
             with open(path, encoding="ascii") as file:

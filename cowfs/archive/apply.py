@@ -108,6 +108,7 @@ def apply_layer(
         skipped=done.skipped,
         log_size=log_size,
         reserved=done.reserved,
+        root=done.rooted,
     )
 
 

@@ -6,7 +6,7 @@ Rule 2: the overlay's own attributes and the owner override are never taken from
 Rule 3: what this process may not set is an error, or follows ``ApplyOptions.owners``; it is never
 passed over without a word.
 Rule 4: the kernel cuts a time to what the file system can store and says nothing: times out of
-the range that all can store are read back.
+the range that all can store are read back, and fractions of a second until one was kept to the nanosecond.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ class Attributes:
 
     def __init__(self, options: ApplyOptions) -> None:
         self.uid, self.gid = os.geteuid(), os.getegid()
+        self._fine = False  # this file system was seen to keep nanoseconds
         self.dropped: Counter[str] = Counter()
         self._owners, self._xattrs = options.owners, options.xattrs
 
@@ -134,24 +135,32 @@ class Attributes:
     def name_times(self, dirfd: int, name: bytes, member: Member) -> None:
         atime = member.mtime if member.atime is None else member.atime
         os.utime(name, ns=(atime, member.mtime), dir_fd=dirfd, follow_symlinks=False)
-        if not 0 <= member.mtime < PLAIN_END:
-            st = os.stat(name, dir_fd=dirfd, follow_symlinks=False)
-            _same_time(st, member.mtime)
+        if self.doubtful(member.mtime):
+            self._same_time(os.stat(name, dir_fd=dirfd, follow_symlinks=False), member.mtime)
 
-    @staticmethod
-    def check_time(fd: int, mtime: int) -> None:
+    def doubtful(self, mtime: int) -> bool:
+        """Whether this file system may cut a time: one that not all can store, or a fraction while none was seen to be kept."""
+        return not 0 <= mtime < PLAIN_END or (not self._fine and mtime % header.NANO != 0)
+
+    def check_time(self, fd: int, mtime: int) -> None:
         """The kernel cuts a time to what the file system can store without saying so."""
-        _same_time(os.fstat(fd), mtime)
+        self._same_time(os.fstat(fd), mtime)
+
+    def _same_time(self, st: os.stat_result, mtime: int) -> None:
+        if st.st_mtime_ns == mtime:
+            self._fine = self._fine or mtime % 10 != 0
+        elif st.st_mtime_ns // header.NANO == mtime // header.NANO:
+            raise InvalidArgument(
+                f"this file system cannot keep a fraction of a second (.{mtime % header.NANO:09d})",
+                remedy="use one that keeps nanoseconds: ext4 with inodes of 256 bytes, xfs, btrfs, tmpfs",
+            )
+        else:
+            raise InvalidArgument(f"this file system cannot keep a time of {mtime // header.NANO} seconds")
 
 
 def is_smuggled(attribute: bytes) -> bool:
     """Whether an attribute belongs to an overlay or its owner override, which no archive may carry in or out."""
     return attribute.startswith(_SMUGGLED) or attribute == OVERRIDE_XATTR
-
-
-def _same_time(st: os.stat_result, mtime: int) -> None:
-    if st.st_mtime_ns != mtime:
-        raise InvalidArgument(f"this file system cannot keep a time of {mtime // header.NANO} seconds")
 
 
 def drop_xattr(fd: int, name: bytes | str) -> None:

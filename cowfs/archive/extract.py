@@ -39,7 +39,8 @@ __all__ = ["Extractor"]
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_MOSTLY_HOLES = 1 << 30
+_MOSTLY_HOLES = 64 << 20
+_UNIT = 4096  # what a host takes at least for a directory, or for a piece of a sparse file
 
 _KINDS = {header.CHAR: stat.S_IFCHR, header.BLOCKDEV: stat.S_IFBLK, header.FIFO: stat.S_IFIFO}
 
@@ -73,6 +74,8 @@ class Extractor:
     ) -> None:
         self._form, self._reader, self._options = form, reader, options
         self._lower, self._log = lower, log
+        self._extra = self._saved = 0
+        self.rooted = False
         self._content = Content(reader, on_file, on_inode)
         self._attr = Attributes(options)
         self._uid, self._gid = self._attr.uid, self._attr.gid
@@ -263,6 +266,10 @@ class Extractor:
         """A file of this archive goes away: its data is needed to reproduce the archive."""
         if self._log is None or not stat.S_ISREG(st.st_mode) or not st.st_size or not self._ours(path):
             return
+        self._saved += st.st_size
+        if self._saved > 4 * self._reader.offset + (256 << 20):
+            self._log.give_up()  # the same holes, again and again
+            return
         if st.st_size > _MOSTLY_HOLES and st.st_blocks * 512 < st.st_size // 2:
             self._log.give_up()  # holes as large as these are not worth a copy
             return
@@ -273,6 +280,14 @@ class Extractor:
             os.close(fd)
 
     # Directories ------------------------------------------------------------------------------
+
+    def _charge(self, count: int) -> None:
+        """Bytes that reach the disk and are not in the archive count for its bound, too."""
+        self._extra += count
+        if self._extra + self._reader.offset > self._options.max_bytes:
+            raise LimitExceeded(
+                f"archive makes more than {self._options.max_bytes} bytes", remedy="raise max_bytes (--max-size)"
+            )
 
     def _make_dir(self, parent: Dir, name: bytes, path: bytes) -> Dir:
         """A new directory, whatever was there before (but not a directory)."""
@@ -300,6 +315,8 @@ class Extractor:
         if st is not None and not self._is_whiteout(st) and self._ours(path):
             kind = "symbolic link" if stat.S_ISLNK(st.st_mode) else "file"
             raise InvalidArgument(f"its directory {show(path)} is a {kind} in this archive")
+        self._charge(_UNIT)
+        self._reader.count()
         made = self._make_dir(parent, name, path)
         try:
             self._set_implied(made)
@@ -363,6 +380,7 @@ class Extractor:
             self.dirs.keep(found)
 
     def _root(self, member: Member) -> None:
+        self.rooted = True
         if member.type != header.DIRECTORY:
             raise InvalidArgument("the root of a layer must be a directory")
         self._set_directory(member, self.dirs.root, old=True, regroup=True)
@@ -379,9 +397,13 @@ class Extractor:
         found.inherits = bool(member.mode & stat.S_ISGID) or b"system.posix_acl_default" in attributes
         found.mtime = member.mtime
         found.atime = member.mtime if member.atime is None else member.atime
-        if not (0 <= found.mtime < PLAIN_END and 0 <= found.atime < PLAIN_END):
+        if self._attr.doubtful(found.mtime) or not 0 <= found.atime < PLAIN_END:
             os.utime(found.fd, ns=(found.atime, found.mtime))
             self._attr.check_time(found.fd, found.mtime)
+
+    def _check_time(self, fd: int, mtime: int) -> None:
+        if self._attr.doubtful(mtime):
+            self._attr.check_time(fd, mtime)
 
     # Files ------------------------------------------------------------------------------------
 
@@ -392,6 +414,8 @@ class Extractor:
             self._clear(parent, name, path)
             fd = os.open(name, _CREATE, 0o600, dir_fd=parent.fd)
         try:
+            if member.segments is not None:
+                self._charge(_UNIT * (len(member.segments) // 2))
             self._content.fill(fd, member, path)
             uid, gid, mtime = member.uid, member.gid, member.mtime
             if parent.inherits or member.xattrs is not None or self._owners != "fail":
@@ -403,8 +427,8 @@ class Extractor:
                     self._attr.chown(fd, uid, gid)
                 os.fchmod(fd, member.mode)
             os.utime(fd, ns=(mtime if member.atime is None else member.atime, mtime))
-            if not 0 <= mtime < PLAIN_END:
-                self._attr.check_time(fd, mtime)
+            if mtime % header.NANO or not 0 <= mtime < PLAIN_END:
+                self._check_time(fd, mtime)
         finally:
             os.close(fd)
 
@@ -458,8 +482,12 @@ class Extractor:
         home = self.dirs.get(parent_path)
         fd = os.open(name, _CREATE, 0o600, dir_fd=home.fd)
         try:
-            for data in lower.read(path):
+            self._charge(_UNIT)
+            for offset, data in lower.data(path):
+                self._charge(len(data))
+                os.lseek(fd, offset, os.SEEK_SET)
                 write(fd, memoryview(data))
+            os.truncate(fd, st.size)
             self._content.tell(fd, path, "")
             self._attr.set(fd, st.uid, st.gid, stat.S_IMODE(st.mode), "file", lower.xattrs(path), regroup=True)
             os.utime(fd, ns=(st.mtime, st.mtime))
@@ -535,6 +563,7 @@ class Extractor:
         try:
             self._attr.set(fd, member.uid, member.gid, member.mode, kind, self._attr.wanted(member))
             os.utime(fd, ns=(member.mtime, member.mtime))
+            self._check_time(fd, member.mtime)
         finally:
             os.close(fd)
 

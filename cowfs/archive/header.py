@@ -12,6 +12,7 @@ Format" and "Storing Sparse Files"; OCI image-spec ``layer.md``.
 
 from __future__ import annotations
 
+import re
 import struct
 import zlib
 from array import array
@@ -258,9 +259,29 @@ def parse_time(value: bytes) -> int:
     return nanos
 
 
+_XATTR = b"SCHILY.xattr."  # star, GNU tar, Go, libarchive
+
+
 def pax_xattr(key: bytes) -> bytes | None:
-    """The attribute name in a ``SCHILY.xattr.`` key (star, GNU tar, Go, libarchive), else None."""
-    return key[13:] if key.startswith(b"SCHILY.xattr.") else None
+    """The attribute name in a ``SCHILY.xattr.`` key, else None.
+
+    A key ends at the first ``=``: GNU tar writes ``%3D`` for one in a name and ``%25`` for ``%``, and reads these two so;
+    anything else behind a ``%`` is as it is (other writers escape nothing).
+    """
+    if not key.startswith(_XATTR):
+        return None
+    name = key[len(_XATTR) :]
+    return name if b"%" not in name else re.sub(rb"%(3D|25)", lambda found: _ESCAPED[found[1]], name)
+
+
+def xattr_pax(name: bytes) -> bytes:
+    """The PAX key of an extended attribute; :func:`pax_xattr` is the way back."""
+    if b"%" in name or b"=" in name:
+        name = name.replace(b"%", b"%25").replace(b"=", b"%3D")
+    return _XATTR + name
+
+
+_ESCAPED = {b"3D": b"=", b"25": b"%"}
 
 
 # Writing --------------------------------------------------------------------------------------
@@ -381,7 +402,7 @@ def encode(
         pax.append((b"gid", b"%d" % gid))
         short_gid = 0
     if xattrs:
-        pax += ((b"SCHILY.xattr." + key, value) for key, value in xattrs.items())
+        pax += ((xattr_pax(key), value) for key, value in xattrs.items())
     block = _block(split[1], split[0], kind, mode, short_uid, short_gid, short_size, seconds, link, device)
     if not pax:
         return block

@@ -23,8 +23,9 @@ class ApplyOptions:
     """Bounds for an archive from a stranger, and what to do without privilege.
 
     Attributes:
-        max_bytes: of the uncompressed archive. Default 64 GiB.
-        max_entries: members. Default 1,000,000.
+        max_bytes: of the uncompressed archive, and of what else it makes this host write: directories that it does
+            not list, files of lower layers that it links to. Default 64 GiB.
+        max_entries: members, and the directories that they need and the archive does not list. Default 1,000,000.
         max_file: length of one file in bytes, holes included. Default 1 TiB.
         max_path: bytes of a name. max_depth: directories it may go down.
         max_header: bytes of one PAX header or long name.
@@ -56,7 +57,7 @@ class Applied:
         diff_id: ``sha256:`` and the digest of the uncompressed archive. size: its bytes.
         blob_digest, blob_size: the same of the stream as it came. compression: how it came.
         entries: members read. whiteouts: names hidden, opaque directories among them. reserved: names that would
-            have deleted and were taken as they are (without ``ApplyOptions.whiteouts``).
+            have deleted and were taken as they are (without ``ApplyOptions.whiteouts``). root: it has an entry for its root.
         dropped: extended attributes that were not restored, name to count: the overlay's own names, and
             what this host or user cannot set (with ``owners`` other than ``fail``).
         skipped: members left out (devices without privilege under ``owners="ignore"``, aufs book-keeping).
@@ -74,6 +75,7 @@ class Applied:
     skipped: int
     log_size: int
     reserved: int = 0
+    root: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,3 +130,6 @@ class Tree(Protocol):
 
     def read(self, path: bytes) -> Iterator[bytes]:
         """A regular file's bytes, in pieces."""
+
+    def data(self, path: bytes) -> Iterator[tuple[int, bytes]]:
+        """A regular file's bytes with the offset of each piece, in order and without its holes."""

@@ -70,7 +70,7 @@ class Reader:
         self._max_header, self._max_entries = max_header, max_entries
         self._left = 0
         self._globals: dict[bytes, bytes] = {}
-        self.entries = 0
+        self.entries = self._implied = 0
 
     def __iter__(self) -> Iterator[Member]:
         source, raw = self._source, self._raw
@@ -79,10 +79,8 @@ class Reader:
             if member is None:
                 return
             self.entries += 1
-            if self.entries > self._max_entries:
-                raise LimitExceeded(
-                    f"archive has more than {self._max_entries} entries", remedy="raise max_entries if you trust it"
-                )
+            if self.entries + self._implied > self._max_entries:
+                self._too_many()
             member.ordinal = self.entries
             stored = member.stored
             self._left = 0 if self._stripped else stored
@@ -92,6 +90,23 @@ class Reader:
                     pass
             if stored % BLOCK:
                 raw(source.take(-stored % BLOCK))
+
+    @property
+    def offset(self) -> int:
+        """Bytes of the uncompressed stream that were taken."""
+        return self._source.offset
+
+    def count(self) -> None:
+        """Count an object that the archive needs and does not list. Raises LimitExceeded."""
+        self._implied += 1
+        if self.entries + self._implied > self._max_entries:
+            self._too_many()
+
+    def _too_many(self) -> None:
+        raise LimitExceeded(
+            f"archive has more than {self._max_entries} entries",
+            remedy="raise max_entries (--max-entries) if you trust it",
+        )
 
     def whole(self) -> memoryview | None:
         """All of the current member's stored bytes at once, when they are at hand; else None, and nothing is taken."""
@@ -247,8 +262,7 @@ class Reader:
                 member.uid = header.parse_decimal(value, "uid")
             elif key == b"gid":
                 member.gid = header.parse_decimal(value, "gid")
-            elif key.startswith(b"SCHILY.xattr."):
-                name = key[13:]
+            elif (name := header.pax_xattr(key)) is not None:
                 if not name or b"\0" in name or len(name) > 255:
                     raise InvalidArgument(f"not a valid extended attribute name: {show(name)}")
                 if member.xattrs is None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from cowfs.archive.decode import CHUNK
 from cowfs.archive.options import LowerStat
 from cowfs.sys import xattr
-from cowfs.sys.files import open_beneath
+from cowfs.sys.files import data_ranges, open_beneath
 
 __all__ = ["DirTree"]
 
@@ -64,6 +64,16 @@ class DirTree:
         fd, name = self._parent(path)
         try:
             return xattr.read_all(fd, name)
+        finally:
+            os.close(fd)
+
+    def data(self, path: bytes) -> Iterator[tuple[int, bytes]]:
+        fd = open_beneath(self._fd, path, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            for start, end in data_ranges(fd, os.fstat(fd).st_size):
+                while start < end and (piece := os.pread(fd, min(CHUNK, end - start), start)):
+                    yield start, piece
+                    start += len(piece)
         finally:
             os.close(fd)
 

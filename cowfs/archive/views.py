@@ -72,6 +72,17 @@ class ViewTree:
         node = self._node(path)
         return {name: attributes.getxattr(self._view, node, name) for name in attributes.listxattr(self._view, node)}
 
+    def data(self, path: bytes) -> Iterator[tuple[int, bytes]]:
+        node = self._node(path)
+        for start, end in content.data_ranges(self._view, node):
+            while start < end:
+                buffer = bytearray(min(CHUNK, end - start))
+                count = content.pread(self._view, node, start, memoryview(buffer))
+                if not count:
+                    break
+                yield start, bytes(buffer[:count])
+                start += count
+
     def read(self, path: bytes) -> Iterator[bytes]:
         node = self._node(path)
         offset = 0

@@ -10,15 +10,17 @@ A verb's module has a dict ``COMMANDS``: verb -> :class:`Command`.
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple, TextIO
 
 if TYPE_CHECKING:
     import argparse
 
-__all__ = ["VERBS", "Command", "Verb", "main", "parser_of"]
+__all__ = ["VERBS", "Command", "Verb", "fill_streams", "main", "parser_of", "say"]
 
 
 class Verb(NamedTuple):
@@ -162,18 +164,17 @@ def verb_first(arguments: Sequence[str]) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the command. Returns the exit status."""
+    fill_streams()
     arguments = verb_first(sys.argv[1:] if argv is None else argv)
     name = arguments[0] if arguments else "--help"
     if name in ("--help", "-h", "help"):
         if name == "help" and len(arguments) > 1 and arguments[1] in VERBS:
             return guarded(lambda: _run(arguments[1], ["--help"]))
-        sys.stdout.write(overview())
-        return 0 if arguments else 2
+        return guarded(lambda: say(overview(), 0 if arguments else 2))
     if name in ("--version", "-V"):
         from cowfs import __version__
 
-        sys.stdout.write(f"cowfs {__version__}\n")
-        return 0
+        return guarded(lambda: say(f"cowfs {__version__}\n"))
     if name not in VERBS:
         import difflib
 
@@ -181,6 +182,42 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"cowfs: no verb {name!r} ({f'did you mean {near[0]}?' if near else 'see: cowfs --help'})\n")
         return 2
     return guarded(lambda: _run(name, arguments[1:]))
+
+
+def say(text: str, code: int = 0) -> int:
+    """Print; the exit status."""
+    sys.stdout.write(text)
+    return code
+
+
+class _Closed(io.TextIOWrapper):
+    """A standard output that the caller closed: a verb that prints nothing does not notice."""
+
+    def __init__(self) -> None:
+        super().__init__(io.BytesIO())
+
+    def write(self, text: str) -> int:
+        raise OSError(errno.EBADF, "standard output is closed")
+
+    @property
+    def buffer(self) -> BinaryIO:
+        raise OSError(errno.EBADF, "standard output is closed")
+
+
+def fill_streams() -> None:
+    """Nothing that is opened later may get a closed standard stream's number: whatever is printed would be written there."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number
+    streams: dict[str, TextIO | None] = vars(sys)
+    if streams["stdin"] is None:
+        sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115  until the end
+    if streams["stdout"] is None:
+        sys.stdout = _Closed()
+    if streams["stderr"] is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  until the end
 
 
 def _run(name: str, arguments: list[str]) -> int:
@@ -194,8 +231,10 @@ def guarded(run: Callable[[], int], program: str = "cowfs") -> int:
     from cowfs.errors import CowfsError
 
     try:
-        code = run()
-        sys.stdout.flush()
+        try:
+            code = run()
+        finally:
+            _flush()
     except CowfsError as error:
         return complain(program, str(error), error.exit_code)
     except BrokenPipeError:
@@ -208,6 +247,17 @@ def guarded(run: Callable[[], int], program: str = "cowfs") -> int:
         where = os.fsdecode(error.filename) + ": " if isinstance(error.filename, str | bytes) else ""
         return complain(program, f"{where}{error.strerror or error}", 1)
     return code
+
+
+def _flush() -> None:
+    """What standard output did not take, it must not be given once more at exit."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        raise OSError(error.errno, error.strerror, "standard output") from None
 
 
 def complain(program: str, message: str, code: int) -> int:

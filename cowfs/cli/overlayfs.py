@@ -12,13 +12,13 @@ OPTIONS`` (mount helpers, containerd), ``-oOPTIONS``, several ``-o``, ``a,,b,``,
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from cowfs.cli import guarded
+from cowfs.cli import fill_streams, guarded, say
 from cowfs.errors import InvalidArgument, Unsupported
+from cowfs.format.mount_options import split_layers, split_options, unescape
 
 if TYPE_CHECKING:
     from cowfs.mounting.request import IdMap, MountSpec
@@ -58,36 +58,6 @@ OVERRIDE_XATTR = {0: "", 1: "security.fuseoverlayfs.override_stat", 2: "user.con
 
 
 # -- parsing -----------------------------------------------------------------------------------------------------------
-
-_QUOTED = re.compile(r'\b((?:root|fs|def)?context)="[^"]*"')
-
-
-def split_options(text: str) -> list[str]:
-    """Options at commas that no backslash precedes; escapes stay, empty ones go, quoted contexts too.
-
-    >>> split_options(r"lowerdir=a\\,b,,ro,")
-    ['lowerdir=a\\\\,b', 'ro']
-    """
-    text = _QUOTED.sub(lambda match: match[1], text)
-    return [part for part in re.findall(r"(?:\\.|[^,\\]|\\$)*", text) if part]
-
-
-def unescape(text: str) -> str:
-    r"""A path without its backslashes.
-
-    >>> unescape(r"a\:b\\c")
-    'a:b\\c'
-    """
-    return re.sub(r"\\(.)", r"\1", text)
-
-
-def split_layers(text: str) -> list[str]:
-    r"""Paths at colons that no backslash precedes.
-
-    >>> split_layers(r"/a\:b:/c::d")
-    ['/a:b', '/c', 'd']
-    """
-    return [unescape(part) for part in re.findall(r"(?:\\.|[^:\\]|\\$)*", text) if part]
 
 
 def parse_mapping(text: str) -> IdMap:
@@ -375,15 +345,14 @@ def run(argv: Sequence[str]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the command. Returns the exit status."""
+    fill_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if any(argument in ("-h", "--help") for argument in arguments):
-        sys.stdout.write(HELP)
-        return 0
+        return guarded(lambda: say(HELP), PROGRAM)
     if any(argument in ("-V", "--version") for argument in arguments):
         from cowfs import __version__
 
-        sys.stdout.write(f"{PROGRAM}: version {__version__}\n")
-        return 0
+        return guarded(lambda: say(f"{PROGRAM}: version {__version__}\n"), PROGRAM)
     return guarded(lambda: run(arguments), PROGRAM)
 
 

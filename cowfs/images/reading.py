@@ -100,8 +100,11 @@ class ImageSource:
     def look(self) -> None:
         """Read the image that is the only one. Raises what is wrong with it."""
         if len(self._lists) == 1 and len(self._lists[0]) == 1:
-            leaves = _leaves(self._lists[0], None)
-            if len(leaves) == 1:
+            failures: list[CowfsError] = []
+            leaves = _leaves(self._lists[0], failures)
+            if failures and not leaves:
+                raise failures[0]
+            if len(leaves) == 1 and not failures:
                 leaves[0].read()
 
     def _one_of(self, fitting: list[Listed]) -> Image:

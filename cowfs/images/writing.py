@@ -21,6 +21,7 @@ from cowfs.archive.decode import CHUNK
 from cowfs.errors import AlreadyExists, Corrupt, InvalidArgument
 from cowfs.images.description import LAYER_TAR
 from cowfs.images.digests import as_json, check_digest, diff_ids_of, digest_of, parse_json
+from cowfs.sys.atomic import replacing, write_file
 
 __all__ = ["OutImage", "OutLayer", "write_docker", "write_oci"]
 
@@ -85,10 +86,7 @@ class _DirSink:
         os.makedirs(os.path.join(root, "blobs", "sha256"), exist_ok=True)
 
     def add(self, name: str, data: bytes) -> None:
-        temporary = os.path.join(self._root, f".{os.path.basename(name)}.new")
-        with open(temporary, "wb") as file:
-            file.write(data)
-        os.replace(temporary, os.path.join(self._root, name))
+        write_file(os.path.join(self._root, name), data, mode=0o644, durable=False)
 
     def add_stream(self, fill: Callable[[BinaryIO], Any], name_of: Callable[[str], str]) -> tuple[str, int]:
         fd, temporary = tempfile.mkstemp(dir=os.path.join(self._root, "blobs"), prefix=".new-")
@@ -244,16 +242,8 @@ def _into_file(target: str | BinaryIO, fill: Callable[[BinaryIO], None]) -> None
         fill(target)
         target.flush()
         return
-    folder = os.path.dirname(os.path.abspath(target))
-    fd, temporary = tempfile.mkstemp(dir=folder, prefix=".cowfs-export-")
-    try:
-        with os.fdopen(fd, "wb") as file:
-            fill(file)
-            os.fchmod(file.fileno(), 0o644)
-        os.replace(temporary, target)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with replacing(target, mode=0o644, durable=False) as file:
+        fill(file)
 
 
 def write_oci(

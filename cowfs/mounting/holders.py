@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import time
 
 from cowfs.errors import FailedPrecondition
+from cowfs.sys import locks
 
-__all__ = ["lock", "lock_holder", "refuse_kernel_mount"]
+__all__ = ["lock", "refuse_kernel_mount"]
 
 _TRIES, _PAUSE = 40, 0.025  # one second: a server that was just unmounted from outside is still closing
 
@@ -20,37 +20,17 @@ def lock(directory: str, *, shared: bool) -> int:
         FailedPrecondition: somebody else holds it; the message names the process.
     """
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     for attempt in range(_TRIES):
-        try:
-            fcntl.flock(fd, kind | fcntl.LOCK_NB)
+        if locks.lock(fd, shared=shared):
             return fd
-        except BlockingIOError:
-            if attempt < _TRIES - 1:
-                time.sleep(_PAUSE)
-    holder = lock_holder(fd)
+        if attempt < _TRIES - 1:
+            time.sleep(_PAUSE)
+    holder = locks.holder(fd)
     os.close(fd)
     raise FailedPrecondition(
         f"{directory} is in use by {f'process {holder}' if holder else 'another process'}",
         remedy="unmount that one first (cowfs mounts lists them), or use another --upper, or --ephemeral",
     )
-
-
-def lock_holder(fd: int) -> int | None:
-    """The process that holds a flock on this inode, from /proc/locks (proc(5)), or None where that does not tell.
-
-    The device is not compared: btrfs shows another one there than stat(2) does.
-    """
-    inode = str(os.fstat(fd).st_ino)
-    try:
-        with open("/proc/locks", encoding="ascii") as file:
-            for line in file:
-                fields_ = line.split()
-                if fields_[1] == "FLOCK" and fields_[5].rpartition(":")[2] == inode and int(fields_[4]) > 0:
-                    return int(fields_[4])
-    except (OSError, IndexError, ValueError):
-        pass
-    return None
 
 
 def refuse_kernel_mount(upper: str) -> None:

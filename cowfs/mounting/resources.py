@@ -12,17 +12,17 @@ Rules:
 
 from __future__ import annotations
 
-import fcntl
 import os
 import stat
 from collections.abc import Iterable, Sequence
 
 from cowfs.errors import FailedPrecondition, InvalidArgument, NotFound
 from cowfs.model import Limit
-from cowfs.mounting.holders import lock, lock_holder, refuse_kernel_mount
+from cowfs.mounting.holders import lock, refuse_kernel_mount
 from cowfs.mounting.request import MountSpec, check_directory
 from cowfs.mounting.upper_state import layers_of, limit_of, read_record, record_places, write_record
 from cowfs.mounting.volatile import check_volatile
+from cowfs.sys import locks
 
 __all__ = ["Stack"]
 
@@ -139,15 +139,15 @@ class Stack:
                 raise InvalidArgument(f"the layer cannot be used: {layer}: {error.strerror}") from None
             self._locks.append(fd)
             try:
-                fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                holder = lock_holder(fd)
+                mine = locks.lock(fd, shared=True)
+            except OSError:
+                continue
+            if not mine:
+                holder = locks.holder(fd)
                 raise FailedPrecondition(
                     f"the layer {layer} is being written by {f'process {holder}' if holder else 'another mount'}",
                     remedy="unmount that one first (cowfs mounts lists them)",
-                ) from None
-            except OSError:
-                pass
+                )
 
     def _places(self) -> tuple[str, str, str | None]:
         """Paths of upper, work and the record's directory; nothing is made yet."""
@@ -266,7 +266,7 @@ class Stack:
         self._make_directories(scratch)
         fd = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)  # nobody sweeps between our mkdir and our lock
+            locks.lock(fd, wait=True)  # nobody sweeps between our mkdir and our lock
             _sweep(scratch)
             os.mkdir(base, 0o700)
             self._ephemeral = base
@@ -364,11 +364,12 @@ def _sweep(scratch: str) -> None:
             continue
         path = os.path.join(scratch, name)
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            fd = locks.open_locked(path)
         except OSError:
             continue
+        if fd is None:
+            continue
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _remove_tree(path)
         except OSError:
             pass

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 from typing import Any
+
+from cowfs.sys import atomic
 
 MARK = "cowfs-begun"
 """File in a layer's directory: from now on a new layer may be written to, or a mount no longer reads this old one."""
@@ -16,10 +17,4 @@ def leave_mark(path: str, facts: dict[str, Any]) -> None:
     Raises:
         FileExistsError: there is one.
     """
-    unfinished = f"{path}.{os.getpid()}"
-    with open(unfinished, "w", encoding="ascii") as file:
-        json.dump(facts, file)
-    try:
-        os.link(unfinished, path)
-    finally:
-        os.unlink(unfinished)
+    atomic.create_file(path, json.dumps(facts).encode())

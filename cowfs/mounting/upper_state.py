@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from cowfs.errors import Corrupt
 from cowfs.model import Limit
 from cowfs.mounting.request import HIDDEN
+from cowfs.sys import atomic
 
 __all__ = ["RECORD", "layers_of", "limit_of", "lookup_record", "read_record", "record_places", "write_record"]
 
@@ -78,10 +79,6 @@ def limit_of(record: dict[str, object]) -> Limit:
     return Limit(bytes=number("size"), inodes=number("inodes"))
 
 
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
-
-
 def write_record(place: str, layers: Sequence[str], upper: str, limit: Limit) -> None:
     """Write a record, wholly or not at all."""
     import json
@@ -93,10 +90,5 @@ def write_record(place: str, layers: Sequence[str], upper: str, limit: Limit) ->
         "size": limit.bytes,
         "inodes": limit.inodes,
     }
-    path = os.path.join(place, RECORD)
-    with open(f"{path}.new", "w", encoding="utf-8", errors="surrogateescape", opener=_private) as file:
-        json.dump(data, file, indent=1, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.rename(f"{path}.new", path)
+    text = json.dumps(data, indent=1, ensure_ascii=False) + "\n"
+    atomic.write_file(os.path.join(place, RECORD), text.encode("utf-8", "surrogateescape"))

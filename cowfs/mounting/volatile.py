@@ -10,16 +10,9 @@ from __future__ import annotations
 import os
 
 from cowfs.errors import FailedPrecondition, Unsupported
+from cowfs.sys.process import boot_id
 
 __all__ = ["check_volatile", "mark_volatile"]
-
-
-def _boot_id() -> str:
-    try:
-        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-            return file.read().strip()
-    except OSError:
-        return ""
 
 
 def check_volatile(work: str, *, volatile: bool, upper: str) -> None:
@@ -47,7 +40,7 @@ def check_volatile(work: str, *, volatile: bool, upper: str) -> None:
                 boot = file.read().strip()
         except OSError:
             boot = ""
-        if not boot or boot != _boot_id():
+        if not boot or boot != boot_id():
             raise FailedPrecondition(
                 f"{upper} belongs to a volatile mount and may be incomplete",
                 remedy=f"start with an empty upper, or, if the host has not crashed since: rm -r {marker}",
@@ -70,4 +63,4 @@ def mark_volatile(work: str) -> None:
     directory = os.path.join(work, "work", "incompat", "volatile")
     os.makedirs(directory, mode=0o700, exist_ok=True)
     with open(os.path.join(directory, "dirty"), "w", encoding="ascii") as file:
-        file.write(_boot_id() + "\n")
+        file.write(boot_id() + "\n")

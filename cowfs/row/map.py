@@ -31,11 +31,12 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from cowfs.sys import process
+
 VERSION = 1
 MIN_BLOCK, MAX_BLOCK = 4096, 1 << 20
 #: value of the reference's xattr on a layer's root: redirect files may be in here
 ROOT_MARK = b"\x01root"
-MAP_DIR = b"../map"
 
 _REF = struct.Struct("<BBHQQQ")
 _HEAD = struct.Struct("<8sHBB16s32x")
@@ -69,8 +70,7 @@ def check_block(size: int) -> int:
 @functools.cache
 def boot_id() -> bytes:
     """This boot's identity, 16 bytes (random(4), /proc/sys/kernel/random/boot_id)."""
-    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-        return bytes.fromhex(file.read().strip().replace("-", ""))
+    return bytes.fromhex(process.boot_id().replace("-", ""))
 
 
 @dataclass(frozen=True, slots=True)

@@ -177,6 +177,9 @@ class _RootOnly:
     def read(self, path: bytes) -> Iterator[bytes]:
         raise FileNotFoundError(2, os.strerror(2), path)
 
+    def data(self, path: bytes) -> Iterator[tuple[int, bytes]]:
+        raise FileNotFoundError(2, os.strerror(2), path)
+
 
 def counter(progress: Progress | None, what: str, total: int = 0) -> Callable[[int, int], object] | None:
     """A progress function as :mod:`cowfs.archive` calls it."""

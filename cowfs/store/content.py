@@ -108,6 +108,17 @@ class IndexedTree:
         """Extended attributes as users see them, without the one that records an owner."""
         return self._owners.others(self._must(path)[0])
 
+    def data(self, path: bytes) -> Iterator[tuple[int, bytes]]:
+        """A regular file's bytes with their offsets, without its holes."""
+        entry, where = self._must(path)
+        if not entry.size:
+            return
+        with self._data.open(entry.layer, where) as file:
+            for start, end in file.data_ranges():
+                while start < end and (piece := file.pread(min(_CHUNK, end - start), start)):
+                    yield start, piece
+                    start += len(piece)
+
     def read(self, path: bytes) -> Iterator[bytes]:
         """A regular file's bytes, in pieces."""
         entry, where = self._must(path)

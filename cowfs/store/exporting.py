@@ -13,6 +13,7 @@ from cowfs.index.database import Row
 from cowfs.index.directory import Pending
 from cowfs.model import Change, Kind
 from cowfs.store.applying import HEADERS, ArchiveVerbs, Progress, counter
+from cowfs.sys.atomic import replacing
 
 __all__ = ["FORMATS", "NO_LAYER", "ExportVerbs"]
 
@@ -65,7 +66,8 @@ class ExportVerbs(ArchiveVerbs):
             write = self._write_tar if format == "tar" else self._write_layer
             packed = compression or "none"
             if isinstance(target, (str, os.PathLike)):
-                return _into_file(os.fspath(target), lambda out: write(row, out, packed, progress))
+                with replacing(os.fspath(target), mode=0o644, durable=False) as out:
+                    return write(row, out, packed, progress)
             return write(row, target, packed, progress)
         if row.kind is not Kind.COMMITTED:
             raise InvalidArgument(
@@ -227,19 +229,3 @@ def _check_target(path: str, *, directory: bool) -> None:
         raise NotFound(f"no such directory: {os.path.dirname(path)}", remedy="make it, or choose another place")
     if os.path.isdir(path) and not directory:
         raise InvalidArgument(f"{path} is a directory", remedy=f"name a file, as in {os.path.join(path, 'image.tar')}")
-
-
-def _into_file(path: str, fill: Callable[[BinaryIO], str]) -> str:
-    """Write a file that appears whole or not at all."""
-    temporary = f"{path}.new-{os.getpid()}"
-    try:
-        with open(temporary, "xb") as out:
-            result = fill(out)
-        os.replace(temporary, path)
-    except BaseException:
-        try:
-            os.unlink(temporary)
-        except FileNotFoundError:
-            pass
-        raise
-    return result

@@ -193,15 +193,23 @@ class ImageVerbs(ExportVerbs):
         return top
 
     def _already(self, image: images.Image) -> tuple[Row | None, int]:
-        """The highest layer of an image that is there, and how many are."""
+        """The highest layer of an image that is there, and how many are: each on the very layers that it has in the image."""
         if any(layer.diff_id is None for layer in image.layers):
             return None, 0
-        chain = image.chain
-        for count in range(len(chain), 0, -1):
-            row = self.index.by_chain(chain[count - 1])
-            if row is not None and not self.driver.check(row.id):
-                return row, count
-        return None, 0
+        top: Row | None = None
+        for count, (layer, chain_id) in enumerate(zip(image.layers, image.chain, strict=True)):
+            row = self._there(top, chain_id, layer.diff_id)
+            if row is None:
+                return top, count
+            top = row
+        return top, len(image.layers)
+
+    def _there(self, parent: Row | None, chain_id: str, diff_id: str | None) -> Row | None:
+        """A snapshot that is this layer and has it on the disk; after a squash others may still have its chain id."""
+        for row in self.index.by_chain(chain_id, None if parent is None else parent.num):
+            if row.diff_id == diff_id and not self.driver.check(row.id):
+                return row
+        return None
 
 
 class _Import:
@@ -278,12 +286,14 @@ class _Import:
         name = chain_id
         if self._applied.reserved:  # as a layer the same bytes would mean another tree
             name, diff_id, chain_id = images.digest_of(f"tree {diff_id}".encode()), None, None
-        there = index.by_chain(chain_id) if chain_id is not None else index.find(name)
+        there = self._there_already(parent, name, chain_id, diff_id)
         if there is not None:
             self.close()
             return there
-        if not driver.whole:
-            _inherit_root(driver.tree(parent.id) if parent is not None else None, driver.tree(layer.staged))
+        if index.find(name) is not None:
+            name = f"{name}.{layer.id}"  # what has its name is not this layer any more
+        if not driver.whole and parent is not None and not self._applied.root:
+            _inherit_root(driver.tree(parent.id), driver.tree(layer.staged))
         driver.freeze(layer.staged)
         num = index.reserve()
         digests = self._digests
@@ -318,14 +328,20 @@ class _Import:
                 point("create.renamed")
         except NameTaken:
             self.close()
-            other = index.find(name)
-            if other is None or other.chain_id != chain_id:
+            other = self._there_already(parent, name, chain_id, diff_id)
+            if other is None:
                 raise AlreadyExists(f"another snapshot is called {name}") from None
             return other
         point("create.committed")
         self._staged = None
         layer.close(keep=True)
         return index.get(name)
+
+    def _there_already(self, parent: Row | None, name: str, chain_id: str | None, diff_id: str | None) -> Row | None:
+        if chain_id is not None:
+            return self._store._there(parent, chain_id, diff_id)
+        row = self._store.index.find(name)
+        return row if row is not None and row.kind is Kind.COMMITTED and row.parent is None else None
 
 
 class _Awaited:
@@ -348,7 +364,7 @@ class _Awaited:
 
     def stat(self, path: bytes) -> archive.LowerStat | None:
         if not path:
-            return archive.LowerStat(mode=0o040755, uid=0, gid=0, size=0, mtime=_NO_ROOT_TIME)
+            return archive.LowerStat(mode=0o040755, uid=0, gid=0, size=0, mtime=0)
         tree = self._get()
         return tree.stat(path) if tree is not None else None
 
@@ -365,6 +381,9 @@ class _Awaited:
     def read(self, path: bytes) -> Iterator[bytes]:
         return self._must().read(path)
 
+    def data(self, path: bytes) -> Iterator[tuple[int, bytes]]:
+        return self._must().data(path)
+
     def _must(self) -> IndexedTree:
         tree = self._get()
         if tree is None:
@@ -372,20 +391,10 @@ class _Awaited:
         return tree
 
 
-_NO_ROOT_TIME = 123_456_789
-"""The mtime that :class:`_Awaited` gives the root, so that unpacking does not wait for the layer beneath: a root with
-this time had no entry in the archive."""
-
-
-def _inherit_root(below: str | None, tree: str) -> None:
-    """Give a root without an entry in the archive the attributes of the parent's."""
+def _inherit_root(below: str, tree: str) -> None:
+    """Give a root without an entry in the archive the attributes of the parent's: unpacking did not wait for that."""
     dst = os.open(tree, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        if os.fstat(dst).st_mtime_ns != _NO_ROOT_TIME:
-            return
-        if below is None:
-            os.utime(dst, ns=(0, 0))
-            return
         src = os.open(below, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             trees.copy_attributes(src, dst, os.fstat(src))

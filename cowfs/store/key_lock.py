@@ -9,22 +9,20 @@ Who wants several takes them in the order of their bytes, so that nobody waits i
 
 from __future__ import annotations
 
-import fcntl
 import os
-import struct
 import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from cowfs.errors import FailedPrecondition
+from cowfs.sys.locks import lock_byte
 
 __all__ = ["turn"]
 
 FILE = "live.lock"
 _BYTES = 1 << 20
 _PATIENCE, _PAUSE = 600.0, 0.02  # seconds
-_FLOCK = struct.Struct("@hhqqi4x")  # struct flock of 64-bit Linux
 
 
 @contextmanager
@@ -44,7 +42,7 @@ def turn(root: str, *keys: str, wait: bool = True) -> Iterator[bool]:
         for place, key in sorted(
             {zlib.crc32(key.encode(errors="surrogatepass")) % _BYTES: key for key in keys}.items()
         ):
-            while mine and not _lock(fd, place):
+            while mine and not lock_byte(fd, place):
                 if not wait:
                     mine = False
                 elif time.monotonic() > end:
@@ -56,11 +54,3 @@ def turn(root: str, *keys: str, wait: bool = True) -> Iterator[bool]:
         yield mine
     finally:
         os.close(fd)
-
-
-def _lock(fd: int, place: int) -> bool:
-    try:
-        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, place, 1, 0))
-    except (BlockingIOError, PermissionError):  # EAGAIN or EACCES (fcntl(2))
-        return False
-    return True

@@ -8,7 +8,6 @@ can set) are those of the file it was made for.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import stat
 import struct
@@ -20,9 +19,8 @@ from cowfs.driver.interface import Driver
 from cowfs.errors import Corrupt, FailedPrecondition
 from cowfs.index.database import Index, Row
 from cowfs.index.directory import Entry
-from cowfs.mounting.holders import lock_holder
 from cowfs.store.digest_table import ByInode
-from cowfs.sys import files, trees, xattr
+from cowfs.sys import files, locks, trees, xattr
 from cowfs.sys.mounts import mountinfo
 
 __all__ = [
@@ -72,14 +70,12 @@ def hold(driver: Driver, row: Row, verb: str, *, missing_ok: bool = False) -> It
             return
         raise Corrupt(f"the layer of {row.name!r} is gone: {tree}", remedy="run 'cowfs check'") from None
     try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            pid = lock_holder(fd)
+        if not locks.lock(fd):
+            pid = locks.holder(fd)
             raise FailedPrecondition(
                 f"{row.name!r} is in use by {f'process {pid}' if pid else 'another process'}: cannot {verb} it",
                 remedy="unmount it first, or use 'cowfs snapshot'" if verb == "commit" else "unmount it first",
-            ) from None
+            )
         where = kernel_mount_of(tree)
         if where is not None:
             raise FailedPrecondition(
@@ -172,6 +168,10 @@ class LayerFile:
         """Up to ``count`` bytes at ``offset``; none at the end."""
         return os.pread(self._fd, count, offset)
 
+    def data_ranges(self) -> list[tuple[int, int]]:
+        """The parts that are no holes, as (start, end)."""
+        return files.data_ranges(self._fd, self.size)
+
     def close(self) -> None:
         """Close it."""
         os.close(self._fd)
@@ -203,6 +203,11 @@ class _Redirected(LayerFile):
     def pread(self, count: int, offset: int) -> bytes:
         buffer = bytearray(count)
         return bytes(buffer[: self._view.pread(self._node, offset, memoryview(buffer))])
+
+    def data_ranges(self) -> list[tuple[int, int]]:
+        from cowfs.union import content
+
+        return list(content.data_ranges(self._view, self._node))
 
     def close(self) -> None:
         self._view.close()

@@ -44,8 +44,9 @@ from cowfs.store.checking import Collected, UpkeepVerbs
 from cowfs.store.key_lock import turn
 from cowfs.store.mounts import KernelMount
 from cowfs.store.names import check_labels, check_name, new_id
-from cowfs.store.staging import NEW, _lock, _make_locked, discard, fsync_directory
+from cowfs.store.staging import NEW, _lock, _make_locked, discard
 from cowfs.sys import trees
+from cowfs.sys.atomic import fsync_directory
 from cowfs.sys.faults import point
 
 if TYPE_CHECKING:

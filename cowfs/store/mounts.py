@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from cowfs.errors import CowfsError, FailedPrecondition, InvalidArgument, NotFound
+from cowfs.format.mount_options import split_layers, unescape
 from cowfs.index.database import Row
 from cowfs.model import Kind, Mount, Usage
 from cowfs.store.layers import kernel_mount_of
@@ -259,7 +260,7 @@ def mount_record(record: Mount, target: str) -> None:
     others = [option for option in record.options if option.partition("=")[0] not in _PLACES]
     sys_mounts.overlay_mount(
         target,
-        _split(values["lowerdir"]),
+        split_layers(values["lowerdir"]),
         _plain(values.get("upperdir")),
         _plain(values.get("workdir")),
         others,
@@ -271,20 +272,4 @@ _PLACES = frozenset({"lowerdir", "upperdir", "workdir", "ro"})
 
 
 def _plain(text: str | None) -> str | None:
-    return None if text is None else _split(text)[0]
-
-
-def _split(text: str) -> list[str]:
-    """Items of ``lowerdir=``; a backslash escapes the next character."""
-    items, now, at = [], "", 0
-    while at < len(text):
-        if text[at] == "\\" and at + 1 < len(text):
-            at += 1
-            now += text[at]
-        elif text[at] == ":":
-            items.append(now)
-            now = ""
-        else:
-            now += text[at]
-        at += 1
-    return [*items, now]
+    return None if text is None else unescape(text)

@@ -6,14 +6,13 @@ layers would then be garbage.
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from cowfs.driver.interface import Driver
 from cowfs.errors import Corrupt, InvalidArgument, NotFound, Unsupported
-from cowfs.sys import host
+from cowfs.sys import host, locks
 
 __all__ = ["INDEX", "default_root", "make_root", "must_run", "only_one"]
 
@@ -68,7 +67,7 @@ def only_one(path: str) -> Iterator[None]:
     """One process at a time, for what happens at a store's first opening (flock on its directory)."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
+        locks.lock(fd, wait=True)
         yield
     finally:
         os.close(fd)

@@ -35,7 +35,6 @@ the merged layer instead, and what is overwritten is free again.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -50,8 +49,9 @@ from cowfs.store.key_lock import turn
 from cowfs.store.live import LiveVerbs, unlink
 from cowfs.store.names import new_id
 from cowfs.store.snapshots import _sound
-from cowfs.store.staging import SQUASH, discard, fsync_directory, locked, staged
-from cowfs.sys import trees
+from cowfs.store.staging import SQUASH, discard, staged
+from cowfs.sys import locks, trees
+from cowfs.sys.atomic import fsync_directory
 from cowfs.sys.faults import point
 
 if TYPE_CHECKING:
@@ -460,7 +460,7 @@ def _write_note(path: str, note: dict[str, Any]) -> int:
     """Write a note and return a descriptor that holds its lock."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
+        locks.lock(fd, wait=True)
         os.write(fd, json.dumps(note).encode())
         os.fsync(fd)
         fsync_directory(os.path.dirname(path))
@@ -472,7 +472,6 @@ def _write_note(path: str, note: dict[str, Any]) -> int:
 
 def _lock_note(path: str) -> int | None:
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
+        return locks.open_locked(path, flags=os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
         return None
-    return locked(fd)

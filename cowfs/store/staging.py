@@ -24,7 +24,6 @@ A sweep looks and renames under the write lock, where no verb is between its row
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -32,9 +31,11 @@ from contextlib import contextmanager
 
 from cowfs.driver.interface import Driver
 from cowfs.index.database import Index
+from cowfs.sys import locks
+from cowfs.sys.atomic import fsync_directory
 from cowfs.sys.faults import point
 
-__all__ = ["Staged", "discard", "fsync_directory", "orphans", "staged", "sweep"]
+__all__ = ["Staged", "discard", "orphans", "staged", "sweep"]
 
 NEW, RM = "new-", "rm-"
 SQUASH = "squash-"
@@ -85,7 +86,7 @@ def _make_locked(path: str) -> int:
             fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except FileNotFoundError:
             continue  # a sweep came before the lock
-        fcntl.flock(fd, fcntl.LOCK_EX)
+        locks.lock(fd, wait=True)
         try:
             if os.stat(path).st_ino == os.fstat(fd).st_ino:
                 os.fchmod(fd, 0o700)  # whatever the umask
@@ -105,15 +106,6 @@ def staged(driver: Driver, id: str) -> Iterator[Staged]:
         layer.close(keep=False)
         raise
     layer.close(keep=True)
-
-
-def fsync_directory(path: str) -> None:
-    """Make the names in a directory durable."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def discard(driver: Driver, id: str) -> None:
@@ -193,17 +185,6 @@ def sweep(driver: Driver, index: Index, *, everything: bool = False) -> list[str
 def _lock(path: str) -> int | None:
     """A locked descriptor, or None while somebody else builds or deletes it."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        return locks.open_locked(path)
     except OSError:
         return None
-    return locked(fd)
-
-
-def locked(fd: int) -> int | None:
-    """The descriptor, locked; or None, and it is closed, while somebody else holds the lock."""
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(fd)
-        return None
-    return fd

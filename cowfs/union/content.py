@@ -13,11 +13,12 @@ import errno
 import functools
 import os
 import stat
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from cowfs.sys import files, host, xattr
 from cowfs.union import copyup
-from cowfs.union.attr import mode_of
+from cowfs.union.attr import mode_of, size_of
 from cowfs.union.node import DT_DIR, DT_LNK, DT_REG, Dir, Node
 
 if TYPE_CHECKING:
@@ -236,6 +237,22 @@ def lseek(view: View, node: Node, offset: int, whence: int) -> int:
     if node.data is not None and hasattr(node.data, "lseek"):
         return int(node.data.lseek(offset, whence))
     return os.lseek(data_fd(view, node, False), offset, whence)
+
+
+def data_ranges(view: View, node: Node) -> Iterator[tuple[int, int]]:
+    """The parts of a file that are no holes, as (start, end)."""
+    size, at = size_of(view.attr(node)), 0
+    pread(view, node, 0, memoryview(bytearray(1)))  # it is open from here on
+    while at < size:
+        try:
+            start = lseek(view, node, at, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            return
+        at = min(lseek(view, node, start, os.SEEK_HOLE), size)
+        if start < at:
+            yield start, at
 
 
 def copy_range(view: View, src: Node, soff: int, dst: Node, doff: int, length: int) -> int:

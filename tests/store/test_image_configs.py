@@ -257,3 +257,29 @@ def test_a_store_of_format_1_is_read_where_nothing_can_be_written(space: Path, c
             assert exported(store, "made")["config"]
     finally:
         subprocess.run(["umount", where], check=True)
+
+
+@pytest.mark.parametrize("driver", ["overlay", "row"])
+def test_an_image_whose_layers_were_squashed_is_whole_again_when_it_is_imported_anew(space: Path, driver: str) -> None:
+    """And so is one that is made of it: neither is taken for what was squashed."""
+    layers = [ONE, TWO, THREE, tar(member("d", b"4"))]
+    with Store.open(space / "store", driver=driver, fsync=False) as store:
+        store.import_image(image("app", layers[:3]))
+        store.tag("squashed", "app")
+        store.squash(store.chain("app")[-1].name)
+        store.import_image(image("child", layers), "child")
+        store.import_image(image("app", layers[:3]), "app")
+        for name, count in (("app", 3), ("child", 4)):
+            assert image_id(store, name, "docker") == digest(config(layers[:count]))
+        assert len(exported(store, "squashed")["rootfs"]["diff_ids"]) == 2
+        before = len(list(store.walk()))
+        store.import_image(image("child", layers), "child")
+        assert len(list(store.walk())) == before
+        assert store.check(content=True).problems == []
+
+
+def test_a_name_that_looks_like_a_layers_is_not_taken_for_it(store: Store) -> None:
+    store.prepare("w")
+    store.commit("w", digest(ONE))
+    store.import_image(image("app", [ONE, TWO]))
+    assert image_id(store, "app", "oci") == digest(config([ONE, TWO]))

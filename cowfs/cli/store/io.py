@@ -10,6 +10,7 @@ from cowfs.cli import Command
 from cowfs.cli.output import print_json, shown
 from cowfs.cli.store.args import Bars, add_store, open_store, set_labels
 from cowfs.errors import InvalidArgument, NotFound
+from cowfs.sys.atomic import replacing
 
 if TYPE_CHECKING:
     import argparse
@@ -167,15 +168,8 @@ def _export_blocks(args: argparse.Namespace, store: Store) -> int:
         store.export_blocks(args.name, sys.stdout.buffer, base=args.base)
         sys.stdout.buffer.flush()
         return 0
-    temp = f"{args.file}.new-{os.getpid()}"
-    try:
-        with open(temp, "wb") as file:
-            counts = store.export_blocks(args.name, file, base=args.base)
-        os.replace(temp, args.file)
-    except BaseException:
-        if os.path.exists(temp):
-            os.unlink(temp)
-        raise
+    with replacing(args.file, mode=0o644, durable=False) as file:
+        counts = store.export_blocks(args.name, file, base=args.base)
     return _told(counts, as_json=args.json)
 
 

@@ -1,0 +1,72 @@
+"""The records that an image is made of: whoever has a tree gives it as a :class:`Source`."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+__all__ = ["Device", "Inode", "Map", "Source"]
+
+
+@dataclass(frozen=True, slots=True)
+class Map:
+    """The blocks of a regular file's data.
+
+    Attributes:
+        bits: a chunk has ``4096 << bits`` bytes; the last one may be short.
+        chunks: (device, block) of each chunk in order; device 1 is the first of the image's devices; None is a hole.
+    """
+
+    bits: int
+    chunks: tuple[tuple[int, int] | None, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inode:
+    """One object of a tree.
+
+    Attributes:
+        mode: type and permission bits as in ``st_mode``.
+        size: of a regular file; others have what their content makes.
+        mtime_ns: nanoseconds since 1970, may be negative.
+        nlink: names of it; of a directory 2 and its sub-directories.
+        rdev: (major, minor) of a device.
+        target: of a symbolic link.
+        xattrs: full names and values.
+        link: equal for all names of one file, and for nothing else; None where there is one name.
+        data: of a regular file; None: all of it is a hole (the data is somewhere else, or there is none).
+    """
+
+    mode: int
+    uid: int = 0
+    gid: int = 0
+    size: int = 0
+    mtime_ns: int = 0
+    nlink: int = 1
+    rdev: tuple[int, int] = (0, 0)
+    target: bytes = b""
+    xattrs: tuple[tuple[bytes, bytes], ...] = ()
+    link: Hashable | None = None
+    data: Map | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A file that holds data for an image: ``blocks`` of 4,096 bytes, and 64 bytes that identify it."""
+
+    blocks: int
+    tag: bytes = b""
+
+
+class Source(Protocol):
+    """A tree. A directory is named by a key of the source's own choice."""
+
+    def root(self) -> tuple[Inode, Any]:
+        """(the root, its key)."""
+
+    def entries(self, key: Any) -> Iterator[tuple[bytes, Inode, Any]]:
+        """(name, object, its key or None) of each entry, sorted by the bytes of the names; each key is asked twice at most."""
+
+    def names(self, key: Any) -> Iterator[bytes]:
+        """The same names in the same order: the size of a directory is needed before its entries are."""
