@@ -310,18 +310,31 @@ class Adapter:
             self.strip(node, buf)
 
     def _chown_nothing(self, node: Any, buf: memoryview) -> None:
-        """A request without any field: chown(-1, -1), which moves ctime and clears set-id bits.
+        """A request without any field: chown(-1, -1), which moves ctime and clears set-id bits and file capabilities.
 
         The kernel sends the same before a write by somebody unprivileged (the bits are then cleared by the write
-        itself). So a stranger's is not refused, as chown(2) would; it just must not clear anything.
+        itself). So a stranger's is not refused, as chown(2) would; it just must not clear anything. And it sends it before a
+        write by root to a file with capabilities: that drops those, and keeps set-id bits, which only a chown would clear.
         """
         uid, _, _ = _CALLER(buf, 24)
         fields = abi.ATTR.unpack(self.view.attr(node))
         stranger = uid and uid != fields[11] and fields[9] & (stat.S_ISUID | stat.S_ISGID)
         if stranger and not self.written_past_us(node):
             return
+        if not uid and fields[9] & (stat.S_ISUID | stat.S_ISGID) and self._drop_capabilities(node):
+            return
         self.view.setattr(node, uid=-1)
         self.strip(node, buf)
+
+    def _drop_capabilities(self, node: Any) -> bool:
+        """Remove a file's capabilities; whether it had any."""
+        try:
+            self.view.removexattr(node, b"security.capability")
+        except OSError as error:
+            if error.errno in (errno.ENODATA, errno.EOPNOTSUPP):
+                return False
+            raise
+        return True
 
     def written_past_us(self, node: Any) -> bool:
         """Whether writes may come that we do not see, so that this request is all we hear of them."""
