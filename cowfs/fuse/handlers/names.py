@@ -67,12 +67,13 @@ def _signed(seconds: int) -> int:
 class Adapter:
     """The handlers of one session that need no more than the view."""
 
-    __slots__ = ("nodes", "setxattr_ext", "view")
+    __slots__ = ("nodes", "setxattr_ext", "uncapped", "view")
 
     def __init__(self, view: View) -> None:
         self.view = view
         self.nodes: dict[int, Any] = view.nodes
         self.setxattr_ext = True
+        self.uncapped = (0, 0)  # (node id, process) whose file capabilities the kernel removed just now
 
     def table(self) -> dict[int, Handler]:
         """Opcode -> handler."""
@@ -313,28 +314,19 @@ class Adapter:
         """A request without any field: chown(-1, -1), which moves ctime and clears set-id bits and file capabilities.
 
         The kernel sends the same before a write by somebody unprivileged (the bits are then cleared by the write
-        itself). So a stranger's is not refused, as chown(2) would; it just must not clear anything. And it sends it before a
-        write by root to a file with capabilities: that drops those, and keeps set-id bits, which only a chown would clear.
+        itself). So a stranger's is not refused, as chown(2) would; it just must not clear anything. And it sends it, behind a
+        REMOVEXATTR of the capabilities, before a write by root to a file that had some: set-id bits stay then.
         """
-        uid, _, _ = _CALLER(buf, 24)
+        uid, _, pid = _CALLER(buf, 24)
+        removed, self.uncapped = self.uncapped, (0, 0)
+        if not uid and removed == (node.id, pid):
+            return
         fields = abi.ATTR.unpack(self.view.attr(node))
         stranger = uid and uid != fields[11] and fields[9] & (stat.S_ISUID | stat.S_ISGID)
         if stranger and not self.written_past_us(node):
             return
-        if not uid and fields[9] & (stat.S_ISUID | stat.S_ISGID) and self._drop_capabilities(node):
-            return
         self.view.setattr(node, uid=-1)
         self.strip(node, buf)
-
-    def _drop_capabilities(self, node: Any) -> bool:
-        """Remove a file's capabilities; whether it had any."""
-        try:
-            self.view.removexattr(node, b"security.capability")
-        except OSError as error:
-            if error.errno in (errno.ENODATA, errno.EOPNOTSUPP):
-                return False
-            raise
-        return True
 
     def written_past_us(self, node: Any) -> bool:
         """Whether writes may come that we do not see, so that this request is all we hear of them."""
@@ -407,7 +399,10 @@ class Adapter:
         return codec.payload(unique, value)
 
     def removexattr(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply:
-        self.view.removexattr(self.view.node(nodeid), codec.text(buf, 40, n, codec.XATTR_NAME_MAX))
+        name = codec.text(buf, 40, n, codec.XATTR_NAME_MAX)
+        self.view.removexattr(self.view.node(nodeid), name)
+        if name == b"security.capability":
+            self.uncapped = nodeid, _CALLER(buf, 24)[2]
         return _OK(16, 0, unique)
 
     def ioctl(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply:
