@@ -1,6 +1,6 @@
 """What differs between any two trees of the index, without looking at a file.
 
-Strategy: go down both trees together and only where content digests differ; within a directory
+Strategy: go down both trees together and only where content digests (or, where there are hard links, records) differ; within a directory
 only entries whose packed content halves differ are unpacked. Two files that agree in all the
 index knows, but are different objects without a digest, are put to the caller's ``same_data``.
 
@@ -121,7 +121,7 @@ def _compare(
         if b.ref is None:
             continue
         a_ref = a.ref if a is not None else None
-        if a_ref is not None and a_ref.content == b.ref.content:
+        if a_ref is not None and a_ref.shows(b.ref):
             continue
         old_base = old_path if a is None or a.base is None else a.base
         new_base = new_path if b.base is None else b.base
@@ -182,7 +182,7 @@ def _files(records: Records, old: Pair | None, new: Pair | None) -> Iterator[tup
         path, a, b = pending.pop()
         for name, before, after in differing(records, a, b or EMPTY):
             here, inner = join(path, name), (_ref(before), _ref(after))
-            if inner != (None, None):
+            if inner != (None, None) and not (inner[0] and inner[1] and inner[0].shows(inner[1])):
                 pending.append((here, *inner))
             if (before is not None and inner[0] is None) or (after is not None and inner[1] is None):
                 yield here, None if inner[0] else before, None if inner[1] else after
