@@ -242,7 +242,7 @@ def open_image(
     finally:
         if found is None:
             files.close()
-    return found or _directory(path)
+    return found or _directory(path, whole=form == "rootfs")
 
 
 def _source_of(files: DirFiles | TarFiles, form: Form | None) -> ImageSource | None:
@@ -461,15 +461,15 @@ def _single(
     return ImageSource(kind, [[listed]], close)
 
 
-def _directory(path: str) -> ImageSource:
+def _directory(path: str, *, whole: bool) -> ImageSource:
     """A plain directory: its reproducible layer tar, made while it is read."""
-    return _single("dir", lambda: _Exporting(path), None, lambda: None, whole=False)  # type: ignore[arg-type, return-value]
+    return _single("dir", lambda: _Exporting(path, reserved=not whole), None, lambda: None, whole=whole)  # type: ignore[arg-type, return-value]
 
 
 class _Exporting(io.RawIOBase):
     """A pipe out of an export that runs on its own thread; it ends when either side does."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, *, reserved: bool) -> None:
         super().__init__()
         self._error: BaseException | None = None
         self._in, out = os.pipe()
@@ -478,7 +478,7 @@ class _Exporting(io.RawIOBase):
         def run() -> None:
             try:
                 with os.fdopen(out, "wb") as stream:
-                    export_layer(root, stream, form="plain")
+                    export_layer(root, stream, form="plain", reserved=reserved)
             except BrokenPipeError:
                 pass
             except (CowfsError, OSError) as error:
