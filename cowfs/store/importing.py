@@ -284,11 +284,12 @@ class _Import:
         name = chain_id
         if self._applied.reserved:  # as a layer the same bytes would mean another tree
             name, diff_id, chain_id = images.digest_of(f"tree {diff_id}".encode()), None, None
+        taken = index.find(name) is not None
         there = self._there_already(parent, name, chain_id, diff_id)
         if there is not None:
             self.close()
             return there
-        if index.find(name) is not None:
+        if taken:
             name = f"{name}.{layer.id}"  # what has its name is not this layer any more
         if not driver.whole and parent is not None and not self._applied.root:
             _inherit_root(driver.tree(parent.id), driver.tree(layer.staged))
