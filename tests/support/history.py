@@ -362,7 +362,7 @@ class Machine:
                 each = _object(
                     entry.mode, entry.uid, entry.gid, entry.size, entry.target, entry.rdev, xattrs, entry.nlink
                 )
-                ident = path if entry.is_dir else (entry.layer, entry.ino)
+                ident = path if entry.nlink <= 1 else entry.file  # of a directory, the count is 0
                 found[path.decode()] = ident, each
         return grouped(found), times
 
