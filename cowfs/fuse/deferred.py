@@ -100,6 +100,12 @@ class Errands:
         """Run ``job`` on a worker; nobody waits for it."""
         self.workers.submit(job)
 
+    def once_forgotten(self, nodeid: int, reply: codec.Reply) -> None:
+        """Send ``reply`` when the kernel was told to ask for the node's attributes again."""
+        self._session.notifier.send(
+            codec.notify_inval_inode(nodeid, -1, 0), then=lambda: self._session.reply(0, 0, reply)
+        )
+
     def _answer(self, unique: int, job: Callable[[], codec.Reply]) -> None:
         try:
             reply = job()

@@ -316,6 +316,12 @@ class MemoryView:
         self._touch(node)
         return done
 
+    def kill_privileges(self, node: MemNode) -> bool:
+        had = bool(node.mode & stat.S_ISUID)
+        node.mode &= ~stat.S_ISUID
+        node.attr = None
+        return had
+
     def fallocate(self, node: MemNode, mode: int, offset: int, length: int) -> None:
         if mode:
             raise fail(errno.EOPNOTSUPP)

@@ -68,6 +68,9 @@ class Host(Protocol):
     def meanwhile(self, job: Any) -> None:
         """Run ``job()`` on a worker; nobody waits for it; loop thread."""
 
+    def once_forgotten(self, nodeid: int, reply: codec.Reply) -> None:
+        """Send ``reply`` when the kernel was told to ask for the node's attributes again; loop thread."""
+
 
 class Data(Adapter):
     """The handlers that touch data, on top of those for names and attributes."""
@@ -230,7 +233,9 @@ class Data(Adapter):
         node = self.nodes.get(nodeid) or self.view.node(nodeid)
         view, where = self.view, node.where
         if node.data is None and (where is None or where.layer is view.upper):
-            if node.wfd and view.space is None and self.keeps_modes and not flags & _KILL:  # what most writes are
+            if (
+                node.wfd and node.bare and view.space is None and self.keeps_modes and not flags & _KILL
+            ):  # what most are
                 node.attr = None
                 done = _pwrite(node.fd, buf[80:n], offset)
                 if size >= LARGE_WRITE:
@@ -238,13 +243,12 @@ class Data(Adapter):
                 return _WRITTEN(24, 0, unique, done, 0)
         elif self._later(node, buf[:n]):
             return None
-        kill = bool(flags & _KILL)
-        if kill:
-            self.strip(node, buf)
-        done = view.write(node, offset, buf[80:n], kill)
+        killed = flags & _KILL and self.kill(node, buf)
+        done = view.write(node, offset, buf[80:n])
         if size >= LARGE_WRITE:
             self._written(node, offset, done)
-        return _WRITTEN(24, 0, unique, done, 0)
+        reply = _WRITTEN(24, 0, unique, done, 0)
+        return self._once_forgotten(nodeid if killed else 0, reply)
 
     def _written(self, node: Any, offset: int, done: int) -> None:
         """Have the host begin to write a long file that is being written in sequence: less is left for its fsync."""
@@ -272,6 +276,8 @@ class Data(Adapter):
                 return None
         elif not self.metacopy and self._later_too(node, buf[:n]):
             return None
+        if not fields[0] & ~abi.FATTR_CTIME:  # with writeback, chown(-1, -1) brings ctime along
+            return self.without_fields(node, buf, unique)
         self.apply(node, buf, fields)
         return _ATTR(120, 0, unique, _FOREVER, 0, 0) + (node.attr or self.view.attr(node))
 
@@ -311,13 +317,13 @@ class Data(Adapter):
         node = self.view.node(nodeid)
         if self._later(node, buf[:n]):
             return None
+        killed = not self.keeps(node, buf) and self.kill(node, buf)  # no flag comes with this request
         self.view.fallocate(node, mode, offset, length)
-        if self.ordinary(buf):
-            self.view.kill_privileges(node)  # HANDLE_KILLPRIV_V2: no flag comes with this request
-            self.strip(node, buf)
-        return _OK(16, 0, unique)
+        reply = _OK(16, 0, unique)
+        return self._once_forgotten(nodeid if killed else 0, reply)
 
-    def _copied(self, buf: memoryview, n: int, nodeid: int) -> int | None:
+    def _copied(self, buf: memoryview, n: int, nodeid: int) -> tuple[int, int] | None:
+        """(bytes copied, node whose mode the kernel must forget or 0); None when it is done later."""
         _fh, source_offset, target_id, _fh_out, target_offset, length, flags = abi.COPY_FILE_RANGE_IN.unpack_from(
             buf, 40
         )
@@ -326,19 +332,30 @@ class Data(Adapter):
         source, target = self.view.node(nodeid), self.view.node(target_id)
         if self._later(target, buf[:n]):
             return None
+        killed = length and not self.keeps(target, buf) and self.kill(target, buf)
         count = self.view.copy_range(source, source_offset, target, target_offset, min(length, COPY_STEP))
-        if count and self.ordinary(buf):
-            self.view.kill_privileges(target)
-            self.strip(target, buf)
-        return count
+        return count, target_id if killed else 0
 
     def copy_file_range(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply | None:
-        count = self._copied(buf, n, nodeid)
-        return None if count is None else _WRITTEN(24, 0, unique, count, 0)
+        copied = self._copied(buf, n, nodeid)
+        if copied is None:
+            return None
+        reply = _WRITTEN(24, 0, unique, copied[0], 0)
+        return self._once_forgotten(copied[1], reply)
 
     def copy_file_range_64(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply | None:
-        count = self._copied(buf, n, nodeid)
-        return None if count is None else codec.payload(unique, abi.COPY_FILE_RANGE_OUT.pack(count))
+        copied = self._copied(buf, n, nodeid)
+        if copied is None:
+            return None
+        reply = codec.payload(unique, abi.COPY_FILE_RANGE_OUT.pack(copied[0]))
+        return self._once_forgotten(copied[1], reply)
+
+    def _once_forgotten(self, nodeid: int, reply: codec.Reply) -> codec.Reply | None:
+        """The reply to a change of data; it waits until the kernel knows that the mode of ``nodeid`` (0: none) changed."""
+        if not nodeid:
+            return reply
+        self.host.once_forgotten(nodeid, reply)
+        return None
 
     # -- syncing ------------------------------------------------------------------------------
 
