@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from queue import SimpleQueue
 
 from cowfs.fuse import abi, codec, log
@@ -27,7 +27,7 @@ class Notifier:
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
-        self._queue: SimpleQueue[tuple[bytes, Callable[[], None] | None] | threading.Event | None] = SimpleQueue()
+        self._queue: SimpleQueue[bytes | threading.Event | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()  # guards _thread only; never held while writing
         self.unsupported: set[int] = set()
@@ -54,9 +54,9 @@ class Notifier:
         """Make every name that the kernel knows stale (Linux 6.16)."""
         self.send(codec.notify_inc_epoch())
 
-    def send(self, message: bytes, then: Callable[[], None] | None = None) -> None:
-        """Queue one encoded notification; ``then`` is called when it is with the kernel, or was refused."""
-        self._queue.put((message, then))
+    def send(self, message: bytes) -> None:
+        """Queue one encoded notification."""
+        self._queue.put(message)
         if self._thread is None:
             with self._lock:
                 if self._thread is None:
@@ -88,20 +88,14 @@ class Notifier:
             if isinstance(message, threading.Event):
                 message.set()
                 continue
-            notification, then = message
-            self._write(notification)
-            if then is not None:
-                then()
-
-    def _write(self, message: bytes) -> None:
-        code = abi.OUT_HEADER.unpack_from(message)[1]
-        try:
-            os.write(self._fd, message)
-        except OSError as error:
-            if error.errno in (errno.EINVAL, errno.ENOSYS):
-                self.unsupported.add(code)
-                return
-            if error.errno not in (errno.ENOENT, errno.ENODEV, errno.ENOTDIR, errno.ENOTEMPTY, errno.EBUSY):
-                log.warning("notification %s failed: %s", abi.NOTIFY_NAMES.get(code, code), error)
-                return
-        self.sent[code] = self.sent.get(code, 0) + 1
+            code = abi.OUT_HEADER.unpack_from(message)[1]
+            try:
+                os.write(self._fd, message)
+            except OSError as error:
+                if error.errno in (errno.EINVAL, errno.ENOSYS):
+                    self.unsupported.add(code)
+                    continue
+                if error.errno not in (errno.ENOENT, errno.ENODEV, errno.ENOTDIR, errno.ENOTEMPTY, errno.EBUSY):
+                    log.warning("notification %s failed: %s", abi.NOTIFY_NAMES.get(code, code), error)
+                    continue
+            self.sent[code] = self.sent.get(code, 0) + 1

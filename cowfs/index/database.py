@@ -446,15 +446,9 @@ class Index:
             raise Corrupt(f"the index refers to snapshot {num}, which is gone", remedy="run 'cowfs check'")
         return _row(row)
 
-    def by_chain(self, chain_id: str) -> Row | None:
-        """A committed snapshot with this chain id, the oldest of them."""
-        with self._errors():
-            row = (
-                self._connection()
-                .execute(_ROW + "WHERE s.chain_id = ? AND s.damage IS NULL ORDER BY s.num LIMIT 1", (chain_id,))
-                .fetchone()
-            )
-        return None if row is None else _row(row)
+    def by_chain(self, chain_id: str, parent: int | None) -> list[Row]:
+        """Committed snapshots with this chain id on this parent (None: on nothing), the oldest first."""
+        return list(self._rows("s.chain_id = ? AND s.parent IS ? AND s.damage IS NULL", (chain_id, parent)))
 
     def find_num(self, num: int) -> Row | None:
         """The snapshot with this number."""
@@ -667,6 +661,15 @@ class Index:
             return others << 40 | connection.total_changes
 
     # ----------------------------------------------------------------- totals
+
+    def layers(self) -> list[tuple[int, int | None, str, str, int | None]]:
+        """(number, parent's number, name, kind, bytes of its own; None until committed) of all snapshots, in one look."""
+        with self._errors():
+            return (
+                self._connection()
+                .execute("SELECT num, parent, name, kind, bytes FROM snapshots ORDER BY num")
+                .fetchall()
+            )
 
     def ids(self) -> set[str]:
         """The driver's ids of all snapshots."""

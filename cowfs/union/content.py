@@ -147,9 +147,10 @@ def _keeping(view: View, node: Node, change: Callable[[], int]) -> int:
     """
     from cowfs.union import attributes
 
-    capability = None if node.bare else xattr.try_get(*attributes.at(node), attributes.CAPABILITY)
-    if capability is None and not node.bare:
-        node.bare = 1
+    capability = None
+    if not node.bare and _may_give_capabilities():
+        capability = xattr.try_get(*attributes.at(node), attributes.CAPABILITY)
+        node.bare = 1 if capability is None else 0
     mode = view.mode(node) if _sheds() else 0
     done = change()
     if mode & (stat.S_ISUID | stat.S_ISGID):
@@ -157,6 +158,11 @@ def _keeping(view: View, node: Node, change: Callable[[], int]) -> int:
     if capability is not None:
         xattr.setx(*attributes.at(node), attributes.CAPABILITY, capability)
     return done
+
+
+@functools.cache
+def _may_give_capabilities() -> bool:
+    return host.has_cap(host.CAP_SETFCAP)
 
 
 @functools.cache

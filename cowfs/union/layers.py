@@ -16,6 +16,8 @@ import os
 import resource
 from collections import deque
 
+#: beside a layer's root: the maps of its redirect files (cowfs.row.map)
+MAP_DIR = b"../map"
 _DIR = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 

@@ -85,6 +85,8 @@ def _new_upper(view: View, upper: str | bytes, work: str | bytes, dev: int) -> L
 def _push(view: View, layer: Layer) -> None:
     if view.upper is not None:
         view.redirects.pop(view.upper, None)
+    if view.space is not None:
+        view.space.freeze()
     view.layers.append(layer)
     view.upper = layer
     view.roots.insert(0, layer.root)

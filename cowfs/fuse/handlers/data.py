@@ -44,7 +44,7 @@ _READ = abi.READ_IN.unpack_from
 _WRITE = abi.WRITE_IN.unpack_from
 _SETATTR = abi.SETATTR_IN.unpack_from
 _WRITTEN = codec.WRITE_REPLY.pack
-_KILL = abi.WRITE_KILL_SUIDGID
+_CACHE, _KILL = abi.WRITE_CACHE, abi.WRITE_KILL_SUIDGID
 _pwrite = os.pwrite
 _REGULAR = 8  # DT_REG
 _NOWAIT = getattr(os, "RWF_NOWAIT", 8)
@@ -68,8 +68,8 @@ class Host(Protocol):
     def meanwhile(self, job: Any) -> None:
         """Run ``job()`` on a worker; nobody waits for it; loop thread."""
 
-    def once_forgotten(self, nodeid: int, reply: codec.Reply) -> None:
-        """Send ``reply`` when the kernel was told to ask for the node's attributes again; loop thread."""
+    def attributes_changed(self, nodeid: int) -> None:
+        """Have the kernel drop a node's attributes before the request at hand is answered; loop thread."""
 
 
 class Data(Adapter):
@@ -233,22 +233,38 @@ class Data(Adapter):
         node = self.nodes.get(nodeid) or self.view.node(nodeid)
         view, where = self.view, node.where
         if node.data is None and (where is None or where.layer is view.upper):
-            if (
-                node.wfd and node.bare and view.space is None and self.keeps_modes and not flags & _KILL
-            ):  # what most are
+            if node.wfd and node.bare and view.space is None and self.keeps_modes and not flags & _KILL:  # most are so
                 node.attr = None
                 done = _pwrite(node.fd, buf[80:n], offset)
+                if done < size and flags & _CACHE:
+                    self._write_back(node, offset, buf[80:n], done)
+                    done = size
                 if size >= LARGE_WRITE:
                     self._written(node, offset, done)
                 return _WRITTEN(24, 0, unique, done, 0)
         elif self._later(node, buf[:n]):
             return None
-        killed = flags & _KILL and self.kill(node, buf)
+        if flags & _KILL:
+            self.kill_privileges(node, buf)
         done = view.write(node, offset, buf[80:n])
+        if done < size and flags & _CACHE:
+            self._write_back(node, offset, buf[80:n], done)
+            done = size
         if size >= LARGE_WRITE:
             self._written(node, offset, done)
-        reply = _WRITTEN(24, 0, unique, done, 0)
-        return self._once_forgotten(nodeid if killed else 0, reply)
+        return _WRITTEN(24, 0, unique, done, 0)
+
+    def _write_back(self, node: Any, offset: int, data: memoryview, done: int) -> None:
+        """Write what is left of dirty pages, or raise why that cannot be.
+
+        Nobody writes them again: the kernel takes a short answer for a whole one (fs/fuse/file.c, fuse_writepage_end), and what was
+        stored through a map would be lost without a word.
+        """
+        while done < len(data):
+            more = self.view.write(node, offset + done, data[done:])
+            if not more:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            done += more
 
     def _written(self, node: Any, offset: int, done: int) -> None:
         """Have the host begin to write a long file that is being written in sequence: less is left for its fsync."""
@@ -317,13 +333,21 @@ class Data(Adapter):
         node = self.view.node(nodeid)
         if self._later(node, buf[:n]):
             return None
-        killed = not self.keeps(node, buf) and self.kill(node, buf)  # no flag comes with this request
+        if not self.keeps(node, buf):  # no flag comes with this request
+            self.kill_privileges(node, buf)
         self.view.fallocate(node, mode, offset, length)
-        reply = _OK(16, 0, unique)
-        return self._once_forgotten(nodeid if killed else 0, reply)
+        return _OK(16, 0, unique)
 
-    def _copied(self, buf: memoryview, n: int, nodeid: int) -> tuple[int, int] | None:
-        """(bytes copied, node whose mode the kernel must forget or 0); None when it is done later."""
+    def kill_privileges(self, node: Any, buf: memoryview) -> None:
+        """Clear the set-id bits that a change of data by this caller clears, on the host and in the kernel's cache.
+
+        Mostly they went before, when the kernel announced the change (:meth:`without_fields`). Those that came back since, or
+        that the kernel did not know of, are forgotten by it before the change is answered: execve(2) believes its cache.
+        """
+        if self.view.kill_privileges(node) | self.strip(node, buf):
+            self.host.attributes_changed(node.id)
+
+    def _copied(self, buf: memoryview, n: int, nodeid: int) -> int | None:
         _fh, source_offset, target_id, _fh_out, target_offset, length, flags = abi.COPY_FILE_RANGE_IN.unpack_from(
             buf, 40
         )
@@ -332,30 +356,17 @@ class Data(Adapter):
         source, target = self.view.node(nodeid), self.view.node(target_id)
         if self._later(target, buf[:n]):
             return None
-        killed = length and not self.keeps(target, buf) and self.kill(target, buf)
-        count = self.view.copy_range(source, source_offset, target, target_offset, min(length, COPY_STEP))
-        return count, target_id if killed else 0
+        if length and not self.keeps(target, buf):
+            self.kill_privileges(target, buf)
+        return self.view.copy_range(source, source_offset, target, target_offset, min(length, COPY_STEP))
 
     def copy_file_range(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply | None:
-        copied = self._copied(buf, n, nodeid)
-        if copied is None:
-            return None
-        reply = _WRITTEN(24, 0, unique, copied[0], 0)
-        return self._once_forgotten(copied[1], reply)
+        count = self._copied(buf, n, nodeid)
+        return None if count is None else _WRITTEN(24, 0, unique, count, 0)
 
     def copy_file_range_64(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply | None:
-        copied = self._copied(buf, n, nodeid)
-        if copied is None:
-            return None
-        reply = codec.payload(unique, abi.COPY_FILE_RANGE_OUT.pack(copied[0]))
-        return self._once_forgotten(copied[1], reply)
-
-    def _once_forgotten(self, nodeid: int, reply: codec.Reply) -> codec.Reply | None:
-        """The reply to a change of data; it waits until the kernel knows that the mode of ``nodeid`` (0: none) changed."""
-        if not nodeid:
-            return reply
-        self.host.once_forgotten(nodeid, reply)
-        return None
+        count = self._copied(buf, n, nodeid)
+        return None if count is None else codec.payload(unique, abi.COPY_FILE_RANGE_OUT.pack(count))
 
     # -- syncing ------------------------------------------------------------------------------
 

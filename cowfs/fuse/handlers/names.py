@@ -58,12 +58,13 @@ def _signed(seconds: int) -> int:
 class Adapter:
     """The handlers of one session that need no more than the view."""
 
-    __slots__ = ("nodes", "setxattr_ext", "view")
+    __slots__ = ("nodes", "setxattr_ext", "uncapped", "view")
 
     def __init__(self, view: View) -> None:
         self.view = view
         self.nodes: dict[int, Any] = view.nodes
         self.setxattr_ext = True
+        self.uncapped = (0, 0)  # (node id, process) whose file capabilities the kernel removed just now
 
     def table(self) -> dict[int, Handler]:
         """Opcode -> handler."""
@@ -312,6 +313,9 @@ class Adapter:
         fields = abi.ATTR.unpack(view.attr(node))
         owner = not uid or uid == fields[11]
         chown = caller.in_chown(pid)
+        uncapped, self.uncapped = self.uncapped, (0, 0)
+        if chown is None and not uid and uncapped == (node.id, pid):
+            chown = False  # more likely
         if chown is None and not owner and not self.written_past_us(node):
             # Shown without the bits, once: should this be a write, it clears them, and should it be a chown, they stay.
             attr = view.attr(node)
@@ -344,7 +348,7 @@ class Adapter:
     def strip(self, node: Any, buf: memoryview) -> bool:
         """Clear a setgid bit that means no program, too, when the caller is outside the file's group (Linux 6.2).
 
-        Returns whether it was there.
+        Returns whether that was so.
         """
         fields = abi.ATTR.unpack(self.view.attr(node))
         mode = fields[9]
@@ -355,11 +359,6 @@ class Adapter:
             return False
         self.view.setattr(node, mode=mode & 0o7777 & ~stat.S_ISGID)
         return True
-
-    def kill(self, node: Any, buf: memoryview) -> bool:
-        """Clear the set-id bits that a change of data by this caller clears. Returns whether there were any."""
-        killed = bool(self.view.kill_privileges(node))
-        return self.strip(node, buf) or killed
 
     def keeps(self, node: Any, buf: memoryview) -> bool:
         """Whether a change of data by this caller leaves the node's mode alone. Some requests do not say it."""
@@ -429,6 +428,8 @@ class Adapter:
         if name == _CAPABILITY[:-1]:
             self._check_chown(node, buf)
         self.view.removexattr(node, name)
+        if name == _CAPABILITY[:-1]:
+            self.uncapped = nodeid, _CALLER(buf, 24)[2]
         return _OK(16, 0, unique)
 
     def _check_chown(self, node: Any, buf: memoryview) -> None:
