@@ -189,18 +189,19 @@ class ImageVerbs(ExportVerbs):
             return None, 0
         top: Row | None = None
         for count, (layer, chain_id) in enumerate(zip(image.layers, image.chain, strict=True)):
-            row = self._there(top, chain_id, layer.diff_id)
+            row = _there(self, top, chain_id, layer.diff_id)
             if row is None:
                 return top, count
             top = row
         return top, len(image.layers)
 
-    def _there(self, parent: Row | None, chain_id: str, diff_id: str | None) -> Row | None:
-        """A snapshot that is this layer and has it on the disk; after a squash others may still have its chain id."""
-        for row in self.index.by_chain(chain_id, None if parent is None else parent.num):
-            if row.diff_id == diff_id and not self.driver.check(row.id):
-                return row
-        return None
+
+def _there(store: ImageVerbs, parent: Row | None, chain_id: str, diff_id: str | None) -> Row | None:
+    """A snapshot that is this layer and has it on the disk; after a squash others may still have its chain id."""
+    for row in store.index.by_chain(chain_id, None if parent is None else parent.num):
+        if row.diff_id == diff_id and not store.driver.check(row.id):
+            return row
+    return None
 
 
 class _Import:
@@ -284,11 +285,12 @@ class _Import:
         name = chain_id
         if self._applied.reserved:  # as a layer the same bytes would mean another tree
             name, diff_id, chain_id = images.digest_of(f"tree {diff_id}".encode()), None, None
+        taken = index.find(name) is not None
         there = self._there_already(parent, name, chain_id, diff_id)
         if there is not None:
             self.close()
             return there
-        if index.find(name) is not None:
+        if taken:
             name = f"{name}.{layer.id}"  # what has its name is not this layer any more
         if not driver.whole and parent is not None and not self._applied.root:
             _inherit_root(driver.tree(parent.id), driver.tree(layer.staged))
@@ -337,7 +339,7 @@ class _Import:
 
     def _there_already(self, parent: Row | None, name: str, chain_id: str | None, diff_id: str | None) -> Row | None:
         if chain_id is not None:
-            return self._store._there(parent, chain_id, diff_id)
+            return _there(self._store, parent, chain_id, diff_id)
         row = self._store.index.find(name)
         return row if row is not None and row.kind is Kind.COMMITTED and row.parent is None else None
 

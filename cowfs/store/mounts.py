@@ -236,8 +236,8 @@ class MountVerbs(LookVerbs):
         server = self._server_of(row)
         if server is None:
             return None
-        used = server["usage"]
-        return Usage(bytes=used["bytes"] + row.base.bytes, inodes=used["inodes"] + row.base.inodes)
+        used = MountHandle(server["mountpoint"], server["pid"], server["socket"]).usage()
+        return Usage(bytes=used.bytes + row.base.bytes, inodes=used.inodes + row.base.inodes)
 
 
 def mount_record(record: Mount, target: str) -> None:

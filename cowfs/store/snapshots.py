@@ -244,7 +244,7 @@ class StoreCore:
         """The configuration of the image that a name means: the tag's, else the one that the snapshot was made from."""
         if name is None or row is None:
             return ""
-        tag = self.index.tag(name)
+        tag = self.index.tag(name) if name != row.name else None
         if tag is not None and tag.config:
             return tag.config
         own = self.index.config_of(row.num)

@@ -108,6 +108,15 @@ def remove(dirfd: int, name: bytes | None, attribute: bytes | str) -> None:
     _removexattr(at(dirfd, name), attribute, follow_symlinks=not name)
 
 
+def drop(dirfd: int, name: bytes | None, attribute: bytes | str) -> None:
+    """Make sure that the object does not have it. Raises OSError for any reason but that it had not."""
+    try:
+        remove(dirfd, name, attribute)
+    except OSError as error:
+        if error.errno != errno.ENODATA:
+            raise
+
+
 def read_all(dirfd: int, name: bytes) -> dict[bytes, bytes]:
     """Every attribute with its value; one that vanishes meanwhile is left out."""
     found: dict[bytes, bytes] = {}

@@ -153,7 +153,9 @@ def _unfinished(view: View) -> Iterator[bytes]:
                         stands_on = xattr.try_get(fd, name, form.row) or (
                             form.redirects and xattr.try_get(fd, name, form.metacopy) is not None
                         )
-                    except OSError:
+                    except (
+                        FileNotFoundError
+                    ):  # renamed or removed meanwhile: whoever did that told us (Absorption.moves)
                         continue
                     if stands_on:
                         yield inner

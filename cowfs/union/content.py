@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from cowfs.sys import files, host, xattr
 from cowfs.union import copyup
 from cowfs.union.attr import mode_of, size_of
+from cowfs.union.blocks import UNIT
 from cowfs.union.node import DT_DIR, DT_LNK, DT_REG, Dir, Node
 
 if TYPE_CHECKING:
@@ -186,6 +187,7 @@ def _write(view: View, node: Node, offset: int, data: memoryview | bytes) -> int
         node.attr = None
         return os.pwrite(node.fd, data, offset)
     length = len(data)
+    before = space.stretch(node, node.fd, offset)
     allowed = space.grow(node, offset, length)
     node.attr = None
     try:
@@ -193,6 +195,8 @@ def _write(view: View, node: Node, offset: int, data: memoryview | bytes) -> int
     except OSError:
         space.recount(node)
         raise
+    if before >= 0:
+        space.stretched(node, node.fd, before, offset)
     if done < allowed:
         space.recount(node)
     return done
@@ -214,7 +218,10 @@ def truncate(view: View, node: Node, size: int) -> None:
         return
     space.count(node)
     before = os.fstat(fd).st_size
+    longer = space.stretch(node, fd, size)
     os.ftruncate(fd, size)
+    if longer >= 0:
+        space.stretched(node, fd, before, size + UNIT - 1)
     space.cut(node, size, before)
 
 
@@ -246,11 +253,15 @@ def fallocate(view: View, node: Node, mode: int, offset: int, length: int) -> No
         files.fallocate(fd, mode, offset, length)
         space.punch(node, offset, length, size)
         return
+    longer = -1 if mode & _KEEP else space.stretch(node, fd, offset)
     space.allocate(node, offset, length)
     try:
         files.fallocate(fd, mode, offset, length)
+        if longer >= 0:
+            space.stretched(node, fd, size, offset)
         if mode & _KEEP and offset + length > size:
             xattr.setx(fd, b"", view.form.prealloc, b"y")
+            space.reserved(node, fd)
     except OSError:
         space.recount(node)
         raise
@@ -289,7 +300,9 @@ def copy_range(view: View, src: Node, soff: int, dst: Node, doff: int, length: i
     length = max(0, min(length, os.fstat(sfd).st_size - soff))
     if length == 0:
         return 0
+    before = -1
     if view.space is not None:
+        before = view.space.stretch(dst, dfd, doff)
         length = view.space.grow(dst, doff, length)
     dst.attr = None
     try:
@@ -300,8 +313,11 @@ def copy_range(view: View, src: Node, soff: int, dst: Node, doff: int, length: i
         if error.errno in (errno.EXDEV, errno.EOPNOTSUPP, errno.ENOSYS):
             return _copy_through(view, src, soff, dst, doff, length)
         raise
-    if view.space is not None and done < length:
-        view.space.recount(dst)
+    if view.space is not None:
+        if before >= 0:
+            view.space.stretched(dst, dfd, before, doff)
+        if done < length or view.space.can_clone():
+            view.space.recount(dst)
     return done
 
 

@@ -513,9 +513,10 @@ def _fill_metacopy(view: View, node: Node, stage: Stage) -> None:
     os.utime(fd, ns=stage.times or (meta.atime, meta.mtime))
     if view.must_sync:
         os.fsync(fd)
-    for attribute in (form.metacopy, form.redirect):
-        with contextlib.suppress(OSError):
-            xattr.remove(fd, b"", attribute)
+    # With this mark the data counts as the lower layer's, also at the next mount: unless it goes, nothing was written.
+    xattr.drop(fd, b"", form.metacopy)
+    with contextlib.suppress(OSError):  # means nothing without the other
+        xattr.drop(fd, b"", form.redirect)
 
 
 def _adopt_orphan(view: View, node: Node, stage: Stage) -> None:

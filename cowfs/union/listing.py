@@ -75,5 +75,6 @@ def entry(view: View, directory: Dir, name: bytes) -> tuple[int, int]:
         return 0, 0
     ino = view.inodes.shown(st.st_dev, st.st_ino)
     if source.layer is view.upper and source.impure:
-        ino = view.inodes.from_origin(xattr.try_get(source.open(), name, view.form.origin) or b"") or ino
+        origin = xattr.try_get(source.open(), name, view.form.origin)
+        ino = view.inodes.from_origin(origin or b"") or ino
     return ino, item & 15

@@ -89,6 +89,7 @@ def _push(view: View, layer: Layer) -> None:
         view.space.freeze()
     view.layers.append(layer)
     view.upper = layer
+    view.inodes.forget_claims()
     view.roots.insert(0, layer.root)
     layer.root.whiteouts, layer.root.shadow, layer.root.impure = set(), set(), True
     root = view.root

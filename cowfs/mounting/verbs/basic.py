@@ -23,6 +23,8 @@ __all__ = ["LATE_VERBS", "VERBS", "Verb", "find_verb", "verb"]
 
 Verb = Callable[["Server", dict[str, Any]], dict[str, Any]]
 
+_PATIENCE = 1.0  # seconds that who only looks waits for a count
+
 VERBS: dict[str, Verb] = {}
 
 LATE_VERBS = {
@@ -57,16 +59,21 @@ def find_verb(name: str) -> Verb | None:
 @verb("info")
 def _info(server: Server, arguments: dict[str, Any]) -> dict[str, Any]:
     """Everything about the mount, use and limit included."""
-    return {**asdict(server.spec), **server.facts(), **_usage(server, {})}
+    return {**asdict(server.spec), **server.facts(), **_counted(server, _PATIENCE)}
 
 
 @verb("usage")
 def _usage(server: Server, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Used and allowed bytes and inodes."""
-    used = server.call(server.view.usage)
+    """Used and allowed bytes and inodes. Without a limit the upper layer is walked, which may take its time."""
+    return _counted(server, None)
+
+
+def _counted(server: Server, patience: float | None) -> dict[str, Any]:
+    """The same; "usage" is null when there is no count within ``patience`` seconds."""
+    used = server.counter.usage(patience)
     limit = server.stack.limit or Limit()
     return {
-        "usage": {"bytes": used.bytes, "inodes": used.inodes},
+        "usage": None if used is None else {"bytes": used.bytes, "inodes": used.inodes},
         "limit": {"bytes": limit.bytes, "inodes": limit.inodes},
     }
 
@@ -93,7 +100,7 @@ def _limit(server: Server, arguments: dict[str, Any]) -> dict[str, Any]:
 
     server.call(change)
     server.stack.record_limit(limit or None)
-    return _usage(server, {})
+    return _counted(server, _PATIENCE)
 
 
 @verb("counters")
