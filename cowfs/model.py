@@ -66,7 +66,7 @@ class Usage:
     """What one layer holds itself; parents are not counted.
 
     Attributes:
-        bytes: file data in 4 KiB units, plus 4 KiB for each directory and large xattr.
+        bytes: file data in 4 KiB units, plus what directories, xattrs, long links and the rest take (docs/mounts.md, Limits).
         inodes: files, directories and the rest; whiteouts are free.
     """
 

@@ -229,6 +229,7 @@ class MountVerbs(LookVerbs):
 
     def _live_usage(self, row: Row) -> Usage | None:
         """What the server of a mounted snapshot counts; without what was copied, as :meth:`usage` wants it."""
+        from cowfs.mounting.client import MountHandle
         from cowfs.store.layers import user_of
 
         if user_of(self.driver, row) is None:

@@ -173,7 +173,9 @@ class Space(Tally):
 
     def entering(self, name: bytes, count: int = 1) -> int:
         """The most bytes that a new name (or ``count`` like it) may take, for :meth:`need`."""
-        return count * (GROWTH * UNIT if self.host.grows else self.name_cost(name))
+        if self.host.grows:
+            return count * GROWTH * UNIT
+        return count * self.name_cost(name) if self.host.name else 0
 
     def need_hidden(self, names: Iterable[bytes], blocks: int = 0) -> None:
         """Raise ENOSPC unless whiteouts of these names, and so many units of directories for them, fit into the allowance."""
@@ -212,7 +214,11 @@ class Space(Tally):
         """A directory of the upper layer got a name, of an object that counts so much."""
         self.units += blocks
         self.inodes += inodes
-        self.names += self.name_cost(name)
+        host = self.host
+        if host.name:
+            self.names += self.name_cost(name)
+        elif not host.grows:
+            return
         self._looked(up)
 
     def copied(self, up: Source, name: bytes, room: Room) -> None:
