@@ -140,6 +140,18 @@ class UpkeepVerbs(MountVerbs):
         report = Report()
         self._check_database(report)
         self._check_garbage(report, repair)
+        if content:
+            for path, what in kernel_image.damaged(self.driver):
+                if repair:
+                    os.unlink(path)
+                report.problems.append(
+                    Problem(
+                        kind="image",
+                        name=os.path.basename(path),
+                        what=what,
+                        repaired="removed: it is made again" if repair else "",
+                    )
+                )
         rows = list(self.index.rows())
         good: dict[bytes, bool] = {}
         bad: dict[int, str] = {}
@@ -322,4 +334,5 @@ class UpkeepVerbs(MountVerbs):
         }
         sample = self.driver.mounts("sample", ["below"] if not self.driver.whole else [], limit=Limit())[0]
         told["records"] = sample.type
+        told["kernel mounts"] = kernel_image.how(self.driver)
         return told

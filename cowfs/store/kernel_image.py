@@ -26,7 +26,7 @@ from cowfs.errors import Corrupt, Unsupported
 from cowfs.format.whiteout import Form
 from cowfs.index.database import Index, Row
 from cowfs.index.directory import Entry, Pair, Records, decode, entries, join
-from cowfs.sys import atomic
+from cowfs.sys import atomic, files
 
 __all__ = ["FOLDER", "build", "check", "path_of", "sweep"]
 
@@ -185,6 +185,41 @@ def check(path: str) -> str | None:
         except (Corrupt, ValueError) as error:
             return str(error)
     return None
+
+
+def damaged(driver: Driver) -> Iterator[tuple[str, str]]:
+    """(path, what is wrong) of the images that cannot be trusted."""
+    try:
+        names = sorted(os.listdir(f"{driver.root}/{FOLDER}"))
+    except FileNotFoundError:
+        return
+    for name in names:
+        path = f"{driver.root}/{FOLDER}/{name}"
+        what = check(path)
+        if what is not None:
+            yield path, what
+
+
+def how(driver: Driver) -> str:
+    """How ``mount_type="kernel"`` mounts here, for people; and why, where it is not through an image."""
+    if driver.whole:
+        return "a bind of the layer: each is a whole tree"
+    if not driver.form.redirects:
+        return "none: the layers are of the form for ordinary users"
+    if driver.row:
+        return "none: redirect files are read by cowfs's own server"
+    with open("/proc/filesystems", encoding="ascii") as file:
+        known = {line.split()[-1] for line in file}
+    if "erofs" not in known:
+        return "overlayfs over all layers: this kernel has no EROFS (modprobe erofs)"
+    fd = os.open(driver.root, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        host = files.fs_name(fd)
+    finally:
+        os.close(fd)
+    if host in ("tmpfs", "overlay", "fuse"):
+        return f"overlayfs over all layers: images cannot be mounted from files of {host}"
+    return "overlayfs over an EROFS image of the metadata"
 
 
 def sweep(driver: Driver, index: Index) -> list[str]:

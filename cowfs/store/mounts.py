@@ -102,11 +102,12 @@ class MountVerbs(LookVerbs):
         row = self.index.get(key)
         where = resolve(os.fspath(target))
         if mount_type == "kernel":
-            (record,) = self._mounts(row, "kernel")
+            self._mountable(row)
             self._refuse_used(row)
             try:
                 self._mount_image(row, where)
             except (OSError, Unsupported):  # what an image cannot hold, or this host cannot mount: layer by layer
+                (record,) = self._mounts(row, "kernel")
                 mount_record(record, where, source=f"cowfs:{row.id}")
             return KernelMount(where)
         if mount_type not in (None, "fuse"):
@@ -122,8 +123,10 @@ class MountVerbs(LookVerbs):
         """
         from cowfs.store import kernel_image
 
-        if row.parent is None or self.driver.whole or not self.driver.form.redirects:
-            raise Unsupported("no image: nothing is beneath it, or its layers are not deltas of the trusted form")
+        if row.limit or row.parent is None or self.driver.whole or self.driver.row or not self.driver.form.redirects:
+            raise Unsupported(
+                "no image: it has a limit, nothing is beneath it, or its layers are not deltas of the trusted form"
+            )
         root = sys_mounts.image_mount(kernel_image.build(self.driver, self.index, self.index.by_num(row.parent)))
         view = row.kind is Kind.VIEW
         try:
