@@ -104,7 +104,8 @@ class Change:
         type: ``file``, ``dir``, ``symlink``, ``fifo``, ``socket``, ``char`` or ``block``
             (of the object that is there now; of the one that was, when deleted).
         size: bytes, of regular files; 0 otherwise.
-        what: for ``changed``: any of ``content mode owner mtime xattrs type``.
+        what: for ``changed``: any of ``content mode owner mtime xattrs type links``; the last where the name is no longer
+            one file with the same other names of both trees.
     """
 
     path: bytes

@@ -106,11 +106,12 @@ def _usage(args: argparse.Namespace) -> int:
     from cowfs.mounting import client
 
     if not is_path(args.mountpoint) and known_in_store(args, args.mountpoint):
-        return _store_usage(args)
+        return print_store_usage(args)
     return print_usage(client.attach(args.mountpoint), as_json=args.json)
 
 
-def _store_usage(args: argparse.Namespace) -> int:
+def print_store_usage(args: argparse.Namespace) -> int:
+    """Use and limit of a snapshot of the store."""
     with open_store(args, create=False) as store:
         used, limit = store.usage(args.mountpoint), store.limit(args.mountpoint)
     if args.json:

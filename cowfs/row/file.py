@@ -297,9 +297,10 @@ class RowFile(Chain):
 
     def missing(self, owners: Container[int] | None = None) -> int:
         """How many bytes still show a level beneath (one of ``owners``)."""
+        extents = self.load()  # first: before, nothing is known of the base
         if owners is None:
-            return self.base_end - self.load().share(self.own, self.base_end)
-        return sum(stop - start for start, stop, owner in self.load().runs(0, self.base_end) if owner in owners)
+            return self.base_end - extents.share(self.own, self.base_end)
+        return sum(stop - start for start, stop, owner in extents.runs(0, self.base_end) if owner in owners)
 
     def fill(self, most: int, owners: Container[int] | None = None) -> int:
         """Make up to ``most`` bytes of what the levels beneath show the file's own. Returns how many that were.

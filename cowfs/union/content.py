@@ -13,7 +13,7 @@ import errno
 import functools
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from cowfs.sys import files, host, xattr
@@ -108,8 +108,8 @@ def make_writable(view: View, node: Node, keep: int | None = None) -> None:
             view.open_files.append(node)
 
 
-def kill_privileges(view: View, node: Node) -> None:
-    """Clear setuid, and setgid where the group may execute, as a write must (inode(7))."""
+def kill_privileges(view: View, node: Node) -> bool:
+    """Clear setuid, and setgid where the group may execute, as a write must (inode(7)). Returns whether there was any."""
     mode = mode_of(view.attr(node))
     clean = mode & ~stat.S_ISUID
     if mode & stat.S_IXGRP:
@@ -117,7 +117,9 @@ def kill_privileges(view: View, node: Node) -> None:
     if clean != mode:
         from cowfs.union import attributes
 
+        copyup.up_meta(view, node)
         attributes.chmod(view, node, stat.S_IMODE(clean))
+    return clean != mode
 
 
 def write(view: View, node: Node, offset: int, data: memoryview | bytes, kill: bool = False) -> int:
@@ -133,13 +135,35 @@ def write(view: View, node: Node, offset: int, data: memoryview | bytes, kill: b
         make_writable(view, node)
     if kill:
         kill_privileges(view, node)
-    elif _sheds() and (mode := view.mode(node)) & (stat.S_ISUID | stat.S_ISGID):  # a store through a map keeps them
-        done = _write(view, node, offset, data)
-        from cowfs.union import attributes
+    if node.bare and not _sheds():
+        return _write(view, node, offset, data)
+    return _keeping(view, node, lambda: _write(view, node, offset, data))
 
+
+def _keeping(view: View, node: Node, change: Callable[[], int]) -> int:
+    """Change data and leave set-id bits and a file capability as they are, though the host takes them away from us.
+
+    The kernel removes them before it sends what write(2) wrote, where they are to go; what is still there then was
+    changed through a map, which keeps them.
+    """
+    from cowfs.union import attributes
+
+    capability = None
+    if not node.bare and _may_give_capabilities():
+        capability = xattr.try_get(*attributes.at(node), attributes.CAPABILITY)
+        node.bare = 1 if capability is None else 0
+    mode = view.mode(node) if _sheds() else 0
+    done = change()
+    if mode & (stat.S_ISUID | stat.S_ISGID):
         attributes.chmod(view, node, stat.S_IMODE(mode))
-        return done
-    return _write(view, node, offset, data)
+    if capability is not None:
+        xattr.setx(*attributes.at(node), attributes.CAPABILITY, capability)
+    return done
+
+
+@functools.cache
+def _may_give_capabilities() -> bool:
+    return host.has_cap(host.CAP_SETFCAP)
 
 
 @functools.cache

@@ -259,8 +259,8 @@ def up_dir(view: View, directory: Dir, *, exempt: bool = False) -> Source:
     temp = work.temp()
     try:
         os.mkdir(temp, 0o700, dir_fd=work.fd)
+        set_origin(view, work.fd, temp, top.open(), b"", directory.id)  # before the mode: an owner's may forbid user.*
         write_meta(work.fd, temp, meta, view)
-        set_origin(view, work.fd, temp, top.open(), b"", directory.id)
         if exempt:
             xattr.setx(work.fd, temp, view.form.exempt, b"y")
         with kept_times(above):
@@ -539,7 +539,6 @@ def place(view: View, node: Node, temp: bytes, work: WorkDir, *, metacopy: bool,
     low = low + b"/" + node.name if low else node.name
     if meta is None:
         meta = read_meta(view, node)
-    write_meta(work.fd, temp, meta, view)
     blocks = int.from_bytes(view.attr(node)[16:24], "little")
     data = node.data if isinstance(node.data, Data) else Data(where, node.name, low, meta.size, blocks)
     source, real = physical(view, node, where)
@@ -548,6 +547,7 @@ def place(view: View, node: Node, temp: bytes, work: WorkDir, *, metacopy: bool,
         xattr.setx(work.fd, temp, view.form.metacopy, b"")
         if others:
             xattr.setx(work.fd, temp, view.form.redirect, b"/" + low)
+    write_meta(work.fd, temp, meta, view)  # last: a mode without write permission forbids an owner to set user.*
     for above, _, name in ups[1:]:
         with kept_times(above):
             os.link(temp, name, src_dir_fd=work.fd, dst_dir_fd=above.open(), follow_symlinks=False)

@@ -121,7 +121,9 @@ def _make(view: View, parent: Dir, name: bytes, code: int) -> Node | None:
     if source.impure if is_upper else _keeps_origin(view, source.layer):
         origin = xattr.try_get(fd, name, view.form.origin)
         if origin:
-            ino = view.inodes.from_origin(origin, _beneath(sources, position + 1, name)) or ino
+            # what a path tells differs by name: a file with several shows the same number under all of them
+            beneath = _beneath(sources, position + 1, name) if st.st_nlink == 1 else ()
+            ino = view.inodes.from_origin(origin, beneath) or ino
     node = bind_inode(view, parent, name, source, st, ino)
     if node.attr is None:
         if not hasattr(node.data, "bind"):  # a redirect file that is in use stays

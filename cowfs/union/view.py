@@ -129,6 +129,9 @@ class View:
         self.burnt: set[int] = set()
         #: (device, inode) of a file with several names -> its id, where the number that it would show is another's
         self.displaced: dict[tuple[int, int], int] = {}
+        #: the same of files that an index knows, all of them; and number -> which of them shows it
+        self.linked: dict[object, int] = {}
+        self.shown: dict[int, object] = {}
         #: inode number -> the id that its bearer has since a rollback took the number away
         self.reborn: dict[int, int] = {}
         self.astray: set[Node] = set()  # upper inodes in use whose known names went, while they have others

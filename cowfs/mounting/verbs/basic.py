@@ -94,12 +94,21 @@ def _limit(server: Server, arguments: dict[str, Any]) -> dict[str, Any]:
                 raise InvalidArgument(f"not a limit of {key}: {value!r}")
             values[key] = value
     limit = Limit(**values)
+    upper = server.stack.upper if server.spec.factory else None  # of a store, which keeps the limit in its index
 
     def change() -> None:
+        if upper is not None and limit and server.view.space is None:
+            from cowfs.mounting.index_view import count_from_now
+
+            count_from_now(server.view, upper)
         server.view.set_limit(limit or None)
 
     server.call(change)
     server.stack.record_limit(limit or None)
+    if upper is not None and limit != now:
+        from cowfs.mounting.index_view import keep_limit
+
+        keep_limit(upper, limit)
     return _counted(server, _PATIENCE)
 
 
