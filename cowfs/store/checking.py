@@ -21,6 +21,7 @@ from cowfs.errors import Corrupt
 from cowfs.index.database import Row
 from cowfs.index.directory import Entry, Pair, Ref, children_of, decode, entries, join, root_digest
 from cowfs.model import Usage
+from cowfs.store import kernel_image
 from cowfs.store.layers import KeptDigests, SameData, file_digest
 from cowfs.store.mounts import MountVerbs
 from cowfs.store.reserve import names_full
@@ -108,6 +109,7 @@ class UpkeepVerbs(MountVerbs):
         Snapshots are never deleted, whatever their names or tags.
         """
         directories = self._freeing(lambda: sweep(self.driver, self.index, everything=True))
+        directories += self._freeing(lambda: kernel_image.sweep(self.driver, self.index))
         records = self._freeing(self.index.sweep)
 
         def tell() -> None:
@@ -150,6 +152,18 @@ class UpkeepVerbs(MountVerbs):
         report = Report()
         self._check_database(report)
         self._check_garbage(report, repair)
+        if content:
+            for path, what in kernel_image.damaged(self.driver):
+                if repair:
+                    os.unlink(path)
+                report.problems.append(
+                    Problem(
+                        kind="image",
+                        name=os.path.basename(path),
+                        what=what,
+                        repaired="removed: it is made again" if repair else "",
+                    )
+                )
         rows = list(self.index.rows())
         good: dict[bytes, bool] = {}
         bad: dict[int, str] = {}
@@ -338,4 +352,5 @@ class UpkeepVerbs(MountVerbs):
         }
         sample = self.driver.mounts("sample", ["below"] if not self.driver.whole else [], limit=Limit())[0]
         told["records"] = sample.type
+        told["kernel mounts"] = kernel_image.how(self.driver)
         return told

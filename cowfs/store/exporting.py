@@ -10,9 +10,11 @@ from typing import BinaryIO
 
 from cowfs import archive, images
 from cowfs.errors import InvalidArgument, NotFound
+from cowfs.index import compare
 from cowfs.index.database import Row
 from cowfs.index.directory import Pending
 from cowfs.model import Change, Kind
+from cowfs.store import layers
 from cowfs.store.applying import HEADERS, ArchiveVerbs, Progress, counter
 from cowfs.store.reserve import FULL
 from cowfs.sys.atomic import replacing
@@ -90,6 +92,22 @@ class ExportVerbs(ArchiveVerbs):
         used = [self.index.by_num(num).usage for num, _ in self.index.chain(row.num)]
         most = max((usage.bytes for usage in used if usage is not None), default=0)
         return self.index.spool if most <= host.f_bavail * host.f_frsize else None
+
+    def image(self, name: str) -> images.OutImage:
+        """A committed snapshot or a tag as an image: its configuration, and layers that can be written.
+
+        Digests of layers that no archive made are found by a dry export once, and kept.
+
+        Raises:
+            NotFound: no such snapshot or tag.
+            InvalidArgument: it is not committed.
+        """
+        row = self.resolve(name)
+        if row.kind is not Kind.COMMITTED:
+            raise InvalidArgument(
+                f"{name!r} is not committed, an image is made of committed ones", remedy="commit it first"
+            )
+        return self._images(name, row)[0]
 
     def _images(self, name: str, row: Row) -> list[images.OutImage]:
         """The image that a tag names; of a snapshot's own name each image that it is, one for each configuration."""
@@ -182,14 +200,21 @@ class ExportVerbs(ArchiveVerbs):
     def _export_changes(
         self, after: Row, before: Row | None, out: BinaryIO, compression: str, progress: Progress | None
     ) -> str:
-        """A layer tar of what changed from ``before`` (default: the parent), the same bytes for the same snapshots."""
+        """A layer tar of what changed from ``before`` (default: the parent), the same bytes for the same snapshots.
+
+        A file with several names is in it under all of them, so that no link leads out of the archive: whatever unpacks
+        layers apart from each other (overlay storage does) has no other place to link to.
+        """
         pending = Pending(self.index)
         if before is None and after.parent is not None:
             before = self.index.by_num(after.parent)
         tree = self._content(self._tree(after, pending), pending)
-        changes: Iterator[Change] = self.diff(before.name if before is not None else after.name, after.name)
+        old = self._tree(before, pending) if before is not None else None
+        same = layers.SameData(self.driver, self.index)
+        linked = compare.changes_with_links(pending, old, self._tree(after, pending), same)
+        changes: Iterator[Change] = (change for change, _ in linked)
         if before is None:
-            changes = itertools.chain(_root_of(tree), self.diff(after.name))
+            changes = itertools.chain(_root_of(tree), changes)
         return archive.export_changes(
             tree, changes, out, compression=compression, progress=counter(progress, after.name)
         ).diff_id

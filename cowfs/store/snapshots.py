@@ -15,6 +15,7 @@ Threads: a store may be used by any number of threads and, opened anew, of proce
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from collections.abc import Callable, Mapping
@@ -38,9 +39,10 @@ from cowfs.model import SMALLEST_LIMIT, Info, Kind, Limit, Mount, Usage, parse_c
 from cowfs.store import key_lock, layers
 from cowfs.store.names import check_labels, check_name, new_id
 from cowfs.store.opening import INDEX, default_root, make_root, must_run, only_one
+from cowfs.store.recount import recount
 from cowfs.store.reserve import FULL, Reserve, names_full, no_room
 from cowfs.store.staging import discard, staged, sweep
-from cowfs.sys import host, trees
+from cowfs.sys import files, host, trees
 from cowfs.sys.faults import point
 
 if TYPE_CHECKING:
@@ -143,10 +145,12 @@ class StoreCore:
             made = found(path, form=form, fsync=fsync, **options)
             if not index.refused:
                 for name in ("layers", "empty"):
-                    os.makedirs(os.path.join(path, name), mode=0o755 if name == "empty" else 0o700, exist_ok=True)
+                    with contextlib.suppress(FileExistsError):
+                        files.make_directory(os.path.join(path, name), 0o755 if name == "empty" else 0o700)
                 sweep(made, index)
                 Reserve(path).keep()
                 key_lock.prepare(path)
+                recount(index, made)
         except BaseException:
             index.close()
             raise
@@ -261,7 +265,7 @@ class StoreCore:
         """The configuration of the image that a name means: the tag's, else the one that the snapshot was made from."""
         if name is None or row is None:
             return ""
-        tag = self.index.tag(name)
+        tag = self.index.tag(name) if name != row.name else None
         if tag is not None and tag.config:
             return tag.config
         own = self.index.config_of(row.num)

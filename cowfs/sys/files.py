@@ -96,6 +96,42 @@ def _open_by_components(dirfd: int, path: bytes, flags: int, mode: int) -> int:
         os.close(held)
 
 
+_ACLS = ("system.posix_acl_default", "system.posix_acl_access")
+
+
+def make_plain(fd: int, mode: int) -> None:
+    """Take from a directory what it inherited: ACLs and setgid, which it would hand on to all that is made in it (acl(5)).
+
+    Args:
+        fd: of a directory that belongs to this process's user.
+        mode: the permission bits that it gets.
+
+    Raises:
+        OSError: it is not ours to change.
+    """
+    for name in _ACLS:
+        try:
+            os.removexattr(fd, name)
+        except OSError as error:
+            if error.errno not in (errno.ENODATA, errno.EOPNOTSUPP):
+                raise
+    os.fchmod(fd, mode)
+
+
+def make_directory(path: str, mode: int = 0o700) -> None:
+    """mkdir(2) of a directory with exactly this mode, whatever umask, ACL and setgid bit are about.
+
+    Raises:
+        OSError: as mkdir(2).
+    """
+    os.mkdir(path, 0o700)
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        make_plain(fd, mode)
+    finally:
+        os.close(fd)
+
+
 def rename2(src_fd: int, src: bytes, dst_fd: int, dst: bytes, flags: int = 0) -> None:
     """renameat2(2)."""
     if flags == 0:
@@ -249,10 +285,10 @@ def cached_pages(fd: int, start: int, end: int) -> int | None:
     return int(cached + evicted)
 
 
-def extents(fd: int) -> list[tuple[int, int, int]] | None:
+def extents(fd: int, *, sync: bool = False) -> list[tuple[int, int, int]] | None:
     """What FIEMAP says is allocated: (start, end, flags) in bytes; ``None`` where it has no say.
 
-    Nothing is flushed: delayed allocations are reported with FIEMAP_EXTENT_DELALLOC.
+    Unless ``sync``, nothing is flushed, and delayed allocations are reported with FIEMAP_EXTENT_DELALLOC.
     Source: Documentation/filesystems/fiemap.rst.
     """
     found: list[tuple[int, int, int]] = []
@@ -260,7 +296,7 @@ def extents(fd: int) -> list[tuple[int, int, int]] | None:
     position = 0
     while True:
         request = bytearray(_FIEMAP.size + room * _FIEMAP_EXTENT.size)
-        _FIEMAP.pack_into(request, 0, position, (1 << 64) - 1 - position, 0, 0, room, 0)
+        _FIEMAP.pack_into(request, 0, position, (1 << 64) - 1 - position, int(sync), 0, room, 0)
         try:
             fcntl.ioctl(fd, _FS_IOC_FIEMAP, request)
         except OSError as error:

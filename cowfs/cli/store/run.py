@@ -129,7 +129,25 @@ def _config(store: Store, parent: str) -> dict[str, Any]:
 
     document = store.config(parent)
     found = parse_json(document.encode(), f"the configuration of {parent!r}").get("config") if document else None
-    return found if isinstance(found, dict) else {}
+    config = found if isinstance(found, dict) else {}
+    for key in ("Entrypoint", "Cmd", "Env"):
+        listed = config.get(key) or []
+        if not isinstance(listed, list) or not all(map(_can_be_passed, listed)):
+            raise InvalidArgument(f"{key} of {parent!r} is no list of words that a command can be given")
+    if not _can_be_passed(config.get("WorkingDir") or ""):
+        raise InvalidArgument(f"WorkingDir of {parent!r} is no path")
+    return config
+
+
+def _can_be_passed(word: object) -> bool:
+    """Whether an image's word can be an argument, a variable or a path: not every string of JSON can."""
+    if not isinstance(word, str) or "\0" in word:
+        return False
+    try:
+        os.fsencode(word)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _environment(config: dict[str, Any], given: list[str]) -> dict[str, str]:
@@ -152,7 +170,7 @@ def _in_namespace(store: Store, key: str, command: list[str], environment: dict[
     sys.stdout.flush()
     sys.stderr.flush()
     spec_target = ""
-    handlers = {number: signal.getsignal(number) for number in _FORWARDED}
+    handlers: dict[int, Any] = {number: signal.getsignal(number) for number in _FORWARDED}
     try:
         with _held():
             spec_target = tempfile.mkdtemp(prefix="cowfs-run-")
@@ -166,8 +184,8 @@ def _in_namespace(store: Store, key: str, command: list[str], environment: dict[
             problem = pipe.read().decode("utf-8", "replace")
         _, status = os.waitpid(pid, 0)
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        for each, handler in handlers.items():
+            signal.signal(each, handler)
         if spec_target:
             os.rmdir(spec_target)
     if problem:
@@ -211,12 +229,9 @@ def _guarded_child(
     except CowfsError as error:
         os.write(writing, f"{error.exit_code} {error}".encode())
     except OSError as error:
-        import traceback; traceback.print_exc(); print(os.getpid(), os.readlink("/proc/self/ns/pid_for_children"), os.listdir("/")[:5], os.path.exists("/proc/1"))
         os.write(writing, f"1 {error.filename or 'namespace'}: {error.strerror}".encode())
     except BaseException:  # noqa: BLE001  (never return into the parent's code)
-        import traceback
-
-        traceback.print_exc()
+        os.write(writing, b"1 cowfs run failed in its child process")
     return 1
 
 
@@ -244,12 +259,12 @@ def _child(store: Store, key: str, target: str, command: list[str], environment:
         namespaces.unshare(namespaces.CLONE_NEWPID)
         pid = os.fork()
         if pid == 0:
+            code = 1
             try:
                 code = _init(target, command, environment, where)
-            except BaseException:
-                import traceback; traceback.print_exc(); code=1
-            os._exit(code)
-        handlers = {number: signal.getsignal(number) for number in _FORWARDED}
+            finally:
+                os._exit(code)
+        handlers: dict[int, Any] = {number: signal.getsignal(number) for number in _FORWARDED}
         _pass_on(pid, handlers)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)
         _, status = os.waitpid(pid, 0)
