@@ -358,7 +358,11 @@ class Stack:
             write_record(self._place, layers, self.upper, limit or Limit())
 
     def close(self) -> None:
-        """Drop an ephemeral upper, then the locks. Idempotent."""
+        """Take the notice away, drop an ephemeral upper, then the locks. Idempotent."""
+        place = self._notice_place() if self._notice is not None else None
+        if place is not None and self._notice is not None:
+            notice.remove(place, self._notice)
+            self._notice = None
         if self._ephemeral:
             _remove_tree(self._ephemeral)
             self._ephemeral = None
