@@ -250,7 +250,7 @@ class RowFile(Chain):
         if space is not None:
             space.count(node)
             if not mode & _PUNCH:
-                longer = -1 if mode & _KEEP else space.stretch(node, fd, offset)
+                longer = space.stretch(node, fd, max(offset, size + 1))
                 space.allocate(node, offset, length)
         try:
             files.fallocate(fd, mode, offset, length)
