@@ -156,6 +156,7 @@ class _Scan:
         self.pending = Pending(records)
         self.known = known
         self.names: Mapping[int, int] = {}
+        self.links = True
         self.tally = Tally(self.fs, form)
         self.latest = 0
         self.counted: set[int] = set()  # inodes with several names
@@ -275,7 +276,7 @@ class _Scan:
             mode, st.st_uid, st.st_gid, st.st_size, st.st_mtime_ns, st.st_ino, st.st_blocks,
             st.st_rdev if mode & 0o170000 in (stat.S_IFCHR, stat.S_IFBLK) else 0,
             names, target, self.visible(stored), self.num, frame.place(name, path), digest,
-            link=(self.num, st.st_ino) if names != 1 else None,
+            link=(self.num, st.st_ino) if names != 1 and self.links else None,
         )  # fmt: skip
 
 
@@ -487,6 +488,7 @@ def scan_delta(
     records: Records,
     known: KnownDigest | None = None,
     names: Mapping[int, int] | None = None,
+    links: bool = True,
 ) -> Scanned:
     """Read an overlay layer over its parent's tree.
 
@@ -498,13 +500,14 @@ def scan_delta(
         records: the index.
         known: digests of files that are known already.
         names: inode -> its names, for files that have further names outside the layer, which are about to go.
+        links: record which names are one file; without, the records are those of before 2026-12.
 
     Raises:
         Corrupt: a metacopy has no data beneath it, or the parent's records are incomplete.
         OSError: the layer cannot be read.
     """
     delta = _Delta(root_fd, num, form, base, records, known)
-    delta.names = names or {}
+    delta.names, delta.links = names or {}, links
     return delta.run()
 
 
@@ -517,11 +520,13 @@ def scan_full(
     records: Records,
     same: SameAsParent,
     known: KnownDigest | None = None,
+    links: bool = True,
 ) -> Scanned:
     """Read a layer that is a whole tree; ``usage`` is that of the whole tree.
 
     Args:
         same: asked about files that agree with the parent's in all attributes.
+        links: as for :func:`scan_delta`.
 
     Raises:
         Corrupt: the parent's records are incomplete.
@@ -530,9 +535,9 @@ def scan_full(
     own: set[int] = set()
     while True:
         scan = _Full(root_fd, num, form, base, records, known)
-        scan.same, scan.own = same, own
+        scan.same, scan.own, scan.links = same, own, links
         found = scan.run()
-        torn = scan.torn()
+        torn = scan.torn() if links else set()
         if not torn:
             return found
         own |= torn
