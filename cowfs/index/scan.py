@@ -43,7 +43,7 @@ from cowfs.index.directory import (
 from cowfs.model import Usage
 from cowfs.row.map import Ref as RowRef
 from cowfs.sys import files, xattr
-from cowfs.union.inodes import ino_of_origin
+from cowfs.union.inodes import handle_of
 from cowfs.union.measure import Tally
 
 __all__ = ["KnownDigest", "Scanned", "locate", "scan_delta", "scan_full"]
@@ -150,6 +150,8 @@ class _Scan:
     ) -> None:
         self.root_fd = root_fd
         self.fs = files.fs_name(root_fd)
+        self.dev = os.fstat(root_fd).st_dev
+        self.decodes = True  # whether this process may open by handle
         self.num = num
         self.form = form
         self.base = base
@@ -316,7 +318,7 @@ class _Delta(_Scan):
             if below == EMPTY:
                 base = path
         if below == EMPTY and above is not None and form.origin in stored:  # a copy of one that a squash took away
-            ino = ino_of_origin(stored[form.origin], self.fs) or ino
+            ino = self._number(stored[form.origin]) or ino
         frame = _Frame(fd, name, path, _directory(st, self.num, self.visible(stored), ino), below, base, implied)
         frame.nested = opaque == b"x"
         if above is not None:
@@ -375,15 +377,34 @@ class _Delta(_Scan):
 
     def _origin(self, frame: _Frame, name: bytes, st: os.stat_result, value: bytes) -> int:
         """The inode number that a copied-up object keeps: that of the lower one, the same under all its names."""
-        number = ino_of_origin(value, self.fs)
-        if number or st.st_nlink > 1:  # the lower entry of that name may be another file
-            return number or st.st_ino
-        pair = frame.lower(self.pending, name)
-        if pair is not None:
-            entry = decode(pair)
-            if entry.type == stat.S_IFMT(st.st_mode):
-                return entry.ino
-        return ino_of_origin(value, self.fs) or st.st_ino
+        number = self._number(value)
+        if (
+            number is None and not self.decodes and st.st_nlink == 1
+        ):  # the lower entry of a further name may be another file
+            pair = frame.lower(self.pending, name)
+            if pair is not None:
+                entry = decode(pair)
+                if entry.type == stat.S_IFMT(st.st_mode):
+                    return entry.ino
+        return number or st.st_ino
+
+    def _number(self, origin: bytes) -> int | None:
+        """The number of the file that an ``origin`` names, if it is there: a number that was given again does not count."""
+        handle = handle_of(origin)
+        if handle is None or not self.decodes:
+            return None
+        try:
+            fd = files.open_handle(self.root_fd, *handle)
+        except PermissionError:
+            self.decodes = False
+            return None
+        except OSError:
+            return None
+        try:
+            st = os.fstat(fd)
+        finally:
+            os.close(fd)
+        return st.st_ino if st.st_dev == self.dev else None
 
 
 class _Full(_Scan):
