@@ -46,9 +46,11 @@ from cowfs.sys import files, xattr
 from cowfs.union.inodes import handle_of
 from cowfs.union.measure import Tally
 
-__all__ = ["KnownDigest", "Scanned", "locate", "scan_delta", "scan_full"]
+__all__ = ["KNOWS_LINKS", "KnownDigest", "Scanned", "locate", "scan_delta", "scan_full"]
 
 KEEP_OPEN = 128
+KNOWS_LINKS = 0x20
+"""In the flags of a root entry: the tree was recorded with what its files with several names are (since 2026-12)."""
 _DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FLUSH = 4096  # entries of a new directory that are kept before they are recorded
 _MANY = 64  # names of a big directory that are cheaper looked up together than one by one
@@ -221,7 +223,10 @@ class _Scan:
             ref = frame.below
         path = None if frame.path == frame.implied else frame.path
         base = None if frame.base == frame.implied else frame.base
-        return encode(frame.name, frame.entry._replace(ref=ref, path=path, base=base))
+        entry = frame.entry._replace(ref=ref, path=path, base=base)
+        if not frame.path:
+            entry = entry._replace(flags=KNOWS_LINKS if self.links else 0)
+        return encode(frame.name, entry)
 
     def flush(self, frame: _Frame, writer: Writer) -> None:
         """Record what a new directory has so far, in the order of its names."""

@@ -265,7 +265,7 @@ class UpkeepVerbs(MountVerbs):
         root: Pair = row.root
         if self.driver.whole:
             root = self._check_whole(report, row, parent, repair)
-        else:
+        elif damage.is_old(root):
             for what in damage.several_with_one_number(self.index, parent, root):
                 report.problems.append(Problem(kind="links", name=row.name, what=what))
         for path, where, entry in self._own_files(row.num, parent, root):

@@ -7,7 +7,7 @@ and gave names that were exchanged the old entries. The layer is what users see:
 again from the layer, and its digest compared.
 
 *Links.* Squash broke links, or brought a name back: several files that changed in one layer then show one inode number. A
-copy-up by the kernel's overlayfs does that, too, so it is told, and is no damage.
+copy-up by the kernel's overlayfs does that, too, so it is told, and is no damage. Only trees recorded before 2026-12 are looked at.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 
-__all__ = ["Whole", "compare_whole", "several_with_one_number"]
+__all__ = ["Whole", "compare_whole", "is_old", "several_with_one_number"]
 
 
 def _or_not(same: Callable[P, bool]) -> Callable[P, bool]:
@@ -85,6 +85,11 @@ def compare_whole(driver: Driver, index: Index, row: Row, parent: Pair | None) -
         words = ", ".join(sorted(change.what)) or change.kind
         lines.append(f"{os.fsdecode(change.path)!r} in layer {row.id} is not what is recorded of it ({words})")
     return Whole(lines, mendable, found)
+
+
+def is_old(root: Pair) -> bool:
+    """Whether a tree was recorded before records knew which names are one file."""
+    return not decode(root).flags & scan.KNOWS_LINKS
 
 
 def several_with_one_number(records: Records, parent: Pair | None, root: Pair) -> Iterator[str]:
