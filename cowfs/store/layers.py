@@ -109,9 +109,10 @@ def kernel_mount_of(tree: str) -> str | None:
         return None
     device = f"{os.major(wanted.st_dev)}:{os.minor(wanted.st_dev)}"
     raw = os.fsencode(tree)
+    own = b"cowfs:" + os.path.basename(os.path.dirname(raw))  # a view has no upper: its source says whose it is
     for entry in mountinfo():
         if entry.fstype == "overlay":
-            if b"upperdir=" + raw in entry.super_options.split(b","):
+            if b"upperdir=" + raw in entry.super_options.split(b",") or entry.source == own:
                 return os.fsdecode(entry.target)
         elif entry.root.endswith(b"/fs") and raw.endswith(entry.root) and entry.dev == device:
             return os.fsdecode(entry.target)
