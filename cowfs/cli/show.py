@@ -75,6 +75,8 @@ def _mount_row(status: MountStatus) -> tuple[str, ...]:
     where = shown(status.mountpoint) + ("" if status.here else " (another namespace)")
     if not status.alive:
         return (where, "?", "server is gone: cowfs umount clears it", "", "", "", "", "")
+    if status.details.get("engine") == "kernel":
+        return (where, "-", shown(status.upper or "read-only"), "-", "-", "-", "-", "kernel")
     if not status.socket:
         return (where, "?", "another user's", "", "", "", "", "")
     return (

@@ -25,6 +25,7 @@ from cowfs.mounting.request import HIDDEN, IdMap, MountSpec, find_layers
 
 if TYPE_CHECKING:
     from cowfs.model import Change
+    from cowfs.sys.mounts import MountInfo
 
 __all__ = ["MountHandle", "MountStatus", "attach", "make_spec", "mount", "mounts", "umount"]
 
@@ -408,6 +409,7 @@ def mounts(*, everywhere: bool = False) -> list[MountStatus]:
         if entry.dev not in answered:
             where = os.fsdecode(entry.target)
             found.append(MountStatus(mountpoint=where, alive=not mountpoint.is_dead(where, entry), details={}))
+    found += [_kernel_status(entry) for entry in mountpoint.kernel_mounts()]
     return sorted(found, key=lambda status: (not status.here, status.mountpoint))
 
 
@@ -426,6 +428,19 @@ def _sweep(path: str) -> None:
                 os.unlink(log)
     except OSError:
         pass
+
+
+def _kernel_status(entry: MountInfo) -> MountStatus:
+    """What mountinfo tells of a mount that the kernel serves."""
+    values = dict(option.partition(b"=")[::2] for option in entry.super_options.split(b","))
+    upper = values.get(b"upperdir")
+    return MountStatus(
+        mountpoint=os.fsdecode(entry.target),
+        alive=True,
+        upper=None if upper is None else os.fsdecode(upper),
+        readonly=upper is None,
+        details={"engine": "kernel", "id": os.fsdecode(entry.source.partition(b":")[2])},
+    )
 
 
 def _lives(path: str) -> bool:
@@ -476,6 +491,9 @@ def umount(target: PathLike, *, lazy: bool = False, force: bool = False, socket:
         entry = None  # the path is one of another mount namespace
     if entry is None and socket is None:
         raise NotFound(f"nothing is mounted at {path}", remedy=_ELSEWHERE)
+    if entry is not None and mountpoint.is_kernel_mount(entry):
+        mountpoint.detach(os.fsdecode(entry.target), lazy=lazy, force=force)
+        return
     if entry is not None and entry.fstype not in mountpoint.TYPES:
         raise NotFound(f"what is mounted at {path} is {entry.fstype}, not cowfs", remedy=f"umount {path}")
     where = os.fsdecode(entry.target) if entry is not None else path

@@ -109,9 +109,10 @@ def kernel_mount_of(tree: str) -> str | None:
         return None
     device = f"{os.major(wanted.st_dev)}:{os.minor(wanted.st_dev)}"
     raw = os.fsencode(tree)
+    own = b"cowfs:" + os.path.basename(os.path.dirname(raw))  # a view has no upper: its source says whose it is
     for entry in mountinfo():
         if entry.fstype == "overlay":
-            if b"upperdir=" + raw in entry.super_options.split(b","):
+            if b"upperdir=" + raw in entry.super_options.split(b",") or entry.source == own:
                 return os.fsdecode(entry.target)
         elif entry.root.endswith(b"/fs") and raw.endswith(entry.root) and entry.dev == device:
             return os.fsdecode(entry.target)
@@ -356,13 +357,13 @@ class Unchanged:
     """Whether a file of a whole layer still has its parent's bytes, all attributes being equal.
 
     A file with a ctime before the mark that was made after copying (:data:`COPIED`) has not been
-    touched since: nobody can set a ctime. What is not clearly older is compared.
+    touched since: nobody can set a ctime. What is not clearly older is compared; all of it, unless marks are to be believed.
     """
 
-    def __init__(self, driver: Driver, index: Index, id: str, fd: int) -> None:
+    def __init__(self, driver: Driver, index: Index, id: str, fd: int, *, believe: bool = True) -> None:
         self._data = SameData(driver, index)
         self._fd = fd
-        self._cut = marked_time(f"{driver.directory(id)}/{COPIED}") or 0
+        self._cut = (marked_time(f"{driver.directory(id)}/{COPIED}") or 0) if believe else 0
 
     def __call__(self, path: bytes, st: os.stat_result, before: Entry) -> bool:
         if st.st_ctime_ns < self._cut:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from types import EllipsisType, TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from cowfs.errors import CowfsError, FailedPrecondition, InvalidArgument, NotFound
+from cowfs.errors import CowfsError, FailedPrecondition, InvalidArgument, NotFound, Unsupported
 from cowfs.format.mount_options import split_layers, unescape
 from cowfs.index.database import Row
 from cowfs.model import Kind, Limit, Mount, Usage, parse_count, parse_size
@@ -102,13 +102,46 @@ class MountVerbs(LookVerbs):
         row = self.index.get(key)
         where = resolve(os.fspath(target))
         if mount_type == "kernel":
-            (record,) = self._mounts(row, "kernel")
+            self._mountable(row)
             self._refuse_used(row)
-            mount_record(record, where)
+            try:
+                self._mount_image(row, where)
+            except (OSError, Unsupported):  # what an image cannot hold, or this host cannot mount: layer by layer
+                (record,) = self._mounts(row, "kernel")
+                mount_record(record, where, source=f"cowfs:{row.id}")
             return KernelMount(where)
         if mount_type not in (None, "fuse"):
             raise InvalidArgument(f"no mount type {mount_type!r}", remedy="kernel or fuse")
         return client.spawn(self.spec(key, where, **more))
+
+    def _mount_image(self, row: Row, where: str) -> None:
+        """Mount a snapshot as one lower layer: the image of its parent's metadata, with the layers as data beneath.
+
+        Raises:
+            Unsupported: the driver's layers, or this tree, are not mounted so.
+            OSError: the host or its kernel cannot.
+        """
+        from cowfs.store import kernel_image
+
+        if row.limit or row.parent is None or self.driver.whole or self.driver.row or not self.driver.form.redirects:
+            raise Unsupported(
+                "no image: it has a limit, nothing is beneath it, or its layers are not deltas of the trusted form"
+            )
+        root = sys_mounts.image_mount(kernel_image.build(self.driver, self.index, self.index.by_num(row.parent)))
+        view = row.kind is Kind.VIEW
+        try:
+            sys_mounts.overlay_mount(
+                where,
+                [root],
+                None if view else self.driver.tree(row.id),
+                None if view else self.driver.work(row.id),
+                ("index=off", "redirect_dir=on", "metacopy=on"),
+                data=[f"{self.root}/layers"],
+                source=f"cowfs:{row.id}",
+                readonly=view,
+            )
+        finally:
+            os.close(root)
 
     def spec(self, key: str, target: str, **more: Any) -> MountSpec:
         """The wish that our server gets for a snapshot (:class:`cowfs.mounting.request.MountSpec`)."""
@@ -287,8 +320,8 @@ class MountVerbs(LookVerbs):
         return Usage(bytes=used.bytes + row.base.bytes, inodes=used.inodes + row.base.inodes)
 
 
-def mount_record(record: Mount, target: str) -> None:
-    """Do what a kernel record says, with any number of layers.
+def mount_record(record: Mount, target: str, *, source: str = "overlay") -> None:
+    """Do what a kernel record says, with any number of layers; ``source`` is what the mount shows as its own.
 
     Raises:
         InvalidArgument: not a record that the kernel can do.
@@ -312,6 +345,7 @@ def mount_record(record: Mount, target: str) -> None:
         _plain(values.get("workdir")),
         others,
         readonly=readonly,
+        source=source,
     )
 
 
