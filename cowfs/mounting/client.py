@@ -25,6 +25,7 @@ from cowfs.mounting.request import HIDDEN, IdMap, MountSpec, find_layers
 
 if TYPE_CHECKING:
     from cowfs.model import Change
+    from cowfs.sys.mounts import MountInfo
 
 __all__ = ["MountHandle", "MountStatus", "attach", "make_spec", "mount", "mounts", "umount"]
 
@@ -33,6 +34,7 @@ PathLike = str | os.PathLike[str]
 
 _ELSEWHERE = "cowfs mounts lists what is here, with --everywhere also what is in other mount namespaces"
 _NOTHING, _NO_LIMIT = Usage(), Limit()
+COUNTING = 3600.0  # seconds that counting a big upper layer may take
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +46,7 @@ class MountStatus:
         alive: whether its server answers; of a dead one only ``mountpoint`` (and perhaps ``socket``) is known.
         layers: bottom first.
         upper: the writable directory, or None.
-        usage, limit: bytes and inodes.
+        usage, limit: bytes and inodes; ``usage`` is None while a big upper layer without a limit is being counted.
         pid: the server, as this process's pid namespace numbers it; None where it has no number here.
         here: whether it is a mount of this process's mount namespace.
         started: nanoseconds since 1970.
@@ -56,7 +58,7 @@ class MountStatus:
     layers: tuple[str, ...] = ()
     upper: str | None = None
     readonly: bool = False
-    usage: Usage = _NOTHING
+    usage: Usage | None = _NOTHING
     limit: Limit = _NO_LIMIT
     pid: int | None = None
     here: bool = True
@@ -108,7 +110,7 @@ class MountHandle:
 
     def usage(self) -> Usage:
         """What the upper layer holds: bytes in units of 4 KiB, and inodes."""
-        return Usage(**self.ask("usage")["usage"])
+        return Usage(**self.ask("usage", timeout=COUNTING)["usage"])
 
     def limit(
         self, *, size: str | int | EllipsisType | None = ..., inodes: str | int | EllipsisType | None = ...
@@ -127,7 +129,7 @@ class MountHandle:
             wanted["bytes"] = None if size is None else parse_size(size)
         if not isinstance(inodes, EllipsisType):
             wanted["inodes"] = None if inodes is None else parse_count(inodes)
-        answer = self.ask("limit", **wanted) if wanted else self.ask("usage")
+        answer = self.ask("limit", **wanted) if wanted else self.ask("info")
         return Limit(**answer["limit"])
 
     def counters(self) -> dict[str, int]:
@@ -407,6 +409,7 @@ def mounts(*, everywhere: bool = False) -> list[MountStatus]:
         if entry.dev not in answered:
             where = os.fsdecode(entry.target)
             found.append(MountStatus(mountpoint=where, alive=not mountpoint.is_dead(where, entry), details={}))
+    found += [_kernel_status(entry) for entry in mountpoint.kernel_mounts()]
     return sorted(found, key=lambda status: (not status.here, status.mountpoint))
 
 
@@ -425,6 +428,19 @@ def _sweep(path: str) -> None:
                 os.unlink(log)
     except OSError:
         pass
+
+
+def _kernel_status(entry: MountInfo) -> MountStatus:
+    """What mountinfo tells of a mount that the kernel serves."""
+    values = dict(option.partition(b"=")[::2] for option in entry.super_options.split(b","))
+    upper = values.get(b"upperdir")
+    return MountStatus(
+        mountpoint=os.fsdecode(entry.target),
+        alive=True,
+        upper=None if upper is None else os.fsdecode(upper),
+        readonly=upper is None,
+        details={"engine": "kernel", "id": os.fsdecode(entry.source.partition(b":")[2])},
+    )
 
 
 def _lives(path: str) -> bool:
@@ -446,7 +462,7 @@ def _status(where: str, socket: str, details: Mapping[str, Any], *, here: bool =
         layers=tuple(details["layers"]),
         upper=details["upper"],
         readonly=details["readonly"],
-        usage=Usage(**details["usage"]),
+        usage=Usage(**details["usage"]) if details["usage"] is not None else None,
         limit=Limit(**details["limit"]),
         pid=details["pid"],
         started=details["started"],
@@ -475,6 +491,9 @@ def umount(target: PathLike, *, lazy: bool = False, force: bool = False, socket:
         entry = None  # the path is one of another mount namespace
     if entry is None and socket is None:
         raise NotFound(f"nothing is mounted at {path}", remedy=_ELSEWHERE)
+    if entry is not None and mountpoint.is_kernel_mount(entry):
+        mountpoint.detach(os.fsdecode(entry.target), lazy=lazy, force=force)
+        return
     if entry is not None and entry.fstype not in mountpoint.TYPES:
         raise NotFound(f"what is mounted at {path} is {entry.fstype}, not cowfs", remedy=f"umount {path}")
     where = os.fsdecode(entry.target) if entry is not None else path

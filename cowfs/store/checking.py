@@ -21,6 +21,7 @@ from cowfs.errors import Corrupt
 from cowfs.index.database import Row
 from cowfs.index.directory import Entry, Pair, Ref, children_of, decode, entries, join, root_digest
 from cowfs.model import Usage
+from cowfs.store import kernel_image
 from cowfs.store.layers import KeptDigests, SameData, file_digest
 from cowfs.store.mounts import MountVerbs
 from cowfs.store.staging import NEW, RM, orphans, sweep
@@ -106,6 +107,7 @@ class UpkeepVerbs(MountVerbs):
         Snapshots are never deleted, whatever their names or tags.
         """
         directories = sweep(self.driver, self.index, everything=True)
+        directories += kernel_image.sweep(self.driver, self.index)
         records = self.index.sweep()
         with self.index.write() as change:
             change.record_event("store", "gc", "", {"directories": str(len(directories)), "records": str(records)})
@@ -138,6 +140,18 @@ class UpkeepVerbs(MountVerbs):
         report = Report()
         self._check_database(report)
         self._check_garbage(report, repair)
+        if content:
+            for path, what in kernel_image.damaged(self.driver):
+                if repair:
+                    os.unlink(path)
+                report.problems.append(
+                    Problem(
+                        kind="image",
+                        name=os.path.basename(path),
+                        what=what,
+                        repaired="removed: it is made again" if repair else "",
+                    )
+                )
         rows = list(self.index.rows())
         good: dict[bytes, bool] = {}
         bad: dict[int, str] = {}
@@ -320,4 +334,5 @@ class UpkeepVerbs(MountVerbs):
         }
         sample = self.driver.mounts("sample", ["below"] if not self.driver.whole else [], limit=Limit())[0]
         told["records"] = sample.type
+        told["kernel mounts"] = kernel_image.how(self.driver)
         return told
