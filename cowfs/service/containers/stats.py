@@ -40,8 +40,8 @@ def storage(store: Store, container: Container) -> dict[str, Any]:
             handle = store.handle(container.key)
             status = handle.status()
             told |= {
-                "bytes": status.usage.bytes,
-                "inodes": status.usage.inodes,
+                "bytes": status.usage.bytes if status.usage is not None else None,  # it is being counted still
+                "inodes": status.usage.inodes if status.usage is not None else None,
                 "limit_bytes": status.limit.bytes,
                 "limit_inodes": status.limit.inodes,
                 "requests": handle.counters(),
