@@ -237,8 +237,9 @@ def test_a_default_limit(make_daemon: object, busybox: bytes, docker_command: st
 
 
 def test_stop_kill_and_signals(engine: Daemon) -> None:
-    script = "trap 'echo term; exit 9' TERM; trap 'echo hup' HUP; while :; do sleep 0.05; done"
+    script = "trap 'echo term; exit 9' TERM; trap 'echo hup' HUP; echo ready; while :; do sleep 0.05; done"
     engine.docker("run", "-d", "--name", "kind", "bb", "sh", "-c", script)
+    wait_for(lambda: "ready" in engine.out("logs", "kind"), "the traps")
     engine.docker("kill", "-s", "HUP", "kind")
     wait_for(lambda: "hup" in engine.out("logs", "kind"), "the signal")
     engine.docker("stop", "kind")
