@@ -118,7 +118,7 @@ def _make(view: View, parent: Dir, name: bytes, code: int) -> Node | None:
     ino = view.inodes.shown(st.st_dev, st.st_ino)
     data: Any = None
     if mode & 0o170000 == 0o100000:
-        data = data_of(view, parent, position, name, st.st_size)
+        data = data_of(view, parent, position, name, st)
     if source.impure if is_upper else _keeps_origin(view, source.layer):
         origin = xattr.try_get(fd, name, view.form.origin)
         if origin:
@@ -135,10 +135,10 @@ def _make(view: View, parent: Dir, name: bytes, code: int) -> Node | None:
     return node
 
 
-def data_of(view: View, parent: Dir, position: int, name: bytes, size: int) -> Any:
+def data_of(view: View, parent: Dir, position: int, name: bytes, st: os.stat_result) -> Any:
     """What a regular file's data is, when the file ``name`` of one of ``parent``'s parts has not got it itself."""
     source, data = parent.sources[position], None
-    if source.layer.index and size:
+    if merge.may_be_metacopy(source.layer, st.st_size, st.st_blocks):
         low = view.low_child(parent, name)
         if view.index is not None:
             data = from_index.metacopy_data(view, parent, position, name, low)
