@@ -40,7 +40,7 @@ class Command(NamedTuple):
     examples: tuple[str, ...]
 
 
-_MOUNTS, _SNAPSHOTS, _STORE, _ABOUT = "Mounts", "Snapshots", "Store", "About"
+_MOUNTS, _SNAPSHOTS, _STORE, _SERVICE, _ABOUT = "Mounts", "Snapshots", "Store", "Service", "About"
 
 VERBS: dict[str, Verb] = {
     "mount": Verb("cowfs.cli.mount", "mount a stack of layers as one tree", _MOUNTS),
@@ -48,8 +48,10 @@ VERBS: dict[str, Verb] = {
     "mounts": Verb("cowfs.cli.show", "what is mounted: layers, upper, use and limit, process", _MOUNTS),
     "diff": Verb("cowfs.cli.show", "what an upper layer adds, changes and deletes", _MOUNTS),
     "usage": Verb("cowfs.cli.show", "bytes and inodes that an upper layer holds", _MOUNTS),
-    "limit": Verb("cowfs.cli.mount", "show or change the limit of a mount, while it is mounted", _MOUNTS),
+    "limit": Verb("cowfs.cli.mount", "show or change the limit of a mount or a snapshot, mounted or not", _MOUNTS),
     "import": Verb("cowfs.cli.store.io", "bring an image or a tree into the store", _SNAPSHOTS),
+    "pull": Verb("cowfs.cli.registry", "bring an image from a registry into the store", _SNAPSHOTS),
+    "push": Verb("cowfs.cli.registry", "send an image to a registry", _SNAPSHOTS),
     "run": Verb("cowfs.cli.store.run", "run a command in a fresh snapshot", _SNAPSHOTS),
     "prepare": Verb("cowfs.cli.store.snapshots", "make a writable snapshot", _SNAPSHOTS),
     "view": Verb("cowfs.cli.store.snapshots", "make a read-only snapshot", _SNAPSHOTS),
@@ -74,6 +76,9 @@ VERBS: dict[str, Verb] = {
     "df": Verb("cowfs.cli.store.keep", "what the store holds", _STORE),
     "check": Verb("cowfs.cli.store.keep", "verify the store, and repair it", _STORE),
     "gc": Verb("cowfs.cli.store.keep", "delete what nothing records", _STORE),
+    "serve": Verb("cowfs.cli.service", "serve the store to Docker's clients", _SERVICE),
+    "tls": Verb("cowfs.cli.service", "certificates to try the TLS door with", _SERVICE),
+    "events": Verb("cowfs.cli.service", "what happens to the store, mounts and containers", _SERVICE),
     "bench": Verb("cowfs.cli.bench", "measure against other file systems, on your own disk", _ABOUT),
     "completion": Verb("cowfs.cli.completion", "completion for bash, zsh or fish", _ABOUT),
 }

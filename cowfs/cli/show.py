@@ -35,6 +35,7 @@ def _configure_mounts(parser: argparse.ArgumentParser) -> None:
     add("key", nargs="?", metavar="KEY", help="instead: how an active snapshot or a view of the store would be mounted")
     add("--mount-type", choices=("kernel", "fuse"), help="of a KEY's records (default: what fits)")
     add("-q", "--quiet", action="store_true", help="mount points only")
+    add("--everywhere", action="store_true", help="also mounts of other mount namespaces (containers)")
     add_store(parser)
 
 
@@ -43,7 +44,7 @@ def _mounts(args: argparse.Namespace) -> int:
 
     if args.key is not None:
         return _records(args)
-    found = client.mounts()
+    found = client.mounts(everywhere=args.everywhere)
     if args.json:
         print_json([_mount_as_json(status) for status in found])
     elif args.quiet:
@@ -71,27 +72,35 @@ def _records(args: argparse.Namespace) -> int:
 
 
 def _mount_row(status: MountStatus) -> tuple[str, ...]:
-    where = shown(status.mountpoint)
+    where = shown(status.mountpoint) + ("" if status.here else " (another namespace)")
     if not status.alive:
         return (where, "?", "server is gone: cowfs umount clears it", "", "", "", "", "")
     if not status.answers:
         return (where, "?", "server does not answer: cowfs umount --force ends it", "", "", "", "", "")
-    if status.pid is None:
+    if status.details.get("engine") == "kernel":
+        return (where, "-", shown(status.upper or "read-only"), "-", "-", "-", "-", "kernel")
+    if not status.socket:
         return (where, "?", "another user's", "", "", "", "", "")
     return (
         where,
         str(len(status.layers)),
         shown(status.upper or "read-only"),
-        size_or(status.usage.bytes),
+        size_or(status.usage.bytes) if status.usage is not None else "...",
         size_or(status.limit.bytes),
-        count_or(status.usage.inodes),
+        count_or(status.usage.inodes) if status.usage is not None else "...",
         count_or(status.limit.inodes),
-        str(status.pid),
+        "?" if status.pid is None else str(status.pid),
     )
 
 
 def _mount_as_json(status: MountStatus) -> dict[str, object]:
-    return {**status.details, "mountpoint": status.mountpoint, "alive": status.alive, "answers": status.answers}
+    return {
+        **status.details,
+        "mountpoint": status.mountpoint,
+        "alive": status.alive,
+        "answers": status.answers,
+        "here": status.here,
+    }
 
 
 # -- usage -------------------------------------------------------------------------------------------------------------
@@ -107,11 +116,12 @@ def _usage(args: argparse.Namespace) -> int:
     from cowfs.mounting import client
 
     if not is_path(args.mountpoint) and known_in_store(args, args.mountpoint):
-        return _store_usage(args)
+        return print_store_usage(args)
     return print_usage(client.attach(args.mountpoint), as_json=args.json)
 
 
-def _store_usage(args: argparse.Namespace) -> int:
+def print_store_usage(args: argparse.Namespace) -> int:
+    """Use and limit of a snapshot of the store."""
     with open_store(args, create=False) as store:
         used, limit = store.usage(args.mountpoint), store.limit(args.mountpoint)
     if args.json:
@@ -133,7 +143,9 @@ def _store_usage(args: argparse.Namespace) -> int:
 
 def print_usage(handle: MountHandle, *, as_json: bool) -> int:
     """Use and limit of a mount."""
-    answer = handle.ask("usage")
+    from cowfs.mounting.client import COUNTING
+
+    answer = handle.ask("usage", timeout=COUNTING)
     if as_json:
         print_json({"mountpoint": handle.mountpoint, **answer})
         return 0

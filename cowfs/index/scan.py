@@ -43,12 +43,14 @@ from cowfs.index.directory import (
 from cowfs.model import Usage
 from cowfs.row.map import Ref as RowRef
 from cowfs.sys import files, xattr
-from cowfs.union.inodes import ino_of_origin
+from cowfs.union.inodes import handle_of
 from cowfs.union.measure import Tally
 
-__all__ = ["KnownDigest", "Scanned", "locate", "scan_delta", "scan_full"]
+__all__ = ["KNOWS_LINKS", "KnownDigest", "Scanned", "locate", "scan_delta", "scan_full"]
 
 KEEP_OPEN = 128
+KNOWS_LINKS = 0x20
+"""In the flags of a root entry: the tree was recorded with what its files with several names are (since 2026-12)."""
 _DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FLUSH = 4096  # entries of a new directory that are kept before they are recorded
 _MANY = 64  # names of a big directory that are cheaper looked up together than one by one
@@ -150,12 +152,15 @@ class _Scan:
     ) -> None:
         self.root_fd = root_fd
         self.fs = files.fs_name(root_fd)
+        self.dev = os.fstat(root_fd).st_dev
+        self.decodes = True  # whether this process may open by handle
         self.num = num
         self.form = form
         self.base = base
         self.pending = Pending(records)
         self.known = known
         self.names: Mapping[int, int] = {}
+        self.links = True
         self.tally = Tally(self.fs, form)
         self.latest = 0
         self.counted: set[int] = set()  # inodes with several names
@@ -218,7 +223,10 @@ class _Scan:
             ref = frame.below
         path = None if frame.path == frame.implied else frame.path
         base = None if frame.base == frame.implied else frame.base
-        return encode(frame.name, frame.entry._replace(ref=ref, path=path, base=base))
+        entry = frame.entry._replace(ref=ref, path=path, base=base)
+        if not frame.path:
+            entry = entry._replace(flags=KNOWS_LINKS if self.links else 0)
+        return encode(frame.name, entry)
 
     def flush(self, frame: _Frame, writer: Writer) -> None:
         """Record what a new directory has so far, in the order of its names."""
@@ -270,10 +278,12 @@ class _Scan:
             target = os.readlink(name, dir_fd=frame.fd)
         elif self.known is not None and stat.S_ISREG(mode):
             digest = self.known(path, st)
+        names = self.names.get(st.st_ino, st.st_nlink)
         return Entry(
             mode, st.st_uid, st.st_gid, st.st_size, st.st_mtime_ns, st.st_ino, st.st_blocks,
             st.st_rdev if mode & 0o170000 in (stat.S_IFCHR, stat.S_IFBLK) else 0,
-            self.names.get(st.st_ino, st.st_nlink), target, self.visible(stored), self.num, frame.place(name, path), digest,
+            names, target, self.visible(stored), self.num, frame.place(name, path), digest,
+            link=(self.num, st.st_ino) if names != 1 and self.links else None,
         )  # fmt: skip
 
 
@@ -313,7 +323,7 @@ class _Delta(_Scan):
             if below == EMPTY:
                 base = path
         if below == EMPTY and above is not None and form.origin in stored:  # a copy of one that a squash took away
-            ino = ino_of_origin(stored[form.origin], self.fs) or ino
+            ino = self._number(stored[form.origin]) or ino
         frame = _Frame(fd, name, path, _directory(st, self.num, self.visible(stored), ino), below, base, implied)
         frame.nested = opaque == b"x"
         if above is not None:
@@ -334,20 +344,31 @@ class _Delta(_Scan):
             return
         meta = form.redirects and form.metacopy in stored and stat.S_ISREG(st.st_mode)
         redirect = stored.get(form.redirect)
-        if form.row in stored:  # a redirect file without a map changes only attributes
+        data: tuple[Entry, bytes] | None = None
+        if meta:
+            data = self._data_of(frame, name, redirect)
+            if data is None:
+                raise Corrupt(f"{join(frame.path, name)!r} is a metacopy without data beneath it")
+        elif form.row in stored:  # a redirect file without a map changes only attributes, if it shows all of its base
             row = RowRef.unpack(stored[form.row], name)
             if not row.has_map and row.base_end == st.st_size:
-                meta, redirect = True, b"/" + row.path
-        self.count(frame.fd, name, st, stored, entry=name, data=not meta)
+                data = self._data_of(frame, name, b"/" + row.path)
+                if data is not None and data[0].size != st.st_size:
+                    data = None
+        self.count(frame.fd, name, st, stored, entry=name, data=data is None)
         entry = self.make(frame, name, st, stored)
-        if meta:
-            entry = self._metacopy(frame, name, entry, redirect)
+        if data is not None:
+            below, place = data
+            entry = entry._replace(
+                ino=below.ino, blocks=below.blocks, layer=below.layer, path=frame.place(name, place), digest=below.digest,
+                flags=below.flags,
+            )  # fmt: skip
         elif form.origin in stored:
             entry = entry._replace(ino=self._origin(frame, name, st, stored[form.origin]))
         frame.edits[name] = encode(name, entry)
 
-    def _metacopy(self, frame: _Frame, name: bytes, entry: Entry, redirect: bytes | None) -> Entry:
-        """The attributes of this layer with the data of the parent's entry."""
+    def _data_of(self, frame: _Frame, name: bytes, redirect: bytes | None) -> tuple[Entry, bytes] | None:
+        """The parent's entry whose data a file of this layer shows, and where that is; None where there is none."""
         if redirect is None:
             pair, place = frame.lower(self.pending, name), join(frame.base, name)
         elif redirect.startswith(b"/"):
@@ -356,33 +377,75 @@ class _Delta(_Scan):
             pair, place = frame.lower(self.pending, redirect), join(frame.base, redirect)
         data = decode(pair) if pair is not None else None
         if data is None or not stat.S_ISREG(data.mode):
-            raise Corrupt(f"{join(frame.path, name)!r} is a metacopy without data beneath it")
-        return entry._replace(
-            ino=data.ino,
-            blocks=data.blocks,
-            layer=data.layer,
-            path=frame.place(name, data.path or place),
-            digest=data.digest,
-            flags=data.flags,
-        )
+            return None
+        return data, data.path or place
 
     def _origin(self, frame: _Frame, name: bytes, st: os.stat_result, value: bytes) -> int:
         """The inode number that a copied-up object keeps: that of the lower one, the same under all its names."""
-        number = ino_of_origin(value, self.fs)
-        if number or st.st_nlink > 1:  # the lower entry of that name may be another file
-            return number or st.st_ino
-        pair = frame.lower(self.pending, name)
-        if pair is not None:
-            entry = decode(pair)
-            if entry.type == stat.S_IFMT(st.st_mode):
-                return entry.ino
-        return ino_of_origin(value, self.fs) or st.st_ino
+        number = self._number(value)
+        if (
+            number is None and not self.decodes and st.st_nlink == 1
+        ):  # the lower entry of a further name may be another file
+            pair = frame.lower(self.pending, name)
+            if pair is not None:
+                entry = decode(pair)
+                if entry.type == stat.S_IFMT(st.st_mode):
+                    return entry.ino
+        return number or st.st_ino
+
+    def _number(self, origin: bytes) -> int | None:
+        """The number of the file that an ``origin`` names, if it is there: a number that was given again does not count."""
+        handle = handle_of(origin)
+        if handle is None or not self.decodes:
+            return None
+        try:
+            fd = files.open_handle(self.root_fd, *handle)
+        except PermissionError:
+            self.decodes = False
+            return None
+        except OSError:
+            return None
+        try:
+            st = os.fstat(fd)
+        finally:
+            os.close(fd)
+        return st.st_ino if st.st_dev == self.dev else None
 
 
 class _Full(_Scan):
-    """A whole tree, compared with its parent's entry by entry."""
+    """A whole tree, compared with its parent's entry by entry.
+
+    A file with several names keeps the parent's entries only if all its names were one file there, too, and the same. A pass
+    that finds others (:meth:`torn`) is made again, with these in ``own``.
+    """
 
     same: SameAsParent
+
+    def __init__(
+        self, root_fd: int, num: int, form: Form, base: Pair | None, records: Records, known: KnownDigest | None
+    ) -> None:
+        super().__init__(root_fd, num, form, base, records, known)
+        self.own: set[int] = set()
+        self._files: dict[
+            int, set[tuple[int, int]]
+        ] = {}  # inode with several names -> the files that their entries say
+        self._inodes: dict[tuple[int, int], int] = {}  # file -> an inode that has an entry of it
+
+    def torn(self) -> set[int]:
+        """Inodes whose names would be more than one file, or a part of one."""
+        return {inode for inode, files in self._files.items() if len(files) > 1}
+
+    def _file_of(self, inode: int, before: Entry | None) -> bool:
+        """Note which file a name of an inode will be; whether that is the parent's, ``before``."""
+        keeps = before is not None and inode not in self.own
+        file = before.file if before is not None and keeps else (self.num, inode)
+        said = self._files.setdefault(inode, set())
+        said.add(file)
+        other = self._inodes.setdefault(file, inode)
+        if other != inode:
+            said.add((self.num, inode))
+            self._files[other].add((self.num, other))
+        return keeps
 
     def enter(self, above: _Frame | None, name: bytes, fd: int) -> _Frame:
         st = os.fstat(fd)
@@ -412,12 +475,19 @@ class _Full(_Scan):
         self.count(frame.fd, name, st, stored, entry=name, data=True)
         entry = self.make(frame, name, st, stored)
         pair = frame.lower(self.pending, name)
-        if pair is not None:
-            before = decode(pair)
-            if _same_attributes(before, entry) and (
-                not stat.S_ISREG(st.st_mode) or not st.st_size or self.same(join(frame.path, name), st, before)
-            ):
+        before = decode(pair) if pair is not None else None
+        if before is not None and not (
+            _same_attributes(before, entry)
+            and (not stat.S_ISREG(st.st_mode) or not st.st_size or self.same(join(frame.path, name), st, before))
+        ):
+            before = None
+        if st.st_nlink == 1:
+            if before is not None:
                 return
+        elif self._file_of(st.st_ino, before):
+            return
+        if before is not None and entry.digest is None:
+            entry = entry._replace(digest=before.digest)
         frame.edits[name] = encode(name, entry)
 
 
@@ -444,6 +514,7 @@ def scan_delta(
     records: Records,
     known: KnownDigest | None = None,
     names: Mapping[int, int] | None = None,
+    links: bool = True,
 ) -> Scanned:
     """Read an overlay layer over its parent's tree.
 
@@ -455,13 +526,14 @@ def scan_delta(
         records: the index.
         known: digests of files that are known already.
         names: inode -> its names, for files that have further names outside the layer, which are about to go.
+        links: record which names are one file; without, the records are those of before 2026-12.
 
     Raises:
         Corrupt: a metacopy has no data beneath it, or the parent's records are incomplete.
         OSError: the layer cannot be read.
     """
     delta = _Delta(root_fd, num, form, base, records, known)
-    delta.names = names or {}
+    delta.names, delta.links = names or {}, links
     return delta.run()
 
 
@@ -474,16 +546,24 @@ def scan_full(
     records: Records,
     same: SameAsParent,
     known: KnownDigest | None = None,
+    links: bool = True,
 ) -> Scanned:
     """Read a layer that is a whole tree; ``usage`` is that of the whole tree.
 
     Args:
         same: asked about files that agree with the parent's in all attributes.
+        links: as for :func:`scan_delta`.
 
     Raises:
         Corrupt: the parent's records are incomplete.
         OSError: the layer cannot be read.
     """
-    scan = _Full(root_fd, num, form, base, records, known)
-    scan.same = same
-    return scan.run()
+    own: set[int] = set()
+    while True:
+        scan = _Full(root_fd, num, form, base, records, known)
+        scan.same, scan.own, scan.links = same, own, links
+        found = scan.run()
+        torn = scan.torn() if links else set()
+        if not torn:
+            return found
+        own |= torn

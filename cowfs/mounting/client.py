@@ -25,13 +25,16 @@ from cowfs.mounting.request import HIDDEN, IdMap, MountSpec, find_layers, refuse
 
 if TYPE_CHECKING:
     from cowfs.model import Change
+    from cowfs.sys.mounts import MountInfo
 
 __all__ = ["MountHandle", "MountStatus", "attach", "make_spec", "mount", "mounts", "umount"]
 
 PathLike = str | os.PathLike[str]
 
 
+_ELSEWHERE = "cowfs mounts lists what is here, with --everywhere also what is in other mount namespaces"
 _NOTHING, _NO_LIMIT = Usage(), Limit()
+COUNTING = 3600.0  # seconds that counting a big upper layer may take
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,8 +47,9 @@ class MountStatus:
         answers: whether a server that is there answered in time; of one that did not, no more is known either.
         layers: bottom first.
         upper: the writable directory, or None.
-        usage, limit: bytes and inodes.
-        pid: the server.
+        usage, limit: bytes and inodes; ``usage`` is None while a big upper layer without a limit is being counted.
+        pid: the server, as this process's pid namespace numbers it; None where it has no number here.
+        here: whether it is a mount of this process's mount namespace.
         started: nanoseconds since 1970.
         details: everything else that the server tells.
     """
@@ -56,9 +60,10 @@ class MountStatus:
     layers: tuple[str, ...] = ()
     upper: str | None = None
     readonly: bool = False
-    usage: Usage = _NOTHING
+    usage: Usage | None = _NOTHING
     limit: Limit = _NO_LIMIT
     pid: int | None = None
+    here: bool = True
     started: int = 0
     socket: str = ""
     label: str = ""
@@ -107,7 +112,7 @@ class MountHandle:
 
     def usage(self) -> Usage:
         """What the upper layer holds: bytes in units of 4 KiB, and inodes."""
-        return Usage(**self.ask("usage")["usage"])
+        return Usage(**self.ask("usage", timeout=COUNTING)["usage"])
 
     def limit(
         self, *, size: str | int | EllipsisType | None = ..., inodes: str | int | EllipsisType | None = ...
@@ -126,7 +131,7 @@ class MountHandle:
             wanted["bytes"] = None if size is None else parse_size(size, least=SMALLEST_LIMIT)
         if not isinstance(inodes, EllipsisType):
             wanted["inodes"] = None if inodes is None else parse_count(inodes)
-        answer = self.ask("limit", **wanted) if wanted else self.ask("usage")
+        answer = self.ask("limit", **wanted) if wanted else self.ask("info")
         return Limit(**answer["limit"])
 
     def counters(self) -> dict[str, int]:
@@ -359,10 +364,10 @@ def attach(target: PathLike) -> MountHandle:
     entry = mountpoint.find(path)
     if entry is not None and entry.fstype not in mountpoint.TYPES:
         entry = None
-    where = os.fsdecode(entry.target) if entry is not None else mountpoint.resolve(path)
-    socket = protocol.socket_of(entry.dev) if entry is not None else _socket_elsewhere(where)
-    if socket is None and entry is None:
-        raise NotFound(f"no mount of cowfs at {path}", remedy="cowfs mounts lists them")
+    if entry is None:
+        raise NotFound(f"no mount of cowfs at {path}", remedy=_ELSEWHERE)
+    where = os.fsdecode(entry.target)
+    socket = protocol.socket_of(entry.dev)
     if socket is None:
         raise _gone(where)
     try:
@@ -372,42 +377,48 @@ def attach(target: PathLike) -> MountHandle:
     return MountHandle(where, pid, socket)
 
 
-def _socket_elsewhere(where: str) -> str | None:
-    """The socket of a server that mounted at this path in another mount namespace, or None."""
-    for path, answer in protocol.ask_all(protocol.sockets(), "info"):
-        if not isinstance(answer, OSError) and answer["mountpoint"] == where:
-            return path
-    return None
-
-
 def _gone(where: str) -> FailedPrecondition:
     if mountpoint.is_dead(where):
         return FailedPrecondition(f"the server of {where} is gone", remedy=f"cowfs umount {where} clears the mount")
     return FailedPrecondition(f"the server of {where} cannot be reached by this user")
 
 
-def mounts() -> list[MountStatus]:
-    """All mounts of cowfs that this user can see, dead ones included, by mount point."""
+def mounts(*, everywhere: bool = False) -> list[MountStatus]:
+    """The mounts of cowfs in this mount namespace, dead ones and other users' included, by mount point.
+
+    Args:
+        everywhere: also those of other mount namespaces whose control sockets this process can reach; their mount points are
+            paths there, and :attr:`MountStatus.here` is false.
+    """
     found = []
-    stuck = set()
-    for path, answer in protocol.ask_all(protocol.sockets(), "info"):
+    entries = {entry.dev: entry for entry in mountpoint.cowfs_mounts()}
+    asked = []
+    for path in protocol.sockets():
+        if everywhere or protocol.device_of(path) in entries:
+            asked.append(path)
+        elif not _lives(path):
+            _sweep(path)
+    told = set()
+    for path, answer in protocol.ask_all(asked, "info"):
+        entry = entries.get(protocol.device_of(path))
         if isinstance(answer, TimeoutError):
-            stuck.add(path)
+            if entry is not None:
+                where = os.fsdecode(entry.target)
+                found.append(MountStatus(mountpoint=where, alive=True, answers=False, socket=path, details={}))
+                told.add(entry.dev)
         elif isinstance(answer, OSError):
             _sweep(path)
         else:
-            found.append(_status(answer["mountpoint"], path, answer))
-    answered = {status.mountpoint for status in found}
-    for entry in mountpoint.cowfs_mounts():
-        where = os.fsdecode(entry.target)
-        if where in answered:
-            continue
-        socket = protocol.socket_of(entry.dev)
-        if socket in stuck:
-            found.append(MountStatus(mountpoint=where, alive=True, answers=False, socket=socket or "", details={}))
-        else:
+            where = answer["mountpoint"] if entry is None else os.fsdecode(entry.target)
+            found.append(_status(where, path, answer, here=entry is not None))
+            if entry is not None:
+                told.add(entry.dev)
+    for entry in entries.values():
+        if entry.dev not in told:
+            where = os.fsdecode(entry.target)
             found.append(MountStatus(mountpoint=where, alive=not mountpoint.is_dead(where, entry), details={}))
-    return sorted(found, key=lambda status: status.mountpoint)
+    found += [_kernel_status(entry) for entry in mountpoint.kernel_mounts()]
+    return sorted(found, key=lambda status: (not status.here, status.mountpoint))
 
 
 def _sweep(path: str) -> None:
@@ -427,14 +438,39 @@ def _sweep(path: str) -> None:
         pass
 
 
-def _status(where: str, socket: str, details: Mapping[str, Any]) -> MountStatus:
+def _kernel_status(entry: MountInfo) -> MountStatus:
+    """What mountinfo tells of a mount that the kernel serves."""
+    values = dict(option.partition(b"=")[::2] for option in entry.super_options.split(b","))
+    upper = values.get(b"upperdir")
+    return MountStatus(
+        mountpoint=os.fsdecode(entry.target),
+        alive=True,
+        upper=None if upper is None else os.fsdecode(upper),
+        readonly=upper is None,
+        details={"engine": "kernel", "id": os.fsdecode(entry.source.partition(b":")[2])},
+    )
+
+
+def _lives(path: str) -> bool:
+    """Whether somebody listens at a socket; nothing is asked, so a server that hangs does not matter."""
+    try:
+        protocol.connect(path, 1.0).close()
+    except ConnectionRefusedError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def _status(where: str, socket: str, details: Mapping[str, Any], *, here: bool = True) -> MountStatus:
     return MountStatus(
         mountpoint=where,
         alive=True,
+        here=here,
         layers=tuple(details["layers"]),
         upper=details["upper"],
         readonly=details["readonly"],
-        usage=Usage(**details["usage"]),
+        usage=Usage(**details["usage"]) if details["usage"] is not None else None,
         limit=Limit(**details["limit"]),
         pid=details["pid"],
         started=details["started"],
@@ -451,18 +487,21 @@ def umount(target: PathLike, *, lazy: bool = False, force: bool = False, socket:
         target: the mount point.
         lazy: take it off the tree now; the server ends with the last user.
         force: cut the connection of a server that hangs.
-        socket: the server's control socket, where it is known already.
+        socket: the control socket of a mount that the caller knows, in whatever mount namespace it is.
 
     Raises:
-        NotFound: no mount of cowfs there.
+        NotFound: no mount of cowfs there, in this mount namespace.
         FailedPrecondition: in use; the message names who.
     """
     path = os.fspath(target)
     entry = mountpoint.find(path)
+    if entry is not None and socket is not None and protocol.device_of(socket) != entry.dev:
+        entry = None  # the path is one of another mount namespace
     if entry is None and socket is None:
-        socket = _socket_elsewhere(mountpoint.resolve(path))
-    if entry is None and socket is None:
-        raise NotFound(f"nothing is mounted at {path}", remedy="cowfs mounts lists what is")
+        raise NotFound(f"nothing is mounted at {path}", remedy=_ELSEWHERE)
+    if entry is not None and mountpoint.is_kernel_mount(entry):
+        mountpoint.detach(os.fsdecode(entry.target), lazy=lazy, force=force)
+        return
     if entry is not None and entry.fstype not in mountpoint.TYPES:
         raise NotFound(f"what is mounted at {path} is {entry.fstype}, not cowfs", remedy=f"umount {path}")
     where = os.fsdecode(entry.target) if entry is not None else path

@@ -48,7 +48,7 @@ def leave(directory: str, notice: Notice, *, alone: bool) -> str | None:
 
     from cowfs.sys.atomic import write_file
 
-    path = os.path.join(directory, PREFIX + notice.device.rpartition(":")[2])
+    path = _path(directory, notice)
     try:
         if alone:
             drop(directory)
@@ -56,6 +56,16 @@ def leave(directory: str, notice: Notice, *, alone: bool) -> str | None:
     except OSError:
         return None
     return path
+
+
+def remove(directory: str, notice: Notice) -> None:
+    """Take away the notice that a server left, which is about to give its locks back."""
+    with contextlib.suppress(OSError):
+        os.unlink(_path(directory, notice))
+
+
+def _path(directory: str, notice: Notice) -> str:
+    return os.path.join(directory, PREFIX + notice.device.rpartition(":")[2])
 
 
 def found(directories: Iterable[str]) -> list[Notice]:

@@ -27,6 +27,7 @@ __all__ = ["ask", "ask_all", "connect", "decode", "directories", "encode", "run_
 
 SUFFIX = ".sock"
 _MAX_LINE = 64 << 20
+_UCRED = struct.Struct("3i")  # struct ucred, unix(7): pid, uid, gid
 TIMEOUT = 10.0
 """Seconds that a client waits for an answer."""
 SHORT = 2.0
@@ -104,6 +105,11 @@ def socket_of(device: str) -> str | None:
         if _is_private(place) and os.path.exists(path):
             return path
     return None
+
+
+def device_of(path: str) -> str:
+    """The device, as mountinfo writes it ("0:85"), of the mount whose socket this is; no device's where the name does not tell."""
+    return "0:" + os.path.basename(path).removesuffix(SUFFIX)
 
 
 def encode(message: dict[str, Any]) -> bytes:
@@ -237,7 +243,7 @@ def ask_all(
     """Ask one verb of several servers at once, and wait for all of them together.
 
     Yields:
-        (socket, answer), and (socket, TimeoutError) for a server that did not answer in time, (socket, ConnectionError) for one
+        (socket, answer), its ``pid`` as this process's pid namespace numbers it (None: not at all), and (socket, TimeoutError) for a server that did not answer in time, (socket, ConnectionError) for one
         that is gone. Those that answer with an error are left out.
     """
     import selectors
@@ -254,7 +260,8 @@ def ask_all(
                 sock.close()
                 yield path, TimeoutError(*error.args) if isinstance(error, BlockingIOError) else error
                 continue
-            waiting.register(sock, selectors.EVENT_READ, (path, []))
+            pid, _, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+            waiting.register(sock, selectors.EVENT_READ, (path, [], pid or None))
         end = time.monotonic() + timeout
         while waiting.get_map():
             ready = waiting.select(max(0.0, end - time.monotonic()))
@@ -262,7 +269,7 @@ def ask_all(
                 break
             for key, _ in ready:
                 assert isinstance(key.fileobj, socket.socket)
-                path, parts = key.data
+                path, parts, pid = key.data
                 try:
                     parts.append(key.fileobj.recv(1 << 16))
                 except OSError as error:
@@ -279,7 +286,7 @@ def ask_all(
                     continue
                 answer = _answer(b"".join(parts))
                 if answer is not None:
-                    yield path, answer
+                    yield path, {**answer, "pid": pid} if "pid" in answer else answer
         for key in list(waiting.get_map().values()):
             yield key.data[0], TimeoutError("the server does not answer")
     finally:

@@ -24,7 +24,7 @@ from cowfs.mounting.notice import Notice
 from cowfs.mounting.request import MountSpec, check_directory
 from cowfs.mounting.upper_state import layers_of, limit_of, read_record, record_places, write_record
 from cowfs.mounting.volatile import check_volatile
-from cowfs.sys import locks
+from cowfs.sys import files, locks
 
 __all__ = ["Stack"]
 
@@ -259,7 +259,7 @@ class Stack:
         missing = [part for part in _upwards(path) if not os.path.isdir(part)]
         try:
             for part in reversed(missing):
-                os.mkdir(part, 0o700)
+                files.make_directory(part)
                 self._made.append(part)
         except OSError as error:
             raise InvalidArgument(f"cannot make {error.filename}: {error.strerror}") from None
@@ -271,7 +271,7 @@ class Stack:
         try:
             locks.lock(fd, wait=True)  # nobody sweeps between our mkdir and our lock
             _sweep(scratch)
-            os.mkdir(base, 0o700)
+            files.make_directory(base)
             self._ephemeral = base
             self._lock(base)
         finally:
@@ -358,7 +358,11 @@ class Stack:
             write_record(self._place, layers, self.upper, limit or Limit())
 
     def close(self) -> None:
-        """Drop an ephemeral upper, then the locks. Idempotent."""
+        """Take the notice away, drop an ephemeral upper, then the locks. Idempotent."""
+        place = self._notice_place() if self._notice is not None else None
+        if place is not None and self._notice is not None:
+            notice.remove(place, self._notice)
+            self._notice = None
         if self._ephemeral:
             _remove_tree(self._ephemeral)
             self._ephemeral = None

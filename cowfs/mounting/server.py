@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 from cowfs.errors import CowfsError, InvalidArgument
 from cowfs.mounting import mountpoint, protocol
 from cowfs.mounting.assemble import explain, make_session, make_view, name_process, raise_file_limit, refused
+from cowfs.mounting.counting import Counter
 from cowfs.mounting.notice import Notice
 from cowfs.mounting.request import MountSpec
 from cowfs.mounting.resources import Stack
@@ -167,6 +168,7 @@ class Server:
         self.stack: Stack
         self.view: View
         self.session: Session | PortableSession
+        self.counter = Counter(self)
         self._report = report or _NoReport()
         self._listener: socket.socket | None = None
         self._socket_inode = 0

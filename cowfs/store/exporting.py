@@ -9,11 +9,15 @@ from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
 from cowfs import archive, images
-from cowfs.errors import InvalidArgument, NotFound
+from cowfs.errors import Corrupt, InvalidArgument, NotFound
+from cowfs.index import compare
 from cowfs.index.database import Row
 from cowfs.index.directory import Pending
 from cowfs.model import Change, Kind
+from cowfs.store import layers
 from cowfs.store.applying import HEADERS, ArchiveVerbs, Progress, counter
+from cowfs.store.checking import Problem, Report
+from cowfs.store.layers import unmark
 from cowfs.store.reserve import FULL
 from cowfs.sys.atomic import replacing
 
@@ -91,6 +95,22 @@ class ExportVerbs(ArchiveVerbs):
         most = max((usage.bytes for usage in used if usage is not None), default=0)
         return self.index.spool if most <= host.f_bavail * host.f_frsize else None
 
+    def image(self, name: str) -> images.OutImage:
+        """A committed snapshot or a tag as an image: its configuration, and layers that can be written.
+
+        Digests of layers that no archive made are found by a dry export once, and kept.
+
+        Raises:
+            NotFound: no such snapshot or tag.
+            InvalidArgument: it is not committed.
+        """
+        row = self.resolve(name)
+        if row.kind is not Kind.COMMITTED:
+            raise InvalidArgument(
+                f"{name!r} is not committed, an image is made of committed ones", remedy="commit it first"
+            )
+        return self._images(name, row)[0]
+
     def _images(self, name: str, row: Row) -> list[images.OutImage]:
         """The image that a tag names; of a snapshot's own name each image that it is, one for each configuration."""
         chain = [self.index.by_num(num) for num, _ in reversed(self.index.chain(row.num))]
@@ -162,6 +182,24 @@ class ExportVerbs(ArchiveVerbs):
         except FileNotFoundError:
             return False
 
+    def _check_content(self, report: Report, row: Row, repair: bool) -> None:
+        """As :meth:`UpkeepVerbs._check_content`; and a layer that leaves as its archive is that archive."""
+        super()._check_content(report, row, repair)
+        if not self._is_archived(row):
+            return
+        try:
+            with open(os.devnull, "wb") as nowhere:
+                self._write_layer(row, nowhere, "none", None)
+        except Corrupt as error:
+            done = ""
+            if repair:
+                with self.index.write() as change:
+                    change.forget_archive(row.num)
+                unmark(f"{self.driver.directory(row.id)}/{HEADERS}")
+                done = "its diff id is forgotten"
+            what = f"layer {row.id} is not the archive {row.diff_id}: {error.message}"
+            report.problems.append(Problem(kind="archive", name=row.name, what=what, repaired=done))
+
     def _write_tar(self, row: Row, out: BinaryIO, compression: str, progress: Progress | None) -> str:
         pending = Pending(self.index)
         tree = self._content(self._tree(row, pending), pending)
@@ -182,14 +220,21 @@ class ExportVerbs(ArchiveVerbs):
     def _export_changes(
         self, after: Row, before: Row | None, out: BinaryIO, compression: str, progress: Progress | None
     ) -> str:
-        """A layer tar of what changed from ``before`` (default: the parent), the same bytes for the same snapshots."""
+        """A layer tar of what changed from ``before`` (default: the parent), the same bytes for the same snapshots.
+
+        A file with several names is in it under all of them, so that no link leads out of the archive: whatever unpacks
+        layers apart from each other (overlay storage does) has no other place to link to.
+        """
         pending = Pending(self.index)
         if before is None and after.parent is not None:
             before = self.index.by_num(after.parent)
         tree = self._content(self._tree(after, pending), pending)
-        changes: Iterator[Change] = self.diff(before.name if before is not None else after.name, after.name)
+        old = self._tree(before, pending) if before is not None else None
+        same = layers.SameData(self.driver, self.index)
+        linked = compare.changes_with_links(pending, old, self._tree(after, pending), same)
+        changes: Iterator[Change] = (change for change, _ in linked)
         if before is None:
-            changes = itertools.chain(_root_of(tree), self.diff(after.name))
+            changes = itertools.chain(_root_of(tree), changes)
         return archive.export_changes(
             tree, changes, out, compression=compression, progress=counter(progress, after.name)
         ).diff_id

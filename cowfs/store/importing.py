@@ -25,6 +25,7 @@ from cowfs.store.digest_table import ByInode
 from cowfs.store.exporting import ExportVerbs
 from cowfs.store.layers import known_digest, mark_copied
 from cowfs.store.names import check_name, new_id
+from cowfs.store.owners import policy_of
 from cowfs.store.reserve import names_full
 from cowfs.store.staging import Staged
 from cowfs.sys import trees
@@ -86,18 +87,59 @@ class ImageVerbs(ExportVerbs):
         with images.open_image(source, form=form, spool_dir=self.root, max_bytes=options.max_bytes) as opened:
             image = opened.pick(tag, platform=platform)
             tags = [name] if name is not None else [each for each in image.tags if _usable_tag(each, tell)]
-            for each in tags:
-                self._free(each, for_tag=True)
-            top = self._import_layers(image, options, labels or {}, progress)
-        config = image.config.decode()
-        if any(layer.diff_id is None for layer in image.layers):
-            config = images.make_config(self._diff_ids(top), image.config).decode() if top.diff_id else ""
+            top, config = self._bring_in(image, tags, options, labels or {}, progress)
         for each in tags:
             had = self.index.tag(each)
             self.tag(each, top.name, config=config)
             if name is None and had is not None and (had.target, had.config) != (top.name, config):
                 tell(f"the tag {each!r} was another image's ({had.target}) and names {top.name} now")
         return top.name
+
+    def import_opened(
+        self,
+        image: images.Image,
+        tags: Sequence[str] = (),
+        *,
+        options: archive.ApplyOptions | None = None,
+        labels: Mapping[str, str] | None = None,
+        progress: Progress | None = None,
+    ) -> tuple[str, str]:
+        """Bring in an image of a source that the caller has opened (or described: a registry's).
+
+        Args:
+            image: its layers are opened once each.
+            tags: what it is called here; may be none.
+            options, labels, progress: as for :meth:`import_image`.
+
+        Returns:
+            The name of its top snapshot, and its configuration ("" for a tree that is no archive).
+
+        Raises:
+            InvalidArgument, Corrupt, AlreadyExists: as :meth:`import_image`.
+        """
+        for each in tags:
+            check_name(each, "tag")
+        top, config = self._bring_in(image, tags, options or archive.ApplyOptions(), labels or {}, progress)
+        for each in tags:
+            self.tag(each, top.name, config=config)
+        return top.name, config
+
+    def _bring_in(
+        self,
+        image: images.Image,
+        tags: Sequence[str],
+        options: archive.ApplyOptions,
+        labels: Mapping[str, str],
+        progress: Progress | None,
+    ) -> tuple[Row, str]:
+        """The layers as snapshots: the top one, and the configuration that belongs to it."""
+        for each in tags:
+            self._free(each, for_tag=True)
+        top = self._import_layers(image, options, labels, progress)
+        config = image.config.decode()
+        if any(layer.diff_id is None for layer in image.layers):
+            config = images.make_config(self._diff_ids(top), image.config).decode() if top.diff_id else ""
+        return top, config
 
     def _import_layers(
         self,
@@ -106,32 +148,23 @@ class ImageVerbs(ExportVerbs):
         labels: Mapping[str, str],
         progress: Progress | None,
     ) -> Row:
-        top, start = self._already(image)
-        missing = image.layers[start:]
-        if not missing:
-            assert top is not None
-            return top
-        if self.driver.whole or len(missing) == 1:
-            for layer in missing:
-                with _Import(self, layer, options, progress) as job:
+        top, start = self._already(image, options.owners)
+        budget = archive.Budget(options.max_bytes)
+        jobs = [_Import(self, layer, options, budget, progress) for layer in image.layers[start:]]
+        if self.driver.whole or len(jobs) == 1:
+            for job in jobs:
+                with job:
                     job.unpack(top)
                     top = job.commit(top, labels)
-            assert top is not None
-            return top
-        return self._import_together(missing, top, options, labels, progress)
+        elif jobs:
+            top = self._import_together(jobs, top, labels)
+        assert top is not None
+        return top
 
-    def _import_together(
-        self,
-        missing: Sequence[images.Layer],
-        top: Row | None,
-        options: archive.ApplyOptions,
-        labels: Mapping[str, str],
-        progress: Progress | None,
-    ) -> Row:
+    def _import_together(self, jobs: Sequence[_Import], top: Row | None, labels: Mapping[str, str]) -> Row:
         """Unpack several layers at once; write their rows in order."""
         from concurrent.futures import Future, ThreadPoolExecutor
 
-        jobs = [_Import(self, layer, options, progress) for layer in missing]
         below: list[Future[Row | None]] = [Future() for _ in range(len(jobs) + 1)]
         below[0].set_result(top)
         with ThreadPoolExecutor(max_workers=min(len(jobs), os.cpu_count() or 1)) as pool:
@@ -153,24 +186,29 @@ class ImageVerbs(ExportVerbs):
         assert top is not None
         return top
 
-    def _already(self, image: images.Image) -> tuple[Row | None, int]:
+    def _already(self, image: images.Image, owners: str) -> tuple[Row | None, int]:
         """The highest layer of an image that is there, and how many are: each on the very layers that it has in the image."""
         if any(layer.diff_id is None for layer in image.layers):
             return None, 0
         top: Row | None = None
         for count, (layer, chain_id) in enumerate(zip(image.layers, image.chain, strict=True)):
-            row = self._there(top, chain_id, layer.diff_id)
+            row = _there(self, top, chain_id, layer.diff_id, owners)
             if row is None:
                 return top, count
             top = row
         return top, len(image.layers)
 
-    def _there(self, parent: Row | None, chain_id: str, diff_id: str | None) -> Row | None:
-        """A snapshot that is this layer and has it on the disk; after a squash others may still have its chain id."""
-        for row in self.index.by_chain(chain_id, None if parent is None else parent.num):
-            if row.diff_id == diff_id and not self.driver.check(row.id):
-                return row
-        return None
+
+def _there(store: ImageVerbs, parent: Row | None, chain_id: str, diff_id: str | None, owners: str) -> Row | None:
+    """A snapshot that is this layer, by this policy of owners, and has it on the disk.
+
+    After a squash others may still have its chain id.
+    """
+    driver = store.driver
+    for row in store.index.by_chain(chain_id, None if parent is None else parent.num):
+        if row.diff_id == diff_id and policy_of(driver.directory(row.id)) == owners and not driver.check(row.id):
+            return row
+    return None
 
 
 class _Import:
@@ -180,9 +218,15 @@ class _Import:
     """
 
     def __init__(
-        self, store: ImageVerbs, layer: images.Layer, options: archive.ApplyOptions, progress: Progress | None
+        self,
+        store: ImageVerbs,
+        layer: images.Layer,
+        options: archive.ApplyOptions,
+        budget: archive.Budget,
+        progress: Progress | None,
     ) -> None:
         self._store = store
+        self._budget = budget
         self._layer = layer
         self._options = replace(options, whiteouts=False) if layer.whole else options
         self._progress = progress
@@ -234,6 +278,7 @@ class _Import:
                     self._progress, (self._layer.digest or self._layer.diff_id or "layer")[:19], self._layer.size or 0
                 ),
                 self._layer.digest,
+                self._budget,
             )
         point("apply.unpacked")
 
@@ -247,11 +292,12 @@ class _Import:
         name = chain_id
         if self._applied.reserved:  # as a layer the same bytes would mean another tree
             name, diff_id, chain_id = images.digest_of(f"tree {diff_id}".encode()), None, None
+        taken = index.find(name) is not None
         there = self._there_already(parent, name, chain_id, diff_id)
         if there is not None:
             self.close()
             return there
-        if index.find(name) is not None:
+        if taken:
             name = f"{name}.{layer.id}"  # what has its name is not this layer any more
         if not driver.whole and parent is not None and not self._applied.root:
             _inherit_root(driver.tree(parent.id), driver.tree(layer.staged))
@@ -300,7 +346,7 @@ class _Import:
 
     def _there_already(self, parent: Row | None, name: str, chain_id: str | None, diff_id: str | None) -> Row | None:
         if chain_id is not None:
-            return self._store._there(parent, chain_id, diff_id)
+            return _there(self._store, parent, chain_id, diff_id, self._options.owners)
         row = self._store.index.find(name)
         return row if row is not None and row.kind is Kind.COMMITTED and row.parent is None else None
 

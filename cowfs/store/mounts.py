@@ -11,13 +11,13 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import TracebackType
+from types import EllipsisType, TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from cowfs.errors import FailedPrecondition, InvalidArgument, NotFound
+from cowfs.errors import FailedPrecondition, InvalidArgument, NotFound, Unsupported
 from cowfs.format.mount_options import split_layers, unescape
 from cowfs.index.database import Row
-from cowfs.model import Kind, Mount, Usage
+from cowfs.model import Kind, Limit, Mount, Usage, parse_count, parse_size
 from cowfs.store.layers import is_locked, kernel_mount_of
 from cowfs.store.queries import LookVerbs
 from cowfs.sys import mounts as sys_mounts
@@ -103,13 +103,46 @@ class MountVerbs(LookVerbs):
         row = self.index.get(key)
         where = resolve(os.fspath(target))
         if mount_type == "kernel":
-            (record,) = self._mounts(row, "kernel")
+            self._mountable(row)
             self._refuse_used(row)
-            mount_record(record, where)
+            try:
+                self._mount_image(row, where)
+            except (OSError, Unsupported):  # what an image cannot hold, or this host cannot mount: layer by layer
+                (record,) = self._mounts(row, "kernel")
+                mount_record(record, where, source=f"cowfs:{row.id}")
             return KernelMount(where)
         if mount_type not in (None, "fuse"):
             raise InvalidArgument(f"no mount type {mount_type!r}", remedy="kernel or fuse")
         return client.spawn(self.spec(key, where, **more))
+
+    def _mount_image(self, row: Row, where: str) -> None:
+        """Mount a snapshot as one lower layer: the image of its parent's metadata, with the layers as data beneath.
+
+        Raises:
+            Unsupported: the driver's layers, or this tree, are not mounted so.
+            OSError: the host or its kernel cannot.
+        """
+        from cowfs.store import kernel_image
+
+        if row.limit or row.parent is None or self.driver.whole or self.driver.row or not self.driver.form.redirects:
+            raise Unsupported(
+                "no image: it has a limit, nothing is beneath it, or its layers are not deltas of the trusted form"
+            )
+        root = sys_mounts.image_mount(kernel_image.build(self.driver, self.index, self.index.by_num(row.parent)))
+        view = row.kind is Kind.VIEW
+        try:
+            sys_mounts.overlay_mount(
+                where,
+                [root],
+                None if view else self.driver.tree(row.id),
+                None if view else self.driver.work(row.id),
+                ("index=off", "redirect_dir=on", "metacopy=on"),
+                data=[f"{self.root}/layers"],
+                source=f"cowfs:{row.id}",
+                readonly=view,
+            )
+        finally:
+            os.close(root)
 
     def spec(self, key: str, target: str, **more: Any) -> MountSpec:
         """The wish that our server gets for a snapshot (:class:`cowfs.mounting.request.MountSpec`)."""
@@ -184,7 +217,7 @@ class MountVerbs(LookVerbs):
         if told is not None:
             from cowfs.mounting import client
 
-            client.umount(told.mountpoint, lazy=lazy, force=force)
+            client.umount(told.mountpoint, lazy=lazy, force=force, socket=told.socket)
             return
         where = kernel_mount_of(self.driver.tree(row.id))
         if where is None:
@@ -268,19 +301,64 @@ class MountVerbs(LookVerbs):
             raise NotFound(f"{key!r} is not mounted", remedy=f"cowfs mount --key {key} MNT")
         return MountHandle(server["mountpoint"], server["pid"], server["socket"])
 
+    def limit(
+        self,
+        name: str,
+        *,
+        size: str | int | EllipsisType | None = ...,
+        inodes: str | int | EllipsisType | None = ...,
+    ) -> Limit:
+        """The limit of a snapshot, mounted or not; with arguments, change it first, for this mount and all to come.
+
+        Args:
+            name: a key; to look, also a name or a tag.
+            size: bytes, or "4G"; None for no limit; left out: as it was.
+            inodes: a count, or "100k"; likewise.
+
+        Raises:
+            NotFound: no such snapshot.
+            InvalidArgument: not a size or count.
+            FailedPrecondition: not active, mounted by the kernel or with ``io="passthrough"``, or in use by another verb.
+        """
+        if isinstance(size, EllipsisType) and isinstance(inodes, EllipsisType):
+            return self.resolve(name).limit
+        row = self._active(name)
+        limit = Limit(
+            bytes=row.limit.bytes if isinstance(size, EllipsisType) else None if size is None else parse_size(size),
+            inodes=row.limit.inodes
+            if isinstance(inodes, EllipsisType)
+            else None
+            if inodes is None
+            else parse_count(inodes),
+        )
+        from cowfs.store.layers import hold
+
+        server = self._server_of(row)
+        if server is not None:
+            from cowfs.mounting import protocol
+
+            protocol.ask(server["socket"], "limit", bytes=limit.bytes, inodes=limit.inodes)
+        else:
+            with hold(self.driver, row, "limit"), self.index.write() as change:
+                self._active(name, row.num)
+                change.set_limit(row.num, limit)
+        return self.index.get(name).limit
+
     def _live_usage(self, row: Row) -> Usage | None:
         """What the server of a mounted snapshot counts; without what was copied, as :meth:`usage` wants it."""
+        from cowfs.mounting.client import MountHandle
+
         server = self._server_of(row)
         if server is None:
             return None
-        used = server["usage"]
+        used = MountHandle(server["mountpoint"], server["pid"], server["socket"]).usage()
         if not server["label"]:  # of a record, whose server counts the whole layer
-            return Usage(bytes=used["bytes"], inodes=used["inodes"])
-        return Usage(bytes=used["bytes"] + row.base.bytes, inodes=used["inodes"] + row.base.inodes)
+            return used
+        return Usage(bytes=used.bytes + row.base.bytes, inodes=used.inodes + row.base.inodes)
 
 
-def mount_record(record: Mount, target: str) -> None:
-    """Do what a kernel record says, with any number of layers.
+def mount_record(record: Mount, target: str, *, source: str = "overlay") -> None:
+    """Do what a kernel record says, with any number of layers; ``source`` is what the mount shows as its own.
 
     Raises:
         InvalidArgument: not a record that the kernel can do.
@@ -304,6 +382,7 @@ def mount_record(record: Mount, target: str) -> None:
         _plain(values.get("workdir")),
         others,
         readonly=readonly,
+        source=source,
     )
 
 

@@ -15,6 +15,7 @@ Threads: a store may be used by any number of threads and, opened anew, of proce
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from collections.abc import Callable, Mapping
@@ -38,9 +39,10 @@ from cowfs.model import SMALLEST_LIMIT, Info, Kind, Limit, Mount, Usage, parse_c
 from cowfs.store import key_lock, layers
 from cowfs.store.names import check_labels, check_name, new_id
 from cowfs.store.opening import INDEX, default_root, make_root, must_run, only_one
+from cowfs.store.recount import recount
 from cowfs.store.reserve import FULL, Reserve, names_full, no_room
 from cowfs.store.staging import discard, staged, sweep
-from cowfs.sys import host, trees
+from cowfs.sys import files, host, trees
 from cowfs.sys.faults import point
 
 if TYPE_CHECKING:
@@ -143,10 +145,12 @@ class StoreCore:
             made = found(path, form=form, fsync=fsync, **options)
             if not index.refused:
                 for name in ("layers", "empty"):
-                    os.makedirs(os.path.join(path, name), mode=0o755 if name == "empty" else 0o700, exist_ok=True)
+                    with contextlib.suppress(FileExistsError):
+                        files.make_directory(os.path.join(path, name), 0o755 if name == "empty" else 0o700)
                 sweep(made, index)
                 Reserve(path).keep()
                 key_lock.prepare(path)
+                recount(index, made)
         except BaseException:
             index.close()
             raise
@@ -261,7 +265,7 @@ class StoreCore:
         """The configuration of the image that a name means: the tag's, else the one that the snapshot was made from."""
         if name is None or row is None:
             return ""
-        tag = self.index.tag(name)
+        tag = self.index.tag(name) if name != row.name else None
         if tag is not None and tag.config:
             return tag.config
         own = self.index.config_of(row.num)
@@ -378,13 +382,20 @@ class StoreCore:
         _sound(row)
         return row
 
-    def _scan(self, row: Row, known: scan.KnownDigest | None = None) -> scan.Scanned:
+    def _scan(self, row: Row, known: scan.KnownDigest | None = None, *, links: bool = True) -> scan.Scanned:
         """Read a layer over its parent's tree."""
         parent = self.index.by_num(row.parent) if row.parent is not None else None
-        return self._scan_at(row.id, row.num, parent, known, row.base)
+        return self._scan_at(row.id, row.num, parent, known, row.base, links=links)
 
     def _scan_at(
-        self, id: str, num: int, parent: Row | None, known: scan.KnownDigest | None, copied: Usage
+        self,
+        id: str,
+        num: int,
+        parent: Row | None,
+        known: scan.KnownDigest | None,
+        copied: Usage,
+        *,
+        links: bool = True,
     ) -> scan.Scanned:
         from cowfs.index import scan
 
@@ -393,9 +404,11 @@ class StoreCore:
         fd = os.open(self.driver.tree(id), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             if not self.driver.whole:
-                return scan.scan_delta(fd, num=num, form=form, base=base, records=self.index, known=known)
+                return scan.scan_delta(fd, num=num, form=form, base=base, records=self.index, known=known, links=links)
             same = layers.Unchanged(self.driver, self.index, id, fd)
-            scanned = scan.scan_full(fd, num=num, form=form, base=base, records=self.index, same=same, known=known)
+            scanned = scan.scan_full(
+                fd, num=num, form=form, base=base, records=self.index, same=same, known=known, links=links
+            )
             whole = scanned.usage
             usage = Usage(bytes=max(0, whole.bytes - copied.bytes), inodes=max(0, whole.inodes - copied.inodes))
             return replace(scanned, usage=usage)

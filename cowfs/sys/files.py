@@ -24,7 +24,7 @@ AT_EMPTY_PATH = 0x1000
 # openat2(2), linux/openat2.h
 _OPENAT2 = 437
 _OPEN_HOW = struct.Struct("<QQQ")
-RESOLVE_NO_XDEV, RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, RESOLVE_BENEATH = 1, 2, 4, 8
+RESOLVE_NO_XDEV, RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, RESOLVE_BENEATH, RESOLVE_IN_ROOT = 1, 2, 4, 8, 16
 _SAFE = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS
 
 RENAME_NOREPLACE, RENAME_EXCHANGE, RENAME_WHITEOUT = 1, 2, 4
@@ -81,6 +81,23 @@ def open_beneath(dirfd: int, path: bytes, flags: int = os.O_PATH, mode: int = 0,
             return _open_by_components(dirfd, path, flags, mode)
 
 
+def open_in_root(dirfd: int, path: bytes, flags: int = os.O_PATH) -> int:
+    """Open ``path`` as if ``dirfd`` were the root directory: links are followed, and lead nowhere else.
+
+    Source: openat2(2), RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS (Linux 5.6).
+
+    Raises:
+        OSError: ENOENT and so on; ENOSYS on an older kernel.
+    """
+    how = _OPEN_HOW.pack(flags | os.O_CLOEXEC, 0, RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS)
+    while True:
+        try:
+            return syscall(_OPENAT2, dirfd, path or b"/", how, len(how))
+        except OSError as error:
+            if error.errno != errno.EAGAIN:
+                raise
+
+
 def _open_by_components(dirfd: int, path: bytes, flags: int, mode: int) -> int:
     parts = [part for part in path.split(b"/") if part not in (b"", b".")]
     if b".." in parts or path.startswith(b"/"):
@@ -94,6 +111,42 @@ def _open_by_components(dirfd: int, path: bytes, flags: int, mode: int) -> int:
         return os.open(parts[-1] if parts else b".", flags | os.O_NOFOLLOW, mode, dir_fd=held)
     finally:
         os.close(held)
+
+
+_ACLS = ("system.posix_acl_default", "system.posix_acl_access")
+
+
+def make_plain(fd: int, mode: int) -> None:
+    """Take from a directory what it inherited: ACLs and setgid, which it would hand on to all that is made in it (acl(5)).
+
+    Args:
+        fd: of a directory that belongs to this process's user.
+        mode: the permission bits that it gets.
+
+    Raises:
+        OSError: it is not ours to change.
+    """
+    for name in _ACLS:
+        try:
+            os.removexattr(fd, name)
+        except OSError as error:
+            if error.errno not in (errno.ENODATA, errno.EOPNOTSUPP):
+                raise
+    os.fchmod(fd, mode)
+
+
+def make_directory(path: str, mode: int = 0o700) -> None:
+    """mkdir(2) of a directory with exactly this mode, whatever umask, ACL and setgid bit are about.
+
+    Raises:
+        OSError: as mkdir(2).
+    """
+    os.mkdir(path, 0o700)
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        make_plain(fd, mode)
+    finally:
+        os.close(fd)
 
 
 def rename2(src_fd: int, src: bytes, dst_fd: int, dst: bytes, flags: int = 0) -> None:
@@ -249,10 +302,10 @@ def cached_pages(fd: int, start: int, end: int) -> int | None:
     return int(cached + evicted)
 
 
-def extents(fd: int) -> list[tuple[int, int, int]] | None:
+def extents(fd: int, *, sync: bool = False) -> list[tuple[int, int, int]] | None:
     """What FIEMAP says is allocated: (start, end, flags) in bytes; ``None`` where it has no say.
 
-    Nothing is flushed: delayed allocations are reported with FIEMAP_EXTENT_DELALLOC.
+    Unless ``sync``, nothing is flushed, and delayed allocations are reported with FIEMAP_EXTENT_DELALLOC.
     Source: Documentation/filesystems/fiemap.rst.
     """
     found: list[tuple[int, int, int]] = []
@@ -260,7 +313,7 @@ def extents(fd: int) -> list[tuple[int, int, int]] | None:
     position = 0
     while True:
         request = bytearray(_FIEMAP.size + room * _FIEMAP_EXTENT.size)
-        _FIEMAP.pack_into(request, 0, position, (1 << 64) - 1 - position, 0, 0, room, 0)
+        _FIEMAP.pack_into(request, 0, position, (1 << 64) - 1 - position, int(sync), 0, room, 0)
         try:
             fcntl.ioctl(fd, _FS_IOC_FIEMAP, request)
         except OSError as error:

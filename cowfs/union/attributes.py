@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 #: "the present time", for setattr
 NOW = object()
 _CLOCK_REALTIME_COARSE = 5  # the clock that the kernel stamps inodes with
-_CAPABILITY = b"security.capability"
+CAPABILITY = b"security.capability"
 _LIST_MAX = 65536 - 1024  # bytes of names; what is left is for the layer form's own marks
 _ACLS = (b"system.posix_acl_access", b"system.posix_acl_default")
 
@@ -267,13 +267,13 @@ def _hidden(view: View, stored: bytes) -> bool:
 def getxattr(view: View, node: Node, name: bytes) -> bytes:
     """The value. Raises ENODATA, EOPNOTSUPP."""
     stored = _check(view, name)
-    if node.bare and (node.bare > 1 or name == _CAPABILITY):
+    if node.bare and (node.bare > 1 or name == CAPABILITY):
         raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
     if _hidden(view, stored):
         raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
     entry = from_index.entry_of(view, node)
     if entry is not None:
-        value = entry.xattrs.get(stored)
+        value = entry.xattrs.get(name)
         if value is None:
             raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
         return bytes(value)
@@ -281,7 +281,7 @@ def getxattr(view: View, node: Node, name: bytes) -> bytes:
     try:
         return xattr.get(fd, real, stored)
     except OSError as error:
-        if name == _CAPABILITY and error.errno == errno.ENODATA:
+        if name == CAPABILITY and error.errno == errno.ENODATA:
             node.bare = 1
         raise
 
@@ -294,12 +294,11 @@ def listxattr(view: View, node: Node) -> list[bytes]:
         return []
     entry = from_index.entry_of(view, node)
     if entry is not None:
-        stored = list(entry.xattrs)
-    else:
-        fd, real = _xattrs_at(node)
-        stored = xattr.listx(fd, real)
-        if not stored and node.type == DT_REG and view.in_upper(node):
-            node.bare = 2
+        return [name for name in entry.xattrs if not _hidden(view, view.form.store_name(name))]
+    fd, real = _xattrs_at(node)
+    stored = xattr.listx(fd, real)
+    if not stored and node.type == DT_REG and view.in_upper(node):
+        node.bare = 2
     shown = (view.form.show_name(name) for name in stored if not _hidden(view, name))
     return [name for name in shown if name is not None]
 

@@ -68,6 +68,7 @@ class WorkDir:
         finally:
             os.close(outer)
         try:
+            files.make_plain(fd, 0o700)
             clear(fd, keep=_KEEP)
         except BaseException:
             os.close(fd)
@@ -187,7 +188,7 @@ def read_meta(view: View, node: Node) -> Meta:
     form = view.form
     entry = from_index.entry_of(view, node)
     if entry is not None:
-        kept = {k: v for k, v in entry.xattrs.items() if form.show_name(k) is not None}
+        kept = {form.store_name(name): value for name, value in entry.xattrs.items()}  # an index has names as shown
         return Meta(entry.mode, entry.uid, entry.gid, entry.size, entry.rdev, entry.mtime_ns, entry.mtime_ns, kept)
     if isinstance(node, Dir):
         fd, name = node.sources[0].open(), b""
@@ -258,8 +259,8 @@ def up_dir(view: View, directory: Dir, *, exempt: bool = False) -> Source:
     temp = work.temp()
     try:
         os.mkdir(temp, 0o700, dir_fd=work.fd)
+        set_origin(view, work.fd, temp, top.open(), b"", directory.id)  # before the mode: an owner's may forbid user.*
         write_meta(work.fd, temp, meta, view)
-        set_origin(view, work.fd, temp, top.open(), b"", directory.id)
         if exempt:
             xattr.setx(work.fd, temp, view.form.exempt, b"y")
         with kept_times(above):
@@ -512,9 +513,10 @@ def _fill_metacopy(view: View, node: Node, stage: Stage) -> None:
     os.utime(fd, ns=stage.times or (meta.atime, meta.mtime))
     if view.must_sync:
         os.fsync(fd)
-    for attribute in (form.metacopy, form.redirect):
-        with contextlib.suppress(OSError):
-            xattr.remove(fd, b"", attribute)
+    # With this mark the data counts as the lower layer's, also at the next mount: unless it goes, nothing was written.
+    xattr.drop(fd, b"", form.metacopy)
+    with contextlib.suppress(OSError):  # means nothing without the other
+        xattr.drop(fd, b"", form.redirect)
 
 
 def _adopt_orphan(view: View, node: Node, stage: Stage) -> None:
@@ -537,7 +539,6 @@ def place(view: View, node: Node, temp: bytes, work: WorkDir, *, metacopy: bool,
     low = low + b"/" + node.name if low else node.name
     if meta is None:
         meta = read_meta(view, node)
-    write_meta(work.fd, temp, meta, view)
     blocks = int.from_bytes(view.attr(node)[16:24], "little")
     data = node.data if isinstance(node.data, Data) else Data(where, node.name, low, meta.size, blocks)
     source, real = physical(view, node, where)
@@ -546,6 +547,7 @@ def place(view: View, node: Node, temp: bytes, work: WorkDir, *, metacopy: bool,
         xattr.setx(work.fd, temp, view.form.metacopy, b"")
         if others:
             xattr.setx(work.fd, temp, view.form.redirect, b"/" + low)
+    write_meta(work.fd, temp, meta, view)  # last: a mode without write permission forbids an owner to set user.*
     for above, _, name in ups[1:]:
         with kept_times(above):
             os.link(temp, name, src_dir_fd=work.fd, dst_dir_fd=above.open(), follow_symlinks=False)

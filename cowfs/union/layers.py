@@ -18,7 +18,8 @@ from collections import deque
 
 #: beside a layer's root: the maps of its redirect files (cowfs.row.map)
 MAP_DIR = b"../map"
-_DIR = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+#: How a directory on the way is opened: to be gone through, never to be read.
+WALK = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class Descriptors:
@@ -108,10 +109,15 @@ class Source:
         if fd < 0:
             parent = self.parent
             assert parent is not None
-            fd = os.open(self.name, _DIR, dir_fd=parent.fd if parent.fd >= 0 else parent.open())
+            fd = os.open(self.name, WALK, dir_fd=parent.fd if parent.fd >= 0 else parent.open())
             self.fd = fd
             self.descriptors.opened.append(self)
         return fd
+
+    def adopt(self, fd: int) -> None:
+        """Take over a descriptor that somebody opened for this directory."""
+        self.fd = fd
+        self.descriptors.opened.append(self)
 
     def close(self) -> None:
         """Close the descriptor; the next use opens it again."""

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cowfs.sys import xattr
 from cowfs.union import attributes, create, from_index, merge
 from cowfs.union.attr import pack, with_size
+from cowfs.union.inodes import Beneath
 from cowfs.union.layers import Layer, Source
 from cowfs.union.lifetime import ROOT_ID, unhold
-from cowfs.union.node import Dir, Node, type_of
+from cowfs.union.node import DT_DIR, Dir, Node, type_of
 
 if TYPE_CHECKING:
     from cowfs.union.view import View
@@ -117,11 +118,13 @@ def _make(view: View, parent: Dir, name: bytes, code: int) -> Node | None:
     ino = view.inodes.shown(st.st_dev, st.st_ino)
     data: Any = None
     if mode & 0o170000 == 0o100000:
-        data = data_of(view, parent, position, name, st.st_size)
+        data = data_of(view, parent, position, name, st)
     if source.impure if is_upper else _keeps_origin(view, source.layer):
         origin = xattr.try_get(fd, name, view.form.origin)
         if origin:
-            ino = view.inodes.from_origin(origin) or ino
+            # what a path tells differs by name: a file with several shows the same number under all of them
+            beneath = _beneath(view, parent, position + 1, name) if st.st_nlink == 1 else ()
+            ino = view.inodes.from_origin(origin, beneath) or ino
     node = bind_inode(view, parent, name, source, st, ino)
     if node.attr is None:
         if not hasattr(node.data, "bind"):  # a redirect file that is in use stays
@@ -132,10 +135,10 @@ def _make(view: View, parent: Dir, name: bytes, code: int) -> Node | None:
     return node
 
 
-def data_of(view: View, parent: Dir, position: int, name: bytes, size: int) -> Any:
+def data_of(view: View, parent: Dir, position: int, name: bytes, st: os.stat_result) -> Any:
     """What a regular file's data is, when the file ``name`` of one of ``parent``'s parts has not got it itself."""
     source, data = parent.sources[position], None
-    if source.layer.index and size:
+    if merge.may_be_metacopy(source.layer, st.st_size, st.st_blocks):
         low = view.low_child(parent, name)
         if view.index is not None:
             data = from_index.metacopy_data(view, parent, position, name, low)
@@ -163,8 +166,13 @@ def generation(view: View, ino: int) -> int:
 def bind_inode(view: View, parent: Dir, name: bytes, source: Source, st: os.stat_result, ino: int) -> Node:
     """The node of inode number ``ino``, new or, for one more hard link, the one there is."""
     first, ino = ino, view.reborn.get(ino, ino)
+    real = (st.st_dev, st.st_ino)
+    free = True
+    if st.st_nlink > 1:
+        ino = view.displaced.get(real, ino)
+        free = source.layer is not view.upper or view.inodes.claim(ino, *real)
     existing = view.nodes.get(ino)
-    if existing is not None or ino <= ROOT_ID or ino in view.burnt:
+    if existing is not None or ino <= ROOT_ID or ino in view.burnt or not free:
         nameless = existing is not None and existing.parent is None
         if existing is not None and (nameless or st.st_nlink > 1) and _same(existing, source, st):
             if nameless:  # its other names were not known until now
@@ -177,6 +185,8 @@ def bind_inode(view: View, parent: Dir, name: bytes, source: Source, st: os.stat
         burnt, ino = ino in view.burnt, view.fresh_id()
         if burnt:
             view.reborn[first] = ino
+        elif st.st_nlink > 1:
+            view.displaced[real] = ino
     node = Node(ino, type_of(st.st_mode), name, source)
     node.generation = view.dead.get(ino, 0) if view.dead else 0
     view.nodes[ino] = node
@@ -188,10 +198,30 @@ def _same(node: Node, source: Source, st: os.stat_result) -> bool:
     """Whether a node is the inode that ``st`` describes."""
     if node.__class__ is not Node:
         return False
-    if node.where is not None:
-        return node.where.layer is source.layer
-    there = os.fstat(node.fd)
+    if node.where is None:
+        there = os.fstat(node.fd)
+    elif node.where.layer is not source.layer:
+        return False
+    else:
+        try:
+            there = os.stat(node.name, dir_fd=node.where.open(), follow_symlinks=False)
+        except FileNotFoundError:
+            return False
     return (there.st_dev, there.st_ino) == (st.st_dev, st.st_ino)
+
+
+def _beneath(view: View, parent: Dir, start: int, name: bytes) -> Iterator[Beneath]:
+    """Where lower layers may have the file that a copy was made of, as far as its path tells."""
+    origin = view.form.origin
+    for source in parent.sources[start:]:
+        yield source.open(), name, xattr.try_get(source.open(), name, origin), None
+    if view.index is not None and parent.record is not None:
+        entry = from_index.tree(view).entries(parent.record).get(name)
+        if entry is not None and entry.type != DT_DIR:
+            path = from_index.path_of(entry, parent.record, name)
+            head, _, real = path.rpartition(b"/")
+            fd = from_index.source_at(view, view.layers[entry.layer], head).open()
+            yield fd, real, xattr.try_get(fd, real, origin), from_index.ino_of(view, entry)
 
 
 def _keeps_origin(view: View, layer: Layer) -> bool:

@@ -129,7 +129,25 @@ def _config(store: Store, parent: str) -> dict[str, Any]:
 
     document = store.config(parent)
     found = parse_json(document.encode(), f"the configuration of {parent!r}").get("config") if document else None
-    return found if isinstance(found, dict) else {}
+    config = found if isinstance(found, dict) else {}
+    for key in ("Entrypoint", "Cmd", "Env"):
+        listed = config.get(key) or []
+        if not isinstance(listed, list) or not all(map(_can_be_passed, listed)):
+            raise InvalidArgument(f"{key} of {parent!r} is no list of words that a command can be given")
+    if not _can_be_passed(config.get("WorkingDir") or ""):
+        raise InvalidArgument(f"WorkingDir of {parent!r} is no path")
+    return config
+
+
+def _can_be_passed(word: object) -> bool:
+    """Whether an image's word can be an argument, a variable or a path: not every string of JSON can."""
+    if not isinstance(word, str) or "\0" in word:
+        return False
+    try:
+        os.fsencode(word)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _environment(config: dict[str, Any], given: list[str]) -> dict[str, str]:
@@ -152,7 +170,7 @@ def _in_namespace(store: Store, key: str, command: list[str], environment: dict[
     sys.stdout.flush()
     sys.stderr.flush()
     spec_target = ""
-    handlers = {number: signal.getsignal(number) for number in _FORWARDED}
+    handlers: dict[int, Any] = {number: signal.getsignal(number) for number in _FORWARDED}
     try:
         with _held():
             spec_target = tempfile.mkdtemp(prefix="cowfs-run-")
@@ -170,8 +188,8 @@ def _in_namespace(store: Store, key: str, command: list[str], environment: dict[
             problem = pipe.read().decode("utf-8", "replace")
         _, status = os.waitpid(pid, 0)
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        for each, handler in handlers.items():
+            signal.signal(each, handler)
         if spec_target:
             os.rmdir(spec_target)
     if problem:
@@ -184,7 +202,7 @@ def _in_namespace(store: Store, key: str, command: list[str], environment: dict[
     return _status(status)
 
 
-def _pass_on(pid: int, handlers: Mapping[signal.Signals, Any]) -> None:
+def _pass_on(pid: int, handlers: Mapping[int, Any]) -> None:
     """Pass signals on to a process; a terminal has sent its own to the whole group already."""
 
     def send(number: int, frame: object) -> None:
@@ -217,9 +235,7 @@ def _guarded_child(
     except OSError as error:
         os.write(writing, f"1 {error.filename or 'namespace'}: {error.strerror}".encode())
     except BaseException:  # noqa: BLE001  (never return into the parent's code)
-        import traceback
-
-        traceback.print_exc()
+        os.write(writing, b"1 cowfs run failed in its child process")
     return 1
 
 
@@ -244,6 +260,8 @@ def _child(store: Store, key: str, target: str, command: list[str], environment:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)  # a start can be broken off...
         store.mount(key, target)
         signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED)  # ... and from here on the command's first process hears
+        for number in signal.sigpending() & set(_FORWARDED):
+            raise _Stopped(number)
         namespaces.unshare(namespaces.CLONE_NEWPID)
         pid = os.fork()
         if pid == 0:
@@ -252,7 +270,9 @@ def _child(store: Store, key: str, target: str, command: list[str], environment:
                 code = _init(target, command, environment, where)
             finally:
                 os._exit(code)
-        handlers = {number: signal.getsignal(number) for number in _FORWARDED}
+        handlers: dict[int, Any] = {number: signal.getsignal(number) for number in _FORWARDED}
+        for number in signal.sigpending() & set(_FORWARDED):
+            os.kill(pid, number)  # it came before there was somebody else in the terminal's group to hear it
         _pass_on(pid, handlers)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)
         _, status = os.waitpid(pid, 0)

@@ -68,6 +68,9 @@ class Host(Protocol):
     def meanwhile(self, job: Any) -> None:
         """Run ``job()`` on a worker; nobody waits for it; loop thread."""
 
+    def attributes_changed(self, nodeid: int) -> None:
+        """Have the kernel drop a node's attributes before the request at hand is answered; loop thread."""
+
 
 class Data(Adapter):
     """The handlers that touch data, on top of those for names and attributes."""
@@ -230,7 +233,7 @@ class Data(Adapter):
         node = self.nodes.get(nodeid) or self.view.node(nodeid)
         view, where = self.view, node.where
         if node.data is None and (where is None or where.layer is view.upper):
-            if node.wfd and view.space is None and self.keeps_modes and not flags & _KILL:  # what most writes are
+            if node.wfd and node.bare and view.space is None and self.keeps_modes and not flags & _KILL:  # most are so
                 node.attr = None
                 done = _pwrite(node.fd, buf[80:n], offset)
                 if done < size and flags & _CACHE:
@@ -241,10 +244,9 @@ class Data(Adapter):
                 return _WRITTEN(24, 0, unique, done, 0)
         elif self._later(node, buf[:n]):
             return None
-        kill = bool(flags & _KILL)
-        if kill:
-            self.strip(node, buf)
-        done = view.write(node, offset, buf[80:n], kill)
+        if flags & _KILL:
+            self.kill_privileges(node, buf)
+        done = view.write(node, offset, buf[80:n])
         if done < size and flags & _CACHE:
             self._write_back(node, offset, buf[80:n], done)
             done = size
@@ -290,6 +292,8 @@ class Data(Adapter):
                 return None
         elif not self.metacopy and self._later_too(node, buf[:n]):
             return None
+        if not fields[0] & ~abi.FATTR_CTIME:  # with writeback, chown(-1, -1) brings ctime along
+            return self.without_fields(node, buf, unique)
         self.apply(node, buf, fields)
         return _ATTR(120, 0, unique, _FOREVER, 0, 0) + (node.attr or self.view.attr(node))
 
@@ -329,11 +333,19 @@ class Data(Adapter):
         node = self.view.node(nodeid)
         if self._later(node, buf[:n]):
             return None
+        if not self.keeps(node, buf):  # no flag comes with this request
+            self.kill_privileges(node, buf)
         self.view.fallocate(node, mode, offset, length)
-        if self.ordinary(buf):
-            self.view.kill_privileges(node)  # HANDLE_KILLPRIV_V2: no flag comes with this request
-            self.strip(node, buf)
         return _OK(16, 0, unique)
+
+    def kill_privileges(self, node: Any, buf: memoryview) -> None:
+        """Clear the set-id bits that a change of data by this caller clears, on the host and in the kernel's cache.
+
+        Mostly they went before, when the kernel announced the change (:meth:`without_fields`). Those that came back since, or
+        that the kernel did not know of, are forgotten by it before the change is answered: execve(2) believes its cache.
+        """
+        if self.view.kill_privileges(node) | self.strip(node, buf):
+            self.host.attributes_changed(node.id)
 
     def _copied(self, buf: memoryview, n: int, nodeid: int) -> int | None:
         _fh, source_offset, target_id, _fh_out, target_offset, length, flags = abi.COPY_FILE_RANGE_IN.unpack_from(
@@ -344,11 +356,9 @@ class Data(Adapter):
         source, target = self.view.node(nodeid), self.view.node(target_id)
         if self._later(target, buf[:n]):
             return None
-        count = self.view.copy_range(source, source_offset, target, target_offset, min(length, COPY_STEP))
-        if count and self.ordinary(buf):
-            self.view.kill_privileges(target)
-            self.strip(target, buf)
-        return count
+        if length and not self.keeps(target, buf):
+            self.kill_privileges(target, buf)
+        return self.view.copy_range(source, source_offset, target, target_offset, min(length, COPY_STEP))
 
     def copy_file_range(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply | None:
         count = self._copied(buf, n, nodeid)
