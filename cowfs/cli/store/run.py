@@ -43,16 +43,23 @@ def _configure_run(parser: argparse.ArgumentParser) -> None:
     add_store(parser, json=False)
     parser.set_defaults(command=[])
     parser.usage = "cowfs run PARENT [options] -- CMD [ARG ...]"
-    parse = parser.parse_args
+    parse = parser.parse_known_args
 
-    def parse_args(arguments: list[str]) -> argparse.Namespace:
-        """What follows ``--`` is the command's, whatever it looks like."""
+    def parse_known_args(arguments: list[str], namespace: object = None) -> tuple[argparse.Namespace, list[str]]:
+        """Arguments behind ``--`` are the command's, whatever they look like."""
         at = arguments.index("--") if "--" in arguments else len(arguments)
-        args = parse(arguments[:at])
-        args.command = arguments[at + 1 :]
-        return args
+        args, rest = parse(arguments[:at])
+        if any(not word.startswith("-") for word in rest):
+            import shlex
 
-    parser.parse_args = parse_args  # type: ignore[method-assign,assignment]
+            command = shlex.join([*rest, *arguments[at + 1 :]])
+            parser.error(
+                f"not understood: {shlex.join(rest)}; the command stands behind --: cowfs run {args.parent} -- {command}"
+            )
+        args.command = arguments[at + 1 :]
+        return args, rest
+
+    parser.parse_known_args = parse_known_args  # type: ignore[method-assign,assignment]
 
 
 class _Stopped(KeyboardInterrupt):
