@@ -253,6 +253,7 @@ class Index:
         )
         connection.execute(f"PRAGMA synchronous = {'FULL' if self._fsync else 'OFF'}")
         connection.execute("PRAGMA foreign_keys = ON")
+        connection.execute("PRAGMA trusted_schema = OFF")  # a store may come from elsewhere
         connection.execute("PRAGMA cache_size = -16384")
         connection.execute(f"PRAGMA wal_autocheckpoint = {WAL_PAGES}")
         connection.execute(f"PRAGMA journal_size_limit = {WAL_PAGES * 4096}")

@@ -16,6 +16,7 @@ from cowfs.model import Change, Kind
 from cowfs.store import layers
 from cowfs.store.applying import HEADERS, ArchiveVerbs, Progress, counter
 from cowfs.sys.atomic import replacing
+from cowfs.sys.regular import open_regular
 
 __all__ = ["FORMATS", "NO_LAYER", "ExportVerbs"]
 
@@ -164,7 +165,7 @@ class ExportVerbs(ArchiveVerbs):
         if row.kind is not Kind.COMMITTED or row.diff_id is None:
             return False
         try:
-            with open(f"{self.driver.directory(row.id)}/{HEADERS}", "rb") as log:
+            with open(open_regular(f"{self.driver.directory(row.id)}/{HEADERS}"), "rb") as log:
                 return bool(archive.read_trailer(log).get("complete"))
         except FileNotFoundError:
             return False
@@ -179,7 +180,7 @@ class ExportVerbs(ArchiveVerbs):
         if row.diff_id is not None and self._is_archived(row):
             fd = os.open(f"{directory}/fs", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
-                with open(f"{directory}/{HEADERS}", "rb") as log:
+                with open(open_regular(f"{directory}/{HEADERS}"), "rb") as log:
                     archive.rebuild(log, fd, out, compression=compression)
                 return row.diff_id
             finally:

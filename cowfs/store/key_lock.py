@@ -35,7 +35,7 @@ def turn(root: str, *keys: str, wait: bool = True) -> Iterator[bool]:
     Raises:
         FailedPrecondition: others took ten minutes.
     """
-    fd = os.open(f"{root}/{FILE}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fd = os.open(f"{root}/{FILE}", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         end = time.monotonic() + _PATIENCE
         mine = True
