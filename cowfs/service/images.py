@@ -165,6 +165,13 @@ class Images:
         """The ids of all images."""
         return [image.id for image in self.all()]
 
+    def name_of(self, id: str, name: str) -> str:
+        """What to call the image of a container: by the name that it was asked for, if that still means it, else its id."""
+        try:
+            return name if self.get(name).id == id else id
+        except (NotFound, ApiError):
+            return id
+
     def _document_of(self, name: str) -> str:
         """The configuration of a tree that came without one."""
         return self._store.image(name).config.decode()

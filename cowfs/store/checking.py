@@ -45,7 +45,7 @@ class Problem:
     """One thing that is wrong.
 
     Attributes:
-        kind: ``garbage``, ``layer``, ``records``, ``content`` or ``index``.
+        kind: ``garbage``, ``layer``, ``records``, ``content``, ``archive``, ``links`` or ``index``.
         name: the snapshot it is about; "" for garbage.
         what: one line.
         repaired: what was done about it, "" for nothing.
@@ -75,8 +75,10 @@ class Report:
 
     @property
     def damage(self) -> list[Problem]:
-        """All problems but garbage and what was mended."""
-        return [problem for problem in self.problems if problem.kind != "garbage" and not problem.repaired]
+        """All problems but garbage, what was mended, and links that the kernel may have broken."""
+        return [
+            problem for problem in self.problems if problem.kind not in ("garbage", "links") and not problem.repaired
+        ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,8 +132,10 @@ class UpkeepVerbs(MountVerbs):
         """Verify the store.
 
         Args:
-            content: also read every file whose digest is known, and list those without one.
-            repair: delete garbage, rebuild records, put in quarantine what cannot be helped.
+            content: also read every file whose digest is known, and list those without one; make archives again whose diff
+                ids are kept, compare whole layers with their records, look for broken links (:mod:`cowfs.store.damage`).
+            repair: delete garbage, rebuild records, record a whole layer as it is, forget a diff id that is wrong, put in
+                quarantine what cannot be helped.
             progress: told how far it is.
 
         Returns:
@@ -169,7 +173,7 @@ class UpkeepVerbs(MountVerbs):
                 if progress is not None:
                     progress("content", at, len(rows))
                 if row.root is not None and row.num not in bad:
-                    self._check_content(report, row)
+                    self._check_content(report, row, repair)
         if repair:
             self._quarantine(report, rows, bad)
         return report
@@ -241,21 +245,30 @@ class UpkeepVerbs(MountVerbs):
 
     def _rebuild(self, row: Row) -> bool:
         """Make a snapshot's records anew from its layer; whether they are the ones that the row names."""
-        try:
-            scanned = self._scan(row, KeptDigests.load(self.driver, row.id))
-        except (Corrupt, OSError):
-            return False
-        if scanned.root != row.root:
-            return False
-        with self.index.write() as change:
-            change.replace_records(scanned.pending.new)
-        return True
+        for links in (True, False):  # as cowfs records a tree, and as it did before 2026-12
+            try:
+                scanned = self._scan(row, KeptDigests.load(self.driver, row.id), links=links)
+            except (Corrupt, OSError):
+                return False
+            if scanned.root == row.root:
+                with self.index.write() as change:
+                    change.replace_records(scanned.pending.new)
+                return True
+        return False
 
-    def _check_content(self, report: Report, row: Row) -> None:
+    def _check_content(self, report: Report, row: Row, repair: bool) -> None:
+        from cowfs.store import damage
+
         parent = self.index.by_num(row.parent).root if row.parent is not None else None
         data = SameData(self.driver, self.index)
         assert row.root is not None
-        for path, where, entry in self._own_files(row.num, parent, row.root):
+        root: Pair = row.root
+        if self.driver.whole:
+            root = self._check_whole(report, row, parent, repair)
+        elif damage.is_old(root):
+            for what in damage.several_with_one_number(self.index, parent, root):
+                report.problems.append(Problem(kind="links", name=row.name, what=what))
+        for path, where, entry in self._own_files(row.num, parent, root):
             report.files += 1
             if entry.digest is None:
                 if entry.size:
@@ -271,6 +284,25 @@ class UpkeepVerbs(MountVerbs):
             if not right:
                 what = f"{os.fsdecode(path)!r} in layer {row.id} is not what was committed"
                 report.problems.append(Problem(kind="content", name=row.name, what=what))
+
+    def _check_whole(self, report: Report, row: Row, parent: Pair | None, repair: bool) -> Pair:
+        """Compare a whole layer with its records; a repair records what the layer holds, which is what users see.
+
+        Returns:
+            The root entry that is recorded now.
+        """
+        from cowfs.store import damage
+
+        assert row.root is not None
+        found = damage.compare_whole(self.driver, self.index, row, parent)
+        mends = bool(repair and found.lines and found.mendable)
+        if mends:
+            with self.index.write() as change:
+                change.add_records(found.scanned.pending.new)
+                change.set_root(row.num, found.scanned.root)
+        done = "recorded as it is" if mends else ""
+        report.problems += [Problem(kind="content", name=row.name, what=what, repaired=done) for what in found.lines]
+        return found.scanned.root if mends else row.root
 
     def _own_files(self, num: int, parent: Pair | None, root: Pair) -> Iterator[tuple[bytes, bytes, Entry]]:
         """(path, path in the layer, entry) of the regular files whose data is in layer ``num``."""

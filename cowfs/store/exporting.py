@@ -8,13 +8,15 @@ from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
 from cowfs import archive, images
-from cowfs.errors import InvalidArgument, NotFound
+from cowfs.errors import Corrupt, InvalidArgument, NotFound
 from cowfs.index import compare
 from cowfs.index.database import Row
 from cowfs.index.directory import Pending
 from cowfs.model import Change, Kind
 from cowfs.store import layers
 from cowfs.store.applying import HEADERS, ArchiveVerbs, Progress, counter
+from cowfs.store.checking import Problem, Report
+from cowfs.store.layers import unmark
 from cowfs.sys.atomic import replacing
 from cowfs.sys.regular import open_regular
 
@@ -169,6 +171,24 @@ class ExportVerbs(ArchiveVerbs):
                 return bool(archive.read_trailer(log).get("complete"))
         except FileNotFoundError:
             return False
+
+    def _check_content(self, report: Report, row: Row, repair: bool) -> None:
+        """As :meth:`UpkeepVerbs._check_content`; and a layer that leaves as its archive is that archive."""
+        super()._check_content(report, row, repair)
+        if not self._is_archived(row):
+            return
+        try:
+            with open(os.devnull, "wb") as nowhere:
+                self._write_layer(row, nowhere, "none", None)
+        except Corrupt as error:
+            done = ""
+            if repair:
+                with self.index.write() as change:
+                    change.forget_archive(row.num)
+                unmark(f"{self.driver.directory(row.id)}/{HEADERS}")
+                done = "its diff id is forgotten"
+            what = f"layer {row.id} is not the archive {row.diff_id}: {error.message}"
+            report.problems.append(Problem(kind="archive", name=row.name, what=what, repaired=done))
 
     def _write_tar(self, row: Row, out: BinaryIO, compression: str, progress: Progress | None) -> str:
         pending = Pending(self.index)

@@ -357,13 +357,13 @@ class Unchanged:
     """Whether a file of a whole layer still has its parent's bytes, all attributes being equal.
 
     A file with a ctime before the mark that was made after copying (:data:`COPIED`) has not been
-    touched since: nobody can set a ctime. What is not clearly older is compared.
+    touched since: nobody can set a ctime. What is not clearly older is compared; all of it, unless marks are to be believed.
     """
 
-    def __init__(self, driver: Driver, index: Index, id: str, fd: int) -> None:
+    def __init__(self, driver: Driver, index: Index, id: str, fd: int, *, believe: bool = True) -> None:
         self._data = SameData(driver, index)
         self._fd = fd
-        self._cut = marked_time(f"{driver.directory(id)}/{COPIED}") or 0
+        self._cut = (marked_time(f"{driver.directory(id)}/{COPIED}") or 0) if believe else 0
 
     def __call__(self, path: bytes, st: os.stat_result, before: Entry) -> bool:
         if st.st_ctime_ns < self._cut:

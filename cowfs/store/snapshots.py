@@ -362,13 +362,20 @@ class StoreCore:
         _sound(row)
         return row
 
-    def _scan(self, row: Row, known: scan.KnownDigest | None = None) -> scan.Scanned:
+    def _scan(self, row: Row, known: scan.KnownDigest | None = None, *, links: bool = True) -> scan.Scanned:
         """Read a layer over its parent's tree."""
         parent = self.index.by_num(row.parent) if row.parent is not None else None
-        return self._scan_at(row.id, row.num, parent, known, row.base)
+        return self._scan_at(row.id, row.num, parent, known, row.base, links=links)
 
     def _scan_at(
-        self, id: str, num: int, parent: Row | None, known: scan.KnownDigest | None, copied: Usage
+        self,
+        id: str,
+        num: int,
+        parent: Row | None,
+        known: scan.KnownDigest | None,
+        copied: Usage,
+        *,
+        links: bool = True,
     ) -> scan.Scanned:
         from cowfs.index import scan
 
@@ -377,9 +384,11 @@ class StoreCore:
         fd = os.open(self.driver.tree(id), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             if not self.driver.whole:
-                return scan.scan_delta(fd, num=num, form=form, base=base, records=self.index, known=known)
+                return scan.scan_delta(fd, num=num, form=form, base=base, records=self.index, known=known, links=links)
             same = layers.Unchanged(self.driver, self.index, id, fd)
-            scanned = scan.scan_full(fd, num=num, form=form, base=base, records=self.index, same=same, known=known)
+            scanned = scan.scan_full(
+                fd, num=num, form=form, base=base, records=self.index, same=same, known=known, links=links
+            )
             whole = scanned.usage
             usage = Usage(bytes=max(0, whole.bytes - copied.bytes), inodes=max(0, whole.inodes - copied.inodes))
             return replace(scanned, usage=usage)

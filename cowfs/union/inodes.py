@@ -27,29 +27,15 @@ _PLAIN = (1 << _SHIFT) - 1
 #: ids that no host file system gave, for the rare case of two files claiming one number
 SYNTHETIC = 1 << 63
 
-_INO32, _INO64, _BTRFS = struct.Struct("<I"), struct.Struct("<Q"), struct.Struct("<Q")
-_TMPFS = struct.Struct("<4xQ")
 
-
-def _ino_of_handle(fs: str, kind: int, handle: bytes) -> int | None:
-    """The inode number inside a file handle, for the layouts that are known."""
-    if fs == "tmpfs" and kind == 1 and len(handle) == 12:
-        return int(_TMPFS.unpack(handle)[0])
-    if kind in (1, 2) and len(handle) >= 8:
-        return int(_INO32.unpack_from(handle)[0])
-    if kind in (0x81, 0x82, 0x4D, 0x4E, 0x4F) and len(handle) >= 12:
-        return int(_INO64.unpack_from(handle)[0])
-    return None
-
-
-def ino_of_origin(value: bytes, fs: str) -> int | None:
-    """The inode number in an ``origin`` of the named file system; ``None`` where it has none."""
+def handle_of(value: bytes) -> tuple[int, bytes] | None:
+    """(type, bytes) of the file handle in an ``origin``; ``None`` where there is none that this host can read."""
     if len(value) < _HEAD.size:
         return None
     _, magic, length, flags, kind, _ = _HEAD.unpack_from(value)
     if magic != _MAGIC or length != len(value) or flags & _FOREIGN:
         return None
-    return _ino_of_handle(fs, kind, value[_HEAD.size :])
+    return kind, value[_HEAD.size :]
 
 
 class _System(NamedTuple):

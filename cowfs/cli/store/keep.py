@@ -157,7 +157,12 @@ def _check(args: argparse.Namespace) -> int:
             print(f"in quarantine: {shown(name)}: {shown(why)}")
         files = f", {report.files:,} files" if args.content else ""
         print(f"{report.snapshots:,} snapshots, {report.records:,} records{files}: ", end="")
-        print("no damage" if not report.damage and not quarantined else "DAMAGED")
+        fine = (
+            "no damage, but links to look into"
+            if any(each.kind == "links" for each in report.problems)
+            else "no damage"
+        )
+        print(fine if not report.damage and not quarantined else "DAMAGED")
     return 0 if not report.damage and not quarantined else 7
 
 
