@@ -49,11 +49,16 @@ def huge(path: Path) -> None:
 
 
 def huge_behind_a_header(path: Path) -> None:
+    no_block_is_present(path)
+    os.truncate(path, HUGE)
+
+
+def no_block_is_present(path: Path) -> None:
+    """A map in order, without a record."""
     boot = bytes.fromhex(Path("/proc/sys/kernel/random/boot_id").read_text().strip().replace("-", ""))
     head = struct.pack("<8sHBB16s32x", b"COWFSROW", 1, 12, 0, boot)
     with path.open("wb") as file:
         file.write(head + struct.pack("<I", zlib.crc32(head)))
-        file.truncate(HUGE)
 
 
 THINGS: list[Callable[[Path], None]] = [fifo, device, link, directory, huge]
@@ -129,15 +134,21 @@ def mounted_there(space: Path) -> None:
 @pytest.mark.parametrize("kind", [elsewhere, anothers, anybodys, mounted_there])
 def test_the_directory_of_maps_beside_a_layer(space: Path, kind: Callable[[Path], None]) -> None:
     """It is the layer's own, or nobody reads it or writes in it."""
-    row_layers(space).parent.rmdir()
+    name = row_layers(space)
+    name.parent.rmdir()
     kind(space)
+    no_block_is_present(name)
+    held = name.read_bytes()
     try:
         with cowfs.mount([space / "0/fs"], space / "mnt", upper=space / "1/fs", row=4096) as handle:
             with pytest.raises(OSError, match=r"Input/output|not permitted") as told:
                 (space / "mnt/f").read_bytes()
             assert told.value.errno in (errno.EIO, errno.EPERM)
+            with pytest.raises(OSError, match=r"Input/output|not permitted"), (space / "mnt/f").open("r+b") as file:
+                file.write(b"x")
             assert handle.pid is not None
-        assert os.listdir(space / "1/map") == []
+        assert os.listdir(name.parent) == [name.name]
+        assert name.read_bytes() == held
     finally:
         if kind is mounted_there:
             subprocess.run(["umount", space / "1/map"], check=True)
