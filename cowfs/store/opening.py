@@ -47,10 +47,13 @@ def make_root(path: str, create: bool) -> None:
     if os.path.lexists(index):
         if not stat.S_ISREG(os.lstat(index).st_mode):
             raise Corrupt(f"the index {index} is not a regular file", remedy="restore it from a backup")
-        if held and not os.path.getsize(index):
-            raise Corrupt(f"the index {index} is empty, but there are layers", remedy="restore it from a backup")
         _refuse_others(path)
-        return
+        if os.path.getsize(index):
+            return
+        if held:
+            raise Corrupt(f"the index {index} is empty, but there are layers", remedy="restore it from a backup")
+        if create:
+            return
     if os.path.lexists(path) and not os.path.isdir(path):
         raise InvalidArgument(f"{path} is not a directory", remedy="a store is a directory")
     if "layers" in names:

@@ -191,6 +191,18 @@ def begin_writing(fd: int, offset: int, length: int) -> None:
     _sync_file_range(fd, offset, length, _SYNC_FILE_RANGE_WRITE)
 
 
+def why_no_room(directory: str, size: int = 1 << 16) -> int:
+    """The errno that a new file of ``size`` bytes meets in a directory: ENOSPC, EDQUOT, EROFS, EACCES; 0 where it can be made."""
+    import tempfile
+
+    try:
+        with tempfile.TemporaryFile(dir=directory, buffering=0) as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        return error.errno or errno.EIO
+    return 0
+
+
 def syncfs(fd: int) -> None:
     """syncfs(2): everything dirty on the file system of ``fd``."""
     check(libc.syncfs(fd))
