@@ -309,8 +309,13 @@ def _init(target: str, command: list[str], environment: dict[str, str], where: s
         except OSError as error:
             print(f"cowfs run: {command[0]}: {error.strerror}", file=sys.stderr)
             os._exit(126)
+
+    def pass_on(number: int, frame: object) -> None:
+        with suppress(ProcessLookupError):  # it has just ended, of the same signal perhaps
+            os.kill(pid, number)
+
     for number in _FORWARDED:
-        signal.signal(number, lambda got, _frame: os.kill(pid, got))
+        signal.signal(number, pass_on)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)  # those that came until now are passed on, too
     while True:
         try:
