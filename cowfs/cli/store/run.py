@@ -43,16 +43,16 @@ def _configure_run(parser: argparse.ArgumentParser) -> None:
     add_store(parser, json=False)
     parser.set_defaults(command=[])
     parser.usage = "cowfs run PARENT [options] -- CMD [ARG ...]"
-    parse = parser.parse_args
+    known = parser.parse_known_args
 
-    def parse_args(arguments: list[str]) -> argparse.Namespace:
+    def parse_known_args(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         """What follows ``--`` is the command's, whatever it looks like."""
         at = arguments.index("--") if "--" in arguments else len(arguments)
-        args = parse(arguments[:at])
+        args, rest = known(arguments[:at])
         args.command = arguments[at + 1 :]
-        return args
+        return args, rest
 
-    parser.parse_args = parse_args  # type: ignore[method-assign,assignment]
+    parser.parse_known_args = parse_known_args  # type: ignore[method-assign,assignment]
 
 
 class _Stopped(KeyboardInterrupt):
