@@ -225,9 +225,9 @@ def fill_streams() -> None:
 def _run(name: str, arguments: list[str]) -> int:
     parser = parser_of(name)
     options, rest = parser.parse_known_args(arguments)
-    if rest and all(argument.startswith("-") for argument in rest):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:  # options between the arguments of a verb that takes any number of them
+    if rest and name == "run":
+        parser.error(f"the command comes behind --: cowfs run {options.parent} -- {' '.join(rest)}")
+    if rest:  # arguments on both sides of an option, or ones that are not known
         options = parser.parse_intermixed_args(arguments)
     code: int = options.run(options)
     return code

@@ -43,19 +43,12 @@ def _configure_run(parser: argparse.ArgumentParser) -> None:
     add_store(parser, json=False)
     parser.set_defaults(command=[])
     parser.usage = "cowfs run PARENT [options] -- CMD [ARG ...]"
-    parse = parser.parse_known_args
+    known = parser.parse_known_args
 
-    def parse_known_args(arguments: list[str], namespace: object = None) -> tuple[argparse.Namespace, list[str]]:
-        """Arguments behind ``--`` are the command's, whatever they look like."""
+    def parse_known_args(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+        """What follows ``--`` is the command's, whatever it looks like."""
         at = arguments.index("--") if "--" in arguments else len(arguments)
-        args, rest = parse(arguments[:at])
-        if any(not word.startswith("-") for word in rest):
-            import shlex
-
-            command = shlex.join([*rest, *arguments[at + 1 :]])
-            parser.error(
-                f"not understood: {shlex.join(rest)}; the command stands behind --: cowfs run {args.parent} -- {command}"
-            )
+        args, rest = known(arguments[:at])
         args.command = arguments[at + 1 :]
         return args, rest
 
@@ -326,7 +319,7 @@ def _init(target: str, command: list[str], environment: dict[str, str], where: s
             os._exit(126)
 
     def pass_on(number: int, frame: object) -> None:
-        with suppress(ProcessLookupError):  # it has ended just now
+        with suppress(ProcessLookupError):  # it has just ended, of the same signal perhaps
             os.kill(pid, number)
 
     for number in _FORWARDED:
