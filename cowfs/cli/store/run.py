@@ -45,7 +45,7 @@ def _configure_run(parser: argparse.ArgumentParser) -> None:
     parser.usage = "cowfs run PARENT [options] -- CMD [ARG ...]"
     known = parser.parse_known_args
 
-    def parse_known_args(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    def parse_known_args(arguments: list[str], namespace: object = None) -> tuple[argparse.Namespace, list[str]]:
         """What follows ``--`` is the command's, whatever it looks like."""
         at = arguments.index("--") if "--" in arguments else len(arguments)
         args, rest = known(arguments[:at])
