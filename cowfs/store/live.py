@@ -415,8 +415,9 @@ def _write_note(path: str, switch: _Switch) -> None:
 
 
 def _read_note(path: str) -> _Switch | None:
+    """What a note says; ``None`` where there is none, or its writer was killed before it was whole."""
     try:
         with open(path, encoding="utf-8") as file:
             return _Switch(**json.load(file))
-    except (OSError, ValueError, TypeError):
+    except (FileNotFoundError, ValueError, TypeError):
         return None

@@ -381,11 +381,11 @@ class SquashVerbs(LiveVerbs):
             if lock is None:
                 continue
             try:
-                with open(path, encoding="utf-8") as file:
-                    note = json.load(file)
-                self._recover_squash(path, name.removeprefix(SQUASH).removesuffix(".json"), note)
-            except (FileNotFoundError, ValueError):
-                unlink(path)  # killed while it was written
+                note = _read_note(path)
+                if note is None:
+                    unlink(path)
+                else:
+                    self._recover_squash(path, name.removeprefix(SQUASH).removesuffix(".json"), note)
             finally:
                 os.close(lock)
 
@@ -451,9 +451,13 @@ def _marked(mark: str) -> Usage:
 
 def _write_note(path: str, note: dict[str, Any]) -> int:
     """Write a note and return a descriptor that holds its lock."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    try:
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         locks.lock(fd, wait=True)
+        if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(fd)):
+            break
+        os.close(fd)  # a recovery took the empty note for one of a process that was killed
+    try:
         os.write(fd, json.dumps(note).encode())
         os.fsync(fd)
         fsync_directory(os.path.dirname(path))
@@ -463,8 +467,19 @@ def _write_note(path: str, note: dict[str, Any]) -> int:
     return fd
 
 
+def _read_note(path: str) -> dict[str, Any] | None:
+    """What a note says; ``None`` where there is none any more, or its writer was killed before it was whole."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            note = json.load(file)
+    except (FileNotFoundError, ValueError):
+        return None
+    return note if isinstance(note, dict) else None
+
+
 def _lock_note(path: str) -> int | None:
+    """A locked descriptor of a note; ``None`` while somebody else holds it, or where it is gone."""
     try:
         return locks.open_locked(path, flags=os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
+    except FileNotFoundError:
         return None

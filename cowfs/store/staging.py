@@ -133,7 +133,11 @@ def spared(root: str) -> set[str]:
             try:
                 with open(f"{root}/{name}", encoding="utf-8") as file:
                     found.update(json.load(file)["old"])
-            except (OSError, ValueError, KeyError):
+            except (
+                FileNotFoundError,
+                ValueError,
+                KeyError,
+            ):  # done with meanwhile, or its writer was killed before it was whole
                 continue
     return found
 
