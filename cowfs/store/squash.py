@@ -37,6 +37,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -50,10 +51,11 @@ from cowfs.store.live import LiveVerbs, unlink
 from cowfs.store.names import new_id
 from cowfs.store.reserve import names_full
 from cowfs.store.snapshots import _sound
-from cowfs.store.staging import SQUASH, discard, staged
+from cowfs.store.staging import SQUASH, discard, read_note, staged
 from cowfs.sys import locks, trees
 from cowfs.sys.atomic import fsync_directory
 from cowfs.sys.faults import point
+from cowfs.sys.regular import read_small
 
 if TYPE_CHECKING:
     from cowfs.index import scan
@@ -381,7 +383,7 @@ class SquashVerbs(LiveVerbs):
             if lock is None:
                 continue
             try:
-                note = _read_note(path)
+                note = read_note(path)
                 if note is None:
                     unlink(path)
                 else:
@@ -438,15 +440,13 @@ def _taken_back(mark: str) -> bool:
     try:
         leave_mark(mark, {"taken back": True})
     except FileExistsError:
-        with open(mark, encoding="ascii") as file:
-            return "moved" not in json.load(file)
+        return "moved" not in json.loads(read_small(mark))
     return True
 
 
 def _marked(mark: str) -> Usage:
     """What a server said that it took over."""
-    with open(mark, encoding="ascii") as file:
-        return Usage(**json.load(file)["moved"])
+    return Usage(**json.loads(read_small(mark))["moved"])
 
 
 def _write_note(path: str, note: dict[str, Any]) -> int:
@@ -467,19 +467,11 @@ def _write_note(path: str, note: dict[str, Any]) -> int:
     return fd
 
 
-def _read_note(path: str) -> dict[str, Any] | None:
-    """What a note says; ``None`` where there is none any more, or its writer was killed before it was whole."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            note = json.load(file)
-    except (FileNotFoundError, ValueError):
-        return None
-    return note if isinstance(note, dict) else None
-
-
 def _lock_note(path: str) -> int | None:
     """A locked descriptor of a note; ``None`` while somebody else holds it, or where it is gone."""
     try:
-        return locks.open_locked(path, flags=os.O_RDONLY | os.O_CLOEXEC)
+        if not stat.S_ISREG(os.lstat(path).st_mode):
+            return None  # no note of ours
+        return locks.open_locked(path, flags=os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
         return None

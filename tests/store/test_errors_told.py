@@ -92,7 +92,7 @@ def test_a_note_that_cannot_be_read_is_not_taken_for_none(tmp_path: Path, monkey
     """A switch or a squash that was half done is neither taken back nor are its layers garbage because of an I/O error."""
     note = tmp_path / f"{SQUASH}1.json"
     note.write_text('{"old": ["7"]}')
-    monkeypatch.setattr("builtins.open", refusing(open, SQUASH, errno.EIO))
+    monkeypatch.setattr(os, "open", refusing(os.open, SQUASH, errno.EIO))
     for read in (lambda: _read_note(str(note)), lambda: spared(str(tmp_path))):
         with pytest.raises(OSError) as caught:
             read()
@@ -114,7 +114,7 @@ def test_gc_keeps_layers_while_a_note_cannot_be_read(space: Path, monkeypatch: p
         (kept / "data").write_text("a mount reads this")
         note = space / "store" / f"{SQUASH}9.json"
         note.write_text('{"old": ["77"], "child": 0}')
-        monkeypatch.setattr("builtins.open", refusing(open, SQUASH, errno.EIO))
+        monkeypatch.setattr(os, "open", refusing(os.open, SQUASH, errno.EIO))
         with pytest.raises((OSError, CowfsError)):
             store.gc()
         assert (kept / "data").exists() and note.exists()
