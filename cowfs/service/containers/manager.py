@@ -311,14 +311,18 @@ class Containers:
             try:
                 write_bundle(container)
                 self._supervise(container)
+                container.settled.clear()
                 answer = ask(container, {"verb": "start"})
             except BaseException:
+                container.settled.set()
                 self.trees.unmount(container)
                 raise
             if "ok" not in answer:
                 self._refused(container, answer["error"])
-            container.settled.clear()
-            container.run = answer["ok"]
+            with container.changed:
+                # One that was short has ended already, and the thread that watches knows more than this answer.
+                if container.run.get("started") != answer["ok"]["started"]:
+                    container.run = answer["ok"]
             container.paused, container.error = False, ""
             container.save()
         self.tell(container, "start")
@@ -413,8 +417,8 @@ class Containers:
         if "exec" in message:
             self.execs.ended(message["exec"], message["code"])
             return
-        container.run = message["exit"]
         with container.changed:
+            container.run = message["exit"]
             container.ends += 1
             container.changed.notify_all()
 
