@@ -116,11 +116,13 @@ for d in range(4):
         open(f"lower/d{d}/s/f{n}", "w").write(f"{d}.{n}"), open(f"lower/d{d}/s/t/f{n}", "w").write(f"{d}.{n}")
     os.link(f"lower/d{d}/s/f0", f"lower/d{d}/link")
 names, log, errors, done = {d: f"d{d}" for d in range(4)}, {}, [], threading.Event()
+begin = threading.Barrier(5)
 
 
 def work(me):
     fds = [os.open(f"mnt/d{d}/s", os.O_RDONLY | os.O_DIRECTORY) for d in range(4)]
     mine, number = random.Random(me), 0
+    begin.wait()
     try:
         while not done.is_set() or number < 20:
             d = mine.randrange(4)
@@ -153,6 +155,7 @@ with cowfs.mount(["lower"], "mnt", upper="upper", row=row):
     threads = [threading.Thread(target=work, args=(me,)) for me in range(1, 5)]
     for thread in threads:
         thread.start()
+    begin.wait()
     for number in range(60):
         d = rng.randrange(4)
         other = rng.choice([x for x in range(4) if x != d])
