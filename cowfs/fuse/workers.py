@@ -42,7 +42,7 @@ HELD_OPCODES = SHARED_OPCODES | {
 class Workers:
     """A few threads that run jobs; started when first needed, ended by :meth:`close`."""
 
-    def __init__(self, limit: int, on_error: Callable[[], None]) -> None:
+    def __init__(self, limit: int, on_error: Callable[[], object]) -> None:
         self._limit = max(1, limit)
         self._on_error = on_error
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()

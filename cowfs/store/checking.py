@@ -24,6 +24,7 @@ from cowfs.model import Usage
 from cowfs.store import kernel_image
 from cowfs.store.layers import KeptDigests, SameData, file_digest
 from cowfs.store.mounts import MountVerbs
+from cowfs.store.reserve import names_full
 from cowfs.store.staging import NEW, RM, orphans, sweep
 
 __all__ = ["Collected", "Problem", "Report", "Totals", "UpkeepVerbs"]
@@ -103,16 +104,21 @@ class Totals:
 class UpkeepVerbs(MountVerbs):
     """gc, check and what the store is made of."""
 
+    @names_full
     def gc(self) -> Collected:
         """Delete the directories and records that nothing records.
 
         Snapshots are never deleted, whatever their names or tags.
         """
-        directories = sweep(self.driver, self.index, everything=True)
-        directories += kernel_image.sweep(self.driver, self.index)
-        records = self.index.sweep()
-        with self.index.write() as change:
-            change.record_event("store", "gc", "", {"directories": str(len(directories)), "records": str(records)})
+        directories = self._freeing(lambda: sweep(self.driver, self.index, everything=True))
+        directories += self._freeing(lambda: kernel_image.sweep(self.driver, self.index))
+        records = self._freeing(self.index.sweep)
+
+        def tell() -> None:
+            with self.index.write() as change:
+                change.record_event("store", "gc", "", {"directories": str(len(directories)), "records": str(records)})
+
+        self._freeing(tell)
         return Collected(directories=tuple(directories), records=records)
 
     def totals(self) -> Totals:
@@ -128,6 +134,7 @@ class UpkeepVerbs(MountVerbs):
             host_free=host.f_bavail * host.f_frsize,
         )
 
+    @names_full
     def check(self, *, content: bool = False, repair: bool = False, progress: Progress | None = None) -> Report:
         """Verify the store.
 
@@ -141,6 +148,11 @@ class UpkeepVerbs(MountVerbs):
         Returns:
             The report; an intact store has no ``problems``.
         """
+        if repair:
+            return self._freeing(lambda: self._check(content, repair, progress))
+        return self._check(content, repair, progress)
+
+    def _check(self, content: bool, repair: bool, progress: Progress | None) -> Report:
         report = Report()
         self._check_database(report)
         self._check_garbage(report, repair)
@@ -345,6 +357,12 @@ class UpkeepVerbs(MountVerbs):
         """Snapshots in quarantine, and why."""
         return [(row.name, row.damage or "") for row in self.index.damaged()]
 
+    def _why_this_driver(self) -> str:
+        try:
+            return "; ".join(self.driver.probe(self.root).reasons)
+        except OSError as error:
+            return f"cannot be tried now: {error.strerror}"
+
     def describe(self) -> dict[str, str]:
         """What ``cowfs info`` shows: driver, layer form, host file system, how mounts are made, and why."""
         from cowfs.model import Limit
@@ -358,7 +376,7 @@ class UpkeepVerbs(MountVerbs):
         told = {
             "root": self.root,
             "driver": self.driver.name,
-            "why": "; ".join(self.driver.probe(self.root).reasons),
+            "why": self._why_this_driver(),
             "form": self.driver.form.name,
             "host": host,
             "uuid": self.index.meta("uuid") or "",

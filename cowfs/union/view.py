@@ -38,6 +38,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from cowfs.errors import InvalidArgument
 from cowfs.format.whiteout import choose_form, opaque_value
 from cowfs.model import Limit, Usage
 from cowfs.row import redirects
@@ -84,6 +85,7 @@ class View:
         options: see :class:`~cowfs.union.options.Options`.
 
     Raises:
+        InvalidArgument: ``lowers`` is one path, not a sequence.
         OSError: a directory is missing or unreadable; ENOTDIR; EXDEV when ``work`` is on another
             file system than ``upper``.
 
@@ -107,6 +109,8 @@ class View:
         *,
         options: Options | None = None,
     ) -> None:
+        if isinstance(lowers, str | bytes | os.PathLike):
+            raise InvalidArgument(f"layers are a sequence of directories, not one path: {lowers!r}", remedy="[path]")
         self.options = options = options or Options()
         self.form = choose_form(options.form, dotwh=options.dotwh)
         self.descriptors = Descriptors(options.max_fds)

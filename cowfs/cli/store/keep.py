@@ -34,7 +34,7 @@ def _init(args: argparse.Namespace) -> int:
 
 
 def _info(args: argparse.Namespace) -> int:
-    with open_store(args) as store:
+    with open_store(args, create=False) as store:
         told: dict[str, Any] = store.describe()
         totals = store.totals()
     told["snapshots"] = totals.count
@@ -64,7 +64,7 @@ def _configure_df(parser: argparse.ArgumentParser) -> None:
 
 
 def _df(args: argparse.Namespace) -> int:
-    with open_store(args) as store:
+    with open_store(args, create=False) as store:
         totals = store.totals()
         each = _each(store) if args.verbose else []
     if args.json:

@@ -143,6 +143,7 @@ def _switch(server: Server, arguments: dict[str, Any], switch: Callable[[], None
     can_switch(server)
     _write_back(server)
     locks = stack.lock_more(arguments["upper"], arguments["work"])
+    stack.announce_at(arguments["upper"])
     mark = arguments["mark"]
 
     def act() -> None:
