@@ -491,3 +491,33 @@ def test_a_killed_supervisor_ends_its_container_and_no_other(engine: Daemon) -> 
     assert state(engine, "kept") == "running 0"
     engine.docker("start", "lost")
     assert state(engine, "lost") == "running 0"
+
+
+def test_a_container_that_somebody_waits_for_can_be_removed(engine: Daemon) -> None:
+    """An attached client of a container that was never started does not hold its removal up."""
+    engine.docker("create", "-i", "--name", "wait", "bb", "cat")
+    with engine.raw() as sock:
+        sock.sendall(
+            b"POST /containers/wait/attach?stream=1&stdin=1&stdout=1 HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n"
+        )
+        assert sock.recv(4096).startswith(b"HTTP/1.1 200")
+        began = time.monotonic()
+        engine.docker("rm", "wait")
+        assert time.monotonic() - began < 30
+        assert sock.recv(4096) == b""
+    assert os.listdir(engine.run_dir / "containers") == []
+
+
+def test_a_hundred_short_ones_eight_at_once(engine: Daemon) -> None:
+    """Each has its own output and status, however short it was; nothing is left."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    def run(number: int) -> tuple[int, str]:
+        done = engine.docker("run", "--rm", "bb", "sh", "-c", f"echo {number}; exit {number % 3}", check=False)
+        return done.returncode, done.stdout
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(run, range(100))) == [(number % 3, f"{number}\n") for number in range(100)]
+    assert engine.out("ps", "-aq") == ""
+    wait_for(lambda: not os.listdir(engine.run_dir / "containers"), "all supervisors to end")
+    assert os.listdir(engine.root / "service" / "containers") == []
