@@ -14,7 +14,6 @@ on a plain directory, and the verbs of a store. After each verb
 from __future__ import annotations
 
 import contextlib
-import errno
 import io
 import os
 import shutil
@@ -159,12 +158,7 @@ class Machine:
         self.theirs.close()
         sync(self.mnt)
         os.kill(self.pid, signal.SIGKILL)
-        while True:
-            try:
-                os.statvfs(self.mnt)  # not answered from a cache
-            except OSError as error:
-                if error.errno == errno.ENOTCONN:
-                    break
+        while not ended(self.pid):  # until then, its control socket answers to a connect
             time.sleep(0.001)
         self.mount()
 
@@ -491,6 +485,14 @@ def untarred(archive: io.BytesIO) -> Tree:
             mode = kinds[member.type] | (0o777 if member.issym() else member.mode)
             found[path] = path, _object(mode, member.uid, member.gid, member.size, content, rdev, tuple(xattrs), 0)
     return grouped(found)
+
+
+def ended(pid: int) -> bool:
+    """Whether a process has let go of all it held; perhaps its parent has not heard of its end yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
 
 
 def sync(path: str) -> None:
