@@ -488,9 +488,10 @@ def untarred(archive: io.BytesIO) -> Tree:
 
 
 def ended(pid: int) -> bool:
-    """Whether a process has let go of all it held; perhaps its parent has not heard of its end yet."""
+    """Whether a process has let go of all it held, each thread of it; perhaps its parent has not heard of its end yet."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return state in "ZX" and len(os.listdir(f"/proc/{pid}/task")) <= 1
     except (FileNotFoundError, ProcessLookupError):
         return True
 
