@@ -19,6 +19,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Final
 
 from cowfs.row.extents import ZEROS
+from cowfs.sys.threads import started
 
 if TYPE_CHECKING:
     from cowfs.row.chain import Chain
@@ -69,14 +70,18 @@ class Pilot:
     def give(self, hints: Hints) -> None:
         """Any thread."""
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="cowfs-row-ahead", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._run, name="cowfs-row-ahead", daemon=True)
+            if not started(thread):
+                for fd, _ in hints:
+                    os.close(fd)
+                return
+            self._thread = thread
         self._queue.put(hints)
 
     def _run(self) -> None:
         while (hints := self._queue.get()) is not None:
             for fd, ranges in hints:
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError, MemoryError):
                     for start, end in ranges:
                         os.posix_fadvise(fd, start, end - start, os.POSIX_FADV_WILLNEED)
                 os.close(fd)

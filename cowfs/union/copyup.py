@@ -25,8 +25,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from cowfs.format.whiteout import Form, allow_nested, make as make_whiteout, make_nested
-from cowfs.sys import files, xattr
-from cowfs.union import from_index, hardlinks
+from cowfs.sys import files, trees, xattr
+from cowfs.union import from_index, hardlinks, holding
 from cowfs.union.attr import with_nlink
 from cowfs.union.inodes import make_origin
 from cowfs.union.layers import Layer, Source
@@ -136,36 +136,14 @@ class WorkDir:
 
     def discard(self, name: bytes) -> None:
         """Remove a temporary name, whatever it is."""
-        with contextlib.suppress(FileNotFoundError):
-            try:
-                os.unlink(name, dir_fd=self.fd)
-            except (IsADirectoryError, PermissionError):
-                fd = os.open(name, _DIR_FLAGS, dir_fd=self.fd)
-                try:
-                    clear(fd)
-                finally:
-                    os.close(fd)
-                os.rmdir(name, dir_fd=self.fd)
+        trees.remove_entry(self.fd, name)
 
 
 def clear(fd: int, keep: tuple[bytes, ...] = ()) -> None:
     """Remove everything in an open directory but the names in ``keep``, never following a link."""
-    for entry in os.listdir(fd):
-        name = os.fsencode(entry)
-        if name in keep:
-            continue
-        st = os.stat(name, dir_fd=fd, follow_symlinks=False)
-        if not stat.S_ISDIR(st.st_mode):
-            os.unlink(name, dir_fd=fd)
-            continue
-        if st.st_mode & 0o700 != 0o700:
-            os.chmod(name, 0o700, dir_fd=fd)
-        inner = os.open(name, _DIR_FLAGS, dir_fd=fd)
-        try:
-            clear(inner)
-        finally:
-            os.close(inner)
-        os.rmdir(name, dir_fd=fd)
+    for entry in os.listdir(b"/proc/self/fd/%d" % fd):
+        if entry not in keep:
+            trees.remove_entry(fd, entry)
 
 
 class Meta(NamedTuple):
@@ -455,7 +433,11 @@ def publish(view: View, stage: Stage) -> None:
     except BaseException:
         _abandon(view, stage)
         raise
-    _use(node, stage.dst_fd)
+    if stage.temp and node.parent is None:
+        holding.hold_copy(view, node, stage.work, stage.temp, stage.dst_fd, writable=True)
+    else:
+        view.open_files.use(node, stage.dst_fd, writable=True)
+    node.data = node.attr = None
     if view.space is not None:
         node.space = None
         view.space.add(total_of(view.space.count(node)) + stage.fixed - stage.reserved)
@@ -471,15 +453,6 @@ def _abandon(view: View, stage: Stage) -> None:
         stage.work.discard(stage.temp)
     if view.space is not None:
         view.space.add(-stage.reserved, -1 if stage.temp else 0)
-
-
-def _use(node: Node, fd: int) -> None:
-    """From now on the node's data is behind ``fd``."""
-    if node.fd >= 0:
-        os.close(node.fd)
-    node.fd, node.wfd = fd, True
-    node.data = None
-    node.attr = None
 
 
 def _fill_metacopy(view: View, node: Node, stage: Stage) -> None:
@@ -504,8 +477,6 @@ def _adopt_orphan(view: View, node: Node, stage: Stage) -> None:
     """The file lost its last name meanwhile: its copy lives on without one."""
     meta = read_meta(view, node)
     write_meta(stage.work.fd, stage.temp, meta, view)
-    os.unlink(stage.temp, dir_fd=stage.work.fd)
-    node.where = None
 
 
 def place(view: View, node: Node, temp: bytes, work: WorkDir, *, metacopy: bool, meta: Meta | None = None) -> None:
@@ -583,9 +554,7 @@ def up_meta(view: View, node: Node) -> None:
     try:
         make_like(work.fd, temp, meta, node)
         is_meta = node.type == DT_REG and meta.size > 0
-        if node.fd >= 0:
-            os.close(node.fd)
-            node.fd, node.wfd = -1, False
+        view.open_files.close(node)
         place(view, node, temp, work, metacopy=is_meta, meta=meta)
     except BaseException:
         work.discard(temp)
@@ -610,10 +579,8 @@ def _copy_nameless(view: View, node: Node) -> None:
     except BaseException:
         work.discard(temp)
         raise
-    os.unlink(temp, dir_fd=work.fd)
-    if node.fd >= 0:
-        os.close(node.fd)
-    node.fd, node.where, node.attr = fd, None, None
+    holding.hold_copy(view, node, work, temp, fd, writable=False)
+    node.attr = None
     if view.space is not None:
         view.space.add(0, 1)
         view.space.xattr_changed(node, cost)

@@ -4,8 +4,7 @@ A new object over a whiteout is made in the work directory and renamed over it, 
 brings the deleted one back; a directory made there is opaque. Removing something that a lower
 layer has leaves a whiteout, put in place by one rename.
 
-An unlinked file stays usable while somebody holds its node: a descriptor is taken before the last
-name goes (or, when descriptors are short, the file moves to the work directory).
+An unlinked file stays usable while somebody holds its node (:mod:`cowfs.union.holding`).
 """
 
 from __future__ import annotations
@@ -18,10 +17,9 @@ from typing import TYPE_CHECKING
 
 from cowfs.format import whiteout
 from cowfs.sys import files, xattr
-from cowfs.union import copyup, hardlinks, lookup
+from cowfs.union import copyup, hardlinks, holding, lookup
 from cowfs.union.attr import mode_of, unpack, with_nlink
 from cowfs.union.layers import Source, lstat
-from cowfs.union.lifetime import unhold
 from cowfs.union.node import DT_DIR, DT_LNK, DT_REG, Dir, Node
 
 if TYPE_CHECKING:
@@ -184,9 +182,10 @@ def mknod(view: View, parent: Dir, name: bytes, mode: int, rdev: int, uid: int, 
     node = _adopt(view, parent, up, name, st)
     if fd >= 0:
         node.fd, node.wfd, node.bare = fd, True, 1
-        view.open_files.append(node)
-        if len(view.open_files) > view.max_files:
-            view.trim_files()
+        opened = view.open_files
+        opened.opened[node] = None
+        if len(opened.opened) > opened.most:
+            opened.trim()
     node.space = 0
     return node
 
@@ -313,7 +312,13 @@ def tmpfile(view: View, parent: Dir, mode: int, uid: int, gid: int, umask: int =
         ino = view.fresh_id()
     node = Node(ino, DT_REG, b"", None)
     node.generation = view.generation(ino)
-    node.fd, node.wfd, node.space = fd, True, 0
+    node.space = 0
+    if view.open_files.full:
+        work = view.workdir
+        assert work is not None
+        node.where, node.name = work.source, work.temp()
+        os.link(b"/proc/self/fd/%d" % fd, node.name, dst_dir_fd=work.fd, follow_symlinks=True)
+    view.open_files.use(node, fd, writable=True)
     view.nodes[ino] = node
     return node
 
@@ -343,8 +348,10 @@ def link(view: View, node: Node, parent: Dir, name: bytes) -> Node:
         copyup.mark_impure(view, up)
     if node.parent is None:  # a tmpfile gets its first name, or a file whose known names went one more
         view.astray.discard(node)
-        unhold(view, node)
+        holding.unhold(view, node)
         node.where, node.name = up, name
+        if node.fd >= 0:
+            view.open_files.add(node)
     view.bind(parent, name, node)
     node.attr = None
     return node
@@ -352,37 +359,6 @@ def link(view: View, node: Node, parent: Dir, name: bytes) -> Node:
 
 def _place_of(node: Node) -> tuple[int, bytes]:
     return (node.fd, b"") if node.where is None else (node.where.open(), node.name)
-
-
-def hold(view: View, node: Node) -> bytes | None:
-    """Before the last name goes: make sure the inode can still be reached.
-
-    Returns:
-        A name in the work directory when no descriptor can stand for the inode, else ``None``.
-    """
-    if node.fd >= 0 and (node.wfd or node.type != DT_REG):
-        return None
-    assert node.where is not None
-    try:
-        if node.data is not None and not getattr(node.data, "writable", False):  # ``fd`` is for data elsewhere
-            raise error(errno.EMFILE)
-        if node.type == DT_REG:
-            fd = view.open_own(node)
-            node.wfd = True
-        else:
-            fd = os.open(node.name, files.O_PATH_ANY, dir_fd=node.where.open())
-    except OSError as failure:
-        if failure.errno not in (errno.EMFILE, errno.ENFILE):
-            raise
-        work = view.workdir
-        assert work is not None
-        temp = work.temp()
-        os.link(node.name, temp, src_dir_fd=node.where.open(), dst_dir_fd=work.fd, follow_symlinks=False)
-        return temp
-    if node.fd >= 0:
-        os.close(node.fd)
-    node.fd = fd
-    return None
 
 
 def unlink(view: View, parent: Dir, name: bytes) -> None:
@@ -409,7 +385,7 @@ def unlink(view: View, parent: Dir, name: bytes) -> None:
     if view.space is not None and last:
         view.space.leaving(node)  # given back when the node goes
     if node.nlookup > 0 and not known:
-        held = hold(view, node)
+        held = holding.hold(view, node)
     remove_name(view, up, name)
     parent.attr = None
     view.unbind(parent, name, node)
@@ -420,19 +396,14 @@ def unlink(view: View, parent: Dir, name: bytes) -> None:
 
 def unnamed(view: View, node: Node, held: bytes | None, last: bool) -> None:
     """The last known name of an upper inode went; ``held`` is what :func:`hold` said, ``last`` that it has no other."""
-    if held is not None:
-        work = view.workdir
-        assert work is not None
-        node.where, node.name = work.source, held
-    elif node.nlookup > 0:
-        node.where = None
+    if node.nlookup > 0:
+        holding.held(view, node, held)
     if last:
         _gone(view, node)
     elif node.nlookup > 0:
         view.astray.add(node)
-    elif view.nodes.pop(node.id, None) is not None and node.fd >= 0:
-        os.close(node.fd)  # other names exist that nobody has looked at
-        node.fd, node.wfd = -1, False
+    elif view.nodes.pop(node.id, None) is not None:
+        view.open_files.close(node)  # other names exist that nobody has looked at
 
 
 def _up_for_count(view: View, node: Node) -> bool:
@@ -531,13 +502,15 @@ def rmdir(view: View, parent: Dir, name: bytes) -> None:
 
 
 def remove_dir(view: View, node: Dir, own: Source) -> None:
-    """Remove a directory of the upper layer that holds at most whiteouts."""
+    """Remove a directory of the upper layer that holds at most whiteouts. Its attributes can be asked for while it is held."""
     work, up = view.workdir, own.parent
     assert work is not None and up is not None
     name = own.name
-    own.open()  # attributes of a removed directory can still be asked for
+    stays = holding.must_move(view, node)
+    if not stays and node.nlookup > 0:
+        holding.keep(view, own)
     covered = bool(up.shadow) and name in up.shadow  # type: ignore[operator]
-    if not covered and not own.whiteouts:
+    if not covered and not own.whiteouts and not stays:
         os.rmdir(name, dir_fd=up.open())
         return
     temp = work.temp()
@@ -550,13 +523,16 @@ def remove_dir(view: View, node: Dir, own: Source) -> None:
         up.whiteouts.add(name)
     else:
         os.rename(name, temp, src_dir_fd=up.open(), dst_dir_fd=work.fd)
-    work.discard(temp)
+    if stays:
+        holding.moved(view, own, temp)
+        copyup.clear(own.open())
+    else:
+        work.discard(temp)
 
 
 __all__ = [
     "DT_DIR",
     "DT_LNK",
-    "hold",
     "link",
     "lstat",
     "mkdir",

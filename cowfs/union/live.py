@@ -193,9 +193,7 @@ def _strike(view: View, node: Node) -> None:
     view.names.pop(node, None)
     if node.data is not None and hasattr(node.data, "close"):
         node.data.close()
-    if node.fd >= 0:
-        os.close(node.fd)
-        node.fd, node.wfd = -1, False
+    view.open_files.close(node)
 
 
 def _drop_under_struck(view: View, stale: list[int]) -> None:

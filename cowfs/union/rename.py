@@ -16,11 +16,12 @@ import contextlib
 import errno
 import os
 from bisect import insort
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from cowfs.format.whiteout import WH_PREFIX
 from cowfs.sys import files, xattr
-from cowfs.union import copyup, create, hardlinks
+from cowfs.union import copyup, create, hardlinks, holding
 from cowfs.union.attr import unpack
 from cowfs.union.create import error
 from cowfs.union.layers import Source
@@ -216,7 +217,7 @@ def _prepare_victim(view: View, other: Node) -> tuple[bytes | None, bool, bool]:
     if view.space is not None and last:
         view.space.leaving(other)
     if other.nlookup > 0 and not known:
-        held = create.hold(view, other)
+        held = holding.hold(view, other)
     return held, last, known
 
 
@@ -332,51 +333,70 @@ def _copy_subtree(view: View, node: Dir) -> None:
     if view.space is not None:
         need, inodes = _subtree_cost(view, node)
         view.space.need(need, inodes)
-    _up_all(view, node)
-    _make_opaque(view, node)
+    with _held_dirs(view, node) as directories:
+        for directory in directories:
+            _up_all(view, directory)
+        for directory in reversed(directories):  # inside first
+            _make_opaque(view, directory)
 
 
-def _subtree_cost(view: View, node: Dir) -> tuple[int, int]:
-    blocks, inodes = (0, 0) if view.upper_of(node) is not None else (1, 1)
-    children = node.children if node.children is not None else view.load(node)
+@contextlib.contextmanager
+def _held_dirs(view: View, top: Dir) -> Iterator[list[Dir]]:
+    """A directory and all below it, each before those inside it; they stay while the block lasts, whatever is forgotten."""
+    found = [top]
+    top.nlookup += 1
+    try:
+        for directory in found:  # grows meanwhile
+            for child in _children(view, directory):
+                if isinstance(child, Dir):
+                    child.nlookup += 1
+                    found.append(child)
+            view.descriptors.trim()
+        yield found
+    finally:
+        for directory in reversed(found):
+            directory.nlookup -= 1
+            if directory.nlookup <= 0:
+                view.drop(directory)
+
+
+def _children(view: View, directory: Dir) -> Iterator[Node]:
+    """The nodes of a directory's names."""
+    children = directory.children if directory.children is not None else view.load(directory)
     for name in list(children):
-        child = view.child(node, name)
-        if isinstance(child, Dir):
-            more, count = _subtree_cost(view, child)
-            blocks, inodes = blocks + more, inodes + count
-        elif child is not None and not view.in_upper(child):
-            inodes += 1
-            if child.type == DT_REG:
-                blocks += (view.size(child) + 4095) // 4096
+        child = view.child(directory, name)
+        if child is not None:
+            yield child
+
+
+def _subtree_cost(view: View, top: Dir) -> tuple[int, int]:
+    blocks = inodes = 0
+    with _held_dirs(view, top) as directories:
+        for directory in directories:
+            if view.upper_of(directory) is None:
+                blocks, inodes = blocks + 1, inodes + 1
+            for child in _children(view, directory):
+                if not isinstance(child, Dir) and not view.in_upper(child):
+                    inodes += 1
+                    if child.type == DT_REG:
+                        blocks += (view.size(child) + 4095) // 4096
     return blocks, inodes
 
 
-def _up_all(view: View, node: Dir) -> None:
-    copyup.up_dir(view, node)
-    children = node.children if node.children is not None else view.load(node)
-    node.nlookup += 1  # it must not go with the last of its files that does
-    try:
-        for name in list(children):
-            child = view.child(node, name)
-            if isinstance(child, Dir):
-                _up_all(view, child)
-            elif child is not None:
-                copyup.up_meta(view, child)
-                if child.nlookup <= 0:
-                    with contextlib.suppress(OSError):
-                        view.drop(child)
-    finally:
-        node.nlookup -= 1
-    view.descriptors.trim()
+def _up_all(view: View, directory: Dir) -> None:
+    """Copy a directory up, with every file in it."""
+    copyup.up_dir(view, directory)
+    for child in _children(view, directory):
+        if not isinstance(child, Dir):
+            copyup.up_meta(view, child)
+            if child.nlookup <= 0:
+                with contextlib.suppress(OSError):
+                    view.drop(child)
+    view.trim()
 
 
 def _make_opaque(view: View, node: Dir) -> None:
-    """Cut a directory off from the lower layers, inside first; its whiteouts are needed no more."""
-    children = node.children if node.children is not None else view.load(node)
-    for name in list(children):
-        child = view.child(node, name)
-        if isinstance(child, Dir):
-            _make_opaque(view, child)
+    """Cut a directory off from the lower layers; its whiteouts are needed no more."""
     own = _upper_dir(view, node)
     if len(node.sources) > 1 or node.record is not None:
         copyup.mark_impure(view, own)  # merged, it was so without saying
