@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         FORM as FORM,
         Applied as Applied,
         ApplyOptions as ApplyOptions,
+        Budget as Budget,
         Exported as Exported,
         LowerStat as LowerStat,
         Tree as Tree,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 _EXPORTS = {
     "Applied": "cowfs.archive.options",
     "ApplyOptions": "cowfs.archive.options",
+    "Budget": "cowfs.archive.options",
     "DirTree": "cowfs.archive.trees",
     "Exported": "cowfs.archive.options",
     "FORM": "cowfs.archive.options",

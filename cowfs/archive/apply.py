@@ -9,7 +9,7 @@ from typing import BinaryIO
 from cowfs.archive.compress import Unpacker
 from cowfs.archive.extract import Extractor
 from cowfs.archive.headerlog import LogWriter
-from cowfs.archive.options import Applied, ApplyOptions, Tree
+from cowfs.archive.options import Applied, ApplyOptions, Budget, Tree
 from cowfs.archive.reader import Reader, blame
 from cowfs.errors import Corrupt, CowfsError, InvalidArgument
 from cowfs.format.whiteout import FORMS
@@ -33,6 +33,7 @@ def apply_layer(
     tee: BinaryIO | None = None,
     diff_id: str | None = None,
     blob_digest: str | None = None,
+    budget: Budget | None = None,
 ) -> Applied:
     """Unpack an OCI layer tar (plain, gzip, zstd, bzip2 or xz, told apart by its first bytes).
 
@@ -52,6 +53,7 @@ def apply_layer(
         progress: called with (bytes read of ``stream``, members done) about once a MiB and at the end.
         tee: gets the stream's bytes as they were read, to keep the blob.
         diff_id, blob_digest: what the digests must be (``sha256:...``).
+        budget: bytes that several archives may make together, beside ``options.max_bytes`` for this one.
 
     Raises:
         InvalidArgument: not a tar archive, a damaged, truncated or hostile one. The message names the entry.
@@ -63,12 +65,13 @@ def apply_layer(
     After an error the target holds a part of the layer; the caller made it and removes it.
     """
     options = options or ApplyOptions()
+    budget = budget or Budget(options.max_bytes)
     if form != "plain" and form not in FORMS:
         raise InvalidArgument(f"unknown layer form {form!r}", remedy="use trusted, user or plain")
     root = target if isinstance(target, int) else os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         writer = LogWriter(log) if log is not None else None
-        source = Unpacker(stream, max_bytes=options.max_bytes, tee=tee)
+        source = Unpacker(stream, max_bytes=options.max_bytes, tee=tee, budget=budget)
         try:
             reader = Reader(
                 source,
@@ -78,7 +81,7 @@ def apply_layer(
             )
             done = _extract_all(
                 Extractor(root, FORMS.get(form), reader, options, lower=lower, log=writer, on_file=on_file,
-                    on_inode=on_inode),
+                    on_inode=on_inode, budget=budget),
                 reader, source, progress,
             )  # fmt: skip
             source.finish()

@@ -25,6 +25,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, BinaryIO
 
 from cowfs.archive.decode import CHUNK, SNIFF, decoder_for, zstandard
+from cowfs.archive.options import Budget
 from cowfs.errors import CowfsError, InvalidArgument, LimitExceeded
 
 __all__ = ["COMPRESSIONS", "Packer", "Source", "Unpacker"]
@@ -115,6 +116,7 @@ class Unpacker(Source):
         stream: anything with ``read(n)``; a pipe will do.
         max_bytes: LimitExceeded is raised once the uncompressed stream is longer.
         tee: gets every byte exactly as read from ``stream``.
+        budget: charged with the uncompressed stream.
 
     Attributes (valid after :meth:`finish`):
         size, diff_id: of the uncompressed stream. blob_size, blob_digest: of ``stream`` as it is.
@@ -122,12 +124,15 @@ class Unpacker(Source):
     """
 
     __slots__ = (
-        "_blob", "_diff", "_head", "_queue", "_stopped", "_stream", "_tee", "_thread", "blob_size", "compression",
+        "_blob", "_budget", "_diff", "_head", "_queue", "_stopped", "_stream", "_tee", "_thread", "blob_size", "compression",
         "max_bytes", "read_bytes", "size",
     )  # fmt: skip
 
-    def __init__(self, stream: BinaryIO, *, max_bytes: int, tee: BinaryIO | None = None) -> None:
+    def __init__(
+        self, stream: BinaryIO, *, max_bytes: int, tee: BinaryIO | None = None, budget: Budget | None = None
+    ) -> None:
         super().__init__()
+        self._budget = budget
         self._stream, self._tee, self.max_bytes = stream, tee, max_bytes
         self._diff, self._blob = hashlib.sha256(), hashlib.sha256()
         self.size = self.blob_size = self.read_bytes = 0
@@ -172,6 +177,8 @@ class Unpacker(Source):
                     raise LimitExceeded(
                         f"archive is longer than {self.max_bytes} bytes uncompressed", remedy="raise max_bytes"
                     )
+                if self._budget is not None:
+                    self._budget.spend(len(chunk))
                 self._diff.update(chunk)
                 put(chunk)
                 if self._stopped:

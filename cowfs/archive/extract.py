@@ -28,7 +28,7 @@ from cowfs.archive.dirs import Dir, Dirs
 from cowfs.archive.header import Member
 from cowfs.archive.headerlog import LogWriter
 from cowfs.archive.names import WHITEOUT_PREFIX, Meaning, canonical, meaning, show
-from cowfs.archive.options import ApplyOptions, Tree
+from cowfs.archive.options import ApplyOptions, Budget, Tree
 from cowfs.archive.reader import Reader
 from cowfs.errors import CowfsError, InvalidArgument, LimitExceeded, Unsupported
 from cowfs.format import whiteout
@@ -58,6 +58,7 @@ class Extractor:
         on_file: called with (path, sha256 hex) of each regular file whose data was hashed on the way.
         on_inode: called with (inode number, sha256 hex) of each regular file, "" where it was not hashed: what
             is said last of an inode is true of it, whatever its names.
+        budget: charged with what reaches the disk and is not in the archive.
     """
 
     def __init__(
@@ -71,10 +72,12 @@ class Extractor:
         log: LogWriter | None = None,
         on_file: Callable[[bytes, str], object] | None = None,
         on_inode: Callable[[int, str], object] | None = None,
+        budget: Budget | None = None,
     ) -> None:
         self._form, self._reader, self._options = form, reader, options
         self._lower, self._log = lower, log
-        self._extra = self._saved = 0
+        self._budget = budget or Budget(options.max_bytes)
+        self._saved = 0
         self.rooted = False
         self._content = Content(reader, on_file, on_inode)
         self._attr = Attributes(options)
@@ -283,11 +286,7 @@ class Extractor:
 
     def _charge(self, count: int) -> None:
         """Bytes that reach the disk and are not in the archive count for its bound, too."""
-        self._extra += count
-        if self._extra + self._reader.offset > self._options.max_bytes:
-            raise LimitExceeded(
-                f"archive makes more than {self._options.max_bytes} bytes", remedy="raise max_bytes (--max-size)"
-            )
+        self._budget.spend(count)
 
     def _make_dir(self, parent: Dir, name: bytes, path: bytes) -> Dir:
         """A new directory, whatever was there before (but not a directory)."""

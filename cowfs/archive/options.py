@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-__all__ = ["FORM", "Applied", "ApplyOptions", "Exported", "LowerStat", "Owners", "Tree"]
+from cowfs.errors import LimitExceeded
+
+__all__ = ["FORM", "Applied", "ApplyOptions", "Budget", "Exported", "LowerStat", "Owners", "Tree"]
 
 Owners = Literal["fail", "xattr", "ignore"]
 
@@ -23,7 +26,7 @@ class ApplyOptions:
     """Bounds for an archive from a stranger, and what to do without privilege.
 
     Attributes:
-        max_bytes: of the uncompressed archive, and of what else it makes this host write: directories that it does
+        max_bytes: of the uncompressed archive (of an image's layers together), and of what else it makes this host write: directories that it does
             not list, files of lower layers that it links to. Default 64 GiB.
         max_entries: members, and the directories that they need and the archive does not list. Default 1,000,000.
         max_file: length of one file in bytes, holes included. Default 1 TiB.
@@ -47,6 +50,29 @@ class ApplyOptions:
     owners: Owners = "fail"
     xattrs: bool = True
     whiteouts: bool = True
+
+
+class Budget:
+    """What archives may still make this host write, together.
+
+    Args:
+        max_bytes: as in :class:`ApplyOptions`.
+
+    Threads: any.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = self._left = max_bytes
+        self._lock = threading.Lock()
+
+    def spend(self, count: int) -> None:
+        """Count bytes. Raises LimitExceeded."""
+        with self._lock:
+            self._left -= count
+        if self._left < 0:
+            raise LimitExceeded(
+                f"it unpacks to more than {self._max_bytes} bytes", remedy="raise max_bytes (--max-size)"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -44,10 +44,13 @@ class Form:
     exempt: bytes = field(init=False)
     prealloc: bytes = field(init=False)
     row: bytes = field(init=False)
+    constant: frozenset[bytes] = field(init=False)  # marks whose value is always the same
 
     def __post_init__(self) -> None:
         for own, suffix in _OWN.items():
             object.__setattr__(self, own, self.prefix + suffix)
+        marks = (self.opaque, self.metacopy, self.impure, self.whiteout, self.exempt, self.prealloc)
+        object.__setattr__(self, "constant", frozenset(marks))
 
     def is_own(self, attribute: bytes) -> bool:
         """Whether the merged tree hides this stored name."""

@@ -43,8 +43,8 @@ from cowfs.index.directory import (
 from cowfs.model import Usage
 from cowfs.row.map import Ref as RowRef
 from cowfs.sys import files, xattr
-from cowfs.union import quota
 from cowfs.union.inodes import ino_of_origin
+from cowfs.union.measure import Tally
 
 __all__ = ["KnownDigest", "Scanned", "locate", "scan_delta", "scan_full"]
 
@@ -156,13 +156,13 @@ class _Scan:
         self.pending = Pending(records)
         self.known = known
         self.names: Mapping[int, int] = {}
-        self.units = 0
-        self.inodes = 0
+        self.tally = Tally(self.fs, form)
         self.latest = 0
         self.counted: set[int] = set()  # inodes with several names
 
     def run(self) -> Scanned:
         fd = os.open(".", _DIR, dir_fd=self.root_fd)
+        self.tally.root(fd)
         stack: list[_Frame] = []
         try:
             stack.append(self.enter(None, b"", fd))
@@ -197,7 +197,7 @@ class _Scan:
             for frame in stack:
                 if frame.fd >= 0:
                     os.close(frame.fd)
-        return Scanned(pair, Usage(bytes=self.units * quota.UNIT, inodes=self.inodes), self.pending, self.latest)
+        return Scanned(pair, self.tally.usage(), self.pending, self.latest)
 
     def enter(self, above: _Frame | None, name: bytes, fd: int) -> _Frame:
         raise NotImplementedError
@@ -243,23 +243,16 @@ class _Scan:
         frame.todo = ((name, name in inner) for name in names)
         return names
 
-    def count(self, fd: int, name: bytes, st: os.stat_result, stored: dict[bytes, bytes], *, data: bool) -> None:
-        """Add one object to the usage, by the measure of :mod:`cowfs.union.quota`."""
+    def count(
+        self, fd: int, name: bytes, st: os.stat_result, stored: dict[bytes, bytes], *, entry: bytes, data: bool
+    ) -> None:
+        """Add one object, whose name is ``entry``, to the usage (:mod:`cowfs.union.measure`)."""
+        self.tally.names += self.tally.name_cost(entry)
         if st.st_nlink > 1 and not stat.S_ISDIR(st.st_mode):
             if st.st_ino in self.counted:
                 return
             self.counted.add(st.st_ino)
-        self.inodes += 1
-        if stat.S_ISDIR(st.st_mode):
-            self.units += 1
-        elif data and stat.S_ISREG(st.st_mode):
-            whole = quota.units(st.st_size)
-            prealloc = self.form.prealloc in stored
-            if prealloc or st.st_blocks != whole * 8:
-                whole = quota._measure_file(fd, name, st, prealloc, self.fs)
-            self.units += whole
-        for value in stored.values():
-            self.units += quota.xattr_units(value)
+        self.tally.inode(fd, name, st, {key: len(value) for key, value in stored.items()}, data=data)
 
     def visible(self, stored: dict[bytes, bytes]) -> tuple[tuple[bytes, bytes], ...]:
         """Extended attributes as users see them, in the order of their names."""
@@ -323,19 +316,21 @@ class _Delta(_Scan):
             ino = ino_of_origin(stored[form.origin], self.fs) or ino
         frame = _Frame(fd, name, path, _directory(st, self.num, self.visible(stored), ino), below, base, implied)
         frame.nested = opaque == b"x"
-        if form.exempt not in stored and above is not None:
-            self.count(fd, b"", st, stored, data=False)
+        if above is not None:
+            self.count(fd, b"", st, stored, entry=name, data=False)
         self.listed(frame)
         return frame
 
     def file(self, frame: _Frame, name: bytes, st: os.stat_result) -> None:
         if whiteout.is_whiteout(st):
             frame.edits[name] = None
+            self.tally.hide(name)
             return
         stored = xattr.read_all(frame.fd, name)
         form = self.form
         if frame.nested and form.whiteout in stored and not st.st_size:
             frame.edits[name] = None
+            self.tally.hide(name)
             return
         meta = form.redirects and form.metacopy in stored and stat.S_ISREG(st.st_mode)
         redirect = stored.get(form.redirect)
@@ -343,8 +338,7 @@ class _Delta(_Scan):
             row = RowRef.unpack(stored[form.row], name)
             if not row.has_map and row.base_end == st.st_size:
                 meta, redirect = True, b"/" + row.path
-        if form.exempt not in stored:
-            self.count(frame.fd, name, st, stored, data=not meta)
+        self.count(frame.fd, name, st, stored, entry=name, data=not meta)
         entry = self.make(frame, name, st, stored)
         if meta:
             entry = self._metacopy(frame, name, entry, redirect)
@@ -403,7 +397,7 @@ class _Full(_Scan):
             entry = before
         frame = _Frame(fd, name, path, entry, below, path, path)
         if above is not None:
-            self.count(fd, b"", st, stored, data=False)
+            self.count(fd, b"", st, stored, entry=name, data=False)
         found = self.listed(frame)
         if below != EMPTY:
             frame.many = True
@@ -415,7 +409,7 @@ class _Full(_Scan):
 
     def file(self, frame: _Frame, name: bytes, st: os.stat_result) -> None:
         stored = xattr.read_all(frame.fd, name)
-        self.count(frame.fd, name, st, stored, data=True)
+        self.count(frame.fd, name, st, stored, entry=name, data=True)
         entry = self.make(frame, name, st, stored)
         pair = frame.lower(self.pending, name)
         if pair is not None:

@@ -47,7 +47,7 @@ def view(stack: Stack, options: Options) -> View:
     if (row.base.bytes or row.base.inodes) and not made.readonly:
         # a whole layer: what was copied is neither use nor limit; or live snapshots below hold what counts
         made.space = quota.Space(made)
-        made.space.add(-(row.base.bytes // quota.UNIT), -row.base.inodes)
+        made.space.offset(-(row.base.bytes // quota.UNIT), -row.base.inodes)
         made.set_limit(stack.limit)
     return made
 

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 
 from cowfs.format.whiteout import Form
 from cowfs.row import map as row_map
-from cowfs.row.map import MAP_DIR, ROOT_MARK, Ref
+from cowfs.row.map import ROOT_MARK, Ref
 from cowfs.sys import files, xattr
+from cowfs.union.layers import MAP_DIR
 
 _DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 

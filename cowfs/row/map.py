@@ -37,7 +37,6 @@ VERSION = 1
 MIN_BLOCK, MAX_BLOCK = 4096, 1 << 20
 #: value of the reference's xattr on a layer's root: redirect files may be in here
 ROOT_MARK = b"\x01root"
-MAP_DIR = b"../map"
 
 _REF = struct.Struct("<BBHQQQ")
 _HEAD = struct.Struct("<8sHBB16s32x")

@@ -28,16 +28,17 @@ from cowfs.row.chain import Chain, Level, lay
 from cowfs.row.extents import INFINITY, ZEROS, Extents
 from cowfs.row.file import RowFile
 from cowfs.row.layer import is_marked
-from cowfs.row.map import MAP_DIR, ROOT_MARK, Loaded, Log, Ref
+from cowfs.row.map import ROOT_MARK, Loaded, Log, Ref
 from cowfs.row.readahead import Pilot
 from cowfs.row.writeback import Syncer
 from cowfs.sys import xattr
 from cowfs.union import copyup, holding, merge
 from cowfs.union.attr import unpack
-from cowfs.union.layers import Layer, Source, lstat
+from cowfs.union.layers import MAP_DIR, Layer, Source, lstat
+from cowfs.union.measure import NOTHING, Room
 from cowfs.union.merge import Data
 from cowfs.union.node import DT_REG, Node
-from cowfs.union.quota import Blocks, xattr_units
+from cowfs.union.quota import Blocks
 
 if TYPE_CHECKING:
     from cowfs.union.view import View
@@ -260,10 +261,15 @@ class Rows:
         """The map of a file of the upper layer, made at the first need."""
         upper = self.view.need_upper()
         assert file.ref is not None
+        space = self.view.space
         if not file.ref.has_map:
+            if space is not None:
+                space.need(0, 0, space.entering(file.ref.map_name), Room(0, 1))
             log = Log.create(self.map_dir(upper), file.ref)
             file.mapped()
             self._logs[file] = None
+            if space is not None:
+                space.map_written(log.name, log.end)
             return log
         left = self.syncer.take_back(file.ref.map_name)
         if left is not None:
@@ -279,6 +285,8 @@ class Rows:
 
     def wrote(self, file: RowFile, log: Log) -> None:
         """A record was appended."""
+        if self.view.space is not None:
+            self.view.space.map_written(log.name, log.end)
         if log not in self.syncer.dirty:
             self.syncer.add(log, file.own_fd())
 
@@ -297,6 +305,8 @@ class Rows:
         if ref.has_map:
             with contextlib.suppress(OSError):
                 os.unlink(ref.map_name, dir_fd=self.map_dir(layer))
+                if self.view.space is not None and layer is self.view.upper:
+                    self.view.space.map_gone(ref.map_name)
 
     # -- making -------------------------------------------------------------------------------
 
@@ -336,9 +346,11 @@ class Rows:
         blocks = unpack(view.attr(node)).blocks
         ref = Ref.make(self.block, size, blocks, view.low_child(node.parent, node.name), has_map=data)
         packed = ref.pack()
-        cost = sum(xattr_units(value) for value in meta.xattrs.values()) + xattr_units(packed)
-        if view.space is not None:
-            view.space.need(cost, 1)
+        space = view.space
+        if space is not None:
+            room = space.copy_cost(meta._replace(xattrs={**meta.xattrs, view.form.row: packed}))
+            room = Room(room.large, room.small + (1 if data else 0))
+            space.need(0, 1, space.entering(node.name, 1 + len(view.names_of(node))), room)
         levels, extents = self._as_levels(node)
         log = Log.create(maps, ref) if data else None
         temp = work.temp()
@@ -359,8 +371,10 @@ class Rows:
             if too_long and len(packed) > 2048 and not isinstance(node.data, RowFile):
                 return False  # the host has no room for so long a path: copy
             raise
-        if view.space is not None:
-            view.space.add(cost, 1)
+        if space is not None:
+            space.add(0, 1)
+            if log is not None:
+                space.map_written(log.name, log.end)
         self._take(node, RowFile(self, upper, None, b"", ref), fd, levels, extents, size, log)
         return True
 
@@ -417,16 +431,28 @@ class Rows:
         fd = view.open_own(node)
         ref = Ref.make(self.block, size, old.blocks, old.path, has_map=True)
         levels, extents = self._as_levels(node)
-        log = Log.create(maps, ref)
+        space = view.space
         try:
-            xattr.setx(fd, b"", view.form.row, ref.pack())
+            if space is not None:
+                space.need(0, 0, space.entering(ref.map_name), Room(0, 1))
+            log = Log.create(maps, ref)
+        except BaseException:
+            os.close(fd)
+            raise
+        try:
+            copyup.set_mark(view, fd, b"", view.form.row, ref.pack())
+            before = space.xattrs(fd, b"") if space is not None else NOTHING
             xattr.remove(fd, b"", view.form.metacopy)
             if xattr.try_get(fd, b"", view.form.redirect) is not None:
                 xattr.remove(fd, b"", view.form.redirect)
         except BaseException:
             os.close(fd)
             log.close()
+            self.drop_map(upper, ref)
             raise
+        if space is not None:
+            space.xattrs_changed(node, space.xattrs(fd, b"").over(before))
+            space.map_written(log.name, log.end)
         self._take(node, RowFile(self, upper, None, b"", ref), fd, levels, extents, size, log)
         return True
 
@@ -457,7 +483,11 @@ class Rows:
     def make_plain(self, file: RowFile) -> None:
         """A file that shows nothing of its base any more is a plain one."""
         if file.ref is not None:
+            space = self.view.space
+            before = space.xattrs(file.own_fd(), None) if space is not None else NOTHING
             xattr.remove(file.own_fd(), b"", self.view.form.row)
+            if space is not None:
+                space.xattrs_changed(file.node, space.xattrs(file.own_fd(), None).over(before))
         self._plain(file)
 
     def replaced(self, file: RowFile, fd: int) -> None:
@@ -469,8 +499,6 @@ class Rows:
         view, node = self.view, file.node
         if file.ref is not None:
             self.drop_map(view.need_upper(), file.ref)
-            if view.space is not None:
-                view.space.add(-xattr_units(file.ref.pack()))
         file.close()
         node.data = node.attr = None
 

@@ -23,6 +23,7 @@ from cowfs.row import map as row_map
 from cowfs.row.readahead import Ahead
 from cowfs.sys import files, xattr
 from cowfs.union import copyup
+from cowfs.union.measure import NOTHING
 from cowfs.union.quota import UNIT, Blocks, total_of, units
 
 if TYPE_CHECKING:
@@ -162,6 +163,7 @@ class Twin:
         assert node.where is not None
         self._dress(own)
         before = total_of(self._space.count(node)) if self._space is not None else 0
+        marks = self._space.xattrs(own, None) if self._space is not None else NOTHING
         with copyup.kept_times(node.where):
             os.rename(self._temp, node.name, src_dir_fd=self._work.fd, dst_dir_fd=node.where.open())
         file.rows.replaced(file, self._fd)
@@ -169,6 +171,7 @@ class Twin:
         if self._space is not None:
             node.space = None
             self._space.add(total_of(self._space.count(node)) - before - self._blocks.total)
+            self._space.xattrs_changed(node, self._space.xattrs(node.fd, None).over(marks))
         return True
 
     def _dress(self, own: int) -> None:

@@ -89,6 +89,7 @@ class ArchiveVerbs(UpkeepVerbs):
         diff_id: str | None,
         progress: Callable[[int, int], object] | None,
         blob_digest: str | None = None,
+        budget: archive.Budget | None = None,
     ) -> tuple[archive.Applied, ByInode]:
         """Unpack into ``directory``; the digests of the files by inode."""
         digests = ByInode(DIGEST)
@@ -112,6 +113,7 @@ class ArchiveVerbs(UpkeepVerbs):
                 progress=progress,
                 diff_id=diff_id,
                 blob_digest=blob_digest,
+                budget=budget,
             )
             log.flush()
             if self.driver.fsync:

@@ -105,31 +105,22 @@ class ImageVerbs(ExportVerbs):
         progress: Progress | None,
     ) -> Row:
         top, start = self._already(image)
-        missing = image.layers[start:]
-        if not missing:
-            assert top is not None
-            return top
-        if self.driver.whole or len(missing) == 1:
-            for layer in missing:
-                with _Import(self, layer, options, progress) as job:
+        budget = archive.Budget(options.max_bytes)
+        jobs = [_Import(self, layer, options, budget, progress) for layer in image.layers[start:]]
+        if self.driver.whole or len(jobs) == 1:
+            for job in jobs:
+                with job:
                     job.unpack(top)
                     top = job.commit(top, labels)
-            assert top is not None
-            return top
-        return self._import_together(missing, top, options, labels, progress)
+        elif jobs:
+            top = self._import_together(jobs, top, labels)
+        assert top is not None
+        return top
 
-    def _import_together(
-        self,
-        missing: Sequence[images.Layer],
-        top: Row | None,
-        options: archive.ApplyOptions,
-        labels: Mapping[str, str],
-        progress: Progress | None,
-    ) -> Row:
+    def _import_together(self, jobs: Sequence[_Import], top: Row | None, labels: Mapping[str, str]) -> Row:
         """Unpack several layers at once; write their rows in order."""
         from concurrent.futures import Future, ThreadPoolExecutor
 
-        jobs = [_Import(self, layer, options, progress) for layer in missing]
         below: list[Future[Row | None]] = [Future() for _ in range(len(jobs) + 1)]
         below[0].set_result(top)
         with ThreadPoolExecutor(max_workers=min(len(jobs), os.cpu_count() or 1)) as pool:
@@ -178,9 +169,15 @@ class _Import:
     """
 
     def __init__(
-        self, store: ImageVerbs, layer: images.Layer, options: archive.ApplyOptions, progress: Progress | None
+        self,
+        store: ImageVerbs,
+        layer: images.Layer,
+        options: archive.ApplyOptions,
+        budget: archive.Budget,
+        progress: Progress | None,
     ) -> None:
         self._store = store
+        self._budget = budget
         self._layer = layer
         self._options = replace(options, whiteouts=False) if layer.whole else options
         self._progress = progress
@@ -232,6 +229,7 @@ class _Import:
                     self._progress, (self._layer.digest or self._layer.diff_id or "layer")[:19], self._layer.size or 0
                 ),
                 self._layer.digest,
+                self._budget,
             )
         point("apply.unpacked")
 

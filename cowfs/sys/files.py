@@ -34,6 +34,8 @@ FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 1, 2
 FALLOC_FL_COLLAPSE_RANGE, FALLOC_FL_ZERO_RANGE, FALLOC_FL_INSERT_RANGE = 8, 16, 32
 
 _FICLONE = 0x40049409
+_SYS_CACHESTAT = 451
+_CACHESTAT_RANGE, _CACHESTAT = struct.Struct("<QQ"), struct.Struct("<5Q")
 _FS_IOC_FIEMAP = 0xC020660B
 _FS_IOC_GETFSUUID = 0x80111500
 _FIEMAP = struct.Struct("<QQIIII")
@@ -216,6 +218,23 @@ def _copy_chunk(src_fd: int, dst_fd: int, start: int, count: int) -> int:
     while done < len(data):
         done += os.pwrite(dst_fd, data[done:], start + done)
     return done
+
+
+def cached_pages(fd: int, start: int, end: int) -> int | None:
+    """How many pages in the bytes [start, end) the page cache or swap has; ``None`` before Linux 6.5. On tmpfs, all that there are.
+
+    Source: mm/filemap.c, cachestat(2).
+    """
+    span = _CACHESTAT_RANGE.pack(start, end - start)
+    counts = ctypes.create_string_buffer(_CACHESTAT.size)
+    try:
+        syscall(_SYS_CACHESTAT, fd, span, counts, 0)
+    except OSError as error:
+        if error.errno in (errno.ENOSYS, errno.EPERM, errno.EOPNOTSUPP, errno.EBADF):
+            return None
+        raise
+    cached, _dirty, _writeback, evicted, _recently = _CACHESTAT.unpack(counts)
+    return int(cached + evicted)
 
 
 def extents(fd: int) -> list[tuple[int, int, int]] | None:

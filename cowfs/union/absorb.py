@@ -185,6 +185,8 @@ class Absorption:
         """The view is as any other again."""
         if self.view.leaving is self:
             self.view.leaving = None
+            if self.view.space is not None:
+                self.view.space.later(self.ledger)
 
     def before_up(self, node: Node) -> None:
         """A file is about to be brought up, renamed or linked: not as something that stands on the layer."""
@@ -263,6 +265,7 @@ class Absorption:
                 if not whiteout.exists(up.open(), name):
                     with copyup.kept_times(up):
                         view.workdir.put_whiteout(up.open(), name)
+                    self.ledger.hid(up, name)
                 if up.whiteouts is not None:
                     up.whiteouts.add(name)
 

@@ -11,13 +11,14 @@ import errno
 import os
 import stat
 import time
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from cowfs.sys import files, xattr
 from cowfs.union import content, copyup, from_index
 from cowfs.union.attr import ATTR, NS, mode_of, pack, unpack, with_nlink, with_size
+from cowfs.union.measure import NOTHING, sizes
 from cowfs.union.node import DT_LNK, DT_REG, Dir, Node
-from cowfs.union.quota import xattr_units
 
 if TYPE_CHECKING:
     from cowfs.union.view import View
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 NOW = object()
 _CLOCK_REALTIME_COARSE = 5  # the clock that the kernel stamps inodes with
 _CAPABILITY = b"security.capability"
+_LIST_MAX = 65536 - 1024  # bytes of names; what is left is for the layer form's own marks
 _ACLS = (b"system.posix_acl_access", b"system.posix_acl_default")
 
 
@@ -311,15 +313,32 @@ def setxattr(view: View, node: Node, name: bytes, value: bytes | memoryview, fla
     copyup.up_meta(view, node)
     fd, real = _xattrs_at(node)
     space = view.space
-    cost = 0
-    if space is not None:
-        cost = xattr_units(value) - xattr_units(xattr.try_get(fd, real, stored) or b"")
-        space.need(cost)
+    if space is not None and isinstance(node, Dir):
+        space.counts_now(node)
+    found = sizes(fd, real) if space is not None else None
+    _bound(found if found is not None else _names(fd, real), stored)
     node.bare = 0
-    xattr.setx(fd, real, stored, bytes(value), flags)
-    if space is not None:
-        space.xattr_changed(node, cost)
+    if space is None:
+        xattr.setx(fd, real, stored, bytes(value), flags)
+    else:
+        space.set_xattr(fd, real, stored, bytes(value), flags, node=node, found=found)
     _changed(node, stored)
+
+
+def _names(fd: int, real: bytes | None) -> list[bytes] | None:
+    """The names of an inode's xattrs; ``None`` when they are too many to be listed."""
+    try:
+        return xattr.listx(fd, real)
+    except OSError as error:
+        if error.errno != errno.E2BIG:
+            raise
+        return None
+
+
+def _bound(found: Collection[bytes] | None, stored: bytes) -> None:
+    """Refuse a new xattr whose name would make the list too long to be read (listxattr(2): 64 KiB), as a full host does."""
+    if found is None or (stored not in found and sum(map(len, found)) + len(found) + len(stored) + 1 > _LIST_MAX):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def removexattr(view: View, node: Node, name: bytes) -> None:
@@ -334,12 +353,13 @@ def removexattr(view: View, node: Node, name: bytes) -> None:
         raise
     copyup.up_meta(view, node)
     fd, real = _xattrs_at(node)
-    cost = 0
-    if view.space is not None:
-        cost = xattr_units(xattr.try_get(fd, real, stored) or b"")
+    space = view.space
+    before = space.xattrs(fd, real) if space is not None else NOTHING
     xattr.remove(fd, real, stored)
-    if view.space is not None:
-        view.space.xattr_changed(node, -cost)
+    if space is not None:
+        space.xattrs_changed(node, space.xattrs(fd, real).over(before))
+        if isinstance(node, Dir):
+            space.grew_by_xattrs(fd, b"")
     _changed(node, stored)
 
 

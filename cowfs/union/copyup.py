@@ -30,9 +30,10 @@ from cowfs.union import from_index, hardlinks, holding
 from cowfs.union.attr import with_nlink
 from cowfs.union.inodes import make_origin
 from cowfs.union.layers import Layer, Source
+from cowfs.union.measure import NOTHING
 from cowfs.union.merge import Data
-from cowfs.union.node import DT_REG, Dir, Node
-from cowfs.union.quota import UNIT, total_of, units, xattr_units
+from cowfs.union.node import DT_LNK, DT_REG, Dir, Node
+from cowfs.union.quota import UNIT, total_of, units
 
 if TYPE_CHECKING:
     from cowfs.union.view import View
@@ -74,6 +75,7 @@ class WorkDir:
         self.source = Source(upper, None, b"", upper.root.descriptors)
         self.source.fd = fd
         self.fd = fd
+        self.held: set[Node] = set()  # nodes without a name that one in here stands for (cowfs.union.holding)
         self._count = 0
         self._whiteout: bytes | None = None
         self._form = form
@@ -228,9 +230,10 @@ def up_dir(view: View, directory: Dir, *, exempt: bool = False) -> Source:
     attr = view.attr(directory)  # before its source changes
     meta = read_meta(view, directory)
     space = view.space
-    cost = (0 if exempt else 1) + xattr_cost(meta)
-    if space is not None and not exempt:
-        space.need(cost, 1)
+    if space is not None and exempt:
+        space.need_hidden((), 1 + sum(space.copy_cost(meta)))
+    elif space is not None:
+        space.need(1, 1, space.entering(directory.name), space.copy_cost(meta))
     temp = work.temp()
     try:
         os.mkdir(temp, 0o700, dir_fd=work.fd)
@@ -252,13 +255,22 @@ def up_dir(view: View, directory: Dir, *, exempt: bool = False) -> Source:
         above.shadow.add(directory.name)
     mark_impure(view, above)
     if space is not None:
-        space.add(cost, 0 if exempt else 1)
+        room = space.xattrs(source.open(), b"")
+        if exempt:
+            space.copied(above, directory.name, room)
+        else:
+            space.named(above, directory.name, 1, 1)
+            space.xattrs_changed(None, room)
+        space.grew_by_xattrs(source.open(), b"")
     return source
 
 
-def xattr_cost(meta: Meta) -> int:
-    """Units of the large xattrs that a copy gets."""
-    return sum(xattr_units(value) for value in meta.xattrs.values())
+def set_mark(view: View, dirfd: int, name: bytes, attribute: bytes, value: bytes) -> None:
+    """Set an own xattr of an object of the upper layer whose length is not bounded. Raises ENOSPC at the limit."""
+    if view.space is None:
+        xattr.setx(dirfd, name, attribute, value)
+    else:
+        view.space.set_xattr(dirfd, name, attribute, value)
 
 
 @contextlib.contextmanager
@@ -311,7 +323,6 @@ class Stage:
         "cancelled",
         "dst_fd",
         "error",
-        "fixed",
         "keep",
         "node",
         "reserved",
@@ -334,8 +345,7 @@ class Stage:
         self.error: OSError | None = None
         self.cancelled = False
         self.times: tuple[int, int] | None = None  # of the metacopy, before its data came
-        self.reserved = 0  # units counted when it was begun...
-        self.fixed = 0  # ... of them for other things than data
+        self.reserved = 0  # units counted when it was begun
 
     @property
     def small(self) -> bool:
@@ -381,8 +391,7 @@ def writable(view: View, node: Node, keep: int | None = None, *, plain: bool = F
     inplace = view.in_upper(node)
     temp = b"" if inplace else work.temp()
     try:
-        fixed = xattr_cost(read_meta(view, node)) if view.space is not None and not inplace else 0
-        reserved = _reserve(view, node, src_fd, keep, fixed, new_inode=not inplace)
+        reserved = _reserve(view, node, src_fd, keep, new_inode=not inplace)
         if inplace:
             dst_fd = view.open_own(node)
         else:
@@ -392,20 +401,25 @@ def writable(view: View, node: Node, keep: int | None = None, *, plain: bool = F
         os.close(src_fd)
         raise
     stage = Stage(node, keep, src_fd, dst_fd, temp, work, view.must_sync)
-    stage.reserved, stage.fixed = reserved, fixed
+    stage.reserved = reserved
     if inplace:
         st = os.fstat(dst_fd)
         stage.times = st.st_atime_ns, st.st_mtime_ns
     return stage
 
 
-def _reserve(view: View, node: Node, src_fd: int, keep: int, fixed: int, *, new_inode: bool) -> int:
-    """Count the copy before it is made. Raises ENOSPC."""
-    if view.space is None:
+def _reserve(view: View, node: Node, src_fd: int, keep: int, *, new_inode: bool) -> int:
+    """Count the copy's data before it is made; its xattrs and names only have to fit. Raises ENOSPC."""
+    space = view.space
+    if space is None:
         return 0
-    need = fixed + sum(units(end) - start // UNIT for start, end in files.data_ranges(src_fd, keep))
-    view.space.need(need, 1 if new_inode else 0)
-    view.space.add(need, 1 if new_inode else 0)
+    need = sum(units(end) - start // UNIT for start, end in files.data_ranges(src_fd, keep))
+    if new_inode:
+        names = space.entering(node.name, len(view.names_of(node)))
+        space.need(need, 1, names, space.copy_cost(read_meta(view, node)))
+    else:
+        space.need(need)
+    space.add(need, 1 if new_inode else 0)
     return need
 
 
@@ -425,7 +439,10 @@ def publish(view: View, stage: Stage) -> None:
                 publish(view, again)
             return
         if not stage.temp:
+            before = view.space.xattrs(stage.dst_fd, None) if view.space is not None else NOTHING
             _fill_metacopy(view, node, stage)
+            if view.space is not None:
+                view.space.xattrs_changed(node, view.space.xattrs(stage.dst_fd, None).over(before))
         elif node.parent is None:
             _adopt_orphan(view, node, stage)
         else:
@@ -440,7 +457,8 @@ def publish(view: View, stage: Stage) -> None:
     node.data = node.attr = None
     if view.space is not None:
         node.space = None
-        view.space.add(total_of(view.space.count(node)) + stage.fixed - stage.reserved)
+        # the copy's xattrs are counted by :func:`place`, those of a metacopy were before
+        view.space.add(total_of(view.space.count(node)) - stage.reserved)
 
 
 def _abandon(view: View, stage: Stage) -> None:
@@ -477,6 +495,8 @@ def _adopt_orphan(view: View, node: Node, stage: Stage) -> None:
     """The file lost its last name meanwhile: its copy lives on without one."""
     meta = read_meta(view, node)
     write_meta(stage.work.fd, stage.temp, meta, view)
+    if view.space is not None:
+        view.space.xattrs_changed(node, view.space.xattrs(stage.dst_fd, None))
 
 
 def place(view: View, node: Node, temp: bytes, work: WorkDir, *, metacopy: bool, meta: Meta | None = None) -> None:
@@ -508,6 +528,10 @@ def place(view: View, node: Node, temp: bytes, work: WorkDir, *, metacopy: bool,
         if above.shadow is not None:
             above.shadow.add(name)
         mark_impure(view, above)
+    if view.space is not None:
+        for above, _, name in ups:
+            view.space.named(above, name)
+        view.space.xattrs_changed(None, view.space.xattrs(ups[0][0].open(), ups[0][2]))
     if metacopy:
         node.data = data.at(low)
     node.where = ups[0][0]
@@ -547,9 +571,8 @@ def up_meta(view: View, node: Node) -> None:
     work = view.workdir
     assert work is not None and node.where is not None
     meta = read_meta(view, node)
-    cost = xattr_cost(meta)
     if space is not None:
-        space.need(cost, 1)
+        space.need(0, 1, space.entering(node.name, len(view.names_of(node))), space.copy_cost(meta))
     temp = work.temp()
     try:
         make_like(work.fd, temp, meta, node)
@@ -560,7 +583,8 @@ def up_meta(view: View, node: Node) -> None:
         work.discard(temp)
         raise
     if space is not None:
-        space.add(cost, 1)
+        node.space = None
+        space.add(total_of(space.count(node)) if node.type == DT_LNK else 0, 1)
 
 
 def _copy_nameless(view: View, node: Node) -> None:
@@ -568,9 +592,9 @@ def _copy_nameless(view: View, node: Node) -> None:
     work = view.workdir
     assert work is not None
     meta = read_meta(view, node)
-    cost = xattr_cost(meta)
-    if view.space is not None:
-        view.space.need(cost, 1)
+    space = view.space
+    if space is not None:
+        space.need(0, 1, room=space.copy_cost(meta))
     temp = work.temp()
     try:
         make_like(work.fd, temp, meta, node)
@@ -581,9 +605,10 @@ def _copy_nameless(view: View, node: Node) -> None:
         raise
     holding.hold_copy(view, node, work, temp, fd, writable=False)
     node.attr = None
-    if view.space is not None:
-        view.space.add(0, 1)
-        view.space.xattr_changed(node, cost)
+    if space is not None:
+        node.space = None
+        space.add(total_of(space.count(node)) if node.type == DT_LNK else 0, 1)
+        space.xattrs_changed(node, space.xattrs(fd, b""))
 
 
 def make_like(dirfd: int, name: bytes, meta: Meta, node: Node) -> None:

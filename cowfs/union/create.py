@@ -20,6 +20,7 @@ from cowfs.sys import files, xattr
 from cowfs.union import copyup, hardlinks, holding, lookup
 from cowfs.union.attr import mode_of, unpack, with_nlink
 from cowfs.union.layers import Source, lstat
+from cowfs.union.measure import NOTHING, link_units
 from cowfs.union.node import DT_DIR, DT_LNK, DT_REG, Dir, Node
 
 if TYPE_CHECKING:
@@ -107,6 +108,8 @@ def _added(view: View, parent: Dir, up: Source, name: bytes) -> None:
         up.whiteouts.discard(name)
         assert up.shadow is not None
         up.shadow.add(name)
+        if view.space is not None:
+            view.space.unhid((name,))
 
 
 def _adopt(view: View, parent: Dir, up: Source, name: bytes, st: os.stat_result | None = None) -> Node:
@@ -126,14 +129,23 @@ def _adopt(view: View, parent: Dir, up: Source, name: bytes, st: os.stat_result 
     return node
 
 
-def _count(view: View, blocks: int) -> None:
-    if view.space is not None:
-        view.space.need(blocks, 1)
+def _count(view: View, up: Source, name: bytes, blocks: int, *, directory: bool = False) -> None:
+    """Refuse a new object that would pass the limit. Raises ENOSPC."""
+    space = view.space
+    if space is not None:
+        room = space.inherited(up, directory=directory) if _inherits_acl(view, up) else NOTHING
+        space.need(blocks, 1, space.entering(name), room)
 
 
-def _counted(view: View, blocks: int) -> None:
-    if view.space is not None:
-        view.space.add(blocks, 1)
+def _counted(view: View, up: Source, name: bytes, blocks: int, *, directory: bool = False) -> None:
+    """Count a new object."""
+    space = view.space
+    if space is not None:
+        space.named(up, name, blocks, 1)
+        if up.default_acl:
+            space.xattrs_changed(None, space.xattrs(up.open(), name))
+            if directory:
+                space.grew_by_xattrs(up.open(), name)
 
 
 def _default_mode(view: View, up: Source, mode: int, umask: int) -> int:
@@ -156,7 +168,7 @@ def mknod(view: View, parent: Dir, name: bytes, mode: int, rdev: int, uid: int, 
     if stat.S_ISCHR(mode) and rdev == 0:
         raise error(errno.EPERM, name)
     up = target(view, parent, name)
-    _count(view, 0)
+    _count(view, up, name, 0)
     mode = _default_mode(view, up, mode, umask)
     over = up.whiteouts is not None and name in up.whiteouts
     fd = -1
@@ -178,7 +190,7 @@ def mknod(view: View, parent: Dir, name: bytes, mode: int, rdev: int, uid: int, 
         except BaseException:
             os.unlink(name, dir_fd=up.open())
             raise
-    _counted(view, 0)
+    _counted(view, up, name, 0)
     node = _adopt(view, parent, up, name, st)
     if fd >= 0:
         node.fd, node.wfd, node.bare = fd, True, 1
@@ -246,7 +258,7 @@ def _inherit_acl(view: View, up: Source, dirfd: int, name: bytes, mode: int) -> 
 def mkdir(view: View, parent: Dir, name: bytes, mode: int, uid: int, gid: int, umask: int = 0) -> Dir:
     """A directory. Raises OSError as mkdir(2)."""
     up = target(view, parent, name)
-    _count(view, 1)
+    _count(view, up, name, 1, directory=True)
     mode = stat.S_IFDIR | (_default_mode(view, up, mode, umask) & _PERM)
     if mode_of(view.attr(parent)) & stat.S_ISGID:
         mode |= stat.S_ISGID
@@ -260,7 +272,7 @@ def mkdir(view: View, parent: Dir, name: bytes, mode: int, uid: int, gid: int, u
         except BaseException:
             os.rmdir(name, dir_fd=fd)
             raise
-    _counted(view, 1)
+    _counted(view, up, name, 1, directory=True)
     made = _adopt(view, parent, up, name)
     assert isinstance(made, Dir)
     return made
@@ -275,7 +287,8 @@ def _raw_dir(dirfd: int, name: bytes, mode: int) -> None:
 def symlink(view: View, parent: Dir, name: bytes, to: bytes, uid: int, gid: int) -> Node:
     """A symbolic link with target ``to``. Raises OSError as symlink(2)."""
     up = target(view, parent, name)
-    _count(view, 0)
+    cost = link_units(len(to))
+    _count(view, up, name, cost)
     mode = stat.S_IFLNK | 0o777
     if up.whiteouts is not None and name in up.whiteouts:
         _over_whiteout(view, parent, up, name, mode, uid, gid, lambda d, n: os.symlink(to, n, dir_fd=d))
@@ -287,7 +300,7 @@ def symlink(view: View, parent: Dir, name: bytes, to: bytes, uid: int, gid: int)
         except BaseException:
             os.unlink(name, dir_fd=fd)
             raise
-    _counted(view, 0)
+    _counted(view, up, name, cost)
     return _adopt(view, parent, up, name)
 
 
@@ -300,12 +313,13 @@ def tmpfile(view: View, parent: Dir, mode: int, uid: int, gid: int, umask: int =
     if view.readonly:
         raise error(errno.EROFS)
     up = copyup.up_dir(view, parent)
-    _count(view, 0)
+    space = view.space
+    if space is not None:
+        space.need(0, 1, room=space.inherited(up, directory=False) if _inherits_acl(view, up) else NOTHING)
     mode = _default_mode(view, up, mode, umask)
     fd = os.open(b".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, mode & _PERM, dir_fd=up.open())
     if view.owners is None:
         _own_fd(view, parent, fd, mode, uid, gid)
-    _counted(view, 0)
     st = os.fstat(fd)
     ino = view.inodes.shown(st.st_dev, st.st_ino)
     if ino in view.nodes:
@@ -313,13 +327,11 @@ def tmpfile(view: View, parent: Dir, mode: int, uid: int, gid: int, umask: int =
     node = Node(ino, DT_REG, b"", None)
     node.generation = view.generation(ino)
     node.space = 0
-    if view.open_files.full:
-        work = view.workdir
-        assert work is not None
-        node.where, node.name = work.source, work.temp()
-        os.link(b"/proc/self/fd/%d" % fd, node.name, dst_dir_fd=work.fd, follow_symlinks=True)
-    view.open_files.use(node, fd, writable=True)
+    holding.hold_tmpfile(view, node, fd)
     view.nodes[ino] = node
+    if space is not None:
+        space.add(0, 1)
+        space.xattrs_changed(node, space.xattrs(fd, b"") if up.default_acl else NOTHING)
     return node
 
 
@@ -331,9 +343,10 @@ def link(view: View, node: Node, parent: Dir, name: bytes) -> Node:
     copyup.up_meta(view, node)
     work = view.workdir
     assert work is not None
+    if view.space is not None:
+        view.space.need(0, 0, view.space.entering(name))
     if node.data is not None and view.form.redirects and hasattr(node.data, "path"):
-        fd, real = _place_of(node)
-        xattr.setx(fd, real, view.form.redirect, b"/" + node.data.path)
+        copyup.set_mark(view, *_place_of(node), view.form.redirect, b"/" + node.data.path)
     over = up.whiteouts is not None and name in up.whiteouts
     dst_fd, dst = (work.fd, work.temp()) if over else (up.open(), name)
     if node.where is None:
@@ -343,6 +356,8 @@ def link(view: View, node: Node, parent: Dir, name: bytes) -> Node:
         os.link(node.name, dst, src_dir_fd=node.where.open(), dst_dir_fd=dst_fd, follow_symlinks=False)
     if over:
         os.rename(dst, name, src_dir_fd=dst_fd, dst_dir_fd=up.open())
+    if view.space is not None:
+        view.space.named(up, name)
     _added(view, parent, up, name)
     if node.where is not None and node.where.impure:
         copyup.mark_impure(view, up)
@@ -429,10 +444,14 @@ def _gone(view: View, node: Node) -> None:
 
 def _hide(view: View, parent: Dir, name: bytes) -> None:
     """Put a whiteout over a name that only lower layers have."""
+    if view.space is not None:
+        view.space.need_hidden((name,))
     up = copyup.up_dir(view, parent, exempt=True)
     work = view.workdir
     assert work is not None
     work.put_whiteout(up.open(), name)
+    if view.space is not None:
+        view.space.hid(up, name)
     if up.whiteouts is not None:
         up.whiteouts.add(name)
 
@@ -444,12 +463,17 @@ def own_whiteouts(view: View, up: Source, names: dict[bytes, int], deleted: set[
     """
     work, fd = view.workdir, up.open()
     assert work is not None
+    space = view.space
     for name in list(deleted):
         mark = whiteout.WH_PREFIX + name
         if not whiteout.exists(fd, mark):
             continue
+        if space is not None:
+            space.unhid((mark,))
         if name not in names:
             work.put_whiteout(fd, name)
+            if space is not None:
+                space.hid(up, name)
         else:
             deleted.discard(name)
             if names[name] == DT_DIR:
@@ -458,6 +482,8 @@ def own_whiteouts(view: View, up: Source, names: dict[bytes, int], deleted: set[
     if whiteout.exists(fd, whiteout.WH_OPAQUE):
         xattr.setx(fd, b"", view.form.opaque, b"y")
         os.unlink(whiteout.WH_OPAQUE, dir_fd=fd)
+        if space is not None:
+            space.unhid((whiteout.WH_OPAQUE,))
 
 
 def remove_name(view: View, up: Source, name: bytes) -> None:
@@ -469,8 +495,12 @@ def remove_name(view: View, up: Source, name: bytes) -> None:
         up.shadow.discard(name)
         assert up.whiteouts is not None
         up.whiteouts.add(name)
+        if view.space is not None:
+            view.space.hid(up, name, instead=True)
     else:
         os.unlink(name, dir_fd=up.fd if up.fd >= 0 else up.open())
+        if view.space is not None:
+            view.space.unnamed(up, name)
 
 
 def rmdir(view: View, parent: Dir, name: bytes) -> None:
@@ -492,7 +522,7 @@ def rmdir(view: View, parent: Dir, name: bytes) -> None:
         freed = view.space.directory_gone(own) if view.space is not None else None
         remove_dir(view, node, own)
         if view.space is not None and freed is not None:
-            view.space.add(*freed)
+            view.space.apply(freed)
     attr = view.attr(node)
     view.unbind(parent, name, node)
     parent.attr = None
@@ -507,11 +537,13 @@ def remove_dir(view: View, node: Dir, own: Source) -> None:
     assert work is not None and up is not None
     name = own.name
     stays = holding.must_move(view, node)
-    if not stays and node.nlookup > 0:
+    if not stays:
         holding.keep(view, own)
     covered = bool(up.shadow) and name in up.shadow  # type: ignore[operator]
     if not covered and not own.whiteouts and not stays:
         os.rmdir(name, dir_fd=up.open())
+        if view.space is not None:
+            view.space.unnamed(up, name)
         return
     temp = work.temp()
     if covered:
@@ -521,8 +553,12 @@ def remove_dir(view: View, node: Dir, own: Source) -> None:
         assert up.shadow is not None and up.whiteouts is not None
         up.shadow.discard(name)
         up.whiteouts.add(name)
+        if view.space is not None:
+            view.space.hid(up, name, instead=True)
     else:
         os.rename(name, temp, src_dir_fd=up.open(), dst_dir_fd=work.fd)
+        if view.space is not None:
+            view.space.unnamed(up, name)
     if stays:
         holding.moved(view, own, temp)
         copyup.clear(own.open())

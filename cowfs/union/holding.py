@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from cowfs.sys import files
 from cowfs.union.layers import Source
-from cowfs.union.node import DT_REG, Dir, Node
+from cowfs.union.node import DT_DIR, DT_REG, Dir, Node
 
 if TYPE_CHECKING:
     from cowfs.union.copyup import WorkDir
@@ -66,16 +66,49 @@ def _open(view: View, node: Node) -> bool:
     return True
 
 
+def is_nameless(view: View, node: Node) -> bool:
+    """Whether a node is a file of the upper layer that no name leads to any more."""
+    if node.parent is not None or node.type == DT_DIR or node in view.astray:
+        return False
+    return node.where is None or (view.workdir is not None and node.where is view.workdir.source)
+
+
 def held(view: View, node: Node, name: bytes | None) -> None:
     """The last known name has gone; ``name`` is what :func:`hold` said."""
     work = view.workdir
     if name is not None:
         assert work is not None
-        node.where, node.name = work.source, name
+        _stand_in(node, work, name)
     else:
         node.where = None
     if node.fd >= 0:
         view.open_files.add(node)
+
+
+def _stand_in(node: Node, work: WorkDir, name: bytes) -> None:
+    node.where, node.name = work.source, name
+    work.held.add(node)
+
+
+def hold_tmpfile(view: View, node: Node, fd: int) -> None:
+    """A file that never had a name, open as ``fd``, is what a node is."""
+    if view.open_files.full:
+        work = view.workdir
+        assert work is not None
+        temp = work.temp()
+        os.link(b"/proc/self/fd/%d" % fd, temp, dst_dir_fd=work.fd, follow_symlinks=True)
+        _stand_in(node, work, temp)
+    view.open_files.use(node, fd, writable=True)
+
+
+def carry_over(old: WorkDir, new: WorkDir) -> None:
+    """The upper layer is frozen: what has a name in its work directory gets one in that of the new upper layer."""
+    for node in old.held:
+        if node.where is old.source:
+            temp = new.temp()
+            os.rename(node.name, temp, src_dir_fd=old.fd, dst_dir_fd=new.fd)
+            _stand_in(node, new, temp)
+    old.held.clear()
 
 
 def hold_copy(view: View, node: Node, work: WorkDir, temp: bytes, fd: int, *, writable: bool) -> None:
@@ -87,7 +120,7 @@ def hold_copy(view: View, node: Node, work: WorkDir, temp: bytes, fd: int, *, wr
 def hold_made(view: View, node: Node, work: WorkDir, temp: bytes) -> None:
     """The same for one whose descriptor the node has already."""
     if view.open_files.full and work is view.workdir:
-        node.where, node.name = work.source, temp
+        _stand_in(node, work, temp)
     else:
         os.unlink(temp, dir_fd=work.fd)
         node.where = None
@@ -106,6 +139,7 @@ def unhold(view: View, node: Node) -> None:
             own.close()
             work.discard(own.name)
     elif node.where is work.source:
+        work.held.discard(node)
         work.discard(node.name)
         node.where = None
 

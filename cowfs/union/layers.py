@@ -17,6 +17,8 @@ from itertools import islice
 
 #: of a chain of directories that had to be opened, so many stay open at least
 _STAY = 16
+#: beside a layer's root: the maps of its redirect files (cowfs.row.map)
+MAP_DIR = b"../map"
 _DIR = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 

@@ -19,7 +19,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cowfs.union import copyup, from_index, quota
+from cowfs.union import copyup, from_index, holding, quota
 from cowfs.union.layers import Layer
 from cowfs.union.node import Dir, Node
 
@@ -54,8 +54,10 @@ def freeze(view: View, upper: str | bytes, work: str | bytes) -> Layer:
         OSError: EROFS for a read-only view; ENOTEMPTY, EXDEV for directories that will not do.
             Then nothing has changed.
     """
-    frozen = view.need_upper()
+    frozen, before = view.need_upper(), view.workdir
     layer = _new_upper(view, upper, work, frozen.dev)
+    if before is not None and view.workdir is not None:
+        holding.carry_over(before, view.workdir)
     _push(view, layer)
     return frozen
 
@@ -85,6 +87,8 @@ def _new_upper(view: View, upper: str | bytes, work: str | bytes, dev: int) -> L
 def _push(view: View, layer: Layer) -> None:
     if view.upper is not None:
         view.redirects.pop(view.upper, None)
+    if view.space is not None:
+        view.space.freeze()
     view.layers.append(layer)
     view.upper = layer
     view.roots.insert(0, layer.root)
@@ -97,7 +101,7 @@ def _push(view: View, layer: Layer) -> None:
     view.moved.clear()
     if view.space is not None:
         for node in view.nodes.values():
-            if node.where is not None:
+            if not holding.is_nameless(view, node):
                 node.space = None
 
 

@@ -1,35 +1,47 @@
-"""The limit: what the upper layer holds, counted by us and not by the host.
+"""The limit: what the upper layer holds, counted by us and not by the host, and refused before it passes.
 
-Measure (docs/semantics.md, Limits): file data in units of 4 KiB, wherever it was written or
-allocated; 4 KiB for each directory but the root; a large xattr rounded up to 4 KiB. Whiteouts,
-and directories that were copied up only to hold one (marked ``exempt``), are free. st_blocks is not used for
-that, because hosts add to it: xfs preallocates, ext4 counts extent blocks.
-
-A file that was only ever written from its start without a gap is *dense*: its count is its size. Any
-other has a :class:`Blocks`, an exact list of ranges. :func:`measure` computes the same from
-the disk, and is what a mount starts with, also after a kill.
+The measure is that of :mod:`cowfs.union.measure`. Here it is kept: :class:`Space` starts with one walk and then follows
+every change, so that asking costs nothing. Rule for each change: :meth:`Space.need` before, with the most that it may
+take; then the change; then what it really took, read from the disk where a host decides.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-import stat
-from bisect import bisect_left, bisect_right
 from typing import TYPE_CHECKING
 
-from cowfs.format import whiteout
-from cowfs.format.whiteout import Form
 from cowfs.model import Limit, Usage
 from cowfs.sys import files, xattr
-from cowfs.union.layers import Layer, Source
-from cowfs.union.node import Node
+from cowfs.union import holding
+from cowfs.union.blocks import UNIT, Blocks, blocks_of, total_of, units
+from cowfs.union.layers import Source
+from cowfs.union.measure import (
+    FREE_WHITEOUTS,
+    GROWTH,
+    NOTHING,
+    Room,
+    Sizes,
+    Tally,
+    inode_xattrs,
+    link_units,
+    measure,
+    names_cost,
+    sizes,
+    walk,
+    xattr_room,
+)
+from cowfs.union.node import DT_DIR, DT_LNK, DT_REG, Dir, Node
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from cowfs.union.copyup import Meta
     from cowfs.union.view import View
 
-UNIT = 4096
-LARGE_XATTR = 1024  # bytes; what is larger does not fit beside the inode on common hosts
+__all__ = ["UNIT", "Awaited", "Blocks", "Space", "ledger", "measure", "total_of", "units"]
+
+_ORIGIN = 29  # bytes of the mark that a copy gets (cowfs.union.inodes.make_origin)
 
 
 class Awaited(OSError):
@@ -44,157 +56,130 @@ class Awaited(OSError):
         super().__init__(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def units(size: int) -> int:
-    """How many units hold ``size`` bytes."""
-    return (size + UNIT - 1) // UNIT
-
-
-def xattr_units(value: bytes | memoryview) -> int:
-    """What a value of an xattr counts."""
-    return units(len(value)) if len(value) > LARGE_XATTR else 0
-
-
-def large_xattrs(fd: int, name: bytes) -> int:
-    """Units of all xattrs of one inode (``name`` empty: the descriptor itself)."""
-    return sum(xattr_units(xattr.try_get(fd, name, attribute) or b"") for attribute in xattr.listx(fd, name))
-
-
-class Blocks:
-    """The allocated units of one sparse file: disjoint, sorted [start, end) ranges.
-
-    ``credit`` is space that is known to be allocated but not where (tmpfs after fallocate).
-    """
-
-    __slots__ = ("credit", "ends", "starts", "total")
-
-    def __init__(self, ranges: list[tuple[int, int]] | None = None) -> None:
-        self.starts: list[int] = []
-        self.ends: list[int] = []
-        self.total = 0
-        self.credit = 0
-        for start, end in ranges or ():
-            self.add(start, end)
-
-    def missing(self, start: int, end: int) -> list[tuple[int, int]]:
-        """The parts of [start, end) that are not allocated."""
-        found = []
-        index = bisect_right(self.ends, start)
-        while start < end and index < len(self.starts):
-            if self.starts[index] > start:
-                if self.starts[index] >= end:
-                    break
-                found.append((start, self.starts[index]))
-            start = self.ends[index]
-            index += 1
-        if start < end:
-            found.append((start, end))
-        return found
-
-    def add(self, start: int, end: int) -> int:
-        """Allocate [start, end). Returns how many units are new."""
-        if start >= end:
-            return 0
-        new = sum(b - a for a, b in self.missing(start, end))
-        first, last = bisect_left(self.ends, start), bisect_right(self.starts, end)
-        if first < last:
-            start = min(start, self.starts[first])
-            end = max(end, self.ends[last - 1])
-        self.starts[first:last] = [start]
-        self.ends[first:last] = [end]
-        self.total += new
-        return new
-
-    def remove(self, start: int, end: int) -> int:
-        """Free [start, end). Returns how many units that gives back."""
-        if start >= end:
-            return 0
-        first, last = bisect_right(self.ends, start), bisect_left(self.starts, end)
-        if first >= last:
-            return 0
-        pieces = []
-        if self.starts[first] < start:
-            pieces.append((self.starts[first], start))
-        if self.ends[last - 1] > end:
-            pieces.append((end, self.ends[last - 1]))
-        before = sum(self.ends[i] - self.starts[i] for i in range(first, last))
-        freed = before - sum(b - a for a, b in pieces)
-        self.starts[first:last] = [a for a, _ in pieces]
-        self.ends[first:last] = [b for _, b in pieces]
-        self.total -= freed
-        return freed
-
-
-def blocks_of(fd: int, size: int, prealloc: bool, fs: str) -> int | Blocks:
-    """Count a file: an int when it is dense, else its ranges."""
-    ranges = [(start // UNIT, units(end)) for start, end in files.data_ranges(fd, size)]
-    whole = units(size)
-    if fs == "tmpfs":
-        total = os.fstat(fd).st_blocks // 8
-        if ranges == [(0, whole)] and total <= whole:
-            return whole
-        blocks = Blocks(ranges)
-        blocks.credit = max(0, total - blocks.total)
-        return blocks if size or blocks.credit else 0
-    if not prealloc and (ranges == [(0, whole)] or whole == 0):
-        return whole
-    blocks = Blocks(ranges)
-    for start, end, flags in files.extents(fd) or ():
-        if flags & files.FIEMAP_EXTENT_UNWRITTEN:
-            blocks.add(start // UNIT, units(end) if prealloc else min(units(end), whole))
-    return blocks
-
-
-def total_of(space: int | Blocks | None) -> int:
-    """The units in a node's ``space``."""
-    if space is None:
-        return 0
-    return space if isinstance(space, int) else space.total + space.credit
-
-
-class Space:
+class Space(Tally):
     """Keeps the count of one view and refuses what would pass the limit.
 
     Owner: the view's thread.
     """
 
-    __slots__ = ("_fs", "_inodes", "_leaving", "_nameless", "_units", "limit", "view")
+    __slots__ = ("_base", "_base_inodes", "_excess", "_later", "_leaving", "_nameless", "_written", "limit", "view")
 
     def __init__(self, view: View) -> None:
         self._start(view)
         assert view.upper is not None
-        now = measure(view.upper, view.form)
-        self._units, self._inodes = now.bytes // UNIT, now.inodes
+        self._take(walk(view.upper, view.form))
         for node in view.nodes.values():
-            if node.where is None and node.fd >= 0:  # unlinked but open: not found by a scan
-                self._units += total_of(self.count(node))
-                self._inodes += 1
+            if holding.is_nameless(view, node):  # not found by a scan
+                self.units += total_of(self.count(node))
+                self.inodes += 1
                 self._nameless.add(node)
+        self._sum()
 
     def _start(self, view: View) -> None:
         assert view.upper is not None
+        super().__init__(files.fs_name(view.upper.root.fd), view.form)
         self.view = view
         self.limit = Limit()
-        self._fs = files.fs_name(view.upper.root.fd)
-        self._leaving: dict[Node, int] = {}  # units of large xattrs of inodes without a name
+        self._base = self._base_inodes = 0  # what counts although the upper layer does not hold it
+        self._excess = 0  # units of rule 3
+        self._later: list[Space] = []  # ledgers of what is there but does not count yet
+        self._leaving: dict[Node, Room] = {}  # the xattrs of inodes without a name
         self._nameless: set[Node] = set()  # inodes that lost their last name, as far as they are still in use
-        self._units = self._inodes = 0
+        self._written: set[bytes] = set()  # maps that may have become longer, from another thread, too
+
+    def _take(self, tally: Tally) -> None:
+        self.units, self.inodes, self.small, self.names = tally.units, tally.inodes, tally.small, tally.names
+        self.grown, self.growth, self.mapped = tally.grown, tally.growth, tally.mapped
+        self.hidden, self.exempt = tally.hidden, tally.exempt
+
+    def _sum(self) -> None:
+        """After a change of what rule 3 counts."""
+        self._excess = self.beyond()
 
     def usage(self) -> Usage:
         """What is held now."""
         self._settle()
-        return Usage(bytes=self._units * UNIT, inodes=self._inodes)
+        self._look_at_maps()
+        return Usage(bytes=(self._base + self.total()) * UNIT, inodes=self._base_inodes + self.inodes)
+
+    def offset(self, blocks: int, inodes: int) -> None:
+        """Count (or, negative, do not count) what the upper layer does not hold."""
+        self._base += blocks
+        self._base_inodes += inodes
+
+    def freeze(self) -> None:
+        """What the upper layer holds is another layer's from now on, and goes on to count; a new one starts empty."""
+        self._look_at_maps()
+        nameless = [node for node in self.view.nodes.values() if holding.is_nameless(self.view, node)]
+        xattrs = [self._leaving[node] for node in nameless if node in self._leaving]
+        kept = sum(total_of(node.space) for node in nameless) + sum(room.large for room in xattrs)
+        small = sum(room.small for room in xattrs)
+        self.take(Room(-kept, -small))
+        self.inodes -= len(nameless)
+        self.offset(self.total(), self.inodes)
+        self.clear()
+        self.units, self.small, self.inodes = kept, small, len(nameless)
+        self._written.clear()
+        self._sum()
+
+    def later(self, other: Space) -> None:
+        """What was done with a ledger is there, and is to be counted when :meth:`take_later` is called."""
+        self._later.append(other)
+
+    def take_later(self) -> None:
+        """Count what :meth:`later` was told."""
+        for other in self._later:
+            other._look_at_maps()
+            self.take(Room(other.units, other.small))
+            self.inodes += other.inodes
+            self.names += other.names
+            self.growth += other.growth
+            self.hidden += other.hidden
+            self.exempt += other.exempt
+            self.mapped.update(other.mapped)
+            self._written |= other._written
+        self._later.clear()
+        self._sum()
 
     def left(self) -> int:
         """Units that may still be allocated."""
         limit = self.limit.bytes
-        return (1 << 62) if limit is None else max(0, limit // UNIT - self._units)
+        if limit is None:
+            return 1 << 62
+        most = limit // UNIT - self._base
+        if (self.hidden or self.exempt) and self.exempt + units(self.hidden) - FREE_WHITEOUTS > most:
+            return 0
+        return max(0, most - self.units - self._excess)
 
-    def need(self, blocks: int, inodes: int = 0) -> None:
-        """Raise ENOSPC unless so much more fits. Counts nothing."""
-        if blocks > 0 and blocks > self.left():
-            raise self._full()
+    def need(self, blocks: int, inodes: int = 0, names: int = 0, room: Room = NOTHING) -> None:
+        """Raise ENOSPC unless so much more fits. Counts nothing.
+
+        Args:
+            blocks: units.
+            names: bytes that new names may take (:meth:`entering`).
+            room: for xattrs.
+        """
+        if self.limit.bytes is not None:
+            blocks += room.large
+            more = names + inodes * self.host.inode + room.small * UNIT
+            if more > 0:
+                blocks += max(0, self.beyond(more) - self._excess)
+            if blocks > 0 and blocks > self.left():
+                raise self._full()
         most = self.limit.inodes
-        if inodes and most is not None and self._inodes + inodes > most:
+        if inodes and most is not None and self._base_inodes + self.inodes + inodes > most:
+            raise self._full()
+
+    def entering(self, name: bytes, count: int = 1) -> int:
+        """The most bytes that a new name (or ``count`` like it) may take, for :meth:`need`."""
+        return count * (GROWTH * UNIT if self.host.grows else self.name_cost(name))
+
+    def need_hidden(self, names: Iterable[bytes], blocks: int = 0) -> None:
+        """Raise ENOSPC unless whiteouts of these names, and so many units of directories for them, fit into the allowance."""
+        if self.limit.bytes is None:
+            return
+        more = self.exempt + blocks + units(self.hidden + names_cost(self, names)) - FREE_WHITEOUTS
+        if more > max(self.limit.bytes // UNIT - self._base, self.units + self._excess):
             raise self._full()
 
     def _settle(self) -> None:
@@ -210,48 +195,229 @@ class Space:
         """Whether space may come back without anybody's doing, and the front end has a way to wait for that."""
         if not self.view.patient:
             return False
-        self._nameless = {node for node in self._nameless if node.where is None}  # an unlink may have failed
+        self._nameless = {node for node in self._nameless if node.parent is None}  # an unlink may have failed
         return bool(self._nameless)
 
     def add(self, blocks: int, inodes: int = 0) -> None:
         """Count what was done."""
-        self._units += blocks
-        self._inodes += inodes
+        self.units += blocks
+        if inodes:
+            self.inodes += inodes
+            self._sum()
+
+    # -- names ----------------------------------------------------------------------------------
+
+    def named(self, up: Source, name: bytes, blocks: int = 0, inodes: int = 0) -> None:
+        """A directory of the upper layer got a name, of an object that counts so much."""
+        self.units += blocks
+        self.inodes += inodes
+        self.names += self.name_cost(name)
+        self._looked(up)
+
+    def copied(self, up: Source, name: bytes, room: Room) -> None:
+        """A directory was copied up only for whiteouts; its xattrs take ``room``."""
+        self.exempt += 1 + sum(room)
+        self.named(up, name)
+
+    def unnamed(self, up: Source, name: bytes) -> None:
+        """A name went."""
+        self.names -= self.name_cost(name)
+        self._looked(up)
+
+    def _looked(self, up: Source) -> None:
+        host = self.host
+        if host.grows:
+            self.grew(os.fstat(up.fd if up.fd >= 0 else up.open()))
+        elif not host.name:
+            return
+        self._excess = self.beyond()
+
+    def hid(self, up: Source, name: bytes, *, instead: bool = False) -> None:
+        """A whiteout was put there; ``instead`` of something that the upper layer had."""
+        self.hide(name)
+        if instead:
+            self.names -= self.name_cost(name)
+        self._looked(up)
+        self._sum()
+
+    def unhid(self, names: Iterable[bytes]) -> None:
+        """Whiteouts are gone."""
+        self.hidden -= names_cost(self, names)
+        self._sum()
+
+    def moved(
+        self, source: Source, name: bytes, destination: Source, to_name: bytes, *, leaves: bool, over: bool
+    ) -> None:
+        """A rename was done.
+
+        Args:
+            leaves: a whiteout.
+            over: something that the upper layer had (not a whiteout).
+        """
+        self.names -= self.name_cost(name)
+        if not over:
+            self.names += self.name_cost(to_name)
+        if leaves:
+            self.hide(name)
+        self._looked(source)
+        self._looked(destination)
+        self._sum()
+
+    # -- inodes and their xattrs ------------------------------------------------------------------
+
+    def copy_cost(self, meta: Meta) -> Room:
+        """What a copy gets beside its data takes: xattrs with its mark, a link's target."""
+        found = {name: len(value) for name, value in meta.xattrs.items()}
+        found[self.form.origin] = _ORIGIN
+        link = link_units(meta.size) if meta.mode & 0o170000 == 0o120000 else 0
+        return xattr_room(found, self.form).with_units(link)
+
+    def xattrs(self, fd: int, name: bytes | None) -> Room:
+        """What an inode's xattrs take now."""
+        return inode_xattrs(fd, name, self.form)
+
+    def inherited(self, up: Source, *, directory: bool) -> Room:
+        """What the ACLs that a new object gets from its directory take, at most."""
+        length = len(xattr.try_get(up.open(), b"", b"system.posix_acl_default") or b"")
+        found = {b"system.posix_acl_access": length}
+        if directory:
+            found[b"system.posix_acl_default"] = length
+        return xattr_room(found, self.form)
+
+    def set_xattr(
+        self,
+        fd: int,
+        name: bytes | None,
+        attribute: bytes,
+        value: bytes,
+        flags: int = 0,
+        *,
+        node: Node | None = None,
+        found: Sizes | None = None,
+    ) -> None:
+        """Set an xattr that counts. Raises ENOSPC.
+
+        Args:
+            node: whose it is, if that may have lost its last name.
+            found: the xattrs that there are, where they are known.
+        """
+        found = sizes(fd, name) if found is None else found
+        before = xattr_room(found, self.form)
+        if found is not None:
+            self.need(0, room=xattr_room({**found, attribute: len(value)}, self.form).over(before))
+        xattr.setx(fd, name, attribute, value, flags)
+        self.xattrs_changed(node, self.xattrs(fd, name).over(before))
+        if node is not None and node.type == DT_DIR:
+            self.grew_by_xattrs(fd, b"")
+
+    def grew_by_xattrs(self, dirfd: int, name: bytes) -> None:
+        """Look again at the blocks of a directory that has other xattrs: some hosts count both together."""
+        if self.host.grows and not self.host.sized:
+            self.grew(os.stat(name, dir_fd=dirfd, follow_symlinks=False) if name else os.fstat(dirfd))
+            self._sum()
+
+    def xattrs_changed(self, node: Node | None, more: Room) -> None:
+        """The xattrs of a node came to take so much more."""
+        if not any(more):
+            return
+        self.take(more)
+        self._sum()
+        if node is not None and node.parent is None and node.type != DT_DIR:
+            before = self._leaving.get(node, NOTHING)
+            self._leaving[node] = Room(before.large + more.large, before.small + more.small)
 
     def leaving(self, node: Node) -> None:
         """The last name of an upper inode is about to go: count it while it can still be read."""
-        from cowfs.union import attributes as union_attributes
+        from cowfs.union import attributes
 
         self.count(node)
         self._nameless.add(node)
-        if node.bare < 2 and (cost := large_xattrs(*union_attributes.at(node))):
-            self._leaving[node] = cost
+        if node.bare < 2 and any(room := self.xattrs(*attributes.at(node))):
+            self._leaving[node] = room
 
-    def xattr_changed(self, node: Node, cost: int) -> None:
-        """A large xattr of a node grew by ``cost`` units."""
-        self.add(cost)
-        if cost and node.parent is None and node.type != 4:
-            self._leaving[node] = self._leaving.get(node, 0) + cost
+    def counts_now(self, node: Dir) -> None:
+        """A directory that was copied up only for whiteouts is changed: it counts from now on. Raises ENOSPC."""
+        fd = node.sources[0].open()
+        if xattr.try_get(fd, b"", self.form.exempt) is None:
+            return
+        room = self.xattrs(fd, b"").with_units(1)
+        self.need(0, 1, room=room)
+        xattr.remove(fd, b"", self.form.exempt)
+        self.exempt -= sum(room)
+        self.take(room)
+        self.add(0, 1)
 
-    def directory_gone(self, source: Source) -> tuple[int, int]:
-        """(units, inodes) that removing an upper directory will change, for :meth:`add`."""
+    def directory_gone(self, source: Source) -> tuple[Room, int, int, int, int]:
+        """What removing an upper directory that holds at most whiteouts will change, for :meth:`apply`."""
         fd = source.open()
-        exempt = xattr.try_get(fd, b"", self.view.form.exempt) is not None
-        own = 0 if exempt else 1
-        return -(own + large_xattrs(fd, b"")), -own
+        room = self.xattrs(fd, b"").with_units(1)
+        hidden = names_cost(self, source.whiteouts or ())
+        ino = os.fstat(fd).st_ino
+        if xattr.try_get(fd, b"", self.form.exempt) is not None:
+            return NOTHING, 0, sum(room), hidden, ino
+        return room, 1, 0, hidden, ino
+
+    def apply(self, gone: tuple[Room, int, int, int, int]) -> None:
+        """An upper directory is gone."""
+        room, inodes, exempt, hidden, ino = gone
+        self.take(NOTHING.over(room))
+        self.inodes -= inodes
+        self.exempt -= exempt
+        self.hidden -= hidden
+        self.forget_growth(ino)
+        self._sum()
+
+    # -- maps of redirect files -------------------------------------------------------------------
+
+    def map_written(self, name: bytes, size: int) -> None:
+        """A map has ``size`` bytes now; it may become a little longer when it is synced."""
+        self._written.add(name)
+        if self.mapped.get(name) != units(size):
+            self.map(name, size)
+            self._look_at_map_dir()
+            self._sum()
+
+    def map_room(self, name: bytes, size: int) -> Room:
+        """What a map of ``size`` bytes takes more than now."""
+        return Room(0, max(0, units(size) - self.mapped.get(name, 0)))
+
+    def map_gone(self, name: bytes) -> None:
+        """A map was removed."""
+        self._written.discard(name)
+        self.map(name, 0)
+        self._sum()
+
+    def _look_at_map_dir(self) -> None:
+        rows = self.view.rows
+        if self.host.grows and rows is not None and self.view.upper is not None:
+            self.grew(os.fstat(rows.map_dir(self.view.upper)))
+
+    def _look_at_maps(self) -> None:
+        """Maps are synced in a thread of their own, which makes them longer."""
+        rows = self.view.rows
+        if not self._written or rows is None or self.view.upper is None:
+            return
+        there = rows.map_dir(self.view.upper)
+        for name in list(self._written):
+            try:
+                self.map(name, os.stat(name, dir_fd=there, follow_symlinks=False).st_size)
+            except FileNotFoundError:
+                self.map_gone(name)
+        self._sum()
 
     def statfs(self, host: os.statvfs_result) -> os.statvfs_result:
         """statvfs with the limit as the size; available also bounded by what the host has."""
         self._settle()
+        self._look_at_maps()
         fields = list(host[:10])
         host_free = host.f_bavail * host.f_frsize // UNIT
         if self.limit.bytes is not None:
             total = self.limit.bytes // UNIT
-            free = max(0, total - self._units)
+            free = max(0, total - self._base - self.total())
             fields[0] = fields[1] = UNIT
             fields[2:5] = [total, free, min(free, host_free)]
         if self.limit.inodes is not None:
-            free = max(0, self.limit.inodes - self._inodes)
+            free = max(0, self.limit.inodes - self._base_inodes - self.inodes)
             fields[5:8] = [self.limit.inodes, free, min(free, host.f_favail) if host.f_files else free]
         return os.statvfs_result(fields)
 
@@ -260,13 +426,16 @@ class Space:
     def count(self, node: Node) -> int | Blocks:
         """A node's units, counted from the disk the first time."""
         if node.space is None:
+            if node.type == DT_LNK:
+                node.space = link_units(self.view.size(node))
+                return node.space  # type: ignore[no-any-return]
             own = getattr(node.data, "writable", False)  # a redirect file of the upper layer
-            if (node.data is not None and not own) or node.type != 8:
+            if (node.data is not None and not own) or node.type != DT_REG:
                 return 0
             fd = node.data.own_fd() if own else self.view.data_fd(node, False)
             st = os.fstat(fd)
             prealloc = xattr.try_get(fd, b"", self.view.form.prealloc) is not None
-            node.space = blocks_of(fd, st.st_size, prealloc, self._fs)
+            node.space = blocks_of(fd, st.st_size, prealloc, self.fs)
         return node.space  # type: ignore[no-any-return]
 
     def _ranges(self, node: Node) -> Blocks:
@@ -296,7 +465,7 @@ class Space:
                         raise self._full()
                     new = left
                 node.space = space + new
-                self._units += new
+                self.units += new
                 return length
             space = self._ranges(node)
         left = self.left() + space.credit
@@ -315,7 +484,7 @@ class Space:
         new = space.add(first, last)
         paid = min(space.credit, new)
         space.credit -= paid
-        self._units += new - paid
+        self.units += new - paid
 
     def allocate(self, node: Node, offset: int, length: int) -> None:
         """Count an fallocate of [offset, offset+length). Raises ENOSPC when it does not fit."""
@@ -334,7 +503,7 @@ class Space:
             self.recount(node)  # of the unit with the file's end, and of room reserved past it, hosts think differently
             return
         last = max(units(end), first) if end >= size else end // UNIT
-        self._units -= space.remove(first, last)
+        self.units -= space.remove(first, last)
 
     def cut(self, node: Node, size: int, before: int) -> None:
         """Count a truncation from ``before`` to ``size``; a longer file has a hole, which is free."""
@@ -345,90 +514,38 @@ class Space:
             return
         if isinstance(space, int):
             if whole < space:
-                self._units += whole - space
+                self.units += whole - space
                 node.space = whole
             elif whole > space:
                 self._ranges(node)
         else:
-            self._units -= space.remove(whole, 1 << 62) + space.credit
+            self.units -= space.remove(whole, 1 << 62) + space.credit
             space.credit = 0
 
     def recount(self, node: Node) -> None:
         """Count a file again from the disk, after the host refused a part."""
         before = total_of(node.space)
         node.space = None
-        self._units += total_of(self.count(node)) - before
+        self.units += total_of(self.count(node)) - before
 
     def release(self, node: Node) -> None:
         """An inode of the upper layer is gone for good."""
-        if node.type == 4:
+        if node.type == DT_DIR:
             return
         self._nameless.discard(node)
-        self._units -= total_of(node.space) + self._leaving.pop(node, 0)
-        self._inodes -= 1
+        self.units -= total_of(node.space)
+        self.inodes -= 1
+        room = self._leaving.pop(node, None)
+        if room is not None:
+            self.take(NOTHING.over(room))
+        if room is not None or self.host.inode:
+            self._sum()
 
 
 def ledger(view: View) -> Space:
-    """A count that starts with nothing and has no limit: what is done with it shows by itself."""
+    """A count that starts with nothing and has no limit: what is done with it shows by itself (:meth:`Space.later`)."""
     made = object.__new__(Space)
     made._start(view)
+    if view.space is not None:
+        made.grown = view.space.grown  # what a directory grew by is counted once, by the one or the other
     return made
-
-
-def measure(layer: Layer, form: Form) -> Usage:
-    """Count a layer from the disk: the same measure, by a walk that follows no link.
-
-    Raises:
-        OSError: a directory cannot be read.
-    """
-    fs = files.fs_name(layer.root.fd)
-    blocks, inodes = large_xattrs(layer.root.open(), b""), 0
-    seen: set[int] = set()
-    pending = [layer.root]
-    opened = []  # a child opens its parent again when need be, so they are closed together
-    while pending:
-        source = pending.pop()
-        if source is not layer.root:
-            opened.append(source)
-        fd = source.open()
-        with os.scandir(b"/proc/self/fd/%d" % fd) as found:
-            names = [entry.name for entry in found]
-        for name in names:
-            st = os.stat(name, dir_fd=fd, follow_symlinks=False)
-            if whiteout.is_whiteout(st):
-                continue
-            if st.st_nlink > 1 and not stat.S_ISDIR(st.st_mode):
-                if st.st_ino in seen:
-                    continue
-                seen.add(st.st_ino)
-            attributes = xattr.listx(fd, name)
-            if form.whiteout in attributes:
-                continue
-            for attribute in attributes:
-                blocks += xattr_units(xattr.try_get(fd, name, attribute) or b"")
-            if stat.S_ISDIR(st.st_mode):
-                pending.append(source.child(name))
-                if form.exempt in attributes:
-                    continue
-                blocks += 1
-            elif stat.S_ISREG(st.st_mode) and form.metacopy not in attributes:
-                blocks += _measure_file(fd, name, st, form.prealloc in attributes, fs)
-            inodes += 1
-        source.descriptors.trim()
-    for source in opened:
-        source.close()
-    return Usage(bytes=blocks * UNIT, inodes=inodes)
-
-
-def _measure_file(dirfd: int, name: bytes, st: os.stat_result, prealloc: bool, fs: str) -> int:
-    if st.st_size == 0 and not st.st_blocks:
-        return 0
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
-    try:
-        fd = os.open(name, flags, dir_fd=dirfd)
-    except PermissionError:
-        return units(min(st.st_size, st.st_blocks * 512))
-    try:
-        return total_of(blocks_of(fd, st.st_size, prealloc, fs))
-    finally:
-        os.close(fd)

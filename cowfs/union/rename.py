@@ -105,7 +105,7 @@ def _bring_up(view: View, node: Node) -> None:
             merged = len(node.sources) > 1 or view.upper_of(node) is None or node.record is not None
             source = copyup.up_dir(view, node)
             if merged:
-                xattr.setx(source.open(), b"", view.form.redirect, b"/" + low)
+                copyup.set_mark(view, source.open(), b"", view.form.redirect, b"/" + low)
                 if node.lowpath is None:
                     view.moved[node] = None
                 node.lowpath = low
@@ -114,8 +114,7 @@ def _bring_up(view: View, node: Node) -> None:
         return
     copyup.up_meta(view, node)
     if node.data is not None and hasattr(node.data, "path") and view.form.redirects:
-        fd, real = create._place_of(node)
-        xattr.setx(fd, real, view.form.redirect, b"/" + node.data.path)
+        copyup.set_mark(view, *create._place_of(node), view.form.redirect, b"/" + node.data.path)
 
 
 def _upper_dir(view: View, node: Dir) -> Source:
@@ -130,19 +129,28 @@ def _move(view: View, parent: Dir, name: bytes, node: Node, to: Dir, to_name: by
         view.load(to)
     _bring_up(view, node)
     source = _upper_dir(view, parent)
+    space = view.space
+    if space is not None:
+        space.need(0, 0, space.entering(to_name))
     leaves = bool(source.shadow) and name in source.shadow  # type: ignore[operator]
+    if space is not None and leaves:
+        space.need_hidden((name,))
     lands = _lower_has(view, to, destination, to_name, other)
     if isinstance(node, Dir):
         if lands and node.lowpath is None:
             xattr.setx(_upper_dir(view, node).open(), b"", view.form.opaque, b"y")
         _clear_way(view, destination, to_name, other)
     held, last, known = None, False, False
+    gone = None
     if other is not None and not isinstance(other, Dir):
         if not view.in_upper(other) and view.form.redirects and hardlinks.complete(view, other):
             copyup.up_meta(view, other)
         held, last, known = _prepare_victim(view, other)
-    elif isinstance(other, Dir):
-        _forget_source(view, other)
+    elif isinstance(other, Dir) and space is not None and (own := view.upper_of(other)) is not None:
+        gone = space.directory_gone(own)
+    replaces = other is not None and (
+        view.upper_of(other) is not None if isinstance(other, Dir) else view.in_upper(other)
+    )
     over_whiteout = destination.whiteouts is not None and to_name in destination.whiteouts
     src_fd, dst_fd = source.open(), destination.open()
     if isinstance(node, Dir) and over_whiteout:
@@ -153,6 +161,12 @@ def _move(view: View, parent: Dir, name: bytes, node: Node, to: Dir, to_name: by
             os.unlink(name, dir_fd=src_fd)
     else:
         _rename_or_whiteout(view, src_fd, name, dst_fd, to_name, leaves)
+    if space is not None:
+        if gone is not None:
+            space.apply(gone)
+        if over_whiteout:
+            space.unhid((to_name,))
+        space.moved(source, name, destination, to_name, leaves=leaves, over=replaces)
     _account_names(source, name, leaves, destination, to_name, lands)
     if other is not None:
         _bury_victim(view, to, to_name, other, held, last, known)
@@ -185,26 +199,28 @@ def _lower_has(view: View, to: Dir, destination: Source, name: bytes, other: Nod
 
 
 def _clear_way(view: View, destination: Source, name: bytes, other: Node | None) -> None:
-    """An empty upper directory that is to be replaced must be empty on the host, too."""
+    """An empty upper directory that is to be replaced must be empty on the host, too, and can be used while it is held."""
     if not isinstance(other, Dir):
         return
     own = view.upper_of(other)
-    if own is None or not own.whiteouts:
+    if own is None:
         return
+    stays = holding.must_move(view, other)
+    if not stays:
+        holding.keep(view, own)
+        if not own.whiteouts:
+            return
     work = view.workdir
     assert work is not None
     temp = work.temp()
     os.mkdir(temp, 0o700, dir_fd=work.fd)
     xattr.setx(work.fd, temp, view.form.opaque, b"y")
     files.rename2(work.fd, temp, destination.open(), name, _EXCHANGE)
-    work.discard(temp)
-
-
-def _forget_source(view: View, other: Dir) -> None:
-    own = view.upper_of(other)
-    if own is None or view.space is None:
-        return
-    view.space.add(*view.space.directory_gone(own))
+    if stays:
+        holding.moved(view, own, temp)
+        copyup.clear(own.open())
+    else:
+        work.discard(temp)
 
 
 def _prepare_victim(view: View, other: Node) -> tuple[bytes | None, bool, bool]:
@@ -403,6 +419,8 @@ def _make_opaque(view: View, node: Dir) -> None:
         xattr.setx(own.open(), b"", view.form.opaque, b"y")
     for name in own.whiteouts or ():
         os.unlink(name, dir_fd=own.open())
+    if view.space is not None:
+        view.space.unhid(own.whiteouts or ())
     own.whiteouts, own.shadow = set(), set()
     if len(node.sources) > 1 and node.children is not None:
         shift = len(node.sources) - 1

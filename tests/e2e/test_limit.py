@@ -385,7 +385,7 @@ class LimitMachine(Equality):
     """Random operations under a small limit: never passed, ENOSPC changes nothing, the count equals a scan."""
 
     compared = False
-    size, inodes = 30 * UNIT, 14
+    size, inodes = 12 * UNIT, 10
     refused = 0
 
     @classmethod

@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 from support.archives import directory, member, tar
-from support.command import run_module
+from support.command import one_line, run_module
 from support.images import FULL_NAME, REF_NAME, Layout, config, digest, docker
 
-from cowfs.errors import AlreadyExists
+from cowfs.archive import ApplyOptions
+from cowfs.cli.store.run import _config
+from cowfs.errors import AlreadyExists, LimitExceeded
 from cowfs.images import open_image
 from cowfs.store import Store
 
@@ -283,3 +285,44 @@ def test_a_name_that_looks_like_a_layers_is_not_taken_for_it(store: Store) -> No
     store.commit("w", digest(ONE))
     store.import_image(image("app", [ONE, TWO]))
     assert image_id(store, "app", "oci") == digest(config([ONE, TWO]))
+
+
+@pytest.mark.root
+@pytest.mark.parametrize(
+    "fields",
+    [{"Cmd": "sh -c x"}, {"Cmd": {"x": 1}}, {"Entrypoint": [5]}, {"Env": 5}, {"Env": ["A=\ud83d"]}, {"Cmd": ["a\0b"]},
+     {"WorkingDir": ["/"]}, {"Env": ["no equals"]}, {"Env": ["=x"]}],
+    ids=str,
+)  # fmt: skip
+def test_run_refuses_a_configuration_that_no_command_can_be_given(space: Path, fields: dict[str, Any]) -> None:
+    (space / "image.tar").write_bytes(Layout().add([ONE], "app", config([ONE], config=fields)).tar())
+    root = ("--root", space / "store")
+    assert run_module("cowfs", "import", space / "image.tar", *root).returncode == 0
+    done = run_module("cowfs", "run", *root, "app")
+    assert done.returncode != 0
+    one_line(done)
+    assert run_module("cowfs", "ls", *root).stdout.count("run-") == 0
+
+
+@pytest.mark.root
+def test_run_takes_the_configuration_of_the_image_that_a_snapshot_was_made_from(space: Path) -> None:
+    root = ("--root", space / "store")
+    for name in ("prod", "debug"):
+        (space / "image.tar").write_bytes(
+            Layout().add([ONE], name, config([ONE], config={"Env": [f"A={name}"], "Cmd": ["x"]})).tar()
+        )
+        run_module("cowfs", "import", space / "image.tar", *root, check=True)
+    run_module("cowfs", "prepare", "w", "prod", *root, check=True)
+    run_module("cowfs", "commit", "w", "child", *root, check=True)
+    with Store.open(space / "store") as store:
+        assert _config(store, "child")["Env"] == ["A=prod"]
+
+
+def test_the_layers_of_an_image_count_together(store: Store, space: Path) -> None:
+    layers = [tar(member(f"f{number}", bytes([number]) * 40_000)) for number in range(5)]
+    source = space / "image.tar"
+    source.write_bytes(image("app", layers).getvalue())
+    with pytest.raises(LimitExceeded, match="max-size"):
+        store.import_image(source, options=ApplyOptions(max_bytes=150_000))
+    store.import_image(source, options=ApplyOptions(max_bytes=300_000))
+    store.import_image(source, options=ApplyOptions(max_bytes=1))  # nothing of it is unpacked

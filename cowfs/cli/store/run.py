@@ -88,7 +88,25 @@ def _config(store: Store, parent: str) -> dict[str, Any]:
 
     document = store.config(parent)
     found = parse_json(document.encode(), f"the configuration of {parent!r}").get("config") if document else None
-    return found if isinstance(found, dict) else {}
+    config = found if isinstance(found, dict) else {}
+    for key in ("Entrypoint", "Cmd", "Env"):
+        listed = config.get(key) or []
+        if not isinstance(listed, list) or not all(map(_can_be_passed, listed)):
+            raise InvalidArgument(f"{key} of {parent!r} is no list of words that a command can be given")
+    if not _can_be_passed(config.get("WorkingDir") or ""):
+        raise InvalidArgument(f"WorkingDir of {parent!r} is no path")
+    return config
+
+
+def _can_be_passed(word: object) -> bool:
+    """Whether an image's word can be an argument, a variable or a path: not every string of JSON can."""
+    if not isinstance(word, str) or "\0" in word:
+        return False
+    try:
+        os.fsencode(word)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _environment(config: dict[str, Any], given: list[str]) -> dict[str, str]:

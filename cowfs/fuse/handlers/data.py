@@ -44,7 +44,7 @@ _READ = abi.READ_IN.unpack_from
 _WRITE = abi.WRITE_IN.unpack_from
 _SETATTR = abi.SETATTR_IN.unpack_from
 _WRITTEN = codec.WRITE_REPLY.pack
-_KILL = abi.WRITE_KILL_SUIDGID
+_CACHE, _KILL = abi.WRITE_CACHE, abi.WRITE_KILL_SUIDGID
 _pwrite = os.pwrite
 _REGULAR = 8  # DT_REG
 _NOWAIT = getattr(os, "RWF_NOWAIT", 8)
@@ -233,6 +233,9 @@ class Data(Adapter):
             if node.wfd and view.space is None and self.keeps_modes and not flags & _KILL:  # what most writes are
                 node.attr = None
                 done = _pwrite(node.fd, buf[80:n], offset)
+                if done < size and flags & _CACHE:
+                    self._write_back(node, offset, buf[80:n], done)
+                    done = size
                 if size >= LARGE_WRITE:
                     self._written(node, offset, done)
                 return _WRITTEN(24, 0, unique, done, 0)
@@ -242,9 +245,24 @@ class Data(Adapter):
         if kill:
             self.strip(node, buf)
         done = view.write(node, offset, buf[80:n], kill)
+        if done < size and flags & _CACHE:
+            self._write_back(node, offset, buf[80:n], done)
+            done = size
         if size >= LARGE_WRITE:
             self._written(node, offset, done)
         return _WRITTEN(24, 0, unique, done, 0)
+
+    def _write_back(self, node: Any, offset: int, data: memoryview, done: int) -> None:
+        """Write what is left of dirty pages, or raise why that cannot be.
+
+        Nobody writes them again: the kernel takes a short answer for a whole one (fs/fuse/file.c, fuse_writepage_end), and what was
+        stored through a map would be lost without a word.
+        """
+        while done < len(data):
+            more = self.view.write(node, offset + done, data[done:])
+            if not more:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            done += more
 
     def _written(self, node: Any, offset: int, done: int) -> None:
         """Have the host begin to write a long file that is being written in sequence: less is left for its fsync."""

@@ -70,7 +70,7 @@ def _rollback(server: Server, arguments: dict[str, Any]) -> dict[str, Any]:
         stale.append(view.rollback(layer, arguments["upper"], arguments["work"]))
         base = arguments["base"]
         if view.space is not None:
-            view.space.add(-(base["bytes"] // UNIT), -base["inodes"])
+            view.space.offset(-(base["bytes"] // UNIT), -base["inodes"])
 
     stalled = _switch(server, arguments, switch)
     _tell_kernel(server, stale[0])

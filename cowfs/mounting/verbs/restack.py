@@ -82,7 +82,7 @@ def _restack(server: Server, arguments: dict[str, Any]) -> dict[str, Any]:
         server.spec = replace(server.spec, layers=tuple(reversed(lowers)))
         freed = arguments.get("freed")
         if freed is not None and server.view.space is not None:
-            server.view.space.add(-(freed["bytes"] // UNIT), -freed["inodes"])
+            server.view.space.offset(-(freed["bytes"] // UNIT), -freed["inodes"])
 
     return {"stalled": at_once(server, switch, strict=True)}
 
@@ -143,9 +143,10 @@ def _absorb(server: Server, arguments: dict[str, Any]) -> dict[str, Any]:
         except BaseException:
             os.unlink(arguments["mark"])
             raise
-        held = arguments["held"]
-        if held is not None and view.space is not None:
-            view.space.add((moved["bytes"] - held["bytes"]) // UNIT, moved["inodes"] - held["inodes"])
+        held = arguments["held"] or moved  # what did not count before does not count now
+        if view.space is not None:
+            view.space.take_later()
+            view.space.offset(-(held["bytes"] // UNIT), -held["inodes"])
         server.spec = replace(server.spec, layers=tuple(reversed(rest)))
         return True
 
@@ -161,4 +162,6 @@ def _absorb(server: Server, arguments: dict[str, Any]) -> dict[str, Any]:
                     return {"moved": moved, "stalled": stalled}
         except OSError as error:
             raise _explained(server, error) from None
+        finally:
+            server.call(lambda: view.space.take_later() if view.space is not None else None)  # unless it was switched
     raise FailedPrecondition(f"too much is being renamed in {server.spec.mountpoint}", remedy="try again")
