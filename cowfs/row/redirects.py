@@ -367,9 +367,8 @@ class Rows:
             if log is not None:
                 log.close()
             self.drop_map(upper, ref)
-            too_long = isinstance(failure, OSError) and failure.errno in (errno.ENOSPC, errno.E2BIG, errno.ERANGE)
-            if too_long and len(packed) > 2048 and not isinstance(node.data, RowFile):
-                return False  # the host has no room for so long a path: copy
+            if copyup.no_room(failure) and not isinstance(node.data, RowFile):
+                return False  # no room for the reference: copy
             raise
         if space is not None:
             space.add(0, 1)
@@ -445,10 +444,12 @@ class Rows:
             xattr.remove(fd, b"", view.form.metacopy)
             if xattr.try_get(fd, b"", view.form.redirect) is not None:
                 xattr.remove(fd, b"", view.form.redirect)
-        except BaseException:
+        except BaseException as failure:
             os.close(fd)
             log.close()
             self.drop_map(upper, ref)
+            if copyup.no_room(failure):
+                return False  # no room for the reference: copy
             raise
         if space is not None:
             space.xattrs_changed(node, space.xattrs(fd, b"").over(before))

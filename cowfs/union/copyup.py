@@ -33,7 +33,7 @@ from cowfs.union.layers import Layer, Source
 from cowfs.union.measure import NOTHING
 from cowfs.union.merge import Data
 from cowfs.union.node import DT_LNK, DT_REG, Dir, Node
-from cowfs.union.quota import UNIT, total_of, units
+from cowfs.union.quota import UNIT, LimitReached, total_of, units
 
 if TYPE_CHECKING:
     from cowfs.union.view import View
@@ -44,7 +44,15 @@ _DIR_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _HOST_ONLY = (b"security.selinux", b"security.ima", b"security.evm")
 
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.E2BIG, errno.ERANGE)
 _KEEP = (b"incompat",)  # the kernel's marks of volatile mounts; who mounts honours them (cowfs.mounting.volatile)
+
+
+class NoRoomForMark(OSError):
+    """A copy of attributes alone is not possible: the mark that says so has no room beside the file's own xattrs."""
+
+    def __init__(self, name: bytes) -> None:
+        super().__init__(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
 
 
 class WorkDir:
@@ -221,15 +229,24 @@ def up_dir(view: View, directory: Dir, *, exempt: bool = False) -> Source:
     if top.layer is view.upper:
         return top
     view.need_upper()
-    parent = directory.parent
-    if parent is None:
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), directory.name)
-    above = up_dir(view, parent, exempt=exempt)
-    work = view.workdir
+    missing: list[Dir] = []
+    while directory.sources[0].layer is not view.upper:
+        missing.append(directory)
+        if directory.parent is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), directory.name)
+        directory = directory.parent
+    above = directory.sources[0]
+    for below in reversed(missing):
+        above = _up_one(view, below, above, exempt)
+    return above
+
+
+def _up_one(view: View, directory: Dir, above: Source, exempt: bool) -> Source:
+    """Copy one directory up, whose parent is there."""
+    work, space = view.workdir, view.space
     assert work is not None
     attr = view.attr(directory)  # before its source changes
     meta = read_meta(view, directory)
-    space = view.space
     if space is not None and exempt:
         space.need_hidden((), 1 + sum(space.copy_cost(meta)))
     elif space is not None:
@@ -238,11 +255,11 @@ def up_dir(view: View, directory: Dir, *, exempt: bool = False) -> Source:
     try:
         os.mkdir(temp, 0o700, dir_fd=work.fd)
         write_meta(work.fd, temp, meta, view)
-        set_origin(view, work.fd, temp, top.open(), b"", directory.id)
-        if exempt:
-            xattr.setx(work.fd, temp, view.form.exempt, b"y")
+        if exempt:  # where the mark has no room the directory counts
+            exempt = marked(work.fd, temp, view.form.exempt, b"y")
+        set_origin(view, work.fd, temp, directory.sources[0].open(), b"", directory.id)
         with kept_times(above):
-            os.rename(temp, directory.name, src_dir_fd=work.fd, dst_dir_fd=above.fd)
+            os.rename(temp, directory.name, src_dir_fd=work.fd, dst_dir_fd=above.open())
     except BaseException:
         work.discard(temp)
         raise
@@ -263,6 +280,26 @@ def up_dir(view: View, directory: Dir, *, exempt: bool = False) -> Source:
             space.xattrs_changed(None, room)
         space.grew_by_xattrs(source.open(), b"")
     return source
+
+
+def no_room(failure: BaseException) -> bool:
+    """Whether an xattr was refused because the host has no room for it (not the limit)."""
+    return isinstance(failure, OSError) and failure.errno in _NO_ROOM and not isinstance(failure, LimitReached)
+
+
+def marked(dirfd: int, name: bytes, attribute: bytes, value: bytes) -> bool:
+    """Set an own xattr that can be done without; whether there was room for it.
+
+    Hosts keep xattrs in little room (ext4: one block for all of an inode), which a file of a lower layer may fill with
+    its own.
+    """
+    try:
+        xattr.setx(dirfd, name, attribute, value)
+    except OSError as failure:
+        if not no_room(failure):
+            raise
+        return False
+    return True
 
 
 def set_mark(view: View, dirfd: int, name: bytes, attribute: bytes, value: bytes) -> None:
@@ -289,8 +326,7 @@ def mark_impure(view: View, source: Source) -> None:
     source.marked = True
     fd = source.open()
     if xattr.try_get(fd, b"", view.form.impure) is None:
-        with contextlib.suppress(OSError):
-            xattr.setx(fd, b"", view.form.impure, b"y")
+        marked(fd, b"", view.form.impure, b"y")
 
 
 def set_origin(view: View, dirfd: int, name: bytes, src_fd: int, src_name: bytes, ino: int) -> None:
@@ -303,7 +339,7 @@ def set_origin(view: View, dirfd: int, name: bytes, src_fd: int, src_name: bytes
     if not value or not number or (number != ino and view.index is None):
         value = make_origin(src_fd, src_name, view.uuid_at(src_fd))
     try:
-        xattr.setx(dirfd, name, view.form.origin, value)
+        marked(dirfd, name, view.form.origin, value)
     except OSError as error:  # symbolic links and devices take no user.* xattrs
         if view.form.redirects or error.errno not in (errno.EPERM, errno.EOPNOTSUPP):
             raise
@@ -513,11 +549,12 @@ def place(view: View, node: Node, temp: bytes, work: WorkDir, *, metacopy: bool,
     blocks = int.from_bytes(view.attr(node)[16:24], "little")
     data = node.data if isinstance(node.data, Data) else Data(where, node.name, low, meta.size, blocks)
     source, real = physical(view, node, where)
+    if metacopy and not (
+        marked(work.fd, temp, view.form.metacopy, b"")
+        and (not others or marked(work.fd, temp, view.form.redirect, b"/" + low))
+    ):
+        raise NoRoomForMark(node.name)
     set_origin(view, work.fd, temp, source.open(), real, node.id)
-    if metacopy:
-        xattr.setx(work.fd, temp, view.form.metacopy, b"")
-        if others:
-            xattr.setx(work.fd, temp, view.form.redirect, b"/" + low)
     for above, _, name in ups[1:]:
         with kept_times(above):
             os.link(temp, name, src_dir_fd=work.fd, dst_dir_fd=above.open(), follow_symlinks=False)
@@ -546,8 +583,12 @@ def physical(view: View, node: Node, where: Source) -> tuple[Source, bytes]:
     return where, node.name
 
 
-def up_meta(view: View, node: Node) -> None:
-    """Bring an inode into the upper layer because its attributes or names are about to change."""
+def up_meta(view: View, node: Node, *, whole: bool = True) -> None:
+    """Bring an inode into the upper layer because its attributes or names are about to change.
+
+    Args:
+        whole: where the host has no room for the mark of a metacopy, copy the data, too, instead of raising ENOSPC.
+    """
     if isinstance(node, Dir):
         up_dir(view, node)
         return
@@ -579,12 +620,39 @@ def up_meta(view: View, node: Node) -> None:
         is_meta = node.type == DT_REG and meta.size > 0
         view.open_files.close(node)
         place(view, node, temp, work, metacopy=is_meta, meta=meta)
-    except BaseException:
+    except BaseException as failure:
         work.discard(temp)
+        if whole and isinstance(failure, NoRoomForMark):
+            _up_whole(view, node)
+            return
         raise
     if space is not None:
         node.space = None
         space.add(total_of(space.count(node)) if node.type == DT_LNK else 0, 1)
+
+
+def _up_whole(view: View, node: Node) -> None:
+    """Copy a file up with its data, as an ordinary file."""
+    stage = writable(view, node, plain=True)
+    if stage is not None:
+        stage.run()
+        publish(view, stage)
+
+
+def note_place(view: View, node: Node) -> None:
+    """Before a metacopy gets a name elsewhere: note where its data is found; have the data where that has no room."""
+    data = node.data
+    if data is None or not view.form.redirects or not hasattr(data, "path"):
+        return
+    fd, real = (node.fd, b"") if node.where is None else (node.where.open(), node.name)
+    try:
+        set_mark(view, fd, real, view.form.redirect, b"/" + data.path)
+    except OSError as failure:
+        if not no_room(failure):
+            raise
+        if hasattr(data, "pread"):  # a redirect file's data: no copy in one piece
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), node.name) from None
+        _up_whole(view, node)
 
 
 def _copy_nameless(view: View, node: Node) -> None:

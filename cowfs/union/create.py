@@ -345,8 +345,7 @@ def link(view: View, node: Node, parent: Dir, name: bytes) -> Node:
     assert work is not None
     if view.space is not None:
         view.space.need(0, 0, view.space.entering(name))
-    if node.data is not None and view.form.redirects and hasattr(node.data, "path"):
-        copyup.set_mark(view, *_place_of(node), view.form.redirect, b"/" + node.data.path)
+    copyup.note_place(view, node)
     over = up.whiteouts is not None and name in up.whiteouts
     dst_fd, dst = (work.fd, work.temp()) if over else (up.open(), name)
     if node.where is None:
@@ -370,10 +369,6 @@ def link(view: View, node: Node, parent: Dir, name: bytes) -> Node:
     view.bind(parent, name, node)
     node.attr = None
     return node
-
-
-def _place_of(node: Node) -> tuple[int, bytes]:
-    return (node.fd, b"") if node.where is None else (node.where.open(), node.name)
 
 
 def unlink(view: View, parent: Dir, name: bytes) -> None:
@@ -424,7 +419,7 @@ def unnamed(view: View, node: Node, held: bytes | None, last: bool) -> None:
 def _up_for_count(view: View, node: Node) -> bool:
     """Copy a lower hard link up under all its names, so that their count is right; no when there is no room."""
     try:
-        copyup.up_meta(view, node)
+        copyup.up_meta(view, node, whole=False)
     except OSError as failure:
         if failure.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

@@ -44,16 +44,20 @@ __all__ = ["UNIT", "Awaited", "Blocks", "Space", "ledger", "measure", "total_of"
 _ORIGIN = 29  # bytes of the mark that a copy gets (cowfs.union.inodes.make_origin)
 
 
-class Awaited(OSError):
+class LimitReached(OSError):
+    """The limit is reached: ENOSPC, but not of the host."""
+
+    def __init__(self) -> None:
+        super().__init__(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+class Awaited(LimitReached):
     """Ask again once everything that is already forgotten was heard of: inodes without a name still hold space.
 
     Only raised for a front end that set ``view.patient``; nothing was changed. A kernel sends what it forgets behind
     requests that wait, so a client that unlinked a file can want its space, or look for it with statfs(2), before the
     view has it back. ENOSPC for whoever does not ask again.
     """
-
-    def __init__(self) -> None:
-        super().__init__(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 class Space(Tally):
@@ -189,7 +193,7 @@ class Space(Tally):
 
     def _full(self) -> OSError:
         """What to raise when something does not fit."""
-        return Awaited() if self._may_return() else OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return Awaited() if self._may_return() else LimitReached()
 
     def _may_return(self) -> bool:
         """Whether space may come back without anybody's doing, and the front end has a way to wait for that."""

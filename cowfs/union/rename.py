@@ -1,4 +1,4 @@
-"""rename with its flags, never EXDEV.
+"""rename with its flags.
 
 What moves is always the upper layer's object, so what only a lower layer has is copied up first:
 a file as a metacopy with ``redirect``, a directory by itself with ``redirect`` naming its lower
@@ -44,7 +44,7 @@ def rename(view: View, parent: Dir, name: bytes, to: Dir, to_name: bytes, flags:
         flags: 0, RENAME_NOREPLACE or RENAME_EXCHANGE.
 
     Raises:
-        OSError: as renameat2(2); never EXDEV.
+        OSError: as renameat2(2); EXDEV only for a directory whose marks the host has no room for.
     """
     if flags & ~(_NOREPLACE | _EXCHANGE) or flags == _NOREPLACE | _EXCHANGE:
         raise error(errno.EINVAL, name)
@@ -105,7 +105,7 @@ def _bring_up(view: View, node: Node) -> None:
             merged = len(node.sources) > 1 or view.upper_of(node) is None or node.record is not None
             source = copyup.up_dir(view, node)
             if merged:
-                copyup.set_mark(view, source.open(), b"", view.form.redirect, b"/" + low)
+                _mark(view, source, view.form.redirect, b"/" + low)
                 if node.lowpath is None:
                     view.moved[node] = None
                 node.lowpath = low
@@ -113,8 +113,18 @@ def _bring_up(view: View, node: Node) -> None:
             _copy_subtree(view, node)
         return
     copyup.up_meta(view, node)
-    if node.data is not None and hasattr(node.data, "path") and view.form.redirects:
-        copyup.set_mark(view, *create._place_of(node), view.form.redirect, b"/" + node.data.path)
+    copyup.note_place(view, node)
+
+
+def _mark(view: View, own: Source, attribute: bytes, value: bytes) -> None:
+    """Set an own xattr that a directory cannot move without. Raises EXDEV where there is no room for it: then it is
+    copied by whoever moves it, as between file systems."""
+    try:
+        copyup.set_mark(view, own.open(), b"", attribute, value)
+    except OSError as failure:
+        if not copyup.no_room(failure):
+            raise
+        raise error(errno.EXDEV, own.name) from None
 
 
 def _upper_dir(view: View, node: Dir) -> Source:
@@ -138,7 +148,7 @@ def _move(view: View, parent: Dir, name: bytes, node: Node, to: Dir, to_name: by
     lands = _lower_has(view, to, destination, to_name, other)
     if isinstance(node, Dir):
         if lands and node.lowpath is None:
-            xattr.setx(_upper_dir(view, node).open(), b"", view.form.opaque, b"y")
+            _mark(view, _upper_dir(view, node), view.form.opaque, b"y")
         _clear_way(view, destination, to_name, other)
     held, last, known = None, False, False
     gone = None
@@ -314,7 +324,7 @@ def _exchange(view: View, parent: Dir, name: bytes, node: Node, to: Dir, to_name
     source, destination = _upper_dir(view, parent), _upper_dir(view, to)
     for moved, place, at in ((node, destination, to_name), (other, source, name)):
         if isinstance(moved, Dir) and moved.lowpath is None and place.shadow and at in place.shadow:
-            xattr.setx(_upper_dir(view, moved).open(), b"", view.form.opaque, b"y")
+            _mark(view, _upper_dir(view, moved), view.form.opaque, b"y")
     files.rename2(source.open(), name, destination.open(), to_name, _EXCHANGE)
     assert parent.children is not None and to.children is not None
     for directory, at, arrived, up, was in (
@@ -416,7 +426,7 @@ def _make_opaque(view: View, node: Dir) -> None:
     own = _upper_dir(view, node)
     if len(node.sources) > 1 or node.record is not None:
         copyup.mark_impure(view, own)  # merged, it was so without saying
-        xattr.setx(own.open(), b"", view.form.opaque, b"y")
+        _mark(view, own, view.form.opaque, b"y")
     for name in own.whiteouts or ():
         os.unlink(name, dir_fd=own.open())
     if view.space is not None:
