@@ -40,7 +40,7 @@ class Command(NamedTuple):
     examples: tuple[str, ...]
 
 
-_MOUNTS, _SNAPSHOTS, _STORE, _ABOUT = "Mounts", "Snapshots", "Store", "About"
+_MOUNTS, _SNAPSHOTS, _STORE, _SERVICE, _ABOUT = "Mounts", "Snapshots", "Store", "Service", "About"
 
 VERBS: dict[str, Verb] = {
     "mount": Verb("cowfs.cli.mount", "mount a stack of layers as one tree", _MOUNTS),
@@ -74,6 +74,9 @@ VERBS: dict[str, Verb] = {
     "df": Verb("cowfs.cli.store.keep", "what the store holds", _STORE),
     "check": Verb("cowfs.cli.store.keep", "verify the store, and repair it", _STORE),
     "gc": Verb("cowfs.cli.store.keep", "delete what nothing records", _STORE),
+    "serve": Verb("cowfs.cli.service", "serve the store to Docker's clients", _SERVICE),
+    "tls": Verb("cowfs.cli.service", "certificates to try the TLS door with", _SERVICE),
+    "events": Verb("cowfs.cli.service", "what happens to the store, mounts and containers", _SERVICE),
     "bench": Verb("cowfs.cli.bench", "measure against other file systems, on your own disk", _ABOUT),
     "completion": Verb("cowfs.cli.completion", "completion for bash, zsh or fish", _ABOUT),
 }

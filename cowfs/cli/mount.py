@@ -192,7 +192,7 @@ def _configure_umount(parser: argparse.ArgumentParser) -> None:
     add("mountpoints", nargs="*", metavar="MNT", help="mount points")
     add("-l", "--lazy", action="store_true", help="off the tree now; the server ends with the last user")
     add("--force", action="store_true", help="cut the connection to a server that hangs")
-    add("-a", "--all", action="store_true", help="all mounts of cowfs that this user can see")
+    add("-a", "--all", action="store_true", help="all mounts of cowfs in this mount namespace")
 
 
 def _umount(args: argparse.Namespace) -> int:

@@ -35,6 +35,7 @@ def _configure_mounts(parser: argparse.ArgumentParser) -> None:
     add("key", nargs="?", metavar="KEY", help="instead: how an active snapshot or a view of the store would be mounted")
     add("--mount-type", choices=("kernel", "fuse"), help="of a KEY's records (default: what fits)")
     add("-q", "--quiet", action="store_true", help="mount points only")
+    add("--everywhere", action="store_true", help="also mounts of other mount namespaces (containers)")
     add_store(parser)
 
 
@@ -43,7 +44,7 @@ def _mounts(args: argparse.Namespace) -> int:
 
     if args.key is not None:
         return _records(args)
-    found = client.mounts()
+    found = client.mounts(everywhere=args.everywhere)
     if args.json:
         print_json([_mount_as_json(status) for status in found])
     elif args.quiet:
@@ -71,10 +72,10 @@ def _records(args: argparse.Namespace) -> int:
 
 
 def _mount_row(status: MountStatus) -> tuple[str, ...]:
-    where = shown(status.mountpoint)
+    where = shown(status.mountpoint) + ("" if status.here else " (another namespace)")
     if not status.alive:
         return (where, "?", "server is gone: cowfs umount clears it", "", "", "", "", "")
-    if status.pid is None:
+    if not status.socket:
         return (where, "?", "another user's", "", "", "", "", "")
     return (
         where,
@@ -84,12 +85,12 @@ def _mount_row(status: MountStatus) -> tuple[str, ...]:
         size_or(status.limit.bytes),
         count_or(status.usage.inodes),
         count_or(status.limit.inodes),
-        str(status.pid),
+        "?" if status.pid is None else str(status.pid),
     )
 
 
 def _mount_as_json(status: MountStatus) -> dict[str, object]:
-    return {**status.details, "mountpoint": status.mountpoint, "alive": status.alive}
+    return {**status.details, "mountpoint": status.mountpoint, "alive": status.alive, "here": status.here}
 
 
 # -- usage -------------------------------------------------------------------------------------------------------------

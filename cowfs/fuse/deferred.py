@@ -100,6 +100,14 @@ class Errands:
         """Run ``job`` on a worker and send what it returns; nothing waits for it."""
         self.workers.submit(lambda: self._answer(unique, job))
 
+    def attributes_changed(self, nodeid: int) -> None:
+        """Have the kernel drop a node's attributes before the request at hand is answered; loop thread.
+
+        The one notification that the loop sends itself: without a range the kernel touches no page and waits for nothing
+        (Linux fs/fuse/inode.c, ``fuse_reverse_inval_inode``), and the request at hand holds the node.
+        """
+        self._session.drop_attributes(nodeid)
+
     def meanwhile(self, job: Callable[[], None]) -> None:
         """Run ``job`` on a worker; nobody waits for it."""
         self.workers.submit(job)

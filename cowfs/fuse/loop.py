@@ -523,6 +523,14 @@ class Session:
 
     # -- the kernel's cache -------------------------------------------------------------------
 
+    def drop_attributes(self, nodeid: int) -> None:
+        """Have the kernel forget a node's attributes, now; its pages stay. Loop thread, or one that answers nothing."""
+        try:
+            os.write(self._fd, codec.notify_inval_inode(nodeid, -1))
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENODEV):  # nothing of it is cached; the mount is going away
+                raise
+
     def _prune(self) -> int:
         """Past ``max_nodes``: ask the kernel to forget the nodes it has known longest, children before parents.
 

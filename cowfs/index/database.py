@@ -662,6 +662,15 @@ class Index:
 
     # ----------------------------------------------------------------- totals
 
+    def layers(self) -> list[tuple[int, int | None, str, str, int | None]]:
+        """(number, parent's number, name, kind, bytes of its own; None until committed) of all snapshots, in one look."""
+        with self._errors():
+            return (
+                self._connection()
+                .execute("SELECT num, parent, name, kind, bytes FROM snapshots ORDER BY num")
+                .fetchall()
+            )
+
     def ids(self) -> set[str]:
         """The driver's ids of all snapshots."""
         with self._errors():

@@ -31,6 +31,7 @@ __all__ = ["MountHandle", "MountStatus", "attach", "make_spec", "mount", "mounts
 PathLike = str | os.PathLike[str]
 
 
+_ELSEWHERE = "cowfs mounts lists what is here, with --everywhere also what is in other mount namespaces"
 _NOTHING, _NO_LIMIT = Usage(), Limit()
 
 
@@ -44,7 +45,8 @@ class MountStatus:
         layers: bottom first.
         upper: the writable directory, or None.
         usage, limit: bytes and inodes.
-        pid: the server.
+        pid: the server, as this process's pid namespace numbers it; None where it has no number here.
+        here: whether it is a mount of this process's mount namespace.
         started: nanoseconds since 1970.
         details: everything else that the server tells.
     """
@@ -57,6 +59,7 @@ class MountStatus:
     usage: Usage = _NOTHING
     limit: Limit = _NO_LIMIT
     pid: int | None = None
+    here: bool = True
     started: int = 0
     socket: str = ""
     label: str = ""
@@ -356,10 +359,10 @@ def attach(target: PathLike) -> MountHandle:
     entry = mountpoint.find(path)
     if entry is not None and entry.fstype not in mountpoint.TYPES:
         entry = None
-    where = os.fsdecode(entry.target) if entry is not None else mountpoint.resolve(path)
-    socket = protocol.socket_of(entry.dev) if entry is not None else _socket_elsewhere(where)
-    if socket is None and entry is None:
-        raise NotFound(f"no mount of cowfs at {path}", remedy="cowfs mounts lists them")
+    if entry is None:
+        raise NotFound(f"no mount of cowfs at {path}", remedy=_ELSEWHERE)
+    where = os.fsdecode(entry.target)
+    socket = protocol.socket_of(entry.dev)
     if socket is None:
         raise _gone(where)
     try:
@@ -369,39 +372,42 @@ def attach(target: PathLike) -> MountHandle:
     return MountHandle(where, pid, socket)
 
 
-def _socket_elsewhere(where: str) -> str | None:
-    """The socket of a server that mounted at this path in another mount namespace, or None."""
-    for path in protocol.sockets():
-        try:
-            if protocol.ask(path, "info")["mountpoint"] == where:
-                return path
-        except CowfsError:
-            continue
-    return None
-
-
 def _gone(where: str) -> FailedPrecondition:
     if mountpoint.is_dead(where):
         return FailedPrecondition(f"the server of {where} is gone", remedy=f"cowfs umount {where} clears the mount")
     return FailedPrecondition(f"the server of {where} cannot be reached by this user")
 
 
-def mounts() -> list[MountStatus]:
-    """All mounts of cowfs that this user can see, dead ones included, by mount point."""
+def mounts(*, everywhere: bool = False) -> list[MountStatus]:
+    """The mounts of cowfs in this mount namespace, dead ones and other users' included, by mount point.
+
+    Args:
+        everywhere: also those of other mount namespaces whose control sockets this process can reach; their mount points are
+            paths there, and :attr:`MountStatus.here` is false.
+    """
     found = []
+    entries = {entry.dev: entry for entry in mountpoint.cowfs_mounts()}
+    answered = set()
     for path in protocol.sockets():
+        entry = entries.get(protocol.device_of(path))
+        if entry is None and not everywhere:
+            if not _lives(path):
+                _sweep(path)
+            continue
         try:
-            details = protocol.ask(path, "info")
+            details, pid = protocol.introduce(path)
         except CowfsError:
             _sweep(path)
             continue
-        found.append(_status(details["mountpoint"], path, details))
-    answered = {status.mountpoint for status in found}
-    for entry in mountpoint.cowfs_mounts():
-        where = os.fsdecode(entry.target)
-        if where not in answered:
+        where = details["mountpoint"] if entry is None else os.fsdecode(entry.target)
+        found.append(_status(where, path, {**details, "pid": pid}, here=entry is not None))
+        if entry is not None:
+            answered.add(entry.dev)
+    for entry in entries.values():
+        if entry.dev not in answered:
+            where = os.fsdecode(entry.target)
             found.append(MountStatus(mountpoint=where, alive=not mountpoint.is_dead(where, entry), details={}))
-    return sorted(found, key=lambda status: status.mountpoint)
+    return sorted(found, key=lambda status: (not status.here, status.mountpoint))
 
 
 def _sweep(path: str) -> None:
@@ -421,10 +427,22 @@ def _sweep(path: str) -> None:
         pass
 
 
-def _status(where: str, socket: str, details: Mapping[str, Any]) -> MountStatus:
+def _lives(path: str) -> bool:
+    """Whether somebody listens at a socket; nothing is asked, so a server that hangs does not matter."""
+    try:
+        protocol.connect(path, 1.0).close()
+    except ConnectionRefusedError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def _status(where: str, socket: str, details: Mapping[str, Any], *, here: bool = True) -> MountStatus:
     return MountStatus(
         mountpoint=where,
         alive=True,
+        here=here,
         layers=tuple(details["layers"]),
         upper=details["upper"],
         readonly=details["readonly"],
@@ -445,18 +463,18 @@ def umount(target: PathLike, *, lazy: bool = False, force: bool = False, socket:
         target: the mount point.
         lazy: take it off the tree now; the server ends with the last user.
         force: cut the connection of a server that hangs.
-        socket: the server's control socket, where it is known already.
+        socket: the control socket of a mount that the caller knows, in whatever mount namespace it is.
 
     Raises:
-        NotFound: no mount of cowfs there.
+        NotFound: no mount of cowfs there, in this mount namespace.
         FailedPrecondition: in use; the message names who.
     """
     path = os.fspath(target)
     entry = mountpoint.find(path)
+    if entry is not None and socket is not None and protocol.device_of(socket) != entry.dev:
+        entry = None  # the path is one of another mount namespace
     if entry is None and socket is None:
-        socket = _socket_elsewhere(mountpoint.resolve(path))
-    if entry is None and socket is None:
-        raise NotFound(f"nothing is mounted at {path}", remedy="cowfs mounts lists what is")
+        raise NotFound(f"nothing is mounted at {path}", remedy=_ELSEWHERE)
     if entry is not None and entry.fstype not in mountpoint.TYPES:
         raise NotFound(f"what is mounted at {path} is {entry.fstype}, not cowfs", remedy=f"umount {path}")
     where = os.fsdecode(entry.target) if entry is not None else path

@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import socket
 import stat
+import struct
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ __all__ = ["ask", "connect", "decode", "directories", "encode", "run_directory",
 
 SUFFIX = ".sock"
 _MAX_LINE = 64 << 20
+_UCRED = struct.Struct("3i")  # struct ucred, unix(7): pid, uid, gid
 TIMEOUT = 10.0
 """Seconds that a client waits for an answer."""
 
@@ -101,6 +103,11 @@ def socket_of(device: str) -> str | None:
         if _is_private(place) and os.path.exists(path):
             return path
     return None
+
+
+def device_of(path: str) -> str:
+    """The device, as mountinfo writes it ("0:85"), of the mount whose socket this is; no device's where the name does not tell."""
+    return "0:" + os.path.basename(path).removesuffix(SUFFIX)
 
 
 def encode(message: dict[str, Any]) -> bytes:
@@ -220,6 +227,21 @@ def ask(path: str, verb: str, *, timeout: float = TIMEOUT, **arguments: Any) -> 
         ) from None
     with sock:
         return talk(sock, verb, arguments)
+
+
+def introduce(path: str, *, timeout: float = TIMEOUT) -> tuple[dict[str, Any], int | None]:
+    """(what a server says of itself, its process in our pid namespace, or None: it has no number here).
+
+    Raises:
+        CowfsError: as :func:`ask`.
+    """
+    try:
+        sock = connect(path, timeout)
+    except OSError as error:
+        raise FailedPrecondition(f"no server at {path}: {error.strerror or error}") from None
+    with sock:
+        pid, _, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+        return talk(sock, "info", {}), pid or None
 
 
 def error_to(error: CowfsError) -> dict[str, str]:

@@ -22,7 +22,7 @@ from cowfs.mounting.holders import lock, refuse_kernel_mount
 from cowfs.mounting.request import MountSpec, check_directory
 from cowfs.mounting.upper_state import layers_of, limit_of, read_record, record_places, write_record
 from cowfs.mounting.volatile import check_volatile
-from cowfs.sys import locks
+from cowfs.sys import files, locks
 
 __all__ = ["Stack"]
 
@@ -256,7 +256,7 @@ class Stack:
         missing = [part for part in _upwards(path) if not os.path.isdir(part)]
         try:
             for part in reversed(missing):
-                os.mkdir(part, 0o700)
+                files.make_directory(part)
                 self._made.append(part)
         except OSError as error:
             raise InvalidArgument(f"cannot make {error.filename}: {error.strerror}") from None
@@ -268,7 +268,7 @@ class Stack:
         try:
             locks.lock(fd, wait=True)  # nobody sweeps between our mkdir and our lock
             _sweep(scratch)
-            os.mkdir(base, 0o700)
+            files.make_directory(base)
             self._ephemeral = base
             self._lock(base)
         finally:

@@ -83,6 +83,22 @@ class ExportVerbs(ArchiveVerbs):
             images.write_docker(where, found, spool_dir=self.index.spool)
         return row.name
 
+    def image(self, name: str) -> images.OutImage:
+        """A committed snapshot or a tag as an image: its configuration, and layers that can be written.
+
+        Digests of layers that no archive made are found by a dry export once, and kept.
+
+        Raises:
+            NotFound: no such snapshot or tag.
+            InvalidArgument: it is not committed.
+        """
+        row = self.resolve(name)
+        if row.kind is not Kind.COMMITTED:
+            raise InvalidArgument(
+                f"{name!r} is not committed, an image is made of committed ones", remedy="commit it first"
+            )
+        return self._images(name, row)[0]
+
     def _images(self, name: str, row: Row) -> list[images.OutImage]:
         """The image that a tag names; of a snapshot's own name each image that it is, one for each configuration."""
         chain = [self.index.by_num(num) for num, _ in reversed(self.index.chain(row.num))]

@@ -84,18 +84,59 @@ class ImageVerbs(ExportVerbs):
         with images.open_image(source, form=form, spool_dir=self.root, max_bytes=options.max_bytes) as opened:
             image = opened.pick(tag, platform=platform)
             tags = [name] if name is not None else [each for each in image.tags if _usable_tag(each, tell)]
-            for each in tags:
-                self._free(each, for_tag=True)
-            top = self._import_layers(image, options, labels or {}, progress)
-        config = image.config.decode()
-        if any(layer.diff_id is None for layer in image.layers):
-            config = images.make_config(self._diff_ids(top), image.config).decode() if top.diff_id else ""
+            top, config = self._bring_in(image, tags, options, labels or {}, progress)
         for each in tags:
             had = self.index.tag(each)
             self.tag(each, top.name, config=config)
             if name is None and had is not None and (had.target, had.config) != (top.name, config):
                 tell(f"the tag {each!r} was another image's ({had.target}) and names {top.name} now")
         return top.name
+
+    def import_opened(
+        self,
+        image: images.Image,
+        tags: Sequence[str] = (),
+        *,
+        options: archive.ApplyOptions | None = None,
+        labels: Mapping[str, str] | None = None,
+        progress: Progress | None = None,
+    ) -> tuple[str, str]:
+        """Bring in an image of a source that the caller has opened (or described: a registry's).
+
+        Args:
+            image: its layers are opened once each.
+            tags: what it is called here; may be none.
+            options, labels, progress: as for :meth:`import_image`.
+
+        Returns:
+            The name of its top snapshot, and its configuration ("" for a tree that is no archive).
+
+        Raises:
+            InvalidArgument, Corrupt, AlreadyExists: as :meth:`import_image`.
+        """
+        for each in tags:
+            check_name(each, "tag")
+        top, config = self._bring_in(image, tags, options or archive.ApplyOptions(), labels or {}, progress)
+        for each in tags:
+            self.tag(each, top.name, config=config)
+        return top.name, config
+
+    def _bring_in(
+        self,
+        image: images.Image,
+        tags: Sequence[str],
+        options: archive.ApplyOptions,
+        labels: Mapping[str, str],
+        progress: Progress | None,
+    ) -> tuple[Row, str]:
+        """The layers as snapshots: the top one, and the configuration that belongs to it."""
+        for each in tags:
+            self._free(each, for_tag=True)
+        top = self._import_layers(image, options, labels, progress)
+        config = image.config.decode()
+        if any(layer.diff_id is None for layer in image.layers):
+            config = images.make_config(self._diff_ids(top), image.config).decode() if top.diff_id else ""
+        return top, config
 
     def _import_layers(
         self,

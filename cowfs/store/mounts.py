@@ -182,7 +182,7 @@ class MountVerbs(LookVerbs):
         if server is not None:
             from cowfs.mounting import client
 
-            client.umount(server["mountpoint"], lazy=lazy, force=force)
+            client.umount(server["mountpoint"], lazy=lazy, force=force, socket=server["socket"])
             return
         where = kernel_mount_of(self.driver.tree(row.id))
         if where is None:

@@ -7,12 +7,13 @@ layers would then be garbage.
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from cowfs.driver.interface import Driver
 from cowfs.errors import Corrupt, InvalidArgument, NotFound, Unsupported
-from cowfs.sys import host, locks
+from cowfs.sys import files, host, locks
 
 __all__ = ["INDEX", "default_root", "make_root", "must_run", "only_one"]
 
@@ -46,6 +47,7 @@ def make_root(path: str, create: bool) -> None:
     if os.path.exists(index):
         if held and not os.path.getsize(index):
             raise Corrupt(f"the index {index} is empty, but there are layers", remedy="restore it from a backup")
+        _refuse_others(path)
         return
     if os.path.lexists(path) and not os.path.isdir(path):
         raise InvalidArgument(f"{path} is not a directory", remedy="a store is a directory")
@@ -57,9 +59,30 @@ def make_root(path: str, create: bool) -> None:
         raise NotFound(f"no store at {path}", remedy="make one with 'cowfs init'")
     try:
         os.makedirs(path, mode=0o700, exist_ok=True)
-        os.chmod(path, 0o700)
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            files.make_plain(fd, 0o700)
+        finally:
+            os.close(fd)
     except PermissionError:
         raise Unsupported(f"{path} cannot be made by this user", remedy="choose a place with --root DIR") from None
+
+
+def _refuse_others(path: str) -> None:
+    """A store in which somebody else may write is his, and he would have us read and write what he likes.
+
+    Raises:
+        InvalidArgument: others may write in it, or we are root and it is another user's.
+    """
+    st = os.stat(path)
+    if st.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise InvalidArgument(
+            f"others may write in the store {path}", remedy=f"chmod go-w {path}, if you trust what is in it"
+        )
+    if st.st_uid and not os.geteuid():
+        raise InvalidArgument(
+            f"the store {path} belongs to the user {st.st_uid}", remedy="run as that user, or choose another --root"
+        )
 
 
 @contextmanager

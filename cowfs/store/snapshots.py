@@ -15,6 +15,7 @@ Threads: a store may be used by any number of threads and, opened anew, of proce
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -38,7 +39,7 @@ from cowfs.store import layers
 from cowfs.store.names import check_labels, check_name, new_id
 from cowfs.store.opening import INDEX, default_root, make_root, must_run, only_one
 from cowfs.store.staging import discard, staged, sweep
-from cowfs.sys import host, trees
+from cowfs.sys import files, host, trees
 from cowfs.sys.faults import point
 
 if TYPE_CHECKING:
@@ -128,7 +129,8 @@ class StoreCore:
                 index.set_meta("driver_class", registry.where(found))
             made = found(path, form=form, fsync=fsync, **options)
             for name in ("layers", "empty"):
-                os.makedirs(os.path.join(path, name), mode=0o755 if name == "empty" else 0o700, exist_ok=True)
+                with contextlib.suppress(FileExistsError):
+                    files.make_directory(os.path.join(path, name), 0o755 if name == "empty" else 0o700)
             sweep(made, index)
         except BaseException:
             index.close()

@@ -31,7 +31,7 @@ from contextlib import contextmanager
 
 from cowfs.driver.interface import Driver
 from cowfs.index.database import Index
-from cowfs.sys import locks
+from cowfs.sys import files, locks
 from cowfs.sys.atomic import fsync_directory
 from cowfs.sys.faults import point
 
@@ -89,7 +89,7 @@ def _make_locked(path: str) -> int:
         locks.lock(fd, wait=True)
         try:
             if os.stat(path).st_ino == os.fstat(fd).st_ino:
-                os.fchmod(fd, 0o700)  # whatever the umask
+                files.make_plain(fd, 0o700)
                 return fd
         except FileNotFoundError:
             pass

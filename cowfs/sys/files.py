@@ -96,6 +96,42 @@ def _open_by_components(dirfd: int, path: bytes, flags: int, mode: int) -> int:
         os.close(held)
 
 
+_ACLS = ("system.posix_acl_default", "system.posix_acl_access")
+
+
+def make_plain(fd: int, mode: int) -> None:
+    """Take from a directory what it inherited: ACLs and setgid, which it would hand on to all that is made in it (acl(5)).
+
+    Args:
+        fd: of a directory that belongs to this process's user.
+        mode: the permission bits that it gets.
+
+    Raises:
+        OSError: it is not ours to change.
+    """
+    for name in _ACLS:
+        try:
+            os.removexattr(fd, name)
+        except OSError as error:
+            if error.errno not in (errno.ENODATA, errno.EOPNOTSUPP):
+                raise
+    os.fchmod(fd, mode)
+
+
+def make_directory(path: str, mode: int = 0o700) -> None:
+    """mkdir(2) of a directory with exactly this mode, whatever umask, ACL and setgid bit are about.
+
+    Raises:
+        OSError: as mkdir(2).
+    """
+    os.mkdir(path, 0o700)
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        make_plain(fd, mode)
+    finally:
+        os.close(fd)
+
+
 def rename2(src_fd: int, src: bytes, dst_fd: int, dst: bytes, flags: int = 0) -> None:
     """renameat2(2)."""
     if flags == 0:

@@ -76,6 +76,7 @@ class WorkDir:
         finally:
             os.close(outer)
         try:
+            files.make_plain(fd, 0o700)
             clear(fd, keep=_KEEP)
         except BaseException:
             os.close(fd)

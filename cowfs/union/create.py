@@ -78,22 +78,25 @@ def _own(view: View, parent: Dir, dirfd: int, name: bytes, mode: int, uid: int, 
     owners = view.owners
     if inherits:
         gid = int.from_bytes(attr[72:76], "little")
+    st = os.stat(name, dir_fd=dirfd, follow_symlinks=False)
+    mode = _final_mode(parent, st, mode)
     if owners is not None:
         if owners.record(dirfd, name, mode | (stat.S_ISGID if inherits and stat.S_ISDIR(mode) else 0), uid, gid):
             return
         uid, gid = owners.stored_new(uid, gid)
-    st = os.stat(name, dir_fd=dirfd, follow_symlinks=False)
-    wrong = _mode_differs(parent, st, mode)
+    wrong = bool((st.st_mode ^ mode) & _PERM)
     if uid not in (-1, st.st_uid) or gid not in (-1, st.st_gid):
         os.chown(name, uid, gid, dir_fd=dirfd, follow_symlinks=False)
-        wrong = wrong or bool(st.st_mode & 0o6000)  # chown clears them
+        wrong = wrong or bool(mode & 0o6000)  # chown clears them
     if wrong and not stat.S_ISLNK(mode):
         os.chmod(name, stat.S_IMODE(mode), dir_fd=dirfd)
 
 
-def _mode_differs(parent: Dir, st: os.stat_result, mode: int) -> bool:
-    """Whether the process's umask took something away (a default ACL may)."""
-    return bool((st.st_mode ^ mode) & _PERM) and not parent.sources[0].default_acl
+def _final_mode(parent: Dir, st: os.stat_result, mode: int) -> int:
+    """The mode that a new object ends with: what the host made of it under a default ACL, else the one asked for."""
+    if parent.sources[0].default_acl:
+        return stat.S_IFMT(mode) | (st.st_mode & 0o777) | (mode & 0o7000)
+    return mode
 
 
 def _added(view: View, parent: Dir, up: Source, name: bytes) -> None:
@@ -149,7 +152,7 @@ def _counted(view: View, up: Source, name: bytes, blocks: int, *, directory: boo
 
 
 def _default_mode(view: View, up: Source, mode: int, umask: int) -> int:
-    return mode if umask == 0 or _inherits_acl(view, up) else mode & ~umask
+    return mode if _inherits_acl(view, up) else mode & ~umask
 
 
 def mknod(view: View, parent: Dir, name: bytes, mode: int, rdev: int, uid: int, gid: int, umask: int = 0) -> Node:
@@ -208,10 +211,11 @@ def _own_fd(view: View, parent: Dir, fd: int, mode: int, uid: int, gid: int) -> 
     if mode_of(attr) & stat.S_ISGID:
         gid = int.from_bytes(attr[72:76], "little")
     st = os.fstat(fd)
-    wrong = _mode_differs(parent, st, mode)
+    mode = _final_mode(parent, st, mode)
+    wrong = bool((st.st_mode ^ mode) & _PERM)
     if st.st_uid != uid or st.st_gid != gid:
         os.fchown(fd, uid, gid)
-        wrong = wrong or bool(st.st_mode & 0o6000)  # chown clears them
+        wrong = wrong or bool(mode & 0o6000)  # chown clears them
     elif not wrong:
         return st
     if wrong:

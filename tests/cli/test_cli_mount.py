@@ -347,8 +347,8 @@ def test_mount_point_may_be_a_symbolic_link_and_relative(cowfs: Run, stack: Path
     assert not os.path.ismount(mnt)
 
 
-def test_mount_in_another_namespace_is_found_by_its_socket(cowfs: Run, stack: Path, mnt: Path, space: Path) -> None:
-    """What is mounted where we cannot see it is listed, asked and unmounted all the same."""
+def test_verbs_act_on_this_mount_namespace_only(cowfs: Run, stack: Path, mnt: Path, space: Path) -> None:
+    """What is mounted in another namespace at the same path is neither listed, nor asked, nor unmounted, unless asked for."""
     script = f"{sys.executable} -m cowfs mount {stack} {mnt} && echo mounted && exec sleep 60"
     with subprocess.Popen(
         ["unshare", "-m", "--propagation", "unchanged", "sh", "-c", script],
@@ -360,10 +360,46 @@ def test_mount_in_another_namespace_is_found_by_its_socket(cowfs: Run, stack: Pa
             assert elsewhere.stdout is not None
             assert elsewhere.stdout.readline() == "mounted\n"
             assert not os.path.ismount(mnt)
+            assert json.loads(cowfs("mounts", "--json").stdout) == []
+            for arguments in (
+                ("usage", mnt),
+                ("limit", mnt, "--size", "1G"),
+                ("umount", mnt),
+                ("umount", "--force", mnt),
+            ):
+                assert "--everywhere" in cowfs(*arguments, code=3).stderr
+            cowfs("umount", "--all")
+            (status,) = json.loads(cowfs("mounts", "--everywhere", "--json").stdout)
+            assert (status["mountpoint"], status["here"]) == (str(mnt), False)
+            assert status["limit"] == {"bytes": None, "inodes": None}
+            assert "another namespace" in cowfs("mounts", "--everywhere").stdout
+            listed = ["nsenter", "-t", str(elsewhere.pid), "-m", sys.executable, "-m", "cowfs"]
+            done = subprocess.run(
+                [*listed, "mounts", "-q"], env=environment(), capture_output=True, text=True, check=True
+            )
+            assert done.stdout == f"{mnt}\n"
+            subprocess.run([*listed, "umount", mnt], env=environment(), check=True)
+            assert _gone(status["pid"])
+        finally:
+            elsewhere.kill()
+
+
+def test_a_server_in_another_pid_namespace_has_its_number_here(cowfs: Run, stack: Path, mnt: Path) -> None:
+    """The process that a list names is one that can be looked up where the list was asked for."""
+    script = f"{sys.executable} -m cowfs mount {stack} {mnt} && echo mounted && exec sleep 60"
+    with subprocess.Popen(
+        ["unshare", "-p", "-f", "--kill-child", "sh", "-c", script],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as elsewhere:
+        try:
+            assert elsewhere.stdout is not None
+            assert elsewhere.stdout.readline() == "mounted\n"
             pid = int(str(status_of(cowfs, mnt)["pid"]))
-            assert json.loads(cowfs("usage", mnt, "--json").stdout)["mountpoint"] == str(mnt)
+            assert b"cowfs" in Path(f"/proc/{pid}/cmdline").read_bytes()
+            assert pid > 10
             cowfs("umount", mnt)
-            assert _gone(pid)
         finally:
             elsewhere.kill()
 

@@ -309,10 +309,15 @@ class MemoryView:
     def pread(self, node: MemNode, offset: int, buf: memoryview, flags: int = 0) -> int:
         return os.preadv(node.fd, [buf], offset)
 
+    def mode(self, node: MemNode) -> int:
+        return node.mode
+
+    def kill_privileges(self, node: MemNode) -> None:
+        node.mode &= ~stat.S_ISUID
+        node.attr = None
+
     def write(self, node: MemNode, offset: int, data: memoryview, kill: bool = False) -> int:
         done = os.pwrite(node.fd, data, offset)
-        if kill:
-            node.mode &= ~stat.S_ISUID
         self._touch(node)
         return done
 

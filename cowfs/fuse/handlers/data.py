@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import threading
 from collections.abc import Callable
 from time import perf_counter_ns as _clock
@@ -67,6 +68,9 @@ class Host(Protocol):
 
     def meanwhile(self, job: Any) -> None:
         """Run ``job()`` on a worker; nobody waits for it; loop thread."""
+
+    def attributes_changed(self, nodeid: int) -> None:
+        """Have the kernel drop a node's attributes before the request at hand is answered; loop thread."""
 
 
 class Data(Adapter):
@@ -241,10 +245,9 @@ class Data(Adapter):
                 return _WRITTEN(24, 0, unique, done, 0)
         elif self._later(node, buf[:n]):
             return None
-        kill = bool(flags & _KILL)
-        if kill:
-            self.strip(node, buf)
-        done = view.write(node, offset, buf[80:n], kill)
+        if flags & _KILL:
+            self.kill_privileges(node, buf)
+        done = view.write(node, offset, buf[80:n])
         if done < size and flags & _CACHE:
             self._write_back(node, offset, buf[80:n], done)
             done = size
@@ -331,9 +334,22 @@ class Data(Adapter):
             return None
         self.view.fallocate(node, mode, offset, length)
         if self.ordinary(buf):
-            self.view.kill_privileges(node)  # HANDLE_KILLPRIV_V2: no flag comes with this request
-            self.strip(node, buf)
+            self.kill_privileges(node, buf)  # HANDLE_KILLPRIV_V2: no flag comes with this request
         return _OK(16, 0, unique)
+
+    def kill_privileges(self, node: Any, buf: memoryview) -> None:
+        """Clear the set-id bits that a change of data by this caller clears, on the host and in the kernel's cache.
+
+        The kernel leaves the clearing to us (HANDLE_KILLPRIV_V2), but goes on believing the mode that it has: execve(2) looks at
+        that. So it must forget it before the change is answered, or what was just written runs with the owner's rights.
+        """
+        before = self.view.mode(node)
+        if not before & (stat.S_ISUID | stat.S_ISGID):
+            return
+        self.view.kill_privileges(node)
+        self.strip(node, buf)
+        if self.view.mode(node) != before:
+            self.host.attributes_changed(node.id)
 
     def _copied(self, buf: memoryview, n: int, nodeid: int) -> int | None:
         _fh, source_offset, target_id, _fh_out, target_offset, length, flags = abi.COPY_FILE_RANGE_IN.unpack_from(
@@ -346,8 +362,7 @@ class Data(Adapter):
             return None
         count = self.view.copy_range(source, source_offset, target, target_offset, min(length, COPY_STEP))
         if count and self.ordinary(buf):
-            self.view.kill_privileges(target)
-            self.strip(target, buf)
+            self.kill_privileges(target, buf)
         return count
 
     def copy_file_range(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply | None:

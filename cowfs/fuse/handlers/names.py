@@ -67,12 +67,13 @@ def _signed(seconds: int) -> int:
 class Adapter:
     """The handlers of one session that need no more than the view."""
 
-    __slots__ = ("nodes", "setxattr_ext", "view")
+    __slots__ = ("nodes", "setxattr_ext", "uncapped", "view")
 
     def __init__(self, view: View) -> None:
         self.view = view
         self.nodes: dict[int, Any] = view.nodes
         self.setxattr_ext = True
+        self.uncapped = (0, 0)  # (node id, process) whose file capabilities the kernel removed just now
 
     def table(self) -> dict[int, Handler]:
         """Opcode -> handler."""
@@ -310,12 +311,16 @@ class Adapter:
             self.strip(node, buf)
 
     def _chown_nothing(self, node: Any, buf: memoryview) -> None:
-        """A request without any field: chown(-1, -1), which moves ctime and clears set-id bits.
+        """A request without any field: chown(-1, -1), which moves ctime and clears set-id bits and file capabilities.
 
         The kernel sends the same before a write by somebody unprivileged (the bits are then cleared by the write
-        itself). So a stranger's is not refused, as chown(2) would; it just must not clear anything.
+        itself). So a stranger's is not refused, as chown(2) would; it just must not clear anything. And it sends it, behind a
+        REMOVEXATTR of the capabilities, before a write by root to a file that had some: set-id bits stay then.
         """
-        uid, _, _ = _CALLER(buf, 24)
+        uid, _, pid = _CALLER(buf, 24)
+        removed, self.uncapped = self.uncapped, (0, 0)
+        if not uid and removed == (node.id, pid):
+            return
         fields = abi.ATTR.unpack(self.view.attr(node))
         stranger = uid and uid != fields[11] and fields[9] & (stat.S_ISUID | stat.S_ISGID)
         if stranger and not self.written_past_us(node):
@@ -394,7 +399,10 @@ class Adapter:
         return codec.payload(unique, value)
 
     def removexattr(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply:
-        self.view.removexattr(self.view.node(nodeid), codec.text(buf, 40, n, codec.XATTR_NAME_MAX))
+        name = codec.text(buf, 40, n, codec.XATTR_NAME_MAX)
+        self.view.removexattr(self.view.node(nodeid), name)
+        if name == b"security.capability":
+            self.uncapped = nodeid, _CALLER(buf, 24)[2]
         return _OK(16, 0, unique)
 
     def ioctl(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply:

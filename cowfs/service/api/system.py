@@ -1,0 +1,230 @@
+"""Routes about the daemon and the host: ping, version, info, events."""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+import time
+from typing import TYPE_CHECKING, Any
+
+from cowfs import __version__
+from cowfs.images.digests import platform_here
+from cowfs.service import events
+from cowfs.service.api.routing import MAX_VERSION, MIN_VERSION, Route, filters_of
+from cowfs.service.http import Exchange, Reply, json_reply, lines
+from cowfs.sys.files import fs_name
+
+if TYPE_CHECKING:
+    from cowfs.service.daemon import Service
+
+__all__ = ["ROUTES"]
+
+_PING = {
+    "api-version": MAX_VERSION,
+    "docker-experimental": "false",
+    "ostype": "linux",
+    "builder-version": "",
+    "swarm": "inactive",
+    "cache-control": "no-cache, no-store, must-revalidate",
+    "pragma": "no-cache",
+}
+
+
+def _ping(service: Service, exchange: Exchange) -> Reply:
+    return Reply(headers=_PING, type="text/plain; charset=utf-8", body=b"OK")
+
+
+def _version(service: Service, exchange: Exchange) -> Reply:
+    kernel, arch = os.uname().release, platform_here()
+    runtime = service.runtime_version()
+    components = [
+        {
+            "Name": "Engine",
+            "Version": __version__,
+            "Details": {
+                "ApiVersion": MAX_VERSION,
+                "MinAPIVersion": MIN_VERSION,
+                "Arch": arch,
+                "Os": "linux",
+                "KernelVersion": kernel,
+                "Experimental": "false",
+                "Python": platform.python_version(),
+                "GoVersion": "none (Python)",
+                "GitCommit": "",
+                "BuildTime": "",
+            },
+        }
+    ]
+    if runtime:
+        components.append({"Name": runtime[0], "Version": runtime[1], "Details": {"GitCommit": ""}})
+    return json_reply(
+        {
+            "Platform": {"Name": "cowfs"},
+            "Components": components,
+            "Version": __version__,
+            "ApiVersion": MAX_VERSION,
+            "MinAPIVersion": MIN_VERSION,
+            "GitCommit": "",
+            "GoVersion": "none (Python)",
+            "Os": "linux",
+            "Arch": arch,
+            "KernelVersion": kernel,
+            "BuildTime": "",
+        }
+    )
+
+
+def _backing(root: str) -> str:
+    fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        return fs_name(fd)
+    finally:
+        os.close(fd)
+
+
+def _operating_system() -> str:
+    try:
+        return platform.freedesktop_os_release().get("PRETTY_NAME", "Linux")
+    except OSError:
+        return "Linux"
+
+
+def _memory() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _info(service: Service, exchange: Exchange) -> Reply:
+    store, options = service.store, service.options
+    totals = store.totals()
+    default = service.default_limit
+    status = [
+        ["Backing Filesystem", _backing(store.root)],
+        ["Mount Engine", "cowfs FUSE server"],
+        ["Limit Engine", "in the mount (bytes and inodes, changeable while mounted)"],
+        ["Default Size", default.get("size", "unlimited")],
+        ["Default Inodes", default.get("inodes", "unlimited")],
+        ["Snapshots", str(sum(totals.count.values()))],
+        ["Bytes in Committed Layers", str(totals.committed.bytes)],
+        ["Host Free", str(totals.host_free)],
+    ]
+    if store.driver.row:
+        status.append(["Redirect Block", str(store.driver.row)])
+    states = service.containers.states()
+    runtime = service.runtime_version()
+    name = runtime[0] if runtime else "runc"
+    return json_reply(
+        {
+            "ID": store.index.meta("uuid") or "",
+            "Containers": sum(states.values()),
+            "ContainersRunning": states.get("running", 0),
+            "ContainersPaused": states.get("paused", 0),
+            "ContainersStopped": sum(states.values()) - states.get("running", 0) - states.get("paused", 0),
+            "Images": len(service.images.ids()),
+            "Driver": store.driver.name,
+            "DriverStatus": status,
+            "Plugins": {"Volume": [], "Network": ["host", "null"], "Authorization": None, "Log": ["json-file"]},
+            "MemoryLimit": True,
+            "SwapLimit": False,
+            "CpuCfsPeriod": True,
+            "CpuCfsQuota": True,
+            "CPUShares": True,
+            "CPUSet": True,
+            "PidsLimit": True,
+            "IPv4Forwarding": True,
+            "Debug": service.debug,
+            "NFd": len(os.listdir("/proc/self/fd")),
+            "OomKillDisable": False,
+            "NGoroutines": service.thread_count(),
+            "SystemTime": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "LoggingDriver": "json-file",
+            "CgroupDriver": "cgroupfs",
+            "CgroupVersion": "2" if os.path.exists("/sys/fs/cgroup/cgroup.controllers") else "1",
+            "NEventsListener": events.listeners(),
+            "KernelVersion": os.uname().release,
+            "OperatingSystem": _operating_system(),
+            "OSVersion": "",
+            "OSType": "linux",
+            "Architecture": os.uname().machine,
+            "IndexServerAddress": "https://index.docker.io/v1/",
+            "RegistryConfig": {
+                "InsecureRegistryCIDRs": ["127.0.0.0/8", "::1/128"],
+                "IndexConfigs": {
+                    "docker.io": {
+                        "Name": "docker.io", "Mirrors": list(options.registry_mirror), "Secure": True, "Official": True,
+                    },
+                    **{
+                        host: {"Name": host, "Mirrors": [], "Secure": False, "Official": False}
+                        for host in options.insecure_registry
+                    },
+                },
+                "Mirrors": list(options.registry_mirror),
+            },
+            "NCPU": os.cpu_count() or 1,
+            "MemTotal": _memory(),
+            "GenericResources": None,
+            "DockerRootDir": store.root,
+            "HttpProxy": "",
+            "HttpsProxy": "",
+            "NoProxy": "",
+            "Name": socket.gethostname(),
+            "Labels": list(options.label),
+            "ExperimentalBuild": False,
+            "ServerVersion": __version__,
+            "Runtimes": {name: {"path": runtime[2] if runtime else ""}},
+            "DefaultRuntime": name,
+            "Swarm": {
+                "NodeID": "", "NodeAddr": "", "LocalNodeState": "inactive", "ControlAvailable": False, "Error": "",
+                "RemoteManagers": None,
+            },
+            "LiveRestoreEnabled": True,
+            "Isolation": "",
+            "InitBinary": "",
+            "ContainerdCommit": {"ID": ""},
+            "RuncCommit": {"ID": runtime[1] if runtime else ""},
+            "InitCommit": {"ID": ""},
+            "SecurityOptions": service.security_options(),
+            "CDISpecDirs": [],
+            "Warnings": service.warnings(),
+        }
+    )  # fmt: skip
+
+
+def _events(service: Service, exchange: Exchange) -> Reply:
+    wanted = events.Wanted(filters_of(exchange, events.FILTERS))
+    since = events.when(exchange.query.get("since", ""), "since")
+    until = events.when(exchange.query.get("until", ""), "until")
+    return Reply(body=lines(events.follow(service.store, since, until, wanted)))
+
+
+def _no_volumes(service: Service, exchange: Exchange) -> Reply:
+    return json_reply({"Volumes": [], "Warnings": None})
+
+
+def _no_networks(service: Service, exchange: Exchange) -> Reply:
+    found: list[dict[str, Any]] = [
+        {
+            "Name": name, "Id": name.ljust(64, "0"), "Created": "1970-01-01T00:00:00Z", "Scope": "local",
+            "Driver": driver, "EnableIPv6": False, "IPAM": {"Driver": "default", "Options": None, "Config": []},
+            "Internal": False, "Attachable": False, "Ingress": False, "Containers": {}, "Options": {}, "Labels": {},
+        }
+        for name, driver in (("host", "host"), ("none", "null"))
+    ]  # fmt: skip
+    return json_reply(found)
+
+
+def _prune_nothing(service: Service, exchange: Exchange) -> Reply:
+    return json_reply({"VolumesDeleted": [], "NetworksDeleted": [], "CachesDeleted": [], "SpaceReclaimed": 0})
+
+
+ROUTES = (
+    Route("GET HEAD", "/_ping", _ping),
+    Route("GET", "/version", _version),
+    Route("GET", "/info", _info),
+    Route("GET", "/events", _events),
+    Route("GET", "/volumes", _no_volumes),
+    Route("GET", "/networks", _no_networks),
+    Route("POST", "/volumes/prune", _prune_nothing),
+    Route("POST", "/networks/prune", _prune_nothing),
+    Route("POST", "/build/prune", _prune_nothing),
+)

@@ -1,0 +1,381 @@
+"""The daemon: options become a store, doors and a table of routes; signals become what they ask for.
+
+Strategy. :class:`Service` holds what the handlers share and has no thread. :func:`run` is the life of the process: one
+instance for a store (a lock on a file in it), doors before the first line of the log says that they are open, the loop of
+the doors in a thread, signals in the main thread.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from cowfs import __version__
+from cowfs.errors import CowfsError, FailedPrecondition, InvalidArgument
+from cowfs.service import logs, systemd
+from cowfs.service.api import df, images as images_api, system
+from cowfs.service.api.routing import Route, Table
+from cowfs.service.containers import Containers
+from cowfs.service.doors import Door, Loop, open_doors
+from cowfs.service.errors import ApiError, status_of
+from cowfs.service.http import Exchange, Reply, json_reply
+from cowfs.service.images import Images
+from cowfs.service.logs import exchange_id, log
+from cowfs.service.options import Options
+from cowfs.store import Store
+
+__all__ = ["Service", "run"]
+
+FOLDER = "service"
+"""Folder of the store that belongs to the daemon."""
+
+_LIMITS = ("size", "inodes")
+
+
+def tables() -> Table:
+    """The routes of all parts of the API."""
+    routes: list[Route] = [*system.ROUTES, *images_api.ROUTES, *df.ROUTES]
+    return Table(routes)
+
+
+class Service:
+    """What all exchanges share.
+
+    Attributes:
+        store: open. options: as they are now. debug: whether each exchange is told.
+        default_limit: ``size`` and ``inodes`` of ``--storage-opt``, as text.
+        images, containers: the parts behind the routes.
+    """
+
+    def __init__(self, options: Options, store: Store, run_dir: str) -> None:
+        self.options = options
+        self.store = store
+        self.run_dir = run_dir
+        self.folder = os.path.join(store.root, FOLDER)
+        self.started = time.time()
+        self.debug = options.debug
+        self.default_limit = {key: value for key, value in _pairs(options.storage_opt) if key in _LIMITS}
+        self.requests: dict[tuple[str, int], int] = {}  # guarded by _lock: (method, status) -> how many
+        self.seconds = 0.0  # guarded by _lock: spent in handlers
+        self.containers = Containers()
+        self.images = Images(store, self.containers.users)
+        self.table = tables()
+        self.loop: Loop | None = None
+        self._lock = threading.Lock()
+        self._runtime: tuple[str, str, str] | None = None
+
+    # -- exchanges --------------------------------------------------------------------------------
+
+    def handle(self, exchange: Exchange) -> Reply:
+        """Answer a request; every error becomes an answer here."""
+        token = exchange_id.set(exchange.id)
+        began = time.monotonic()
+        try:
+            try:
+                check_origin(exchange)
+                reply = self.table.dispatch(self, exchange)
+            except CowfsError as error:
+                status = status_of(error)
+                reply = Reply(status=304, type="") if status == 304 else json_reply({"message": str(error)}, status)
+            except ConnectionError:
+                raise
+            except OSError as error:
+                where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+                log.warning("%s %s: %s%s", exchange.method, exchange.path, where, error.strerror or error)
+                reply = json_reply({"message": f"{where}{error.strerror or error}"}, 500)
+            except Exception:  # noqa: BLE001  a fault of ours costs this exchange, and its traceback goes to the log alone
+                log.exception("%s %s failed", exchange.method, exchange.path)
+                reply = json_reply(
+                    {"message": f"an internal error; the log tells more about exchange {exchange.id}"}, 500
+                )
+            taken = time.monotonic() - began
+            with self._lock:
+                key = (exchange.method, reply.status)
+                self.requests[key] = self.requests.get(key, 0) + 1
+                self.seconds += taken
+            log.debug(
+                "%s %s -> %d in %.1f ms (%s)", exchange.method, exchange.path, reply.status, taken * 1e3, exchange.peer
+            )
+            return reply
+        finally:
+            exchange_id.reset(token)
+
+    # -- what the routes about the host tell ------------------------------------------------------
+
+    def runtime_program(self) -> str:
+        """The OCI runtime: of the options, else runc, else crun; "" where there is none."""
+        if self.options.runtime != "auto":
+            return shutil.which(self.options.runtime) or ""
+        return shutil.which("runc") or shutil.which("crun") or ""
+
+    def runtime_version(self) -> tuple[str, str, str] | None:
+        """(name, version, program) of the OCI runtime; None where there is none."""
+        if self._runtime is None:
+            program = self.runtime_program()
+            if not program:
+                return None
+            done = subprocess.run([program, "--version"], capture_output=True, text=True, check=False, timeout=30)
+            words = done.stdout.split()
+            self._runtime = (os.path.basename(program), words[2] if len(words) > 2 else "", program)
+        return self._runtime
+
+    def security_options(self) -> list[str]:
+        """As Docker's info names them."""
+        return []
+
+    def warnings(self) -> list[str]:
+        """What is amiss on this host or in the options."""
+        found = []
+        if self.options.insecure and not self.options.tlsverify:
+            found.append("WARNING: a TCP door is open to anybody who can reach it (--insecure)")
+        if not self.runtime_program():
+            found.append("WARNING: no OCI runtime: containers cannot be started (install runc or crun)")
+        return found
+
+    @staticmethod
+    def thread_count() -> int:
+        return threading.active_count()
+
+    def dump(self) -> str:
+        """Threads and state, for SIGUSR1."""
+        names = {thread.ident: thread.name for thread in threading.enumerate()}
+        parts = [f"{len(names)} threads, {self.loop.connections if self.loop else 0} connections"]
+        for ident, frame in sys._current_frames().items():
+            parts.append(f"thread {names.get(ident, ident)}:\n" + "".join(traceback.format_stack(frame)))
+        return "\n".join(parts)
+
+
+def check_origin(exchange: Exchange) -> None:
+    """Refuse what a browser sends on behalf of another site: a foreign Origin, or a name that may have been rebound.
+
+    Raises:
+        ApiError: 403.
+    """
+    headers = exchange.headers
+    host = headers.get("host", "")
+    origin = headers.get("origin")
+    if origin is not None and origin.partition("://")[2] != host:
+        raise ApiError(403, "a page of another origin may not ask this service")
+    if headers.get("sec-fetch-site") in ("cross-site", "same-site"):
+        raise ApiError(403, "a page of another origin may not ask this service")
+    if any(name.startswith("sec-fetch-") for name in headers) and not _is_own_name(host):
+        raise ApiError(
+            403,
+            f"this service is not called {host}",
+        )
+
+
+def _is_own_name(host: str) -> bool:
+    import ipaddress
+
+    name = host.rpartition(":")[0] if ":" in host.rpartition("]")[2] else host
+    name = name.strip("[]").lower()
+    if name in ("localhost", socket.gethostname().lower(), socket.getfqdn().lower()) or name.endswith(".localhost"):
+        return True
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _pairs(texts: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    for text in texts:
+        key, _, value = text.partition("=")
+        yield key.strip(), value.strip()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The process
+
+
+def default_run_dir() -> str:
+    """``/run/cowfs`` as root, else ``$XDG_RUNTIME_DIR/cowfs``."""
+    if os.geteuid() == 0:
+        return "/run/cowfs"
+    return os.path.join(os.environ.get("XDG_RUNTIME_DIR") or f"/tmp/cowfs-{os.geteuid()}", "cowfs")
+
+
+def open_store(options: Options) -> Store:
+    """The store of the options, with the options of ``--storage-opt`` that are the driver's."""
+    from cowfs.model import parse_count, parse_size
+
+    more: dict[str, Any] = {}
+    for key, value in _pairs(options.storage_opt):
+        if key == "size":
+            parse_size(value)
+        elif key == "inodes":
+            parse_count(value)
+        else:
+            more[key.rpartition(".")[2]] = value
+    root = options.root or os.environ.get("COWFS_ROOT") or None
+    return Store.open(root, driver=options.storage_driver, **more)
+
+
+@contextmanager
+def only_instance(store: Store) -> Iterator[None]:
+    """Be the only daemon of a store.
+
+    Raises:
+        FailedPrecondition: another one is; the message names its process.
+    """
+    folder = os.path.join(store.root, FOLDER)
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    fd = os.open(os.path.join(folder, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        for _ in range(100):
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                holder = os.pread(fd, 100, 0).decode("ascii", "replace").strip()
+                if holder and not os.path.exists(f"/proc/{holder}"):
+                    time.sleep(0.05)  # it is dying
+                    continue
+                raise FailedPrecondition(
+                    f"the store {store.root} has a daemon already, process {holder or '?'}",
+                    remedy="one daemon serves a store; give it more doors with -H",
+                ) from None
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(fd)
+
+
+def run(options: Options, reread: Callable[[], Options]) -> int:
+    """Serve until a signal ends it; the exit status.
+
+    Args:
+        reread: gives the options anew, for SIGHUP.
+
+    Raises:
+        CowfsError: it cannot start.
+    """
+    logs.set_up(level="debug" if options.debug else options.log_level, format=options.log_format)
+    run_dir = options.run_dir or default_run_dir()
+    os.makedirs(run_dir, mode=0o700, exist_ok=True)
+    with open_store(options) as store, only_instance(store):
+        service = Service(options, store, run_dir)
+        doors = open_doors(options, os.path.join(run_dir, "docker.sock"))
+        try:
+            return _serve(service, doors, reread)
+        finally:
+            for door in doors:
+                door.close()
+
+
+def _serve(service: Service, doors: list[Door], reread: Callable[[], Options]) -> int:
+    options = service.options
+    signals = _catch_signals()
+    loop = service.loop = Loop(doors, service.handle, _new_id, options.max_connections)
+    if options.pidfile:
+        with open(options.pidfile, "w", encoding="ascii") as file:
+            file.write(f"{os.getpid()}\n")
+    waiting = threading.Thread(target=loop.run, name="cowfs-doors", daemon=True)
+    waiting.start()
+    log.info("cowfs %s, store %s, driver %s", __version__, service.store.root, service.store.driver.name)
+    for name, probe in service.store.why.items():
+        log.info(
+            "driver %s: %s; %s", name, "can run here" if probe.usable else "cannot run here", ", ".join(probe.reasons)
+        )
+    for door in doors:
+        log.info("listening on %s%s", door.name, " (TLS)" if door.context else "")
+    systemd.notify("READY=1\nSTATUS=" + ", ".join(door.name for door in doors))
+    try:
+        while all(_signal(service, number, reread) for number in signals.recv(64)):
+            pass
+    finally:
+        systemd.notify("STOPPING=1")
+        log.info("stopping")
+        loop.stop()
+        if options.pidfile:
+            try:
+                os.unlink(options.pidfile)
+            except FileNotFoundError:
+                pass
+    return 0
+
+
+def _catch_signals() -> socket.socket:
+    """A socket that gets a byte with the number of each signal: a wait for it can miss none, unlike one for a queue."""
+    receiving, sending = socket.socketpair()
+    sending.setblocking(False)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, lambda _got, _frame: None)
+    signal.set_wakeup_fd(sending.detach(), warn_on_full_buffer=False)
+    return receiving
+
+
+def _signal(service: Service, number: int, reread: Callable[[], Options]) -> bool:
+    """Do what a signal asks for; False when it is to end."""
+    if number == signal.SIGHUP:
+        _reload(service, reread)
+    elif number == signal.SIGUSR1:
+        log.warning("SIGUSR1:\n%s", service.dump())
+    elif number == signal.SIGUSR2:
+        service.debug = not service.debug
+        _set_up_log(service)
+        log.warning("debug mode %s", "on" if service.debug else "off")
+    else:
+        return False
+    return True
+
+
+def _set_up_log(service: Service) -> None:
+    options = service.options
+    logs.set_up(level="debug" if service.debug else options.log_level, format=options.log_format)
+
+
+def _reload(service: Service, reread: Callable[[], Options]) -> None:
+    systemd.notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+    try:
+        service.options, fixed = service.options.changed_live(reread())
+    except CowfsError as error:
+        log.error("not reloaded: %s", error)
+    else:
+        service.debug = service.options.debug
+        _set_up_log(service)
+        log.info("reloaded")
+        for name in fixed:
+            log.warning("%s takes effect at the next start", name)
+    systemd.notify("READY=1")
+
+
+def _new_id() -> str:
+    return secrets.token_hex(4)
+
+
+def main_service(arguments: Any) -> int:
+    """``cowfs serve``."""
+    from cowfs.service import options as options_module
+
+    def reread() -> Options:
+        return options_module.read(arguments, os.environ)
+
+    options = reread()
+    if arguments.print_config:
+        sys.stdout.write(options_module.as_toml(options))
+        return 0
+    if arguments.install:
+        for path in systemd.install(force=arguments.force):
+            sys.stdout.write(f"{path}\n")
+        sys.stdout.write("systemctl daemon-reload && systemctl enable --now cowfs.socket\n")
+        return 0
+    if options.tlsverify and not (options.tlscert and options.tlskey):
+        raise InvalidArgument(
+            "--tlsverify needs --tlscacert, --tlscert and --tlskey", remedy="cowfs tls init DIR makes all of them"
+        )
+    return run(options, reread)

@@ -1,0 +1,50 @@
+"""A daemon of its own for each test that asks for one."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.daemon import Daemon, clean_up
+
+
+@pytest.fixture(scope="session")
+def docker_command() -> str:
+    """The real docker command."""
+    pytest.importorskip("h11", reason="the extra cowfs[daemon] is not installed")
+    path = shutil.which("docker")
+    if path is None:
+        pytest.skip("no docker command here (Debian: docker.io; CI has it)")
+    return path
+
+
+_numbers = itertools.count()
+
+
+@pytest.fixture
+def make_daemon(scratch: Path, can_mount: None) -> Iterator[Callable[..., Daemon]]:
+    """A function that makes a daemon; it is ended after the test, and a traceback in its log fails the test."""
+    pytest.importorskip("h11", reason="the extra cowfs[daemon] is not installed")
+    made: list[Daemon] = []
+
+    def make(*arguments: str, **options: Any) -> Daemon:
+        base = scratch / f"d{next(_numbers)}"  # short: the address of a unix socket has 107 bytes
+        made.append(Daemon(base, *arguments, **options))
+        return made[-1]
+
+    yield make
+    for each in made:
+        clean_up(each)
+        shutil.rmtree(each.base / "store", ignore_errors=True)
+    for each in made:
+        assert "Traceback" not in each.log, each.log
+
+
+@pytest.fixture
+def daemon(make_daemon: Callable[..., Daemon], docker_command: str) -> Daemon:
+    """A running daemon, in debug mode, with a unix door."""
+    return make_daemon("-D").start()

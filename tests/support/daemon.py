@@ -1,0 +1,151 @@
+"""One ``cowfs serve``, and the real clients of it: the docker command, and HTTP without any library of theirs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+DATA = REPOSITORY / "tests" / "data"
+
+
+def wait_for(condition: Callable[[], object], what: str, seconds: float = 60.0) -> Any:
+    """The first true answer; fails after a long time (the bound is for hangs, not for speed)."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        answer = condition()
+        if answer:
+            return answer
+        time.sleep(0.02)
+    pytest.fail(f"waited {seconds:.0f} s for {what}")
+
+
+class Daemon:
+    """One ``cowfs serve``.
+
+    Attributes:
+        base: its directory. socket: the unix door. log: what it told.
+    """
+
+    def __init__(self, base: Path, *arguments: str, environment: dict[str, str] | None = None) -> None:
+        self.base = base
+        self.arguments = arguments
+        self.environment = environment or {}
+        self.root = base / "store"
+        self.run_dir = base / "run"
+        self.socket = base / "d.sock"
+        self.log_file = base / "log"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int:
+        assert self.process is not None
+        return self.process.pid
+
+    @property
+    def log(self) -> str:
+        return self.log_file.read_text(errors="replace") if self.log_file.exists() else ""
+
+    def start(self, *more: str) -> Daemon:
+        """Start it, and wait until its doors are open."""
+        self.base.mkdir(exist_ok=True)
+        already = len(self.log)
+        command = [
+            sys.executable, "-m", "cowfs", "serve", "--root", str(self.root), "--run-dir", str(self.run_dir),
+            "-H", f"unix://{self.socket}", *self.arguments, *more,
+        ]  # fmt: skip
+        environment = {**os.environ, "COWFS_FSYNC": "0", **self.environment}
+        with open(self.log_file, "ab") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        process = self.process
+        wait_for(lambda: "listening on" in self.log[already:] or process.poll() is not None, "the daemon")
+        assert process.poll() is None, self.log
+        return self
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """End it; its exit status."""
+        process, self.process = self.process, None
+        if process is None:
+            return 0
+        process.send_signal(number)
+        return process.wait(60)
+
+    def tcp(self) -> str:
+        """ADDR:PORT of its TCP door."""
+        (line,) = [line for line in self.log.splitlines() if "listening on tcp://" in line][-1:]
+        return line.partition("tcp://")[2].split()[0]
+
+    def docker(
+        self, *arguments: str, check: bool = True, input: bytes | None = None, host: str = "", **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Run the docker command against it."""
+        done = subprocess.run(
+            ["docker", *arguments],
+            env=docker_environment(host or f"unix://{self.socket}", self.base, **environment),
+            capture_output=True,
+            input=input,
+            timeout=300,
+            check=False,
+        )
+        told = subprocess.CompletedProcess(
+            done.args, done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace")
+        )
+        assert not check or told.returncode == 0, f"{told.args}: {told.stdout}{told.stderr}\n{self.log[-4000:]}"
+        return told
+
+    def out(self, *arguments: str, **options: Any) -> str:
+        """What the docker command prints, without the white space at its ends."""
+        return self.docker(*arguments, **options).stdout.strip()
+
+    def json(self, *arguments: str) -> Any:
+        """What the docker command prints, as one JSON document."""
+        return json.loads(self.out(*arguments))
+
+    def raw(self) -> socket.socket:
+        """A connection to the unix door."""
+        sock = socket.socket(socket.AF_UNIX)
+        sock.settimeout(60)
+        sock.connect(str(self.socket))
+        return sock
+
+    def request(self, method: str, path: str, body: Any = None) -> tuple[int, Any]:
+        """One request without any client library: (status, document or text)."""
+        import http.client
+
+        connection = http.client.HTTPConnection("localhost", timeout=60)
+        connection.sock = self.raw()
+        connection.request(
+            method, path, None if body is None else json.dumps(body), {"Content-Type": "application/json"}
+        )
+        answer = connection.getresponse()
+        data = answer.read()
+        connection.close()
+        return answer.status, json.loads(data) if answer.getheader(
+            "content-type"
+        ) == "application/json" and data else data
+
+
+def docker_environment(host: str, home: Path, **more: str) -> dict[str, str]:
+    """The environment of a docker command that sees nothing of this machine's settings."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("DOCKER_")}
+    return {**kept, "DOCKER_HOST": host, "HOME": str(home), "DOCKER_CONFIG": str(home / "docker-config"), **more}
+
+
+def clean_up(daemon: Daemon) -> None:
+    """End a daemon and everything that it started."""
+    if daemon.process is not None and daemon.process.poll() is None and shutil.which("docker"):
+        ids = daemon.docker("ps", "-aq", check=False).stdout.split()
+        if ids:
+            daemon.docker("rm", "-f", *ids, check=False)
+    daemon.stop()
