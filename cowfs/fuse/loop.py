@@ -499,6 +499,7 @@ class Session:
                 self.report()
 
     def _idle(self, poll: select.poll) -> None:
+        self.view.trim()
         timeout = None
         if self._errands.watched:
             self._errands.check_watched()

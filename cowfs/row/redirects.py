@@ -217,6 +217,7 @@ class Rows:
             below = [root for root in view.roots if root.layer.index < layer.index]
             for part in head.split(b"/") if head else ():
                 below = merge.merged_dirs(below, part, view.form, view.roots)
+                view.descriptors.trim()
         for number, source in enumerate(below):
             st = lstat(source, name)
             if st is None:

@@ -239,6 +239,7 @@ def up_dir(view: View, directory: Dir, *, exempt: bool = False) -> Source:
     above = directory.sources[0]
     for below in reversed(missing):
         above = _up_one(view, below, above, exempt)
+        view.descriptors.trim()  # nobody who calls this holds a descriptor of a Source
     return above
 
 

@@ -31,10 +31,12 @@ def node(view: View, id: int) -> Node:
 
 
 def directory(view: View, id: int) -> Dir:
-    """The live directory of an id. Raises ESTALE, ENOTDIR."""
+    """The live directory of an id, at the start of an operation. Raises ESTALE, ENOTDIR."""
     node = view.node(id)
     if not isinstance(node, Dir):
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), node.name)
+    if len(view.descriptors.opened) > view.descriptors.budget:
+        view.descriptors.trim()
     return node
 
 
@@ -118,6 +120,8 @@ def _make(view: View, parent: Dir, name: bytes, code: int) -> Node | None:
     data: Any = None
     if mode & 0o170000 == 0o100000:
         data = data_of(view, parent, position, name, st.st_size)
+        if data is not None:
+            fd = source.open()  # it may have been closed on the way to the data
     if source.impure if is_upper else _keeps_origin(view, source.layer):
         origin = xattr.try_get(fd, name, view.form.origin)
         if origin:

@@ -108,6 +108,8 @@ def _follow(
     below: Sequence[Source] = [root for root in roots if root.layer.index < index]
     for part in parts[:-1]:
         below = merged_dirs(below, part, form, roots)
+        if below:
+            below[0].descriptors.trim()  # a long way: who looks something up opens its directories again
     return below, parts[-1]
 
 

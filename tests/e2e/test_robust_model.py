@@ -22,7 +22,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     base = tmp_path_factory.mktemp("robust")
     root = hostfs.open_fs("ext4", base).fresh()
     yield root
-    trees.remove_tree(str(root))
+
+
+trees.remove_tree(str(root))
 
 
 @pytest.mark.parametrize("seed", range(3))

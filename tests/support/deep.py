@@ -98,27 +98,30 @@ def walk(root: str | os.PathLike[str]) -> dict[Path_, tuple[Any, ...]]:
     """Everything below a root that two trees must agree on: path -> record."""
     found: dict[Path_, tuple[Any, ...]] = {}
     groups: dict[int, list[Path_]] = {}
-    stack: list[tuple[Path_, int]] = [((), os.open(root, DIR))]
+    stack: list[tuple[Path_, int, list[bytes]]] = [((), os.open(root, DIR), _names(root))]
     while stack:
-        path, fd = stack.pop()
-        if fd < 0:
-            fd = open_dir(root, path)
-        try:
-            for text in sorted(os.listdir(fd)):
-                name = os.fsencode(text)
-                st = os.stat(name, dir_fd=fd, follow_symlinks=False)
-                found[*path, name] = _record(fd, name, st)
-                if stat.S_ISDIR(st.st_mode):
-                    stack.append(((*path, name), -1))
-                elif st.st_nlink > 1:
-                    groups.setdefault(st.st_ino, []).append((*path, name))
-        finally:
+        path, fd, names = stack[-1]
+        if not names:
             os.close(fd)
+            stack.pop()
+            continue
+        name = names.pop()
+        st = os.stat(name, dir_fd=fd, follow_symlinks=False)
+        found[*path, name] = _record(fd, name, st)
+        if stat.S_ISDIR(st.st_mode):
+            deeper = os.open(name, DIR, dir_fd=fd)
+            stack.append(((*path, name), deeper, _names(deeper)))
+        elif st.st_nlink > 1:
+            groups.setdefault(st.st_ino, []).append((*path, name))
     for group in groups.values():
         first = min(group)
         for path in group:
             found[path] = (*found[path], first)
     return found
+
+
+def _names(directory: str | os.PathLike[str] | int) -> list[bytes]:
+    return sorted(map(os.fsencode, os.listdir(directory)))
 
 
 def _record(fd: int, name: bytes, st: os.stat_result) -> tuple[Any, ...]:
