@@ -23,8 +23,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     root = hostfs.open_fs("ext4", base).fresh()
     yield root
 
-
-trees.remove_tree(str(root))
+    trees.remove_tree(str(root))
 
 
 @pytest.mark.parametrize("seed", range(3))
