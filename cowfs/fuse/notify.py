@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from queue import SimpleQueue
 
 from cowfs.fuse import abi, codec, log
-from cowfs.sys.threads import started
+from cowfs.sys.threads import Thread
 
 
 class Notifier:
@@ -29,7 +29,7 @@ class Notifier:
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self._queue: SimpleQueue[bytes | threading.Event | None] = SimpleQueue()
-        self._thread: threading.Thread | None = None
+        self._thread: Thread | None = None
         self._lock = threading.Lock()  # guards _thread only; never held while writing
         self.unsupported: set[int] = set()
         self.sent: dict[int, int] = {}
@@ -65,8 +65,8 @@ class Notifier:
         if self._thread is None:
             with self._lock:
                 if self._thread is None:
-                    thread = threading.Thread(target=self._run, name="cowfs-notifier", daemon=True)
-                    if not started(thread):
+                    thread = Thread(self._run)
+                    if not thread.start():
                         return False
                     self._thread = thread
         return True

@@ -18,13 +18,12 @@ job runs in one worker, and what it has to say to the loop it sends through ``Se
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Callable
 from queue import SimpleQueue
 
 from cowfs.fuse import abi
-from cowfs.sys.threads import started
+from cowfs.sys.threads import Thread
 
 #: Opcodes that need a node's data or change how it is stored, and so may have to wait.
 SHARED_OPCODES = frozenset((abi.READ, abi.LSEEK, abi.FSYNC))
@@ -53,7 +52,7 @@ class Workers:
         self._most = most
         self._on_error = on_error
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._threads: list[threading.Thread] = []
+        self._threads: list[Thread] = []
         self._waiting = 0  # threads that found no job; a hint, read without a lock
 
     def submit(self, job: Callable[[], None]) -> None:
@@ -62,8 +61,8 @@ class Workers:
             self._do(job)
             return
         if self._waiting <= waiting and len(self._threads) < self._limit:
-            thread = threading.Thread(target=self._run, name=f"cowfs-worker-{len(self._threads)}", daemon=True)
-            if started(thread):
+            thread = Thread(self._run)
+            if thread.start():
                 self._threads.append(thread)
             elif not self._threads:  # no room for one: then without
                 self._do(job)

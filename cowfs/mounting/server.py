@@ -29,6 +29,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from cowfs.errors import CowfsError, InvalidArgument
@@ -37,7 +38,7 @@ from cowfs.mounting.assemble import explain, make_session, make_view, name_proce
 from cowfs.mounting.request import MountSpec
 from cowfs.mounting.resources import Stack
 from cowfs.mounting.verbs import basic
-from cowfs.sys.threads import started
+from cowfs.sys.threads import Thread
 
 if TYPE_CHECKING:
     from cowfs.fuse.loop import Session
@@ -243,9 +244,9 @@ class Server:
             raise
 
     def _serve(self) -> int:
-        threading.Thread(target=self._control, name="cowfs-control", daemon=True).start()
-        threading.Thread(target=self._ready, name="cowfs-ready", daemon=True).start()
         try:
+            if not (Thread(self._control).start() and Thread(self._ready).start()):
+                raise CowfsError("no thread can be started", remedy="look at the limits of processes and memory")
             self.session.run()
         except BaseException as error:
             try:
@@ -373,7 +374,7 @@ class Server:
                 for fd, _ in poll.poll():
                     if fd == self._wakeup[0].fileno():
                         self._wakeup[0].recv(64)
-                        self._apart(self._terminate, "cowfs-terminate")
+                        self._apart(self._terminate)
                     else:
                         self._accept()
             except Exception as error:  # noqa: BLE001  (a mount nobody can speak to must be killed: it goes on, and says so)
@@ -382,9 +383,10 @@ class Server:
                 log.no_memory("the control thread goes on: %s", type(error).__name__)
                 time.sleep(0.05)
 
-    def _apart(self, function: Callable[[], None], name: str) -> None:
+    @staticmethod
+    def _apart(function: Callable[[], None]) -> None:
         """Run something in a thread of its own; here and now where none can be started."""
-        if not started(threading.Thread(target=function, name=name, daemon=True)):
+        if not Thread(function).start():
             function()
 
     def _accept(self) -> None:
@@ -394,8 +396,7 @@ class Server:
         except OSError:  # gone already, or no descriptor left
             time.sleep(0.05)
             return
-        thread = threading.Thread(target=self._answer, args=(connection,), name="cowfs-answer", daemon=True)
-        if self._connections < MOST_CONNECTIONS and started(thread):
+        if self._connections < MOST_CONNECTIONS and Thread(partial(self._answer, connection)).start():
             return
         # no room for one more: one question, answered by the thread that listens
         connection.settimeout(_PATIENCE)
@@ -404,10 +405,8 @@ class Server:
 
     def _terminate(self) -> None:
         """SIGTERM: write back what maps hold, unmount; when somebody is inside, unmount all the same."""
-        flush = threading.Thread(
-            target=mountpoint.hand_over, args=(self.spec.mountpoint,), name="cowfs-flush", daemon=True
-        )
-        if started(flush):
+        flush = Thread(partial(mountpoint.hand_over, self.spec.mountpoint))
+        if flush.start():
             flush.join(_FLUSH_SECONDS)
         try:
             mountpoint.detach(self.spec.mountpoint)

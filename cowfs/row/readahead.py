@@ -14,12 +14,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Final
 
 from cowfs.row.extents import ZEROS
-from cowfs.sys.threads import started
+from cowfs.sys.threads import Thread
 
 if TYPE_CHECKING:
     from cowfs.row.chain import Chain
@@ -60,7 +59,7 @@ class Pilot:
 
     def __init__(self) -> None:
         self._queue: SimpleQueue[Hints | None] = SimpleQueue()
-        self._thread: threading.Thread | None = None
+        self._thread: Thread | None = None
 
     @property
     def busy(self) -> bool:
@@ -70,8 +69,8 @@ class Pilot:
     def give(self, hints: Hints) -> None:
         """Any thread."""
         if self._thread is None:
-            thread = threading.Thread(target=self._run, name="cowfs-row-ahead", daemon=True)
-            if not started(thread):
+            thread = Thread(self._run)
+            if not thread.start():
                 for fd, _ in hints:
                     os.close(fd)
                 return

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterable
 
 from cowfs.row.map import Log
-from cowfs.sys.threads import started
+from cowfs.sys.threads import Thread
 
 #: seconds between two rounds
 INTERVAL = 5.0
@@ -33,7 +33,7 @@ class Syncer:
         self._round = threading.Lock()
         self._wake = threading.Event()
         self._ended = False
-        self._thread: threading.Thread | None = None
+        self._thread: Thread | None = None
 
     def add(self, log: Log, data_fd: int) -> None:
         """A record was appended to a map that was clean."""
@@ -51,8 +51,8 @@ class Syncer:
         if known != fd:
             os.close(fd)
         if self._thread is None:
-            thread = threading.Thread(target=self._run, name="cowfs-row-sync", daemon=True)
-            if started(thread):  # else the next one tries again, and writers sync when many are dirty
+            thread = Thread(self._run)
+            if thread.start():  # else the next one tries again, and writers sync when many are dirty
                 self._thread = thread
         if many or len(self.dirty) == 1:
             self._wake.set()

@@ -1,20 +1,66 @@
-"""Starting threads where there may be no room for one more."""
+"""Threads that can be had, or not.
+
+``threading.Thread.start`` raises when the system has no thread to give, but waits without end for one that was given and had no
+memory to begin with (seen under RLIMIT_AS). A server must do neither: whoever wants a thread here is told that there
+is none, and has another way or tries again later.
+"""
 
 from __future__ import annotations
 
-import threading
+import _thread
+import time
+from collections.abc import Callable
+from typing import Final
 
-__all__ = ["started"]
+__all__ = ["Thread"]
+
+#: seconds that a thread may take to begin, and for which no other is tried after one did not
+_BEGIN: Final = 2.0
+_AGAIN: Final = 5.0
+
+_not_before = 0.0  # monotonic time
 
 
-def started(thread: threading.Thread) -> bool:
-    """Start a thread; whether that was possible.
+class Thread:
+    """A function that runs in a thread of its own once :meth:`start` said so. It ends with the process."""
 
-    It is not where a limit of processes or of memory is reached (RLIMIT_NPROC, RLIMIT_AS, cgroups): whoever asks has
-    another way, or tries again later.
-    """
-    try:
-        thread.start()
-    except (RuntimeError, MemoryError):
+    __slots__ = ("_begun", "_claim", "_ended", "_function")
+
+    def __init__(self, function: Callable[[], object]) -> None:
+        self._function = function
+        self._begun = _thread.allocate_lock()
+        self._claim = _thread.allocate_lock()  # whoever gets it decides whether the function runs
+        self._ended = _thread.allocate_lock()
+
+    def start(self) -> bool:
+        """Start it; whether that was possible. Once only, unless it was not."""
+        global _not_before
+        if time.monotonic() < _not_before:
+            return False
+        self._begun.acquire(blocking=False)
+        self._ended.acquire(blocking=False)
+        try:
+            _thread.start_new_thread(self._run, ())
+        except (RuntimeError, MemoryError):
+            return False
+        if self._begun.acquire(timeout=_BEGIN) or not self._claim.acquire(blocking=False):
+            return True
+        _not_before = time.monotonic() + _AGAIN
+        self._claim = _thread.allocate_lock()
         return False
-    return True
+
+    def _run(self) -> None:
+        if not self._claim.acquire(blocking=False):
+            return  # so late that nobody counts on it any more
+        self._begun.release()
+        try:
+            self._function()
+        finally:
+            self._ended.release()
+
+    def join(self, timeout: float = -1) -> bool:
+        """Wait until it has ended, seconds; whether it has."""
+        if not self._ended.acquire(timeout=timeout):
+            return False
+        self._ended.release()
+        return True
