@@ -416,6 +416,7 @@ def writable(view: View, node: Node, keep: int | None = None, *, plain: bool = F
     if node.data is None and view.in_upper(node):
         return None
     view.need_upper()
+    view.trim()
     if node.type != DT_REG:
         number = errno.EISDIR if node.type == 4 else errno.EINVAL
         raise OSError(number, os.strerror(number), node.name)

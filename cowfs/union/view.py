@@ -317,6 +317,8 @@ class View:
         """Close the descriptors opened longest ago, above their shares. Only at the start of an operation."""
         self.descriptors.trim()
         self.open_files.trim()
+        if self.rows is not None:
+            self.rows.trim_logs()
 
     def give_back(self) -> None:
         """Close every descriptor that can be opened again. Only between operations."""
