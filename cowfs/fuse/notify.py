@@ -65,7 +65,7 @@ class Notifier:
         if self._thread is None:
             with self._lock:
                 if self._thread is None:
-                    thread = Thread(self._run)
+                    thread = Thread(self._run, "cowfs-notifier")
                     if not thread.start():
                         return False
                     self._thread = thread

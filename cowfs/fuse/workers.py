@@ -61,7 +61,7 @@ class Workers:
             self._do(job)
             return
         if self._waiting <= waiting and len(self._threads) < self._limit:
-            thread = Thread(self._run)
+            thread = Thread(self._run, f"cowfs-worker-{len(self._threads)}")
             if thread.start():
                 self._threads.append(thread)
             elif not self._threads:  # no room for one: then without

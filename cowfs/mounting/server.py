@@ -245,7 +245,7 @@ class Server:
 
     def _serve(self) -> int:
         try:
-            if not (Thread(self._control).start() and Thread(self._ready).start()):
+            if not (Thread(self._control, "cowfs-control").start() and Thread(self._ready, "cowfs-ready").start()):
                 raise CowfsError("no thread can be started", remedy="look at the limits of processes and memory")
             self.session.run()
         except BaseException as error:
@@ -374,7 +374,7 @@ class Server:
                 for fd, _ in poll.poll():
                     if fd == self._wakeup[0].fileno():
                         self._wakeup[0].recv(64)
-                        self._apart(self._terminate)
+                        self._apart(self._terminate, "cowfs-terminate")
                     else:
                         self._accept()
             except Exception as error:  # noqa: BLE001  (a mount nobody can speak to must be killed: it goes on, and says so)
@@ -384,9 +384,9 @@ class Server:
                 time.sleep(0.05)
 
     @staticmethod
-    def _apart(function: Callable[[], None]) -> None:
+    def _apart(function: Callable[[], None], name: str) -> None:
         """Run something in a thread of its own; here and now where none can be started."""
-        if not Thread(function).start():
+        if not Thread(function, name).start():
             function()
 
     def _accept(self) -> None:
@@ -396,7 +396,7 @@ class Server:
         except OSError:  # gone already, or no descriptor left
             time.sleep(0.05)
             return
-        if self._connections < MOST_CONNECTIONS and Thread(partial(self._answer, connection)).start():
+        if self._connections < MOST_CONNECTIONS and Thread(partial(self._answer, connection), "cowfs-answer").start():
             return
         # no room for one more: one question, answered by the thread that listens
         connection.settimeout(_PATIENCE)
@@ -405,7 +405,7 @@ class Server:
 
     def _terminate(self) -> None:
         """SIGTERM: write back what maps hold, unmount; when somebody is inside, unmount all the same."""
-        flush = Thread(partial(mountpoint.hand_over, self.spec.mountpoint))
+        flush = Thread(partial(mountpoint.hand_over, self.spec.mountpoint), "cowfs-flush")
         if flush.start():
             flush.join(_FLUSH_SECONDS)
         try:

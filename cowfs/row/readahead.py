@@ -69,7 +69,7 @@ class Pilot:
     def give(self, hints: Hints) -> None:
         """Any thread."""
         if self._thread is None:
-            thread = Thread(self._run)
+            thread = Thread(self._run, "cowfs-row-ahead")
             if not thread.start():
                 for fd, _ in hints:
                     os.close(fd)

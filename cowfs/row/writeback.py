@@ -51,7 +51,7 @@ class Syncer:
         if known != fd:
             os.close(fd)
         if self._thread is None:
-            thread = Thread(self._run)
+            thread = Thread(self._run, "cowfs-row-sync")
             if thread.start():  # else the next one tries again, and writers sync when many are dirty
                 self._thread = thread
         if many or len(self.dirty) == 1:

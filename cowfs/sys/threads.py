@@ -8,6 +8,8 @@ is none, and has another way or tries again later.
 from __future__ import annotations
 
 import _thread
+import contextlib
+import threading
 import time
 from collections.abc import Callable
 from typing import Final
@@ -22,12 +24,17 @@ _not_before = 0.0  # monotonic time
 
 
 class Thread:
-    """A function that runs in a thread of its own once :meth:`start` said so. It ends with the process."""
+    """A function that runs in a thread of its own once :meth:`start` said so. It ends with the process.
 
-    __slots__ = ("_begun", "_claim", "_ended", "_function")
+    Args:
+        name: what :func:`threading.current_thread` says in it.
+    """
 
-    def __init__(self, function: Callable[[], object]) -> None:
+    __slots__ = ("_begun", "_claim", "_ended", "_function", "_name")
+
+    def __init__(self, function: Callable[[], object], name: str) -> None:
         self._function = function
+        self._name = name
         self._begun = _thread.allocate_lock()
         self._claim = _thread.allocate_lock()  # whoever gets it decides whether the function runs
         self._ended = _thread.allocate_lock()
@@ -53,6 +60,8 @@ class Thread:
         if not self._claim.acquire(blocking=False):
             return  # so late that nobody counts on it any more
         self._begun.release()
+        with contextlib.suppress(MemoryError):
+            threading.current_thread().name = self._name
         try:
             self._function()
         finally:
