@@ -66,7 +66,7 @@ class Usage:
     """What one layer holds itself; parents are not counted.
 
     Attributes:
-        bytes: file data in 4 KiB units, plus 4 KiB for each directory and large xattr.
+        bytes: file data in 4 KiB units, plus what directories, xattrs, long links and the rest take (docs/mounts.md, Limits).
         inodes: files, directories and the rest; whiteouts are free.
     """
 
@@ -104,7 +104,8 @@ class Change:
         type: ``file``, ``dir``, ``symlink``, ``fifo``, ``socket``, ``char`` or ``block``
             (of the object that is there now; of the one that was, when deleted).
         size: bytes, of regular files; 0 otherwise.
-        what: for ``changed``: any of ``content mode owner mtime xattrs type``.
+        what: for ``changed``: any of ``content mode owner mtime xattrs type links``; the last where the name is no longer
+            one file with the same other names of both trees.
     """
 
     path: bytes

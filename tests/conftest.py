@@ -30,6 +30,9 @@ namespace.enter()
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("cowfs")
     group.addoption("--steps", type=int, default=20_000, help="random operations of each equality test (default 20000)")
+    group.addoption(
+        "--history", type=int, default=20_000, help="operations of the histories of stores, all drivers (default 20000)"
+    )
     group.addoption("--kills", type=int, default=50, help="SIGKILLs of the fault test (default 50)")
     group.addoption("--rounds", type=int, default=6, help="rounds of the growth test of live snapshots (default 6)")
     group.addoption("--seed", type=int, default=20_261_124, help="seed of every random test")

@@ -79,9 +79,11 @@ class Attributes:
         kept = True
         if regroup or uid != self.uid or gid != self.gid:
             kept = self.chown(fd, uid, gid)
-        os.fchmod(fd, mode if kept else mode & ~SET_ID)
         if attributes:
+            if not mode & 0o200 and os.geteuid():  # user.* takes a mode that lets its owner write
+                os.fchmod(fd, mode & 0o777 | (0o700 if kind == "dir" else 0o600))
             self._set_xattrs(fd, attributes)
+        os.fchmod(fd, mode if kept else mode & ~SET_ID)
 
     def chown(self, fd: int, uid: int, gid: int) -> bool:
         """True when the owner is as asked; False when it may stay as it is."""

@@ -63,6 +63,7 @@ def export_layer(
     level: int | None = None,
     override: bool = False,
     sparse: bool = False,
+    reserved: bool = True,
     progress: Progress | None = None,
 ) -> Exported:
     """Write an OCI layer tar of a layer directory.
@@ -77,6 +78,7 @@ def export_layer(
             file may set its attribute.
         sparse: write files that are half holes or more as PAX sparse members (GNU tar, bsdtar and Go read
             them). The bytes then depend on where this host has holes; without it they never do.
+        reserved: refuse names that begin with ``.wh.``; without it this is a plain tar, in which they are names.
         progress: called with (uncompressed bytes, members) now and then.
 
     Raises:
@@ -89,7 +91,7 @@ def export_layer(
     root = os.open(".", _DIR, dir_fd=layer) if isinstance(layer, int) else os.open(layer, _DIR)
     try:
         walk = LayerWalk(FORMS.get(form), tree, override, sparse)
-        return _run(out, compression, level, progress, True, override, lambda writer: walk.run(writer, root))
+        return _run(out, compression, level, progress, reserved, override, lambda writer: walk.run(writer, root))
     finally:
         os.close(root)
 

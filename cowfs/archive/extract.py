@@ -25,10 +25,11 @@ from cowfs.archive.attributes import PLAIN_END, SET_ID, Attributes, drop_acls, d
 from cowfs.archive.clear import lstat, remove_tree
 from cowfs.archive.content import Content, write
 from cowfs.archive.dirs import Dir, Dirs
+from cowfs.archive.guests import Guests
 from cowfs.archive.header import Member
 from cowfs.archive.headerlog import LogWriter
 from cowfs.archive.names import WHITEOUT_PREFIX, Meaning, canonical, meaning, show
-from cowfs.archive.options import ApplyOptions, Budget, Tree
+from cowfs.archive.options import ApplyOptions, Budget, LowerStat, Tree
 from cowfs.archive.reader import Reader
 from cowfs.errors import CowfsError, InvalidArgument, LimitExceeded, Unsupported
 from cowfs.format import whiteout
@@ -92,6 +93,7 @@ class Extractor:
         self.dropped = self._attr.dropped
         self.whiteouts = self.skipped = self.reserved = self._ordinal = 0
         self._made_whiteouts = self._written is not None and form is not None
+        self._guests = Guests(self, lower if form is not None else None)
         if self._written is None:
             try:
                 self._set_implied(self.dirs.root)
@@ -120,7 +122,7 @@ class Extractor:
                 # a plain name next to the one before: all the checks of its directory were made then
                 path = last.path + b"/" + base
                 _HANDLERS[member.type](self, member, last, base, path)
-                if self._written is not None:
+                if self._written is not None or self._guests:
                     self._note(path)
                 return
             self._head = None
@@ -132,7 +134,7 @@ class Extractor:
                     return
                 parent_path, _, name = path.rpartition(b"/")
                 _HANDLERS[member.type](self, member, self.dirs.get(parent_path), name, path)
-                if self._written is not None:
+                if self._written is not None or self._guests:
                     self._note(path)
                 if base and parent_path and self.dirs.last.path == parent_path:
                     self._head, self._home = head, self.dirs.last
@@ -168,6 +170,33 @@ class Extractor:
         """How error messages call a member."""
         return f"archive entry {member.ordinal} {show(member.name)}"
 
+    # For guests ---------------------------------------------------------------------------------
+
+    def bring_file(self, home: Dir, name: bytes, path: bytes, st: LowerStat, lower: Tree) -> None:
+        """Copy a regular file of the layers beneath: attributes, data without its holes."""
+        fd = os.open(name, _CREATE, 0o600, dir_fd=home.fd)
+        try:
+            self._charge(_UNIT)
+            for offset, data in lower.data(path):
+                self._charge(len(data))
+                os.lseek(fd, offset, os.SEEK_SET)
+                write(fd, memoryview(data))
+            os.truncate(fd, st.size)
+            self._content.tell(fd, path, "")
+            self._attr.set(fd, st.uid, st.gid, stat.S_IMODE(st.mode), "file", lower.xattrs(path), regroup=True)
+            os.utime(fd, ns=(st.mtime, st.mtime))
+        finally:
+            os.close(fd)
+
+    def bring_other(self, member: Member, home: Dir, name: bytes, path: bytes) -> None:
+        """Make a link, a FIFO or a device as if the archive had it."""
+        _HANDLERS[member.type](self, member, home, name, path)
+
+    def written(self, path: bytes) -> None:
+        """What is at this path now is not older than the archive."""
+        if self._written is not None:
+            self._written.add(hash(path))
+
     # Whiteouts --------------------------------------------------------------------------------
 
     def _special(self, member: Member, what: Meaning, path: bytes) -> None:
@@ -178,9 +207,11 @@ class Extractor:
                 raise InvalidArgument("a whiteout must be a regular file")
             self.whiteouts += 1
             if what is Meaning.OPAQUE:
+                self._guests.dismiss(path, itself=False)
                 self._opaque(path)
                 self._note(path)
             else:
+                self._guests.dismiss(path, itself=True)
                 parent_path, _, name = path.rpartition(b"/")
                 self._whiteout(self.dirs.get(parent_path), name, path)
                 self._note(parent_path)
@@ -213,7 +244,18 @@ class Extractor:
     def _opaque(self, path: bytes) -> None:
         if self._written is not None:
             self._remove_older(path)
-        self._seal(self.dirs.get(path))
+        if path or self._form is None:
+            self._seal(self.dirs.get(path))
+            return
+        # The root of a layer cannot be opaque: overlayfs always goes on beneath it. Each name there is hidden for itself.
+        self.dirs.root.sealed = True
+        for name in self._lower.names(b"") if self._lower is not None else ():
+            st = lstat(self.dirs.root.fd, name)
+            if st is None:
+                whiteout.make(self.dirs.root.fd, name)
+                self._made_whiteouts = True
+            elif stat.S_ISDIR(st.st_mode):
+                self._seal(self.dirs.get(name))
 
     def _seal(self, found: Dir) -> None:
         found.sealed = True
@@ -243,6 +285,8 @@ class Extractor:
 
     def _note(self, path: bytes) -> None:
         """This path and the directories above it are the archive's from now on."""
+        if self._guests:
+            self._guests.adopt(path)
         if self._written is not None:
             while path and hash(path) not in self._written:
                 self._written.add(hash(path))
@@ -354,7 +398,21 @@ class Extractor:
         while path:
             path = path.rpartition(b"/")[0]
             above = self.dirs.find(path)
-            if above is not None and whiteout.opaque_value(above.fd, self._form) == b"y":
+            if above is not None and (above.sealed or whiteout.opaque_value(above.fd, self._form) == b"y"):
+                return True
+        return False
+
+    def hides(self, path: bytes) -> bool:
+        """Whether this layer hides what the layers beneath have at a path."""
+        while path:
+            path, _, name = path.rpartition(b"/")
+            home = self.dirs.find(path)
+            if home is None:
+                continue
+            st = lstat(home.fd, name)
+            if st is not None and not stat.S_ISDIR(st.st_mode):
+                return True  # a whiteout, or a file where a directory was
+            if home.sealed or (self._form is not None and whiteout.opaque_value(home.fd, self._form) == b"y"):
                 return True
         return False
 
@@ -454,7 +512,7 @@ class Extractor:
                 raise FileNotFoundError
             self._link(home, source_name, parent, name, path)
         except FileNotFoundError:
-            home = self._copy_up(source)
+            home = self._guests.bring(member, source)
             self._link(home, source_name, self.dirs.get(parent.path), name, path)
         except PermissionError:
             raise InvalidArgument(f"hard link to {show(source)}, which is not a file") from None
@@ -466,35 +524,6 @@ class Extractor:
         except FileExistsError:
             self._clear(parent, name, path)
             os.link(source, name, src_dir_fd=home.fd, dst_dir_fd=parent.fd, follow_symlinks=False)
-
-    def _copy_up(self, path: bytes) -> Dir:
-        """A hard link to a file of a lower layer: the file becomes part of this one, at its own place."""
-        lower = self._lower
-        st = lower.stat(path) if lower is not None and self._form is not None else None
-        if lower is None or st is None:
-            raise InvalidArgument(
-                f"hard link to {show(path)}, which is neither in this archive" + (" nor below it" if lower else "")
-            )
-        if not stat.S_ISREG(st.mode):
-            raise InvalidArgument(f"hard link to {show(path)}, which is not a regular file in the layers below")
-        parent_path, _, name = path.rpartition(b"/")
-        home = self.dirs.get(parent_path)
-        fd = os.open(name, _CREATE, 0o600, dir_fd=home.fd)
-        try:
-            self._charge(_UNIT)
-            for offset, data in lower.data(path):
-                self._charge(len(data))
-                os.lseek(fd, offset, os.SEEK_SET)
-                write(fd, memoryview(data))
-            os.truncate(fd, st.size)
-            self._content.tell(fd, path, "")
-            self._attr.set(fd, st.uid, st.gid, stat.S_IMODE(st.mode), "file", lower.xattrs(path), regroup=True)
-            os.utime(fd, ns=(st.mtime, st.mtime))
-        finally:
-            os.close(fd)
-        if self._written is not None:
-            self._written.add(hash(path))
-        return home
 
     def _symlink(self, member: Member, parent: Dir, name: bytes, path: bytes) -> None:
         target = member.linkname

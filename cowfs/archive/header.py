@@ -54,7 +54,7 @@ REGULAR = b"0"
 REGULAR_ALIASES = frozenset({b"0", b"\0", b"7"})
 
 MAX_ID = 0xFFFF_FFFE  # 0xFFFFFFFF means "leave it" to chown(2)
-_MAX_DEVICE = 0xFFFF_FFFF
+_MAX_MAJOR, _MAX_MINOR = 0xFFF, 0xF_FFFF  # what the kernel's device numbers hold
 
 Segments = array  # of "q": offset, length, offset, length ... in file order
 
@@ -204,7 +204,7 @@ def check_ranges(member: Member) -> None:
     if not (0 <= member.uid <= MAX_ID and 0 <= member.gid <= MAX_ID):
         raise InvalidArgument(f"owner {member.uid}:{member.gid} is out of range")
     major, minor = member.device
-    if not (0 <= major <= _MAX_DEVICE and 0 <= minor <= _MAX_DEVICE):
+    if not (0 <= major <= _MAX_MAJOR and 0 <= minor <= _MAX_MINOR):
         raise InvalidArgument(f"device number {major}:{minor} is out of range")
 
 

@@ -48,7 +48,7 @@ VERBS: dict[str, Verb] = {
     "mounts": Verb("cowfs.cli.show", "what is mounted: layers, upper, use and limit, process", _MOUNTS),
     "diff": Verb("cowfs.cli.show", "what an upper layer adds, changes and deletes", _MOUNTS),
     "usage": Verb("cowfs.cli.show", "bytes and inodes that an upper layer holds", _MOUNTS),
-    "limit": Verb("cowfs.cli.mount", "show or change the limit of a mount, while it is mounted", _MOUNTS),
+    "limit": Verb("cowfs.cli.mount", "show or change the limit of a mount or a snapshot, mounted or not", _MOUNTS),
     "import": Verb("cowfs.cli.store.io", "bring an image or a tree into the store", _SNAPSHOTS),
     "run": Verb("cowfs.cli.store.run", "run a command in a fresh snapshot", _SNAPSHOTS),
     "prepare": Verb("cowfs.cli.store.snapshots", "make a writable snapshot", _SNAPSHOTS),

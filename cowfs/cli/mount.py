@@ -219,23 +219,30 @@ def _umount(args: argparse.Namespace) -> int:
 
 
 def _configure_limit(parser: argparse.ArgumentParser) -> None:
+    from cowfs.cli.store.args import add_store
+
     add = parser.add_argument
-    add("mountpoint", metavar="MNT", help="mount point")
+    add("mountpoint", metavar="MNT|KEY", help="a mount point, or an active snapshot of the store, mounted or not")
     add("--size", metavar="SIZE", help="bytes: 512M, 4G; none: no limit")
     add("--inodes", metavar="N", help="inodes: 100k; none: no limit")
-    add("--json", action="store_true", help="print use and limit as JSON")
+    add_store(parser)
 
 
 def _limit(args: argparse.Namespace) -> int:
-    from cowfs.cli import show
+    from cowfs.cli import is_path, show
+    from cowfs.cli.store.args import known_in_store, open_store
     from cowfs.mounting import client
 
-    handle = client.attach(args.mountpoint)
     changes = {
         name: None if text.lower() == "none" else text
         for name, text in (("size", args.size), ("inodes", args.inodes))
         if text is not None
     }
+    if not is_path(args.mountpoint) and known_in_store(args, args.mountpoint):
+        with open_store(args, create=False) as store:
+            store.limit(args.mountpoint, **changes)
+        return show.print_store_usage(args)
+    handle = client.attach(args.mountpoint)
     handle.limit(**changes)
     return show.print_usage(handle, as_json=args.json)
 
@@ -264,7 +271,13 @@ COMMANDS = {
     "limit": Command(
         _configure_limit,
         _limit,
-        "Show the limit of a mount, or change it at once. Data already written stays, whatever the limit.",
-        ("cowfs limit /mnt/rootfs", "cowfs limit /mnt/rootfs --size 4G", "cowfs limit /mnt/rootfs --inodes none"),
+        "Show the limit of a mount or an active snapshot, or change it at once. Data already written stays, whatever the limit.\n"
+        "A store keeps it for the mounts to come, whichever way it was changed.",
+        (
+            "cowfs limit /mnt/rootfs",
+            "cowfs limit /mnt/rootfs --size 4G",
+            "cowfs limit /mnt/rootfs --inodes none",
+            "cowfs limit build --size 8G",
+        ),
     ),
 }

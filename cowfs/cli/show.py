@@ -81,9 +81,9 @@ def _mount_row(status: MountStatus) -> tuple[str, ...]:
         where,
         str(len(status.layers)),
         shown(status.upper or "read-only"),
-        size_or(status.usage.bytes),
+        size_or(status.usage.bytes) if status.usage is not None else "...",
         size_or(status.limit.bytes),
-        count_or(status.usage.inodes),
+        count_or(status.usage.inodes) if status.usage is not None else "...",
         count_or(status.limit.inodes),
         "?" if status.pid is None else str(status.pid),
     )
@@ -106,11 +106,12 @@ def _usage(args: argparse.Namespace) -> int:
     from cowfs.mounting import client
 
     if not is_path(args.mountpoint) and known_in_store(args, args.mountpoint):
-        return _store_usage(args)
+        return print_store_usage(args)
     return print_usage(client.attach(args.mountpoint), as_json=args.json)
 
 
-def _store_usage(args: argparse.Namespace) -> int:
+def print_store_usage(args: argparse.Namespace) -> int:
+    """Use and limit of a snapshot of the store."""
     with open_store(args, create=False) as store:
         used, limit = store.usage(args.mountpoint), store.limit(args.mountpoint)
     if args.json:
@@ -132,7 +133,9 @@ def _store_usage(args: argparse.Namespace) -> int:
 
 def print_usage(handle: MountHandle, *, as_json: bool) -> int:
     """Use and limit of a mount."""
-    answer = handle.ask("usage")
+    from cowfs.mounting.client import COUNTING
+
+    answer = handle.ask("usage", timeout=COUNTING)
     if as_json:
         print_json({"mountpoint": handle.mountpoint, **answer})
         return 0

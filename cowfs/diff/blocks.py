@@ -115,7 +115,7 @@ def produce(before: View, after: View, changes: Iterable[Change], stream: Binary
         if first != change.path:
             out.frame(b"M", _json({**meta, "link": _text(first)}))
             continue
-        patch = change.kind == "changed" and "type" not in change.what and new.type == DT_REG
+        patch = change.kind == "changed" and not {"type", "links"} & change.what and new.type == DT_REG
         out.frame(b"M", _json({**meta, "patch": patch}))
         if new.type == DT_REG and (not patch or "content" in change.what):
             _send(before, old if patch else None, after, new, out)

@@ -92,9 +92,13 @@ class ImageSource:
                 return self._one_of(fitting)
         if failures:
             raise failures[0]
+        names = sorted({name for listed in self._lists for each in listed for name in each.tags})
+        there = {
+            str(each.platform) for listed in self._lists for each in _leaves(_asked(listed, tag), []) if each.platform
+        }
         raise NotFound(
             f"no image {tag or ''} for {wanted or here()} in the source".replace("  ", " "),
-            remedy=f"it has {', '.join(self._names()) or 'no names'}",
+            remedy=f"it has {_shown(names) or 'no names'}" + (f", for {_shown(sorted(there))}" if there else ""),
         )
 
     def look(self) -> None:
@@ -119,12 +123,9 @@ class ImageSource:
         platforms = sorted({str(each.platform) for each in fitting if each.platform})
         raise InvalidArgument(
             f"the source has {len(images) or len(fitting)} images",
-            remedy=f"name one of: {', '.join(names)}" if len(names) > 1 or not platforms
-            else f"choose a platform: {', '.join(platforms)}",
+            remedy=f"name one of: {_shown(names)}" if len(names) > 1 or not platforms
+            else f"choose a platform: {_shown(platforms)}",
         )  # fmt: skip
-
-    def _names(self) -> list[str]:
-        return sorted({name for listed in self._lists for each in listed for name in each.tags})
 
     def close(self) -> None:
         """Release the files; idempotent."""
@@ -137,6 +138,11 @@ class ImageSource:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _shown(words: Sequence[str]) -> str:
+    """A list for a message."""
+    return ", ".join(words[:20]) + (f" and {len(words) - 20} more" if len(words) > 20 else "")
 
 
 def _asked(listed: Sequence[Listed], tag: str | None) -> list[Listed]:
@@ -242,7 +248,7 @@ def open_image(
     finally:
         if found is None:
             files.close()
-    return found or _directory(path)
+    return found or _directory(path, whole=form == "rootfs")
 
 
 def _source_of(files: DirFiles | TarFiles, form: Form | None) -> ImageSource | None:
@@ -461,15 +467,15 @@ def _single(
     return ImageSource(kind, [[listed]], close)
 
 
-def _directory(path: str) -> ImageSource:
+def _directory(path: str, *, whole: bool) -> ImageSource:
     """A plain directory: its reproducible layer tar, made while it is read."""
-    return _single("dir", lambda: _Exporting(path), None, lambda: None, whole=False)  # type: ignore[arg-type, return-value]
+    return _single("dir", lambda: _Exporting(path, reserved=not whole), None, lambda: None, whole=whole)  # type: ignore[arg-type, return-value]
 
 
 class _Exporting(io.RawIOBase):
     """A pipe out of an export that runs on its own thread; it ends when either side does."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, *, reserved: bool) -> None:
         super().__init__()
         self._error: BaseException | None = None
         self._in, out = os.pipe()
@@ -478,7 +484,7 @@ class _Exporting(io.RawIOBase):
         def run() -> None:
             try:
                 with os.fdopen(out, "wb") as stream:
-                    export_layer(root, stream, form="plain")
+                    export_layer(root, stream, form="plain", reserved=reserved)
             except BrokenPipeError:
                 pass
             except (CowfsError, OSError) as error:

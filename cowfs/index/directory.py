@@ -18,6 +18,10 @@ wherever they came from; the storage digest names the record. A file whose diges
 has its (layer, inode number) in the first half instead: content digests that are equal then
 never lie, and a comparison that finds them different looks at the files themselves.
 
+Links. Every name of a file with several has, in its second half, the layer and real inode number of that file
+(:attr:`Entry.link`): names of a tree are one file when these agree, and never otherwise. A directory says whether there are
+such names below it (:attr:`Ref.links`): two directories of equal content hold the same tree at once if one of them has none.
+
 Paths. The *implied* path of an entry is its directory's base and its name. A file's data, and a
 directory itself, are at the implied path of their layer unless the entry gives a path; a
 directory's base is its implied path unless the entry gives a base. A renamed directory of a
@@ -86,16 +90,28 @@ _XATTR = struct.Struct("<HI")  # length of the name, of the value
 _TOKEN = struct.Struct("<IQ")  # layer, ino
 
 _NLINK, _RDEV, _TARGET, _XATTRS, _DIGEST, _UNKNOWN = 1, 2, 4, 8, 16, 32
+_LINK, _LINKS = 0x80, 0x40  # of the second half: a file's Entry.link follows; a directory's Ref.links
+_ANY_LINK = _LINK | _LINKS
+_MANY = 1 << 31  # of a chunk's number of entries: Ref.links
 
 Pair = tuple[bytes, bytes]
 """One packed entry: (content half, storage half)."""
 
 
 class Ref(NamedTuple):
-    """A directory: the digest that names its record, and the one that says what is in it."""
+    """A directory: the digest that names its record, and the one that says what is in it.
+
+    Attributes:
+        links: whether files with several names are below it, as far as records of before 2026-12 do not hide them.
+    """
 
     storage: bytes
     content: bytes
+    links: bool = False
+
+    def shows(self, other: Ref) -> bool:
+        """Whether both hold one tree for certain."""
+        return self.content == other.content and (self.storage == other.storage or not (self.links or other.links))
 
 
 class Entry(NamedTuple):
@@ -109,9 +125,11 @@ class Entry(NamedTuple):
         layer: number of the layer that holds the data.
         path: where it is in that layer, when not at the implied path (see the module).
         base: of a directory: where its files are, when not at the implied path.
+        link: of a file with several names, which file it is: (layer, inode number there). None where records of before
+            2026-12 do not say: see :attr:`file`.
         digest: SHA-256 of a regular file's data where it is known.
         ref: a directory's record.
-        flags: belongs to the driver that wrote the layer.
+        flags: belongs to the driver that wrote the layer, six bits.
     """
 
     mode: int
@@ -131,6 +149,12 @@ class Entry(NamedTuple):
     ref: Ref | None = None
     flags: int = 0
     base: bytes | None = None
+    link: tuple[int, int] | None = None
+
+    @property
+    def file(self) -> tuple[int, int]:
+        """Which file it is: names of one tree with several links that agree in this are one file."""
+        return self.link or (self.layer, self.ino)
 
     @property
     def type(self) -> int:
@@ -195,13 +219,16 @@ def encode(name: bytes, entry: Entry) -> Pair:
     """Pack one entry."""
     mode = entry.mode
     kind = mode & 0o170000
-    flags = 0
+    flags, own = 0, entry.flags
     tail: list[bytes] = []
     if kind == stat.S_IFDIR:
         assert entry.ref is not None
         tail.append(entry.ref.content)
+        if entry.ref.links:
+            own |= _LINKS
     elif entry.nlink != 1:
         flags |= _NLINK
+        own |= _LINK if entry.link is not None else 0
         tail.append(_U32.pack(entry.nlink))
     if kind in (stat.S_IFCHR, stat.S_IFBLK):
         flags |= _RDEV
@@ -241,7 +268,9 @@ def encode(name: bytes, entry: Entry) -> Pair:
     if entry.ref is not None:
         base = b"" if entry.base is None else entry.base
         where = entry.ref.storage + (_U16.pack(len(base)) + base + where if base or where else b"")
-    return content, _STORE.pack(entry.flags, entry.layer, entry.ino, entry.blocks) + where
+    elif own & _LINK and entry.link is not None:
+        where = _TOKEN.pack(*entry.link) + where
+    return content, _STORE.pack(own, entry.layer, entry.ino, entry.blocks) + where
 
 
 def decode(pair: Pair) -> Entry:
@@ -251,9 +280,9 @@ def decode(pair: Pair) -> Entry:
     at = _HEAD.size + name_length
     driver_flags, layer, ino, blocks = _STORE.unpack_from(storage)
     where = _STORE.size
-    ref, base, nlink, rdev, target, digest = None, None, 1, 0, b"", None
+    ref, base, nlink, rdev, target, digest, link = None, None, 1, 0, b"", None, None
     if mode & 0o170000 == 0o040000:
-        ref = Ref(storage[where : where + DIGEST], content[at : at + DIGEST])
+        ref = Ref(storage[where : where + DIGEST], content[at : at + DIGEST], driver_flags & _LINKS != 0)
         at += DIGEST
         where += DIGEST
         if where < len(storage):
@@ -261,6 +290,9 @@ def decode(pair: Pair) -> Entry:
             where += 2 + length
             base = storage[where - length : where] or None
         nlink = 0
+    elif driver_flags & _LINK:
+        link = _TOKEN.unpack_from(storage, where)
+        where += _TOKEN.size
     if flags & _NLINK:
         nlink = _U32.unpack_from(content, at)[0]
         at += 4
@@ -290,7 +322,7 @@ def decode(pair: Pair) -> Entry:
         xattrs = tuple(found)
     return Entry(
         mode, uid, gid, size, seconds * 1_000_000_000 + nanoseconds, ino, blocks, rdev, nlink, target, xattrs,
-        layer, storage[where:] or None, digest, ref, driver_flags, base,
+        layer, storage[where:] or None, digest, ref, driver_flags & ~_ANY_LINK, base, link,
     )  # fmt: skip
 
 
@@ -300,7 +332,7 @@ def ref_of(pair: Pair) -> Ref | None:
     if content[2] & 0xF0 != 0x40:  # the high byte of the mode
         return None
     at = _HEAD.size + int.from_bytes(content[_HEAD.size - 2 : _HEAD.size], "little")
-    return Ref(storage[_STORE.size : _STORE.size + DIGEST], content[at : at + DIGEST])
+    return Ref(storage[_STORE.size : _STORE.size + DIGEST], content[at : at + DIGEST], storage[0] & _LINKS != 0)
 
 
 def root_digest(storage_half: bytes) -> bytes:
@@ -342,7 +374,8 @@ def _chunks(data: bytes) -> list[_Chunk]:
     for _ in range(count):
         entries_, storage, content, length = _CHUNK.unpack_from(data, at)
         at += _CHUNK.size
-        found.append(_Chunk(data[at : at + length], entries_, Ref(storage, content)))
+        ref = Ref(storage, content, entries_ & _MANY != 0)
+        found.append(_Chunk(data[at : at + length], entries_ & ~_MANY, ref))
         at += length
     return found
 
@@ -357,15 +390,18 @@ def _leaf(pending: Pending, names: Sequence[bytes], pairs: Mapping[bytes, Pair])
     digest = _sha256(head + content)
     data = b"".join([head, where, content, *[pair[1] for pair in chosen]])
     children = b"".join([root_digest(pair[1]) for pair in chosen if pair[0][2] & 0xF0 == 0x40])
-    return Ref(pending.add(data, children), digest), count
+    links = any(pair[1][0] & _ANY_LINK for pair in chosen)
+    return Ref(pending.add(data, children), digest, links), count
 
 
 def _list(pending: Pending, chunks: list[_Chunk]) -> Ref:
     parts = [_LIST.pack(b"L", len(chunks))]
     for chunk in chunks:
-        parts += (_CHUNK.pack(chunk.size, *chunk.ref, len(chunk.first)), chunk.first)
+        size = chunk.size | _MANY if chunk.ref.links else chunk.size
+        parts += (_CHUNK.pack(size, chunk.ref.storage, chunk.ref.content, len(chunk.first)), chunk.first)
     content = _sha256(b"L" + b"".join([chunk.ref.content for chunk in chunks]))
-    return Ref(pending.add(b"".join(parts), b"".join([chunk.ref.storage for chunk in chunks])), content)
+    links = any(chunk.ref.links for chunk in chunks)
+    return Ref(pending.add(b"".join(parts), b"".join([chunk.ref.storage for chunk in chunks])), content, links)
 
 
 def _is_boundary(name: bytes) -> bool:
@@ -486,28 +522,38 @@ def _apply(pairs: dict[bytes, Pair], edits: Mapping[bytes, Pair | None]) -> None
 
 
 def differing(records: Records, old: Ref | None, new: Ref) -> Iterator[tuple[bytes, Pair | None, Pair | None]]:
-    """Names whose content halves differ, in name order, reading only chunks that differ."""
+    """Names whose content halves, or files with several names, differ, in name order, reading only chunks that differ."""
     new_data = records.record(new.storage)
     old_data = records.record(old.storage) if old is not None else _EMPTY_RECORD
+    linked = new.links or (old is not None and old.links)
     if new_data[:1] == b"L" and old_data[:1] == b"L":
         old_chunks, new_chunks = _chunks(old_data), _chunks(new_data)
-        common = {chunk.ref.content for chunk in old_chunks} & {chunk.ref.content for chunk in new_chunks}
-        a = _load(records, [chunk for chunk in old_chunks if chunk.ref.content not in common])
-        b = _load(records, [chunk for chunk in new_chunks if chunk.ref.content not in common])
+        a = _load(records, _without(old_chunks, new_chunks))
+        b = _load(records, _without(new_chunks, old_chunks))
     else:
-        if new_data[:1] == b"E" and old_data[:1] == b"E":
+        if new_data[:1] == b"E" and old_data[:1] == b"E" and not linked:
             yield from _differing_leaves(old_data, new_data)
             return
         a = entries(records, old.storage) if old is not None else {}
         b = entries(records, new.storage)
-    names = [name for name, pair in b.items() if name not in a or a[name][0] != pair[0]]
+    names = [name for name, pair in b.items() if name not in a or _differ(a[name], pair)]
     names += [name for name in a if name not in b]
     for name in sorted(names):
         yield name, a.get(name), b.get(name)
 
 
+def _differ(one: Pair, other: Pair) -> bool:
+    return one[0] != other[0] or bool((one[1][0] | other[1][0]) & _ANY_LINK and one[1] != other[1])
+
+
+def _without(chunks: list[_Chunk], others: list[_Chunk]) -> list[_Chunk]:
+    """Chunks that hold something that no chunk of the others does."""
+    same = {chunk.ref.content: chunk.ref for chunk in others}
+    return [chunk for chunk in chunks if (ref := same.get(chunk.ref.content)) is None or not chunk.ref.shows(ref)]
+
+
 def _differing_leaves(old: bytes, new: bytes) -> Iterator[tuple[bytes, Pair | None, Pair | None]]:
-    """As :func:`differing`, of two small directories: only entries that differ are looked at one by one."""
+    """As :func:`differing`, of two small directories without links: only entries that differ are looked at one by one."""
     old_names, old_contents, old_storages = _parts(old)
     new_names, new_contents, new_storages = _parts(new)
     before, after = set(old_contents), set(new_contents)

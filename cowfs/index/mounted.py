@@ -27,6 +27,7 @@ class Seen(NamedTuple):
         layer: place in the stack, 0 at the bottom; of a directory: the topmost that has it.
         path: where it is there; None at the path that users see.
         record: a directory's own record.
+        file: which file it is (:attr:`cowfs.index.directory.Entry.file`).
     """
 
     type: int
@@ -45,6 +46,7 @@ class Seen(NamedTuple):
     path: bytes | None
     record: Handle | None
     flags: int
+    file: tuple[int, int]
 
 
 class _Names(Mapping[bytes, Seen]):
@@ -85,7 +87,7 @@ class _Names(Mapping[bytes, Seen]):
         return Seen(
             entry.mode >> 12, entry.mode, entry.uid, entry.gid, entry.size if handle is None else 4096, entry.mtime_ns,
             entry.ino, entry.blocks, entry.rdev, entry.nlink, entry.target, dict(entry.xattrs), layer, path,
-            handle, entry.flags,
+            handle, entry.flags, entry.file,
         )  # fmt: skip
 
 

@@ -270,10 +270,12 @@ class _Scan:
             target = os.readlink(name, dir_fd=frame.fd)
         elif self.known is not None and stat.S_ISREG(mode):
             digest = self.known(path, st)
+        names = self.names.get(st.st_ino, st.st_nlink)
         return Entry(
             mode, st.st_uid, st.st_gid, st.st_size, st.st_mtime_ns, st.st_ino, st.st_blocks,
             st.st_rdev if mode & 0o170000 in (stat.S_IFCHR, stat.S_IFBLK) else 0,
-            self.names.get(st.st_ino, st.st_nlink), target, self.visible(stored), self.num, frame.place(name, path), digest,
+            names, target, self.visible(stored), self.num, frame.place(name, path), digest,
+            link=(self.num, st.st_ino) if names != 1 else None,
         )  # fmt: skip
 
 
@@ -334,20 +336,31 @@ class _Delta(_Scan):
             return
         meta = form.redirects and form.metacopy in stored and stat.S_ISREG(st.st_mode)
         redirect = stored.get(form.redirect)
-        if form.row in stored:  # a redirect file without a map changes only attributes
+        data: tuple[Entry, bytes] | None = None
+        if meta:
+            data = self._data_of(frame, name, redirect)
+            if data is None:
+                raise Corrupt(f"{join(frame.path, name)!r} is a metacopy without data beneath it")
+        elif form.row in stored:  # a redirect file without a map changes only attributes, if it shows all of its base
             row = RowRef.unpack(stored[form.row], name)
             if not row.has_map and row.base_end == st.st_size:
-                meta, redirect = True, b"/" + row.path
-        self.count(frame.fd, name, st, stored, entry=name, data=not meta)
+                data = self._data_of(frame, name, b"/" + row.path)
+                if data is not None and data[0].size != st.st_size:
+                    data = None
+        self.count(frame.fd, name, st, stored, entry=name, data=data is None)
         entry = self.make(frame, name, st, stored)
-        if meta:
-            entry = self._metacopy(frame, name, entry, redirect)
+        if data is not None:
+            below, place = data
+            entry = entry._replace(
+                ino=below.ino, blocks=below.blocks, layer=below.layer, path=frame.place(name, place), digest=below.digest,
+                flags=below.flags,
+            )  # fmt: skip
         elif form.origin in stored:
             entry = entry._replace(ino=self._origin(frame, name, st, stored[form.origin]))
         frame.edits[name] = encode(name, entry)
 
-    def _metacopy(self, frame: _Frame, name: bytes, entry: Entry, redirect: bytes | None) -> Entry:
-        """The attributes of this layer with the data of the parent's entry."""
+    def _data_of(self, frame: _Frame, name: bytes, redirect: bytes | None) -> tuple[Entry, bytes] | None:
+        """The parent's entry whose data a file of this layer shows, and where that is; None where there is none."""
         if redirect is None:
             pair, place = frame.lower(self.pending, name), join(frame.base, name)
         elif redirect.startswith(b"/"):
@@ -356,15 +369,8 @@ class _Delta(_Scan):
             pair, place = frame.lower(self.pending, redirect), join(frame.base, redirect)
         data = decode(pair) if pair is not None else None
         if data is None or not stat.S_ISREG(data.mode):
-            raise Corrupt(f"{join(frame.path, name)!r} is a metacopy without data beneath it")
-        return entry._replace(
-            ino=data.ino,
-            blocks=data.blocks,
-            layer=data.layer,
-            path=frame.place(name, data.path or place),
-            digest=data.digest,
-            flags=data.flags,
-        )
+            return None
+        return data, data.path or place
 
     def _origin(self, frame: _Frame, name: bytes, st: os.stat_result, value: bytes) -> int:
         """The inode number that a copied-up object keeps: that of the lower one, the same under all its names."""
@@ -380,9 +386,39 @@ class _Delta(_Scan):
 
 
 class _Full(_Scan):
-    """A whole tree, compared with its parent's entry by entry."""
+    """A whole tree, compared with its parent's entry by entry.
+
+    A file with several names keeps the parent's entries only if all its names were one file there, too, and the same. A pass
+    that finds others (:meth:`torn`) is made again, with these in ``own``.
+    """
 
     same: SameAsParent
+
+    def __init__(
+        self, root_fd: int, num: int, form: Form, base: Pair | None, records: Records, known: KnownDigest | None
+    ) -> None:
+        super().__init__(root_fd, num, form, base, records, known)
+        self.own: set[int] = set()
+        self._files: dict[
+            int, set[tuple[int, int]]
+        ] = {}  # inode with several names -> the files that their entries say
+        self._inodes: dict[tuple[int, int], int] = {}  # file -> an inode that has an entry of it
+
+    def torn(self) -> set[int]:
+        """Inodes whose names would be more than one file, or a part of one."""
+        return {inode for inode, files in self._files.items() if len(files) > 1}
+
+    def _file_of(self, inode: int, before: Entry | None) -> bool:
+        """Note which file a name of an inode will be; whether that is the parent's, ``before``."""
+        keeps = before is not None and inode not in self.own
+        file = before.file if before is not None and keeps else (self.num, inode)
+        said = self._files.setdefault(inode, set())
+        said.add(file)
+        other = self._inodes.setdefault(file, inode)
+        if other != inode:
+            said.add((self.num, inode))
+            self._files[other].add((self.num, other))
+        return keeps
 
     def enter(self, above: _Frame | None, name: bytes, fd: int) -> _Frame:
         st = os.fstat(fd)
@@ -412,12 +448,19 @@ class _Full(_Scan):
         self.count(frame.fd, name, st, stored, entry=name, data=True)
         entry = self.make(frame, name, st, stored)
         pair = frame.lower(self.pending, name)
-        if pair is not None:
-            before = decode(pair)
-            if _same_attributes(before, entry) and (
-                not stat.S_ISREG(st.st_mode) or not st.st_size or self.same(join(frame.path, name), st, before)
-            ):
+        before = decode(pair) if pair is not None else None
+        if before is not None and not (
+            _same_attributes(before, entry)
+            and (not stat.S_ISREG(st.st_mode) or not st.st_size or self.same(join(frame.path, name), st, before))
+        ):
+            before = None
+        if st.st_nlink == 1:
+            if before is not None:
                 return
+        elif self._file_of(st.st_ino, before):
+            return
+        if before is not None and entry.digest is None:
+            entry = entry._replace(digest=before.digest)
         frame.edits[name] = encode(name, entry)
 
 
@@ -484,6 +527,12 @@ def scan_full(
         Corrupt: the parent's records are incomplete.
         OSError: the layer cannot be read.
     """
-    scan = _Full(root_fd, num, form, base, records, known)
-    scan.same = same
-    return scan.run()
+    own: set[int] = set()
+    while True:
+        scan = _Full(root_fd, num, form, base, records, known)
+        scan.same, scan.own = same, own
+        found = scan.run()
+        torn = scan.torn()
+        if not torn:
+            return found
+        own |= torn

@@ -165,6 +165,10 @@ class Transaction:
         self._set(num, {"damage": why})
         self.record_event("store", "quarantine" if why else "release", self._name_of(num), {"why": why} if why else {})
 
+    def set_limit(self, num: int, limit: Limit) -> None:
+        """What an active snapshot may hold from now on."""
+        self._set(num, {"limit_bytes": limit.bytes, "limit_inodes": limit.inodes, "updated": time.time_ns()})
+
     def set_base(self, num: int, base: Usage) -> None:
         """Set what a snapshot does not count for its limit."""
         self._set(num, {"base_bytes": base.bytes, "base_inodes": base.inodes})

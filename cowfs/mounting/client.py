@@ -33,6 +33,7 @@ PathLike = str | os.PathLike[str]
 
 _ELSEWHERE = "cowfs mounts lists what is here, with --everywhere also what is in other mount namespaces"
 _NOTHING, _NO_LIMIT = Usage(), Limit()
+COUNTING = 3600.0  # seconds that counting a big upper layer may take
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +45,7 @@ class MountStatus:
         alive: whether its server answers; of a dead one only ``mountpoint`` (and perhaps ``socket``) is known.
         layers: bottom first.
         upper: the writable directory, or None.
-        usage, limit: bytes and inodes.
+        usage, limit: bytes and inodes; ``usage`` is None while a big upper layer without a limit is being counted.
         pid: the server, as this process's pid namespace numbers it; None where it has no number here.
         here: whether it is a mount of this process's mount namespace.
         started: nanoseconds since 1970.
@@ -56,7 +57,7 @@ class MountStatus:
     layers: tuple[str, ...] = ()
     upper: str | None = None
     readonly: bool = False
-    usage: Usage = _NOTHING
+    usage: Usage | None = _NOTHING
     limit: Limit = _NO_LIMIT
     pid: int | None = None
     here: bool = True
@@ -108,7 +109,7 @@ class MountHandle:
 
     def usage(self) -> Usage:
         """What the upper layer holds: bytes in units of 4 KiB, and inodes."""
-        return Usage(**self.ask("usage")["usage"])
+        return Usage(**self.ask("usage", timeout=COUNTING)["usage"])
 
     def limit(
         self, *, size: str | int | EllipsisType | None = ..., inodes: str | int | EllipsisType | None = ...
@@ -127,7 +128,7 @@ class MountHandle:
             wanted["bytes"] = None if size is None else parse_size(size)
         if not isinstance(inodes, EllipsisType):
             wanted["inodes"] = None if inodes is None else parse_count(inodes)
-        answer = self.ask("limit", **wanted) if wanted else self.ask("usage")
+        answer = self.ask("limit", **wanted) if wanted else self.ask("info")
         return Limit(**answer["limit"])
 
     def counters(self) -> dict[str, int]:
@@ -446,7 +447,7 @@ def _status(where: str, socket: str, details: Mapping[str, Any], *, here: bool =
         layers=tuple(details["layers"]),
         upper=details["upper"],
         readonly=details["readonly"],
-        usage=Usage(**details["usage"]),
+        usage=Usage(**details["usage"]) if details["usage"] is not None else None,
         limit=Limit(**details["limit"]),
         pid=details["pid"],
         started=details["started"],

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 from cowfs.errors import NotFound
 from cowfs.index.database import Index, Row
 from cowfs.index.mounted import IndexTree
+from cowfs.model import Limit
 from cowfs.union import View, quota
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from cowfs.union import Options
     from cowfs.union.options import TreeIndex
 
-__all__ = ["FACTORY", "view"]
+__all__ = ["FACTORY", "count_from_now", "keep_limit", "view"]
 
 FACTORY = "cowfs.mounting.index_view:view"
 """What a mount's wish names, so that its server calls :func:`view`."""
@@ -36,20 +37,61 @@ def view(stack: Stack, options: Options) -> View:
         OSError: as :class:`cowfs.union.View`.
     """
     assert stack.upper is not None
-    root, _, id = os.path.dirname(stack.upper).rpartition("/layers/")
-    index = Index(os.path.join(root, "index.db"))
-    row = index.find_id(id)
-    if row is None:
-        raise NotFound(f"the index of {root} does not know the layer {id}")
+    index, row = row_of(stack.upper)
+    root = os.path.dirname(stack.upper).rpartition("/layers/")[0]
     form = index.meta("form") or "auto"
     tree = _lower(index, row, stack.lowers, root)
     made = View(stack.lowers, stack.upper, stack.work, options=replace(options, form=form, index=tree))
     if (row.base.bytes or row.base.inodes) and not made.readonly:
-        # a whole layer: what was copied is neither use nor limit; or live snapshots below hold what counts
-        made.space = quota.Space(made)
-        made.space.offset(-(row.base.bytes // quota.UNIT), -row.base.inodes)
+        _count(made, row)
         made.set_limit(stack.limit)
     return made
+
+
+def _count(view: View, row: Row) -> None:
+    """Count what a snapshot's layer holds for its limit, from now on.
+
+    Of a whole layer, what was copied is neither use nor limit; what live snapshots beneath hold counts, too.
+    """
+    view.space = quota.Space(view)
+    view.space.offset(-(row.base.bytes // quota.UNIT), -row.base.inodes)
+
+
+def row_of(upper: str) -> tuple[Index, Row]:
+    """The index of the store that a layer's tree is in, and the layer's row.
+
+    Raises:
+        NotFound: the index does not know the layer.
+    """
+    root, _, id = os.path.dirname(upper).rpartition("/layers/")
+    index = Index(os.path.join(root, "index.db"))
+    row = index.find_id(id)
+    if row is None:
+        index.close()
+        raise NotFound(f"the index of {root} does not know the layer {id}")
+    return index, row
+
+
+def keep_limit(upper: str, limit: Limit) -> None:
+    """Record the limit of the active snapshot whose layer's tree is ``upper``, for all mounts to come.
+
+    Raises:
+        NotFound: the index does not know the layer.
+        CowfsError: the index cannot be written.
+    """
+    index, row = row_of(upper)
+    try:
+        with index.write() as change:
+            change.set_limit(row.num, limit)
+    finally:
+        index.close()
+
+
+def count_from_now(view: View, upper: str) -> None:
+    """Have a view that had no limit count as one that was mounted with one."""
+    index, row = row_of(upper)
+    index.close()
+    _count(view, row)
 
 
 def _lower(index: Index, row: Row, lowers: Sequence[str], root: str) -> TreeIndex | None:

@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 from cowfs.errors import CowfsError, InvalidArgument
 from cowfs.mounting import mountpoint, protocol
 from cowfs.mounting.assemble import explain, make_session, make_view, name_process, raise_file_limit, refused
+from cowfs.mounting.counting import Counter
 from cowfs.mounting.request import MountSpec
 from cowfs.mounting.resources import Stack
 from cowfs.mounting.verbs import basic
@@ -172,6 +173,7 @@ class Server:
         self.stack: Stack
         self.view: View
         self.session: Session | PortableSession
+        self.counter = Counter(self)
         self._report = report or _NoReport()
         self._listener: socket.socket | None = None
         self._wakeup: tuple[socket.socket, socket.socket] | None = None

@@ -68,9 +68,12 @@ class RowFile(Chain):
         """Where the file is its own already."""
         space, node = self.rows.view.space, self.node
         length = len(data)
+        before = -1 if space is None else space.stretch(node, fd, offset)
         allowed = length if space is None else space.grow(node, offset, length)
         try:
             done = os.pwrite(fd, data if allowed == length else memoryview(data)[:allowed], offset)
+            if before >= 0 and space is not None:
+                space.stretched(node, fd, before, offset)
         except OSError:
             if space is not None:
                 space.recount(node)
@@ -213,7 +216,10 @@ class RowFile(Chain):
         before = self.size
         if self.twin is not None:
             self.twin.changed(size, INFINITY)
+        longer = -1 if space is None else space.stretch(self.node, fd, size)
         os.ftruncate(fd, size)
+        if longer >= 0 and space is not None:
+            space.stretched(self.node, fd, before, size + UNIT - 1)
         self.size = size
         if size < self.base_end:
             self.base_end = size
@@ -239,14 +245,20 @@ class RowFile(Chain):
         size = self.size
         if not mode & _KEEP and end > size and self.end_stale:
             self._store_end()
+        longer = -1
         if space is not None:
             space.count(node)
             if not mode & _PUNCH:
+                longer = -1 if mode & _KEEP else space.stretch(node, fd, offset)
                 space.allocate(node, offset, length)
         try:
             files.fallocate(fd, mode, offset, length)
+            if longer >= 0 and space is not None:
+                space.stretched(node, fd, size, offset)
             if mode & _KEEP and not mode & _PUNCH and end > size:
                 xattr.setx(fd, b"", self.rows.view.form.prealloc, b"y")
+                if space is not None:
+                    space.reserved(node, fd)
         except OSError:
             if space is not None:
                 space.recount(node)
@@ -286,9 +298,10 @@ class RowFile(Chain):
 
     def missing(self, owners: Container[int] | None = None) -> int:
         """How many bytes still show a level beneath (one of ``owners``)."""
+        extents = self.load()  # first: before, nothing is known of the base
         if owners is None:
-            return self.base_end - self.load().share(self.own, self.base_end)
-        return sum(stop - start for start, stop, owner in self.load().runs(0, self.base_end) if owner in owners)
+            return self.base_end - extents.share(self.own, self.base_end)
+        return sum(stop - start for start, stop, owner in extents.runs(0, self.base_end) if owner in owners)
 
     def fill(self, most: int, owners: Container[int] | None = None) -> int:
         """Make up to ``most`` bytes of what the levels beneath show the file's own. Returns how many that were.

@@ -2,7 +2,7 @@
 
 A layer that came from an archive is exported as that archive, byte for byte: its headers are kept beside the layer
 (``cowfs-headers``), and the row has the diff id. A row gets it only if nothing in the layer has changed since: no
-ctime is later than the one of ``cowfs-applied``.
+ctime is later than the one of ``cowfs-applied``, which is the very file that was made then.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from cowfs.index.database import Row
 from cowfs.index.directory import DIGEST, Pair, Records
 from cowfs.store.checking import UpkeepVerbs
 from cowfs.store.digest_table import ByInode
-from cowfs.store.layers import UNKNOWN, KeptDigests, SameData, hold, mark_time, untouched
+from cowfs.store.layers import UNKNOWN, KeptDigests, SameData, hold, mark_time, marked_time, unmark, untouched
 from cowfs.sys import xattr
 from cowfs.sys.faults import point
 
@@ -97,10 +97,10 @@ class ArchiveVerbs(UpkeepVerbs):
         def on_inode(inode: int, digest: str) -> None:
             digests[inode] = bytes.fromhex(digest) or UNKNOWN
 
-        if options is not None and options.owners == "xattr":
+        if options is not None and options.owners != "fail":
             from cowfs.store.owners import mark
 
-            mark(directory)
+            mark(directory, options.owners)
         with open(f"{directory}/{HEADERS}", "w+b") as log:
             applied = archive.apply_layer(
                 stream,
@@ -133,15 +133,12 @@ class ArchiveVerbs(UpkeepVerbs):
     def _archive_of(self, row: Row, scanned: scan.Scanned) -> tuple[str | None, str | None]:
         """(diff id, chain id) of a layer that is exactly what one archive made it."""
         path = f"{self.driver.directory(row.id)}/{APPLIED}"
-        try:
-            with open(path, encoding="ascii") as file:
-                diff_id = file.read().strip()
-                mark = os.fstat(file.fileno()).st_ctime_ns
-        except FileNotFoundError:
-            return None, None
-        if scanned.latest >= mark:
+        mark = marked_time(path)
+        if mark is None or scanned.latest >= mark:
             _forget(self.driver.directory(row.id))
             return None, None
+        with open(path, encoding="ascii") as file:
+            diff_id = file.read().strip()
         return diff_id, self._chain_id(row.parent, diff_id)
 
     def _chain_id(self, parent: int | None, diff_id: str) -> str | None:
@@ -194,7 +191,4 @@ def counter(progress: Progress | None, what: str, total: int = 0) -> Callable[[i
 def _forget(directory: str) -> None:
     """The layer is no longer what one archive made it."""
     for name in (APPLIED, HEADERS):
-        try:
-            os.unlink(f"{directory}/{name}")
-        except FileNotFoundError:
-            pass
+        unmark(f"{directory}/{name}")

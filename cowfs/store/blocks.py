@@ -54,7 +54,7 @@ class BlockVerbs(CompactionVerbs):
         pending = Pending(self.index)
         old = self._tree(before, pending) if before is not None else None
         same = layers.SameData(self.driver, self.index)
-        changes = compare.compare(pending, old, self._tree(after, pending), same)
+        changes = (change for change, _ in compare.changes_with_links(pending, old, self._tree(after, pending), same))
         with self._reading(before) as a, self._reading(after) as b:
             try:
                 return blocks.produce(a, b, changes, target, base=self._identity(before))

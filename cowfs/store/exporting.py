@@ -9,9 +9,11 @@ from typing import BinaryIO
 
 from cowfs import archive, images
 from cowfs.errors import InvalidArgument, NotFound
+from cowfs.index import compare
 from cowfs.index.database import Row
 from cowfs.index.directory import Pending
 from cowfs.model import Change, Kind
+from cowfs.store import layers
 from cowfs.store.applying import HEADERS, ArchiveVerbs, Progress, counter
 from cowfs.sys.atomic import replacing
 
@@ -187,14 +189,21 @@ class ExportVerbs(ArchiveVerbs):
     def _export_changes(
         self, after: Row, before: Row | None, out: BinaryIO, compression: str, progress: Progress | None
     ) -> str:
-        """A layer tar of what changed from ``before`` (default: the parent), the same bytes for the same snapshots."""
+        """A layer tar of what changed from ``before`` (default: the parent), the same bytes for the same snapshots.
+
+        A file with several names is in it under all of them, so that no link leads out of the archive: whatever unpacks
+        layers apart from each other (overlay storage does) has no other place to link to.
+        """
         pending = Pending(self.index)
         if before is None and after.parent is not None:
             before = self.index.by_num(after.parent)
         tree = self._content(self._tree(after, pending), pending)
-        changes: Iterator[Change] = self.diff(before.name if before is not None else after.name, after.name)
+        old = self._tree(before, pending) if before is not None else None
+        same = layers.SameData(self.driver, self.index)
+        linked = compare.changes_with_links(pending, old, self._tree(after, pending), same)
+        changes: Iterator[Change] = (change for change, _ in linked)
         if before is None:
-            changes = itertools.chain(_root_of(tree), self.diff(after.name))
+            changes = itertools.chain(_root_of(tree), changes)
         return archive.export_changes(
             tree, changes, out, compression=compression, progress=counter(progress, after.name)
         ).diff_id

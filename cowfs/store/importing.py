@@ -25,6 +25,7 @@ from cowfs.store.digest_table import ByInode
 from cowfs.store.exporting import ExportVerbs
 from cowfs.store.layers import known_digest, mark_copied
 from cowfs.store.names import check_name, new_id
+from cowfs.store.owners import policy_of
 from cowfs.store.staging import Staged
 from cowfs.sys import trees
 from cowfs.sys.faults import point
@@ -145,7 +146,7 @@ class ImageVerbs(ExportVerbs):
         labels: Mapping[str, str],
         progress: Progress | None,
     ) -> Row:
-        top, start = self._already(image)
+        top, start = self._already(image, options.owners)
         budget = archive.Budget(options.max_bytes)
         jobs = [_Import(self, layer, options, budget, progress) for layer in image.layers[start:]]
         if self.driver.whole or len(jobs) == 1:
@@ -183,24 +184,29 @@ class ImageVerbs(ExportVerbs):
         assert top is not None
         return top
 
-    def _already(self, image: images.Image) -> tuple[Row | None, int]:
+    def _already(self, image: images.Image, owners: str) -> tuple[Row | None, int]:
         """The highest layer of an image that is there, and how many are: each on the very layers that it has in the image."""
         if any(layer.diff_id is None for layer in image.layers):
             return None, 0
         top: Row | None = None
         for count, (layer, chain_id) in enumerate(zip(image.layers, image.chain, strict=True)):
-            row = self._there(top, chain_id, layer.diff_id)
+            row = _there(self, top, chain_id, layer.diff_id, owners)
             if row is None:
                 return top, count
             top = row
         return top, len(image.layers)
 
-    def _there(self, parent: Row | None, chain_id: str, diff_id: str | None) -> Row | None:
-        """A snapshot that is this layer and has it on the disk; after a squash others may still have its chain id."""
-        for row in self.index.by_chain(chain_id, None if parent is None else parent.num):
-            if row.diff_id == diff_id and not self.driver.check(row.id):
-                return row
-        return None
+
+def _there(store: ImageVerbs, parent: Row | None, chain_id: str, diff_id: str | None, owners: str) -> Row | None:
+    """A snapshot that is this layer, by this policy of owners, and has it on the disk.
+
+    After a squash others may still have its chain id.
+    """
+    driver = store.driver
+    for row in store.index.by_chain(chain_id, None if parent is None else parent.num):
+        if row.diff_id == diff_id and policy_of(driver.directory(row.id)) == owners and not driver.check(row.id):
+            return row
+    return None
 
 
 class _Import:
@@ -284,11 +290,12 @@ class _Import:
         name = chain_id
         if self._applied.reserved:  # as a layer the same bytes would mean another tree
             name, diff_id, chain_id = images.digest_of(f"tree {diff_id}".encode()), None, None
+        taken = index.find(name) is not None
         there = self._there_already(parent, name, chain_id, diff_id)
         if there is not None:
             self.close()
             return there
-        if index.find(name) is not None:
+        if taken:
             name = f"{name}.{layer.id}"  # what has its name is not this layer any more
         if not driver.whole and parent is not None and not self._applied.root:
             _inherit_root(driver.tree(parent.id), driver.tree(layer.staged))
@@ -337,7 +344,7 @@ class _Import:
 
     def _there_already(self, parent: Row | None, name: str, chain_id: str | None, diff_id: str | None) -> Row | None:
         if chain_id is not None:
-            return self._store._there(parent, chain_id, diff_id)
+            return _there(self._store, parent, chain_id, diff_id, self._options.owners)
         row = self._store.index.find(name)
         return row if row is not None and row.kind is Kind.COMMITTED and row.parent is None else None
 

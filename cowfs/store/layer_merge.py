@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from cowfs.driver.interface import Driver
+from cowfs.index.compare import File
 from cowfs.model import Change
 from cowfs.row.file import RowFile
 from cowfs.sys import files, xattr
@@ -48,10 +49,13 @@ class Merged:
     names: dict[int, int]
 
 
-def write_changes(driver: Driver, changes: list[Change], base: list[str], stack: list[str], target: str) -> Merged:
+def write_changes(
+    driver: Driver, changes: list[tuple[Change, File | None]], base: list[str], stack: list[str], target: str
+) -> Merged:
     """Write into the layer ``target`` over ``base`` what makes it equal to ``stack`` (ids, topmost first).
 
     Args:
+        changes: what differs, with all names of every file that has several (:func:`cowfs.index.compare.changes_with_links`).
         stack: the layers to be merged, then ``base``.
     """
     options = Options(form=driver.form.name, volatile=True, row=driver.row or None)
@@ -83,17 +87,17 @@ class _Writer:
     def __init__(self, source: View, into: View, merged: int) -> None:
         self.source, self.into = source, into
         source.plain_layers = 0  # numbers as the store's mounts show them
-        self.linked: dict[int, Node] = {}  # node of the source with several names -> its copy
+        self.linked: dict[File, Node] = {}  # file with several names -> what was made of it
         self._merged = set(source.layers[len(source.layers) - merged :])
 
-    def write(self, changes: list[Change]) -> None:
+    def write(self, changes: list[tuple[Change, File | None]]) -> None:
         """Make them all. Owner of neither view's descriptors afterwards."""
         directories = []
-        for change in changes:
+        for change, file in changes:
             here = find(self.into, change.path)
             if change.kind == "deleted" or (here is not None and change.kind == "added") or "type" in change.what:
                 if here is not None and change.path:
-                    _remove(self.into, here)
+                    _remove(self.into, *_place(self.into, change.path))
                     here = None
                 if change.kind == "deleted":
                     continue
@@ -103,14 +107,15 @@ class _Writer:
                 directories.append(change.path)
                 if here is None:
                     parent, name = _place(self.into, change.path)
-                    made = self.into.mkdir(parent, name, 0o700, 0, 0)
+                    attr = unpack(self.source.attr(there))
+                    made = self.into.mkdir(parent, name, 0o700, attr.uid, attr.gid)
                     self._keep_number(there, parent, made.sources[0].open(), b"")
-            elif here is None or not self._change(change.path, here, there):
+            elif here is None or file is not None or not self._change(here, there):
+                parent, name = _place(self.into, change.path)
                 if here is not None:
-                    parent, name = _place(self.into, change.path)
                     self.into.unlink(parent, name)
-                self._make(change.path, there)
-        above = {path.rpartition(b"/")[0] for path in (change.path for change in changes) if path}
+                self._make(parent, name, there, file)
+        above = {change.path.rpartition(b"/")[0] for change, _ in changes if change.path}
         for path in sorted({*directories, *above}, reverse=True):  # their times last, and from the bottom up
             there, here = find(self.source, path), find(self.into, path)
             if isinstance(there, Dir) and isinstance(here, Dir) and (path in directories or self.into.upper_of(here)):
@@ -118,12 +123,10 @@ class _Writer:
 
     # -- a file that is beneath, too ----------------------------------------------------------------
 
-    def _change(self, path: bytes, here: Node, there: Node) -> bool:
-        """Change the file beneath where it stands. Returns whether that could be done."""
-        if there.type != DT_REG or here.type != DT_REG or there.id in self.linked:
+    def _change(self, here: Node, there: Node) -> bool:
+        """Change the file beneath, which has one name, where it stands. Returns whether that could be done."""
+        if there.type != DT_REG or here.type != DT_REG or unpack(self.into.attr(here)).nlink != 1:
             return False
-        if unpack(self.into.attr(here)).nlink != 1 or unpack(self.source.attr(there)).nlink != 1:
-            return False  # links were made or broken, perhaps
         if isinstance(there.data, RowFile) and there.data.layer in self._merged:
             if not self._change_blocks(here, there):
                 return False
@@ -191,14 +194,14 @@ class _Writer:
 
     # -- a file that is not -------------------------------------------------------------------------
 
-    def _make(self, path: bytes, there: Node) -> None:
-        parent, name = _place(self.into, path)
-        twin = self.linked.get(there.id)
-        if twin is not None:
-            self.into.link(twin, parent, name)
+    def _make(self, parent: Dir, name: bytes, there: Node, file: File | None) -> None:
+        first = self.linked.get(file) if file is not None else None
+        if first is not None:
+            self.into.link(first, parent, name)
             return
         made = self._link(there, parent, name) if self._is_plain(there) else self._copy(there, parent, name)
-        self.linked[there.id] = made
+        if file is not None:
+            self.linked[file] = made
 
     def _is_plain(self, there: Node) -> bool:
         return there.data is None and there.where is not None and there.where.layer in self._merged
@@ -274,20 +277,22 @@ def _place(view: View, path: bytes) -> tuple[Dir, bytes]:
     return parent, name
 
 
-def _remove(view: View, node: Node) -> None:
-    assert node.parent is not None
-    if isinstance(node, Dir):
-        for name in list(view.load(node) if node.children is None else node.children):
-            inner = view.child(node, name)
-            if inner is not None:
-                _remove_at(view, node, name, inner)
-        view.rmdir(node.parent, node.name)
-    else:
-        view.unlink(node.parent, node.name)
-
-
-def _remove_at(view: View, parent: Dir, name: bytes, node: Node) -> None:
-    if isinstance(node, Dir):
-        _remove(view, node)
-    else:
+def _remove(view: View, parent: Dir, name: bytes) -> None:
+    """Remove a name and all beneath it; further names of what it names stay."""
+    node = view.lookup(parent, name)
+    if not isinstance(node, Dir):
         view.unlink(parent, name)
+        return
+    pending: list[tuple[Dir, bytes, Dir, bool]] = [(parent, name, node, False)]
+    while pending:
+        above, called, directory, emptied = pending.pop()
+        if emptied:
+            view.rmdir(above, called)
+            continue
+        pending.append((above, called, directory, True))
+        for inner in list(view.load(directory) if directory.children is None else directory.children):
+            child = view.child(directory, inner)
+            if isinstance(child, Dir):
+                pending.append((directory, inner, child, False))
+            elif child is not None:
+                view.unlink(directory, inner)

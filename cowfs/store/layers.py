@@ -13,7 +13,7 @@ import stat
 import struct
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from cowfs.driver.interface import Driver
 from cowfs.errors import Corrupt, FailedPrecondition
@@ -35,6 +35,8 @@ __all__ = [
     "known_digest",
     "mark_copied",
     "mark_time",
+    "marked_time",
+    "unmark",
     "untouched",
     "user_of",
 ]
@@ -43,6 +45,8 @@ KEPT = "cowfs-digests"
 _RECORD = struct.Struct("<QQ32s")  # inode, ctime in ns, digest
 COPIED = "cowfs-copied"
 """A file made right after a driver copied the parent: what has an older ctime was not touched since."""
+SEAL = ".seal"
+"""Ends the name of the file beside a mark that says which file the mark is: its device, inode and ctime."""
 _CHUNK = 1 << 20
 UNKNOWN = bytes(32)
 """In place of a digest: the file has none."""
@@ -128,7 +132,7 @@ def mark_copied(driver: Driver, id: str, parent: str, *, only_root: bool) -> Non
 
 
 def mark_time(path: str, text: str = "") -> None:
-    """Write a small file with a ctime later than that of anything made before.
+    """Write a small file with a ctime later than that of anything made before, and its seal (:func:`marked_time`).
 
     File systems stamp with a clock of some milliseconds: this waits for its next tick.
     """
@@ -139,6 +143,33 @@ def mark_time(path: str, text: str = "") -> None:
         while os.fstat(file.fileno()).st_ctime_ns == first:
             time.sleep(0.001)
             os.utime(file.fileno())
+    with open(path + SEAL, "w", encoding="ascii") as file:
+        file.write(_seal_of(path))
+
+
+def marked_time(path: str) -> int | None:
+    """When a mark was made, ns; None where there is none, or it is not the very file that was made then.
+
+    A copied store has copies of its marks, with ctimes of the time of copying: they say nothing of the files beside them.
+    """
+    try:
+        with open(path + SEAL, encoding="ascii") as file:
+            sealed = file.read()
+        return os.stat(path).st_ctime_ns if sealed == _seal_of(path) else None
+    except FileNotFoundError:
+        return None
+
+
+def unmark(path: str) -> None:
+    """Remove a mark that may not be there."""
+    for name in (path, path + SEAL):
+        with suppress(FileNotFoundError):
+            os.unlink(name)
+
+
+def _seal_of(path: str) -> str:
+    st = os.stat(path)
+    return f"{st.st_dev} {st.st_ino} {st.st_ctime_ns}"
 
 
 def untouched(driver: Driver, id: str) -> bool:
@@ -146,9 +177,8 @@ def untouched(driver: Driver, id: str) -> bool:
     tree = driver.tree(id)
     if not os.listdir(tree):
         return True
-    try:
-        cut = os.stat(f"{driver.directory(id)}/{COPIED}").st_ctime_ns
-    except FileNotFoundError:
+    cut = marked_time(f"{driver.directory(id)}/{COPIED}")
+    if cut is None:
         return False
     return os.stat(tree).st_ctime_ns < cut and all(st.st_ctime_ns < cut for st in trees.walk_all(tree))
 
@@ -332,10 +362,7 @@ class Unchanged:
     def __init__(self, driver: Driver, index: Index, id: str, fd: int) -> None:
         self._data = SameData(driver, index)
         self._fd = fd
-        try:
-            self._cut = os.stat(f"{driver.directory(id)}/{COPIED}").st_ctime_ns
-        except FileNotFoundError:
-            self._cut = 0
+        self._cut = marked_time(f"{driver.directory(id)}/{COPIED}") or 0
 
     def __call__(self, path: bytes, st: os.stat_result, before: Entry) -> bool:
         if st.st_ctime_ns < self._cut:

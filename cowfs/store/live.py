@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 from cowfs.errors import AlreadyExists, CowfsError, FailedPrecondition, InvalidArgument, Unsupported
 from cowfs.index.database import Row
 from cowfs.index.transaction import Committed, NameTaken
-from cowfs.model import Info, Kind, Mount, Usage
+from cowfs.model import Info, Kind, Limit, Mount, Usage
 from cowfs.mounting.switch_mark import MARK
 from cowfs.store import layers
 from cowfs.store.checking import Collected, UpkeepVerbs
@@ -178,6 +178,13 @@ class LiveVerbs(UpkeepVerbs):
             self._free(key)
         return {key: self.prepare(key, name, **options) for key in keys}
 
+    def limit(self, name: str, **wanted: Any) -> Limit:
+        """As :meth:`MountVerbs.limit`."""
+        if not wanted:
+            return super().limit(name)
+        with self._turn(name):
+            return super().limit(name, **wanted)
+
     @contextlib.contextmanager
     def _turn(self, key: str) -> Iterator[None]:
         """No other live verb is at a key meanwhile, and none that was killed has left it half done."""
@@ -302,7 +309,7 @@ class LiveVerbs(UpkeepVerbs):
                     kind=Kind.ACTIVE,
                     parent=(row.num, row.depth),
                     labels=row.labels,
-                    limit=row.limit,
+                    limit=self.index.by_num(row.num).limit,  # it may have been changed meanwhile
                     base=base,
                     shares_limit=True,
                     created=row.created,

@@ -11,13 +11,13 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import TracebackType
+from types import EllipsisType, TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from cowfs.errors import CowfsError, FailedPrecondition, InvalidArgument, NotFound
 from cowfs.format.mount_options import split_layers, unescape
 from cowfs.index.database import Row
-from cowfs.model import Kind, Mount, Usage
+from cowfs.model import Kind, Limit, Mount, Usage, parse_count, parse_size
 from cowfs.store.layers import kernel_mount_of
 from cowfs.store.queries import LookVerbs
 from cowfs.sys import mounts as sys_mounts
@@ -227,8 +227,55 @@ class MountVerbs(LookVerbs):
             raise NotFound(f"{key!r} is not mounted", remedy=f"cowfs mount --key {key} MNT")
         return MountHandle(server["mountpoint"], server["pid"], server["socket"])
 
+    def limit(
+        self,
+        name: str,
+        *,
+        size: str | int | EllipsisType | None = ...,
+        inodes: str | int | EllipsisType | None = ...,
+    ) -> Limit:
+        """The limit of a snapshot, mounted or not; with arguments, change it first, for this mount and all to come.
+
+        Args:
+            name: a key; to look, also a name or a tag.
+            size: bytes, or "4G"; None for no limit; left out: as it was.
+            inodes: a count, or "100k"; likewise.
+
+        Raises:
+            NotFound: no such snapshot.
+            InvalidArgument: not a size or count.
+            FailedPrecondition: not active, mounted by the kernel or with ``io="passthrough"``, or in use by another verb.
+        """
+        if isinstance(size, EllipsisType) and isinstance(inodes, EllipsisType):
+            return self.resolve(name).limit
+        row = self._active(name)
+        limit = Limit(
+            bytes=row.limit.bytes if isinstance(size, EllipsisType) else None if size is None else parse_size(size),
+            inodes=row.limit.inodes
+            if isinstance(inodes, EllipsisType)
+            else None
+            if inodes is None
+            else parse_count(inodes),
+        )
+        from cowfs.store.layers import user_of
+
+        user = user_of(self.driver, row)
+        server = self._server_of(row) if user is not None else None
+        if server is not None:
+            from cowfs.mounting import protocol
+
+            protocol.ask(server["socket"], "limit", bytes=limit.bytes, inodes=limit.inodes)
+        elif user is not None:
+            raise FailedPrecondition(user, remedy="unmount it, or try again")
+        else:
+            with self.index.write() as change:
+                self._active(name, row.num)
+                change.set_limit(row.num, limit)
+        return self.index.get(name).limit
+
     def _live_usage(self, row: Row) -> Usage | None:
         """What the server of a mounted snapshot counts; without what was copied, as :meth:`usage` wants it."""
+        from cowfs.mounting.client import MountHandle
         from cowfs.store.layers import user_of
 
         if user_of(self.driver, row) is None:
@@ -236,8 +283,8 @@ class MountVerbs(LookVerbs):
         server = self._server_of(row)
         if server is None:
             return None
-        used = server["usage"]
-        return Usage(bytes=used["bytes"] + row.base.bytes, inodes=used["inodes"] + row.base.inodes)
+        used = MountHandle(server["mountpoint"], server["pid"], server["socket"]).usage()
+        return Usage(bytes=used.bytes + row.base.bytes, inodes=used.inodes + row.base.inodes)
 
 
 def mount_record(record: Mount, target: str) -> None:

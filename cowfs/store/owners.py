@@ -6,6 +6,8 @@ Rule 2. In a store of an ordinary user, what is based on a recorded layer is rec
 attribute along, and nobody but that user can have set one.
 Rule 3. In a recorded layer what carries no attribute and belongs to the store's own user is root's: symbolic links, which can
 carry none, and whatever was made in a namespace where this user was root.
+Rule 4. A layer whose owners were left out (``owners="ignore"``) has ``cowfs-owners-ignored`` beside its tree: it is not the layer
+that an import with another policy means, whatever its diff id.
 """
 
 from __future__ import annotations
@@ -20,9 +22,11 @@ from cowfs.driver.interface import Driver
 from cowfs.index.database import Index
 from cowfs.index.directory import Entry
 
-__all__ = ["Owner", "Recorded", "carry", "mark"]
+__all__ = ["Owner", "Recorded", "carry", "mark", "policy_of"]
 
 MARK = "cowfs-owners"
+MARKS = {"xattr": MARK, "ignore": "cowfs-owners-ignored"}
+"""Policy -> the file beside a layer that says so; owners as they are need none."""
 _FORMATS = {kind: form for form, kind in TYPES.items()}
 
 
@@ -35,9 +39,16 @@ class Owner(NamedTuple):
     rdev: int
 
 
-def mark(directory: str) -> None:
-    """A layer's directory is about to get recorded owners."""
-    os.close(os.open(f"{directory}/{MARK}", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
+def mark(directory: str, policy: str = "xattr") -> None:
+    """A layer's directory is about to get owners by a policy (:attr:`cowfs.archive.ApplyOptions.owners`)."""
+    name = MARKS.get(policy)
+    if name is not None:
+        os.close(os.open(f"{directory}/{name}", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
+
+
+def policy_of(directory: str) -> str:
+    """The policy by which a layer got its owners; of layers of before 2026-12, ``fail`` stands for ``ignore``, too."""
+    return next((policy for policy, name in MARKS.items() if os.path.exists(f"{directory}/{name}")), "fail")
 
 
 def carry(driver: Driver, sources: list[str], target: str) -> None:

@@ -9,7 +9,7 @@ from cowfs.errors import AlreadyExists, InvalidArgument
 from cowfs.index import compare
 from cowfs.index.database import Row, Tag
 from cowfs.index.directory import Entry, Pair, Pending, encode
-from cowfs.model import Change, Info, Kind, Limit, Usage
+from cowfs.model import Change, Info, Kind, Usage
 from cowfs.store import filters as filter_language, layers
 from cowfs.store.names import check_labels, check_name
 from cowfs.store.snapshots import StoreCore, _a, _sound
@@ -60,10 +60,6 @@ class LookVerbs(StoreCore):
     def chain(self, name: str) -> list[Info]:
         """A snapshot and its ancestors, nearest first."""
         return [self.index.by_num(num).info() for num, _ in self.index.chain(self.resolve(name).num)]
-
-    def limit(self, name: str) -> Limit:
-        """The limit given to :meth:`prepare`."""
-        return self.resolve(name).limit
 
     def usage(self, name: str) -> Usage:
         """What a snapshot holds itself; parents are not counted.

@@ -38,6 +38,7 @@ from cowfs.model import Info, Kind, Limit, Mount, Usage, parse_count, parse_size
 from cowfs.store import layers
 from cowfs.store.names import check_labels, check_name, new_id
 from cowfs.store.opening import INDEX, default_root, make_root, must_run, only_one
+from cowfs.store.recount import recount
 from cowfs.store.staging import discard, staged, sweep
 from cowfs.sys import files, host, trees
 from cowfs.sys.faults import point
@@ -132,6 +133,7 @@ class StoreCore:
                 with contextlib.suppress(FileExistsError):
                     files.make_directory(os.path.join(path, name), 0o755 if name == "empty" else 0o700)
             sweep(made, index)
+            recount(index, made)
         except BaseException:
             index.close()
             raise
@@ -244,7 +246,7 @@ class StoreCore:
         """The configuration of the image that a name means: the tag's, else the one that the snapshot was made from."""
         if name is None or row is None:
             return ""
-        tag = self.index.tag(name)
+        tag = self.index.tag(name) if name != row.name else None
         if tag is not None and tag.config:
             return tag.config
         own = self.index.config_of(row.num)

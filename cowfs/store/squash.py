@@ -194,7 +194,7 @@ class SquashVerbs(LiveVerbs):
             pending = Pending(self.index)
             after = self._tree(child, pending)
             same = layers.SameData(self.driver, self.index)
-            changes = list(compare.compare(pending, parent.root if parent else None, after, same))
+            changes = compare.changes_with_links(pending, parent.root if parent else None, after, same)
             made = write_changes(self.driver, changes, base, [child.id, row.id, *base], layer.staged)
             point("squash.built")
             if self.driver.fsync:

@@ -273,10 +273,10 @@ def cached_pages(fd: int, start: int, end: int) -> int | None:
     return int(cached + evicted)
 
 
-def extents(fd: int) -> list[tuple[int, int, int]] | None:
+def extents(fd: int, *, sync: bool = False) -> list[tuple[int, int, int]] | None:
     """What FIEMAP says is allocated: (start, end, flags) in bytes; ``None`` where it has no say.
 
-    Nothing is flushed: delayed allocations are reported with FIEMAP_EXTENT_DELALLOC.
+    Unless ``sync``, nothing is flushed, and delayed allocations are reported with FIEMAP_EXTENT_DELALLOC.
     Source: Documentation/filesystems/fiemap.rst.
     """
     found: list[tuple[int, int, int]] = []
@@ -284,7 +284,7 @@ def extents(fd: int) -> list[tuple[int, int, int]] | None:
     position = 0
     while True:
         request = bytearray(_FIEMAP.size + room * _FIEMAP_EXTENT.size)
-        _FIEMAP.pack_into(request, 0, position, (1 << 64) - 1 - position, 0, 0, room, 0)
+        _FIEMAP.pack_into(request, 0, position, (1 << 64) - 1 - position, int(sync), 0, room, 0)
         try:
             fcntl.ioctl(fd, _FS_IOC_FIEMAP, request)
         except OSError as error:

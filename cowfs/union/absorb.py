@@ -20,6 +20,7 @@ Threads: :func:`absorb` runs in its caller's; all that touches the view goes thr
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -153,7 +154,9 @@ def _unfinished(view: View) -> Iterator[bytes]:
                         stands_on = xattr.try_get(fd, name, form.row) or (
                             form.redirects and xattr.try_get(fd, name, form.metacopy) is not None
                         )
-                    except OSError:
+                    except (
+                        FileNotFoundError
+                    ):  # renamed or removed meanwhile: whoever did that told us (Absorption.moves)
                         continue
                     if stands_on:
                         yield inner
@@ -210,7 +213,26 @@ class Absorption:
                 )
         elif depends(node, {self.layer}):
             return True
+        if isinstance(file, Data) and self.view.in_upper(node) and self._has(file.path):
+            return True  # the way to its data leads through the layer's metacopy, which a redirect may have taken elsewhere
         return bool(self._renames) and (node.data is not None or not self.view.in_upper(node))
+
+    def _has(self, path: bytes) -> bool:
+        """Whether the layer has anything at a path of the merged lower tree, whose topmost it is."""
+        head, _, name = path.rpartition(b"/")
+        try:
+            fd = files.open_beneath(self.layer.root.open(), head, _DIR)
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                return False
+            raise
+        try:
+            os.stat(name, dir_fd=fd, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        finally:
+            os.close(fd)
+        return True
 
     # -- directories ------------------------------------------------------------------------------
 
@@ -283,6 +305,7 @@ class Absorption:
         with aside(self.view, self.ledger):
             up = copyup.up_dir(self.view, directory)
         xattr.setx(up.open(), b"", self.view.form.opaque, b"y")
+        xattr.setx(up.open(), b"", self.view.form.impure, b"y")  # one that merges needs no such mark, and may have none
 
     def redirected(self) -> list[bytes]:
         """Directories that the layer renamed, or that stand on a path through one: all they show is to be copied."""

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 #: "the present time", for setattr
 NOW = object()
 _CLOCK_REALTIME_COARSE = 5  # the clock that the kernel stamps inodes with
-_CAPABILITY = b"security.capability"
+CAPABILITY = b"security.capability"
 _LIST_MAX = 65536 - 1024  # bytes of names; what is left is for the layer form's own marks
 _ACLS = (b"system.posix_acl_access", b"system.posix_acl_default")
 
@@ -268,7 +268,7 @@ def _hidden(view: View, stored: bytes) -> bool:
 def getxattr(view: View, node: Node, name: bytes) -> bytes:
     """The value. Raises ENODATA, EOPNOTSUPP."""
     stored = _check(view, name)
-    if node.bare and (node.bare > 1 or name == _CAPABILITY):
+    if node.bare and (node.bare > 1 or name == CAPABILITY):
         raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
     if _hidden(view, stored):
         raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
@@ -282,7 +282,7 @@ def getxattr(view: View, node: Node, name: bytes) -> bytes:
     try:
         return xattr.get(fd, real, stored)
     except OSError as error:
-        if name == _CAPABILITY and error.errno == errno.ENODATA:
+        if name == CAPABILITY and error.errno == errno.ENODATA:
             node.bare = 1
         raise
 

@@ -25,16 +25,18 @@ def units(size: int) -> int:
 class Blocks:
     """The allocated units of one sparse file: disjoint, sorted [start, end) ranges.
 
-    ``credit`` is space that is known to be allocated but not where (tmpfs after fallocate).
+    ``credit`` is space that is known to be allocated but not where (tmpfs after fallocate, before Linux 6.5).
+    ``reserved``: room behind the end was asked for, and is counted.
     """
 
-    __slots__ = ("credit", "ends", "starts", "total")
+    __slots__ = ("credit", "ends", "reserved", "starts", "total")
 
     def __init__(self, ranges: list[tuple[int, int]] | None = None) -> None:
         self.starts: list[int] = []
         self.ends: list[int] = []
         self.total = 0
         self.credit = 0
+        self.reserved = False
         for start, end in ranges or ():
             self.add(start, end)
 
@@ -99,9 +101,18 @@ def blocks_of(fd: int, size: int, prealloc: bool, fs: str) -> int | Blocks:
         if total > blocks.total:
             _find_reserved(fd, blocks, total)
         return blocks if size or blocks.total or blocks.credit else 0
+    if fs == "xfs" and (found := files.extents(fd, sync=True)) is not None:
+        # SEEK_DATA takes room that is only reserved for copies of shared blocks (cowextsize) for data, and FIEMAP knows of these
+        # copies only once they are written
+        blocks = Blocks(
+            [(start // UNIT, units(end) if prealloc else min(units(end), whole)) for start, end, _ in found]
+        )
+        blocks.reserved = prealloc
+        return whole if not prealloc and blocks.total == whole else blocks
     if not prealloc and (ranges == [(0, whole)] or whole == 0):
         return whole
     blocks = Blocks(ranges)
+    blocks.reserved = prealloc
     for start, end, flags in files.extents(fd) or ():
         if flags & files.FIEMAP_EXTENT_UNWRITTEN:
             blocks.add(start // UNIT, units(end) if prealloc else min(units(end), whole))

@@ -13,12 +13,13 @@ import errno
 import functools
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from cowfs.sys import files, host, xattr
 from cowfs.union import copyup
 from cowfs.union.attr import mode_of, size_of
+from cowfs.union.blocks import UNIT
 from cowfs.union.node import DT_DIR, DT_LNK, DT_REG, Dir, Node
 
 if TYPE_CHECKING:
@@ -97,8 +98,8 @@ def make_writable(view: View, node: Node, keep: int | None = None) -> None:
         copyup.publish(view, stage)
 
 
-def kill_privileges(view: View, node: Node) -> None:
-    """Clear setuid, and setgid where the group may execute, as a write must (inode(7))."""
+def kill_privileges(view: View, node: Node) -> bool:
+    """Clear setuid, and setgid where the group may execute, as a write must (inode(7)). Returns whether there was any."""
     mode = mode_of(view.attr(node))
     clean = mode & ~stat.S_ISUID
     if mode & stat.S_IXGRP:
@@ -106,7 +107,9 @@ def kill_privileges(view: View, node: Node) -> None:
     if clean != mode:
         from cowfs.union import attributes
 
+        copyup.up_meta(view, node)
         attributes.chmod(view, node, stat.S_IMODE(clean))
+    return clean != mode
 
 
 def write(view: View, node: Node, offset: int, data: memoryview | bytes, kill: bool = False) -> int:
@@ -122,13 +125,35 @@ def write(view: View, node: Node, offset: int, data: memoryview | bytes, kill: b
         make_writable(view, node)
     if kill:
         kill_privileges(view, node)
-    elif _sheds() and (mode := view.mode(node)) & (stat.S_ISUID | stat.S_ISGID):  # a store through a map keeps them
-        done = _write(view, node, offset, data)
-        from cowfs.union import attributes
+    if node.bare and not _sheds():
+        return _write(view, node, offset, data)
+    return _keeping(view, node, lambda: _write(view, node, offset, data))
 
+
+def _keeping(view: View, node: Node, change: Callable[[], int]) -> int:
+    """Change data and leave set-id bits and a file capability as they are, though the host takes them away from us.
+
+    The kernel removes them before it sends what write(2) wrote, where they are to go; what is still there then was
+    changed through a map, which keeps them.
+    """
+    from cowfs.union import attributes
+
+    capability = None
+    if not node.bare and _may_give_capabilities():
+        capability = xattr.try_get(*attributes.at(node), attributes.CAPABILITY)
+        node.bare = 1 if capability is None else 0
+    mode = view.mode(node) if _sheds() else 0
+    done = change()
+    if mode & (stat.S_ISUID | stat.S_ISGID):
         attributes.chmod(view, node, stat.S_IMODE(mode))
-        return done
-    return _write(view, node, offset, data)
+    if capability is not None:
+        xattr.setx(*attributes.at(node), attributes.CAPABILITY, capability)
+    return done
+
+
+@functools.cache
+def _may_give_capabilities() -> bool:
+    return host.has_cap(host.CAP_SETFCAP)
 
 
 @functools.cache
@@ -151,6 +176,7 @@ def _write(view: View, node: Node, offset: int, data: memoryview | bytes) -> int
         node.attr = None
         return os.pwrite(node.fd, data, offset)
     length = len(data)
+    before = space.stretch(node, node.fd, offset)
     allowed = space.grow(node, offset, length)
     node.attr = None
     try:
@@ -158,6 +184,8 @@ def _write(view: View, node: Node, offset: int, data: memoryview | bytes) -> int
     except OSError:
         space.recount(node)
         raise
+    if before >= 0:
+        space.stretched(node, node.fd, before, offset)
     if done < allowed:
         space.recount(node)
     return done
@@ -181,7 +209,10 @@ def truncate(view: View, node: Node, size: int) -> None:
         return
     space.count(node)
     before = os.fstat(fd).st_size
+    longer = space.stretch(node, fd, size)
     os.ftruncate(fd, size)
+    if longer >= 0:
+        space.stretched(node, fd, before, size + UNIT - 1)
     space.cut(node, size, before)
 
 
@@ -214,11 +245,15 @@ def fallocate(view: View, node: Node, mode: int, offset: int, length: int) -> No
         files.fallocate(fd, mode, offset, length)
         space.punch(node, offset, length, size)
         return
+    longer = -1 if mode & _KEEP else space.stretch(node, fd, offset)
     space.allocate(node, offset, length)
     try:
         files.fallocate(fd, mode, offset, length)
+        if longer >= 0:
+            space.stretched(node, fd, size, offset)
         if mode & _KEEP and offset + length > size:
             xattr.setx(fd, b"", view.form.prealloc, b"y")
+            space.reserved(node, fd)
     except OSError:
         space.recount(node)
         raise
@@ -259,7 +294,9 @@ def copy_range(view: View, src: Node, soff: int, dst: Node, doff: int, length: i
     length = max(0, min(length, os.fstat(sfd).st_size - soff))
     if length == 0:
         return 0
+    before = -1
     if view.space is not None:
+        before = view.space.stretch(dst, dfd, doff)
         length = view.space.grow(dst, doff, length)
     dst.attr = None
     try:
@@ -270,8 +307,11 @@ def copy_range(view: View, src: Node, soff: int, dst: Node, doff: int, length: i
         if error.errno in (errno.EXDEV, errno.EOPNOTSUPP, errno.ENOSYS):
             return _copy_through(view, src, soff, dst, doff, length)
         raise
-    if view.space is not None and done < length:
-        view.space.recount(dst)
+    if view.space is not None:
+        if before >= 0:
+            view.space.stretched(dst, dfd, before, doff)
+        if done < length or view.space.can_clone():
+            view.space.recount(dst)
     return done
 
 

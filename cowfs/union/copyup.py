@@ -21,7 +21,7 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from cowfs.format.whiteout import Form, allow_nested, make as make_whiteout, make_nested
@@ -190,10 +190,14 @@ def read_meta(view: View, node: Node) -> Meta:
     return Meta(st.st_mode, st.st_uid, st.st_gid, st.st_size, st.st_rdev, st.st_atime_ns, st.st_mtime_ns, kept)
 
 
-def write_meta(dirfd: int, name: bytes, meta: Meta, view: View) -> None:
+def write_meta(dirfd: int, name: bytes, meta: Meta, view: View, marks: Callable[[], None] = lambda: None) -> None:
     """Give a new object owner, xattrs, mode and times, in the order that keeps them all.
 
-    chown first (it clears setuid and capabilities), then xattrs, then the mode, then the times.
+    chown first (it clears setuid and capabilities), then xattrs, then the mode, then the times. A mode or an ACL without
+    write permission forbids an owner to set user.*, so what else is to be set comes before them.
+
+    Args:
+        marks: sets the overlay's own xattrs: after those of the object, which need the room first.
     """
     privileged = view.form.redirects
     st = os.stat(name, dir_fd=dirfd, follow_symlinks=False)
@@ -205,9 +209,13 @@ def write_meta(dirfd: int, name: bytes, meta: Meta, view: View) -> None:
         except PermissionError:
             if view.owners is None or not view.owners.record(dirfd, name, meta.mode, meta.uid, meta.gid):
                 raise
-    for attribute, value in meta.xattrs.items():
+    acls = [attribute for attribute in meta.xattrs if attribute.startswith(b"system.")]
+    for attribute in [*(attribute for attribute in meta.xattrs if attribute not in acls), None, *acls]:
+        if attribute is None:
+            marks()
+            continue
         try:
-            xattr.setx(dirfd, name, attribute, value)
+            xattr.setx(dirfd, name, attribute, meta.xattrs[attribute])
         except OSError as error:
             if (
                 error.errno in (errno.EPERM, errno.EOPNOTSUPP)
@@ -254,12 +262,16 @@ def _up_one(view: View, directory: Dir, above: Source, exempt: bool) -> Source:
     elif space is not None:
         space.need(1, 1, space.entering(directory.name), space.copy_cost(meta))
     temp = work.temp()
-    try:
-        os.mkdir(temp, 0o700, dir_fd=work.fd)
-        write_meta(work.fd, temp, meta, view)
+
+    def marks() -> None:
+        nonlocal exempt
         if exempt:  # where the mark has no room the directory counts
             exempt = marked(work.fd, temp, view.form.exempt, b"y")
         set_origin(view, work.fd, temp, directory.sources[0].open(), b"", directory.id)
+
+    try:
+        os.mkdir(temp, 0o700, dir_fd=work.fd)
+        write_meta(work.fd, temp, meta, view, marks)
         with kept_times(above):
             os.rename(temp, directory.name, src_dir_fd=work.fd, dst_dir_fd=above.open())
     except BaseException:
@@ -525,9 +537,10 @@ def _fill_metacopy(view: View, node: Node, stage: Stage) -> None:
     os.utime(fd, ns=stage.times or (meta.atime, meta.mtime))
     if view.must_sync:
         os.fsync(fd)
-    for attribute in (form.metacopy, form.redirect):
-        with contextlib.suppress(OSError):
-            xattr.remove(fd, b"", attribute)
+    # With this mark the data counts as the lower layer's, also at the next mount: unless it goes, nothing was written.
+    xattr.drop(fd, b"", form.metacopy)
+    with contextlib.suppress(OSError):  # means nothing without the other
+        xattr.drop(fd, b"", form.redirect)
 
 
 def _adopt_orphan(view: View, node: Node, stage: Stage) -> None:
@@ -548,16 +561,19 @@ def place(view: View, node: Node, temp: bytes, work: WorkDir, *, metacopy: bool,
     low = low + b"/" + node.name if low else node.name
     if meta is None:
         meta = read_meta(view, node)
-    write_meta(work.fd, temp, meta, view)
     blocks = int.from_bytes(view.attr(node)[16:24], "little")
     data = node.data if isinstance(node.data, Data) else Data(where, node.name, low, meta.size, blocks)
     source, real = physical(view, node, where)
-    if metacopy and not (
-        marked(work.fd, temp, view.form.metacopy, b"")
-        and (not others or marked(work.fd, temp, view.form.redirect, b"/" + low))
-    ):
-        raise NoRoomForMark(node.name)
-    set_origin(view, work.fd, temp, source.open(), real, node.id)
+
+    def marks() -> None:
+        if metacopy and not (
+            marked(work.fd, temp, view.form.metacopy, b"")
+            and (not others or marked(work.fd, temp, view.form.redirect, b"/" + low))
+        ):
+            raise NoRoomForMark(node.name)
+        set_origin(view, work.fd, temp, source.open(), real, node.id)
+
+    write_meta(work.fd, temp, meta, view, marks)
     for above, _, name in ups[1:]:
         with kept_times(above):
             os.link(temp, name, src_dir_fd=work.fd, dst_dir_fd=above.open(), follow_symlinks=False)

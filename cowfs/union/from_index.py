@@ -204,21 +204,14 @@ def make(view: View, parent: Dir, name: bytes) -> Node | None:
         made.record = entry.record
         made.attr = attr_of(view, made, entry)
         return made
+    if entry.nlink > 1:  # of files in several layers, two may have had one number: one shows another, for good
+        ino = view.linked.get(entry.file) or (
+            ino if view.shown.setdefault(ino, entry.file) == entry.file else view.fresh_id()
+        )
     first, ino = ino, view.reborn.get(ino, ino)
     existing = view.nodes.get(ino)
     if existing is not None or ino <= ROOT_ID or ino in view.burnt:
-        if (
-            existing is not None
-            and entry.nlink > 1
-            and existing.where is not None
-            and existing.where.layer is layer
-            and _is_same(view, existing, entry)
-        ):
-            if existing.parent is None:  # the names that were known went
-                existing.name = name
-                existing.where, data = locate(view, parent, name, entry)
-                if not hasattr(existing.data, "bind"):
-                    existing.data = data
+        if existing is not None and entry.nlink > 1 and _is_same(view, existing, layer, entry):
             if existing.parent is None:  # the names that were known went
                 existing.name = name
                 existing.where, data = locate(view, parent, name, entry)
@@ -229,6 +222,8 @@ def make(view: View, parent: Dir, name: bytes) -> Node | None:
         burnt, ino = ino in view.burnt, view.fresh_id()
         if burnt:
             view.reborn[first] = ino
+    if entry.nlink > 1:
+        view.linked[entry.file] = ino
     where, data = locate(view, parent, name, entry)
     node = Node(ino, entry.type, name, where)
     node.data = data
@@ -253,12 +248,17 @@ def locate(view: View, parent: Dir, name: bytes, entry: Any) -> tuple[Source, An
     return where, data
 
 
-def _is_same(view: View, node: Node, entry: Any) -> bool:
-    """Whether an entry with a node's number is that inode: the kernel breaks hard links when it copies metadata up."""
+def _is_same(view: View, node: Node, layer: Layer, entry: Any) -> bool:
+    """Whether an entry with a node's number is that file: numbers of files of several layers may be equal."""
+    if node.parent is not None:
+        there = entry_of(view, node)
+        return there is not None and there.nlink > 1 and bool(there.file == entry.file)
+    if node.where is None or node.where.layer is not layer:
+        return False
     if node.attr is None:
         return True
     a, b = unpack(node.attr), unpack(attr_of(view, node, entry))
-    return (a.mode, a.uid, a.gid, a.size, a.mtime_ns, a.nlink) == (b.mode, b.uid, b.gid, b.size, b.mtime_ns, b.nlink)
+    return (a.mode, a.uid, a.gid, a.size, a.mtime_ns) == (b.mode, b.uid, b.gid, b.size, b.mtime_ns)
 
 
 def attr_of(view: View, node: Node, entry: Any) -> bytes:

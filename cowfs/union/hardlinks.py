@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 from cowfs.sys import xattr
-from cowfs.union import from_index
+from cowfs.union import from_index, lifetime
 from cowfs.union.attr import nlink_of
 from cowfs.union.layers import Descriptors, Layer, Source
 from cowfs.union.node import DT_DIR, Dir, Node
@@ -66,7 +66,7 @@ def scan_groups(layer: Layer) -> Groups:
 
 
 def _indexed_groups(view: View) -> Groups:
-    """(layer, inode) -> its paths in the tree that the index knows, for inodes with more than one link."""
+    """File -> its paths in the tree that the index knows, for files with more than one link."""
     index, kept = from_index.tree(view), cast("dict[object, Groups]", view.groups)
     groups = kept.get(index)
     if groups is None:
@@ -78,7 +78,7 @@ def _indexed_groups(view: View) -> Groups:
                 if entry.type == DT_DIR:
                     pending.append((entry.record, prefix + name + b"/"))
                 elif entry.nlink > 1:
-                    groups.setdefault((entry.layer, entry.ino), []).append(prefix + name)
+                    groups.setdefault(entry.file, []).append(prefix + name)
     return groups
 
 
@@ -91,7 +91,7 @@ def complete(view: View, node: Node) -> bool:
     if entry is not None:
         layer, paths = view.layers[view.indexed_layers - 1], []
         if entry.nlink > 1:
-            paths = _indexed_groups(view).get((entry.layer, entry.ino), [])
+            paths = _indexed_groups(view).get(entry.file, [])
     else:
         layer, paths = where.layer, []
         if nlink_of(view.attr(node)) > 1:
@@ -104,6 +104,21 @@ def complete(view: View, node: Node) -> bool:
         for shown in _merged_paths(view, layer, path):
             _walk(view, shown)
     return node in view.names
+
+
+def find_place(view: View, node: Node) -> None:
+    """Find the file of a node with the name that is its first one now, in the layer where it is."""
+    parent, where = node.parent, node.where
+    if parent is None or where is None:
+        return
+    if view.index is not None and where.layer.index < view.indexed_layers and parent.record is not None:
+        entry = from_index.tree(view).entries(parent.record).get(node.name)
+        if entry is not None:
+            node.where, data = from_index.locate(view, parent, node.name, entry)
+            if not hasattr(node.data, "bind"):
+                node.data = data
+            return
+    node.where = lifetime.source_in(view, parent, where.layer)
 
 
 def _merged_paths(view: View, layer: Layer, path: bytes) -> list[bytes]:

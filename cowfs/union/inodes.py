@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from cowfs.sys import files
 from cowfs.union.layers import Layer
@@ -51,27 +52,55 @@ def ino_of_origin(value: bytes, fs: str) -> int | None:
     return _ino_of_handle(fs, kind, value[_HEAD.size :])
 
 
-class Inodes:
-    """Maps (device, inode) to the number shown. Owner: the view's thread."""
+class _System(NamedTuple):
+    """One file system that layers are on.
 
-    __slots__ = ("_index", "_systems")
+    Attributes:
+        uuid: as overlayfs stores it in an origin; zeros where it has none.
+        name: "ext4", "tmpfs"...
+        dev: of the layers on it.
+        fd: an open directory on it, for open_by_handle_at(2).
+    """
+
+    uuid: bytes
+    name: str
+    dev: int
+    fd: int
+
+
+class Inodes:
+    """Maps (device, inode) to the number shown. Owner: the view's thread.
+
+    A number is for showing only: which names are one file is told by the real device and inode, always.
+    """
+
+    __slots__ = ("_can_decode", "_claims", "_index", "_systems")
 
     def __init__(self, layers: Iterable[Layer]) -> None:
         self._index: dict[int, int] = {}
-        self._systems: list[tuple[bytes, str, int]] = []  # uuid, name, index
-        for layer in layers:
-            if layer.dev not in self._index:
-                self.index(layer.dev)
-                fd = os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=layer.root.fd)
-                try:
-                    self._systems.append((files.fs_uuid(fd), files.fs_name(fd), self._index[layer.dev]))
-                finally:
-                    os.close(fd)
+        self._systems: list[_System] = []
+        self._can_decode = True
+        #: number -> (device, inode) of the upper file with several names that has it, whether or not somebody knows it now
+        self._claims: dict[int, tuple[int, int]] = {}
+        try:
+            for layer in layers:
+                if layer.dev not in self._index:
+                    self.index(layer.dev)
+                    fd = os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=layer.root.fd)
+                    self._systems.append(_System(files.fs_uuid(fd), files.fs_name(fd), layer.dev, fd))
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Give up the descriptors. Idempotent."""
+        for system in self._systems:
+            os.close(system.fd)
+        self._systems.clear()
 
     def uuid_of(self, dev: int) -> bytes:
         """The uuid of a layer's file system; zeros when it has none or is not a layer's."""
-        index = self._index.get(dev)
-        return next((uuid for uuid, _, known in self._systems if known == index), bytes(16))
+        return next((system.uuid for system in self._systems if system.dev == dev), bytes(16))
 
     def index(self, dev: int) -> int:
         """The place of a device, given on first sight."""
@@ -85,25 +114,72 @@ class Inodes:
         index = self.index(dev)
         return ino if index == 0 else (index << _SHIFT) ^ ino
 
-    def from_origin(self, value: bytes) -> int | None:
-        """The number shown for the file that an ``origin`` names; ``None`` when it names none."""
+    def claim(self, number: int, dev: int, ino: int) -> bool:
+        """Whether an upper file with several names may show a number: another one may have it, by a copied origin."""
+        return self._claims.setdefault(number, (dev, ino)) == (dev, ino)
+
+    def forget_claims(self) -> None:
+        """Another layer is the upper one now: files copied into it may show what those that they were copied from did."""
+        self._claims.clear()
+
+    def from_origin(self, value: bytes, beneath: Iterable[tuple[int, bytes]] = ()) -> int | None:
+        """The number shown for the file that an ``origin`` names; ``None`` unless that file is certain.
+
+        It is when every layer's file system with the uuid in it finds one and the same inode by the handle, which
+        holds the inode's generation: a number that was given again does not count.
+
+        Args:
+            value: the xattr.
+            beneath: (directory descriptor, name) of files in lower layers that it may name; looked at where this process may
+                not open by handle.
+        """
         if len(value) < _HEAD.size:
             return None
         _, magic, length, flags, kind, uuid = _HEAD.unpack_from(value)
         if magic != _MAGIC or length != len(value) or flags & _FOREIGN:
             return None
         handle = value[_HEAD.size :]
-        for known, name, index in self._systems:
-            if known == uuid:
-                ino = _ino_of_handle(name, kind, handle)
-                if ino is not None:
-                    return ino if index == 0 else (index << _SHIFT) ^ ino
+        found: tuple[int, int] | None = None
+        for system in self._systems:
+            if system.uuid != uuid:
+                continue
+            # A FUSE server gives its handles again after a remount; one system that finds nothing makes the others doubtful.
+            place = None if system.name == "fuse" else self._decode(system, kind, handle, beneath)
+            if place is None or found not in (None, place) or place[0] not in self._index:
+                return None
+            found = place
+        return None if found is None else self.shown(*found)
+
+    def _decode(
+        self, system: _System, kind: int, handle: bytes, beneath: Iterable[tuple[int, bytes]]
+    ) -> tuple[int, int] | None:
+        """(device, inode) of the file with a handle, or None."""
+        if self._can_decode:
+            try:
+                fd = files.open_handle(system.fd, kind, handle)
+            except PermissionError:
+                self._can_decode = False
+            except OSError:
+                return None
+            else:
+                st = os.fstat(fd)
+                os.close(fd)
+                return st.st_dev, st.st_ino
+        for dirfd, name in beneath:
+            try:
+                if files.file_handle(dirfd, name) == (kind, handle):
+                    st = os.stat(name, dir_fd=dirfd, follow_symlinks=False)
+                    return st.st_dev, st.st_ino
+            except OSError:
+                continue
         return None
 
 
 def make_origin(dirfd: int, name: bytes, uuid: bytes) -> bytes:
-    """The ``origin`` of a lower file: empty (as the kernel writes it) where handles are unknown."""
+    """The ``origin`` of a lower file: empty (as the kernel writes it) where there are no handles, or none that stay."""
     try:
+        if files.fs_name(dirfd) == "fuse":
+            return b""
         kind, handle = files.file_handle(dirfd, name)
     except OSError:
         return b""

@@ -65,7 +65,8 @@ def entry(view: View, directory: Dir, name: bytes) -> tuple[int, int]:
         return item.id, item.type  # type: ignore[union-attr]
     if item < 0:
         entry = view.index.entries(directory.record)[name]  # type: ignore[union-attr]
-        return from_index.ino_of(view, entry), entry.type
+        known = view.linked.get(entry.file) if entry.nlink > 1 else None
+        return known or from_index.ino_of(view, entry), entry.type
     if item & 15 == DT_DIR:
         made = view.child(directory, name)
         return (made.id, DT_DIR) if made is not None else (0, 0)
@@ -75,5 +76,6 @@ def entry(view: View, directory: Dir, name: bytes) -> tuple[int, int]:
         return 0, 0
     ino = view.inodes.shown(st.st_dev, st.st_ino)
     if source.layer is view.upper and source.impure:
-        ino = view.inodes.from_origin(xattr.try_get(source.open(), name, view.form.origin) or b"") or ino
+        origin = xattr.try_get(source.open(), name, view.form.origin)
+        ino = view.inodes.from_origin(origin or b"") or ino
     return ino, item & 15

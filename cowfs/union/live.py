@@ -19,8 +19,8 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cowfs.union import copyup, from_index, holding, quota
-from cowfs.union.layers import Layer
+from cowfs.union import copyup, from_index, hardlinks, holding, quota
+from cowfs.union.layers import Layer, Source
 from cowfs.union.node import Dir, Node
 
 if TYPE_CHECKING:
@@ -91,6 +91,7 @@ def _push(view: View, layer: Layer) -> None:
         view.space.freeze()
     view.layers.append(layer)
     view.upper = layer
+    view.inodes.forget_claims()
     view.roots.insert(0, layer.root)
     layer.root.whiteouts, layer.root.shadow, layer.root.impure = set(), set(), True
     root = view.root
@@ -129,6 +130,7 @@ def rollback(view: View, frozen: Layer, upper: str | bytes, work: str | bytes) -
     stale, entries = _strike_out(view, set(dropped))
     del view.layers[frozen.index + 1 :]
     view.roots = [source for source in view.roots if source.layer not in dropped]
+    view.sources = {key: source for key, source in view.sources.items() if source.layer not in dropped}
     view.moved.clear()
     for old in dropped:
         view.groups.pop(old, None)
@@ -136,12 +138,14 @@ def rollback(view: View, frozen: Layer, upper: str | bytes, work: str | bytes) -
         if view.rows is not None:
             view.rows.forget(old)
         old.close()
+    counted, view.space = view.space, None  # all that it counted is gone with the layer
     _push(view, layer)
     view.root.attr = None
-    if view.space is not None:
-        limit = view.space.limit
+    if counted is not None:
         view.space = quota.Space(view)
-        view.space.limit = limit
+        view.space.limit = counted.limit
+        for node in view.nodes.values():
+            node.space = None
     return Stale(tuple(stale), tuple(entries))
 
 
@@ -163,7 +167,7 @@ def _strike_out(view: View, dropped: set[Layer]) -> tuple[list[int], list[tuple[
         if not kept and directory.record is not None:
             kept = [from_index.source_of(view, directory)]
         elsewhere = directory.record is not None and directory.record.path != view.path(directory)
-        moved = directory.lowpath is not None or not kept or elsewhere
+        moved = directory.lowpath is not None or not kept or elsewhere or _was_elsewhere(view, directory, kept, dropped)
         for source in directory.sources:
             if source.layer in dropped and source.parent is not None:
                 source.close()
@@ -176,11 +180,22 @@ def _strike_out(view: View, dropped: set[Layer]) -> tuple[list[int], list[tuple[
             directory.sources[:] = kept
             directory.where = kept[0]
             stale.append(directory.id)
-    _drop_under_struck(view, stale)
+    entries += _drop_under_struck(view, stale)
     for directory in touched:
         if view.nodes.get(directory.id) is directory:
             entries += _reread(view, directory)
     return stale, entries
+
+
+def _was_elsewhere(view: View, directory: Dir, kept: list[Source], dropped: set[Layer]) -> bool:
+    """Whether what is left of a directory had another name, or was in another directory, before the dropped layers."""
+    top, above = kept[0], directory.parent
+    if top.parent is None or above is None or (view.index is not None and top.layer.index < view.indexed_layers):
+        return False
+    there = top.parent.path()
+    return top.name != directory.name or not any(
+        source.layer is top.layer and source.path() == there for source in above.sources if source.layer not in dropped
+    )
 
 
 def _data_dropped(node: Node, dropped: set[Layer]) -> bool:
@@ -200,19 +215,35 @@ def _strike(view: View, node: Node) -> None:
     view.open_files.close(node)
 
 
-def _drop_under_struck(view: View, stale: list[int]) -> None:
-    """Nodes whose way to the root leads through one that was struck out go, too."""
+def _drop_under_struck(view: View, stale: list[int]) -> list[tuple[int, bytes]]:
+    """Nodes whose way to the root leads through one that was struck out go, too; returns the names that others lost.
+
+    A file with further names keeps those that lead to the root.
+    """
+    lost: list[tuple[int, bytes]] = []
     changed = True
     while changed:
         changed = False
         for node in list(view.nodes.values()):
-            parent = node.parent
-            if node is view.root or parent is None or parent is view.root:
+            if node is view.root or node.parent is None:
                 continue
-            if view.nodes.get(parent.id) is not parent:
+            names = view.names_of(node)
+            kept = [(parent, name) for parent, name in names if view.nodes.get(parent.id) is parent]
+            if len(kept) == len(names):
+                continue
+            changed = True
+            lost += [(parent.id, name) for parent, name in names]
+            if not kept:
                 stale.append(node.id)
                 _strike(view, node)
-                changed = True
+                continue
+            view.names.pop(node, None)
+            if len(kept) > 1:
+                view.names[node] = kept[1:]
+            if (node.parent, node.name) != kept[0]:
+                node.parent, node.name = kept[0]
+                hardlinks.find_place(view, node)
+    return lost
 
 
 def _reread(view: View, directory: Dir) -> list[tuple[int, bytes]]:

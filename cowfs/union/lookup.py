@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cowfs.sys import xattr
@@ -125,7 +125,9 @@ def _make(view: View, parent: Dir, name: bytes, code: int) -> Node | None:
     if source.impure if is_upper else _keeps_origin(view, source.layer):
         origin = xattr.try_get(fd, name, view.form.origin)
         if origin:
-            ino = view.inodes.from_origin(origin) or ino
+            # what a path tells differs by name: a file with several shows the same number under all of them
+            beneath = _beneath(sources, position + 1, name) if st.st_nlink == 1 else ()
+            ino = view.inodes.from_origin(origin, beneath) or ino
     node = bind_inode(view, parent, name, source, st, ino)
     if node.attr is None:
         if not hasattr(node.data, "bind"):  # a redirect file that is in use stays
@@ -167,8 +169,13 @@ def generation(view: View, ino: int) -> int:
 def bind_inode(view: View, parent: Dir, name: bytes, source: Source, st: os.stat_result, ino: int) -> Node:
     """The node of inode number ``ino``, new or, for one more hard link, the one there is."""
     first, ino = ino, view.reborn.get(ino, ino)
+    real = (st.st_dev, st.st_ino)
+    free = True
+    if st.st_nlink > 1:
+        ino = view.displaced.get(real, ino)
+        free = source.layer is not view.upper or view.inodes.claim(ino, *real)
     existing = view.nodes.get(ino)
-    if existing is not None or ino <= ROOT_ID or ino in view.burnt:
+    if existing is not None or ino <= ROOT_ID or ino in view.burnt or not free:
         nameless = existing is not None and existing.parent is None
         if existing is not None and (nameless or st.st_nlink > 1) and _same(existing, source, st):
             if nameless:  # its other names were not known until now
@@ -183,6 +190,8 @@ def bind_inode(view: View, parent: Dir, name: bytes, source: Source, st: os.stat
         burnt, ino = ino in view.burnt, view.fresh_id()
         if burnt:
             view.reborn[first] = ino
+        elif st.st_nlink > 1:
+            view.displaced[real] = ino
     node = Node(ino, type_of(st.st_mode), name, source)
     node.generation = view.dead.get(ino, 0) if view.dead else 0
     view.nodes[ino] = node
@@ -194,10 +203,22 @@ def _same(node: Node, source: Source, st: os.stat_result) -> bool:
     """Whether a node is the inode that ``st`` describes."""
     if node.__class__ is not Node:
         return False
-    if node.where is not None:
-        return node.where.layer is source.layer
-    there = os.fstat(node.fd)
+    if node.where is None:
+        there = os.fstat(node.fd)
+    elif node.where.layer is not source.layer:
+        return False
+    else:
+        try:
+            there = os.stat(node.name, dir_fd=node.where.open(), follow_symlinks=False)
+        except FileNotFoundError:
+            return False
     return (there.st_dev, there.st_ino) == (st.st_dev, st.st_ino)
+
+
+def _beneath(sources: Sequence[Source], start: int, name: bytes) -> Iterator[tuple[int, bytes]]:
+    """Where lower layers may have the file that a copy was made of, as far as its path tells."""
+    for source in sources[start:]:
+        yield source.open(), name
 
 
 def _keeps_origin(view: View, layer: Layer) -> bool:

@@ -264,7 +264,8 @@ class Tally:
             if data:
                 whole = units(st.st_size)
                 prealloc = bool(found) and form.prealloc in found  # type: ignore[operator]
-                if found or st.st_blocks != whole * 8:  # ext4 counts a block of xattrs as the file's
+                # st_blocks can be right by chance: ext4 counts a block of xattrs as the file's, xfs what it reserves behind the end
+                if found or st.st_blocks != whole * 8 or (whole > 1 and self.fs == "xfs"):
                     whole = measure_file(fd, name, st, prealloc, self.fs)
                 self.units += whole
         elif stat.S_ISLNK(st.st_mode):

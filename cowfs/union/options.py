@@ -28,6 +28,7 @@ class Entry(Protocol):
     layer: int  # which layer of the stack holds the data, 0 at the bottom
     path: bytes | None  # path there, when it is not the merged path
     record: Any  # a directory's own record: opaque, but for ``path``, its path in the index's tree
+    file: Any  # names with several links are one file when this agrees
 
 
 class TreeIndex(Protocol):

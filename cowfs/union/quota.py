@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 __all__ = ["UNIT", "Awaited", "Blocks", "Space", "ledger", "measure", "total_of", "units"]
 
+_PUNCH = files.FALLOC_FL_PUNCH_HOLE | files.FALLOC_FL_KEEP_SIZE
+_END = 1 << 50  # units: behind the end of any file
 _ORIGIN = 29  # bytes of the mark that a copy gets (cowfs.union.inodes.make_origin)
 
 
@@ -176,7 +178,9 @@ class Space(Tally):
 
     def entering(self, name: bytes, count: int = 1) -> int:
         """The most bytes that a new name (or ``count`` like it) may take, for :meth:`need`."""
-        return count * (GROWTH * UNIT if self.host.grows else self.name_cost(name))
+        if self.host.grows:
+            return count * GROWTH * UNIT
+        return count * self.name_cost(name) if self.host.name else 0
 
     def need_hidden(self, names: Iterable[bytes], blocks: int = 0) -> None:
         """Raise ENOSPC unless whiteouts of these names, and so many units of directories for them, fit into the allowance."""
@@ -215,7 +219,11 @@ class Space(Tally):
         """A directory of the upper layer got a name, of an object that counts so much."""
         self.units += blocks
         self.inodes += inodes
-        self.names += self.name_cost(name)
+        host = self.host
+        if host.name:
+            self.names += self.name_cost(name)
+        elif not host.grows:
+            return
         self._looked(up)
 
     def copied(self, up: Source, name: bytes, room: Room) -> None:
@@ -490,6 +498,46 @@ class Space(Tally):
         space.credit -= paid
         self.units += new - paid
 
+    def stretch(self, node: Node, fd: int, start: int) -> int:
+        """Before a file gets data or its end at ``start``, which may be behind its end.
+
+        Returns:
+            The present size for :meth:`stretched`, or -1 when there is nothing to be done: no gap, or a host that keeps it a hole.
+
+        Raises:
+            OSError: ENOSPC: btrfs writes the rest of the last unit, even if that is a hole.
+        """
+        if self.fs not in ("xfs", "btrfs"):
+            return -1
+        size = os.fstat(fd).st_size
+        if start <= size:
+            space = node.space
+            return size if space.__class__ is Blocks and space.reserved else -1
+        if self.fs == "btrfs" and size % UNIT:
+            space = self._ranges(node)
+            if space.missing(size // UNIT, size // UNIT + 1):
+                self.need(1)
+                self._count_new(space, size // UNIT, size // UNIT + 1)
+        return size
+
+    def stretched(self, node: Node, fd: int, size: int, start: int) -> None:
+        """After that: give back what xfs reserved behind the end without being asked.
+
+        It would become a part of the file as this grows; and where other room there was asked for, nobody could tell them apart.
+        """
+        if self.fs != "xfs":
+            return
+        space = self._ranges(node)
+        holes = space.missing(units(size), start // UNIT)
+        if space.reserved:
+            holes += space.missing(units(os.fstat(fd).st_size), _END)
+        for first, end in holes:
+            files.fallocate(fd, _PUNCH, first * UNIT, (end - first) * UNIT)
+
+    def can_clone(self) -> bool:
+        """Whether copy_file_range(2) shares blocks here, and holes."""
+        return self.fs in ("xfs", "btrfs")
+
     def allocate(self, node: Node, offset: int, length: int) -> None:
         """Count an fallocate of [offset, offset+length). Raises ENOSPC when it does not fit."""
         space = self._ranges(node)
@@ -498,6 +546,11 @@ class Space(Tally):
         if new - space.credit > self.left():
             raise self._full()
         self._count_new(space, first, last)
+
+    def reserved(self, node: Node, fd: int) -> None:
+        """Room behind a file's end was asked for."""
+        self._ranges(node).reserved = True
+        self.stretched(node, fd, 0, 0)
 
     def punch(self, node: Node, offset: int, length: int, size: int) -> None:
         """Count a hole: whole units inside it are free again."""

@@ -83,9 +83,10 @@ def restack(view: View, lowers: Sequence[str | bytes], index: TreeIndex | None, 
     view.lower_count, view.plain_layers = len(stack), 0
     for directory, place in places.items():
         _move(view, directory, place)
+    again = before[0][: before[4]] != view.layers[: view.indexed_layers]
     for node in view.nodes.values():
         if not isinstance(node, Dir) and node.parent is not None and node.where is not None:
-            _move_file(view, node, dropped, view.indexed_layers != before[4])
+            _move_file(view, node, dropped, again)
     _let_go(view, dropped)
 
 
@@ -220,6 +221,9 @@ def _codes(
     own = view.upper_of(directory)
     if directory.record is not None and len(directory.sources) == 1:  # the upper part and the index: no need to look
         top = len(before) - 1 if own is not None else -1
+        if own is not None:  # what shows when a name of the upper part goes may be hidden by a whiteout no more
+            beneath = from_index.tree(view).entries(directory.record)
+            own.shadow = {name for name, item in children.items() if name in beneath and _is_own(view, item, top)}
         return {
             name: item if isinstance(item, Node) else item & 15 if item >= 0 and item >> 4 == top else -1
             for name, item in children.items()
@@ -230,6 +234,13 @@ def _codes(
         if isinstance(item, Node):
             now[name] = item
     return now
+
+
+def _is_own(view: View, item: Node | int, top: int) -> bool:
+    """Whether the upper part of a directory has what one of its names says, by the codes of before."""
+    if isinstance(item, Dir):
+        return view.upper_of(item) is not None
+    return view.in_upper(item) if isinstance(item, Node) else item >= 0 and item >> 4 == top
 
 
 # -- files ----------------------------------------------------------------------------------------

@@ -131,6 +131,11 @@ class View:
         self.sources: dict[tuple[int, bytes], Source] = {}
         #: ids that a rollback took away
         self.burnt: set[int] = set()
+        #: (device, inode) of a file with several names -> its id, where the number that it would show is another's
+        self.displaced: dict[tuple[int, int], int] = {}
+        #: the same of files that an index knows, all of them; and number -> which of them shows it
+        self.linked: dict[object, int] = {}
+        self.shown: dict[int, object] = {}
         #: inode number -> the id that its bearer has since a rollback took the number away
         self.reborn: dict[int, int] = {}
         self.astray: set[Node] = set()  # upper inodes in use whose known names went, while they have others
@@ -217,6 +222,7 @@ class View:
                 workdir.close()
         self.retired.clear()
         self.workdir = None
+        self.inodes.close()
 
     # -- the whole ----------------------------------------------------------------------------
 

@@ -106,6 +106,16 @@ REFUSED: dict[str, tuple[Callable[[str], bytes], str]] = {
     "device number too big": (
         lambda out: tar(member("x", type=tarfile.BLKTYPE, device=(1 << 40, 0), format=tarfile.GNU_FORMAT)), r"entry 1"
     ),
+    "device major that no kernel has": (
+        lambda out: tar(member("x", type=tarfile.CHRTYPE, device=(0x1000, 0))), r"entry 1 'x'.*device number"
+    ),
+    "device minor that no kernel has": (
+        lambda out: tar(member("x", type=tarfile.BLKTYPE, device=(1, 0x10_0000))), r"entry 1 'x'.*device number"
+    ),
+    "device major as a negative base-256": (
+        lambda out: tar(member("x", type=tarfile.CHRTYPE, device=(0xF000_0000, 0), format=tarfile.GNU_FORMAT)),
+        r"entry 1 'x'.*device number",
+    ),
     "unknown type": (lambda out: tar(member("x", type=b"Z")), r"entry 1 'x'.*type"),
     "xattr without a name": (lambda out: tar(member("x", pax={"SCHILY.xattr.": "v"})), r"entry 1 'x'"),
     "more attributes than can be listed": (

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import sqlite3
 import stat
 import subprocess
 from pathlib import Path
@@ -102,3 +104,17 @@ def test_an_old_upper_mounts_and_shows_what_it_showed(old: Path) -> None:
     with cowfs.mount(old / "layers", old / "mnt", upper=old / "upper") as handle:
         shows_what_it_showed(old / "mnt", old / "out" / "upper")
         assert handle.limit().bytes == 2 << 20
+
+
+def test_what_an_old_version_copied_is_counted_by_the_measure_of_now(old: Path) -> None:
+    """The driver vfs takes off what it copied; that was counted by a measure that knew less."""
+    store_path = old / "store-vfs"
+    with Store.open(old / "store-vfs", create=False) as store:
+        used = store.usage("work")
+    with contextlib.closing(sqlite3.connect(store_path / "index.db")) as index, index:
+        index.execute("DELETE FROM meta WHERE key = 'measure'")
+        index.execute("UPDATE snapshots SET base_bytes = base_bytes - 40960 WHERE name = 'work'")
+    with Store.open(old / "store-vfs", create=False) as store:
+        assert store.usage("work") == used
+        with store.mount("work", old / "mnt") as handle:
+            assert handle.usage() == used

@@ -317,14 +317,16 @@ class MemoryView:
     def mode(self, node: MemNode) -> int:
         return node.mode
 
-    def kill_privileges(self, node: MemNode) -> None:
-        node.mode &= ~stat.S_ISUID
-        node.attr = None
-
     def write(self, node: MemNode, offset: int, data: memoryview, kill: bool = False) -> int:
         done = os.pwrite(node.fd, data, offset)
         self._touch(node)
         return done
+
+    def kill_privileges(self, node: MemNode) -> bool:
+        had = bool(node.mode & stat.S_ISUID)
+        node.mode &= ~stat.S_ISUID
+        node.attr = None
+        return had
 
     def fallocate(self, node: MemNode, mode: int, offset: int, length: int) -> None:
         if mode:

@@ -90,8 +90,9 @@ def test_the_platform_that_containerd_picks(
     ],
 )
 def test_a_platform_that_is_not_there(there: tuple[str, ...], wanted: str) -> None:
-    with source(many(*there)) as opened, pytest.raises(NotFound, match=wanted):
+    with source(many(*there)) as opened, pytest.raises(NotFound, match=wanted) as told:
         opened.pick(platform=wanted)
+    assert all(name in str(told.value) for name in there)
 
 
 @pytest.mark.parametrize(

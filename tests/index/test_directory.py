@@ -56,10 +56,13 @@ def some_entry(draw: st.DrawFn) -> Entry:
         xattrs=draw(XATTRS),
         layer=draw(U32),
         path=draw(PATH),
-        flags=draw(st.integers(0, 255)),
+        flags=draw(st.integers(0, 63)),
     )
     if kind == stat.S_IFDIR:
-        return entry._replace(size=0, nlink=0, ref=Ref(draw(DIGEST), draw(DIGEST)), base=draw(PATH))
+        return entry._replace(
+            size=0, nlink=0, ref=Ref(draw(DIGEST), draw(DIGEST), draw(st.booleans())), base=draw(PATH)
+        )
+    entry = entry._replace(link=draw(st.none() | st.tuples(U32, U64)) if entry.nlink > 1 else None)
     if kind == stat.S_IFLNK:
         return entry._replace(target=draw(st.binary(max_size=4095)))
     if kind in (stat.S_IFCHR, stat.S_IFBLK):
@@ -131,6 +134,46 @@ def test_content_digests_are_equal_wherever_the_data_is() -> None:
     assert one.storage != other.storage
     unknown = [write(pending, {b"f": encode(b"f", Entry(0o100644, size=1, layer=1, ino=ino))}) for ino in (5, 6)]
     assert unknown[0].content != unknown[1].content  # nobody knows whether these are equal
+
+
+def _linked(pending: Pending, layer: int, groups: str) -> Ref:
+    """sub/a to sub/d, files of one content, and one more directory without links; the letters say which are one file."""
+    known = {"digest": b"d" * 32, "nlink": 2}
+    inner = write(
+        pending,
+        {
+            name.encode(): encode(
+                name.encode(), Entry(0o100644, size=1, layer=layer, ino=ord(group), link=(layer, ord(group)), **known)
+            )
+            for name, group in zip("abcd", groups, strict=True)
+        },
+    )
+    return write(pending, {b"sub": _directory(b"sub", inner, layer=layer), b"plain": _directory(b"plain", EMPTY)})
+
+
+def test_trees_that_differ_only_in_what_is_linked_differ() -> None:
+    pending = Pending()
+    one, same, other = (_linked(pending, *which) for which in ((1, "xxyy"), (2, "ppqq"), (2, "pqpq")))
+    assert one.content == same.content == other.content  # the records differ, and a directory says that links are below
+    roots = [_directory(b"", ref) for ref in (one, same, other)]
+    assert list(compare(pending, roots[0], roots[1])) == []
+    found = {change.path: change.what for change in compare(pending, roots[0], roots[2])}
+    assert found == {b"sub/" + name: frozenset({"links"}) for name in (b"a", b"b", b"c", b"d")}
+
+
+def test_big_directories_that_differ_only_in_what_is_linked_differ() -> None:
+    pending = Pending()
+    names = [b"%05d" % n for n in range(3000)]
+    trees = []
+    for pairs in (lambda n: n // 2, lambda n: 3000 + n // 4 * 2 + n % 2):
+        known = {"digest": b"d" * 32, "nlink": 2}
+        entries = {
+            name: encode(name, Entry(0o100644, size=1, layer=1, ino=1, link=(1, pairs(n)), **known))
+            for n, name in enumerate(names)
+        }
+        trees.append(_directory(b"", write(pending, entries)))
+    assert len(list(compare(pending, *trees))) == 3000
+    assert list(compare(pending, trees[0], trees[0])) == []
 
 
 def test_the_empty_directory_needs_no_record() -> None:

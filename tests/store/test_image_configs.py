@@ -16,7 +16,7 @@ from support.images import FULL_NAME, REF_NAME, Layout, config, digest, docker
 
 from cowfs.archive import ApplyOptions
 from cowfs.cli.store.run import _config
-from cowfs.errors import AlreadyExists, LimitExceeded
+from cowfs.errors import AlreadyExists, InvalidArgument, LimitExceeded
 from cowfs.images import open_image
 from cowfs.store import Store
 
@@ -326,3 +326,39 @@ def test_the_layers_of_an_image_count_together(store: Store, space: Path) -> Non
         store.import_image(source, options=ApplyOptions(max_bytes=150_000))
     store.import_image(source, options=ApplyOptions(max_bytes=300_000))
     store.import_image(source, options=ApplyOptions(max_bytes=1))  # nothing of it is unpacked
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("driver", ["overlay", "row", "vfs"])
+def test_a_whole_tree_may_have_names_that_delete_in_a_layer(space: Path, driver: str) -> None:
+    names = {".wh.x", ".wh..wh..opq", "d", "d/.wh.deep", ".wh.dir", ".wh.dir/f"}
+    tree = space / "tree"
+    for name in sorted(names):
+        path = tree / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir() if name in ("d", ".wh.dir") else path.write_bytes(name.encode())
+    subprocess.run(["tar", "-cf", space / "tree.tar", "-C", tree, "."], check=True)
+    with Store.open(space / "store", driver=driver, fsync=False) as store:
+        with pytest.raises(InvalidArgument, match=r"\.wh\."):
+            store.import_image(tree)
+        tops = [store.import_image(source, form="rootfs") for source in (tree, space / "tree.tar", space / "tree.tar")]
+        assert tops[1] == tops[2]
+        for top in tops:
+            out = io.BytesIO()
+            store.export(top, out, format="tar")
+            out.seek(0)
+            with tarfile.open(fileobj=out) as found:
+                assert {name.removeprefix("./") for name in found.getnames()} - {".", ""} == names
+            with pytest.raises(InvalidArgument, match=r"\.wh\."):
+                store.export(top, io.BytesIO())
+        out.seek(0)
+        store.import_image(io.BytesIO(out.getvalue()), "again", form="rootfs")
+        with pytest.raises(InvalidArgument):
+            store.import_image(space / "tree.tar", form="layer")
+        layer = space / "layer.tar"
+        layer.write_bytes(tar(directory("./"), member("a", b"1"), member(".wh.b")))
+        as_layer, as_tree = store.import_image(layer, form="layer"), store.import_image(layer, form="rootfs")
+        assert as_layer == store.import_image(layer) != as_tree
+        assert {entry.path for entry in store.diff(as_layer)} == {b"a"}
+        assert {entry.path for entry in store.diff(as_tree)} == {b"a", b".wh.b"}
+        assert store.check(content=True).problems == []

@@ -12,6 +12,7 @@ import pytest
 from support.users import GID, UID, acting_as
 
 from cowfs.archive import ApplyOptions
+from cowfs.errors import Unsupported
 from cowfs.store import Store
 
 from .conftest import tree_path
@@ -126,3 +127,32 @@ def test_an_attribute_that_no_archive_option_made_is_not_believed(user_store: St
     os.setxattr(tree_path(user_store, "k") / "f", "user.containers.override_stat", b"0:0:04755:file")
     user_store.commit("k", "plain")
     assert _members(_exported(user_store, "plain", "tar"))["f"][1:4] == (UID, GID, 0o644)
+
+
+POLICIES = ["fail", "xattr", "ignore"]
+
+
+@pytest.mark.parametrize("first", POLICIES)
+@pytest.mark.parametrize("second", POLICIES)
+def test_a_layer_with_owners_by_another_policy_is_not_the_same_layer(
+    user_store: Store, first: str, second: str
+) -> None:
+    """What an import says of owners holds whatever was imported before."""
+    theirs = io.BytesIO()
+    with tarfile.open(fileobj=theirs, mode="w") as tar:
+        member(tar, "f", b"x", uid=0, gid=42)
+    shown = {"xattr": (0, 42), "ignore": (UID, GID)}
+    for tag, policy in (("first", first), ("second", second)):
+        theirs.seek(0)
+        options = ApplyOptions(owners=policy)
+        if policy == "fail":
+            with pytest.raises(Unsupported, match="cannot be set"):
+                user_store.import_image(theirs, tag, options=options)
+            continue
+        user_store.import_image(theirs, tag, options=options)
+        found = _exported(user_store, tag, "tar")
+        with tarfile.open(fileobj=io.BytesIO(found)) as tar:
+            info = tar.getmember("f")
+            assert (info.uid, info.gid) == shown[policy], (tag, policy)
+    if first == second != "fail":
+        assert user_store.index.tag("first").target == user_store.index.tag("second").target  # type: ignore[union-attr]

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import errno
 import os
-import stat
 import threading
 from collections.abc import Callable
 from time import perf_counter_ns as _clock
@@ -234,7 +233,7 @@ class Data(Adapter):
         node = self.nodes.get(nodeid) or self.view.node(nodeid)
         view, where = self.view, node.where
         if node.data is None and (where is None or where.layer is view.upper):
-            if node.wfd and view.space is None and self.keeps_modes and not flags & _KILL:  # what most writes are
+            if node.wfd and node.bare and view.space is None and self.keeps_modes and not flags & _KILL:  # most are so
                 node.attr = None
                 done = _pwrite(node.fd, buf[80:n], offset)
                 if done < size and flags & _CACHE:
@@ -293,6 +292,8 @@ class Data(Adapter):
                 return None
         elif not self.metacopy and self._later_too(node, buf[:n]):
             return None
+        if not fields[0] & ~abi.FATTR_CTIME:  # with writeback, chown(-1, -1) brings ctime along
+            return self.without_fields(node, buf, unique)
         self.apply(node, buf, fields)
         return _ATTR(120, 0, unique, _FOREVER, 0, 0) + (node.attr or self.view.attr(node))
 
@@ -332,23 +333,18 @@ class Data(Adapter):
         node = self.view.node(nodeid)
         if self._later(node, buf[:n]):
             return None
+        if not self.keeps(node, buf):  # no flag comes with this request
+            self.kill_privileges(node, buf)
         self.view.fallocate(node, mode, offset, length)
-        if self.ordinary(buf):
-            self.kill_privileges(node, buf)  # HANDLE_KILLPRIV_V2: no flag comes with this request
         return _OK(16, 0, unique)
 
     def kill_privileges(self, node: Any, buf: memoryview) -> None:
         """Clear the set-id bits that a change of data by this caller clears, on the host and in the kernel's cache.
 
-        The kernel leaves the clearing to us (HANDLE_KILLPRIV_V2), but goes on believing the mode that it has: execve(2) looks at
-        that. So it must forget it before the change is answered, or what was just written runs with the owner's rights.
+        Mostly they went before, when the kernel announced the change (:meth:`without_fields`). Those that came back since, or
+        that the kernel did not know of, are forgotten by it before the change is answered: execve(2) believes its cache.
         """
-        before = self.view.mode(node)
-        if not before & (stat.S_ISUID | stat.S_ISGID):
-            return
-        self.view.kill_privileges(node)
-        self.strip(node, buf)
-        if self.view.mode(node) != before:
+        if self.view.kill_privileges(node) | self.strip(node, buf):
             self.host.attributes_changed(node.id)
 
     def _copied(self, buf: memoryview, n: int, nodeid: int) -> int | None:
@@ -360,10 +356,9 @@ class Data(Adapter):
         source, target = self.view.node(nodeid), self.view.node(target_id)
         if self._later(target, buf[:n]):
             return None
-        count = self.view.copy_range(source, source_offset, target, target_offset, min(length, COPY_STEP))
-        if count and self.ordinary(buf):
+        if length and not self.keeps(target, buf):
             self.kill_privileges(target, buf)
-        return count
+        return self.view.copy_range(source, source_offset, target, target_offset, min(length, COPY_STEP))
 
     def copy_file_range(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply | None:
         count = self._copied(buf, n, nodeid)

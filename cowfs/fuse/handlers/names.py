@@ -21,7 +21,7 @@ import struct
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from cowfs.fuse import abi, codec
+from cowfs.fuse import abi, caller, codec
 from cowfs.union.attr import decode_dev
 
 if TYPE_CHECKING:
@@ -34,29 +34,20 @@ _ENTRY = codec.ENTRY_HEAD.pack
 _ATTR = codec.ATTR_HEAD.pack
 _OK = abi.OUT_HEADER.pack
 _CALLER = struct.Struct("<III").unpack_from  # uid, gid and pid in the request's header
+_U32 = struct.Struct("<I").pack
+_MODE_AT = 60  # where the mode is in packed attributes (abi.ATTR)
 _DIRENT_SIZE = abi.DIRENT.size
 _DIRENTPLUS_SIZE = abi.DIRENTPLUS.size
 _MODE, _UID, _GID, _SIZE = abi.FATTR_MODE, abi.FATTR_UID, abi.FATTR_GID, abi.FATTR_SIZE
 _ATIME, _MTIME = abi.FATTR_ATIME, abi.FATTR_MTIME
 _TIMES = _ATIME | _MTIME
+_SET_ID = stat.S_ISUID | stat.S_ISGID
 _NS = 1_000_000_000
 _OWNER = _UID | _GID | abi.FATTR_KILL_SUIDGID
 _KILL = abi.FATTR_KILL_SUIDGID | _UID | _GID
 _CAPABILITY = b"security.capability\0"
 _CAPABILITY_END = 48 + len(_CAPABILITY)
 _PADDING = [bytes(-length % 8) for length in range(8)]
-
-
-def _groups(pid: int) -> frozenset[int]:
-    """Supplementary groups of a process; none when it cannot be seen from here."""
-    try:
-        with open(f"/proc/{pid}/status", "rb") as file:
-            for line in file:
-                if line.startswith(b"Groups:"):
-                    return frozenset(map(int, line.split()[1:]))
-    except OSError:
-        pass
-    return frozenset()
 
 
 def _signed(seconds: int) -> int:
@@ -278,9 +269,6 @@ class Adapter:
     def apply(self, node: Any, buf: memoryview, fields: tuple[int, ...]) -> None:
         """Carry out the SETATTR in ``buf``, whose struct is ``fields``."""
         (valid, _, _, size, _, atime, mtime, _, atime_ns, mtime_ns, _, mode, _, uid, gid, _) = fields
-        if not valid:
-            self._chown_nothing(node, buf)
-            return
         view = self.view
         if not valid & ~_OWNER:
             view.setattr(node, uid=uid if valid & _UID else None, gid=gid if valid & _GID else None, kill=True)
@@ -310,41 +298,78 @@ class Adapter:
         if valid & abi.FATTR_KILL_SUIDGID and valid & _SIZE:
             self.strip(node, buf)
 
-    def _chown_nothing(self, node: Any, buf: memoryview) -> None:
-        """A request without any field: chown(-1, -1), which moves ctime and clears set-id bits and file capabilities.
+    def without_fields(self, node: Any, buf: memoryview, unique: int) -> codec.Reply:
+        """A SETATTR without any field means one of two things, which look alike.
 
-        The kernel sends the same before a write by somebody unprivileged (the bits are then cleared by the write
-        itself). So a stranger's is not refused, as chown(2) would; it just must not clear anything. And it sends it, behind a
-        REMOVEXATTR of the capabilities, before a write by root to a file that had some: set-id bits stay then.
+        *chown(-1, -1)* moves ctime and clears set-id bits; only the owner and root may make it clear any (chown(2)).
+
+        *Data is about to change*, and the kernel has set-id bits in its cache for this writer to lose, or has just removed
+        a file capability. Our reply is what the kernel caches from now on, and the one way to change a mode in its cache
+        before the data changes (a notification only has it ask later, and a program that is being started asks no more).
+        So the bits go here, unless the writer keeps them: then its WRITE says so once more.
         """
+        view = self.view
         uid, _, pid = _CALLER(buf, 24)
-        removed, self.uncapped = self.uncapped, (0, 0)
-        if not uid and removed == (node.id, pid):
-            return
-        fields = abi.ATTR.unpack(self.view.attr(node))
-        stranger = uid and uid != fields[11] and fields[9] & (stat.S_ISUID | stat.S_ISGID)
-        if stranger and not self.written_past_us(node):
-            return
-        self.view.setattr(node, uid=-1)
-        self.strip(node, buf)
+        fields = abi.ATTR.unpack(view.attr(node))
+        owner = not uid or uid == fields[11]
+        chown = caller.in_chown(pid)
+        uncapped, self.uncapped = self.uncapped, (0, 0)
+        if chown is None and not uid and uncapped == (node.id, pid):
+            chown = False  # more likely
+        if chown is None and not owner and not self.written_past_us(node):
+            # Shown without the bits, once: should this be a write, it clears them, and should it be a chown, they stay.
+            attr = view.attr(node)
+            return _ATTR(120, 0, unique, 0, 0, 0) + attr[:_MODE_AT] + _U32(fields[9] & ~_SET_ID) + attr[_MODE_AT + 4 :]
+        if chown is False:
+            if not caller.keeps_set_id(uid, pid):
+                view.kill_privileges(node)
+                self.strip(node, buf)
+        else:
+            if not owner and self._would_lose(fields[9], fields[12], buf):
+                raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+            view.setattr(node, uid=-1)
+            self.strip(node, buf)
+        return _ATTR(120, 0, unique, _FOREVER, 0, 0) + view.attr(node)
+
+    @staticmethod
+    def _would_lose(mode: int, group: int, buf: memoryview) -> bool:
+        """Whether chown(-1, -1) by this caller would take set-id bits away."""
+        if stat.S_ISDIR(mode) or not mode & _SET_ID:
+            return False
+        uid, gid, pid = _CALLER(buf, 24)
+        if mode & (stat.S_ISUID | stat.S_IXGRP):
+            return True
+        return not (gid == group or group in caller.groups(pid) or caller.keeps_set_id(uid, pid))
 
     def written_past_us(self, node: Any) -> bool:
         """Whether writes may come that we do not see, so that this request is all we hear of them."""
         return False
 
-    def strip(self, node: Any, buf: memoryview) -> None:
-        """Clear a setgid bit that means no program, too, when the caller is outside the file's group (Linux 6.2)."""
+    def strip(self, node: Any, buf: memoryview) -> bool:
+        """Clear a setgid bit that means no program, too, when the caller is outside the file's group (Linux 6.2).
+
+        Returns whether that was so.
+        """
         fields = abi.ATTR.unpack(self.view.attr(node))
         mode = fields[9]
         if mode & (stat.S_ISGID | stat.S_IXGRP) != stat.S_ISGID or not stat.S_ISREG(mode):
-            return
+            return False
         uid, gid, pid = _CALLER(buf, 24)
-        if uid and gid != fields[12] and fields[12] not in _groups(pid):
-            self.view.setattr(node, mode=mode & 0o7777 & ~stat.S_ISGID)
+        if gid == fields[12] or caller.keeps_set_id(uid, pid) or fields[12] in caller.groups(pid):
+            return False
+        self.view.setattr(node, mode=mode & 0o7777 & ~stat.S_ISGID)
+        return True
+
+    def keeps(self, node: Any, buf: memoryview) -> bool:
+        """Whether a change of data by this caller leaves the node's mode alone. Some requests do not say it."""
+        if not abi.ATTR.unpack(node.attr or self.view.attr(node))[9] & _SET_ID:
+            return True
+        uid, _, pid = _CALLER(buf, 24)
+        return caller.keeps_set_id(uid, pid)
 
     @staticmethod
     def ordinary(buf: memoryview) -> bool:
-        """Whether the caller is not root: capabilities are not told, and some requests come without a kill flag."""
+        """Whether the caller is not root."""
         return bool(_CALLER(buf, 24)[0])
 
     def readlink(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply:
@@ -399,11 +424,20 @@ class Adapter:
         return codec.payload(unique, value)
 
     def removexattr(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply:
-        name = codec.text(buf, 40, n, codec.XATTR_NAME_MAX)
-        self.view.removexattr(self.view.node(nodeid), name)
-        if name == b"security.capability":
+        name, node = codec.text(buf, 40, n, codec.XATTR_NAME_MAX), self.view.node(nodeid)
+        if name == _CAPABILITY[:-1]:
+            self._check_chown(node, buf)
+        self.view.removexattr(node, name)
+        if name == _CAPABILITY[:-1]:
             self.uncapped = nodeid, _CALLER(buf, 24)[2]
         return _OK(16, 0, unique)
+
+    def _check_chown(self, node: Any, buf: memoryview) -> None:
+        """A file capability goes before the chown(-1, -1) that takes it away: one that will be refused takes nothing."""
+        uid, _, pid = _CALLER(buf, 24)
+        fields = abi.ATTR.unpack(self.view.attr(node))
+        if uid and uid != fields[11] and self._would_lose(fields[9], fields[12], buf) and caller.in_chown(pid):
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM))
 
     def ioctl(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply:
         """No ioctl is known here. They are common all the same (isatty at each open of an interpreter), and the

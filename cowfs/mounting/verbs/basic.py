@@ -23,6 +23,8 @@ __all__ = ["LATE_VERBS", "VERBS", "Verb", "find_verb", "verb"]
 
 Verb = Callable[["Server", dict[str, Any]], dict[str, Any]]
 
+_PATIENCE = 1.0  # seconds that who only looks waits for a count
+
 VERBS: dict[str, Verb] = {}
 
 LATE_VERBS = {
@@ -57,16 +59,21 @@ def find_verb(name: str) -> Verb | None:
 @verb("info")
 def _info(server: Server, arguments: dict[str, Any]) -> dict[str, Any]:
     """Everything about the mount, use and limit included."""
-    return {**asdict(server.spec), **server.facts(), **_usage(server, {})}
+    return {**asdict(server.spec), **server.facts(), **_counted(server, _PATIENCE)}
 
 
 @verb("usage")
 def _usage(server: Server, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Used and allowed bytes and inodes."""
-    used = server.call(server.view.usage)
+    """Used and allowed bytes and inodes. Without a limit the upper layer is walked, which may take its time."""
+    return _counted(server, None)
+
+
+def _counted(server: Server, patience: float | None) -> dict[str, Any]:
+    """The same; "usage" is null when there is no count within ``patience`` seconds."""
+    used = server.counter.usage(patience)
     limit = server.stack.limit or Limit()
     return {
-        "usage": {"bytes": used.bytes, "inodes": used.inodes},
+        "usage": None if used is None else {"bytes": used.bytes, "inodes": used.inodes},
         "limit": {"bytes": limit.bytes, "inodes": limit.inodes},
     }
 
@@ -87,13 +94,22 @@ def _limit(server: Server, arguments: dict[str, Any]) -> dict[str, Any]:
                 raise InvalidArgument(f"not a limit of {key}: {value!r}")
             values[key] = value
     limit = Limit(**values)
+    upper = server.stack.upper if server.spec.factory else None  # of a store, which keeps the limit in its index
 
     def change() -> None:
+        if upper is not None and limit and server.view.space is None:
+            from cowfs.mounting.index_view import count_from_now
+
+            count_from_now(server.view, upper)
         server.view.set_limit(limit or None)
 
     server.call(change)
     server.stack.record_limit(limit or None)
-    return _usage(server, {})
+    if upper is not None and limit != now:
+        from cowfs.mounting.index_view import keep_limit
+
+        keep_limit(upper, limit)
+    return _counted(server, _PATIENCE)
 
 
 @verb("counters")
