@@ -54,6 +54,16 @@ class CowfsError(Exception):
     def __str__(self) -> str:
         return f"{self.message} ({self.remedy})" if self.remedy else self.message
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickled and copied with its remedy, whatever arguments a subclass takes."""
+        return _rebuilt, (type(self), self.message), self.__dict__
+
+
+def _rebuilt(kind: type[CowfsError], message: str) -> CowfsError:
+    error = kind.__new__(kind)
+    CowfsError.__init__(error, message)
+    return error
+
 
 class NotFound(CowfsError):
     """What was named does not exist."""

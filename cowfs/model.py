@@ -11,10 +11,12 @@ import re
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TypeGuard
 
 from cowfs.errors import InvalidArgument
 
 __all__ = [
+    "SMALLEST_LIMIT",
     "TYPE_NAMES",
     "Change",
     "Event",
@@ -137,40 +139,63 @@ class Event:
 
 
 _UNITS = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50}
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgtp]?)(?:i?b)?\s*", re.IGNORECASE)
-_COUNT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmg]?)\s*", re.IGNORECASE)
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgtp]?)(?:i?b|(?<=[kmgtp])i)?\s*", re.IGNORECASE | re.ASCII)
+_COUNT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmg]?)\s*", re.IGNORECASE | re.ASCII)
+SMALLEST_LIMIT = 4096
+"""Bytes: one unit of what a limit counts. Less than that allows nothing."""
 
 
-def parse_size(text: str | int) -> int:
+def parse_size(text: str | int, *, least: int = 1) -> int:
     """Bytes from ``"2G"``, ``"512MiB"``, ``"4096"`` or an int; units are powers of 1024.
 
-    Raises:
-        InvalidArgument: not a size, or not above zero.
+    Args:
+        least: the smallest size that makes sense here, bytes.
 
-    >>> parse_size("2G"), parse_size("1.5k"), parse_size(7)
-    (2147483648, 1536, 7)
+    Raises:
+        InvalidArgument: not a size, a part of a byte, or below ``least``.
+
+    >>> parse_size("2G"), parse_size("1.5k"), parse_size("2Gi"), parse_size(7)
+    (2147483648, 1536, 2147483648, 7)
     """
-    match = _SIZE.fullmatch(str(text))
-    value = int(float(match[1]) * (1 << _UNITS[match[2].lower()])) if match else 0
+    match = _SIZE.fullmatch(text) if isinstance(text, str) else None
+    value = _amount(match, 1 << _UNITS[match[2].lower()]) if match else text if _is_count(text) else 0
     if value <= 0 or value >= 1 << 63:
         raise InvalidArgument(f"not a size: {text!r}", remedy="write bytes or 512M, 2G, 1.5T")
-    return value
+    if value < least:
+        raise InvalidArgument(
+            f"{text!r} is a size of {value} bytes, less than the unit of {least} that is counted",
+            remedy=f"write a unit, as in {value}M or {value}G" if value < 1024 else "write bytes or 512M, 2G, 1.5T",
+        )
+    return int(value)
 
 
 def parse_count(text: str | int) -> int:
     """A number of inodes from ``"100k"``, ``"2M"`` or an int; units are powers of 1000.
 
     Raises:
-        InvalidArgument: not a count, or not above zero.
+        InvalidArgument: not a count, a part of one, or not above zero.
 
     >>> parse_count("100k")
     100000
     """
-    match = _COUNT.fullmatch(str(text))
-    value = int(float(match[1]) * 1000 ** ("kmg".find(match[2].lower()) + 1 if match[2] else 0)) if match else 0
+    match = _COUNT.fullmatch(text) if isinstance(text, str) else None
+    scale = 1000 ** ("kmg".find(match[2].lower()) + 1 if match[2] else 0) if match else 1
+    value = _amount(match, scale) if match else text if _is_count(text) else 0
     if value <= 0 or value >= 1 << 63:
-        raise InvalidArgument(f"not a count: {text!r}", remedy="write a number or 100k, 2M")
-    return value
+        raise InvalidArgument(f"not a count: {text!r}", remedy="write a whole number or 100k, 2M")
+    return int(value)
+
+
+def _is_count(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _amount(match: re.Match[str], scale: int) -> int:
+    """Number times unit, exactly; 0 for a fraction without a unit."""
+    whole, _, fraction = match[1].partition(".")
+    if scale == 1 and fraction.strip("0"):
+        return 0
+    return int(whole + fraction) * scale // int(10 ** len(fraction))
 
 
 def format_size(count: int) -> str:

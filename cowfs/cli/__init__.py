@@ -50,6 +50,8 @@ VERBS: dict[str, Verb] = {
     "usage": Verb("cowfs.cli.show", "bytes and inodes that an upper layer holds", _MOUNTS),
     "limit": Verb("cowfs.cli.mount", "show or change the limit of a mount or a snapshot, mounted or not", _MOUNTS),
     "import": Verb("cowfs.cli.store.io", "bring an image or a tree into the store", _SNAPSHOTS),
+    "pull": Verb("cowfs.cli.registry", "bring an image from a registry into the store", _SNAPSHOTS),
+    "push": Verb("cowfs.cli.registry", "send an image to a registry", _SNAPSHOTS),
     "run": Verb("cowfs.cli.store.run", "run a command in a fresh snapshot", _SNAPSHOTS),
     "prepare": Verb("cowfs.cli.store.snapshots", "make a writable snapshot", _SNAPSHOTS),
     "view": Verb("cowfs.cli.store.snapshots", "make a read-only snapshot", _SNAPSHOTS),

@@ -75,6 +75,10 @@ def _mount_row(status: MountStatus) -> tuple[str, ...]:
     where = shown(status.mountpoint) + ("" if status.here else " (another namespace)")
     if not status.alive:
         return (where, "?", "server is gone: cowfs umount clears it", "", "", "", "", "")
+    if not status.answers:
+        return (where, "?", "server does not answer: cowfs umount --force ends it", "", "", "", "", "")
+    if status.details.get("engine") == "kernel":
+        return (where, "-", shown(status.upper or "read-only"), "-", "-", "-", "-", "kernel")
     if not status.socket:
         return (where, "?", "another user's", "", "", "", "", "")
     return (
@@ -90,7 +94,13 @@ def _mount_row(status: MountStatus) -> tuple[str, ...]:
 
 
 def _mount_as_json(status: MountStatus) -> dict[str, object]:
-    return {**status.details, "mountpoint": status.mountpoint, "alive": status.alive, "here": status.here}
+    return {
+        **status.details,
+        "mountpoint": status.mountpoint,
+        "alive": status.alive,
+        "answers": status.answers,
+        "here": status.here,
+    }
 
 
 # -- usage -------------------------------------------------------------------------------------------------------------

@@ -67,6 +67,8 @@ def changes(upper: str, layers: Sequence[str], *, options: Options | None = None
     """
     from cowfs.union import Options, View
 
+    if isinstance(layers, str | bytes | os.PathLike):
+        raise InvalidArgument(f"layers are a sequence of directories, not one path: {layers!r}", remedy="[path]")
     options = options or Options(readonly=True)
     below = list(reversed(layers))
     for path in (upper, *below):

@@ -53,8 +53,7 @@ class Errands:
             except MemoryError:
                 stage.error = OSError(errno.ENOMEM, "no memory")
             except Exception:  # noqa: BLE001 - a bug must not end the server, nor publish half a copy; it is logged
-                self._session.report()
-                stage.error = OSError(errno.EIO, "bug")
+                stage.error = OSError(self._session.report(), "bug")
             self._session.post(done)
 
         def done() -> None:
@@ -68,8 +67,7 @@ class Errands:
             except MemoryError:
                 failure = OSError(errno.ENOMEM, "no memory")
             except Exception:  # noqa: BLE001 - a bug must not end the server; it is logged
-                self._session.report()
-                failure = OSError(errno.EIO, "bug")
+                failure = OSError(self._session.report(), "bug")
             if failure is not None:
                 opcode = abi.HEAD.unpack_from(request)[1]
                 self._session.reply(unique, opcode, codec.failure(unique, failure))
@@ -120,8 +118,7 @@ class Errands:
         except MemoryError:
             reply = codec.error(unique, errno.ENOMEM)
         except Exception:  # noqa: BLE001 - the same
-            self._session.report()
-            reply = codec.error(unique, errno.EIO)
+            reply = codec.error(unique, self._session.report())
         self._session.reply(unique, 0, reply)
 
     def _left(self, nodeid: int, *, exclusive: bool, first: bytes | None = None) -> None:

@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, TextIO, TypeVar
 
-from cowfs.errors import FailedPrecondition, Unsupported
+from cowfs.errors import CowfsError, FailedPrecondition, Unsupported
 from cowfs.fuse import abi, codec, device, handshake, log
 from cowfs.fuse.codec import ProtocolError
 from cowfs.fuse.deferred import Errands
@@ -74,6 +74,7 @@ NEVER: Final = 1 << 30
 #: Requests after which one that waits for what the kernel forgets is answered even though others keep coming.
 PATIENCE: Final = 64
 
+_SAID_MOST: Final = 1000
 _GONE: Final = (errno.ENODEV, errno.ECONNABORTED, errno.ENOTCONN)
 #: What a worker answers, when the loop does not: then the loop sleeps at once, which leaves the interpreter to the worker.
 HANDED_OVER: Final = frozenset((abi.FSYNC, abi.FSYNCDIR, abi.SYNCFS))
@@ -130,6 +131,7 @@ class Session:
         self._counts = [0] * abi.OPCODE_END
         self._mail: deque[Callable[[], None]] = deque()  # appended by any thread, emptied by the loop
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._said: set[str] = set()  # lines of damage that were logged
         self._errands = Errands(self, self.options.workers, self.options.most_jobs)
         self._stopping = False
         self._ended = False
@@ -193,6 +195,15 @@ class Session:
         if failure is not None:
             raise failure
         return outcome[1]  # type: ignore[no-any-return]
+
+    @property
+    def connected(self) -> bool:
+        """Whether the kernel still has the file system: false from its unmount on, also before :meth:`run` noticed. Any thread."""
+        if self._ended:
+            return False
+        poll = select.poll()
+        poll.register(self._fd, 0)
+        return not any(events & (select.POLLERR | select.POLLNVAL) for _, events in poll.poll(0))
 
     def has_held_requests(self) -> bool:
         """Whether requests wait for a copy-up or another job of their node. In the loop thread (see :meth:`call`)."""
@@ -416,14 +427,10 @@ class Session:
             return None
         return codec.failure(unique, error)
 
-    @staticmethod
-    def _bug(opcode: int, unique: int) -> bytes | None:
+    def _bug(self, opcode: int, unique: int) -> bytes | None:
         """The reply to a request whose handler failed unforeseen; call inside ``except``."""
-        if isinstance(sys.exception(), MemoryError):
-            log.no_memory("%s failed", abi.NAMES[opcode])
-            return None if opcode in _NO_REPLY else codec.error(unique, errno.ENOMEM)
-        log.exception("%s failed: answered EIO", abi.NAMES[opcode])
-        return None if opcode in _NO_REPLY else codec.error(unique, errno.EIO)
+        code = self.report(f"{abi.NAMES[opcode]} failed: answered EIO")
+        return None if opcode in _NO_REPLY else codec.error(unique, code)
 
     def _refuse(self, opcode: int, unique: int) -> None:
         log.warning("%s: a request of the wrong length was refused", abi.NAMES[opcode])
@@ -515,12 +522,25 @@ class Session:
         except BlockingIOError:
             pass
 
-    def report(self) -> None:
-        """Log an unforeseen error outside of any request; call inside ``except``. Any thread."""
-        if isinstance(sys.exception(), MemoryError):
-            log.no_memory("outside of any request")
-            return
-        log.exception("an unforeseen error outside of any request")
+    def report(self, what: str = "an unforeseen error outside of any request") -> int:
+        """Log an unforeseen error and return the errno that answers its request; call inside ``except``. Any thread.
+
+        A :class:`~cowfs.errors.CowfsError` tells of damage beneath the view, as of its index: one line, once. A lack of memory
+        is one line, too. Anything else is a bug: its traceback.
+        """
+        error = sys.exception()
+        if isinstance(error, MemoryError):
+            log.no_memory("%s", what)
+            return errno.ENOMEM
+        if not isinstance(error, CowfsError):
+            log.exception("%s", what)
+            return errno.EIO
+        line = str(error)
+        if line not in self._said:
+            if len(self._said) < _SAID_MOST:
+                self._said.add(line)
+            log.error("%s", line)
+        return error.errno
 
     # -- the kernel's cache -------------------------------------------------------------------
 

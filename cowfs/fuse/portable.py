@@ -29,7 +29,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final, TextIO, TypeVar
 
-from cowfs.errors import FailedPrecondition, InvalidArgument, Unsupported
+from cowfs.errors import CowfsError, FailedPrecondition, InvalidArgument, Unsupported
 from cowfs.fuse import device, log
 from cowfs.sys import mounts
 
@@ -91,6 +91,7 @@ class PortableSession:
         self._lock = threading.RLock()  # whoever holds it owns the view
         self._counts: dict[str, int] = {}
         self._ended = False
+        self._said = ""  # the last line of damage that was logged
         words = [word for word in options if word and word not in device.IGNORED]
         for word in words:
             if word not in mounts.OPTION_FLAGS:
@@ -117,6 +118,11 @@ class PortableSession:
     def counters(self) -> dict[str, int]:
         """Operations served so far, by name in capitals; only those that came."""
         return dict(self._counts)
+
+    @property
+    def connected(self) -> bool:
+        """Whether libfuse still serves the file system. Any thread."""
+        return not self._ended
 
     def call(self, fn: Callable[[], _T]) -> _T:
         """Run ``fn`` while no operation is being answered. Any thread. Raises ENODEV after the end."""
@@ -160,6 +166,16 @@ class PortableSession:
             with self._lock:
                 self._ended = True
 
+    def _report(self, error: Exception, label: str) -> int:
+        """Log what failed unforeseen; the errno of the answer. As :meth:`cowfs.fuse.loop.Session.report`."""
+        if not isinstance(error, CowfsError):
+            log.exception("%s failed: answered EIO", label)
+            return errno.EIO
+        if str(error) != self._said:
+            self._said = str(error)
+            log.error("%s", error)
+        return error.errno
+
     def serve(self, name: str, method: Callable[..., Any], arguments: Sequence[Any]) -> Any:
         """One operation: counted, traced, and never failing otherwise than by OSError."""
         with self._lock:
@@ -174,8 +190,7 @@ class PortableSession:
                 raise fail(error.errno or errno.EIO) from None
             except Exception as error:  # noqa: BLE001 - a bug must not end the server; it is logged
                 result = f"{type(error).__name__} -> EIO"
-                log.exception("%s failed: answered EIO", label)
-                raise fail(errno.EIO) from None
+                raise fail(self._report(error, label)) from None
             finally:
                 if self.trace is not None:
                     what = repr(arguments[0])[1:-1] if arguments and isinstance(arguments[0], str) else "-"

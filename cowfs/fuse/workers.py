@@ -47,7 +47,7 @@ class Workers:
         most: how many jobs may wait, each with descriptors of its own; whoever brings one more runs it.
     """
 
-    def __init__(self, limit: int, on_error: Callable[[], None], most: int = 256) -> None:
+    def __init__(self, limit: int, on_error: Callable[[], object], most: int = 256) -> None:
         self._limit = max(1, limit)
         self._most = most
         self._on_error = on_error

@@ -25,17 +25,28 @@ from dataclasses import dataclass, field
 
 from cowfs.errors import Corrupt, CowfsError, FailedPrecondition, NotFound, Unsupported
 from cowfs.index import events
+from cowfs.index.connection import BUSY_SECONDS, Connection, connect
 from cowfs.index.directory import EMPTY, Pair, root_digest
 from cowfs.index.transaction import Transaction
 from cowfs.model import Event, Info, Kind, Limit, Usage
+from cowfs.sys import files
 from cowfs.sys.faults import point
 
 __all__ = ["APPLICATION_ID", "FORMAT", "Index", "Row", "Tag"]
 
 APPLICATION_ID = 0x636F7766  # "cowf"
-BUSY_SECONDS = 60.0
-WAL_PAGES = 256
-"""Pages that the write-ahead log grows to, and is cut to after a large transaction: a megabyte, a quarter of SQLite's own."""
+
+SWEPT = 1000
+"""Records that one transaction of a sweep deletes."""
+
+_NO_ROOM = {
+    sqlite3.SQLITE_FULL: errno.ENOSPC,
+    sqlite3.SQLITE_IOERR: errno.EIO,
+    sqlite3.SQLITE_CANTOPEN: errno.EIO,
+    sqlite3.SQLITE_READONLY: errno.EROFS,
+    sqlite3.SQLITE_PERM: errno.EROFS,
+}
+"""What SQLite says where it cannot write, and the errno of it where the file system takes a file all the same."""
 
 MIGRATIONS: dict[int, str] = {
     # Format 1 had no such column: sharing a limit was told from the numbers, which a live snapshot's child has alone.
@@ -194,24 +205,6 @@ def _schema() -> str:
         return file.read()
 
 
-def _is_readonly(path: str) -> bool:
-    """Whether a file is on a file system that nobody can write, by this mount or another."""
-    try:
-        if not os.statvfs(path).f_flag & os.ST_RDONLY:
-            return False
-        dev = os.stat(path).st_dev
-    except OSError:
-        return False  # it is not there yet
-    from cowfs.sys.mounts import mountinfo
-
-    name = f"{os.major(dev)}:{os.minor(dev)}"
-    return any(entry.dev == name and b"ro" in entry.super_options.split(b",") for entry in mountinfo())
-
-
-class _Connection(sqlite3.Connection):
-    """A connection that can be referred to weakly (a thread that ends drops its own)."""
-
-
 class Index:
     """The index file of one store.
 
@@ -229,41 +222,52 @@ class Index:
         self.path = path
         self._fsync = fsync
         self._local = threading.local()
-        self._open: weakref.WeakSet[_Connection] = weakref.WeakSet()  # guarded by _lock
+        self._open: weakref.WeakSet[Connection] = weakref.WeakSet()  # guarded by _lock
         self._lock = threading.Lock()
+        self._closed = False
         if not create and not os.path.exists(path):
             raise NotFound(f"no index at {path}", remedy="make the store with 'cowfs init'")
         self._prepare()
 
     # ------------------------------------------------------------ connections
 
-    def _connection(self) -> _Connection:
+    def _connection(self) -> Connection:
         local = self._local
         if getattr(local, "pid", None) != os.getpid():
+            if self._closed:
+                raise FailedPrecondition(f"the store {os.path.dirname(self.path)} is closed", remedy="open it again")
             # A connection must not be used across a fork: the child drops it without closing.
             local.connection = self._connect()
             local.pid = os.getpid()
-        connection: _Connection = local.connection
+        connection: Connection = local.connection
+        if connection.seen is not None and connection.is_stale(self.path):
+            self.renew()
+            return self._connection()
         return connection
 
-    def _connect(self) -> _Connection:
-        path, frozen = self._as_uri() if _is_readonly(self.path) else (self.path, False)
-        connection = sqlite3.connect(
-            path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False, factory=_Connection, uri=frozen
-        )
-        connection.execute(f"PRAGMA synchronous = {'FULL' if self._fsync else 'OFF'}")
-        connection.execute("PRAGMA foreign_keys = ON")
-        connection.execute("PRAGMA cache_size = -16384")
-        connection.execute(f"PRAGMA wal_autocheckpoint = {WAL_PAGES}")
-        connection.execute(f"PRAGMA journal_size_limit = {WAL_PAGES * 4096}")
-        if frozen:
+    def _connect(self) -> Connection:
+        connection = connect(self.path, fsync=self._fsync)
+        if connection.refused:
             self._complete(connection)
         with self._lock:
             self._open.add(connection)
         return connection
 
+    @property
+    def refused(self) -> int:
+        """Why this thread's connection can write nothing: EROFS, ENOSPC or EDQUOT; 0 when it can."""
+        with self._errors():
+            return self._connection().refused
+
+    def renew(self) -> None:
+        """Open this thread's connection anew: there may be room now."""
+        connection = getattr(self._local, "connection", None)
+        self._local.pid = None
+        if connection is not None:
+            connection.close()
+
     @staticmethod
-    def _complete(connection: _Connection) -> None:
+    def _complete(connection: Connection) -> None:
         """Let an index that cannot be migrated look as if it had been; temporary names come before the file's own."""
         lacking = LACKING.get(int(connection.execute("PRAGMA user_version").fetchone()[0]))
         if lacking is None:
@@ -274,19 +278,9 @@ class Index:
             connection.execute(f"CREATE TEMP VIEW snapshots AS SELECT *, {lacking} FROM main.snapshots")
             connection.execute("CREATE TEMP TABLE configs (digest TEXT PRIMARY KEY, data TEXT NOT NULL)")
 
-    def _as_uri(self) -> tuple[str, bool]:
-        """(name, that it is a URI) under which SQLite opens a file that nobody can change: it wants to write one beside it."""
-        from urllib.parse import quote
-
-        if os.path.exists(f"{self.path}-wal") and os.path.getsize(f"{self.path}-wal"):
-            raise FailedPrecondition(
-                f"{self.path} was in use when its file system became read-only",
-                remedy="make it writable once: 'cowfs ls' will do",
-            )
-        return f"file:{quote(self.path)}?mode=ro&immutable=1", True
-
     def close(self) -> None:
-        """Close every thread's connection. Idempotent; using the index again opens it again."""
+        """Close every thread's connection. Idempotent; the index cannot be used any more."""
+        self._closed = True
         with self._lock:
             connections = list(self._open)
             self._open.clear()
@@ -298,8 +292,10 @@ class Index:
         with self._errors():
             connection = self._connection()
             version = self._version(connection)
-            if version == FORMAT or (version in LACKING and _is_readonly(self.path)):
+            if version == FORMAT or (version in LACKING and connection.refused):
                 return
+            if connection.refused:
+                raise OSError(connection.refused, os.strerror(connection.refused), self.path)
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("BEGIN IMMEDIATE")
             try:
@@ -321,7 +317,7 @@ class Index:
                 connection.execute("ROLLBACK")
                 raise
 
-    def _version(self, connection: _Connection) -> int:
+    def _version(self, connection: Connection) -> int:
         version = int(connection.execute("PRAGMA user_version").fetchone()[0])
         application = int(connection.execute("PRAGMA application_id").fetchone()[0])
         if version == 0 and not connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
@@ -335,7 +331,7 @@ class Index:
         return version
 
     @staticmethod
-    def _script(connection: _Connection, script: str) -> None:
+    def _script(connection: Connection, script: str) -> None:
         """Run statements inside the open transaction (``executescript`` would commit it)."""
         statement = ""
         for line in script.splitlines(keepends=True):
@@ -361,14 +357,12 @@ class Index:
                 f"the index {self.path} is damaged: {error}",
                 remedy="restore it from a backup; the layers beside it are untouched",
             )
-        if code == sqlite3.SQLITE_FULL:
-            return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.path)
-        if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM):
-            return OSError(errno.EROFS, os.strerror(errno.EROFS), self.path)
         if code == sqlite3.SQLITE_BUSY:
             return FailedPrecondition(f"the index {self.path} stayed locked for {BUSY_SECONDS:.0f} s")
-        if code in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN):
-            return OSError(errno.EIO, f"{error}", self.path)
+        if code in _NO_ROOM:
+            refused = files.why_no_room(os.path.dirname(self.path)) or _NO_ROOM[code]
+            text = str(error) if refused == errno.EIO else os.strerror(refused)
+            return OSError(refused, text, self.path)
         return CowfsError(f"the index {self.path}: {error}")
 
     @contextmanager
@@ -379,6 +373,11 @@ class Index:
         """
         with self._errors():
             connection = self._connection()
+            if connection.refused:
+                self.renew()
+                connection = self._connection()
+            if connection.refused:
+                raise OSError(connection.refused, os.strerror(connection.refused), self.path)
             connection.execute("BEGIN IMMEDIATE")
             try:
                 yield Transaction(connection)
@@ -539,7 +538,7 @@ class Index:
     def spool(self) -> str | None:
         """Where files without a name may be made: beside the index; None (the host's own place) where nothing can be written."""
         root = os.path.dirname(self.path)
-        return None if os.statvfs(root).f_flag & os.ST_RDONLY else root
+        return None if self.refused else root
 
     def record_children(self, digest: bytes) -> bytes | None:
         """The digests of the records that a directory record points at, one after another; None where it is not there."""
@@ -550,21 +549,31 @@ class Index:
     def sweep(self) -> int:
         """Delete the records that no snapshot's tree reaches; how many there were.
 
-        Reachable ones are found without the write lock; what snapshots made since then reach is
-        added under it.
+        Reachable ones are found without the write lock; what snapshots made since then reach is added under it, in each of
+        many short transactions, so that others wait for none of them long and the log stays small.
         """
         marked: set[bytes] = set()
         with self.read():
+            seen = self.changes()
             self._mark(marked)
-        with self.write() as change:
-            self._mark(marked)
-            every = self._connection().execute("SELECT digest FROM records")
-            unused = [digest for (digest,) in every if digest not in marked]
-            change.remove_records(unused)
-            change.drop_configs()
-            point("gc.swept")
+        every = [digest for (digest,) in self._connection().execute("SELECT digest FROM records")]
+        unused = [digest for digest in every if digest not in marked]
+        del every
+        deleted = 0
+        for at in range(0, len(unused), SWEPT) or (0,):
+            with self.write() as change:
+                others = self.changes() >> 40
+                if others != seen >> 40:  # somebody else wrote meanwhile
+                    self._mark(marked)
+                    seen = others << 40
+                now = [digest for digest in unused[at : at + SWEPT] if digest not in marked]
+                change.remove_records(now)
+                if at + SWEPT >= len(unused):
+                    change.drop_configs()
+                point("gc.swept")
+            deleted += len(now)
         point("gc.committed")
-        return len(unused)
+        return deleted
 
     def _mark(self, marked: set[bytes]) -> None:
         """Add the digests of all records that a snapshot's tree reaches."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -9,6 +10,13 @@ from cowfs.errors import Corrupt
 from cowfs.index.directory import Pair, Records, decode, entries, join
 
 __all__ = ["Handle", "IndexTree", "Seen"]
+
+_GARBLED = (struct.error, ValueError, IndexError)
+"""Errors of unpacking a record whose bytes are not what was written."""
+
+
+def _damaged(digest: bytes, error: Exception) -> Corrupt:
+    return Corrupt(f"the index has a damaged record {digest.hex()}: {error}", remedy="run 'cowfs check --repair'")
 
 
 class Handle(NamedTuple):
@@ -69,8 +77,12 @@ class _Names(Mapping[bytes, Seen]):
         return name in self._pairs
 
     def __getitem__(self, name: bytes) -> Seen:
-        entry = decode(self._pairs[name])
-        _, seen, base = self._handle
+        pair = self._pairs[name]
+        storage, seen, base = self._handle
+        try:
+            entry = decode(pair)
+        except _GARBLED as error:
+            raise _damaged(storage, error) from None
         path, handle = entry.path, None
         implied = join(base, name)
         if path is None and base != seen:
@@ -133,7 +145,11 @@ class IndexTree:
         kept = self._kept
         found = kept.pop(record, None)
         if found is None:
-            found = _Names(entries(self._records, record.storage), record, self._layers)
+            try:
+                pairs = entries(self._records, record.storage)
+            except _GARBLED as error:
+                raise _damaged(record.storage, error) from None
+            found = _Names(pairs, record, self._layers)
             if len(kept) >= self._limit:
                 del kept[next(iter(kept))]
         kept[record] = found

@@ -43,12 +43,14 @@ from cowfs.index.directory import (
 from cowfs.model import Usage
 from cowfs.row.map import Ref as RowRef
 from cowfs.sys import files, xattr
-from cowfs.union.inodes import ino_of_origin
+from cowfs.union.inodes import handle_of
 from cowfs.union.measure import Tally
 
-__all__ = ["KnownDigest", "Scanned", "locate", "scan_delta", "scan_full"]
+__all__ = ["KNOWS_LINKS", "KnownDigest", "Scanned", "locate", "scan_delta", "scan_full"]
 
 KEEP_OPEN = 128
+KNOWS_LINKS = 0x20
+"""In the flags of a root entry: the tree was recorded with what its files with several names are (since 2026-12)."""
 _DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FLUSH = 4096  # entries of a new directory that are kept before they are recorded
 _MANY = 64  # names of a big directory that are cheaper looked up together than one by one
@@ -150,12 +152,15 @@ class _Scan:
     ) -> None:
         self.root_fd = root_fd
         self.fs = files.fs_name(root_fd)
+        self.dev = os.fstat(root_fd).st_dev
+        self.decodes = True  # whether this process may open by handle
         self.num = num
         self.form = form
         self.base = base
         self.pending = Pending(records)
         self.known = known
         self.names: Mapping[int, int] = {}
+        self.links = True
         self.tally = Tally(self.fs, form)
         self.latest = 0
         self.counted: set[int] = set()  # inodes with several names
@@ -218,7 +223,10 @@ class _Scan:
             ref = frame.below
         path = None if frame.path == frame.implied else frame.path
         base = None if frame.base == frame.implied else frame.base
-        return encode(frame.name, frame.entry._replace(ref=ref, path=path, base=base))
+        entry = frame.entry._replace(ref=ref, path=path, base=base)
+        if not frame.path:
+            entry = entry._replace(flags=KNOWS_LINKS if self.links else 0)
+        return encode(frame.name, entry)
 
     def flush(self, frame: _Frame, writer: Writer) -> None:
         """Record what a new directory has so far, in the order of its names."""
@@ -275,7 +283,7 @@ class _Scan:
             mode, st.st_uid, st.st_gid, st.st_size, st.st_mtime_ns, st.st_ino, st.st_blocks,
             st.st_rdev if mode & 0o170000 in (stat.S_IFCHR, stat.S_IFBLK) else 0,
             names, target, self.visible(stored), self.num, frame.place(name, path), digest,
-            link=(self.num, st.st_ino) if names != 1 else None,
+            link=(self.num, st.st_ino) if names != 1 and self.links else None,
         )  # fmt: skip
 
 
@@ -315,7 +323,7 @@ class _Delta(_Scan):
             if below == EMPTY:
                 base = path
         if below == EMPTY and above is not None and form.origin in stored:  # a copy of one that a squash took away
-            ino = ino_of_origin(stored[form.origin], self.fs) or ino
+            ino = self._number(stored[form.origin]) or ino
         frame = _Frame(fd, name, path, _directory(st, self.num, self.visible(stored), ino), below, base, implied)
         frame.nested = opaque == b"x"
         if above is not None:
@@ -374,15 +382,34 @@ class _Delta(_Scan):
 
     def _origin(self, frame: _Frame, name: bytes, st: os.stat_result, value: bytes) -> int:
         """The inode number that a copied-up object keeps: that of the lower one, the same under all its names."""
-        number = ino_of_origin(value, self.fs)
-        if number or st.st_nlink > 1:  # the lower entry of that name may be another file
-            return number or st.st_ino
-        pair = frame.lower(self.pending, name)
-        if pair is not None:
-            entry = decode(pair)
-            if entry.type == stat.S_IFMT(st.st_mode):
-                return entry.ino
-        return ino_of_origin(value, self.fs) or st.st_ino
+        number = self._number(value)
+        if (
+            number is None and not self.decodes and st.st_nlink == 1
+        ):  # the lower entry of a further name may be another file
+            pair = frame.lower(self.pending, name)
+            if pair is not None:
+                entry = decode(pair)
+                if entry.type == stat.S_IFMT(st.st_mode):
+                    return entry.ino
+        return number or st.st_ino
+
+    def _number(self, origin: bytes) -> int | None:
+        """The number of the file that an ``origin`` names, if it is there: a number that was given again does not count."""
+        handle = handle_of(origin)
+        if handle is None or not self.decodes:
+            return None
+        try:
+            fd = files.open_handle(self.root_fd, *handle)
+        except PermissionError:
+            self.decodes = False
+            return None
+        except OSError:
+            return None
+        try:
+            st = os.fstat(fd)
+        finally:
+            os.close(fd)
+        return st.st_ino if st.st_dev == self.dev else None
 
 
 class _Full(_Scan):
@@ -487,6 +514,7 @@ def scan_delta(
     records: Records,
     known: KnownDigest | None = None,
     names: Mapping[int, int] | None = None,
+    links: bool = True,
 ) -> Scanned:
     """Read an overlay layer over its parent's tree.
 
@@ -498,13 +526,14 @@ def scan_delta(
         records: the index.
         known: digests of files that are known already.
         names: inode -> its names, for files that have further names outside the layer, which are about to go.
+        links: record which names are one file; without, the records are those of before 2026-12.
 
     Raises:
         Corrupt: a metacopy has no data beneath it, or the parent's records are incomplete.
         OSError: the layer cannot be read.
     """
     delta = _Delta(root_fd, num, form, base, records, known)
-    delta.names = names or {}
+    delta.names, delta.links = names or {}, links
     return delta.run()
 
 
@@ -517,11 +546,13 @@ def scan_full(
     records: Records,
     same: SameAsParent,
     known: KnownDigest | None = None,
+    links: bool = True,
 ) -> Scanned:
     """Read a layer that is a whole tree; ``usage`` is that of the whole tree.
 
     Args:
         same: asked about files that agree with the parent's in all attributes.
+        links: as for :func:`scan_delta`.
 
     Raises:
         Corrupt: the parent's records are incomplete.
@@ -530,9 +561,9 @@ def scan_full(
     own: set[int] = set()
     while True:
         scan = _Full(root_fd, num, form, base, records, known)
-        scan.same, scan.own = same, own
+        scan.same, scan.own, scan.links = same, own, links
         found = scan.run()
-        torn = scan.torn()
+        torn = scan.torn() if links else set()
         if not torn:
             return found
         own |= torn

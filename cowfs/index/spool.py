@@ -5,6 +5,7 @@ Rule: the file has no name (O_TMPFILE where the host has it), so a killed proces
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator, MutableMapping
 from typing import BinaryIO, NamedTuple
@@ -56,10 +57,28 @@ class Spill(MutableMapping[bytes, Two]):
         place = _Place(self._end, len(first), len(second))
         left = memoryview(first + second)
         while left:
-            count = os.pwrite(self._file.fileno(), left, self._end)
+            try:
+                count = os.pwrite(self._file.fileno(), left, self._end)
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT) or self._directory is None:
+                    raise
+                self._move()
+                continue
             self._end += count
             left = left[count:]
         return place
+
+    def _move(self) -> None:
+        """Go on in the host's temporary directory: the file system of ``directory`` is full."""
+        import shutil
+        import tempfile
+
+        assert self._file is not None
+        former, self._directory = self._file, None
+        self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  (lives as long as we do)
+        former.seek(0)
+        with former:
+            shutil.copyfileobj(former, self._file)
 
     def __getitem__(self, key: bytes) -> Two:
         found = self._held[key]

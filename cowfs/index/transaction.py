@@ -160,6 +160,19 @@ class Transaction:
             (diff_id, chain_id, form, num),
         )
 
+    def forget_archive(self, num: int) -> None:
+        """A layer is not the archive whose digest it has: neither it nor what stands on it is a layer of that image."""
+        self._set(num, {"diff_id": None, "diff_form": None})
+        self._connection.execute(
+            "WITH RECURSIVE above (num) AS (SELECT ? UNION SELECT s.num FROM snapshots AS s JOIN above ON s.parent = above.num)"
+            " UPDATE snapshots SET chain_id = NULL WHERE num IN above",
+            (num,),
+        )
+
+    def set_root(self, num: int, root: Pair) -> None:
+        """Record another tree for a committed snapshot."""
+        self._set(num, {"root_content": root[0], "root_storage": root[1]})
+
     def set_damage(self, num: int, why: str | None) -> None:
         """Put a snapshot in quarantine, or (None) take it out."""
         self._set(num, {"damage": why})

@@ -139,6 +139,12 @@ def explain(error: BaseException, spec: MountSpec) -> CowfsError | None:
             errno.EPERM: "the container must be allowed to use the device: --device /dev/fuse",
         }.get(error.errno or 0, "")
         return Unsupported(f"cannot open /dev/fuse: {os.strerror(error.errno or 0)}", remedy=remedy)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        full = where or spec.upper or spec.scratch or spec.mountpoint
+        return CowfsError(
+            f"cannot mount {spec.mountpoint}: {text}: {full}",
+            remedy="remove something from the file system that holds it",
+        )
     if error.errno in (errno.EPERM, errno.EACCES):
         return Unsupported(
             f"not permitted to mount {spec.mountpoint}: {text}{f' ({where})' if where else ''}",

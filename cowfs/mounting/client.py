@@ -18,13 +18,14 @@ from dataclasses import dataclass, replace
 from types import EllipsisType, TracebackType
 from typing import TYPE_CHECKING, Any
 
-from cowfs.errors import CowfsError, FailedPrecondition, InvalidArgument, NotFound
-from cowfs.model import Limit, Usage, parse_count, parse_size
+from cowfs.errors import FailedPrecondition, InvalidArgument, NotFound
+from cowfs.model import SMALLEST_LIMIT, Limit, Usage, parse_count, parse_size
 from cowfs.mounting import mountpoint, protocol
-from cowfs.mounting.request import HIDDEN, IdMap, MountSpec, find_layers
+from cowfs.mounting.request import HIDDEN, IdMap, MountSpec, find_layers, refuse_layer
 
 if TYPE_CHECKING:
     from cowfs.model import Change
+    from cowfs.sys.mounts import MountInfo
 
 __all__ = ["MountHandle", "MountStatus", "attach", "make_spec", "mount", "mounts", "umount"]
 
@@ -42,7 +43,8 @@ class MountStatus:
 
     Attributes:
         mountpoint: where.
-        alive: whether its server answers; of a dead one only ``mountpoint`` (and perhaps ``socket``) is known.
+        alive: whether its server is there; of a dead one only ``mountpoint`` (and perhaps ``socket``) is known.
+        answers: whether a server that is there answered in time; of one that did not, no more is known either.
         layers: bottom first.
         upper: the writable directory, or None.
         usage, limit: bytes and inodes; ``usage`` is None while a big upper layer without a limit is being counted.
@@ -54,6 +56,7 @@ class MountStatus:
 
     mountpoint: str
     alive: bool
+    answers: bool = True
     layers: tuple[str, ...] = ()
     upper: str | None = None
     readonly: bool = False
@@ -125,7 +128,7 @@ class MountHandle:
         """
         wanted: dict[str, int | None] = {}
         if not isinstance(size, EllipsisType):
-            wanted["bytes"] = None if size is None else parse_size(size)
+            wanted["bytes"] = None if size is None else parse_size(size, least=SMALLEST_LIMIT)
         if not isinstance(inodes, EllipsisType):
             wanted["inodes"] = None if inodes is None else parse_count(inodes)
         answer = self.ask("limit", **wanted) if wanted else self.ask("info")
@@ -196,7 +199,7 @@ def make_spec(
     from cowfs.sys.mounts import OPTION_FLAGS
 
     words = []
-    for word in options:
+    for word in options.split(",") if isinstance(options, str) else options:
         if word == "ro":
             readonly = True
         elif word in ("rw", "defaults", ""):
@@ -224,6 +227,7 @@ def make_spec(
                 "the layers have no common parent to keep a scratch upper in",
                 remedy="name one: --upper DIR; or mount with --read-only",
             )
+        refuse_layer(beside)
         scratch = _scratch(beside, ephemeral)
     return MountSpec(
         layers=found,
@@ -233,7 +237,7 @@ def make_spec(
         scratch=scratch,
         ephemeral=ephemeral,
         readonly=readonly,
-        size=None if size is None else parse_size(size),
+        size=None if size is None else parse_size(size, least=SMALLEST_LIMIT),
         inodes=None if inodes is None else parse_count(inodes),
         options=tuple(words),
         **more,
@@ -388,26 +392,32 @@ def mounts(*, everywhere: bool = False) -> list[MountStatus]:
     """
     found = []
     entries = {entry.dev: entry for entry in mountpoint.cowfs_mounts()}
-    answered = set()
+    asked = []
     for path in protocol.sockets():
-        entry = entries.get(protocol.device_of(path))
-        if entry is None and not everywhere:
-            if not _lives(path):
-                _sweep(path)
-            continue
-        try:
-            details, pid = protocol.introduce(path)
-        except CowfsError:
+        if everywhere or protocol.device_of(path) in entries:
+            asked.append(path)
+        elif not _lives(path):
             _sweep(path)
-            continue
-        where = details["mountpoint"] if entry is None else os.fsdecode(entry.target)
-        found.append(_status(where, path, {**details, "pid": pid}, here=entry is not None))
-        if entry is not None:
-            answered.add(entry.dev)
+    told = set()
+    for path, answer in protocol.ask_all(asked, "info"):
+        entry = entries.get(protocol.device_of(path))
+        if isinstance(answer, TimeoutError):
+            if entry is not None:
+                where = os.fsdecode(entry.target)
+                found.append(MountStatus(mountpoint=where, alive=True, answers=False, socket=path, details={}))
+                told.add(entry.dev)
+        elif isinstance(answer, OSError):
+            _sweep(path)
+        else:
+            where = answer["mountpoint"] if entry is None else os.fsdecode(entry.target)
+            found.append(_status(where, path, answer, here=entry is not None))
+            if entry is not None:
+                told.add(entry.dev)
     for entry in entries.values():
-        if entry.dev not in answered:
+        if entry.dev not in told:
             where = os.fsdecode(entry.target)
             found.append(MountStatus(mountpoint=where, alive=not mountpoint.is_dead(where, entry), details={}))
+    found += [_kernel_status(entry) for entry in mountpoint.kernel_mounts()]
     return sorted(found, key=lambda status: (not status.here, status.mountpoint))
 
 
@@ -426,6 +436,19 @@ def _sweep(path: str) -> None:
                 os.unlink(log)
     except OSError:
         pass
+
+
+def _kernel_status(entry: MountInfo) -> MountStatus:
+    """What mountinfo tells of a mount that the kernel serves."""
+    values = dict(option.partition(b"=")[::2] for option in entry.super_options.split(b","))
+    upper = values.get(b"upperdir")
+    return MountStatus(
+        mountpoint=os.fsdecode(entry.target),
+        alive=True,
+        upper=None if upper is None else os.fsdecode(upper),
+        readonly=upper is None,
+        details={"engine": "kernel", "id": os.fsdecode(entry.source.partition(b":")[2])},
+    )
 
 
 def _lives(path: str) -> bool:
@@ -476,6 +499,9 @@ def umount(target: PathLike, *, lazy: bool = False, force: bool = False, socket:
         entry = None  # the path is one of another mount namespace
     if entry is None and socket is None:
         raise NotFound(f"nothing is mounted at {path}", remedy=_ELSEWHERE)
+    if entry is not None and mountpoint.is_kernel_mount(entry):
+        mountpoint.detach(os.fsdecode(entry.target), lazy=lazy, force=force)
+        return
     if entry is not None and entry.fstype not in mountpoint.TYPES:
         raise NotFound(f"what is mounted at {path} is {entry.fstype}, not cowfs", remedy=f"umount {path}")
     where = os.fsdecode(entry.target) if entry is not None else path

@@ -1,35 +1,121 @@
-"""Who uses a directory: flock(2) on it, /proc/locks, and the kernel's overlay mounts, which take no lock."""
+"""Who uses a directory: flock(2) on it, /proc/locks, and the kernel's overlay mounts, which take no lock.
+
+A server holds its locks a little longer than its mount lives: umount(2) returns before the server has heard of it. So
+whoever wants a lock waits for a server whose mount is gone, and for nobody else: :func:`take`.
+"""
 
 from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, NamedTuple
 
-from cowfs.errors import FailedPrecondition
+from cowfs.errors import CowfsError, FailedPrecondition
 from cowfs.sys import locks
 
-__all__ = ["lock", "refuse_kernel_mount"]
+if TYPE_CHECKING:
+    from cowfs.mounting.notice import Notice
 
-_TRIES, _PAUSE = 40, 0.025  # one second: a server that was just unmounted from outside is still closing
+__all__ = ["Holder", "lock", "refuse_kernel_mount", "take"]
+
+GRACE = 1.0
+"""Seconds that a mount waits for a holder that nothing is known of."""
+ENDING = 60.0
+"""Seconds that a server whose mount is gone has for closing its files."""
+_PAUSE = 0.01
+
+
+class Holder(NamedTuple):
+    """Who holds a lock: a process (None: not known), and the notice of the mount that it serves, where it left one."""
+
+    pid: int | None
+    notice: Notice | None
+
+    def __str__(self) -> str:
+        who = f"process {self.pid}" if self.pid else "another process"
+        return who if self.notice is None else f"{who}, which serves the mount at {self.notice.mountpoint}"
+
+
+def take(fd: int, places: Iterable[str], *, shared: bool = False, grace: float = 0.0) -> Holder | None:
+    """Take the lock of an open directory: None when it could be had, else who has it.
+
+    Args:
+        fd: of the directory; the lock is held until it is closed.
+        places: directories where the holder's notice may be.
+        grace: seconds to wait for a holder that left no notice.
+    """
+    from cowfs.mounting import notice
+
+    begin = time.monotonic()
+    while not locks.lock(fd, shared=shared):
+        pid = locks.holder(fd)
+        told = [one for one in notice.found(places) if pid in (None, one.pid)]
+        patience = grace
+        if told:
+            patience = 0.0 if any(map(_is_mounted, told)) else ENDING
+        if time.monotonic() - begin >= patience:
+            if locks.lock(fd, shared=shared):  # it ended while it was asked
+                return None
+            return Holder(pid, told[0] if told else None)
+        time.sleep(_PAUSE)
+    return None
+
+
+def _is_mounted(told: Notice) -> bool:
+    """Whether a server that holds its lock still has its mount; else it is about to end.
+
+    Its device number tells little: it is free, and perhaps another mount's, from the moment of the unmount.
+    """
+    from cowfs.mounting import protocol
+
+    try:
+        with protocol.connect(told.socket, protocol.SHORT) as connection:
+            if protocol.peer(connection) not in (told.pid, 0):
+                return False  # another mount's
+            return bool(protocol.talk(connection, "alive", {})["connected"])
+    except (FileNotFoundError, ConnectionRefusedError):
+        return False
+    except (OSError, CowfsError, KeyError):
+        return _is_in_mountinfo(told)  # it hangs, or does not know the verb
+
+
+def _is_in_mountinfo(told: Notice) -> bool:
+    from cowfs.sys.mounts import mountinfo
+
+    for process in (told.pid, "self"):
+        try:
+            entries = mountinfo(process)
+        except OSError:
+            continue
+        return any(entry.dev == told.device and entry.fstype.startswith("fuse.cowfs") for entry in entries)
+    return True
 
 
 def lock(directory: str, *, shared: bool) -> int:
-    """A descriptor that holds the lock of a directory until it is closed; waits up to a second for it.
+    """A descriptor that holds the lock of a directory until it is closed; waits for a server that is ending.
 
     Raises:
-        FailedPrecondition: somebody else holds it; the message names the process.
+        FailedPrecondition: somebody else holds it; the message names the process, and its mount where it is known.
     """
+    from cowfs.mounting.upper_state import record_places
+
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    for attempt in range(_TRIES):
-        if locks.lock(fd, shared=shared):
-            return fd
-        if attempt < _TRIES - 1:
-            time.sleep(_PAUSE)
-    holder = locks.holder(fd)
+    try:
+        holder = take(fd, record_places(directory), shared=shared, grace=GRACE)
+    except BaseException:
+        os.close(fd)
+        raise
+    if holder is None:
+        return fd
     os.close(fd)
+    how = (
+        f"cowfs umount {holder.notice.mountpoint}"
+        if holder.notice
+        else "unmount that one first (cowfs mounts lists them)"
+    )
     raise FailedPrecondition(
-        f"{directory} is in use by {f'process {holder}' if holder else 'another process'}",
-        remedy="unmount that one first (cowfs mounts lists them), or use another --upper, or --ephemeral",
+        f"{directory} is in use by {holder}", remedy=f"{how}, or use another --upper, or --ephemeral"
     )
 
 

@@ -25,6 +25,16 @@ def cowfs_mounts() -> list[MountInfo]:
     return [entry for entry in mountinfo() if entry.fstype in TYPES]
 
 
+def kernel_mounts() -> list[MountInfo]:
+    """Mounts in this mount namespace that the kernel serves for a store of cowfs: overlays that say so in their source."""
+    return [entry for entry in mountinfo() if is_kernel_mount(entry)]
+
+
+def is_kernel_mount(entry: MountInfo) -> bool:
+    """Whether the kernel serves this mount for a store of cowfs."""
+    return entry.fstype == "overlay" and entry.source.startswith(b"cowfs:")
+
+
 def resolve(path: str) -> str:
     """Absolute, symbolic links of the parents followed, the last component left alone: it may be a dead mount."""
     parent, name = os.path.split(os.path.abspath(path))

@@ -30,7 +30,7 @@ from cowfs.mounting import protocol
 from cowfs.mounting.request import MountSpec
 from cowfs.mounting.server import Started, parse_report
 
-__all__ = ["close", "start"]
+__all__ = ["close", "start", "stay"]
 
 #: Seconds without a wish after which a nursery ends.
 IDLE = 3.0
@@ -52,6 +52,12 @@ _nursery: _Nursery | None = None  # guarded by _lock
 
 # ---------------------------------------------------------------------------------------------------------------
 # The client's side
+
+
+def stay(seconds: float) -> None:
+    """Let a nursery of this process, from the next one on, wait for so many seconds without a wish before it ends."""
+    global IDLE
+    IDLE = seconds
 
 
 def start(spec: MountSpec) -> Started:
@@ -264,7 +270,10 @@ def _serve(spec: MountSpec, cwd: str, report: int, errors: int) -> NoReturn:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.dup2(errors, 2)
     os.close(errors)
-    os.write(report, b"%d\n" % os.getpid())
+    try:
+        os.write(report, b"%d\n" % os.getpid())
+    except BrokenPipeError:
+        os._exit(1)  # the client was killed: nobody waits for this mount
     try:
         os.chdir(cwd)
     except OSError:

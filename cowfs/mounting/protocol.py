@@ -16,20 +16,22 @@ import socket
 import stat
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from cowfs import errors
 from cowfs.errors import CowfsError, FailedPrecondition
 
-__all__ = ["ask", "connect", "decode", "directories", "encode", "run_directory", "sockets"]
+__all__ = ["ask", "ask_all", "connect", "decode", "directories", "encode", "run_directory", "sockets"]
 
 SUFFIX = ".sock"
 _MAX_LINE = 64 << 20
 _UCRED = struct.Struct("3i")  # struct ucred, unix(7): pid, uid, gid
 TIMEOUT = 10.0
 """Seconds that a client waits for an answer."""
+SHORT = 2.0
+"""Seconds that a client waits for many answers together, of which it needs none."""
 
 
 def directories() -> list[str]:
@@ -169,6 +171,12 @@ def connect(path: str, timeout: float = TIMEOUT) -> socket.socket:
     return sock
 
 
+def peer(sock: socket.socket) -> int:
+    """The process that listens at the other end of a connection, 0 where this pid namespace does not show it (unix(7))."""
+    pid, _, _ = struct.unpack("iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return int(pid)
+
+
 def read_line(sock: socket.socket) -> bytes:
     """Up to and without the newline; what came, if the other side stops earlier.
 
@@ -229,19 +237,76 @@ def ask(path: str, verb: str, *, timeout: float = TIMEOUT, **arguments: Any) -> 
         return talk(sock, verb, arguments)
 
 
-def introduce(path: str, *, timeout: float = TIMEOUT) -> tuple[dict[str, Any], int | None]:
-    """(what a server says of itself, its process in our pid namespace, or None: it has no number here).
+def ask_all(
+    paths: Iterable[str], verb: str, *, timeout: float = SHORT
+) -> Iterator[tuple[str, dict[str, Any] | OSError]]:
+    """Ask one verb of several servers at once, and wait for all of them together.
 
-    Raises:
-        CowfsError: as :func:`ask`.
+    Yields:
+        (socket, answer), its ``pid`` as this process's pid namespace numbers it (None: not at all), and (socket, TimeoutError) for a server that did not answer in time, (socket, ConnectionError) for one
+        that is gone. Those that answer with an error are left out.
     """
+    import selectors
+
+    waiting = selectors.DefaultSelector()
     try:
-        sock = connect(path, timeout)
-    except OSError as error:
-        raise FailedPrecondition(f"no server at {path}: {error.strerror or error}") from None
-    with sock:
-        pid, _, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
-        return talk(sock, "info", {}), pid or None
+        for path in paths:
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+            try:
+                with short(path) as address:
+                    sock.connect(address)
+                sock.sendall(encode({"verb": verb}))
+            except OSError as error:  # EAGAIN: its queue is full, so it takes nobody in
+                sock.close()
+                yield path, TimeoutError(*error.args) if isinstance(error, BlockingIOError) else error
+                continue
+            pid, _, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+            waiting.register(sock, selectors.EVENT_READ, (path, [], pid or None))
+        end = time.monotonic() + timeout
+        while waiting.get_map():
+            ready = waiting.select(max(0.0, end - time.monotonic()))
+            if not ready:
+                break
+            for key, _ in ready:
+                assert isinstance(key.fileobj, socket.socket)
+                path, parts, pid = key.data
+                try:
+                    parts.append(key.fileobj.recv(1 << 16))
+                except OSError as error:
+                    waiting.unregister(key.fileobj)
+                    key.fileobj.close()
+                    yield path, error
+                    continue
+                if parts[-1] and not parts[-1].endswith(b"\n"):
+                    continue
+                waiting.unregister(key.fileobj)
+                key.fileobj.close()
+                if not parts[-1]:
+                    yield path, ConnectionResetError("the server ended without an answer")
+                    continue
+                answer = _answer(b"".join(parts))
+                if answer is not None:
+                    yield path, {**answer, "pid": pid} if "pid" in answer else answer
+        for key in list(waiting.get_map().values()):
+            yield key.data[0], TimeoutError("the server does not answer")
+    finally:
+        for key in list(waiting.get_map().values()):
+            assert isinstance(key.fileobj, socket.socket)
+            key.fileobj.close()
+        waiting.close()
+
+
+def _answer(line: bytes) -> dict[str, Any] | None:
+    try:
+        answer = decode(line).get("ok")
+    except ValueError:
+        return None
+    return answer if isinstance(answer, dict) else None
+
+
+def is_trusted(path: str) -> bool:
+    """Whether a control socket is in a directory that only this user can have put it in."""
+    return _is_private(os.path.dirname(path))
 
 
 def error_to(error: CowfsError) -> dict[str, str]:

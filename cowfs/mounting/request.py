@@ -14,10 +14,39 @@ from dataclasses import asdict, dataclass, fields
 
 from cowfs.errors import FailedPrecondition, InvalidArgument, NotFound
 
-__all__ = ["HIDDEN", "IdMap", "MountSpec", "check_directory", "find_layers"]
+__all__ = ["HIDDEN", "IdMap", "MountSpec", "check_directory", "find_layers", "refuse_layer"]
 
 HIDDEN = ".cowfs"
 """Directory beside the layers for what cowfs keeps there; ending of the one beside an upper."""
+
+_OF_A_ROOT = frozenset(
+    [
+        "bin",
+        "boot",
+        "dev",
+        "etc",
+        "home",
+        "lib",
+        "lib32",
+        "lib64",
+        "libx32",
+        "media",
+        "mnt",
+        "opt",
+        "proc",
+        "root",
+        "run",
+        "sbin",
+        "srv",
+        "sys",
+        "tmp",
+        "usr",
+        "var",
+    ]
+)
+"""Directories of a root file system (Filesystem Hierarchy Standard 3.0, section 3)."""
+
+_MARKS = tuple(f"{prefix}.overlay.{mark}" for prefix in ("trusted", "user") for mark in ("opaque", "origin", "impure"))
 
 IdMap = tuple[tuple[int, int, int], ...]
 
@@ -106,20 +135,63 @@ def find_layers(directory: str) -> tuple[str, ...]:
 
     Raises:
         NotFound: no such directory, or nothing in it.
-        InvalidArgument: a file, or a directory that looks like a root file system itself.
+        InvalidArgument: a file, a directory that looks like a root file system itself, or one that is a layer.
     """
     check_directory(directory, "the stack of layers")
     names = [e.name for e in os.scandir(directory) if not e.name.startswith(".") and e.is_dir()]
-    if "etc" in names and "usr" in names:
+    like = sorted(_OF_A_ROOT.intersection(names))
+    if len(like) > 1 or (like and len(like) == len(names)):
         raise InvalidArgument(
-            f"{directory} looks like a root file system, not like a directory of layers",
-            remedy=f"to use it as one layer: --layer {directory}",
+            f"{directory} looks like a root file system ({', '.join(like)}), not like a directory of layers",
+            remedy=f"to use it as one layer: --layer {directory}; layers of such names are given one by one",
         )
+    refuse_layer(directory)
     if not names:
         raise NotFound(
             f"no layers in {directory}", remedy="each sub-directory that is not hidden is a layer, bottom first"
         )
     return tuple(os.path.join(directory, name) for name in sorted(names, key=_numbers_as_numbers))
+
+
+def refuse_layer(directory: str) -> None:
+    """Refuse to keep something of ours in a directory that is a layer itself: it would show in every mount of that layer.
+
+    Told by the mark that an overlay leaves on a layer's root, by a store that the directory is a layer of, and by the record of
+    the stack above it.
+
+    Raises:
+        InvalidArgument: it is a layer.
+    """
+    path = os.path.realpath(directory)
+    above, name = os.path.split(path)
+    why = ""
+    if name == "fs" and os.path.exists(f"{above}/../../index.db"):
+        why = "is a layer of a store"
+    elif _is_recorded(path, above):
+        why = f"is a layer of the stack {above}"
+    else:
+        try:
+            marks = [mark for mark in os.listxattr(path) if mark.startswith(_MARKS)]
+        except OSError:
+            marks = []
+        if marks:
+            why = f"is a layer: it has the overlay's {marks[0]}"
+    if why:
+        raise InvalidArgument(
+            f"{directory} {why}, not a directory of layers", remedy=f"to use it as one layer: --layer {directory}"
+        )
+
+
+def _is_recorded(path: str, above: str) -> bool:
+    from cowfs.errors import Corrupt
+    from cowfs.mounting.upper_state import layers_of, read_record
+
+    place = os.path.join(above, HIDDEN)
+    try:
+        record = read_record(place)
+    except Corrupt:
+        return False
+    return record is not None and path in map(os.path.realpath, layers_of(place, record))
 
 
 def check_directory(path: str, what: str, *, mode: int = os.R_OK | os.X_OK) -> os.stat_result:

@@ -18,7 +18,9 @@ from collections.abc import Iterable, Sequence
 
 from cowfs.errors import FailedPrecondition, InvalidArgument, NotFound
 from cowfs.model import Limit
+from cowfs.mounting import notice
 from cowfs.mounting.holders import lock, refuse_kernel_mount
+from cowfs.mounting.notice import Notice
 from cowfs.mounting.request import MountSpec, check_directory
 from cowfs.mounting.upper_state import layers_of, limit_of, read_record, record_places, write_record
 from cowfs.mounting.volatile import check_volatile
@@ -48,6 +50,7 @@ class Stack:
         self._place: str | None = None  # directory of the record
         self._locks: list[int] = []
         self._ephemeral: str | None = None
+        self._notice: Notice | None = None
         self._made: list[str] = []  # directories that were not there before
 
     @classmethod
@@ -283,6 +286,25 @@ class Stack:
         os.chmod(upper, stat.S_IMODE(model.st_mode))
         os.utime(upper, ns=(model.st_atime_ns, model.st_mtime_ns))
 
+    def announce(self, told: Notice) -> None:
+        """Leave the server's notice beside the upper layer, where there is a place for it: a store's layer, or the record's."""
+        self._notice = told
+        directory = self._notice_place()
+        if directory is not None:
+            notice.leave(directory, told, alone=not self.spec.readonly)
+
+    def _notice_place(self) -> str | None:
+        if self.upper is None:
+            return None
+        above, name = os.path.split(self.upper)
+        if name == "fs" and os.path.exists(f"{above}/../../index.db"):
+            return above
+        return self._place
+
+    def announce_at(self, upper: str) -> str | None:
+        """Leave the notice beside a layer of the store that is about to become the upper; its path."""
+        return None if self._notice is None else notice.leave(os.path.dirname(upper), self._notice, alone=True)
+
     def lock_more(self, *directories: str) -> list[int]:
         """Lock directories that are about to become the writable pair; the locks are the caller's until
         :meth:`switched`.
@@ -305,6 +327,9 @@ class Stack:
 
     def switched(self, upper: str, work: str, locks: Sequence[int]) -> None:
         """The writable pair is another one from now on; the former one is let go."""
+        former = self._notice_place()
+        if former is not None:
+            notice.drop(former)
         for fd in self._locks:
             os.close(fd)
         self._locks = list(locks)
@@ -325,10 +350,19 @@ class Stack:
         self.limit = limit
         if self._place and self.upper and not self.spec.readonly:
             layers = [os.path.realpath(layer) for layer in self.spec.layers]
+            had = read_record(self._place)
+            if had is not None and layers == [os.path.realpath(layer) for layer in layers_of(self._place, had)]:
+                same = os.path.realpath(os.path.join(self._place, str(had["upper"]))) == self.upper
+                if same and limit_of(had) == (limit or Limit()):
+                    return  # nothing new, and perhaps no room to write it
             write_record(self._place, layers, self.upper, limit or Limit())
 
     def close(self) -> None:
-        """Drop an ephemeral upper, then the locks. Idempotent."""
+        """Take the notice away, drop an ephemeral upper, then the locks. Idempotent."""
+        place = self._notice_place() if self._notice is not None else None
+        if place is not None and self._notice is not None:
+            notice.remove(place, self._notice)
+            self._notice = None
         if self._ephemeral:
             _remove_tree(self._ephemeral)
             self._ephemeral = None

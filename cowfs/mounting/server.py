@@ -36,6 +36,7 @@ from cowfs.errors import CowfsError, InvalidArgument
 from cowfs.mounting import mountpoint, protocol
 from cowfs.mounting.assemble import explain, make_session, make_view, name_process, raise_file_limit, refused
 from cowfs.mounting.counting import Counter
+from cowfs.mounting.notice import Notice
 from cowfs.mounting.request import MountSpec
 from cowfs.mounting.resources import Stack
 from cowfs.mounting.verbs import basic
@@ -176,6 +177,7 @@ class Server:
         self.counter = Counter(self)
         self._report = report or _NoReport()
         self._listener: socket.socket | None = None
+        self._socket_inode = 0
         self._wakeup: tuple[socket.socket, socket.socket] | None = None
         self._listens = threading.Event()
         self._ending = threading.Event()
@@ -274,7 +276,10 @@ class Server:
             self.stack.close()
         if self._listener is not None:
             try:
-                os.unlink(self.socket)
+                if (
+                    os.stat(self.socket).st_ino == self._socket_inode
+                ):  # else another mount's, which has our device number now
+                    os.unlink(self.socket)
             except OSError:
                 pass
         if self.log and not self.spec.log:
@@ -337,12 +342,15 @@ class Server:
                     listener.bind(address)
             finally:
                 os.umask(before)
-            listener.listen(16)
+            listener.listen(128)
+            self._socket_inode = os.stat(unfinished).st_ino
             os.rename(unfinished, self.socket)
         except BaseException:
             listener.close()
             raise
         self._listener = listener
+        device = entry.dev if entry else f"0:pid{os.getpid()}"
+        self.stack.announce(Notice(self.socket, os.getpid(), target, device, self.spec.label))
         self._listens.set()
 
     def _hear(self) -> None:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Container
 
 from cowfs.row.chain import Chain
 from cowfs.row.extents import INFINITY, ZEROS
-from cowfs.row.map import Log, Ref
+from cowfs.row.map import RECORD_SIZE, Log, Ref
 from cowfs.sys import files, xattr
 from cowfs.union.quota import UNIT, units
 
@@ -102,13 +102,15 @@ class RowFile(Chain):
             if end < stop:
                 tail = bytes(self.fetch(end, stop))
         log = self._open_log()
+        space = self.rows.view.space
+        if space is not None and log is not None:
+            space.need(0, room=space.map_room(log.name, log.end + 2 * RECORD_SIZE))  # one more when it is synced
         affordable = self._afford(start, stop)
         if affordable <= offset:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if affordable < stop:
             stop = affordable
             data, tail = data[: stop - offset], tail[: max(0, stop - end)]
-        space = self.rows.view.space
         try:
             done = os.pwritev(fd, [part for part in (head, data, tail) if len(part)], start)
         except OSError:
@@ -249,7 +251,7 @@ class RowFile(Chain):
         if space is not None:
             space.count(node)
             if not mode & _PUNCH:
-                longer = -1 if mode & _KEEP else space.stretch(node, fd, offset)
+                longer = space.stretch(node, fd, max(offset, size + 1))
                 space.allocate(node, offset, length)
         try:
             files.fallocate(fd, mode, offset, length)

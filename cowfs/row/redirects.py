@@ -215,9 +215,8 @@ class Rows:
         below = [source for source in queue if source.layer.index < layer.index]
         if not below or below[0].path() != head:
             below = [root for root in view.roots if root.layer.index < layer.index]
-            for part in head.split(b"/") if head else ():
-                below = merge.merged_dirs(below, part, view.form, view.roots)
-                view.descriptors.trim()
+            if head:
+                below = merge.merged_dirs(below, head, view.form, view.roots)
         for number, source in enumerate(below):
             st = lstat(source, name)
             if st is None:

@@ -24,10 +24,11 @@ from typing import Any
 
 from cowfs import __version__
 from cowfs.errors import CowfsError, FailedPrecondition, InvalidArgument
+from cowfs.mounting import prefork
 from cowfs.service import logs, systemd
-from cowfs.service.api import df, images as images_api, system
+from cowfs.service.api import containers as containers_api, df, images as images_api, registry, streams, system, trees
 from cowfs.service.api.routing import Route, Table
-from cowfs.service.containers import Containers
+from cowfs.service.containers.manager import Containers
 from cowfs.service.doors import Door, Loop, open_doors
 from cowfs.service.errors import ApiError, status_of
 from cowfs.service.http import Exchange, Reply, json_reply
@@ -46,7 +47,15 @@ _LIMITS = ("size", "inodes")
 
 def tables() -> Table:
     """The routes of all parts of the API."""
-    routes: list[Route] = [*system.ROUTES, *images_api.ROUTES, *df.ROUTES]
+    routes: list[Route] = [
+        *system.ROUTES,
+        *registry.ROUTES,
+        *images_api.ROUTES,
+        *df.ROUTES,
+        *containers_api.ROUTES,
+        *streams.ROUTES,
+        *trees.ROUTES,
+    ]
     return Table(routes)
 
 
@@ -69,7 +78,7 @@ class Service:
         self.default_limit = {key: value for key, value in _pairs(options.storage_opt) if key in _LIMITS}
         self.requests: dict[tuple[str, int], int] = {}  # guarded by _lock: (method, status) -> how many
         self.seconds = 0.0  # guarded by _lock: spent in handlers
-        self.containers = Containers()
+        self.containers = Containers(self)
         self.images = Images(store, self.containers.users)
         self.table = tables()
         self.loop: Loop | None = None
@@ -142,6 +151,7 @@ class Service:
             found.append("WARNING: a TCP door is open to anybody who can reach it (--insecure)")
         if not self.runtime_program():
             found.append("WARNING: no OCI runtime: containers cannot be started (install runc or crun)")
+        found.append("WARNING: no bridge network: a container has a loopback interface only, unless --network host")
         return found
 
     @staticmethod
@@ -269,12 +279,16 @@ def run(options: Options, reread: Callable[[], Options]) -> int:
     os.makedirs(run_dir, mode=0o700, exist_ok=True)
     with open_store(options) as store, only_instance(store):
         service = Service(options, store, run_dir)
+        prefork.stay(365 * 86400.0)
+        service.containers.take_over()
+        service.containers.spawner.warm_up()
         doors = open_doors(options, os.path.join(run_dir, "docker.sock"))
         try:
             return _serve(service, doors, reread)
         finally:
             for door in doors:
                 door.close()
+            service.containers.close()
 
 
 def _serve(service: Service, doors: list[Door], reread: Callable[[], Options]) -> int:

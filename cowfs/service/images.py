@@ -165,6 +165,13 @@ class Images:
         """The ids of all images."""
         return [image.id for image in self.all()]
 
+    def name_of(self, id: str, name: str) -> str:
+        """What to call the image of a container: by the name that it was asked for, if that still means it, else its id."""
+        try:
+            return name if self.get(name).id == id else id
+        except (NotFound, ApiError):
+            return id
+
     def _document_of(self, name: str) -> str:
         """The configuration of a tree that came without one."""
         return self._store.image(name).config.decode()
@@ -299,14 +306,16 @@ class Images:
         for reference in wanted:
             image = self.get(reference)
             names = image.tags if _PREFIX.fullmatch(reference) else (references.parse(reference).familiar,)
-            made = self._store.image(image.stored[0])
-            outs.append(
-                formats.OutImage(config=image.document.encode(), layers=made.layers, tags=names)
-                if image.diff_ids == [layer.diff_id for layer in made.layers]
-                else made
-            )
+            outs.append(self.as_output(image, names))
             self._told("save", image.id, names[0] if names else image.id)
         formats.write_docker(out, _together(outs), spool_dir=self._store.root)
+
+    def as_output(self, image: Image, names: Iterable[str] = ()) -> formats.OutImage:
+        """An image as an archive or a registry gets it."""
+        made = self._store.image(image.stored[0])
+        if image.diff_ids == [layer.diff_id for layer in made.layers]:
+            return formats.OutImage(config=image.document.encode(), layers=made.layers, tags=list(names))
+        return made
 
     def tag(self, reference: str, name: str) -> None:
         """Give an image one more name."""

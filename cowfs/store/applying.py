@@ -17,6 +17,7 @@ from cowfs.index.directory import DIGEST, Pair, Records
 from cowfs.store.checking import UpkeepVerbs
 from cowfs.store.digest_table import ByInode
 from cowfs.store.layers import UNKNOWN, KeptDigests, SameData, hold, mark_time, marked_time, unmark, untouched
+from cowfs.store.reserve import names_full
 from cowfs.sys import xattr
 from cowfs.sys.faults import point
 
@@ -36,6 +37,7 @@ Progress = Callable[[str, int, int], None]
 class ArchiveVerbs(UpkeepVerbs):
     """apply, and the ids that come of it."""
 
+    @names_full
     def apply(
         self,
         key: str,

@@ -14,6 +14,7 @@ from cowfs.index.directory import Pending, decode, entries, join
 from cowfs.model import Kind, Limit
 from cowfs.store import layers
 from cowfs.store.compacting import CompactionVerbs
+from cowfs.store.reserve import names_full
 from cowfs.sys import trees
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ class BlockVerbs(CompactionVerbs):
             except OSError as error:
                 raise CowfsError(f"export of {name!r} stopped: {error.strerror}") from None
 
+    @names_full
     def apply_blocks(self, key: str, stream: BinaryIO) -> blocks.Counts:
         """Make the changes of a block-level difference in an active snapshot.
 

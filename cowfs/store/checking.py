@@ -21,8 +21,10 @@ from cowfs.errors import Corrupt
 from cowfs.index.database import Row
 from cowfs.index.directory import Entry, Pair, Ref, children_of, decode, entries, join, root_digest
 from cowfs.model import Usage
+from cowfs.store import kernel_image
 from cowfs.store.layers import KeptDigests, SameData, file_digest
 from cowfs.store.mounts import MountVerbs
+from cowfs.store.reserve import names_full
 from cowfs.store.staging import NEW, RM, orphans, sweep
 
 __all__ = ["Collected", "Problem", "Report", "Totals", "UpkeepVerbs"]
@@ -44,7 +46,7 @@ class Problem:
     """One thing that is wrong.
 
     Attributes:
-        kind: ``garbage``, ``layer``, ``records``, ``content`` or ``index``.
+        kind: ``garbage``, ``layer``, ``records``, ``content``, ``archive``, ``links`` or ``index``.
         name: the snapshot it is about; "" for garbage.
         what: one line.
         repaired: what was done about it, "" for nothing.
@@ -74,8 +76,10 @@ class Report:
 
     @property
     def damage(self) -> list[Problem]:
-        """All problems but garbage and what was mended."""
-        return [problem for problem in self.problems if problem.kind != "garbage" and not problem.repaired]
+        """All problems but garbage, what was mended, and links that the kernel may have broken."""
+        return [
+            problem for problem in self.problems if problem.kind not in ("garbage", "links") and not problem.repaired
+        ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,15 +104,21 @@ class Totals:
 class UpkeepVerbs(MountVerbs):
     """gc, check and what the store is made of."""
 
+    @names_full
     def gc(self) -> Collected:
         """Delete the directories and records that nothing records.
 
         Snapshots are never deleted, whatever their names or tags.
         """
-        directories = sweep(self.driver, self.index, everything=True)
-        records = self.index.sweep()
-        with self.index.write() as change:
-            change.record_event("store", "gc", "", {"directories": str(len(directories)), "records": str(records)})
+        directories = self._freeing(lambda: sweep(self.driver, self.index, everything=True))
+        directories += self._freeing(lambda: kernel_image.sweep(self.driver, self.index))
+        records = self._freeing(self.index.sweep)
+
+        def tell() -> None:
+            with self.index.write() as change:
+                change.record_event("store", "gc", "", {"directories": str(len(directories)), "records": str(records)})
+
+        self._freeing(tell)
         return Collected(directories=tuple(directories), records=records)
 
     def totals(self) -> Totals:
@@ -124,20 +134,40 @@ class UpkeepVerbs(MountVerbs):
             host_free=host.f_bavail * host.f_frsize,
         )
 
+    @names_full
     def check(self, *, content: bool = False, repair: bool = False, progress: Progress | None = None) -> Report:
         """Verify the store.
 
         Args:
-            content: also read every file whose digest is known, and list those without one.
-            repair: delete garbage, rebuild records, put in quarantine what cannot be helped.
+            content: also read every file whose digest is known, and list those without one; make archives again whose diff
+                ids are kept, compare whole layers with their records, look for broken links (:mod:`cowfs.store.damage`).
+            repair: delete garbage, rebuild records, record a whole layer as it is, forget a diff id that is wrong, put in
+                quarantine what cannot be helped.
             progress: told how far it is.
 
         Returns:
             The report; an intact store has no ``problems``.
         """
+        if repair:
+            return self._freeing(lambda: self._check(content, repair, progress))
+        return self._check(content, repair, progress)
+
+    def _check(self, content: bool, repair: bool, progress: Progress | None) -> Report:
         report = Report()
         self._check_database(report)
         self._check_garbage(report, repair)
+        if content:
+            for path, what in kernel_image.damaged(self.driver):
+                if repair:
+                    os.unlink(path)
+                report.problems.append(
+                    Problem(
+                        kind="image",
+                        name=os.path.basename(path),
+                        what=what,
+                        repaired="removed: it is made again" if repair else "",
+                    )
+                )
         rows = list(self.index.rows())
         good: dict[bytes, bool] = {}
         bad: dict[int, str] = {}
@@ -155,7 +185,7 @@ class UpkeepVerbs(MountVerbs):
                 if progress is not None:
                     progress("content", at, len(rows))
                 if row.root is not None and row.num not in bad:
-                    self._check_content(report, row)
+                    self._check_content(report, row, repair)
         if repair:
             self._quarantine(report, rows, bad)
         return report
@@ -227,21 +257,30 @@ class UpkeepVerbs(MountVerbs):
 
     def _rebuild(self, row: Row) -> bool:
         """Make a snapshot's records anew from its layer; whether they are the ones that the row names."""
-        try:
-            scanned = self._scan(row, KeptDigests.load(self.driver, row.id))
-        except (Corrupt, OSError):
-            return False
-        if scanned.root != row.root:
-            return False
-        with self.index.write() as change:
-            change.replace_records(scanned.pending.new)
-        return True
+        for links in (True, False):  # as cowfs records a tree, and as it did before 2026-12
+            try:
+                scanned = self._scan(row, KeptDigests.load(self.driver, row.id), links=links)
+            except (Corrupt, OSError):
+                return False
+            if scanned.root == row.root:
+                with self.index.write() as change:
+                    change.replace_records(scanned.pending.new)
+                return True
+        return False
 
-    def _check_content(self, report: Report, row: Row) -> None:
+    def _check_content(self, report: Report, row: Row, repair: bool) -> None:
+        from cowfs.store import damage
+
         parent = self.index.by_num(row.parent).root if row.parent is not None else None
         data = SameData(self.driver, self.index)
         assert row.root is not None
-        for path, where, entry in self._own_files(row.num, parent, row.root):
+        root: Pair = row.root
+        if self.driver.whole:
+            root = self._check_whole(report, row, parent, repair)
+        elif damage.is_old(root):
+            for what in damage.several_with_one_number(self.index, parent, root):
+                report.problems.append(Problem(kind="links", name=row.name, what=what))
+        for path, where, entry in self._own_files(row.num, parent, root):
             report.files += 1
             if entry.digest is None:
                 if entry.size:
@@ -257,6 +296,25 @@ class UpkeepVerbs(MountVerbs):
             if not right:
                 what = f"{os.fsdecode(path)!r} in layer {row.id} is not what was committed"
                 report.problems.append(Problem(kind="content", name=row.name, what=what))
+
+    def _check_whole(self, report: Report, row: Row, parent: Pair | None, repair: bool) -> Pair:
+        """Compare a whole layer with its records; a repair records what the layer holds, which is what users see.
+
+        Returns:
+            The root entry that is recorded now.
+        """
+        from cowfs.store import damage
+
+        assert row.root is not None
+        found = damage.compare_whole(self.driver, self.index, row, parent)
+        mends = bool(repair and found.lines and found.mendable)
+        if mends:
+            with self.index.write() as change:
+                change.add_records(found.scanned.pending.new)
+                change.set_root(row.num, found.scanned.root)
+        done = "recorded as it is" if mends else ""
+        report.problems += [Problem(kind="content", name=row.name, what=what, repaired=done) for what in found.lines]
+        return found.scanned.root if mends else row.root
 
     def _own_files(self, num: int, parent: Pair | None, root: Pair) -> Iterator[tuple[bytes, bytes, Entry]]:
         """(path, path in the layer, entry) of the regular files whose data is in layer ``num``."""
@@ -299,6 +357,12 @@ class UpkeepVerbs(MountVerbs):
         """Snapshots in quarantine, and why."""
         return [(row.name, row.damage or "") for row in self.index.damaged()]
 
+    def _why_this_driver(self) -> str:
+        try:
+            return "; ".join(self.driver.probe(self.root).reasons)
+        except OSError as error:
+            return f"cannot be tried now: {error.strerror}"
+
     def describe(self) -> dict[str, str]:
         """What ``cowfs info`` shows: driver, layer form, host file system, how mounts are made, and why."""
         from cowfs.model import Limit
@@ -312,7 +376,7 @@ class UpkeepVerbs(MountVerbs):
         told = {
             "root": self.root,
             "driver": self.driver.name,
-            "why": "; ".join(self.driver.probe(self.root).reasons),
+            "why": self._why_this_driver(),
             "form": self.driver.form.name,
             "host": host,
             "uuid": self.index.meta("uuid") or "",
@@ -320,4 +384,5 @@ class UpkeepVerbs(MountVerbs):
         }
         sample = self.driver.mounts("sample", ["below"] if not self.driver.whole else [], limit=Limit())[0]
         told["records"] = sample.type
+        told["kernel mounts"] = kernel_image.how(self.driver)
         return told

@@ -14,6 +14,7 @@ from cowfs.index.database import Row
 from cowfs.model import Info
 from cowfs.store import layers
 from cowfs.store.live import LiveVerbs
+from cowfs.store.reserve import names_full
 
 __all__ = ["Compacted", "CompactionVerbs"]
 
@@ -54,6 +55,7 @@ class CompactionVerbs(LiveVerbs):
             self.compact(key)
         return super().commit(key, name, labels=labels, digests=digests)
 
+    @names_full
     def compact(self, key: str, *, share: float | None = None, on_progress: OnProgress | None = None) -> Compacted:
         """Turn redirect files, most of which was written, into plain files. Reading and writing go on meanwhile.
 
@@ -76,7 +78,7 @@ class CompactionVerbs(LiveVerbs):
             raise Unsupported(
                 f"the driver {self.driver.name} has nothing to compact", remedy="it is for the driver row"
             )
-        server = self._server_of(row)
+        server = self._server_of(row, made_by="store")
         if server is not None:
             return self._compact_mounted(server, share, on_progress)
         with layers.hold(self.driver, row, "compact"):

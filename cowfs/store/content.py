@@ -86,7 +86,7 @@ class IndexedTree:
             mtime=entry.mtime_ns,
             rdev=owner.rdev,
             nlink=max(1, entry.nlink),
-            ident=(entry.layer, entry.ino),
+            ident=entry.file,
         )
 
     def names(self, path: bytes) -> list[bytes]:

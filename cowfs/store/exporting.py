@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
 from cowfs import archive, images
-from cowfs.errors import InvalidArgument, NotFound
+from cowfs.errors import Corrupt, InvalidArgument, NotFound
 from cowfs.index import compare
 from cowfs.index.database import Row
 from cowfs.index.directory import Pending
 from cowfs.model import Change, Kind
 from cowfs.store import layers
 from cowfs.store.applying import HEADERS, ArchiveVerbs, Progress, counter
+from cowfs.store.checking import Problem, Report
+from cowfs.store.layers import unmark
+from cowfs.store.reserve import FULL
 from cowfs.sys.atomic import replacing
 
 __all__ = ["FORMATS", "NO_LAYER", "ExportVerbs"]
@@ -77,13 +81,19 @@ class ExportVerbs(ArchiveVerbs):
             )
         found = self._images(name, row)
         where = target if not isinstance(target, os.PathLike) else os.fspath(target)
+        spool = self._spool(row)
         if format == "oci":
-            images.write_oci(
-                where, found, directory=directory, compression=compression or "gzip", spool_dir=self.index.spool
-            )
+            images.write_oci(where, found, directory=directory, compression=compression or "gzip", spool_dir=spool)
         else:
-            images.write_docker(where, found, spool_dir=self.index.spool)
+            images.write_docker(where, found, spool_dir=spool)
         return row.name
+
+    def _spool(self, row: Row) -> str | None:
+        """Where a layer waits for its digest: in the store; None (the host's temporary directory) where it has no room."""
+        host = os.statvfs(self.root)
+        used = [self.index.by_num(num).usage for num, _ in self.index.chain(row.num)]
+        most = max((usage.bytes for usage in used if usage is not None), default=0)
+        return self.index.spool if most <= host.f_bavail * host.f_frsize else None
 
     def image(self, name: str) -> images.OutImage:
         """A committed snapshot or a tag as an image: its configuration, and layers that can be written.
@@ -153,9 +163,12 @@ class ExportVerbs(ArchiveVerbs):
                 with open(os.devnull, "wb") as nowhere:
                     diff_id = self._write_layer(each, nowhere, "none", None)
                 chain_id = self._chain_id(each.parent, diff_id)
-                if self.index.spool is not None:  # a store that can only be read finds it anew each time
+                try:
                     with self.index.write() as change:
                         change.set_archive(num, diff_id, chain_id, form=archive.FORM)
+                except OSError as error:
+                    if error.errno not in {errno.EROFS, *FULL}:
+                        raise  # a store that can only be read finds it anew each time
             found.append(diff_id)
         return found
 
@@ -168,6 +181,24 @@ class ExportVerbs(ArchiveVerbs):
                 return bool(archive.read_trailer(log).get("complete"))
         except FileNotFoundError:
             return False
+
+    def _check_content(self, report: Report, row: Row, repair: bool) -> None:
+        """As :meth:`UpkeepVerbs._check_content`; and a layer that leaves as its archive is that archive."""
+        super()._check_content(report, row, repair)
+        if not self._is_archived(row):
+            return
+        try:
+            with open(os.devnull, "wb") as nowhere:
+                self._write_layer(row, nowhere, "none", None)
+        except Corrupt as error:
+            done = ""
+            if repair:
+                with self.index.write() as change:
+                    change.forget_archive(row.num)
+                unmark(f"{self.driver.directory(row.id)}/{HEADERS}")
+                done = "its diff id is forgotten"
+            what = f"layer {row.id} is not the archive {row.diff_id}: {error.message}"
+            report.problems.append(Problem(kind="archive", name=row.name, what=what, repaired=done))
 
     def _write_tar(self, row: Row, out: BinaryIO, compression: str, progress: Progress | None) -> str:
         pending = Pending(self.index)

@@ -26,6 +26,7 @@ from cowfs.store.exporting import ExportVerbs
 from cowfs.store.layers import known_digest, mark_copied
 from cowfs.store.names import check_name, new_id
 from cowfs.store.owners import policy_of
+from cowfs.store.reserve import names_full
 from cowfs.store.staging import Staged
 from cowfs.sys import trees
 from cowfs.sys.faults import point
@@ -41,6 +42,7 @@ __all__ = ["ImageVerbs"]
 class ImageVerbs(ExportVerbs):
     """import."""
 
+    @names_full
     def import_image(
         self,
         source: str | os.PathLike[str] | BinaryIO,
@@ -269,7 +271,7 @@ class _Import:
             self._applied, self._digests = store._unpack(
                 driver.directory(layer.staged),
                 stream,
-                _Awaited(store, below) if parent is not None or not driver.whole else None,
+                _Awaited(store, below, self._options.owners) if parent is not None or not driver.whole else None,
                 self._options,
                 self._layer.diff_id,
                 counter(
@@ -355,7 +357,10 @@ class _Awaited:
     Threads: belongs to the worker that unpacks the layer.
     """
 
-    def __init__(self, store: ImageVerbs, below: Future[Row | None]) -> None:
+    def __init__(self, store: ImageVerbs, below: Future[Row | None], owners: str) -> None:
+        # The root is root's, but ours where this user cannot give it away and no attribute records its owner.
+        ours = os.geteuid() and owners != "xattr"
+        self._uid, self._gid = (os.geteuid(), os.getegid()) if ours else (0, 0)
         self._store = store
         self._below = below
         self._tree: IndexedTree | None = None
@@ -369,7 +374,7 @@ class _Awaited:
 
     def stat(self, path: bytes) -> archive.LowerStat | None:
         if not path:
-            return archive.LowerStat(mode=0o040755, uid=0, gid=0, size=0, mtime=0)
+            return archive.LowerStat(mode=0o040755, uid=self._uid, gid=self._gid, size=0, mtime=0)
         tree = self._get()
         return tree.stat(path) if tree is not None else None
 

@@ -18,11 +18,21 @@ from contextlib import contextmanager
 from cowfs.errors import FailedPrecondition
 from cowfs.sys.locks import lock_byte
 
-__all__ = ["turn"]
+__all__ = ["prepare", "turn"]
 
 FILE = "live.lock"
 _BYTES = 1 << 20
 _PATIENCE, _PAUSE = 600.0, 0.02  # seconds
+
+
+def prepare(root: str) -> None:
+    """Make the file while there is room for it."""
+    if not os.path.exists(f"{root}/{FILE}"):
+        os.close(_open(root))
+
+
+def _open(root: str) -> int:
+    return os.open(f"{root}/{FILE}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
 
 @contextmanager
@@ -35,7 +45,7 @@ def turn(root: str, *keys: str, wait: bool = True) -> Iterator[bool]:
     Raises:
         FailedPrecondition: others took ten minutes.
     """
-    fd = os.open(f"{root}/{FILE}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fd = _open(root)
     try:
         end = time.monotonic() + _PATIENCE
         mine = True

@@ -19,6 +19,8 @@ from cowfs.driver.interface import Driver
 from cowfs.errors import Corrupt, FailedPrecondition
 from cowfs.index.database import Index, Row
 from cowfs.index.directory import Entry
+from cowfs.mounting.holders import take
+from cowfs.mounting.notice import drop as drop_notices
 from cowfs.store.digest_table import ByInode
 from cowfs.sys import files, locks, trees, xattr
 from cowfs.sys.mounts import mountinfo
@@ -31,6 +33,7 @@ __all__ = [
     "Unchanged",
     "file_digest",
     "hold",
+    "is_locked",
     "kernel_mount_of",
     "known_digest",
     "mark_copied",
@@ -38,7 +41,6 @@ __all__ = [
     "marked_time",
     "unmark",
     "untouched",
-    "user_of",
 ]
 
 KEPT = "cowfs-digests"
@@ -59,7 +61,7 @@ def known_digest(value: bytes | None) -> bytes | None:
 
 @contextmanager
 def hold(driver: Driver, row: Row, verb: str, *, missing_ok: bool = False) -> Iterator[None]:
-    """Be the only user of a layer's tree.
+    """Be the only user of a layer's tree; a server whose mount is gone is waited for.
 
     Raises:
         FailedPrecondition: a mount or another verb uses it; the message says which.
@@ -74,12 +76,14 @@ def hold(driver: Driver, row: Row, verb: str, *, missing_ok: bool = False) -> It
             return
         raise Corrupt(f"the layer of {row.name!r} is gone: {tree}", remedy="run 'cowfs check'") from None
     try:
-        if not locks.lock(fd):
-            pid = locks.holder(fd)
+        holder = take(fd, [driver.directory(row.id)])
+        if holder is not None:
+            how = f"cowfs umount {holder.notice.mountpoint}" if holder.notice else "wait for it, or end it"
             raise FailedPrecondition(
-                f"{row.name!r} is in use by {f'process {pid}' if pid else 'another process'}: cannot {verb} it",
-                remedy="unmount it first, or use 'cowfs snapshot'" if verb == "commit" else "unmount it first",
+                f"{row.name!r} is in use by {holder}: cannot {verb} it",
+                remedy=f"{how}, or use 'cowfs snapshot'" if verb == "commit" else how,
             )
+        drop_notices(driver.directory(row.id))
         where = kernel_mount_of(tree)
         if where is not None:
             raise FailedPrecondition(
@@ -90,15 +94,16 @@ def hold(driver: Driver, row: Row, verb: str, *, missing_ok: bool = False) -> It
         os.close(fd)
 
 
-def user_of(driver: Driver, row: Row) -> str | None:
-    """Who has a layer's tree in use right now, for people; None when nobody has."""
+def is_locked(driver: Driver, row: Row) -> bool:
+    """Whether a mount's server or another verb has a layer's tree in use right now."""
     try:
-        with hold(driver, row, "use"):
-            return None
-    except FailedPrecondition as error:
-        return error.message
-    except Corrupt:
-        return None
+        fd = locks.open_locked(driver.tree(row.id))
+    except FileNotFoundError:
+        return False
+    if fd is None:
+        return True
+    os.close(fd)
+    return False
 
 
 def kernel_mount_of(tree: str) -> str | None:
@@ -109,9 +114,10 @@ def kernel_mount_of(tree: str) -> str | None:
         return None
     device = f"{os.major(wanted.st_dev)}:{os.minor(wanted.st_dev)}"
     raw = os.fsencode(tree)
+    own = b"cowfs:" + os.path.basename(os.path.dirname(raw))  # a view has no upper: its source says whose it is
     for entry in mountinfo():
         if entry.fstype == "overlay":
-            if b"upperdir=" + raw in entry.super_options.split(b","):
+            if b"upperdir=" + raw in entry.super_options.split(b",") or entry.source == own:
                 return os.fsdecode(entry.target)
         elif entry.root.endswith(b"/fs") and raw.endswith(entry.root) and entry.dev == device:
             return os.fsdecode(entry.target)
@@ -356,13 +362,13 @@ class Unchanged:
     """Whether a file of a whole layer still has its parent's bytes, all attributes being equal.
 
     A file with a ctime before the mark that was made after copying (:data:`COPIED`) has not been
-    touched since: nobody can set a ctime. What is not clearly older is compared.
+    touched since: nobody can set a ctime. What is not clearly older is compared; all of it, unless marks are to be believed.
     """
 
-    def __init__(self, driver: Driver, index: Index, id: str, fd: int) -> None:
+    def __init__(self, driver: Driver, index: Index, id: str, fd: int, *, believe: bool = True) -> None:
         self._data = SameData(driver, index)
         self._fd = fd
-        self._cut = marked_time(f"{driver.directory(id)}/{COPIED}") or 0
+        self._cut = (marked_time(f"{driver.directory(id)}/{COPIED}") or 0) if believe else 0
 
     def __call__(self, path: bytes, st: os.stat_result, before: Entry) -> bool:
         if st.st_ctime_ns < self._cut:

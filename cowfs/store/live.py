@@ -44,6 +44,7 @@ from cowfs.store.checking import Collected, UpkeepVerbs
 from cowfs.store.key_lock import turn
 from cowfs.store.mounts import KernelMount
 from cowfs.store.names import check_labels, check_name, new_id
+from cowfs.store.reserve import names_full
 from cowfs.store.staging import NEW, _lock, _make_locked, discard
 from cowfs.sys import trees
 from cowfs.sys.atomic import fsync_directory
@@ -93,6 +94,7 @@ class LiveVerbs(UpkeepVerbs):
 
     # -- snapshot -------------------------------------------------------------------------------
 
+    @names_full
     def snapshot(self, key: str, name: str, *, labels: Mapping[str, str] | None = None) -> Info:
         """Make what an active snapshot holds now a committed one; the key goes on over it, mounted or not.
 
@@ -119,6 +121,7 @@ class LiveVerbs(UpkeepVerbs):
         self._switch(row, switch, [id for _, id in self.index.chain(row.num)], "freeze")
         return self.index.get(name).info()
 
+    @names_full
     def rollback(self, key: str, name: str, *, keep: str | None = None) -> Info:
         """Put an active snapshot, mounted or not, back to one of its ancestors; what is newer is discarded.
 
@@ -221,7 +224,7 @@ class LiveVerbs(UpkeepVerbs):
     # -- the switch -----------------------------------------------------------------------------
 
     def _switch(self, row: Row, switch: _Switch, parents: list[str], verb: str, **more: Any) -> None:
-        server = self._server_of(row)
+        server = self._server_of(row, made_by="store")
         if server is not None:
             self._make_and_switch(row, switch, parents, server, verb, more)
             return
@@ -343,6 +346,8 @@ class LiveVerbs(UpkeepVerbs):
 
     def recover(self) -> None:
         """Finish, or take back, what killed processes left half done. Called by :meth:`open` and :meth:`gc`."""
+        if self.index.refused:
+            return
         for name in os.listdir(self.root):
             if not name.startswith(LIVE) or not name.endswith(NOTE):
                 continue

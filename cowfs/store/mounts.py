@@ -14,16 +14,17 @@ from dataclasses import dataclass
 from types import EllipsisType, TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from cowfs.errors import CowfsError, FailedPrecondition, InvalidArgument, NotFound
+from cowfs.errors import FailedPrecondition, InvalidArgument, NotFound, Unsupported
 from cowfs.format.mount_options import split_layers, unescape
 from cowfs.index.database import Row
 from cowfs.model import Kind, Limit, Mount, Usage, parse_count, parse_size
-from cowfs.store.layers import kernel_mount_of
+from cowfs.store.layers import is_locked, kernel_mount_of
 from cowfs.store.queries import LookVerbs
 from cowfs.sys import mounts as sys_mounts
 
 if TYPE_CHECKING:
     from cowfs.mounting.client import MountHandle
+    from cowfs.mounting.notice import Notice
     from cowfs.mounting.request import MountSpec
     from cowfs.union.paths import Paths
 
@@ -102,13 +103,46 @@ class MountVerbs(LookVerbs):
         row = self.index.get(key)
         where = resolve(os.fspath(target))
         if mount_type == "kernel":
-            (record,) = self._mounts(row, "kernel")
+            self._mountable(row)
             self._refuse_used(row)
-            mount_record(record, where)
+            try:
+                self._mount_image(row, where)
+            except (OSError, Unsupported):  # what an image cannot hold, or this host cannot mount: layer by layer
+                (record,) = self._mounts(row, "kernel")
+                mount_record(record, where, source=f"cowfs:{row.id}")
             return KernelMount(where)
         if mount_type not in (None, "fuse"):
             raise InvalidArgument(f"no mount type {mount_type!r}", remedy="kernel or fuse")
         return client.spawn(self.spec(key, where, **more))
+
+    def _mount_image(self, row: Row, where: str) -> None:
+        """Mount a snapshot as one lower layer: the image of its parent's metadata, with the layers as data beneath.
+
+        Raises:
+            Unsupported: the driver's layers, or this tree, are not mounted so.
+            OSError: the host or its kernel cannot.
+        """
+        from cowfs.store import kernel_image
+
+        if row.limit or row.parent is None or self.driver.whole or self.driver.row or not self.driver.form.redirects:
+            raise Unsupported(
+                "no image: it has a limit, nothing is beneath it, or its layers are not deltas of the trusted form"
+            )
+        root = sys_mounts.image_mount(kernel_image.build(self.driver, self.index, self.index.by_num(row.parent)))
+        view = row.kind is Kind.VIEW
+        try:
+            sys_mounts.overlay_mount(
+                where,
+                [root],
+                None if view else self.driver.tree(row.id),
+                None if view else self.driver.work(row.id),
+                ("index=off", "redirect_dir=on", "metacopy=on"),
+                data=[f"{self.root}/layers"],
+                source=f"cowfs:{row.id}",
+                readonly=view,
+            )
+        finally:
+            os.close(root)
 
     def spec(self, key: str, target: str, **more: Any) -> MountSpec:
         """The wish that our server gets for a snapshot (:class:`cowfs.mounting.request.MountSpec`)."""
@@ -122,7 +156,8 @@ class MountVerbs(LookVerbs):
         if self.driver.whole:
             parents = parents[:1] if readonly else []
         layers = [self.driver.tree(parent) for parent in reversed(parents)] or [f"{self.root}/empty"]
-        words = tuple(more.pop("options", ()))
+        words = more.pop("options", ())
+        words = words.split(",") if isinstance(words, str) else tuple(words)
         return MountSpec(
             layers=tuple(layers),
             mountpoint=target,
@@ -178,11 +213,11 @@ class MountVerbs(LookVerbs):
             FailedPrecondition: in use; the message names who.
         """
         row = self.index.get(key)
-        server = self._server_of(row)
-        if server is not None:
+        told = self._notice_of(row)
+        if told is not None:
             from cowfs.mounting import client
 
-            client.umount(server["mountpoint"], lazy=lazy, force=force, socket=server["socket"])
+            client.umount(told.mountpoint, lazy=lazy, force=force, socket=told.socket)
             return
         where = kernel_mount_of(self.driver.tree(row.id))
         if where is None:
@@ -190,22 +225,61 @@ class MountVerbs(LookVerbs):
         KernelMount(where).unmount(lazy=lazy, force=force)
 
     def mounted_at(self, key: str) -> str | None:
-        """Where a snapshot is mounted, as far as this user can see; None when nowhere."""
+        """Where a snapshot is mounted, as far as this user can see; None when nowhere. No server is asked."""
         row = self.index.get(key)
-        server = self._server_of(row)
-        return str(server["mountpoint"]) if server is not None else kernel_mount_of(self.driver.tree(row.id))
+        told = self._notice_of(row)
+        return told.mountpoint if told is not None else kernel_mount_of(self.driver.tree(row.id))
 
-    def _server_of(self, row: Row) -> dict[str, Any] | None:
-        """What the server of a mounted snapshot says of itself."""
+    def _notice_of(self, row: Row) -> Notice | None:
+        """What a mount's server left beside a layer that it has in use: one look-up, no server is asked."""
+        from cowfs.mounting import notice
+
+        if not is_locked(self.driver, row):
+            return None
+        told = [one for one in notice.found([self.driver.directory(row.id)]) if os.path.exists(one.socket)]
+        if told:
+            return told[0]
+        server = self._server_without_notice(row)
+        if server is None:
+            return None
+        return notice.Notice(server["socket"], server["pid"], server["mountpoint"], "", server["label"])
+
+    def _server_of(self, row: Row, *, made_by: str | None = None) -> dict[str, Any] | None:
+        """What the server of a mounted snapshot says of itself; no other server is asked.
+
+        Args:
+            made_by: ``store`` for mounts that a store made, which know the index; None for those of a record, too.
+
+        Raises:
+            FailedPrecondition: it hangs.
+        """
+        from cowfs.mounting import protocol
+
+        told = self._notice_of(row)
+        if told is None or not protocol.is_trusted(told.socket):
+            return None
+        try:
+            answer = protocol.ask(told.socket, "info")
+        except FailedPrecondition:
+            if not is_locked(self.driver, row) or not os.path.exists(told.socket):
+                return None  # it ended
+            raise FailedPrecondition(
+                f"the server of {row.name!r} at {told.mountpoint} (process {told.pid}) does not answer",
+                remedy=f"cowfs umount --force {told.mountpoint} ends it",
+            ) from None
+        if os.path.realpath(str(answer.get("upper"))) != os.path.realpath(self.driver.tree(row.id)):
+            return None  # another mount has its device number now, and it is about to end
+        if made_by == "store" and answer.get("label") != row.name:
+            return None
+        return {**answer, "socket": told.socket}
+
+    def _server_without_notice(self, row: Row) -> dict[str, Any] | None:
+        """The server of a layer, among all: of a mount that could leave no notice, or was made by an older cowfs."""
         from cowfs.mounting import protocol
 
         tree = os.path.realpath(self.driver.tree(row.id))
-        for path in protocol.sockets():
-            try:
-                answer = protocol.ask(path, "info")
-            except (CowfsError, OSError):
-                continue
-            if answer.get("label") == row.name and os.path.realpath(str(answer.get("upper"))) == tree:
+        for path, answer in protocol.ask_all(protocol.sockets(), "info"):
+            if not isinstance(answer, OSError) and os.path.realpath(str(answer.get("upper"))) == tree:
                 return {**answer, "socket": path}
         return None
 
@@ -257,18 +331,15 @@ class MountVerbs(LookVerbs):
             if inodes is None
             else parse_count(inodes),
         )
-        from cowfs.store.layers import user_of
+        from cowfs.store.layers import hold
 
-        user = user_of(self.driver, row)
-        server = self._server_of(row) if user is not None else None
+        server = self._server_of(row)
         if server is not None:
             from cowfs.mounting import protocol
 
             protocol.ask(server["socket"], "limit", bytes=limit.bytes, inodes=limit.inodes)
-        elif user is not None:
-            raise FailedPrecondition(user, remedy="unmount it, or try again")
         else:
-            with self.index.write() as change:
+            with hold(self.driver, row, "limit"), self.index.write() as change:
                 self._active(name, row.num)
                 change.set_limit(row.num, limit)
         return self.index.get(name).limit
@@ -276,19 +347,18 @@ class MountVerbs(LookVerbs):
     def _live_usage(self, row: Row) -> Usage | None:
         """What the server of a mounted snapshot counts; without what was copied, as :meth:`usage` wants it."""
         from cowfs.mounting.client import MountHandle
-        from cowfs.store.layers import user_of
 
-        if user_of(self.driver, row) is None:
-            return None
         server = self._server_of(row)
         if server is None:
             return None
         used = MountHandle(server["mountpoint"], server["pid"], server["socket"]).usage()
+        if not server["label"]:  # of a record, whose server counts the whole layer
+            return used
         return Usage(bytes=used.bytes + row.base.bytes, inodes=used.inodes + row.base.inodes)
 
 
-def mount_record(record: Mount, target: str) -> None:
-    """Do what a kernel record says, with any number of layers.
+def mount_record(record: Mount, target: str, *, source: str = "overlay") -> None:
+    """Do what a kernel record says, with any number of layers; ``source`` is what the mount shows as its own.
 
     Raises:
         InvalidArgument: not a record that the kernel can do.
@@ -312,6 +382,7 @@ def mount_record(record: Mount, target: str) -> None:
         _plain(values.get("workdir")),
         others,
         readonly=readonly,
+        source=source,
     )
 
 

@@ -1,7 +1,7 @@
 """Which keys, names, tags and labels are allowed, here and only here.
 
 Rule 1. A name is 1 to 255 characters of what prints, without space at either end and without
-control characters, so that it fits on one line of any listing and in any log.
+control characters, so that it fits on one line of any listing and in any log. A tag has no space at all.
 Rule 2. It never becomes part of a path: layers are named by ids that the store makes itself. So
 slashes and dots are fine (containerd's keys are ``namespace/1/name``).
 Rule 3. What begins with ``/``, ``./``, ``../`` or ``-`` would be taken for a path or an option on
@@ -30,7 +30,7 @@ def check_name(name: str, what: str = "name") -> str:
     """
     if not isinstance(name, str):
         raise InvalidArgument(f"a {what} is a string, not {type(name).__name__}")
-    why = _why_not(name)
+    why = _why_not(name) or ("it has a blank in it" if what == "tag" and any(map(str.isspace, name)) else "")
     if why:
         shown = name if len(name) <= 40 else name[:37] + "..."
         raise InvalidArgument(f"{shown!r} cannot be a {what}: {why}")

@@ -45,10 +45,13 @@ def make_root(path: str, create: bool) -> None:
     except PermissionError:
         raise Unsupported(f"{path} is not this user's", remedy="choose a place of your own with --root DIR") from None
     if os.path.exists(index):
-        if held and not os.path.getsize(index):
+        if os.path.getsize(index):
+            _refuse_others(path)
+            return
+        if held:
             raise Corrupt(f"the index {index} is empty, but there are layers", remedy="restore it from a backup")
-        _refuse_others(path)
-        return
+        if create:
+            return
     if os.path.lexists(path) and not os.path.isdir(path):
         raise InvalidArgument(f"{path} is not a directory", remedy="a store is a directory")
     if "layers" in names:

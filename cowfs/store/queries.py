@@ -12,6 +12,7 @@ from cowfs.index.directory import Entry, Pair, Pending, encode
 from cowfs.model import Change, Info, Kind, Usage
 from cowfs.store import filters as filter_language, layers
 from cowfs.store.names import check_labels, check_name
+from cowfs.store.reserve import names_full
 from cowfs.store.snapshots import StoreCore, _a, _sound
 from cowfs.sys.faults import point
 
@@ -84,6 +85,7 @@ class LookVerbs(StoreCore):
     def _live_usage(self, row: Row) -> Usage | None:
         return None
 
+    @names_full
     def update(self, name: str, labels: Mapping[str, str | None], *, replace: bool = False) -> Info:
         """Change labels; all else about a snapshot is immutable.
 
@@ -147,6 +149,7 @@ class LookVerbs(StoreCore):
 
     # --------------------------------------------------------------------- tags
 
+    @names_full
     def tag(self, name: str, target: str, *, config: str | None = None, move: bool = True) -> Tag:
         """Name a committed snapshot (once more).
 

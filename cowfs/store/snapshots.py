@@ -16,11 +16,12 @@ Threads: a store may be used by any number of threads and, opened anew, of proce
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from cowfs.driver import registry
 from cowfs.driver.interface import Driver, Probe
@@ -34,11 +35,12 @@ from cowfs.errors import (
 )
 from cowfs.index.database import Index, Row
 from cowfs.index.transaction import Committed, NameTaken
-from cowfs.model import Info, Kind, Limit, Mount, Usage, parse_count, parse_size
-from cowfs.store import layers
+from cowfs.model import SMALLEST_LIMIT, Info, Kind, Limit, Mount, Usage, parse_count, parse_size
+from cowfs.store import key_lock, layers
 from cowfs.store.names import check_labels, check_name, new_id
 from cowfs.store.opening import INDEX, default_root, make_root, must_run, only_one
 from cowfs.store.recount import recount
+from cowfs.store.reserve import FULL, Reserve, names_full, no_room
 from cowfs.store.staging import discard, staged, sweep
 from cowfs.sys import files, host, trees
 from cowfs.sys.faults import point
@@ -47,6 +49,8 @@ if TYPE_CHECKING:
     from cowfs.index import scan
 
 __all__ = ["MAX_DEPTH", "StoreCore"]
+
+_T = TypeVar("_T")
 
 MAX_DEPTH = 2000
 """Layers in a chain: what one mount opens at most."""
@@ -68,6 +72,7 @@ class StoreCore:
         self.index = index
         self.driver = driver
         self.why = why
+        self.reserve = Reserve(root)
 
     # --------------------------------------------------------------- open, close
 
@@ -98,6 +103,15 @@ class StoreCore:
         """
         path = os.path.abspath(os.fspath(root) if root is not None else default_root())
         make_root(path, create)
+        try:
+            return cls._open(path, driver, create, fsync, options)
+        except OSError as error:
+            if error.errno not in (errno.EROFS, *FULL) or not os.path.isdir(path):
+                raise
+            raise no_room(error, path) from error
+
+    @classmethod
+    def _open(cls, path: str, driver: str, create: bool, fsync: bool, options: Mapping[str, Any]) -> Self:
         with only_one(path):
             index = Index(os.path.join(path, INDEX), create=create, fsync=fsync)
         try:
@@ -129,11 +143,14 @@ class StoreCore:
             if index.meta("driver_class") is None:
                 index.set_meta("driver_class", registry.where(found))
             made = found(path, form=form, fsync=fsync, **options)
-            for name in ("layers", "empty"):
-                with contextlib.suppress(FileExistsError):
-                    files.make_directory(os.path.join(path, name), 0o755 if name == "empty" else 0o700)
-            sweep(made, index)
-            recount(index, made)
+            if not index.refused:
+                for name in ("layers", "empty"):
+                    with contextlib.suppress(FileExistsError):
+                        files.make_directory(os.path.join(path, name), 0o755 if name == "empty" else 0o700)
+                sweep(made, index)
+                Reserve(path).keep()
+                key_lock.prepare(path)
+                recount(index, made)
         except BaseException:
             index.close()
             raise
@@ -183,7 +200,8 @@ class StoreCore:
             Corrupt: the parent is in quarantine.
         """
         limit = Limit(
-            bytes=None if size is None else parse_size(size), inodes=None if inodes is None else parse_count(inodes)
+            bytes=None if size is None else parse_size(size, least=SMALLEST_LIMIT),
+            inodes=None if inodes is None else parse_count(inodes),
         )
         row = self._create(key, parent, Kind.ACTIVE, limit, labels or {})
         return self._mounts(row, mount_type)
@@ -199,6 +217,7 @@ class StoreCore:
         """Make a read-only snapshot; arguments and errors as for :meth:`prepare`."""
         return self._mounts(self._create(key, parent, Kind.VIEW, Limit(), labels or {}), mount_type)
 
+    @names_full
     def _create(self, key: str, parent: str | None, kind: Kind, limit: Limit, labels: Mapping[str, str]) -> Row:
         check_name(key, "key")
         check_labels(labels)
@@ -295,6 +314,7 @@ class StoreCore:
 
     # ------------------------------------------------------------------- commit
 
+    @names_full
     def commit(self, key: str, name: str, *, labels: Mapping[str, str] | None = None, digests: bool = False) -> Info:
         """Make an active snapshot immutable and give it a name; the key is free again.
 
@@ -362,13 +382,20 @@ class StoreCore:
         _sound(row)
         return row
 
-    def _scan(self, row: Row, known: scan.KnownDigest | None = None) -> scan.Scanned:
+    def _scan(self, row: Row, known: scan.KnownDigest | None = None, *, links: bool = True) -> scan.Scanned:
         """Read a layer over its parent's tree."""
         parent = self.index.by_num(row.parent) if row.parent is not None else None
-        return self._scan_at(row.id, row.num, parent, known, row.base)
+        return self._scan_at(row.id, row.num, parent, known, row.base, links=links)
 
     def _scan_at(
-        self, id: str, num: int, parent: Row | None, known: scan.KnownDigest | None, copied: Usage
+        self,
+        id: str,
+        num: int,
+        parent: Row | None,
+        known: scan.KnownDigest | None,
+        copied: Usage,
+        *,
+        links: bool = True,
     ) -> scan.Scanned:
         from cowfs.index import scan
 
@@ -377,9 +404,11 @@ class StoreCore:
         fd = os.open(self.driver.tree(id), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             if not self.driver.whole:
-                return scan.scan_delta(fd, num=num, form=form, base=base, records=self.index, known=known)
+                return scan.scan_delta(fd, num=num, form=form, base=base, records=self.index, known=known, links=links)
             same = layers.Unchanged(self.driver, self.index, id, fd)
-            scanned = scan.scan_full(fd, num=num, form=form, base=base, records=self.index, same=same, known=known)
+            scanned = scan.scan_full(
+                fd, num=num, form=form, base=base, records=self.index, same=same, known=known, links=links
+            )
             whole = scanned.usage
             usage = Usage(bytes=max(0, whole.bytes - copied.bytes), inodes=max(0, whole.inodes - copied.inodes))
             return replace(scanned, usage=usage)
@@ -388,6 +417,7 @@ class StoreCore:
 
     # ------------------------------------------------------------------ removal
 
+    @names_full
     def remove(self, name: str, *, chain: bool = False) -> list[str]:
         """Remove a snapshot, or a tag.
 
@@ -424,36 +454,48 @@ class StoreCore:
 
     def _remove(self, row: Row) -> None:
         with layers.hold(self.driver, row, "remove", missing_ok=True):
-            with self.index.write() as change:
-                now = self.index.get(row.name)
-                if now.num != row.num:
-                    raise NotFound(f"no snapshot {row.name!r}: it was replaced meanwhile")
-                children = self.index.children(row.num)
-                if children:
-                    raise FailedPrecondition(
-                        f"{row.name!r} has children: {', '.join(children)}", remedy="remove those first"
-                    )
-                tags = self.index.tags_of(row.num)
-                if tags:
-                    raise FailedPrecondition(
-                        f"{row.name!r} is tagged {', '.join(tag.name for tag in tags)}",
-                        remedy=f"cowfs rm {tags[0].name} drops the tag",
-                    )
-                change.remove(row.num)
-                point("remove.deleted")
+            self._freeing(lambda: self._remove_record(row))
             point("remove.committed")
             discard(self.driver, row.id)
 
+    def _remove_record(self, row: Row) -> None:
+        with self.index.write() as change:
+            now = self.index.get(row.name)
+            if now.num != row.num:
+                raise NotFound(f"no snapshot {row.name!r}: it was replaced meanwhile")
+            children = self.index.children(row.num)
+            if children:
+                raise FailedPrecondition(
+                    f"{row.name!r} has children: {', '.join(children)}", remedy="remove those first"
+                )
+            tags = self.index.tags_of(row.num)
+            if tags:
+                raise FailedPrecondition(
+                    f"{row.name!r} is tagged {', '.join(tag.name for tag in tags)}",
+                    remedy=f"cowfs rm {tags[0].name} drops the tag",
+                )
+            change.remove(row.num)
+            point("remove.deleted")
+
+    def _freeing(self, delete: Callable[[], _T]) -> _T:
+        """Do what frees room, also on a file system without a free byte; ``delete`` may be called again."""
+        return self.reserve.spend(delete, self.index.renew)
+
+    @names_full
     def untag(self, name: str) -> None:
         """Drop a tag; the snapshot stays.
 
         Raises:
             NotFound: no such tag.
         """
-        with self.index.write() as change:
-            if self.index.tag(name) is None:
-                raise NotFound(f"no tag {name!r}", remedy="'cowfs images' shows what there is")
-            change.drop_tag(name)
+
+        def drop() -> None:
+            with self.index.write() as change:
+                if self.index.tag(name) is None:
+                    raise NotFound(f"no tag {name!r}", remedy="'cowfs images' shows what there is")
+                change.drop_tag(name)
+
+        self._freeing(drop)
 
     # ------------------------------------------------------------------- mounts
 

@@ -48,6 +48,7 @@ from cowfs.store import layers
 from cowfs.store.key_lock import turn
 from cowfs.store.live import LiveVerbs, unlink
 from cowfs.store.names import new_id
+from cowfs.store.reserve import names_full
 from cowfs.store.snapshots import _sound
 from cowfs.store.staging import SQUASH, discard, staged
 from cowfs.sys import locks, trees
@@ -67,6 +68,7 @@ _TRIES = 5
 class SquashVerbs(LiveVerbs):
     """squash."""
 
+    @names_full
     def squash(self, name: str) -> Info:
         """Merge a committed snapshot into its only child, and remove it; mounts above it go on.
 
@@ -135,19 +137,8 @@ class SquashVerbs(LiveVerbs):
 
     def _served(self, rows: Iterable[Row]) -> dict[int, dict[str, Any]]:
         """What the servers of those that are mounted say, by number."""
-        from cowfs.mounting import protocol
-
-        wanted = {os.path.realpath(self.driver.tree(row.id)): row for row in rows}
-        found: dict[int, dict[str, Any]] = {}
-        for path in protocol.sockets():
-            try:
-                answer = protocol.ask(path, "info")
-            except (CowfsError, OSError):
-                continue
-            row = wanted.get(os.path.realpath(str(answer.get("upper"))))
-            if row is not None and answer.get("label") == row.name:
-                found[row.num] = {**answer, "socket": path}
-        return found
+        asked = ((row.num, self._server_of(row, made_by="store")) for row in rows if row.kind is not Kind.COMMITTED)
+        return {num: server for num, server in asked if server is not None}
 
     @contextlib.contextmanager
     def _holding(self, rows: Iterable[Row], served: dict[int, dict[str, Any]]) -> Iterator[None]:
@@ -380,6 +371,8 @@ class SquashVerbs(LiveVerbs):
     def recover(self) -> None:
         """Finish, or take back, what killed processes left half done. Called by :meth:`open` and :meth:`gc`."""
         super().recover()
+        if self.index.refused:
+            return
         for name in os.listdir(self.root):
             if not name.startswith(SQUASH) or not name.endswith(".json"):
                 continue

@@ -31,6 +31,7 @@ from contextlib import contextmanager
 
 from cowfs.driver.interface import Driver
 from cowfs.index.database import Index
+from cowfs.store.reserve import FULL
 from cowfs.sys import files, locks
 from cowfs.sys.atomic import fsync_directory
 from cowfs.sys.faults import point
@@ -114,6 +115,11 @@ def discard(driver: Driver, id: str) -> None:
         os.rename(driver.directory(id), driver.directory(RM + id))
     except FileNotFoundError:
         return
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        driver.remove(id)  # a name more in the store's directory may need a block
+        return
     point("remove.renamed")
     driver.remove(RM + id)
     point("remove.emptied")
@@ -133,8 +139,8 @@ def spared(root: str) -> set[str]:
 
 
 def orphans(driver: Driver, index: Index) -> list[str]:
-    """Ids of the directories in ``layers`` that no row names, right now."""
-    with index.write():
+    """Ids of the directories in ``layers`` that no row names, right now (a moment ago, where nothing can be locked)."""
+    with index.read() if index.refused else index.write():
         known = index.ids() | spared(driver.root)
         return sorted(id for id in os.listdir(f"{driver.root}/layers") if id not in known)
 

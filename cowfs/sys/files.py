@@ -24,7 +24,7 @@ AT_EMPTY_PATH = 0x1000
 # openat2(2), linux/openat2.h
 _OPENAT2 = 437
 _OPEN_HOW = struct.Struct("<QQQ")
-RESOLVE_NO_XDEV, RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, RESOLVE_BENEATH = 1, 2, 4, 8
+RESOLVE_NO_XDEV, RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, RESOLVE_BENEATH, RESOLVE_IN_ROOT = 1, 2, 4, 8, 16
 _SAFE = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS
 
 RENAME_NOREPLACE, RENAME_EXCHANGE, RENAME_WHITEOUT = 1, 2, 4
@@ -79,6 +79,23 @@ def open_beneath(dirfd: int, path: bytes, flags: int = os.O_PATH, mode: int = 0,
             if error.errno != errno.ENOSYS:
                 raise
             return _open_by_components(dirfd, path, flags, mode)
+
+
+def open_in_root(dirfd: int, path: bytes, flags: int = os.O_PATH) -> int:
+    """Open ``path`` as if ``dirfd`` were the root directory: links are followed, and lead nowhere else.
+
+    Source: openat2(2), RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS (Linux 5.6).
+
+    Raises:
+        OSError: ENOENT and so on; ENOSYS on an older kernel.
+    """
+    how = _OPEN_HOW.pack(flags | os.O_CLOEXEC, 0, RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS)
+    while True:
+        try:
+            return syscall(_OPENAT2, dirfd, path or b"/", how, len(how))
+        except OSError as error:
+            if error.errno != errno.EAGAIN:
+                raise
 
 
 def _open_by_components(dirfd: int, path: bytes, flags: int, mode: int) -> int:
@@ -172,6 +189,18 @@ def begin_writing(fd: int, offset: int, length: int) -> None:
     Source: sync_file_range(2), SYNC_FILE_RANGE_WRITE. What goes wrong is fsync's to report.
     """
     _sync_file_range(fd, offset, length, _SYNC_FILE_RANGE_WRITE)
+
+
+def why_no_room(directory: str, size: int = 1 << 16) -> int:
+    """The errno that a new file of ``size`` bytes meets in a directory: ENOSPC, EDQUOT, EROFS, EACCES; 0 where it can be made."""
+    import tempfile
+
+    try:
+        with tempfile.TemporaryFile(dir=directory, buffering=0) as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        return error.errno or errno.EIO
+    return 0
 
 
 def syncfs(fd: int) -> None:

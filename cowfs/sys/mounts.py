@@ -42,7 +42,7 @@ OPTION_FLAGS: dict[str, tuple[int, bool]] = {
 
 # linux/mount.h
 _FSOPEN, _FSCONFIG, _FSMOUNT, _MOVE_MOUNT = 430, 431, 432, 429
-_FSCONFIG_SET_FLAG, _FSCONFIG_SET_STRING, _FSCONFIG_CMD_CREATE = 0, 1, 6
+_FSCONFIG_SET_FLAG, _FSCONFIG_SET_STRING, _FSCONFIG_SET_FD, _FSCONFIG_CMD_CREATE = 0, 1, 5, 6
 _MOVE_MOUNT_F_EMPTY_PATH = 4
 _MOUNT_ATTR_RDONLY = 1
 
@@ -68,17 +68,27 @@ def umount(target: str | bytes, flags: int = 0) -> None:
 
 def overlay_mount(
     target: str | bytes,
-    lowers: Sequence[str | bytes],
+    lowers: Sequence[str | bytes | int],
     upper: str | bytes | None = None,
     work: str | bytes | None = None,
     options: Iterable[str] = (),
     *,
     readonly: bool = False,
+    data: Sequence[str | bytes] = (),
+    source: str = "overlay",
 ) -> None:
     """Mount the kernel's overlayfs by descriptors, so that any number of layers fits.
 
-    ``lowers`` is topmost first. Source: Documentation/filesystems/overlayfs.rst (``lowerdir+``,
-    Linux 6.8); older kernels take the one option string of mount(2).
+    Args:
+        target: the mount point.
+        lowers: topmost first; a descriptor stands for a directory that has no path (Linux 6.13).
+        upper, work: the writable layer.
+        options: of overlayfs.
+        readonly: mount it read-only.
+        data: layers that only metacopies of ``lowers`` reach into (``datadir+``, Linux 6.8).
+        source: shown as the mount's source.
+
+    Source: Documentation/filesystems/overlayfs.rst (``lowerdir+``, Linux 6.8).
 
     Raises:
         OSError: what the kernel said; EINVAL stands for most bad combinations.
@@ -89,9 +99,14 @@ def overlay_mount(
         def config(command: int, key: bytes | None, value: bytes | None) -> None:
             syscall(_FSCONFIG, fd, command, key, value, 0)
 
-        config(_FSCONFIG_SET_STRING, b"source", b"overlay")
+        config(_FSCONFIG_SET_STRING, b"source", os.fsencode(source))
         for lower in lowers:
-            config(_FSCONFIG_SET_STRING, b"lowerdir+", os.fsencode(lower))
+            if isinstance(lower, int):
+                syscall(_FSCONFIG, fd, _FSCONFIG_SET_FD, b"lowerdir+", None, lower)
+            else:
+                config(_FSCONFIG_SET_STRING, b"lowerdir+", os.fsencode(lower))
+        for place in data:
+            config(_FSCONFIG_SET_STRING, b"datadir+", os.fsencode(place))
         if upper is not None and work is not None:
             config(_FSCONFIG_SET_STRING, b"upperdir", os.fsencode(upper))
             config(_FSCONFIG_SET_STRING, b"workdir", os.fsencode(work))
@@ -109,6 +124,30 @@ def overlay_mount(
         syscall(_MOVE_MOUNT, tree, b"", -100, os.fsencode(target), _MOVE_MOUNT_F_EMPTY_PATH)
     finally:
         os.close(tree)
+
+
+def image_mount(image: str | bytes, devices: Sequence[str | bytes] = ()) -> int:
+    """Mount an EROFS image from its file, read-only and without a place: a descriptor of its root.
+
+    The mount lasts as long as the descriptor, or what was mounted upon it, does.
+
+    Args:
+        image: the file, on a host file system whose files can be read page by page (not tmpfs, not overlayfs).
+        devices: files of the image's devices, the first one first.
+
+    Raises:
+        OSError: ENOTBLK: the host file system cannot do that; ENODEV: the kernel has no EROFS; EINVAL: no image of its.
+    """
+    fd = syscall(_FSOPEN, b"erofs", 1)
+    try:
+        syscall(_FSCONFIG, fd, _FSCONFIG_SET_STRING, b"source", os.fsencode(image), 0)
+        for device in devices:
+            syscall(_FSCONFIG, fd, _FSCONFIG_SET_STRING, b"device", os.fsencode(device), 0)
+        syscall(_FSCONFIG, fd, _FSCONFIG_SET_FLAG, b"ro", None, 0)
+        syscall(_FSCONFIG, fd, _FSCONFIG_CMD_CREATE, None, None, 0)
+        return syscall(_FSMOUNT, fd, 1, _MOUNT_ATTR_RDONLY)
+    finally:
+        os.close(fd)
 
 
 def make_private() -> None:

@@ -274,7 +274,7 @@ def getxattr(view: View, node: Node, name: bytes) -> bytes:
         raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
     entry = from_index.entry_of(view, node)
     if entry is not None:
-        value = entry.xattrs.get(stored)
+        value = entry.xattrs.get(name)
         if value is None:
             raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
         return bytes(value)
@@ -295,12 +295,11 @@ def listxattr(view: View, node: Node) -> list[bytes]:
         return []
     entry = from_index.entry_of(view, node)
     if entry is not None:
-        stored = list(entry.xattrs)
-    else:
-        fd, real = _xattrs_at(node)
-        stored = xattr.listx(fd, real)
-        if not stored and node.type == DT_REG and view.in_upper(node):
-            node.bare = 2
+        return [name for name in entry.xattrs if not _hidden(view, view.form.store_name(name))]
+    fd, real = _xattrs_at(node)
+    stored = xattr.listx(fd, real)
+    if not stored and node.type == DT_REG and view.in_upper(node):
+        node.bare = 2
     shown = (view.form.show_name(name) for name in stored if not _hidden(view, name))
     return [name for name in shown if name is not None]
 

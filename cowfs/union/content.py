@@ -245,7 +245,7 @@ def fallocate(view: View, node: Node, mode: int, offset: int, length: int) -> No
         files.fallocate(fd, mode, offset, length)
         space.punch(node, offset, length, size)
         return
-    longer = -1 if mode & _KEEP else space.stretch(node, fd, offset)
+    longer = space.stretch(node, fd, max(offset, size + 1))  # btrfs fills the last unit, wherever the range is
     space.allocate(node, offset, length)
     try:
         files.fallocate(fd, mode, offset, length)

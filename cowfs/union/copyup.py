@@ -175,7 +175,7 @@ def read_meta(view: View, node: Node) -> Meta:
     form = view.form
     entry = from_index.entry_of(view, node)
     if entry is not None:
-        kept = {k: v for k, v in entry.xattrs.items() if form.show_name(k) is not None}
+        kept = {form.store_name(name): value for name, value in entry.xattrs.items()}  # an index has names as shown
         return Meta(entry.mode, entry.uid, entry.gid, entry.size, entry.rdev, entry.mtime_ns, entry.mtime_ns, kept)
     if isinstance(node, Dir):
         fd, name = node.sources[0].open(), b""

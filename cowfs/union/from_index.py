@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import errno
 import os
-import stat
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from cowfs.sys import xattr
 from cowfs.union import merge
 from cowfs.union.attr import ATTR, NS, encode_dev, unpack
-from cowfs.union.layers import Layer, Source, lstat
+from cowfs.union.layers import Layer, Source
 from cowfs.union.lifetime import ROOT_ID
 from cowfs.union.merge import Data
 from cowfs.union.node import DT_DIR, DT_REG, Dir, Node
@@ -38,42 +37,20 @@ def merged_dir(view: View, queue: Sequence[Source], record: Any, name: bytes) ->
     ``queue`` holds the parent's parts in layers above the index, ``record`` its record. The rules are those of
     :func:`cowfs.union.merge.merged_dirs`, with the index as the lowest layer.
     """
-    found: list[Source] = []
-    position = 0
-    while position < len(queue):
-        source = queue[position]
-        position += 1
-        st = lstat(source, name)
-        if st is None:
-            continue
-        if not stat.S_ISDIR(st.st_mode):
-            return found, None
-        child = source.child(name)
-        found.append(child)
-        fd = child.open()
-        if xattr.try_get(fd, b"", view.form.opaque) == b"y":
-            return found, None
-        redirect = merge.redirect_of(fd, b"", view.form)
-        if redirect is not None:
-            queue, record, name = _follow(view, queue[position:], record, redirect, source.layer)
-            position = 0
-    entry = tree(view).entries(record).get(name) if record is not None else None
+    search = merge.Search(queue, name, view.form, scanned(view, view.roots))
+    found = merge.merged_by(search, view.form)
+    entry = None if search.ended else _goes_on(view, search, record)[0]
     return found, entry if entry is not None and entry.type == DT_DIR else None
 
 
-def _follow(
-    view: View, rest: Sequence[Source], record: Any, redirect: bytes, layer: Layer
-) -> tuple[Sequence[Source], Any, bytes]:
-    """(queue, record, name) where the search goes on after a redirect met in ``layer``."""
-    if not redirect.startswith(b"/"):
-        return rest, record, redirect
-    parts = redirect[1:].split(b"/")
-    queue: Sequence[Source] = [r for r in scanned(view, view.roots) if r.layer.index < layer.index]
-    record = tree(view).root()
-    for part in parts[:-1]:
-        queue, entry = merged_dir(view, queue, record, part)
+def _goes_on(view: View, search: merge.Search, record: Any) -> tuple[Any, Any]:
+    """(entry, the record that holds it) where a search that found no end goes on in the index; (None, None) for none."""
+    if search.from_root:
+        record = tree(view).root()
+    for part in search.parts[:-1]:
+        entry = tree(view).entries(record).get(part) if record is not None else None
         record = entry.record if entry is not None else None
-    return queue, record, parts[-1]
+    return (None, None) if record is None else (tree(view).entries(record).get(search.parts[-1]), record)
 
 
 def names(view: View, directory: Dir, below: Sequence[Source]) -> dict[bytes, Node | int]:
@@ -99,26 +76,15 @@ def metacopy_data(view: View, parent: Dir, position: int, name: bytes, low: byte
     at = parent.sources[position]
     if not view.form.redirects or xattr.try_get(at.open(), name, view.form.metacopy) is None:
         return None
-    queue, record = scanned(view, parent.sources[position + 1 :]), parent.record
-    while True:
-        redirect = merge.redirect_of(at.open(), name, view.form)
-        if redirect is not None:
-            queue, record, name = _follow(view, queue, record, redirect, at.layer)
-            if at is parent.sources[position]:  # the path right beneath the layer, as lower.metacopy_data says
-                low = redirect[1:] if redirect.startswith(b"/") else low.rpartition(b"/")[0] + b"/" + redirect
-        for number, source in enumerate(queue):
-            st = lstat(source, name)
-            if st is None:
-                continue
-            if xattr.try_get(source.open(), name, view.form.metacopy) is None:
-                return Data(source, name, low, st.st_size, st.st_blocks)
-            at, queue = source, queue[number + 1 :]
-            break
-        else:
-            entry = tree(view).entries(record).get(name) if record is not None else None
-            if entry is None or entry.type != DT_REG:
-                raise OSError(errno.EIO, "metacopy without data", name)
-            return _data_at(view, entry, path_of(entry, record, name), low.lstrip(b"/"))
+    search = merge.Search(scanned(view, parent.sources[position + 1 :]), name, view.form, scanned(view, view.roots))
+    low = merge.beneath(at, name, low, search, view.form)
+    data = merge.data_by(search, low, view.form)
+    if data is not None:
+        return data
+    entry, record = (None, None) if search.ended else _goes_on(view, search, parent.record)
+    if entry is None or entry.type != DT_REG:
+        raise OSError(errno.EIO, "metacopy without data", name)
+    return _data_at(view, entry, path_of(entry, record, search.parts[-1]), low.lstrip(b"/"))
 
 
 def path_of(entry: Any, record: Any, name: bytes) -> bytes:

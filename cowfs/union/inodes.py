@@ -27,29 +27,19 @@ _PLAIN = (1 << _SHIFT) - 1
 #: ids that no host file system gave, for the rare case of two files claiming one number
 SYNTHETIC = 1 << 63
 
-_INO32, _INO64, _BTRFS = struct.Struct("<I"), struct.Struct("<Q"), struct.Struct("<Q")
-_TMPFS = struct.Struct("<4xQ")
 
-
-def _ino_of_handle(fs: str, kind: int, handle: bytes) -> int | None:
-    """The inode number inside a file handle, for the layouts that are known."""
-    if fs == "tmpfs" and kind == 1 and len(handle) == 12:
-        return int(_TMPFS.unpack(handle)[0])
-    if kind in (1, 2) and len(handle) >= 8:
-        return int(_INO32.unpack_from(handle)[0])
-    if kind in (0x81, 0x82, 0x4D, 0x4E, 0x4F) and len(handle) >= 12:
-        return int(_INO64.unpack_from(handle)[0])
-    return None
-
-
-def ino_of_origin(value: bytes, fs: str) -> int | None:
-    """The inode number in an ``origin`` of the named file system; ``None`` where it has none."""
+def handle_of(value: bytes) -> tuple[int, bytes] | None:
+    """(type, bytes) of the file handle in an ``origin``; ``None`` where there is none that this host can read."""
     if len(value) < _HEAD.size:
         return None
     _, magic, length, flags, kind, _ = _HEAD.unpack_from(value)
     if magic != _MAGIC or length != len(value) or flags & _FOREIGN:
         return None
-    return _ino_of_handle(fs, kind, value[_HEAD.size :])
+    return kind, value[_HEAD.size :]
+
+
+Beneath = tuple[int, bytes, bytes | None, int | None]
+"""A file of a lower layer: directory descriptor, name, its own origin, the number that an index shows for it."""
 
 
 class _System(NamedTuple):
@@ -122,7 +112,7 @@ class Inodes:
         """Another layer is the upper one now: files copied into it may show what those that they were copied from did."""
         self._claims.clear()
 
-    def from_origin(self, value: bytes, beneath: Iterable[tuple[int, bytes]] = ()) -> int | None:
+    def from_origin(self, value: bytes, beneath: Iterable[Beneath] = ()) -> int | None:
         """The number shown for the file that an ``origin`` names; ``None`` unless that file is certain.
 
         It is when every layer's file system with the uuid in it finds one and the same inode by the handle, which
@@ -130,8 +120,7 @@ class Inodes:
 
         Args:
             value: the xattr.
-            beneath: (directory descriptor, name) of files in lower layers that it may name; looked at where this process may
-                not open by handle.
+            beneath: files of lower layers that it may name; looked at where this process may not open by handle.
         """
         if len(value) < _HEAD.size:
             return None
@@ -139,37 +128,43 @@ class Inodes:
         if magic != _MAGIC or length != len(value) or flags & _FOREIGN:
             return None
         handle = value[_HEAD.size :]
+        if not self._can_decode:
+            return self._by_path(value, kind, handle, beneath)
         found: tuple[int, int] | None = None
         for system in self._systems:
             if system.uuid != uuid:
                 continue
             # A FUSE server gives its handles again after a remount; one system that finds nothing makes the others doubtful.
-            place = None if system.name == "fuse" else self._decode(system, kind, handle, beneath)
+            try:
+                place = None if system.name == "fuse" else self._decode(system, kind, handle)
+            except PermissionError:
+                self._can_decode = False
+                return self._by_path(value, kind, handle, beneath)
             if place is None or found not in (None, place) or place[0] not in self._index:
                 return None
             found = place
         return None if found is None else self.shown(*found)
 
-    def _decode(
-        self, system: _System, kind: int, handle: bytes, beneath: Iterable[tuple[int, bytes]]
-    ) -> tuple[int, int] | None:
-        """(device, inode) of the file with a handle, or None."""
-        if self._can_decode:
+    @staticmethod
+    def _decode(system: _System, kind: int, handle: bytes) -> tuple[int, int] | None:
+        """(device, inode) of the file with a handle, or None. Raises PermissionError: this process may not look."""
+        try:
+            fd = files.open_handle(system.fd, kind, handle)
+        except PermissionError:
+            raise
+        except OSError:
+            return None
+        st = os.fstat(fd)
+        os.close(fd)
+        return st.st_dev, st.st_ino
+
+    def _by_path(self, value: bytes, kind: int, handle: bytes, beneath: Iterable[Beneath]) -> int | None:
+        """The number of the file beneath that an origin names, or that was copied from the same one."""
+        for dirfd, name, origin, number in beneath:
             try:
-                fd = files.open_handle(system.fd, kind, handle)
-            except PermissionError:
-                self._can_decode = False
-            except OSError:
-                return None
-            else:
-                st = os.fstat(fd)
-                os.close(fd)
-                return st.st_dev, st.st_ino
-        for dirfd, name in beneath:
-            try:
-                if files.file_handle(dirfd, name) == (kind, handle):
+                if origin == value or files.file_handle(dirfd, name) == (kind, handle):
                     st = os.stat(name, dir_fd=dirfd, follow_symlinks=False)
-                    return st.st_dev, st.st_ino
+                    return self.shown(st.st_dev, st.st_ino) if number is None else number
             except OSError:
                 continue
         return None

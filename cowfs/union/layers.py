@@ -19,7 +19,8 @@ from itertools import islice
 _STAY = 16
 #: beside a layer's root: the maps of its redirect files (cowfs.row.map)
 MAP_DIR = b"../map"
-_DIR = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+#: How a directory on the way is opened: to be gone through, never to be read.
+WALK = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class Descriptors:
@@ -145,11 +146,16 @@ class Source:
         stay = max(_STAY, self.descriptors.budget // 4)
         for position in range(len(closed) - 1, -1, -1):
             source = closed[position]
-            source.fd = fd = os.open(source.name, _DIR, dir_fd=fd)
+            source.fd = fd = os.open(source.name, WALK, dir_fd=fd)
             opened[source] = None
             if position + stay < len(closed):
                 closed[position + stay].close()
         return fd
+
+    def adopt(self, fd: int) -> None:
+        """Take over a descriptor that somebody opened for this directory."""
+        self.fd = fd
+        self.descriptors.opened[self] = None
 
     def close(self) -> None:
         """Close the descriptor; the next use opens it again, unless the directory was removed."""

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 from cowfs.sys import xattr
 from cowfs.union import attributes, create, from_index, holding, merge
 from cowfs.union.attr import pack, with_size
+from cowfs.union.inodes import Beneath
 from cowfs.union.layers import Layer, Source
 from cowfs.union.lifetime import ROOT_ID
-from cowfs.union.node import Dir, Node, type_of
+from cowfs.union.node import DT_DIR, Dir, Node, type_of
 
 if TYPE_CHECKING:
     from cowfs.union.view import View
@@ -119,14 +120,12 @@ def _make(view: View, parent: Dir, name: bytes, code: int) -> Node | None:
     ino = view.inodes.shown(st.st_dev, st.st_ino)
     data: Any = None
     if mode & 0o170000 == 0o100000:
-        data = data_of(view, parent, position, name, st.st_size)
-        if data is not None:
-            fd = source.open()  # it may have been closed on the way to the data
+        data = data_of(view, parent, position, name, st)
     if source.impure if is_upper else _keeps_origin(view, source.layer):
         origin = xattr.try_get(fd, name, view.form.origin)
         if origin:
             # what a path tells differs by name: a file with several shows the same number under all of them
-            beneath = _beneath(sources, position + 1, name) if st.st_nlink == 1 else ()
+            beneath = _beneath(view, parent, position + 1, name) if st.st_nlink == 1 else ()
             ino = view.inodes.from_origin(origin, beneath) or ino
     node = bind_inode(view, parent, name, source, st, ino)
     if node.attr is None:
@@ -138,10 +137,10 @@ def _make(view: View, parent: Dir, name: bytes, code: int) -> Node | None:
     return node
 
 
-def data_of(view: View, parent: Dir, position: int, name: bytes, size: int) -> Any:
+def data_of(view: View, parent: Dir, position: int, name: bytes, st: os.stat_result) -> Any:
     """What a regular file's data is, when the file ``name`` of one of ``parent``'s parts has not got it itself."""
     source, data = parent.sources[position], None
-    if source.layer.index and size:
+    if merge.may_be_metacopy(source.layer, st.st_size, st.st_blocks):
         low = view.low_child(parent, name)
         if view.index is not None:
             data = from_index.metacopy_data(view, parent, position, name, low)
@@ -215,10 +214,18 @@ def _same(node: Node, source: Source, st: os.stat_result) -> bool:
     return (there.st_dev, there.st_ino) == (st.st_dev, st.st_ino)
 
 
-def _beneath(sources: Sequence[Source], start: int, name: bytes) -> Iterator[tuple[int, bytes]]:
+def _beneath(view: View, parent: Dir, start: int, name: bytes) -> Iterator[Beneath]:
     """Where lower layers may have the file that a copy was made of, as far as its path tells."""
-    for source in sources[start:]:
-        yield source.open(), name
+    origin = view.form.origin
+    for source in parent.sources[start:]:
+        yield source.open(), name, xattr.try_get(source.open(), name, origin), None
+    if view.index is not None and parent.record is not None:
+        entry = from_index.tree(view).entries(parent.record).get(name)
+        if entry is not None and entry.type != DT_DIR:
+            path = from_index.path_of(entry, parent.record, name)
+            head, _, real = path.rpartition(b"/")
+            fd = from_index.source_at(view, view.layers[entry.layer], head).open()
+            yield fd, real, xattr.try_get(fd, real, origin), from_index.ino_of(view, entry)
 
 
 def _keeps_origin(view: View, layer: Layer) -> bool:

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from cowfs.format import whiteout
 from cowfs.format.whiteout import Form
 from cowfs.sys import xattr
-from cowfs.union.layers import Source, lstat
+from cowfs.union.layers import WALK, Layer, Source, lstat
 from cowfs.union.node import DT_CHR, DT_DIR, DT_LNK, DT_REG, Node, type_of
 
 
@@ -63,54 +63,146 @@ def redirect_of(fd: int, name: bytes, form: Form) -> bytes | None:
     return value
 
 
+class Search:
+    """Where a name is in one layer after the other, topmost first; iterate for (directory, name there, lstat of it).
+
+    A redirect that the caller met there is told by :meth:`turn`, and changes where the layers beneath are asked. An absolute one is
+    walked down from the root of each layer by itself, as the kernel does (fs/overlayfs/namei.c, ovl_lookup_layer): a layer
+    without the path has no part in it, a whiteout or a file on the way ends the search, an opaque directory on the way ends it
+    behind that layer, and a redirect on the way changes the path for the layers beneath. So a look-up takes no more
+    steps than layers times components, whatever the layers say.
+
+    Args:
+        queue: directories of the layers, topmost first, in which the name is looked up.
+        name: the name; where ``queue`` holds roots, a path.
+        roots: the layers' roots, topmost first.
+
+    Attributes:
+        parts: what is looked up in the layers beneath: a name, or a path beneath their roots (``from_root``).
+        ended: whether nothing further down has a part in it.
+    """
+
+    def __init__(self, queue: Sequence[Source], name: bytes, form: Form, roots: Sequence[Source]) -> None:
+        self._queue, self._form, self._roots = queue, form, roots
+        self._position = 0
+        self.parts = name.split(b"/")
+        self.from_root = False
+        self.ended = False
+
+    def __iter__(self) -> Search:
+        return self
+
+    def __next__(self) -> tuple[Source, bytes, os.stat_result]:
+        queue, form = self._queue, self._form
+        while not self.ended and self._position < len(queue):
+            source = queue[self._position]
+            self._position += 1
+            name = self.parts[-1]
+            place = source if len(self.parts) == 1 else self._walk(source)
+            if place is None:
+                continue
+            st = lstat(place, name)
+            if whiteout.hidden_by_dotwh(place.open(), name, form):
+                self.ended = True
+            if st is not None:
+                return place, name, st
+        raise StopIteration
+
+    def turn(self, redirect: bytes, index: int) -> None:
+        """Go on beneath layer ``index`` as a redirect that was met there says."""
+        if not redirect.startswith(b"/"):
+            self.parts[-1] = redirect
+            return
+        self.parts, self.from_root = redirect[1:].split(b"/"), True
+        self._queue, self._position = [root for root in self._roots if root.layer.index < index], 0
+
+    def _walk(self, root: Source) -> Source | None:
+        """The directory of one layer that holds the last part; None when the layer has none.
+
+        No descriptor but the last one is kept: a path may be long.
+        """
+        form, parts = self._form, self.parts
+        beneath: list[bytes] = []  # what the parts so far are in the layers beneath
+        here, fd = root, root.open()
+        try:
+            for number, part in enumerate(parts[:-1]):
+                beneath.append(part)
+                ends = whiteout.hidden_by_dotwh(fd, part, form)
+                try:
+                    deeper = os.open(part, WALK, dir_fd=fd)
+                except OSError as error:
+                    if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                        raise
+                    self.ended = self.ended or ends or error.errno != errno.ENOENT
+                    self.parts = beneath + parts[number + 1 :]
+                    return None
+                if fd != root.fd:
+                    os.close(fd)
+                here, fd = here.child(part), deeper
+                if root.layer.index == 0:
+                    continue  # nothing is beneath
+                self.ended = self.ended or ends or whiteout.opaque_value(fd, form) == b"y"
+                redirect = None if self.ended else redirect_of(fd, b"", form)
+                if redirect is not None and redirect.startswith(b"/"):
+                    beneath = redirect[1:].split(b"/")
+                elif redirect is not None:
+                    beneath[-1] = redirect
+            self.parts = [*beneath, parts[-1]]
+            here.adopt(fd)
+            fd = root.fd
+            return here
+        finally:
+            if fd != root.fd:
+                os.close(fd)
+
+
 def merged_dirs(queue: Sequence[Source], name: bytes, form: Form, roots: Sequence[Source]) -> list[Source]:
     """All layer directories that merge into ``name`` looked up in ``queue`` (topmost first).
 
     ``roots`` are the layers' roots, topmost first, where absolute redirects start. Empty when the
     name is not a directory.
     """
+    return merged_by(Search(queue, name, form, roots), form)
+
+
+def merged_by(search: Search, form: Form) -> list[Source]:
+    """The directories that a search finds; afterwards it tells where it would have gone on beneath the last layer."""
     found: list[Source] = []
-    position = 0
-    while position < len(queue):
-        source = queue[position]
-        position += 1
-        st = lstat(source, name)
-        if st is None:
-            if whiteout.hidden_by_dotwh(source.open(), name, form):
-                break
-            continue
+    for source, name, st in search:
         if not stat.S_ISDIR(st.st_mode):
+            search.ended = True
             break
         child = source.child(name)
         found.append(child)
-        if source.layer.index == 0 or whiteout.hidden_by_dotwh(source.open(), name, form):
+        if source.layer.index == 0 or search.ended:
             break
         fd = child.open()
         value = whiteout.opaque_value(fd, form)
         if value == b"y":
+            search.ended = True
             break
         if value == b"x":
             source.layer.xwhiteouts = True
         redirect = redirect_of(fd, b"", form)
         if redirect is not None:
-            queue, name = _follow(queue[position:], redirect, source.layer.index, form, roots)
-            position = 0
+            search.turn(redirect, source.layer.index)
     return found
 
 
-def _follow(
-    rest: Sequence[Source], redirect: bytes, index: int, form: Form, roots: Sequence[Source]
-) -> tuple[Sequence[Source], bytes]:
-    """Where the search goes on after a redirect met in layer ``index``."""
-    if not redirect.startswith(b"/"):
-        return rest, redirect
-    parts = redirect[1:].split(b"/")
-    below: Sequence[Source] = [root for root in roots if root.layer.index < index]
-    for part in parts[:-1]:
-        below = merged_dirs(below, part, form, roots)
-        if below:
-            below[0].descriptors.trim()  # a long way: who looks something up opens its directories again
-    return below, parts[-1]
+def may_be_metacopy(layer: Layer, size: int, blocks: int) -> bool:
+    """Whether it must be looked whether a regular file is a metacopy: those of the lowest layer, when they are all hole."""
+    return size > 0 and (layer.index > 0 or not blocks)
+
+
+def is_metacopy(at: Source, name: bytes, form: Form) -> bool:
+    """Whether a regular file of a layer has its data further down.
+
+    In the lowest layer that is nowhere; still such a file must not read as zeros. It is asked about only when it holds no block
+    at all, so that ordinary files cost nothing: the callers see to that (:func:`may_be_metacopy`).
+    """
+    if not form.redirects:
+        return False
+    return xattr.try_get(at.fd if at.fd >= 0 else at.open(), name, form.metacopy) is not None
 
 
 def metacopy_data(
@@ -127,31 +219,36 @@ def metacopy_data(
     lower tree. The path of the data is the one in the tree right beneath ``at``, which is what a redirect in
     that layer says, however many layers further down it goes on. A metacopy without data beneath is EIO, as in the kernel.
     """
-    if not form.redirects or at.layer.index == 0:
+    if not is_metacopy(at, name, form):
         return None
-    fd = at.fd if at.fd >= 0 else at.open()
-    top = at
-    if xattr.try_get(fd, name, form.metacopy) is None:
-        return None
-    while True:
-        redirect = redirect_of(fd, name, form)
-        if redirect is not None:
-            queue, name = _follow(queue, redirect, at.layer.index, form, roots)
-            if at is top:
-                path = redirect[1:] if redirect.startswith(b"/") else _sibling(path, redirect)
-        for number, source in enumerate(queue):
-            st = lstat(source, name)
-            if st is None:
-                continue
-            if not stat.S_ISREG(st.st_mode):
-                raise OSError(errno.EIO, "metacopy without data", name)
-            fd, at = source.open(), source
-            if source.layer.index and xattr.try_get(fd, name, form.metacopy) is not None:
-                queue = queue[number + 1 :]
-                break
-            return Data(source, name, path, st.st_size, st.st_blocks)
-        else:
+    search = Search(queue, name, form, roots)
+    found = data_by(search, beneath(at, name, path, search, form), form)
+    if found is None:
+        raise OSError(errno.EIO, "metacopy without data", name)
+    return found
+
+
+def data_by(search: Search, path: bytes, form: Form) -> Data | None:
+    """The data at ``path`` that a search finds; ``None`` when no layer of it has any.
+
+    Afterwards the search tells where it would have gone on. Raises EIO where something else is in the data's place.
+    """
+    for source, name, st in search:
+        if not stat.S_ISREG(st.st_mode):
             raise OSError(errno.EIO, "metacopy without data", name)
+        if not may_be_metacopy(source.layer, 1, st.st_blocks) or not is_metacopy(source, name, form):
+            return Data(source, name, path, st.st_size, st.st_blocks)
+        beneath(source, name, path, search, form)
+    return None
+
+
+def beneath(at: Source, name: bytes, path: bytes, search: Search, form: Form) -> bytes:
+    """Turn a search as the redirect of the metacopy at ``path`` says; returns the path of the data right beneath ``at``."""
+    redirect = redirect_of(at.open(), name, form)
+    if redirect is None:
+        return path
+    search.turn(redirect, at.layer.index)
+    return redirect[1:] if redirect.startswith(b"/") else _sibling(path, redirect)
 
 
 def _sibling(path: bytes, name: bytes) -> bytes:

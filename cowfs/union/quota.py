@@ -517,6 +517,8 @@ class Space(Tally):
             space = self._ranges(node)
             if space.missing(size // UNIT, size // UNIT + 1):
                 self.need(1)
+                # taken now, so that it is there and counted whatever comes of the rest
+                files.fallocate(fd, files.FALLOC_FL_KEEP_SIZE, size // UNIT * UNIT, UNIT)
                 self._count_new(space, size // UNIT, size // UNIT + 1)
         return size
 

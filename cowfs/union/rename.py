@@ -427,8 +427,10 @@ def _make_opaque(view: View, node: Dir) -> None:
     if len(node.sources) > 1 or node.record is not None:
         copyup.mark_impure(view, own)  # merged, it was so without saying
         _mark(view, own, view.form.opaque, b"y")
-    for name in own.whiteouts or ():
-        os.unlink(name, dir_fd=own.open())
+    if own.whiteouts:
+        with copyup.kept_times(own):
+            for name in own.whiteouts:
+                os.unlink(name, dir_fd=own.open())
     if view.space is not None:
         view.space.unhid(own.whiteouts or ())
     own.whiteouts, own.shadow = set(), set()

@@ -281,7 +281,7 @@ def _data(view: View, node: Node) -> Any:
     if position < 0:
         return None
     st = os.stat(node.name, dir_fd=parent.sources[position].open(), follow_symlinks=False)
-    return lookup.data_of(view, parent, position, node.name, st.st_size)
+    return lookup.data_of(view, parent, position, node.name, st)
 
 
 def _find_again(view: View, node: Node) -> None:
@@ -294,7 +294,7 @@ def _find_again(view: View, node: Node) -> None:
             continue
         st = lstat(source, name)
         if st is not None:
-            place = source, lookup.data_of(view, parent, position, name, st.st_size) if node.type == DT_REG else None
+            place = source, lookup.data_of(view, parent, position, name, st) if node.type == DT_REG else None
             break
     else:
         entry = (

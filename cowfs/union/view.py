@@ -38,6 +38,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from cowfs.errors import InvalidArgument
 from cowfs.format.whiteout import choose_form, opaque_value
 from cowfs.model import Limit, Usage
 from cowfs.row import redirects
@@ -86,6 +87,7 @@ class View:
         options: see :class:`~cowfs.union.options.Options`.
 
     Raises:
+        InvalidArgument: ``lowers`` is one path, not a sequence.
         OSError: a directory is missing or unreadable; ENOTDIR; EXDEV when ``work`` is on another
             file system than ``upper``.
 
@@ -109,6 +111,8 @@ class View:
         *,
         options: Options | None = None,
     ) -> None:
+        if isinstance(lowers, str | bytes | os.PathLike):
+            raise InvalidArgument(f"layers are a sequence of directories, not one path: {lowers!r}", remedy="[path]")
         self.options = options = options or Options()
         self.form = choose_form(options.form, dotwh=options.dotwh)
         self.share = share_out(options.max_fds)

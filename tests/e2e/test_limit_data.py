@@ -15,6 +15,7 @@ import os
 import random
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -166,8 +167,8 @@ class Files:
         file.extend(bytes(size - len(file)))
 
     def sparse_then_filled(self, name: str) -> None:
-        self.data[name] = bytearray()
         os.truncate(self.where() / name, 0)
+        self.data[name] = bytearray()
         os.truncate(self.where() / name, SIZE)
         self.data[name] = bytearray(SIZE)
         with opened(self.where() / name) as fd:
@@ -346,3 +347,62 @@ def again(
     assert (usage.bytes, usage.inodes) == used, f"{usage} after a remount, {used} before; {files.log[-45:]}"
     files.compare()
     return handle
+
+
+class Writers:
+    """Threads that write, truncate, replace and delete files of their own, and keep what these are."""
+
+    def __init__(self, top: Path, count: int, steps: int, seed: int) -> None:
+        self.top, self.steps = top, steps
+        self.failed: list[str] = []
+        self.full = 0
+        self.threads = [threading.Thread(target=self.run, args=(number, seed + number)) for number in range(count)]
+
+    def run(self, number: int, seed: int) -> None:
+        own = self.top / f"w{number}"
+        files = Files(lambda: own, seed)
+        try:
+            while True:
+                try:
+                    own.mkdir(exist_ok=True)
+                    break
+                except OSError as error:
+                    assert error.errno == errno.ENOSPC, error
+                    time.sleep(0.01)
+            for step in range(self.steps):
+                files.step()
+                if step % 25 == 24:
+                    files.compare()
+            files.compare()
+            self.full += files.full
+        except BaseException as error:  # noqa: BLE001 - told by the test
+            self.failed.append(f"writer {number}: {error!r}")
+        for name in list(files.data):
+            os.unlink(own / name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", [0, 4096], ids=["plain", "row"])
+def test_64_parallel_writers_at_the_limit(fs: hostfs.HostFs, row: int, request: pytest.FixtureRequest) -> None:
+    base = fs.fresh("writers")
+    lower = layers.Layer(base / "lower")
+    more: dict[str, Any] = {"row": row} if row else {}
+    size = 6 * LIMIT
+    (base / "mnt").mkdir()
+    steps = max(10, request.config.getoption("--steps") // 800)
+    with cowfs.mount(
+        [str(lower.path)], str(base / "mnt"), upper=base / "upper", work=base / "work", size=size, **more
+    ) as handle:
+        writers = Writers(base / "mnt", 64, steps, request.config.getoption("--seed"))
+        for thread in writers.threads:
+            thread.start()
+        while any(thread.is_alive() for thread in writers.threads):
+            assert handle.usage().bytes <= size
+            time.sleep(0.05)
+        assert writers.failed == []
+        assert writers.full > 0, "the limit was never reached"
+        os.sync()
+        used = settled(handle, lambda: walk(base / "upper"))
+        assert used == walk(base / "upper")
+        assert used[0] <= 65 * 2 * UNIT + 8 * UNIT, "all files are gone"
+    shutil.rmtree(base)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.daemon import Daemon, clean_up
+from support.daemon import Daemon, busybox_tar, clean_up
 
 
 @pytest.fixture(scope="session")
@@ -48,3 +49,20 @@ def make_daemon(scratch: Path, can_mount: None) -> Iterator[Callable[..., Daemon
 def daemon(make_daemon: Callable[..., Daemon], docker_command: str) -> Daemon:
     """A running daemon, in debug mode, with a unix door."""
     return make_daemon("-D").start()
+
+
+@pytest.fixture(scope="session")
+def busybox() -> bytes:
+    """A root file system's tar."""
+    return busybox_tar()
+
+
+@pytest.fixture
+def engine(daemon: Daemon, busybox: bytes) -> Daemon:
+    """A daemon with the image ``bb``, on a host that can run containers."""
+    if shutil.which("runc") is None and shutil.which("crun") is None:
+        pytest.skip("no OCI runtime here (Debian: runc)")
+    if os.geteuid():
+        pytest.skip("containers need root here")
+    daemon.docker("import", "-c", 'CMD ["sh"]', "-c", "ENV FROM=image", "-", "bb", input=busybox)
+    return daemon

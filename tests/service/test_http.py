@@ -86,7 +86,6 @@ def test_a_document_of_64_mib_is_refused_without_being_read(server: Daemon) -> N
     assert alive(server)
 
 
-@pytest.mark.skip(reason="containers come next")
 def test_a_document_in_a_million_chunks_is_refused(server: Daemon) -> None:
     head = b"POST /containers/create HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
     answer = talk(server, head + b"8\r\n        \r\n" * 1_000_000)

@@ -311,7 +311,7 @@ def test_a_store_on_a_readonly_file_system_is_read(space: Path, can_mount: None)
             assert store.check(content=True).problems == []
             assert store.usage("work").inodes == 0
             store.export("top", space / "top.tar")
-            with pytest.raises(OSError, match="Read-only") as refused:
+            with pytest.raises(OSError, match="read-only") as refused:
                 store.prepare("more", "top")
             assert refused.value.errno == errno.EROFS
     finally:

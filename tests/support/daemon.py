@@ -149,3 +149,77 @@ def clean_up(daemon: Daemon) -> None:
         if ids:
             daemon.docker("rm", "-f", *ids, check=False)
     daemon.stop()
+
+
+APPLETS = [
+    "sh",
+    "ls",
+    "cat",
+    "echo",
+    "sleep",
+    "true",
+    "false",
+    "id",
+    "env",
+    "df",
+    "dd",
+    "stty",
+    "touch",
+    "rm",
+    "mkdir",
+    "head",
+    "wc",
+    "seq",
+    "kill",
+    "hostname",
+    "chmod",
+    "stat",
+    "test",
+    "pwd",
+    "find",
+    "readlink",
+    "printf",
+    "tty",
+    "ln",
+    "yes",
+    "mv",
+    "grep",
+]
+
+
+def is_static(program: bytes) -> bool:
+    """Whether a 64-bit ELF program needs no loader: it has no PT_INTERP header (elf(5))."""
+    import struct
+
+    if program[:5] != b"\x7fELF\x02":
+        return False
+    (start,) = struct.unpack_from("<Q", program, 32)
+    size, count = struct.unpack_from("<HH", program, 54)
+    return all(struct.unpack_from("<I", program, start + size * at)[0] != 3 for at in range(count))
+
+
+def busybox_tar() -> bytes:
+    """A root file system of busybox alone, with two users; skips where this host has no static busybox."""
+    import io
+    import tarfile
+
+    program = shutil.which("busybox")
+    if program is None or not is_static(Path(program).read_bytes()):
+        pytest.skip("no static busybox here (Debian: busybox-static)")
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+
+        def add(name: str, data: bytes = b"", mode: int = 0o644, kind: bytes = tarfile.REGTYPE, link: str = "") -> None:
+            info = tarfile.TarInfo(name)
+            info.size, info.mode, info.type, info.linkname, info.mtime = len(data), mode, kind, link, 1_700_000_000
+            tar.addfile(info, io.BytesIO(data))
+
+        for name, mode in (("bin", 0o755), ("etc", 0o755), ("root", 0o700), ("tmp", 0o1777), ("data", 0o755)):
+            add(name, kind=tarfile.DIRTYPE, mode=mode)
+        add("bin/busybox", Path(program).read_bytes(), 0o755)
+        for applet in APPLETS:
+            add(f"bin/{applet}", kind=tarfile.SYMTYPE, link="busybox")
+        add("etc/passwd", b"root:x:0:0:root:/root:/bin/sh\napp:x:1000:1000:app:/home/app:/bin/sh\n")
+        add("etc/group", b"root:x:0:\napp:x:1000:\nextra:x:2000:app\n")
+        add("data/file", b"of the image\n")
+    return out.getvalue()

@@ -24,6 +24,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import stat
@@ -599,8 +600,9 @@ def play(make: Run, steps: Iterator[list[Any]] | list[list[Any]], done: list[lis
         for step in steps:
             done.append(step)
             machine.do(step)
-        done.append(["finish"])
-        machine.finish()
+        if done:
+            done.append(["finish"])
+            machine.finish()
     except Exception as error:  # noqa: BLE001 - whatever goes wrong is a finding
         trace = "" if isinstance(error, Mismatch) else traceback.format_exc()
         return f"{done[-1]}: {error}\n{trace}{_log_of(error)}"
@@ -621,21 +623,27 @@ def drawn(machine: Machine, seed: int, count: int) -> Iterator[list[Any]]:
         yield draw.step()
 
 
-def shrink(make: Run, steps: list[list[Any]], seconds: float) -> list[list[Any]]:
-    """A shorter history that fails as well, found by leaving pieces out for so many seconds."""
-    end = time.monotonic() + seconds
+def kind_of(wrong: str) -> str:
+    """What two failures of one cause have in common: the verb, and the first words of the message without numbers."""
+    step, _, message = wrong.partition("]: ")
+    return re.sub(r"[0-9]+", "N", f"{step.split(',')[0]} {' '.join(message.split()[:2])}")
+
+
+def shrink(make: Run, steps: list[list[Any]], wrong: str, seconds: float) -> tuple[list[list[Any]], str]:
+    """A shorter history that fails in the same way, found by leaving pieces out for so many seconds; and how it fails."""
+    end, kind = time.monotonic() + seconds, kind_of(wrong)
     size = max(1, len(steps) // 2)
     while size and time.monotonic() < end:
         at = 0
         while at < len(steps) and time.monotonic() < end:
-            fewer = steps[:at] + steps[at + size :]
             done: list[list[Any]] = []
-            if fewer and play(make, fewer, done) is not None:
-                steps = [step for step in done if step != ["finish"]]
+            now = play(make, steps[:at] + steps[at + size :], done)
+            if now is not None and kind_of(now) == kind:
+                steps, wrong = [step for step in done if step != ["finish"]], now
             else:
                 at += size
         size = size // 2 if size > 1 else 0
-    return steps
+    return steps, wrong
 
 
 def forget_here(mountpoint: str) -> None:
@@ -681,9 +689,8 @@ def main() -> int:
         if wrong is not None:
             steps = [step for step in done if step != ["finish"]]
             if wish.shrink:
-                steps = shrink(make, steps, wish.shrink)
-                done = []
-                wrong = play(make, steps, done) or wrong
+                print(f"first {wrong}", flush=True)
+                steps, wrong = shrink(make, steps, wrong, wish.shrink)
             print(
                 f"driver {wish.driver}, seed {seed}, {len(steps)} steps: {wrong}\nhistory: {json.dumps(steps)}",
                 flush=True,

@@ -34,7 +34,7 @@ def _init(args: argparse.Namespace) -> int:
 
 
 def _info(args: argparse.Namespace) -> int:
-    with open_store(args) as store:
+    with open_store(args, create=False) as store:
         told: dict[str, Any] = store.describe()
         totals = store.totals()
     told["snapshots"] = totals.count
@@ -64,7 +64,7 @@ def _configure_df(parser: argparse.ArgumentParser) -> None:
 
 
 def _df(args: argparse.Namespace) -> int:
-    with open_store(args) as store:
+    with open_store(args, create=False) as store:
         totals = store.totals()
         each = _each(store) if args.verbose else []
     if args.json:
@@ -157,7 +157,12 @@ def _check(args: argparse.Namespace) -> int:
             print(f"in quarantine: {shown(name)}: {shown(why)}")
         files = f", {report.files:,} files" if args.content else ""
         print(f"{report.snapshots:,} snapshots, {report.records:,} records{files}: ", end="")
-        print("no damage" if not report.damage and not quarantined else "DAMAGED")
+        fine = (
+            "no damage, but links to look into"
+            if any(each.kind == "links" for each in report.problems)
+            else "no damage"
+        )
+        print(fine if not report.damage and not quarantined else "DAMAGED")
     return 0 if not report.damage and not quarantined else 7
 
 

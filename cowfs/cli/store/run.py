@@ -12,7 +12,9 @@ import secrets
 import signal
 import sys
 import tempfile
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from cowfs.cli import Command
 from cowfs.cli.store.args import add_store, open_store
@@ -53,20 +55,59 @@ def _configure_run(parser: argparse.ArgumentParser) -> None:
     parser.parse_args = parse_args  # type: ignore[method-assign,assignment]
 
 
+class _Stopped(KeyboardInterrupt):
+    """A signal came before there was a command to pass it on to."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def _stop(number: int, frame: object) -> NoReturn:
+    raise _Stopped(number)
+
+
+@contextmanager
+def _held() -> Iterator[None]:
+    """No signal is answered in the block; those that come wait for its end."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _run(args: argparse.Namespace) -> int:
     if args.rm and args.commit:
         raise InvalidArgument("--rm and --commit exclude each other")
+    heard = [number for number in _FORWARDED if signal.getsignal(number) is not signal.SIG_IGN]  # nohup(1) ignores one
+    before = {number: signal.signal(number, _stop) for number in heard}
+    try:
+        return _run_in_snapshot(args)
+    except _Stopped as stopped:
+        return 128 + stopped.number
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _run_in_snapshot(args: argparse.Namespace) -> int:
     key = args.key or f"run-{secrets.token_hex(4)}"
-    with open_store(args) as store:
+    with open_store(args, create=False) as store:
         config = _config(store, args.parent)
         command = args.command or [*(config.get("Entrypoint") or ()), *(config.get("Cmd") or ())] or ["/bin/sh"]
         environment = _environment(config, args.env)
         where = args.workdir or config.get("WorkingDir") or "/"
-        store.prepare(key, args.parent, size=args.size, inodes=args.inodes)
+        made = False
         try:
+            with _held():
+                store.prepare(key, args.parent, size=args.size, inodes=args.inodes)
+                made = True
             status = _in_namespace(store, key, command, environment, where)
         except BaseException:
-            _drop(store, key)
+            if made:
+                with _held():
+                    _drop(store, key)
             raise
         if args.commit and status == 0:
             store.commit(key, args.commit)
@@ -120,39 +161,78 @@ def _environment(config: dict[str, Any], given: list[str]) -> dict[str, str]:
 
 
 def _in_namespace(store: Store, key: str, command: list[str], environment: dict[str, str], where: str) -> int:
-    """Mount, run and unmount in a child, since namespaces are for good; the exit status."""
-    spec_target = tempfile.mkdtemp(prefix="cowfs-run-")
+    """Mount, run and unmount in a child, since namespaces are for good; the exit status.
+
+    Raises:
+        _Stopped: by a signal, before the command began.
+    """
     reading, writing = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
-    old = {signum: signal.signal(signum, signal.SIG_IGN) for signum in _FORWARDED}
+    spec_target = ""
+    handlers: dict[int, Any] = {number: signal.getsignal(number) for number in _FORWARDED}
     try:
-        pid = os.fork()
-        if pid == 0:
-            os.close(reading)
-            code = 1
-            try:
-                code = _child(store, key, spec_target, command, environment, where)
-            except CowfsError as error:
-                os.write(writing, f"{error.exit_code} {error}".encode())
-            except OSError as error:
-                os.write(writing, f"1 {error.filename or 'namespace'}: {error.strerror}".encode())
-            finally:
-                os._exit(code)
+        with _held():
+            spec_target = tempfile.mkdtemp(prefix="cowfs-run-")
+            pid = os.fork()
+            if pid == 0:
+                os.close(reading)
+                os._exit(_guarded_child(writing, store, key, spec_target, command, environment, where))
+            _pass_on(pid, handlers)
         os.close(writing)
         with open(reading, "rb") as pipe:
             problem = pipe.read().decode("utf-8", "replace")
         _, status = os.waitpid(pid, 0)
     finally:
-        for signum, handler in old.items():
-            signal.signal(signum, handler)
-        os.rmdir(spec_target)
+        for each, handler in handlers.items():
+            signal.signal(each, handler)
+        if spec_target:
+            os.rmdir(spec_target)
     if problem:
         number, _, message = problem.partition(" ")
+        if number == "signal":
+            raise _Stopped(int(message))
         failed = CowfsError(message)
         failed.exit_code = int(number)  # type: ignore[misc]
         raise failed
     return _status(status)
+
+
+def _pass_on(pid: int, handlers: Mapping[int, Any]) -> None:
+    """Pass signals on to a process; a terminal has sent its own to the whole group already."""
+
+    def send(number: int, frame: object) -> None:
+        if number not in (signal.SIGINT, signal.SIGQUIT) or not _in_foreground():
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    for number, handler in handlers.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, send)
+
+
+def _in_foreground() -> bool:
+    try:
+        return os.tcgetpgrp(0) == os.getpgrp()
+    except OSError:
+        return False
+
+
+def _guarded_child(
+    writing: int, store: Store, key: str, target: str, command: list[str], environment: dict[str, str], where: str
+) -> int:
+    """The child; its problem, if it has one, goes to the pipe. Returns the exit status, whatever happens."""
+    try:
+        return _child(store, key, target, command, environment, where)
+    except _Stopped as stopped:
+        os.write(writing, f"signal {stopped.number}".encode())
+    except CowfsError as error:
+        os.write(writing, f"{error.exit_code} {error}".encode())
+    except OSError as error:
+        os.write(writing, f"1 {error.filename or 'namespace'}: {error.strerror}".encode())
+    except BaseException:  # noqa: BLE001  (never return into the parent's code)
+        os.write(writing, b"1 cowfs run failed in its child process")
+    return 1
 
 
 def _status(status: int) -> int:
@@ -171,19 +251,38 @@ def _child(store: Store, key: str, target: str, command: list[str], environment:
         mounts.make_private()
     except OSError as error:
         raise Unsupported(f"no private namespace can be made: {error.strerror}", remedy="run as root") from None
-    handle = store.mount(key, target)
+    pid = 0
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)  # a start can be broken off...
+        store.mount(key, target)
+        signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED)  # ... and from here on the command's first process hears
         namespaces.unshare(namespaces.CLONE_NEWPID)
         pid = os.fork()
         if pid == 0:
-            os._exit(_init(target, command, environment, where))
+            code = 1
+            try:
+                code = _init(target, command, environment, where)
+            finally:
+                os._exit(code)
+        handlers: dict[int, Any] = {number: signal.getsignal(number) for number in _FORWARDED}
+        _pass_on(pid, handlers)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)
         _, status = os.waitpid(pid, 0)
     finally:
+        signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED)
         for name in ("proc", "dev"):
             if os.path.ismount(f"{target}/{name}"):
                 mounts.umount(f"{target}/{name}", mounts.MNT_DETACH)
-        handle.unmount()
+        _unmount(target)
     return _status(status)
+
+
+def _unmount(target: str) -> None:
+    """Unmount, if it came to a mount."""
+    from cowfs.mounting import client, mountpoint
+
+    if mountpoint.find(target) is not None:
+        client.umount(target)
 
 
 def _init(target: str, command: list[str], environment: dict[str, str], where: str) -> int:
@@ -199,6 +298,7 @@ def _init(target: str, command: list[str], environment: dict[str, str], where: s
     if pid == 0:
         for number in (*_FORWARDED, signal.SIGPIPE):
             signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)
         try:
             os.chdir(where)
             os.execvpe(command[0], command, environment)
@@ -211,6 +311,7 @@ def _init(target: str, command: list[str], environment: dict[str, str], where: s
             os._exit(126)
     for number in _FORWARDED:
         signal.signal(number, lambda got, _frame: os.kill(pid, got))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)  # those that came until now are passed on, too
     while True:
         try:
             ended, status = os.waitpid(-1, 0)

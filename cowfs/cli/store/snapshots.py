@@ -67,7 +67,7 @@ def _configure_prepare(parser: argparse.ArgumentParser) -> None:
 
 
 def _prepare(args: argparse.Namespace) -> int:
-    with open_store(args) as store:
+    with open_store(args, create=args.parent is None) as store:
         mounts = store.prepare(
             args.key, args.parent, size=args.size, inodes=args.inodes, labels=set_labels(args.label),
             mount_type=args.mount_type,
@@ -86,7 +86,7 @@ def _configure_view(parser: argparse.ArgumentParser) -> None:
 
 
 def _view(args: argparse.Namespace) -> int:
-    with open_store(args) as store:
+    with open_store(args, create=args.parent is None) as store:
         mounts = store.view(args.key, args.parent, labels=set_labels(args.label), mount_type=args.mount_type)
     _print_mounts(mounts, as_json=args.json)
     return 0
@@ -227,7 +227,7 @@ def _configure_ls(parser: argparse.ArgumentParser) -> None:
 def _ls(args: argparse.Namespace) -> int:
     import json
 
-    with open_store(args) as store:
+    with open_store(args, create=False) as store:
         found = store.walk(args.filters)
         if args.json:
             for info in found:
@@ -257,7 +257,7 @@ def _configure_tree(parser: argparse.ArgumentParser) -> None:
 
 
 def _tree(args: argparse.Namespace) -> int:
-    with open_store(args) as store:
+    with open_store(args, create=False) as store:
         children: dict[str | None, list[Info]] = {}
         for info in store.walk():
             children.setdefault(info.parent, []).append(info)
@@ -324,7 +324,7 @@ def _configure_images(parser: argparse.ArgumentParser) -> None:
 
 
 def _images(args: argparse.Namespace) -> int:
-    with open_store(args) as store:
+    with open_store(args, create=False) as store:
         found = []
         for tag in store.tags():
             chain = [store.index.by_num(num) for num, _ in store.index.chain(store.index.get(tag.target).num)]

@@ -8,6 +8,7 @@ need are in :data:`LATE_VERBS`, and their module is imported when one is first a
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -54,6 +55,12 @@ def find_verb(name: str) -> Verb | None:
 
         import_module(LATE_VERBS[name])
     return VERBS.get(name)
+
+
+@verb("alive")
+def _alive(server: Server, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Whether the mount is still there, or its server about to end. Nothing waits for the loop."""
+    return {"pid": os.getpid(), "connected": server.session.connected}
 
 
 @verb("info")

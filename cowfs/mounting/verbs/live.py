@@ -14,6 +14,7 @@ Threads: called in a connection's thread of the control socket, never in the loo
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Callable
@@ -142,6 +143,7 @@ def _switch(server: Server, arguments: dict[str, Any], switch: Callable[[], None
     can_switch(server)
     _write_back(server)
     locks = stack.lock_more(arguments["upper"], arguments["work"])
+    stack.announce_at(arguments["upper"])
     mark = arguments["mark"]
 
     def act() -> None:
@@ -172,7 +174,13 @@ def _write_back(server: Server) -> None:
     target = server.spec.mountpoint
     fd = os.open(target, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        syncfs(fd)
+        try:
+            syncfs(fd)
+        except OSError as error:
+            # Some page was refused at its write-back, now or at any time before: it is lost, and msync, fsync or close say so to
+            # whoever stored it. What is there is what the snapshot is of.
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+                raise
         connection = f"/sys/fs/fuse/connections/{os.minor(os.fstat(fd).st_dev)}/waiting"
     finally:
         os.close(fd)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from cowfs.service.api.containers import summary
 from cowfs.service.api.images import summaries
 from cowfs.service.api.routing import Route, version_of
 from cowfs.service.errors import ApiError
@@ -27,7 +28,7 @@ def _df(service: Service, exchange: Exchange) -> Reply:
         told["LayersSize"] = service.images.sizes()[2]
         told["Images"] = summaries(service, version=version_of(exchange), shared=True)
     if "container" in wanted:
-        told["Containers"] = service.containers.summaries(sizes=True)
+        told["Containers"] = [summary(service, each, size=True) for each in service.containers.all()]
     if "volume" in wanted:
         told["Volumes"] = []
     if "build-cache" in wanted:

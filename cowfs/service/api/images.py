@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from cowfs.errors import CowfsError
 from cowfs.service import references
+from cowfs.service.api.registry import pull
 from cowfs.service.api.routing import Route, filters_of, version_of
 from cowfs.service.errors import ApiError, not_offered
 from cowfs.service.events import when
@@ -155,7 +156,7 @@ def _create(service: Service, exchange: Exchange) -> Reply:
         return _import(service, exchange)
     if not query.get("fromImage"):
         raise ApiError(400, "neither fromImage nor fromSrc is given")
-    raise not_offered("pulling images yet")
+    return pull(service, exchange)
 
 
 def _import(service: Service, exchange: Exchange) -> Reply:

@@ -1,21 +1,5 @@
-"""Containers."""
+"""Containers: a snapshot of the store, an OCI bundle that runc or crun runs, and a supervisor that outlives the daemon.
 
-from __future__ import annotations
-
-from typing import Any
-
-
-class Containers:
-    """The containers of a store."""
-
-    def states(self) -> dict[str, int]:
-        """How many containers there are, by state."""
-        return {}
-
-    def users(self) -> list[tuple[str, str, bool]]:
-        """The containers that use images: (image id, container id, whether it runs)."""
-        return []
-
-    def summaries(self, *, every: bool = True, sizes: bool = False) -> list[dict[str, Any]]:
-        """Containers as the list shows them."""
-        return []
+Reading order: ``container`` (what is recorded), ``manager`` (the verbs), ``supervisor`` and ``streams`` (the process that holds input,
+output and exit status), ``bundle`` (what the runtime is told).
+"""

@@ -1,0 +1,334 @@
+"""Routes of containers: make, look, start, end, remove."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from cowfs.errors import FailedPrecondition, InvalidArgument, NotFound
+from cowfs.service.api.routing import Route, filters_of
+from cowfs.service.containers import cgroups
+from cowfs.service.containers.container import Container
+from cowfs.service.containers.records import ContainerConfig, Update
+from cowfs.service.errors import ApiError
+from cowfs.service.events import when
+from cowfs.service.http import Exchange, Reply, empty, json_reply, lines
+from cowfs.service.images import has_label, rfc3339
+from cowfs.service.records import decode
+
+if TYPE_CHECKING:
+    from cowfs.service.daemon import Service
+
+__all__ = ["ROUTES", "summary"]
+
+_FILTERS = ("id", "name", "label", "status", "ancestor", "exited", "before", "since", "network", "volume", "health", "is-task",
+            "expose", "publish", "isolation")  # fmt: skip
+_NEVER = "0001-01-01T00:00:00Z"
+
+
+def summary(service: Service, container: Container, *, size: bool) -> dict[str, Any]:
+    """A container as the list shows it."""
+    image = service.images.name_of(container.image, container.image_name)
+    told: dict[str, Any] = {
+        "Id": container.id,
+        "Names": [f"/{container.name}"],
+        "Image": image,
+        "ImageID": container.image,
+        "Command": " ".join(_quoted(word) for word in container.arguments),
+        "Created": container.created // 10**9,
+        "Ports": [],
+        "Labels": container.labels,
+        "State": container.status,
+        "Status": container.describe(),
+        "HostConfig": {"NetworkMode": container.host["NetworkMode"]},
+        "NetworkSettings": {"Networks": {}},
+        "Mounts": _mounts(container),
+    }
+    if size:
+        own = service.containers.size(container)
+        told |= {"SizeRw": own, "SizeRootFs": own + service.images.sizes()[0].get(container.image, 0)}
+    return told
+
+
+def _quoted(word: str) -> str:
+    return f"'{word}'" if re.search(r"\s", word) else word
+
+
+def _mounts(container: Container) -> list[dict[str, Any]]:
+    from cowfs.service.containers.bundle import bind_mounts
+
+    return [
+        {
+            "Type": each["type"],
+            "Source": each["source"] if each["type"] == "bind" else "",
+            "Destination": each["destination"],
+            "Mode": "",
+            "RW": "ro" not in each["options"],
+            "Propagation": each["options"][-1] if each["type"] == "bind" else "",
+        }
+        for each in bind_mounts(container.host_config)
+    ]
+
+
+def _create(service: Service, exchange: Exchange) -> Reply:
+    raw = exchange.document()
+    config = decode(ContainerConfig, raw)
+    made = service.containers.create(config, raw, exchange.query.get("name", ""))
+    return json_reply({"Id": made.id, "Warnings": []}, 201)
+
+
+def _list(service: Service, exchange: Exchange) -> Reply:
+    filters = filters_of(exchange, _FILTERS)
+    limit = int(exchange.query.get("limit") or 0)
+    every = exchange.flag("all") or limit > 0 or "status" in filters or "exited" in filters
+    wanted = _wanted(service, filters)
+    found = [each for each in service.containers.all() if (every or each.running) and wanted(each)]
+    size = exchange.flag("size")
+    return json_reply([summary(service, each, size=size) for each in found[: limit or None]])
+
+
+def _wanted(service: Service, filters: Mapping[str, list[str]]) -> Callable[[Container], bool]:
+    before = [service.containers.get(name).created for name in filters.get("before", [])]
+    since = [service.containers.get(name).created for name in filters.get("since", [])]
+    ancestors = {name: service.images.get(name).id for name in filters.get("ancestor", []) if _exists(service, name)}
+
+    def any_of(name: str, fits: Callable[[str], bool]) -> bool:
+        return name not in filters or any(fits(value) for value in filters[name])
+
+    def wanted(container: Container) -> bool:
+        return (
+            any_of("id", lambda value: container.id.startswith(value))
+            and any_of("name", lambda value: _matches(value, container.name))
+            and all(has_label(container.labels, value) for value in filters.get("label", []))
+            and any_of("status", lambda value: container.status == value)
+            and any_of("exited", lambda value: container.status == "exited" and str(container.code) == value)
+            and any_of(
+                "ancestor", lambda value: ancestors.get(value) == container.image or container.image_name == value
+            )
+            and any_of("network", lambda value: container.host["NetworkMode"] == value)
+            and not any(name in filters for name in ("volume", "expose", "publish", "isolation"))
+            and all(container.created < each for each in before)
+            and all(container.created > each for each in since)
+        )
+
+    return wanted
+
+
+def _exists(service: Service, image: str) -> bool:
+    try:
+        service.images.get(image)
+    except (NotFound, ApiError):
+        return False
+    return True
+
+
+def _matches(pattern: str, name: str) -> bool:
+    try:
+        return re.search(pattern, f"/{name}") is not None or re.search(pattern, name) is not None
+    except re.error:
+        raise ApiError(400, f"invalid filter: {pattern!r} is no pattern") from None
+
+
+def _inspect(service: Service, exchange: Exchange, name: str) -> Reply:
+    container = service.containers.get(name)
+    run = container.run
+    words = container.arguments
+    told: dict[str, Any] = {
+        "Id": container.id,
+        "Created": rfc3339(container.created),
+        "Path": words[0],
+        "Args": words[1:],
+        "State": {
+            "Status": container.status,
+            "Running": container.running,
+            "Paused": container.paused,
+            "Restarting": False,
+            "OOMKilled": bool(run.get("oom")),
+            "Dead": False,
+            "Pid": container.pid,
+            "ExitCode": container.code,
+            "Error": container.error,
+            "StartedAt": rfc3339(run["started"]) if run else _NEVER,
+            "FinishedAt": rfc3339(run["finished"]) if "finished" in run else _NEVER,
+        },
+        "Image": container.image,
+        "ResolvConfPath": os.path.join(container.folder, "resolv.conf"),
+        "HostnamePath": os.path.join(container.folder, "hostname"),
+        "HostsPath": os.path.join(container.folder, "hosts"),
+        "LogPath": os.path.join(container.folder, "json.log"),
+        "Name": f"/{container.name}",
+        "RestartCount": 0,
+        "Driver": service.store.driver.name,
+        "Platform": "linux",
+        "MountLabel": "",
+        "ProcessLabel": "",
+        "AppArmorProfile": "",
+        "ExecIDs": service.containers.execs_of(container),
+        "HostConfig": _host(container),
+        "GraphDriver": {"Name": service.store.driver.name, "Data": {"Snapshot": container.key}},
+        "Mounts": _mounts(container),
+        "Config": {**container.config, "Hostname": container.hostname, "Image": container.image_name},
+        "NetworkSettings": {
+            "Bridge": "", "SandboxID": "", "SandboxKey": "", "Ports": {}, "Networks": {}, "IPAddress": "", "Gateway": "",
+            "MacAddress": "", "EndpointID": "", "IPPrefixLen": 0, "GlobalIPv6Address": "", "GlobalIPv6PrefixLen": 0,
+            "IPv6Gateway": "", "HairpinMode": False, "LinkLocalIPv6Address": "", "LinkLocalIPv6PrefixLen": 0,
+            "SecondaryIPAddresses": None, "SecondaryIPv6Addresses": None,
+        },
+    }  # fmt: skip
+    if exchange.flag("size"):
+        own = service.containers.size(container)
+        told |= {"SizeRw": own, "SizeRootFs": own + service.images.sizes()[0].get(container.image, 0)}
+    return json_reply(told)
+
+
+def _host(container: Container) -> dict[str, Any]:
+    host = dict(container.host)
+    host["LogConfig"] = {"Type": "json-file", "Config": (host.get("LogConfig") or {}).get("Config") or {}}
+    host["RestartPolicy"] = {"Name": "no", "MaximumRetryCount": 0}
+    host["MaskedPaths"], host["ReadonlyPaths"] = None, None
+    return host
+
+
+def _start(service: Service, exchange: Exchange, name: str) -> Reply:
+    service.containers.start(service.containers.get(name))
+    return empty()
+
+
+def _seconds(exchange: Exchange) -> int | None:
+    text = exchange.query.get("t", "")
+    if not text:
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise ApiError(400, f"t is no number of seconds: {text!r}") from None
+
+
+def _stop(service: Service, exchange: Exchange, name: str) -> Reply:
+    service.containers.stop(service.containers.get(name), _seconds(exchange), exchange.query.get("signal", ""))
+    return empty()
+
+
+def _restart(service: Service, exchange: Exchange, name: str) -> Reply:
+    service.containers.restart(service.containers.get(name), _seconds(exchange), exchange.query.get("signal", ""))
+    return empty()
+
+
+def _kill(service: Service, exchange: Exchange, name: str) -> Reply:
+    service.containers.kill(service.containers.get(name), exchange.query.get("signal", ""))
+    return empty()
+
+
+def _pause(service: Service, exchange: Exchange, name: str) -> Reply:
+    service.containers.pause(service.containers.get(name))
+    return empty()
+
+
+def _unpause(service: Service, exchange: Exchange, name: str) -> Reply:
+    service.containers.unpause(service.containers.get(name))
+    return empty()
+
+
+def _rename(service: Service, exchange: Exchange, name: str) -> Reply:
+    service.containers.rename(service.containers.get(name), exchange.query.get("name", ""))
+    return empty()
+
+
+def _update(service: Service, exchange: Exchange, name: str) -> Reply:
+    service.containers.update(service.containers.get(name), decode(Update, exchange.document()))
+    return json_reply({"Warnings": None})
+
+
+def _remove(service: Service, exchange: Exchange, name: str) -> Reply:
+    if exchange.flag("link"):
+        raise InvalidArgument("there are no links between containers")
+    service.containers.remove(service.containers.get(name), force=exchange.flag("force"))
+    return empty()
+
+
+def _wait(service: Service, exchange: Exchange, name: str) -> Reply:
+    """The headers go at once: clients start the container only when they have them."""
+    container = service.containers.get(name)
+    condition = exchange.query.get("condition") or "not-running"
+    if condition not in ("not-running", "next-exit", "removed"):
+        raise ApiError(400, f"invalid condition: {condition!r}")
+    ends = container.ends
+
+    def is_over() -> bool:
+        if condition == "removed":
+            return container.removed
+        return container.ends > ends or (condition == "not-running" and not container.running) or container.removed
+
+    def told() -> Iterator[dict[str, Any] | None]:
+        while not container.wait(is_over, 0.4):
+            yield None
+        yield {"StatusCode": container.code}
+
+    return Reply(body=lines(told()))
+
+
+def _top(service: Service, exchange: Exchange, name: str) -> Reply:
+    container = service.containers.get(name)
+    if not container.running:
+        raise FailedPrecondition(f"container {container.id} is not running")
+    words = (exchange.query.get("ps_args") or "-ef").split()
+    try:
+        done = subprocess.run(["ps", *words], capture_output=True, text=True, check=False, timeout=30)
+    except FileNotFoundError:
+        raise ApiError(501, "this host has no ps (Debian: procps)") from None
+    rows = done.stdout.splitlines()
+    if done.returncode or not rows:
+        raise ApiError(400, f"ps: {done.stderr.strip() or 'no output'}")
+    titles = rows[0].split()
+    if "PID" not in titles:
+        raise ApiError(400, "couldn't find PID field in ps output")
+    place = titles.index("PID")
+    mine = {str(pid) for pid in cgroups.pids(container.cgroup)}
+    split = [row.split(None, len(titles) - 1) for row in rows[1:]]
+    return json_reply(
+        {"Titles": titles, "Processes": [row for row in split if len(row) > place and row[place] in mine]}
+    )
+
+
+def _changes(service: Service, exchange: Exchange, name: str) -> Reply:
+    container = service.containers.get(name)
+    found = [{"Path": path, "Kind": kind} for path, kind in service.containers.changes(container)]
+    return json_reply(found or None)
+
+
+def _prune(service: Service, exchange: Exchange) -> Reply:
+    filters = filters_of(exchange, ("until", "label", "label!"))
+    until = [when(text, "until") or 0 for text in filters.get("until", [])]
+
+    def fits(container: Container) -> bool:
+        return (
+            all(has_label(container.labels, each) for each in filters.get("label", []))
+            and not any(has_label(container.labels, each) for each in filters.get("label!", []))
+            and all(container.created < each for each in until)
+        )
+
+    done, freed = service.containers.prune(fits)
+    return json_reply({"ContainersDeleted": done or None, "SpaceReclaimed": freed})
+
+
+ROUTES = (
+    Route("POST", "/containers/create", _create),
+    Route("GET", "/containers/json", _list),
+    Route("POST", "/containers/prune", _prune),
+    Route("GET", "/containers/{name}/json", _inspect),
+    Route("POST", "/containers/{name}/start", _start),
+    Route("POST", "/containers/{name}/stop", _stop),
+    Route("POST", "/containers/{name}/restart", _restart),
+    Route("POST", "/containers/{name}/kill", _kill),
+    Route("POST", "/containers/{name}/pause", _pause),
+    Route("POST", "/containers/{name}/unpause", _unpause),
+    Route("POST", "/containers/{name}/rename", _rename),
+    Route("POST", "/containers/{name}/update", _update),
+    Route("POST", "/containers/{name}/wait", _wait),
+    Route("GET", "/containers/{name}/top", _top),
+    Route("GET", "/containers/{name}/changes", _changes),
+    Route("DELETE", "/containers/{name}", _remove),
+)

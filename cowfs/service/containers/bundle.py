@@ -1,0 +1,364 @@
+"""The OCI bundle of a container: what the runtime is told (OCI runtime-spec, config.md), from Docker's configuration.
+
+Rule: what cannot be given is refused when the container is created, with a sentence; nothing is left out in silence.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Mapping
+from typing import Any
+
+from cowfs.errors import InvalidArgument
+from cowfs.service.containers.cgroups import PREFIX
+from cowfs.service.containers.records import ContainerConfig, ExecConfig, HostConfig
+from cowfs.service.containers.users import User
+from cowfs.service.errors import ApiError, not_offered
+
+__all__ = ["check", "exec_process", "resources", "signal_number", "specification"]
+
+DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+CAPABILITIES = (
+    "CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FSETID", "CAP_FOWNER", "CAP_MKNOD", "CAP_NET_RAW", "CAP_SETGID", "CAP_SETUID",
+    "CAP_SETFCAP", "CAP_SETPCAP", "CAP_NET_BIND_SERVICE", "CAP_SYS_CHROOT", "CAP_KILL", "CAP_AUDIT_WRITE",
+)  # fmt: skip
+"""What root in a container may do by default: Docker's list."""
+
+ALL_CAPABILITIES = (
+    *CAPABILITIES, "CAP_AUDIT_CONTROL", "CAP_AUDIT_READ", "CAP_BLOCK_SUSPEND", "CAP_BPF", "CAP_CHECKPOINT_RESTORE",
+    "CAP_DAC_READ_SEARCH", "CAP_IPC_LOCK", "CAP_IPC_OWNER", "CAP_LEASE", "CAP_LINUX_IMMUTABLE", "CAP_MAC_ADMIN",
+    "CAP_MAC_OVERRIDE", "CAP_NET_ADMIN", "CAP_NET_BROADCAST", "CAP_PERFMON", "CAP_SYS_ADMIN", "CAP_SYS_BOOT", "CAP_SYSLOG",
+    "CAP_SYS_MODULE", "CAP_SYS_NICE", "CAP_SYS_PACCT", "CAP_SYS_PTRACE", "CAP_SYS_RAWIO", "CAP_SYS_RESOURCE",
+    "CAP_SYS_TIME", "CAP_SYS_TTY_CONFIG", "CAP_WAKE_ALARM",
+)  # fmt: skip
+
+MASKED = (
+    "/proc/asound", "/proc/acpi", "/proc/interrupts", "/proc/kcore", "/proc/keys", "/proc/latency_stats", "/proc/timer_list",
+    "/proc/timer_stats", "/proc/sched_debug", "/proc/scsi", "/sys/firmware", "/sys/devices/virtual/powercap",
+)  # fmt: skip
+READONLY = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
+
+RLIMITS = {
+    "as", "core", "cpu", "data", "fsize", "locks", "memlock", "msgqueue", "nice", "nofile", "nproc", "rss", "rtprio", "rttime",
+    "sigpending", "stack",
+}  # fmt: skip
+
+
+def check(config: ContainerConfig) -> None:
+    """Refuse what no container here can have.
+
+    Raises:
+        ApiError: 501 with a sentence, or 400.
+    """
+    host = config.HostConfig
+    refused = (
+        (bool(host.PortBindings) or host.PublishAllPorts, "published ports; use --network host"),
+        (bool(host.Links), "links between containers"),
+        (bool(host.VolumesFrom), "volumes of other containers"),
+        (bool(host.VolumeDriver), "volume drivers"),
+        (bool(host.Devices) or bool(host.DeviceRequests), "devices of the host"),
+        (host.NetworkMode not in ("", "default", "bridge", "none", "host"), "networks other than none and host"),
+        (host.PidMode not in ("", "host", "private"), "another container's process namespace"),
+        (host.IpcMode not in ("", "host", "private", "shareable", "none"), "another container's IPC namespace"),
+        (host.UTSMode not in ("", "host"), "another container's UTS namespace"),
+        (host.UsernsMode not in ("", "host"), "user namespaces of containers"),
+        (host.RestartPolicy.Name not in ("", "no"), "restart policies"),
+        (bool(host.Init), "an init process of its own (--init)"),
+        (host.LogConfig.Type not in ("", "json-file"), f"the log driver {host.LogConfig.Type}"),
+        (
+            bool(config.Healthcheck) and (config.Healthcheck or {}).get("Test") not in (None, [], ["NONE"]),
+            "health checks",
+        ),
+        (bool(host.CgroupParent), "another parent of control groups"),
+    )
+    for is_asked, what in refused:
+        if is_asked:
+            raise not_offered(what)
+    for option in host.SecurityOpt or ():
+        if option not in ("no-new-privileges", "no-new-privileges=true", "no-new-privileges:true", "seccomp=unconfined",
+                          "seccomp:unconfined", "apparmor=unconfined", "apparmor:unconfined", "label=disable", "label:disable"):  # fmt: skip
+            raise not_offered(f"the security option {option}")
+    for each in host.Ulimits or ():
+        if each.Name not in RLIMITS:
+            raise ApiError(400, f"invalid ulimit type: {each.Name}")
+    _capabilities(host)
+    bind_mounts(host)
+    if config.StopSignal:
+        signal_number(config.StopSignal)
+    if host.Memory and host.Memory < 6 << 20:
+        raise ApiError(400, "Minimum memory limit allowed is 6MB")
+
+
+def signal_number(text: str) -> int:
+    """A signal's number from its name, with or without SIG, or its number.
+
+    Raises:
+        ApiError: 400: there is none.
+    """
+    if text.isdigit() and 0 < int(text) < 65:
+        return int(text)
+    found = getattr(signal, "SIG" + text.upper().removeprefix("SIG"), None)
+    if not isinstance(found, signal.Signals):
+        raise ApiError(400, f"Invalid signal: {text}")
+    return int(found)
+
+
+def bind_mounts(host: HostConfig) -> list[dict[str, Any]]:
+    """The runtime's form of ``-v``, ``--mount`` and ``--tmpfs``, and of whether a source is made if missing (``make``).
+
+    Raises:
+        ApiError: a volume, or what cannot be read.
+    """
+    found: list[dict[str, Any]] = []
+    for text in host.Binds or ():
+        source, _, rest = text.partition(":")
+        target, _, mode = rest.partition(":")
+        if not source.startswith("/"):
+            raise not_offered(f"volumes ({source}); name a directory of the host: -v /host/path:/path")
+        found.append(_bind(source, target, [word for word in mode.split(",") if word], make=True))
+    for each in host.Mounts or ():
+        if each.Type == "bind":
+            words = ["ro"] if each.ReadOnly else []
+            propagation = (each.BindOptions or {}).get("Propagation")
+            found.append(_bind(each.Source, each.Target, words + ([propagation] if propagation else []), make=False))
+        elif each.Type == "tmpfs":
+            options = each.TmpfsOptions or {}
+            words = [f"size={options['SizeBytes']}"] if options.get("SizeBytes") else []
+            words += [f"mode={options['Mode']:o}"] if options.get("Mode") else []
+            found.append(_tmpfs(each.Target, words + (["ro"] if each.ReadOnly else [])))
+        else:
+            raise not_offered(f"mounts of type {each.Type}")
+    for target, words_text in (host.Tmpfs or {}).items():
+        found.append(_tmpfs(target, [word for word in words_text.split(",") if word]))
+    return found
+
+
+_PROPAGATIONS = ("rprivate", "private", "rshared", "shared", "rslave", "slave")
+
+
+def _bind(source: str, target: str, words: list[str], *, make: bool) -> dict[str, Any]:
+    for word in words:
+        if word not in ("ro", "rw", "z", "Z", *_PROPAGATIONS):
+            raise ApiError(400, f"invalid mode: {word}")
+    _check_target(target)
+    if not source.startswith("/"):
+        raise ApiError(400, f"invalid mount path: {source!r} mount path must be absolute")
+    propagation = next((word for word in words if word in _PROPAGATIONS), "rprivate")
+    options = ["rbind", "ro" if "ro" in words else "rw", propagation]
+    return {"destination": target, "type": "bind", "source": source, "options": options, "make": make}
+
+
+def _tmpfs(target: str, words: list[str]) -> dict[str, Any]:
+    _check_target(target)
+    return {"destination": target, "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "nodev", "noexec", *words]}
+
+
+def _check_target(target: str) -> None:
+    if not target.startswith("/") or os.path.normpath(target) == "/":
+        raise ApiError(400, f"invalid mount path: {target!r} mount path must be absolute, and not the root")
+
+
+def _capabilities(host: HostConfig) -> list[str]:
+    if host.Privileged:
+        return list(ALL_CAPABILITIES)
+    found = set(CAPABILITIES)
+
+    def names(values: list[str] | None) -> list[str]:
+        made: list[str] = []
+        for value in values or ():
+            name = value.upper()
+            if name == "ALL":
+                made += ALL_CAPABILITIES
+                continue
+            name = name if name.startswith("CAP_") else f"CAP_{name}"
+            if name not in ALL_CAPABILITIES:
+                raise ApiError(400, f"invalid capability: {value!r}")
+            made.append(name)
+        return made
+
+    added, dropped = names(host.CapAdd), names(host.CapDrop)
+    if "ALL" in [value.upper() for value in host.CapDrop or ()]:
+        found = set()
+    else:
+        found -= set(dropped)
+    return sorted(found | set(added))
+
+
+def arguments_of(config: Mapping[str, Any]) -> list[str]:
+    """The words of the command: entry point and arguments."""
+    words: list[str] = []
+    for key in ("Entrypoint", "Cmd"):
+        value = config.get(key) or []
+        words += [value] if isinstance(value, str) else value
+    return words
+
+
+def environment(config: Mapping[str, Any], hostname: str, home: str) -> list[str]:
+    """The variables of a container's process."""
+    pairs = {"PATH": DEFAULT_PATH, "HOSTNAME": hostname, **({"TERM": "xterm"} if config.get("Tty") else {})}
+    for pair in config.get("Env") or ():
+        key, equals, value = str(pair).partition("=")
+        if equals:
+            pairs[key] = value
+        else:
+            pairs.pop(key, None)
+    pairs.setdefault("HOME", home)
+    return [f"{key}={value}" for key, value in pairs.items()]
+
+
+def resources(host: Mapping[str, Any]) -> dict[str, Any]:
+    """The runtime's form of limits, of a container's host configuration or of an update."""
+    made: dict[str, Any] = {}
+    memory = {
+        key: host[name]
+        for key, name in (("limit", "Memory"), ("swap", "MemorySwap"), ("reservation", "MemoryReservation"))
+        if host.get(name)
+    }
+    if memory:
+        made["memory"] = memory
+    cpu: dict[str, Any] = {}
+    if host.get("NanoCpus"):
+        cpu |= {"period": 100_000, "quota": host["NanoCpus"] // 10_000}
+    for key, name in (("shares", "CpuShares"), ("period", "CpuPeriod"), ("quota", "CpuQuota"), ("cpus", "CpusetCpus"),
+                      ("mems", "CpusetMems")):  # fmt: skip
+        if host.get(name):
+            cpu[key] = host[name]
+    if cpu:
+        made["cpu"] = cpu
+    if host.get("PidsLimit"):
+        made["pids"] = {"limit": host["PidsLimit"]}
+    return made
+
+
+def specification(
+    *,
+    id: str,
+    rootfs: str,
+    config: Mapping[str, Any],
+    host: HostConfig,
+    raw_host: Mapping[str, Any],
+    user: User,
+    files: Mapping[str, str],
+    hostname: str,
+) -> dict[str, Any]:
+    """The document that the runtime reads.
+
+    Args:
+        rootfs: where the container's tree is mounted.
+        config: merged of request and image. raw_host: ``host`` as it was sent.
+        files: target in the container -> file of the host, bound over it (hosts, hostname, resolv.conf).
+    """
+    capabilities = _capabilities(host)
+    process: dict[str, Any] = {
+        "terminal": bool(config.get("Tty")),
+        "user": {"uid": user.uid, "gid": user.gid, "additionalGids": list(user.groups)},
+        "args": arguments_of(config),
+        "env": environment(config, hostname, user.home),
+        "cwd": config.get("WorkingDir") or "/",
+        "capabilities": {
+            "bounding": capabilities,
+            "effective": capabilities if user.uid == 0 else [],
+            "permitted": capabilities if user.uid == 0 else [],
+        },
+        "rlimits": [
+            {"type": f"RLIMIT_{each.Name.upper()}", "soft": _unlimited(each.Soft), "hard": _unlimited(each.Hard)}
+            for each in host.Ulimits or ()
+        ],
+        "noNewPrivileges": any(each.startswith("no-new-privileges") for each in host.SecurityOpt or ()),
+        "oomScoreAdj": host.OomScoreAdj,
+    }
+    if config.get("Tty") and host.ConsoleSize and len(host.ConsoleSize) == 2 and all(host.ConsoleSize):
+        process["consoleSize"] = {"height": host.ConsoleSize[0], "width": host.ConsoleSize[1]}
+    limits = resources(raw_host)
+    limits["devices"] = [{"allow": host.Privileged, "access": "rwm"}]
+    spec: dict[str, Any] = {
+        "ociVersion": "1.0.2",
+        "process": process,
+        "root": {"path": rootfs, "readonly": host.ReadonlyRootfs},
+        "mounts": _mounts(host, files),
+        "linux": {
+            "cgroupsPath": f"{PREFIX}/{id}",
+            "namespaces": _namespaces(host),
+            "resources": limits,
+            "maskedPaths": [] if host.Privileged else list(MASKED),
+            "readonlyPaths": [] if host.Privileged else list(READONLY),
+            "sysctl": dict(host.Sysctls or {}),
+        },
+    }
+    if host.UTSMode != "host":
+        spec["hostname"] = hostname
+        if config.get("Domainname"):
+            spec["domainname"] = config["Domainname"]
+    return spec
+
+
+def _unlimited(value: int) -> int:
+    return (1 << 64) - 1 if value < 0 else value
+
+
+def _namespaces(host: HostConfig) -> list[dict[str, str]]:
+    found = ["mount"]
+    found += ["pid"] if host.PidMode != "host" else []
+    found += ["ipc"] if host.IpcMode != "host" else []
+    found += ["uts"] if host.UTSMode != "host" else []
+    found += ["network"] if host.NetworkMode != "host" else []
+    return [{"type": each} for each in found]
+
+
+def _mounts(host: HostConfig, files: Mapping[str, str]) -> list[dict[str, Any]]:
+    system_mode = "rw" if host.Privileged else "ro"
+    plain: list[tuple[str, str, str, list[str]]] = [
+        ("/proc", "proc", "proc", ["nosuid", "noexec", "nodev"]),
+        ("/dev", "tmpfs", "tmpfs", ["nosuid", "strictatime", "mode=755", "size=65536k"]),
+        ("/dev/pts", "devpts", "devpts", ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"]),
+        ("/dev/mqueue", "mqueue", "mqueue", ["nosuid", "noexec", "nodev"]),
+        ("/dev/shm", "tmpfs", "shm", ["nosuid", "noexec", "nodev", "mode=1777", f"size={host.ShmSize or 64 << 20}"]),
+        ("/sys", "sysfs", "sysfs", ["nosuid", "noexec", "nodev", system_mode]),
+        ("/sys/fs/cgroup", "cgroup", "cgroup", ["nosuid", "noexec", "nodev", "relatime", system_mode]),
+    ]
+    if host.NetworkMode == "host":  # sysfs belongs to a network namespace: the host's is bound
+        plain = [each for each in plain if each[0] != "/sys"]
+        plain.insert(5, ("/sys", "bind", "/sys", ["rbind", "nosuid", "noexec", "nodev", system_mode]))
+    made: list[dict[str, Any]] = [
+        {"destination": target, "type": kind, "source": source, "options": options}
+        for target, kind, source, options in plain
+    ]
+    mine = [{key: value for key, value in each.items() if key != "make"} for each in bind_mounts(host)]
+    taken = {each["destination"] for each in mine}
+    for target, source in files.items():
+        if target not in taken:
+            made.append({"destination": target, "type": "bind", "source": source, "options": ["rbind", "rprivate"]})
+    return made + sorted(mine, key=lambda each: each["destination"].count("/"))
+
+
+def exec_process(
+    config: ExecConfig, container: Mapping[str, Any], host: HostConfig, user: User, hostname: str
+) -> dict[str, Any]:
+    """The runtime's form of one more process.
+
+    Raises:
+        InvalidArgument: no command.
+    """
+    if not config.Cmd:
+        raise InvalidArgument("No exec command specified")
+    capabilities = list(ALL_CAPABILITIES) if config.Privileged else _capabilities(host)
+    env = environment({**container, "Tty": config.Tty}, hostname, user.home)
+    known = {pair.partition("=")[0]: pair for pair in env}
+    known |= {pair.partition("=")[0]: pair for pair in config.Env or () if "=" in pair}
+    process: dict[str, Any] = {
+        "terminal": config.Tty,
+        "user": {"uid": user.uid, "gid": user.gid, "additionalGids": list(user.groups)},
+        "args": config.Cmd,
+        "env": list(known.values()),
+        "cwd": config.WorkingDir or container.get("WorkingDir") or "/",
+        "capabilities": {
+            "bounding": capabilities,
+            "effective": capabilities if user.uid == 0 else [],
+            "permitted": capabilities if user.uid == 0 else [],
+        },
+    }
+    if config.Tty and config.ConsoleSize and len(config.ConsoleSize) == 2 and all(config.ConsoleSize):
+        process["consoleSize"] = {"height": config.ConsoleSize[0], "width": config.ConsoleSize[1]}
+    return process

@@ -1,0 +1,220 @@
+"""One container: what is recorded of it, and how its state is told.
+
+Two files in its folder, each with one writer: ``container.json`` by the daemon, ``run.json`` by the supervisor. Both are replaced
+as a whole, so a reader sees one state or the next.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket as sockets
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from cowfs.service.containers import bundle
+from cowfs.service.containers.cgroups import PREFIX
+from cowfs.service.containers.records import HostConfig
+from cowfs.service.containers.supervisor import RUN_FILE
+from cowfs.service.records import decode
+from cowfs.sys.atomic import write_file
+from cowfs.sys.process import start_time
+
+__all__ = ["RECORD_FILE", "Container", "Exec"]
+
+RECORD_FILE = "container.json"
+
+
+@dataclass(slots=True)
+class Exec:
+    """One more process, asked for or running."""
+
+    id: str
+    container: str
+    config: Any
+    pid: int | None = None
+    code: int | None = None
+    running: bool = False
+
+
+@dataclass(slots=True, kw_only=True)
+class Container:
+    """A container.
+
+    Attributes:
+        id: 64 hexadecimal digits. folder: its files. bundle: of the runtime, gone after a restart of the host.
+        name: without a slash. created: nanoseconds since 1970.
+        image, image_name: the image's id, and what the request called it. snapshot: the image's top snapshot.
+        config, host: as the API shows them, merged of request and image.
+        run: what the supervisor wrote; {} before the first start. paused, error: see the API.
+        lock: held while a verb changes the state. changed: notified at each end of its process, and at its removal.
+        ends: how often its process has ended, seen by this daemon. settled: the last end is cleaned up after.
+        watcher: the thread that watches its supervisor, while there is one.
+    """
+
+    id: str
+    folder: str
+    bundle: str
+    name: str
+    created: int
+    image: str
+    image_name: str
+    snapshot: str
+    config: dict[str, Any]
+    host: dict[str, Any]
+    durable: bool = True
+    paused: bool = False
+    error: str = ""
+    removing: bool = False
+    removed: bool = False
+    run: dict[str, Any] = field(default_factory=dict)
+    ends: int = 0
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    changed: threading.Condition = field(default_factory=threading.Condition)
+    settled: threading.Event = field(default_factory=threading.Event)
+    watcher: threading.Thread | None = None
+
+    def __post_init__(self) -> None:
+        self.settled.set()
+
+    # -- files ------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Record it."""
+        names = ("id", "name", "created", "image", "image_name", "snapshot", "config", "host", "paused", "error")
+        data = json.dumps({each: getattr(self, each) for each in names}).encode()
+        write_file(os.path.join(self.folder, RECORD_FILE), data, durable=self.durable)
+
+    @classmethod
+    def load(cls, folder: str, bundle: str, *, durable: bool) -> Container:
+        """Read it.
+
+        Raises:
+            OSError, ValueError: it cannot be read.
+        """
+        with open(os.path.join(folder, RECORD_FILE), "rb") as file:
+            made = cls(folder=folder, bundle=bundle, durable=durable, **json.load(file))
+        made.read_run()
+        return made
+
+    def read_run(self) -> None:
+        """Read what the supervisor wrote last."""
+        try:
+            with open(os.path.join(self.folder, RUN_FILE), "rb") as file:
+                self.run = json.load(file)
+        except (FileNotFoundError, ValueError):
+            self.run = {}
+
+    # -- names ------------------------------------------------------------------------------------
+
+    @property
+    def key(self) -> str:
+        """Of its snapshot in the store."""
+        return f"container/{self.id}"
+
+    @property
+    def socket(self) -> str:
+        """Of its supervisor."""
+        return os.path.join(os.path.dirname(self.bundle), f"{self.id[:12]}.sock")
+
+    @property
+    def rootfs(self) -> str:
+        """Where its snapshot is mounted while it runs."""
+        return os.path.join(self.bundle, "rootfs")
+
+    @property
+    def cgroup(self) -> str:
+        return f"{PREFIX}/{self.id}"
+
+    @property
+    def host_config(self) -> HostConfig:
+        return decode(HostConfig, self.host)
+
+    @property
+    def labels(self) -> dict[str, str]:
+        return self.config.get("Labels") or {}
+
+    @property
+    def hostname(self) -> str:
+        if self.host.get("NetworkMode") == "host" and not self.config.get("Hostname"):
+            return sockets.gethostname()
+        return self.config.get("Hostname") or self.id[:12]
+
+    @property
+    def arguments(self) -> list[str]:
+        return bundle.arguments_of(self.config)
+
+    @property
+    def attributes(self) -> dict[str, str]:
+        """Of its events."""
+        return {**{key: str(value) for key, value in self.labels.items()}, "image": self.image_name, "name": self.name}
+
+    # -- state ------------------------------------------------------------------------------------
+
+    @property
+    def running(self) -> bool:
+        return bool(self.run) and "finished" not in self.run
+
+    @property
+    def pid(self) -> int:
+        return int(self.run["pid"]) if self.running else 0
+
+    def process_lives(self) -> bool:
+        """Whether the process that was started is still the one with its number."""
+        pid = self.run.get("pid")
+        return pid is not None and start_time(pid) == self.run.get("ticks")
+
+    @property
+    def status(self) -> str:
+        if self.removing:
+            return "removing"
+        if self.running:
+            return "paused" if self.paused else "running"
+        return "exited" if self.run or self.error else "created"
+
+    @property
+    def code(self) -> int:
+        """The exit status; of one that could not be started Docker's 127."""
+        if "finished" in self.run:
+            return int(self.run["code"])
+        return 127 if self.error and not self.running else 0
+
+    def describe(self) -> str:
+        """What ``docker ps`` shows as the status."""
+        now = time.time_ns()
+        if self.running:
+            return f"Up {ago(now - self.run['started'])}" + (" (Paused)" if self.paused else "")
+        if "finished" in self.run:
+            return f"Exited ({self.code}) {ago(now - self.run['finished'])} ago"
+        return "Exited (127)" if self.error else "Created"
+
+    def wait(self, done: Callable[[], bool], seconds: float) -> bool:
+        """Wait until something is so, or the time is over; whether it is so."""
+        with self.changed:
+            return self.changed.wait_for(done, seconds)
+
+    def tell(self) -> None:
+        """Wake those who wait."""
+        with self.changed:
+            self.changed.notify_all()
+
+
+def ago(nanoseconds: int) -> str:
+    """A time span for people, as Docker words it.
+
+    >>> ago(5 * 10**9), ago(90 * 10**9), ago(5 * 3600 * 10**9)
+    ('5 seconds', 'About a minute', '5 hours')
+    """
+    seconds = nanoseconds // 10**9
+    for bound, text in (
+        (1, "Less than a second"), (2, "1 second"), (60, f"{seconds} seconds"), (120, "About a minute"),
+        (3600, f"{seconds // 60} minutes"), (7200, "About an hour"), (48 * 3600, f"{seconds // 3600} hours"),
+        (14 * 86400, f"{seconds // 86400} days"), (60 * 86400, f"{seconds // (7 * 86400)} weeks"),
+        (730 * 86400, f"{seconds // (30 * 86400)} months"),
+    ):  # fmt: skip
+        if seconds < bound:
+            return text
+    return f"{seconds // (365 * 86400)} years"

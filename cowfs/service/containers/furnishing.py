@@ -1,0 +1,71 @@
+"""The files that every container has, whatever its image: mount points in the tree, and hosts, hostname and resolv.conf over it."""
+
+from __future__ import annotations
+
+import re
+
+from cowfs.errors import Unsupported
+from cowfs.service.containers.container import Container
+from cowfs.service.containers.records import HostConfig
+from cowfs.union.paths import Paths
+
+__all__ = ["furnish", "network_files"]
+
+_PLACES = (
+    ("dev", True), ("dev/pts", True), ("dev/shm", True), ("dev/mqueue", True), ("dev/console", False), ("proc", True),
+    ("sys", True), ("etc", True), ("etc/hosts", False), ("etc/hostname", False), ("etc/resolv.conf", False),
+    (".dockerenv", False),
+)  # fmt: skip
+
+
+def furnish(tree: Paths) -> None:
+    """Make what the runtime mounts over, where an image has it not: so no container's changes show it."""
+    for path, is_directory in _PLACES:
+        try:
+            if tree.exists(path):
+                continue
+            if is_directory:
+                tree.mkdir(path)
+            else:
+                tree.write_bytes(path, b"", mode=0o755 if path == ".dockerenv" else 0o644)
+        except (FileNotFoundError, NotADirectoryError):
+            pass  # the image has something else than a directory above it: the runtime will say so
+
+
+def network_files(container: Container, host: HostConfig) -> dict[str, str]:
+    """Contents of the files that tell a container its name and where names are found, by their place in it."""
+    hostname = container.hostname
+    lines = ["127.0.0.1\tlocalhost", "::1\tlocalhost ip6-localhost ip6-loopback", f"127.0.1.1\t{hostname}"]
+    if host.NetworkMode == "host":
+        lines = _read("/etc/hosts").splitlines() or lines
+    for each in host.ExtraHosts or ():
+        name, colon, address = each.partition(":")
+        if not colon or not name:
+            raise Unsupported(f"--add-host {each}: not NAME:ADDRESS")
+        lines.append(f"{'127.0.0.1' if address == 'host-gateway' else address.strip('[]')}\t{name}")
+    return {
+        "/etc/hosts": "\n".join(lines) + "\n",
+        "/etc/hostname": hostname + "\n",
+        "/etc/resolv.conf": _resolv(host),
+    }
+
+
+def _resolv(host: HostConfig) -> str:
+    text = _read("/etc/resolv.conf")
+    for key, values in (("nameserver", host.Dns), ("search", host.DnsSearch), ("options", host.DnsOptions)):
+        if values:
+            text = re.sub(rf"(?m)^{key}\b.*\n?", "", text)
+            text += (
+                "".join(f"{key} {value}\n" for value in values)
+                if key == "nameserver"
+                else f"{key} {' '.join(values)}\n"
+            )
+    return text
+
+
+def _read(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read(1 << 20)
+    except OSError:
+        return ""

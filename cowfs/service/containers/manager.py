@@ -1,0 +1,983 @@
+"""The verbs of containers.
+
+Rules:
+
+1. The state is in files: a record by the daemon, a run by the supervisor (:mod:`.container`), the tree in the store. What is kept
+   here is what they say. So a new daemon finds everything (:meth:`Containers.take_over`), and what a killed one left
+   half done is garbage that is known by its label.
+2. A container's lock is held by a verb that changes its state, never while waiting for its process to end.
+3. The tree of a running container is mounted at ``rootfs`` in its bundle, by a server of its own; it is unmounted when the supervisor
+   has let go.
+
+Threads: any; one for each container whose supervisor lives (it watches for the end).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from cowfs.errors import AlreadyExists, CowfsError, FailedPrecondition, InvalidArgument, NotFound
+from cowfs.service.containers import bundle, users
+from cowfs.service.containers.container import Container, Exec
+from cowfs.service.containers.furnishing import furnish, network_files
+from cowfs.service.containers.logs import parse_size as parse_log_size
+from cowfs.service.containers.names import made_up
+from cowfs.service.containers.records import ContainerConfig, ExecConfig, Update
+from cowfs.service.containers.spawner import Spawner
+from cowfs.service.containers.supervisor import RUN_FILE
+from cowfs.service.errors import ApiError, NotModified
+from cowfs.service.images import Image, init_name
+from cowfs.service.logs import log
+from cowfs.service.records import encode
+from cowfs.sys import files, mounts
+from cowfs.sys.atomic import write_file
+
+if TYPE_CHECKING:
+    from cowfs.service.daemon import Service
+    from cowfs.store import Store
+
+__all__ = ["Containers"]
+
+LABEL = "cowfs.service.container"
+"""Label of a container's snapshot: its id."""
+
+INIT_LABEL = "cowfs.service.init"
+
+_NAME = re.compile(r"/?[a-zA-Z0-9][a-zA-Z0-9_.-]+")
+MAX_RUN_DIR = 80
+"""Bytes: beside them an address of 107 bytes (unix(7)) has room for the names of sockets."""
+
+SETTLE_SECONDS = 60.0
+STOP_SECONDS = 10
+
+
+class Containers:
+    """The containers of a daemon.
+
+    Args:
+        service: whose images, options and runtime are used.
+    """
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._lock = threading.Lock()
+        self._all: dict[str, Container] = {}  # guarded by _lock
+        self._names: dict[str, str] = {}  # guarded by _lock: name -> id, reserved ones too
+        self._execs: dict[str, Exec] = {}  # guarded by _lock
+        self.spawner = Spawner()
+        self.folder = os.path.join(service.folder, "containers")
+        self.run_dir = os.path.join(service.run_dir, "containers")
+        self.runtime_root = os.path.join(service.run_dir, "runtime")
+        if len(os.fsencode(self.run_dir)) > MAX_RUN_DIR:
+            raise InvalidArgument(
+                f"{service.run_dir} is too long for the addresses of sockets below it",
+                remedy="--run-dir DIR with a shorter one",
+            )
+        for each in (self.folder, self.run_dir, self.runtime_root):
+            os.makedirs(each, mode=0o700, exist_ok=True)
+
+    @property
+    def _store(self) -> Store:
+        return self._service.store
+
+    # -- a new daemon -----------------------------------------------------------------------------
+
+    def take_over(self) -> None:
+        """Find the containers that there are, watch those that run, and clean up after a daemon that was killed."""
+        for id in sorted(os.listdir(self.folder)):
+            folder = os.path.join(self.folder, id)
+            try:
+                found = Container.load(folder, os.path.join(self.run_dir, id), durable=self._store.driver.fsync)
+                self._store.index.get(found.key)
+            except (OSError, ValueError, TypeError, NotFound):
+                shutil.rmtree(folder, ignore_errors=True)  # a create or a removal that was cut short
+                continue
+            self._all[id] = found
+            self._names[found.name] = id
+        for info in list(self._store.walk()):
+            id = info.labels.get(LABEL, "")
+            if id and info.name == f"container/{id}" and id not in self._all:
+                self._drop_snapshot(info.name)
+        self._sweep()
+        for each in list(self._all.values()):
+            if self._watch(each):
+                if each.running:
+                    each.settled.clear()
+                    log.info("container %s goes on (process %d)", each.name, each.pid)
+            else:
+                self._settle(each)
+
+    def _sweep(self) -> None:
+        """Delete what containers that are gone have left in the run directory."""
+        known = {id[:12] for id in self._all}
+        for name in os.listdir(self.run_dir):
+            path = os.path.join(self.run_dir, name)
+            if name.partition(".")[0][:12] in known:
+                continue
+            if not os.path.isdir(path):
+                os.unlink(path)
+                continue
+            rootfs = os.path.join(path, "rootfs")
+            self.runtime("delete", "--force", name, check=False)
+            if os.path.ismount(rootfs):
+                mounts.umount(rootfs, mounts.MNT_DETACH)
+            shutil.rmtree(path, ignore_errors=True)
+
+    def close(self) -> None:
+        """Let go; the containers go on."""
+        self.spawner.close()
+
+    def _drop_snapshot(self, key: str) -> None:
+        try:
+            where = self._store.mounted_at(key)
+            if where is not None:
+                self._store.unmount(key, lazy=True)
+            self._store.remove(key)
+        except CowfsError as error:
+            log.warning("%s stays: %s", key, error)
+
+    # -- looking ----------------------------------------------------------------------------------
+
+    def all(self) -> list[Container]:
+        """All containers, the newest first."""
+        with self._lock:
+            return sorted(self._all.values(), key=lambda each: each.created, reverse=True)
+
+    def get(self, reference: str) -> Container:
+        """The container of a name, an id, or the beginning of an id.
+
+        Raises:
+            NotFound: there is none; ApiError: 400: several.
+        """
+        wanted = reference.removeprefix("/")
+        with self._lock:
+            found = self._all.get(wanted) or self._all.get(self._names.get(wanted, ""))
+            if found is not None:
+                return found
+            fitting = [each for id, each in self._all.items() if wanted and id.startswith(wanted)]
+        if len(fitting) > 1:
+            raise ApiError(400, f"multiple IDs found with provided prefix: {wanted}")
+        if not fitting:
+            raise NotFound(f"No such container: {reference}")
+        return fitting[0]
+
+    def states(self) -> dict[str, int]:
+        """How many containers there are, by state."""
+        found: dict[str, int] = {}
+        for each in self.all():
+            found[each.status] = found.get(each.status, 0) + 1
+        return found
+
+    def users(self) -> list[tuple[str, str, bool]]:
+        """The containers that use images: (image id, container id, whether it runs)."""
+        return [(each.image, each.id, each.running) for each in self.all()]
+
+    def size(self, container: Container) -> int:
+        """Bytes that a container holds itself."""
+        try:
+            return self._store.usage(container.key).bytes
+        except CowfsError:
+            return 0
+
+    # -- create -----------------------------------------------------------------------------------
+
+    def create(self, config: ContainerConfig, raw: Mapping[str, Any], name: str) -> Container:
+        """Make a container: a writable snapshot over its image, and a record.
+
+        Args:
+            config: the request. raw: the same as it was sent. name: "" for one that is made up.
+
+        Raises:
+            NotFound: no such image. AlreadyExists: the name is taken. ApiError: what cannot be offered.
+        """
+        bundle.check(config)
+        if not config.Image:
+            raise ApiError(400, "no image is named")
+        image = self._service.images.get(config.Image)
+        merged = merge(config, image)
+        if not bundle.arguments_of(merged):
+            raise ApiError(400, "no command specified")
+        id = secrets.token_hex(32)
+        name = self._reserve(name, id)
+        try:
+            made = self._make(id, name, image, config, merged, raw)
+        except BaseException:
+            with self._lock:
+                self._names.pop(name, None)
+            raise
+        with self._lock:
+            self._all[id] = made
+        self.tell(made, "create")
+        return made
+
+    def _make(
+        self, id: str, name: str, image: Image, config: ContainerConfig, merged: dict[str, Any], raw: Mapping[str, Any]
+    ) -> Container:
+        host = encode(config.HostConfig)
+        if not host["NetworkMode"]:
+            host["NetworkMode"] = "none" if config.HostConfig.NetworkMode == "" else host["NetworkMode"]
+        options = {**self._service.default_limit, **(config.HostConfig.StorageOpt or {})}
+        unknown = sorted(set(options) - {"size", "inodes"})
+        if unknown:
+            raise ApiError(400, f"invalid storage option: {unknown[0]} (size and inodes are possible)")
+        host["StorageOpt"] = options or None
+        made = Container(
+            id=id,
+            folder=os.path.join(self.folder, id),
+            bundle=os.path.join(self.run_dir, id),
+            name=name,
+            created=time.time_ns(),
+            image=image.id,
+            image_name=config.Image,
+            snapshot=image.snapshot,
+            config=merged,
+            host=host,
+            durable=self._store.driver.fsync,
+        )
+        parent = self._init_of(image)
+        self._store.prepare(
+            made.key, parent, size=options.get("size"), inodes=options.get("inodes"), labels={LABEL: id}
+        )
+        try:
+            os.mkdir(made.folder, 0o700)
+            made.save()
+        except BaseException:
+            shutil.rmtree(made.folder, ignore_errors=True)
+            self._store.remove(made.key)
+            raise
+        return made
+
+    def _reserve(self, name: str, id: str) -> str:
+        name = name.removeprefix("/")
+        if name and not _NAME.fullmatch(name):
+            raise ApiError(400, f"Invalid container name ({name}), only [a-zA-Z0-9][a-zA-Z0-9_.-] are allowed")
+        with self._lock:
+            if not name:
+                name = made_up(self._names)
+            if name in self._names:
+                raise AlreadyExists(
+                    f'Conflict. The container name "/{name}" is already in use by container "{self._names[name]}".'
+                    " You have to remove (or rename) that container to be able to reuse that name."
+                )
+            self._names[name] = id
+        return name
+
+    def _init_of(self, image: Image) -> str:
+        """The snapshot between an image and its containers: what every container has, so that no container's changes show it."""
+        name = init_name(image.snapshot)
+        if self._store.exists(name):
+            return name
+        key = f"{name}/{secrets.token_hex(4)}"
+        self._store.prepare(key, image.snapshot, labels={INIT_LABEL: image.snapshot})
+        try:
+            with self._store.paths(key) as tree:
+                furnish(tree)
+            self._store.commit(key, name)
+        except AlreadyExists:
+            self._store.remove(key)  # another create was faster
+        except BaseException:
+            self._store.remove(key)
+            raise
+        return name
+
+    # -- start ------------------------------------------------------------------------------------
+
+    def start(self, container: Container) -> None:
+        """Start a container's process; returns when it runs.
+
+        Raises:
+            NotModified: it runs already. ApiError: the runtime says why not.
+        """
+        with container.lock:
+            self._wait_settled(container)
+            if container.running:
+                raise NotModified
+            if container.removing:
+                raise FailedPrecondition(f"container {container.id[:12]} is being removed")
+            self._mount(container)
+            try:
+                self._write_bundle(container)
+                self._supervise(container)
+                answer = self._ask(container, {"verb": "start"})
+            except BaseException:
+                self._unmount(container)
+                raise
+            if "ok" not in answer:
+                self._refused(container, answer["error"])
+            container.settled.clear()
+            container.run = answer["ok"]
+            container.paused, container.error = False, ""
+            container.save()
+        self.tell(container, "start")
+
+    def _refused(self, container: Container, error: str) -> None:
+        self._wait_gone(container)
+        self._unmount(container)
+        container.error = error
+        container.run = {}
+        try:
+            os.unlink(os.path.join(container.folder, RUN_FILE))
+        except FileNotFoundError:
+            pass
+        container.save()
+        with container.changed:
+            container.ends += 1
+            container.changed.notify_all()
+        self.tell(container, "die", exitCode=str(container.code))
+        if container.host.get("AutoRemove"):
+            self.remove(container)
+        client_fault = any(
+            word in error for word in ("not found", "no such file", "permission denied", "not a directory")
+        )
+        raise ApiError(400 if client_fault else 500, f"failed to create task for container: {error}")
+
+    def _mount(self, container: Container) -> None:
+        os.makedirs(container.rootfs, mode=0o700, exist_ok=True)
+        where = self._store.mounted_at(container.key)
+        if where is not None:
+            if os.path.realpath(where) != os.path.realpath(container.rootfs):
+                raise FailedPrecondition(f"the snapshot of container {container.id[:12]} is mounted at {where}")
+            self._store.unmount(container.key, lazy=True)
+        self._store.mount(container.key, container.rootfs, options=("dev", "suid"))
+
+    def _unmount(self, container: Container) -> None:
+        try:
+            self._store.unmount(container.key)
+        except NotFound:
+            pass
+        except CowfsError as error:
+            log.warning("container %s: %s; it is unmounted when nobody uses it any more", container.name, error)
+            try:
+                self._store.unmount(container.key, lazy=True)
+            except CowfsError:
+                pass
+
+    def _write_bundle(self, container: Container) -> None:
+        host = container.host_config
+        root = os.open(container.rootfs, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            user = users.find(root, container.config.get("User") or "", host.GroupAdd or [])
+        finally:
+            os.close(root)
+        given = network_files(container, host)
+        placed = {}
+        for target, text in given.items():
+            path = os.path.join(container.folder, os.path.basename(target))
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(text)
+            os.chmod(path, 0o644)
+            placed[target] = path
+        for each in bundle.bind_mounts(host):
+            if each["type"] == "bind":
+                if not os.path.exists(each["source"]) and each["make"]:
+                    os.makedirs(each["source"])
+                elif not os.path.exists(each["source"]):
+                    raise ApiError(400, f"invalid mount config: bind source path does not exist: {each['source']}")
+        spec = bundle.specification(
+            id=container.id,
+            rootfs=container.rootfs,
+            config=container.config,
+            host=host,
+            raw_host=container.host,
+            user=user,
+            files=placed,
+            hostname=container.hostname,
+        )
+        write_file(os.path.join(container.bundle, "config.json"), json.dumps(spec).encode(), durable=False)
+
+    # -- the supervisor ---------------------------------------------------------------------------
+
+    def _supervise(self, container: Container) -> None:
+        """See that there is a supervisor, and a thread that watches it."""
+        if container.watcher is not None:
+            return
+        runtime = self._service.runtime_program()
+        if not runtime:
+            raise ApiError(501, "there is no OCI runtime on this host: install runc or crun")
+        os.makedirs(container.bundle, mode=0o700, exist_ok=True)
+        options = container.host_config.LogConfig.Config or {}
+        self.spawner.spawn(
+            {
+                "id": container.id,
+                "folder": container.folder,
+                "bundle": container.bundle,
+                "socket": container.socket,
+                "runtime": runtime,
+                "runtime_root": self.runtime_root,
+                "cgroup": container.cgroup,
+                "terminal": bool(container.config.get("Tty")),
+                "open_stdin": bool(container.config.get("OpenStdin")),
+                "stdin_once": bool(container.config.get("StdinOnce")),
+                "max_size": parse_log_size(options.get("max-size", "")),
+                "max_file": max(1, int(options.get("max-file", "1") or 1)),
+                "store": self._store.root,
+                "attributes": container.attributes,
+                "durable": container.durable,
+            }
+        )
+        if not self._watch(container):
+            raise CowfsError(f"the supervisor of container {container.id[:12]} ended at once")
+
+    def _watch(self, container: Container) -> bool:
+        """Watch the supervisor, if there is one; what it tells first is taken over before this returns."""
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        try:
+            sock.connect(container.socket)
+            sock.sendall(b'{"verb": "watch"}\n')
+            lines = sock.makefile("rb")
+            first = json.loads(lines.readline() or b"null")
+        except (OSError, ValueError):
+            first = None
+        if first is None:
+            sock.close()
+            return False
+        if first["run"]:
+            container.run = first["run"]
+        for id, known in first["execs"].items():
+            with self._lock:
+                self._execs.setdefault(
+                    id, Exec(id, container.id, ExecConfig(), known["pid"], known["code"], known["code"] is None)
+                )
+
+        def watch() -> None:
+            with sock, lines:
+                try:
+                    for line in lines:
+                        self._heard(container, json.loads(line))
+                except (OSError, ValueError):
+                    pass
+            container.watcher = None
+            self._settle(container)
+
+        container.watcher = threading.Thread(target=watch, name=f"cowfs-watch-{container.id[:8]}", daemon=True)
+        container.watcher.start()
+        return True
+
+    def _heard(self, container: Container, message: dict[str, Any]) -> None:
+        if "exec" in message:
+            with self._lock:
+                found = self._execs.get(message["exec"])
+            if found is not None:
+                found.code, found.running = message["code"], False
+            return
+        container.run = message["exit"]
+        with container.changed:
+            container.ends += 1
+            container.changed.notify_all()
+
+    def _settle(self, container: Container) -> None:
+        """Clean up after the end of a supervisor: one that ended well, or one that was killed."""
+        try:
+            if container.running:
+                self._lost(container)
+            if container.run or self._is_mounted(container):
+                self._unmount(container)
+            container.paused = False
+        except (CowfsError, OSError) as error:
+            log.warning("container %s: %s", container.name, error)
+        finally:
+            container.settled.set()
+            container.tell()
+        if "finished" in container.run and container.host.get("AutoRemove") and not container.removing:
+            try:
+                self.remove(container)
+            except CowfsError as error:
+                log.warning("container %s is not removed: %s", container.name, error)
+
+    def _is_mounted(self, container: Container) -> bool:
+        return os.path.ismount(container.rootfs) if os.path.isdir(container.rootfs) else False
+
+    def _lost(self, container: Container) -> None:
+        """A container whose supervisor is gone has lost its streams and its status: it is ended."""
+        if container.process_lives():
+            log.warning("container %s has lost its supervisor and is ended", container.name)
+            self._signal(container, signal.SIGKILL)
+        self.runtime("delete", "--force", container.id, check=False)
+        container.run |= {"finished": time.time_ns(), "code": 255, "oom": False}
+        write_file(
+            os.path.join(container.folder, RUN_FILE), json.dumps(container.run).encode(), durable=container.durable
+        )
+        self.tell(container, "die", exitCode="255")
+        with container.changed:
+            container.ends += 1
+            container.changed.notify_all()
+
+    def _wait_settled(self, container: Container) -> None:
+        if not container.settled.wait(SETTLE_SECONDS):
+            raise FailedPrecondition(f"container {container.id[:12]} has not let go of its last run yet")
+
+    def _wait_gone(self, container: Container) -> None:
+        watcher = container.watcher
+        if watcher is not None and watcher is not threading.current_thread():
+            watcher.join(SETTLE_SECONDS)
+
+    def _ask(self, container: Container, message: dict[str, Any], fd: int | None = None) -> dict[str, Any]:
+        """One verb of the supervisor.
+
+        Raises:
+            FailedPrecondition: it is gone.
+        """
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as sock:
+                sock.connect(container.socket)
+                data = json.dumps(message).encode() + b"\n"
+                if fd is not None:
+                    sent = socket.send_fds(sock, [data], [fd])
+                    data = data[sent:]
+                if data:
+                    sock.sendall(data)
+                with sock.makefile("rb") as lines:
+                    answer = json.loads(lines.readline() or b"null")
+        except (OSError, ValueError):
+            answer = None
+        if not isinstance(answer, dict):
+            raise FailedPrecondition(f"container {container.id} is not running")
+        return answer
+
+    def runtime(self, *words: str, check: bool = True, input: str | None = None) -> str:
+        """Run the OCI runtime; what it prints.
+
+        Raises:
+            ApiError: 500 with what it complains about.
+        """
+        done = subprocess.run(
+            [self._service.runtime_program(), "--root", self.runtime_root, *words],
+            capture_output=True,
+            text=True,
+            check=False,
+            input=input,
+            stdin=None if input is not None else subprocess.DEVNULL,
+        )
+        if check and done.returncode:
+            said = done.stderr.strip().splitlines()
+            raise ApiError(500, said[-1] if said else f"the runtime ended with status {done.returncode}")
+        return done.stdout
+
+    # -- attach, exec -----------------------------------------------------------------------------
+
+    def prepare_attach(self, container: Container) -> None:
+        """See that there is a supervisor to attach to."""
+        with container.lock:
+            self._supervise(container)
+
+    def attach(
+        self, container: Container, sock: socket.socket, early: bytes, streams: list[int], keys: bytes = b""
+    ) -> None:
+        """Hand a client's socket to the supervisor. The socket is closed here in any case."""
+        import base64
+
+        with sock:
+            message = {
+                "verb": "attach",
+                "streams": streams,
+                "early": base64.b64encode(early).decode(),
+                "keys": base64.b64encode(keys).decode(),
+            }
+            try:
+                self._ask(container, message, sock.fileno())
+            except FailedPrecondition:
+                pass  # it has ended meanwhile; the client sees the end of the stream
+        self.tell(container, "attach")
+
+    def resize(self, container: Container, width: int, height: int, exec: str = "") -> None:
+        """Set the size of a terminal."""
+        self._ask(container, {"verb": "resize", "width": width, "height": height, "exec": exec})
+
+    def new_exec(self, container: Container, config: ExecConfig) -> Exec:
+        """Ask for one more process; it begins with :meth:`start_exec`.
+
+        Raises:
+            FailedPrecondition: the container does not run, or is paused.
+        """
+        self._must_run(container)
+        if not config.Cmd:
+            raise ApiError(400, "No exec command specified")
+        made = Exec(secrets.token_hex(32), container.id, config)
+        with self._lock:
+            self._execs[made.id] = made
+        self.tell(container, f"exec_create: {' '.join(config.Cmd)}", execID=made.id)
+        return made
+
+    def execs_of(self, container: Container) -> list[str] | None:
+        """Ids of the further processes that run in a container."""
+        with self._lock:
+            found = [each.id for each in self._execs.values() if each.container == container.id and each.running]
+        return found or None
+
+    def exec(self, id: str) -> Exec:
+        """Raises NotFound."""
+        with self._lock:
+            found = self._execs.get(id)
+        if found is None:
+            raise NotFound(f"No such exec instance: {id}")
+        return found
+
+    def exec_process(self, made: Exec, console: list[int] | None) -> dict[str, Any]:
+        """The runtime's form of a process that is asked for.
+
+        Args:
+            console: rows and columns of its terminal, where the start says them.
+
+        Raises:
+            FailedPrecondition: the container does not run. InvalidArgument: no such user in it.
+        """
+        container = self.get(made.container)
+        self._must_run(container)
+        config: ExecConfig = made.config
+        root = os.open(container.rootfs, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            user = users.find(root, config.User or container.config.get("User") or "", [])
+        finally:
+            os.close(root)
+        process = bundle.exec_process(config, container.config, container.host_config, user, container.hostname)
+        if console and config.Tty:
+            process["consoleSize"] = {"height": console[0], "width": console[1]}
+        return process
+
+    def start_exec(
+        self, made: Exec, process: dict[str, Any], *, sock: socket.socket | None = None, early: bytes = b""
+    ) -> None:
+        """Begin one more process, with a client's socket or without; the socket is closed here in any case.
+
+        Args:
+            process: of :meth:`exec_process`.
+
+        Raises:
+            FailedPrecondition: the container does not run any more. ApiError: the process cannot be started (both only
+                without a client: it hears of it on its stream, and by the status).
+        """
+        import base64
+
+        container = self.get(made.container)
+        config: ExecConfig = made.config
+        attached = (config.AttachStdin, config.AttachStdout, config.AttachStderr)
+        message = {
+            "verb": "exec",
+            "id": made.id,
+            "process": process,
+            "terminal": config.Tty,
+            "open_stdin": config.AttachStdin and sock is not None,
+            "streams": [number for number, wanted in enumerate(attached) if wanted],
+            "early": base64.b64encode(early).decode(),
+            "keys": "",
+        }
+        made.running = True
+        self.tell(container, f"exec_start: {' '.join(config.Cmd or ())}", execID=made.id)
+        try:
+            answer = self._ask(container, message, sock.fileno() if sock is not None else None)
+        except FailedPrecondition:
+            made.running, made.code = False, 126
+            if sock is None:
+                raise
+            return
+        finally:
+            if sock is not None:
+                sock.close()
+        if "ok" in answer:
+            made.pid = answer["ok"]["pid"]
+            return
+        made.running, made.code = False, answer["code"]
+        if sock is None:
+            raise ApiError(400, f"OCI runtime exec failed: {answer['error']}")
+
+    # -- signals ----------------------------------------------------------------------------------
+
+    @staticmethod
+    def _must_run(container: Container) -> None:
+        if not container.running:
+            raise FailedPrecondition(f"container {container.id} is not running")
+        if container.paused:
+            raise FailedPrecondition(f"container {container.id} is paused, unpause the container before exec")
+
+    @staticmethod
+    def _signal(container: Container, number: int) -> bool:
+        """Send a signal to a container's first process; False when it is gone."""
+        try:
+            handle = os.pidfd_open(container.run["pid"])
+        except (OSError, KeyError):
+            return False
+        try:
+            if not container.process_lives():
+                return False
+            signal.pidfd_send_signal(handle, signal.Signals(number) if number < 32 else number)
+        except ProcessLookupError:
+            return False
+        finally:
+            os.close(handle)
+        return True
+
+    def kill(self, container: Container, text: str = "") -> None:
+        """Send a signal.
+
+        Raises:
+            FailedPrecondition: it does not run.
+        """
+        number = bundle.signal_number(text or "KILL")
+        if not container.running:
+            raise FailedPrecondition(f"cannot kill container: {container.id}: container {container.id} is not running")
+        self._signal(container, number)
+        if number == signal.SIGKILL:
+            self._thaw(container)
+            container.wait(lambda: not container.running, SETTLE_SECONDS)
+        self.tell(container, "kill", signal=str(number))
+
+    def stop(self, container: Container, seconds: int | None = None, text: str = "") -> None:
+        """Ask a container's process to end, and kill it when it has not after a while.
+
+        Args:
+            seconds: how long it may take; below zero: as long as it likes; default: its own, or ten.
+
+        Raises:
+            NotModified: it does not run.
+        """
+        if not container.running:
+            raise NotModified
+        number = bundle.signal_number(text or container.config.get("StopSignal") or "TERM")
+        if seconds is None:
+            own = container.config.get("StopTimeout")
+            seconds = STOP_SECONDS if own is None else own
+        self._thaw(container)
+        self._signal(container, number)
+        self.tell(container, "kill", signal=str(number))
+        if not container.wait(lambda: not container.running, 1e9 if seconds < 0 else seconds):
+            self._signal(container, signal.SIGKILL)
+            self.tell(container, "kill", signal=str(int(signal.SIGKILL)))
+            container.wait(lambda: not container.running, SETTLE_SECONDS)
+        container.settled.wait(SETTLE_SECONDS)
+        self.tell(container, "stop")
+
+    def restart(self, container: Container, seconds: int | None = None, text: str = "") -> None:
+        """Stop, if it runs, and start."""
+        try:
+            self.stop(container, seconds, text)
+        except NotModified:
+            pass
+        self.start(container)
+        self.tell(container, "restart")
+
+    def _thaw(self, container: Container) -> None:
+        if container.paused:
+            self.unpause(container)
+
+    def pause(self, container: Container) -> None:
+        """Freeze its processes.
+
+        Raises:
+            FailedPrecondition: it does not run, or is paused.
+        """
+        with container.lock:
+            if not container.running:
+                raise FailedPrecondition(f"container {container.id} is not running")
+            if container.paused:
+                raise FailedPrecondition(f"container {container.id} is already paused")
+            self.runtime("pause", container.id)
+            container.paused = True
+            container.save()
+        self.tell(container, "pause")
+
+    def unpause(self, container: Container) -> None:
+        """Let them go on.
+
+        Raises:
+            FailedPrecondition: it is not paused.
+        """
+        with container.lock:
+            if not container.paused:
+                raise FailedPrecondition(f"container {container.id} is not paused")
+            self.runtime("resume", container.id)
+            container.paused = False
+            container.save()
+        self.tell(container, "unpause")
+
+    # -- change, remove ---------------------------------------------------------------------------
+
+    def rename(self, container: Container, name: str) -> None:
+        """Give it another name.
+
+        Raises:
+            AlreadyExists: the name is taken.
+        """
+        if not name.removeprefix("/"):
+            raise ApiError(400, "Neither old nor new names may be empty")
+        with container.lock:
+            old, new = container.name, self._reserve(name, container.id)
+            container.name = new
+            container.save()
+            with self._lock:
+                self._names.pop(old, None)
+        self.tell(container, "rename", oldName=f"/{old}")
+
+    def update(self, container: Container, wanted: Update) -> None:
+        """Change limits of control groups, also while it runs."""
+        changes = {key: value for key, value in encode(wanted).items() if value and key != "RestartPolicy"}
+        if wanted.RestartPolicy is not None and wanted.RestartPolicy.Name not in ("", "no"):
+            raise ApiError(501, "cowfs does not offer restart policies")
+        if not changes:
+            return
+        if (
+            container.running
+            and changes.get("Memory")
+            and "MemorySwap" not in changes
+            and container.host.get("MemorySwap", 0) > 0
+        ):
+            raise ApiError(
+                409,
+                "Memory limit should be smaller than already set memoryswap limit, update the memoryswap at the same time",
+            )
+        with container.lock:
+            if container.running:
+                self.runtime("update", "--resources", "-", container.id, input=json.dumps(bundle.resources(changes)))
+            container.host |= changes
+            container.save()
+        self.tell(container, "update")
+
+    def remove(self, container: Container, *, force: bool = False) -> None:
+        """Remove it, with its tree.
+
+        Raises:
+            FailedPrecondition: it runs, and ``force`` is off.
+        """
+        if container.running and not force:
+            raise FailedPrecondition(
+                f'cannot remove container "/{container.name}": container is {container.status}:'
+                " stop the container before removing or force remove"
+            )
+        with container.lock:
+            if container.removed:
+                raise NotFound(f"No such container: {container.id}")
+            if container.removing:
+                raise FailedPrecondition(f"removal of container {container.id} is already in progress")
+            container.removing = True
+        try:
+            if container.running:
+                self.kill(container)
+            self._wait_settled(container)
+            self._wait_gone(container)
+            self._unmount(container)
+            self._store.remove(container.key)
+        except BaseException:
+            container.removing = False
+            raise
+        shutil.rmtree(container.folder, ignore_errors=True)
+        shutil.rmtree(container.bundle, ignore_errors=True)
+        with self._lock:
+            self._all.pop(container.id, None)
+            self._names.pop(container.name, None)
+            for id in [id for id, each in self._execs.items() if each.container == container.id]:
+                del self._execs[id]
+        container.removed = True
+        container.tell()
+        self.tell(container, "destroy")
+
+    def prune(self, fits: Any) -> tuple[list[str], int]:
+        """Remove those that do not run; their ids, and the bytes that they held."""
+        done, freed = [], 0
+        for each in self.all():
+            if each.running or each.removing or not fits(each):
+                continue
+            size = self.size(each)
+            try:
+                self.remove(each)
+            except (FailedPrecondition, NotFound):
+                continue
+            done.append(each.id)
+            freed += size
+        return done, freed
+
+    def tell(self, container: Container, action: str, **more: str) -> None:
+        """Record an event."""
+        self._store.record_event("container", action, container.id, {**container.attributes, **more})
+
+    # -- the tree ---------------------------------------------------------------------------------
+
+    def synced(self, container: Container) -> None:
+        """What processes wrote through the mount is in the layer now."""
+        if not self._is_mounted(container):
+            return
+        fd = os.open(container.rootfs, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            files.syncfs(fd)
+        finally:
+            os.close(fd)
+
+    def changes(self, container: Container) -> Iterator[tuple[str, int]]:
+        """Paths that a container changed (0), added (1) and deleted (2), in order, the directories above them among them."""
+        self.synced(container)
+        told: dict[str, int] = {}
+        kinds = {"changed": 0, "added": 1, "deleted": 2}
+        for change in self._store.diff(container.key):
+            if not change.path:
+                continue
+            path = "/" + os.fsdecode(change.path)
+            above = os.path.dirname(path)
+            while above != "/" and above not in told:
+                told[above] = 0
+                above = os.path.dirname(above)
+            told[path] = kinds[change.kind]
+        yield from sorted(told.items())
+
+    def mounted(self, container: Container) -> _Mounted:
+        """A context in which the container's tree is mounted at ``rootfs``, whether it runs or not."""
+        return _Mounted(self, container)
+
+
+class _Mounted:
+    def __init__(self, containers: Containers, container: Container) -> None:
+        self._containers, self._container = containers, container
+        self._mine = False
+
+    def __enter__(self) -> int:
+        """A descriptor of the root directory."""
+        container = self._container
+        with container.lock:
+            if not container.running:
+                self._containers._wait_settled(container)
+                self._containers._mount(container)
+                container.lock.acquire()  # nobody starts or removes it meanwhile
+                self._mine = True
+        self._root = os.open(container.rootfs, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        return self._root
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._root)
+        if self._mine:
+            self._containers._unmount(self._container)
+            self._container.lock.release()
+
+
+def merge(config: ContainerConfig, image: Image) -> dict[str, Any]:
+    """A request's configuration, completed by the image's, in the API's form."""
+    base = image.run_config
+    made: dict[str, Any] = {
+        key: value for key, value in encode(config).items() if key not in ("HostConfig", "NetworkingConfig")
+    }
+    for key in ("Cmd", "Entrypoint"):
+        if isinstance(made[key], str):
+            made[key] = [made[key]]
+    if made["Entrypoint"] is None:
+        made["Entrypoint"] = base.get("Entrypoint")
+        if not made["Cmd"]:
+            made["Cmd"] = base.get("Cmd")
+    elif made["Entrypoint"] == [""]:
+        made["Entrypoint"] = None
+    pairs = dict(str(pair).partition("=")[::2] for pair in base.get("Env") or ())
+    removed = [pair for pair in config.Env or () if "=" not in pair]
+    pairs |= dict(pair.partition("=")[::2] for pair in config.Env or () if "=" in pair)
+    made["Env"] = [f"{key}={value}" for key, value in pairs.items() if key not in removed]
+    made["Labels"] = {**image.labels, **(config.Labels or {})}
+    for key in ("User", "WorkingDir", "StopSignal"):
+        made[key] = made[key] or base.get(key) or ""
+    made["Volumes"] = made["Volumes"] or base.get("Volumes")
+    made["ExposedPorts"] = made["ExposedPorts"] or base.get("ExposedPorts")
+    return made

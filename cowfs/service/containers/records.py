@@ -1,0 +1,162 @@
+"""Requests about containers, as typed records (names: Docker's API)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["ContainerConfig", "ExecConfig", "HostConfig", "Mount", "Update"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mount:
+    """A mount of ``--mount``."""
+
+    Type: str = ""
+    Source: str = ""
+    Target: str = ""
+    ReadOnly: bool = False
+    BindOptions: dict[str, Any] | None = None
+    TmpfsOptions: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ulimit:
+    """A resource limit."""
+
+    Name: str = ""
+    Soft: int = -1
+    Hard: int = -1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Restart:
+    """When a container is started again."""
+
+    Name: str = ""
+    MaximumRetryCount: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogConfig:
+    """Where output goes."""
+
+    Type: str = ""
+    Config: dict[str, str] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostConfig:
+    """What the host gives a container."""
+
+    AutoRemove: bool = False
+    Binds: list[str] | None = None
+    Mounts: list[Mount] | None = None
+    Tmpfs: dict[str, str] | None = None
+    StorageOpt: dict[str, str] | None = None
+    NetworkMode: str = ""
+    ReadonlyRootfs: bool = False
+    Privileged: bool = False
+    Memory: int = 0
+    MemorySwap: int = 0
+    MemoryReservation: int = 0
+    NanoCpus: int = 0
+    CpuShares: int = 0
+    CpuPeriod: int = 0
+    CpuQuota: int = 0
+    CpusetCpus: str = ""
+    CpusetMems: str = ""
+    PidsLimit: int | None = None
+    CapAdd: list[str] | None = None
+    CapDrop: list[str] | None = None
+    SecurityOpt: list[str] | None = None
+    PidMode: str = ""
+    IpcMode: str = ""
+    UTSMode: str = ""
+    UsernsMode: str = ""
+    CgroupnsMode: str = ""
+    Init: bool | None = None
+    Runtime: str = ""
+    ShmSize: int = 0
+    Sysctls: dict[str, str] | None = None
+    Ulimits: list[Ulimit] | None = None
+    Dns: list[str] | None = None
+    DnsSearch: list[str] | None = None
+    DnsOptions: list[str] | None = None
+    ExtraHosts: list[str] | None = None
+    GroupAdd: list[str] | None = None
+    OomScoreAdj: int = 0
+    ConsoleSize: list[int] | None = None
+    LogConfig: LogConfig = field(default_factory=LogConfig)
+    RestartPolicy: Restart = field(default_factory=Restart)
+    PortBindings: dict[str, Any] | None = None
+    PublishAllPorts: bool = False
+    Links: list[str] | None = None
+    VolumesFrom: list[str] | None = None
+    VolumeDriver: str = ""
+    Devices: list[Any] | None = None
+    DeviceRequests: list[Any] | None = None
+    CgroupParent: str = ""
+    ContainerIDFile: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContainerConfig:
+    """What runs in a container: the body of a create request, with the host's part."""
+
+    Hostname: str = ""
+    Domainname: str = ""
+    User: str = ""
+    AttachStdin: bool = False
+    AttachStdout: bool = False
+    AttachStderr: bool = False
+    Tty: bool = False
+    OpenStdin: bool = False
+    StdinOnce: bool = False
+    Env: list[str] | None = None
+    Cmd: str | list[str] | None = None
+    Entrypoint: str | list[str] | None = None
+    Image: str = ""
+    Volumes: dict[str, Any] | None = None
+    WorkingDir: str = ""
+    Labels: dict[str, str] | None = None
+    StopSignal: str = ""
+    StopTimeout: int | None = None
+    Healthcheck: dict[str, Any] | None = None
+    ExposedPorts: dict[str, Any] | None = None
+    HostConfig: HostConfig = field(default_factory=HostConfig)
+    NetworkingConfig: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExecConfig:
+    """One more process in a container."""
+
+    AttachStdin: bool = False
+    AttachStdout: bool = False
+    AttachStderr: bool = False
+    DetachKeys: str = ""
+    Tty: bool = False
+    Env: list[str] | None = None
+    Cmd: list[str] | None = None
+    Privileged: bool = False
+    User: str = ""
+    WorkingDir: str = ""
+    ConsoleSize: list[int] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Update:
+    """What may change in a container that is there."""
+
+    Memory: int = 0
+    MemorySwap: int = 0
+    MemoryReservation: int = 0
+    NanoCpus: int = 0
+    CpuShares: int = 0
+    CpuPeriod: int = 0
+    CpuQuota: int = 0
+    CpusetCpus: str = ""
+    CpusetMems: str = ""
+    PidsLimit: int | None = None
+    RestartPolicy: Restart | None = None

@@ -1,0 +1,497 @@
+"""The supervisor of one container: a process that outlives the daemon.
+
+Strategy. One thread, one loop. It has the OCI runtime make the container, is the parent of its processes (a child subreaper,
+prctl(2)), so their exit statuses are its own to collect, and holds their pipes and terminals. Clients' sockets are passed to it
+(SCM_RIGHTS): so a stream does not go through the daemon and goes on when that is killed. What it knows is in ``run.json``
+in the container's folder, replaced as a whole; so whoever comes later can read it.
+
+What is said on its socket, by the daemon only: one line of JSON with a verb, perhaps with one descriptor; one line back.
+``watch`` keeps the connection and gets a line for each end of a process.
+
+Life: begun when somebody attaches or starts the container; ends with the container, or when it was not started
+and no daemon is connected any more, or no client waits for the start.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import selectors
+import signal
+import socket
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from cowfs.service.containers import logs
+from cowfs.service.containers.streams import DETACH_KEYS, STDERR, STDOUT, Client, Streams
+from cowfs.sys.atomic import write_file
+from cowfs.sys.process import start_time
+
+__all__ = ["RUN_FILE", "main"]
+
+RUN_FILE = "run.json"
+LOST_SECONDS = 5.0
+"""How long a supervisor whose container was never started waits for somebody to connect."""
+
+_MAX_LINE = 1 << 20
+
+
+class _Process:
+    """A process of the container: its streams, and what is known of it."""
+
+    def __init__(self, streams: Streams, terminal: bool) -> None:
+        self.streams = streams
+        self.terminal = terminal
+        self.pid: int | None = None
+        self.code: int | None = None
+        self.log: logs.Writer | None = None
+
+
+class _Connection:
+    """Somebody on our socket."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.line = b""
+        self.fds: list[int] = []
+
+
+class Supervisor:
+    """See the module.
+
+    Args:
+        wish: ``id``, ``folder`` (of the container), ``bundle``, ``socket`` (to listen on), ``runtime``, ``runtime_root``,
+            ``terminal``, ``open_stdin``, ``stdin_once``, ``max_size`` and ``max_file`` (of the log), ``store``, ``name``,
+            ``image``, ``durable``.
+    """
+
+    def __init__(self, wish: dict[str, Any], listening: socket.socket) -> None:
+        self.wish = wish
+        self.selector = selectors.DefaultSelector()
+        self.listening = listening
+        self.connections: list[_Connection] = []
+        self.watchers: list[socket.socket] = []
+        self.children: dict[int, Callable[[int], None]] = {}
+        self.early_exits: dict[int, int] = {}  # statuses of processes that nobody asked for yet
+        self.main = _Process(self._streams(wish["terminal"], True, self._main_ended), wish["terminal"])
+        self.execs: dict[str, _Process] = {}
+        self.run: dict[str, Any] = {}
+        self._terminals = 0
+        self.started = False
+        self.over = False
+        self.lonely_since: float | None = time.monotonic()
+
+    def _streams(self, terminal: bool, main: bool, on_end: Callable[[], None]) -> Streams:
+        log = None
+        if main:
+            log = logs.Writer(
+                os.path.join(self.wish["folder"], logs.FILE), self.wish.get("max_size", 0), self.wish.get("max_file", 1)
+            )
+        streams = Streams(
+            self.selector,
+            terminal=terminal,
+            log=log,
+            stdin_once=self.wish["stdin_once"] if main else True,
+            on_end=on_end,
+        )
+        if main:
+            self._log = log
+        return streams
+
+    # -- the loop ---------------------------------------------------------------------------------
+
+    def loop(self) -> None:
+        """Until the container has ended and all is told, or nobody cares any more."""
+        wake_in, wake_out = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
+            signal.signal(number, signal.SIG_IGN)
+        signal.set_wakeup_fd(wake_out, warn_on_full_buffer=False)
+        self.selector.register(wake_in, selectors.EVENT_READ, self._child_ended)
+        self.listening.setblocking(False)
+        self.selector.register(self.listening, selectors.EVENT_READ, self._accept)
+        self._reap()
+        while not self.over:
+            for key, mask in self.selector.select(1.0):
+                if self.selector.get_map().get(key.fd) is not None or key.fd == wake_in:
+                    key.data(key.fd, mask)
+            if not self.started and self._is_lost():
+                break
+
+    def _is_lost(self) -> bool:
+        self.main.streams.drop_gone()
+        if self.connections or self.watchers:
+            self.lonely_since = None
+            return False
+        if self.lonely_since is None:
+            self.lonely_since = time.monotonic()
+        return time.monotonic() - self.lonely_since > LOST_SECONDS
+
+    def _child_ended(self, fd: int, mask: int) -> None:
+        os.read(fd, 4096)
+        self._reap()
+
+    def _reap(self) -> None:
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if not pid:
+                return
+            code = os.waitstatus_to_exitcode(status)
+            code = 128 - code if code < 0 else code
+            callback = self.children.pop(pid, None)
+            if callback is None:
+                self.early_exits[pid] = (
+                    code  # perhaps a process that the runtime is just telling us of; perhaps an orphan
+                )
+            else:
+                callback(code)
+
+    def _when_ended(self, pid: int, callback: Callable[[int], None]) -> None:
+        code = self.early_exits.pop(pid, None)
+        if code is not None:
+            callback(code)
+        else:
+            self.children[pid] = callback
+
+    # -- connections ------------------------------------------------------------------------------
+
+    def _accept(self, fd: int, mask: int) -> None:
+        try:
+            sock, _ = self.listening.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return
+        sock.setblocking(False)
+        connection = _Connection(sock)
+        self.connections.append(connection)
+        self.selector.register(sock, selectors.EVENT_READ, lambda fd, mask: self._hear(connection))
+
+    def _hear(self, connection: _Connection) -> None:
+        try:
+            data, fds, _, _ = socket.recv_fds(connection.sock, 1 << 16, 4)
+        except BlockingIOError:
+            return
+        except OSError:
+            data, fds = b"", []
+        connection.fds += fds
+        connection.line += data
+        if not data or len(connection.line) > _MAX_LINE:
+            self._leave(connection)
+            connection.sock.close()
+            for fd in connection.fds:
+                os.close(fd)
+            return
+        if not connection.line.endswith(b"\n"):
+            return
+        message = json.loads(connection.line)
+        connection.line = b""
+        fds, connection.fds = connection.fds, []
+        self._leave(connection)
+        verb = getattr(self, f"verb_{message.pop('verb')}")
+        verb(connection.sock, message, fds)
+
+    def _leave(self, connection: _Connection) -> None:
+        self.connections.remove(connection)
+        self.selector.unregister(connection.sock)
+
+    def _tell(self, sock: socket.socket, message: dict[str, Any]) -> None:
+        try:
+            sock.setblocking(True)
+            sock.sendall(json.dumps(message).encode() + b"\n")
+        except OSError:
+            pass  # it asked and left
+
+    def _answer(self, sock: socket.socket, message: dict[str, Any]) -> None:
+        self._tell(sock, message)
+        sock.close()
+
+    # -- verbs ------------------------------------------------------------------------------------
+
+    def verb_watch(self, sock: socket.socket, message: dict[str, Any], fds: list[int]) -> None:
+        """Keep the connection: it gets a line for each process that ends. First: what is so now."""
+        self._tell(
+            sock,
+            {
+                "run": self.run,
+                "execs": {id: {"pid": each.pid, "code": each.code} for id, each in self.execs.items()},
+            },
+        )
+        sock.setblocking(False)
+        self.watchers.append(sock)
+        self.selector.register(sock, selectors.EVENT_READ, lambda fd, mask: self._watcher_left(sock))
+
+    def _watcher_left(self, sock: socket.socket) -> None:
+        self.selector.unregister(sock)
+        self.watchers.remove(sock)
+        sock.close()
+
+    def _tell_watchers(self, message: dict[str, Any]) -> None:
+        for sock in self.watchers:
+            self._tell(sock, message)
+            sock.setblocking(False)
+
+    def verb_attach(self, sock: socket.socket, message: dict[str, Any], fds: list[int]) -> None:
+        """Attach the client whose socket comes along."""
+        self._attach(self.main, message, fds)
+        self._answer(sock, {"ok": True})
+
+    @staticmethod
+    def _attach(process: _Process, message: dict[str, Any], fds: list[int]) -> None:
+        wants = frozenset(message["streams"])
+        keys = base64.b64decode(message["keys"]) if message.get("keys") else DETACH_KEYS
+        client = Client(
+            socket.socket(fileno=fds[0]),
+            wants,
+            base64.b64decode(message.get("early", "")),
+            keys if process.terminal else b"",
+        )
+        process.streams.attach(client)
+
+    def verb_resize(self, sock: socket.socket, message: dict[str, Any], fds: list[int]) -> None:
+        """Set the size of a terminal."""
+        process = self.execs.get(message["exec"]) if message.get("exec") else self.main
+        if process is not None:
+            try:
+                process.streams.resize(message["width"], message["height"])
+            except OSError:
+                pass  # the terminal is gone
+        self._answer(sock, {"ok": process is not None})
+
+    def verb_start(self, sock: socket.socket, message: dict[str, Any], fds: list[int]) -> None:
+        """Have the runtime make and start the container; answers when it runs."""
+        self.started = True
+        command = ["run", "--detach", "--bundle", self.wish["bundle"]]
+
+        def done(pid: int | None, error: str) -> None:
+            if pid is None:
+                self.main.streams.fail("")
+                self._answer(sock, {"error": error})
+                self.over = True
+                return
+            self.run = {"pid": pid, "ticks": start_time(pid), "started": time.time_ns(), "supervisor": os.getpid()}
+            self._save()
+            self._when_ended(pid, self._main_exited)
+            self._answer(sock, {"ok": self.run})
+
+        self._spawn(self.main, command, [self.wish["id"]], self.wish["open_stdin"], done)
+
+    def verb_exec(self, sock: socket.socket, message: dict[str, Any], fds: list[int]) -> None:
+        """Run one more process in the container, perhaps with a client."""
+        terminal, id = message["terminal"], message["id"]
+        process = _Process(self._streams(terminal, False, lambda: self._exec_ended(id)), terminal)
+        self.execs[id] = process
+        if fds:
+            self._attach(process, message, fds)
+        path = os.path.join(self.wish["bundle"], f"exec-{id[:12]}.json")
+        write_file(path, json.dumps(message["process"]).encode(), durable=False)
+
+        def done(pid: int | None, error: str) -> None:
+            os.unlink(path)
+            if pid is None:
+                process.code = 126 if "permission denied" in error.lower() else 127
+                process.streams.fail(f"OCI runtime exec failed: {error}")
+                self._answer(sock, {"error": error, "code": process.code})
+                self._tell_watchers({"exec": id, "code": process.code})
+                return
+            process.pid = pid
+            self._answer(sock, {"ok": {"pid": pid}})
+            self._when_ended(pid, lambda code: self._exec_exited(id, code))
+
+        self._spawn(process, ["exec", "--detach", "--process", path], [self.wish["id"]], message["open_stdin"], done)
+
+    # -- processes --------------------------------------------------------------------------------
+
+    def _spawn(
+        self,
+        process: _Process,
+        command: list[str],
+        last: list[str],
+        open_stdin: bool,
+        done: Callable[[int | None, str], None],
+    ) -> None:
+        """Run the runtime with fresh pipes or a terminal; ``done`` gets the pid of the process that it started, or an error."""
+        handle, name = tempfile.mkstemp(dir=self.wish["bundle"], prefix="pid-")
+        os.close(handle)
+        log = f"{name}.log"
+        words = [
+            self.wish["runtime"],
+            "--root",
+            self.wish["runtime_root"],
+            "--log",
+            log,
+            "--log-format",
+            "json",
+            *command,
+        ]
+        words += ["--pid-file", name]
+        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        ours: dict[int, int] = {}
+        input: int | None = None
+        theirs = [null, null, null]
+        console: socket.socket | None = None
+        address = ""
+        received: list[int] = []
+        if process.terminal:
+            console = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+            self._terminals += 1
+            address = f"{self.wish['socket']}.{self._terminals}"  # short: an address has 107 bytes
+            console.bind(address)
+            console.listen(1)
+            words += ["--console-socket", address]
+            self.selector.register(console, selectors.EVENT_READ, lambda fd, mask: received.extend(_terminal(console)))
+        else:
+            for number, stream in ((1, STDOUT), (2, STDERR)):
+                reading, theirs[number] = os.pipe2(os.O_CLOEXEC)
+                ours[reading] = stream
+            if open_stdin:
+                theirs[0], input = os.pipe2(os.O_CLOEXEC)
+        actions = [(os.POSIX_SPAWN_DUP2, theirs[number], number) for number in range(3)]
+        pid = os.posix_spawnp(
+            words[0],
+            [*words, *last],
+            os.environ,
+            file_actions=actions,
+            setsigdef=[signal.SIGPIPE, signal.SIGINT, signal.SIGTERM, signal.SIGHUP],
+        )
+        for fd in {*theirs}:
+            os.close(fd)
+
+        def runtime_ended(code: int) -> None:
+            if console is not None:
+                if not received and code == 0:
+                    received.extend(_terminal(console))
+                self.selector.unregister(console)
+                console.close()
+                os.unlink(address)
+            text = _read(name)
+            error = "" if code == 0 and text else _complaint(log) or f"{self.wish['runtime']} ended with status {code}"
+            for path in (name, log):
+                try:
+                    os.unlink(path)
+                except FileNotFoundError:
+                    pass
+            if error:
+                for fd in [*ours, *([input] if input is not None else []), *received]:
+                    os.close(fd)
+                done(None, error)
+                return
+            if process.terminal:
+                (fd,) = received
+                process.streams.connect({fd: STDOUT}, fd)
+            else:
+                process.streams.connect(ours, input)
+            done(int(text), "")
+
+        self._when_ended(pid, runtime_ended)
+
+    def _main_exited(self, code: int) -> None:
+        self.run |= {"finished": time.time_ns(), "code": code, "oom": self._was_oom()}
+        self._save()
+        self._record(code)
+        self._tell_watchers({"exit": self.run})
+        self.main.streams.process_ended()
+
+    def _main_ended(self) -> None:
+        """All output is read, and the clients have it."""
+        if self._log is not None:
+            self._log.close()
+        self._runtime("delete", "--force", self.wish["id"])
+        self.over = True
+
+    def _exec_exited(self, id: str, code: int) -> None:
+        process = self.execs[id]
+        process.code = code
+        self._tell_watchers({"exec": id, "code": code})
+        process.streams.process_ended()
+
+    def _exec_ended(self, id: str) -> None:
+        pass  # its status stays known until the container ends
+
+    def _runtime(self, *words: str) -> None:
+        pid = os.posix_spawnp(
+            self.wish["runtime"],
+            [self.wish["runtime"], "--root", self.wish["runtime_root"], "--log", os.devnull, *words],
+            os.environ,
+            file_actions=[(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in range(3)],
+        )
+        os.waitpid(pid, 0)
+
+    def _was_oom(self) -> bool:
+        from cowfs.service.containers.cgroups import oom_killed
+
+        return oom_killed(self.wish["cgroup"])
+
+    def _save(self) -> None:
+        path = os.path.join(self.wish["folder"], RUN_FILE)
+        write_file(path, json.dumps(self.run).encode(), durable=self.wish["durable"] and "finished" in self.run)
+
+    def _record(self, code: int) -> None:
+        """Tell the end in the store's log of events: nobody else may be there to do it."""
+        from cowfs.errors import CowfsError
+        from cowfs.index.database import Index
+
+        try:
+            index = Index(os.path.join(self.wish["store"], "index.db"), fsync=self.wish["durable"])
+            attributes = {**self.wish["attributes"], "exitCode": str(code)}
+            with index.write() as change:
+                if self.run["oom"]:
+                    change.record_event("container", "oom", self.wish["id"], self.wish["attributes"])
+                change.record_event("container", "die", self.wish["id"], attributes)
+            index.close()
+        except (CowfsError, OSError):
+            pass  # the state in run.json is what counts
+
+
+def _terminal(listening: socket.socket | None) -> list[int]:
+    """The terminal that the runtime sends on the console socket."""
+    assert listening is not None
+    sock, _ = listening.accept()
+    with sock:
+        _, fds, _, _ = socket.recv_fds(sock, 4096, 1)
+    return fds
+
+
+def _read(path: str) -> str:
+    try:
+        with open(path, encoding="ascii") as file:
+            return file.read().strip()
+    except FileNotFoundError:
+        return ""
+
+
+def _complaint(path: str) -> str:
+    """The last error in a runtime's log."""
+    found = ""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            for line in file:
+                try:
+                    entry = json.loads(line)
+                except ValueError:
+                    continue
+                if isinstance(entry, dict) and entry.get("level") in ("error", "fatal"):
+                    found = str(entry.get("msg", ""))
+    except FileNotFoundError:
+        pass
+    return found
+
+
+def main(wish: dict[str, Any], listening: socket.socket) -> NoReturn:
+    """The life of the process, which was forked for it."""
+    from cowfs.sys.process import become_subreaper
+
+    become_subreaper()
+    supervisor = Supervisor(wish, listening)
+    try:
+        supervisor.loop()
+    finally:
+        try:
+            os.unlink(wish["socket"])
+        except FileNotFoundError:
+            pass
+    os._exit(0)

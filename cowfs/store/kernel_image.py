@@ -1,0 +1,238 @@
+"""A snapshot's metadata as an EROFS image, which the kernel mounts beneath an upper layer in the time of one directory.
+
+Strategy. The index knows every object of a committed snapshot: type, owner, times, xattrs, and in which layer a file's data is. The image
+holds all of that and no data: each file is a *metacopy* whose redirect names its data, relative to the directory of the layers, which
+the mount gets as a data-only layer (Documentation/filesystems/overlayfs.rst, "Data-only lower layers"). So a chain of 500 layers is
+mounted as one, and nothing is looked for in them.
+
+An image is made on first use, or at commit by option, without a walk; it is kept in ``images-erofs`` under a name that says what it was
+made of: the snapshot's id, and a digest over its tree and the ids of all its layers. Whatever changes one of those (a squash) makes
+another image; ``gc`` removes those that no snapshot has any more. An image can always be made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Hashable, Iterator, Mapping
+from typing import NamedTuple
+
+from cowfs.driver.interface import Driver
+from cowfs.erofs.reader import Image
+from cowfs.erofs.tree import Inode
+from cowfs.erofs.writer import write_image
+from cowfs.errors import Corrupt, Unsupported
+from cowfs.format.whiteout import Form
+from cowfs.index.database import Index, Row
+from cowfs.index.directory import Entry, Pair, Records, decode, entries, join
+from cowfs.sys import atomic, files
+
+__all__ = ["FOLDER", "build", "check", "path_of", "sweep"]
+
+FOLDER = "images-erofs"
+_FORMAT = b"1"  # of the name: another one when what is put into images changes
+
+
+class Key(NamedTuple):
+    """A directory of the tree: its record, its path, and the base of its files (:mod:`cowfs.index.directory`)."""
+
+    storage: bytes
+    base: bytes
+
+
+class IndexedSource:
+    """A snapshot's tree for :func:`cowfs.erofs.writer.write_image`.
+
+    Args:
+        records: the index.
+        root: the snapshot's root entry.
+        places: by layer number, the path of its tree below the directory of the layers.
+        top: the directory of the layers.
+        form: the xattrs of overlayfs that the image is written for.
+    """
+
+    def __init__(self, records: Records, root: Pair, places: Mapping[int, bytes], top: str, form: Form) -> None:
+        self._records = records
+        self._root = root
+        self._places = places
+        self._top = os.fsencode(top)
+        self._form = form
+
+    def root(self) -> tuple[Inode, Key]:
+        entry = decode(self._root)
+        assert entry.ref is not None
+        return self._directory(entry), Key(entry.ref.storage, entry.base or b"")
+
+    def names(self, key: Key) -> Iterator[bytes]:
+        return iter(sorted(entries(self._records, key.storage)))
+
+    def entries(self, key: Key) -> Iterator[tuple[bytes, Inode, Key | None]]:
+        found = entries(self._records, key.storage)
+        for name in sorted(found):
+            entry = decode(found[name])
+            implied = join(key.base, name)
+            if entry.ref is not None:
+                below = Key(entry.ref.storage, implied if entry.base is None else entry.base)
+                yield name, self._directory(entry), below
+            else:
+                yield name, self._file(entry, implied if entry.path is None else entry.path), None
+
+    def _directory(self, entry: Entry) -> Inode:
+        # One link, as a merged directory shows: how many sub-directories there are changes above.
+        return Inode(
+            mode=entry.mode,
+            uid=entry.uid,
+            gid=entry.gid,
+            mtime_ns=entry.mtime_ns,
+            nlink=1,
+            xattrs=self._xattrs(entry),
+        )
+
+    def _file(self, entry: Entry, path: bytes) -> Inode:
+        if entry.flags:
+            raise Unsupported(
+                "a file whose blocks are in several layers is not in an image", remedy="mount it with FUSE"
+            )
+        kind = stat.S_IFMT(entry.mode)
+        xattrs = self._xattrs(entry)
+        if kind == stat.S_IFREG and entry.size:
+            place = self._places.get(entry.layer)
+            if place is None:
+                raise Corrupt(f"the index puts {path!r} in layer {entry.layer}, which is not in this chain")
+            xattrs += ((self._form.metacopy, b""), (self._form.redirect, b"/" + place + b"/" + path))
+        return Inode(
+            mode=entry.mode,
+            uid=entry.uid,
+            gid=entry.gid,
+            size=entry.size if kind == stat.S_IFREG else 0,
+            mtime_ns=entry.mtime_ns,
+            nlink=max(1, entry.nlink),
+            rdev=(os.major(entry.rdev), os.minor(entry.rdev)),
+            target=entry.target,
+            xattrs=xattrs,
+            link=self._link(entry, path) if entry.nlink > 1 else None,
+        )
+
+    def _xattrs(self, entry: Entry) -> tuple[tuple[bytes, bytes], ...]:
+        return tuple((self._form.store_name(name), value) for name, value in entry.xattrs)
+
+    def _link(self, entry: Entry, path: bytes) -> Hashable:
+        """The real device and inode of a file with several names: the only sure sign that two are one."""
+        place = self._places.get(entry.layer, b"")
+        try:
+            st = os.stat(b"/".join((self._top, place, path)), follow_symlinks=False)
+        except OSError as error:
+            raise Corrupt(
+                f"{os.fsdecode(path)} is missing in its layer: {error.strerror}", remedy="run 'cowfs check'"
+            ) from None
+        return st.st_dev, st.st_ino
+
+
+def _chain(index: Index, row: Row) -> list[tuple[int, str]]:
+    return index.chain(row.num)
+
+
+def path_of(driver: Driver, index: Index, row: Row) -> str:
+    """Where the image of a committed snapshot is, whether or not it is there yet."""
+    assert row.root is not None
+    digest = hashlib.sha256(_FORMAT + row.root[1])
+    for num, id in _chain(index, row):
+        digest.update(f"{num} {id}\n".encode())
+    return f"{driver.root}/{FOLDER}/{row.id}-{digest.hexdigest()[:32]}"
+
+
+def build(driver: Driver, index: Index, row: Row) -> str:
+    """The path of a committed snapshot's image, made if it is not there.
+
+    Raises:
+        Unsupported: the format cannot hold the tree.
+        Corrupt: records and layers contradict each other.
+        OSError: of writing.
+    """
+    path = path_of(driver, index, row)
+    if os.path.exists(path):
+        return path
+    try:
+        os.mkdir(f"{driver.root}/{FOLDER}", 0o700)
+    except FileExistsError:
+        pass
+    top = f"{driver.root}/layers"
+    places = {num: os.fsencode(os.path.relpath(driver.tree(id), top)) for num, id in _chain(index, row)}
+    assert row.root is not None
+    source = IndexedSource(index, row.root, places, top, driver.form)
+    with atomic.replacing(path, durable=driver.fsync) as file:
+        write_image(source, file.fileno(), uuid=bytes.fromhex(path[-32:]))
+    return path
+
+
+def check(path: str) -> str | None:
+    """What is wrong with an image, read whole; None when nothing is."""
+    with open(path, "rb") as file:
+        try:
+            image = Image(file.fileno())
+            if image.uuid != bytes.fromhex(path[-32:]):
+                return "it is the image of another snapshot"
+            _, key = image.root()
+            todo, seen = [key], 1
+            while todo:
+                for _, _, below in image.entries(todo.pop()):
+                    if below is not None:
+                        todo.append(below)
+                        seen += 1
+                    if seen > image.inodes:
+                        return "its directories lead in a circle"
+        except (Corrupt, ValueError) as error:
+            return str(error)
+    return None
+
+
+def damaged(driver: Driver) -> Iterator[tuple[str, str]]:
+    """(path, what is wrong) of the images that cannot be trusted."""
+    try:
+        names = sorted(os.listdir(f"{driver.root}/{FOLDER}"))
+    except FileNotFoundError:
+        return
+    for name in names:
+        path = f"{driver.root}/{FOLDER}/{name}"
+        what = check(path)
+        if what is not None:
+            yield path, what
+
+
+def how(driver: Driver) -> str:
+    """How ``mount_type="kernel"`` mounts here, for people; and why, where it is not through an image."""
+    if driver.whole:
+        return "a bind of the layer: each is a whole tree"
+    if not driver.form.redirects:
+        return "none: the layers are of the form for ordinary users"
+    if driver.row:
+        return "none: redirect files are read by cowfs's own server"
+    with open("/proc/filesystems", encoding="ascii") as file:
+        known = {line.split()[-1] for line in file}
+    if "erofs" not in known:
+        return "overlayfs over all layers: this kernel has no EROFS (modprobe erofs)"
+    fd = os.open(driver.root, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        host = files.fs_name(fd)
+    finally:
+        os.close(fd)
+    if host in ("tmpfs", "overlay", "fuse"):
+        return f"overlayfs over all layers: images cannot be mounted from files of {host}"
+    return "overlayfs over an EROFS image of the metadata"
+
+
+def sweep(driver: Driver, index: Index) -> list[str]:
+    """Remove images that no snapshot has; their paths, relative to the store."""
+    try:
+        names = os.listdir(f"{driver.root}/{FOLDER}")
+    except FileNotFoundError:
+        return []
+    gone = []
+    for name in names:
+        path = f"{driver.root}/{FOLDER}/{name}"
+        row = index.find_id(name.partition("-")[0])
+        if row is None or row.root is None or path_of(driver, index, row) != path:
+            os.unlink(path)
+            gone.append(f"{FOLDER}/{name}")
+    return gone

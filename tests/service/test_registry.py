@@ -1,0 +1,251 @@
+"""Pull and push against Debian's docker-registry, by the docker command and by cowfs's own."""
+
+from __future__ import annotations
+
+import http.client
+import http.server
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.daemon import DATA, Daemon, wait_for
+
+from cowfs.errors import Corrupt, FailedPrecondition
+from cowfs.images.registry import Credentials, Registry, credentials_for
+
+ID = "sha256:9c33d969275253f462e75d433ce358a90b9551c9f65a6bcfd068744db262313d"
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+@pytest.fixture
+def make_registry(space: Path) -> Iterator[Callable[..., str]]:
+    """A function that starts a registry: its address."""
+    program = shutil.which("docker-registry")
+    if program is None:
+        pytest.skip("no registry here (Debian: docker-registry; CI has it)")
+    processes = []
+
+    def make(password: str = "") -> str:
+        address = f"127.0.0.1:{free_port()}"
+        text = f"version: 0.1\nstorage:\n  filesystem:\n    rootdirectory: {space}/registry-{len(processes)}\nhttp:\n  addr: {address}\n"
+        if password:
+            script = "import crypt, sys; print('user:' + crypt.crypt(sys.argv[1], crypt.mksalt(crypt.METHOD_BLOWFISH, rounds=16)))"
+            done = subprocess.run(
+                [sys.executable, "-W", "ignore", "-c", script, password], capture_output=True, text=True, check=False
+            )
+            if done.returncode:
+                pytest.skip("no bcrypt here to make a password file with")
+            (space / "htpasswd").write_text(done.stdout)
+            text += f"auth:\n  htpasswd:\n    realm: test\n    path: {space}/htpasswd\n"
+        config = space / f"registry-{len(processes)}.yml"
+        config.write_text(text)
+        with open(space / "registry.log", "ab") as log:
+            processes.append(subprocess.Popen([program, "serve", str(config)], stdout=log, stderr=log))
+        wait_for(lambda: _listens(address), "the registry")
+        return address
+
+    yield make
+    for each in processes:
+        each.terminate()
+        each.wait()
+
+
+def _listens(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), 5).close()
+    except OSError:
+        return False
+    return True
+
+
+def pushed(daemon: Daemon, address: str, name: str = "a/small:1") -> str:
+    """Push the small image; its digest."""
+    daemon.docker("load", "-i", str(DATA / "small-docker.tar"))
+    daemon.docker("tag", "localhost/small:1", f"{address}/{name}")
+    told = daemon.out("push", f"{address}/{name}")
+    daemon.docker("rmi", "localhost/small:1", f"{address}/{name}")
+    return next(word for word in told.split() if word.startswith("sha256:"))
+
+
+def cowfs(*words: str, home: Path) -> subprocess.CompletedProcess[str]:
+    import os
+
+    return subprocess.run(
+        [sys.executable, "-m", "cowfs", *words], capture_output=True, text=True, timeout=120, check=False,
+        env={**os.environ, "DOCKER_CONFIG": str(home)},
+    )  # fmt: skip
+
+
+def test_there_and_back(daemon: Daemon, make_registry: Callable[..., str]) -> None:
+    """The image that comes back is the one that went, by id, tag and digest; what is there is not fetched again."""
+    address = make_registry()
+    digest = pushed(daemon, address)
+    assert daemon.out("images", "-aq") == ""
+    told = daemon.out("pull", f"{address}/a/small:1")
+    assert f"Digest: {digest}" in told and "Downloaded newer image" in told
+    assert daemon.out("images", "-q", "--no-trunc") == ID
+    assert daemon.out("image", "inspect", "-f", "{{index .RepoDigests 0}}", ID) == f"{address}/a/small@{digest}"
+    again = daemon.out("pull", f"{address}/a/small:1")
+    assert "Image is up to date" in again and "Downloading" not in again
+    daemon.docker("rmi", "-f", ID)
+    daemon.docker("pull", f"{address}/a/small@{digest}")
+    assert daemon.out("images", "-q", "--no-trunc", "--filter", "dangling=true") == ID
+    pulls = [json.loads(line) for line in _events(daemon)]
+    assert next(each["attributes"]["name"] for each in pulls if each["action"] == "pull") == f"{address}/a/small:1"
+
+
+def _events(daemon: Daemon) -> list[str]:
+    done = cowfs("events", "--since", "0.000001", "--json", "--root", str(daemon.root), home=daemon.base)
+    return done.stdout.splitlines()
+
+
+def test_what_is_not_there(daemon: Daemon, make_registry: Callable[..., str]) -> None:
+    address = make_registry()
+    assert "not found" in daemon.docker("pull", f"{address}/no/such:1", check=False).stderr
+    nobody = f"127.0.0.1:{free_port()}"
+    assert "does not answer" in daemon.docker("pull", f"{nobody}/x", check=False).stderr
+    assert "must be lowercase" in daemon.docker("pull", f"{address}/Upper", check=False).stderr
+    assert daemon.docker("push", f"{address}/nothing:1", check=False).returncode == 1
+
+
+def test_credentials(daemon: Daemon, make_registry: Callable[..., str], space: Path) -> None:
+    """login, pull and push with a password; without and with a wrong one; nothing of it in the log; cowfs reads the same file."""
+    address = make_registry("open sesame")
+    daemon.docker("load", "-i", str(DATA / "small-docker.tar"))
+    daemon.docker("tag", "localhost/small:1", f"{address}/a/small:1")
+    refused = daemon.docker("push", f"{address}/a/small:1", check=False)
+    assert refused.returncode == 1 and "docker login" in refused.stdout + refused.stderr
+    wrong = daemon.docker("login", "-u", "user", "--password-stdin", address, input=b"wrong", check=False)
+    assert wrong.returncode == 1
+    daemon.docker("login", "-u", "user", "--password-stdin", address, input=b"open sesame")
+    daemon.docker("push", f"{address}/a/small:1")
+    daemon.docker("pull", f"{address}/a/small:1")
+    done = cowfs("pull", f"{address}/a/small:1", "--root", str(space / "s"), home=daemon.base / "docker-config")
+    assert done.returncode == 0, done.stderr
+    denied = cowfs("pull", f"{address}/a/small:1", "--root", str(space / "s"), home=space / "nothing")
+    assert denied.returncode == 5
+    assert len(denied.stderr.splitlines()) == 1
+    assert "sesame" not in daemon.log and "b3BlbiBzZXNhbWU" not in daemon.log
+
+
+def test_the_commands_own_verbs(make_registry: Callable[..., str], space: Path) -> None:
+    address, root = make_registry(), str(space / "s")
+    assert cowfs("import", str(DATA / "small-docker.tar"), "--root", root, home=space).returncode == 0
+    assert cowfs("tag", f"{address}/b/c:2", "localhost/small:1", "--root", root, home=space).returncode == 0
+    sent = cowfs("push", f"{address}/b/c:2", "--root", root, home=space)
+    assert sent.returncode == 0, sent.stderr
+    got = cowfs("pull", f"{address}/b/c:2", "--root", str(space / "other"), home=space)
+    assert got.stdout.splitlines()[-1] == sent.stdout.strip()
+    missing = cowfs("pull", f"{address}/b/c:3", "--root", root, home=space)
+    assert (missing.returncode, len(missing.stderr.splitlines())) == (3, 1)
+
+
+class _Proxy(http.server.BaseHTTPRequestHandler):
+    """Passes requests on to a registry, and spoils blobs as it is told."""
+
+    upstream = ""
+    cut = 0  # bytes after which the connection ends
+    spoil = False
+    asked: list[str]
+
+    def do_GET(self) -> None:
+        connection = http.client.HTTPConnection(self.upstream, timeout=60)
+        headers = {name: value for name, value in self.headers.items() if name.lower() in ("accept", "range")}
+        connection.request("GET", self.path, headers=headers)
+        answer = connection.getresponse()
+        data = answer.read()
+        connection.close()
+        self.send_response(answer.status)
+        for name, value in answer.getheaders():
+            if name.lower() not in ("connection", "date", "transfer-encoding"):
+                self.send_header(name, value)
+        self.end_headers()
+        if "/blobs/" in self.path:
+            self.asked.append(self.headers.get("Range", ""))
+            if self.spoil:
+                data = bytes(byte ^ 1 for byte in data)
+            if self.cut and len(data) > self.cut:
+                self.wfile.write(data[: self.cut])
+                self.close_connection = True
+                return
+        self.wfile.write(data)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def proxy(daemon: Daemon, make_registry: Callable[..., str]) -> Iterator[tuple[type[_Proxy], str]]:
+    upstream = make_registry()
+    pushed(daemon, upstream)
+    handler = type("Proxy", (_Proxy,), {"upstream": upstream, "asked": []})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield handler, f"127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+        thread.join()
+
+
+def test_a_download_that_is_cut_goes_on(proxy: tuple[type[_Proxy], str], space: Path) -> None:
+    handler, address = proxy
+    pulled = Registry(address, spool=str(space)).pull("a/small", "1")
+    handler.asked.clear()
+    handler.cut = (pulled.image.layers[0].size or 0) // 3 + 1
+    with pulled.image.layers[0].open() as stream:
+        assert len(stream.read()) == pulled.image.layers[0].size
+    assert [text.partition("=")[0] for text in handler.asked] == ["", "bytes", "bytes"]
+
+
+def test_a_download_that_is_cut_for_ever_is_given_up(proxy: tuple[type[_Proxy], str], space: Path) -> None:
+    handler, address = proxy
+    pulled = Registry(address, spool=str(space)).pull("a/small", "1")
+    handler.cut = 1
+    with pytest.raises(FailedPrecondition, match="was cut"):
+        pulled.image.layers[0].open()
+
+
+def test_a_layer_with_another_digest_never_gets_in(
+    daemon: Daemon, proxy: tuple[type[_Proxy], str], space: Path
+) -> None:
+    handler, address = proxy
+    pulled = Registry(address, spool=str(space)).pull("a/small", "1")
+    handler.spoil = True
+    with pytest.raises(Corrupt):
+        pulled.image.layers[0].open()
+    assert daemon.docker("pull", f"{address}/a/small:1", check=False).returncode == 1
+    assert daemon.out("images", "-aq") == ""
+
+
+def test_credentials_of_the_docker_command(space: Path) -> None:
+    file = space / "config.json"
+    file.write_text(
+        json.dumps(
+            {
+                "auths": {
+                    "reg:5000": {"auth": "dTpwOnc="},
+                    "https://index.docker.io/v1/": {"auth": "YTpi"},
+                    "t": {"identitytoken": "x"},
+                }
+            }
+        )
+    )
+    assert credentials_for("reg:5000", str(file)) == Credentials(user="u", password="p:w")
+    assert credentials_for("docker.io", str(file)) == Credentials(user="a", password="b")
+    assert credentials_for("t", str(file)) == Credentials(token="x")
+    assert credentials_for("other", str(file)) is None
+    assert credentials_for("other", str(space / "none.json")) is None
+    assert "p:w" not in repr(Credentials(user="u", password="p:w"))

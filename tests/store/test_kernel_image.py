@@ -1,0 +1,192 @@
+"""Kernel mounts through an image of a snapshot's metadata: the same tree as the FUSE mount, one lower layer whatever the chain."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support import trees
+
+from cowfs.errors import NotFound
+from cowfs.mounting import client
+from cowfs.store import Store, kernel_image
+from cowfs.sys.mounts import mountinfo
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="kernel mounts: needs root")
+
+
+@pytest.fixture
+def store(tmp_path: Path, can_mount: None) -> Iterator[Store]:
+    """A store on a file system that images can be mounted from (not tmpfs)."""
+    for name in ("fuse", "kernel"):
+        (tmp_path / name).mkdir()
+    with Store.open(tmp_path / "store", driver="overlay", fsync=False) as opened:
+        yield opened
+
+
+def place(store: Store, name: str) -> Path:
+    return Path(store.root).parent / name
+
+
+def step(rng: random.Random, top: Path) -> None:
+    """One random change."""
+    found = sorted(path for path in top.rglob("*"))
+    dirs = [top, *[path for path in found if path.is_dir() and not path.is_symlink()]]
+    files = [path for path in found if path.is_file() and not path.is_symlink()]
+    new = rng.choice(dirs) / f"n{rng.randrange(40)}"
+    what = rng.randrange(12)
+    if what <= 2 and not os.path.lexists(new):
+        new.write_bytes(rng.randbytes(rng.choice((0, 1, 5000, 200_000))))
+        os.utime(new, ns=(0, rng.randrange(2**61)))
+    elif what == 3 and not os.path.lexists(new):
+        new.mkdir(mode=rng.choice((0o755, 0o2770, 0o1777)))
+    elif what == 4 and not os.path.lexists(new):
+        new.symlink_to("x/" * rng.randrange(1, 150))
+    elif what == 5 and not os.path.lexists(new):
+        os.mknod(new, rng.choice((0o010644, 0o020600, 0o060600)), os.makedev(7, 300))
+    elif not files:
+        return
+    elif what == 6:
+        rng.choice(files).unlink()
+    elif what == 7 and not os.path.lexists(new):
+        os.link(rng.choice(files), new)
+    elif what == 8:
+        os.chown(rng.choice(files), rng.randrange(70_000), 7)
+    elif what == 9:
+        chosen = rng.choice(files)
+        os.setxattr(
+            chosen, rng.choice(("user.a", "trusted.b", "trusted.overlay.metacopy", "security.x")), rng.randbytes(20)
+        )
+    elif what == 10:
+        with open(rng.choice(files), "r+b") as file:
+            file.write(b"changed")
+    else:
+        old = rng.choice(dirs[1:] or files)
+        if not os.path.lexists(new) and not str(new).startswith(f"{old}/"):
+            old.rename(new)
+
+
+def both(store: Store, name: str) -> tuple[trees.Tree, trees.Tree]:
+    """What the FUSE mount and the kernel's show of a committed snapshot."""
+    seen = []
+    for kind in ("fuse", "kernel"):
+        store.prepare(f"see-{kind}", name)
+        with store.mount(f"see-{kind}", place(store, kind), mount_type=kind):
+            if kind == "kernel":
+                (entry,) = (e for e in mountinfo() if os.fsdecode(e.target) == str(place(store, kind)))
+                assert entry.super_options.count(b"lowerdir+=") == 1, "the image was not used"
+            seen.append(trees.snapshot(str(place(store, kind))))
+        store.remove(f"see-{kind}")
+    return seen[0], seen[1]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_kernel_shows_what_the_fuse_mount_shows(store: Store, seed: int) -> None:
+    """Names, types, modes, owners, times to the nanosecond, xattrs (escaped ones too), link counts and groups, content."""
+    rng = random.Random(seed)
+    parent = None
+    for number in range(6):
+        store.prepare("key", parent)
+        with store.mount("key", place(store, "fuse")):
+            for _ in range(60):
+                step(rng, place(store, "fuse"))
+        parent = f"c{number}"
+        store.commit("key", parent)
+        fuse, kernel = both(store, parent)
+        assert trees.differences(fuse, kernel) == []
+
+
+def test_changes_through_the_kernel_are_committed(store: Store) -> None:
+    """Copied up, renamed, deleted beneath an image: the layer is an ordinary one, and the next snapshot shows it."""
+    store.prepare("key")
+    with store.mount("key", place(store, "fuse")):
+        for name in ("changed", "removed", "chmodded"):
+            (place(store, "fuse") / "dir").mkdir(exist_ok=True)
+            (place(store, "fuse") / "dir" / name).write_text(name)
+    store.commit("key", "base")
+    store.prepare("key", "base")
+    with store.mount("key", place(store, "kernel"), mount_type="kernel"):
+        top = place(store, "kernel")
+        with open(top / "dir" / "changed", "a") as file:
+            file.write("!")
+        (top / "dir" / "removed").unlink()
+        (top / "dir" / "chmodded").chmod(0o600)
+        (top / "dir").rename(top / "moved")
+    store.commit("key", "next")
+    assert store.check(content=True).damage == []
+    fuse, kernel = both(store, "next")
+    assert trees.differences(fuse, kernel) == []
+    assert sorted(fuse) == sorted([".", "moved", "moved/changed", "moved/chmodded"]) or "moved/changed" in fuse
+
+
+def test_a_view_needs_no_upper(store: Store) -> None:
+    store.prepare("key")
+    with store.mount("key", place(store, "fuse")):
+        (place(store, "fuse") / "f").write_text("f")
+    store.commit("key", "base")
+    store.view("view", "base")
+    handle = store.mount("view", place(store, "kernel"), mount_type="kernel")
+    assert (place(store, "kernel") / "f").read_text() == "f"
+    with pytest.raises(OSError):
+        (place(store, "kernel") / "g").write_text("")
+    assert store.mounted_at("view") == str(place(store, "kernel"))
+    (status,) = (s for s in client.mounts() if s.mountpoint == str(place(store, "kernel")))
+    assert status.details["engine"] == "kernel"
+    store.unmount("view")
+    assert store.mounted_at("view") is None
+    with pytest.raises(NotFound):
+        store.unmount("view")
+    del handle
+
+
+def test_the_command_knows_a_kernel_mount(store: Store) -> None:
+    """cowfs umount takes it off like any other."""
+    store.prepare("key")
+    store.commit("key", "base")
+    store.prepare("key", "base")
+    store.mount("key", place(store, "kernel"), mount_type="kernel")
+    client.umount(place(store, "kernel"))
+    assert store.mounted_at("key") is None
+
+
+def test_images_are_made_anew_and_collected(store: Store) -> None:
+    """Of other layers (squash) another image; gc removes what no snapshot has; a damaged one is found."""
+    parent = None
+    for number in range(3):
+        store.prepare("key", parent)
+        with store.mount("key", place(store, "fuse")):
+            (place(store, "fuse") / f"f{number}").write_text("f" * number)
+        parent = f"c{number}"
+        store.commit("key", parent)
+    both(store, "c2")
+    folder = Path(store.root) / kernel_image.FOLDER
+    (first,) = folder.iterdir()
+    assert kernel_image.check(str(first)) is None
+    store.squash("c1")
+    fuse, kernel = both(store, "c2")
+    assert trees.differences(fuse, kernel) == []
+    assert len(list(folder.iterdir())) == 2
+    assert store.gc().directories == (f"{kernel_image.FOLDER}/{first.name}",)
+    (second,) = folder.iterdir()
+    data = bytearray(second.read_bytes())
+    data[1024:1040] = bytes(16)
+    second.write_bytes(data)
+    assert "EROFS" in (kernel_image.check(str(second)) or "")
+
+
+def test_a_chain_of_many_layers_is_one(store: Store) -> None:
+    parent = None
+    for number in range(150):
+        store.prepare("key", parent)
+        with store.paths("key") as paths:
+            paths.write_bytes(f"f{number}".encode(), b"%d" % number)
+        parent = f"c{number}"
+        store.commit("key", parent)
+    store.prepare("key", parent)
+    with store.mount("key", place(store, "kernel"), mount_type="kernel"):
+        assert len(os.listdir(place(store, "kernel"))) == 150
+        for number in range(0, 150, 10):
+            assert (place(store, "kernel") / f"f{number}").read_text() == str(number)
