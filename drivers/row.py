@@ -21,6 +21,7 @@ from cowfs.format.whiteout import choose_form
 from cowfs.model import Limit, Mount, Usage, parse_size
 from cowfs.row import layer as row_layer, map as row_map
 from cowfs.sys import atomic, trees
+from cowfs.sys.regular import read_small
 
 from . import deltas, records
 
@@ -52,8 +53,7 @@ class RowDriver(Driver):
             atomic.write_file(path, f"{self.row}\n".encode(), durable=fsync)
             return
         try:
-            with open(path, encoding="ascii") as file:
-                text = file.read().strip()
+            text = read_small(path, limit=100).decode("ascii", "replace").strip()
         except FileNotFoundError:
             self.row = DEFAULT_BLOCK
             return

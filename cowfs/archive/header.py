@@ -59,6 +59,10 @@ _MAX_MAJOR, _MAX_MINOR = 0xFFF, 0xF_FFFF  # what the kernel's device numbers hol
 Segments = array  # of "q": offset, length, offset, length ... in file order
 
 
+class NoHeader(InvalidArgument):
+    """A block that is no header at all: nothing in it means anything, its name neither."""
+
+
 class Member:
     """One archive member after PAX records and GNU long names were merged in.
 
@@ -154,7 +158,7 @@ def parse_block(block: bytes) -> Member:
     except ValueError:
         whole = -1
     if whole % 65521 != zlib.adler32(block) & 0xFFFF and not _checksum_ok(block, checksum):
-        raise InvalidArgument("header checksum does not match", remedy="the archive is damaged or not a tar archive")
+        raise NoHeader("header checksum does not match", remedy="the archive is damaged or not a tar archive")
     member = Member()
     name = name[: name.find(0)] if name[99] == 0 else _text(name)
     if magic[:6] == USTAR_MAGIC and prefix[0]:

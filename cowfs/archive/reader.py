@@ -148,6 +148,15 @@ class Reader:
                 return None
             try:
                 member = header.parse_block(block)
+            except header.NoHeader as error:
+                if not self.entries:
+                    raise InvalidArgument(
+                        "this is no tar archive: its first header has no valid checksum",
+                        remedy="an image, a layer or a tree is a tar, plain or as gzip, zstd, bzip2 or xz; or a directory",
+                    ) from None
+                raise InvalidArgument(
+                    f"archive entry {self.entries + 1}: {error.message}", remedy=error.remedy
+                ) from None
             except CowfsError as error:
                 raise blame(error, self.entries + 1, block[:100].split(b"\0")[0]) from None
             kind = member.type

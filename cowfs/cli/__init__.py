@@ -223,7 +223,12 @@ def fill_streams() -> None:
 
 
 def _run(name: str, arguments: list[str]) -> int:
-    options = parser_of(name).parse_args(arguments)
+    parser = parser_of(name)
+    options, rest = parser.parse_known_args(arguments)
+    if rest and name == "run":
+        parser.error(f"the command comes behind --: cowfs run {options.parent} -- {' '.join(rest)}")
+    if rest:  # arguments on both sides of an option, or ones that are not known
+        options = parser.parse_intermixed_args(arguments)
     code: int = options.run(options)
     return code
 

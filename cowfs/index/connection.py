@@ -63,6 +63,7 @@ def connect(path: str, *, fsync: bool) -> Connection:
     try:
         connection.execute(f"PRAGMA synchronous = {'FULL' if fsync else 'OFF'}")
         connection.execute("PRAGMA foreign_keys = ON")
+        connection.execute("PRAGMA trusted_schema = OFF")  # a store may come from elsewhere
         connection.execute("PRAGMA cache_size = -16384")
         connection.execute(f"PRAGMA wal_autocheckpoint = {WAL_PAGES}")
         connection.execute(f"PRAGMA journal_size_limit = {WAL_PAGES * 4096}")

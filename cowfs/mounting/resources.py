@@ -92,6 +92,7 @@ class Stack:
                 remedy="leave out one of the two",
             )
         upper, work, place = self._places()
+        self._check_own(upper, work)
         self._check_upper(upper, work)
         self._check_mountpoint(upper, work)
         recorded = self._check_record(place, upper)
@@ -166,6 +167,43 @@ class Stack:
             directory = os.path.join(scratch, f"{_EPHEMERAL}{os.getpid()}-{os.urandom(4).hex()}")
             return os.path.join(directory, "upper"), os.path.join(directory, "work"), None
         return os.path.join(scratch, "upper"), os.path.join(scratch, "work"), scratch if spec.record else None
+
+    def _check_own(self, upper: str, work: str) -> None:
+        """Directories that nobody named, but that cowfs keeps beside layers or an upper, must be its own.
+
+        A stack from a stranger may come with symbolic links under these names, which would have us write wherever they
+        lead; and in a directory like /tmp somebody else may have made them, who can then exchange what is built there.
+
+        Raises:
+            InvalidArgument: one of them is a symbolic link, or another user's, or others may write in it.
+        """
+        spec = self.spec
+        if spec.checked or spec.readonly:
+            return
+        kept = [] if spec.work else [work]
+        if spec.upper is None:
+            assert spec.scratch is not None
+            kept += [spec.scratch, upper]
+        elif not spec.work:
+            kept.append(os.path.dirname(work))
+        for path in kept:
+            try:
+                status = os.lstat(path)
+            except OSError:
+                continue  # it will be made
+            if stat.S_ISLNK(status.st_mode):
+                raise InvalidArgument(
+                    f"{path} is a symbolic link", remedy="remove it, or give --upper DIR and --work DIR"
+                )
+            if status.st_uid not in (os.geteuid(), 0) and path != upper:
+                raise InvalidArgument(
+                    f"{path} belongs to user {status.st_uid}",
+                    remedy="mount as that user, or give --upper DIR and --work DIR",
+                )
+            if status.st_mode & 0o022 and path != upper:
+                raise InvalidArgument(
+                    f"others may write in {path}", remedy=f"chmod go-w {path}, if you trust what is in it"
+                )
 
     def _check_upper(self, upper: str, work: str) -> None:
         below = () if self.spec.checked else self.spec.layers  # each costs a dozen system calls

@@ -13,6 +13,7 @@ from cowfs.errors import Corrupt
 from cowfs.model import Limit
 from cowfs.mounting.request import HIDDEN
 from cowfs.sys import atomic
+from cowfs.sys.regular import read_small
 
 __all__ = ["RECORD", "layers_of", "limit_of", "lookup_record", "read_record", "record_places", "write_record"]
 
@@ -49,8 +50,7 @@ def read_record(place: str) -> dict[str, object] | None:
 
     path = os.path.join(place, RECORD)
     try:
-        with open(path, encoding="utf-8", errors="surrogateescape") as file:
-            data = json.load(file)
+        data = json.loads(read_small(path).decode("utf-8", "surrogateescape"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

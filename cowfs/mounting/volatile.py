@@ -7,10 +7,12 @@ which tells whether the host can have lost anything since.
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 from cowfs.errors import FailedPrecondition, Unsupported
 from cowfs.sys.process import boot_id
+from cowfs.sys.regular import read_small
 
 __all__ = ["check_volatile", "mark_volatile"]
 
@@ -36,8 +38,7 @@ def check_volatile(work: str, *, volatile: bool, upper: str) -> None:
     marker = os.path.join(incompat, "volatile")
     if "volatile" in names:
         try:
-            with open(os.path.join(marker, "dirty"), encoding="ascii", errors="replace") as file:
-                boot = file.read().strip()
+            boot = read_small(os.path.join(marker, "dirty"), limit=100).decode("ascii", "replace").strip()
         except OSError:
             boot = ""
         if not boot or boot != boot_id():
@@ -59,8 +60,23 @@ def check_volatile(work: str, *, volatile: bool, upper: str) -> None:
 
 
 def mark_volatile(work: str) -> None:
-    """Write the marker that :func:`check_volatile` and the kernel honour."""
-    directory = os.path.join(work, "work", "incompat", "volatile")
-    os.makedirs(directory, mode=0o700, exist_ok=True)
-    with open(os.path.join(directory, "dirty"), "w", encoding="ascii") as file:
-        file.write(boot_id() + "\n")
+    """Write the marker that :func:`check_volatile` and the kernel honour.
+
+    Raises:
+        OSError: the work directory holds something else there, such as a symbolic link that leads out of it.
+    """
+    here = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for name in ("work", "incompat", "volatile"):
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(name, 0o700, dir_fd=here)
+            inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=here)
+            os.close(here)
+            here = inner
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink("dirty", dir_fd=here)
+        fd = os.open("dirty", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=here)
+        with open(fd, "w", encoding="ascii") as file:
+            file.write(boot_id() + "\n")
+    finally:
+        os.close(here)

@@ -6,6 +6,7 @@ without its file is garbage, left by a process that was killed between two steps
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 
@@ -21,6 +22,34 @@ _DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 def is_marked(root_fd: int, form: Form) -> bool:
     """Whether a layer may hold redirect files."""
     return xattr.try_get(root_fd, b"", form.row) is not None
+
+
+def open_maps(root_fd: int) -> int:
+    """Open the directory of a layer's maps. It lies beside the layer's root, so it must be of the same hand.
+
+    Beside a layer in a directory where others may write, like /tmp, anybody could have put it there; beside the root of a mounted
+    image is somebody else's directory.
+
+    Raises:
+        OSError: ENOENT; EIO for a symbolic link or anything else that is no directory; EPERM for one that is another user's,
+            that others may write in, or that is on another file system.
+    """
+    try:
+        fd = os.open(MAP_DIR, _DIR, dir_fd=root_fd)
+    except NotADirectoryError:  # O_NOFOLLOW and O_DIRECTORY: a symbolic link, too
+        raise OSError(errno.EIO, "not a directory", MAP_DIR) from None
+    try:
+        st, root, beside = os.fstat(fd), os.fstat(root_fd), os.stat(b"..", dir_fd=root_fd)
+        if st.st_dev != root.st_dev or beside.st_dev != root.st_dev:
+            raise OSError(errno.EPERM, "the map directory is not the layer's: it is on another file system", MAP_DIR)
+        if st.st_uid not in (os.geteuid(), 0, root.st_uid, beside.st_uid):
+            raise OSError(errno.EPERM, f"the map directory is not the layer's: it belongs to user {st.st_uid}", MAP_DIR)
+        if st.st_mode & 0o022:
+            raise OSError(errno.EPERM, "the map directory is not the layer's alone: others may write in it", MAP_DIR)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
 def mark(layer: str | bytes, form: Form) -> None:
@@ -51,7 +80,7 @@ def seal(layer: str | bytes, *, form: Form, durable: bool = True) -> None:
     try:
         if not is_marked(root, form):
             return
-        maps = os.open(MAP_DIR, _DIR, dir_fd=root)
+        maps = open_maps(root)
         try:
             if row_map.seal(maps, (lambda: files.syncfs(root)) if durable else None) and durable:
                 os.fsync(maps)
@@ -110,7 +139,7 @@ def inspect(layer: str | bytes, form: Form) -> tuple[list[str], list[bytes]]:
         if not is_marked(root, form):
             return [], []
         try:
-            maps = os.open(MAP_DIR, _DIR, dir_fd=root)
+            maps = open_maps(root)
         except FileNotFoundError:
             return [f"the map directory is missing: {os.fsdecode(layer)}/{MAP_DIR.decode()}"], []
         try:

@@ -29,9 +29,11 @@ import struct
 import threading
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from cowfs.sys import process
+from cowfs.sys.regular import open_regular
 
 VERSION = 1
 MIN_BLOCK, MAX_BLOCK = 4096, 1 << 20
@@ -52,6 +54,7 @@ _HAS_MAP = 1  # reference flag
 _WRITE, _SYNC = 1, 2
 _KIND_SHIFT, _FIRST_MASK = 56, (1 << 56) - 1
 _MAX_COUNT = (1 << 32) - 1
+_PIECE = 1 << 20  # bytes of a map that are read at once
 
 Ranges = list[tuple[int, int]]
 
@@ -237,22 +240,22 @@ def read(dirfd: int, ref: Ref) -> Loaded:
     """
     if not ref.has_map:
         return Loaded([], 0, 0, 0, True)
-    fd = os.open(ref.map_name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dirfd)
+    return parse(_read_all(dirfd, ref.map_name), ref.shift, ref.map_name)
+
+
+def _read_all(dirfd: int, name: bytes) -> bytes:
+    """A map, up to where a whole piece is zeros: no record is there, so a sparse file takes no memory for its holes."""
+    fd = open_regular(name, dir_fd=dirfd)
+    parts = []
     try:
-        return parse(_read_all(fd), ref.shift, ref.map_name)
+        left = os.fstat(fd).st_size
+        while left > 0 and (part := os.read(fd, min(left, _PIECE))):
+            parts.append(part)
+            left -= len(part)
+            if not part.strip(b"\0"):
+                break
     finally:
         os.close(fd)
-
-
-def _read_all(fd: int) -> bytes:
-    size = os.fstat(fd).st_size
-    parts = []
-    while size > 0:
-        part = os.read(fd, size)
-        if not part:
-            break
-        parts.append(part)
-        size -= len(part)
     return b"".join(parts)
 
 
@@ -297,7 +300,7 @@ class Log:
         end, synced = loaded.end, loaded.synced
         if loaded.stale:
             end = synced = rewrite(dirfd, ref.map_name, ref.shift, loaded.ranges, durable=durable)
-        fd = os.open(ref.map_name, os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dirfd)
+        fd = open_regular(ref.map_name, os.O_RDWR | os.O_APPEND, dir_fd=dirfd)
         try:
             if os.fstat(fd).st_size > end:
                 os.ftruncate(fd, end)
@@ -375,7 +378,9 @@ def rewrite(dirfd: int, name: bytes, shift: int, ranges: Ranges, *, durable: boo
     temp = name + b".new"
     records = _writes(HEAD_SIZE, ranges)
     end = HEAD_SIZE + len(records)
-    fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=dirfd)
+    with suppress(FileNotFoundError):
+        os.unlink(temp, dir_fd=dirfd)  # of a rewrite that was killed
+    fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=dirfd)
     try:
         _write_all(fd, _header(shift) + records + _record(end, _SYNC, 0, end))
         if durable:
@@ -411,11 +416,7 @@ def seal(dirfd: int, sync: Callable[[], None] | None) -> int:
             os.unlink(name, dir_fd=dirfd)
             continue
         count += 1
-        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dirfd)
-        try:
-            data = _read_all(fd)
-        finally:
-            os.close(fd)
+        data = _read_all(dirfd, name)
         shift = data[10] if len(data) >= HEAD_SIZE else 12
         loaded = parse(data, shift, name)
         if not loaded.end:

@@ -27,7 +27,7 @@ from cowfs.row import map as row_map
 from cowfs.row.chain import Chain, Level, lay
 from cowfs.row.extents import INFINITY, ZEROS, Extents
 from cowfs.row.file import RowFile
-from cowfs.row.layer import is_marked
+from cowfs.row.layer import is_marked, open_maps
 from cowfs.row.map import ROOT_MARK, Loaded, Log, Ref
 from cowfs.row.readahead import Pilot
 from cowfs.row.writeback import Syncer
@@ -95,7 +95,7 @@ class Rows:
             xattr.setx(root, b"", self.view.form.row, ROOT_MARK)
             self._marked[layer] = True
         try:
-            fd = os.open(MAP_DIR, _DIR, dir_fd=root)
+            fd = open_maps(root)
         except FileNotFoundError:
             raise OSError(errno.EIO, "the layer's map directory is missing", layer.path + b"/" + MAP_DIR) from None
         self._maps[layer] = fd

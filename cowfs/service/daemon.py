@@ -26,7 +26,16 @@ from cowfs import __version__
 from cowfs.errors import CowfsError, FailedPrecondition, InvalidArgument
 from cowfs.mounting import prefork
 from cowfs.service import logs, systemd
-from cowfs.service.api import containers as containers_api, df, images as images_api, registry, streams, system, trees
+from cowfs.service.api import (
+    containers as containers_api,
+    df,
+    images as images_api,
+    monitoring,
+    registry,
+    streams,
+    system,
+    trees,
+)
 from cowfs.service.api.routing import Route, Table
 from cowfs.service.containers.manager import Containers
 from cowfs.service.doors import Door, Loop, open_doors
@@ -50,6 +59,7 @@ def tables() -> Table:
     routes: list[Route] = [
         *system.ROUTES,
         *registry.ROUTES,
+        *monitoring.ROUTES,
         *images_api.ROUTES,
         *df.ROUTES,
         *containers_api.ROUTES,

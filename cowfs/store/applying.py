@@ -20,6 +20,7 @@ from cowfs.store.layers import UNKNOWN, KeptDigests, SameData, hold, mark_time, 
 from cowfs.store.reserve import names_full
 from cowfs.sys import xattr
 from cowfs.sys.faults import point
+from cowfs.sys.regular import read_small
 
 if TYPE_CHECKING:
     from cowfs.index import scan
@@ -139,8 +140,7 @@ class ArchiveVerbs(UpkeepVerbs):
         if mark is None or scanned.latest >= mark:
             _forget(self.driver.directory(row.id))
             return None, None
-        with open(path, encoding="ascii") as file:
-            diff_id = file.read().strip()
+        diff_id = read_small(path).decode("ascii").strip()
         return diff_id, self._chain_id(row.parent, diff_id)
 
     def _chain_id(self, parent: int | None, diff_id: str) -> str | None:

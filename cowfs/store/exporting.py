@@ -20,6 +20,7 @@ from cowfs.store.checking import Problem, Report
 from cowfs.store.layers import unmark
 from cowfs.store.reserve import FULL
 from cowfs.sys.atomic import replacing
+from cowfs.sys.regular import open_regular
 
 __all__ = ["FORMATS", "NO_LAYER", "ExportVerbs"]
 
@@ -177,7 +178,7 @@ class ExportVerbs(ArchiveVerbs):
         if row.kind is not Kind.COMMITTED or row.diff_id is None:
             return False
         try:
-            with open(f"{self.driver.directory(row.id)}/{HEADERS}", "rb") as log:
+            with open(open_regular(f"{self.driver.directory(row.id)}/{HEADERS}"), "rb") as log:
                 return bool(archive.read_trailer(log).get("complete"))
         except FileNotFoundError:
             return False
@@ -210,7 +211,7 @@ class ExportVerbs(ArchiveVerbs):
         if row.diff_id is not None and self._is_archived(row):
             fd = os.open(f"{directory}/fs", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
-                with open(f"{directory}/{HEADERS}", "rb") as log:
+                with open(open_regular(f"{directory}/{HEADERS}"), "rb") as log:
                     archive.rebuild(log, fd, out, compression=compression)
                 return row.diff_id
             finally:

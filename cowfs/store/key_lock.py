@@ -32,7 +32,7 @@ def prepare(root: str) -> None:
 
 
 def _open(root: str) -> int:
-    return os.open(f"{root}/{FILE}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    return os.open(f"{root}/{FILE}", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
 
 
 @contextmanager

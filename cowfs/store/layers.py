@@ -24,6 +24,7 @@ from cowfs.mounting.notice import drop as drop_notices
 from cowfs.store.digest_table import ByInode
 from cowfs.sys import files, locks, trees, xattr
 from cowfs.sys.mounts import mountinfo
+from cowfs.sys.regular import open_regular, read_small
 
 __all__ = [
     "UNKNOWN",
@@ -159,8 +160,7 @@ def marked_time(path: str) -> int | None:
     A copied store has copies of its marks, with ctimes of the time of copying: they say nothing of the files beside them.
     """
     try:
-        with open(path + SEAL, encoding="ascii") as file:
-            sealed = file.read()
+        sealed = read_small(path + SEAL).decode("ascii", "replace")
         return os.stat(path).st_ctime_ns if sealed == _seal_of(path) else None
     except FileNotFoundError:
         return None
@@ -282,7 +282,7 @@ class KeptDigests:
             return None
         root = os.open(self._tree, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            fd = files.open_beneath(root, path, os.O_RDONLY | os.O_NOFOLLOW)
+            fd = files.open_beneath(root, path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         finally:
             os.close(root)
         with LayerFile(fd) as file:
@@ -293,7 +293,7 @@ class KeptDigests:
         """Those of a layer; None where there is nothing to tell."""
         known = ByInode(_RECORD.size - 8)
         try:
-            with open(f"{driver.directory(id)}/{KEPT}", "rb") as file:
+            with open(open_regular(f"{driver.directory(id)}/{KEPT}"), "rb") as file:
                 while len(record := file.read(_RECORD.size)) == _RECORD.size:
                     known[int.from_bytes(record[:8], "little")] = record[8:]
         except FileNotFoundError:

@@ -49,6 +49,7 @@ from cowfs.store.staging import NEW, _lock, _make_locked, discard
 from cowfs.sys import trees
 from cowfs.sys.atomic import fsync_directory
 from cowfs.sys.faults import point
+from cowfs.sys.regular import open_regular
 
 if TYPE_CHECKING:
     from cowfs.store.handle import LiveHandle
@@ -416,7 +417,7 @@ def _write_note(path: str, switch: _Switch) -> None:
 
 def _read_note(path: str) -> _Switch | None:
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(open_regular(path), encoding="utf-8") as file:
             return _Switch(**json.load(file))
     except (OSError, ValueError, TypeError):
         return None

@@ -44,9 +44,11 @@ def make_root(path: str, create: bool) -> None:
         held = os.listdir(layers) if "layers" in names else []
     except PermissionError:
         raise Unsupported(f"{path} is not this user's", remedy="choose a place of your own with --root DIR") from None
-    if os.path.exists(index):
+    if os.path.lexists(index):
+        if not stat.S_ISREG(os.lstat(index).st_mode):
+            raise Corrupt(f"the index {index} is not a regular file", remedy="restore it from a backup")
+        _refuse_others(path)
         if os.path.getsize(index):
-            _refuse_others(path)
             return
         if held:
             raise Corrupt(f"the index {index} is empty, but there are layers", remedy="restore it from a backup")
@@ -62,6 +64,7 @@ def make_root(path: str, create: bool) -> None:
         raise NotFound(f"no store at {path}", remedy="make one with 'cowfs init'")
     try:
         os.makedirs(path, mode=0o700, exist_ok=True)
+        _refuse_anothers(path)
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             files.make_plain(fd, 0o700)
@@ -82,9 +85,15 @@ def _refuse_others(path: str) -> None:
         raise InvalidArgument(
             f"others may write in the store {path}", remedy=f"chmod go-w {path}, if you trust what is in it"
         )
-    if st.st_uid and not os.geteuid():
+    _refuse_anothers(path)
+
+
+def _refuse_anothers(path: str) -> None:
+    """Raises InvalidArgument where we are root and a store's directory is another user's."""
+    owner = os.stat(path).st_uid
+    if owner and not os.geteuid():
         raise InvalidArgument(
-            f"the store {path} belongs to the user {st.st_uid}", remedy="run as that user, or choose another --root"
+            f"the store {path} belongs to the user {owner}", remedy="run as that user, or choose another --root"
         )
 
 

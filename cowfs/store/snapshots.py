@@ -102,6 +102,8 @@ class StoreCore:
             Corrupt: the index is damaged.
         """
         path = os.path.abspath(os.fspath(root) if root is not None else default_root())
+        if driver != "auto":
+            registry.load(driver)  # one that is not there makes no store
         make_root(path, create)
         try:
             return cls._open(path, driver, create, fsync, options)

@@ -54,6 +54,7 @@ from cowfs.store.staging import SQUASH, discard, staged
 from cowfs.sys import locks, trees
 from cowfs.sys.atomic import fsync_directory
 from cowfs.sys.faults import point
+from cowfs.sys.regular import read_small
 
 if TYPE_CHECKING:
     from cowfs.index import scan
@@ -381,8 +382,7 @@ class SquashVerbs(LiveVerbs):
             if lock is None:
                 continue
             try:
-                with open(path, encoding="utf-8") as file:
-                    note = json.load(file)
+                note = json.loads(read_small(path))
                 self._recover_squash(path, name.removeprefix(SQUASH).removesuffix(".json"), note)
             except (FileNotFoundError, ValueError):
                 unlink(path)  # killed while it was written
@@ -438,15 +438,13 @@ def _taken_back(mark: str) -> bool:
     try:
         leave_mark(mark, {"taken back": True})
     except FileExistsError:
-        with open(mark, encoding="ascii") as file:
-            return "moved" not in json.load(file)
+        return "moved" not in json.loads(read_small(mark))
     return True
 
 
 def _marked(mark: str) -> Usage:
     """What a server said that it took over."""
-    with open(mark, encoding="ascii") as file:
-        return Usage(**json.load(file)["moved"])
+    return Usage(**json.loads(read_small(mark))["moved"])
 
 
 def _write_note(path: str, note: dict[str, Any]) -> int:
@@ -465,6 +463,6 @@ def _write_note(path: str, note: dict[str, Any]) -> int:
 
 def _lock_note(path: str) -> int | None:
     try:
-        return locks.open_locked(path, flags=os.O_RDONLY | os.O_CLOEXEC)
+        return locks.open_locked(path, flags=os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return None

@@ -35,6 +35,7 @@ from cowfs.store.reserve import FULL
 from cowfs.sys import files, locks
 from cowfs.sys.atomic import fsync_directory
 from cowfs.sys.faults import point
+from cowfs.sys.regular import open_regular
 
 __all__ = ["Staged", "discard", "orphans", "staged", "sweep"]
 
@@ -131,7 +132,7 @@ def spared(root: str) -> set[str]:
     for name in os.listdir(root):
         if name.startswith(SQUASH):
             try:
-                with open(f"{root}/{name}", encoding="utf-8") as file:
+                with open(open_regular(f"{root}/{name}"), encoding="utf-8") as file:
                     found.update(json.load(file)["old"])
             except (OSError, ValueError, KeyError):
                 continue

@@ -209,7 +209,7 @@ def files_path(fd: int) -> bytes:
 def _copy_file(src: int, dst: int, name: bytes, st: os.stat_result) -> None:
     kind = stat.S_IFMT(st.st_mode)
     if kind == stat.S_IFREG:
-        source = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=src)
+        source = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=src)
         try:
             copy = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=dst)
             try:

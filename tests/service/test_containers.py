@@ -491,3 +491,18 @@ def test_a_killed_supervisor_ends_its_container_and_no_other(engine: Daemon) -> 
     assert state(engine, "kept") == "running 0"
     engine.docker("start", "lost")
     assert state(engine, "lost") == "running 0"
+
+
+def test_a_container_that_somebody_waits_for_can_be_removed(engine: Daemon) -> None:
+    """An attached client of a container that was never started does not hold its removal up."""
+    engine.docker("create", "-i", "--name", "wait", "bb", "cat")
+    with engine.raw() as sock:
+        sock.sendall(
+            b"POST /containers/wait/attach?stream=1&stdin=1&stdout=1 HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n"
+        )
+        assert sock.recv(4096).startswith(b"HTTP/1.1 200")
+        began = time.monotonic()
+        engine.docker("rm", "wait")
+        assert time.monotonic() - began < 30
+        assert sock.recv(4096) == b""
+    assert os.listdir(engine.run_dir / "containers") == []

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import random
 import signal
 import subprocess
 import sys
+import threading
 import time
+from pathlib import Path
 
+import pytest
 from support.daemon import Daemon, docker_environment, wait_for
 
 
@@ -90,3 +95,73 @@ def test_paused_stays_paused(engine: Daemon) -> None:
     assert state(engine, "ice").startswith("paused")
     engine.docker("unpause", "ice")
     engine.docker("rm", "-f", "ice")
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_under_load(engine: Daemon, request: pytest.FixtureRequest) -> None:
+    """Nothing that was acknowledged is lost, nothing leaks, the store is sound; a container outlives all of it."""
+    kills = max(4, request.config.getoption("--kills") // 5)
+    chance = random.Random(request.config.getoption("--seed"))
+    engine.docker(
+        "run", "-d", "--name", "witness", "bb", "sh", "-c", "i=0; while :; do i=$((i+1)); echo $i; sleep 0.05; done"
+    )
+    pid = engine.out("inspect", "-f", "{{.State.Pid}}", "witness")
+    stop = threading.Event()
+    created: list[str] = []
+    env = docker_environment(f"unix://{engine.socket}", engine.base)
+
+    def load(worker: int) -> None:
+        number = 0
+        while not stop.is_set():
+            number += 1
+            name = f"w{worker}-{number}"
+            done = subprocess.run(
+                ["docker", "create", "--name", name, "bb", "true"],
+                env=env,
+                capture_output=True,
+                check=False,
+                timeout=60,
+            )
+            if done.returncode == 0:
+                created.append(name)
+            subprocess.run(
+                ["docker", "run", "--rm", "bb", "true"], env=env, capture_output=True, check=False, timeout=60
+            )
+
+    workers = [threading.Thread(target=load, args=(number,)) for number in range(2)]
+    for each in workers:
+        each.start()
+    for _ in range(kills):
+        time.sleep(chance.uniform(0.05, 1.2))
+        again(engine)
+    stop.set()
+    for each in workers:
+        each.join()
+    again(engine)
+    there = engine.out("ps", "-a", "--format", "{{.Names}}").split()
+    assert set(created) <= set(there)
+    told = cowfs(engine, "events", "--since", "0.000001", "--json").stdout.splitlines()
+    events = [json.loads(line) for line in told]
+    names = {
+        event["attributes"].get("name")
+        for event in events
+        if (event["type"], event["action"]) == ("container", "create")
+    }
+    assert set(created) <= names
+    assert [event["seq"] for event in events] == list(range(events[0]["seq"], events[0]["seq"] + len(events)))
+    assert engine.out("inspect", "-f", "{{.State.Status}} {{.State.Pid}}", "witness") == f"running {pid}"
+    engine.docker("rm", "-f", *there)
+
+    def left() -> list[str]:
+        return os.listdir(engine.run_dir / "containers")
+
+    end = time.monotonic() + 30
+    while left() and time.monotonic() < end:
+        time.sleep(0.1)
+    assert left() == []
+    assert str(engine.run_dir) not in Path("/proc/self/mountinfo").read_text()
+    assert os.listdir(engine.root / "service" / "containers") == []
+    checked = cowfs(engine, "check")
+    assert checked.returncode == 0, checked.stdout
+    keys = cowfs(engine, "ls").stdout
+    assert "container/" not in keys

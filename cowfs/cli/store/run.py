@@ -43,16 +43,16 @@ def _configure_run(parser: argparse.ArgumentParser) -> None:
     add_store(parser, json=False)
     parser.set_defaults(command=[])
     parser.usage = "cowfs run PARENT [options] -- CMD [ARG ...]"
-    parse = parser.parse_args
+    known = parser.parse_known_args
 
-    def parse_args(arguments: list[str]) -> argparse.Namespace:
+    def parse_known_args(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         """What follows ``--`` is the command's, whatever it looks like."""
         at = arguments.index("--") if "--" in arguments else len(arguments)
-        args = parse(arguments[:at])
+        args, rest = known(arguments[:at])
         args.command = arguments[at + 1 :]
-        return args
+        return args, rest
 
-    parser.parse_args = parse_args  # type: ignore[method-assign,assignment]
+    parser.parse_known_args = parse_known_args  # type: ignore[method-assign,assignment]
 
 
 class _Stopped(KeyboardInterrupt):
@@ -309,8 +309,13 @@ def _init(target: str, command: list[str], environment: dict[str, str], where: s
         except OSError as error:
             print(f"cowfs run: {command[0]}: {error.strerror}", file=sys.stderr)
             os._exit(126)
+
+    def pass_on(number: int, frame: object) -> None:
+        with suppress(ProcessLookupError):  # it has just ended, of the same signal perhaps
+            os.kill(pid, number)
+
     for number in _FORWARDED:
-        signal.signal(number, lambda got, _frame: os.kill(pid, got))
+        signal.signal(number, pass_on)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)  # those that came until now are passed on, too
     while True:
         try:

@@ -513,6 +513,13 @@ class Containers:
             container.ends += 1
             container.changed.notify_all()
 
+    def _dismiss(self, container: Container) -> None:
+        """End a supervisor that waits for a start which will not come."""
+        try:
+            self._ask(container, {"verb": "quit"})
+        except FailedPrecondition:
+            pass  # it is ending already
+
     def _wait_settled(self, container: Container) -> None:
         if not container.settled.wait(SETTLE_SECONDS):
             raise FailedPrecondition(f"container {container.id[:12]} has not let go of its last run yet")
@@ -863,6 +870,8 @@ class Containers:
             if container.running:
                 self.kill(container)
             self._wait_settled(container)
+            if not container.running and container.watcher is not None:
+                self._dismiss(container)
             self._wait_gone(container)
             self._unmount(container)
             self._store.remove(container.key)

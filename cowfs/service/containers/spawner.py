@@ -116,7 +116,10 @@ def main() -> NoReturn:
         try:
             listening = _listen(wish["socket"])
         except OSError:
-            client.sendall(b"-")
+            try:
+                client.sendall(b"-")
+            except OSError:
+                os._exit(0)
             continue
         if not os.fork():
             client.close()
@@ -124,7 +127,10 @@ def main() -> NoReturn:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             supervisor.main(wish, listening)
         listening.close()
-        client.sendall(b"+")
+        try:
+            client.sendall(b"+")
+        except OSError:
+            os._exit(0)  # the daemon was killed; its successor finds the supervisor
 
 
 def _listen(path: str) -> socket.socket:

@@ -118,7 +118,7 @@ class Supervisor:
             for key, mask in self.selector.select(1.0):
                 if self.selector.get_map().get(key.fd) is not None or key.fd == wake_in:
                     key.data(key.fd, mask)
-            if not self.started and self._is_lost():
+            if not self.over and not self.started and self._is_lost():
                 break
 
     def _is_lost(self) -> bool:
@@ -279,6 +279,14 @@ class Supervisor:
             self._answer(sock, {"ok": self.run})
 
         self._spawn(self.main, command, [self.wish["id"]], self.wish["open_stdin"], done)
+
+    def verb_quit(self, sock: socket.socket, message: dict[str, Any], fds: list[int]) -> None:
+        """End, unless the container was started: it is removed."""
+        if not self.started:
+            for client in self.main.streams.clients:
+                client.sock.close()
+            self.over = True
+        self._answer(sock, {"ok": not self.started})
 
     def verb_exec(self, sock: socket.socket, message: dict[str, Any], fds: list[int]) -> None:
         """Run one more process in the container, perhaps with a client."""

@@ -1,0 +1,54 @@
+"""/metrics, as promtool and Prometheus's own parser read it."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Callable
+
+import pytest
+from support.daemon import Daemon
+
+parser = pytest.importorskip("prometheus_client.parser", reason="the extra cowfs[daemon] is not installed")
+
+
+def families(daemon: Daemon) -> dict[str, dict[tuple[str, ...], float]]:
+    """Sample name -> values of its labels -> value."""
+    status, text = daemon.request("GET", "/metrics")
+    assert status == 200
+    found: dict[str, dict[tuple[str, ...], float]] = {}
+    for family in parser.text_string_to_metric_families(text.decode()):
+        for sample in family.samples:
+            found.setdefault(sample.name, {})[tuple(sample.labels.values())] = sample.value
+    return found
+
+
+def test_figures_of_a_container_with_a_limit(engine: Daemon) -> None:
+    engine.docker(
+        "run", "-d", "--name", "one", "--storage-opt", "size=8M", "bb", "sh", "-c", "echo x > /x; exec sleep 1000"
+    )
+    found = families(engine)
+    (used,), (limit,) = found["cowfs_container_used_bytes"].values(), found["cowfs_container_limit_bytes"].values()
+    assert 0 < used < limit == 8 << 20
+    assert found["cowfs_containers"] == {("running",): 1.0}
+    assert found["cowfs_snapshots"][("active",)] == 1.0
+    (process,) = found["cowfs_container_processes"].values()
+    assert process >= 1
+    assert any("LOOKUP" in key for key in found["cowfs_container_fuse_requests_total"])
+    before = sum(found["cowfs_api_requests_total"].values())
+    assert sum(families(engine)["cowfs_api_requests_total"].values()) > before
+    if shutil.which("promtool") is None:
+        pytest.skip("promtool is not here (Debian: prometheus; CI has it)")
+    done = subprocess.run(
+        ["promtool", "check", "metrics"],
+        input=engine.request("GET", "/metrics")[1],
+        capture_output=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_metrics_can_be_off(make_daemon: Callable[..., Daemon]) -> None:
+    daemon = make_daemon("--no-metrics").start()
+    assert daemon.request("GET", "/metrics")[0] == 404
