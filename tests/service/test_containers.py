@@ -506,3 +506,18 @@ def test_a_container_that_somebody_waits_for_can_be_removed(engine: Daemon) -> N
         assert time.monotonic() - began < 30
         assert sock.recv(4096) == b""
     assert os.listdir(engine.run_dir / "containers") == []
+
+
+def test_a_hundred_short_ones_eight_at_once(engine: Daemon) -> None:
+    """Each has its own output and status, however short it was; nothing is left."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    def run(number: int) -> tuple[int, str]:
+        done = engine.docker("run", "--rm", "bb", "sh", "-c", f"echo {number}; exit {number % 3}", check=False)
+        return done.returncode, done.stdout
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(run, range(100))) == [(number % 3, f"{number}\n") for number in range(100)]
+    assert engine.out("ps", "-aq") == ""
+    wait_for(lambda: not os.listdir(engine.run_dir / "containers"), "all supervisors to end")
+    assert os.listdir(engine.root / "service" / "containers") == []

@@ -166,7 +166,7 @@ def _inspect(service: Service, exchange: Exchange, name: str) -> Reply:
         "MountLabel": "",
         "ProcessLabel": "",
         "AppArmorProfile": "",
-        "ExecIDs": service.containers.execs_of(container),
+        "ExecIDs": service.containers.execs.running_in(container),
         "HostConfig": _host(container),
         "GraphDriver": {"Name": service.store.driver.name, "Data": {"Snapshot": container.key}},
         "Mounts": _mounts(container),
@@ -295,7 +295,7 @@ def _top(service: Service, exchange: Exchange, name: str) -> Reply:
 
 def _changes(service: Service, exchange: Exchange, name: str) -> Reply:
     container = service.containers.get(name)
-    found = [{"Path": path, "Kind": kind} for path, kind in service.containers.changes(container)]
+    found = [{"Path": path, "Kind": kind} for path, kind in service.containers.trees.changes(container)]
     return json_reply(found or None)
 
 

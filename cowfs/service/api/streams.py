@@ -128,44 +128,44 @@ def _size(exchange: Exchange) -> tuple[int, int]:
 
 
 def _exec_create(service: Service, exchange: Exchange, name: str) -> Reply:
-    made = service.containers.new_exec(service.containers.get(name), decode(ExecConfig, exchange.document()))
+    made = service.containers.execs.new(service.containers.get(name), decode(ExecConfig, exchange.document()))
     return json_reply({"Id": made.id}, 201)
 
 
 def _exec_start(service: Service, exchange: Exchange, id: str) -> Reply:
-    made = service.containers.exec(id)
+    made = service.containers.execs.get(id)
     document = exchange.document()
     if made.running or made.code is not None:
         raise FailedPrecondition(f"exec {id} has already run" if made.code is not None else f"exec {id} is running")
     size = document.get("ConsoleSize")
     console = size if isinstance(size, list) and len(size) == 2 and all(type(each) is int for each in size) else None
     if document.get("Detach"):
-        service.containers.start_exec(made, service.containers.exec_process(made, console))
+        service.containers.execs.start(made, service.containers.execs.process(made, console))
         return empty(200)
 
     def take(sock: socket.socket, early: bytes) -> None:
         try:
-            process = service.containers.exec_process(made, console)
+            process = service.containers.execs.process(made, console)
         except CowfsError as error:  # as Docker does: a client that upgrades hears of it on its stream
             with sock:
                 text = f"{error}\r\n".encode()
                 sock.sendall(text if made.config.Tty else frame(STDERR, text))
             made.code = 126
             return
-        service.containers.start_exec(made, process, sock=sock, early=early)
+        service.containers.execs.start(made, process, sock=sock, early=early)
 
     return Reply(type=_type(exchange, made.config.Tty), take=take)
 
 
 def _exec_resize(service: Service, exchange: Exchange, id: str) -> Reply:
-    made = service.containers.exec(id)
+    made = service.containers.execs.get(id)
     width, height = _size(exchange)
     service.containers.resize(service.containers.get(made.container), width, height, id)
     return empty(200)
 
 
 def _exec_inspect(service: Service, exchange: Exchange, id: str) -> Reply:
-    made = service.containers.exec(id)
+    made = service.containers.execs.get(id)
     config = made.config
     words = config.Cmd or [""]
     return json_reply(

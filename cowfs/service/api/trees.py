@@ -29,18 +29,18 @@ def _path(exchange: Exchange) -> str:
 
 def _stat(service: Service, exchange: Exchange, name: str) -> Reply:
     container = service.containers.get(name)
-    with service.containers.mounted(container) as root:
+    with service.containers.trees.mounted(container) as root:
         told = copying.path_stat(root, _path(exchange))
     return Reply(headers={_STAT: told}, type="")
 
 
 def _get(service: Service, exchange: Exchange, name: str) -> Reply:
     container, path = service.containers.get(name), _path(exchange)
-    with service.containers.mounted(container) as root:
+    with service.containers.trees.mounted(container) as root:
         told = copying.path_stat(root, path)
 
     def write(out: BinaryIO) -> None:
-        with service.containers.mounted(container) as root:
+        with service.containers.trees.mounted(container) as root:
             copying.pack(root, path, out)
 
     return Reply(headers={_STAT: told}, type="application/x-tar", body=written(write))
@@ -49,7 +49,7 @@ def _get(service: Service, exchange: Exchange, name: str) -> Reply:
 def _put(service: Service, exchange: Exchange, name: str) -> Reply:
     container, path = service.containers.get(name), _path(exchange)
     keep_kind = exchange.flag("noOverwriteDirNonDir")
-    with service.containers.mounted(container) as root:
+    with service.containers.trees.mounted(container) as root:
         copying.unpack(root, path, cast("BinaryIO", exchange.body), keep_kind=keep_kind)
     service.containers.tell(container, "extract-to-dir")
     return empty(200)
@@ -57,7 +57,7 @@ def _put(service: Service, exchange: Exchange, name: str) -> Reply:
 
 def _export(service: Service, exchange: Exchange, name: str) -> Reply:
     container = service.containers.get(name)
-    service.containers.synced(container)
+    service.containers.trees.synced(container)
     service.containers.tell(container, "export")
     return Reply(
         type="application/x-tar",

@@ -15,8 +15,10 @@ from cowfs.service.containers.cgroups import PREFIX
 from cowfs.service.containers.records import ContainerConfig, ExecConfig, HostConfig
 from cowfs.service.containers.users import User
 from cowfs.service.errors import ApiError, not_offered
+from cowfs.service.images import Image
+from cowfs.service.records import encode
 
-__all__ = ["check", "exec_process", "resources", "signal_number", "specification"]
+__all__ = ["check", "exec_process", "merge", "resources", "signal_number", "specification"]
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -193,6 +195,33 @@ def arguments_of(config: Mapping[str, Any]) -> list[str]:
         value = config.get(key) or []
         words += [value] if isinstance(value, str) else value
     return words
+
+
+def merge(config: ContainerConfig, image: Image) -> dict[str, Any]:
+    """A request's configuration, completed by the image's, in the API's form."""
+    base = image.run_config
+    made: dict[str, Any] = {
+        key: value for key, value in encode(config).items() if key not in ("HostConfig", "NetworkingConfig")
+    }
+    for key in ("Cmd", "Entrypoint"):
+        if isinstance(made[key], str):
+            made[key] = [made[key]]
+    if made["Entrypoint"] is None:
+        made["Entrypoint"] = base.get("Entrypoint")
+        if not made["Cmd"]:
+            made["Cmd"] = base.get("Cmd")
+    elif made["Entrypoint"] == [""]:
+        made["Entrypoint"] = None
+    pairs = dict(str(pair).partition("=")[::2] for pair in base.get("Env") or ())
+    removed = [pair for pair in config.Env or () if "=" not in pair]
+    pairs |= dict(pair.partition("=")[::2] for pair in config.Env or () if "=" in pair)
+    made["Env"] = [f"{key}={value}" for key, value in pairs.items() if key not in removed]
+    made["Labels"] = {**image.labels, **(config.Labels or {})}
+    for key in ("User", "WorkingDir", "StopSignal"):
+        made[key] = made[key] or base.get(key) or ""
+    made["Volumes"] = made["Volumes"] or base.get("Volumes")
+    made["ExposedPorts"] = made["ExposedPorts"] or base.get("ExposedPorts")
+    return made
 
 
 def environment(config: Mapping[str, Any], hostname: str, home: str) -> list[str]:

@@ -45,7 +45,7 @@ def commit(
     if is_frozen:
         containers.pause(container)
     try:
-        containers.synced(container)
+        containers.trees.synced(container)
         with tempfile.TemporaryFile(dir=store.root, prefix="cowfs-commit-") as spool:
             store.export(container.key, spool, format="layer")
             spool.seek(0)

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from cowfs.errors import FailedPrecondition
 from cowfs.service.containers import bundle
 from cowfs.service.containers.cgroups import PREFIX
 from cowfs.service.containers.records import HostConfig
@@ -26,6 +27,7 @@ from cowfs.sys.process import start_time
 __all__ = ["RECORD_FILE", "Container", "Exec"]
 
 RECORD_FILE = "container.json"
+SETTLE_SECONDS = 60.0
 
 
 @dataclass(slots=True)
@@ -195,6 +197,18 @@ class Container:
         """Wait until something is so, or the time is over; whether it is so."""
         with self.changed:
             return self.changed.wait_for(done, seconds)
+
+    def must_run(self) -> None:
+        """Raises FailedPrecondition: it does not run, or is paused."""
+        if not self.running:
+            raise FailedPrecondition(f"container {self.id} is not running")
+        if self.paused:
+            raise FailedPrecondition(f"container {self.id} is paused, unpause the container before exec")
+
+    def wait_settled(self) -> None:
+        """Raises FailedPrecondition: its last run is not cleaned up after in a minute."""
+        if not self.settled.wait(SETTLE_SECONDS):
+            raise FailedPrecondition(f"container {self.id[:12]} has not let go of its last run yet")
 
     def tell(self) -> None:
         """Wake those who wait."""

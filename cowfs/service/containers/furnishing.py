@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 
 from cowfs.errors import Unsupported
+from cowfs.service.containers import bundle, users
 from cowfs.service.containers.container import Container
 from cowfs.service.containers.records import HostConfig
+from cowfs.service.errors import ApiError
+from cowfs.sys.atomic import write_file
 from cowfs.union.paths import Paths
 
-__all__ = ["furnish", "network_files"]
+__all__ = ["furnish", "network_files", "write_bundle"]
 
 _PLACES = (
     ("dev", True), ("dev/pts", True), ("dev/shm", True), ("dev/mqueue", True), ("dev/console", False), ("proc", True),
@@ -69,3 +74,42 @@ def _read(path: str) -> str:
             return file.read(1 << 20)
     except OSError:
         return ""
+
+
+def write_bundle(container: Container) -> None:
+    """Write what the runtime reads of a container whose tree is mounted; missing sources of ``-v`` are made.
+
+    Raises:
+        InvalidArgument: no such user in it. ApiError: a source of ``--mount`` is missing.
+    """
+    host = container.host_config
+    root = os.open(container.rootfs, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        user = users.find(root, container.config.get("User") or "", host.GroupAdd or [])
+    finally:
+        os.close(root)
+    given = network_files(container, host)
+    placed = {}
+    for target, text in given.items():
+        path = os.path.join(container.folder, os.path.basename(target))
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(path, 0o644)
+        placed[target] = path
+    for each in bundle.bind_mounts(host):
+        if each["type"] == "bind":
+            if not os.path.exists(each["source"]) and each["make"]:
+                os.makedirs(each["source"])
+            elif not os.path.exists(each["source"]):
+                raise ApiError(400, f"invalid mount config: bind source path does not exist: {each['source']}")
+    spec = bundle.specification(
+        id=container.id,
+        rootfs=container.rootfs,
+        config=container.config,
+        host=host,
+        raw_host=container.host,
+        user=user,
+        files=placed,
+        hostname=container.hostname,
+    )
+    write_file(os.path.join(container.bundle, "config.json"), json.dumps(spec).encode(), durable=False)

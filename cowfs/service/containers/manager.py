@@ -21,26 +21,28 @@ import secrets
 import shutil
 import signal
 import socket
-import subprocess
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from cowfs.errors import AlreadyExists, CowfsError, FailedPrecondition, InvalidArgument, NotFound
-from cowfs.service.containers import bundle, users
-from cowfs.service.containers.container import Container, Exec
-from cowfs.service.containers.furnishing import furnish, network_files
+from cowfs.service.containers import bundle
+from cowfs.service.containers.container import SETTLE_SECONDS, Container
+from cowfs.service.containers.execs import Execs
+from cowfs.service.containers.furnishing import furnish, write_bundle
 from cowfs.service.containers.logs import parse_size as parse_log_size
 from cowfs.service.containers.names import made_up
-from cowfs.service.containers.records import ContainerConfig, ExecConfig, Update
+from cowfs.service.containers.records import ContainerConfig, Update
 from cowfs.service.containers.spawner import Spawner
+from cowfs.service.containers.supervision import Runtime, ask
 from cowfs.service.containers.supervisor import RUN_FILE
+from cowfs.service.containers.trees import Trees
 from cowfs.service.errors import ApiError, NotModified
 from cowfs.service.images import Image, init_name
 from cowfs.service.logs import log
 from cowfs.service.records import encode
-from cowfs.sys import files, mounts
+from cowfs.sys import mounts
 from cowfs.sys.atomic import write_file
 
 if TYPE_CHECKING:
@@ -58,7 +60,6 @@ _NAME = re.compile(r"/?[a-zA-Z0-9][a-zA-Z0-9_.-]+")
 MAX_RUN_DIR = 80
 """Bytes: beside them an address of 107 bytes (unix(7)) has room for the names of sockets."""
 
-SETTLE_SECONDS = 60.0
 STOP_SECONDS = 10
 
 
@@ -74,17 +75,18 @@ class Containers:
         self._lock = threading.Lock()
         self._all: dict[str, Container] = {}  # guarded by _lock
         self._names: dict[str, str] = {}  # guarded by _lock: name -> id, reserved ones too
-        self._execs: dict[str, Exec] = {}  # guarded by _lock
         self.spawner = Spawner()
+        self.execs = Execs(self)
+        self.trees = Trees(service.store)
         self.folder = os.path.join(service.folder, "containers")
         self.run_dir = os.path.join(service.run_dir, "containers")
-        self.runtime_root = os.path.join(service.run_dir, "runtime")
+        self.runtime = Runtime(service.runtime_program, os.path.join(service.run_dir, "runtime"))
         if len(os.fsencode(self.run_dir)) > MAX_RUN_DIR:
             raise InvalidArgument(
                 f"{service.run_dir} is too long for the addresses of sockets below it",
                 remedy="--run-dir DIR with a shorter one",
             )
-        for each in (self.folder, self.run_dir, self.runtime_root):
+        for each in (self.folder, self.run_dir, self.runtime.root):
             os.makedirs(each, mode=0o700, exist_ok=True)
 
     @property
@@ -205,7 +207,7 @@ class Containers:
         if not config.Image:
             raise ApiError(400, "no image is named")
         image = self._service.images.get(config.Image)
-        merged = merge(config, image)
+        merged = bundle.merge(config, image)
         if not bundle.arguments_of(merged):
             raise ApiError(400, "no command specified")
         id = secrets.token_hex(32)
@@ -300,30 +302,34 @@ class Containers:
             NotModified: it runs already. ApiError: the runtime says why not.
         """
         with container.lock:
-            self._wait_settled(container)
+            container.wait_settled()
             if container.running:
                 raise NotModified
             if container.removing:
                 raise FailedPrecondition(f"container {container.id[:12]} is being removed")
-            self._mount(container)
+            self.trees.mount(container)
             try:
-                self._write_bundle(container)
+                write_bundle(container)
                 self._supervise(container)
-                answer = self._ask(container, {"verb": "start"})
+                container.settled.clear()
+                answer = ask(container, {"verb": "start"})
             except BaseException:
-                self._unmount(container)
+                container.settled.set()
+                self.trees.unmount(container)
                 raise
             if "ok" not in answer:
                 self._refused(container, answer["error"])
-            container.settled.clear()
-            container.run = answer["ok"]
+            with container.changed:
+                # One that was short has ended already, and the thread that watches knows more than this answer.
+                if container.run.get("started") != answer["ok"]["started"]:
+                    container.run = answer["ok"]
             container.paused, container.error = False, ""
             container.save()
         self.tell(container, "start")
 
     def _refused(self, container: Container, error: str) -> None:
         self._wait_gone(container)
-        self._unmount(container)
+        self.trees.unmount(container)
         container.error = error
         container.run = {}
         try:
@@ -341,60 +347,6 @@ class Containers:
             word in error for word in ("not found", "no such file", "permission denied", "not a directory")
         )
         raise ApiError(400 if client_fault else 500, f"failed to create task for container: {error}")
-
-    def _mount(self, container: Container) -> None:
-        os.makedirs(container.rootfs, mode=0o700, exist_ok=True)
-        where = self._store.mounted_at(container.key)
-        if where is not None:
-            if os.path.realpath(where) != os.path.realpath(container.rootfs):
-                raise FailedPrecondition(f"the snapshot of container {container.id[:12]} is mounted at {where}")
-            self._store.unmount(container.key, lazy=True)
-        self._store.mount(container.key, container.rootfs, options=("dev", "suid"))
-
-    def _unmount(self, container: Container) -> None:
-        try:
-            self._store.unmount(container.key)
-        except NotFound:
-            pass
-        except CowfsError as error:
-            log.warning("container %s: %s; it is unmounted when nobody uses it any more", container.name, error)
-            try:
-                self._store.unmount(container.key, lazy=True)
-            except CowfsError:
-                pass
-
-    def _write_bundle(self, container: Container) -> None:
-        host = container.host_config
-        root = os.open(container.rootfs, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            user = users.find(root, container.config.get("User") or "", host.GroupAdd or [])
-        finally:
-            os.close(root)
-        given = network_files(container, host)
-        placed = {}
-        for target, text in given.items():
-            path = os.path.join(container.folder, os.path.basename(target))
-            with open(path, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.chmod(path, 0o644)
-            placed[target] = path
-        for each in bundle.bind_mounts(host):
-            if each["type"] == "bind":
-                if not os.path.exists(each["source"]) and each["make"]:
-                    os.makedirs(each["source"])
-                elif not os.path.exists(each["source"]):
-                    raise ApiError(400, f"invalid mount config: bind source path does not exist: {each['source']}")
-        spec = bundle.specification(
-            id=container.id,
-            rootfs=container.rootfs,
-            config=container.config,
-            host=host,
-            raw_host=container.host,
-            user=user,
-            files=placed,
-            hostname=container.hostname,
-        )
-        write_file(os.path.join(container.bundle, "config.json"), json.dumps(spec).encode(), durable=False)
 
     # -- the supervisor ---------------------------------------------------------------------------
 
@@ -414,7 +366,7 @@ class Containers:
                 "bundle": container.bundle,
                 "socket": container.socket,
                 "runtime": runtime,
-                "runtime_root": self.runtime_root,
+                "runtime_root": self.runtime.root,
                 "cgroup": container.cgroup,
                 "terminal": bool(container.config.get("Tty")),
                 "open_stdin": bool(container.config.get("OpenStdin")),
@@ -445,10 +397,7 @@ class Containers:
         if first["run"]:
             container.run = first["run"]
         for id, known in first["execs"].items():
-            with self._lock:
-                self._execs.setdefault(
-                    id, Exec(id, container.id, ExecConfig(), known["pid"], known["code"], known["code"] is None)
-                )
+            self.execs.found(id, container, known["pid"], known["code"])
 
         def watch() -> None:
             with sock, lines:
@@ -466,13 +415,10 @@ class Containers:
 
     def _heard(self, container: Container, message: dict[str, Any]) -> None:
         if "exec" in message:
-            with self._lock:
-                found = self._execs.get(message["exec"])
-            if found is not None:
-                found.code, found.running = message["code"], False
+            self.execs.ended(message["exec"], message["code"])
             return
-        container.run = message["exit"]
         with container.changed:
+            container.run = message["exit"]
             container.ends += 1
             container.changed.notify_all()
 
@@ -481,8 +427,8 @@ class Containers:
         try:
             if container.running:
                 self._lost(container)
-            if container.run or self._is_mounted(container):
-                self._unmount(container)
+            if container.run or self.trees.is_mounted(container):
+                self.trees.unmount(container)
             container.paused = False
         except (CowfsError, OSError) as error:
             log.warning("container %s: %s", container.name, error)
@@ -494,9 +440,6 @@ class Containers:
                 self.remove(container)
             except CowfsError as error:
                 log.warning("container %s is not removed: %s", container.name, error)
-
-    def _is_mounted(self, container: Container) -> bool:
-        return os.path.ismount(container.rootfs) if os.path.isdir(container.rootfs) else False
 
     def _lost(self, container: Container) -> None:
         """A container whose supervisor is gone has lost its streams and its status: it is ended."""
@@ -516,60 +459,14 @@ class Containers:
     def _dismiss(self, container: Container) -> None:
         """End a supervisor that waits for a start which will not come."""
         try:
-            self._ask(container, {"verb": "quit"})
+            ask(container, {"verb": "quit"})
         except FailedPrecondition:
             pass  # it is ending already
-
-    def _wait_settled(self, container: Container) -> None:
-        if not container.settled.wait(SETTLE_SECONDS):
-            raise FailedPrecondition(f"container {container.id[:12]} has not let go of its last run yet")
 
     def _wait_gone(self, container: Container) -> None:
         watcher = container.watcher
         if watcher is not None and watcher is not threading.current_thread():
             watcher.join(SETTLE_SECONDS)
-
-    def _ask(self, container: Container, message: dict[str, Any], fd: int | None = None) -> dict[str, Any]:
-        """One verb of the supervisor.
-
-        Raises:
-            FailedPrecondition: it is gone.
-        """
-        try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as sock:
-                sock.connect(container.socket)
-                data = json.dumps(message).encode() + b"\n"
-                if fd is not None:
-                    sent = socket.send_fds(sock, [data], [fd])
-                    data = data[sent:]
-                if data:
-                    sock.sendall(data)
-                with sock.makefile("rb") as lines:
-                    answer = json.loads(lines.readline() or b"null")
-        except (OSError, ValueError):
-            answer = None
-        if not isinstance(answer, dict):
-            raise FailedPrecondition(f"container {container.id} is not running")
-        return answer
-
-    def runtime(self, *words: str, check: bool = True, input: str | None = None) -> str:
-        """Run the OCI runtime; what it prints.
-
-        Raises:
-            ApiError: 500 with what it complains about.
-        """
-        done = subprocess.run(
-            [self._service.runtime_program(), "--root", self.runtime_root, *words],
-            capture_output=True,
-            text=True,
-            check=False,
-            input=input,
-            stdin=None if input is not None else subprocess.DEVNULL,
-        )
-        if check and done.returncode:
-            said = done.stderr.strip().splitlines()
-            raise ApiError(500, said[-1] if said else f"the runtime ended with status {done.returncode}")
-        return done.stdout
 
     # -- attach, exec -----------------------------------------------------------------------------
 
@@ -592,120 +489,16 @@ class Containers:
                 "keys": base64.b64encode(keys).decode(),
             }
             try:
-                self._ask(container, message, sock.fileno())
+                ask(container, message, sock.fileno())
             except FailedPrecondition:
                 pass  # it has ended meanwhile; the client sees the end of the stream
         self.tell(container, "attach")
 
     def resize(self, container: Container, width: int, height: int, exec: str = "") -> None:
         """Set the size of a terminal."""
-        self._ask(container, {"verb": "resize", "width": width, "height": height, "exec": exec})
-
-    def new_exec(self, container: Container, config: ExecConfig) -> Exec:
-        """Ask for one more process; it begins with :meth:`start_exec`.
-
-        Raises:
-            FailedPrecondition: the container does not run, or is paused.
-        """
-        self._must_run(container)
-        if not config.Cmd:
-            raise ApiError(400, "No exec command specified")
-        made = Exec(secrets.token_hex(32), container.id, config)
-        with self._lock:
-            self._execs[made.id] = made
-        self.tell(container, f"exec_create: {' '.join(config.Cmd)}", execID=made.id)
-        return made
-
-    def execs_of(self, container: Container) -> list[str] | None:
-        """Ids of the further processes that run in a container."""
-        with self._lock:
-            found = [each.id for each in self._execs.values() if each.container == container.id and each.running]
-        return found or None
-
-    def exec(self, id: str) -> Exec:
-        """Raises NotFound."""
-        with self._lock:
-            found = self._execs.get(id)
-        if found is None:
-            raise NotFound(f"No such exec instance: {id}")
-        return found
-
-    def exec_process(self, made: Exec, console: list[int] | None) -> dict[str, Any]:
-        """The runtime's form of a process that is asked for.
-
-        Args:
-            console: rows and columns of its terminal, where the start says them.
-
-        Raises:
-            FailedPrecondition: the container does not run. InvalidArgument: no such user in it.
-        """
-        container = self.get(made.container)
-        self._must_run(container)
-        config: ExecConfig = made.config
-        root = os.open(container.rootfs, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            user = users.find(root, config.User or container.config.get("User") or "", [])
-        finally:
-            os.close(root)
-        process = bundle.exec_process(config, container.config, container.host_config, user, container.hostname)
-        if console and config.Tty:
-            process["consoleSize"] = {"height": console[0], "width": console[1]}
-        return process
-
-    def start_exec(
-        self, made: Exec, process: dict[str, Any], *, sock: socket.socket | None = None, early: bytes = b""
-    ) -> None:
-        """Begin one more process, with a client's socket or without; the socket is closed here in any case.
-
-        Args:
-            process: of :meth:`exec_process`.
-
-        Raises:
-            FailedPrecondition: the container does not run any more. ApiError: the process cannot be started (both only
-                without a client: it hears of it on its stream, and by the status).
-        """
-        import base64
-
-        container = self.get(made.container)
-        config: ExecConfig = made.config
-        attached = (config.AttachStdin, config.AttachStdout, config.AttachStderr)
-        message = {
-            "verb": "exec",
-            "id": made.id,
-            "process": process,
-            "terminal": config.Tty,
-            "open_stdin": config.AttachStdin and sock is not None,
-            "streams": [number for number, wanted in enumerate(attached) if wanted],
-            "early": base64.b64encode(early).decode(),
-            "keys": "",
-        }
-        made.running = True
-        self.tell(container, f"exec_start: {' '.join(config.Cmd or ())}", execID=made.id)
-        try:
-            answer = self._ask(container, message, sock.fileno() if sock is not None else None)
-        except FailedPrecondition:
-            made.running, made.code = False, 126
-            if sock is None:
-                raise
-            return
-        finally:
-            if sock is not None:
-                sock.close()
-        if "ok" in answer:
-            made.pid = answer["ok"]["pid"]
-            return
-        made.running, made.code = False, answer["code"]
-        if sock is None:
-            raise ApiError(400, f"OCI runtime exec failed: {answer['error']}")
+        ask(container, {"verb": "resize", "width": width, "height": height, "exec": exec})
 
     # -- signals ----------------------------------------------------------------------------------
-
-    @staticmethod
-    def _must_run(container: Container) -> None:
-        if not container.running:
-            raise FailedPrecondition(f"container {container.id} is not running")
-        if container.paused:
-            raise FailedPrecondition(f"container {container.id} is paused, unpause the container before exec")
 
     @staticmethod
     def _signal(container: Container, number: int) -> bool:
@@ -869,11 +662,11 @@ class Containers:
         try:
             if container.running:
                 self.kill(container)
-            self._wait_settled(container)
+            container.wait_settled()
             if not container.running and container.watcher is not None:
                 self._dismiss(container)
             self._wait_gone(container)
-            self._unmount(container)
+            self.trees.unmount(container)
             self._store.remove(container.key)
         except BaseException:
             container.removing = False
@@ -883,8 +676,7 @@ class Containers:
         with self._lock:
             self._all.pop(container.id, None)
             self._names.pop(container.name, None)
-            for id in [id for id, each in self._execs.items() if each.container == container.id]:
-                del self._execs[id]
+        self.execs.forget(container)
         container.removed = True
         container.tell()
         self.tell(container, "destroy")
@@ -909,84 +701,3 @@ class Containers:
         self._store.record_event("container", action, container.id, {**container.attributes, **more})
 
     # -- the tree ---------------------------------------------------------------------------------
-
-    def synced(self, container: Container) -> None:
-        """What processes wrote through the mount is in the layer now."""
-        if not self._is_mounted(container):
-            return
-        fd = os.open(container.rootfs, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            files.syncfs(fd)
-        finally:
-            os.close(fd)
-
-    def changes(self, container: Container) -> Iterator[tuple[str, int]]:
-        """Paths that a container changed (0), added (1) and deleted (2), in order, the directories above them among them."""
-        self.synced(container)
-        told: dict[str, int] = {}
-        kinds = {"changed": 0, "added": 1, "deleted": 2}
-        for change in self._store.diff(container.key):
-            if not change.path:
-                continue
-            path = "/" + os.fsdecode(change.path)
-            above = os.path.dirname(path)
-            while above != "/" and above not in told:
-                told[above] = 0
-                above = os.path.dirname(above)
-            told[path] = kinds[change.kind]
-        yield from sorted(told.items())
-
-    def mounted(self, container: Container) -> _Mounted:
-        """A context in which the container's tree is mounted at ``rootfs``, whether it runs or not."""
-        return _Mounted(self, container)
-
-
-class _Mounted:
-    def __init__(self, containers: Containers, container: Container) -> None:
-        self._containers, self._container = containers, container
-        self._mine = False
-
-    def __enter__(self) -> int:
-        """A descriptor of the root directory."""
-        container = self._container
-        with container.lock:
-            if not container.running:
-                self._containers._wait_settled(container)
-                self._containers._mount(container)
-                container.lock.acquire()  # nobody starts or removes it meanwhile
-                self._mine = True
-        self._root = os.open(container.rootfs, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        return self._root
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._root)
-        if self._mine:
-            self._containers._unmount(self._container)
-            self._container.lock.release()
-
-
-def merge(config: ContainerConfig, image: Image) -> dict[str, Any]:
-    """A request's configuration, completed by the image's, in the API's form."""
-    base = image.run_config
-    made: dict[str, Any] = {
-        key: value for key, value in encode(config).items() if key not in ("HostConfig", "NetworkingConfig")
-    }
-    for key in ("Cmd", "Entrypoint"):
-        if isinstance(made[key], str):
-            made[key] = [made[key]]
-    if made["Entrypoint"] is None:
-        made["Entrypoint"] = base.get("Entrypoint")
-        if not made["Cmd"]:
-            made["Cmd"] = base.get("Cmd")
-    elif made["Entrypoint"] == [""]:
-        made["Entrypoint"] = None
-    pairs = dict(str(pair).partition("=")[::2] for pair in base.get("Env") or ())
-    removed = [pair for pair in config.Env or () if "=" not in pair]
-    pairs |= dict(pair.partition("=")[::2] for pair in config.Env or () if "=" in pair)
-    made["Env"] = [f"{key}={value}" for key, value in pairs.items() if key not in removed]
-    made["Labels"] = {**image.labels, **(config.Labels or {})}
-    for key in ("User", "WorkingDir", "StopSignal"):
-        made[key] = made[key] or base.get(key) or ""
-    made["Volumes"] = made["Volumes"] or base.get("Volumes")
-    made["ExposedPorts"] = made["ExposedPorts"] or base.get("ExposedPorts")
-    return made

@@ -1,0 +1,70 @@
+"""The daemon's ways to a container's other processes: its supervisor, and the OCI runtime."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+from collections.abc import Callable
+from typing import Any
+
+from cowfs.errors import FailedPrecondition
+from cowfs.service.containers.container import Container
+from cowfs.service.errors import ApiError
+
+__all__ = ["Runtime", "ask"]
+
+
+def ask(container: Container, message: dict[str, Any], fd: int | None = None) -> dict[str, Any]:
+    """One verb of the supervisor.
+
+    Raises:
+        FailedPrecondition: it is gone.
+    """
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as sock:
+            sock.connect(container.socket)
+            data = json.dumps(message).encode() + b"\n"
+            if fd is not None:
+                sent = socket.send_fds(sock, [data], [fd])
+                data = data[sent:]
+            if data:
+                sock.sendall(data)
+            with sock.makefile("rb") as lines:
+                answer = json.loads(lines.readline() or b"null")
+    except (OSError, ValueError):
+        answer = None
+    if not isinstance(answer, dict):
+        raise FailedPrecondition(f"container {container.id} is not running")
+    return answer
+
+
+class Runtime:
+    """The OCI runtime, with the state of this daemon's containers.
+
+    Args:
+        program: gives its path. root: where it keeps its state.
+    """
+
+    def __init__(self, program: Callable[[], str], root: str) -> None:
+        self._program = program
+        self.root = root
+
+    def __call__(self, *words: str, check: bool = True, input: str | None = None) -> str:
+        """Run the OCI runtime; what it prints.
+
+        Raises:
+            ApiError: 500 with what it complains about.
+        """
+        done = subprocess.run(
+            [self._program(), "--root", self.root, *words],
+            capture_output=True,
+            text=True,
+            check=False,
+            input=input,
+            stdin=None if input is not None else subprocess.DEVNULL,
+        )
+        if check and done.returncode:
+            said = done.stderr.strip().splitlines()
+            raise ApiError(500, said[-1] if said else f"the runtime ended with status {done.returncode}")
+        return done.stdout
