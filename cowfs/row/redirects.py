@@ -441,20 +441,30 @@ class Rows:
         try:
             copyup.set_mark(view, fd, b"", view.form.row, ref.pack())
             before = space.xattrs(fd, b"") if space is not None else NOTHING
-            xattr.remove(fd, b"", view.form.metacopy)
-            if xattr.try_get(fd, b"", view.form.redirect) is not None:
-                xattr.remove(fd, b"", view.form.redirect)
+            try:
+                xattr.drop(fd, b"", view.form.metacopy)
+            except BaseException:
+                xattr.drop(fd, b"", view.form.row)  # if this fails, too, both marks and the map stay: they say the same
+                if space is not None:
+                    space.xattrs_changed(node, space.xattrs(fd, b"").over(before))
+                raise
         except BaseException as failure:
-            os.close(fd)
             log.close()
-            self.drop_map(upper, ref)
-            if copyup.no_room(failure):
+            unmarked = xattr.try_get(fd, b"", view.form.row) is None
+            if unmarked:
+                self.drop_map(upper, ref)
+            os.close(fd)
+            if unmarked and copyup.no_room(failure):
                 return False  # no room for the reference: copy
             raise
         if space is not None:
-            space.xattrs_changed(node, space.xattrs(fd, b"").over(before))
             space.map_written(log.name, log.end)
         self._take(node, RowFile(self, upper, None, b"", ref), fd, levels, extents, size, log)
+        try:  # the map holds from here on, so a failure takes nothing back
+            xattr.drop(fd, b"", view.form.redirect)
+        finally:
+            if space is not None:
+                space.xattrs_changed(node, space.xattrs(fd, b"").over(before))
         return True
 
     def _anonymous(self, node: Node) -> bool:

@@ -45,11 +45,10 @@ from cowfs.store.key_lock import turn
 from cowfs.store.mounts import KernelMount
 from cowfs.store.names import check_labels, check_name, new_id
 from cowfs.store.reserve import names_full
-from cowfs.store.staging import NEW, _lock, _make_locked, discard
+from cowfs.store.staging import NEW, _lock, _make_locked, discard, read_note
 from cowfs.sys import trees
 from cowfs.sys.atomic import fsync_directory
 from cowfs.sys.faults import point
-from cowfs.sys.regular import open_regular
 
 if TYPE_CHECKING:
     from cowfs.store.handle import LiveHandle
@@ -416,8 +415,9 @@ def _write_note(path: str, switch: _Switch) -> None:
 
 
 def _read_note(path: str) -> _Switch | None:
+    """What a note says; ``None`` where there is none, or its writer was killed before it was whole."""
+    note = read_note(path)
     try:
-        with open(open_regular(path), encoding="utf-8") as file:
-            return _Switch(**json.load(file))
-    except (OSError, ValueError, TypeError):
+        return _Switch(**note) if note is not None else None
+    except TypeError:
         return None

@@ -26,8 +26,10 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from cowfs.driver.interface import Driver
 from cowfs.index.database import Index
@@ -35,9 +37,9 @@ from cowfs.store.reserve import FULL
 from cowfs.sys import files, locks
 from cowfs.sys.atomic import fsync_directory
 from cowfs.sys.faults import point
-from cowfs.sys.regular import open_regular
+from cowfs.sys.regular import read_small
 
-__all__ = ["Staged", "discard", "orphans", "staged", "sweep"]
+__all__ = ["Staged", "discard", "orphans", "read_note", "staged", "sweep"]
 
 NEW, RM = "new-", "rm-"
 SQUASH = "squash-"
@@ -126,16 +128,29 @@ def discard(driver: Driver, id: str) -> None:
     point("remove.emptied")
 
 
+def read_note(path: str) -> dict[str, Any] | None:
+    """A note about something that is half done; ``None`` where there is none, or its writer was killed before it was whole.
+
+    Raises:
+        OSError: it cannot be read, which is not the same: what it tells of may be in use.
+    """
+    try:
+        if not stat.S_ISREG(os.lstat(path).st_mode):
+            return None  # put there by a stranger
+        note = json.loads(read_small(path))
+    except (FileNotFoundError, ValueError):
+        return None
+    return note if isinstance(note, dict) else None
+
+
 def spared(root: str) -> set[str]:
     """Ids of the directories that no row names and that are no garbage: running mounts may still read them."""
     found: set[str] = set()
     for name in os.listdir(root):
         if name.startswith(SQUASH):
-            try:
-                with open(open_regular(f"{root}/{name}"), encoding="utf-8") as file:
-                    found.update(json.load(file)["old"])
-            except (OSError, ValueError, KeyError):
-                continue
+            note = read_note(f"{root}/{name}")
+            if note is not None:
+                found.update(note.get("old", ()))
     return found
 
 

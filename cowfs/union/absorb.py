@@ -49,6 +49,7 @@ Call = Callable[[Callable[[], Any]], Any]
 _DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _PIECE = 1 << 20  # bytes of a redirect file that are filled in one go
 _PASSES = 20
+_GONE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP})  # moved or removed: any other error ends the absorption
 
 
 def absorb(view: View, call: Call | None = None) -> Usage:
@@ -137,7 +138,9 @@ def _unfinished(view: View) -> Iterator[bytes]:
         path = pending.pop()
         try:
             fd = files.open_beneath(root, path, _DIR)
-        except OSError:
+        except OSError as error:
+            if error.errno not in _GONE:
+                raise
             continue  # moved or removed meanwhile
         try:
             with os.scandir(fd) as found:
@@ -223,7 +226,7 @@ class Absorption:
         try:
             fd = files.open_beneath(self.layer.root.open(), head, _DIR)
         except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            if error.errno in _GONE:
                 return False
             raise
         try:

@@ -44,7 +44,9 @@ _DIR_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _HOST_ONLY = (b"security.selinux", b"security.ima", b"security.evm")
 
 
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.E2BIG, errno.ERANGE)
+# Of an xattr: the host has no room for it; the host does not take it.
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.E2BIG, errno.ERANGE})
+_NO_MARK = _NO_ROOM | {errno.EPERM, errno.EOPNOTSUPP}
 _KEEP = (b"incompat",)  # the kernel's marks of volatile mounts; who mounts honours them (cowfs.mounting.volatile)
 
 
@@ -340,7 +342,11 @@ def mark_impure(view: View, source: Source) -> None:
     source.marked = True
     fd = source.open()
     if xattr.try_get(fd, b"", view.form.impure) is None:
-        marked(fd, b"", view.form.impure, b"y")
+        try:
+            xattr.setx(fd, b"", view.form.impure, b"y")
+        except OSError as error:  # without it the numbers change at the next mount, and nothing else
+            if error.errno not in _NO_MARK:
+                raise
 
 
 def set_origin(view: View, dirfd: int, name: bytes, src_fd: int, src_name: bytes, ino: int) -> None:
@@ -489,11 +495,11 @@ def publish(view: View, stage: Stage) -> None:
                 again.run()
                 publish(view, again)
             return
+        before = NOTHING
         if not stage.temp:
-            before = view.space.xattrs(stage.dst_fd, None) if view.space is not None else NOTHING
-            _fill_metacopy(view, node, stage)
             if view.space is not None:
-                view.space.xattrs_changed(node, view.space.xattrs(stage.dst_fd, None).over(before))
+                before = view.space.xattrs(stage.dst_fd, None)
+            _fill_metacopy(view, node, stage)
         elif node.parent is None:
             _adopt_orphan(view, node, stage)
         else:
@@ -510,6 +516,12 @@ def publish(view: View, stage: Stage) -> None:
         node.space = None
         # the copy's xattrs are counted by :func:`place`, those of a metacopy were before
         view.space.add(total_of(view.space.count(node)) - stage.reserved)
+    if not stage.temp:  # the data is the file's own from here on, so a failure takes nothing back
+        try:
+            xattr.drop(stage.dst_fd, b"", view.form.redirect)
+        finally:
+            if view.space is not None:
+                view.space.xattrs_changed(node, view.space.xattrs(stage.dst_fd, None).over(before))
 
 
 def _abandon(view: View, stage: Stage) -> None:
@@ -539,8 +551,6 @@ def _fill_metacopy(view: View, node: Node, stage: Stage) -> None:
         os.fsync(fd)
     # With this mark the data counts as the lower layer's, also at the next mount: unless it goes, nothing was written.
     xattr.drop(fd, b"", form.metacopy)
-    with contextlib.suppress(OSError):  # means nothing without the other
-        xattr.drop(fd, b"", form.redirect)
 
 
 def _adopt_orphan(view: View, node: Node, stage: Stage) -> None:

@@ -384,7 +384,9 @@ def unlink(view: View, parent: Dir, name: bytes) -> None:
         raise error(errno.EROFS, name)
     if not view.in_upper(node):
         nlink = unpack(view.attr(node)).nlink
-        if nlink <= 1 or not view.form.redirects or not hardlinks.complete(view, node) or not _up_for_count(view, node):
+        # Its other names are looked up in either form: through a descriptor it may be written later, under all of them.
+        others = nlink > 1 and hardlinks.complete(view, node)
+        if not others or not view.form.redirects or not _up_for_count(view, node):
             _hide(view, parent, name)
             view.unbind(parent, name, node)
             _gone(view, node)

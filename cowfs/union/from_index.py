@@ -192,6 +192,7 @@ def make(view: View, parent: Dir, name: bytes) -> Node | None:
         view.linked[entry.file] = ino
     where, data = locate(view, parent, name, entry)
     node = Node(ino, entry.type, name, where)
+    node.generation = view.generation(ino)
     node.data = data
     if hasattr(data, "bind"):
         data.bind(node)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from cowfs.union.view import View
 
 ROOT_ID = 1
+GENERATIONS = 0xFFFFFFFF  # file handles of FUSE hold 32 bits (fs/fuse/inode.c, fuse_encode_fh)
 
 
 def bind(view: View, parent: Dir, name: bytes, node: Node) -> None:
@@ -186,7 +187,7 @@ def _bury(view: View, node: Node) -> None:
         view.space.release(node)
     view.parents.discard(node.id)
     if node.id < SYNTHETIC and not view.monotonic:
-        view.dead[node.id] = node.generation + 1
+        view.dead[node.id] = node.generation + 1 & GENERATIONS
 
 
 def revive(view: View, id: int) -> Node:

@@ -162,7 +162,7 @@ def pack_into(view: View, node: Node, st: os.stat_result, source: Source, name: 
 
 def generation(view: View, ino: int) -> int:
     """The generation of an inode number's present bearer."""
-    return view.dead.get(ino, 0) if view.dead else 0
+    return view.dead.get(ino, view.era)
 
 
 def bind_inode(view: View, parent: Dir, name: bytes, source: Source, st: os.stat_result, ino: int) -> Node:
@@ -192,7 +192,7 @@ def bind_inode(view: View, parent: Dir, name: bytes, source: Source, st: os.stat
         elif st.st_nlink > 1:
             view.displaced[real] = ino
     node = Node(ino, type_of(st.st_mode), name, source)
-    node.generation = view.dead.get(ino, 0) if view.dead else 0
+    node.generation = view.dead.get(ino, view.era) if view.dead else view.era
     view.nodes[ino] = node
     view.bind(parent, name, node)
     return node
@@ -274,7 +274,7 @@ def new_dir(view: View, parent: Dir, name: bytes, sources: list[Source], ino: in
         if burnt:
             view.reborn[first] = ino
     node = Dir(ino, name, sources)
-    node.generation = view.dead.get(ino, 0) if view.dead else 0
+    node.generation = view.dead.get(ino, view.era) if view.dead else view.era
     view.nodes[ino] = node
     view.bind(parent, name, node)
     return node

@@ -153,7 +153,7 @@ def _move(view: View, parent: Dir, name: bytes, node: Node, to: Dir, to_name: by
     held, last, known = None, False, False
     gone = None
     if other is not None and not isinstance(other, Dir):
-        if not view.in_upper(other) and view.form.redirects and hardlinks.complete(view, other):
+        if not view.in_upper(other) and hardlinks.complete(view, other) and view.form.redirects:
             copyup.up_meta(view, other)
         held, last, known = _prepare_victim(view, other)
     elif isinstance(other, Dir) and space is not None and (own := view.upper_of(other)) is not None:

@@ -148,6 +148,9 @@ class View:
         #: work directories of frozen layers: files that were open may still be in them
         self.retired: list[copyup.WorkDir] = []
         self.parents = Parents()  # forgotten id -> its parent's id
+        #: the first generation of each id: another one for each view, so that a file handle made before a remount, when an
+        #: id may have been another file's, is ESTALE
+        self.era = int.from_bytes(os.urandom(4), "little")
         self.dead: dict[int, int] = {}  # id -> generation that its next bearer gets
         self.synthetic = SYNTHETIC
         #: further names of nodes with more than one, the first being (node.parent, node.name)
