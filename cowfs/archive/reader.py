@@ -105,7 +105,7 @@ class Reader:
     def _too_many(self) -> None:
         raise LimitExceeded(
             f"archive has more than {self._max_entries} entries",
-            remedy="raise max_entries (--max-entries) if you trust it",
+            remedy="raise --max-entries if you trust it",
         )
 
     def whole(self) -> memoryview | None:

@@ -121,7 +121,7 @@ class Session:
         self.options = options or SessionOptions()
         if view.limit is not None and (self.options.writeback or self.options.io == "passthrough"):
             raise FailedPrecondition(
-                "no limit can hold with io=passthrough or writeback", remedy="use io=cached, or take the limit off"
+                "no limit can hold with io=passthrough or writeback", remedy="use --io cached, or take the limit off"
             )
         self.view = view
         self.notifier = Notifier(fd)

@@ -32,6 +32,7 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping
+from types import EllipsisType
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from cowfs.errors import AlreadyExists, CowfsError, FailedPrecondition, InvalidArgument, Unsupported
@@ -181,12 +182,18 @@ class LiveVerbs(UpkeepVerbs):
             self._free(key)
         return {key: self.prepare(key, name, **options) for key in keys}
 
-    def limit(self, name: str, **wanted: Any) -> Limit:
+    def limit(
+        self,
+        name: str,
+        *,
+        size: str | int | EllipsisType | None = ...,
+        inodes: str | int | EllipsisType | None = ...,
+    ) -> Limit:
         """As :meth:`MountVerbs.limit`."""
-        if not wanted:
+        if isinstance(size, EllipsisType) and isinstance(inodes, EllipsisType):
             return super().limit(name)
         with self._turn(name):
-            return super().limit(name, **wanted)
+            return super().limit(name, size=size, inodes=inodes)
 
     @contextlib.contextmanager
     def _turn(self, key: str) -> Iterator[None]:

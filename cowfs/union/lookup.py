@@ -218,7 +218,11 @@ def _beneath(view: View, parent: Dir, start: int, name: bytes) -> Iterator[Benea
     """Where lower layers may have the file that a copy was made of, as far as its path tells."""
     origin = view.form.origin
     for source in parent.sources[start:]:
-        yield source.open(), name, xattr.try_get(source.open(), name, origin), None
+        fd = source.open()
+        try:
+            yield fd, name, xattr.try_get(fd, name, origin), None
+        except FileNotFoundError:
+            continue
     if view.index is not None and parent.record is not None:
         entry = from_index.tree(view).entries(parent.record).get(name)
         if entry is not None and entry.type != DT_DIR:

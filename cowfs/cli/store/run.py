@@ -45,7 +45,7 @@ def _configure_run(parser: argparse.ArgumentParser) -> None:
     parser.usage = "cowfs run PARENT [options] -- CMD [ARG ...]"
     known = parser.parse_known_args
 
-    def parse_known_args(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    def parse_known_args(arguments: list[str], namespace: object = None) -> tuple[argparse.Namespace, list[str]]:
         """What follows ``--`` is the command's, whatever it looks like."""
         at = arguments.index("--") if "--" in arguments else len(arguments)
         args, rest = known(arguments[:at])
@@ -177,7 +177,11 @@ def _in_namespace(store: Store, key: str, command: list[str], environment: dict[
             pid = os.fork()
             if pid == 0:
                 os.close(reading)
-                os._exit(_guarded_child(writing, store, key, spec_target, command, environment, where))
+                code = 1
+                try:
+                    code = _guarded_child(writing, store, key, spec_target, command, environment, where)
+                finally:
+                    os._exit(code)
             _pass_on(pid, handlers)
         os.close(writing)
         with open(reading, "rb") as pipe:
@@ -189,11 +193,11 @@ def _in_namespace(store: Store, key: str, command: list[str], environment: dict[
         if spec_target:
             os.rmdir(spec_target)
     if problem:
-        number, _, message = problem.partition(" ")
-        if number == "signal":
+        kind, _, message = problem.partition(" ")
+        if kind == "signal":
             raise _Stopped(int(message))
         failed = CowfsError(message)
-        failed.exit_code = int(number)  # type: ignore[misc]
+        failed.exit_code = int(kind)  # type: ignore[misc]
         raise failed
     return _status(status)
 
@@ -256,15 +260,19 @@ def _child(store: Store, key: str, target: str, command: list[str], environment:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)  # a start can be broken off...
         store.mount(key, target)
         signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED)  # ... and from here on the command's first process hears
+        for number in signal.sigpending() & set(_FORWARDED):
+            raise _Stopped(number)
         namespaces.unshare(namespaces.CLONE_NEWPID)
         pid = os.fork()
         if pid == 0:
-            code = 1
+            code = 125
             try:
                 code = _init(target, command, environment, where)
             finally:
                 os._exit(code)
         handlers: dict[int, Any] = {number: signal.getsignal(number) for number in _FORWARDED}
+        for number in signal.sigpending() & set(_FORWARDED):
+            os.kill(pid, number)  # it came before there was somebody else in the terminal's group to hear it
         _pass_on(pid, handlers)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)
         _, status = os.waitpid(pid, 0)
