@@ -389,8 +389,6 @@ class Absorption:
 
     def _done(self, node: Node) -> None:
         node.space = None
-        if node.fd >= 0:
-            self.view.open_files.append(node)
         self.view.drop(node)
 
     def _bring_row(self, node: Node) -> Callable[[], Any]:

@@ -12,11 +12,11 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cowfs.sys import xattr
-from cowfs.union import attributes, create, from_index, merge
+from cowfs.union import attributes, create, from_index, holding, merge
 from cowfs.union.attr import pack, with_size
 from cowfs.union.inodes import Beneath
 from cowfs.union.layers import Layer, Source
-from cowfs.union.lifetime import ROOT_ID, unhold
+from cowfs.union.lifetime import ROOT_ID
 from cowfs.union.node import DT_DIR, Dir, Node, type_of
 
 if TYPE_CHECKING:
@@ -32,10 +32,12 @@ def node(view: View, id: int) -> Node:
 
 
 def directory(view: View, id: int) -> Dir:
-    """The live directory of an id. Raises ESTALE, ENOTDIR."""
+    """The live directory of an id, at the start of an operation. Raises ESTALE, ENOTDIR."""
     node = view.node(id)
     if not isinstance(node, Dir):
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), node.name)
+    if len(view.descriptors.opened) > view.descriptors.budget:
+        view.descriptors.trim()
     return node
 
 
@@ -177,8 +179,10 @@ def bind_inode(view: View, parent: Dir, name: bytes, source: Source, st: os.stat
         if existing is not None and (nameless or st.st_nlink > 1) and _same(existing, source, st):
             if nameless:  # its other names were not known until now
                 view.astray.discard(existing)
-                unhold(view, existing)
+                holding.unhold(view, existing)
                 existing.where, existing.name, existing.attr = source, name, None
+                if existing.fd >= 0:
+                    view.open_files.add(existing)
             view.bind(parent, name, existing)
             view.attr(existing)
             return existing

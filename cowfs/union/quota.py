@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from cowfs.model import Limit, Usage
 from cowfs.sys import files, xattr
+from cowfs.union import holding
 from cowfs.union.blocks import UNIT, Blocks, blocks_of, total_of, units
 from cowfs.union.layers import Source
 from cowfs.union.measure import (
@@ -45,16 +46,20 @@ _END = 1 << 50  # units: behind the end of any file
 _ORIGIN = 29  # bytes of the mark that a copy gets (cowfs.union.inodes.make_origin)
 
 
-class Awaited(OSError):
+class LimitReached(OSError):
+    """The limit is reached: ENOSPC, but not of the host."""
+
+    def __init__(self) -> None:
+        super().__init__(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+class Awaited(LimitReached):
     """Ask again once everything that is already forgotten was heard of: inodes without a name still hold space.
 
     Only raised for a front end that set ``view.patient``; nothing was changed. A kernel sends what it forgets behind
     requests that wait, so a client that unlinked a file can want its space, or look for it with statfs(2), before the
     view has it back. ENOSPC for whoever does not ask again.
     """
-
-    def __init__(self) -> None:
-        super().__init__(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 class Space(Tally):
@@ -70,7 +75,7 @@ class Space(Tally):
         assert view.upper is not None
         self._take(walk(view.upper, view.form))
         for node in view.nodes.values():
-            if node.where is None and node.fd >= 0:  # unlinked but open: not found by a scan
+            if holding.is_nameless(view, node):  # not found by a scan
                 self.units += total_of(self.count(node))
                 self.inodes += 1
                 self._nameless.add(node)
@@ -111,7 +116,7 @@ class Space(Tally):
     def freeze(self) -> None:
         """What the upper layer holds is another layer's from now on, and goes on to count; a new one starts empty."""
         self._look_at_maps()
-        nameless = [node for node in self.view.nodes.values() if node.where is None and node.type != DT_DIR]
+        nameless = [node for node in self.view.nodes.values() if holding.is_nameless(self.view, node)]
         xattrs = [self._leaving[node] for node in nameless if node in self._leaving]
         kept = sum(total_of(node.space) for node in nameless) + sum(room.large for room in xattrs)
         small = sum(room.small for room in xattrs)
@@ -192,13 +197,13 @@ class Space(Tally):
 
     def _full(self) -> OSError:
         """What to raise when something does not fit."""
-        return Awaited() if self._may_return() else OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return Awaited() if self._may_return() else LimitReached()
 
     def _may_return(self) -> bool:
         """Whether space may come back without anybody's doing, and the front end has a way to wait for that."""
         if not self.view.patient:
             return False
-        self._nameless = {node for node in self._nameless if node.where is None}  # an unlink may have failed
+        self._nameless = {node for node in self._nameless if node.parent is None}  # an unlink may have failed
         return bool(self._nameless)
 
     def add(self, blocks: int, inodes: int = 0) -> None:
