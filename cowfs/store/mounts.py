@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from types import EllipsisType, TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from cowfs.errors import FailedPrecondition, InvalidArgument, NotFound, Unsupported
+from cowfs.errors import CowfsError, FailedPrecondition, InvalidArgument, NotFound, Unsupported
 from cowfs.format.mount_options import split_layers, unescape
 from cowfs.index.database import Row
 from cowfs.model import SMALLEST_LIMIT, Kind, Limit, Mount, Usage, parse_count, parse_size
@@ -267,6 +267,8 @@ class MountVerbs(LookVerbs):
                 f"the server of {row.name!r} at {told.mountpoint} (process {told.pid}) does not answer",
                 remedy=f"cowfs umount --force {told.mountpoint} ends it",
             ) from None
+        except CowfsError:
+            return None  # its mount is gone, and it is about to end
         if os.path.realpath(str(answer.get("upper"))) != os.path.realpath(self.driver.tree(row.id)):
             return None  # another mount has its device number now, and it is about to end
         if made_by == "store" and answer.get("label") != row.name:
