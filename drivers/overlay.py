@@ -70,7 +70,7 @@ class OverlayDriver(Driver):
         if not why_not and mount_type is None and len(os.fsencode(records.joined(by_kernel))) > records.MAX_OPTIONS:
             return (by_fuse,)
         if why_not and mount_type == "kernel":
-            raise Unsupported(f"a kernel mount is not possible: {why_not}", remedy="leave out mount_type")
+            raise Unsupported(f"a kernel mount is not possible: {why_not}", remedy="leave out --mount-type")
         return (by_fuse,) if why_not else (by_kernel,)
 
     def _why_not_kernel(self, limit: Limit) -> str:

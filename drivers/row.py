@@ -90,7 +90,7 @@ class RowDriver(Driver):
     ) -> tuple[Mount, ...]:
         """The FUSE record, with ``row=BLOCK``."""
         if mount_type == "kernel":
-            raise Unsupported("the kernel's overlayfs cannot read redirect files", remedy="leave out mount_type")
+            raise Unsupported("the kernel's overlayfs cannot read redirect files", remedy="leave out --mount-type")
         if mount_type not in (None, "fuse"):
             raise InvalidArgument(f"no mount type {mount_type!r}", remedy="fuse")
         upper, work = (None, None) if readonly else (self.tree(id), self.work(id))

@@ -55,7 +55,7 @@ class VfsDriver(Driver):
     ) -> tuple[Mount, ...]:
         """A bind mount; the FUSE mount where a limit must hold."""
         if mount_type == "kernel" and limit:
-            raise Unsupported("a bind mount holds no limit", remedy="leave out mount_type, or the limit")
+            raise Unsupported("a bind mount holds no limit", remedy="leave out --mount-type, or the limit")
         if mount_type != "fuse" and not limit and (mount_type == "kernel" or host.has_cap(host.CAP_SYS_ADMIN)):
             return (Mount(type="bind", source=self.tree(id), options=("ro" if readonly else "rw", "rbind")),)
         lowers = [f"{self.root}/empty"]

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 sys.path.insert(0, os.path.dirname(__file__))
 
@@ -25,6 +26,8 @@ from support import hostfs, mounts, namespace, users
 from cowfs.mounting import prefork
 
 namespace.enter()
+settings.register_profile("cowfs", deadline=None)  # no test depends on how fast the machine is
+settings.load_profile("cowfs")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

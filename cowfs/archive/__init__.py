@@ -17,7 +17,7 @@ if TYPE_CHECKING:
         export_layer as export_layer,
         export_tree as export_tree,
     )
-    from cowfs.archive.headerlog import read_trailer as read_trailer, rebuild as rebuild
+    from cowfs.archive.headerlog import member_names as member_names, read_trailer as read_trailer, rebuild as rebuild
     from cowfs.archive.options import (
         FORM as FORM,
         Applied as Applied,
@@ -42,6 +42,7 @@ _EXPORTS = {
     "export_changes": "cowfs.archive.export",
     "export_layer": "cowfs.archive.export",
     "export_tree": "cowfs.archive.export",
+    "member_names": "cowfs.archive.headerlog",
     "read_trailer": "cowfs.archive.headerlog",
     "rebuild": "cowfs.archive.headerlog",
 }

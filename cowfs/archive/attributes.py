@@ -106,7 +106,7 @@ class Attributes:
         if self._owners == "fail":
             raise Unsupported(
                 f"owner {uid}:{gid} cannot be set here: {error.strerror}",
-                remedy="run as root, or choose owners=xattr or ignore",
+                remedy="run as root, or choose --owners xattr or --owners ignore",
             ) from None
         return False
 
@@ -130,7 +130,7 @@ class Attributes:
         if self._owners == "fail":
             raise Unsupported(
                 f"extended attribute {show(name)} cannot be set here: {error.strerror}",
-                remedy="apply without xattrs, or choose owners=xattr or ignore",
+                remedy="apply without xattrs, or choose --owners xattr or --owners ignore",
             ) from None
         self.dropped[os.fsdecode(name)] += 1
 

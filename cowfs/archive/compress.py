@@ -175,7 +175,7 @@ class Unpacker(Source):
                 self.size += len(chunk)
                 if self.size > self.max_bytes:
                     raise LimitExceeded(
-                        f"archive is longer than {self.max_bytes} bytes uncompressed", remedy="raise max_bytes"
+                        f"archive is longer than {self.max_bytes} bytes uncompressed", remedy="raise --max-size"
                     )
                 if self._budget is not None:
                     self._budget.spend(len(chunk))

@@ -17,6 +17,7 @@ import os
 import stat
 from collections.abc import Callable
 
+from cowfs.sys import xattr
 from cowfs.sys.files import open_beneath
 
 __all__ = ["Dir", "Dirs"]
@@ -204,5 +205,7 @@ def has_default_acl(fd: int) -> bool:
     """Whether new entries of this directory inherit an ACL."""
     try:
         return bool(os.getxattr(fd, "system.posix_acl_default"))
-    except OSError:
+    except OSError as error:
+        if error.errno not in xattr.ABSENT:
+            raise
         return False

@@ -562,7 +562,8 @@ class Extractor:
             except PermissionError:
                 if self._owners == "fail":
                     raise Unsupported(
-                        "a device needs privilege to be made", remedy="run as root, or choose owners=xattr or ignore"
+                        "a device needs privilege to be made",
+                        remedy="run as root, or choose --owners xattr or --owners ignore",
                     ) from None
                 self.skipped += 1
                 return

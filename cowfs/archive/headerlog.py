@@ -22,7 +22,7 @@ import stat
 import struct
 import tempfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO
 
 from cowfs.archive import header
@@ -208,6 +208,14 @@ def rebuild(log: BinaryIO, layer: int, out: BinaryIO, *, compression: str = "non
     if packer.diff_id != trailer["diff_id"]:
         raise Corrupt(f"layer does not match its archive any more: {packer.diff_id} instead of {trailer['diff_id']}")
     return packer.blob_digest, packer.blob_size
+
+
+def member_names(log: BinaryIO) -> Iterator[bytes]:
+    """The path of each member of the archive, canonical, in archive order. Raises Corrupt: the log is damaged."""
+    trailer = read_trailer(log)
+    section = _Section(log, len(MAGIC), int(trailer["headers"]))
+    for member in Reader(section, stripped=True, max_entries=_BIG, max_header=_BIG):
+        yield canonical(member.name, max_path=_BIG, max_depth=_BIG)
 
 
 def _load_saved(log: BinaryIO, start: int, length: int, spool: BinaryIO) -> dict[bytes, list[tuple[int, int, int]]]:

@@ -70,9 +70,7 @@ class Budget:
         with self._lock:
             self._left -= count
         if self._left < 0:
-            raise LimitExceeded(
-                f"it unpacks to more than {self._max_bytes} bytes", remedy="raise max_bytes (--max-size)"
-            )
+            raise LimitExceeded(f"it unpacks to more than {self._max_bytes} bytes", remedy="raise --max-size")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

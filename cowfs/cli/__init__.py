@@ -252,7 +252,7 @@ def guarded(run: Callable[[], int], program: str = "cowfs") -> int:
         return 130
     except OSError as error:
         where = os.fsdecode(error.filename) + ": " if isinstance(error.filename, str | bytes) else ""
-        return complain(program, f"{where}{error.strerror or error}", 1)
+        return complain(program, f"{where or _full_output(error)}{error.strerror or error}", 1)
     return code
 
 
@@ -267,9 +267,22 @@ def _flush() -> None:
         raise OSError(error.errno, error.strerror, "standard output") from None
 
 
+def _full_output(error: OSError) -> str:
+    """The file that standard output goes to, where an error for want of room names no other."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT) or error.strerror != os.strerror(error.errno):
+        return ""
+    try:
+        target = os.readlink("/proc/self/fd/1")
+    except OSError:
+        return ""
+    return f"{target}: " if target.startswith("/") and os.path.isfile(target) else ""
+
+
 def complain(program: str, message: str, code: int) -> int:
     """One line on standard error."""
-    line = " ".join(message.split("\n"))
+    from cowfs.cli.output import shown
+
+    line = shown(" ".join(message.split("\n")))
     sys.stderr.write(f"{program}: {line}\n")
     sys.stderr.flush()
     return code

@@ -14,6 +14,7 @@ in archives          ``.wh.NAME`` and ``.wh..wh..opq``
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from dataclasses import dataclass, field
@@ -117,10 +118,12 @@ def opaque_value(fd: int, form: Form) -> bytes:
 
 
 def exists(dirfd: int, name: bytes) -> bool:
-    """Whether a directory has a name."""
+    """Whether a directory has a name; none that is too long for the host."""
     try:
         os.stat(name, dir_fd=dirfd, follow_symlinks=False)
-    except FileNotFoundError:
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENAMETOOLONG):
+            raise
         return False
     return True
 

@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 class Errands:
     """The errands of one session, which it asks to reply, to dispatch and to post."""
 
-    def __init__(self, session: Session, workers: int) -> None:
+    def __init__(self, session: Session, workers: int, most_jobs: int) -> None:
         self.gates = Gates()
-        self.workers = Workers(workers, session.report)
+        self.workers = Workers(workers, session.report, most_jobs)
         self.watched: dict[int, int] = {}  # unique -> pid of interrupted requests that still wait
         self._session = session
         self._jobs: dict[int, _Job] = {}  # unique -> copy-up under way
@@ -50,6 +50,8 @@ class Errands:
         def run() -> None:
             try:
                 stage.run()
+            except MemoryError:
+                stage.error = OSError(errno.ENOMEM, "no memory")
             except Exception:  # noqa: BLE001 - a bug must not end the server, nor publish half a copy; it is logged
                 stage.error = OSError(self._session.report(), "bug")
             self._session.post(done)
@@ -62,6 +64,8 @@ class Errands:
                 self._session.view.publish(stage)
             except OSError as error:
                 failure = error
+            except MemoryError:
+                failure = OSError(errno.ENOMEM, "no memory")
             except Exception:  # noqa: BLE001 - a bug must not end the server; it is logged
                 failure = OSError(self._session.report(), "bug")
             if failure is not None:
@@ -111,6 +115,8 @@ class Errands:
             reply = job()
         except OSError as error:
             reply = codec.failure(unique, error)
+        except MemoryError:
+            reply = codec.error(unique, errno.ENOMEM)
         except Exception:  # noqa: BLE001 - the same
             reply = codec.error(unique, self._session.report())
         self._session.reply(unique, 0, reply)

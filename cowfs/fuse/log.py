@@ -21,6 +21,14 @@ def exception(message: str, *arguments: object) -> None:
     _logger().exception(message, *arguments)
 
 
+def no_memory(message: str, *arguments: object) -> None:
+    """Memory ran out; nothing is raised, and nothing said where there is none even for that."""
+    try:
+        _logger().error(message + ": out of memory", *arguments)
+    except MemoryError:
+        pass
+
+
 def _logger() -> Any:
     import logging
 

@@ -78,6 +78,7 @@ _SAID_MOST: Final = 1000
 _GONE: Final = (errno.ENODEV, errno.ECONNABORTED, errno.ENOTCONN)
 #: What a worker answers, when the loop does not: then the loop sleeps at once, which leaves the interpreter to the worker.
 HANDED_OVER: Final = frozenset((abi.FSYNC, abi.FSYNCDIR, abi.SYNCFS))
+_SHORT: Final = (errno.EMFILE, errno.ENFILE)
 _NO_REPLY: Final = frozenset((abi.FORGET, abi.BATCH_FORGET, abi.INTERRUPT))
 
 
@@ -92,6 +93,7 @@ class SessionOptions:
         trace: where one line a request goes, or None.
         max_nodes: how many nodes the kernel may keep before it is asked to forget some; None: no bound.
         workers: threads for what must not be waited for.
+        most_jobs: how many jobs may wait for them, each with two descriptors of its own.
     """
 
     max_write: int = 1 << 20
@@ -100,6 +102,7 @@ class SessionOptions:
     trace: TextIO | None = None
     max_nodes: int | None = None
     workers: int = 4
+    most_jobs: int = 256
 
 
 class Session:
@@ -118,7 +121,7 @@ class Session:
         self.options = options or SessionOptions()
         if view.limit is not None and (self.options.writeback or self.options.io == "passthrough"):
             raise FailedPrecondition(
-                "no limit can hold with io=passthrough or writeback", remedy="use io=cached, or take the limit off"
+                "no limit can hold with io=passthrough or writeback", remedy="use --io cached, or take the limit off"
             )
         self.view = view
         self.notifier = Notifier(fd)
@@ -129,7 +132,7 @@ class Session:
         self._mail: deque[Callable[[], None]] = deque()  # appended by any thread, emptied by the loop
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._said: set[str] = set()  # lines of damage that were logged
-        self._errands = Errands(self, self.options.workers)
+        self._errands = Errands(self, self.options.workers, self.options.most_jobs)
         self._stopping = False
         self._ended = False
         self._thread: int | None = None
@@ -395,7 +398,7 @@ class Session:
                 self._put_off(bytes(buf[:n]))
                 continue
             except OSError as error:
-                reply = self._failure(opcode, unique, error)
+                reply = self._failure(opcode, unique, error, buf[:n])
             except Exception:  # noqa: BLE001 - a bug must not end the server; it is logged
                 reply = self._bug(opcode, unique)
             if reply is None:
@@ -410,11 +413,17 @@ class Session:
             except OSError as error:
                 self._unsent(opcode, reply, error)
 
-    @staticmethod
-    def _failure(opcode: int, unique: int, error: OSError) -> bytes | None:
-        """The reply that an OSError stands for."""
+    def _failure(
+        self, opcode: int, unique: int, error: OSError, request: memoryview | None = None
+    ) -> codec.Reply | None:
+        """The reply that an OSError stands for. Where descriptors were short, all that can be are closed, and ``request``
+        is served once more."""
         if opcode in _NO_REPLY:
             log.warning("%s: %s", abi.NAMES[opcode], error)
+            return None
+        if error.errno in _SHORT and request is not None:
+            self.view.give_back()
+            self.dispatch(bytes(request), again=False)
             return None
         return codec.failure(unique, error)
 
@@ -447,8 +456,8 @@ class Session:
         for nodeid in codec.looked_up(opcode, reply):
             self.view.forget(nodeid, 1)
 
-    def dispatch(self, request: bytes) -> None:
-        """Serve a request that waited; loop thread."""
+    def dispatch(self, request: bytes, *, again: bool = True) -> None:
+        """Serve a request that waited; loop thread. ``again``: once more where descriptors were short."""
         _, opcode, unique, nodeid = abi.HEAD.unpack_from(request)
         try:
             reply = self._handlers[opcode](memoryview(request), len(request), unique, nodeid)
@@ -456,7 +465,7 @@ class Session:
             self._put_off(request)
             return
         except OSError as error:
-            reply = self._failure(opcode, unique, error)
+            reply = self._failure(opcode, unique, error, memoryview(request) if again else None)
         except Exception:  # noqa: BLE001 - a bug must not end the server; it is logged
             reply = self._bug(opcode, unique)
         if reply is not None:
@@ -497,6 +506,7 @@ class Session:
                 self.report()
 
     def _idle(self, poll: select.poll) -> None:
+        self.view.trim()
         timeout = None
         if self._errands.watched:
             self._errands.check_watched()
@@ -515,10 +525,13 @@ class Session:
     def report(self, what: str = "an unforeseen error outside of any request") -> int:
         """Log an unforeseen error and return the errno that answers its request; call inside ``except``. Any thread.
 
-        A :class:`~cowfs.errors.CowfsError` tells of damage beneath the view, as of its index: one line, once. Anything else
-        is a bug: its traceback.
+        A :class:`~cowfs.errors.CowfsError` tells of damage beneath the view, as of its index: one line, once. A lack of memory
+        is one line, too. Anything else is a bug: its traceback.
         """
         error = sys.exception()
+        if isinstance(error, MemoryError):
+            log.no_memory("%s", what)
+            return errno.ENOMEM
         if not isinstance(error, CowfsError):
             log.exception("%s", what)
             return errno.EIO

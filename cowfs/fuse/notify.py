@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from queue import SimpleQueue
 
 from cowfs.fuse import abi, codec, log
+from cowfs.sys.threads import Thread
 
 
 class Notifier:
@@ -28,7 +29,7 @@ class Notifier:
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self._queue: SimpleQueue[bytes | threading.Event | None] = SimpleQueue()
-        self._thread: threading.Thread | None = None
+        self._thread: Thread | None = None
         self._lock = threading.Lock()  # guards _thread only; never held while writing
         self.unsupported: set[int] = set()
         self.sent: dict[int, int] = {}
@@ -57,19 +58,28 @@ class Notifier:
     def send(self, message: bytes) -> None:
         """Queue one encoded notification."""
         self._queue.put(message)
+        self._start()
+
+    def _start(self) -> bool:
+        """Have the thread run; no where there is no room for one: the next message tries again."""
         if self._thread is None:
             with self._lock:
                 if self._thread is None:
-                    self._thread = threading.Thread(target=self._run, name="cowfs-notifier", daemon=True)
-                    self._thread.start()
+                    thread = Thread(self._run, "cowfs-notifier")
+                    if not thread.start():
+                        return False
+                    self._thread = thread
+        return True
 
     def flush(self, timeout: float | None = None) -> bool:
         """Wait until all that was queued before is with the kernel; False after ``timeout`` seconds.
 
         Not from the loop thread: the kernel may need it to answer first.
         """
-        if self._thread is None:
+        if self._queue.empty() and self._thread is None:
             return True
+        if not self._start():
+            return False
         done = threading.Event()
         self._queue.put(done)
         return done.wait(timeout)

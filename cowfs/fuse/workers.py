@@ -18,12 +18,12 @@ job runs in one worker, and what it has to say to the loop it sends through ``Se
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Callable
 from queue import SimpleQueue
 
 from cowfs.fuse import abi
+from cowfs.sys.threads import Thread
 
 #: Opcodes that need a node's data or change how it is stored, and so may have to wait.
 SHARED_OPCODES = frozenset((abi.READ, abi.LSEEK, abi.FSYNC))
@@ -40,21 +40,40 @@ HELD_OPCODES = SHARED_OPCODES | {
 
 
 class Workers:
-    """A few threads that run jobs; started when first needed, ended by :meth:`close`."""
+    """A few threads that run jobs; started when first needed, ended by :meth:`close`.
 
-    def __init__(self, limit: int, on_error: Callable[[], object]) -> None:
+    Args:
+        limit: how many threads there may be.
+        most: how many jobs may wait, each with descriptors of its own; whoever brings one more runs it.
+    """
+
+    def __init__(self, limit: int, on_error: Callable[[], object], most: int = 256) -> None:
         self._limit = max(1, limit)
+        self._most = most
         self._on_error = on_error
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._threads: list[threading.Thread] = []
+        self._threads: list[Thread] = []
         self._waiting = 0  # threads that found no job; a hint, read without a lock
 
     def submit(self, job: Callable[[], None]) -> None:
+        waiting = self._jobs.qsize()
+        if waiting >= self._most:
+            self._do(job)
+            return
+        if self._waiting <= waiting and len(self._threads) < self._limit:
+            thread = Thread(self._run, f"cowfs-worker-{len(self._threads)}")
+            if thread.start():
+                self._threads.append(thread)
+            elif not self._threads:  # no room for one: then without
+                self._do(job)
+                return
         self._jobs.put(job)
-        if self._waiting < self._jobs.qsize() and len(self._threads) < self._limit:
-            thread = threading.Thread(target=self._run, name=f"cowfs-worker-{len(self._threads)}", daemon=True)
-            self._threads.append(thread)
-            thread.start()
+
+    def _do(self, job: Callable[[], None]) -> None:
+        try:
+            job()
+        except Exception:  # noqa: BLE001 - logged by on_error; the thread goes on
+            self._on_error()
 
     def _run(self) -> None:
         while True:
@@ -63,10 +82,8 @@ class Workers:
             self._waiting -= 1
             if job is None:
                 return
-            try:
-                job()
-            except Exception:  # noqa: BLE001 - logged by on_error; the thread goes on
-                self._on_error()
+            self._do(job)
+            del job  # with the buffers that it holds
 
     def close(self) -> None:
         """Finish what was submitted, then end the threads."""

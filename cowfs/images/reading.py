@@ -276,7 +276,7 @@ class _Spooling:
         """The data. Raises LimitExceeded."""
         self._left -= len(data)
         if self._left < 0:
-            raise LimitExceeded("the archive of images is larger than allowed", remedy="raise max_bytes (--max-size)")
+            raise LimitExceeded("the archive of images is larger than allowed", remedy="raise --max-size")
         return data
 
     def whole(self, read: Callable[[int], bytes]) -> BinaryIO:

@@ -39,7 +39,6 @@ Integers are little-endian. Mtime is seconds and nanoseconds apart, so no time w
 
 from __future__ import annotations
 
-import stat
 import struct
 import zlib
 from bisect import bisect_right
@@ -48,11 +47,13 @@ from itertools import accumulate, pairwise
 from typing import NamedTuple, Protocol
 
 from cowfs.errors import Corrupt
+from cowfs.index.entry import ANY_LINK, DIGEST, NAME_AT, Entry, Pair, Ref, decode, encode, ref_of, root_digest
 from cowfs.index.spool import Spill
 
 __all__ = [
     "CHUNK_ABOVE",
     "CHUNK_SIZE",
+    "DIGEST",
     "EMPTY",
     "Entry",
     "Pair",
@@ -76,94 +77,11 @@ __all__ = [
 
 CHUNK_ABOVE = 1024
 CHUNK_SIZE = 256
-DIGEST = 32
 
-_HEAD = struct.Struct("<BHIIQqIH")  # flags, mode, uid, gid, size, mtime s, mtime ns, name length
-_STORE = struct.Struct("<BIQQ")  # driver flags, layer, ino, blocks
 _LEAF = struct.Struct("<cII")  # b"E", entries, bytes of the content half
 _LIST = struct.Struct("<cI")  # b"L", chunks
 _CHUNK = struct.Struct("<I32s32sH")  # entries, storage digest, content digest, length of the first name
-_U16 = struct.Struct("<H")
-_U32 = struct.Struct("<I")
-_U64 = struct.Struct("<Q")
-_XATTR = struct.Struct("<HI")  # length of the name, of the value
-_TOKEN = struct.Struct("<IQ")  # layer, ino
-
-_NLINK, _RDEV, _TARGET, _XATTRS, _DIGEST, _UNKNOWN = 1, 2, 4, 8, 16, 32
-_LINK, _LINKS = 0x80, 0x40  # of the second half: a file's Entry.link follows; a directory's Ref.links
-_ANY_LINK = _LINK | _LINKS
 _MANY = 1 << 31  # of a chunk's number of entries: Ref.links
-
-Pair = tuple[bytes, bytes]
-"""One packed entry: (content half, storage half)."""
-
-
-class Ref(NamedTuple):
-    """A directory: the digest that names its record, and the one that says what is in it.
-
-    Attributes:
-        links: whether files with several names are below it, as far as records of before 2026-12 do not hide them.
-    """
-
-    storage: bytes
-    content: bytes
-    links: bool = False
-
-    def shows(self, other: Ref) -> bool:
-        """Whether both hold one tree for certain."""
-        return self.content == other.content and (self.storage == other.storage or not (self.links or other.links))
-
-
-class Entry(NamedTuple):
-    """One entry, unpacked.
-
-    Attributes:
-        mode: type and permission bits as in ``st_mode``.
-        size: bytes; of a symbolic link, of its target.
-        blocks: units of 512 bytes.
-        nlink: names of the file within the tree; 0 for a directory.
-        layer: number of the layer that holds the data.
-        path: where it is in that layer, when not at the implied path (see the module).
-        base: of a directory: where its files are, when not at the implied path.
-        link: of a file with several names, which file it is: (layer, inode number there). None where records of before
-            2026-12 do not say: see :attr:`file`.
-        digest: SHA-256 of a regular file's data where it is known.
-        ref: a directory's record.
-        flags: belongs to the driver that wrote the layer, six bits.
-    """
-
-    mode: int
-    uid: int = 0
-    gid: int = 0
-    size: int = 0
-    mtime_ns: int = 0
-    ino: int = 0
-    blocks: int = 0
-    rdev: int = 0
-    nlink: int = 1
-    target: bytes = b""
-    xattrs: tuple[tuple[bytes, bytes], ...] = ()
-    layer: int = 0
-    path: bytes | None = None
-    digest: bytes | None = None
-    ref: Ref | None = None
-    flags: int = 0
-    base: bytes | None = None
-    link: tuple[int, int] | None = None
-
-    @property
-    def file(self) -> tuple[int, int]:
-        """Which file it is: names of one tree with several links that agree in this are one file."""
-        return self.link or (self.layer, self.ino)
-
-    @property
-    def type(self) -> int:
-        """The ``S_IFMT`` part of the mode."""
-        return self.mode & 0o170000
-
-    @property
-    def is_dir(self) -> bool:
-        return self.mode & 0o170000 == 0o040000
 
 
 class Records(Protocol):
@@ -212,134 +130,6 @@ class Pending:
         return digest
 
 
-# ---------------------------------------------------------------- one entry
-
-
-def encode(name: bytes, entry: Entry) -> Pair:
-    """Pack one entry."""
-    mode = entry.mode
-    kind = mode & 0o170000
-    flags, own = 0, entry.flags
-    tail: list[bytes] = []
-    if kind == stat.S_IFDIR:
-        assert entry.ref is not None
-        tail.append(entry.ref.content)
-        if entry.ref.links:
-            own |= _LINKS
-    elif entry.nlink != 1:
-        flags |= _NLINK
-        own |= _LINK if entry.link is not None else 0
-        tail.append(_U32.pack(entry.nlink))
-    if kind in (stat.S_IFCHR, stat.S_IFBLK):
-        flags |= _RDEV
-        tail.append(_U64.pack(entry.rdev))
-    elif kind == stat.S_IFLNK:
-        flags |= _TARGET
-        tail += (_U32.pack(len(entry.target)), entry.target)
-    elif kind == stat.S_IFREG:
-        if entry.digest is not None:
-            flags |= _DIGEST
-            tail.append(entry.digest)
-        elif entry.size:
-            flags |= _UNKNOWN
-            tail.append(_TOKEN.pack(entry.layer, entry.ino))
-    if entry.xattrs:
-        flags |= _XATTRS
-        tail.append(_U32.pack(len(entry.xattrs)))
-        for key, value in entry.xattrs:
-            tail += (_XATTR.pack(len(key), len(value)), key, value)
-    rest = b"".join(tail)
-    seconds, nanoseconds = divmod(entry.mtime_ns, 1_000_000_000)
-    content = (
-        _HEAD.pack(
-            flags,
-            mode,
-            entry.uid,
-            entry.gid,
-            entry.size if kind != stat.S_IFDIR else 0,
-            seconds,
-            nanoseconds,
-            len(name),
-        )
-        + name
-        + rest
-    )
-    where = b"" if entry.path is None else entry.path
-    if entry.ref is not None:
-        base = b"" if entry.base is None else entry.base
-        where = entry.ref.storage + (_U16.pack(len(base)) + base + where if base or where else b"")
-    elif own & _LINK and entry.link is not None:
-        where = _TOKEN.pack(*entry.link) + where
-    return content, _STORE.pack(own, entry.layer, entry.ino, entry.blocks) + where
-
-
-def decode(pair: Pair) -> Entry:
-    """Unpack one entry; the reverse of :func:`encode` but for the name."""
-    content, storage = pair
-    flags, mode, uid, gid, size, seconds, nanoseconds, name_length = _HEAD.unpack_from(content)
-    at = _HEAD.size + name_length
-    driver_flags, layer, ino, blocks = _STORE.unpack_from(storage)
-    where = _STORE.size
-    ref, base, nlink, rdev, target, digest, link = None, None, 1, 0, b"", None, None
-    if mode & 0o170000 == 0o040000:
-        ref = Ref(storage[where : where + DIGEST], content[at : at + DIGEST], driver_flags & _LINKS != 0)
-        at += DIGEST
-        where += DIGEST
-        if where < len(storage):
-            length = _U16.unpack_from(storage, where)[0]
-            where += 2 + length
-            base = storage[where - length : where] or None
-        nlink = 0
-    elif driver_flags & _LINK:
-        link = _TOKEN.unpack_from(storage, where)
-        where += _TOKEN.size
-    if flags & _NLINK:
-        nlink = _U32.unpack_from(content, at)[0]
-        at += 4
-    if flags & _RDEV:
-        rdev = _U64.unpack_from(content, at)[0]
-        at += 8
-    if flags & _TARGET:
-        length = _U32.unpack_from(content, at)[0]
-        target = content[at + 4 : at + 4 + length]
-        at += 4 + length
-    if flags & _DIGEST:
-        digest = content[at : at + DIGEST]
-        at += DIGEST
-    if flags & _UNKNOWN:
-        at += _TOKEN.size
-    xattrs: tuple[tuple[bytes, bytes], ...] = ()
-    if flags & _XATTRS:
-        found = []
-        count = _U32.unpack_from(content, at)[0]
-        at += 4
-        for _ in range(count):
-            key_length, value_length = _XATTR.unpack_from(content, at)
-            at += _XATTR.size
-            middle = at + key_length
-            found.append((content[at:middle], content[middle : middle + value_length]))
-            at = middle + value_length
-        xattrs = tuple(found)
-    return Entry(
-        mode, uid, gid, size, seconds * 1_000_000_000 + nanoseconds, ino, blocks, rdev, nlink, target, xattrs,
-        layer, storage[where:] or None, digest, ref, driver_flags & ~_ANY_LINK, base, link,
-    )  # fmt: skip
-
-
-def ref_of(pair: Pair) -> Ref | None:
-    """The directory record an entry points at, or None; cheaper than :func:`decode`."""
-    content, storage = pair
-    if content[2] & 0xF0 != 0x40:  # the high byte of the mode
-        return None
-    at = _HEAD.size + int.from_bytes(content[_HEAD.size - 2 : _HEAD.size], "little")
-    return Ref(storage[_STORE.size : _STORE.size + DIGEST], content[at : at + DIGEST], storage[0] & _LINKS != 0)
-
-
-def root_digest(storage_half: bytes) -> bytes:
-    """The record digest in a directory entry's storage half."""
-    return storage_half[_STORE.size : _STORE.size + DIGEST]
-
-
 # ------------------------------------------------------------ one directory
 
 
@@ -361,7 +151,7 @@ def _parts(data: bytes) -> tuple[list[bytes], list[bytes], list[bytes]]:
     start = _LEAF.size + 8 * count
     ends = list(accumulate(lengths[:count], initial=start))
     contents = [data[a:b] for a, b in pairwise(ends)]
-    head = _HEAD.size
+    head = NAME_AT
     names = [half[head : head + n] for half, n in zip(contents, lengths[count : 2 * count], strict=True)]
     stops = list(accumulate(lengths[2 * count :], initial=start + content_length))
     return names, contents, [data[a:b] for a, b in pairwise(stops)]
@@ -390,7 +180,7 @@ def _leaf(pending: Pending, names: Sequence[bytes], pairs: Mapping[bytes, Pair])
     digest = _sha256(head + content)
     data = b"".join([head, where, content, *[pair[1] for pair in chosen]])
     children = b"".join([root_digest(pair[1]) for pair in chosen if pair[0][2] & 0xF0 == 0x40])
-    links = any(pair[1][0] & _ANY_LINK for pair in chosen)
+    links = any(pair[1][0] & ANY_LINK for pair in chosen)
     return Ref(pending.add(data, children), digest, links), count
 
 
@@ -543,7 +333,7 @@ def differing(records: Records, old: Ref | None, new: Ref) -> Iterator[tuple[byt
 
 
 def _differ(one: Pair, other: Pair) -> bool:
-    return one[0] != other[0] or bool((one[1][0] | other[1][0]) & _ANY_LINK and one[1] != other[1])
+    return one[0] != other[0] or bool((one[1][0] | other[1][0]) & ANY_LINK and one[1] != other[1])
 
 
 def _without(chunks: list[_Chunk], others: list[_Chunk]) -> list[_Chunk]:

@@ -80,7 +80,12 @@ def make_session(spec: MountSpec, view: View, target: str) -> Session | Portable
     return Session(
         fd,
         view,
-        options=SessionOptions(io=spec.io, trace=sys.stderr if spec.trace else None, max_nodes=spec.max_nodes),
+        options=SessionOptions(
+            io=spec.io,
+            trace=sys.stderr if spec.trace else None,
+            max_nodes=spec.max_nodes,
+            most_jobs=view.share.jobs,
+        ),
     )
 
 

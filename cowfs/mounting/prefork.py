@@ -187,6 +187,7 @@ def _open() -> socket.socket:
                 stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 env={**os.environ, "PYTHONPATH": path},
+                start_new_session=True,  # a Ctrl-C is the client's, who lets go of it then
                 check=False,
             )
     except OSError as error:

@@ -26,8 +26,10 @@ import socket
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from cowfs.errors import CowfsError, InvalidArgument
@@ -38,6 +40,7 @@ from cowfs.mounting.notice import Notice
 from cowfs.mounting.request import MountSpec
 from cowfs.mounting.resources import Stack
 from cowfs.mounting.verbs import basic
+from cowfs.sys.threads import Thread
 
 if TYPE_CHECKING:
     from cowfs.fuse.loop import Session
@@ -47,6 +50,9 @@ if TYPE_CHECKING:
 __all__ = ["Server", "Started", "parse_report", "serve", "start"]
 
 _FLUSH_SECONDS = 10.0  # how long SIGTERM waits for dirty pages
+_PATIENCE = 2.0  # seconds that a client has for its question when there is no thread for it
+MOST_CONNECTIONS = 16
+"""Connections with a thread of their own; more are answered one question each."""
 
 
 class Started(NamedTuple):
@@ -178,6 +184,8 @@ class Server:
         self._problem: CowfsError | None = None  # what the kernel refused; set by the ready thread before it unmounts
         self._answers = threading.Condition()
         self._answering = 0  # requests taken whose answer is not sent yet; guarded by _answers
+        self._connections = 0  # those that have a thread; guarded by _answers
+        self._kept: deque[socket.socket] = deque(maxlen=4)  # answered without one; the control thread's
 
     def call(self, function: Callable[[], Any]) -> Any:
         """Run a function in the thread that owns the view, between two requests."""
@@ -240,9 +248,9 @@ class Server:
             raise
 
     def _serve(self) -> int:
-        threading.Thread(target=self._control, name="cowfs-control", daemon=True).start()
-        threading.Thread(target=self._ready, name="cowfs-ready", daemon=True).start()
         try:
+            if not (Thread(self._control, "cowfs-control").start() and Thread(self._ready, "cowfs-ready").start()):
+                raise CowfsError("no thread can be started", remedy="look at the limits of processes and memory")
             self.session.run()
         except BaseException as error:
             try:
@@ -372,59 +380,89 @@ class Server:
         poll.register(self._listener, select.POLLIN)
         poll.register(self._wakeup[0], select.POLLIN)
         while not self._ending.is_set():
-            for fd, _ in poll.poll():
-                if fd == self._wakeup[0].fileno():
-                    self._wakeup[0].recv(64)
-                    threading.Thread(target=self._terminate, name="cowfs-terminate", daemon=True).start()
-                else:
-                    try:
-                        connection, _address = self._listener.accept()
-                    except OSError:  # gone already, or no descriptor left
-                        time.sleep(0.05)
-                        continue
-                    threading.Thread(target=self._answer, args=(connection,), name="cowfs-answer", daemon=True).start()
+            try:
+                for fd, _ in poll.poll():
+                    if fd == self._wakeup[0].fileno():
+                        self._wakeup[0].recv(64)
+                        self._apart(self._terminate, "cowfs-terminate")
+                    else:
+                        self._accept()
+            except Exception as error:  # noqa: BLE001  (a mount nobody can speak to must be killed: it goes on, and says so)
+                from cowfs.fuse import log
+
+                log.no_memory("the control thread goes on: %s", type(error).__name__)
+                time.sleep(0.05)
+
+    @staticmethod
+    def _apart(function: Callable[[], None], name: str) -> None:
+        """Run something in a thread of its own; here and now where none can be started."""
+        if not Thread(function, name).start():
+            function()
+
+    def _accept(self) -> None:
+        assert self._listener is not None
+        try:
+            connection, _address = self._listener.accept()
+        except OSError:  # gone already, or no descriptor left
+            time.sleep(0.05)
+            return
+        if self._connections < MOST_CONNECTIONS and Thread(partial(self._answer, connection), "cowfs-answer").start():
+            return
+        # no room for one more: one question, answered by the thread that listens
+        connection.settimeout(_PATIENCE)
+        self._answer_one(connection)
+        self._kept.append(connection)  # until the server ends, if it soon does: that is what a client may wait for
 
     def _terminate(self) -> None:
         """SIGTERM: write back what maps hold, unmount; when somebody is inside, unmount all the same."""
-        flush = threading.Thread(
-            target=mountpoint.hand_over, args=(self.spec.mountpoint,), name="cowfs-flush", daemon=True
-        )
-        flush.start()
-        flush.join(_FLUSH_SECONDS)
+        flush = Thread(partial(mountpoint.hand_over, self.spec.mountpoint), "cowfs-flush")
+        if flush.start():
+            flush.join(_FLUSH_SECONDS)
         try:
             mountpoint.detach(self.spec.mountpoint)
-        except CowfsError:
+        except Exception:  # noqa: BLE001  (whatever it is, the mount must end)
             try:
                 mountpoint.detach(self.spec.mountpoint, lazy=True)
-            except CowfsError:
+            except Exception:  # noqa: BLE001
                 pass  # taken off by somebody else, or beyond us: the end of the session ends the mount
             self.session.stop()
 
     def _answer(self, connection: socket.socket) -> None:
         """Serve one connection: a line in, a line out, until the other side stops."""
-        with connection:
-            while True:
-                try:
-                    line = protocol.read_line(connection)
-                except OSError:
-                    return
-                if not line:
-                    return
-                with self._answers:
-                    self._answering += 1
-                try:
-                    connection.sendall(protocol.encode(self._dispatch(line)))
-                except OSError:
-                    return
-                finally:
-                    with self._answers:
-                        self._answering -= 1
-                        self._answers.notify_all()
+        with self._answers:
+            self._connections += 1
+        try:
+            with connection:
+                while self._answer_one(connection):
+                    pass
+        finally:
+            with self._answers:
+                self._connections -= 1
+
+    def _answer_one(self, connection: socket.socket) -> bool:
+        """A line in, a line out; no when the other side stopped."""
+        try:
+            line = protocol.read_line(connection)
+        except OSError:
+            return False
+        if not line:
+            return False
+        with self._answers:
+            self._answering += 1
+        try:
+            connection.sendall(protocol.encode(self._dispatch(line)))
+        except OSError:
+            return False
+        finally:
+            with self._answers:
+                self._answering -= 1
+                self._answers.notify_all()
+        return True
 
     def _dispatch(self, line: bytes) -> dict[str, Any]:
         try:
             message = protocol.decode(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             return {"error": protocol.error_to(InvalidArgument("not a message of cowfs"))}
         name = str(message.get("verb"))
         function = basic.find_verb(name)

@@ -30,7 +30,7 @@ def check_volatile(work: str, *, volatile: bool, upper: str) -> None:
     incompat = os.path.join(work, "work", "incompat")
     try:
         names = os.listdir(incompat)
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return
     for name in names:
         if name != "volatile":

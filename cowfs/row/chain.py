@@ -138,16 +138,13 @@ class Chain:
         """The descriptor of the file itself (do not close it)."""
         node = self.node
         if node.fd < 0:
-            self.rows.make_room()
             view = self.rows.view
+            view.open_files.trim()
             if self.writable:
-                node.fd = view.open_own(node)
-                node.wfd = True
+                view.open_files.use(node, view.open_own(node), writable=True)
             else:
                 where, name = self.place()
-                node.fd = os.open(name, _FLAGS, dir_fd=where.open())
-                node.wfd = False
-            view.open_files.append(node)
+                view.open_files.use(node, os.open(name, _FLAGS, dir_fd=where.open()), writable=False)
         return node.fd
 
     def place(self) -> tuple[Source, bytes]:
@@ -173,8 +170,8 @@ class Chain:
         for level in self.levels:
             fd, level.fd = level.fd, -1
             if fd >= 0:
-                self.rows.closing()
                 os.close(fd)
+        self.rows.released(self)
 
     def rebase(self) -> None:
         """The layers beneath are others now, with the same data: read the chain again at the next use."""
@@ -191,7 +188,15 @@ class Chain:
                 self.rows.drop_map(self.layer, self.ref)
         log, self.log = self.log, None
         if log is not None:
-            self.rows.close_log(log)
+            self.rows.close_log(self, log)
+
+    def drop_log(self) -> None:
+        """Close the map; the next write opens it again."""
+        log, self.log = self.log, None
+        if log is not None:
+            clean = not log.dirty and log.failure is None
+            self.loaded = Loaded([], log.end, log.synced, 0, False) if clean else None
+            self.rows.close_log(self, log)
 
     def load(self) -> Extents:
         """Read the chain's maps, once.
@@ -265,6 +270,8 @@ class Chain:
         for first, last, owner in plan(list(self.load().runs(start, end))):
             if owner != ZEROS:
                 wanted.setdefault(owner, []).append((first, last))
+        if len(wanted) > self.rows.copies:
+            return []
         return [(os.dup(self._fd(owner)), ranges) for owner, ranges in wanted.items()]
 
     def _read_run(self, owner: int, offset: int, buffer: memoryview, flags: int = 0) -> int:
@@ -301,6 +308,8 @@ class Chain:
         runs = list(self.load().runs(offset, end)) if offset < end else []
         runs = plan(runs) if len(runs) > _FEW else runs
         owners = {owner for _, _, owner in runs if owner != ZEROS}
+        if len(owners) > self.rows.copies:
+            return _from(self.fetch(offset, end))
         copies = {owner: os.dup(self._fd(owner)) for owner in owners}
 
         def read(buffer: memoryview) -> int:
@@ -364,6 +373,16 @@ class Chain:
         if whence == os.SEEK_HOLE:
             return self.size
         raise OSError(errno.ENXIO, os.strerror(errno.ENXIO), self.node.name)
+
+
+def _from(data: bytearray) -> Callable[[memoryview], int]:
+    """A read of what was read already."""
+
+    def read(buffer: memoryview) -> int:
+        buffer[: len(data)] = data
+        return len(data)
+
+    return read
 
 
 def _at_once(fd: int, part: memoryview, offset: int) -> int:

@@ -42,6 +42,8 @@ class RowFile(Chain):
         length = len(data)
         if not length:
             return 0
+        if self.log is None:
+            self.rows.trim_logs()
         extents = self.load()
         fd = self._ready_to_write()
         end = offset + length
@@ -57,10 +59,9 @@ class RowFile(Chain):
     def _ready_to_write(self) -> int:
         fd = self.own_fd()
         if not self.node.wfd:  # opened while its layer could not be written
-            self.node.fd = self.rows.view.open_own(self.node)
-            self.node.wfd = True
-            os.close(fd)
-            fd = self.node.fd
+            view = self.rows.view
+            fd = view.open_own(self.node)
+            view.open_files.use(self.node, fd, writable=True)
         return fd
 
     def _write_over(self, fd: int, offset: int, data: memoryview | bytes) -> int:
@@ -371,6 +372,12 @@ class RowFile(Chain):
                 return start
         return end
 
+    def _may_hang(self) -> bool:
+        """Whether the closed map may have records that hang on this boot."""
+        if self.ref is None or not self.ref.has_map or self.extents is None:
+            return False
+        return self.loaded is None or self.loaded.end > self.loaded.synced
+
     # -- durability ---------------------------------------------------------------------------
 
     def sync_job(self) -> Callable[[bool], None]:
@@ -382,7 +389,7 @@ class RowFile(Chain):
             return lambda data_only: None
         syncer = self.rows.syncer
         older = [log for log in self.older if log.dirty]
-        if self.log is None and self.writable and self.loaded is not None and self.loaded.end > self.loaded.synced:
+        if self.log is None and self.writable and self._may_hang():
             self._open_log()
         log = self.log
         fd = os.dup(self.own_fd()) if self.writable or (log is not None and log.dirty) else -1

@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Final
 
 from cowfs.row.extents import ZEROS
+from cowfs.sys.threads import Thread
 
 if TYPE_CHECKING:
     from cowfs.row.chain import Chain
@@ -59,7 +59,7 @@ class Pilot:
 
     def __init__(self) -> None:
         self._queue: SimpleQueue[Hints | None] = SimpleQueue()
-        self._thread: threading.Thread | None = None
+        self._thread: Thread | None = None
 
     @property
     def busy(self) -> bool:
@@ -69,14 +69,18 @@ class Pilot:
     def give(self, hints: Hints) -> None:
         """Any thread."""
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="cowfs-row-ahead", daemon=True)
-            self._thread.start()
+            thread = Thread(self._run, "cowfs-row-ahead")
+            if not thread.start():
+                for fd, _ in hints:
+                    os.close(fd)
+                return
+            self._thread = thread
         self._queue.put(hints)
 
     def _run(self) -> None:
         while (hints := self._queue.get()) is not None:
             for fd, ranges in hints:
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError, MemoryError):
                     for start, end in ranges:
                         os.posix_fadvise(fd, start, end - start, os.POSIX_FADV_WILLNEED)
                 os.close(fd)

@@ -20,7 +20,6 @@ import contextlib
 import errno
 import os
 import stat
-from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -33,7 +32,7 @@ from cowfs.row.map import ROOT_MARK, Loaded, Log, Ref
 from cowfs.row.readahead import Pilot
 from cowfs.row.writeback import Syncer
 from cowfs.sys import xattr
-from cowfs.union import copyup, merge
+from cowfs.union import copyup, holding, merge
 from cowfs.union.attr import unpack
 from cowfs.union.layers import MAP_DIR, Layer, Source, lstat
 from cowfs.union.measure import NOTHING, Room
@@ -62,10 +61,13 @@ class Rows:
         row_map.boot_id()  # read once, before somebody waits for it
         self._marked: dict[Layer, bool] = {}
         self._maps: dict[Layer, int] = {}
-        self.syncer = Syncer(view.must_sync)
+        self.syncer = Syncer(view.must_sync, view.share.maps)
+        #: a read from more levels than this is not handed to another thread: that takes a descriptor of each
+        self.copies = max(2, min(16, view.share.levels // 2))
         self.pilot = Pilot()
-        self._opened: deque[Chain] = deque()
-        self._fds = 0
+        self._levels: dict[Chain, int] = {}  # files with open levels -> how many, the oldest first
+        self._open_levels = 0
+        self._logs: dict[Chain, None] = {}  # files with an open map, the oldest first
 
     # -- layers -------------------------------------------------------------------------------
 
@@ -230,23 +232,28 @@ class Rows:
 
     def opening(self, file: Chain) -> None:
         """A level of ``file`` is about to be opened."""
-        if self._fds >= self.view.max_files:
-            while self._opened:
-                oldest = self._opened.popleft()
-                if oldest is not file:
-                    oldest.release()
-        if not self._opened or self._opened[-1] is not file:
-            self._opened.append(file)
-        self._fds += 1
+        most = self.view.share.levels
+        while self._open_levels >= most and self._levels:
+            next(iter(self._levels)).release()  # in the end its own: nobody holds one across two
+        self._levels[file] = self._levels.get(file, 0) + 1
+        self._open_levels += 1
 
-    def closing(self) -> None:
-        """A level was closed."""
-        self._fds -= 1
+    def released(self, file: Chain) -> None:
+        """All levels of ``file`` were closed."""
+        self._open_levels -= self._levels.pop(file, 0)
 
-    def make_room(self) -> None:
-        """Before a file itself is opened."""
-        if len(self.view.open_files) > self.view.max_files:
-            self.view.trim_files()
+    def trim_logs(self) -> None:
+        """Close the maps opened longest ago, above their share. Only before a map is used."""
+        logs = self._logs
+        while len(logs) > self.view.share.maps:
+            next(iter(logs)).drop_log()
+
+    def give_back(self) -> None:
+        """Close what can be opened again. Only between operations."""
+        for chain in list(self._levels):
+            chain.release()
+        for file in list(self._logs):
+            file.drop_log()
 
     # -- maps ---------------------------------------------------------------------------------
 
@@ -260,15 +267,18 @@ class Rows:
                 space.need(0, 0, space.entering(file.ref.map_name), Room(0, 1))
             log = Log.create(self.map_dir(upper), file.ref)
             file.mapped()
+            self._logs[file] = None
             if space is not None:
                 space.map_written(log.name, log.end)
             return log
         left = self.syncer.take_back(file.ref.map_name)
         if left is not None:
+            self._logs[file] = None
             return left
         if loaded is None:
             loaded = row_map.read(self.map_dir(upper), file.ref)
         log = Log.open(self.map_dir(upper), file.ref, loaded, durable=self.view.must_sync)
+        self._logs[file] = None
         if log.dirty:
             self.wrote(file, log)
         return log
@@ -280,8 +290,9 @@ class Rows:
         if log not in self.syncer.dirty:
             self.syncer.add(log, file.own_fd())
 
-    def close_log(self, log: Log) -> None:
+    def close_log(self, file: Chain, log: Log) -> None:
         """A file lets go of its map."""
+        self._logs.pop(file, None)
         if not self.syncer.leave(log):
             log.close()
 
@@ -356,9 +367,8 @@ class Rows:
             if log is not None:
                 log.close()
             self.drop_map(upper, ref)
-            too_long = isinstance(failure, OSError) and failure.errno in (errno.ENOSPC, errno.E2BIG, errno.ERANGE)
-            if too_long and len(packed) > 2048 and not isinstance(node.data, RowFile):
-                return False  # the host has no room for so long a path: copy
+            if copyup.no_room(failure) and not isinstance(node.data, RowFile):
+                return False  # no room for the reference: copy
             raise
         if space is not None:
             space.add(0, 1)
@@ -382,17 +392,18 @@ class Rows:
         self, node: Node, file: RowFile, fd: int, levels: list[Level], extents: Extents, size: int, log: Log | None
     ) -> None:
         """The node's data is ``file`` from now on."""
-        old = node.data
-        if node.fd >= 0:
-            levels[-1].fd = node.fd
-            self.opening(file)
+        view, old = self.view, node.data
         if isinstance(old, RowFile):
+            old.release()  # they are the new file's levels, too
             file.older = [log for log in old.older if log.dirty]
             if old.log is not None:
                 frozen, old.log = old.log, None
                 if frozen.dirty:
                     file.older.append(frozen)
-                self.close_log(frozen)
+                self.close_log(old, frozen)
+        if node.fd >= 0:
+            self.opening(file)
+            levels[-1].fd = view.open_files.let_go(node)
         file.node = node
         file.levels, file.log = levels, log
         file.size = file.base_end = size
@@ -400,9 +411,11 @@ class Rows:
         extents.put(size, alone, ZEROS)
         extents.put(alone, INFINITY, len(levels))
         file.extents = extents
-        node.fd, node.wfd, node.data, node.attr = fd, True, file, None
-        self.view.open_files.append(node)
-        if self.view.space is not None:
+        if log is not None:
+            self._logs[file] = None
+        view.open_files.use(node, fd, writable=True)
+        node.data, node.attr = file, None
+        if view.space is not None:
             node.space = Blocks()
 
     def _convert(self, node: Node, size: int) -> bool:
@@ -428,18 +441,30 @@ class Rows:
         try:
             copyup.set_mark(view, fd, b"", view.form.row, ref.pack())
             before = space.xattrs(fd, b"") if space is not None else NOTHING
-            xattr.remove(fd, b"", view.form.metacopy)
-            if xattr.try_get(fd, b"", view.form.redirect) is not None:
-                xattr.remove(fd, b"", view.form.redirect)
-        except BaseException:
-            os.close(fd)
+            try:
+                xattr.drop(fd, b"", view.form.metacopy)
+            except BaseException:
+                xattr.drop(fd, b"", view.form.row)  # if this fails, too, both marks and the map stay: they say the same
+                if space is not None:
+                    space.xattrs_changed(node, space.xattrs(fd, b"").over(before))
+                raise
+        except BaseException as failure:
             log.close()
-            self.drop_map(upper, ref)
+            unmarked = xattr.try_get(fd, b"", view.form.row) is None
+            if unmarked:
+                self.drop_map(upper, ref)
+            os.close(fd)
+            if unmarked and copyup.no_room(failure):
+                return False  # no room for the reference: copy
             raise
         if space is not None:
-            space.xattrs_changed(node, space.xattrs(fd, b"").over(before))
             space.map_written(log.name, log.end)
         self._take(node, RowFile(self, upper, None, b"", ref), fd, levels, extents, size, log)
+        try:  # the map holds from here on, so a failure takes nothing back
+            xattr.drop(fd, b"", view.form.redirect)
+        finally:
+            if space is not None:
+                space.xattrs_changed(node, space.xattrs(fd, b"").over(before))
         return True
 
     def _anonymous(self, node: Node) -> bool:
@@ -456,12 +481,14 @@ class Rows:
         try:
             os.ftruncate(fd, size)
             copyup.write_meta(work.fd, temp, meta, view)
-        finally:
+        except BaseException:
+            os.close(fd)
             work.discard(temp)
+            raise
         if view.space is not None:
             view.space.add(0, 1)
         self._take(node, RowFile(self, view.need_upper(), None, b"", None), fd, levels, extents, size, None)
-        node.where = None
+        holding.hold_made(view, node, work, temp)
         return True
 
     def make_plain(self, file: RowFile) -> None:
@@ -476,11 +503,7 @@ class Rows:
 
     def replaced(self, file: RowFile, fd: int) -> None:
         """A plain file with the same data, open as ``fd``, has taken the place of a redirect file."""
-        node = file.node
-        if node.fd >= 0:
-            os.close(node.fd)
-        node.fd, node.wfd = fd, True
-        self.view.open_files.append(node)
+        self.view.open_files.use(file.node, fd, writable=True)
         self._plain(file)
 
     def _plain(self, file: RowFile) -> None:

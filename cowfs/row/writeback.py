@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterable
 
 from cowfs.row.map import Log
+from cowfs.sys.threads import Thread
 
 #: seconds between two rounds
 INTERVAL = 5.0
@@ -15,46 +16,59 @@ _MOST_DIRTY = 512
 
 
 class Syncer:
-    """Brings dirty files to the disk every few seconds. Its lock guards ``dirty`` only."""
+    """Brings dirty files to the disk every few seconds. Its lock guards ``dirty`` only.
 
-    def __init__(self, durable: bool) -> None:
+    Args:
+        durable: whether there is anything to bring to the disk; a volatile view only marks.
+        most: how many files may be dirty before a writer waits.
+    """
+
+    def __init__(self, durable: bool, most: int = 4 * _MOST_DIRTY) -> None:
         self.durable = durable
-        self.dirty: dict[Log, int] = {}  # log -> a descriptor of the data, ours
+        self._most = most
+        self._many = min(_MOST_DIRTY, most // 2)
+        self.dirty: dict[Log, int] = {}  # log -> a descriptor of the data, ours; -1 where none is needed
         self.orphaned: set[Log] = set()  # to be closed once they are clean
         self._lock = threading.Lock()
         self._round = threading.Lock()
         self._wake = threading.Event()
         self._ended = False
-        self._thread: threading.Thread | None = None
+        self._thread: Thread | None = None
 
     def add(self, log: Log, data_fd: int) -> None:
         """A record was appended to a map that was clean."""
+        if not self.durable:
+            with self._lock:
+                self.dirty[log] = -1
+            return
+        if len(self.dirty) >= self._most:
+            with contextlib.suppress(OSError):
+                self.sync()
         fd = os.dup(data_fd)
         with self._lock:
             known = self.dirty.setdefault(log, fd)
-            many = len(self.dirty) > _MOST_DIRTY
+            many = len(self.dirty) > self._many
         if known != fd:
             os.close(fd)
-        if not self.durable:
-            return
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="cowfs-row-sync", daemon=True)
-            self._thread.start()
+            thread = Thread(self._run, "cowfs-row-sync")
+            if thread.start():  # else the next one tries again, and writers sync when many are dirty
+                self._thread = thread
         if many or len(self.dirty) == 1:
             self._wake.set()
-        if len(self.dirty) > 4 * _MOST_DIRTY:
-            self.sync()
 
     def _run(self) -> None:
         while not self._ended:
             self._wake.wait(INTERVAL if self.dirty else None)
-            if self._wake.is_set() and not self._ended and len(self.dirty) <= _MOST_DIRTY:
+            if self._wake.is_set() and not self._ended and len(self.dirty) <= self._many:
                 self._wake.clear()  # something is dirty now: give it a while
                 continue
             self._wake.clear()
             if not self._ended:
-                with contextlib.suppress(OSError):  # it is tried again; fsync reports it to whoever asks
+                try:
                     self.sync()
+                except (OSError, MemoryError):  # it is tried again; fsync reports it to whoever asks
+                    self._wake.wait(INTERVAL)
 
     def sync(self, logs: Iterable[Log] | None = None) -> None:
         """One round, of all or of some; any thread. Raises OSError after all were tried."""
@@ -82,7 +96,8 @@ class Syncer:
                     del self.dirty[log]
                     close = log in self.orphaned
                     self.orphaned.discard(log)
-                os.close(fd)
+                if fd >= 0:
+                    os.close(fd)
                 if close:
                     log.close()
         if failure is not None:
@@ -91,10 +106,15 @@ class Syncer:
     def leave(self, log: Log) -> bool:
         """Nobody else needs the log any more. Returns whether it will be closed here."""
         with self._lock:
-            if log in self.dirty:
-                self.orphaned.add(log)
-                return True
-        return False
+            if log not in self.dirty:
+                return False
+            if not self.durable:
+                with contextlib.suppress(OSError):  # no room for the mark: later, or at the end
+                    log.mark_synced(log.end)
+                    del self.dirty[log]
+                    return False
+            self.orphaned.add(log)
+            return True
 
     def take_back(self, name: bytes) -> Log | None:
         """The log of that map, if it was left here and is not clean yet: a second one would not know its end."""
@@ -115,6 +135,7 @@ class Syncer:
             self.sync()
         finally:
             for log, fd in self.dirty.items():
-                os.close(fd)
+                if fd >= 0:
+                    os.close(fd)
                 log.close()
             self.dirty.clear()

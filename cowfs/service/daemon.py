@@ -7,6 +7,7 @@ the doors in a thread, signals in the main thread.
 
 from __future__ import annotations
 
+import faulthandler
 import fcntl
 import os
 import secrets
@@ -15,9 +16,9 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -170,10 +171,13 @@ class Service:
 
     def dump(self) -> str:
         """Threads and state, for SIGUSR1."""
-        names = {thread.ident: thread.name for thread in threading.enumerate()}
-        parts = [f"{len(names)} threads, {self.loop.connections if self.loop else 0} connections"]
-        for ident, frame in sys._current_frames().items():
-            parts.append(f"thread {names.get(ident, ident)}:\n" + "".join(traceback.format_stack(frame)))
+        threads = threading.enumerate()
+        parts = [f"{len(threads)} threads, {self.loop.connections if self.loop else 0} connections"]
+        parts += [f"thread {thread.name}: {thread.ident or 0:#018x}" for thread in threads]
+        with tempfile.TemporaryFile() as file:
+            faulthandler.dump_traceback(file)
+            file.seek(0)
+            parts.append(file.read().decode(errors="replace"))
         return "\n".join(parts)
 
 

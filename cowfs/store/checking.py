@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from cowfs.errors import Corrupt
 from cowfs.index.database import Row
 from cowfs.index.directory import Entry, Pair, Ref, children_of, decode, entries, join, root_digest
-from cowfs.model import Usage
+from cowfs.model import Kind, Usage
 from cowfs.store import kernel_image
 from cowfs.store.layers import KeptDigests, SameData, file_digest
 from cowfs.store.mounts import MountVerbs
@@ -184,6 +184,8 @@ class UpkeepVerbs(MountVerbs):
             for at, row in enumerate(rows):
                 if progress is not None:
                     progress("content", at, len(rows))
+                if row.num not in bad and row.kind is not Kind.VIEW:
+                    self._check_marks(report, row)
                 if row.root is not None and row.num not in bad:
                     self._check_content(report, row, repair)
         if repair:
@@ -296,6 +298,24 @@ class UpkeepVerbs(MountVerbs):
             if not right:
                 what = f"{os.fsdecode(path)!r} in layer {row.id} is not what was committed"
                 report.problems.append(Problem(kind="content", name=row.name, what=what))
+
+    def _check_marks(self, report: Report, row: Row) -> None:
+        """Writes that a mark hides. Only a user can tell what is to be kept: a repair leaves them."""
+        from cowfs.store import damage
+
+        if self.driver.whole:
+            return
+        trees = [self.driver.tree(id) for _, id in self.index.chain(row.num)]
+        try:
+            for path in damage.unseen(trees, self.driver.form):
+                what = (
+                    f"{os.fsdecode(path)!r} holds writes that no mount shows, since a mark could not be removed;"
+                    f" they are in {self.driver.tree(row.id)}"
+                )
+                report.problems.append(Problem(kind="content", name=row.name, what=what))
+        except OSError as error:
+            what = f"layer {row.id} cannot be read: {error.strerror}"
+            report.problems.append(Problem(kind="content", name=row.name, what=what))
 
     def _check_whole(self, report: Report, row: Row, parent: Pair | None, repair: bool) -> Pair:
         """Compare a whole layer with its records; a repair records what the layer holds, which is what users see.

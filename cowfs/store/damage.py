@@ -8,27 +8,40 @@ again from the layer, and its digest compared.
 
 *Links.* Squash broke links, or brought a name back: several files that changed in one layer then show one inode number. A
 copy-up by the kernel's overlayfs does that, too, so it is told, and is no damage. Only trees recorded before 2026-12 are looked at.
+
+*Marks.* A metacopy mark that the host did not remove was left without a word: what was written is in the file, and every mount since then
+shows the file beneath. Data that is there and is not what is shown was written so; that of an interrupted copy is what is shown.
+
+*Deletions.* A layer archive that deleted what one of its hard links had led to, or everything by a mark at its root, left that in place
+with overlay and row. What the archive says is compared with what the tree has.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple, ParamSpec
 
+from cowfs.archive.names import Meaning, meaning
 from cowfs.errors import Corrupt
 from cowfs.index import compare, scan
 from cowfs.index.database import Row
-from cowfs.index.directory import EMPTY, Pair, Records, decode, differing, join, lookup
+from cowfs.index.directory import EMPTY, Pair, Records, decode, differing, entries, join, lookup
 from cowfs.store import layers
+from cowfs.sys import files, xattr
+from cowfs.sys.regular import open_regular
 
 if TYPE_CHECKING:
     from cowfs.driver.interface import Driver
+    from cowfs.format.whiteout import Form
     from cowfs.index.database import Index
 
 P = ParamSpec("P")
 
-__all__ = ["Whole", "compare_whole", "is_old", "several_with_one_number"]
+__all__ = ["Whole", "compare_whole", "is_old", "not_deleted", "several_with_one_number", "unseen"]
+
+_DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_PIECE = 1 << 20
 
 
 def _or_not(same: Callable[P, bool]) -> Callable[P, bool]:
@@ -113,3 +126,106 @@ def several_with_one_number(records: Records, parent: Pair | None, root: Pair) -
                 f"{shown} have one inode number and are several files: a link was broken, or a name that was deleted came"
                 " back; only a new snapshot can link it again or remove it"
             )
+
+
+def not_deleted(records: Records, root: Pair, names: Callable[[], Iterator[bytes]]) -> Iterator[bytes]:
+    """Paths that a snapshot has although the archive of its layer deletes them (OCI image-spec layer.md, "Whiteouts").
+
+    Args:
+        names: makes an iterator over the canonical paths of the archive's members.
+    """
+    gone: set[bytes] = set()
+    emptied: set[bytes] = set()
+    for path in names():
+        what, concerned = meaning(path)
+        # in the tar of a whole tree these are names like any other
+        if what in (Meaning.WHITEOUT, Meaning.OPAQUE) and lookup(records, root, path) is None:
+            (gone if what is Meaning.WHITEOUT else emptied).add(concerned)
+    if not gone and not emptied:
+        return
+    own: set[bytes] = set()  # what the archive itself puts there, and the directories above
+    for path in names():
+        what, concerned = meaning(path)
+        if what is not Meaning.SKIP:
+            above = [*_above(concerned)] if what is Meaning.WHITEOUT else [concerned, *_above(concerned)]
+            if not emptied.isdisjoint(above) or not gone.isdisjoint(above):
+                own.update(above)
+    pending = []
+    for path in gone:
+        pair = lookup(records, root, path)
+        if pair is not None and path not in own:
+            yield path
+        elif pair is not None:
+            pending.append((path, pair))
+    pending += [(path, pair) for path in emptied if (pair := lookup(records, root, path)) is not None]
+    while pending:
+        path, pair = pending.pop()
+        ref = decode(pair).ref
+        for name, inner in entries(records, ref.storage).items() if ref is not None else ():
+            here = join(path, name)
+            if here in own:
+                pending.append((here, inner))
+            else:
+                yield here
+
+
+def _above(path: bytes) -> Iterator[bytes]:
+    """The directories above a path, the root (b"") last."""
+    while path:
+        path = path.rpartition(b"/")[0]
+        yield path
+
+
+def unseen(trees: Sequence[str], form: Form) -> Iterator[bytes]:
+    """Files of a layer that hold data under a metacopy mark, other than what is shown.
+
+    Args:
+        trees: the layer and those beneath it, topmost first.
+    """
+    if not form.redirects:
+        return
+    root = os.open(trees[0], _DIR)
+    try:
+        pending = [b""]
+        while pending:
+            path = pending.pop()
+            fd = files.open_beneath(root, path, _DIR)
+            try:
+                with os.scandir(fd) as found:
+                    listed = [
+                        (os.fsencode(e.name), e.is_dir(follow_symlinks=False), e.is_file(follow_symlinks=False))
+                        for e in found
+                    ]
+                for name, is_dir, is_file in listed:
+                    here = join(path, name)
+                    if is_dir:
+                        pending.append(here)
+                    elif (
+                        is_file
+                        and xattr.try_get(fd, name, form.metacopy) is not None
+                        and xattr.try_get(fd, name, form.row) is None
+                        and _is_unseen(fd, name, trees, here, form)
+                    ):
+                        yield here
+            finally:
+                os.close(fd)
+    finally:
+        os.close(root)
+
+
+def _is_unseen(dirfd: int, name: bytes, trees: Sequence[str], path: bytes, form: Form) -> bool:
+    fd = open_regular(name, dir_fd=dirfd)
+    try:
+        st = os.fstat(fd)
+        ranges = files.data_ranges(fd, st.st_size) if st.st_blocks else []
+        if not ranges:
+            return False
+        with layers.open_shown(trees, path, form.name) as shown:
+            for start, end in ranges:
+                for at in range(start, end, _PIECE):
+                    own = os.pread(fd, min(_PIECE, end - at), at).rstrip(b"\0")  # a copy may end within a block
+                    if own != shown.pread(len(own), at):
+                        return True
+    finally:
+        os.close(fd)
+    return False

@@ -191,15 +191,30 @@ class ExportVerbs(ArchiveVerbs):
         try:
             with open(os.devnull, "wb") as nowhere:
                 self._write_layer(row, nowhere, "none", None)
+            left = self._not_deleted(row)
         except Corrupt as error:
-            done = ""
-            if repair:
-                with self.index.write() as change:
-                    change.forget_archive(row.num)
-                unmark(f"{self.driver.directory(row.id)}/{HEADERS}")
-                done = "its diff id is forgotten"
-            what = f"layer {row.id} is not the archive {row.diff_id}: {error.message}"
-            report.problems.append(Problem(kind="archive", name=row.name, what=what, repaired=done))
+            why = error.message
+        else:
+            if not left:
+                return
+            more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+            why = f"{os.fsdecode(left[0])!r}{more} should be deleted; import the image again"
+        done = ""
+        if repair:
+            with self.index.write() as change:
+                change.forget_archive(row.num)
+            unmark(f"{self.driver.directory(row.id)}/{HEADERS}")
+            done = "its diff id is forgotten"
+        what = f"layer {row.id} is not the archive {row.diff_id}: {why}"
+        report.problems.append(Problem(kind="archive", name=row.name, what=what, repaired=done))
+
+    def _not_deleted(self, row: Row) -> list[bytes]:
+        """Paths of a snapshot that the archive of its layer deletes. Raises Corrupt."""
+        from cowfs.store import damage
+
+        assert row.root is not None
+        with open(open_regular(f"{self.driver.directory(row.id)}/{HEADERS}"), "rb") as log:
+            return sorted(damage.not_deleted(self.index, row.root, lambda: archive.member_names(log)))
 
     def _write_tar(self, row: Row, out: BinaryIO, compression: str, progress: Progress | None) -> str:
         pending = Pending(self.index)

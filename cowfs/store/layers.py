@@ -12,7 +12,7 @@ import os
 import stat
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from cowfs.driver.interface import Driver
@@ -217,6 +217,11 @@ class LayerFile:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def open_shown(trees: Sequence[str], path: bytes, form: str) -> LayerFile:
+    """A file as a mount of these layers (topmost first) shows it. Raises OSError."""
+    return _Redirected(list(trees), path, form)
 
 
 class _Redirected(LayerFile):

@@ -32,6 +32,7 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping
+from types import EllipsisType
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from cowfs.errors import AlreadyExists, CowfsError, FailedPrecondition, InvalidArgument, Unsupported
@@ -45,11 +46,10 @@ from cowfs.store.key_lock import turn
 from cowfs.store.mounts import KernelMount
 from cowfs.store.names import check_labels, check_name, new_id
 from cowfs.store.reserve import names_full
-from cowfs.store.staging import NEW, _lock, _make_locked, discard
+from cowfs.store.staging import NEW, _lock, _make_locked, discard, read_note
 from cowfs.sys import trees
 from cowfs.sys.atomic import fsync_directory
 from cowfs.sys.faults import point
-from cowfs.sys.regular import open_regular
 
 if TYPE_CHECKING:
     from cowfs.store.handle import LiveHandle
@@ -182,12 +182,18 @@ class LiveVerbs(UpkeepVerbs):
             self._free(key)
         return {key: self.prepare(key, name, **options) for key in keys}
 
-    def limit(self, name: str, **wanted: Any) -> Limit:
+    def limit(
+        self,
+        name: str,
+        *,
+        size: str | int | EllipsisType | None = ...,
+        inodes: str | int | EllipsisType | None = ...,
+    ) -> Limit:
         """As :meth:`MountVerbs.limit`."""
-        if not wanted:
+        if isinstance(size, EllipsisType) and isinstance(inodes, EllipsisType):
             return super().limit(name)
         with self._turn(name):
-            return super().limit(name, **wanted)
+            return super().limit(name, size=size, inodes=inodes)
 
     @contextlib.contextmanager
     def _turn(self, key: str) -> Iterator[None]:
@@ -416,8 +422,9 @@ def _write_note(path: str, switch: _Switch) -> None:
 
 
 def _read_note(path: str) -> _Switch | None:
+    """What a note says; ``None`` where there is none, or its writer was killed before it was whole."""
+    note = read_note(path)
     try:
-        with open(open_regular(path), encoding="utf-8") as file:
-            return _Switch(**json.load(file))
-    except (OSError, ValueError, TypeError):
+        return _Switch(**note) if note is not None else None
+    except TypeError:
         return None

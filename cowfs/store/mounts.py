@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from cowfs.errors import FailedPrecondition, InvalidArgument, NotFound, Unsupported
 from cowfs.format.mount_options import split_layers, unescape
 from cowfs.index.database import Row
-from cowfs.model import Kind, Limit, Mount, Usage, parse_count, parse_size
+from cowfs.model import SMALLEST_LIMIT, Kind, Limit, Mount, Usage, parse_count, parse_size
 from cowfs.store.layers import is_locked, kernel_mount_of
 from cowfs.store.queries import LookVerbs
 from cowfs.sys import mounts as sys_mounts
@@ -64,7 +64,7 @@ class KernelMount:
     def _nobody(self, *args: object, **kwargs: object) -> NoReturn:
         raise FailedPrecondition(
             f"{self.mountpoint} is mounted by the kernel, which cannot do this",
-            remedy="mount it without mount_type='kernel'",
+            remedy="mount it without --mount-type kernel",
         )
 
     usage = limit = diff = snapshot = rollback = counters = status = _nobody
@@ -100,7 +100,7 @@ class MountVerbs(LookVerbs):
         from cowfs.mounting import client
         from cowfs.mounting.mountpoint import resolve
 
-        row = self.index.get(key)
+        row = self._keyed(key)
         where = resolve(os.fspath(target))
         if mount_type == "kernel":
             self._mountable(row)
@@ -149,7 +149,7 @@ class MountVerbs(LookVerbs):
         from cowfs.mounting.index_view import FACTORY
         from cowfs.mounting.request import MountSpec
 
-        row = self.index.get(key)
+        row = self._keyed(key)
         self._mountable(row)
         id, *parents = [id for _, id in self.index.chain(row.num)]
         readonly = row.kind is Kind.VIEW
@@ -212,7 +212,7 @@ class MountVerbs(LookVerbs):
             NotFound: no such key, or it is not mounted.
             FailedPrecondition: in use; the message names who.
         """
-        row = self.index.get(key)
+        row = self._keyed(key)
         told = self._notice_of(row)
         if told is not None:
             from cowfs.mounting import client
@@ -226,7 +226,7 @@ class MountVerbs(LookVerbs):
 
     def mounted_at(self, key: str) -> str | None:
         """Where a snapshot is mounted, as far as this user can see; None when nowhere. No server is asked."""
-        row = self.index.get(key)
+        row = self._keyed(key)
         told = self._notice_of(row)
         return told.mountpoint if told is not None else kernel_mount_of(self.driver.tree(row.id))
 
@@ -292,7 +292,7 @@ class MountVerbs(LookVerbs):
         """
         from cowfs.mounting.client import MountHandle
 
-        row = self.index.get(key)
+        row = self._keyed(key)
         server = self._server_of(row)
         if server is None:
             where = kernel_mount_of(self.driver.tree(row.id))
@@ -324,7 +324,11 @@ class MountVerbs(LookVerbs):
             return self.resolve(name).limit
         row = self._active(name)
         limit = Limit(
-            bytes=row.limit.bytes if isinstance(size, EllipsisType) else None if size is None else parse_size(size),
+            bytes=row.limit.bytes
+            if isinstance(size, EllipsisType)
+            else None
+            if size is None
+            else parse_size(size, least=SMALLEST_LIMIT),
             inodes=row.limit.inodes
             if isinstance(inodes, EllipsisType)
             else None

@@ -300,6 +300,20 @@ class StoreCore:
         if not for_tag and self.index.tag(name) is not None:
             raise AlreadyExists(f"{name!r} is a tag", remedy=f"choose another name, or drop it: cowfs rm {name}")
 
+    def _keyed(self, name: str) -> Row:
+        """The row of a key or name; of a tag its error says so.
+
+        Raises:
+            NotFound: neither.
+        """
+        row = self.index.find(name)
+        if row is None and (tag := self.index.tag(name)) is not None:
+            raise NotFound(
+                f"no snapshot {name!r}: it is a tag of {tag.target!r}, which is committed",
+                remedy=f"'cowfs prepare KEY {name}' makes one to write in, 'cowfs view KEY {name}' one to read",
+            )
+        return row if row is not None else self.index.get(name)
+
     def resolve(self, name: str) -> Row:
         """The row of a snapshot, or of the one that a tag names.
 
@@ -376,7 +390,7 @@ class StoreCore:
         return None, None
 
     def _active(self, key: str, num: int | None = None) -> Row:
-        row = self.index.get(key)
+        row = self._keyed(key)
         if num is not None and row.num != num:
             raise NotFound(f"no snapshot {key!r}: it was replaced meanwhile")
         if row.kind is not Kind.ACTIVE:
@@ -513,7 +527,7 @@ class StoreCore:
             FailedPrecondition: a committed snapshot.
             Unsupported: the type asked for is not possible.
         """
-        return self._mounts(self.index.get(key), mount_type)
+        return self._mounts(self._keyed(key), mount_type)
 
     @staticmethod
     def _mountable(row: Row) -> None:

@@ -37,6 +37,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +51,7 @@ from cowfs.store.live import LiveVerbs, unlink
 from cowfs.store.names import new_id
 from cowfs.store.reserve import names_full
 from cowfs.store.snapshots import _sound
-from cowfs.store.staging import SQUASH, discard, staged
+from cowfs.store.staging import SQUASH, discard, read_note, staged
 from cowfs.sys import locks, trees
 from cowfs.sys.atomic import fsync_directory
 from cowfs.sys.faults import point
@@ -382,10 +383,11 @@ class SquashVerbs(LiveVerbs):
             if lock is None:
                 continue
             try:
-                note = json.loads(read_small(path))
-                self._recover_squash(path, name.removeprefix(SQUASH).removesuffix(".json"), note)
-            except (FileNotFoundError, ValueError):
-                unlink(path)  # killed while it was written
+                note = read_note(path)
+                if note is None:
+                    unlink(path)
+                else:
+                    self._recover_squash(path, name.removeprefix(SQUASH).removesuffix(".json"), note)
             finally:
                 os.close(lock)
 
@@ -449,9 +451,13 @@ def _marked(mark: str) -> Usage:
 
 def _write_note(path: str, note: dict[str, Any]) -> int:
     """Write a note and return a descriptor that holds its lock."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    try:
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         locks.lock(fd, wait=True)
+        if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(fd)):
+            break
+        os.close(fd)  # a recovery took the empty note for one of a process that was killed
+    try:
         os.write(fd, json.dumps(note).encode())
         os.fsync(fd)
         fsync_directory(os.path.dirname(path))
@@ -462,7 +468,10 @@ def _write_note(path: str, note: dict[str, Any]) -> int:
 
 
 def _lock_note(path: str) -> int | None:
+    """A locked descriptor of a note; ``None`` while somebody else holds it, or where it is gone."""
     try:
+        if not stat.S_ISREG(os.lstat(path).st_mode):
+            return None  # no note of ours
         return locks.open_locked(path, flags=os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError:
+    except FileNotFoundError:
         return None

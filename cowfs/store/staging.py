@@ -26,8 +26,10 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
 
 from cowfs.driver.interface import Driver
 from cowfs.index.database import Index
@@ -35,9 +37,9 @@ from cowfs.store.reserve import FULL
 from cowfs.sys import files, locks
 from cowfs.sys.atomic import fsync_directory
 from cowfs.sys.faults import point
-from cowfs.sys.regular import open_regular
+from cowfs.sys.regular import read_small
 
-__all__ = ["Staged", "discard", "orphans", "staged", "sweep"]
+__all__ = ["Staged", "discard", "orphans", "read_note", "staged", "sweep"]
 
 NEW, RM = "new-", "rm-"
 SQUASH = "squash-"
@@ -88,13 +90,18 @@ def _make_locked(path: str) -> int:
             fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except FileNotFoundError:
             continue  # a sweep came before the lock
-        locks.lock(fd, wait=True)
         try:
+            locks.lock(fd, wait=True)
             if os.stat(path).st_ino == os.fstat(fd).st_ino:
                 files.make_plain(fd, 0o700)
                 return fd
         except FileNotFoundError:
             pass
+        except BaseException:
+            os.close(fd)
+            with suppress(OSError):
+                os.rmdir(path)
+            raise
         os.close(fd)
 
 
@@ -126,16 +133,29 @@ def discard(driver: Driver, id: str) -> None:
     point("remove.emptied")
 
 
+def read_note(path: str) -> dict[str, Any] | None:
+    """A note about something that is half done; ``None`` where there is none, or its writer was killed before it was whole.
+
+    Raises:
+        OSError: it cannot be read, which is not the same: what it tells of may be in use.
+    """
+    try:
+        if not stat.S_ISREG(os.lstat(path).st_mode):
+            return None  # put there by a stranger
+        note = json.loads(read_small(path))
+    except (FileNotFoundError, ValueError):
+        return None
+    return note if isinstance(note, dict) else None
+
+
 def spared(root: str) -> set[str]:
     """Ids of the directories that no row names and that are no garbage: running mounts may still read them."""
     found: set[str] = set()
     for name in os.listdir(root):
         if name.startswith(SQUASH):
-            try:
-                with open(open_regular(f"{root}/{name}"), encoding="utf-8") as file:
-                    found.update(json.load(file)["old"])
-            except (OSError, ValueError, KeyError):
-                continue
+            note = read_note(f"{root}/{name}")
+            if note is not None:
+                found.update(note.get("old", ()))
     return found
 
 
@@ -161,32 +181,33 @@ def sweep(driver: Driver, index: Index, *, everything: bool = False) -> list[str
         names = [name for name in names if not name.startswith(PROBE)]
     if not names and not everything:
         return []
-    doomed: list[tuple[str, int]] = []
-    with index.write():
-        known = index.ids() if everything or names else set()
-        for name in names:
-            id = name.removeprefix(NEW).removeprefix(RM)
-            fd = _lock(f"{root}/{name}")
-            if fd is None:
-                continue
-            if id in known and not os.path.isdir(driver.directory(id)):
-                os.rename(f"{root}/{name}", driver.directory(id))
-                os.close(fd)
-                continue
-            doomed.append((name, fd))
-        if everything:
-            kept = known | spared(root)
-            for id in os.listdir(f"{root}/layers"):
-                if id not in kept:
-                    os.rename(f"{root}/layers/{id}", f"{root}/{RM}{id}")
-                    point("gc.renamed")
-                    fd = _lock(f"{root}/{RM}{id}")
-                    if fd is not None:
-                        doomed.append((RM + id, fd))
-    for name, fd in doomed:
-        driver.remove(name)
-        os.close(fd)
-    return [name for name, _ in doomed]
+    doomed: list[str] = []
+    with ExitStack() as held:
+        with index.write():
+            known = index.ids() if everything or names else set()
+            for name in names:
+                id = name.removeprefix(NEW).removeprefix(RM)
+                fd = _lock(f"{root}/{name}")
+                if fd is None:
+                    continue
+                held.callback(os.close, fd)
+                if id in known and not os.path.isdir(driver.directory(id)):
+                    os.rename(f"{root}/{name}", driver.directory(id))
+                    continue
+                doomed.append(name)
+            if everything:
+                kept = known | spared(root)
+                for id in os.listdir(f"{root}/layers"):
+                    if id not in kept:
+                        os.rename(f"{root}/layers/{id}", f"{root}/{RM}{id}")
+                        point("gc.renamed")
+                        fd = _lock(f"{root}/{RM}{id}")
+                        if fd is not None:
+                            held.callback(os.close, fd)
+                            doomed.append(RM + id)
+        for name in doomed:
+            driver.remove(name)
+    return doomed
 
 
 def _lock(path: str) -> int | None:

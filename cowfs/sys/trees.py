@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 from cowfs.sys import files, xattr
 
-__all__ = ["copy_attributes", "copy_tree", "empty_tree", "remove_tree", "sync_tree", "walk_all"]
+__all__ = ["copy_attributes", "copy_tree", "empty_tree", "remove_entry", "remove_tree", "sync_tree", "walk_all"]
 
 KEEP_OPEN = 128
 _DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -38,6 +38,28 @@ def remove_tree(path: str | bytes) -> None:
         os.rmdir(path)
     except FileNotFoundError:
         pass
+
+
+def remove_entry(dirfd: int, name: bytes) -> None:
+    """Delete a name of an open directory, whatever it is, with all that is in it.
+
+    Raises:
+        OSError: something could not be deleted.
+    """
+    try:
+        os.unlink(name, dir_fd=dirfd)
+        return
+    except FileNotFoundError:
+        return
+    except (IsADirectoryError, PermissionError):  # EPERM is what some hosts say of directories
+        if not stat.S_ISDIR(os.stat(name, dir_fd=dirfd, follow_symlinks=False).st_mode):
+            raise
+    top = _open_own(dirfd, name)
+    try:
+        _empty(top)
+    finally:
+        os.close(top)
+    os.rmdir(name, dir_fd=dirfd)
 
 
 def empty_tree(path: str | bytes) -> None:

@@ -16,7 +16,8 @@ import stat
 from collections.abc import Callable
 
 # What "no such attribute", "no attributes here" and "not for this namespace" look like.
-ABSENT = frozenset({errno.ENODATA, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES})
+_NONE = frozenset({errno.ENODATA, errno.EOPNOTSUPP, errno.EPERM})
+ABSENT = _NONE | {errno.EACCES}
 
 try:
     from os import (
@@ -73,21 +74,35 @@ def get(dirfd: int, name: bytes | None, attribute: bytes | str) -> bytes:
 
 
 def try_get(dirfd: int, name: bytes | None, attribute: bytes | str) -> bytes | None:
-    """The value, or ``None`` where the object or its file system does not have it."""
+    """The value, or ``None`` where the object or its file system does not have it.
+
+    A user.* attribute of an object that its owner may not read is no less there: the owner reads it with the mode lifted.
+    Of a stranger's such object nothing is known, so it counts as absent.
+    """
     if (
         _CAN_ASK
         and name
         and attribute.__class__ is bytes
         and _ask(_GETXATTRAT, dirfd, name, _AT_SYMLINK_NOFOLLOW, attribute, _SIZE_ONLY, 16) < 0
-        and ctypes.get_errno() in ABSENT
+        and ctypes.get_errno() in _NONE
     ):
         return None
+    where = at(dirfd, name)
     try:
-        return _getxattr(at(dirfd, name), attribute, follow_symlinks=not name)
+        return _getxattr(where, attribute, follow_symlinks=not name)
     except OSError as error:
-        if error.errno in ABSENT:
+        if error.errno in _NONE:
             return None
-        raise
+        if error.errno != errno.EACCES:
+            raise
+        denied = error
+    found: list[bytes] = []
+    try:
+        _lifted(denied, where, name, lambda: found.append(_getxattr(where, attribute, follow_symlinks=not name)), _READ)
+    except OSError as error:
+        if error.errno not in (*_NONE, errno.EROFS):
+            raise
+    return found[0] if found else None
 
 
 def listx(dirfd: int, name: bytes | None) -> list[bytes]:
@@ -120,25 +135,30 @@ def remove(dirfd: int, name: bytes | None, attribute: bytes | str) -> None:
             raise
 
 
-def _lifted(error: PermissionError, where: bytes | int, name: bytes | None, change: Callable[[], None]) -> bool:
-    """Make a change that an owner's own mode forbids (user.* takes write permission), with the mode lifted meanwhile.
+_READ, _WRITE = 0o400, 0o200
 
-    Returns whether it was made; a server without privilege keeps its marks on files that their owner may not write.
+
+def _lifted(
+    error: OSError, where: bytes | int, name: bytes | None, access: Callable[[], None], bit: int = _WRITE
+) -> bool:
+    """Do what an owner's own mode forbids (user.* takes the permission ``bit``), with the mode lifted meanwhile.
+
+    Returns whether it was done; a server without privilege keeps its marks on files that their owner may not read or write.
     """
     if error.errno != errno.EACCES:
         return False
     st = os.stat(where, follow_symlinks=not name)
-    if st.st_uid != os.geteuid() or st.st_mode & 0o200 or not (stat.S_ISREG(st.st_mode) or stat.S_ISDIR(st.st_mode)):
+    if st.st_uid != os.geteuid() or st.st_mode & bit or not (stat.S_ISREG(st.st_mode) or stat.S_ISDIR(st.st_mode)):
         return False
     if name and isinstance(where, bytes):  # chmod(2) follows a link that is put there meanwhile: a descriptor does not
         fd = os.open(where, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
-            return _lifted(error, b"/proc/self/fd/%d" % fd, None, change)
+            return _lifted(error, b"/proc/self/fd/%d" % fd, None, access, bit)
         finally:
             os.close(fd)
-    os.chmod(where, stat.S_IMODE(st.st_mode) | 0o200)
+    os.chmod(where, stat.S_IMODE(st.st_mode) | bit)
     try:
-        change()
+        access()
     finally:
         os.chmod(where, stat.S_IMODE(st.st_mode))
     return True

@@ -49,6 +49,7 @@ Call = Callable[[Callable[[], Any]], Any]
 _DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _PIECE = 1 << 20  # bytes of a redirect file that are filled in one go
 _PASSES = 20
+_GONE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP})  # moved or removed: any other error ends the absorption
 
 
 def absorb(view: View, call: Call | None = None) -> Usage:
@@ -137,7 +138,9 @@ def _unfinished(view: View) -> Iterator[bytes]:
         path = pending.pop()
         try:
             fd = files.open_beneath(root, path, _DIR)
-        except OSError:
+        except OSError as error:
+            if error.errno not in _GONE:
+                raise
             continue  # moved or removed meanwhile
         try:
             with os.scandir(fd) as found:
@@ -223,7 +226,7 @@ class Absorption:
         try:
             fd = files.open_beneath(self.layer.root.open(), head, _DIR)
         except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            if error.errno in _GONE:
                 return False
             raise
         try:
@@ -238,7 +241,7 @@ class Absorption:
 
     def _shown(self, path: bytes) -> list[Node]:
         """What a file of the layer is in the merged tree."""
-        found = [self._at(candidate) for candidate in hardlinks._merged_paths(self.view, self.layer, path)]
+        found = [self._at(candidate) for candidate in hardlinks.merged_paths(self.view, self.layer, path)]
         return [node for node in found if node is not None]
 
     def _at(self, path: bytes) -> Node | None:
@@ -252,7 +255,7 @@ class Absorption:
     def _directory(self, path: bytes) -> tuple[Dir, Source] | None:
         """The directory that a directory of the layer is part of, and that part; None when it is hidden."""
         inside = path + b"/" if path else b""  # where a name in it shows, it shows itself, whether it was moved or not
-        for candidate in hardlinks._merged_paths(self.view, self.layer, inside + b"-"):
+        for candidate in hardlinks.merged_paths(self.view, self.layer, inside + b"-"):
             node = self._at(candidate.rpartition(b"/")[0])
             if isinstance(node, Dir):
                 for source in node.sources:
@@ -386,8 +389,6 @@ class Absorption:
 
     def _done(self, node: Node) -> None:
         node.space = None
-        if node.fd >= 0:
-            self.view.open_files.append(node)
         self.view.drop(node)
 
     def _bring_row(self, node: Node) -> Callable[[], Any]:

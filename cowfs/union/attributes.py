@@ -206,6 +206,7 @@ def setattr(
         if node.__class__ is Dir and node.parent is None and not view.in_upper(node):
             _setattr_removed(view, node, mode, uid, gid, atime, mtime)
             return
+        view.trim()
         copyup.up_meta(view, node)
     if uid is not None or gid is not None:
         chown(view, node, -1 if uid is None else uid, -1 if gid is None else gid)

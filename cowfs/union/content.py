@@ -52,15 +52,9 @@ def _open(view: View, node: Node) -> int:
     if node.type != DT_REG:
         raise _no_data(node)
     if node.data is None and view.in_upper(node) and not view.readonly:
-        fd = node.fd
-        node.fd = view.open_own(node)
-        node.wfd = True
-        if fd >= 0:
-            os.close(fd)
+        view.open_files.use(node, view.open_own(node), writable=True)
     elif node.fd < 0:
-        node.fd = view.open_data(node)
-        node.wfd = False
-    view.open_files.append(node)
+        view.open_files.use(node, view.open_data(node), writable=False)
     return node.fd
 
 
@@ -74,13 +68,11 @@ def pread(view: View, node: Node, offset: int, buffer: memoryview, flags: int = 
         return int(node.data.pread(offset, buffer, flags))
     fd = node.fd
     if fd < 0:
-        if len(view.open_files) > view.max_files:
-            view.trim_files()
+        view.trim()
         if node.type != DT_REG:
             raise _no_data(node)
-        fd = node.fd = view.open_data(node)
-        node.wfd = False
-        view.open_files.append(node)
+        fd = view.open_data(node)
+        view.open_files.use(node, fd, writable=False)
     return os.preadv(fd, [buffer], offset, flags)
 
 
@@ -104,8 +96,6 @@ def make_writable(view: View, node: Node, keep: int | None = None) -> None:
     if stage is not None:
         stage.run()
         copyup.publish(view, stage)
-        if node.fd >= 0:
-            view.open_files.append(node)
 
 
 def kill_privileges(view: View, node: Node) -> bool:
@@ -177,8 +167,7 @@ def _write(view: View, node: Node, offset: int, data: memoryview | bytes) -> int
         node.attr = None
         return int(node.data.pwrite(offset, data))
     if not node.wfd:
-        if len(view.open_files) > view.max_files:
-            view.trim_files()
+        view.trim()
         if view.readonly:
             view.need_upper()
         _open(view, node)
@@ -206,6 +195,8 @@ def truncate(view: View, node: Node, size: int) -> None:
     """Set the size. Data beyond it is gone; a longer file ends in a hole."""
     if node.type != DT_REG:
         raise _no_data(node)
+    if not node.wfd:
+        view.trim()
     make_writable(view, node, keep=size)
     node.attr = None
     if node.data is not None:
@@ -237,6 +228,7 @@ def fallocate(view: View, node: Node, mode: int, offset: int, length: int) -> No
         raise OSError(errno.ENODEV, os.strerror(errno.ENODEV), node.name)
     if offset < 0 or length <= 0:
         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+    view.trim()
     make_writable(view, node)
     node.attr = None
     if node.data is not None:
@@ -269,6 +261,7 @@ def fallocate(view: View, node: Node, mode: int, offset: int, length: int) -> No
 
 def lseek(view: View, node: Node, offset: int, whence: int) -> int:
     """SEEK_DATA or SEEK_HOLE. Raises ENXIO past the end."""
+    view.trim()
     if node.data is not None and hasattr(node.data, "lseek"):
         return int(node.data.lseek(offset, whence))
     return os.lseek(data_fd(view, node, False), offset, whence)
@@ -292,6 +285,7 @@ def data_ranges(view: View, node: Node) -> Iterator[tuple[int, int]]:
 
 def copy_range(view: View, src: Node, soff: int, dst: Node, doff: int, length: int) -> int:
     """copy_file_range(2) between two files of the view. Returns the bytes copied (may be short)."""
+    view.trim()
     make_writable(view, dst)
     if (src.data is not None and hasattr(src.data, "pread")) or dst.data is not None:
         return _copy_through(view, src, soff, dst, doff, length)
@@ -338,6 +332,7 @@ def fsync_fd(view: View, node: Node) -> int | None:
         return os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=upper.open())
     if node.type != DT_REG:
         return None
+    view.trim()
     if node.where is not None and node.where.layer is not view.upper:
         # Written before a live snapshot, perhaps, and not yet on the disk.
         return view.open_data(node) if node.where.layer.index >= view.lower_count and node.data is None else None

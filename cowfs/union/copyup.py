@@ -21,19 +21,19 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from cowfs.format.whiteout import Form, allow_nested, make as make_whiteout, make_nested
-from cowfs.sys import files, xattr
-from cowfs.union import from_index, hardlinks
+from cowfs.sys import files, trees, xattr
+from cowfs.union import from_index, hardlinks, holding
 from cowfs.union.attr import with_nlink
 from cowfs.union.inodes import make_origin
 from cowfs.union.layers import Layer, Source
 from cowfs.union.measure import NOTHING
 from cowfs.union.merge import Data
 from cowfs.union.node import DT_LNK, DT_REG, Dir, Node
-from cowfs.union.quota import UNIT, total_of, units
+from cowfs.union.quota import UNIT, LimitReached, total_of, units
 
 if TYPE_CHECKING:
     from cowfs.union.view import View
@@ -44,7 +44,17 @@ _DIR_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _HOST_ONLY = (b"security.selinux", b"security.ima", b"security.evm")
 
 
+# Of an xattr: the host has no room for it; the host does not take it.
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.E2BIG, errno.ERANGE})
+_NO_MARK = _NO_ROOM | {errno.EPERM, errno.EOPNOTSUPP}
 _KEEP = (b"incompat",)  # the kernel's marks of volatile mounts; who mounts honours them (cowfs.mounting.volatile)
+
+
+class NoRoomForMark(OSError):
+    """A copy of attributes alone is not possible: the mark that says so has no room beside the file's own xattrs."""
+
+    def __init__(self, name: bytes) -> None:
+        super().__init__(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
 
 
 class WorkDir:
@@ -76,6 +86,7 @@ class WorkDir:
         self.source = Source(upper, None, b"", upper.root.descriptors)
         self.source.fd = fd
         self.fd = fd
+        self.held: set[Node] = set()  # nodes without a name that one in here stands for (cowfs.union.holding)
         self._count = 0
         self._whiteout: bytes | None = None
         self._form = form
@@ -138,36 +149,14 @@ class WorkDir:
 
     def discard(self, name: bytes) -> None:
         """Remove a temporary name, whatever it is."""
-        with contextlib.suppress(FileNotFoundError):
-            try:
-                os.unlink(name, dir_fd=self.fd)
-            except (IsADirectoryError, PermissionError):
-                fd = os.open(name, _DIR_FLAGS, dir_fd=self.fd)
-                try:
-                    clear(fd)
-                finally:
-                    os.close(fd)
-                os.rmdir(name, dir_fd=self.fd)
+        trees.remove_entry(self.fd, name)
 
 
 def clear(fd: int, keep: tuple[bytes, ...] = ()) -> None:
     """Remove everything in an open directory but the names in ``keep``, never following a link."""
-    for entry in os.listdir(fd):
-        name = os.fsencode(entry)
-        if name in keep:
-            continue
-        st = os.stat(name, dir_fd=fd, follow_symlinks=False)
-        if not stat.S_ISDIR(st.st_mode):
-            os.unlink(name, dir_fd=fd)
-            continue
-        if st.st_mode & 0o700 != 0o700:
-            os.chmod(name, 0o700, dir_fd=fd)
-        inner = os.open(name, _DIR_FLAGS, dir_fd=fd)
-        try:
-            clear(inner)
-        finally:
-            os.close(inner)
-        os.rmdir(name, dir_fd=fd)
+    for entry in os.listdir(b"/proc/self/fd/%d" % fd):
+        if entry not in keep:
+            trees.remove_entry(fd, entry)
 
 
 class Meta(NamedTuple):
@@ -203,10 +192,14 @@ def read_meta(view: View, node: Node) -> Meta:
     return Meta(st.st_mode, st.st_uid, st.st_gid, st.st_size, st.st_rdev, st.st_atime_ns, st.st_mtime_ns, kept)
 
 
-def write_meta(dirfd: int, name: bytes, meta: Meta, view: View) -> None:
+def write_meta(dirfd: int, name: bytes, meta: Meta, view: View, marks: Callable[[], None] = lambda: None) -> None:
     """Give a new object owner, xattrs, mode and times, in the order that keeps them all.
 
-    chown first (it clears setuid and capabilities), then xattrs, then the mode, then the times.
+    chown first (it clears setuid and capabilities), then xattrs, then the mode, then the times. A mode or an ACL without
+    write permission forbids an owner to set user.*, so what else is to be set comes before them.
+
+    Args:
+        marks: sets the overlay's own xattrs: after those of the object, which need the room first.
     """
     privileged = view.form.redirects
     st = os.stat(name, dir_fd=dirfd, follow_symlinks=False)
@@ -218,9 +211,13 @@ def write_meta(dirfd: int, name: bytes, meta: Meta, view: View) -> None:
         except PermissionError:
             if view.owners is None or not view.owners.record(dirfd, name, meta.mode, meta.uid, meta.gid):
                 raise
-    for attribute, value in meta.xattrs.items():
+    acls = [attribute for attribute in meta.xattrs if attribute.startswith(b"system.")]
+    for attribute in [*(attribute for attribute in meta.xattrs if attribute not in acls), None, *acls]:
+        if attribute is None:
+            marks()
+            continue
         try:
-            xattr.setx(dirfd, name, attribute, value)
+            xattr.setx(dirfd, name, attribute, meta.xattrs[attribute])
         except OSError as error:
             if (
                 error.errno in (errno.EPERM, errno.EOPNOTSUPP)
@@ -243,28 +240,42 @@ def up_dir(view: View, directory: Dir, *, exempt: bool = False) -> Source:
     if top.layer is view.upper:
         return top
     view.need_upper()
-    parent = directory.parent
-    if parent is None:
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), directory.name)
-    above = up_dir(view, parent, exempt=exempt)
-    work = view.workdir
+    missing: list[Dir] = []
+    while directory.sources[0].layer is not view.upper:
+        missing.append(directory)
+        if directory.parent is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), directory.name)
+        directory = directory.parent
+    above = directory.sources[0]
+    for below in reversed(missing):
+        above = _up_one(view, below, above, exempt)
+        view.descriptors.trim()  # nobody who calls this holds a descriptor of a Source
+    return above
+
+
+def _up_one(view: View, directory: Dir, above: Source, exempt: bool) -> Source:
+    """Copy one directory up, whose parent is there."""
+    work, space = view.workdir, view.space
     assert work is not None
     attr = view.attr(directory)  # before its source changes
     meta = read_meta(view, directory)
-    space = view.space
     if space is not None and exempt:
         space.need_hidden((), 1 + sum(space.copy_cost(meta)))
     elif space is not None:
         space.need(1, 1, space.entering(directory.name), space.copy_cost(meta))
     temp = work.temp()
+
+    def marks() -> None:
+        nonlocal exempt
+        if exempt:  # where the mark has no room the directory counts
+            exempt = marked(work.fd, temp, view.form.exempt, b"y")
+        set_origin(view, work.fd, temp, directory.sources[0].open(), b"", directory.id)
+
     try:
         os.mkdir(temp, 0o700, dir_fd=work.fd)
-        set_origin(view, work.fd, temp, top.open(), b"", directory.id)  # before the mode: an owner's may forbid user.*
-        write_meta(work.fd, temp, meta, view)
-        if exempt:
-            xattr.setx(work.fd, temp, view.form.exempt, b"y")
+        write_meta(work.fd, temp, meta, view, marks)
         with kept_times(above):
-            os.rename(temp, directory.name, src_dir_fd=work.fd, dst_dir_fd=above.fd)
+            os.rename(temp, directory.name, src_dir_fd=work.fd, dst_dir_fd=above.open())
     except BaseException:
         work.discard(temp)
         raise
@@ -285,6 +296,26 @@ def up_dir(view: View, directory: Dir, *, exempt: bool = False) -> Source:
             space.xattrs_changed(None, room)
         space.grew_by_xattrs(source.open(), b"")
     return source
+
+
+def no_room(failure: BaseException) -> bool:
+    """Whether an xattr was refused because the host has no room for it (not the limit)."""
+    return isinstance(failure, OSError) and failure.errno in _NO_ROOM and not isinstance(failure, LimitReached)
+
+
+def marked(dirfd: int, name: bytes, attribute: bytes, value: bytes) -> bool:
+    """Set an own xattr that can be done without; whether there was room for it.
+
+    Hosts keep xattrs in little room (ext4: one block for all of an inode), which a file of a lower layer may fill with
+    its own.
+    """
+    try:
+        xattr.setx(dirfd, name, attribute, value)
+    except OSError as failure:
+        if not no_room(failure):
+            raise
+        return False
+    return True
 
 
 def set_mark(view: View, dirfd: int, name: bytes, attribute: bytes, value: bytes) -> None:
@@ -311,8 +342,11 @@ def mark_impure(view: View, source: Source) -> None:
     source.marked = True
     fd = source.open()
     if xattr.try_get(fd, b"", view.form.impure) is None:
-        with contextlib.suppress(OSError):
+        try:
             xattr.setx(fd, b"", view.form.impure, b"y")
+        except OSError as error:  # without it the numbers change at the next mount, and nothing else
+            if error.errno not in _NO_MARK:
+                raise
 
 
 def set_origin(view: View, dirfd: int, name: bytes, src_fd: int, src_name: bytes, ino: int) -> None:
@@ -325,7 +359,7 @@ def set_origin(view: View, dirfd: int, name: bytes, src_fd: int, src_name: bytes
     if not value or not number or (number != ino and view.index is None):
         value = make_origin(src_fd, src_name, view.uuid_at(src_fd))
     try:
-        xattr.setx(dirfd, name, view.form.origin, value)
+        marked(dirfd, name, view.form.origin, value)
     except OSError as error:  # symbolic links and devices take no user.* xattrs
         if view.form.redirects or error.errno not in (errno.EPERM, errno.EOPNOTSUPP):
             raise
@@ -400,6 +434,7 @@ def writable(view: View, node: Node, keep: int | None = None, *, plain: bool = F
     if node.data is None and view.in_upper(node):
         return None
     view.need_upper()
+    view.trim()
     if node.type != DT_REG:
         number = errno.EISDIR if node.type == 4 else errno.EINVAL
         raise OSError(number, os.strerror(number), node.name)
@@ -460,11 +495,11 @@ def publish(view: View, stage: Stage) -> None:
                 again.run()
                 publish(view, again)
             return
+        before = NOTHING
         if not stage.temp:
-            before = view.space.xattrs(stage.dst_fd, None) if view.space is not None else NOTHING
-            _fill_metacopy(view, node, stage)
             if view.space is not None:
-                view.space.xattrs_changed(node, view.space.xattrs(stage.dst_fd, None).over(before))
+                before = view.space.xattrs(stage.dst_fd, None)
+            _fill_metacopy(view, node, stage)
         elif node.parent is None:
             _adopt_orphan(view, node, stage)
         else:
@@ -472,11 +507,21 @@ def publish(view: View, stage: Stage) -> None:
     except BaseException:
         _abandon(view, stage)
         raise
-    _use(node, stage.dst_fd)
+    if stage.temp and node.parent is None:
+        holding.hold_copy(view, node, stage.work, stage.temp, stage.dst_fd, writable=True)
+    else:
+        view.open_files.use(node, stage.dst_fd, writable=True)
+    node.data = node.attr = None
     if view.space is not None:
         node.space = None
         # the copy's xattrs are counted by :func:`place`, those of a metacopy were before
         view.space.add(total_of(view.space.count(node)) - stage.reserved)
+    if not stage.temp:  # the data is the file's own from here on, so a failure takes nothing back
+        try:
+            xattr.drop(stage.dst_fd, b"", view.form.redirect)
+        finally:
+            if view.space is not None:
+                view.space.xattrs_changed(node, view.space.xattrs(stage.dst_fd, None).over(before))
 
 
 def _abandon(view: View, stage: Stage) -> None:
@@ -489,15 +534,6 @@ def _abandon(view: View, stage: Stage) -> None:
         stage.work.discard(stage.temp)
     if view.space is not None:
         view.space.add(-stage.reserved, -1 if stage.temp else 0)
-
-
-def _use(node: Node, fd: int) -> None:
-    """From now on the node's data is behind ``fd``."""
-    if node.fd >= 0:
-        os.close(node.fd)
-    node.fd, node.wfd = fd, True
-    node.data = None
-    node.attr = None
 
 
 def _fill_metacopy(view: View, node: Node, stage: Stage) -> None:
@@ -515,16 +551,12 @@ def _fill_metacopy(view: View, node: Node, stage: Stage) -> None:
         os.fsync(fd)
     # With this mark the data counts as the lower layer's, also at the next mount: unless it goes, nothing was written.
     xattr.drop(fd, b"", form.metacopy)
-    with contextlib.suppress(OSError):  # means nothing without the other
-        xattr.drop(fd, b"", form.redirect)
 
 
 def _adopt_orphan(view: View, node: Node, stage: Stage) -> None:
     """The file lost its last name meanwhile: its copy lives on without one."""
     meta = read_meta(view, node)
     write_meta(stage.work.fd, stage.temp, meta, view)
-    os.unlink(stage.temp, dir_fd=stage.work.fd)
-    node.where = None
     if view.space is not None:
         view.space.xattrs_changed(node, view.space.xattrs(stage.dst_fd, None))
 
@@ -542,12 +574,16 @@ def place(view: View, node: Node, temp: bytes, work: WorkDir, *, metacopy: bool,
     blocks = int.from_bytes(view.attr(node)[16:24], "little")
     data = node.data if isinstance(node.data, Data) else Data(where, node.name, low, meta.size, blocks)
     source, real = physical(view, node, where)
-    set_origin(view, work.fd, temp, source.open(), real, node.id)
-    if metacopy:
-        xattr.setx(work.fd, temp, view.form.metacopy, b"")
-        if others:
-            xattr.setx(work.fd, temp, view.form.redirect, b"/" + low)
-    write_meta(work.fd, temp, meta, view)  # last: a mode without write permission forbids an owner to set user.*
+
+    def marks() -> None:
+        if metacopy and not (
+            marked(work.fd, temp, view.form.metacopy, b"")
+            and (not others or marked(work.fd, temp, view.form.redirect, b"/" + low))
+        ):
+            raise NoRoomForMark(node.name)
+        set_origin(view, work.fd, temp, source.open(), real, node.id)
+
+    write_meta(work.fd, temp, meta, view, marks)
     for above, _, name in ups[1:]:
         with kept_times(above):
             os.link(temp, name, src_dir_fd=work.fd, dst_dir_fd=above.open(), follow_symlinks=False)
@@ -576,8 +612,12 @@ def physical(view: View, node: Node, where: Source) -> tuple[Source, bytes]:
     return where, node.name
 
 
-def up_meta(view: View, node: Node) -> None:
-    """Bring an inode into the upper layer because its attributes or names are about to change."""
+def up_meta(view: View, node: Node, *, whole: bool = True) -> None:
+    """Bring an inode into the upper layer because its attributes or names are about to change.
+
+    Args:
+        whole: where the host has no room for the mark of a metacopy, copy the data, too, instead of raising ENOSPC.
+    """
     if isinstance(node, Dir):
         up_dir(view, node)
         return
@@ -607,16 +647,41 @@ def up_meta(view: View, node: Node) -> None:
     try:
         make_like(work.fd, temp, meta, node)
         is_meta = node.type == DT_REG and meta.size > 0
-        if node.fd >= 0:
-            os.close(node.fd)
-            node.fd, node.wfd = -1, False
+        view.open_files.close(node)
         place(view, node, temp, work, metacopy=is_meta, meta=meta)
-    except BaseException:
+    except BaseException as failure:
         work.discard(temp)
+        if whole and isinstance(failure, NoRoomForMark):
+            _up_whole(view, node)
+            return
         raise
     if space is not None:
         node.space = None
         space.add(total_of(space.count(node)) if node.type == DT_LNK else 0, 1)
+
+
+def _up_whole(view: View, node: Node) -> None:
+    """Copy a file up with its data, as an ordinary file."""
+    stage = writable(view, node, plain=True)
+    if stage is not None:
+        stage.run()
+        publish(view, stage)
+
+
+def note_place(view: View, node: Node) -> None:
+    """Before a metacopy gets a name elsewhere: note where its data is found; have the data where that has no room."""
+    data = node.data
+    if data is None or not view.form.redirects or not hasattr(data, "path"):
+        return
+    fd, real = (node.fd, b"") if node.where is None else (node.where.open(), node.name)
+    try:
+        set_mark(view, fd, real, view.form.redirect, b"/" + data.path)
+    except OSError as failure:
+        if not no_room(failure):
+            raise
+        if hasattr(data, "pread"):  # a redirect file's data: no copy in one piece
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), node.name) from None
+        _up_whole(view, node)
 
 
 def _copy_nameless(view: View, node: Node) -> None:
@@ -635,10 +700,8 @@ def _copy_nameless(view: View, node: Node) -> None:
     except BaseException:
         work.discard(temp)
         raise
-    os.unlink(temp, dir_fd=work.fd)
-    if node.fd >= 0:
-        os.close(node.fd)
-    node.fd, node.where, node.attr = fd, None, None
+    holding.hold_copy(view, node, work, temp, fd, writable=False)
+    node.attr = None
     if space is not None:
         node.space = None
         space.add(total_of(space.count(node)) if node.type == DT_LNK else 0, 1)

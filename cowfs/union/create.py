@@ -4,8 +4,7 @@ A new object over a whiteout is made in the work directory and renamed over it, 
 brings the deleted one back; a directory made there is opaque. Removing something that a lower
 layer has leaves a whiteout, put in place by one rename.
 
-An unlinked file stays usable while somebody holds its node: a descriptor is taken before the last
-name goes (or, when descriptors are short, the file moves to the work directory).
+An unlinked file stays usable while somebody holds its node (:mod:`cowfs.union.holding`).
 """
 
 from __future__ import annotations
@@ -18,10 +17,9 @@ from typing import TYPE_CHECKING
 
 from cowfs.format import whiteout
 from cowfs.sys import files, xattr
-from cowfs.union import copyup, hardlinks, lookup
+from cowfs.union import copyup, hardlinks, holding, lookup
 from cowfs.union.attr import mode_of, unpack, with_nlink
 from cowfs.union.layers import Source, lstat
-from cowfs.union.lifetime import unhold
 from cowfs.union.measure import NOTHING, link_units
 from cowfs.union.node import DT_DIR, DT_LNK, DT_REG, Dir, Node
 
@@ -199,9 +197,10 @@ def mknod(view: View, parent: Dir, name: bytes, mode: int, rdev: int, uid: int, 
     node = _adopt(view, parent, up, name, st)
     if fd >= 0:
         node.fd, node.wfd, node.bare = fd, True, 1
-        view.open_files.append(node)
-        if len(view.open_files) > view.max_files:
-            view.trim_files()
+        opened = view.open_files
+        opened.opened[node] = None
+        if len(opened.opened) > opened.most:
+            opened.trim()
     node.space = 0
     return node
 
@@ -331,7 +330,8 @@ def tmpfile(view: View, parent: Dir, mode: int, uid: int, gid: int, umask: int =
         ino = view.fresh_id()
     node = Node(ino, DT_REG, b"", None)
     node.generation = view.generation(ino)
-    node.fd, node.wfd, node.space = fd, True, 0
+    node.space = 0
+    holding.hold_tmpfile(view, node, fd)
     view.nodes[ino] = node
     if space is not None:
         space.add(0, 1)
@@ -349,8 +349,7 @@ def link(view: View, node: Node, parent: Dir, name: bytes) -> Node:
     assert work is not None
     if view.space is not None:
         view.space.need(0, 0, view.space.entering(name))
-    if node.data is not None and view.form.redirects and hasattr(node.data, "path"):
-        copyup.set_mark(view, *_place_of(node), view.form.redirect, b"/" + node.data.path)
+    copyup.note_place(view, node)
     over = up.whiteouts is not None and name in up.whiteouts
     dst_fd, dst = (work.fd, work.temp()) if over else (up.open(), name)
     if node.where is None:
@@ -367,46 +366,13 @@ def link(view: View, node: Node, parent: Dir, name: bytes) -> Node:
         copyup.mark_impure(view, up)
     if node.parent is None:  # a tmpfile gets its first name, or a file whose known names went one more
         view.astray.discard(node)
-        unhold(view, node)
+        holding.unhold(view, node)
         node.where, node.name = up, name
+        if node.fd >= 0:
+            view.open_files.add(node)
     view.bind(parent, name, node)
     node.attr = None
     return node
-
-
-def _place_of(node: Node) -> tuple[int, bytes]:
-    return (node.fd, b"") if node.where is None else (node.where.open(), node.name)
-
-
-def hold(view: View, node: Node) -> bytes | None:
-    """Before the last name goes: make sure the inode can still be reached.
-
-    Returns:
-        A name in the work directory when no descriptor can stand for the inode, else ``None``.
-    """
-    if node.fd >= 0 and (node.wfd or node.type != DT_REG):
-        return None
-    assert node.where is not None
-    try:
-        if node.data is not None and not getattr(node.data, "writable", False):  # ``fd`` is for data elsewhere
-            raise error(errno.EMFILE)
-        if node.type == DT_REG:
-            fd = view.open_own(node)
-            node.wfd = True
-        else:
-            fd = os.open(node.name, files.O_PATH_ANY, dir_fd=node.where.open())
-    except OSError as failure:
-        if failure.errno not in (errno.EMFILE, errno.ENFILE):
-            raise
-        work = view.workdir
-        assert work is not None
-        temp = work.temp()
-        os.link(node.name, temp, src_dir_fd=node.where.open(), dst_dir_fd=work.fd, follow_symlinks=False)
-        return temp
-    if node.fd >= 0:
-        os.close(node.fd)
-    node.fd = fd
-    return None
 
 
 def unlink(view: View, parent: Dir, name: bytes) -> None:
@@ -418,10 +384,12 @@ def unlink(view: View, parent: Dir, name: bytes) -> None:
         raise error(errno.EROFS, name)
     if not view.in_upper(node):
         nlink = unpack(view.attr(node)).nlink
-        if nlink <= 1 or not view.form.redirects or not hardlinks.complete(view, node) or not _up_for_count(view, node):
+        # Its other names are looked up in either form: through a descriptor it may be written later, under all of them.
+        others = nlink > 1 and hardlinks.complete(view, node)
+        if not others or not view.form.redirects or not _up_for_count(view, node):
             _hide(view, parent, name)
             view.unbind(parent, name, node)
-            _gone(view, node)
+            gone(view, node)
             parent.attr = None
             return
     up = view.upper_of(parent)
@@ -433,7 +401,7 @@ def unlink(view: View, parent: Dir, name: bytes) -> None:
     if view.space is not None and last:
         view.space.leaving(node)  # given back when the node goes
     if node.nlookup > 0 and not known:
-        held = hold(view, node)
+        held = holding.hold(view, node)
     remove_name(view, up, name)
     parent.attr = None
     view.unbind(parent, name, node)
@@ -444,25 +412,20 @@ def unlink(view: View, parent: Dir, name: bytes) -> None:
 
 def unnamed(view: View, node: Node, held: bytes | None, last: bool) -> None:
     """The last known name of an upper inode went; ``held`` is what :func:`hold` said, ``last`` that it has no other."""
-    if held is not None:
-        work = view.workdir
-        assert work is not None
-        node.where, node.name = work.source, held
-    elif node.nlookup > 0:
-        node.where = None
+    if node.nlookup > 0:
+        holding.held(view, node, held)
     if last:
-        _gone(view, node)
+        gone(view, node)
     elif node.nlookup > 0:
         view.astray.add(node)
-    elif view.nodes.pop(node.id, None) is not None and node.fd >= 0:
-        os.close(node.fd)  # other names exist that nobody has looked at
-        node.fd, node.wfd = -1, False
+    elif view.nodes.pop(node.id, None) is not None:
+        view.open_files.close(node)  # other names exist that nobody has looked at
 
 
 def _up_for_count(view: View, node: Node) -> bool:
     """Copy a lower hard link up under all its names, so that their count is right; no when there is no room."""
     try:
-        copyup.up_meta(view, node)
+        copyup.up_meta(view, node, whole=False)
     except OSError as failure:
         if failure.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -470,7 +433,7 @@ def _up_for_count(view: View, node: Node) -> bool:
     return True
 
 
-def _gone(view: View, node: Node) -> None:
+def gone(view: View, node: Node) -> None:
     """The last name went. A node that nobody holds goes with it."""
     if node.parent is not None:
         return
@@ -570,13 +533,15 @@ def rmdir(view: View, parent: Dir, name: bytes) -> None:
 
 
 def remove_dir(view: View, node: Dir, own: Source) -> None:
-    """Remove a directory of the upper layer that holds at most whiteouts."""
+    """Remove a directory of the upper layer that holds at most whiteouts. Its attributes can be asked for while it is held."""
     work, up = view.workdir, own.parent
     assert work is not None and up is not None
     name = own.name
-    own.open()  # attributes of a removed directory can still be asked for
+    stays = holding.must_move(view, node)
+    if not stays:
+        holding.keep(view, own)
     covered = bool(up.shadow) and name in up.shadow  # type: ignore[operator]
-    if not covered and not own.whiteouts:
+    if not covered and not own.whiteouts and not stays:
         os.rmdir(name, dir_fd=up.open())
         if view.space is not None:
             view.space.unnamed(up, name)
@@ -595,13 +560,16 @@ def remove_dir(view: View, node: Dir, own: Source) -> None:
         os.rename(name, temp, src_dir_fd=up.open(), dst_dir_fd=work.fd)
         if view.space is not None:
             view.space.unnamed(up, name)
-    work.discard(temp)
+    if stays:
+        holding.moved(view, own, temp)
+        copyup.clear(own.open())
+    else:
+        work.discard(temp)
 
 
 __all__ = [
     "DT_DIR",
     "DT_LNK",
-    "hold",
     "link",
     "lstat",
     "mkdir",

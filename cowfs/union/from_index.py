@@ -137,11 +137,14 @@ def source_at(view: View, layer: Layer, path: bytes) -> Source:
     """The Source of a directory path in a layer, made without opening anything."""
     if not path:
         return layer.root
-    key = (layer.index, path)
-    found = view.sources.get(key)
-    if found is None:
-        head, _, name = path.rpartition(b"/")
-        found = view.sources[key] = source_at(view, layer, head).child(name)
+    missing = []
+    found = view.sources.get((layer.index, path))
+    while found is None:
+        missing.append(path)
+        path = path.rpartition(b"/")[0]
+        found = view.sources.get((layer.index, path)) if path else layer.root
+    for below in reversed(missing):
+        found = view.sources[layer.index, below] = found.child(below.rpartition(b"/")[2])
     return found
 
 
@@ -189,6 +192,7 @@ def make(view: View, parent: Dir, name: bytes) -> Node | None:
         view.linked[entry.file] = ino
     where, data = locate(view, parent, name, entry)
     node = Node(ino, entry.type, name, where)
+    node.generation = view.generation(ino)
     node.data = data
     if hasattr(data, "bind"):
         data.bind(node)

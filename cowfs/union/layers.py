@@ -5,17 +5,18 @@ the merged tree: renaming a directory of the upper layer moves its Source, and t
 read-only layers never move. Every access to a file is *one name relative to a Source's
 descriptor*, so no path is ever resolved twice and no symbolic link is ever followed.
 
-Descriptors: a Source opens its O_PATH descriptor when first used. Nothing is closed in the
-middle of an operation, since an operation may hold several; :meth:`Descriptors.trim` runs
-between operations and closes the oldest above the budget.
+Descriptors: a Source opens its O_PATH descriptor when first used. Nothing that an operation may hold is closed in its
+middle; :meth:`Descriptors.trim` runs between operations and closes the oldest above the budget
+(:mod:`cowfs.sys.descriptors`).
 """
 
 from __future__ import annotations
 
 import os
-import resource
-from collections import deque
+from itertools import islice
 
+#: of a chain of directories that had to be opened, so many stay open at least
+_STAY = 16
 #: beside a layer's root: the maps of its redirect files (cowfs.row.map)
 MAP_DIR = b"../map"
 #: How a directory on the way is opened: to be gone through, never to be read.
@@ -26,20 +27,44 @@ class Descriptors:
     """A first-in, first-out budget of directory descriptors.
 
     Owner: the view's thread.
+
+    Attributes:
+        budget: how many may stay open between operations.
+        most_kept: how many removed directories may be reached by a descriptor alone.
+        opened: what is open and can be opened again.
+        kept: removed directories that somebody still holds; their descriptor is all there is.
     """
 
-    __slots__ = ("budget", "opened")
+    __slots__ = ("budget", "kept", "most_kept", "opened")
 
-    def __init__(self, budget: int | None = None) -> None:
-        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        self.budget = budget or max(16, min(4096, soft // 4))
-        self.opened: deque[Source] = deque()
+    def __init__(self, budget: int = 256, most_kept: int = 0) -> None:
+        self.budget = budget
+        self.most_kept = most_kept
+        self.opened: dict[Source, None] = {}
+        self.kept: set[Source] = set()
 
     def trim(self) -> None:
-        """Close the oldest descriptors above the budget. Only between operations."""
+        """Close the oldest descriptors above the budget, and some more, so that this is seldom. Only between operations."""
         opened = self.opened
-        while len(opened) > self.budget:
-            opened.popleft().close()
+        if len(opened) > self.budget:
+            for source in list(islice(opened, len(opened) - self.budget + self.budget // 8)):
+                source.close()
+
+    def close_all(self) -> None:
+        """Close everything that can be opened again. Only between operations."""
+        for source in list(self.opened):
+            source.close()
+
+    def keep(self, source: Source) -> None:
+        """A directory is about to lose its name: from now on its descriptor stays until :meth:`Source.close`."""
+        source.open()
+        self.opened.pop(source, None)
+        self.kept.add(source)
+
+    @property
+    def full(self) -> bool:
+        """Whether one more removed directory had better keep a name somewhere."""
+        return len(self.kept) >= self.most_kept
 
 
 class Layer:
@@ -106,23 +131,38 @@ class Source:
     def open(self) -> int:
         """The descriptor, opened when need be. Raises OSError when the directory is gone."""
         fd = self.fd
-        if fd < 0:
-            parent = self.parent
-            assert parent is not None
-            fd = os.open(self.name, WALK, dir_fd=parent.fd if parent.fd >= 0 else parent.open())
-            self.fd = fd
-            self.descriptors.opened.append(self)
+        return fd if fd >= 0 else self._open()
+
+    def _open(self) -> int:
+        """Open what is closed on the way here, from the top down; of a long way only the end stays open."""
+        closed = [self]
+        above = self.parent
+        assert above is not None
+        while above.fd < 0:
+            closed.append(above)
+            above = above.parent
+            assert above is not None
+        fd, opened = above.fd, self.descriptors.opened
+        stay = max(_STAY, self.descriptors.budget // 4)
+        for position in range(len(closed) - 1, -1, -1):
+            source = closed[position]
+            source.fd = fd = os.open(source.name, WALK, dir_fd=fd)
+            opened[source] = None
+            if position + stay < len(closed):
+                closed[position + stay].close()
         return fd
 
     def adopt(self, fd: int) -> None:
         """Take over a descriptor that somebody opened for this directory."""
         self.fd = fd
-        self.descriptors.opened.append(self)
+        self.descriptors.opened[self] = None
 
     def close(self) -> None:
-        """Close the descriptor; the next use opens it again."""
+        """Close the descriptor; the next use opens it again, unless the directory was removed."""
         fd, self.fd = self.fd, -1
         if fd >= 0:
+            self.descriptors.opened.pop(self, None)
+            self.descriptors.kept.discard(self)
             os.close(fd)
 
     def child(self, name: bytes) -> Source:

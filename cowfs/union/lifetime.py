@@ -10,6 +10,7 @@ import errno
 import os
 from typing import TYPE_CHECKING
 
+from cowfs.union import holding
 from cowfs.union.inodes import SYNTHETIC
 from cowfs.union.layers import Layer, Source
 from cowfs.union.node import Dir, Node
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from cowfs.union.view import View
 
 ROOT_ID = 1
+GENERATIONS = 0xFFFFFFFF  # file handles of FUSE hold 32 bits (fs/fuse/inode.c, fuse_encode_fh)
 
 
 def bind(view: View, parent: Dir, name: bytes, node: Node) -> None:
@@ -134,15 +136,14 @@ def drop(view: View, node: Node) -> None:
         if node.data is not None and hasattr(node.data, "close"):
             node.data.close()
         if node.fd >= 0:
-            os.close(node.fd)
-            node.fd, node.wfd = -1, False
+            view.open_files.close(node)
         if node.__class__ is Dir:
             for source in node.sources:
                 source.close()
             node.children = None
         parent = node.parent
         if parent is None:
-            unhold(view, node)
+            holding.unhold(view, node)
             if node in view.astray:
                 view.astray.discard(node)
             else:
@@ -159,14 +160,6 @@ def drop(view: View, node: Node) -> None:
             del view.moved[node]
             view.redirects.pop(view.upper, None)  # to be looked for again when needed
         node = parent
-
-
-def unhold(view: View, node: Node) -> None:
-    """Remove the name in the work directory by which a nameless inode was reached (see create.hold)."""
-    work = view.workdir
-    if work is not None and node.where is work.source:
-        work.discard(node.name)
-        node.where = None
 
 
 def _fold(view: View, parent: Dir, name: bytes, node: Node) -> None:
@@ -194,25 +187,34 @@ def _bury(view: View, node: Node) -> None:
         view.space.release(node)
     view.parents.discard(node.id)
     if node.id < SYNTHETIC and not view.monotonic:
-        view.dead[node.id] = node.generation + 1
+        view.dead[node.id] = node.generation + 1 & GENERATIONS
 
 
 def revive(view: View, id: int) -> Node:
     """The node of a file handle, forgotten or not. Raises ESTALE."""
+    way: dict[int, None] = {}
     node = view.nodes.get(id)
-    if node is not None:
-        return node
-    parent_id = view.parents.get(id)
-    if parent_id is None:
-        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-    parent = view.revive(parent_id)
-    assert isinstance(parent, Dir)
-    children = parent.children
-    if children is None:
-        children = view.load(parent)
-    for name in list(children):
-        if view.entry(parent, name)[0] == id:
-            found = view.child(parent, name)
-            if found is not None and found.id == id:
-                return found
+    while node is None:
+        parent = view.parents.get(id)
+        if parent is None or id in way:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        way[id] = None
+        id = parent
+        node = view.nodes.get(id)
+    for wanted in reversed(way):
+        node = _child_of_id(view, node, wanted)
+    return node
+
+
+def _child_of_id(view: View, parent: Node, id: int) -> Node:
+    """The node of a forgotten id in the directory that it was in. Raises ESTALE."""
+    if isinstance(parent, Dir):
+        children = parent.children
+        if children is None:
+            children = view.load(parent)
+        for name in list(children):
+            if view.entry(parent, name)[0] == id:
+                found = view.child(parent, name)
+                if found is not None and found.id == id:
+                    return found
     raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))

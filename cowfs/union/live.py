@@ -19,7 +19,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cowfs.union import copyup, from_index, hardlinks, quota
+from cowfs.union import copyup, from_index, hardlinks, holding, quota
 from cowfs.union.layers import Layer, Source
 from cowfs.union.node import Dir, Node
 
@@ -54,8 +54,10 @@ def freeze(view: View, upper: str | bytes, work: str | bytes) -> Layer:
         OSError: EROFS for a read-only view; ENOTEMPTY, EXDEV for directories that will not do.
             Then nothing has changed.
     """
-    frozen = view.need_upper()
+    frozen, before = view.need_upper(), view.workdir
     layer = _new_upper(view, upper, work, frozen.dev)
+    if before is not None and view.workdir is not None:
+        holding.carry_over(before, view.workdir)
     _push(view, layer)
     return frozen
 
@@ -100,7 +102,7 @@ def _push(view: View, layer: Layer) -> None:
     view.moved.clear()
     if view.space is not None:
         for node in view.nodes.values():
-            if node.where is not None:
+            if not holding.is_nameless(view, node):
                 node.space = None
 
 
@@ -210,9 +212,7 @@ def _strike(view: View, node: Node) -> None:
     view.names.pop(node, None)
     if node.data is not None and hasattr(node.data, "close"):
         node.data.close()
-    if node.fd >= 0:
-        os.close(node.fd)
-        node.fd, node.wfd = -1, False
+    view.open_files.close(node)
 
 
 def _drop_under_struck(view: View, stale: list[int]) -> list[tuple[int, bytes]]:

@@ -12,11 +12,11 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cowfs.sys import xattr
-from cowfs.union import attributes, create, from_index, merge
+from cowfs.union import attributes, create, from_index, holding, merge
 from cowfs.union.attr import pack, with_size
 from cowfs.union.inodes import Beneath
 from cowfs.union.layers import Layer, Source
-from cowfs.union.lifetime import ROOT_ID, unhold
+from cowfs.union.lifetime import ROOT_ID
 from cowfs.union.node import DT_DIR, Dir, Node, type_of
 
 if TYPE_CHECKING:
@@ -32,10 +32,12 @@ def node(view: View, id: int) -> Node:
 
 
 def directory(view: View, id: int) -> Dir:
-    """The live directory of an id. Raises ESTALE, ENOTDIR."""
+    """The live directory of an id, at the start of an operation. Raises ESTALE, ENOTDIR."""
     node = view.node(id)
     if not isinstance(node, Dir):
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), node.name)
+    if len(view.descriptors.opened) > view.descriptors.budget:
+        view.descriptors.trim()
     return node
 
 
@@ -160,7 +162,7 @@ def pack_into(view: View, node: Node, st: os.stat_result, source: Source, name: 
 
 def generation(view: View, ino: int) -> int:
     """The generation of an inode number's present bearer."""
-    return view.dead.get(ino, 0) if view.dead else 0
+    return view.dead.get(ino, view.era)
 
 
 def bind_inode(view: View, parent: Dir, name: bytes, source: Source, st: os.stat_result, ino: int) -> Node:
@@ -177,8 +179,10 @@ def bind_inode(view: View, parent: Dir, name: bytes, source: Source, st: os.stat
         if existing is not None and (nameless or st.st_nlink > 1) and _same(existing, source, st):
             if nameless:  # its other names were not known until now
                 view.astray.discard(existing)
-                unhold(view, existing)
+                holding.unhold(view, existing)
                 existing.where, existing.name, existing.attr = source, name, None
+                if existing.fd >= 0:
+                    view.open_files.add(existing)
             view.bind(parent, name, existing)
             view.attr(existing)
             return existing
@@ -188,7 +192,7 @@ def bind_inode(view: View, parent: Dir, name: bytes, source: Source, st: os.stat
         elif st.st_nlink > 1:
             view.displaced[real] = ino
     node = Node(ino, type_of(st.st_mode), name, source)
-    node.generation = view.dead.get(ino, 0) if view.dead else 0
+    node.generation = view.dead.get(ino, view.era) if view.dead else view.era
     view.nodes[ino] = node
     view.bind(parent, name, node)
     return node
@@ -214,7 +218,11 @@ def _beneath(view: View, parent: Dir, start: int, name: bytes) -> Iterator[Benea
     """Where lower layers may have the file that a copy was made of, as far as its path tells."""
     origin = view.form.origin
     for source in parent.sources[start:]:
-        yield source.open(), name, xattr.try_get(source.open(), name, origin), None
+        fd = source.open()
+        try:
+            yield fd, name, xattr.try_get(fd, name, origin), None
+        except FileNotFoundError:
+            continue
     if view.index is not None and parent.record is not None:
         entry = from_index.tree(view).entries(parent.record).get(name)
         if entry is not None and entry.type != DT_DIR:
@@ -270,7 +278,7 @@ def new_dir(view: View, parent: Dir, name: bytes, sources: list[Source], ino: in
         if burnt:
             view.reborn[first] = ino
     node = Dir(ino, name, sources)
-    node.generation = view.dead.get(ino, 0) if view.dead else 0
+    node.generation = view.dead.get(ino, view.era) if view.dead else view.era
     view.nodes[ino] = node
     view.bind(parent, name, node)
     return node

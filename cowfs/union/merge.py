@@ -69,7 +69,8 @@ class Search:
     A redirect that the caller met there is told by :meth:`turn`, and changes where the layers beneath are asked. An absolute one is
     walked down from the root of each layer by itself, as the kernel does (fs/overlayfs/namei.c, ovl_lookup_layer): a layer
     without the path has no part in it, a whiteout or a file on the way ends the search, an opaque directory on the way ends it
-    behind that layer, and a redirect on the way changes the path for the layers beneath. So a look-up takes no more
+    behind that layer unless an absolute redirect follows it there (ovl_check_redirect), and a redirect on the way changes the path for
+    the layers beneath. So a look-up takes no more
     steps than layers times components, whatever the layers say.
 
     Args:
@@ -114,6 +115,7 @@ class Search:
             self.parts[-1] = redirect
             return
         self.parts, self.from_root = redirect[1:].split(b"/"), True
+        self.ended = False  # an opaque directory on the way does not hold for what an absolute redirect names
         self._queue, self._position = [root for root in self._roots if root.layer.index < index], 0
 
     def _walk(self, root: Source) -> Source | None:
@@ -141,10 +143,11 @@ class Search:
                 here, fd = here.child(part), deeper
                 if root.layer.index == 0:
                     continue  # nothing is beneath
-                self.ended = self.ended or ends or whiteout.opaque_value(fd, form) == b"y"
-                redirect = None if self.ended else redirect_of(fd, b"", form)
+                opaque = whiteout.opaque_value(fd, form) == b"y"
+                self.ended = self.ended or ends or opaque
+                redirect = None if opaque else redirect_of(fd, b"", form)
                 if redirect is not None and redirect.startswith(b"/"):
-                    beneath = redirect[1:].split(b"/")
+                    beneath, self.ended = redirect[1:].split(b"/"), False
                 elif redirect is not None:
                     beneath[-1] = redirect
             self.parts = [*beneath, parts[-1]]
@@ -174,7 +177,7 @@ def merged_by(search: Search, form: Form) -> list[Source]:
             break
         child = source.child(name)
         found.append(child)
-        if source.layer.index == 0 or search.ended:
+        if source.layer.index == 0:
             break
         fd = child.open()
         value = whiteout.opaque_value(fd, form)
@@ -184,7 +187,7 @@ def merged_by(search: Search, form: Form) -> list[Source]:
         if value == b"x":
             source.layer.xwhiteouts = True
         redirect = redirect_of(fd, b"", form)
-        if redirect is not None:
+        if redirect is not None and (redirect.startswith(b"/") or not search.ended):
             search.turn(redirect, source.layer.index)
     return found
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from cowfs.model import Limit, Usage
 from cowfs.sys import files, xattr
+from cowfs.union import holding
 from cowfs.union.blocks import UNIT, Blocks, blocks_of, total_of, units
 from cowfs.union.layers import Source
 from cowfs.union.measure import (
@@ -45,16 +46,20 @@ _END = 1 << 50  # units: behind the end of any file
 _ORIGIN = 29  # bytes of the mark that a copy gets (cowfs.union.inodes.make_origin)
 
 
-class Awaited(OSError):
+class LimitReached(OSError):
+    """The limit is reached: ENOSPC, but not of the host."""
+
+    def __init__(self) -> None:
+        super().__init__(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+class Awaited(LimitReached):
     """Ask again once everything that is already forgotten was heard of: inodes without a name still hold space.
 
     Only raised for a front end that set ``view.patient``; nothing was changed. A kernel sends what it forgets behind
     requests that wait, so a client that unlinked a file can want its space, or look for it with statfs(2), before the
     view has it back. ENOSPC for whoever does not ask again.
     """
-
-    def __init__(self) -> None:
-        super().__init__(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 class Space(Tally):
@@ -63,14 +68,14 @@ class Space(Tally):
     Owner: the view's thread.
     """
 
-    __slots__ = ("_base", "_base_inodes", "_excess", "_later", "_leaving", "_nameless", "_written", "limit", "view")
+    __slots__ = ("_base", "_base_inodes", "_excess", "_later", "_leaving", "_nameless", "limit", "view", "written")
 
     def __init__(self, view: View) -> None:
         self._start(view)
         assert view.upper is not None
         self._take(walk(view.upper, view.form))
         for node in view.nodes.values():
-            if node.where is None and node.fd >= 0:  # unlinked but open: not found by a scan
+            if holding.is_nameless(view, node):  # not found by a scan
                 self.units += total_of(self.count(node))
                 self.inodes += 1
                 self._nameless.add(node)
@@ -86,7 +91,7 @@ class Space(Tally):
         self._later: list[Space] = []  # ledgers of what is there but does not count yet
         self._leaving: dict[Node, Room] = {}  # the xattrs of inodes without a name
         self._nameless: set[Node] = set()  # inodes that lost their last name, as far as they are still in use
-        self._written: set[bytes] = set()  # maps that may have become longer, from another thread, too
+        self.written: set[bytes] = set()  # maps that may have become longer, from another thread, too
 
     def _take(self, tally: Tally) -> None:
         self.units, self.inodes, self.small, self.names = tally.units, tally.inodes, tally.small, tally.names
@@ -100,7 +105,7 @@ class Space(Tally):
     def usage(self) -> Usage:
         """What is held now."""
         self._settle()
-        self._look_at_maps()
+        self.look_at_maps()
         return Usage(bytes=(self._base + self.total()) * UNIT, inodes=self._base_inodes + self.inodes)
 
     def offset(self, blocks: int, inodes: int) -> None:
@@ -110,8 +115,8 @@ class Space(Tally):
 
     def freeze(self) -> None:
         """What the upper layer holds is another layer's from now on, and goes on to count; a new one starts empty."""
-        self._look_at_maps()
-        nameless = [node for node in self.view.nodes.values() if node.where is None and node.type != DT_DIR]
+        self.look_at_maps()
+        nameless = [node for node in self.view.nodes.values() if holding.is_nameless(self.view, node)]
         xattrs = [self._leaving[node] for node in nameless if node in self._leaving]
         kept = sum(total_of(node.space) for node in nameless) + sum(room.large for room in xattrs)
         small = sum(room.small for room in xattrs)
@@ -120,7 +125,7 @@ class Space(Tally):
         self.offset(self.total(), self.inodes)
         self.clear()
         self.units, self.small, self.inodes = kept, small, len(nameless)
-        self._written.clear()
+        self.written.clear()
         self._sum()
 
     def later(self, other: Space) -> None:
@@ -130,7 +135,7 @@ class Space(Tally):
     def take_later(self) -> None:
         """Count what :meth:`later` was told."""
         for other in self._later:
-            other._look_at_maps()
+            other.look_at_maps()
             self.take(Room(other.units, other.small))
             self.inodes += other.inodes
             self.names += other.names
@@ -138,7 +143,7 @@ class Space(Tally):
             self.hidden += other.hidden
             self.exempt += other.exempt
             self.mapped.update(other.mapped)
-            self._written |= other._written
+            self.written |= other.written
         self._later.clear()
         self._sum()
 
@@ -192,13 +197,13 @@ class Space(Tally):
 
     def _full(self) -> OSError:
         """What to raise when something does not fit."""
-        return Awaited() if self._may_return() else OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return Awaited() if self._may_return() else LimitReached()
 
     def _may_return(self) -> bool:
         """Whether space may come back without anybody's doing, and the front end has a way to wait for that."""
         if not self.view.patient:
             return False
-        self._nameless = {node for node in self._nameless if node.where is None}  # an unlink may have failed
+        self._nameless = {node for node in self._nameless if node.parent is None}  # an unlink may have failed
         return bool(self._nameless)
 
     def add(self, blocks: int, inodes: int = 0) -> None:
@@ -378,7 +383,7 @@ class Space(Tally):
 
     def map_written(self, name: bytes, size: int) -> None:
         """A map has ``size`` bytes now; it may become a little longer when it is synced."""
-        self._written.add(name)
+        self.written.add(name)
         if self.mapped.get(name) != units(size):
             self.map(name, size)
             self._look_at_map_dir()
@@ -390,7 +395,7 @@ class Space(Tally):
 
     def map_gone(self, name: bytes) -> None:
         """A map was removed."""
-        self._written.discard(name)
+        self.written.discard(name)
         self.map(name, 0)
         self._sum()
 
@@ -399,13 +404,13 @@ class Space(Tally):
         if self.host.grows and rows is not None and self.view.upper is not None:
             self.grew(os.fstat(rows.map_dir(self.view.upper)))
 
-    def _look_at_maps(self) -> None:
+    def look_at_maps(self) -> None:
         """Maps are synced in a thread of their own, which makes them longer."""
         rows = self.view.rows
-        if not self._written or rows is None or self.view.upper is None:
+        if not self.written or rows is None or self.view.upper is None:
             return
         there = rows.map_dir(self.view.upper)
-        for name in list(self._written):
+        for name in list(self.written):
             try:
                 self.map(name, os.stat(name, dir_fd=there, follow_symlinks=False).st_size)
             except FileNotFoundError:
@@ -415,7 +420,7 @@ class Space(Tally):
     def statfs(self, host: os.statvfs_result) -> os.statvfs_result:
         """statvfs with the limit as the size; available also bounded by what the host has."""
         self._settle()
-        self._look_at_maps()
+        self.look_at_maps()
         fields = list(host[:10])
         host_free = host.f_bavail * host.f_frsize // UNIT
         if self.limit.bytes is not None:

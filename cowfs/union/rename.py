@@ -1,4 +1,4 @@
-"""rename with its flags, never EXDEV.
+"""rename with its flags.
 
 What moves is always the upper layer's object, so what only a lower layer has is copied up first:
 a file as a metacopy with ``redirect``, a directory by itself with ``redirect`` naming its lower
@@ -16,17 +16,19 @@ import contextlib
 import errno
 import os
 from bisect import insort
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from cowfs.format.whiteout import WH_PREFIX
 from cowfs.sys import files, xattr
-from cowfs.union import copyup, create, hardlinks
+from cowfs.union import copyup, create, hardlinks, holding
 from cowfs.union.attr import unpack
 from cowfs.union.create import error
 from cowfs.union.layers import Source
 from cowfs.union.node import DT_REG, Dir, Node
 
 if TYPE_CHECKING:
+    from cowfs.union.measure import Room
     from cowfs.union.view import View
 
 _NOREPLACE, _EXCHANGE, _WHITEOUT = (
@@ -43,7 +45,7 @@ def rename(view: View, parent: Dir, name: bytes, to: Dir, to_name: bytes, flags:
         flags: 0, RENAME_NOREPLACE or RENAME_EXCHANGE.
 
     Raises:
-        OSError: as renameat2(2); never EXDEV.
+        OSError: as renameat2(2); EXDEV only for a directory whose marks the host has no room for.
     """
     if flags & ~(_NOREPLACE | _EXCHANGE) or flags == _NOREPLACE | _EXCHANGE:
         raise error(errno.EINVAL, name)
@@ -104,7 +106,7 @@ def _bring_up(view: View, node: Node) -> None:
             merged = len(node.sources) > 1 or view.upper_of(node) is None or node.record is not None
             source = copyup.up_dir(view, node)
             if merged:
-                copyup.set_mark(view, source.open(), b"", view.form.redirect, b"/" + low)
+                _mark(view, source, view.form.redirect, b"/" + low)
                 if node.lowpath is None:
                     view.moved[node] = None
                 node.lowpath = low
@@ -112,8 +114,18 @@ def _bring_up(view: View, node: Node) -> None:
             _copy_subtree(view, node)
         return
     copyup.up_meta(view, node)
-    if node.data is not None and hasattr(node.data, "path") and view.form.redirects:
-        copyup.set_mark(view, *create._place_of(node), view.form.redirect, b"/" + node.data.path)
+    copyup.note_place(view, node)
+
+
+def _mark(view: View, own: Source, attribute: bytes, value: bytes) -> None:
+    """Set an own xattr that a directory cannot move without. Raises EXDEV where there is no room for it: then it is
+    copied by whoever moves it, as between file systems."""
+    try:
+        copyup.set_mark(view, own.open(), b"", attribute, value)
+    except OSError as failure:
+        if not copyup.no_room(failure):
+            raise
+        raise error(errno.EXDEV, own.name) from None
 
 
 def _upper_dir(view: View, node: Dir) -> Source:
@@ -137,16 +149,9 @@ def _move(view: View, parent: Dir, name: bytes, node: Node, to: Dir, to_name: by
     lands = _lower_has(view, to, destination, to_name, other)
     if isinstance(node, Dir):
         if lands and node.lowpath is None:
-            xattr.setx(_upper_dir(view, node).open(), b"", view.form.opaque, b"y")
+            _mark(view, _upper_dir(view, node), view.form.opaque, b"y")
         _clear_way(view, destination, to_name, other)
-    held, last, known = None, False, False
-    gone = None
-    if other is not None and not isinstance(other, Dir):
-        if not view.in_upper(other) and view.form.redirects and hardlinks.complete(view, other):
-            copyup.up_meta(view, other)
-        held, last, known = _prepare_victim(view, other)
-    elif isinstance(other, Dir) and space is not None and (own := view.upper_of(other)) is not None:
-        gone = space.directory_gone(own)
+    held, last, known, gone = _take_victim(view, other)
     replaces = other is not None and (
         view.upper_of(other) is not None if isinstance(other, Dir) else view.in_upper(other)
     )
@@ -170,6 +175,23 @@ def _move(view: View, parent: Dir, name: bytes, node: Node, to: Dir, to_name: by
     if other is not None:
         _bury_victim(view, to, to_name, other, held, last, known)
     _rebind(view, parent, name, node, to, to_name, destination)
+
+
+def _take_victim(
+    view: View, other: Node | None
+) -> tuple[bytes | None, bool, bool, tuple[Room, int, int, int, int] | None]:
+    """Before a rename replaces what stands at its name: descriptor held, whether it is the last name, whether that
+    is known, and the room that a directory gives back."""
+    if other is None:
+        return None, False, False, None
+    if isinstance(other, Dir):
+        own = view.upper_of(other)
+        if view.space is None or own is None:
+            return None, False, False, None
+        return None, False, False, view.space.directory_gone(own)
+    if not view.in_upper(other) and hardlinks.complete(view, other) and view.form.redirects:
+        copyup.up_meta(view, other)
+    return *_prepare_victim(view, other), None
 
 
 def _rename_or_whiteout(view: View, src_fd: int, name: bytes, dst_fd: int, to_name: bytes, leaves: bool) -> None:
@@ -198,19 +220,28 @@ def _lower_has(view: View, to: Dir, destination: Source, name: bytes, other: Nod
 
 
 def _clear_way(view: View, destination: Source, name: bytes, other: Node | None) -> None:
-    """An empty upper directory that is to be replaced must be empty on the host, too."""
+    """An empty upper directory that is to be replaced must be empty on the host, too, and can be used while it is held."""
     if not isinstance(other, Dir):
         return
     own = view.upper_of(other)
-    if own is None or not own.whiteouts:
+    if own is None:
         return
+    stays = holding.must_move(view, other)
+    if not stays:
+        holding.keep(view, own)
+        if not own.whiteouts:
+            return
     work = view.workdir
     assert work is not None
     temp = work.temp()
     os.mkdir(temp, 0o700, dir_fd=work.fd)
     xattr.setx(work.fd, temp, view.form.opaque, b"y")
     files.rename2(work.fd, temp, destination.open(), name, _EXCHANGE)
-    work.discard(temp)
+    if stays:
+        holding.moved(view, own, temp)
+        copyup.clear(own.open())
+    else:
+        work.discard(temp)
 
 
 def _prepare_victim(view: View, other: Node) -> tuple[bytes | None, bool, bool]:
@@ -223,7 +254,7 @@ def _prepare_victim(view: View, other: Node) -> tuple[bytes | None, bool, bool]:
     if view.space is not None and last:
         view.space.leaving(other)
     if other.nlookup > 0 and not known:
-        held = create.hold(view, other)
+        held = holding.hold(view, other)
     return held, last, known
 
 
@@ -246,7 +277,7 @@ def _bury_victim(view: View, to: Dir, to_name: bytes, other: Node, held: bytes |
     if upper:
         create.unnamed(view, other, held, last)
     else:
-        create._gone(view, other)
+        create.gone(view, other)
 
 
 def _account_names(source: Source, name: bytes, leaves: bool, destination: Source, to_name: bytes, lands: bool) -> None:
@@ -304,7 +335,7 @@ def _exchange(view: View, parent: Dir, name: bytes, node: Node, to: Dir, to_name
     source, destination = _upper_dir(view, parent), _upper_dir(view, to)
     for moved, place, at in ((node, destination, to_name), (other, source, name)):
         if isinstance(moved, Dir) and moved.lowpath is None and place.shadow and at in place.shadow:
-            xattr.setx(_upper_dir(view, moved).open(), b"", view.form.opaque, b"y")
+            _mark(view, _upper_dir(view, moved), view.form.opaque, b"y")
     files.rename2(source.open(), name, destination.open(), to_name, _EXCHANGE)
     assert parent.children is not None and to.children is not None
     for directory, at, arrived, up, was in (
@@ -339,55 +370,74 @@ def _copy_subtree(view: View, node: Dir) -> None:
     if view.space is not None:
         need, inodes = _subtree_cost(view, node)
         view.space.need(need, inodes)
-    _up_all(view, node)
-    _make_opaque(view, node)
+    with _held_dirs(view, node) as directories:
+        for directory in directories:
+            _up_all(view, directory)
+        for directory in reversed(directories):  # inside first
+            _make_opaque(view, directory)
 
 
-def _subtree_cost(view: View, node: Dir) -> tuple[int, int]:
-    blocks, inodes = (0, 0) if view.upper_of(node) is not None else (1, 1)
-    children = node.children if node.children is not None else view.load(node)
+@contextlib.contextmanager
+def _held_dirs(view: View, top: Dir) -> Iterator[list[Dir]]:
+    """A directory and all below it, each before those inside it; they stay while the block lasts, whatever is forgotten."""
+    found = [top]
+    top.nlookup += 1
+    try:
+        for directory in found:  # grows meanwhile
+            for child in _children(view, directory):
+                if isinstance(child, Dir):
+                    child.nlookup += 1
+                    found.append(child)
+            view.descriptors.trim()
+        yield found
+    finally:
+        for directory in reversed(found):
+            directory.nlookup -= 1
+            if directory.nlookup <= 0:
+                view.drop(directory)
+
+
+def _children(view: View, directory: Dir) -> Iterator[Node]:
+    """The nodes of a directory's names."""
+    children = directory.children if directory.children is not None else view.load(directory)
     for name in list(children):
-        child = view.child(node, name)
-        if isinstance(child, Dir):
-            more, count = _subtree_cost(view, child)
-            blocks, inodes = blocks + more, inodes + count
-        elif child is not None and not view.in_upper(child):
-            inodes += 1
-            if child.type == DT_REG:
-                blocks += (view.size(child) + 4095) // 4096
+        child = view.child(directory, name)
+        if child is not None:
+            yield child
+
+
+def _subtree_cost(view: View, top: Dir) -> tuple[int, int]:
+    blocks = inodes = 0
+    with _held_dirs(view, top) as directories:
+        for directory in directories:
+            if view.upper_of(directory) is None:
+                blocks, inodes = blocks + 1, inodes + 1
+            for child in _children(view, directory):
+                if not isinstance(child, Dir) and not view.in_upper(child):
+                    inodes += 1
+                    if child.type == DT_REG:
+                        blocks += (view.size(child) + 4095) // 4096
     return blocks, inodes
 
 
-def _up_all(view: View, node: Dir) -> None:
-    copyup.up_dir(view, node)
-    children = node.children if node.children is not None else view.load(node)
-    node.nlookup += 1  # it must not go with the last of its files that does
-    try:
-        for name in list(children):
-            child = view.child(node, name)
-            if isinstance(child, Dir):
-                _up_all(view, child)
-            elif child is not None:
-                copyup.up_meta(view, child)
-                if child.nlookup <= 0:
-                    with contextlib.suppress(OSError):
-                        view.drop(child)
-    finally:
-        node.nlookup -= 1
-    view.descriptors.trim()
+def _up_all(view: View, directory: Dir) -> None:
+    """Copy a directory up, with every file in it."""
+    copyup.up_dir(view, directory)
+    for child in _children(view, directory):
+        if not isinstance(child, Dir):
+            copyup.up_meta(view, child)
+            if child.nlookup <= 0:
+                with contextlib.suppress(OSError):
+                    view.drop(child)
+    view.trim()
 
 
 def _make_opaque(view: View, node: Dir) -> None:
-    """Cut a directory off from the lower layers, inside first; its whiteouts are needed no more."""
-    children = node.children if node.children is not None else view.load(node)
-    for name in list(children):
-        child = view.child(node, name)
-        if isinstance(child, Dir):
-            _make_opaque(view, child)
+    """Cut a directory off from the lower layers; its whiteouts are needed no more."""
     own = _upper_dir(view, node)
     if len(node.sources) > 1 or node.record is not None:
         copyup.mark_impure(view, own)  # merged, it was so without saying
-        xattr.setx(own.open(), b"", view.form.opaque, b"y")
+        _mark(view, own, view.form.opaque, b"y")
     if own.whiteouts:
         with copyup.kept_times(own):
             for name in own.whiteouts:

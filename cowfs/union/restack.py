@@ -124,8 +124,6 @@ def own_data(view: View, node: Node) -> None:
         if stage is not None:
             stage.run()
             copyup.publish(view, stage)
-            if node.fd >= 0:
-                view.open_files.append(node)
     node.space = None
 
 
@@ -256,24 +254,22 @@ def _move_file(view: View, node: Node, dropped: set[Layer], again: bool) -> None
         _find_again(view, node)
     elif isinstance(data, RowFile):
         if data.layer in dropped:  # a metacopy of one
-            _close(node)
+            _close(view, node)
             node.data = _data(view, node)
         else:
             data.rebase()
     elif isinstance(data, Data) and data.where.layer in dropped:
-        _close(node)
+        _close(view, node)
         node.data = _data(view, node)
     if node.data is not data and isinstance(node.data, RowFile):
         node.data.bind(node)
 
 
-def _close(node: Node) -> None:
+def _close(view: View, node: Node) -> None:
     """Let go of data in a layer that goes."""
     if isinstance(node.data, RowFile):
         node.data.close()
-    if node.fd >= 0:
-        os.close(node.fd)
-        node.fd, node.wfd = -1, False
+    view.open_files.close(node)
     node.data = node.space = None
 
 
@@ -315,7 +311,7 @@ def _find_again(view: View, node: Node) -> None:
         if isinstance(node.data, RowFile):
             node.data.rebase()
         return
-    _close(node)
+    _close(view, node)
     node.where, node.data = place
 
 

@@ -6,7 +6,9 @@ permission: a front end does both. What it learned it keeps, so a second questio
 call: a directory's names from one scan of each of its layers, a file's attributes from one lstat.
 
 ===================  =====================================================================
-:mod:`layers`        layers and their directories; descriptors
+:mod:`layers`        layers and their directories
+:mod:`openfiles`     the descriptors of file data
+:mod:`holding`       files and directories that lost their last name
 :mod:`lookup`        from a name to its node
 :mod:`lifetime`      names of nodes, look-up counts, forgotten nodes
 :mod:`listing`       directories that change while they are listed
@@ -31,10 +33,8 @@ name documents.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -43,6 +43,7 @@ from cowfs.format.whiteout import choose_form, opaque_value
 from cowfs.model import Limit, Usage
 from cowfs.row import redirects
 from cowfs.sys import files
+from cowfs.sys.descriptors import share_out
 from cowfs.union import (
     attributes,
     content,
@@ -62,6 +63,7 @@ from cowfs.union.inodes import SYNTHETIC, Inodes
 from cowfs.union.layers import Descriptors, Layer, Source
 from cowfs.union.lifetime import ROOT_ID
 from cowfs.union.node import Dir, Node
+from cowfs.union.openfiles import OpenFiles
 from cowfs.union.options import Options
 from cowfs.union.owners import Owners, make_owners
 
@@ -113,7 +115,9 @@ class View:
             raise InvalidArgument(f"layers are a sequence of directories, not one path: {lowers!r}", remedy="[path]")
         self.options = options = options or Options()
         self.form = choose_form(options.form, dotwh=options.dotwh)
-        self.descriptors = Descriptors(options.max_fds)
+        self.share = share_out(options.max_fds)
+        self.descriptors = Descriptors(self.share.directories, self.share.removed)
+        self.open_files = OpenFiles(self.share)
         self.layers: list[Layer] = []
         self.upper: Layer | None = None
         self.workdir: copyup.WorkDir | None = None
@@ -144,10 +148,11 @@ class View:
         #: work directories of frozen layers: files that were open may still be in them
         self.retired: list[copyup.WorkDir] = []
         self.parents = Parents()  # forgotten id -> its parent's id
+        #: the first generation of each id: another one for each view, so that a file handle made before a remount, when an
+        #: id may have been another file's, is ESTALE
+        self.era = int.from_bytes(os.urandom(4), "little")
         self.dead: dict[int, int] = {}  # id -> generation that its next bearer gets
         self.synthetic = SYNTHETIC
-        self.open_files: deque[Node] = deque()
-        self.max_files = self.descriptors.budget
         #: further names of nodes with more than one, the first being (node.parent, node.name)
         self.names: dict[Node, list[tuple[Dir, bytes]]] = {}
         self.groups: dict[Layer, hardlinks.Groups] = {}
@@ -210,12 +215,11 @@ class View:
         if self.rows is not None:
             self.rows.close()
         for node in list(self.nodes.values()):
-            if node.fd >= 0:
-                os.close(node.fd)
-                node.fd, node.wfd = -1, False
+            self.open_files.close(node)
         self.nodes.clear()
-        self.descriptors.budget = 0
-        self.descriptors.trim()
+        self.descriptors.close_all()
+        for removed in list(self.descriptors.kept):
+            removed.close()
         for source in self.sources.values():
             source.close()
         for layer in self.layers:
@@ -322,15 +326,19 @@ class View:
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
         return self.upper
 
-    def trim_files(self) -> None:
-        """Close the data descriptors opened longest ago. Only while none is in use."""
-        opened = self.open_files
-        while len(opened) > self.max_files:
-            node = opened.popleft()
-            if node.fd >= 0 and node.where is not None:
-                with contextlib.suppress(OSError):
-                    os.close(node.fd)
-                node.fd, node.wfd = -1, False
+    def trim(self) -> None:
+        """Close the descriptors opened longest ago, above their shares. Only at the start of an operation."""
+        self.descriptors.trim()
+        self.open_files.trim()
+        if self.rows is not None:
+            self.rows.trim_logs()
+
+    def give_back(self) -> None:
+        """Close every descriptor that can be opened again. Only between operations."""
+        self.descriptors.close_all()
+        self.open_files.close_all()
+        if self.rows is not None:
+            self.rows.give_back()
 
     # -- the rest, one concept a module ---------------------------------------------------------
 

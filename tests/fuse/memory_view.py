@@ -95,6 +95,11 @@ class MemoryView:
             hook()
         return object.__getattribute__(self, name)
 
+    def trim(self) -> None:
+        """Nothing is open."""
+
+    give_back = trim
+
     # nodes
 
     def node(self, id: int) -> MemNode:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -96,13 +95,11 @@ def test_in_the_user_form_every_change_of_a_large_file_copies_on_a_worker(mounte
     mnt = mounted("user")
     thread = run(mnt, CHANGES[what])
     assert slow.entered.wait(10)
-    start = time.monotonic()
     assert os.stat(mnt / "small").st_size == 1
     assert (mnt.path / "small").read_bytes() == b"s"
     if what not in ("link", "rename", "exchange"):  # (the kernel keeps others out of the directories of these)
         (mnt.path / "d/new").write_bytes(b"x")
         assert os.listdir(mnt / "d") == ["new"]
-    assert time.monotonic() - start < 10
     assert thread.is_alive()
     slow.leave.set()
     thread.join(10)

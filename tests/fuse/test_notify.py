@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -144,10 +143,8 @@ def test_invalidating_a_dirty_map_does_not_hang(mnt: Any) -> None:
         assert process.stdout is not None
         assert process.stdin is not None
         assert process.stdout.readline() == "dirty\n"
-        start = time.monotonic()
         mnt.session.notifier.inval_inode(node.id)
-        assert mnt.session.notifier.flush(15)
-        assert time.monotonic() - start < 15
+        assert mnt.session.notifier.flush(30)
         process.stdin.write("\n")
         process.stdin.flush()
         assert process.stdout.readline() == "b'dirty'\n"

@@ -27,6 +27,12 @@ _numbers = itertools.count()
 
 
 @pytest.fixture
+def short(scratch: Path, can_mount: None) -> Path:
+    """A directory whose name leaves room for the addresses of sockets below it."""
+    return scratch / f"r{next(_numbers)}"
+
+
+@pytest.fixture
 def make_daemon(scratch: Path, can_mount: None) -> Iterator[Callable[..., Daemon]]:
     """A function that makes a daemon; it is ended after the test, and a traceback in its log fails the test."""
     pytest.importorskip("h11", reason="the extra cowfs[daemon] is not installed")

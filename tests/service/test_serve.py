@@ -84,17 +84,17 @@ def test_ping_has_the_headers_that_clients_negotiate_by(daemon: Daemon) -> None:
     assert answer.endswith(b"\r\n\r\n")
 
 
-def test_one_instance_for_a_store(make_daemon: Make, space: Path) -> None:
+def test_one_instance_for_a_store(make_daemon: Make, space: Path, short: Path) -> None:
     daemon = make_daemon().start()
-    done = cowfs("serve", "--root", str(daemon.root), "--run-dir", str(space / "r"), "-H", f"unix://{space}/other.sock")
+    done = cowfs("serve", "--root", str(daemon.root), "--run-dir", str(short), "-H", f"unix://{space}/other.sock")
     assert done.returncode == 5
     assert f"process {daemon.pid}" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_a_door_that_somebody_has_is_not_taken(make_daemon: Make, space: Path) -> None:
+def test_a_door_that_somebody_has_is_not_taken(make_daemon: Make, space: Path, short: Path) -> None:
     daemon = make_daemon().start()
-    done = cowfs("serve", "--root", str(space / "s2"), "--run-dir", str(space / "r"), "-H", f"unix://{daemon.socket}")
+    done = cowfs("serve", "--root", str(space / "s2"), "--run-dir", str(short), "-H", f"unix://{daemon.socket}")
     assert done.returncode == 5
     assert "listens" in done.stderr
     assert daemon.request("GET", "/_ping")[0] == 200
@@ -126,8 +126,8 @@ def test_several_doors(make_daemon: Make, docker_command: str) -> None:
 
 
 @pytest.mark.parametrize("door", ["tcp://0.0.0.0:0", "tcp://[::]:0"])
-def test_an_open_door_is_refused(space: Path, door: str) -> None:
-    done = cowfs("serve", "--root", str(space / "s"), "--run-dir", str(space / "r"), "-H", door)
+def test_an_open_door_is_refused(space: Path, door: str, short: Path) -> None:
+    done = cowfs("serve", "--root", str(space / "s"), "--run-dir", str(short), "-H", door)
     assert done.returncode == 2
     assert "--insecure" in done.stderr
     assert "root on this machine" in done.stderr
@@ -154,8 +154,8 @@ def test_insecure_says_what_it_does(make_daemon: Make) -> None:
         (["--config", "/no/such/file.toml"], "no such file"),
     ],
 )
-def test_bad_options_are_one_line(space: Path, arguments: list[str], told: str) -> None:
-    done = cowfs("serve", "--root", str(space / "s"), "--run-dir", str(space / "r"), *arguments)
+def test_bad_options_are_one_line(space: Path, arguments: list[str], told: str, short: Path) -> None:
+    done = cowfs("serve", "--root", str(space / "s"), "--run-dir", str(short), *arguments)
     assert done.returncode not in (0, 1)
     assert told in done.stderr
     assert len(done.stderr.splitlines()) == 1
@@ -227,7 +227,7 @@ def test_secrets_are_not_in_the_log(make_daemon: Make) -> None:
     assert "hunter2" not in daemon.log
 
 
-def test_systemd_passes_sockets_and_is_told(make_daemon: Make, space: Path) -> None:
+def test_systemd_passes_sockets_and_is_told(make_daemon: Make, space: Path, short: Path) -> None:
     """Socket activation by the protocol of sd_listen_fds(3), readiness by that of sd_notify(3)."""
     notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     notify.bind(str(space / "notify"))
@@ -248,7 +248,7 @@ def test_systemd_passes_sockets_and_is_told(make_daemon: Make, space: Path) -> N
             "--root",
             str(space / "s"),
             "--run-dir",
-            str(space / "r"),
+            str(short),
         ],
         pass_fds=[listening.fileno()],
         env={**os.environ, "NOTIFY_SOCKET": str(space / "notify")},

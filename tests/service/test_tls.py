@@ -176,10 +176,10 @@ def test_tls_init_prints_lines_that_work(make_daemon: Make, space: Path, docker_
 
 
 @pytest.mark.parametrize("missing", ["ca.pem", "server-cert.pem", "server-key.pem"])
-def test_a_missing_file_is_one_line(certs: Path, space: Path, missing: str) -> None:
+def test_a_missing_file_is_one_line(certs: Path, space: Path, missing: str, short: Path) -> None:
     (certs / missing).unlink()
     done = subprocess.run(
-        [sys.executable, "-m", "cowfs", "serve", "--root", str(space / "s"), "--run-dir", str(space / "r"), "-H", "tcp://127.0.0.1:0",
+        [sys.executable, "-m", "cowfs", "serve", "--root", str(space / "s"), "--run-dir", str(short), "-H", "tcp://127.0.0.1:0",
          *options(certs)], capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert done.returncode == 2

@@ -1,7 +1,7 @@
 """Random histories of a store agree with a plain directory, and every committed snapshot stays what it was.
 
-The model is ``support.history``. ``--history 200000`` makes a long run; a failure prints its driver, seed and steps, shrunk,
-which ``python -m support.history --replay FILE`` carries out again.
+The model is ``support.history`` and ``support.histories``. ``--history 200000`` makes a long run; a failure prints its driver, seed and steps, shrunk,
+which ``python -m support.histories --replay FILE`` carries out again.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from support import users
-from support.history import forget_here
+from support.histories import forget_here
 from support.hostfs import HostFs
 
 pytestmark = pytest.mark.skipif(not os.path.exists("/dev/fuse") or os.geteuid() != 0, reason="needs /dev/fuse and root")
@@ -54,8 +54,8 @@ def run(command: list[str], environment: dict[str, str]) -> str:
 
 
 def history(place: Path, who: str, *arguments: str) -> str:
-    """``python -m support.history`` as root or as the ordinary user."""
-    words = ["-m", "support.history", "--place", str(place), *arguments]
+    """``python -m support.histories`` as root or as the ordinary user."""
+    words = ["-m", "support.histories", "--place", str(place), *arguments]
     if who == "root":
         paths = os.pathsep.join([TESTS, os.path.dirname(TESTS), os.environ.get("PYTHONPATH", "")])
         return run([sys.executable, *words], {**os.environ, "PYTHONPATH": paths})

@@ -17,6 +17,8 @@ import pytest
 from cowfs.cli import main
 from cowfs.index.directory import root_digest
 from cowfs.store import Store
+from cowfs.sys import xattr
+from cowfs.union import View
 
 from .conftest import content
 
@@ -130,3 +132,61 @@ def _layer(data: bytes) -> bytes:
         member.size, member.mtime = len(data), 1_600_000_000
         tar.addfile(member, io.BytesIO(data))
     return out.getvalue()
+
+
+UNDELETED = {"whiteout": "dir/a", "opaque": "dir/a", "directory": "dir", "root": "data"}
+
+
+@pytest.fixture
+def undeleted(space: Path) -> Path:
+    subprocess.run(
+        ["tar", "--xattrs", "--xattrs-include=*", "-xzC", str(space), "-f", str(DATA / "undeleted-0.1.tar.gz")],
+        check=True,
+    )
+    return space
+
+
+@pytest.mark.parametrize("case", UNDELETED)
+@pytest.mark.parametrize("driver", ["overlay", "row"])
+def test_what_an_archive_deletes_and_its_layer_shows_is_told(undeleted: Path, driver: str, case: str) -> None:
+    """A repair forgets the diff ids, so that the same archive, imported again, becomes a layer of its own."""
+    root, path = undeleted / f"{driver}-{case}", UNDELETED[case]
+    assert found(root) == [("archive", "top", path, False)]
+    assert found(root, repair=True) == [("archive", "top", path, True)]
+    assert found(root) == []
+    with Store.open(root, create=False) as store:
+        top, above = store.index.get("top"), store.index.get("above")
+        assert top.diff_id is top.chain_id is above.chain_id is None
+
+
+@pytest.mark.parametrize("committed", [False, True])
+def test_writes_that_a_mark_hides_are_told(space: Path, committed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """0.1.0 left a metacopy mark that the host did not remove; data of an interrupted copy is what is shown, and no damage."""
+    body = os.urandom(300_000)
+    with Store.open(space / "store", driver="overlay", fsync=False) as store:
+        store.prepare("work")
+        for name in ("lost", "torn", "fine"):
+            (space / "store" / "layers" / store.index.get("work").id / "fs" / name).write_bytes(body)
+        store.commit("work", "base")
+        store.prepare("key", "base")
+        driver = store.driver
+        lower, upper = driver.tree(store.index.get("base").id), driver.tree(store.index.get("key").id)
+        view = View([lower], upper, driver.work(store.index.get("key").id))
+        for name in (b"lost", b"torn", b"fine"):
+            view.setattr(view.lookup(view.root, name), mode=0o600)
+        real = xattr.drop
+        monkeypatch.setattr(
+            xattr,
+            "drop",
+            lambda fd, name, attribute: None if attribute == view.form.metacopy else real(fd, name, attribute),
+        )
+        view.write(view.lookup(view.root, b"lost"), 100_000, b"new")
+        monkeypatch.undo()
+        view.close()
+        with open(f"{upper}/torn", "r+b") as file:  # killed in the middle of a copy
+            file.write(body[:200_000])
+        if committed:
+            store.commit("key", "top")
+    name = "top" if committed else "key"
+    for repair in (False, True):
+        assert found(space / "store", repair=repair) == [("content", name, "lost", False)]

@@ -176,3 +176,30 @@ def test_a_metacopy_of_the_lowest_layer_is_no_file_of_zeros(trusted: Stack) -> N
         paths.read_bytes("f")
     assert paths.read_bytes("g") == b"data"
     assert paths.read_bytes("h") == bytes(1 << 20)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_an_absolute_redirect_leads_out_of_an_opaque_directory(trusted: Stack, last: bool) -> None:
+    """What is opaque hides what is beneath it, and not what a redirect further down the same path names (ovl_check_redirect)."""
+    for redirect in (None, b"/d", b"/a/b" if last else b"/a/b/c"):
+        layer = trusted.add()
+        if redirect is None:
+            (layer.path / "d/c").mkdir(parents=True)
+            (layer.path / "d/f").write_bytes(b"data")
+            (layer.path / "d/c/f").write_bytes(b"data")
+        elif redirect == b"/d":
+            (layer.path / "a/b").mkdir(parents=True)
+            os.setxattr(layer.path / "a", "trusted.overlay.opaque", b"y")
+            os.setxattr(layer.path / "a/b", "trusted.overlay.redirect", redirect)
+        else:
+            (layer.path / "x").mkdir()
+            os.setxattr(layer.path / "x", "trusted.overlay.redirect", redirect)
+    paths = trusted.open(readonly=True)
+    ours = walk(Ours(paths))
+    assert paths.read_bytes("x/f") == b"data"
+    paths.view.close()
+    target = trusted.base / "mnt"
+    target.mkdir()
+    with mounts.overlay(trusted.layers, target):
+        assert (target / "x/f").read_bytes() == b"data"
+        assert ours == walk(Kernel(target))

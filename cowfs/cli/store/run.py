@@ -48,7 +48,7 @@ def _configure_run(parser: argparse.ArgumentParser) -> None:
     parser.usage = "cowfs run PARENT [options] -- CMD [ARG ...]"
     known = parser.parse_known_args
 
-    def parse_known_args(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    def parse_known_args(arguments: list[str], namespace: object = None) -> tuple[argparse.Namespace, list[str]]:
         """What follows ``--`` is the command's, whatever it looks like."""
         at = arguments.index("--") if "--" in arguments else len(arguments)
         args, rest = known(arguments[:at])
@@ -195,11 +195,12 @@ def _in_namespace(store: Store, key: str, start: _Start) -> int:
             if pid == 0:
                 for fd in (reading, begun, *([terminal.master] if terminal else [])):
                     os.close(fd)
-                os._exit(
-                    _guarded_child(
-                        writing, begins, store, key, spec_target, start, terminal.slave if terminal else None
-                    )
-                )
+                code = 1
+                try:
+                    slave = terminal.slave if terminal else None
+                    code = _guarded_child(writing, begins, store, key, spec_target, start, slave)
+                finally:
+                    os._exit(code)
             _pass_on(pid, handlers)
         os.close(writing)
         os.close(begins)
@@ -221,11 +222,11 @@ def _in_namespace(store: Store, key: str, start: _Start) -> int:
         if spec_target:
             os.rmdir(spec_target)
     if problem:
-        number, _, message = problem.partition(" ")
-        if number == "signal":
+        kind, _, message = problem.partition(" ")
+        if kind == "signal":
             raise _Stopped(int(message))
         failed = CowfsError(message)
-        failed.exit_code = int(number)  # type: ignore[misc]
+        failed.exit_code = int(kind)  # type: ignore[misc]
         raise failed
     return _status(status)
 
@@ -281,13 +282,15 @@ def _child(store: Store, key: str, target: str, start: _Start, begins: int, term
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)  # a start can be broken off...
         store.mount(key, target)
         signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED)  # ... and from here on the command's first process hears
+        for number in signal.sigpending() & set(_FORWARDED):
+            raise _Stopped(number)
         namespaces.unshare(namespaces.CLONE_NEWPID | namespaces.CLONE_NEWIPC | namespaces.CLONE_NEWUTS)
         if not start.network:
             namespaces.unshare(namespaces.CLONE_NEWNET)
             namespaces.loopback_up()
         pid = os.fork()
         if pid == 0:
-            code = 1
+            code = 125
             try:
                 code = _init(target, start, begins, terminal)
             finally:

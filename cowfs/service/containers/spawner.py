@@ -154,7 +154,10 @@ def _listen(path: str) -> socket.socket:
 def _exactly(client: socket.socket, count: int) -> bytes:
     data = b""
     while len(data) < count:
-        piece = client.recv(count - len(data))
+        try:
+            piece = client.recv(count - len(data))
+        except ConnectionResetError:  # it was killed
+            piece = b""
         if not piece:
             return b""
         data += piece
