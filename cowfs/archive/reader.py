@@ -133,13 +133,7 @@ class Reader:
         while True:
             block = source.take(BLOCK)
             if len(block) < BLOCK:
-                if block.strip(b"\0"):
-                    raise InvalidArgument(
-                        f"archive is truncated in the header after entry {self.entries}",
-                        remedy="" if self.entries else "it may not be a tar archive at all",
-                    )
-                if pax is not None or long_name is not None or long_link is not None:
-                    raise InvalidArgument(f"archive is truncated after the extension of entry {self.entries + 1}")
+                self._refuse_cut(block, pax is not None or long_name is not None or long_link is not None)
                 raw(block)
                 return None
             raw(block)
@@ -204,6 +198,16 @@ class Reader:
         except CowfsError as error:
             raise blame(error, self.entries + 1, member.name) from None
         return member
+
+    def _refuse_cut(self, block: bytes | bytearray | memoryview, extended: bool) -> None:
+        """Raise InvalidArgument where the archive ends in a header, or behind an extension that no entry follows."""
+        if bytes(block).strip(b"\0"):
+            raise InvalidArgument(
+                f"archive is truncated in the header after entry {self.entries}",
+                remedy="" if self.entries else "it may not be a tar archive at all",
+            )
+        if extended:
+            raise InvalidArgument(f"archive is truncated after the extension of entry {self.entries + 1}")
 
     def _trailer(self) -> None:
         """After a zero block: another one, then anything (kept for the record), or the end."""

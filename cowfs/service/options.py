@@ -63,8 +63,6 @@ class Options:
     label: tuple[str, ...] = _option((), "shown by info; repeated", live=True, metavar="K=V")
     max_connections: int = _option(2048, "connections at once, of all doors", metavar="N")
     pidfile: str = _option("", "file that gets the process id", flags=("-p",), metavar="FILE")
-    ui: bool = _option(True, "the page at /ui/")
-    ui_actions: bool = _option(False, "the page may also change things", live=True)
     metrics: bool = _option(True, "figures for Prometheus at /metrics")
 
     def changed_live(self, new: Options) -> tuple[Options, list[str]]:

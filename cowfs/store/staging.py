@@ -28,7 +28,7 @@ import json
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 from cowfs.driver.interface import Driver
@@ -90,13 +90,18 @@ def _make_locked(path: str) -> int:
             fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except FileNotFoundError:
             continue  # a sweep came before the lock
-        locks.lock(fd, wait=True)
         try:
+            locks.lock(fd, wait=True)
             if os.stat(path).st_ino == os.fstat(fd).st_ino:
                 files.make_plain(fd, 0o700)
                 return fd
         except FileNotFoundError:
             pass
+        except BaseException:
+            os.close(fd)
+            with suppress(OSError):
+                os.rmdir(path)
+            raise
         os.close(fd)
 
 
@@ -176,32 +181,33 @@ def sweep(driver: Driver, index: Index, *, everything: bool = False) -> list[str
         names = [name for name in names if not name.startswith(PROBE)]
     if not names and not everything:
         return []
-    doomed: list[tuple[str, int]] = []
-    with index.write():
-        known = index.ids() if everything or names else set()
-        for name in names:
-            id = name.removeprefix(NEW).removeprefix(RM)
-            fd = _lock(f"{root}/{name}")
-            if fd is None:
-                continue
-            if id in known and not os.path.isdir(driver.directory(id)):
-                os.rename(f"{root}/{name}", driver.directory(id))
-                os.close(fd)
-                continue
-            doomed.append((name, fd))
-        if everything:
-            kept = known | spared(root)
-            for id in os.listdir(f"{root}/layers"):
-                if id not in kept:
-                    os.rename(f"{root}/layers/{id}", f"{root}/{RM}{id}")
-                    point("gc.renamed")
-                    fd = _lock(f"{root}/{RM}{id}")
-                    if fd is not None:
-                        doomed.append((RM + id, fd))
-    for name, fd in doomed:
-        driver.remove(name)
-        os.close(fd)
-    return [name for name, _ in doomed]
+    doomed: list[str] = []
+    with ExitStack() as held:
+        with index.write():
+            known = index.ids() if everything or names else set()
+            for name in names:
+                id = name.removeprefix(NEW).removeprefix(RM)
+                fd = _lock(f"{root}/{name}")
+                if fd is None:
+                    continue
+                held.callback(os.close, fd)
+                if id in known and not os.path.isdir(driver.directory(id)):
+                    os.rename(f"{root}/{name}", driver.directory(id))
+                    continue
+                doomed.append(name)
+            if everything:
+                kept = known | spared(root)
+                for id in os.listdir(f"{root}/layers"):
+                    if id not in kept:
+                        os.rename(f"{root}/layers/{id}", f"{root}/{RM}{id}")
+                        point("gc.renamed")
+                        fd = _lock(f"{root}/{RM}{id}")
+                        if fd is not None:
+                            held.callback(os.close, fd)
+                            doomed.append(RM + id)
+        for name in doomed:
+            driver.remove(name)
+    return doomed
 
 
 def _lock(path: str) -> int | None:

@@ -241,7 +241,7 @@ class Absorption:
 
     def _shown(self, path: bytes) -> list[Node]:
         """What a file of the layer is in the merged tree."""
-        found = [self._at(candidate) for candidate in hardlinks._merged_paths(self.view, self.layer, path)]
+        found = [self._at(candidate) for candidate in hardlinks.merged_paths(self.view, self.layer, path)]
         return [node for node in found if node is not None]
 
     def _at(self, path: bytes) -> Node | None:
@@ -255,7 +255,7 @@ class Absorption:
     def _directory(self, path: bytes) -> tuple[Dir, Source] | None:
         """The directory that a directory of the layer is part of, and that part; None when it is hidden."""
         inside = path + b"/" if path else b""  # where a name in it shows, it shows itself, whether it was moved or not
-        for candidate in hardlinks._merged_paths(self.view, self.layer, inside + b"-"):
+        for candidate in hardlinks.merged_paths(self.view, self.layer, inside + b"-"):
             node = self._at(candidate.rpartition(b"/")[0])
             if isinstance(node, Dir):
                 for source in node.sources:

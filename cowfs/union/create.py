@@ -389,7 +389,7 @@ def unlink(view: View, parent: Dir, name: bytes) -> None:
         if not others or not view.form.redirects or not _up_for_count(view, node):
             _hide(view, parent, name)
             view.unbind(parent, name, node)
-            _gone(view, node)
+            gone(view, node)
             parent.attr = None
             return
     up = view.upper_of(parent)
@@ -415,7 +415,7 @@ def unnamed(view: View, node: Node, held: bytes | None, last: bool) -> None:
     if node.nlookup > 0:
         holding.held(view, node, held)
     if last:
-        _gone(view, node)
+        gone(view, node)
     elif node.nlookup > 0:
         view.astray.add(node)
     elif view.nodes.pop(node.id, None) is not None:
@@ -433,7 +433,7 @@ def _up_for_count(view: View, node: Node) -> bool:
     return True
 
 
-def _gone(view: View, node: Node) -> None:
+def gone(view: View, node: Node) -> None:
     """The last name went. A node that nobody holds goes with it."""
     if node.parent is not None:
         return

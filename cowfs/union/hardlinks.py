@@ -101,7 +101,7 @@ def complete(view: View, node: Node) -> bool:
                 groups = view.groups[layer] = scan_groups(layer)
             paths = groups.get(st.st_ino, [])
     for path in paths:
-        for shown in _merged_paths(view, layer, path):
+        for shown in merged_paths(view, layer, path):
             _walk(view, shown)
     return node in view.names
 
@@ -121,7 +121,7 @@ def find_place(view: View, node: Node) -> None:
     node.where = lifetime.source_in(view, parent, where.layer)
 
 
-def _merged_paths(view: View, layer: Layer, path: bytes) -> list[bytes]:
+def merged_paths(view: View, layer: Layer, path: bytes) -> list[bytes]:
     """Where a path of a layer shows in the merged tree: each layer above it may have moved directories."""
     paths = [path]
     for above in view.layers[layer.index + 1 :]:

@@ -68,7 +68,7 @@ class Space(Tally):
     Owner: the view's thread.
     """
 
-    __slots__ = ("_base", "_base_inodes", "_excess", "_later", "_leaving", "_nameless", "_written", "limit", "view")
+    __slots__ = ("_base", "_base_inodes", "_excess", "_later", "_leaving", "_nameless", "limit", "view", "written")
 
     def __init__(self, view: View) -> None:
         self._start(view)
@@ -91,7 +91,7 @@ class Space(Tally):
         self._later: list[Space] = []  # ledgers of what is there but does not count yet
         self._leaving: dict[Node, Room] = {}  # the xattrs of inodes without a name
         self._nameless: set[Node] = set()  # inodes that lost their last name, as far as they are still in use
-        self._written: set[bytes] = set()  # maps that may have become longer, from another thread, too
+        self.written: set[bytes] = set()  # maps that may have become longer, from another thread, too
 
     def _take(self, tally: Tally) -> None:
         self.units, self.inodes, self.small, self.names = tally.units, tally.inodes, tally.small, tally.names
@@ -105,7 +105,7 @@ class Space(Tally):
     def usage(self) -> Usage:
         """What is held now."""
         self._settle()
-        self._look_at_maps()
+        self.look_at_maps()
         return Usage(bytes=(self._base + self.total()) * UNIT, inodes=self._base_inodes + self.inodes)
 
     def offset(self, blocks: int, inodes: int) -> None:
@@ -115,7 +115,7 @@ class Space(Tally):
 
     def freeze(self) -> None:
         """What the upper layer holds is another layer's from now on, and goes on to count; a new one starts empty."""
-        self._look_at_maps()
+        self.look_at_maps()
         nameless = [node for node in self.view.nodes.values() if holding.is_nameless(self.view, node)]
         xattrs = [self._leaving[node] for node in nameless if node in self._leaving]
         kept = sum(total_of(node.space) for node in nameless) + sum(room.large for room in xattrs)
@@ -125,7 +125,7 @@ class Space(Tally):
         self.offset(self.total(), self.inodes)
         self.clear()
         self.units, self.small, self.inodes = kept, small, len(nameless)
-        self._written.clear()
+        self.written.clear()
         self._sum()
 
     def later(self, other: Space) -> None:
@@ -135,7 +135,7 @@ class Space(Tally):
     def take_later(self) -> None:
         """Count what :meth:`later` was told."""
         for other in self._later:
-            other._look_at_maps()
+            other.look_at_maps()
             self.take(Room(other.units, other.small))
             self.inodes += other.inodes
             self.names += other.names
@@ -143,7 +143,7 @@ class Space(Tally):
             self.hidden += other.hidden
             self.exempt += other.exempt
             self.mapped.update(other.mapped)
-            self._written |= other._written
+            self.written |= other.written
         self._later.clear()
         self._sum()
 
@@ -383,7 +383,7 @@ class Space(Tally):
 
     def map_written(self, name: bytes, size: int) -> None:
         """A map has ``size`` bytes now; it may become a little longer when it is synced."""
-        self._written.add(name)
+        self.written.add(name)
         if self.mapped.get(name) != units(size):
             self.map(name, size)
             self._look_at_map_dir()
@@ -395,7 +395,7 @@ class Space(Tally):
 
     def map_gone(self, name: bytes) -> None:
         """A map was removed."""
-        self._written.discard(name)
+        self.written.discard(name)
         self.map(name, 0)
         self._sum()
 
@@ -404,13 +404,13 @@ class Space(Tally):
         if self.host.grows and rows is not None and self.view.upper is not None:
             self.grew(os.fstat(rows.map_dir(self.view.upper)))
 
-    def _look_at_maps(self) -> None:
+    def look_at_maps(self) -> None:
         """Maps are synced in a thread of their own, which makes them longer."""
         rows = self.view.rows
-        if not self._written or rows is None or self.view.upper is None:
+        if not self.written or rows is None or self.view.upper is None:
             return
         there = rows.map_dir(self.view.upper)
-        for name in list(self._written):
+        for name in list(self.written):
             try:
                 self.map(name, os.stat(name, dir_fd=there, follow_symlinks=False).st_size)
             except FileNotFoundError:
@@ -420,7 +420,7 @@ class Space(Tally):
     def statfs(self, host: os.statvfs_result) -> os.statvfs_result:
         """statvfs with the limit as the size; available also bounded by what the host has."""
         self._settle()
-        self._look_at_maps()
+        self.look_at_maps()
         fields = list(host[:10])
         host_free = host.f_bavail * host.f_frsize // UNIT
         if self.limit.bytes is not None:

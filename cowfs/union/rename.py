@@ -28,6 +28,7 @@ from cowfs.union.layers import Source
 from cowfs.union.node import DT_REG, Dir, Node
 
 if TYPE_CHECKING:
+    from cowfs.union.measure import Room
     from cowfs.union.view import View
 
 _NOREPLACE, _EXCHANGE, _WHITEOUT = (
@@ -150,14 +151,7 @@ def _move(view: View, parent: Dir, name: bytes, node: Node, to: Dir, to_name: by
         if lands and node.lowpath is None:
             _mark(view, _upper_dir(view, node), view.form.opaque, b"y")
         _clear_way(view, destination, to_name, other)
-    held, last, known = None, False, False
-    gone = None
-    if other is not None and not isinstance(other, Dir):
-        if not view.in_upper(other) and hardlinks.complete(view, other) and view.form.redirects:
-            copyup.up_meta(view, other)
-        held, last, known = _prepare_victim(view, other)
-    elif isinstance(other, Dir) and space is not None and (own := view.upper_of(other)) is not None:
-        gone = space.directory_gone(own)
+    held, last, known, gone = _take_victim(view, other)
     replaces = other is not None and (
         view.upper_of(other) is not None if isinstance(other, Dir) else view.in_upper(other)
     )
@@ -181,6 +175,23 @@ def _move(view: View, parent: Dir, name: bytes, node: Node, to: Dir, to_name: by
     if other is not None:
         _bury_victim(view, to, to_name, other, held, last, known)
     _rebind(view, parent, name, node, to, to_name, destination)
+
+
+def _take_victim(
+    view: View, other: Node | None
+) -> tuple[bytes | None, bool, bool, tuple[Room, int, int, int, int] | None]:
+    """Before a rename replaces what stands at its name: descriptor held, whether it is the last name, whether that
+    is known, and the room that a directory gives back."""
+    if other is None:
+        return None, False, False, None
+    if isinstance(other, Dir):
+        own = view.upper_of(other)
+        if view.space is None or own is None:
+            return None, False, False, None
+        return None, False, False, view.space.directory_gone(own)
+    if not view.in_upper(other) and hardlinks.complete(view, other) and view.form.redirects:
+        copyup.up_meta(view, other)
+    return *_prepare_victim(view, other), None
 
 
 def _rename_or_whiteout(view: View, src_fd: int, name: bytes, dst_fd: int, to_name: bytes, leaves: bool) -> None:
@@ -266,7 +277,7 @@ def _bury_victim(view: View, to: Dir, to_name: bytes, other: Node, held: bytes |
     if upper:
         create.unnamed(view, other, held, last)
     else:
-        create._gone(view, other)
+        create.gone(view, other)
 
 
 def _account_names(source: Source, name: bytes, leaves: bool, destination: Source, to_name: bytes, lands: bool) -> None:
