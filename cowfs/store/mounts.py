@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import EllipsisType, TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -97,11 +97,29 @@ class MountVerbs(LookVerbs):
             FailedPrecondition: a committed snapshot, or mounted already.
             Unsupported: the host or user may not mount.
         """
-        from cowfs.mounting import client
         from cowfs.mounting.mountpoint import resolve
 
-        row = self._keyed(key)
+        if mount_type not in (None, "fuse", "kernel"):
+            raise InvalidArgument(f"no mount type {mount_type!r}", remedy="kernel or fuse")
         where = resolve(os.fspath(target))
+        with self.layers_stay(key):
+            return self._mount(key, where, mount_type, more)
+
+    @contextmanager
+    def layers_stay(self, key: str) -> Iterator[None]:
+        """No verb takes a layer of the key away until it is mounted, and whoever wants to then finds the mount."""
+        from cowfs.store.key_lock import turn
+
+        if self.index.refused:  # nobody can change a store that can only be read
+            yield
+            return
+        with turn(self.root, key):
+            yield
+
+    def _mount(self, key: str, where: str, mount_type: str | None, more: dict[str, Any]) -> MountHandle | KernelMount:
+        from cowfs.mounting import client
+
+        row = self._keyed(key)
         if mount_type == "kernel":
             self._mountable(row)
             self._refuse_used(row)
@@ -111,8 +129,6 @@ class MountVerbs(LookVerbs):
                 (record,) = self._mounts(row, "kernel")
                 mount_record(record, where, source=f"cowfs:{row.id}")
             return KernelMount(where)
-        if mount_type not in (None, "fuse"):
-            raise InvalidArgument(f"no mount type {mount_type!r}", remedy="kernel or fuse")
         return client.spawn(self.spec(key, where, **more))
 
     def _mount_image(self, row: Row, where: str) -> None:
@@ -189,15 +205,13 @@ class MountVerbs(LookVerbs):
         from cowfs.mounting.resources import Stack
         from cowfs.union.paths import Paths
 
-        stack = Stack.open(self.spec(key, os.path.join(self.root, "nowhere"), io="cached"))
-        try:
-            view = make_view(stack)
-            try:
-                yield Paths(view)
-            finally:
-                view.close()
-        finally:
-            stack.close()
+        with ExitStack() as held:
+            with self.layers_stay(key):
+                stack = Stack.open(self.spec(key, os.path.join(self.root, "nowhere"), io="cached"))
+                held.callback(stack.close)
+                view = make_view(stack)
+                held.callback(view.close)
+            yield Paths(view)
 
     def _refuse_used(self, row: Row) -> None:
         from cowfs.store.layers import hold
