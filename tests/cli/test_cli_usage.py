@@ -143,10 +143,11 @@ def test_an_interrupt_ends_a_run_at_any_moment(cowfs: Run, place: Path, delay: f
                 if os.path.exists(program):
                     paths.write_bytes(program[1:].encode(), Path(program).read_bytes(), mode=0o755)
         store.commit("fill", "filled")
+    begun = "print(flush=True); import runpy; runpy.run_module('cowfs', run_name='__main__', alter_sys=True)"
     command = [
         sys.executable,
-        "-m",
-        "cowfs",
+        "-c",
+        begun,  # before, the signal is answered by the interpreter itself, which may still be reading site.py
         "run",
         "filled",
         "--rm",
@@ -156,7 +157,11 @@ def test_an_interrupt_ends_a_run_at_any_moment(cowfs: Run, place: Path, delay: f
         "/bin/sleep",
         "60",
     ]
-    with subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL, start_new_session=True) as running:
+    with subprocess.Popen(
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+    ) as running:
+        assert running.stdout is not None
+        running.stdout.readline()
         time.sleep(delay)
         os.killpg(running.pid, signal.SIGINT)
         code = running.wait(60)
