@@ -59,7 +59,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from cowfs.errors import InvalidArgument
+from cowfs.errors import Corrupt, InvalidArgument
 from cowfs.format import whiteout
 from cowfs.model import Limit, Mount, Usage
 from cowfs.sys import trees
@@ -117,7 +117,13 @@ class Driver(ABC):
     # -- places
 
     def directory(self, id: str) -> str:
-        """The layer's directory, also while it is being made or deleted."""
+        """The layer's directory, also while it is being made or deleted.
+
+        Raises:
+            Corrupt: ``id`` is no name in a directory. An index may come from elsewhere, and would have us delete what it likes.
+        """
+        if not id or id.startswith(".") or "/" in id or "\0" in id:
+            raise Corrupt(f"the index names a layer {id!r}", remedy="restore it from a backup")
         return f"{self.root}/{id}" if id.startswith(("new-", "rm-", "live-")) else f"{self.root}/layers/{id}"
 
     def tree(self, id: str) -> str:
