@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,5 +16,6 @@ class TestRow(DriverSuite):
     writes_by = "fuse"
 
     @pytest.fixture
-    def place(self, fs: HostFs) -> Path:
-        return fs.fresh("store")
+    def place(self, fs: HostFs) -> Iterator[Path]:
+        with fs.lent("store") as place:
+            yield place

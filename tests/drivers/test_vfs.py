@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,5 +15,6 @@ class TestVfs(DriverSuite):
     driver = "vfs"
 
     @pytest.fixture
-    def place(self, fs: HostFs) -> Path:
-        return fs.fresh("store")
+    def place(self, fs: HostFs) -> Iterator[Path]:
+        with fs.lent("store") as place:
+            yield place

@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,6 +43,13 @@ class HostFs:
         path.mkdir()
         path.chmod(0o755)
         return path
+
+    @contextmanager
+    def lent(self, label: str = "t") -> Iterator[Path]:
+        """A new empty directory that goes with all it holds: for tests of which there are hundreds, each with a store."""
+        path = self.fresh(label)
+        yield path
+        shutil.rmtree(path)
 
 
 def known_to_kernel(name: str) -> bool:
