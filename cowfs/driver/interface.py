@@ -78,7 +78,7 @@ __all__ = ["Capabilities", "Driver", "Probe", "copy_tree"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Capabilities:
-    """What a driver's layers are like in one store, on this host, for this user. The store asks nothing else of a driver's kind.
+    """The kind of a driver's layers in one store, on this host, for this user. The store asks nothing else about it.
 
     Attributes:
         whole: each layer is an entire tree; otherwise it is a delta in the overlay format.
@@ -151,7 +151,7 @@ class Driver(ABC):
 
     @cached_property
     def capabilities(self) -> Capabilities:
-        """What the layers are like here; a driver that is neither overlay-like nor plain copies overrides it."""
+        """The kind of the layers here; a driver that keeps neither deltas like overlay nor plain copies overrides it."""
         return Capabilities(
             whole=self.whole,
             live=not self.whole,

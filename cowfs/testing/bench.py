@@ -1,4 +1,4 @@
-"""What both halves of the conformance suite stand on: a store, its mounts, and a small tree with one of everything."""
+"""The bench that both halves of the conformance suite stand on: a store, its mounts, and a small tree with one of everything."""
 
 from __future__ import annotations
 

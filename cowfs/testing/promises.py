@@ -19,7 +19,7 @@ __all__ = ["Promises"]
 
 
 class Promises(Bench):
-    """What the essay promises of any driver."""
+    """The invariants of the essay, one claim each."""
 
     def test_capabilities_are_true(self, store: Store, place: Path) -> None:
         can = store.driver.capabilities
