@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from cowfs.errors import FailedPrecondition, InvalidArgument, NotFound, Unsupported
 from cowfs.format.mount_options import split_layers, unescape
 from cowfs.index.database import Row
-from cowfs.model import SMALLEST_LIMIT, Kind, Limit, Mount, Usage, parse_count, parse_size
+from cowfs.model import SMALLEST_LIMIT, Limit, Mount, Usage, parse_count, parse_size
 from cowfs.store.layers import is_locked, kernel_mount_of
 from cowfs.store.queries import LookVerbs
 from cowfs.sys import mounts as sys_mounts
@@ -140,22 +140,22 @@ class MountVerbs(LookVerbs):
         """
         from cowfs.store import kernel_image
 
-        if row.limit or row.parent is None or self.driver.whole or self.driver.row or not self.driver.form.redirects:
-            raise Unsupported(
-                "no image: it has a limit, nothing is beneath it, or its layers are not deltas of the trusted form"
-            )
+        plan = self._plan(row)
+        if plan.why_not_kernel:
+            raise Unsupported(f"no image: {plan.why_not_kernel}")
+        if row.parent is None or self.driver.capabilities.whole or not plan.trusted:
+            raise Unsupported("no image: nothing is beneath it, or its layers are not deltas of the trusted form")
         root = sys_mounts.image_mount(kernel_image.build(self.driver, self.index, self.index.by_num(row.parent)))
-        view = row.kind is Kind.VIEW
         try:
             sys_mounts.overlay_mount(
                 where,
                 [root],
-                None if view else self.driver.tree(row.id),
-                None if view else self.driver.work(row.id),
+                None if plan.readonly else plan.upper,
+                None if plan.readonly else plan.work,
                 ("index=off", "redirect_dir=on", "metacopy=on"),
                 data=[f"{self.root}/layers"],
                 source=f"cowfs:{row.id}",
-                readonly=view,
+                readonly=plan.readonly,
             )
         finally:
             os.close(root)
@@ -166,25 +166,20 @@ class MountVerbs(LookVerbs):
         from cowfs.mounting.request import MountSpec
 
         row = self._keyed(key)
-        self._mountable(row)
-        id, *parents = [id for _, id in self.index.chain(row.num)]
-        readonly = row.kind is Kind.VIEW
-        if self.driver.whole:
-            parents = parents[:1] if readonly else []
-        layers = [self.driver.tree(parent) for parent in reversed(parents)] or [f"{self.root}/empty"]
+        plan = self._plan(row)
         words = more.pop("options", ())
         words = words.split(",") if isinstance(words, str) else tuple(words)
         return MountSpec(
-            layers=tuple(layers),
+            layers=plan.lowers[::-1] or (plan.empty,),
             mountpoint=target,
-            upper=self.driver.tree(id),
-            work=self.driver.work(id),
+            upper=plan.upper,
+            work=plan.work,
             record=False,
-            readonly=readonly or "ro" in words,
+            readonly=plan.readonly or "ro" in words,
             size=row.limit.bytes,
             inodes=row.limit.inodes,
             options=tuple(word for word in words if word not in ("ro", "rw")),
-            row=self.driver.row,
+            row=plan.row,
             factory=FACTORY,
             label=key,
             checked=True,
