@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from cowfs.cli import Command
@@ -140,27 +141,30 @@ def _mount_key(args: argparse.Namespace) -> int:
             "with --key there is one more argument, the mount point" + "".join(f"; no --{name}" for name in refused)
         )
     args.driver = "auto"
-    with open_store(args, create=False) as store:
-        if args.mount_type == "kernel":
-            store.mount(args.key, args.paths[0], mount_type="kernel")
-            return 0
-        words = [word for text in args.options for word in text.split(",")] + (["ro"] if args.read_only else [])
-        spec = store.spec(
-            args.key,
-            resolve(args.paths[0]),
-            volatile=args.volatile,
-            allow_other=args.allow_other,
-            io=args.io,
-            frontend=args.frontend,
-            uid_map=parse_map(args.uid_map),
-            gid_map=parse_map(args.gid_map),
-            options=[word for word in words if word],
-            max_nodes=args.max_nodes,
-            foreground=args.foreground,
-            trace=args.trace,
-            log=os.path.abspath(args.log) if args.log else "",
-        )
-    return serve(spec, as_json=args.json)
+    with ExitStack() as held:
+        with open_store(args, create=False) as store:
+            if args.mount_type == "kernel":
+                store.mount(args.key, args.paths[0], mount_type="kernel")
+                return 0
+            words = [word for text in args.options for word in text.split(",")] + (["ro"] if args.read_only else [])
+            if not args.foreground:
+                held.enter_context(store.layers_stay(args.key))
+            spec = store.spec(
+                args.key,
+                resolve(args.paths[0]),
+                volatile=args.volatile,
+                allow_other=args.allow_other,
+                io=args.io,
+                frontend=args.frontend,
+                uid_map=parse_map(args.uid_map),
+                gid_map=parse_map(args.gid_map),
+                options=[word for word in words if word],
+                max_nodes=args.max_nodes,
+                foreground=args.foreground,
+                trace=args.trace,
+                log=os.path.abspath(args.log) if args.log else "",
+            )
+        return serve(spec, as_json=args.json)  # the store is closed: a database is not taken along into another process
 
 
 def _mount(args: argparse.Namespace) -> int:

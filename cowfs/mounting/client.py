@@ -369,17 +369,21 @@ def attach(target: PathLike) -> MountHandle:
     where = os.fsdecode(entry.target)
     socket = protocol.socket_of(entry.dev)
     if socket is None:
-        raise _gone(where)
+        raise _gone(where, entry)
     try:
         pid = protocol.ask(socket, "info")["pid"]
     except FailedPrecondition:
-        raise _gone(where) from None
+        raise _gone(where, entry) from None
     return MountHandle(where, pid, socket)
 
 
-def _gone(where: str) -> FailedPrecondition:
-    if mountpoint.is_dead(where):
+def _gone(where: str, entry: MountInfo) -> FailedPrecondition:
+    if mountpoint.is_dead(where, entry):
         return FailedPrecondition(f"the server of {where} is gone", remedy=f"cowfs umount {where} clears the mount")
+    if mountpoint.listens(entry):
+        return FailedPrecondition(
+            f"the server of {where} does not answer", remedy=f"cowfs umount --force {where} ends it"
+        )
     return FailedPrecondition(f"the server of {where} cannot be reached by this user")
 
 

@@ -9,12 +9,15 @@ Threads: :class:`Counter` is called from connections' threads, and asks the loop
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 
 from cowfs.model import Usage
+from cowfs.sys.threads import Thread
 from cowfs.union.layers import Descriptors, Layer
 from cowfs.union.measure import measure
 
@@ -84,12 +87,8 @@ class Counter:
 
     def _start(self, root: int) -> None:
         self._walking = True
-        try:
-            threading.Thread(target=self._walk, args=(root,), name="cowfs-count", daemon=True).start()
-        except BaseException:
-            self._walking = False
-            os.close(root)
-            raise
+        if not Thread(partial(self._walk, root), "cowfs-count").start():
+            self._walk(root)  # here, while those who ask wait; the lock is reentrant
 
     def _walk(self, root: int) -> None:
         found: Usage | None = None
@@ -102,6 +101,8 @@ class Counter:
                 layer.close()
         except OSError as error:
             failed = error
+        except MemoryError:
+            failed = OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
         finally:
             os.close(root)
             with self._changed:

@@ -14,8 +14,11 @@ from cowfs.errors import CowfsError, FailedPrecondition, InvalidArgument, NotFou
 from cowfs.mounting import protocol
 from cowfs.sys.files import syncfs
 from cowfs.sys.mounts import MNT_DETACH, MNT_FORCE, UMOUNT_NOFOLLOW, MountInfo, mountinfo, umount
+from cowfs.sys.threads import Thread
 
-__all__ = ["busy_processes", "cowfs_mounts", "detach", "find", "hand_over", "is_dead", "prepare", "resolve"]
+__all__ = ["busy_processes", "cowfs_mounts", "detach", "find", "hand_over", "is_dead", "listens", "prepare", "resolve"]
+
+_LOOK = 5.0  # seconds that a look at a mount point may take
 
 TYPES = ("fuse.cowfs", "fuse.cowfs-overlayfs")
 
@@ -56,20 +59,39 @@ def is_dead(path: str, entry: MountInfo | None = None) -> bool:
     """Whether the FUSE server of what is mounted here is gone (ENOTCONN; ECONNABORTED while it ends).
 
     A server of ours that listens is not; that is asked first, since it cannot hang. Otherwise statfs(2) tells: stat(2) may
-    answer from the kernel's cache.
+    answer from the kernel's cache. One that hangs is not dead.
     """
-    socket = protocol.socket_of(entry.dev) if entry is not None else None
-    if socket is not None:
+    if entry is not None and listens(entry):
+        return False
+    dead = False
+
+    def look() -> None:
+        nonlocal dead
         try:
-            protocol.connect(socket).close()
-            return False
-        except OSError:
-            pass
+            os.statvfs(path)
+        except OSError as error:
+            dead = error.errno in (errno.ENOTCONN, errno.ECONNABORTED)
+
+    thread = Thread(look, "cowfs-statfs")  # a server that is stopped would keep us for as long as it is
+    if thread.start():
+        thread.join(_LOOK)
+    else:
+        look()
+    return dead
+
+
+def listens(entry: MountInfo) -> bool:
+    """Whether a server has the control socket of a mount, be it one that does not answer."""
+    socket = protocol.socket_of(entry.dev)
+    if socket is None:
+        return False
     try:
-        os.statvfs(path)
-    except OSError as error:
-        return error.errno in (errno.ENOTCONN, errno.ECONNABORTED)
-    return False
+        protocol.connect(socket, timeout=1.0).close()
+    except (BlockingIOError, TimeoutError):
+        return True  # nobody takes the connections that wait
+    except OSError:
+        return False
+    return True
 
 
 def prepare(path: str) -> str:

@@ -22,6 +22,7 @@ from typing import Any
 
 from cowfs import errors
 from cowfs.errors import CowfsError, FailedPrecondition
+from cowfs.sys import host
 
 __all__ = ["ask", "ask_all", "connect", "decode", "directories", "encode", "run_directory", "sockets"]
 
@@ -43,7 +44,8 @@ def directories() -> list[str]:
     places = ["/run/cowfs"] if os.geteuid() == 0 else []
     if os.environ.get("XDG_RUNTIME_DIR"):
         places.append(os.path.join(os.environ["XDG_RUNTIME_DIR"], "cowfs"))
-    places.append(os.path.join(os.environ.get("TMPDIR") or "/tmp", f"cowfs-{os.geteuid()}"))
+    for owner in dict.fromkeys((host.outer_uid(), os.geteuid())):
+        places.append(os.path.join(os.environ.get("TMPDIR") or "/tmp", f"cowfs-{owner}"))
     return places
 
 

@@ -202,11 +202,11 @@ def damaged(driver: Driver) -> Iterator[tuple[str, str]]:
 
 def how(driver: Driver) -> str:
     """How ``mount_type="kernel"`` mounts here, for people; and why, where it is not through an image."""
-    if driver.whole:
+    if driver.capabilities.whole:
         return "a bind of the layer: each is a whole tree"
     if not driver.form.redirects:
         return "none: the layers are of the form for ordinary users"
-    if driver.row:
+    if driver.capabilities.row:
         return "none: redirect files are read by cowfs's own server"
     with open("/proc/filesystems", encoding="ascii") as file:
         known = {line.split()[-1] for line in file}

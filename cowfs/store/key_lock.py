@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from cowfs.errors import FailedPrecondition
-from cowfs.sys.locks import lock_byte
+from cowfs.sys.locks import lock_byte, unlock_bytes
 
 __all__ = ["prepare", "turn"]
 
@@ -63,4 +63,5 @@ def turn(root: str, *keys: str, wait: bool = True) -> Iterator[bool]:
                     time.sleep(_PAUSE)
         yield mine
     finally:
+        unlock_bytes(fd)
         os.close(fd)

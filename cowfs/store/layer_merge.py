@@ -58,7 +58,7 @@ def write_changes(
         changes: what differs, with all names of every file that has several (:func:`cowfs.index.compare.changes_with_links`).
         stack: the layers to be merged, then ``base``.
     """
-    options = Options(form=driver.form.name, volatile=True, row=driver.row or None)
+    options = Options(form=driver.form.name, volatile=True, row=driver.capabilities.row or None)
     lowers = [driver.tree(id) for id in base] or [f"{driver.root}/empty"]
     with (
         _view(View([driver.tree(id) for id in stack], options=options)) as source,

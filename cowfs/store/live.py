@@ -223,7 +223,7 @@ class LiveVerbs(UpkeepVerbs):
         return Usage(), False
 
     def _can_switch(self, verb: str) -> None:
-        if self.driver.whole:
+        if not self.driver.capabilities.live:
             raise Unsupported(
                 f"the driver {self.driver.name} keeps whole trees: no {verb}", remedy="use commit and prepare"
             )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import EllipsisType, TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from cowfs.errors import CowfsError, FailedPrecondition, InvalidArgument, NotFound, Unsupported
 from cowfs.format.mount_options import split_layers, unescape
 from cowfs.index.database import Row
-from cowfs.model import SMALLEST_LIMIT, Kind, Limit, Mount, Usage, parse_count, parse_size
+from cowfs.model import SMALLEST_LIMIT, Limit, Mount, Usage, parse_count, parse_size
 from cowfs.store.layers import is_locked, kernel_mount_of
 from cowfs.store.queries import LookVerbs
 from cowfs.sys import mounts as sys_mounts
@@ -97,11 +97,29 @@ class MountVerbs(LookVerbs):
             FailedPrecondition: a committed snapshot, or mounted already.
             Unsupported: the host or user may not mount.
         """
-        from cowfs.mounting import client
         from cowfs.mounting.mountpoint import resolve
 
-        row = self._keyed(key)
+        if mount_type not in (None, "fuse", "kernel"):
+            raise InvalidArgument(f"no mount type {mount_type!r}", remedy="kernel or fuse")
         where = resolve(os.fspath(target))
+        with self.layers_stay(key):
+            return self._mount(key, where, mount_type, more)
+
+    @contextmanager
+    def layers_stay(self, key: str) -> Iterator[None]:
+        """No verb takes a layer of the key away until it is mounted, and whoever wants to then finds the mount."""
+        from cowfs.store.key_lock import turn
+
+        if self.index.refused:  # nobody can change a store that can only be read
+            yield
+            return
+        with turn(self.root, key):
+            yield
+
+    def _mount(self, key: str, where: str, mount_type: str | None, more: dict[str, Any]) -> MountHandle | KernelMount:
+        from cowfs.mounting import client
+
+        row = self._keyed(key)
         if mount_type == "kernel":
             self._mountable(row)
             self._refuse_used(row)
@@ -111,8 +129,6 @@ class MountVerbs(LookVerbs):
                 (record,) = self._mounts(row, "kernel")
                 mount_record(record, where, source=f"cowfs:{row.id}")
             return KernelMount(where)
-        if mount_type not in (None, "fuse"):
-            raise InvalidArgument(f"no mount type {mount_type!r}", remedy="kernel or fuse")
         return client.spawn(self.spec(key, where, **more))
 
     def _mount_image(self, row: Row, where: str) -> None:
@@ -124,22 +140,22 @@ class MountVerbs(LookVerbs):
         """
         from cowfs.store import kernel_image
 
-        if row.limit or row.parent is None or self.driver.whole or self.driver.row or not self.driver.form.redirects:
-            raise Unsupported(
-                "no image: it has a limit, nothing is beneath it, or its layers are not deltas of the trusted form"
-            )
+        plan = self._plan(row)
+        if plan.why_not_kernel:
+            raise Unsupported(f"no image: {plan.why_not_kernel}")
+        if row.parent is None or self.driver.capabilities.whole or not plan.trusted:
+            raise Unsupported("no image: nothing is beneath it, or its layers are not deltas of the trusted form")
         root = sys_mounts.image_mount(kernel_image.build(self.driver, self.index, self.index.by_num(row.parent)))
-        view = row.kind is Kind.VIEW
         try:
             sys_mounts.overlay_mount(
                 where,
                 [root],
-                None if view else self.driver.tree(row.id),
-                None if view else self.driver.work(row.id),
+                None if plan.readonly else plan.upper,
+                None if plan.readonly else plan.work,
                 ("index=off", "redirect_dir=on", "metacopy=on"),
                 data=[f"{self.root}/layers"],
                 source=f"cowfs:{row.id}",
-                readonly=view,
+                readonly=plan.readonly,
             )
         finally:
             os.close(root)
@@ -150,25 +166,20 @@ class MountVerbs(LookVerbs):
         from cowfs.mounting.request import MountSpec
 
         row = self._keyed(key)
-        self._mountable(row)
-        id, *parents = [id for _, id in self.index.chain(row.num)]
-        readonly = row.kind is Kind.VIEW
-        if self.driver.whole:
-            parents = parents[:1] if readonly else []
-        layers = [self.driver.tree(parent) for parent in reversed(parents)] or [f"{self.root}/empty"]
+        plan = self._plan(row)
         words = more.pop("options", ())
         words = words.split(",") if isinstance(words, str) else tuple(words)
         return MountSpec(
-            layers=tuple(layers),
+            layers=plan.lowers[::-1] or (plan.empty,),
             mountpoint=target,
-            upper=self.driver.tree(id),
-            work=self.driver.work(id),
+            upper=plan.upper,
+            work=plan.work,
             record=False,
-            readonly=readonly or "ro" in words,
+            readonly=plan.readonly or "ro" in words,
             size=row.limit.bytes,
             inodes=row.limit.inodes,
             options=tuple(word for word in words if word not in ("ro", "rw")),
-            row=self.driver.row,
+            row=plan.row,
             factory=FACTORY,
             label=key,
             checked=True,
@@ -189,15 +200,13 @@ class MountVerbs(LookVerbs):
         from cowfs.mounting.resources import Stack
         from cowfs.union.paths import Paths
 
-        stack = Stack.open(self.spec(key, os.path.join(self.root, "nowhere"), io="cached"))
-        try:
-            view = make_view(stack)
-            try:
-                yield Paths(view)
-            finally:
-                view.close()
-        finally:
-            stack.close()
+        with ExitStack() as held:
+            with self.layers_stay(key):
+                stack = Stack.open(self.spec(key, os.path.join(self.root, "nowhere"), io="cached"))
+                held.callback(stack.close)
+                view = make_view(stack)
+                held.callback(view.close)
+            yield Paths(view)
 
     def _refuse_used(self, row: Row) -> None:
         from cowfs.store.layers import hold

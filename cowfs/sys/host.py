@@ -32,6 +32,19 @@ def init_userns() -> bool:
         return True
 
 
+def outer_uid() -> int:
+    """This process's effective user id outside of its user namespace; the same one where that cannot be told."""
+    uid = os.geteuid()
+    try:
+        with open("/proc/self/uid_map", encoding="ascii") as file:
+            for inside, outside, count in (map(int, line.split()) for line in file):
+                if inside <= uid < inside + count:
+                    return outside + uid - inside
+    except (OSError, ValueError):
+        pass
+    return uid
+
+
 def has_cap(number: int) -> bool:
     """Whether the effective set holds capability ``number``."""
     return bool(int(_status("CapEff") or "0", 16) >> number & 1)

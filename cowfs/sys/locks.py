@@ -61,6 +61,11 @@ def lock_byte(fd: int, offset: int) -> bool:
     return True
 
 
+def unlock_bytes(fd: int) -> None:
+    """Give up every lock of a byte that was taken by this open file description, also where a forked process has a copy of it."""
+    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, 0, 0, 0))
+
+
 def holder(fd: int) -> int | None:
     """The process that holds a flock on this inode, from /proc/locks (proc(5)), or None where that does not tell.
 

@@ -164,6 +164,19 @@ def make_private() -> None:
             mount("", one.target, "", MS_PRIVATE)
 
 
+def remount_bind(target: str, flags: int) -> None:
+    """Give one mount more of the flags MS_RDONLY, MS_NOSUID, MS_NODEV and MS_NOEXEC, and leave it those that it has.
+
+    Raises:
+        OSError: as mount(2).
+    """
+    now = os.statvfs(target).f_flag
+    kept = now & (
+        MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC | MS_NOATIME | MS_NODIRATIME
+    )  # the same numbers (statvfs(3))
+    mount("none", target, "", MS_REMOUNT | MS_BIND | kept | flags | (MS_RELATIME if now & os.ST_RELATIME else 0))
+
+
 @dataclass(frozen=True, slots=True)
 class MountInfo:
     """One line of /proc/PID/mountinfo (proc(5)), octal escapes undone."""

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
+import socket
+import struct
 
-from cowfs.sys._libc import check, libc
+from cowfs.sys._libc import check, libc, syscall
+from cowfs.sys.mounts import MNT_DETACH, MS_MOVE, mount, umount
 
 CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWPID = 0x20000, 0x10000000, 0x20000000
+CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWNET = 0x4000000, 0x8000000, 0x40000000
+
+_PIVOT_ROOT = {"x86_64": 155}.get(os.uname().machine, 41)  # pivot_root(2); 41 in the common table
+_SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8913, 0x8914, 1
+_IFREQ = struct.Struct("16sH22x")  # struct ifreq: name and flags
 
 
 def unshare(flags: int) -> None:
@@ -25,3 +35,34 @@ def become_root() -> None:
     for name, text in (("setgroups", "deny"), ("uid_map", f"0 {uid} 1"), ("gid_map", f"0 {gid} 1")):
         with open(f"/proc/self/{name}", "w", encoding="ascii") as file:
             file.write(text)
+
+
+def move_root(path: str) -> None:
+    """Make ``path``, a mount point, the root of this mount namespace, and have nothing else in it any more.
+
+    Unlike after chroot(2) there is nothing outside that a program with privilege could climb to. Source: pivot_root(2),
+    NOTES ("." as both arguments).
+
+    Raises:
+        OSError: EINVAL, it is no mount point, or its mounts are shared with another namespace.
+    """
+    os.chdir(path)
+    try:
+        syscall(_PIVOT_ROOT, b".", b".")
+        umount(".", MNT_DETACH)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        mount(
+            ".", "/", "", MS_MOVE
+        )  # in a chroot, whose root is no mount point; who leaves this root is in that chroot
+        os.chroot(".")
+    os.chdir("/")
+
+
+def loopback_up() -> None:
+    """Bring up the one interface that a new network namespace has."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        answer = fcntl.ioctl(sock, _SIOCGIFFLAGS, _IFREQ.pack(b"lo", 0))
+        _, flags = _IFREQ.unpack(answer)
+        fcntl.ioctl(sock, _SIOCSIFFLAGS, _IFREQ.pack(b"lo", flags | _IFF_UP))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import _thread
 import contextlib
-import threading
 import time
 from collections.abc import Callable
 from typing import Final
@@ -61,6 +60,8 @@ class Thread:
             return  # so late that nobody counts on it any more
         self._begun.release()
         with contextlib.suppress(MemoryError):
+            import threading  # a command that starts no thread does without
+
             threading.current_thread().name = self._name
         try:
             self._function()

@@ -55,6 +55,11 @@ def _refresh(view: View, node: Node) -> bytes:
     if node.__class__ is Dir:
         return _refresh_dir(view, node)
     where = node.where
+    if view.index is not None and where is not None and where.layer is not view.upper:
+        entry = from_index.entry_of(view, node)
+        if entry is not None:  # the place of such a file is its data's, under the name that it has there
+            node.attr = from_index.attr_of(view, node, entry)
+            return node.attr
     if where is None or (node.wfd and node.fd >= 0 and node.data is None):
         fd, name = node.fd, b""
         st = os.fstat(fd)

@@ -188,6 +188,17 @@ def read_meta(view: View, node: Node) -> Meta:
     else:
         fd, name = node.where.open(), node.name
         st = os.stat(name, dir_fd=fd, follow_symlinks=False)
+    return _meta_of(view, fd, name, st)
+
+
+def root_meta(view: View, layer: Layer) -> Meta:
+    """The same of the root as one layer has it."""
+    fd = layer.root.open()
+    return _meta_of(view, fd, b"", os.fstat(fd))
+
+
+def _meta_of(view: View, fd: int, name: bytes, st: os.stat_result) -> Meta:
+    form = view.form
     kept = {k: v for k, v in xattr.read_all(fd, name).items() if form.show_name(k) is not None}
     return Meta(st.st_mode, st.st_uid, st.st_gid, st.st_size, st.st_rdev, st.st_atime_ns, st.st_mtime_ns, kept)
 
@@ -727,5 +738,5 @@ def make_like(dirfd: int, name: bytes, meta: Meta, node: Node) -> None:
 
 __all__ = [
     "SMALL", "Form", "Meta", "Stage", "WorkDir", "clear", "make_like", "mark_impure", "place",
-    "publish", "read_meta", "up_dir", "up_meta", "with_nlink", "writable", "write_meta",
+    "publish", "read_meta", "root_meta", "up_dir", "up_meta", "with_nlink", "writable", "write_meta",
 ]  # fmt: skip

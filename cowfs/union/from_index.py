@@ -144,7 +144,10 @@ def source_at(view: View, layer: Layer, path: bytes) -> Source:
         path = path.rpartition(b"/")[0]
         found = view.sources.get((layer.index, path)) if path else layer.root
     for below in reversed(missing):
-        found = view.sources[layer.index, below] = found.child(below.rpartition(b"/")[2])
+        name = below.rpartition(b"/")[2]
+        if name in (b"", b".", b".."):  # an index may come from elsewhere
+            raise OSError(errno.EIO, "the index has a path that leads out", below)
+        found = view.sources[layer.index, below] = found.child(name)
     return found
 
 

@@ -55,15 +55,15 @@ def freeze(view: View, upper: str | bytes, work: str | bytes) -> Layer:
             Then nothing has changed.
     """
     frozen, before = view.need_upper(), view.workdir
-    layer = _new_upper(view, upper, work, frozen.dev)
+    layer = _new_upper(view, upper, work, frozen.dev, copyup.read_meta(view, view.root))
     if before is not None and view.workdir is not None:
         holding.carry_over(before, view.workdir)
     _push(view, layer)
     return frozen
 
 
-def _new_upper(view: View, upper: str | bytes, work: str | bytes, dev: int) -> Layer:
-    """Open and check a new upper layer, with the root's attributes; swaps the work directory."""
+def _new_upper(view: View, upper: str | bytes, work: str | bytes, dev: int, root: copyup.Meta) -> Layer:
+    """Open and check a new upper layer, whose root gets the attributes ``root``; swaps the work directory."""
     path = os.fsencode(upper)
     if os.listdir(path):
         raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), path)
@@ -75,9 +75,7 @@ def _new_upper(view: View, upper: str | bytes, work: str | bytes, dev: int) -> L
     except BaseException:
         layer.close()
         raise
-    meta = copyup.read_meta(view, view.root)
-    fd = layer.root.open()
-    copyup.write_meta(fd, b".", meta, view)
+    copyup.write_meta(layer.root.open(), b".", root, view)
     if view.workdir is not None:
         view.retired.append(view.workdir)
     view.workdir = workdir
@@ -125,7 +123,7 @@ def rollback(view: View, frozen: Layer, upper: str | bytes, work: str | bytes) -
     if frozen.index < view.indexed_layers - 1:
         raise OSError(errno.EINVAL, "the layers below an index cannot be rolled back")
     dropped = view.layers[frozen.index + 1 :]
-    layer = _new_upper(view, upper, work, present.dev)
+    layer = _new_upper(view, upper, work, present.dev, copyup.root_meta(view, frozen))
     layer.index = frozen.index + 1
     stale, entries = _strike_out(view, set(dropped))
     del view.layers[frozen.index + 1 :]

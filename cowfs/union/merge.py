@@ -83,10 +83,12 @@ class Search:
         ended: whether nothing further down has a part in it.
     """
 
+    __slots__ = ("_form", "_position", "_queue", "_roots", "ended", "from_root", "parts")
+
     def __init__(self, queue: Sequence[Source], name: bytes, form: Form, roots: Sequence[Source]) -> None:
         self._queue, self._form, self._roots = queue, form, roots
         self._position = 0
-        self.parts = name.split(b"/")
+        self.parts = name.split(b"/") if b"/" in name else [name]
         self.from_root = False
         self.ended = False
 
@@ -98,12 +100,16 @@ class Search:
         while not self.ended and self._position < len(queue):
             source = queue[self._position]
             self._position += 1
-            name = self.parts[-1]
-            place = source if len(self.parts) == 1 else self._walk(source)
-            if place is None:
-                continue
+            parts = self.parts
+            name = parts[-1]
+            place: Source | None = source
+            if len(parts) > 1:
+                place = self._walk(source)
+                if place is None:
+                    continue
+            assert place is not None
             st = lstat(place, name)
-            if whiteout.hidden_by_dotwh(place.open(), name, form):
+            if form.dotwh and whiteout.hidden_by_dotwh(place.open(), name, form):
                 self.ended = True
             if st is not None:
                 return place, name, st

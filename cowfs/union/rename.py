@@ -393,7 +393,7 @@ def _held_dirs(view: View, top: Dir) -> Iterator[list[Dir]]:
     finally:
         for directory in reversed(found):
             directory.nlookup -= 1
-            if directory.nlookup <= 0:
+            if directory.nlookup <= 0 and directory is not top:  # the caller goes on with that
                 view.drop(directory)
 
 

@@ -162,6 +162,7 @@ class View:
         self._uuids: dict[int, bytes] = {}
         self._noatime = True
         self.readonly = options.readonly or upper is None
+        self.inodes = Inodes(())  # until the layers are open
         try:
             for number, path in enumerate(reversed(lowers)):
                 self.layers.append(Layer(os.fsencode(path), number, self.descriptors))

@@ -109,7 +109,7 @@ def test_a_bomb_costs_little_memory_and_stops_at_the_limit(way: str) -> None:
     assert len(bomb) < 1 << 20
     tracemalloc.start()
     try:
-        with pytest.raises(LimitExceeded, match="max_bytes"):
+        with pytest.raises(LimitExceeded, match="--max-size"):
             _all_discarding(bomb, 200 << 20)
         peak = tracemalloc.get_traced_memory()[1]
     finally:

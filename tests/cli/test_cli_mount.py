@@ -374,7 +374,7 @@ def test_verbs_act_on_this_mount_namespace_only(cowfs: Run, stack: Path, mnt: Pa
             assert (status["mountpoint"], status["here"]) == (str(mnt), False)
             assert status["limit"] == {"bytes": None, "inodes": None}
             assert "another namespace" in cowfs("mounts", "--everywhere").stdout
-            listed = ["nsenter", "-t", str(elsewhere.pid), "-m", sys.executable, "-m", "cowfs"]
+            listed = ["nsenter", "-t", str(elsewhere.pid), "-m", "-r", sys.executable, "-m", "cowfs"]
             done = subprocess.run(
                 [*listed, "mounts", "-q"], env=environment(), capture_output=True, text=True, check=True
             )

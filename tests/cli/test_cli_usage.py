@@ -46,7 +46,7 @@ WRONG: dict[str, tuple[str, int, str]] = {
     "usage of nothing": ("usage ./mnt", 3, "no mount"),
     "limit of nothing": ("limit ./mnt --size 1G", 3, "no mount"),
     "diff of nothing": ("diff nothere", 3, "nothere"),
-    "a tag with a blank": ("tag base a\\ b", 3, "a b"),
+    "a tag with a blank": ("tag base a\\ b --root store", 3, "a b"),
     "no such snapshot": ("prepare key nothere --root store", 3, "nothere"),
     "no such key": ("commit nothere name --root store", 3, "nothere"),
     "a key that is taken": ("prepare work base --root store", 4, "work"),
@@ -143,10 +143,14 @@ def test_an_interrupt_ends_a_run_at_any_moment(cowfs: Run, place: Path, delay: f
                 if os.path.exists(program):
                     paths.write_bytes(program[1:].encode(), Path(program).read_bytes(), mode=0o755)
         store.commit("fill", "filled")
+    begun = (
+        "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); print(flush=True); "
+        "runpy.run_module('cowfs', run_name='__main__', alter_sys=True)"
+    )
     command = [
         sys.executable,
-        "-m",
-        "cowfs",
+        "-c",
+        begun,  # before, the signal is answered by the interpreter itself, which may still be reading site.py
         "run",
         "filled",
         "--rm",
@@ -156,7 +160,11 @@ def test_an_interrupt_ends_a_run_at_any_moment(cowfs: Run, place: Path, delay: f
         "/bin/sleep",
         "60",
     ]
-    with subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL, start_new_session=True) as running:
+    with subprocess.Popen(
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+    ) as running:
+        assert running.stdout is not None
+        running.stdout.readline()
         time.sleep(delay)
         os.killpg(running.pid, signal.SIGINT)
         code = running.wait(60)

@@ -6,8 +6,10 @@ each of them. Then nothing hangs, nothing outside is written, no memory is fille
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import sqlite3
 import stat
 import struct
 import subprocess
@@ -259,3 +261,41 @@ def test_every_file_of_a_store(space: Path, driver: str) -> None:
                 assert "Traceback" not in done.stderr, (name, thing.__name__, verb, done.stderr)
                 assert done.returncode in range(8), (name, thing.__name__, verb, done.returncode)
             subprocess.run(["rm", "-rf", root, space / "out.tar"], check=True)
+
+
+@pytest.mark.parametrize("id", ["../../victim", "..", ".", "", "/etc", "a/../../../victim", "rm-/../../victim", "x\0y"])
+def test_an_index_whose_layers_lead_out_of_the_store(space: Path, id: str) -> None:
+    """Nothing is read, written or deleted where they lead; each verb says it in one line."""
+    root = make_store(space, "overlay")
+    (space / "victim/fs").mkdir(parents=True)
+    (space / "victim/fs/precious").write_text("precious")
+    with contextlib.closing(sqlite3.connect(root / "index.db")) as index:
+        index.execute("UPDATE snapshots SET id = ? WHERE name = 'key'", (id,))
+        index.commit()
+    for verb in (
+        ["ls"],
+        ["check"],
+        ["check", "--repair"],
+        ["mounts", "key"],
+        ["usage", "key"],
+        ["commit", "key", "n"],
+        ["rm", "key"],
+        ["gc"],
+    ):
+        done = run_module("cowfs", *verb, "--root", root)
+        assert "Traceback" not in done.stderr, (verb, done.stderr)
+        assert (space / "victim/fs/precious").read_text() == "precious", verb
+    (space / "mnt").mkdir()
+    (space / "victim/work").mkdir()
+    done = run_module("cowfs", "mount", "--key", "key", space / "mnt", "--root", root)
+    if not done.returncode:  # by another verb it is gone already
+        run_module("cowfs", "umount", space / "mnt")
+    assert done.returncode != 0
+    assert sorted(str(path) for path in (space / "victim").rglob("*")) == [
+        f"{space}/victim/{name}" for name in ("fs", "fs/precious", "work")
+    ]
+    for verb in (["commit", "key", "n"], ["rm", "key"]):
+        assert "Traceback" not in run_module("cowfs", *verb, "--root", root).stderr
+    assert (space / "victim/fs/precious").read_text() == "precious"
+    done = run_module("cowfs", "prepare", "other", "--root", root)
+    assert done.returncode == 0, done.stderr

@@ -47,7 +47,8 @@ def test_load_and_list(daemon: Daemon, version: str) -> None:
     assert names(daemon, "--filter", "reference=localhost/*") == [SMALL]
     assert names(daemon, "--filter", "reference=other") == []
     assert names(daemon, "--filter", "dangling=true") == []
-    assert SMALL in daemon.out("images", "--tree")
+    if "--tree" in daemon.out("images", "--help"):  # docker 28
+        assert SMALL in daemon.out("images", "--tree")
 
 
 def test_an_oci_layout_loads_too(daemon: Daemon) -> None:

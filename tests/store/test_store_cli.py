@@ -171,7 +171,8 @@ def test_upkeep(cowfs: Cowfs, base: str, space: Path) -> None:
         (["mount", "--key", "base", "/mnt", "--size", "3"], 2, "size"),
         (["run", "base", "--rm", "--commit", "x", "--", "true"], 2, "--rm"),
         (["apply", "nothing", "/nonexistent"], 3, "nonexistent"),
-        (["init", "--driver", "nosuch"], 2, "not nosuch"),
+        (["init", "--driver", "nosuch"], 3, "nosuch"),
+        (["init", "--driver", "vfs"], 2, "not vfs"),
     ],
 )
 def test_a_mistake_is_one_line_and_changes_nothing(

@@ -56,7 +56,8 @@ def mounted(
             time.sleep(0.02)
         yield Bounded(target, process)
     finally:
-        mounts.umount_busy(str(target), 20.0)
+        if process.poll() is None:  # else it was unmounted
+            mounts.umount_busy(str(target), 20.0)
         process.wait(60)
 
 

@@ -1,8 +1,9 @@
 """`cowfs run`: a fresh snapshot, mounted where only one command sees it.
 
 Strategy. The process moves to a mount namespace of its own (as an ordinary user, to a user namespace in which it
-is root), mounts the snapshot there with the usual server, and starts the command in a new pid namespace,
-chrooted. Whatever happens, the namespaces end with their last process, and so does the mount.
+is root), mounts the snapshot there with the usual server, and starts the command in new namespaces, in which there is
+nothing but the snapshot (:mod:`cowfs.cli.store.confine`). Whatever happens, the namespaces end with their last
+process, and so does the mount.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from cowfs.cli import Command
 from cowfs.cli.store.args import add_store, open_store
+from cowfs.cli.store.terminal import Terminal
 from cowfs.errors import CowfsError, InvalidArgument, Unsupported
 
 if TYPE_CHECKING:
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
     from cowfs.store import Store
 
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-_DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
@@ -40,6 +41,8 @@ def _configure_run(parser: argparse.ArgumentParser) -> None:
     add("--inodes", metavar="N", help="limit on inodes")
     add("--env", action="append", default=[], metavar="K=V", help="environment of the command; repeated")
     add("--workdir", metavar="DIR", help="where it starts (default: what the image says, else /)")
+    add("--network", choices=("host", "none"), default="host", help="the host's network (the default), or none")
+    add("--privileged", action="store_true", help="keep all privilege, devices and /proc: for commands you trust")
     add_store(parser, json=False)
     parser.set_defaults(command=[])
     parser.usage = "cowfs run PARENT [options] -- CMD [ARG ...]"
@@ -103,7 +106,9 @@ def _run_in_snapshot(args: argparse.Namespace) -> int:
             with _held():
                 store.prepare(key, args.parent, size=args.size, inodes=args.inodes)
                 made = True
-            status = _in_namespace(store, key, command, environment, where)
+            status = _in_namespace(
+                store, key, _Start(command, environment, where, args.network == "host", args.privileged)
+            )
         except BaseException:
             if made:
                 with _held():
@@ -160,36 +165,60 @@ def _environment(config: dict[str, Any], given: list[str]) -> dict[str, str]:
     return environment
 
 
-def _in_namespace(store: Store, key: str, command: list[str], environment: dict[str, str], where: str) -> int:
+class _Start(NamedTuple):
+    """What is started, and how: ``network`` means the host's."""
+
+    command: list[str]
+    environment: dict[str, str]
+    where: str
+    network: bool
+    privileged: bool
+
+
+def _in_namespace(store: Store, key: str, start: _Start) -> int:
     """Mount, run and unmount in a child, since namespaces are for good; the exit status.
 
     Raises:
         _Stopped: by a signal, before the command began.
     """
-    reading, writing = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
-    spec_target = ""
+    spec_target, terminal = "", None
     handlers: dict[int, Any] = {number: signal.getsignal(number) for number in _FORWARDED}
+    reading, writing = os.pipe()
+    begun, begins = os.pipe()
     try:
         with _held():
             spec_target = tempfile.mkdtemp(prefix="cowfs-run-")
+            terminal = Terminal.wanted()
             pid = os.fork()
             if pid == 0:
-                os.close(reading)
+                for fd in (reading, begun, *([terminal.master] if terminal else [])):
+                    os.close(fd)
                 code = 1
                 try:
-                    code = _guarded_child(writing, store, key, spec_target, command, environment, where)
+                    slave = terminal.slave if terminal else None
+                    code = _guarded_child(writing, begins, store, key, spec_target, start, slave)
                 finally:
                     os._exit(code)
             _pass_on(pid, handlers)
         os.close(writing)
-        with open(reading, "rb") as pipe:
-            problem = pipe.read().decode("utf-8", "replace")
+        os.close(begins)
+        if terminal is not None:
+            terminal.close_slave()
+            told = terminal.carry(reading, begun)
+        else:
+            with open(reading, "rb", closefd=False) as pipe:
+                told = pipe.read()
+        problem = told.decode("utf-8", "replace")
         _, status = os.waitpid(pid, 0)
     finally:
         for each, handler in handlers.items():
             signal.signal(each, handler)
+        if terminal is not None:
+            terminal.close()
+        os.close(reading)
+        os.close(begun)
         if spec_target:
             os.rmdir(spec_target)
     if problem:
@@ -203,31 +232,24 @@ def _in_namespace(store: Store, key: str, command: list[str], environment: dict[
 
 
 def _pass_on(pid: int, handlers: Mapping[int, Any]) -> None:
-    """Pass signals on to a process; a terminal has sent its own to the whole group already."""
+    """Pass signals on to a process, which is in another session: a terminal's come to us alone."""
 
     def send(number: int, frame: object) -> None:
-        if number not in (signal.SIGINT, signal.SIGQUIT) or not _in_foreground():
-            with suppress(ProcessLookupError):
-                os.kill(pid, number)
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
 
     for number, handler in handlers.items():
         if handler is not signal.SIG_IGN:
             signal.signal(number, send)
 
 
-def _in_foreground() -> bool:
-    try:
-        return os.tcgetpgrp(0) == os.getpgrp()
-    except OSError:
-        return False
-
-
 def _guarded_child(
-    writing: int, store: Store, key: str, target: str, command: list[str], environment: dict[str, str], where: str
+    writing: int, begins: int, store: Store, key: str, target: str, start: _Start, terminal: int | None
 ) -> int:
     """The child; its problem, if it has one, goes to the pipe. Returns the exit status, whatever happens."""
     try:
-        return _child(store, key, target, command, environment, where)
+        os.setsid()
+        return _child(store, key, target, start, begins, terminal)
     except _Stopped as stopped:
         os.write(writing, f"signal {stopped.number}".encode())
     except CowfsError as error:
@@ -244,7 +266,7 @@ def _status(status: int) -> int:
     return 128 - code if code < 0 else code
 
 
-def _child(store: Store, key: str, target: str, command: list[str], environment: dict[str, str], where: str) -> int:
+def _child(store: Store, key: str, target: str, start: _Start, begins: int, terminal: int | None) -> int:
     from cowfs.sys import host, mounts, namespaces
 
     try:
@@ -262,25 +284,24 @@ def _child(store: Store, key: str, target: str, command: list[str], environment:
         signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED)  # ... and from here on the command's first process hears
         for number in signal.sigpending() & set(_FORWARDED):
             raise _Stopped(number)
-        namespaces.unshare(namespaces.CLONE_NEWPID)
+        namespaces.unshare(namespaces.CLONE_NEWPID | namespaces.CLONE_NEWIPC | namespaces.CLONE_NEWUTS)
+        if not start.network:
+            namespaces.unshare(namespaces.CLONE_NEWNET)
+            namespaces.loopback_up()
         pid = os.fork()
         if pid == 0:
             code = 125
             try:
-                code = _init(target, command, environment, where)
+                code = _init(target, start, begins, terminal)
             finally:
                 os._exit(code)
+        os.close(begins)
         handlers: dict[int, Any] = {number: signal.getsignal(number) for number in _FORWARDED}
-        for number in signal.sigpending() & set(_FORWARDED):
-            os.kill(pid, number)  # it came before there was somebody else in the terminal's group to hear it
         _pass_on(pid, handlers)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)
         _, status = os.waitpid(pid, 0)
     finally:
         signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED)
-        for name in ("proc", "dev"):
-            if os.path.ismount(f"{target}/{name}"):
-                mounts.umount(f"{target}/{name}", mounts.MNT_DETACH)
         _unmount(target)
     return _status(status)
 
@@ -293,30 +314,21 @@ def _unmount(target: str) -> None:
         client.umount(target)
 
 
-def _init(target: str, command: list[str], environment: dict[str, str], where: str) -> int:
+def _init(target: str, start: _Start, begins: int, terminal: int | None) -> int:
     """Process 1 of the pid namespace: starts the command, passes signals on, collects orphans."""
+    from cowfs.cli.store import confine
+
     try:
-        _furnish(target)
-        os.chroot(target)
-        os.chdir("/")
+        confine.enter(target, privileged=start.privileged)
     except OSError as error:
         print(f"cowfs run: {error.filename or target}: {error.strerror}", file=sys.stderr)
         return 125
     pid = os.fork()
     if pid == 0:
-        for number in (*_FORWARDED, signal.SIGPIPE):
-            signal.signal(number, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)
-        try:
-            os.chdir(where)
-            os.execvpe(command[0], command, environment)
-        except FileNotFoundError as error:
-            what = where if error.filename == where else command[0]
-            print(f"cowfs run: {what}: not found in the snapshot", file=sys.stderr)
-            os._exit(127)
-        except OSError as error:
-            print(f"cowfs run: {command[0]}: {error.strerror}", file=sys.stderr)
-            os._exit(126)
+        _become(start, terminal)
+    os.close(begins)
+    if terminal is not None:
+        os.close(terminal)
 
     def pass_on(number: int, frame: object) -> None:
         with suppress(ProcessLookupError):  # it has just ended, of the same signal perhaps
@@ -334,24 +346,25 @@ def _init(target: str, command: list[str], environment: dict[str, str], where: s
             return _status(status)
 
 
-def _furnish(target: str) -> None:
-    """/proc and a few devices, where the tree has directories for them."""
-    from cowfs.sys import mounts
+def _become(start: _Start, terminal: int | None) -> NoReturn:
+    """Turn this process into the command; the descriptor that tells it has begun closes with that."""
+    from cowfs.cli.store import confine
 
-    if os.path.isdir(f"{target}/proc") and not os.path.islink(f"{target}/proc"):
-        mounts.mount("proc", f"{target}/proc", "proc", mounts.MS_NOSUID | mounts.MS_NODEV | mounts.MS_NOEXEC)
-    dev = f"{target}/dev"
-    if not os.path.isdir(dev) or os.path.islink(dev):
-        return
-    mounts.mount("tmpfs", dev, "tmpfs", mounts.MS_NOSUID, "mode=755,size=64k")
-    for name in _DEVICES:
-        if os.path.exists(f"/dev/{name}"):
-            os.close(os.open(f"{dev}/{name}", os.O_WRONLY | os.O_CREAT, 0o644))
-            mounts.mount(f"/dev/{name}", f"{dev}/{name}", "", mounts.MS_BIND)
-    for name, end in (("fd", "/proc/self/fd"), ("stdin", "/proc/self/fd/0"), ("stdout", "/proc/self/fd/1"),
-                      ("stderr", "/proc/self/fd/2")):  # fmt: skip
-        os.symlink(end, f"{dev}/{name}")
-    os.mkdir(f"{dev}/shm", 0o1777)
+    command = start.command
+    for number in (*_FORWARDED, signal.SIGPIPE):
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        confine.start(terminal, privileged=start.privileged, network=start.network)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)
+        os.chdir(start.where)
+        os.execvpe(command[0], command, start.environment)
+    except FileNotFoundError as error:
+        what = start.where if error.filename == start.where else command[0]
+        print(f"cowfs run: {what}: not found in the snapshot", file=sys.stderr)
+        os._exit(127)
+    except OSError as error:
+        print(f"cowfs run: {command[0]}: {error.strerror}", file=sys.stderr)
+        os._exit(126)
 
 
 COMMANDS = {

@@ -1,0 +1,53 @@
+"""What a program that is about to be started may never do: capabilities(7), as far as dropping them goes."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Collection
+from typing import Final
+
+from cowfs.sys._libc import check, libc
+
+__all__ = ["CONTAINER", "NET_RAW", "drop_all_but", "undumpable"]
+
+NET_RAW: Final = 13
+#: What root in a container keeps by default, at Docker, podman and here: CHOWN, DAC_OVERRIDE, FOWNER, FSETID, KILL, SETGID, SETUID,
+#: SETPCAP, NET_BIND_SERVICE, NET_RAW, SYS_CHROOT, MKNOD, AUDIT_WRITE, SETFCAP (include/uapi/linux/capability.h).
+CONTAINER: Final = frozenset((0, 1, 3, 4, 5, 6, 7, 8, 10, NET_RAW, 18, 27, 29, 31))
+
+_PR_SET_DUMPABLE, _PR_CAPBSET_READ, _PR_CAPBSET_DROP, _PR_CAP_AMBIENT, _CLEAR_ALL = 4, 23, 24, 47, 4
+_VERSION_3: Final = 0x20080522
+
+
+def _prctl(option: int, argument: int) -> int:
+    return check(libc.prctl(option, *map(ctypes.c_ulong, (argument, 0, 0, 0))))
+
+
+def drop_all_but(kept: Collection[int]) -> None:
+    """Drop every other capability for good, from this thread and all that it will start.
+
+    Raises:
+        OSError: EPERM, this thread lacks CAP_SETPCAP.
+    """
+    for number in range(64):
+        try:
+            held = _prctl(_PR_CAPBSET_READ, number)
+        except OSError:  # EINVAL: this kernel has no more
+            break
+        if held and number not in kept:
+            _prctl(_PR_CAPBSET_DROP, number)
+    _prctl(_PR_CAP_AMBIENT, _CLEAR_ALL)
+    header = ctypes.create_string_buffer(struct.pack("<Ii", _VERSION_3, 0))
+    sets = ctypes.create_string_buffer(24)  # effective, permitted, inheritable: the low words, then the high ones
+    check(libc.capget(header, sets))
+    words = struct.unpack("<6I", sets.raw)
+    masks = [sum(1 << number % 32 for number in kept if number // 32 == half) for half in (0, 0, 0, 1, 1, 1)]
+    fewer = [word & mask for word, mask in zip(words, masks, strict=True)]
+    fewer[2] = fewer[5] = 0
+    check(libc.capset(header, struct.pack("<6I", *fewer)))
+
+
+def undumpable() -> None:
+    """Close this process's /proc/PID to everybody who has not CAP_SYS_PTRACE where its program was started."""
+    _prctl(_PR_SET_DUMPABLE, 0)

@@ -1,0 +1,258 @@
+"""What a hostile command can do in `cowfs run`: it is tried. As root, and as an ordinary user in a user namespace.
+
+docs/security.md says the same in words, and what is not isolated.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support import namespace
+from support.command import environment, user_python
+from support.users import UID, command_as
+
+APPLETS = (
+    "cat", "chroot", "dd", "echo", "grep", "head", "hostname", "id", "kill", "ls", "mkdir", "mknod", "mount", "ps", "pwd", "readlink", "sh", "sleep", "stat",
+    "stty", "true", "umount", "wc",
+)  # fmt: skip
+
+
+class Runner:
+    """`cowfs run` of one user over a store of his, with a snapshot "box" that holds busybox."""
+
+    def __init__(self, who: str, python: str, store: Path) -> None:
+        self.who, self.python, self.store = who, python, store
+        self.environment = environment() | {"COWFS_ROOT": str(store), "HOME": str(store.parent)}
+
+    def command(self, *arguments: object) -> list[str]:
+        words = [self.python, "-m", "cowfs", *map(str, arguments)]
+        return words if self.who == "root" else command_as(words)
+
+    def cowfs(self, *arguments: object, **more: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            self.command(*arguments),
+            **{"capture_output": True, "text": True, "timeout": 60, "env": self.environment, "cwd": "/", "stdin": subprocess.DEVNULL, **more},  # type: ignore[call-overload]
+        )  # fmt: skip
+
+    def inside(self, script: str, *options: object) -> str:
+        """What a shell prints in a fresh snapshot, errors included."""
+        done = self.cowfs("run", "box", "--rm", *options, "--", "/bin/sh", "-c", script)
+        assert "Traceback" not in done.stderr, done.stderr
+        return done.stdout + done.stderr
+
+
+def tree(place: Path) -> None:
+    busybox = shutil.which("busybox")
+    if busybox is None or subprocess.run(["ldd", busybox], capture_output=True, check=False).returncode == 0:
+        pytest.skip("no static busybox (busybox-static)")
+    for name in ("bin", "dev", "proc", "tmp", "etc"):
+        (place / name).mkdir(parents=True)
+    shutil.copy(busybox, place / "bin/busybox")
+    for applet in APPLETS:
+        (place / "bin" / applet).symlink_to("busybox")
+    (place / "etc/inside").write_text("inside\n")
+
+
+@pytest.fixture(scope="module", params=["root", "user"])
+def runner(request: pytest.FixtureRequest, public_directory: Path) -> Iterator[Runner]:
+    if namespace.why_not:
+        pytest.skip(namespace.why_not)
+    python = sys.executable
+    if request.param == "user":
+        request.getfixturevalue("ordinary_user")
+        found = user_python()
+        if found is None:
+            pytest.skip("no Python that an ordinary user can start with cowfs in it")
+        python = found
+    base = public_directory / f"isolation-{request.param}"
+    tree(base / "tree")
+    with tarfile.open(base / "box.tar", "w") as tar:
+        tar.add(base / "tree", ".", filter=_owned)
+    if request.param == "user":
+        for where, dirs, files in os.walk(base):
+            for name in (".", *dirs, *files):
+                os.chown(os.path.join(where, name), UID, UID, follow_symlinks=False)
+    made = Runner(request.param, python, base / "store")
+    owners = () if request.param == "root" else ("--owners", "xattr")
+    done = made.cowfs("import", base / "box.tar", "box", "--as", "rootfs", *owners)
+    assert done.returncode == 0, done.stderr
+    if made.cowfs("run", "box", "--rm", "--", "/bin/true").returncode:
+        pytest.skip(f"no user namespaces here: {made.cowfs('run', 'box', '--rm', '--', '/bin/true').stderr}")
+    yield made
+    subprocess.run(["rm", "-rf", base], check=False)
+
+
+def _owned(info: tarfile.TarInfo) -> tarfile.TarInfo:
+    info.uid = info.gid = 0
+    return info
+
+
+def test_nothing_of_the_host_is_mounted(runner: Runner) -> None:
+    """The root is the snapshot, and no mount leads anywhere else: leaving a chroot is no way out, for there is no outside."""
+    lines = runner.inside("cat /proc/self/mountinfo").splitlines()
+    mounts = {line.split()[4]: line.split(" - ")[1].split()[0] for line in lines}
+    assert mounts["/"] == "fuse.cowfs"
+    assert set(mounts.values()) <= {"fuse.cowfs", "proc", "tmpfs", "devpts", "devtmpfs"}
+    roots = {line.split()[3] for line in lines if line.split(" - ")[1].split()[0] == "devtmpfs"}
+    assert roots <= {"/null", "/zero", "/full", "/random", "/urandom", "/tty"} or runner.who == "user"
+    assert runner.inside("cd /; cd ../../../..; cat etc/inside; ls /proc/1/root; ls /proc/1/cwd/etc").startswith(
+        "inside\n"
+    )
+    assert "root:" not in runner.inside("cat /proc/1/root/etc/passwd /etc/passwd ../../../etc/passwd")
+
+
+@pytest.mark.parametrize("number", range(3, 24))
+def test_a_working_directory_that_is_a_descriptor(runner: Runner, number: int) -> None:
+    """An image may say where its command starts; no descriptor of ours is open then (as in CVE-2024-21626)."""
+    done = runner.cowfs(
+        "run", "box", "--rm", "--workdir", f"/proc/self/fd/{number}", "--", "/bin/sh", "-c", "ls ../../../.."
+    )
+    assert done.returncode in (126, 127), done.stdout
+    assert done.stdout == ""
+
+
+def test_descriptors_of_the_caller_stay_outside(runner: Runner) -> None:
+    """A shell may have a directory of the host open; the command gets the standard streams and nothing else."""
+    held = os.open("/", os.O_RDONLY)
+    done = runner.cowfs("run", "box", "--rm", "--", "/bin/ls", "/proc/self/fd", pass_fds=(held,))
+    os.close(held)
+    assert sorted(map(int, done.stdout.split())) == [0, 1, 2, 3]  # 3 is the listing's own
+
+
+@pytest.mark.parametrize(
+    "attempt",
+    [
+        "mknod /tmp/n c 1 3 && head -c1 /tmp/n",
+        "mknod /dev/n b 8 0 && head -c1 /dev/n",
+        "mknod /dev/pts/n b 8 0",
+        "mount -t tmpfs x /tmp",
+        "mount -o remount,rw /proc/sys",
+        "umount /proc/sys",
+        "umount /proc",
+        "echo '|/tmp/x' > /proc/sys/kernel/core_pattern",
+        "echo /tmp/x > /proc/sys/kernel/modprobe",
+        "echo h > /proc/sysrq-trigger",
+        "echo 1 > /proc/irq/default_smp_affinity",
+        "cat /proc/1/exe",
+        "cat /proc/1/environ",
+        "readlink /proc/1/fd/0",
+        "hostname other",
+        "echo 0 > /proc/1/oom_score_adj && echo -1000 > /proc/self/oom_score_adj",
+        "dd if=/proc/kcore count=1 bs=1 | wc -c | grep 1",
+    ],
+)
+def test_attempts_that_fail(runner: Runner, attempt: str) -> None:
+    assert runner.inside(f"({attempt}) > /dev/null 2>&1 && echo it went through") == ""
+
+
+def test_only_its_own_processes_are_there(runner: Runner) -> None:
+    """Nor can it signal others: neither by number nor by the process group that it would share with who started it."""
+    assert len(runner.inside("ls -d /proc/[0-9]*").split()) <= 3
+    script = f"sleep 600 & echo $! ; {' '.join(runner.command('run', 'box', '--rm', '--', '/bin/kill', '-9', '0'))}; echo came back; kill $!"
+    for kill in ("0", "-1"):
+        done = subprocess.run(
+            ["sh", "-c", script.replace(" -9 0", f" -9 {kill}")],
+            env=runner.environment, cwd="/", capture_output=True, text=True, timeout=60, start_new_session=True, check=False,
+        )  # fmt: skip
+        assert done.stdout.endswith("came back\n"), (done, kill)
+
+
+def test_nothing_stays(runner: Runner) -> None:
+    """Processes that it left in the background and mounts that it made end with it."""
+    before = Path("/proc/self/mountinfo").read_text()
+    for options in ((), ("--privileged",)):
+        runner.inside("mount -t tmpfs x /tmp; sleep 61234 & (sleep 61234 &) ; mkdir /dev/shm/x; true", *options)
+    assert Path("/proc/self/mountinfo").read_text() == before
+    assert b"\0".join([b"sleep", b"61234"]) not in b"".join(_command_lines())
+    assert json.loads(runner.cowfs("ls", "--json").stdout)
+
+
+def _command_lines() -> Iterator[bytes]:
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                yield Path(f"/proc/{name}/cmdline").read_bytes()
+            except OSError:
+                continue
+
+
+def test_the_network_can_be_left_out(runner: Runner) -> None:
+    counted = "cat /proc/net/dev | grep -c :"
+    assert runner.inside(counted, "--network", "none") == "1\n"
+    here = os.readlink("/proc/self/ns/net")
+    assert runner.inside("readlink /proc/self/ns/net") == f"{here}\n"
+    assert runner.inside("readlink /proc/self/ns/net", "--network", "none") != f"{here}\n"
+    for space in ("ipc", "uts", "pid", "mnt"):
+        assert runner.inside(f"readlink /proc/self/ns/{space}") != f"{os.readlink(f'/proc/self/ns/{space}')}\n"
+
+
+def test_privileged_keeps_privilege(runner: Runner) -> None:
+    assert runner.inside("mount -t tmpfs x /tmp && echo mounted", "--privileged") == "mounted\n"
+
+
+def at_a_terminal(runner: Runner, *arguments: object, keys: list[tuple[str, bytes]]) -> tuple[int, str]:
+    """Run at a pseudo-terminal; each of ``keys`` is typed once its text was shown. (exit status, all that was shown)"""
+    command = runner.command("run", "box", "--rm", *arguments)
+    pid, master = pty.fork()
+    if not pid:
+        os.chdir("/")
+        os.execvpe(command[0], command, runner.environment)
+    shown, waiting, until = b"", list(keys), time.monotonic() + 60
+    while time.monotonic() < until:
+        if not select.select([master], [], [], 1)[0]:
+            continue
+        try:
+            part = os.read(master, 65536)
+        except OSError:
+            break
+        if not part:
+            break
+        shown += part
+        if waiting and waiting[0][0].encode() in shown:
+            os.write(master, waiting.pop(0)[1])
+    else:
+        os.kill(pid, signal.SIGKILL)
+    _, status = os.waitpid(pid, 0)
+    os.close(master)
+    return os.waitstatus_to_exitcode(status), shown.decode()
+
+
+def test_the_terminal_is_one_of_its_own(runner: Runner) -> None:
+    """Not the user's, into which it could type; keys, signals and the size get there all the same."""
+    status, shown = at_a_terminal(
+        runner, "--", "/bin/sh", "-c", "stat -L -c device=%t,%T, /proc/self/fd/0; stty size; read x; echo got $x; exit 7",
+        keys=[("device=", b""), ("device=", b"word\n")],
+    )  # fmt: skip
+    assert "got word" in shown
+    assert status == 7
+    status, shown = at_a_terminal(
+        runner, "--", "/bin/sh", "-c", "trap 'echo stopped; exit 9' INT; echo ready; while :; do sleep 0.1; done",
+        keys=[("ready", b"\x03")],
+    )  # fmt: skip
+    assert "stopped" in shown
+    assert status == 9
+
+
+def test_a_tree_without_proc_and_dev(runner: Runner) -> None:
+    """Neither is needed for the command to be confined."""
+    assert runner.cowfs("run", "box", "--commit", "bare", "--", "/bin/busybox", "rmdir", "/proc", "/dev").returncode
+    made = runner.cowfs("prepare", "bare-key", "box")
+    assert made.returncode == 0, made.stderr
+    script = "from cowfs.store import Store; import sys\nwith Store.open(sys.argv[1]) as s, s.paths('bare-key') as p: p.rmdir('/proc'); p.rmdir('/dev')"
+    words = [runner.python, "-c", script, str(runner.store)]
+    subprocess.run(words if runner.who == "root" else command_as(words), env=runner.environment, cwd="/", check=True)
+    assert runner.cowfs("commit", "bare-key", "bare").returncode == 0
+    done = runner.cowfs("run", "bare", "--rm", "--", "/bin/sh", "-c", "mount -t tmpfs x /tmp || echo refused; ls /")
+    assert done.stdout.split() == ["refused", "bin", "etc", "tmp"]
