@@ -266,17 +266,20 @@ class Extractor:
 
     def _remove_older(self, path: bytes) -> None:
         """Remove what this archive did not write, at any depth below what it did."""
-        for listed in os.listdir(self.dirs.get(path).fd):
-            name = os.fsencode(listed)
-            child = path + b"/" + name if path else name
-            found = self.dirs.get(path)  # anew each time: going down may have closed it
-            st = lstat(found.fd, name)
-            if st is None:
-                continue
-            if not self._ours(child):
-                self._remove(found, name, child, st)
-            elif stat.S_ISDIR(st.st_mode):
-                self._remove_older(child)
+        pending = [path]
+        while pending:
+            path = pending.pop()
+            for listed in os.listdir(self.dirs.get(path).fd):
+                name = os.fsencode(listed)
+                child = path + b"/" + name if path else name
+                found = self.dirs.get(path)
+                st = lstat(found.fd, name)
+                if st is None:
+                    continue
+                if not self._ours(child):
+                    self._remove(found, name, child, st)
+                elif stat.S_ISDIR(st.st_mode):
+                    pending.append(child)
 
     # What is in the way -----------------------------------------------------------------------
 
