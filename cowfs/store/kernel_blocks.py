@@ -34,6 +34,7 @@ from cowfs.sys import files, xattr
 
 if TYPE_CHECKING:
     from cowfs.union.layers import Source
+    from cowfs.union.node import Node
     from cowfs.union.view import View
 
 __all__ = ["Blocks", "Place", "opened_devices", "paths_of"]
@@ -156,14 +157,12 @@ class Blocks:
             Corrupt: its map, or a file of its chain, is missing or damaged.
             Unsupported: an image cannot hold it.
         """
-        if self._view is None:
-            from cowfs.union import Options, View
+        from cowfs.union import Dir, Options, View
 
+        if self._view is None:
             self._view = View(self._trees, options=Options(form=self._form.name, readonly=True))
         view = self._view
-        from cowfs.union import Dir
-
-        node = view.root
+        node: Node = view.root
         try:
             for name in shown.split(b"/"):
                 assert isinstance(node, Dir)
