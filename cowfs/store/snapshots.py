@@ -32,7 +32,6 @@ from cowfs.errors import (
     FailedPrecondition,
     InvalidArgument,
     NotFound,
-    Unsupported,
 )
 from cowfs.index.database import Index, Row
 from cowfs.index.transaction import Committed, NameTaken
@@ -40,6 +39,7 @@ from cowfs.model import SMALLEST_LIMIT, Info, Kind, Limit, Mount, Usage, parse_c
 from cowfs.store import key_lock, layers
 from cowfs.store.names import check_labels, check_name, new_id
 from cowfs.store.opening import INDEX, default_root, make_root, must_run, only_one
+from cowfs.store.reading import Reading, must_read
 from cowfs.store.recount import recount
 from cowfs.store.reserve import FULL, Reserve, names_full, no_room
 from cowfs.store.staging import discard, staged, sweep
@@ -57,7 +57,7 @@ MAX_DEPTH = 2000
 """Layers in a chain: what one mount opens at most."""
 
 
-class StoreCore:
+class StoreCore(Reading):
     """The verbs that change snapshots. Made by :meth:`open`; users see it as :class:`cowfs.Store`.
 
     Attributes:
@@ -137,11 +137,7 @@ class StoreCore:
                     remedy="another driver needs a store of its own",
                 )
             form = index.meta("form") or index.set_meta("form", "trusted" if host.can_trusted_xattr() else "user")
-            if form == "trusted" and not host.can_trusted_xattr():
-                raise Unsupported(
-                    f"the layers of {path} have trusted.overlay.* attributes, which this user cannot read",
-                    remedy="run as root, or use a store of your own",
-                )
+            must_read(path, form)
             found = registry.load(had, index.meta("driver_class"))
             if index.meta("driver_class") is None:
                 index.set_meta("driver_class", registry.where(found))
@@ -314,20 +310,6 @@ class StoreCore:
                 remedy=f"'cowfs prepare KEY {name}' makes one to write in, 'cowfs view KEY {name}' one to read",
             )
         return row if row is not None else self.index.get(name)
-
-    def resolve(self, name: str) -> Row:
-        """The row of a snapshot, or of the one that a tag names.
-
-        Raises:
-            NotFound: neither.
-        """
-        row = self.index.find(name)
-        if row is not None:
-            return row
-        tag = self.index.tag(name)
-        if tag is None:
-            raise NotFound(f"no snapshot or tag {name!r}", remedy="'cowfs ls' and 'cowfs images' show what there is")
-        return self.index.get(tag.target)
 
     # ------------------------------------------------------------------- commit
 
