@@ -76,7 +76,7 @@ from cowfs.driver.plan import MountPlan
 from cowfs.errors import Corrupt, InvalidArgument
 from cowfs.format import whiteout
 from cowfs.model import Limit, Mount, Usage
-from cowfs.sys import atomic, files, host, trees
+from cowfs.sys import atomic, files, host, mounts, trees
 from cowfs.sys.regular import read_small
 from cowfs.sys.trees import copy_tree
 
@@ -166,7 +166,7 @@ class Driver(ABC):
             whole=self.whole,
             live=not self.whole,
             reflink=self.whole and _can_reflink(self.root),
-            kernel_mount=not self.row and host.has_cap(host.CAP_SYS_ADMIN),
+            kernel_mount=host.has_cap(host.CAP_SYS_ADMIN) and not (self.row and mounts.why_no_images(self.root)),
             row=self.row,
         )
 
@@ -251,13 +251,15 @@ class Driver(ABC):
             limit=limit,
             trusted=self.form.redirects,
             row=can.row,
-            why_not_kernel=self._why_not_kernel(limit),
+            why_not_kernel=self._why_not_layers() or self._why_not_kernel(limit),
+            why_not_image=self._why_not_kernel(limit),
         )
+
+    def _why_not_layers(self) -> str:
+        return "the kernel's overlayfs cannot read redirect files" if self.capabilities.row else ""
 
     def _why_not_kernel(self, limit: Limit) -> str:
         can = self.capabilities
-        if can.row:
-            return "the kernel's overlayfs cannot read redirect files"
         if limit and not can.own_limit:
             return "a bind mount holds no limit" if can.whole else "the kernel's overlayfs holds no limit"
         if not can.kernel_mount:
