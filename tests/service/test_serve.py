@@ -284,3 +284,16 @@ def test_the_store_is_shared_with_the_command(daemon: Daemon) -> None:
     done = cowfs("prepare", "work", "--root", str(daemon.root))
     assert done.returncode == 0, done.stderr
     assert daemon.request("GET", "/info")[1]["DriverStatus"][5] == ["Snapshots", "1"]
+
+
+def test_it_stops_at_once_while_clients_read_streams(make_daemon: Make, docker_command: str) -> None:
+    """A follower of the events neither holds up the end nor meets a store that was closed beneath it."""
+    daemon = make_daemon("-D").start()
+    with daemon.raw() as sock, daemon.raw() as other:
+        for each in (sock, other):
+            each.sendall(b"GET /events?since=1 HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert each.recv(1 << 16).startswith(b"HTTP/1.1 200")
+        assert daemon.stop() == 0
+        rest = b"".join(iter(lambda: sock.recv(1 << 16), b""))
+    assert not rest.endswith(b"0\r\n\r\n")  # cut, and not "that was all"
+    assert "Traceback" not in daemon.log
