@@ -2,7 +2,8 @@
 
 Strategy: layers are those of the overlay backend, but a file that was only partly written is a *redirect file*: a
 sparse file that holds the written blocks at their own offsets, and a map beside the layer that says which those are
-(docs/row.md; :mod:`cowfs.row.redirects`). The kernel's overlayfs does not know them, so all mounts are the FUSE mount.
+(docs/row.md; :mod:`cowfs.row.redirects`). The kernel's overlayfs does not know them, so mounts are the FUSE mount, or the kernel's
+through an image of the chain, which the store makes.
 
 Choose it for images, databases and other big files that change in places. For many small files the overlay backend is
 as good, and its layers can be mounted by the kernel.
@@ -16,14 +17,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from cowfs.driver.interface import Driver, Probe
-from cowfs.errors import InvalidArgument, Unsupported
+from cowfs.errors import InvalidArgument
 from cowfs.format.whiteout import choose_form
-from cowfs.model import Limit, Mount, Usage, parse_size
+from cowfs.model import Limit, Usage, parse_size
 from cowfs.row import layer as row_layer, map as row_map
 from cowfs.sys import atomic, trees
 from cowfs.sys.regular import read_small
 
-from . import deltas, records
+from . import deltas
 
 DEFAULT_BLOCK = 4096
 _BLOCK_FILE = "row-block"
@@ -78,29 +79,6 @@ class RowDriver(Driver):
         deltas.create(self, id, parents)
         row_layer.mark(self.tree(id), self.form)
         return Usage()
-
-    def mounts(
-        self,
-        id: str,
-        parents: Sequence[str],
-        *,
-        readonly: bool = False,
-        limit: Limit = Limit(),  # noqa: B008 - frozen
-        mount_type: str | None = None,
-    ) -> tuple[Mount, ...]:
-        """The FUSE record, with ``row=BLOCK``."""
-        if mount_type == "kernel":
-            raise Unsupported("the kernel's overlayfs cannot read redirect files", remedy="leave out --mount-type")
-        if mount_type not in (None, "fuse"):
-            raise InvalidArgument(f"no mount type {mount_type!r}", remedy="fuse")
-        upper, work = (None, None) if readonly else (self.tree(id), self.work(id))
-        lowers = [self.tree(parent) for parent in parents]
-        if readonly and not lowers:
-            lowers = [self.tree(id)]
-        made = records.fuse(lowers or [f"{self.root}/empty"], upper, work, limit=limit)
-        if upper is None:
-            return (made,)
-        return (Mount(type=made.type, source=made.source, options=(*made.options, f"row={self.row}")),)
 
     def freeze(self, id: str) -> None:
         """Make the maps true for good, and empty the work directory."""

@@ -4,7 +4,7 @@ Strategy: ``create`` copies the parent (sharing extents where the host can refli
 a bind mount of the copy. A layer can be read, backed up and repaired with nothing but a shell.
 
 Limits: a plain directory has none, so with one the mount is the FUSE mount over an empty layer.
-What was copied is not the layer's own: it is added to the limit that the mount is given.
+What was copied is not the layer's own: the store adds it to the limit that the mount is given.
 """
 
 from __future__ import annotations
@@ -13,11 +13,8 @@ import os
 from collections.abc import Sequence
 
 from cowfs.driver.interface import Driver, Probe
-from cowfs.errors import Unsupported
-from cowfs.model import Limit, Mount, Usage
-from cowfs.sys import host, trees
-
-from . import records
+from cowfs.model import Limit, Usage
+from cowfs.sys import trees
 
 
 class VfsDriver(Driver):
@@ -43,20 +40,3 @@ class VfsDriver(Driver):
         if self.fsync:
             trees.sync_tree(tree)
         return self.usage(id)
-
-    def mounts(
-        self,
-        id: str,
-        parents: Sequence[str],
-        *,
-        readonly: bool = False,
-        limit: Limit = Limit(),  # noqa: B008 - frozen
-        mount_type: str | None = None,
-    ) -> tuple[Mount, ...]:
-        """A bind mount; the FUSE mount where a limit must hold."""
-        if mount_type == "kernel" and limit:
-            raise Unsupported("a bind mount holds no limit", remedy="leave out --mount-type, or the limit")
-        if mount_type != "fuse" and not limit and (mount_type == "kernel" or host.has_cap(host.CAP_SYS_ADMIN)):
-            return (Mount(type="bind", source=self.tree(id), options=("ro" if readonly else "rw", "rbind")),)
-        lowers = [f"{self.root}/empty"]
-        return (records.fuse(lowers, self.tree(id), self.work(id), readonly=readonly, limit=limit),)

@@ -93,14 +93,15 @@ _opened: dict[str, hostfs.HostFs] = {}
 
 
 @pytest.fixture(params=hostfs.NAMES)
-def fs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> hostfs.HostFs:
-    """Each host filesystem in turn, mounted once a session."""
+def fs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[hostfs.HostFs]:
+    """Each host filesystem in turn, mounted once a session; a test's directories go with the test."""
     name: str = request.param
     if name not in _opened:
         base = tmp_path_factory.mktemp(f"host-{name}")
         base.chmod(0o755)
         _opened[name] = hostfs.open_fs(name, base)
-    return _opened[name]
+    yield _opened[name]
+    _opened[name].clear()
 
 
 @pytest.fixture(scope="session")

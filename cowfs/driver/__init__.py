@@ -5,9 +5,21 @@ from typing import TYPE_CHECKING
 from cowfs._lazy import exports
 
 if TYPE_CHECKING:
-    from cowfs.driver.interface import Driver as Driver, Probe as Probe
+    from cowfs.driver.interface import (
+        Capabilities as Capabilities,
+        Driver as Driver,
+        Probe as Probe,
+        copy_tree as copy_tree,
+    )
+    from cowfs.driver.plan import MountPlan as MountPlan
 
-_EXPORTS = {"Driver": "cowfs.driver.interface", "Probe": "cowfs.driver.interface"}
+_EXPORTS = {
+    "Capabilities": "cowfs.driver.interface",
+    "Driver": "cowfs.driver.interface",
+    "MountPlan": "cowfs.driver.plan",
+    "Probe": "cowfs.driver.interface",
+    "copy_tree": "cowfs.driver.interface",
+}
 
 __all__ = sorted(_EXPORTS)
 

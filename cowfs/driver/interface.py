@@ -7,8 +7,8 @@ ids and never sees a key, a name, a tag or the index, so a driver is a few small
 
 Words. An **id** names a layer's directory and survives the commit. **parents** are ids, nearest
 first. The layer being written is *active*; :meth:`Driver.freeze` makes it *frozen*, which is for
-good. A **mount** is data (type, source, options): a driver says how its layers are mounted and
-never mounts. A **delta** layer holds what changed against its parents, a **whole** layer the
+good. A **plan** says which directories a mount is made of (:class:`~cowfs.driver.plan.MountPlan`),
+a **mount** the same in mount(8)'s words: data, a driver never mounts. A **delta** layer holds what changed against its parents, a **whole** layer the
 entire tree.
 
 On disk. Layer ``ID`` is ``ROOT/layers/ID``. While it is being made it is ``ROOT/new-ID``, while
@@ -25,22 +25,28 @@ Invariants, which :class:`cowfs.testing.DriverSuite` checks for any driver:
 4. ``freeze`` may be repeated, and a crash in it leaves the layer writable or frozen.
 5. ``usage`` counts the layer itself: for a whole layer the difference to what ``create`` copied.
 6. ``remove`` and ``close`` may be repeated.
-7. A limit given to ``create`` holds in every mount that ``mounts`` describes.
+7. A limit given to ``create`` holds in every mount that ``plan`` and ``mounts`` describe.
+
+8. ``capabilities`` are true.
 
 A driver that keeps whole layers in plain directories is no more than this::
+
+    import os
+
+    from cowfs.driver import Driver, copy_tree
+    from cowfs.model import Usage
 
     class CopyDriver(Driver):
         name = "copy"
         whole = True
 
         def create(self, id, parents, limit):
-            os.makedirs(self.tree(id))
-            if parents:
-                copy_tree(self.tree(parents[0]), self.tree(id))
-            return self.measure(id)
-
-        def mounts(self, id, parents, *, readonly=False, limit=Limit(), mount_type=None):
-            return (Mount(type="bind", source=self.tree(id), options=("ro" if readonly else "rw", "rbind")),)
+            os.mkdir(self.tree(id), 0o755)
+            os.mkdir(self.work(id), 0o700)
+            if not parents:
+                return Usage()
+            copy_tree(self.tree(parents[0]), self.tree(id))
+            return self.usage(id)
 
 It becomes ``Store.open(driver="copy")`` by an entry point in the group ``cowfs.drivers``
 (:mod:`cowfs.driver.registry`). ``drivers/vfs.py`` is the same with the edges that real use needs.
@@ -57,14 +63,40 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
+from cowfs.driver.plan import MountPlan
 from cowfs.errors import Corrupt, InvalidArgument
 from cowfs.format import whiteout
 from cowfs.model import Limit, Mount, Usage
-from cowfs.sys import trees
+from cowfs.sys import files, host, mounts, trees
+from cowfs.sys.trees import copy_tree
 
-__all__ = ["Driver", "Probe"]
+__all__ = ["Capabilities", "Driver", "Probe", "copy_tree"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capabilities:
+    """The kind of a driver's layers in one store, on this host, for this user. The store asks nothing else about it.
+
+    Attributes:
+        whole: each layer is an entire tree; otherwise it is a delta in the overlay format.
+        live: a layer in use can become a lower one of the mount that goes on (live snapshot, rollback).
+        own_limit: a layer holds its limit itself, whoever writes in it; otherwise only cowfs's own server holds one.
+        reflink: what ``create`` copies shares its extents with the parent, so a copy takes no room for data.
+        kernel_mount: the kernel mounts the layers, for this user.
+        unprivileged: an ordinary user can keep a store of them.
+        row: bytes a block of the redirect files that the mounts make (docs/row.md); 0: they make none.
+    """
+
+    whole: bool = False
+    live: bool = True
+    own_limit: bool = False
+    reflink: bool = False
+    kernel_mount: bool = True
+    unprivileged: bool = True
+    row: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,10 +129,10 @@ class Driver(ABC):
 
     name: ClassVar[str]
     whole: ClassVar[bool] = False
-    """Whether each layer is an entire tree; otherwise it is a delta in the overlay format."""
+    """Short for a driver whose :attr:`capabilities` are the usual ones of whole layers."""
 
     row: int = 0
-    """Bytes a block of redirect files, for a driver whose mounts make them; 0 for any other."""
+    """Short for a driver whose :attr:`capabilities` are the usual ones of redirect files of so many bytes a block."""
 
     def __init__(self, root: str, *, form: str = "auto", fsync: bool = True, **options: Any) -> None:
         self.root = root
@@ -110,9 +142,23 @@ class Driver(ABC):
             raise InvalidArgument(f"the driver {self.name} has no option {', '.join(sorted(options))}")
 
     @classmethod
-    @abstractmethod
     def probe(cls, root: str) -> Probe:
-        """Whether this driver can keep a store below ``root`` (which exists). Changes nothing."""
+        """Whether this driver can keep a store below ``root`` (which exists). Changes nothing.
+
+        A driver that says nothing can run everywhere, and is chosen only by name or where nothing else can.
+        """
+        return Probe(usable=True, reasons=("it needs nothing of the host",))
+
+    @cached_property
+    def capabilities(self) -> Capabilities:
+        """The kind of the layers here; a driver that keeps neither deltas like overlay nor plain copies overrides it."""
+        return Capabilities(
+            whole=self.whole,
+            live=not self.whole,
+            reflink=self.whole and _can_reflink(self.root),
+            kernel_mount=host.has_cap(host.CAP_SYS_ADMIN) and not (self.row and mounts.why_no_images(self.root)),
+            row=self.row,
+        )
 
     # -- places
 
@@ -152,7 +198,47 @@ class Driver(ABC):
             Unsupported: the limit cannot be held.
         """
 
-    @abstractmethod
+    def plan(
+        self,
+        id: str,
+        parents: Sequence[str],
+        *,
+        readonly: bool = False,
+        limit: Limit = Limit(),  # noqa: B008 - frozen
+    ) -> MountPlan:
+        """Which directories a mount of a layer is made of, and what the mount must keep to.
+
+        Args:
+            parents: nearest first. A view of a whole layer shows the nearest, an active whole layer none.
+            readonly: for a view.
+            limit: the one given to :meth:`create`, with what was copied.
+        """
+        can = self.capabilities
+        beneath = parents if not can.whole else parents[:1] if readonly else ()
+        return MountPlan(
+            lowers=tuple(self.tree(parent) for parent in beneath),
+            upper=self.tree(id),
+            work=self.work(id),
+            empty=f"{self.root}/empty",
+            readonly=readonly,
+            limit=limit,
+            trusted=self.form.redirects,
+            row=can.row,
+            why_not_kernel=self._why_not_layers() or self._why_not_kernel(limit),
+            why_not_image=self._why_not_kernel(limit),
+        )
+
+    def _why_not_layers(self) -> str:
+        return "the kernel's overlayfs cannot read redirect files" if self.capabilities.row else ""
+
+    def _why_not_kernel(self, limit: Limit) -> str:
+        can = self.capabilities
+        if limit and not can.own_limit:
+            return "a bind mount holds no limit" if can.whole else "the kernel's overlayfs holds no limit"
+        if not can.kernel_mount:
+            return f"layers of {self.name} are not mounted by the kernel, or not by this user"
+        return ""
+
     def mounts(
         self,
         id: str,
@@ -162,16 +248,15 @@ class Driver(ABC):
         limit: Limit = Limit(),  # noqa: B008 - frozen
         mount_type: str | None = None,
     ) -> tuple[Mount, ...]:
-        """How to mount a layer over its parents.
+        """How to mount a layer over its parents, in mount(8)'s words: :meth:`plan`, rendered.
 
         Args:
-            readonly: for a view.
-            limit: the one given to :meth:`create`.
             mount_type: ``kernel`` or ``fuse`` where the caller insists.
 
         Raises:
             Unsupported: this host, user or driver cannot do the type asked for.
         """
+        return (self.plan(id, parents, readonly=readonly, limit=limit).record(mount_type),)
 
     def freeze(self, id: str) -> None:  # noqa: B027 - a driver may have nothing to do
         """Nothing will be written any more; drop what only a writer needs."""
@@ -184,7 +269,10 @@ class Driver(ABC):
         trees.remove_tree(self.directory(id))
 
     def usage(self, id: str) -> Usage:
-        """What the layer's tree holds now, by a walk (the store keeps the result of a frozen one)."""
+        """What the layer's tree holds now, by a walk (the store keeps the result of a frozen one).
+
+        Also what ``create`` returns of a layer that it filled.
+        """
         from cowfs.union.layers import Descriptors, Layer
         from cowfs.union.quota import measure
 
@@ -204,3 +292,22 @@ class Driver(ABC):
 
     def close(self) -> None:  # noqa: B027 - likewise
         """Let go of whatever is open. Idempotent."""
+
+
+def _can_reflink(root: str) -> bool:
+    """Whether files below ``root`` can share extents: tried with two files that have no names."""
+    try:
+        one = os.open(root, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
+    except OSError:
+        return False
+    try:
+        other = os.open(root, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
+        try:
+            os.write(one, b"\0" * 4096)
+            return files.reflink(one, other)
+        finally:
+            os.close(other)
+    except OSError:
+        return False
+    finally:
+        os.close(one)

@@ -42,7 +42,7 @@ from cowfs.service.api.routing import Route, Table
 from cowfs.service.board import Board
 from cowfs.service.containers.manager import Containers
 from cowfs.service.doors import Door, Loop, open_doors
-from cowfs.service.errors import ApiError, status_of
+from cowfs.service.errors import status_of
 from cowfs.service.http import Exchange, Reply, json_reply
 from cowfs.service.images import Images
 from cowfs.service.logs import exchange_id, log

@@ -108,8 +108,8 @@ class ArchiveVerbs(UpkeepVerbs):
             applied = archive.apply_layer(
                 stream,
                 f"{directory}/fs",
-                form="plain" if self.driver.whole else self.driver.form.name,
-                lower=_RootOnly(f"{directory}/fs") if self.driver.whole and lower is not None else lower,
+                form="plain" if self.driver.capabilities.whole else self.driver.form.name,
+                lower=_RootOnly(f"{directory}/fs") if self.driver.capabilities.whole and lower is not None else lower,
                 options=options,
                 log=log,
                 on_inode=on_inode,

@@ -84,12 +84,16 @@ class BlockVerbs(CompactionVerbs):
         with layers.hold(self.driver, row, "apply to"):
             row = self._active(key, row.num)
             parent = self.index.by_num(row.parent) if row.parent is not None else None
-            below = [] if self.driver.whole else [self.driver.tree(id) for _, id in self.index.chain(row.parent)]
+            below = (
+                []
+                if self.driver.capabilities.whole
+                else [self.driver.tree(id) for _, id in self.index.chain(row.parent)]
+            )
             view = union.View(
                 below or [f"{self.root}/empty"],
                 self.driver.tree(row.id),
                 self.driver.work(row.id),
-                options=self._options(row.limit if not self.driver.whole else Limit()),
+                options=self._options(row.limit if not self.driver.capabilities.whole else Limit()),
             )
             try:
                 counts = blocks.apply(view, stream, base=self._identity(parent))
@@ -104,7 +108,7 @@ class BlockVerbs(CompactionVerbs):
     def _options(self, limit: Limit) -> union.Options:
         return union.Options(
             form=self.driver.form.name,
-            row=self.driver.row or None,
+            row=self.driver.capabilities.row or None,
             volatile=not self.driver.fsync,
             limit=limit or None,
         )
@@ -135,7 +139,7 @@ class BlockVerbs(CompactionVerbs):
     def _reading(self, row: Row | None) -> Iterator[union.View]:
         """The view of a committed tree; without one, of an empty directory."""
         stack = [self.driver.tree(id) for _, id in self.index.chain(row.num)] if row is not None else []
-        if self.driver.whole:
+        if self.driver.capabilities.whole:
             stack = stack[:1]
         view = union.View(
             stack or [f"{self.root}/empty"], options=union.Options(form=self.driver.form.name, readonly=True)

@@ -277,7 +277,7 @@ class UpkeepVerbs(MountVerbs):
         data = SameData(self.driver, self.index)
         assert row.root is not None
         root: Pair = row.root
-        if self.driver.whole:
+        if self.driver.capabilities.whole:
             root = self._check_whole(report, row, parent, repair)
         elif damage.is_old(root):
             for what in damage.several_with_one_number(self.index, parent, root):
@@ -303,7 +303,7 @@ class UpkeepVerbs(MountVerbs):
         """Writes that a mark hides. Only a user can tell what is to be kept: a repair leaves them."""
         from cowfs.store import damage
 
-        if self.driver.whole:
+        if self.driver.capabilities.whole:
             return
         trees = [self.driver.tree(id) for _, id in self.index.chain(row.num)]
         try:
@@ -402,7 +402,10 @@ class UpkeepVerbs(MountVerbs):
             "uuid": self.index.meta("uuid") or "",
             "mounts": "fuse.cowfs (cowfs's own server)",
         }
-        sample = self.driver.mounts("sample", ["below"] if not self.driver.whole else [], limit=Limit())[0]
+        can = self.driver.capabilities
+        if can.whole:
+            told["copies"] = "share extents with the parent" if can.reflink else "take the room of their data"
+        sample = self.driver.mounts("sample", ["below"] if not can.whole else [], limit=Limit())[0]
         told["records"] = sample.type
         told["kernel mounts"] = kernel_image.how(self.driver)
         return told

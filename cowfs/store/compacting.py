@@ -51,7 +51,7 @@ class CompactionVerbs(LiveVerbs):
         compact: bool = False,
     ) -> Info:
         """As :meth:`StoreCore.commit`; with ``compact`` after a :meth:`compact` of what has mostly been written."""
-        if compact and self.driver.row:
+        if compact and self.driver.capabilities.row:
             self.compact(key)
         return super().commit(key, name, labels=labels, digests=digests)
 
@@ -74,7 +74,7 @@ class CompactionVerbs(LiveVerbs):
 
         share = SHARE if share is None else share
         row = self._active(key)
-        if not self.driver.row:
+        if not self.driver.capabilities.row:
             raise Unsupported(
                 f"the driver {self.driver.name} has nothing to compact", remedy="it is for the driver row"
             )

@@ -151,7 +151,7 @@ class ImageVerbs(ExportVerbs):
         top, start = self._already(image, options.owners)
         budget = archive.Budget(options.max_bytes)
         jobs = [_Import(self, layer, options, budget, progress) for layer in image.layers[start:]]
-        if self.driver.whole or len(jobs) == 1:
+        if self.driver.capabilities.whole or len(jobs) == 1:
             for job in jobs:
                 with job:
                     job.unpack(top)
@@ -264,14 +264,16 @@ class _Import:
         parent = below.result() if below.done() else None
         chain = [id for _, id in store.index.chain(parent.num)] if parent is not None else []
         self._copied = driver.create(layer.staged, chain, Limit())
-        if driver.whole and chain:
+        if driver.capabilities.whole and chain:
             mark_copied(driver, layer.staged, chain[0], only_root=False)
         point("create.filled")
         with self._layer.open() as stream:
             self._applied, self._digests = store._unpack(
                 driver.directory(layer.staged),
                 stream,
-                _Awaited(store, below, self._options.owners) if parent is not None or not driver.whole else None,
+                _Awaited(store, below, self._options.owners)
+                if parent is not None or not driver.capabilities.whole
+                else None,
                 self._options,
                 self._layer.diff_id,
                 counter(
@@ -299,7 +301,7 @@ class _Import:
             return there
         if taken:
             name = f"{name}.{layer.id}"  # what has its name is not this layer any more
-        if not driver.whole and parent is not None and not self._applied.root:
+        if not driver.capabilities.whole and parent is not None and not self._applied.root:
             _inherit_root(driver.tree(parent.id), driver.tree(layer.staged))
         driver.freeze(layer.staged)
         num = index.reserve()

@@ -304,7 +304,7 @@ class KeptDigests:
         except FileNotFoundError:
             if not compute:
                 return None
-        return cls(known, driver.tree(id), row=driver.form.row if driver.row else b"", compute=compute)
+        return cls(known, driver.tree(id), row=driver.form.row if driver.capabilities.row else b"", compute=compute)
 
     @staticmethod
     def save(driver: Driver, id: str, digests: ByInode) -> None:
@@ -347,7 +347,7 @@ class SameData:
             finally:
                 os.close(root)
             form = self._driver.form
-            if self._driver.row and xattr.try_get(fd, b"", form.row) is not None:
+            if self._driver.capabilities.row and xattr.try_get(fd, b"", form.row) is not None:
                 os.close(fd)
                 return _Redirected([self._driver.tree(id) for _, id in self._index.chain(num)], path, form.name)
             return LayerFile(fd)

@@ -223,7 +223,7 @@ class LiveVerbs(UpkeepVerbs):
         return Usage(), False
 
     def _can_switch(self, verb: str) -> None:
-        if self.driver.whole:
+        if not self.driver.capabilities.live:
             raise Unsupported(
                 f"the driver {self.driver.name} keeps whole trees: no {verb}", remedy="use commit and prepare"
             )
@@ -233,8 +233,13 @@ class LiveVerbs(UpkeepVerbs):
     def _switch(self, row: Row, switch: _Switch, parents: list[str], verb: str, **more: Any) -> None:
         server = self._server_of(row, made_by="store")
         if server is not None:
-            self._make_and_switch(row, switch, parents, server, verb, more)
-            return
+            try:
+                self._make_and_switch(row, switch, parents, server, verb, more)
+                return
+            except CowfsError:
+                if self._server_of(row, made_by="store") is not None or self.index.by_num(row.num) != row:
+                    raise
+                # it was unmounted just now, and switched nothing
         with layers.hold(self.driver, row, switch.verb):
             self._make_and_switch(row, switch, parents, None, verb, more)
 

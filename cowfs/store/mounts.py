@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from types import EllipsisType, TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from cowfs.errors import FailedPrecondition, InvalidArgument, NotFound, Unsupported
+from cowfs.errors import CowfsError, FailedPrecondition, InvalidArgument, NotFound, Unsupported
 from cowfs.format.mount_options import split_layers, unescape
 from cowfs.index.database import Row
-from cowfs.model import SMALLEST_LIMIT, Kind, Limit, Mount, Usage, parse_count, parse_size
+from cowfs.model import SMALLEST_LIMIT, Limit, Mount, Usage, parse_count, parse_size
 from cowfs.store.layers import is_locked, kernel_mount_of
 from cowfs.store.queries import LookVerbs
 from cowfs.sys import mounts as sys_mounts
@@ -125,11 +125,29 @@ class MountVerbs(LookVerbs):
             self._refuse_used(row)
             try:
                 self._mount_image(row, where)
-            except (OSError, Unsupported):  # what an image cannot hold, or this host cannot mount: layer by layer
-                (record,) = self._mounts(row, "kernel")
-                mount_record(record, where, source=f"cowfs:{row.id}")
+            except (
+                OSError,
+                Unsupported,
+            ) as error:  # what an image cannot hold, or this host cannot mount: layer by layer
+                self._mount_layers(row, where, error)
             return KernelMount(where)
         return client.spawn(self.spec(key, where, **more))
+
+    def _mount_layers(self, row: Row, where: str, no_image: Exception) -> None:
+        """Mount a snapshot with each layer as a lower one of its own; what no image could be made or mounted for is told."""
+        plan = self._plan(row)
+        if plan.row and row.parent is None and not plan.why_not_image:  # nothing is beneath it that could be redirected
+            mount_record(plan.kernel(), where, source=f"cowfs:{row.id}")
+            return
+        try:
+            (record,) = self._mounts(row, "kernel")
+        except Unsupported as error:
+            if isinstance(no_image, OSError):
+                raise Unsupported(
+                    f"{error}, and no image of them can be mounted: {no_image.strerror}", remedy=error.remedy
+                ) from no_image
+            raise error from no_image
+        mount_record(record, where, source=f"cowfs:{row.id}")
 
     def _mount_image(self, row: Row, where: str) -> None:
         """Mount a snapshot as one lower layer: the image of its parent's metadata, with the layers as data beneath.
@@ -138,27 +156,41 @@ class MountVerbs(LookVerbs):
             Unsupported: the driver's layers, or this tree, are not mounted so.
             OSError: the host or its kernel cannot.
         """
-        from cowfs.store import kernel_image
+        from cowfs.store import kernel_blocks, kernel_image
 
-        if row.limit or row.parent is None or self.driver.whole or self.driver.row or not self.driver.form.redirects:
-            raise Unsupported(
-                "no image: it has a limit, nothing is beneath it, or its layers are not deltas of the trusted form"
-            )
-        root = sys_mounts.image_mount(kernel_image.build(self.driver, self.index, self.index.by_num(row.parent)))
-        view = row.kind is Kind.VIEW
+        plan = self._plan(row)
+        if plan.why_not_image:
+            raise Unsupported(f"no image: {plan.why_not_image}")
+        if row.parent is None or self.driver.capabilities.whole or not plan.trusted:
+            raise Unsupported("no image: nothing is beneath it, or its layers are not deltas of the trusted form")
+        if plan.row and not plan.readonly:
+            self._refuse_redirects(row, plan.upper)
+        path = kernel_image.build(self.driver, self.index, self.index.by_num(row.parent))
+        with kernel_blocks.opened_devices(path, f"{self.root}/layers") as devices:
+            root = sys_mounts.image_mount(path, devices)
         try:
             sys_mounts.overlay_mount(
                 where,
                 [root],
-                None if view else self.driver.tree(row.id),
-                None if view else self.driver.work(row.id),
+                None if plan.readonly else plan.upper,
+                None if plan.readonly else plan.work,
                 ("index=off", "redirect_dir=on", "metacopy=on"),
                 data=[f"{self.root}/layers"],
                 source=f"cowfs:{row.id}",
-                readonly=view,
+                readonly=plan.readonly,
             )
         finally:
             os.close(root)
+
+    def _refuse_redirects(self, row: Row, upper: str) -> None:
+        """The kernel would show a redirect file of the upper as the sparse file that it is."""
+        from cowfs.row import layer
+
+        for path, _ in layer.redirects(upper, self.driver.form):
+            raise FailedPrecondition(
+                f"{row.name!r} holds redirected blocks of {os.fsdecode(path)!r}, which the kernel cannot read in an upper layer",
+                remedy=f"cowfs compact --share 0 {row.name} makes whole files of them; or commit it and mount what stands on that",
+            )
 
     def spec(self, key: str, target: str, **more: Any) -> MountSpec:
         """The wish that our server gets for a snapshot (:class:`cowfs.mounting.request.MountSpec`)."""
@@ -166,25 +198,20 @@ class MountVerbs(LookVerbs):
         from cowfs.mounting.request import MountSpec
 
         row = self._keyed(key)
-        self._mountable(row)
-        id, *parents = [id for _, id in self.index.chain(row.num)]
-        readonly = row.kind is Kind.VIEW
-        if self.driver.whole:
-            parents = parents[:1] if readonly else []
-        layers = [self.driver.tree(parent) for parent in reversed(parents)] or [f"{self.root}/empty"]
+        plan = self._plan(row)
         words = more.pop("options", ())
         words = words.split(",") if isinstance(words, str) else tuple(words)
         return MountSpec(
-            layers=tuple(layers),
+            layers=plan.lowers[::-1] or (plan.empty,),
             mountpoint=target,
-            upper=self.driver.tree(id),
-            work=self.driver.work(id),
+            upper=plan.upper,
+            work=plan.work,
             record=False,
-            readonly=readonly or "ro" in words,
+            readonly=plan.readonly or "ro" in words,
             size=row.limit.bytes,
             inodes=row.limit.inodes,
             options=tuple(word for word in words if word not in ("ro", "rw")),
-            row=self.driver.row,
+            row=plan.row,
             factory=FACTORY,
             label=key,
             checked=True,
@@ -281,6 +308,8 @@ class MountVerbs(LookVerbs):
                 f"the server of {row.name!r} at {told.mountpoint} (process {told.pid}) does not answer",
                 remedy=f"cowfs umount --force {told.mountpoint} ends it",
             ) from None
+        except CowfsError:
+            return None  # its mount is gone, and it is about to end
         if os.path.realpath(str(answer.get("upper"))) != os.path.realpath(self.driver.tree(row.id)):
             return None  # another mount has its device number now, and it is about to end
         if made_by == "store" and answer.get("label") != row.name:

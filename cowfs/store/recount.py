@@ -20,7 +20,11 @@ MEASURE = "2"
 
 def recount(index: Index, driver: Driver) -> None:
     """Count the copies of active snapshots again, once for each store. Its parents are walked."""
-    if not driver.whole or index.meta("measure") is not None or os.statvfs(driver.root).f_flag & os.ST_RDONLY:
+    if (
+        not driver.capabilities.whole
+        or index.meta("measure") is not None
+        or os.statvfs(driver.root).f_flag & os.ST_RDONLY
+    ):
         return
     active = [row for row in index.rows() if row.kind is Kind.ACTIVE and row.parent is not None and row.base != Usage()]
     found: dict[int, Usage] = {}

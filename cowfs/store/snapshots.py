@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from cowfs.driver import registry
 from cowfs.driver.interface import Driver, Probe
+from cowfs.driver.plan import MountPlan
 from cowfs.errors import (
     AlreadyExists,
     Corrupt,
@@ -232,14 +233,14 @@ class StoreCore:
         with staged(self.driver, new_id()) as layer:
             point("create.made")
             # A view of a whole layer is mounted from the parent itself: nothing is copied.
-            copied = [] if kind is Kind.VIEW and self.driver.whole else chain
+            copied = [] if kind is Kind.VIEW and self.driver.capabilities.whole else chain
             try:
                 base = self.driver.create(layer.staged, copied, limit)
             except FileNotFoundError:
                 if above is not None:
                     self._gone(above)
                 raise
-            if self.driver.whole and chain:
+            if self.driver.capabilities.whole and chain:
                 layers.mark_copied(self.driver, layer.staged, chain[0], only_root=not copied)
             point("create.filled")
             point("create.synced")
@@ -419,7 +420,7 @@ class StoreCore:
         form = self.driver.form
         fd = os.open(self.driver.tree(id), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            if not self.driver.whole:
+            if not self.driver.capabilities.whole:
                 return scan.scan_delta(fd, num=num, form=form, base=base, records=self.index, known=known, links=links)
             same = layers.Unchanged(self.driver, self.index, id, fd)
             scanned = scan.scan_full(
@@ -537,11 +538,26 @@ class StoreCore:
         _sound(row)
 
     def _mounts(self, row: Row, mount_type: str | None) -> tuple[Mount, ...]:
+        if type(self.driver).mounts is Driver.mounts:
+            return (self._plan(row).record(mount_type),)
+        # A driver of before plans describes its mounts itself, and is given the parent for a view of a whole layer.
         self._mountable(row)
         id, *parents = [id for _, id in self.index.chain(row.num)]
         readonly = row.kind is Kind.VIEW
-        if readonly and self.driver.whole and parents:
+        if readonly and self.driver.capabilities.whole and parents:
             id, *parents = parents
+        limit = self._limit_of(row)
+        return self.driver.mounts(id, parents, readonly=readonly, limit=limit, mount_type=mount_type)
+
+    def _plan(self, row: Row) -> MountPlan:
+        """How the driver has a snapshot mounted, by whichever engine."""
+        self._mountable(row)
+        id, *parents = [id for _, id in self.index.chain(row.num)]
+        return self.driver.plan(id, parents, readonly=row.kind is Kind.VIEW, limit=self._limit_of(row))
+
+    @staticmethod
+    def _limit_of(row: Row) -> Limit:
+        """The limit on what a layer's tree holds, with what was copied into it."""
         limit = row.limit
         if limit and row.base != Usage():
             # What its live snapshots hold counts, too. A mount's options cannot say 0.
@@ -549,7 +565,7 @@ class StoreCore:
                 bytes=None if limit.bytes is None else max(1, limit.bytes + row.base.bytes),
                 inodes=None if limit.inodes is None else max(1, limit.inodes + row.base.inodes),
             )
-        return self.driver.mounts(id, parents, readonly=readonly, limit=limit, mount_type=mount_type)
+        return limit
 
 
 # -------------------------------------------------------------------- helpers

@@ -83,7 +83,7 @@ class SquashVerbs(LiveVerbs):
                 another verb or mounted in a way that cannot switch layers; the message says what.
             Unsupported: the driver keeps whole trees (there is nothing to gain).
         """
-        if self.driver.whole:
+        if self.driver.capabilities.whole:
             raise Unsupported(f"the driver {self.driver.name} keeps whole trees: nothing to squash", remedy="cowfs rm")
         for _ in range(_TRIES):
             row, child = self._pair(name)
@@ -336,7 +336,7 @@ class SquashVerbs(LiveVerbs):
         from cowfs.union.absorb import absorb
 
         driver = self.driver
-        options = Options(form=driver.form.name, volatile=not driver.fsync, row=driver.row or None)
+        options = Options(form=driver.form.name, volatile=not driver.fsync, row=driver.capabilities.row or None)
         view = View(lowers, driver.tree(child.id), driver.work(child.id), options=options)
         try:
             moved = absorb(view)

@@ -8,9 +8,7 @@ import socket
 import stat
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
 
 import pytest
 
@@ -19,16 +17,14 @@ from cowfs.errors import (
     FailedPrecondition,
     InvalidArgument,
     NotFound,
-    Unsupported,
 )
 from cowfs.model import Change, Kind
 from cowfs.store import Store
-from cowfs.sys import host
+from cowfs.testing.bench import MIB
+from cowfs.testing.promises import Promises
 from cowfs.testing.trees import differences, tree_of
 
 __all__ = ["DriverSuite"]
-
-MIB = 1 << 20
 
 
 def _rows(changes: Iterator[Change]) -> list[tuple[str, str]]:
@@ -40,82 +36,8 @@ def _rows(changes: Iterator[Change]) -> list[tuple[str, str]]:
     ]
 
 
-class DriverSuite:
-    """Claims about a driver; see the package for how to use it.
-
-    Attributes:
-        driver: its name.
-        options: given to ``Store.open``.
-        writes_by: ``records``: by the kernel where no limit is asked for; ``fuse``: always by cowfs's own server.
-            As an ordinary user it is always ``fuse``.
-    """
-
-    driver: ClassVar[str]
-    options: ClassVar[dict[str, Any]] = {}
-    writes_by: ClassVar[str] = "records"
-    chain_length: ClassVar[int] = 128
-
-    # -- fixtures and helpers
-
-    @pytest.fixture
-    def place(self, tmp_path: Path) -> Path:
-        """Where stores and mount points are made."""
-        return tmp_path
-
-    @pytest.fixture
-    def store(self, place: Path) -> Iterator[Store]:
-        with Store.open(place / "store", driver=self.driver, fsync=False, **self.options) as store:
-            yield store
-
-    @contextmanager
-    def at(self, store: Store, key: str, *, by: str | None = None) -> Iterator[Path]:
-        """A snapshot mounted, as a path."""
-        target = Path(store.root).parent / "mnt"
-        target.mkdir(exist_ok=True)
-        how = by or (self.writes_by if host.has_cap(host.CAP_SYS_ADMIN) else "fuse")
-        kernel = how == "records" and not store.limit(key)
-        if kernel:
-            try:
-                store.mounts(key, mount_type="kernel")
-            except Unsupported as error:
-                pytest.skip(str(error))
-        with store.mount(key, target, mount_type="kernel" if kernel else None):
-            yield target
-
-    def layer(self, store: Store, name: str, parent: str | None, change: Callable[[Path], object], **more: Any) -> str:
-        """A committed snapshot that differs from its parent by what ``change`` does to the mounted tree."""
-        store.prepare(f"make-{name}", parent)
-        with self.at(store, f"make-{name}", **more) as tree:
-            change(tree)
-        store.commit(f"make-{name}", name)
-        return name
-
-    @contextmanager
-    def seen(self, store: Store, name: str, *, by: str | None = None) -> Iterator[Path]:
-        """A committed snapshot mounted by a view."""
-        key = f"look-{time.monotonic_ns():x}"
-        store.view(key, name)
-        try:
-            with self.at(store, key, by=by) as tree:
-                yield tree
-        finally:
-            store.remove(key)
-
-    def base(self, store: Store) -> str:
-        """A small tree with one of everything."""
-
-        def fill(tree: Path) -> None:
-            (tree / "dir" / "sub").mkdir(parents=True)
-            (tree / "dir" / "file").write_text("one\n")
-            (tree / "dir" / "sub" / "deep").write_text("deep\n")
-            (tree / "file").write_text("content\n")
-            os.chmod(tree / "file", 0o640)
-            os.symlink("file", tree / "link")
-            os.link(tree / "dir" / "file", tree / "hard")
-            os.mkfifo(tree / "fifo")
-            os.setxattr(tree / "file", "user.note", b"kept")
-
-        return self.layer(store, "base", None, fill)
+class DriverSuite(Promises):
+    """Claims about a driver; see the package for how to use it, and :class:`~cowfs.testing.bench.Bench` for its attributes."""
 
     # -- content
 
@@ -189,7 +111,7 @@ class DriverSuite:
         third = self.layer(store, "third", second, lambda tree: (tree / "other").write_text("x"))
         with self.seen(store, third) as tree:
             assert not os.path.lexists(tree / "file")
-            if store.driver.whole or store.driver.form.redirects:
+            if store.driver.capabilities.whole or store.driver.form.redirects:
                 assert os.stat(tree / "dir" / "file").st_nlink == 1  # the user form cannot say so without the data
             assert sorted(os.listdir(tree)) == ["dir", "fifo", "link", "other"]
 

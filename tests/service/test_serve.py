@@ -297,3 +297,28 @@ def test_it_stops_at_once_while_clients_read_streams(make_daemon: Make, docker_c
         rest = b"".join(iter(lambda: sock.recv(1 << 16), b""))
     assert not rest.endswith(b"0\r\n\r\n")  # cut, and not "that was all"
     assert "Traceback" not in daemon.log
+
+
+def _ping(path: str) -> bytes:
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(15)
+        client.connect(path)
+        client.sendall(b"GET /_ping HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        try:
+            return client.recv(100)
+        except ConnectionResetError:
+            return b""
+
+
+def test_no_thread_can_be_started_for_a_while(make_daemon: Make) -> None:
+    """Clients are turned away, and served again afterwards."""
+    daemon = make_daemon().start()
+    assert b" 200 " in _ping(str(daemon.socket))
+    assert daemon.process is not None
+    pid = daemon.process.pid
+    subprocess.run(["prlimit", f"--pid={pid}", "--as=20000000:unlimited"], check=True)
+    try:
+        assert b" 200 " not in _ping(str(daemon.socket))
+    finally:
+        subprocess.run(["prlimit", f"--pid={pid}", "--as=unlimited:unlimited"], check=True)
+    wait_for(lambda: b" 200 " in _ping(str(daemon.socket)), "the daemon to answer")

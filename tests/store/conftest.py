@@ -39,14 +39,14 @@ def view_of(store: Store, key: str) -> View:
     """What a mount of ``key`` would show and write; close it."""
     (record,) = store.mounts(key)
     words = dict(option.partition("=")[::2] for option in record.options)
-    options = Options(form=store.driver.form.name, row=store.driver.row or None)
+    options = Options(form=store.driver.form.name, row=store.driver.capabilities.row or None)
     lowers = words.get("lowerdir", record.source)  # a bind mount of one layer has none
     return View(lowers.split(":"), words.get("upperdir"), words.get("workdir"), options=options)
 
 
 def overwrite(store: Store, key: str, path: str, offset: int, data: bytes) -> None:
     """Write into a file of ``key`` as a mount does: backends of deltas copy it up, or make a redirect file."""
-    if store.driver.whole:
+    if store.driver.capabilities.whole:
         with (tree_path(store, key) / path).open("r+b") as file:
             file.seek(offset)
             file.write(data)
@@ -63,7 +63,7 @@ def overwrite(store: Store, key: str, path: str, offset: int, data: bytes) -> No
 
 def content(store: Store, name: str, path: str) -> bytes:
     """A file of a snapshot, as a mount shows it."""
-    if store.driver.whole:
+    if store.driver.capabilities.whole:
         return (tree_path(store, name) / path).read_bytes()
     key = "to look" if (committed := store.stat(name).kind is Kind.COMMITTED) else name
     if committed:

@@ -106,7 +106,7 @@ def _committed(store: Store, before: bool) -> None:
     name = "done" if store.exists("done") else "work"
     assert [change.path for change in store.diff(name) if change.kind == "added"] == [b"work"]
     if name == "done":
-        assert store.usage("done").inodes == (1 if store.driver.whole else 3)
+        assert store.usage("done").inodes == (1 if store.driver.capabilities.whole else 3)
         assert list(store.diff("done", "base"))
     assert content(store, name, "dir/big") == BIGGER
     assert content(store, "base", "dir/big") == BIG

@@ -129,7 +129,7 @@ def worker(root: Path, seed: int, log: int) -> int:
                 tree = tree_path(store, key)
                 (tree / f"f{dice.randrange(5)}").write_text(key)
                 (tree / "last").write_text(key)
-                if store.driver.row:
+                if store.driver.capabilities.row:
                     overwrite(store, key, "shared", dice.randrange(len(BIG) - 9), b"%09d" % count)
                 what = dice.random()
                 if what < 0.6:
@@ -214,7 +214,7 @@ def test_killed_under_load_from_four_processes_nothing_is_lost(
         for info in list(store.walk()):
             if info.kind is Kind.COMMITTED and info.name.startswith("K-"):
                 assert b"last" in {change.path for change in store.diff(info.name)}
-                if store.driver.row:
+                if store.driver.capabilities.row:
                     assert len(content(store, info.name, "shared")) == len(BIG)
             elif info.kind is Kind.ACTIVE:
                 list(store.diff(info.name))

@@ -2,7 +2,7 @@
 
 One small image a filesystem and pytest session, sparse, attached by ``mount -o loop`` (the
 kernel detaches the loop device with the last unmount). Every test gets a fresh directory in
-it. What cannot be had here is a skip that names what is missing.
+it, removed after the test. What cannot be had here is a skip that names what is missing.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class HostFs:
     name: str
     root: Path
     _count: int = field(default=0)
+    _given: list[Path] = field(default_factory=list)
 
     def fresh(self, label: str = "t") -> Path:
         """A new empty directory, readable by everybody."""
@@ -40,7 +41,14 @@ class HostFs:
         path = self.root / f"{label}-{self._count}"
         path.mkdir()
         path.chmod(0o755)
+        self._given.append(path)
         return path
+
+    def clear(self) -> None:
+        """Remove the directories that were given: the image is small, and the session's tests are many."""
+        for path in self._given:
+            subprocess.run(["rm", "-rf", "--one-file-system", str(path)], check=False, capture_output=True)
+        self._given.clear()
 
 
 def known_to_kernel(name: str) -> bool:

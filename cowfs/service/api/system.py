@@ -108,8 +108,8 @@ def _info(service: Service, exchange: Exchange) -> Reply:
         ["Bytes in Committed Layers", str(totals.committed.bytes)],
         ["Host Free", str(totals.host_free)],
     ]
-    if store.driver.row:
-        status.append(["Redirect Block", str(store.driver.row)])
+    if store.driver.capabilities.row:
+        status.append(["Redirect Block", str(store.driver.capabilities.row)])
     states = service.containers.states()
     runtime = service.runtime_version()
     name = runtime[0] if runtime else "runc"

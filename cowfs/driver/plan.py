@@ -1,0 +1,111 @@
+"""How a layer is mounted over its parents: one record, :class:`MountPlan`, and its renderings.
+
+Strategy: a driver says once which directories a mount is made of (:meth:`cowfs.driver.Driver.plan`). What each engine
+wants to hear follows from that alone: a record in mount(8)'s words for cowfs's own server, for the kernel's overlayfs,
+or for a bind. Nothing is mounted here.
+
+A record whose options do not fit into mount(2)'s page becomes the FUSE one, which reads any number of layers, unless
+the kernel's was asked for by name (fsconfig(2) takes it). Source of the options: the kernel's
+Documentation/filesystems/overlayfs.rst.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from cowfs.errors import InvalidArgument, Unsupported
+from cowfs.format.mount_options import escape, join_layers
+from cowfs.model import Limit, Mount
+
+__all__ = ["MAX_OPTIONS", "MountPlan"]
+
+MAX_OPTIONS = 4095
+"""Bytes of options that mount(2) takes: one page with its closing NUL."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MountPlan:
+    """One mount of a layer, for any engine. All paths are absolute.
+
+    Attributes:
+        lowers: the trees beneath, topmost first; none where the layer's own is all there is.
+        upper: the layer's own tree, by which a server knows whose mount it is. A view's is empty and not shown, unless
+            nothing is beneath it.
+        work: the work directory beside the upper.
+        empty: an empty directory, the lower one of an engine that must have one.
+        readonly: nobody may write.
+        limit: what the upper may hold.
+        trusted: the layers have ``trusted.overlay.*`` attributes, otherwise ``user.overlay.*``.
+        row: bytes a block of redirect files that a writing mount makes; 0: it makes none.
+        why_not_kernel: why the kernel does not mount these directories; "" where it does.
+        why_not_image: why it does not mount the upper over an image of what is beneath either; "" where it does.
+    """
+
+    lowers: tuple[str, ...]
+    upper: str
+    work: str
+    empty: str
+    readonly: bool = False
+    limit: Limit = Limit()  # noqa: RUF009 - frozen
+    trusted: bool = True
+    row: int = 0
+    why_not_kernel: str = ""
+    why_not_image: str = ""
+
+    @property
+    def read(self) -> tuple[str, ...]:
+        """Directories that are shown and only read, topmost first."""
+        return self.lowers or ((self.upper,) if self.readonly else ())
+
+    def record(self, mount_type: str | None = None) -> Mount:
+        """The mount in mount(8)'s words.
+
+        Args:
+            mount_type: ``kernel`` or ``fuse``; None: the kernel's where it can.
+
+        Raises:
+            InvalidArgument: another type.
+            Unsupported: the kernel's was asked for, and cannot mount this.
+        """
+        if mount_type not in (None, "kernel", "fuse"):
+            raise InvalidArgument(f"no mount type {mount_type!r}", remedy="kernel or fuse")
+        if mount_type == "fuse":
+            return self.fuse()
+        if self.why_not_kernel:
+            if mount_type is None:
+                return self.fuse()
+            raise Unsupported(f"a kernel mount is not possible: {self.why_not_kernel}", remedy="leave out --mount-type")
+        made = self.kernel()
+        if mount_type is None and len(os.fsencode(",".join(made.options))) > MAX_OPTIONS:
+            return self.fuse()
+        return made
+
+    def fuse(self) -> Mount:
+        """A mount by ``mount -t fuse.cowfs-overlayfs``."""
+        options = ["ro"] if self.readonly else []
+        options.append("dotwh=0")  # in a store's layers such names are ordinary
+        options.append("lowerdir=" + join_layers(self.read or (self.empty,)))
+        if not self.readonly:
+            options += (f"upperdir={escape(self.upper)}", f"workdir={escape(self.work)}")
+            if self.limit.bytes is not None:
+                options.append(f"size={self.limit.bytes}")
+            if self.limit.inodes is not None:
+                options.append(f"inodes={self.limit.inodes}")
+            if self.row:
+                options.append(f"row={self.row}")
+        return Mount(type="fuse.cowfs-overlayfs", source="cowfs", options=tuple(options))
+
+    def kernel(self) -> Mount:
+        """A mount of the kernel: a bind of the only directory, or its overlayfs over several."""
+        directories = self.read if self.readonly else (self.upper, *self.lowers)
+        if len(directories) == 1:
+            return Mount(type="bind", source=directories[0], options=("ro" if self.readonly else "rw", "rbind"))
+        options = ["index=off"]
+        options += ("redirect_dir=on", "metacopy=on") if self.trusted else ("userxattr",)
+        if self.readonly:
+            options.append("ro")
+        options.append("lowerdir=" + join_layers(self.read))
+        if not self.readonly:
+            options += (f"upperdir={escape(self.upper)}", f"workdir={escape(self.work)}")
+        return Mount(type="overlay", source="overlay", options=tuple(options))
