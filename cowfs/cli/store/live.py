@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from cowfs.cli import Command
 from cowfs.cli.output import print_json
-from cowfs.cli.store.args import add_store, open_store, set_labels
+from cowfs.cli.store.args import add_store, info_as_json, open_store, set_labels
 from cowfs.cli.store.snapshots import mount_as_json
 
 if TYPE_CHECKING:
