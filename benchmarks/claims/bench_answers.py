@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from ..lab.claim import Bar, Claim, Key, Metric
 from ..lab.measure import Lab, SkipSubject, timed
@@ -22,9 +23,13 @@ LOOKING = ("cowfs --version", "cowfs --help", "cowfs ls", "cowfs stat base", "co
 PEERS = ("podman --version", "buildah --version", "git --version")
 
 
+def _fill(top: Path) -> None:
+    (top / "file").write_text("x")
+
+
 def measure(lab: Lab) -> None:
     with opened(lab, COW, 1 << 30) as opened_:
-        opened_.base("base", lambda top: (top / "file").write_text("x"))
+        opened_.base("base", _fill)
         env = {**cowfs_env(), "COWFS_ROOT": str(opened_.root)}
         env.pop("PYTHONDONTWRITEBYTECODE", None)  # as it is where cowfs is installed
         for _, name in lab.rounds(lab.wanted((PYTHON, *LOOKING, *PEERS)), 8 * lab.profile.rounds):
