@@ -235,7 +235,8 @@ class StoreCore(OpenStore):
             labels: added to those of the key.
             replace_labels: ``labels`` are all that it has.
             digests: also compute the digest of each file in the layer.
-            mounted: it may be mounted; the mount goes on, read-only.
+            mounted: it may be mounted; the mount goes on, read-only. What is written through a descriptor that is open
+                meanwhile is refused (EROFS) at the write, at fsync or at close.
 
         Raises:
             NotFound: no such key.
@@ -458,9 +459,7 @@ class StoreCore(OpenStore):
     def _mountable(row: Row) -> None:
         """Refuse what cannot be mounted, however it is asked for."""
         if row.kind is Kind.COMMITTED:
-            raise FailedPrecondition(
-                f"{row.name!r} is committed", remedy="mount it read-only, or prepare a snapshot on it"
-            )
+            raise FailedPrecondition(f"{row.name!r} is committed", remedy="mount a view of it, or mount it read-only")
         _sound(row)
 
     def _mounts(self, row: Row, mount_type: str | None) -> tuple[Mount, ...]:

@@ -63,7 +63,7 @@ def _sync(server: Server, arguments: dict[str, Any]) -> dict[str, Any]:
 def _readonly(server: Server, arguments: dict[str, Any]) -> dict[str, Any]:
     """Refuse every change from now on, for good. What was written before is in the upper layer then.
 
-    Descriptors that are open for writing get EROFS. The lock of the upper layer is shared from then on.
+    Who has a file open for writing gets EROFS at the next write, fsync or close (the kernel may keep a page until then). The lock of the upper layer is shared from then on.
     """
     if server.spec.readonly:
         return {}
@@ -72,6 +72,7 @@ def _readonly(server: Server, arguments: dict[str, Any]) -> dict[str, Any]:
 
     def act() -> None:
         server.view.readonly = True
+        server.view.open_files.close_all()  # some were open for writing
 
     at_once(server, act, strict=True)
     server.spec = replace(server.spec, readonly=True)
