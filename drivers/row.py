@@ -2,7 +2,8 @@
 
 Strategy: layers are those of the overlay backend, but a file that was only partly written is a *redirect file*: a
 sparse file that holds the written blocks at their own offsets, and a map beside the layer that says which those are
-(docs/row.md; :mod:`cowfs.row.redirects`). The kernel's overlayfs does not know them, so all mounts are the FUSE mount.
+(docs/row.md; :mod:`cowfs.row.redirects`). The kernel's overlayfs does not know them, so mounts are the FUSE mount, or the kernel's
+through an image of the chain, which the store makes.
 
 Choose it for images, databases and other big files that change in places. For many small files the overlay backend is
 as good, and its layers can be mounted by the kernel.

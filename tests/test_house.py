@@ -27,3 +27,14 @@ def test_no_sql_outside_the_index() -> None:
         if isinstance(node, ast.Attribute) and node.attr in ("execute", "executemany", "executescript")
     ]
     assert found == []
+
+
+def test_no_module_is_longer_than_600_lines() -> None:
+    """A longer one hides a second concept."""
+    found = [
+        f"{path}: {lines} lines"
+        for folder in SOURCES
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        if (lines := path.read_text().count("\n")) > 600
+    ]
+    assert found == []

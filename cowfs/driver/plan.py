@@ -38,7 +38,8 @@ class MountPlan:
         limit: what the upper may hold.
         trusted: the layers have ``trusted.overlay.*`` attributes, otherwise ``user.overlay.*``.
         row: bytes a block of redirect files that a writing mount makes; 0: it makes none.
-        why_not_kernel: why the kernel does not mount this; "" where it does.
+        why_not_kernel: why the kernel does not mount these directories; "" where it does.
+        why_not_image: why it does not mount the upper over an image of what is beneath either; "" where it does.
     """
 
     lowers: tuple[str, ...]
@@ -50,6 +51,7 @@ class MountPlan:
     trusted: bool = True
     row: int = 0
     why_not_kernel: str = ""
+    why_not_image: str = ""
 
     @property
     def read(self) -> tuple[str, ...]:

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 __all__ = ["GROUP", "choose", "load", "names", "where"]
 
 GROUP = "cowfs.drivers"
+DISTRIBUTION = "cowfs-storage"
+"""cowfs's own, as pyproject.toml names it."""
+
 OWN = "cowfs_drivers."
 """The package that cowfs's own drivers are in; nothing else is imported because a store names it."""
 
@@ -35,7 +38,7 @@ def _point(name: str) -> EntryPoint | None:
     from importlib.metadata import PackageNotFoundError, distribution
 
     try:
-        for point in distribution("cowfs").entry_points:
+        for point in distribution(DISTRIBUTION).entry_points:
             if point.group == GROUP and point.name == name:
                 return point
     except PackageNotFoundError:

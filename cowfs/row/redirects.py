@@ -32,7 +32,7 @@ from cowfs.row.map import ROOT_MARK, Loaded, Log, Ref
 from cowfs.row.readahead import Pilot
 from cowfs.row.writeback import Syncer
 from cowfs.sys import xattr
-from cowfs.union import copyup, holding, merge
+from cowfs.union import copyup, holding, merge, stored
 from cowfs.union.attr import unpack
 from cowfs.union.layers import MAP_DIR, Layer, Source, lstat
 from cowfs.union.measure import NOTHING, Room
@@ -342,7 +342,7 @@ class Rows:
         view, work, upper = self.view, self.view.workdir, self.view.need_upper()
         assert work is not None and node.parent is not None
         maps = self.map_dir(upper)
-        meta = copyup.read_meta(view, node)
+        meta = stored.read_meta(view, node)
         blocks = unpack(view.attr(node)).blocks
         ref = Ref.make(self.block, size, blocks, view.low_child(node.parent, node.name), has_map=data)
         packed = ref.pack()
@@ -367,7 +367,7 @@ class Rows:
             if log is not None:
                 log.close()
             self.drop_map(upper, ref)
-            if copyup.no_room(failure) and not isinstance(node.data, RowFile):
+            if stored.no_room(failure) and not isinstance(node.data, RowFile):
                 return False  # no room for the reference: copy
             raise
         if space is not None:
@@ -439,7 +439,7 @@ class Rows:
             os.close(fd)
             raise
         try:
-            copyup.set_mark(view, fd, b"", view.form.row, ref.pack())
+            stored.set_mark(view, fd, b"", view.form.row, ref.pack())
             before = space.xattrs(fd, b"") if space is not None else NOTHING
             try:
                 xattr.drop(fd, b"", view.form.metacopy)
@@ -454,7 +454,7 @@ class Rows:
             if unmarked:
                 self.drop_map(upper, ref)
             os.close(fd)
-            if unmarked and copyup.no_room(failure):
+            if unmarked and stored.no_room(failure):
                 return False  # no room for the reference: copy
             raise
         if space is not None:
@@ -475,12 +475,12 @@ class Rows:
             view.space.need(0, 1)
         size = view.size(node)
         levels, extents = self._as_levels(node)
-        meta = copyup.read_meta(view, node)
+        meta = stored.read_meta(view, node)
         temp = work.temp()
         fd = os.open(temp, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=work.fd)
         try:
             os.ftruncate(fd, size)
-            copyup.write_meta(work.fd, temp, meta, view)
+            stored.write_meta(work.fd, temp, meta, view)
         except BaseException:
             os.close(fd)
             work.discard(temp)

@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from cowfs.errors import FailedPrecondition, InvalidArgument, NotFound
@@ -29,6 +30,7 @@ from cowfs.service import systemd, tls
 from cowfs.service.http import Connection, Handler
 from cowfs.service.logs import log
 from cowfs.service.options import Options
+from cowfs.sys.threads import Thread
 
 __all__ = ["Door", "Loop", "open_doors"]
 
@@ -253,6 +255,9 @@ class Loop:
         while self._busy and time.monotonic() < end:
             time.sleep(0.01)
 
+    def _is_stopping(self) -> bool:
+        return self._stopping
+
     def _wake(self) -> None:
         try:
             os.write(self._wake_out, b"x")
@@ -281,11 +286,13 @@ class Loop:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             peer = _peer(sock, address)
             if door.context is None:
-                self._selector.register(sock, selectors.EVENT_READ, Connection(sock, peer))
+                named = sock.family != socket.AF_UNIX
+                made = Connection(sock, peer, named=named, is_ending=self._is_stopping)
+                self._selector.register(sock, selectors.EVENT_READ, made)
             else:
-                threading.Thread(
-                    target=self._relay, args=(sock, door.context, peer), name="cowfs-tls", daemon=True
-                ).start()
+                thread = Thread(partial(self._relay, sock, door.context, peer), "cowfs-tls")
+                if not thread.start():
+                    self._refuse(sock, "no thread can be started")
 
     def _relay(self, raw: socket.socket, context: ssl.SSLContext, peer: str) -> None:
         try:
@@ -300,7 +307,8 @@ class Loop:
             subject: Any = certificate.get("subject", ())
             names = [value for part in subject for key, value in part if key == "commonName"]
             with self._lock:
-                self._parked.append(Connection(theirs, " ".join([peer, *map(str, names)])))
+                made = Connection(theirs, " ".join([peer, *map(str, names)]), is_ending=self._is_stopping)
+                self._parked.append(made)
                 self._open += 1
             self._wake()
             with ours:
@@ -312,7 +320,16 @@ class Loop:
     def _work(self, connection: Connection) -> None:
         with self._lock:
             self._busy += 1
-        threading.Thread(target=self._serve, args=(connection,), name="cowfs-exchange", daemon=True).start()
+        if not Thread(partial(self._serve, connection), "cowfs-exchange").start():
+            with self._lock:
+                self._busy -= 1
+            self._refuse(connection.sock, "no thread can be started")
+
+    def _refuse(self, sock: socket.socket, why: str) -> None:
+        """Close a connection that counts as open; the doors go on."""
+        log.warning("a connection was closed: %s", why)
+        sock.close()
+        self._closed()
 
     def _serve(self, connection: Connection) -> None:
         again = False

@@ -26,7 +26,7 @@ from cowfs.index.compare import File
 from cowfs.model import Change
 from cowfs.row.file import RowFile
 from cowfs.sys import files, xattr
-from cowfs.union import Options, View, copyup, create, hardlinks
+from cowfs.union import Options, View, copyup, create, hardlinks, stored
 from cowfs.union.attr import unpack
 from cowfs.union.merge import Data
 from cowfs.union.node import DT_LNK, DT_REG, Dir, Node
@@ -208,7 +208,7 @@ class _Writer:
 
     def _link(self, there: Node, parent: Dir, name: bytes) -> Node:
         up = create.target(self.into, parent, name)
-        copyup.mark_impure(self.into, up)
+        stored.mark_impure(self.into, up)
         if up.whiteouts is not None and name in up.whiteouts:
             os.unlink(name, dir_fd=up.open())
         assert there.where is not None
@@ -221,7 +221,7 @@ class _Writer:
         return create._adopt(self.into, parent, up, name)
 
     def _copy(self, there: Node, parent: Dir, name: bytes) -> Node:
-        meta = copyup.read_meta(self.source, there)
+        meta = stored.read_meta(self.source, there)
         if there.type == DT_LNK:
             made = self.into.symlink(parent, name, self.source.readlink(there), meta.uid, meta.gid)
         else:
@@ -248,15 +248,15 @@ class _Writer:
             src, real = there.where.open(), there.name
         else:
             return
-        copyup.set_origin(self.into, dirfd, name, src, real, there.id)
-        copyup.mark_impure(self.into, copyup.up_dir(self.into, parent))
+        stored.set_origin(self.into, dirfd, name, src, real, there.id)
+        stored.mark_impure(self.into, copyup.up_dir(self.into, parent))
 
     def _attributes(self, there: Node, dirfd: int, name: bytes) -> None:
-        meta = copyup.read_meta(self.source, there)
+        meta = stored.read_meta(self.source, there)
         for attribute in xattr.listx(dirfd, name):
             if self.into.form.show_name(attribute) is not None and attribute not in meta.xattrs:
                 xattr.remove(dirfd, name, attribute)
-        copyup.write_meta(dirfd, name or b".", meta, self.into)
+        stored.write_meta(dirfd, name or b".", meta, self.into)
 
 
 def _physical(node: Node) -> tuple[int, bytes]:

@@ -233,8 +233,13 @@ class LiveVerbs(UpkeepVerbs):
     def _switch(self, row: Row, switch: _Switch, parents: list[str], verb: str, **more: Any) -> None:
         server = self._server_of(row, made_by="store")
         if server is not None:
-            self._make_and_switch(row, switch, parents, server, verb, more)
-            return
+            try:
+                self._make_and_switch(row, switch, parents, server, verb, more)
+                return
+            except CowfsError:
+                if self._server_of(row, made_by="store") is not None or self.index.by_num(row.num) != row:
+                    raise
+                # it was unmounted just now, and switched nothing
         with layers.hold(self.driver, row, switch.verb):
             self._make_and_switch(row, switch, parents, None, verb, more)
 
@@ -255,7 +260,7 @@ class LiveVerbs(UpkeepVerbs):
         try:
             driver.create(here, parents, row.limit)
             _write_note(self._note(id), switch)
-            os.rename(driver.directory(here), driver.directory(LIVE + id))
+            driver.publish(here, LIVE + id)
             here = LIVE + id
             point("switch.made")
             if server is not None:
@@ -343,7 +348,7 @@ class LiveVerbs(UpkeepVerbs):
         """The final name, inside the transaction that writes the row."""
         point("switch.recorded")
         if os.path.isdir(self.driver.directory(LIVE + id)):  # else a killed process had come so far
-            os.rename(self.driver.directory(LIVE + id), self.driver.directory(id))
+            self.driver.publish(LIVE + id, id)
         if self.driver.fsync:
             fsync_directory(f"{self.root}/layers")
             fsync_directory(self.root)
@@ -392,7 +397,7 @@ class LiveVerbs(UpkeepVerbs):
                 discard(self.driver, former)
             return
         if here != id:
-            os.rename(directory, self.driver.directory(id))
+            self.driver.publish(here, id)
         unlink(os.path.join(self.driver.directory(id), MARK))
         unlink(self._note(id))
 

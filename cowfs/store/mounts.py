@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from types import EllipsisType, TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from cowfs.errors import FailedPrecondition, InvalidArgument, NotFound, Unsupported
+from cowfs.errors import CowfsError, FailedPrecondition, InvalidArgument, NotFound, Unsupported
 from cowfs.format.mount_options import split_layers, unescape
 from cowfs.index.database import Row
 from cowfs.model import SMALLEST_LIMIT, Kind, Limit, Mount, Usage, parse_count, parse_size
@@ -134,11 +134,29 @@ class MountVerbs(LookVerbs):
             self._refuse_used(row)
             try:
                 self._mount_image(row, where)
-            except (OSError, Unsupported):  # what an image cannot hold, or this host cannot mount: layer by layer
-                (record,) = self._mounts(row, "kernel")
-                mount_record(record, where, source=f"cowfs:{row.id}")
+            except (
+                OSError,
+                Unsupported,
+            ) as error:  # what an image cannot hold, or this host cannot mount: layer by layer
+                self._mount_layers(row, where, error)
             return KernelMount(where)
         return client.spawn(self.spec(key, where, **more))
+
+    def _mount_layers(self, row: Row, where: str, no_image: Exception) -> None:
+        """Mount a snapshot with each layer as a lower one of its own; what no image could be made or mounted for is told."""
+        plan = self._plan(row)
+        if plan.row and row.parent is None and not plan.why_not_image:  # nothing is beneath it that could be redirected
+            mount_record(plan.kernel(), where, source=f"cowfs:{row.id}")
+            return
+        try:
+            (record,) = self._mounts(row, "kernel")
+        except Unsupported as error:
+            if isinstance(no_image, OSError):
+                raise Unsupported(
+                    f"{error}, and no image of them can be mounted: {no_image.strerror}", remedy=error.remedy
+                ) from no_image
+            raise error from no_image
+        mount_record(record, where, source=f"cowfs:{row.id}")
 
     def _mount_image(self, row: Row, where: str) -> None:
         """Mount a snapshot as one lower layer: the image of its parent's metadata, with the layers as data beneath.
@@ -147,14 +165,18 @@ class MountVerbs(LookVerbs):
             Unsupported: the driver's layers, or this tree, are not mounted so.
             OSError: the host or its kernel cannot.
         """
-        from cowfs.store import kernel_image
+        from cowfs.store import kernel_blocks, kernel_image
 
         plan = self._plan(row)
-        if plan.why_not_kernel:
-            raise Unsupported(f"no image: {plan.why_not_kernel}")
+        if plan.why_not_image:
+            raise Unsupported(f"no image: {plan.why_not_image}")
         if row.parent is None or self.driver.capabilities.whole or not plan.trusted:
             raise Unsupported("no image: nothing is beneath it, or its layers are not deltas of the trusted form")
-        root = sys_mounts.image_mount(kernel_image.build(self.driver, self.index, self.index.by_num(row.parent)))
+        if plan.row and not plan.readonly:
+            self._refuse_redirects(row, plan.upper)
+        path = kernel_image.build(self.driver, self.index, self.index.by_num(row.parent))
+        with kernel_blocks.opened_devices(path, f"{self.root}/layers") as devices:
+            root = sys_mounts.image_mount(path, devices)
         try:
             sys_mounts.overlay_mount(
                 where,
@@ -168,6 +190,16 @@ class MountVerbs(LookVerbs):
             )
         finally:
             os.close(root)
+
+    def _refuse_redirects(self, row: Row, upper: str) -> None:
+        """The kernel would show a redirect file of the upper as the sparse file that it is."""
+        from cowfs.row import layer
+
+        for path, _ in layer.redirects(upper, self.driver.form):
+            raise FailedPrecondition(
+                f"{row.name!r} holds redirected blocks of {os.fsdecode(path)!r}, which the kernel cannot read in an upper layer",
+                remedy=f"cowfs compact --share 0 {row.name} makes whole files of them; or commit it and mount what stands on that",
+            )
 
     def spec(self, key: str, target: str, *, readonly: bool = False, **more: Any) -> MountSpec:
         """The wish that our server gets for a snapshot (:class:`cowfs.mounting.request.MountSpec`)."""
@@ -327,6 +359,8 @@ class MountVerbs(LookVerbs):
                 f"the server of {row.name!r} at {told.mountpoint} (process {told.pid}) does not answer",
                 remedy=f"cowfs umount --force {told.mountpoint} ends it",
             ) from None
+        except CowfsError:
+            return None  # its mount is gone, and it is about to end
         if os.path.realpath(str(answer.get("upper"))) != os.path.realpath(self.driver.tree(row.id)):
             return None  # another mount has its device number now, and it is about to end
         if made_by == "store" and answer.get("label") != row.name:

@@ -273,6 +273,8 @@ class StoreCore(OpenStore):
             scanned = self._scan(row, layers.KeptDigests.load(self.driver, row.id, compute=digests))
             diff_id, chain_id = self._archive_of(row, scanned)
             point("commit.scanned")
+            if scanned.held is not None:
+                self.driver.note_held(row.id, scanned.held)
             if self.driver.fsync:
                 trees.sync_tree(self.driver.tree(row.id))
             point("commit.synced")
@@ -331,8 +333,7 @@ class StoreCore(OpenStore):
 
         base = parent.root if parent is not None else None
         form = self.driver.form
-        fd = os.open(self.driver.tree(id), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
+        with self.driver.open_tree(id) as fd:
             if not self.driver.capabilities.whole:
                 return scan.scan_delta(fd, num=num, form=form, base=base, records=self.index, known=known, links=links)
             same = layers.Unchanged(self.driver, self.index, id, fd)
@@ -341,9 +342,7 @@ class StoreCore(OpenStore):
             )
             whole = scanned.usage
             usage = Usage(bytes=max(0, whole.bytes - copied.bytes), inodes=max(0, whole.inodes - copied.inodes))
-            return replace(scanned, usage=usage)
-        finally:
-            os.close(fd)
+            return replace(scanned, usage=usage, held=whole)
 
     # ------------------------------------------------------------------ removal
 

@@ -32,7 +32,7 @@ from cowfs.model import Usage
 from cowfs.row.file import RowFile
 from cowfs.row.map import Ref
 from cowfs.sys import files, xattr
-from cowfs.union import copyup, hardlinks, merge, quota
+from cowfs.union import copyup, hardlinks, merge, quota, stored
 from cowfs.union.copyup import Stage
 from cowfs.union.layers import Layer, Source
 from cowfs.union.merge import Data
@@ -288,7 +288,7 @@ class Absorption:
             elif not (up.whiteouts is not None and name in up.whiteouts):
                 assert view.workdir is not None
                 if not whiteout.exists(up.open(), name):
-                    with copyup.kept_times(up):
+                    with stored.kept_times(up):
                         view.workdir.put_whiteout(up.open(), name)
                     self.ledger.hid(up, name)
                 if up.whiteouts is not None:

@@ -19,8 +19,8 @@ from cowfs.union.layers import Source
 from cowfs.union.node import DT_DIR, DT_REG, Dir, Node
 
 if TYPE_CHECKING:
-    from cowfs.union.copyup import WorkDir
     from cowfs.union.view import View
+    from cowfs.union.workdir import WorkDir
 
 _SHORT = (errno.EMFILE, errno.ENFILE)
 #: what link(2) may say where a descriptor does as well

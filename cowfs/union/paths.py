@@ -87,12 +87,18 @@ class Paths:
     def walk(self, path: Path = b"") -> Iterator[tuple[bytes, Attr]]:
         """(path, attributes) of everything beneath, parents first, in sorted order."""
         start = b"/".join(_parts(path))
-        for name in self.listdir(start):
-            inner = start + b"/" + name if start else name
+        pending = [(start, iter(self.listdir(start)))]
+        while pending:
+            above, names = pending[-1]
+            name = next(names, None)
+            if name is None:
+                pending.pop()
+                continue
+            inner = above + b"/" + name if above else name
             attr = self.stat(inner)
             yield inner, attr
             if stat.S_ISDIR(attr.mode):
-                yield from self.walk(inner)
+                pending.append((inner, iter(self.listdir(inner))))
 
     # -- contents -----------------------------------------------------------------------------
 
@@ -189,13 +195,16 @@ class Paths:
 
     def rmtree(self, path: Path) -> None:
         """Remove a directory with everything in it."""
-        for name in self.listdir(path):
-            inner = b"/".join([*_parts(path), name])
-            if stat.S_ISDIR(self.stat(inner).mode):
-                self.rmtree(inner)
-            else:
-                self.unlink(inner)
-        self.rmdir(path)
+        directories = [b"/".join(_parts(path))]
+        for above in directories:  # grows meanwhile
+            for name in self.listdir(above):
+                inner = above + b"/" + name if above else name
+                if stat.S_ISDIR(self.stat(inner).mode):
+                    directories.append(inner)
+                else:
+                    self.unlink(inner)
+        for directory in reversed(directories):
+            self.rmdir(directory)
 
     # -- attributes ---------------------------------------------------------------------------
 

@@ -66,6 +66,7 @@ from cowfs.union.node import Dir, Node
 from cowfs.union.openfiles import OpenFiles
 from cowfs.union.options import Options
 from cowfs.union.owners import Owners, make_owners
+from cowfs.union.workdir import WorkDir
 
 if TYPE_CHECKING:
     from cowfs.union.absorb import Absorption
@@ -120,11 +121,11 @@ class View:
         self.open_files = OpenFiles(self.share)
         self.layers: list[Layer] = []
         self.upper: Layer | None = None
-        self.workdir: copyup.WorkDir | None = None
+        self.workdir: WorkDir | None = None
         self.nodes: dict[int, Node] = {}
         self.changed: Callable[[str, Node, bytes], None] | None = None
         self.space: quota.Space | None = None
-        self.patient = False  # the front end can wait for what the kernel is about to forget (space.Awaited)
+        self.patient = False  # the front end can wait for what the kernel is about to forget (bound.Awaited)
         self.rows: redirects.Rows | None = None
         self.index = options.index
         #: how many layers the index covers; those above are scanned
@@ -146,7 +147,7 @@ class View:
         #: the upper layer is taking over what the one beneath holds
         self.leaving: Absorption | None = None
         #: work directories of frozen layers: files that were open may still be in them
-        self.retired: list[copyup.WorkDir] = []
+        self.retired: list[WorkDir] = []
         self.parents = Parents()  # forgotten id -> its parent's id
         #: the first generation of each id: another one for each view, so that a file handle made before a remount, when an
         #: id may have been another file's, is ESTALE
@@ -172,7 +173,7 @@ class View:
                 if not self.readonly:
                     if work is None:
                         raise OSError(errno.EINVAL, "an upper directory needs a work directory")
-                    self.workdir = copyup.WorkDir(os.fsencode(work), self.upper, self.form)
+                    self.workdir = WorkDir(os.fsencode(work), self.upper, self.form)
             if not self.layers:
                 raise OSError(errno.EINVAL, "no layers")
             self.owners: Owners | None = make_owners(options)

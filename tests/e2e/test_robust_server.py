@@ -20,6 +20,7 @@ from support import bounded, command, deep, hostfs, mounts
 from cowfs.row.file import RowFile
 from cowfs.sys import trees
 from cowfs.union import Options, View
+from cowfs.union.paths import Paths
 
 pytestmark = pytest.mark.usefixtures("can_mount")
 
@@ -314,3 +315,54 @@ def test_memory_runs_out(space: Path) -> None:
             (mount.path / f"n{number}").touch()
         subprocess.run([sys.executable, "-c", HUNGRY, str(mount.path)], check=True)
         assert command.run_module("cowfs", "usage", mount.path).returncode == 0
+
+
+def test_paths_of_a_deep_tree(space: Path) -> None:
+    """The library's own walk and removal."""
+    lower = _deep_layer(space)
+    for name in ("upper", "work"):
+        (space / name).mkdir()
+    view = View([str(lower)], str(space / "upper"), str(space / "work"))
+    try:
+        paths = Paths(view)
+        assert sum(1 for _ in paths.walk()) == DEEP + 1
+        paths.rmtree(b"d")
+        assert paths.listdir() == []
+    finally:
+        view.close()
+    trees.remove_tree(str(lower))
+
+
+@pytest.mark.parametrize("driver", ["overlay", "row", "vfs"])
+def test_a_deep_tree_goes_through_a_store(space: Path, driver: str) -> None:
+    """Made through a mount, committed, compared, written out, mounted again and removed."""
+
+    def cowfs(*arguments: object) -> str:
+        done = command.run_module("cowfs", *arguments, timeout=300)
+        assert done.returncode == 0, (arguments[:2], done.stderr[-300:])
+        return done.stdout
+
+    root, mnt = ("--root", space / "store"), space / "mnt"
+    mnt.mkdir()
+    cowfs("init", *root, "--driver", driver)
+    (space / "empty").mkdir()
+    subprocess.run(["tar", "-cf", space / "a.tar", "-C", space / "empty", "."], check=True)
+    cowfs("import", *root, "--as", "rootfs", space / "a.tar", "base")
+    cowfs("prepare", *root, "k", "base")
+    cowfs("mount", *root, "--key", "k", mnt)
+    fd = deep.make_dirs(mnt, deep.chain(1_100))
+    deep.put(fd, b"f", b"data")
+    os.close(fd)
+    cowfs("umount", mnt)
+    assert cowfs("diff", *root, "base", "k").count("d/f") == 1
+    cowfs("commit", *root, "k", "top")
+    cowfs("check", *root, "--content")
+    cowfs("export", *root, "top", "--format", "layer", space / "layer.tar")
+    assert os.path.getsize(space / "layer.tar") > 1_100 * 512
+    cowfs("prepare", *root, "k2", "top")
+    cowfs("mount", *root, "--key", "k2", mnt)
+    trees.remove_tree(str(mnt / "d"))
+    cowfs("umount", mnt)
+    cowfs("rm", *root, "k2")
+    cowfs("rm", *root, "top")
+    cowfs("gc", *root)

@@ -1,0 +1,149 @@
+"""The btrfs backend: a layer is a subvolume, made as a snapshot of its parent's in constant time, whatever it holds.
+
+Strategy: the layer's directory has one subvolume, ``vol``, with the tree (``fs``) and the work directory of its mounts
+(``work``) in it: a server renames between the two, which the kernel does within one subvolume only. Each layer is an entire
+tree: the kernel mounts it by a bind, and it is read, backed up and repaired with nothing but a shell. A parent is made
+read-only when the first child is made of it. Subvolumes are made and deleted by ioctl(2) (:mod:`cowfs.sys.btrfs`); the
+kernel wants CAP_SYS_ADMIN for deleting one.
+
+Order: ``vol`` is made in the staged directory and deleted in the one that is being removed, so a process that is killed
+leaves a directory that the store's sweep deletes, with or without a subvolume.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+
+from cowfs.driver.interface import Capabilities, Driver, Probe
+from cowfs.model import Limit, Usage
+from cowfs.sys import btrfs, files, host, locks, trees
+
+_VOLUME = b"vol"
+
+
+class BtrfsDriver(Driver):
+    """Subvolumes and snapshots of one btrfs."""
+
+    name = "btrfs"
+    whole = True
+
+    @classmethod
+    def probe(cls, root: str) -> Probe:
+        """Usable on btrfs, as root of the host: a subvolume is made and deleted to see."""
+        fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            name = files.fs_name(fd)
+        finally:
+            os.close(fd)
+        if name != "btrfs":
+            return Probe(usable=False, reasons=(f"{root} is on {name}, not on btrfs",))
+        if not host.has_cap(host.CAP_SYS_ADMIN):
+            return Probe(usable=False, reasons=("only root may delete subvolumes",))
+        try:
+            _try_subvolumes(root)
+        except OSError as error:
+            return Probe(usable=False, reasons=(f"no subvolume can be made and deleted: {error.strerror}",))
+        return Probe(
+            usable=True,
+            rank=18,
+            reasons=("snapshots of subvolumes, mounted by the kernel or by FUSE",),
+        )
+
+    @cached_property
+    def capabilities(self) -> Capabilities:
+        """Whole layers that share all extents with their parents."""
+        return Capabilities(
+            whole=True, live=False, reflink=True, kernel_mount=host.has_cap(host.CAP_SYS_ADMIN), unprivileged=False
+        )
+
+    def tree(self, id: str) -> str:
+        """In the layer's subvolume."""
+        return f"{self.directory(id)}/vol/fs"
+
+    def work(self, id: str) -> str:
+        """In the layer's subvolume, too."""
+        return f"{self.directory(id)}/vol/work"
+
+    def create(self, id: str, parents: Sequence[str], limit: Limit) -> Usage:
+        """A snapshot of the nearest parent's subvolume, or an empty one."""
+        with _opened(self.directory(id)) as directory:
+            if not parents:
+                btrfs.create(directory, _VOLUME)
+                os.mkdir(self.tree(id), 0o755)
+                os.chmod(self.tree(id), 0o755)
+                os.mkdir(self.work(id), 0o700)
+                if self.fsync:
+                    files.syncfs(directory)
+                return Usage()
+            with _opened(f"{self.directory(parents[0])}/vol") as parent:
+                if not btrfs.readonly(parent):
+                    btrfs.set_readonly(parent)
+                btrfs.snapshot(parent, directory, _VOLUME)  # on the disk when it returns
+            trees.empty_tree(self.work(id))
+        return self.held(parents[0])
+
+    def freeze(self, id: str) -> None:
+        """Empty the work directory, which only a writer fills."""
+        if os.listdir(self.work(id)):
+            trees.empty_tree(self.work(id))
+
+    def remove(self, id: str) -> None:
+        """Delete the subvolume, in constant time, and the directory around it."""
+        try:
+            with _opened(self.directory(id)) as directory:
+                _destroy(directory, f"{self.directory(id)}/vol")
+        except FileNotFoundError:
+            return
+        super().remove(id)
+
+    def check(self, id: str) -> list[str]:
+        """The tree is there, in a subvolume of its own."""
+        found = super().check(id)
+        if not found:
+            with _opened(f"{self.directory(id)}/vol") as volume:
+                if not btrfs.is_subvolume(volume):
+                    found.append(f"layer {id} is no subvolume: {self.directory(id)}/vol")
+        return found
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[int]:
+    """A descriptor of a directory, never through a link."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _destroy(directory: int, path: str) -> None:
+    """Delete the subvolume of a layer's directory, if there is one; others that users made in it go with it."""
+    try:
+        btrfs.destroy(directory, _VOLUME)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EINVAL):  # EINVAL: a plain directory, of a store that was copied
+            raise
+        with _opened(path) as volume:
+            if btrfs.is_subvolume(volume) and btrfs.readonly(volume):
+                btrfs.set_readonly(volume, False)
+        trees.remove_tree(path)
+
+
+def _try_subvolumes(root: str) -> None:
+    """Make a subvolume and a snapshot, and delete both. Raises OSError."""
+    with tempfile.TemporaryDirectory(prefix="new-probe-", dir=root) as place, _opened(place) as fd:
+        locks.lock(fd, wait=True)  # no sweep of another process takes it away
+        btrfs.create(fd, b"one")
+        try:
+            with _opened(f"{place}/one") as one:
+                btrfs.snapshot(one, fd, b"two")
+            btrfs.destroy(fd, b"two")
+        finally:
+            btrfs.destroy(fd, b"one")
