@@ -61,8 +61,9 @@ def test_a_mounted_key_is_committed_as_it_is_and_its_mount_goes_on_read_only(
     mnt = space / "mnt"
     handle = store.mount("k", mnt)
     change(mnt, random.Random(seed), 12)
-    file_of_base = next(path for path in sorted(mnt.rglob("*")) if path.is_file() and path.stat().st_size)
-    with file_of_base.open("r+b") as patched, (mnt / "open").open("wb") as still:
+    files = [path for path in sorted(mnt.rglob("*")) if path.is_file() and path.stat().st_size]
+    (mnt / "another").write_bytes(b"x" * 9000)
+    with (files or [mnt / "another"])[0].open("r+b") as patched, (mnt / "open").open("wb") as still:
         for file in (patched, still):
             file.write(b"before")
             file.flush()
