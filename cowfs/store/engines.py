@@ -42,7 +42,9 @@ class EngineVerbs(LiveVerbs):
             all(self._is_plain(one) for one in parents)
             and (row.kind is Kind.VIEW or bool(plan.why_not_kernel) or self._is_plain(id) or self._mark_plain(row))
         )
-        return (plan.record(None if plain else "fuse", plain=True),)
+        record = plan.record(None if plain else "fuse", plain=True)
+        self._hand_limit(row, by_server=record.type.startswith("fuse."))
+        return (record,)
 
     def _is_plain(self, id: str) -> bool:
         return os.path.exists(f"{self.driver.directory(id)}/{PLAIN}")

@@ -42,6 +42,7 @@ __all__ = [
     "mark_copied",
     "mark_time",
     "marked_time",
+    "not_plain",
     "unmark",
     "untouched",
 ]
@@ -148,6 +149,17 @@ def _is_bind_of(entry: MountInfo, wanted: os.stat_result, raw: bytes) -> bool:
     except OSError:
         return True  # hidden from us; no other store has a layer of this id
     return (shown.st_dev, shown.st_ino) == (wanted.st_dev, wanted.st_ino)
+
+
+def not_plain(driver: Driver, id: str) -> None:
+    """Whoever mounts a layer next may write in it what engines' mounts cannot read."""
+    try:
+        os.unlink(f"{driver.directory(id)}/{PLAIN}")
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        if error.errno != errno.EROFS:
+            raise
 
 
 def mark_copied(driver: Driver, id: str, parent: str, *, only_root: bool) -> None:

@@ -134,13 +134,13 @@ class MountVerbs(LookVerbs):
             self._refuse_used(row)
             try:
                 self._mount_image(row, where)
-            except (
-                OSError,
-                Unsupported,
-            ) as error:  # what an image cannot hold, or this host cannot mount: layer by layer
+            except (OSError, Unsupported) as error:  # what no image can hold, or this host cannot mount: layer by layer
                 self._mount_layers(row, where, error)
             return KernelMount(where)
-        return client.spawn(self.spec(key, where, **more))
+        spec = self.spec(key, where, **more)
+        if not spec.readonly:
+            self._hand_limit(self._keyed(key), by_server=True)
+        return client.spawn(spec)
 
     def _mount_layers(self, row: Row, where: str, no_image: Exception) -> None:
         """Mount a snapshot with each layer as a lower one of its own; what no image could be made or mounted for is told."""
@@ -436,6 +436,14 @@ class MountVerbs(LookVerbs):
             from cowfs.mounting import protocol
 
             protocol.ask(server["socket"], "limit", bytes=limit.bytes, inodes=limit.inodes)
+        elif self.driver.capabilities.own_limit and kernel_mount_of(self.driver.tree(row.id)) is not None:
+            why = self.driver.plan(row.id, [], limit=limit).why_not_kernel
+            if why:
+                raise FailedPrecondition(f"{name!r} is mounted by the kernel: {why}", remedy="unmount it first")
+            self.driver.limit(row.id, limit)
+            with self.index.write() as change:
+                self._active(name, row.num)
+                change.set_limit(row.num, limit)
         else:
             with hold(self.driver, row, "limit"), self.index.write() as change:
                 self._active(name, row.num)
