@@ -16,7 +16,6 @@ Threads: a store may be used by any number of threads and, opened anew, of proce
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
