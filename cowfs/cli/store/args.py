@@ -49,6 +49,17 @@ def look_at_store(args: argparse.Namespace) -> Look:
     return Look.open(root, driver=args.driver, fsync=os.environ.get("COWFS_FSYNC", "1") != "0")
 
 
+def check_new(name: str, what: str = "name") -> str:
+    """A key or name that the command may make: it can be given to it again.
+
+    Raises:
+        InvalidArgument: it would be taken for something else, or does not print on one line.
+    """
+    from cowfs.store.names import check_name
+
+    return check_name(name, what)
+
+
 def known_in_store(args: argparse.Namespace, name: str) -> bool:
     """Whether the store, if there is one, has a snapshot or tag of this name."""
     from cowfs.errors import NotFound
