@@ -19,11 +19,15 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import IO, TYPE_CHECKING, Any
 
 from cowfs.union.attr import Attr, unpack
 from cowfs.union.node import Dir, Node
 from cowfs.union.view import View
+
+if TYPE_CHECKING:
+    from cowfs.union.transfer import Copied
 
 Path = str | bytes
 
@@ -140,6 +144,91 @@ class Paths:
         """Set a file's size."""
         self.view.setattr(self.node(path), size=size)
 
+    def open(
+        self,
+        path: Path,
+        mode: str = "rb",
+        *,
+        buffering: int = -1,
+        encoding: str | None = None,
+        errors: str | None = None,
+        newline: str | None = None,
+        permissions: int = 0o644,
+    ) -> IO[Any]:
+        """A file object over a file of the tree, which is read and written in pieces.
+
+        Args:
+            mode, buffering, encoding, errors, newline: as for the built-in ``open``, but that the default is ``rb``, and UTF-8 in text.
+            permissions: of a file that is made.
+
+        Raises:
+            OSError: ENOENT, EEXIST (mode ``x``), EISDIR, EROFS, ENOSPC, and EINVAL for what is not a regular file.
+            ValueError: not a mode.
+        """
+        from cowfs.union.path_file import PathFile, wrap
+
+        name = os.fsdecode(path)
+        return wrap(
+            lambda kind: PathFile(self.opened(path, kind, permissions), kind, name),
+            mode, buffering, encoding, errors, newline,
+        )  # fmt: skip
+
+    def opened(self, path: Path, mode: str, permissions: int = 0o644) -> NodeData:
+        """A file's bytes, opened in a mode of ``open`` without ``b`` and ``t``; errors as of :meth:`open`."""
+        return NodeData(self.view, self._opened(path, mode, permissions))
+
+    def _opened(self, path: Path, mode: str, permissions: int) -> Node:
+        parent, name = self._split(path)
+        node = self.view.child(parent, name)
+        if node is None:
+            if "r" in mode:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(path))
+            return self.view.mknod(parent, name, stat.S_IFREG | permissions, 0, self.uid, self.gid)
+        if "x" in mode:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fspath(path))
+        kind = stat.S_IFMT(unpack(self.view.attr(node)).mode)
+        if kind != stat.S_IFREG:
+            number = errno.EISDIR if kind == stat.S_IFDIR else errno.ELOOP if kind == stat.S_IFLNK else errno.EINVAL
+            raise OSError(number, os.strerror(number), os.fspath(path))
+        if "w" in mode:
+            self.view.setattr(node, size=0)
+        return node
+
+    def copy_in(
+        self,
+        source: str | os.PathLike[str],
+        path: Path,
+        *,
+        owners: bool = False,
+        progress: Callable[[int, int], object] | None = None,
+    ) -> Copied:
+        """Copy a file, or a directory with all below it, from the host to ``path``, in pieces.
+
+        What is at ``path`` is replaced, directories are merged; its parent directory must be there. A link at the end of ``source``
+        is copied itself. ``owners`` and errors: :func:`cowfs.union.transfer.copy`.
+        """
+        from cowfs.union.transfer import PathsTarget, copy, host_end
+        from cowfs.union.tree import DirTree
+
+        where = b"/".join(_parts(path))
+        with host_end(source) as (fd, name):
+            return copy(DirTree(fd), name, PathsTarget(self), where, owners=owners, progress=progress)
+
+    def copy_out(
+        self,
+        path: Path,
+        target: str | os.PathLike[str],
+        *,
+        owners: bool = False,
+        progress: Callable[[int, int], object] | None = None,
+    ) -> Copied:
+        """Copy a file, or a directory with all below it, to ``target`` on the host, in pieces; as :meth:`copy_in`."""
+        from cowfs.union.transfer import DirTarget, PathsTarget, copy, host_end
+
+        top = b"/".join(_parts(path))
+        with host_end(target) as (fd, name):
+            return copy(PathsTarget(self), top, DirTarget(fd), name, owners=owners, progress=progress)
+
     def readlink(self, path: Path) -> bytes:
         """A symbolic link's target."""
         return self.view.readlink(self.node(path))
@@ -235,6 +324,28 @@ class Paths:
     def removexattr(self, path: Path, name: Path) -> None:
         """Remove an extended attribute."""
         self.view.removexattr(self.node(path), os.fsencode(name))
+
+
+class NodeData:
+    """The bytes of a node that is open (:class:`cowfs.union.path_file.Data`)."""
+
+    def __init__(self, view: View, node: Node) -> None:
+        self._view, self._node = view, node
+
+    def size(self) -> int:
+        return self._view.size(self._node)
+
+    def read_into(self, offset: int, buffer: memoryview) -> int:
+        return self._view.pread(self._node, offset, buffer)
+
+    def write(self, offset: int, data: memoryview) -> int:
+        return self._view.write(self._node, offset, data)
+
+    def truncate(self, size: int) -> None:
+        self._view.setattr(self._node, size=size)
+
+    def close(self) -> None:
+        """A node stays; the view closes its descriptors as it needs room for others."""
 
 
 def _parts(path: Path) -> list[bytes]:
