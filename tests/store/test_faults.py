@@ -29,7 +29,7 @@ LIVE = ("squash.", "switch.")
 """Points of the verbs on live mounts, which have tests of their own."""
 
 
-@pytest.fixture(params=["overlay", "vfs", "row"])
+@pytest.fixture(params=["overlay", "vfs", "row", "btrfs"])
 def driver(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -186,13 +186,13 @@ def _passed(root: Path, act: Act) -> list[str]:
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_a_kill_between_two_steps_leaves_a_whole_state(verb: str, space: Path, driver: str) -> None:
+def test_a_kill_between_two_steps_leaves_a_whole_state(verb: str, home: Path, driver: str) -> None:
     act, verify = VERBS[verb]
-    _make(space / "record", driver)
-    points = _passed(space / "record", act)
+    _make(home / "record", driver)
+    points = _passed(home / "record", act)
     assert points
     for number, name in enumerate(points):
-        root = space / f"kill-{number}"
+        root = home / f"kill-{number}"
         _make(root, driver)
         count = 0
 
