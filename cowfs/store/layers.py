@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 
-from cowfs.driver.interface import Driver
+from cowfs.driver.interface import HELD, Driver
 from cowfs.errors import Corrupt, FailedPrecondition
 from cowfs.index.database import Index, Row
 from cowfs.index.directory import Entry
@@ -167,19 +167,26 @@ def mark_copied(driver: Driver, id: str, parent: str, *, only_root: bool) -> Non
     if only_root:
         with driver.open_tree(parent) as src, driver.open_tree(id) as dst:
             trees.copy_attributes(src, dst, os.fstat(src))
-    mark_time(f"{driver.directory(id)}/{COPIED}")
+    frozen = None
+    if driver.capabilities.snapshots and not only_root:  # its times are the parent's, all of before it was committed
+        with suppress(FileNotFoundError):
+            frozen = os.stat(f"{driver.directory(parent)}/{HELD}").st_ctime_ns
+    mark_time(f"{driver.directory(id)}/{COPIED}", after=frozen)
 
 
-def mark_time(path: str, text: str = "") -> None:
+def mark_time(path: str, text: str = "", *, after: int | None = None) -> None:
     """Write a small file with a ctime later than that of anything made before, and its seal (:func:`marked_time`).
 
     File systems stamp with a clock of some milliseconds: this waits for its next tick.
+
+    Args:
+        after: later than this (ns) is enough.
     """
     with open(path, "w", encoding="ascii") as file:
         file.write(text)
         file.flush()
         first = os.fstat(file.fileno()).st_ctime_ns
-        while os.fstat(file.fileno()).st_ctime_ns == first:
+        while (after is None or first <= after) and os.fstat(file.fileno()).st_ctime_ns == first:
             time.sleep(0.001)
             os.utime(file.fileno())
     with open(path + SEAL, "w", encoding="ascii") as file:

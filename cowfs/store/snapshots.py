@@ -273,7 +273,7 @@ class StoreCore(OpenStore):
             diff_id, chain_id = self._archive_of(row, scanned)
             point("commit.scanned")
             if scanned.held is not None:
-                self.driver.note_held(row.id, scanned.held)
+                self.driver.note(row.id, scanned.held, scanned.sums or ())
             if self.driver.fsync:
                 trees.sync_tree(self.driver.tree(row.id))
             point("commit.synced")
@@ -336,12 +336,45 @@ class StoreCore(OpenStore):
             if not self.driver.capabilities.whole:
                 return scan.scan_delta(fd, num=num, form=form, base=base, records=self.index, known=known, links=links)
             same = layers.Unchanged(self.driver, self.index, id, fd)
-            scanned = scan.scan_full(
-                fd, num=num, form=form, base=base, records=self.index, same=same, known=known, links=links
-            )
+            scanned = self._scan_changes(id, num, parent, fd, same, known) if links else None
+            if scanned is None:
+                scanned = scan.scan_full(
+                    fd, num=num, form=form, base=base, records=self.index, same=same, known=known, links=links
+                )
             whole = scanned.usage
             usage = Usage(bytes=max(0, whole.bytes - copied.bytes), inodes=max(0, whole.inodes - copied.inodes))
             return replace(scanned, usage=usage, held=whole)
+
+    def _scan_changes(
+        self,
+        id: str,
+        num: int,
+        parent: Row | None,
+        fd: int,
+        same: scan.SameAsParent,
+        known: scan.KnownDigest | None,
+    ) -> scan.Scanned | None:
+        """Read a whole layer only where its driver says that it changed; None where all has to be read."""
+        noted = (
+            self.driver.noted(parent.id)
+            if parent is not None and type(self.driver).changes is not Driver.changes
+            else None
+        )
+        if parent is None or parent.root is None or noted is None or not noted[1]:
+            return None
+        from cowfs.index import rescan
+        from cowfs.union.measure import Sums
+
+        with self.driver.changes(id, parent.id) as changes, self.driver.open_tree(parent.id) as old:
+            if changes is None:
+                return None
+            try:
+                return rescan.scan_changes(
+                    fd, old, paths=changes.paths, names=changes.names, sums=Sums(*noted[1]), num=num, form=self.driver.form,
+                    base=parent.root, records=self.index, same=same, known=known,
+                )  # fmt: skip
+            except rescan.CannotTellError:
+                return None
 
     # ------------------------------------------------------------------ removal
 
