@@ -78,6 +78,7 @@ VERBS: dict[str, Verb] = {
     "gc": Verb("cowfs.cli.store.keep", "delete what nothing records", _STORE),
     "serve": Verb("cowfs.cli.service", "serve the store to Docker's clients", _SERVICE),
     "tls": Verb("cowfs.cli.service", "certificates to try the TLS door with", _SERVICE),
+    "stats": Verb("cowfs.cli.stats", "what mounts and containers use, and what their servers do", _SERVICE),
     "events": Verb("cowfs.cli.service", "what happens to the store, mounts and containers", _SERVICE),
     "bench": Verb("cowfs.cli.bench", "measure against other file systems, on your own disk", _ABOUT),
     "completion": Verb("cowfs.cli.completion", "completion for bash, zsh or fish", _ABOUT),

@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 from cowfs.errors import CowfsError, InvalidArgument
 from cowfs.mounting import mountpoint, protocol
 from cowfs.mounting.assemble import explain, make_session, make_view, name_process, raise_file_limit, refused
+from cowfs.mounting.chronicle import Chronicle
 from cowfs.mounting.counting import Counter
 from cowfs.mounting.notice import Notice
 from cowfs.mounting.request import MountSpec
@@ -174,6 +175,7 @@ class Server:
         self.stack: Stack
         self.view: View
         self.session: Session | PortableSession
+        self._chronicle: Chronicle | None = None
         self.counter = Counter(self)
         self._report = report or _NoReport()
         self._listener: socket.socket | None = None
@@ -231,6 +233,8 @@ class Server:
         self.stack = Stack.open(spec)
         os.chdir("/")
         self.view = make_view(self.stack)
+        self._chronicle = Chronicle(spec, self.stack)
+        self.view.limit_reached = self._chronicle.reached
         if spec.volatile and self.stack.work and not spec.readonly:
             from cowfs.mounting.volatile import mark_volatile
 
@@ -273,6 +277,8 @@ class Server:
         if hasattr(self, "view"):
             self.view.close()
         if hasattr(self, "stack"):
+            if self._chronicle is not None:
+                self._chronicle.end()
             self.stack.close()
         if self._listener is not None:
             try:
@@ -308,6 +314,8 @@ class Server:
             return
         self._listens.wait()
         self._report.send({"pid": os.getpid(), "socket": self.socket}, self._let_go)
+        if self._chronicle is not None:
+            self._chronicle.begin()
 
     def _let_go(self) -> None:
         """Leave the standard streams of whoever started us; diagnostics go to the log from here on."""

@@ -67,7 +67,7 @@ class KernelMount:
             remedy="mount it without --mount-type kernel",
         )
 
-    usage = limit = diff = snapshot = rollback = counters = status = _nobody
+    usage = limit = diff = snapshot = rollback = counters = statistics = status = _nobody
 
 
 class MountVerbs(LookVerbs):
@@ -130,6 +130,7 @@ class MountVerbs(LookVerbs):
                 Unsupported,
             ) as error:  # what an image cannot hold, or this host cannot mount: layer by layer
                 self._mount_layers(row, where, error)
+            self._told("mount", key, where)
             return KernelMount(where)
         return client.spawn(self.spec(key, where, **more))
 
@@ -264,6 +265,13 @@ class MountVerbs(LookVerbs):
         if where is None:
             raise NotFound(f"{key!r} is not mounted")
         KernelMount(where).unmount(lazy=lazy, force=force)
+        self._told("unmount", key, where)
+
+    def _told(self, action: str, key: str, where: str) -> None:
+        """Record what the kernel's mounts have no server to record for."""
+        if not self.index.refused:
+            with self.index.write() as change:
+                change.record_event("mount", action, key, {"mountpoint": where, "type": "kernel"})
 
     def mounted_at(self, key: str) -> str | None:
         """Where a snapshot is mounted, as far as this user can see; None when nowhere. No server is asked."""
@@ -388,7 +396,8 @@ class MountVerbs(LookVerbs):
         else:
             with hold(self.driver, row, "limit"), self.index.write() as change:
                 self._active(name, row.num)
-                change.set_limit(row.num, limit)
+                if limit != row.limit:
+                    change.set_limit(row.num, limit)
         return self.index.get(name).limit
 
     def _live_usage(self, row: Row) -> Usage | None:
