@@ -334,9 +334,9 @@ class Stack:
     def _notice_place(self) -> str | None:
         if self.upper is None:
             return None
-        above, name = os.path.split(self.upper)
-        if name == "fs" and os.path.exists(f"{above}/../../index.db"):
-            return above
+        root, layers, below = self.upper.rpartition("/layers/")
+        if layers and os.path.exists(f"{root}/index.db"):
+            return f"{root}/layers/{below.partition('/')[0]}"
         return self._place
 
     def announce_at(self, upper: str) -> str | None:

@@ -260,7 +260,7 @@ class LiveVerbs(UpkeepVerbs):
         try:
             driver.create(here, parents, row.limit)
             _write_note(self._note(id), switch)
-            os.rename(driver.directory(here), driver.directory(LIVE + id))
+            driver.publish(here, LIVE + id)
             here = LIVE + id
             point("switch.made")
             if server is not None:
@@ -348,7 +348,7 @@ class LiveVerbs(UpkeepVerbs):
         """The final name, inside the transaction that writes the row."""
         point("switch.recorded")
         if os.path.isdir(self.driver.directory(LIVE + id)):  # else a killed process had come so far
-            os.rename(self.driver.directory(LIVE + id), self.driver.directory(id))
+            self.driver.publish(LIVE + id, id)
         if self.driver.fsync:
             fsync_directory(f"{self.root}/layers")
             fsync_directory(self.root)
@@ -397,7 +397,7 @@ class LiveVerbs(UpkeepVerbs):
                 discard(self.driver, former)
             return
         if here != id:
-            os.rename(directory, self.driver.directory(id))
+            self.driver.publish(here, id)
         unlink(os.path.join(self.driver.directory(id), MARK))
         unlink(self._note(id))
 

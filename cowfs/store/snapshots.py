@@ -370,6 +370,8 @@ class StoreCore:
             scanned = self._scan(row, layers.KeptDigests.load(self.driver, row.id, compute=digests))
             diff_id, chain_id = self._archive_of(row, scanned)
             point("commit.scanned")
+            if scanned.held is not None:
+                self.driver.note_held(row.id, scanned.held)
             if self.driver.fsync:
                 trees.sync_tree(self.driver.tree(row.id))
             point("commit.synced")
@@ -418,8 +420,7 @@ class StoreCore:
 
         base = parent.root if parent is not None else None
         form = self.driver.form
-        fd = os.open(self.driver.tree(id), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
+        with self.driver.open_tree(id) as fd:
             if not self.driver.capabilities.whole:
                 return scan.scan_delta(fd, num=num, form=form, base=base, records=self.index, known=known, links=links)
             same = layers.Unchanged(self.driver, self.index, id, fd)
@@ -428,9 +429,7 @@ class StoreCore:
             )
             whole = scanned.usage
             usage = Usage(bytes=max(0, whole.bytes - copied.bytes), inodes=max(0, whole.inodes - copied.inodes))
-            return replace(scanned, usage=usage)
-        finally:
-            os.close(fd)
+            return replace(scanned, usage=usage, held=whole)
 
     # ------------------------------------------------------------------ removal
 
@@ -539,7 +538,9 @@ class StoreCore:
 
     def _mounts(self, row: Row, mount_type: str | None) -> tuple[Mount, ...]:
         if type(self.driver).mounts is Driver.mounts:
-            return (self._plan(row).record(mount_type),)
+            record = self._plan(row).record(mount_type)
+            self._hand_limit(row, by_server=record.type.startswith("fuse."))
+            return (record,)
         # A driver of before plans describes its mounts itself, and is given the parent for a view of a whole layer.
         self._mountable(row)
         id, *parents = [id for _, id in self.index.chain(row.num)]
@@ -548,6 +549,13 @@ class StoreCore:
             id, *parents = parents
         limit = self._limit_of(row)
         return self.driver.mounts(id, parents, readonly=readonly, limit=limit, mount_type=mount_type)
+
+    def _hand_limit(self, row: Row, *, by_server: bool) -> None:
+        """Have a snapshot's limit held by whoever will: our server, or else the driver. A mount of the kernel keeps its limit."""
+        if not self.driver.capabilities.own_limit or row.kind is not Kind.ACTIVE or self.index.refused:
+            return
+        if not by_server or layers.kernel_mount_of(self.driver.tree(row.id)) is None:
+            self.driver.limit(row.id, Limit() if by_server else row.limit)
 
     def _plan(self, row: Row) -> MountPlan:
         """How the driver has a snapshot mounted, by whichever engine."""

@@ -64,7 +64,7 @@ class Staged:
 
     def publish(self) -> None:
         """Give the directory its final name. Only inside the transaction that writes the row."""
-        os.rename(self._driver.directory(self.staged), self._driver.directory(self.id))
+        self._driver.publish(self.staged, self.id)
         self._moved = True
         if self._driver.fsync:
             fsync_directory(f"{self._driver.root}/layers")
@@ -120,7 +120,7 @@ def staged(driver: Driver, id: str) -> Iterator[Staged]:
 def discard(driver: Driver, id: str) -> None:
     """Delete a layer that no row names; one that is gone is fine."""
     try:
-        os.rename(driver.directory(id), driver.directory(RM + id))
+        driver.publish(id, RM + id)
     except FileNotFoundError:
         return
     except OSError as error:
@@ -192,14 +192,14 @@ def sweep(driver: Driver, index: Index, *, everything: bool = False) -> list[str
                     continue
                 held.callback(os.close, fd)
                 if id in known and not os.path.isdir(driver.directory(id)):
-                    os.rename(f"{root}/{name}", driver.directory(id))
+                    driver.publish(name, id)
                     continue
                 doomed.append(name)
             if everything:
                 kept = known | spared(root)
                 for id in os.listdir(f"{root}/layers"):
                     if id not in kept:
-                        os.rename(f"{root}/layers/{id}", f"{root}/{RM}{id}")
+                        driver.publish(id, RM + id)
                         point("gc.renamed")
                         fd = _lock(f"{root}/{RM}{id}")
                         if fd is not None:
