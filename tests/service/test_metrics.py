@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Callable
 
 import pytest
-from support.daemon import Daemon
+from support.daemon import Daemon, wait_for
 
 parser = pytest.importorskip("prometheus_client.parser", reason="the extra cowfs[daemon] is not installed")
 
@@ -28,6 +28,7 @@ def test_figures_of_a_container_with_a_limit(engine: Daemon) -> None:
     engine.docker(
         "run", "-d", "--name", "one", "--storage-opt", "size=8M", "bb", "sh", "-c", "echo x > /x; exec sleep 1000"
     )
+    wait_for(lambda: any(families(engine)["cowfs_container_used_bytes"].values()), "the container's write")
     found = families(engine)
     (used,), (limit,) = found["cowfs_container_used_bytes"].values(), found["cowfs_container_limit_bytes"].values()
     assert 0 < used < limit == 8 << 20
