@@ -32,9 +32,11 @@ LATE_VERBS = {
     "absorb": "cowfs.mounting.verbs.restack",
     "compact": "cowfs.mounting.verbs.compact",
     "freeze": "cowfs.mounting.verbs.live",
+    "readonly": "cowfs.mounting.verbs.live",
     "restack": "cowfs.mounting.verbs.restack",
     "rollback": "cowfs.mounting.verbs.live",
     "statistics": "cowfs.mounting.verbs.statistics",
+    "sync": "cowfs.mounting.verbs.live",
 }
 """Verbs that most mounts never need, and the module that registers them when first asked for."""
 
