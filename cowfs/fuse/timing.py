@@ -109,5 +109,4 @@ class Timing:
 
 def looked_into(view: View) -> Callable[[], int]:
     """A number that grows when a view looks into its layers or its index for a name or a directory."""
-    nodes, work = view.nodes, view.work
-    return lambda: len(nodes) + work.directories_read
+    return lambda: len(view.nodes) + view.work.directories_read
