@@ -131,6 +131,7 @@ class MountVerbs(LookVerbs):
             ) as error:  # what an image cannot hold, or this host cannot mount: layer by layer
                 self._mount_layers(row, where, error)
             return KernelMount(where)
+        self._hand_limit(row, by_server=True)
         return client.spawn(self.spec(key, where, **more))
 
     def _mount_layers(self, row: Row, where: str, no_image: Exception) -> None:
@@ -385,6 +386,14 @@ class MountVerbs(LookVerbs):
             from cowfs.mounting import protocol
 
             protocol.ask(server["socket"], "limit", bytes=limit.bytes, inodes=limit.inodes)
+        elif self.driver.capabilities.own_limit and kernel_mount_of(self.driver.tree(row.id)) is not None:
+            why = self.driver.plan(row.id, [], limit=limit).why_not_kernel
+            if why:
+                raise FailedPrecondition(f"{name!r} is mounted by the kernel: {why}", remedy="unmount it first")
+            self.driver.limit(row.id, limit)
+            with self.index.write() as change:
+                self._active(name, row.num)
+                change.set_limit(row.num, limit)
         else:
             with hold(self.driver, row, "limit"), self.index.write() as change:
                 self._active(name, row.num)

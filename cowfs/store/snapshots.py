@@ -538,7 +538,9 @@ class StoreCore:
 
     def _mounts(self, row: Row, mount_type: str | None) -> tuple[Mount, ...]:
         if type(self.driver).mounts is Driver.mounts:
-            return (self._plan(row).record(mount_type),)
+            record = self._plan(row).record(mount_type)
+            self._hand_limit(row, by_server=record.type.startswith("fuse."))
+            return (record,)
         # A driver of before plans describes its mounts itself, and is given the parent for a view of a whole layer.
         self._mountable(row)
         id, *parents = [id for _, id in self.index.chain(row.num)]
@@ -547,6 +549,13 @@ class StoreCore:
             id, *parents = parents
         limit = self._limit_of(row)
         return self.driver.mounts(id, parents, readonly=readonly, limit=limit, mount_type=mount_type)
+
+    def _hand_limit(self, row: Row, *, by_server: bool) -> None:
+        """Have a snapshot's limit held by whoever will: our server, or else the driver. A mount of the kernel keeps its limit."""
+        if not self.driver.capabilities.own_limit or row.kind is not Kind.ACTIVE or self.index.refused:
+            return
+        if not by_server or layers.kernel_mount_of(self.driver.tree(row.id)) is None:
+            self.driver.limit(row.id, Limit() if by_server else row.limit)
 
     def _plan(self, row: Row) -> MountPlan:
         """How the driver has a snapshot mounted, by whichever engine."""
