@@ -46,7 +46,11 @@ def test_nobody_asks_what_a_thing_is_by_its_attributes() -> None:
     found = []
     for path, tree in modules(*SOURCES):
         for node in ast.walk(tree):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("hasattr", "getattr"):
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Name)
+                and node.func.id in ("hasattr", "getattr")
+            ):
                 fixed = isinstance(node.args[1], ast.Constant)
                 if node.func.id == "hasattr" or (fixed and ast.unparse(node.args[0]) not in others):
                     found.append(f"{path}:{node.lineno}: {ast.unparse(node)}")
