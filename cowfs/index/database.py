@@ -13,7 +13,6 @@ Threads: each thread has its own connection, made when first used and again afte
 from __future__ import annotations
 
 import errno
-import json
 import os
 import sqlite3
 import threading
@@ -21,16 +20,17 @@ import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from cowfs.errors import Corrupt, CowfsError, FailedPrecondition, NotFound, Unsupported
 from cowfs.index import events, schema
 from cowfs.index.connection import BUSY_SECONDS, Connection, connect
-from cowfs.index.directory import EMPTY, root_digest
-from cowfs.index.records import CHAIN, INFO, KINDS, ROW, Row, Tag, row_of
-from cowfs.index.transaction import Transaction
+from cowfs.index.records import CHAIN, INFO, KINDS, ROW, Row, Tag, labels_of, row_of
 from cowfs.model import Event, Info, Usage
-from cowfs.sys import files
 from cowfs.sys.faults import point
+
+if TYPE_CHECKING:
+    from cowfs.index.transaction import Transaction
 
 __all__ = ["Index", "Row", "Tag"]
 
@@ -224,6 +224,8 @@ class Index:
         if code == sqlite3.SQLITE_BUSY:
             return FailedPrecondition(f"the index {self.path} stayed locked for {BUSY_SECONDS:.0f} s")
         if code in _NO_ROOM:
+            from cowfs.sys import files
+
             refused = files.why_no_room(os.path.dirname(self.path)) or _NO_ROOM[code]
             text = str(error) if refused == errno.EIO else os.strerror(refused)
             return OSError(refused, text, self.path)
@@ -235,6 +237,8 @@ class Index:
 
         Reads of this index in the same thread see what the transaction wrote.
         """
+        from cowfs.index.transaction import Transaction
+
         with self._errors():
             connection = self._connection()
             if connection.refused:
@@ -360,7 +364,7 @@ class Index:
                     name=name,
                     kind=KINDS[kind],
                     parent=parent,
-                    labels=json.loads(labels) if labels != "{}" else {},
+                    labels=labels_of(labels),
                     created=created,
                     updated=updated,
                 )
@@ -392,6 +396,8 @@ class Index:
         with self._errors():
             row = self._connection().execute("SELECT data FROM records WHERE digest = ?", (digest,)).fetchone()
         if row is None:
+            from cowfs.index.directory import EMPTY
+
             if digest == EMPTY.storage:
                 return b"E" + bytes(8)
             raise Corrupt(f"the index has no record {digest.hex()}", remedy="run 'cowfs check'")
@@ -441,6 +447,8 @@ class Index:
 
     def _mark(self, marked: set[bytes]) -> None:
         """Add the digests of all records that a snapshot's tree reaches."""
+        from cowfs.index.directory import root_digest
+
         roots = self._connection().execute("SELECT root_storage FROM snapshots WHERE root_storage IS NOT NULL")
         todo = [root_digest(storage) for (storage,) in roots]
         while todo:
