@@ -112,6 +112,12 @@ def _service() -> Commands:
     return service.COMMANDS
 
 
+def _stats() -> Commands:
+    from cowfs.cli import stats
+
+    return stats.COMMANDS
+
+
 def _bench() -> Commands:
     from cowfs.cli import bench
 
@@ -127,47 +133,6 @@ def _completion() -> Commands:
 _MOUNTS, _SNAPSHOTS, _STORE, _SERVICE, _ABOUT = "Mounts", "Snapshots", "Store", "Service", "About"
 
 VERBS: dict[str, Verb] = {
-<<<<<<< HEAD
-    "mount": Verb("cowfs.cli.mount", "mount a stack of layers as one tree", _MOUNTS),
-    "umount": Verb("cowfs.cli.mount", "unmount, also when the server is gone", _MOUNTS),
-    "mounts": Verb("cowfs.cli.show", "what is mounted: layers, upper, use and limit, process", _MOUNTS),
-    "diff": Verb("cowfs.cli.show", "what an upper layer adds, changes and deletes", _MOUNTS),
-    "usage": Verb("cowfs.cli.show", "bytes and inodes that an upper layer holds", _MOUNTS),
-    "limit": Verb("cowfs.cli.mount", "show or change the limit of a mount or a snapshot, mounted or not", _MOUNTS),
-    "import": Verb("cowfs.cli.store.io", "bring an image or a tree into the store", _SNAPSHOTS),
-    "pull": Verb("cowfs.cli.registry", "bring an image from a registry into the store", _SNAPSHOTS),
-    "push": Verb("cowfs.cli.registry", "send an image to a registry", _SNAPSHOTS),
-    "run": Verb("cowfs.cli.store.run", "run a command in a fresh snapshot", _SNAPSHOTS),
-    "prepare": Verb("cowfs.cli.store.snapshots", "make a writable snapshot", _SNAPSHOTS),
-    "view": Verb("cowfs.cli.store.snapshots", "make a read-only snapshot", _SNAPSHOTS),
-    "commit": Verb("cowfs.cli.store.snapshots", "make a snapshot immutable under a name", _SNAPSHOTS),
-    "snapshot": Verb("cowfs.cli.store.live", "commit what a key holds now, also while it is written", _SNAPSHOTS),
-    "rollback": Verb("cowfs.cli.store.live", "put a key back to an ancestor, also while it is mounted", _SNAPSHOTS),
-    "squash": Verb("cowfs.cli.store.live", "merge a snapshot into its only child", _SNAPSHOTS),
-    "fork": Verb("cowfs.cli.store.live", "prepare many snapshots of one parent", _SNAPSHOTS),
-    "compact": Verb("cowfs.cli.store.compact", "make plain files of files that were mostly rewritten", _SNAPSHOTS),
-    "rm": Verb("cowfs.cli.store.snapshots", "remove snapshots and tags", _SNAPSHOTS),
-    "ls": Verb("cowfs.cli.store.snapshots", "list snapshots", _SNAPSHOTS),
-    "tree": Verb("cowfs.cli.store.snapshots", "which snapshot is based on which", _SNAPSHOTS),
-    "log": Verb("cowfs.cli.store.snapshots", "a snapshot and its ancestors", _SNAPSHOTS),
-    "stat": Verb("cowfs.cli.store.snapshots", "all about one snapshot", _SNAPSHOTS),
-    "label": Verb("cowfs.cli.store.snapshots", "set and remove labels", _SNAPSHOTS),
-    "tag": Verb("cowfs.cli.store.snapshots", "give a snapshot a tag", _SNAPSHOTS),
-    "images": Verb("cowfs.cli.store.snapshots", "list tags with layers and size", _SNAPSHOTS),
-    "apply": Verb("cowfs.cli.store.io", "unpack a layer archive into a snapshot", _SNAPSHOTS),
-    "export": Verb("cowfs.cli.store.io", "write a snapshot out as image, tree or layer", _SNAPSHOTS),
-    "init": Verb("cowfs.cli.store.keep", "make a store", _STORE),
-    "info": Verb("cowfs.cli.store.keep", "driver, mounts and host, and why they were chosen", _STORE),
-    "df": Verb("cowfs.cli.store.keep", "what the store holds", _STORE),
-    "check": Verb("cowfs.cli.store.keep", "verify the store, and repair it", _STORE),
-    "gc": Verb("cowfs.cli.store.keep", "delete what nothing records", _STORE),
-    "serve": Verb("cowfs.cli.service", "serve the store to Docker's clients", _SERVICE),
-    "tls": Verb("cowfs.cli.service", "certificates to try the TLS door with", _SERVICE),
-    "stats": Verb("cowfs.cli.stats", "what mounts and containers use, and what their servers do", _SERVICE),
-    "events": Verb("cowfs.cli.service", "what happens to the store, mounts and containers", _SERVICE),
-    "bench": Verb("cowfs.cli.bench", "measure against other file systems, on your own disk", _ABOUT),
-    "completion": Verb("cowfs.cli.completion", "completion for bash, zsh or fish", _ABOUT),
-=======
     "mount": Verb(_mount, "mount a stack of layers as one tree", _MOUNTS),
     "umount": Verb(_mount, "unmount, also when the server is gone", _MOUNTS),
     "mounts": Verb(_show, "what is mounted: layers, upper, use and limit, process", _MOUNTS),
@@ -203,10 +168,10 @@ VERBS: dict[str, Verb] = {
     "gc": Verb(_store_keep, "delete what nothing records", _STORE),
     "serve": Verb(_service, "serve the store to Docker's clients", _SERVICE),
     "tls": Verb(_service, "certificates to try the TLS door with", _SERVICE),
+    "stats": Verb(_stats, "what mounts and containers use, and what their servers do", _SERVICE),
     "events": Verb(_service, "what happens to the store, mounts and containers", _SERVICE),
     "bench": Verb(_bench, "measure against other file systems, on your own disk", _ABOUT),
     "completion": Verb(_completion, "completion for bash, zsh or fish", _ABOUT),
->>>>>>> main
 }
 
 

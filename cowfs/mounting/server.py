@@ -235,12 +235,9 @@ class Server:
         self._stack_open = True
         os.chdir("/")
         self.view = make_view(self.stack)
-<<<<<<< HEAD
+        self._view_open = True
         self._chronicle = Chronicle(spec, self.stack)
         self.view.limit_reached = self._chronicle.reached
-=======
-        self._view_open = True
->>>>>>> main
         if spec.volatile and self.stack.work and not spec.readonly:
             from cowfs.mounting.volatile import mark_volatile
 
@@ -282,13 +279,9 @@ class Server:
         self._ending.set()
         if self._view_open:
             self.view.close()
-<<<<<<< HEAD
-        if hasattr(self, "stack"):
+        if self._stack_open:
             if self._chronicle is not None:
                 self._chronicle.end()
-=======
-        if self._stack_open:
->>>>>>> main
             self.stack.close()
         if self._listener is not None:
             try:

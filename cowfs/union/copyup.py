@@ -266,13 +266,9 @@ def publish(view: View, stage: Stage) -> None:
         holding.hold_copy(view, node, stage.work, stage.temp, stage.dst_fd, writable=True)
     else:
         view.open_files.use(node, stage.dst_fd, writable=True)
-<<<<<<< HEAD
-    node.data = node.attr = None
+    node.data, node.attr = PLAIN, None
     view.work.copied_files += 1
     view.work.copied_bytes += stage.keep
-=======
-    node.data, node.attr = PLAIN, None
->>>>>>> main
     if view.space is not None:
         node.space = None
         # the copy's xattrs are counted by :func:`place`, those of a metacopy were before
