@@ -67,7 +67,7 @@ class KernelMount:
             remedy="mount it without --mount-type kernel",
         )
 
-    usage = limit = diff = snapshot = rollback = counters = status = _nobody
+    usage = limit = diff = snapshot = rollback = counters = statistics = status = _nobody
 
 
 class MountVerbs(LookVerbs):
@@ -136,6 +136,7 @@ class MountVerbs(LookVerbs):
                 self._mount_image(row, where)
             except (OSError, Unsupported) as error:  # what no image can hold, or this host cannot mount: layer by layer
                 self._mount_layers(row, where, error)
+            self._told("mount", key, where)
             return KernelMount(where)
         spec = self.spec(key, where, **more)
         if not spec.readonly:
@@ -315,6 +316,13 @@ class MountVerbs(LookVerbs):
         if where is None:
             raise NotFound(f"{key!r} is not mounted")
         KernelMount(where).unmount(lazy=lazy, force=force)
+        self._told("unmount", key, where)
+
+    def _told(self, action: str, key: str, where: str) -> None:
+        """Record what the kernel's mounts have no server to record for."""
+        if not self.index.refused:
+            with self.index.write() as change:
+                change.record_event("mount", action, key, {"mountpoint": where, "type": "kernel"})
 
     def mounted_at(self, key: str) -> str | None:
         """Where a snapshot is mounted, as far as this user can see; None when nowhere. No server is asked."""
@@ -447,7 +455,8 @@ class MountVerbs(LookVerbs):
         else:
             with hold(self.driver, row, "limit"), self.index.write() as change:
                 self._active(name, row.num)
-                change.set_limit(row.num, limit)
+                if limit != row.limit:
+                    change.set_limit(row.num, limit)
         return self.index.get(name).limit
 
     def _live_usage(self, row: Row) -> Usage | None:
