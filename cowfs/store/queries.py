@@ -11,6 +11,7 @@ from cowfs.index.database import Row, Tag
 from cowfs.index.directory import Entry, Pair, Pending, encode
 from cowfs.model import Change, Info, Kind, Usage
 from cowfs.store import filters as filter_language, layers
+from cowfs.store.limit_loop import LOOP
 from cowfs.store.names import check_labels, check_name
 from cowfs.store.reserve import names_full
 from cowfs.store.snapshots import StoreCore, _a, _sound
@@ -76,7 +77,7 @@ class LookVerbs(StoreCore):
             return row.usage
         if row.kind is Kind.VIEW:
             return Usage()
-        whole = self._live_usage(row) or self.driver.usage(row.id)
+        whole = self._live_usage(row) or LOOP.used(self.driver, row.id) or self.driver.usage(row.id)
         base = (
             row.base if row.base.bytes >= 0 else Usage()
         )  # a negative one is what live snapshots hold (cowfs.store.live)

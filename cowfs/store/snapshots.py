@@ -37,7 +37,7 @@ from cowfs.errors import (
 from cowfs.index.database import Index, Row
 from cowfs.index.transaction import Committed, NameTaken
 from cowfs.model import SMALLEST_LIMIT, Info, Kind, Limit, Mount, Usage, parse_count, parse_size
-from cowfs.store import key_lock, layers
+from cowfs.store import key_lock, layers, limit_loop
 from cowfs.store.names import check_labels, check_name, new_id
 from cowfs.store.opening import INDEX, default_root, make_root, must_run, only_one
 from cowfs.store.recount import recount
@@ -418,8 +418,7 @@ class StoreCore:
 
         base = parent.root if parent is not None else None
         form = self.driver.form
-        fd = os.open(self.driver.tree(id), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
+        with layers.opened_tree(self.driver, id) as fd:
             if not self.driver.capabilities.whole:
                 return scan.scan_delta(fd, num=num, form=form, base=base, records=self.index, known=known, links=links)
             same = layers.Unchanged(self.driver, self.index, id, fd)
@@ -429,8 +428,6 @@ class StoreCore:
             whole = scanned.usage
             usage = Usage(bytes=max(0, whole.bytes - copied.bytes), inodes=max(0, whole.inodes - copied.inodes))
             return replace(scanned, usage=usage)
-        finally:
-            os.close(fd)
 
     # ------------------------------------------------------------------ removal
 
@@ -470,7 +467,7 @@ class StoreCore:
                 return removed
 
     def _remove(self, row: Row) -> None:
-        with layers.hold(self.driver, row, "remove", missing_ok=True):
+        with layers.hold(self.driver, row, "remove", missing_ok=True, at_rest=False):
             self._freeing(lambda: self._remove_record(row))
             point("remove.committed")
             discard(self.driver, row.id)
@@ -538,6 +535,7 @@ class StoreCore:
         _sound(row)
 
     def _mounts(self, row: Row, mount_type: str | None) -> tuple[Mount, ...]:
+        self._at_rest(row)
         if type(self.driver).mounts is Driver.mounts:
             return (self._plan(row).record(mount_type),)
         # A driver of before plans describes its mounts itself, and is given the parent for a view of a whole layer.
@@ -548,6 +546,16 @@ class StoreCore:
             id, *parents = parents
         limit = self._limit_of(row)
         return self.driver.mounts(id, parents, readonly=readonly, limit=limit, mount_type=mount_type)
+
+    def _at_rest(self, row: Row) -> None:
+        """Bring into its directory what a limit engine keeps of an active snapshot's tree elsewhere.
+
+        Raises:
+            FailedPrecondition: it is mounted so.
+        """
+        if row.kind is Kind.ACTIVE and limit_loop.has_image(self.driver, row.id):
+            with layers.hold(self.driver, row, "use"):
+                pass
 
     def _plan(self, row: Row) -> MountPlan:
         """How the driver has a snapshot mounted, by whichever engine."""

@@ -51,6 +51,8 @@ def _info(args: argparse.Namespace) -> int:
         ("host", told["host"]),
         ("mounts", told["mounts"]),
         ("mount records", f"{told['records']} (without a limit)"),
+        ("kernel mounts", told["kernel mounts"]),
+        ("limits", told["limits"]),
         ("snapshots", ", ".join(f"{count.get(kind, 0)} {kind}" for kind in ("committed", "active", "view"))),
     ]
     for key, value in lines:
