@@ -71,12 +71,14 @@ class Scanned:
         usage: what the layer holds itself.
         pending: the records that are new.
         latest: the latest ctime in the layer, nanoseconds: when it was last changed in any way.
+        held: of a whole layer, all that its tree holds; None of a delta.
     """
 
     root: Pair
     usage: Usage
     pending: Pending
     latest: int
+    held: Usage | None = None
 
 
 def locate(records: Records, root: Pair | None, path: bytes) -> tuple[Pair | None, bytes]:

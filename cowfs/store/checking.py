@@ -17,8 +17,9 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from cowfs.driver import registry
 from cowfs.driver.interface import Driver
-from cowfs.errors import Corrupt
+from cowfs.errors import Corrupt, Unsupported
 from cowfs.index.database import Row
 from cowfs.index.directory import Entry, Pair, Ref, children_of, decode, entries, join, root_digest
 from cowfs.model import Kind, Usage
@@ -411,7 +412,20 @@ class UpkeepVerbs(MountVerbs):
         told["records"] = sample.type
         told["kernel mounts"] = kernel_image.how(self.driver)
         told["limits"] = _limits(self.driver)
+        told |= self.driver.explain()
         return told
+
+    def alternatives(self) -> dict[str, str]:
+        """Drivers that a store in this place could have instead, and what they say of it."""
+        try:
+            probes = registry.choose(self.root)[1]
+        except (OSError, Unsupported):
+            return {}
+        return {
+            name: "; ".join(probe.reasons)
+            for name, probe in sorted(probes.items())
+            if probe.usable and name != self.driver.name
+        }
 
 
 def _limits(driver: Driver) -> str:

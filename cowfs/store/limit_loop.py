@@ -33,10 +33,10 @@ from cowfs.driver.plan import MountPlan
 from cowfs.errors import FailedPrecondition, Unsupported
 from cowfs.model import Limit, Usage
 from cowfs.store.limit_engine import FuseEngine, LimitEngine
-from cowfs.sys import files, host, loop, trees
+from cowfs.sys import files, host, locks, loop, trees
 from cowfs.sys.faults import point
 
-__all__ = ["ENGINES", "LOOP", "LoopEngine", "has_image", "is_mounted", "opened_image", "settle"]
+__all__ = ["ENGINES", "LOOP", "LoopEngine", "has_image", "is_mounted", "opened_image", "settled"]
 
 IMAGE = "upper.img"
 _BLOCK = 4096
@@ -114,8 +114,11 @@ def opened_image(driver: Driver, id: str) -> Iterator[int]:
             os.close(fd)
 
 
-def settle(driver: Driver, id: str) -> None:
-    """Bring a layer's tree out of its image, which nobody has mounted. May be repeated; does nothing where there is none.
+@contextmanager
+def settled(driver: Driver, id: str) -> Iterator[None]:
+    """Bring a layer's tree out of its image, which nobody has mounted; whoever holds the layer's lock holds it until the block ends.
+
+    May be repeated; does nothing where there is no image.
 
     Raises:
         OSError: ENOSPC: the host has no room for both; the image stays.
@@ -124,22 +127,29 @@ def settle(driver: Driver, id: str) -> None:
     old, new = driver.tree(id), f"{driver.directory(id)}/fs.new"
     trees.remove_tree(new)  # of an attempt that was killed
     if not os.path.exists(image):
+        yield
         return
-    with opened_image(driver, id) as fd:
+    with opened_image(driver, id) as tree:
         os.mkdir(new, 0o700)
         try:
-            trees.copy_tree(b"/proc/self/fd/%d/." % fd, new)
+            trees.copy_tree(b"/proc/self/fd/%d/." % tree, new)
             if driver.fsync:
                 trees.sync_tree(new)
         except BaseException:
             trees.remove_tree(new)
             raise
     point("settle.copied")
-    files.rename2(files.AT_FDCWD, os.fsencode(new), files.AT_FDCWD, os.fsencode(old), files.RENAME_EXCHANGE)
-    point("settle.exchanged")
-    os.unlink(image)
-    point("settle.unlinked")
-    trees.remove_tree(new)
+    fd = os.open(new, _DIR)
+    try:
+        locks.lock(fd)  # it is to be in use from the moment on that it is the layer's tree
+        files.rename2(files.AT_FDCWD, os.fsencode(new), files.AT_FDCWD, os.fsencode(old), files.RENAME_EXCHANGE)
+        point("settle.exchanged")
+        os.unlink(image)
+        point("settle.unlinked")
+        trees.remove_tree(new)
+        yield
+    finally:
+        os.close(fd)
 
 
 class LoopEngine(LimitEngine):
@@ -170,15 +180,15 @@ class LoopEngine(LimitEngine):
     @contextmanager
     def limited(self, driver: Driver, id: str, plan: MountPlan) -> Iterator[MountPlan]:
         image = image_of(driver, id)
-        if os.path.exists(image):
-            try:
-                with self._ready(image, plan) as ready:
-                    yield ready
-                return
-            except FailedPrecondition:  # another number of inodes than this image can have
-                settle(driver, id)
-        _make(image, driver.tree(id), plan.limit, durable=driver.fsync)
-        with self._ready(image, plan) as ready:
+        with ExitStack() as held:
+            if os.path.exists(image):
+                try:
+                    ready = held.enter_context(self._ready(image, plan))
+                except FailedPrecondition:  # a size or a number of inodes that this image cannot have
+                    held.enter_context(settled(driver, id))
+            if not os.path.exists(image):
+                _make(image, driver.tree(id), plan.limit, durable=driver.fsync)
+                ready = held.enter_context(self._ready(image, plan))
             yield ready
 
     @contextmanager

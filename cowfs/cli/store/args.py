@@ -39,6 +39,17 @@ def open_store(args: argparse.Namespace, *, create: bool = True) -> Store:
     return Store.open(root, driver=args.driver, create=create, fsync=fsync)
 
 
+def check_new(name: str, what: str = "name") -> str:
+    """A key or name that the command may make: it can be given to it again.
+
+    Raises:
+        InvalidArgument: it would be taken for something else, or does not print on one line.
+    """
+    from cowfs.store.names import check_name
+
+    return check_name(name, what)
+
+
 def known_in_store(args: argparse.Namespace, name: str) -> bool:
     """Whether the store, if there is one, has a snapshot or tag of this name."""
     from cowfs.errors import NotFound

@@ -36,6 +36,7 @@ def _init(args: argparse.Namespace) -> int:
 def _info(args: argparse.Namespace) -> int:
     with open_store(args, create=False) as store:
         told: dict[str, Any] = store.describe()
+        told["alternatives"] = store.alternatives()
         totals = store.totals()
     told["snapshots"] = totals.count
     if args.json:
@@ -57,6 +58,8 @@ def _info(args: argparse.Namespace) -> int:
     ]
     for key, value in lines:
         print(f"{key + ':':<15}{value}")
+    for name, why in told["alternatives"].items():
+        print(f"{'other driver:':<15}{name} ({why})")
     return 0
 
 

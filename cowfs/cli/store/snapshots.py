@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from cowfs.cli import Command
 from cowfs.cli.output import print_json, print_table, shown, size_or
-from cowfs.cli.store.args import add_store, label_pairs, open_store, paged, set_labels, when
+from cowfs.cli.store.args import add_store, check_new, label_pairs, open_store, paged, set_labels, when
 
 if TYPE_CHECKING:
     import argparse
@@ -67,6 +67,7 @@ def _configure_prepare(parser: argparse.ArgumentParser) -> None:
 
 
 def _prepare(args: argparse.Namespace) -> int:
+    check_new(args.key, "key")
     with open_store(args, create=args.parent is None) as store:
         mounts = store.prepare(
             args.key, args.parent, size=args.size, inodes=args.inodes, labels=set_labels(args.label),
@@ -86,6 +87,7 @@ def _configure_view(parser: argparse.ArgumentParser) -> None:
 
 
 def _view(args: argparse.Namespace) -> int:
+    check_new(args.key, "key")
     with open_store(args, create=args.parent is None) as store:
         mounts = store.view(args.key, args.parent, labels=set_labels(args.label), mount_type=args.mount_type)
     _print_mounts(mounts, as_json=args.json)
@@ -103,6 +105,7 @@ def _configure_commit(parser: argparse.ArgumentParser) -> None:
 
 
 def _commit(args: argparse.Namespace) -> int:
+    check_new(args.name)
     with open_store(args, create=False) as store:
         info = store.commit(
             args.key, args.name, labels=set_labels(args.label), digests=args.digests, compact=args.compact

@@ -516,6 +516,22 @@ class Containers:
             container.save()
         self.tell(container, "update")
 
+    def set_limit(self, container: Container, changes: Mapping[str, str | None]) -> None:
+        """Change the limit of its tree, running or not.
+
+        Args:
+            changes: ``size`` and ``inodes``; None for no limit.
+
+        Raises:
+            InvalidArgument: not a size or count.
+        """
+        with container.lock:
+            self._store.limit(container.key, **changes)
+            options = {**(container.host.get("StorageOpt") or {}), **changes}
+            container.host["StorageOpt"] = {key: text for key, text in options.items() if text is not None} or None
+            container.save()
+        self.tell(container, "update")
+
     def remove(self, container: Container, *, force: bool = False) -> None:
         """Remove it, with its tree.
 
