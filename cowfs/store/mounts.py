@@ -494,6 +494,9 @@ class MountVerbs(LookVerbs):
             protocol.ask(server["socket"], "limit", bytes=limit.bytes, inodes=limit.inodes)
         elif limit_loop.has_image(self.driver, row.id) and limit_loop.is_mounted(self.driver, row.id):
             LOOP.change(self.driver, row.id, self._limit_of(replace(row, limit=limit)))
+            with self.index.write() as change:
+                self._active(name, row.num)
+                change.set_limit(row.num, limit)
         elif self.driver.capabilities.own_limit and kernel_mount_of(self.driver.tree(row.id)) is not None:
             why = self.driver.plan(row.id, [], limit=limit).why_not_kernel
             if why:
