@@ -20,8 +20,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -216,6 +214,8 @@ def _at(root: int, name: str) -> str:
 
 
 def _mkfs() -> str | None:
+    import shutil
+
     return shutil.which("mkfs.ext4") or shutil.which("mkfs.ext4", path="/usr/sbin:/sbin")
 
 
@@ -238,6 +238,8 @@ def _image_size(limit: Limit) -> int:
 
 def _make(image: str, tree: str, limit: Limit, *, durable: bool) -> None:
     """Make an image that holds what is in a tree."""
+    import subprocess
+
     mkfs = _mkfs()
     assert mkfs is not None
     size, new = _image_size(limit), f"{image}.new"

@@ -70,7 +70,7 @@ class KernelMount:
             remedy="mount it without --mount-type kernel",
         )
 
-    usage = limit = diff = snapshot = rollback = counters = status = _nobody
+    usage = limit = diff = snapshot = rollback = counters = statistics = status = _nobody
 
 
 class MountVerbs(LookVerbs):
@@ -179,6 +179,7 @@ class MountVerbs(LookVerbs):
                     "the kernel mounts an active snapshot for writing only", remedy="leave out --mount-type"
                 )
             self._mount_kernel(row, where)
+            self._told("mount", key, where)
             return KernelMount(where)
         spec = self.spec(key, where, **more)
         if not spec.readonly:
@@ -373,6 +374,13 @@ class MountVerbs(LookVerbs):
         if where is None:
             raise NotFound(f"{key!r} is not mounted")
         KernelMount(where).unmount(lazy=lazy, force=force)
+        self._told("unmount", key, where)
+
+    def _told(self, action: str, key: str, where: str) -> None:
+        """Record what the kernel's mounts have no server to record for."""
+        if not self.index.refused:
+            with self.index.write() as change:
+                change.record_event("mount", action, key, {"mountpoint": where, "type": "kernel"})
 
     def mounted_at(self, key: str) -> str | None:
         """Where a snapshot is mounted, as far as this user can see; None when nowhere. No server is asked."""
@@ -508,7 +516,8 @@ class MountVerbs(LookVerbs):
         else:
             with hold(self.driver, row, "limit", at_rest=False), self.index.write() as change:
                 self._active(name, row.num)
-                change.set_limit(row.num, limit)
+                if limit != row.limit:
+                    change.set_limit(row.num, limit)
         return self.index.get(name).limit
 
     def limit_engine(self, name: str) -> str | None:

@@ -197,20 +197,6 @@ class StoreCore(OpenStore):
             )
         return row if row is not None else self.index.get(name)
 
-    def resolve(self, name: str) -> Row:
-        """The row of a snapshot, or of the one that a tag names.
-
-        Raises:
-            NotFound: neither.
-        """
-        row = self.index.find(name)
-        if row is not None:
-            return row
-        tag = self.index.tag(name)
-        if tag is None:
-            raise NotFound(f"no snapshot or tag {name!r}", remedy="'cowfs ls' and 'cowfs images' show what there is")
-        return self.index.get(tag.target)
-
     # ------------------------------------------------------------------- commit
 
     @names_full
