@@ -2,7 +2,8 @@
 
 Strategy: layers are those of the overlay backend, but a file that was only partly written is a *redirect file*: a
 sparse file that holds the written blocks at their own offsets, and a map beside the layer that says which those are
-(docs/row.md; :mod:`cowfs.row.redirects`). The kernel's overlayfs does not know them, so all mounts are the FUSE mount.
+(docs/row.md; :mod:`cowfs.row.redirects`). The kernel's overlayfs does not know them, so mounts are the FUSE mount, or the kernel's
+through an image of the chain, which the store makes.
 
 Choose it for images, databases and other big files that change in places. For many small files the overlay backend is
 as good, and its layers can be mounted by the kernel.
@@ -17,9 +18,10 @@ from typing import Any
 
 from cowfs.driver.interface import Driver, Probe
 from cowfs.errors import InvalidArgument
+from cowfs.format.redirect import check_block
 from cowfs.format.whiteout import choose_form
 from cowfs.model import Limit, Usage, parse_size
-from cowfs.row import layer as row_layer, map as row_map
+from cowfs.row import layer as row_layer
 from cowfs.sys import atomic, trees
 from cowfs.sys.regular import read_small
 
@@ -47,7 +49,7 @@ class RowDriver(Driver):
         if block is not None:
             self.row = parse_size(block)
             try:
-                row_map.check_block(self.row)
+                check_block(self.row)
             except ValueError as error:
                 raise InvalidArgument(str(error)) from None
             atomic.write_file(path, f"{self.row}\n".encode(), durable=fsync)

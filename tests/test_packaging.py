@@ -31,13 +31,15 @@ def test_the_registry_looks_into_our_own_distribution_first() -> None:
 
 
 def tree_files() -> set[str]:
-    """Paths that an installed cowfs has, by the tree: modules, schema and the mark that it is typed."""
+    """Paths that an installed cowfs has, by the tree: modules, schema, the service's page and the mark that it is typed."""
     found = set()
     for package, folder in PACKAGES.items():
         for directory, names, files in os.walk(ROOT / folder):
             names[:] = [
                 name for name in names if name != "__pycache__" and (Path(directory) / name / "__init__.py").exists()
             ]
+            if (Path(directory) / "page" / "index.html").exists():
+                found |= {f"cowfs/service/page/{each.name}" for each in (Path(directory) / "page").iterdir()}
             inside = Path(directory).relative_to(ROOT / folder)
             found |= {str(package / inside / name) for name in files if name.endswith((".py", ".sql", ".typed"))}
     return found

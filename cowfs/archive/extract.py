@@ -31,6 +31,7 @@ from cowfs.archive.headerlog import LogWriter
 from cowfs.archive.names import WHITEOUT_PREFIX, Meaning, canonical, meaning, show
 from cowfs.archive.options import ApplyOptions, Budget, LowerStat, Tree
 from cowfs.archive.reader import Reader
+from cowfs.archive.written import Displaced, Written
 from cowfs.errors import CowfsError, InvalidArgument, LimitExceeded, Unsupported
 from cowfs.format import whiteout
 from cowfs.sys import xattr
@@ -38,9 +39,7 @@ from cowfs.sys import xattr
 __all__ = ["Extractor"]
 
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_MOSTLY_HOLES = 64 << 20
 _UNIT = 4096  # what a host takes at least for a directory, or for a piece of a sparse file
 
 _KINDS = {header.CHAR: stat.S_IFCHR, header.BLOCKDEV: stat.S_IFBLK, header.FIFO: stat.S_IFIFO}
@@ -78,23 +77,23 @@ class Extractor:
         self._form, self._reader, self._options = form, reader, options
         self._lower, self._log = lower, log
         self._budget = budget or Budget(options.max_bytes)
-        self._saved = 0
         self.rooted = False
         self._content = Content(reader, on_file, on_inode)
         self._attr = Attributes(options)
         self._uid, self._gid = self._attr.uid, self._attr.gid
         self._owners = options.owners
-        with os.scandir(target) as entries:
-            self._written: set[int] | None = None if next(entries, None) is None else set()
-        self.dirs = Dirs(target, self._implied, check_acl=self._written is not None)
+        self._written = Written(target)
+        self._older = not self._written.all  # the target may hold what was there before
+        self._displaced = Displaced(log, reader, self._written)
+        self.dirs = Dirs(target, self._implied, check_acl=self._older)
         self._head: bytes | None = None  # the directory of the member before, as the archive spells it,
         self._home: Dir | None = None  # and as it was found
         self._short = min(255, options.max_path)
         self.dropped = self._attr.dropped
         self.whiteouts = self.skipped = self.reserved = self._ordinal = 0
-        self._made_whiteouts = self._written is not None and form is not None
+        self._made_whiteouts = self._older and form is not None
         self._guests = Guests(self, lower if form is not None else None)
-        if self._written is None:
+        if not self._older:
             try:
                 self._set_implied(self.dirs.root)
             except BaseException:
@@ -122,7 +121,7 @@ class Extractor:
                 # a plain name next to the one before: all the checks of its directory were made then
                 path = last.path + b"/" + base
                 _HANDLERS[member.type](self, member, last, base, path)
-                if self._written is not None or self._guests:
+                if self._older or self._guests:
                     self._note(path)
                 return
             self._head = None
@@ -134,7 +133,7 @@ class Extractor:
                     return
                 parent_path, _, name = path.rpartition(b"/")
                 _HANDLERS[member.type](self, member, self.dirs.get(parent_path), name, path)
-                if self._written is not None or self._guests:
+                if self._older or self._guests:
                     self._note(path)
                 if base and parent_path and self.dirs.last.path == parent_path:
                     self._head, self._home = head, self.dirs.last
@@ -194,8 +193,7 @@ class Extractor:
 
     def written(self, path: bytes) -> None:
         """What is at this path now is not older than the archive."""
-        if self._written is not None:
-            self._written.add(hash(path))
+        self._written.add(path)
 
     # Whiteouts --------------------------------------------------------------------------------
 
@@ -231,7 +229,7 @@ class Extractor:
             return
         if self._is_whiteout(st):
             return
-        if self._ours(path):
+        if self._written.has(path):
             # A whiteout concerns lower layers only (layer.md): the new entry stays, what is below goes.
             if stat.S_ISDIR(st.st_mode):
                 self._opaque(path)
@@ -242,7 +240,7 @@ class Extractor:
             self._made_whiteouts = True
 
     def _opaque(self, path: bytes) -> None:
-        if self._written is not None:
+        if self._older:
             self._remove_older(path)
         if path or self._form is None:
             self._seal(self.dirs.get(path))
@@ -261,7 +259,7 @@ class Extractor:
         found.sealed = True
         if self._form is not None:
             os.setxattr(found.fd, self._form.opaque, b"y")
-            if self._written is not None and xattr.try_get(found.fd, b"", self._form.redirect) is not None:
+            if self._older and xattr.try_get(found.fd, b"", self._form.redirect) is not None:
                 os.removexattr(found.fd, self._form.redirect)
 
     def _remove_older(self, path: bytes) -> None:
@@ -276,24 +274,18 @@ class Extractor:
                 st = lstat(found.fd, name)
                 if st is None:
                     continue
-                if not self._ours(child):
+                if not self._written.has(child):
                     self._remove(found, name, child, st)
                 elif stat.S_ISDIR(st.st_mode):
                     pending.append(child)
 
     # What is in the way -----------------------------------------------------------------------
 
-    def _ours(self, path: bytes) -> bool:
-        return self._written is None or hash(path) in self._written
-
     def _note(self, path: bytes) -> None:
         """This path and the directories above it are the archive's from now on."""
         if self._guests:
             self._guests.adopt(path)
-        if self._written is not None:
-            while path and hash(path) not in self._written:
-                self._written.add(hash(path))
-                path = path.rpartition(b"/")[0]
+        self._written.add_way(path)
 
     def _is_whiteout(self, st: os.stat_result) -> bool:
         return self._form is not None and whiteout.is_whiteout(st)
@@ -313,21 +305,7 @@ class Extractor:
         os.unlink(name, dir_fd=parent.fd)
 
     def _save(self, dirfd: int, name: bytes, path: bytes, st: os.stat_result) -> None:
-        """A file of this archive goes away: its data is needed to reproduce the archive."""
-        if self._log is None or not stat.S_ISREG(st.st_mode) or not st.st_size or not self._ours(path):
-            return
-        self._saved += st.st_size
-        if self._saved > 4 * self._reader.offset + (256 << 20):
-            self._log.give_up()  # the same holes, again and again
-            return
-        if st.st_size > _MOSTLY_HOLES and st.st_blocks * 512 < st.st_size // 2:
-            self._log.give_up()  # holes as large as these are not worth a copy
-            return
-        fd = os.open(name, _READ, dir_fd=dirfd)
-        try:
-            self._log.saved(path, self._ordinal, iter(lambda: os.read(fd, 1 << 18), b""))
-        finally:
-            os.close(fd)
+        self._displaced.save(dirfd, name, path, st, self._ordinal)
 
     # Directories ------------------------------------------------------------------------------
 
@@ -358,7 +336,7 @@ class Extractor:
     def _implied(self, parent: Dir, name: bytes, path: bytes) -> Dir:
         """A directory that the archive does not list before its contents."""
         st = lstat(parent.fd, name)
-        if st is not None and not self._is_whiteout(st) and self._ours(path):
+        if st is not None and not self._is_whiteout(st) and self._written.has(path):
             kind = "symbolic link" if stat.S_ISLNK(st.st_mode) else "file"
             raise InvalidArgument(f"its directory {show(path)} is a {kind} in this archive")
         self._charge(_UNIT)
@@ -369,8 +347,7 @@ class Extractor:
         except BaseException:
             os.close(made.fd)
             raise
-        if self._written is not None:
-            self._written.add(hash(path))
+        self._written.add(path)
         return made
 
     def _set_implied(self, made: Dir) -> None:
@@ -502,7 +479,7 @@ class Extractor:
         source_parent, _, source_name = source.rpartition(b"/")
         home = self.dirs.find(source_parent) if source else None
         st = None
-        if home is not None and (self._made_whiteouts or self._written is not None or source == path):
+        if home is not None and (self._made_whiteouts or self._older or source == path):
             st = lstat(home.fd, source_name)
             if st is None or self._is_whiteout(st):
                 if st is not None:

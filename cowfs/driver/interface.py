@@ -12,10 +12,14 @@ a **mount** the same in mount(8)'s words: data, a driver never mounts. A **delta
 entire tree.
 
 On disk. Layer ``ID`` is ``ROOT/layers/ID``. While it is being made it is ``ROOT/new-ID``, while
-it is being deleted ``ROOT/rm-ID``; the store renames, and hands the driver the id with the
-prefix. So nothing in a layer's directory may name the directory's own path. The tree that users
-see, or its changes, is in ``fs``; ``work`` beside it belongs to whoever mounts; everything else
-in there belongs to the driver and to the store's files called ``cowfs-*``.
+it is being deleted ``ROOT/rm-ID``; the store has the driver move it (:meth:`Driver.publish`), and hands the driver the
+id with the prefix. So nothing in a layer's directory may name the directory's own path. The tree that users
+see, or its changes, is where :meth:`Driver.tree` says (``fs``), and :meth:`Driver.work` beside it, on the same file system,
+belongs to whoever mounts; everything else in there belongs to the driver and to the store's files called ``cowfs-*``.
+
+A driver may keep a layer in another form (an image, say) and make it a directory when it is wanted: between the ends of
+:meth:`Driver.open_tree`, and from a :meth:`Driver.plan` until the layer is removed. At other times there need be nothing at
+:meth:`Driver.tree`, and the store looks for nothing there.
 
 Invariants, which :class:`cowfs.testing.DriverSuite` checks for any driver:
 
@@ -60,20 +64,26 @@ Threads: a driver keeps no state between calls but its options, so any thread ma
 from __future__ import annotations
 
 import os
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
 from cowfs.driver.plan import MountPlan
-from cowfs.errors import Corrupt, InvalidArgument
+from cowfs.errors import Corrupt, InvalidArgument, Unsupported
 from cowfs.format import whiteout
 from cowfs.model import Limit, Mount, Usage
-from cowfs.sys import files, host, trees
+from cowfs.sys import atomic, files, host, mounts, trees
+from cowfs.sys.regular import read_small
 from cowfs.sys.trees import copy_tree
 
 __all__ = ["Capabilities", "Driver", "Probe", "copy_tree"]
+
+HELD = "cowfs-held"
+"""The note beside a whole layer of what its tree holds: bytes, inodes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +93,8 @@ class Capabilities:
     Attributes:
         whole: each layer is an entire tree; otherwise it is a delta in the overlay format.
         live: a layer in use can become a lower one of the mount that goes on (live snapshot, rollback).
-        own_limit: a layer holds its limit itself, whoever writes in it; otherwise only cowfs's own server holds one.
+        own_limit: a layer can hold a limit itself, whoever writes in it (:meth:`Driver.limit`); otherwise only cowfs's own
+            server holds one.
         reflink: what ``create`` copies shares its extents with the parent, so a copy takes no room for data.
         kernel_mount: the kernel mounts the layers, for this user.
         unprivileged: an ordinary user can keep a store of them.
@@ -156,7 +167,7 @@ class Driver(ABC):
             whole=self.whole,
             live=not self.whole,
             reflink=self.whole and _can_reflink(self.root),
-            kernel_mount=not self.row and host.has_cap(host.CAP_SYS_ADMIN),
+            kernel_mount=host.has_cap(host.CAP_SYS_ADMIN) and not (self.row and mounts.why_no_images(self.root)),
             row=self.row,
         )
 
@@ -179,6 +190,21 @@ class Driver(ABC):
     def work(self, id: str) -> str:
         """The work directory of its mounts."""
         return f"{self.directory(id)}/work"
+
+    @contextmanager
+    def open_tree(self, id: str) -> Iterator[int]:
+        """A descriptor of the directory that :meth:`tree` names, which until the block ends is there by that path, too.
+
+        A driver whose layers are no plain directories mounts here.
+
+        Raises:
+            FileNotFoundError: the layer has no tree.
+        """
+        fd = os.open(self.tree(id), os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
 
     # -- verbs
 
@@ -208,6 +234,8 @@ class Driver(ABC):
     ) -> MountPlan:
         """Which directories a mount of a layer is made of, and what the mount must keep to.
 
+        They are there when this returns, until the layer is removed or the host starts anew.
+
         Args:
             parents: nearest first. A view of a whole layer shows the nearest, an active whole layer none.
             readonly: for a view.
@@ -224,13 +252,15 @@ class Driver(ABC):
             limit=limit,
             trusted=self.form.redirects,
             row=can.row,
-            why_not_kernel=self._why_not_kernel(limit),
+            why_not_kernel=self._why_not_layers() or self._why_not_kernel(limit),
+            why_not_image=self._why_not_kernel(limit),
         )
+
+    def _why_not_layers(self) -> str:
+        return "the kernel's overlayfs cannot read redirect files" if self.capabilities.row else ""
 
     def _why_not_kernel(self, limit: Limit) -> str:
         can = self.capabilities
-        if can.row:
-            return "the kernel's overlayfs cannot read redirect files"
         if limit and not can.own_limit:
             return "a bind mount holds no limit" if can.whole else "the kernel's overlayfs holds no limit"
         if not can.kernel_mount:
@@ -262,8 +292,20 @@ class Driver(ABC):
     def settle(self, id: str) -> None:  # noqa: B027 - likewise
         """The layer became a lower one of a mount that goes on; make what was written hold, and leave the rest alone."""
 
+    def publish(self, staged: str, id: str) -> None:
+        """Give a layer another of its names, in one step: the final one, or the one that it is deleted by.
+
+        Args:
+            staged: the id that it has (``new-ID``, say).
+            id: the id that it gets; nothing has it.
+
+        Raises:
+            FileNotFoundError: the layer is gone.
+        """
+        os.rename(self.directory(staged), self.directory(id))
+
     def remove(self, id: str) -> None:
-        """Delete the layer's directory; one that is gone is fine."""
+        """Delete the layer's directory; one that is gone is fine. Called when nobody has the layer in use."""
         trees.remove_tree(self.directory(id))
 
     def usage(self, id: str) -> Usage:
@@ -274,11 +316,48 @@ class Driver(ABC):
         from cowfs.union.layers import Descriptors, Layer
         from cowfs.union.quota import measure
 
-        layer = Layer(os.fsencode(self.tree(id)), 0, Descriptors())
+        with self.open_tree(id):
+            layer = Layer(os.fsencode(self.tree(id)), 0, Descriptors())
+            try:
+                return measure(layer, self.form)
+            finally:
+                layer.close()
+
+    def held(self, id: str) -> Usage:
+        """What the tree of a frozen whole layer holds, what was copied included: as it was noted, else by :meth:`usage`."""
         try:
-            return measure(layer, self.form)
-        finally:
-            layer.close()
+            text = read_small(f"{self.directory(id)}/{HELD}", limit=100).decode("ascii", "replace")
+        except FileNotFoundError:
+            text = ""
+        found = re.fullmatch(r"([0-9]{1,19}) ([0-9]{1,19})\n", text)
+        if found is not None:
+            return Usage(bytes=int(found[1]), inodes=int(found[2]))
+        usage = self.usage(id)
+        self.note_held(id, usage)
+        return usage
+
+    def note_held(self, id: str, usage: Usage) -> None:
+        """Note what :meth:`held` is to say. A note that is lost is found again by a walk."""
+        atomic.write_file(f"{self.directory(id)}/{HELD}", f"{usage.bytes} {usage.inodes}\n".encode(), durable=False)
+
+    def limit(self, id: str, limit: Limit) -> None:
+        """Hold an active layer to a limit, whoever writes in it, in place of the one before.
+
+        The store asks it of drivers with ``own_limit``, and before a mount is made or described: with the snapshot's limit if the kernel
+        mounts, with none if cowfs's server does, which holds it itself.
+
+        Args:
+            limit: on what the layer holds itself, without what was copied; ``Limit()`` for none.
+
+        Raises:
+            Unsupported: this host cannot hold it.
+        """
+        if limit:
+            raise Unsupported(f"the driver {self.name} holds no limit itself")
+
+    def explain(self) -> dict[str, str]:
+        """Lines of ``cowfs info`` that only this driver knows, by name: ``limits``, say. Changes nothing."""
+        return {}
 
     def check(self, id: str) -> list[str]:
         """What is wrong with a layer, one line each; quick: no walk."""

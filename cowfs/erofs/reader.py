@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from cowfs.erofs import layout
 from cowfs.erofs.layout import BLOCK, DIRENT, INODE, SLOT, XATTR_ENTRY, XATTR_HEADER
-from cowfs.erofs.tree import Device, Inode, Map
+from cowfs.erofs.tree import Chunk, Device, Inode, Map
 from cowfs.errors import Corrupt
 
 __all__ = ["Image"]
@@ -44,6 +44,7 @@ class Image:
     Attributes:
         inodes: how many its superblock names.
         devices: the files that its maps refer to.
+        end: bytes that belong to it; a file may have more behind.
         uuid: 16 bytes.
 
     Raises:
@@ -63,6 +64,7 @@ class Image:
         if layout.checksum(block[:4] + bytes(4) + block[8:]) != checksum:
             raise Corrupt("the superblock of the EROFS image is damaged: its checksum is another")
         self._root = root
+        self.end = blocks * BLOCK
         slots = self._read(table * layout.DEVICE.size, devices * layout.DEVICE.size)
         self.devices = [Device(count, tag.rstrip(b"\0")) for tag, count, _ in layout.DEVICE.iter_unpack(slots)]
 
@@ -145,7 +147,16 @@ class Image:
                 raise Corrupt("the EROFS image has a file whose data is in it")
             return None
         found = layout.CHUNK.iter_unpack(self._read(layout.align(raw.end, layout.CHUNK.size), 8 * count))
-        return Map(bits, tuple(None if at == layout.NOWHERE else (device, at) for _, device, at in found))
+        return Map(bits, tuple([self._chunk(device, at, BLOCK << bits) for _, device, at in found]))
+
+    def _chunk(self, device: int, at: int, size: int) -> Chunk:
+        if at == layout.NOWHERE:
+            return None
+        if device:
+            if device > len(self.devices):
+                raise Corrupt(f"the EROFS image has {len(self.devices)} devices, a file is on device {device}")
+            return device, at
+        return self._read(at * BLOCK, size)
 
     def _attributes(self, at: int, size: int) -> Iterator[tuple[bytes, bytes]]:
         if not size:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-__all__ = ["Device", "Inode", "Map", "Source"]
+__all__ = ["Chunk", "Device", "Inode", "Map", "Source"]
+
+Chunk = tuple[int, int] | bytes | None
+"""(device, block), where device 1 is the first of the image's devices; bytes that the image itself holds; None: a hole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,11 +18,11 @@ class Map:
 
     Attributes:
         bits: a chunk has ``4096 << bits`` bytes; the last one may be short.
-        chunks: (device, block) of each chunk in order; device 1 is the first of the image's devices; None is a hole.
+        chunks: of the file, in order; read once.
     """
 
     bits: int
-    chunks: tuple[tuple[int, int] | None, ...]
+    chunks: Sequence[Chunk]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

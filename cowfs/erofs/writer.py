@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from cowfs.erofs import layout
 from cowfs.erofs.layout import BLOCK, DIRENT, INODE, SLOT, XATTR_ENTRY, XATTR_HEADER, align
-from cowfs.erofs.tree import Device, Inode, Map, Source
+from cowfs.erofs.tree import Chunk, Device, Inode, Map, Source
 from cowfs.errors import Unsupported
 
 __all__ = ["Written", "write_image"]
@@ -248,7 +248,7 @@ class _Writer:
         head = INODE.size + len(xattrs)
         indexes = inode.data is not None
         if indexes:
-            chunks = b"".join(layout.CHUNK.pack(0, *(at or (0, layout.NOWHERE))) for at in data.chunks)
+            chunks = b"".join([layout.CHUNK.pack(0, *self._chunk(it, BLOCK << data.bits)) for it in data.chunks])
             padding = -head % layout.CHUNK.size
         else:
             chunks, padding = struct.pack("<I", layout.NOWHERE), 0
@@ -256,6 +256,16 @@ class _Writer:
         form = data.bits | (layout.CHUNK_INDEXES if indexes else 0)
         self._put(at, self._inode(at, inode, inode.size, layout.CHUNKED, form, xattrs) + bytes(padding) + chunks)
         return at
+
+    def _chunk(self, it: Chunk, size: int) -> tuple[int, int]:
+        """(device, block) of a chunk; what is given as bytes is put into the image, which is device 0."""
+        if it is None:
+            return 0, layout.NOWHERE
+        if isinstance(it, tuple):
+            return it
+        block = self._blocks(size)
+        self._put_blocks(block, it.ljust(size, b"\0"))
+        return 0, block
 
     def _symlink(self, inode: Inode, xattrs: bytes) -> int:
         size = len(inode.target)

@@ -37,12 +37,14 @@ from cowfs.fuse import abi, codec, device, handshake, log
 from cowfs.fuse.codec import ProtocolError
 from cowfs.fuse.deferred import Errands
 from cowfs.fuse.handlers.data import Data
-from cowfs.fuse.handlers.names import Handler
 from cowfs.fuse.notify import Notifier
+from cowfs.fuse.timing import Timing, looked_into
+from cowfs.fuse.trace import traced
 from cowfs.fuse.workers import HELD_OPCODES
-from cowfs.union.quota import Awaited
+from cowfs.union.bound import Awaited
 
 if TYPE_CHECKING:
+    from cowfs.fuse.handlers.names import Handler
     from cowfs.union import View
 
 __all__ = ["Session", "SessionOptions"]
@@ -79,7 +81,6 @@ _GONE: Final = (errno.ENODEV, errno.ECONNABORTED, errno.ENOTCONN)
 #: What a worker answers, when the loop does not: then the loop sleeps at once, which leaves the interpreter to the worker.
 HANDED_OVER: Final = frozenset((abi.FSYNC, abi.FSYNCDIR, abi.SYNCFS))
 _SHORT: Final = (errno.EMFILE, errno.ENFILE)
-_NO_REPLY: Final = frozenset((abi.FORGET, abi.BATCH_FORGET, abi.INTERRUPT))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,13 +133,14 @@ class Session:
         self._mail: deque[Callable[[], None]] = deque()  # appended by any thread, emptied by the loop
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._said: set[str] = set()  # lines of damage that were logged
+        self.timing: Timing
         self._errands = Errands(self, self.options.workers, self.options.most_jobs)
         self._stopping = False
         self._ended = False
         self._thread: int | None = None
         self._prune_mark = 0
         self._handlers: list[Handler] = []
-        self._awaiting: list[Callable[[], None]] = []  # what space.Awaited put off; the loop's
+        self._awaiting: list[Callable[[], None]] = []  # what bound.Awaited put off; the loop's
         self._low: list[int] = []
         self._high: list[int] = []
 
@@ -314,7 +316,9 @@ class Session:
         table[abi.INTERRUPT] = self._errands.interrupt
         self._handlers = [table.get(opcode, _enosys) for opcode in range(abi.OPCODE_END)]
         if self.options.trace is not None:
-            self._handlers = [self._traced(handler) for handler in self._handlers]
+            trace, ext = self.options.trace, adapter.setxattr_ext
+            self._handlers = [traced(handler, trace, setxattr_ext=ext) for handler in self._handlers]
+        self.timing = Timing(self._handlers, looked_into(self.view))
 
     def _serve(self) -> None:
         fd = self._fd
@@ -418,7 +422,7 @@ class Session:
     ) -> codec.Reply | None:
         """The reply that an OSError stands for. Where descriptors were short, all that can be are closed, and ``request``
         is served once more."""
-        if opcode in _NO_REPLY:
+        if opcode in abi.NO_REPLY:
             log.warning("%s: %s", abi.NAMES[opcode], error)
             return None
         if error.errno in _SHORT and request is not None:
@@ -430,11 +434,11 @@ class Session:
     def _bug(self, opcode: int, unique: int) -> bytes | None:
         """The reply to a request whose handler failed unforeseen; call inside ``except``."""
         code = self.report(f"{abi.NAMES[opcode]} failed: answered EIO")
-        return None if opcode in _NO_REPLY else codec.error(unique, code)
+        return None if opcode in abi.NO_REPLY else codec.error(unique, code)
 
     def _refuse(self, opcode: int, unique: int) -> None:
         log.warning("%s: a request of the wrong length was refused", abi.NAMES[opcode])
-        if opcode not in _NO_REPLY:
+        if opcode not in abi.NO_REPLY:
             self.reply(unique, opcode, codec.error(unique, errno.EINVAL))
 
     def reply(self, unique: int, opcode: int, reply: codec.Reply) -> None:
@@ -571,38 +575,6 @@ class Session:
         batch.reverse()
         self.notifier.prune([node for node in batch if node != abi.ROOT_ID])
         return len(nodes) + limit // 8 + 64
-
-    # -- tracing ------------------------------------------------------------------------------
-
-    def _traced(self, handler: Handler) -> Handler:
-        trace = self.options.trace
-        assert trace is not None
-        ext = self.agreement is None or self.agreement.has("SETXATTR_EXT")
-
-        def traced(buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply | None:
-            what = codec.describe(buf[:n], setxattr_ext=ext)
-            start = time.perf_counter_ns()
-            result = "later"
-            try:
-                reply = handler(buf, n, unique, nodeid)
-                if reply is not None:
-                    size = len(reply) if isinstance(reply, bytes) else sum(map(len, reply))
-                    code = -abi.OUT_HEADER.unpack_from(reply if isinstance(reply, bytes) else reply[0])[1]
-                    result = errno.errorcode.get(code, str(code)) if code else f"ok {size - 16}"
-                elif abi.HEAD.unpack_from(buf)[1] in _NO_REPLY:
-                    result = "-"
-                return reply
-            except OSError as error:
-                result = errno.errorcode.get(error.errno or 0, str(error.errno))
-                raise
-            except Exception as error:
-                result = f"{type(error).__name__} -> EIO"
-                raise
-            finally:
-                spent = (time.perf_counter_ns() - start) // 1000
-                trace.write(f"{unique} {what} = {result} {spent}us\n")
-
-        return traced
 
 
 def _enosys(buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply:

@@ -13,28 +13,27 @@ Threads: each thread has its own connection, made when first used and again afte
 from __future__ import annotations
 
 import errno
-import json
 import os
 import sqlite3
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from cowfs.errors import Corrupt, CowfsError, FailedPrecondition, NotFound, Unsupported
-from cowfs.index import events
+from cowfs.index import events, schema
 from cowfs.index.connection import BUSY_SECONDS, Connection, connect
-from cowfs.index.directory import EMPTY, Pair, root_digest
-from cowfs.index.transaction import Transaction
-from cowfs.model import Event, Info, Kind, Limit, Usage
-from cowfs.sys import files
+from cowfs.index.records import CHAIN, INFO, KINDS, ROW, Row, Tag, labels_of, row_of
+from cowfs.model import Event, Info, Usage
 from cowfs.sys.faults import point
 
-__all__ = ["APPLICATION_ID", "FORMAT", "Index", "Row", "Tag"]
+if TYPE_CHECKING:
+    from cowfs.index.transaction import Transaction
 
-APPLICATION_ID = 0x636F7766  # "cowf"
+__all__ = ["Index", "Row", "Tag"]
+
 
 SWEPT = 1000
 """Records that one transaction of a sweep deletes."""
@@ -48,147 +47,10 @@ _NO_ROOM = {
 }
 """What SQLite says where it cannot write, and the errno of it where the file system takes a file all the same."""
 
-MIGRATIONS: dict[int, str] = {
-    # Format 1 had no such column: sharing a limit was told from the numbers, which a live snapshot's child has alone.
-    1: """
-ALTER TABLE snapshots ADD COLUMN shares_limit INTEGER NOT NULL DEFAULT 0;
-UPDATE snapshots SET shares_limit = 1 WHERE EXISTS (
-    SELECT 1 FROM snapshots AS p WHERE p.num = snapshots.parent
-    AND snapshots.base_bytes = p.base_bytes - coalesce(p.bytes, 0)
-    AND snapshots.base_inodes = p.base_inodes - coalesce(p.inodes, 0)
-    AND p.labels LIKE '%"cowfs.snapshot-of"%');
-""",
-    2: """
--- Configurations that snapshots remember: one for all the snapshots of an image.
-CREATE TABLE configs (
-    digest TEXT PRIMARY KEY,            -- 'sha256:...' of the document: the id of the image
-    data   TEXT NOT NULL                -- byte for byte
-) WITHOUT ROWID;
-
--- the configuration of the image that it was made from, whatever becomes of that image's tag
-ALTER TABLE snapshots ADD COLUMN config TEXT REFERENCES configs (digest);
-
--- which form of export gave diff_id (cowfs.archive.FORM); NULL: an archive did, or an older cowfs
-ALTER TABLE snapshots ADD COLUMN diff_form INTEGER;
-""",
-    3: """
--- What happened, the newest cowfs.index.events.KEPT of it. seq grows without gaps: the newest is never deleted.
-CREATE TABLE events (
-    seq        INTEGER PRIMARY KEY,
-    time       INTEGER NOT NULL,
-    type       TEXT NOT NULL,           -- image, container, snapshot, mount, limit, store
-    action     TEXT NOT NULL,
-    actor      TEXT NOT NULL,           -- the key, name, tag or id that it happened to
-    attributes TEXT NOT NULL            -- JSON object of strings
-);
-""",
-}
 """SQL that turns format N into N + 1, by N. Format 1 is schema.sql as it first was."""
 
-FORMAT = 1 + len(MIGRATIONS)
 
-LACKING = {
-    1: "0 AS shares_limit, NULL AS config, NULL AS diff_form",
-    2: "NULL AS config, NULL AS diff_form",
-    3: "",
-}
 """Columns of snapshots that an older format has not, by format: so it is read where it cannot be migrated."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """One snapshot as the index keeps it; the columns are described in schema.sql."""
-
-    num: int
-    id: str
-    name: str
-    kind: Kind
-    parent: int | None
-    depth: int
-    labels: Mapping[str, str] = field(default_factory=dict)
-    created: int
-    updated: int
-    limit: Limit
-    shares_limit: bool
-    base: Usage
-    usage: Usage | None
-    root: Pair | None
-    diff_id: str | None
-    chain_id: str | None
-    damage: str | None
-    parent_name: str | None
-
-    def info(self) -> Info:
-        """What users see of it."""
-        return Info(
-            name=self.name,
-            kind=self.kind,
-            parent=self.parent_name,
-            labels=self.labels,
-            created=self.created,
-            updated=self.updated,
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tag:
-    """A name for an image: the top snapshot of its chain, and its configuration (JSON, "" for a plain tree)."""
-
-    name: str
-    target: str
-    config: str
-    created: int
-
-
-_ROW = """
-SELECT s.num, s.id, s.name, s.kind, s.parent, s.depth, s.labels, s.created, s.updated, s.limit_bytes, s.limit_inodes,
-       s.base_bytes, s.base_inodes, s.bytes, s.inodes, s.root_content, s.root_storage, s.diff_id, s.chain_id, s.damage,
-       s.shares_limit,
-       (SELECT p.name FROM snapshots AS p WHERE p.num = s.parent)
-FROM snapshots AS s
-"""
-
-_INFO = """
-SELECT s.num, s.name, s.kind, s.labels, s.created, s.updated, p.name
-FROM snapshots AS s LEFT JOIN snapshots AS p ON p.num = s.parent
-WHERE s.num > ? ORDER BY s.num LIMIT ?
-"""
-
-_KINDS = {kind.value: kind for kind in Kind}
-
-_CHAIN = """
-WITH RECURSIVE chain (num, parent, id, depth) AS (
-    SELECT num, parent, id, depth FROM snapshots WHERE num = ?
-    UNION ALL
-    SELECT s.num, s.parent, s.id, s.depth FROM snapshots AS s JOIN chain ON s.num = chain.parent
-)
-SELECT num, id FROM chain ORDER BY depth DESC
-"""
-
-
-def _row(values: tuple) -> Row:  # type: ignore[type-arg]
-    (num, id_, name, kind, parent, depth, labels, created, updated, limit_bytes, limit_inodes, base_bytes, base_inodes,
-     bytes_, inodes, content, storage, diff_id, chain_id, damage, shares_limit, parent_name) = values  # fmt: skip
-    return Row(
-        num=num,
-        id=id_,
-        name=name,
-        kind=_KINDS[kind],
-        parent=parent,
-        depth=depth,
-        labels=json.loads(labels),
-        created=created,
-        updated=updated,
-        limit=Limit(bytes=limit_bytes, inodes=limit_inodes),
-        shares_limit=bool(shares_limit),
-        base=Usage(bytes=base_bytes, inodes=base_inodes),
-        usage=None if bytes_ is None else Usage(bytes=bytes_, inodes=inodes),
-        root=None if content is None else (content, storage),
-        diff_id=diff_id,
-        chain_id=chain_id,
-        damage=damage,
-        parent_name=parent_name,
-    )
 
 
 def _is_text(name: str) -> bool:
@@ -200,9 +62,11 @@ def _is_text(name: str) -> bool:
     return True
 
 
-def _schema() -> str:
-    with open(os.path.join(os.path.dirname(__file__), "schema.sql"), encoding="utf-8") as file:
-        return file.read()
+class _Local(threading.local):
+    """One thread's connection, and the process that made it."""
+
+    pid: int | None = None
+    connection: Connection | None = None
 
 
 class Index:
@@ -221,7 +85,7 @@ class Index:
     def __init__(self, path: str, *, create: bool = False, fsync: bool = True) -> None:
         self.path = path
         self._fsync = fsync
-        self._local = threading.local()
+        self._local = _Local()
         self._open: weakref.WeakSet[Connection] = weakref.WeakSet()  # guarded by _lock
         self._lock = threading.Lock()
         self._closed = False
@@ -233,13 +97,14 @@ class Index:
 
     def _connection(self) -> Connection:
         local = self._local
-        if getattr(local, "pid", None) != os.getpid():
+        if local.pid != os.getpid():
             if self._closed:
                 raise FailedPrecondition(f"the store {os.path.dirname(self.path)} is closed", remedy="open it again")
             # A connection must not be used across a fork: the child drops it without closing.
             local.connection = self._connect()
             local.pid = os.getpid()
-        connection: Connection = local.connection
+        connection = local.connection
+        assert connection is not None
         if connection.seen is not None and connection.is_stale(self.path):
             self.renew()
             return self._connection()
@@ -261,15 +126,14 @@ class Index:
 
     def renew(self) -> None:
         """Open this thread's connection anew: there may be room now."""
-        connection = getattr(self._local, "connection", None)
-        self._local.pid = None
+        connection, self._local.pid = self._local.connection, None
         if connection is not None:
             connection.close()
 
     @staticmethod
     def _complete(connection: Connection) -> None:
         """Let an index that cannot be migrated look as if it had been; temporary names come before the file's own."""
-        lacking = LACKING.get(int(connection.execute("PRAGMA user_version").fetchone()[0]))
+        lacking = schema.LACKING.get(int(connection.execute("PRAGMA user_version").fetchone()[0]))
         if lacking is None:
             return
         connection.execute("PRAGMA temp_store = MEMORY")
@@ -286,13 +150,13 @@ class Index:
             self._open.clear()
         for connection in connections:
             connection.close()
-        self._local = threading.local()
+        self._local = _Local()
 
     def _prepare(self) -> None:
         with self._errors():
             connection = self._connection()
             version = self._version(connection)
-            if version == FORMAT or (version in LACKING and connection.refused):
+            if version == schema.FORMAT or (version in schema.LACKING and connection.refused):
                 return
             if connection.refused:
                 raise OSError(connection.refused, os.strerror(connection.refused), self.path)
@@ -301,17 +165,17 @@ class Index:
             try:
                 version = self._version(connection)
                 if version == 0:
-                    self._script(connection, _schema())
-                    connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+                    self._script(connection, schema.first_schema())
+                    connection.execute(f"PRAGMA application_id = {schema.APPLICATION_ID}")
                     import uuid
 
                     facts = {"uuid": str(uuid.uuid4()), "created": str(time.time_ns())}
                     connection.executemany("INSERT INTO meta VALUES (?, ?)", facts.items())
                     version = 1
-                while version < FORMAT:
-                    self._script(connection, MIGRATIONS[version])
+                while version < schema.FORMAT:
+                    self._script(connection, schema.MIGRATIONS[version])
                     version += 1
-                connection.execute(f"PRAGMA user_version = {FORMAT}")
+                connection.execute(f"PRAGMA user_version = {schema.FORMAT}")
                 connection.execute("COMMIT")
             except BaseException:
                 connection.execute("ROLLBACK")
@@ -322,11 +186,11 @@ class Index:
         application = int(connection.execute("PRAGMA application_id").fetchone()[0])
         if version == 0 and not connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
             return 0
-        if application != APPLICATION_ID:
+        if application != schema.APPLICATION_ID:
             raise Corrupt(f"{self.path} is not the index of a cowfs store", remedy="give the store's own directory")
-        if version > FORMAT:
+        if version > schema.FORMAT:
             raise Unsupported(
-                f"{self.path} has format {version}, this cowfs knows up to {FORMAT}", remedy="upgrade cowfs"
+                f"{self.path} has format {version}, this cowfs knows up to {schema.FORMAT}", remedy="upgrade cowfs"
             )
         return version
 
@@ -360,6 +224,8 @@ class Index:
         if code == sqlite3.SQLITE_BUSY:
             return FailedPrecondition(f"the index {self.path} stayed locked for {BUSY_SECONDS:.0f} s")
         if code in _NO_ROOM:
+            from cowfs.sys import files
+
             refused = files.why_no_room(os.path.dirname(self.path)) or _NO_ROOM[code]
             text = str(error) if refused == errno.EIO else os.strerror(refused)
             return OSError(refused, text, self.path)
@@ -371,6 +237,8 @@ class Index:
 
         Reads of this index in the same thread see what the transaction wrote.
         """
+        from cowfs.index.transaction import Transaction
+
         with self._errors():
             connection = self._connection()
             if connection.refused:
@@ -423,8 +291,8 @@ class Index:
         if not _is_text(name):
             return None
         with self._errors():
-            row = self._connection().execute(_ROW + "WHERE s.name = ?", (name,)).fetchone()
-        return None if row is None else _row(row)
+            row = self._connection().execute(ROW + "WHERE s.name = ?", (name,)).fetchone()
+        return None if row is None else row_of(row)
 
     def get(self, name: str) -> Row:
         """The snapshot with this key or name.
@@ -440,10 +308,10 @@ class Index:
     def by_num(self, num: int) -> Row:
         """The snapshot with this number, which must be there."""
         with self._errors():
-            row = self._connection().execute(_ROW + "WHERE s.num = ?", (num,)).fetchone()
+            row = self._connection().execute(ROW + "WHERE s.num = ?", (num,)).fetchone()
         if row is None:
             raise Corrupt(f"the index refers to snapshot {num}, which is gone", remedy="run 'cowfs check'")
-        return _row(row)
+        return row_of(row)
 
     def by_chain(self, chain_id: str, parent: int | None) -> list[Row]:
         """Committed snapshots with this chain id on this parent (None: on nothing), the oldest first."""
@@ -476,11 +344,11 @@ class Index:
             with self._errors():
                 found = (
                     self._connection()
-                    .execute(_ROW + f"WHERE ({where}) AND s.num > ? ORDER BY s.num LIMIT ?", (*values, after, page))
+                    .execute(ROW + f"WHERE ({where}) AND s.num > ? ORDER BY s.num LIMIT ?", (*values, after, page))
                     .fetchall()
                 )
             for values_of_row in found:
-                yield _row(values_of_row)
+                yield row_of(values_of_row)
             if len(found) < page:
                 return
             after = found[-1][0]
@@ -490,13 +358,13 @@ class Index:
         after = -1
         while True:
             with self._errors():
-                found = self._connection().execute(_INFO, (after, page)).fetchall()
+                found = self._connection().execute(INFO, (after, page)).fetchall()
             for _, name, kind, labels, created, updated, parent in found:
                 yield Info(
                     name=name,
-                    kind=_KINDS[kind],
+                    kind=KINDS[kind],
                     parent=parent,
-                    labels=json.loads(labels) if labels != "{}" else {},
+                    labels=labels_of(labels),
                     created=created,
                     updated=updated,
                 )
@@ -509,7 +377,7 @@ class Index:
         if num is None:
             return []
         with self._errors():
-            return self._connection().execute(_CHAIN, (num,)).fetchall()
+            return self._connection().execute(CHAIN, (num,)).fetchall()
 
     def children(self, num: int) -> list[str]:
         """Names of the snapshots whose parent this is, a few of them."""
@@ -528,6 +396,8 @@ class Index:
         with self._errors():
             row = self._connection().execute("SELECT data FROM records WHERE digest = ?", (digest,)).fetchone()
         if row is None:
+            from cowfs.index.directory import EMPTY
+
             if digest == EMPTY.storage:
                 return b"E" + bytes(8)
             raise Corrupt(f"the index has no record {digest.hex()}", remedy="run 'cowfs check'")
@@ -577,6 +447,8 @@ class Index:
 
     def _mark(self, marked: set[bytes]) -> None:
         """Add the digests of all records that a snapshot's tree reaches."""
+        from cowfs.index.directory import root_digest
+
         roots = self._connection().execute("SELECT root_storage FROM snapshots WHERE root_storage IS NOT NULL")
         todo = [root_digest(storage) for (storage,) in roots]
         while todo:

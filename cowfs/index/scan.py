@@ -24,6 +24,7 @@ from dataclasses import dataclass
 
 from cowfs.errors import Corrupt
 from cowfs.format import whiteout
+from cowfs.format.redirect import Ref as RowRef
 from cowfs.format.whiteout import Form
 from cowfs.index.directory import (
     EMPTY,
@@ -41,7 +42,6 @@ from cowfs.index.directory import (
     join,
 )
 from cowfs.model import Usage
-from cowfs.row.map import Ref as RowRef
 from cowfs.sys import files, xattr
 from cowfs.union.inodes import handle_of
 from cowfs.union.measure import Tally
@@ -71,12 +71,14 @@ class Scanned:
         usage: what the layer holds itself.
         pending: the records that are new.
         latest: the latest ctime in the layer, nanoseconds: when it was last changed in any way.
+        held: of a whole layer, all that its tree holds; None of a delta.
     """
 
     root: Pair
     usage: Usage
     pending: Pending
     latest: int
+    held: Usage | None = None
 
 
 def locate(records: Records, root: Pair | None, path: bytes) -> tuple[Pair | None, bytes]:

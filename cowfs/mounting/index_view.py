@@ -38,7 +38,7 @@ def view(stack: Stack, options: Options) -> View:
     """
     assert stack.upper is not None
     index, row = row_of(stack.upper)
-    root = os.path.dirname(stack.upper).rpartition("/layers/")[0]
+    root, _ = place_of(stack.upper)
     form = index.meta("form") or "auto"
     tree = _lower(index, row, stack.lowers, root)
     made = View(stack.lowers, stack.upper, stack.work, options=replace(options, form=form, index=tree))
@@ -57,13 +57,19 @@ def _count(view: View, row: Row) -> None:
     view.space.offset(-(row.base.bytes // quota.UNIT), -row.base.inodes)
 
 
+def place_of(tree: str) -> tuple[str, str]:
+    """(the store's directory, the layer's id) of a layer's tree, wherever in the layer's directory its driver has it."""
+    root, _, below = tree.rpartition("/layers/")
+    return root, below.partition("/")[0]
+
+
 def row_of(upper: str) -> tuple[Index, Row]:
     """The index of the store that a layer's tree is in, and the layer's row.
 
     Raises:
         NotFound: the index does not know the layer.
     """
-    root, _, id = os.path.dirname(upper).rpartition("/layers/")
+    root, id = place_of(upper)
     index = Index(os.path.join(root, "index.db"))
     row = index.find_id(id)
     if row is None:
@@ -100,7 +106,7 @@ def _lower(index: Index, row: Row, lowers: Sequence[str], root: str) -> TreeInde
     if parent is None or parent.root is None:
         return None
     chain = index.chain(parent.num)
-    if list(lowers) != [f"{root}/layers/{id}/fs" for _, id in chain]:
+    if [place_of(lower) for lower in lowers] != [(root, id) for _, id in chain]:
         return None
     bottom = len(chain) - 1
     tree: Any = IndexTree(index, parent.root, {num: bottom - place for place, (num, _) in enumerate(chain)})

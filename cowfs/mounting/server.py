@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 from cowfs.errors import CowfsError
 from cowfs.mounting import mountpoint, protocol
 from cowfs.mounting.assemble import explain, make_session, make_view, name_process, raise_file_limit, refused
+from cowfs.mounting.chronicle import Chronicle
 from cowfs.mounting.control import Control
 from cowfs.mounting.counting import Counter
 from cowfs.mounting.notice import Notice
@@ -167,9 +168,11 @@ class Server:
         self.started = 0
         self.socket = ""
         self.log = ""
+        self._stack_open = self._view_open = False
         self.stack: Stack
         self.view: View
         self.session: Session | PortableSession
+        self._chronicle: Chronicle | None = None
         self.counter = Counter(self)
         self._report = report or _NoReport()
         self._listener: socket.socket | None = None
@@ -200,7 +203,7 @@ class Server:
         try:
             self._prepare()
         except Exception as error:
-            if hasattr(self, "stack"):
+            if self._stack_open:
                 self.stack.undo()
             self._close()
             problem = explain(error, self.spec)
@@ -221,8 +224,12 @@ class Server:
         target = mountpoint.prepare(spec.mountpoint)
         self.spec = spec = replace(spec, mountpoint=target)
         self.stack = Stack.open(spec)
+        self._stack_open = True
         os.chdir("/")
         self.view = make_view(self.stack)
+        self._view_open = True
+        self._chronicle = Chronicle(spec, self.stack)
+        self.view.limit_reached = self._chronicle.reached
         if spec.volatile and self.stack.work and not spec.readonly:
             from cowfs.mounting.volatile import mark_volatile
 
@@ -262,9 +269,11 @@ class Server:
     def _close(self) -> None:
         """Everything but the process itself, in the order in which others may rely on it."""
         self._ending.set()
-        if hasattr(self, "view"):
+        if self._view_open:
             self.view.close()
-        if hasattr(self, "stack"):
+        if self._stack_open:
+            if self._chronicle is not None:
+                self._chronicle.end()
             self.stack.close()
         if self._listener is not None:
             try:
@@ -299,6 +308,8 @@ class Server:
             return
         self._listens.wait()
         self._report.send({"pid": os.getpid(), "socket": self.socket}, self._let_go)
+        if self._chronicle is not None:
+            self._chronicle.begin()
 
     def _let_go(self) -> None:
         """Leave the standard streams of whoever started us; diagnostics go to the log from here on."""

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Final
 from cowfs.row import map as row_map
 from cowfs.row.readahead import Ahead
 from cowfs.sys import files, xattr
-from cowfs.union import copyup
+from cowfs.union import stored
 from cowfs.union.measure import NOTHING
 from cowfs.union.quota import UNIT, Blocks, total_of, units
 
@@ -164,7 +164,7 @@ class Twin:
         self._dress(own)
         before = total_of(self._space.count(node)) if self._space is not None else 0
         marks = self._space.xattrs(own, None) if self._space is not None else NOTHING
-        with copyup.kept_times(node.where):
+        with stored.kept_times(node.where):
             os.rename(self._temp, node.name, src_dir_fd=self._work.fd, dst_dir_fd=node.where.open())
         file.rows.replaced(file, self._fd)
         self._fd = -1

@@ -26,21 +26,23 @@ from typing import Any
 from cowfs import __version__
 from cowfs.errors import CowfsError, FailedPrecondition, InvalidArgument
 from cowfs.mounting import prefork
-from cowfs.service import logs, systemd
+from cowfs.service import browsers, logs, systemd
 from cowfs.service.api import (
     containers as containers_api,
     df,
     images as images_api,
     monitoring,
+    page,
     registry,
     streams,
     system,
     trees,
 )
 from cowfs.service.api.routing import Route, Table
+from cowfs.service.board import Board
 from cowfs.service.containers.manager import Containers
 from cowfs.service.doors import Door, Loop, open_doors
-from cowfs.service.errors import ApiError, status_of
+from cowfs.service.errors import status_of
 from cowfs.service.http import Exchange, Reply, json_reply
 from cowfs.service.images import Images
 from cowfs.service.logs import exchange_id, log
@@ -61,6 +63,7 @@ def tables() -> Table:
         *system.ROUTES,
         *registry.ROUTES,
         *monitoring.ROUTES,
+        *page.ROUTES,
         *images_api.ROUTES,
         *df.ROUTES,
         *containers_api.ROUTES,
@@ -91,6 +94,7 @@ class Service:
         self.seconds = 0.0  # guarded by _lock: spent in handlers
         self.containers = Containers(self)
         self.images = Images(store, self.containers.users)
+        self.board = Board(self)
         self.table = tables()
         self.loop: Loop | None = None
         self._lock = threading.Lock()
@@ -104,7 +108,7 @@ class Service:
         began = time.monotonic()
         try:
             try:
-                check_origin(exchange)
+                browsers.check(service=self, exchange=exchange)
                 reply = self.table.dispatch(self, exchange)
             except CowfsError as error:
                 status = status_of(error)
@@ -179,40 +183,6 @@ class Service:
             file.seek(0)
             parts.append(file.read().decode(errors="replace"))
         return "\n".join(parts)
-
-
-def check_origin(exchange: Exchange) -> None:
-    """Refuse what a browser sends on behalf of another site: a foreign Origin, or a name that may have been rebound.
-
-    Raises:
-        ApiError: 403.
-    """
-    headers = exchange.headers
-    host = headers.get("host", "")
-    origin = headers.get("origin")
-    if origin is not None and origin.partition("://")[2] != host:
-        raise ApiError(403, "a page of another origin may not ask this service")
-    if headers.get("sec-fetch-site") in ("cross-site", "same-site"):
-        raise ApiError(403, "a page of another origin may not ask this service")
-    if any(name.startswith("sec-fetch-") for name in headers) and not _is_own_name(host):
-        raise ApiError(
-            403,
-            f"this service is not called {host}",
-        )
-
-
-def _is_own_name(host: str) -> bool:
-    import ipaddress
-
-    name = host.rpartition(":")[0] if ":" in host.rpartition("]")[2] else host
-    name = name.strip("[]").lower()
-    if name in ("localhost", socket.gethostname().lower(), socket.getfqdn().lower()) or name.endswith(".localhost"):
-        return True
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    return True
 
 
 def _pairs(texts: tuple[str, ...]) -> Iterator[tuple[str, str]]:

@@ -255,6 +255,9 @@ class Loop:
         while self._busy and time.monotonic() < end:
             time.sleep(0.01)
 
+    def _is_stopping(self) -> bool:
+        return self._stopping
+
     def _wake(self) -> None:
         try:
             os.write(self._wake_out, b"x")
@@ -283,7 +286,9 @@ class Loop:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             peer = _peer(sock, address)
             if door.context is None:
-                self._selector.register(sock, selectors.EVENT_READ, Connection(sock, peer))
+                named = sock.family != socket.AF_UNIX
+                made = Connection(sock, peer, named=named, is_ending=self._is_stopping)
+                self._selector.register(sock, selectors.EVENT_READ, made)
             else:
                 thread = Thread(partial(self._relay, sock, door.context, peer), "cowfs-tls")
                 if not thread.start():
@@ -302,7 +307,8 @@ class Loop:
             subject: Any = certificate.get("subject", ())
             names = [value for part in subject for key, value in part if key == "commonName"]
             with self._lock:
-                self._parked.append(Connection(theirs, " ".join([peer, *map(str, names)])))
+                made = Connection(theirs, " ".join([peer, *map(str, names)]), is_ending=self._is_stopping)
+                self._parked.append(made)
                 self._open += 1
             self._wake()
             with ours:

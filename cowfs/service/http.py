@@ -18,14 +18,16 @@ import json
 import select
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import h11
 
+from cowfs.errors import CowfsError
 from cowfs.service.errors import ApiError
+from cowfs.service.logs import log
 
 __all__ = ["Body", "Connection", "Exchange", "Reply", "empty", "json_reply", "lines"]
 
@@ -41,6 +43,9 @@ CHUNK, HEAD_CHUNK = 256 << 10, 8 << 10
 
 RAW_STREAM = "application/vnd.docker.raw-stream"
 MULTIPLEXED = "application/vnd.docker.multiplexed-stream"
+
+_FOR_BROWSERS = (("x-content-type-options", "nosniff"), ("cross-origin-resource-policy", "same-origin"))
+"""No answer is ever taken for a page or a script, or shown to a page of another origin (Fetch standard, "CORP check")."""
 
 Take = Callable[[socket.socket, bytes], None]
 
@@ -124,6 +129,7 @@ class Exchange:
         id: of this exchange, in every line of the log that belongs to it.
         path: decoded, without the query. query: the last value of each name, queries: all. headers: by lower-case name.
         peer: who asks, as far as the door knows.
+        named: the name in Host proves nothing and is to be checked: the request came over TCP without TLS.
     """
 
     id: str
@@ -135,6 +141,7 @@ class Exchange:
     body: Body
     peer: str
     wants_upgrade: bool
+    named: bool = False
 
     def all(self, name: str) -> list[str]:
         """All values of a name in the query."""
@@ -176,11 +183,17 @@ class Connection:
     Args:
         sock: owned from now on.
         peer: for the log.
+        named: see :class:`Exchange`.
+        is_ending: whether streams are to be cut, since the daemon ends.
     """
 
-    def __init__(self, sock: socket.socket, peer: str) -> None:
+    def __init__(
+        self, sock: socket.socket, peer: str, *, named: bool = False, is_ending: Callable[[], bool] = lambda: False
+    ) -> None:
         self.sock = sock
         self.peer = peer
+        self._named = named
+        self._is_ending = is_ending
         self.idle_until = time.monotonic() + HEAD_SECONDS
         self._h11 = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD)
         self._deadline: float | None = None
@@ -207,6 +220,8 @@ class Connection:
             self._complain(error.status, error.message)
         except (OSError, h11.LocalProtocolError):
             pass  # the client left; or the answer cannot be completed any more
+        except CowfsError as error:  # in the middle of a stream: whoever reads it sees that it was cut
+            log.warning("a stream to %s was cut: %s", self.peer, error)
         self.close()
         return False
 
@@ -251,6 +266,7 @@ class Connection:
             body=Body(self),
             peer=self.peer,
             wants_upgrade=wants,
+            named=self._named,
         )
 
     def next_part(self) -> bytes:
@@ -280,7 +296,7 @@ class Connection:
 
     def _answer(self, exchange: Exchange, reply: Reply) -> bool:
         """Write an answer; False when the socket was taken over."""
-        headers = [*reply.headers.items()]
+        headers = [*_FOR_BROWSERS, *reply.headers.items()]
         if reply.take is not None:
             self._take_over(exchange, reply, headers)
             return False
@@ -304,13 +320,12 @@ class Connection:
             for part in parts:
                 if part:
                     self._send(h11.Data(data=part))
-                elif self._is_gone():
+                elif self._is_gone() or self._is_ending():
                     raise ConnectionResetError
             self._send(h11.EndOfMessage())
         finally:
-            close = getattr(parts, "close", None)  # a generator lets go of what it holds
-            if close is not None:
-                close()
+            if isinstance(parts, Generator):  # it lets go of what it holds
+                parts.close()
 
     def _is_gone(self) -> bool:
         poll = select.poll()

@@ -64,6 +64,18 @@ class Options:
     max_connections: int = _option(2048, "connections at once, of all doors", metavar="N")
     pidfile: str = _option("", "file that gets the process id", flags=("-p",), metavar="FILE")
     metrics: bool = _option(True, "figures for Prometheus at /metrics")
+    ui: bool = _option(True, "the page for browsers at /ui/", live=True)
+    ui_actions: bool = _option(
+        False,
+        "let the page start, stop and remove containers and change limits; without, a browser can only look",
+        live=True,
+    )
+    allow_host: tuple[str, ...] = _option(
+        (),
+        "a name that clients call a plain tcp door by, beside localhost, this host's name and addresses; repeated",
+        live=True,
+        metavar="NAME",
+    )
 
     def changed_live(self, new: Options) -> tuple[Options, list[str]]:
         """These options with what may change while running taken from others; and the names of what may not but differs."""

@@ -72,7 +72,7 @@ class ArchiveVerbs(UpkeepVerbs):
             _forget(self.driver.directory(row.id))
             above = self.index.by_num(row.parent) if row.parent is not None else None
             applied, digests = self._unpack(
-                self.driver.directory(row.id), stream, self._content_of(above), options, diff_id, counter(progress, key)
+                row.id, stream, self._content_of(above), options, diff_id, counter(progress, key)
             )
             point("apply.unpacked")
             KeptDigests.save(self.driver, row.id, digests)
@@ -85,7 +85,7 @@ class ArchiveVerbs(UpkeepVerbs):
 
     def _unpack(
         self,
-        directory: str,
+        id: str,
         stream: BinaryIO,
         lower: archive.Tree | None,
         options: archive.ApplyOptions | None,
@@ -94,7 +94,8 @@ class ArchiveVerbs(UpkeepVerbs):
         blob_digest: str | None = None,
         budget: archive.Budget | None = None,
     ) -> tuple[archive.Applied, ByInode]:
-        """Unpack into ``directory``; the digests of the files by inode."""
+        """Unpack into a layer; the digests of the files by inode."""
+        directory, tree = self.driver.directory(id), self.driver.tree(id)
         digests = ByInode(DIGEST)
 
         def on_inode(inode: int, digest: str) -> None:
@@ -104,12 +105,12 @@ class ArchiveVerbs(UpkeepVerbs):
             from cowfs.store.owners import mark
 
             mark(directory, options.owners)
-        with open(f"{directory}/{HEADERS}", "w+b") as log:
+        with self.driver.open_tree(id), open(f"{directory}/{HEADERS}", "w+b") as log:
             applied = archive.apply_layer(
                 stream,
-                f"{directory}/fs",
+                tree,
                 form="plain" if self.driver.capabilities.whole else self.driver.form.name,
-                lower=_RootOnly(f"{directory}/fs") if self.driver.capabilities.whole and lower is not None else lower,
+                lower=_RootOnly(tree) if self.driver.capabilities.whole and lower is not None else lower,
                 options=options,
                 log=log,
                 on_inode=on_inode,

@@ -141,10 +141,11 @@ class BlockVerbs(CompactionVerbs):
         stack = [self.driver.tree(id) for _, id in self.index.chain(row.num)] if row is not None else []
         if self.driver.capabilities.whole:
             stack = stack[:1]
-        view = union.View(
-            stack or [f"{self.root}/empty"], options=union.Options(form=self.driver.form.name, readonly=True)
-        )
-        try:
+        with contextlib.ExitStack() as held:
+            if self.driver.capabilities.whole and row is not None:
+                held.enter_context(self.driver.open_tree(row.id))
+            view = union.View(
+                stack or [f"{self.root}/empty"], options=union.Options(form=self.driver.form.name, readonly=True)
+            )
+            held.callback(view.close)
             yield view
-        finally:
-            view.close()

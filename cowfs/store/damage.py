@@ -74,12 +74,9 @@ def compare_whole(driver: Driver, index: Index, row: Row, parent: Pair | None) -
     """Compare a whole layer with its records, byte by byte. Files of other layers that are gone equal nothing."""
     assert row.root is not None
     known = layers.KeptDigests.load(driver, row.id)
-    fd = os.open(driver.tree(row.id), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
+    with driver.open_tree(row.id) as fd:
         same = _or_not(layers.Unchanged(driver, index, row.id, fd, believe=False))
         found = scan.scan_full(fd, num=row.num, form=driver.form, base=parent, records=index, same=same, known=known)
-    finally:
-        os.close(fd)
     lines, mendable = [], True
     data = layers.SameData(driver, index)
     for change in compare.compare(found.pending, row.root, found.root, _or_not(data)):

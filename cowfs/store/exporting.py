@@ -224,13 +224,12 @@ class ExportVerbs(ArchiveVerbs):
     def _write_layer(self, row: Row, out: BinaryIO, compression: str, progress: Progress | None) -> str:
         directory = self.driver.directory(row.id)
         if row.diff_id is not None and self._is_archived(row):
-            fd = os.open(f"{directory}/fs", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                with open(open_regular(f"{directory}/{HEADERS}"), "rb") as log:
-                    archive.rebuild(log, fd, out, compression=compression)
-                return row.diff_id
-            finally:
-                os.close(fd)
+            with (
+                self.driver.open_tree(row.id) as fd,
+                open(open_regular(f"{directory}/{HEADERS}"), "rb") as log,
+            ):
+                archive.rebuild(log, fd, out, compression=compression)
+            return row.diff_id
         return self._export_changes(row, None, out, compression, progress)
 
     def _export_changes(

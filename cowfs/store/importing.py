@@ -28,7 +28,7 @@ from cowfs.store.names import check_name, new_id
 from cowfs.store.owners import policy_of
 from cowfs.store.reserve import names_full
 from cowfs.store.staging import Staged
-from cowfs.sys import trees
+from cowfs.sys import files, trees
 from cowfs.sys.faults import point
 
 if TYPE_CHECKING:
@@ -269,7 +269,7 @@ class _Import:
         point("create.filled")
         with self._layer.open() as stream:
             self._applied, self._digests = store._unpack(
-                driver.directory(layer.staged),
+                layer.staged,
                 stream,
                 _Awaited(store, below, self._options.owners)
                 if parent is not None or not driver.capabilities.whole
@@ -309,8 +309,11 @@ class _Import:
         scanned = store._scan_at(
             layer.staged, num, parent, lambda path, st: known_digest(digests.get(st.st_ino)), self._copied
         )
+        if scanned.held is not None:
+            driver.note_held(layer.staged, scanned.held)
         if driver.fsync:
-            trees.sync_tree(driver.tree(layer.staged))
+            with driver.open_tree(layer.staged) as fd:
+                files.syncfs(fd)
         point("create.synced")
         try:
             with index.write() as change:

@@ -16,29 +16,33 @@ import hashlib
 import os
 import stat
 from collections.abc import Hashable, Iterator, Mapping
+from contextlib import ExitStack
 from typing import NamedTuple
 
 from cowfs.driver.interface import Driver
 from cowfs.erofs.reader import Image
-from cowfs.erofs.tree import Inode
+from cowfs.erofs.tree import Inode, Map
 from cowfs.erofs.writer import write_image
-from cowfs.errors import Corrupt, Unsupported
+from cowfs.errors import Corrupt
 from cowfs.format.whiteout import Form
 from cowfs.index.database import Index, Row
 from cowfs.index.directory import Entry, Pair, Records, decode, entries, join
-from cowfs.sys import atomic, files
+from cowfs.store import kernel_blocks
+from cowfs.store.kernel_blocks import Place
+from cowfs.sys import atomic, mounts as sys_mounts
 
 __all__ = ["FOLDER", "build", "check", "path_of", "sweep"]
 
 FOLDER = "images-erofs"
-_FORMAT = b"1"  # of the name: another one when what is put into images changes
+_FORMAT = b"2"  # of the name: another one when what is put into images changes
 
 
 class Key(NamedTuple):
-    """A directory of the tree: its record, its path, and the base of its files (:mod:`cowfs.index.directory`)."""
+    """A directory of the tree: its record, the base of its files (:mod:`cowfs.index.directory`), and its path."""
 
     storage: bytes
     base: bytes
+    shown: bytes
 
 
 class IndexedSource:
@@ -50,19 +54,52 @@ class IndexedSource:
         places: by layer number, the path of its tree below the directory of the layers.
         top: the directory of the layers.
         form: the xattrs of overlayfs that the image is written for.
+        blocks: where the data of redirect files is; None where the layers have none.
     """
 
-    def __init__(self, records: Records, root: Pair, places: Mapping[int, bytes], top: str, form: Form) -> None:
+    def __init__(
+        self,
+        records: Records,
+        root: Pair,
+        places: Mapping[int, bytes],
+        top: str,
+        form: Form,
+        blocks: kernel_blocks.Blocks | None = None,
+    ) -> None:
         self._records = records
         self._root = root
         self._places = places
         self._top = os.fsencode(top)
         self._form = form
+        self._blocks = blocks
+        self._redirected: dict[tuple[int, bytes], Map | Place] = {}
+        if blocks is not None:
+            self._find_redirected(blocks)
+
+    def _find_redirected(self, blocks: kernel_blocks.Blocks) -> None:
+        """Look for redirect files, before anything is written: an image begins with the list of its devices."""
+        todo = [self.root()[1]]
+        while todo:
+            key = todo.pop()
+            for name, pair in entries(self._records, key.storage).items():
+                entry = decode(pair)
+                implied = join(key.base, name)
+                if entry.ref is not None:
+                    todo.append(self._key(entry, key, name))
+                elif stat.S_ISREG(entry.mode) and entry.size:
+                    where = entry.layer, implied if entry.path is None else entry.path
+                    if where not in self._redirected and blocks.redirected(self._place(*where), where[1]):
+                        self._redirected[where] = blocks.find(join(key.shown, name))
 
     def root(self) -> tuple[Inode, Key]:
         entry = decode(self._root)
         assert entry.ref is not None
-        return self._directory(entry), Key(entry.ref.storage, entry.base or b"")
+        return self._directory(entry), Key(entry.ref.storage, entry.base or b"", b"")
+
+    def _key(self, entry: Entry, above: Key, name: bytes) -> Key:
+        assert entry.ref is not None
+        base = join(above.base, name) if entry.base is None else entry.base
+        return Key(entry.ref.storage, base, join(above.shown, name))
 
     def names(self, key: Key) -> Iterator[bytes]:
         return iter(sorted(entries(self._records, key.storage)))
@@ -73,8 +110,7 @@ class IndexedSource:
             entry = decode(found[name])
             implied = join(key.base, name)
             if entry.ref is not None:
-                below = Key(entry.ref.storage, implied if entry.base is None else entry.base)
-                yield name, self._directory(entry), below
+                yield name, self._directory(entry), self._key(entry, key, name)
             else:
                 yield name, self._file(entry, implied if entry.path is None else entry.path), None
 
@@ -90,17 +126,16 @@ class IndexedSource:
         )
 
     def _file(self, entry: Entry, path: bytes) -> Inode:
-        if entry.flags:
-            raise Unsupported(
-                "a file whose blocks are in several layers is not in an image", remedy="mount it with FUSE"
-            )
         kind = stat.S_IFMT(entry.mode)
         xattrs = self._xattrs(entry)
+        data = None
         if kind == stat.S_IFREG and entry.size:
-            place = self._places.get(entry.layer)
-            if place is None:
-                raise Corrupt(f"the index puts {path!r} in layer {entry.layer}, which is not in this chain")
-            xattrs += ((self._form.metacopy, b""), (self._form.redirect, b"/" + place + b"/" + path))
+            found = self._redirected.get((entry.layer, path))
+            if isinstance(found, Map):
+                data = found
+            else:
+                place = found.path if found is not None else self._place(entry.layer, path) + b"/" + path
+                xattrs += ((self._form.metacopy, b""), (self._form.redirect, b"/" + place))
         return Inode(
             mode=entry.mode,
             uid=entry.uid,
@@ -112,7 +147,14 @@ class IndexedSource:
             target=entry.target,
             xattrs=xattrs,
             link=self._link(entry, path) if entry.nlink > 1 else None,
+            data=data,
         )
+
+    def _place(self, layer: int, path: bytes) -> bytes:
+        place = self._places.get(layer)
+        if place is None:
+            raise Corrupt(f"the index puts {path!r} in layer {layer}, which is not in this chain")
+        return place
 
     def _xattrs(self, entry: Entry) -> tuple[tuple[bytes, bytes], ...]:
         return tuple((self._form.store_name(name), value) for name, value in entry.xattrs)
@@ -160,9 +202,17 @@ def build(driver: Driver, index: Index, row: Row) -> str:
     top = f"{driver.root}/layers"
     places = {num: os.fsencode(os.path.relpath(driver.tree(id), top)) for num, id in _chain(index, row)}
     assert row.root is not None
-    source = IndexedSource(index, row.root, places, top, driver.form)
-    with atomic.replacing(path, durable=driver.fsync) as file:
-        write_image(source, file.fileno(), uuid=bytes.fromhex(path[-32:]))
+    with ExitStack() as held:
+        blocks = None
+        if driver.capabilities.row:
+            trees = [driver.tree(id) for _, id in _chain(index, row)]
+            blocks = held.enter_context(kernel_blocks.Blocks(trees, top, driver.form))
+        source = IndexedSource(index, row.root, places, top, driver.form, blocks)
+        devices = blocks.devices if blocks is not None else ()
+        with atomic.replacing(path, durable=driver.fsync) as file:
+            written = write_image(source, file.fileno(), devices=devices, uuid=bytes.fromhex(path[-32:]))
+            if blocks is not None:
+                os.pwrite(file.fileno(), b"\0".join(blocks.paths), written.size)
     return path
 
 
@@ -173,6 +223,7 @@ def check(path: str) -> str | None:
             image = Image(file.fileno())
             if image.uuid != bytes.fromhex(path[-32:]):
                 return "it is the image of another snapshot"
+            kernel_blocks.paths_of(image, file.fileno())
             _, key = image.root()
             todo, seen = [key], 1
             while todo:
@@ -206,19 +257,11 @@ def how(driver: Driver) -> str:
         return "a bind of the layer: each is a whole tree"
     if not driver.form.redirects:
         return "none: the layers are of the form for ordinary users"
+    why = sys_mounts.why_no_images(driver.root)
+    if why:
+        return f"none: {why}" if driver.capabilities.row else f"overlayfs over all layers: {why}"
     if driver.capabilities.row:
-        return "none: redirect files are read by cowfs's own server"
-    with open("/proc/filesystems", encoding="ascii") as file:
-        known = {line.split()[-1] for line in file}
-    if "erofs" not in known:
-        return "overlayfs over all layers: this kernel has no EROFS (modprobe erofs)"
-    fd = os.open(driver.root, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        host = files.fs_name(fd)
-    finally:
-        os.close(fd)
-    if host in ("tmpfs", "overlay", "fuse"):
-        return f"overlayfs over all layers: images cannot be mounted from files of {host}"
+        return "overlayfs over an EROFS image of the metadata, whose files point at the blocks in all layers"
     return "overlayfs over an EROFS image of the metadata"
 
 

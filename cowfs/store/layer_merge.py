@@ -26,9 +26,9 @@ from cowfs.index.compare import File
 from cowfs.model import Change
 from cowfs.row.file import RowFile
 from cowfs.sys import files, xattr
-from cowfs.union import Options, View, copyup, create, hardlinks
+from cowfs.union import Options, View, copyup, create, hardlinks, stored
 from cowfs.union.attr import unpack
-from cowfs.union.merge import Data
+from cowfs.union.filedata import PLAIN
 from cowfs.union.node import DT_LNK, DT_REG, Dir, Node
 from cowfs.union.paths import find
 
@@ -130,7 +130,7 @@ class _Writer:
         if isinstance(there.data, RowFile) and there.data.layer in self._merged:
             if not self._change_blocks(here, there):
                 return False
-        elif there.data is None or not self._same_file(_physical(here), _physical(there)):
+        elif there.data is PLAIN or not self._same_file(_physical(here), _physical(there)):
             return False
         else:
             copyup.up_meta(self.into, here)
@@ -147,6 +147,7 @@ class _Writer:
     def _change_blocks(self, here: Node, there: Node) -> bool:
         """Give the file beneath the blocks of a redirect file on it."""
         chain = there.data
+        assert isinstance(chain, RowFile)
         extents = chain.load()
         places = [(level.where.open(), level.name) for level in chain.levels]
         keep = sum(level.where.layer not in self._merged for level in chain.levels)
@@ -204,11 +205,11 @@ class _Writer:
             self.linked[file] = made
 
     def _is_plain(self, there: Node) -> bool:
-        return there.data is None and there.where is not None and there.where.layer in self._merged
+        return there.data is PLAIN and there.where is not None and there.where.layer in self._merged
 
     def _link(self, there: Node, parent: Dir, name: bytes) -> Node:
         up = create.target(self.into, parent, name)
-        copyup.mark_impure(self.into, up)
+        stored.mark_impure(self.into, up)
         if up.whiteouts is not None and name in up.whiteouts:
             os.unlink(name, dir_fd=up.open())
         assert there.where is not None
@@ -221,12 +222,12 @@ class _Writer:
         return create._adopt(self.into, parent, up, name)
 
     def _copy(self, there: Node, parent: Dir, name: bytes) -> Node:
-        meta = copyup.read_meta(self.source, there)
+        meta = stored.read_meta(self.source, there)
         if there.type == DT_LNK:
             made = self.into.symlink(parent, name, self.source.readlink(there), meta.uid, meta.gid)
         else:
             made = self.into.mknod(parent, name, stat.S_IFMT(meta.mode) | 0o600, meta.rdev, meta.uid, meta.gid)
-        if there.type == DT_REG and hasattr(there.data, "pread"):
+        if there.type == DT_REG and there.data.pieced:
             self._copy_span(there, made, 0, meta.size, punch=False)
             self.into.setattr(made, size=meta.size)
         elif there.type == DT_REG:
@@ -248,24 +249,20 @@ class _Writer:
             src, real = there.where.open(), there.name
         else:
             return
-        copyup.set_origin(self.into, dirfd, name, src, real, there.id)
-        copyup.mark_impure(self.into, copyup.up_dir(self.into, parent))
+        stored.set_origin(self.into, dirfd, name, src, real, there.id)
+        stored.mark_impure(self.into, copyup.up_dir(self.into, parent))
 
     def _attributes(self, there: Node, dirfd: int, name: bytes) -> None:
-        meta = copyup.read_meta(self.source, there)
+        meta = stored.read_meta(self.source, there)
         for attribute in xattr.listx(dirfd, name):
             if self.into.form.show_name(attribute) is not None and attribute not in meta.xattrs:
                 xattr.remove(dirfd, name, attribute)
-        copyup.write_meta(dirfd, name or b".", meta, self.into)
+        stored.write_meta(dirfd, name or b".", meta, self.into)
 
 
 def _physical(node: Node) -> tuple[int, bytes]:
     """The file in a lower layer that has a node's data."""
-    where, name = node.where, node.name
-    if isinstance(node.data, Data):
-        where, name = node.data.where, node.data.name
-    elif isinstance(node.data, RowFile):
-        where, name = node.data.place()
+    where, name = node.data.place() or (node.where, node.name)
     assert where is not None
     return where.open(), name
 

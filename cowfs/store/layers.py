@@ -13,7 +13,7 @@ import stat
 import struct
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 
 from cowfs.driver.interface import Driver
 from cowfs.errors import Corrupt, FailedPrecondition
@@ -23,10 +23,11 @@ from cowfs.mounting.holders import take
 from cowfs.mounting.notice import drop as drop_notices
 from cowfs.store.digest_table import ByInode
 from cowfs.sys import files, locks, trees, xattr
-from cowfs.sys.mounts import mountinfo
+from cowfs.sys.mounts import MountInfo, mountinfo
 from cowfs.sys.regular import open_regular, read_small
 
 __all__ = [
+    "PLAIN",
     "UNKNOWN",
     "KeptDigests",
     "LayerFile",
@@ -36,10 +37,12 @@ __all__ = [
     "hold",
     "is_locked",
     "kernel_mount_of",
+    "kernel_mounts_of",
     "known_digest",
     "mark_copied",
     "mark_time",
     "marked_time",
+    "not_plain",
     "unmark",
     "untouched",
 ]
@@ -48,6 +51,8 @@ KEPT = "cowfs-digests"
 _RECORD = struct.Struct("<QQ32s")  # inode, ctime in ns, digest
 COPIED = "cowfs-copied"
 """A file made right after a driver copied the parent: what has an older ctime was not touched since."""
+PLAIN = "cowfs-plain"
+"""A file beside the tree of a layer that holds neither redirects nor metacopies, and that only an engine writes in."""
 SEAL = ".seal"
 """Ends the name of the file beside a mark that says which file the mark is: its device, inode and ctime."""
 _CHUNK = 1 << 20
@@ -69,14 +74,14 @@ def hold(driver: Driver, row: Row, verb: str, *, missing_ok: bool = False) -> It
         Corrupt: the tree is gone.
     """
     tree = driver.tree(row.id)
-    try:
-        fd = os.open(tree, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except FileNotFoundError:
-        if missing_ok:
-            yield
-            return
-        raise Corrupt(f"the layer of {row.name!r} is gone: {tree}", remedy="run 'cowfs check'") from None
-    try:
+    with ExitStack() as opened:
+        try:
+            fd = opened.enter_context(driver.open_tree(row.id))
+        except FileNotFoundError:
+            if missing_ok:
+                yield
+                return
+            raise Corrupt(f"the layer of {row.name!r} is gone: {tree}", remedy="run 'cowfs check'") from None
         holder = take(fd, [driver.directory(row.id)])
         if holder is not None:
             how = f"cowfs umount {holder.notice.mountpoint}" if holder.notice else "wait for it, or end it"
@@ -91,8 +96,6 @@ def hold(driver: Driver, row: Row, verb: str, *, missing_ok: bool = False) -> It
                 f"{row.name!r} is mounted by the kernel at {where}: cannot {verb} it", remedy=f"umount {where}"
             )
         yield
-    finally:
-        os.close(fd)
 
 
 def is_locked(driver: Driver, row: Row) -> bool:
@@ -109,32 +112,61 @@ def is_locked(driver: Driver, row: Row) -> bool:
 
 def kernel_mount_of(tree: str) -> str | None:
     """Where the kernel has this tree mounted, as an overlay's upper or by a bind; None when nowhere."""
+    found = next(kernel_mounts_of(tree), None)
+    return None if found is None else os.fsdecode(found.target)
+
+
+def kernel_mounts_of(tree: str) -> Iterator[MountInfo]:
+    """The kernel's mounts of a tree in this mount namespace, as an overlay's upper or by a bind."""
     try:
         wanted = os.stat(tree)
     except OSError:
-        return None
+        return
     device = f"{os.major(wanted.st_dev)}:{os.minor(wanted.st_dev)}"
     raw = os.fsencode(tree)
     own = b"cowfs:" + os.path.basename(os.path.dirname(raw))  # a view has no upper: its source says whose it is
     for entry in mountinfo():
         if entry.fstype == "overlay":
             if b"upperdir=" + raw in entry.super_options.split(b",") or entry.source == own:
-                return os.fsdecode(entry.target)
-        elif entry.root.endswith(b"/fs") and raw.endswith(entry.root) and entry.dev == device:
-            return os.fsdecode(entry.target)
-    return None
+                yield entry
+        elif entry.root.endswith(b"/fs") and (
+            (entry.dev == device and raw.endswith(entry.root)) or _is_bind_of(entry, wanted, raw)
+        ):
+            yield entry
+
+
+def _is_bind_of(entry: MountInfo, wanted: os.stat_result, raw: bytes) -> bool:
+    """Whether a bind mount shows a directory, where neither its device nor its path says so.
+
+    The root of a mount is a path from the root of its file system, which may be mounted elsewhere or (btrfs) by one of its
+    subvolumes; and stat(2) shows the number of a subvolume, mountinfo that of the file system.
+    """
+    place, last = raw.rpartition(b"/layers/")[1:]
+    if not place or not entry.root.endswith(place + last):
+        return False
+    try:
+        shown = os.stat(entry.target)
+    except OSError:
+        return True  # hidden from us; no other store has a layer of this id
+    return (shown.st_dev, shown.st_ino) == (wanted.st_dev, wanted.st_ino)
+
+
+def not_plain(driver: Driver, id: str) -> None:
+    """Whoever mounts a layer next may write in it what engines' mounts cannot read."""
+    try:
+        os.unlink(f"{driver.directory(id)}/{PLAIN}")
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        if error.errno != errno.EROFS:
+            raise
 
 
 def mark_copied(driver: Driver, id: str, parent: str, *, only_root: bool) -> None:
     """Note that a whole layer is as it was copied; of a view, which copies nothing, only the root is."""
     if only_root:
-        src = os.open(driver.tree(parent), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        dst = os.open(driver.tree(id), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
+        with driver.open_tree(parent) as src, driver.open_tree(id) as dst:
             trees.copy_attributes(src, dst, os.fstat(src))
-        finally:
-            os.close(src)
-            os.close(dst)
     mark_time(f"{driver.directory(id)}/{COPIED}")
 
 
@@ -339,13 +371,9 @@ class SameData:
         id = self._ids.get(num)
         if id is None:
             id = self._ids[num] = self._index.by_num(num).id
-        tree = self._driver.tree(id)
         try:
-            root = os.open(tree, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            try:
+            with self._driver.open_tree(id) as root:
                 fd = files.open_beneath(root, path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-            finally:
-                os.close(root)
             form = self._driver.form
             if self._driver.capabilities.row and xattr.try_get(fd, b"", form.row) is not None:
                 os.close(fd)

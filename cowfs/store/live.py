@@ -44,7 +44,7 @@ from cowfs.store import layers
 from cowfs.store.checking import Collected, UpkeepVerbs
 from cowfs.store.key_lock import turn
 from cowfs.store.mounts import KernelMount
-from cowfs.store.names import check_labels, check_name, new_id
+from cowfs.store.names import check_key, check_labels, new_id
 from cowfs.store.reserve import names_full
 from cowfs.store.staging import NEW, _lock, _make_locked, discard, read_note
 from cowfs.sys import trees
@@ -109,7 +109,7 @@ class LiveVerbs(UpkeepVerbs):
             FailedPrecondition: mounted by the kernel, read-only, or in use by another verb.
             Unsupported: the driver keeps whole trees.
         """
-        check_name(name)
+        check_key(name)
         check_labels(labels or {})
         with self._turn(key):
             return self._snapshot(key, name, labels or {})
@@ -137,7 +137,7 @@ class LiveVerbs(UpkeepVerbs):
             FailedPrecondition: mounted by the kernel, read-only, or in use by another verb.
         """
         if keep is not None:
-            check_name(keep)
+            check_key(keep)
         with self._turn(key):
             return self._rollback(key, name, keep)
 
@@ -206,9 +206,9 @@ class LiveVerbs(UpkeepVerbs):
         with turn(self.root, key):
             return super()._commit(key, name, **options)
 
-    def _remove(self, row: Row) -> None:
+    def _remove(self, row: Row, **options: Any) -> None:
         with turn(self.root, row.name):
-            super()._remove(row)
+            super()._remove(row, **options)
 
     def _base_at(self, row: Row, ancestor: Row) -> tuple[Usage, bool]:
         """The base that a key has over one of its ancestors, and whether they share a limit: its own snapshots count for it."""
@@ -233,8 +233,13 @@ class LiveVerbs(UpkeepVerbs):
     def _switch(self, row: Row, switch: _Switch, parents: list[str], verb: str, **more: Any) -> None:
         server = self._server_of(row, made_by="store")
         if server is not None:
-            self._make_and_switch(row, switch, parents, server, verb, more)
-            return
+            try:
+                self._make_and_switch(row, switch, parents, server, verb, more)
+                return
+            except CowfsError:
+                if self._server_of(row, made_by="store") is not None or self.index.by_num(row.num) != row:
+                    raise
+                # it was unmounted just now, and switched nothing
         with layers.hold(self.driver, row, switch.verb):
             self._make_and_switch(row, switch, parents, None, verb, more)
 
@@ -255,7 +260,7 @@ class LiveVerbs(UpkeepVerbs):
         try:
             driver.create(here, parents, row.limit)
             _write_note(self._note(id), switch)
-            os.rename(driver.directory(here), driver.directory(LIVE + id))
+            driver.publish(here, LIVE + id)
             here = LIVE + id
             point("switch.made")
             if server is not None:
@@ -343,7 +348,7 @@ class LiveVerbs(UpkeepVerbs):
         """The final name, inside the transaction that writes the row."""
         point("switch.recorded")
         if os.path.isdir(self.driver.directory(LIVE + id)):  # else a killed process had come so far
-            os.rename(self.driver.directory(LIVE + id), self.driver.directory(id))
+            self.driver.publish(LIVE + id, id)
         if self.driver.fsync:
             fsync_directory(f"{self.root}/layers")
             fsync_directory(self.root)
@@ -392,7 +397,7 @@ class LiveVerbs(UpkeepVerbs):
                 discard(self.driver, former)
             return
         if here != id:
-            os.rename(directory, self.driver.directory(id))
+            self.driver.publish(here, id)
         unlink(os.path.join(self.driver.directory(id), MARK))
         unlink(self._note(id))
 

@@ -21,225 +21,36 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-from cowfs.format.whiteout import Form, allow_nested, make as make_whiteout, make_nested
-from cowfs.sys import files, trees, xattr
+from cowfs.sys import files, xattr
 from cowfs.union import from_index, hardlinks, holding
-from cowfs.union.attr import with_nlink
-from cowfs.union.inodes import make_origin
-from cowfs.union.layers import Layer, Source
+from cowfs.union.blocks import UNIT, total_of, units
+from cowfs.union.filedata import PLAIN, Lower
+from cowfs.union.layers import Source
 from cowfs.union.measure import NOTHING
-from cowfs.union.merge import Data
 from cowfs.union.node import DT_LNK, DT_REG, Dir, Node
-from cowfs.union.quota import UNIT, LimitReached, total_of, units
+from cowfs.union.stored import (
+    Meta,
+    NoRoomForMark,
+    kept_times,
+    make_like,
+    mark_impure,
+    marked,
+    no_room,
+    read_meta,
+    set_mark,
+    set_origin,
+    write_meta,
+)
 
 if TYPE_CHECKING:
     from cowfs.union.view import View
+    from cowfs.union.workdir import WorkDir
+
+__all__ = ["SMALL", "Stage", "note_place", "place", "publish", "up_dir", "up_meta", "writable"]
 
 SMALL = 1 << 20  # bytes: a copy up to this size is made where it is needed
-_DIR_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-# What an ordinary user cannot copy: these belong to the host's policy, not to the tree.
-_HOST_ONLY = (b"security.selinux", b"security.ima", b"security.evm")
-
-
-# Of an xattr: the host has no room for it; the host does not take it.
-_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.E2BIG, errno.ERANGE})
-_NO_MARK = _NO_ROOM | {errno.EPERM, errno.EOPNOTSUPP}
-_KEEP = (b"incompat",)  # the kernel's marks of volatile mounts; who mounts honours them (cowfs.mounting.volatile)
-
-
-class NoRoomForMark(OSError):
-    """A copy of attributes alone is not possible: the mark that says so has no room beside the file's own xattrs."""
-
-    def __init__(self, name: bytes) -> None:
-        super().__init__(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
-
-
-class WorkDir:
-    """The work directory: temporary names, and the one whiteout inode.
-
-    Everything is kept in its sub-directory ``work``, as the kernel does, and what a killed
-    process left there is removed when it is opened.
-
-    On a host that is an overlay itself (a container's root) nobody may make a device 0/0. Whiteouts are then the
-    kernel's nested ones: from the first on, the directories that get one and the upper's root are marked before.
-    """
-
-    def __init__(self, path: bytes, upper: Layer, form: Form) -> None:
-        outer = os.open(path, _DIR_FLAGS & ~os.O_NOFOLLOW)
-        try:
-            if os.fstat(outer).st_dev != upper.dev:
-                raise OSError(errno.EXDEV, "work and upper are on different file systems", path)
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(b"work", 0o700, dir_fd=outer)
-            fd = os.open(b"work", _DIR_FLAGS, dir_fd=outer)
-        finally:
-            os.close(outer)
-        try:
-            files.make_plain(fd, 0o700)
-            clear(fd, keep=_KEEP)
-        except BaseException:
-            os.close(fd)
-            raise
-        self.source = Source(upper, None, b"", upper.root.descriptors)
-        self.source.fd = fd
-        self.fd = fd
-        self.held: set[Node] = set()  # nodes without a name that one in here stands for (cowfs.union.holding)
-        self._count = 0
-        self._whiteout: bytes | None = None
-        self._form = form
-        self._nested = False
-
-    def close(self) -> None:
-        """Remove what is left and close."""
-        with contextlib.suppress(OSError):
-            clear(self.fd, keep=_KEEP)
-        self.source.close()
-
-    def temp(self) -> bytes:
-        """A name that nobody has."""
-        self._count += 1
-        return b"#%x" % self._count
-
-    def put_whiteout(self, dirfd: int, name: bytes) -> None:
-        """Make ``name`` a whiteout: one more link of the shared inode. EEXIST when taken."""
-        for _ in range(2):
-            if self._whiteout is None:
-                self._whiteout = self.temp()
-                self._make(self.fd, self._whiteout)
-            self.allow(dirfd)
-            try:
-                os.link(self._whiteout, name, src_dir_fd=self.fd, dst_dir_fd=dirfd, follow_symlinks=False)
-                return
-            except OSError as error:
-                if error.errno not in (errno.EMLINK, errno.ENOENT, errno.EPERM, errno.EXDEV):
-                    raise
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(self._whiteout, dir_fd=self.fd)
-                self._whiteout = None
-        self._make(dirfd, name)
-
-    def _make(self, dirfd: int, name: bytes) -> None:
-        if not self._nested:
-            try:
-                make_whiteout(dirfd, name)
-            except PermissionError:
-                self._nested = True
-        if self._nested:
-            make_nested(dirfd, name, self._form)
-
-    def allow(self, dirfd: int) -> None:
-        """Before a whiteout moves into a directory of the upper layer."""
-        if not self._nested or dirfd == self.fd:
-            return
-        layer = self.source.layer
-        if not layer.xwhiteouts:
-            allow_nested(layer.root.open(), self._form)
-            layer.xwhiteouts = True
-        allow_nested(dirfd, self._form)
-
-    def cover(self, dirfd: int, name: bytes) -> None:
-        """Replace the non-directory ``name`` by a whiteout, in one step."""
-        temp = self.temp()
-        self.put_whiteout(self.fd, temp)
-        self.allow(dirfd)
-        os.rename(temp, name, src_dir_fd=self.fd, dst_dir_fd=dirfd)
-
-    def discard(self, name: bytes) -> None:
-        """Remove a temporary name, whatever it is."""
-        trees.remove_entry(self.fd, name)
-
-
-def clear(fd: int, keep: tuple[bytes, ...] = ()) -> None:
-    """Remove everything in an open directory but the names in ``keep``, never following a link."""
-    for entry in os.listdir(b"/proc/self/fd/%d" % fd):
-        if entry not in keep:
-            trees.remove_entry(fd, entry)
-
-
-class Meta(NamedTuple):
-    """Everything about an inode but its data, as the layers store it (not as it is shown)."""
-
-    mode: int
-    uid: int
-    gid: int
-    size: int
-    rdev: int
-    atime: int
-    mtime: int
-    xattrs: dict[bytes, bytes]
-
-
-def read_meta(view: View, node: Node) -> Meta:
-    """The stored attributes and the user-visible xattrs of a node."""
-    form = view.form
-    entry = from_index.entry_of(view, node)
-    if entry is not None:
-        kept = {form.store_name(name): value for name, value in entry.xattrs.items()}  # an index has names as shown
-        return Meta(entry.mode, entry.uid, entry.gid, entry.size, entry.rdev, entry.mtime_ns, entry.mtime_ns, kept)
-    if isinstance(node, Dir):
-        fd, name = node.sources[0].open(), b""
-        st = os.fstat(fd)
-    elif node.where is None:
-        fd, name = node.fd, b""
-        st = os.fstat(fd)
-    else:
-        fd, name = node.where.open(), node.name
-        st = os.stat(name, dir_fd=fd, follow_symlinks=False)
-    return _meta_of(view, fd, name, st)
-
-
-def root_meta(view: View, layer: Layer) -> Meta:
-    """The same of the root as one layer has it."""
-    fd = layer.root.open()
-    return _meta_of(view, fd, b"", os.fstat(fd))
-
-
-def _meta_of(view: View, fd: int, name: bytes, st: os.stat_result) -> Meta:
-    form = view.form
-    kept = {k: v for k, v in xattr.read_all(fd, name).items() if form.show_name(k) is not None}
-    return Meta(st.st_mode, st.st_uid, st.st_gid, st.st_size, st.st_rdev, st.st_atime_ns, st.st_mtime_ns, kept)
-
-
-def write_meta(dirfd: int, name: bytes, meta: Meta, view: View, marks: Callable[[], None] = lambda: None) -> None:
-    """Give a new object owner, xattrs, mode and times, in the order that keeps them all.
-
-    chown first (it clears setuid and capabilities), then xattrs, then the mode, then the times. A mode or an ACL without
-    write permission forbids an owner to set user.*, so what else is to be set comes before them.
-
-    Args:
-        marks: sets the overlay's own xattrs: after those of the object, which need the room first.
-    """
-    privileged = view.form.redirects
-    st = os.stat(name, dir_fd=dirfd, follow_symlinks=False)
-    wrong = (st.st_mode ^ meta.mode) & 0o7777 or b"system.posix_acl_access" in meta.xattrs
-    if (st.st_uid, st.st_gid) != (meta.uid, meta.gid):
-        wrong = wrong or st.st_mode & 0o6000  # chown clears them
-        try:
-            os.chown(name, meta.uid, meta.gid, dir_fd=dirfd, follow_symlinks=False)
-        except PermissionError:
-            if view.owners is None or not view.owners.record(dirfd, name, meta.mode, meta.uid, meta.gid):
-                raise
-    acls = [attribute for attribute in meta.xattrs if attribute.startswith(b"system.")]
-    for attribute in [*(attribute for attribute in meta.xattrs if attribute not in acls), None, *acls]:
-        if attribute is None:
-            marks()
-            continue
-        try:
-            xattr.setx(dirfd, name, attribute, meta.xattrs[attribute])
-        except OSError as error:
-            if (
-                error.errno in (errno.EPERM, errno.EOPNOTSUPP)
-                and (not privileged or attribute in _HOST_ONLY)
-                and attribute.startswith((b"security.", b"trusted."))
-            ):
-                continue
-            raise
-    if wrong and not stat.S_ISLNK(meta.mode):
-        os.chmod(name, stat.S_IMODE(meta.mode), dir_fd=dirfd)
-    os.utime(name, ns=(meta.atime, meta.mtime), dir_fd=dirfd, follow_symlinks=False)
 
 
 def up_dir(view: View, directory: Dir, *, exempt: bool = False) -> Source:
@@ -309,73 +120,6 @@ def _up_one(view: View, directory: Dir, above: Source, exempt: bool) -> Source:
     return source
 
 
-def no_room(failure: BaseException) -> bool:
-    """Whether an xattr was refused because the host has no room for it (not the limit)."""
-    return isinstance(failure, OSError) and failure.errno in _NO_ROOM and not isinstance(failure, LimitReached)
-
-
-def marked(dirfd: int, name: bytes, attribute: bytes, value: bytes) -> bool:
-    """Set an own xattr that can be done without; whether there was room for it.
-
-    Hosts keep xattrs in little room (ext4: one block for all of an inode), which a file of a lower layer may fill with
-    its own.
-    """
-    try:
-        xattr.setx(dirfd, name, attribute, value)
-    except OSError as failure:
-        if not no_room(failure):
-            raise
-        return False
-    return True
-
-
-def set_mark(view: View, dirfd: int, name: bytes, attribute: bytes, value: bytes) -> None:
-    """Set an own xattr of an object of the upper layer whose length is not bounded. Raises ENOSPC at the limit."""
-    if view.space is None:
-        xattr.setx(dirfd, name, attribute, value)
-    else:
-        view.space.set_xattr(dirfd, name, attribute, value)
-
-
-@contextlib.contextmanager
-def kept_times(source: Source) -> Iterator[None]:
-    """Put a directory's times back after a change that users must not see."""
-    st = os.fstat(source.open())
-    yield
-    os.utime(b".", ns=(st.st_atime_ns, st.st_mtime_ns), dir_fd=source.open(), follow_symlinks=False)
-
-
-def mark_impure(view: View, source: Source) -> None:
-    """Say that entries of an upper directory may carry ``origin`` (kernel: ``impure``)."""
-    source.impure = True
-    if source.marked:
-        return
-    source.marked = True
-    fd = source.open()
-    if xattr.try_get(fd, b"", view.form.impure) is None:
-        try:
-            xattr.setx(fd, b"", view.form.impure, b"y")
-        except OSError as error:  # without it the numbers change at the next mount, and nothing else
-            if error.errno not in _NO_MARK:
-                raise
-
-
-def set_origin(view: View, dirfd: int, name: bytes, src_fd: int, src_name: bytes, ino: int) -> None:
-    """Record which lower inode a copy came from, so that its number ``ino`` stays.
-
-    An index shows the number of the inode that the lower one is itself a copy of, if it is: that is recorded then.
-    """
-    value = xattr.try_get(src_fd, src_name, view.form.origin)
-    number = view.inodes.from_origin(value) if value else None
-    if not value or not number or (number != ino and view.index is None):
-        value = make_origin(src_fd, src_name, view.uuid_at(src_fd))
-    try:
-        marked(dirfd, name, view.form.origin, value)
-    except OSError as error:  # symbolic links and devices take no user.* xattrs
-        if view.form.redirects or error.errno not in (errno.EPERM, errno.EOPNOTSUPP):
-            raise
-
-
 # -- files --------------------------------------------------------------------------------------
 
 
@@ -442,7 +186,7 @@ def writable(view: View, node: Node, keep: int | None = None, *, plain: bool = F
     Raises:
         OSError: EROFS, ENOSPC, EISDIR, EINVAL for something that has no data.
     """
-    if node.data is None and view.in_upper(node):
+    if node.data is PLAIN and view.in_upper(node):
         return None
     view.need_upper()
     view.trim()
@@ -522,7 +266,9 @@ def publish(view: View, stage: Stage) -> None:
         holding.hold_copy(view, node, stage.work, stage.temp, stage.dst_fd, writable=True)
     else:
         view.open_files.use(node, stage.dst_fd, writable=True)
-    node.data = node.attr = None
+    node.data, node.attr = PLAIN, None
+    view.work.copied_files += 1
+    view.work.copied_bytes += stage.keep
     if view.space is not None:
         node.space = None
         # the copy's xattrs are counted by :func:`place`, those of a metacopy were before
@@ -583,7 +329,7 @@ def place(view: View, node: Node, temp: bytes, work: WorkDir, *, metacopy: bool,
     if meta is None:
         meta = read_meta(view, node)
     blocks = int.from_bytes(view.attr(node)[16:24], "little")
-    data = node.data if isinstance(node.data, Data) else Data(where, node.name, low, meta.size, blocks)
+    data = node.data if isinstance(node.data, Lower) else Lower(where, node.name, low, meta.size, blocks)
     source, real = physical(view, node, where)
 
     def marks() -> None:
@@ -617,9 +363,9 @@ def place(view: View, node: Node, temp: bytes, work: WorkDir, *, metacopy: bool,
 
 def physical(view: View, node: Node, where: Source) -> tuple[Source, bytes]:
     """Where a lower inode itself is: an index knows files by where their data is."""
-    data = node.data  # a Data, or a redirect file of a lower layer
-    if data is not None and data.where is not None and from_index.entry_of(view, node) is not None:
-        return data.where, data.name
+    there = node.data.place() if node.data.home is not None else None
+    if there is not None and from_index.entry_of(view, node) is not None:
+        return there
     return where, node.name
 
 
@@ -666,6 +412,7 @@ def up_meta(view: View, node: Node, *, whole: bool = True) -> None:
             _up_whole(view, node)
             return
         raise
+    view.work.copied_attributes += 1
     if space is not None:
         node.space = None
         space.add(total_of(space.count(node)) if node.type == DT_LNK else 0, 1)
@@ -681,16 +428,16 @@ def _up_whole(view: View, node: Node) -> None:
 
 def note_place(view: View, node: Node) -> None:
     """Before a metacopy gets a name elsewhere: note where its data is found; have the data where that has no room."""
-    data = node.data
-    if data is None or not view.form.redirects or not hasattr(data, "path"):
+    path = node.data.path
+    if path is None or not view.form.redirects:
         return
     fd, real = (node.fd, b"") if node.where is None else (node.where.open(), node.name)
     try:
-        set_mark(view, fd, real, view.form.redirect, b"/" + data.path)
+        set_mark(view, fd, real, view.form.redirect, b"/" + path)
     except OSError as failure:
         if not no_room(failure):
             raise
-        if hasattr(data, "pread"):  # a redirect file's data: no copy in one piece
+        if node.data.pieced:  # no copy in one piece
             raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), node.name) from None
         _up_whole(view, node)
 
@@ -717,26 +464,3 @@ def _copy_nameless(view: View, node: Node) -> None:
         node.space = None
         space.add(total_of(space.count(node)) if node.type == DT_LNK else 0, 1)
         space.xattrs_changed(node, space.xattrs(fd, b""))
-
-
-def make_like(dirfd: int, name: bytes, meta: Meta, node: Node) -> None:
-    """An empty object of the same type: a file with a hole, a link, a device."""
-    if stat.S_ISREG(meta.mode):
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        fd = os.open(name, flags, meta.mode & 0o777 | 0o600, dir_fd=dirfd)  # often the mode it is to have
-        try:
-            os.ftruncate(fd, meta.size)
-        finally:
-            os.close(fd)
-    elif stat.S_ISLNK(meta.mode):
-        assert node.where is not None
-        target = os.readlink(node.name, dir_fd=node.where.open())
-        os.symlink(target, name, dir_fd=dirfd)
-    else:
-        os.mknod(name, meta.mode, meta.rdev, dir_fd=dirfd)
-
-
-__all__ = [
-    "SMALL", "Form", "Meta", "Stage", "WorkDir", "clear", "make_like", "mark_impure", "place",
-    "publish", "read_meta", "root_meta", "up_dir", "up_meta", "with_nlink", "writable", "write_meta",
-]  # fmt: skip

@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING
 
 from cowfs.format import whiteout
 from cowfs.sys import files, xattr
-from cowfs.union import copyup, hardlinks, holding, lookup
+from cowfs.union import copyup, hardlinks, holding, lookup, stored
 from cowfs.union.attr import mode_of, unpack, with_nlink
 from cowfs.union.layers import Source, lstat
 from cowfs.union.measure import NOTHING, link_units
 from cowfs.union.node import DT_DIR, DT_LNK, DT_REG, Dir, Node
+from cowfs.union.workdir import clear
 
 if TYPE_CHECKING:
     from cowfs.union.view import View
@@ -363,7 +364,7 @@ def link(view: View, node: Node, parent: Dir, name: bytes) -> Node:
         view.space.named(up, name)
     _added(view, parent, up, name)
     if node.where is not None and node.where.impure:
-        copyup.mark_impure(view, up)
+        stored.mark_impure(view, up)
     if node.parent is None:  # a tmpfile gets its first name, or a file whose known names went one more
         view.astray.discard(node)
         holding.unhold(view, node)
@@ -562,7 +563,7 @@ def remove_dir(view: View, node: Dir, own: Source) -> None:
             view.space.unnamed(up, name)
     if stays:
         holding.moved(view, own, temp)
-        copyup.clear(own.open())
+        clear(own.open())
     else:
         work.discard(temp)
 

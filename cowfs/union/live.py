@@ -19,9 +19,10 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cowfs.union import copyup, from_index, hardlinks, holding, quota
+from cowfs.union import from_index, hardlinks, holding, quota, stored
 from cowfs.union.layers import Layer, Source
 from cowfs.union.node import Dir, Node
+from cowfs.union.workdir import WorkDir
 
 if TYPE_CHECKING:
     from cowfs.union.view import View
@@ -55,14 +56,14 @@ def freeze(view: View, upper: str | bytes, work: str | bytes) -> Layer:
             Then nothing has changed.
     """
     frozen, before = view.need_upper(), view.workdir
-    layer = _new_upper(view, upper, work, frozen.dev, copyup.read_meta(view, view.root))
+    layer = _new_upper(view, upper, work, frozen.dev, stored.read_meta(view, view.root))
     if before is not None and view.workdir is not None:
         holding.carry_over(before, view.workdir)
     _push(view, layer)
     return frozen
 
 
-def _new_upper(view: View, upper: str | bytes, work: str | bytes, dev: int, root: copyup.Meta) -> Layer:
+def _new_upper(view: View, upper: str | bytes, work: str | bytes, dev: int, root: stored.Meta) -> Layer:
     """Open and check a new upper layer, whose root gets the attributes ``root``; swaps the work directory."""
     path = os.fsencode(upper)
     if os.listdir(path):
@@ -71,11 +72,11 @@ def _new_upper(view: View, upper: str | bytes, work: str | bytes, dev: int, root
     try:
         if layer.dev != dev:
             raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), path)
-        workdir = copyup.WorkDir(os.fsencode(work), layer, view.form)
+        workdir = WorkDir(os.fsencode(work), layer, view.form)
     except BaseException:
         layer.close()
         raise
-    copyup.write_meta(layer.root.open(), b".", root, view)
+    stored.write_meta(layer.root.open(), b".", root, view)
     if view.workdir is not None:
         view.retired.append(view.workdir)
     view.workdir = workdir
@@ -123,7 +124,7 @@ def rollback(view: View, frozen: Layer, upper: str | bytes, work: str | bytes) -
     if frozen.index < view.indexed_layers - 1:
         raise OSError(errno.EINVAL, "the layers below an index cannot be rolled back")
     dropped = view.layers[frozen.index + 1 :]
-    layer = _new_upper(view, upper, work, present.dev, copyup.root_meta(view, frozen))
+    layer = _new_upper(view, upper, work, present.dev, stored.root_meta(view, frozen))
     layer.index = frozen.index + 1
     stale, entries = _strike_out(view, set(dropped))
     del view.layers[frozen.index + 1 :]
@@ -156,7 +157,7 @@ def _strike_out(view: View, dropped: set[Layer]) -> tuple[list[int], list[tuple[
         if isinstance(node, Dir):
             if node.sources[0].layer in dropped:
                 touched.append(node)
-        elif node.where is None or node.where.layer in dropped or _data_dropped(node, dropped):
+        elif node.where is None or node.where.layer in dropped or node.data.home in dropped:
             stale.append(node.id)
             entries += [(parent.id, name) for parent, name in view.names_of(node)]
             _strike(view, node)
@@ -196,20 +197,13 @@ def _was_elsewhere(view: View, directory: Dir, kept: list[Source], dropped: set[
     )
 
 
-def _data_dropped(node: Node, dropped: set[Layer]) -> bool:
-    return (
-        node.data is not None and getattr(node.data, "where", None) is not None and (node.data.where.layer in dropped)
-    )
-
-
 def _strike(view: View, node: Node) -> None:
     """A node's id answers ESTALE from now on, and is never given again."""
     view.nodes.pop(node.id, None)
     view.parents.discard(node.id)
     view.burnt.add(node.id)
     view.names.pop(node, None)
-    if node.data is not None and hasattr(node.data, "close"):
-        node.data.close()
+    node.data.close()
     view.open_files.close(node)
 
 

@@ -7,18 +7,17 @@ take; then the change; then what it really took, read from the disk where a host
 
 from __future__ import annotations
 
-import errno
 import os
 from typing import TYPE_CHECKING
 
-from cowfs.model import Limit, Usage
+from cowfs.model import Usage
 from cowfs.sys import files, xattr
 from cowfs.union import holding
 from cowfs.union.blocks import UNIT, Blocks, blocks_of, total_of, units
+from cowfs.union.bound import Awaited, Bound
+from cowfs.union.filedata import PLAIN
 from cowfs.union.layers import Source
 from cowfs.union.measure import (
-    FREE_WHITEOUTS,
-    GROWTH,
     NOTHING,
     Room,
     Sizes,
@@ -36,7 +35,7 @@ from cowfs.union.node import DT_DIR, DT_LNK, DT_REG, Dir, Node
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from cowfs.union.copyup import Meta
+    from cowfs.union.stored import Meta
     from cowfs.union.view import View
 
 __all__ = ["UNIT", "Awaited", "Blocks", "Space", "ledger", "measure", "total_of", "units"]
@@ -46,33 +45,25 @@ _END = 1 << 50  # units: behind the end of any file
 _ORIGIN = 29  # bytes of the mark that a copy gets (cowfs.union.inodes.make_origin)
 
 
-class LimitReached(OSError):
-    """The limit is reached: ENOSPC, but not of the host."""
-
-    def __init__(self) -> None:
-        super().__init__(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-class Awaited(LimitReached):
-    """Ask again once everything that is already forgotten was heard of: inodes without a name still hold space.
-
-    Only raised for a front end that set ``view.patient``; nothing was changed. A kernel sends what it forgets behind
-    requests that wait, so a client that unlinked a file can want its space, or look for it with statfs(2), before the
-    view has it back. ENOSPC for whoever does not ask again.
-    """
-
-
-class Space(Tally):
+class Space(Bound):
     """Keeps the count of one view and refuses what would pass the limit.
 
     Owner: the view's thread.
     """
 
-    __slots__ = ("_base", "_base_inodes", "_excess", "_later", "_leaving", "_nameless", "limit", "view", "written")
+    __slots__ = ("_later", "_leaving", "_nameless", "view", "written")
 
-    def __init__(self, view: View) -> None:
-        self._start(view)
+    def __init__(self, view: View, *, empty: bool = False) -> None:
+        """Count what the upper layer holds; ``empty``: start with nothing."""
         assert view.upper is not None
+        super().__init__(files.fs_name(view.upper.root.fd), view.form)
+        self.view = view
+        self._later: list[Space] = []  # ledgers of what is there but does not count yet
+        self._leaving: dict[Node, Room] = {}  # the xattrs of inodes without a name
+        self._nameless: set[Node] = set()  # inodes that lost their last name, as far as they are still in use
+        self.written: set[bytes] = set()  # maps that may have become longer, from another thread, too
+        if empty:
+            return
         self._take(walk(view.upper, view.form))
         for node in view.nodes.values():
             if holding.is_nameless(view, node):  # not found by a scan
@@ -81,37 +72,16 @@ class Space(Tally):
                 self._nameless.add(node)
         self._sum()
 
-    def _start(self, view: View) -> None:
-        assert view.upper is not None
-        super().__init__(files.fs_name(view.upper.root.fd), view.form)
-        self.view = view
-        self.limit = Limit()
-        self._base = self._base_inodes = 0  # what counts although the upper layer does not hold it
-        self._excess = 0  # units of rule 3
-        self._later: list[Space] = []  # ledgers of what is there but does not count yet
-        self._leaving: dict[Node, Room] = {}  # the xattrs of inodes without a name
-        self._nameless: set[Node] = set()  # inodes that lost their last name, as far as they are still in use
-        self.written: set[bytes] = set()  # maps that may have become longer, from another thread, too
-
     def _take(self, tally: Tally) -> None:
         self.units, self.inodes, self.small, self.names = tally.units, tally.inodes, tally.small, tally.names
         self.grown, self.growth, self.mapped = tally.grown, tally.growth, tally.mapped
         self.hidden, self.exempt = tally.hidden, tally.exempt
-
-    def _sum(self) -> None:
-        """After a change of what rule 3 counts."""
-        self._excess = self.beyond()
 
     def usage(self) -> Usage:
         """What is held now."""
         self._settle()
         self.look_at_maps()
         return Usage(bytes=(self._base + self.total()) * UNIT, inodes=self._base_inodes + self.inodes)
-
-    def offset(self, blocks: int, inodes: int) -> None:
-        """Count (or, negative, do not count) what the upper layer does not hold."""
-        self._base += blocks
-        self._base_inodes += inodes
 
     def freeze(self) -> None:
         """What the upper layer holds is another layer's from now on, and goes on to count; a new one starts empty."""
@@ -147,57 +117,16 @@ class Space(Tally):
         self._later.clear()
         self._sum()
 
-    def left(self) -> int:
-        """Units that may still be allocated."""
-        limit = self.limit.bytes
-        if limit is None:
-            return 1 << 62
-        most = limit // UNIT - self._base
-        if (self.hidden or self.exempt) and self.exempt + units(self.hidden) - FREE_WHITEOUTS > most:
-            return 0
-        return max(0, most - self.units - self._excess)
-
-    def need(self, blocks: int, inodes: int = 0, names: int = 0, room: Room = NOTHING) -> None:
-        """Raise ENOSPC unless so much more fits. Counts nothing.
-
-        Args:
-            blocks: units.
-            names: bytes that new names may take (:meth:`entering`).
-            room: for xattrs.
-        """
-        if self.limit.bytes is not None:
-            blocks += room.large
-            more = names + inodes * self.host.inode + room.small * UNIT
-            if more > 0:
-                blocks += max(0, self.beyond(more) - self._excess)
-            if blocks > 0 and blocks > self.left():
-                raise self._full()
-        most = self.limit.inodes
-        if inodes and most is not None and self._base_inodes + self.inodes + inodes > most:
-            raise self._full()
-
-    def entering(self, name: bytes, count: int = 1) -> int:
-        """The most bytes that a new name (or ``count`` like it) may take, for :meth:`need`."""
-        if self.host.grows:
-            return count * GROWTH * UNIT
-        return count * self.name_cost(name) if self.host.name else 0
-
-    def need_hidden(self, names: Iterable[bytes], blocks: int = 0) -> None:
-        """Raise ENOSPC unless whiteouts of these names, and so many units of directories for them, fit into the allowance."""
-        if self.limit.bytes is None:
-            return
-        more = self.exempt + blocks + units(self.hidden + names_cost(self, names)) - FREE_WHITEOUTS
-        if more > max(self.limit.bytes // UNIT - self._base, self.units + self._excess):
-            raise self._full()
-
     def _settle(self) -> None:
         """Raise Awaited while what was removed may still be counted."""
         if self._may_return():
             raise Awaited
 
     def _full(self) -> OSError:
-        """What to raise when something does not fit."""
-        return Awaited() if self._may_return() else LimitReached()
+        found = super()._full()
+        if not isinstance(found, Awaited) and self.view.limit_reached is not None:
+            self.view.limit_reached()
+        return found
 
     def _may_return(self) -> bool:
         """Whether space may come back without anybody's doing, and the front end has a way to wait for that."""
@@ -441,8 +370,8 @@ class Space(Tally):
             if node.type == DT_LNK:
                 node.space = link_units(self.view.size(node))
                 return node.space  # type: ignore[no-any-return]
-            own = getattr(node.data, "writable", False)  # a redirect file of the upper layer
-            if (node.data is not None and not own) or node.type != DT_REG:
+            own = node.data.writable
+            if (node.data is not PLAIN and not own) or node.type != DT_REG:
                 return 0
             fd = node.data.own_fd() if own else self.view.data_fd(node, False)
             st = os.fstat(fd)
@@ -603,8 +532,7 @@ class Space(Tally):
 
 def ledger(view: View) -> Space:
     """A count that starts with nothing and has no limit: what is done with it shows by itself (:meth:`Space.later`)."""
-    made = object.__new__(Space)
-    made._start(view)
+    made = Space(view, empty=True)
     if view.space is not None:
         made.grown = view.space.grown  # what a directory grew by is counted once, by the one or the other
     return made

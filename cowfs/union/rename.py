@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING
 
 from cowfs.format.whiteout import WH_PREFIX
 from cowfs.sys import files, xattr
-from cowfs.union import copyup, create, hardlinks, holding
+from cowfs.union import copyup, create, hardlinks, holding, stored
 from cowfs.union.attr import unpack
 from cowfs.union.create import error
 from cowfs.union.layers import Source
 from cowfs.union.node import DT_REG, Dir, Node
+from cowfs.union.workdir import clear
 
 if TYPE_CHECKING:
     from cowfs.union.measure import Room
@@ -121,9 +122,9 @@ def _mark(view: View, own: Source, attribute: bytes, value: bytes) -> None:
     """Set an own xattr that a directory cannot move without. Raises EXDEV where there is no room for it: then it is
     copied by whoever moves it, as between file systems."""
     try:
-        copyup.set_mark(view, own.open(), b"", attribute, value)
+        stored.set_mark(view, own.open(), b"", attribute, value)
     except OSError as failure:
-        if not copyup.no_room(failure):
+        if not stored.no_room(failure):
             raise
         raise error(errno.EXDEV, own.name) from None
 
@@ -239,7 +240,7 @@ def _clear_way(view: View, destination: Source, name: bytes, other: Node | None)
     files.rename2(work.fd, temp, destination.open(), name, _EXCHANGE)
     if stays:
         holding.moved(view, own, temp)
-        copyup.clear(own.open())
+        clear(own.open())
     else:
         work.discard(temp)
 
@@ -296,7 +297,7 @@ def _rebind(view: View, parent: Dir, name: bytes, node: Node, to: Dir, to_name: 
     """The node's name has changed."""
     _rename_name(view, parent, name, node, to, to_name, up)
     if not up.impure:
-        copyup.mark_impure(view, up)
+        stored.mark_impure(view, up)
     if to.order is not None:
         from cowfs.union.listing import cookie_of
 
@@ -354,7 +355,7 @@ def _exchange(view: View, parent: Dir, name: bytes, node: Node, to: Dir, to_name
         if isinstance(arrived, Dir):
             own = arrived.sources[0]
             own.parent, own.name = up, at
-        copyup.mark_impure(view, up)
+        stored.mark_impure(view, up)
         directory.attr = arrived.attr = None
 
 
@@ -436,10 +437,10 @@ def _make_opaque(view: View, node: Dir) -> None:
     """Cut a directory off from the lower layers; its whiteouts are needed no more."""
     own = _upper_dir(view, node)
     if len(node.sources) > 1 or node.record is not None:
-        copyup.mark_impure(view, own)  # merged, it was so without saying
+        stored.mark_impure(view, own)  # merged, it was so without saying
         _mark(view, own, view.form.opaque, b"y")
     if own.whiteouts:
-        with copyup.kept_times(own):
+        with stored.kept_times(own):
             for name in own.whiteouts:
                 os.unlink(name, dir_fd=own.open())
     if view.space is not None:

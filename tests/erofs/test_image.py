@@ -18,7 +18,7 @@ from hypothesis import given, settings, strategies as st
 
 from cowfs.erofs import layout
 from cowfs.erofs.reader import Image
-from cowfs.erofs.tree import Device, Inode, Map
+from cowfs.erofs.tree import Chunk, Device, Inode, Map
 from cowfs.erofs.writer import write_image
 from cowfs.errors import Corrupt, Unsupported
 
@@ -231,11 +231,13 @@ def test_the_kernel_shows_the_tree(tmp_path: Path, mounted: Any, seed: int) -> N
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting EROFS needs root")
 def test_chunks_of_two_devices_are_one_file(tmp_path: Path, mounted: Any) -> None:
-    """A redirect-on-write file: blocks of a base and of a pool, holes between, a tail that ends within a block."""
+    """A redirect-on-write file: blocks of a base and of a pool, some in the image itself, holes between, a tail that ends within one."""
     rng = random.Random(1)
     (tmp_path / "base").write_bytes(rng.randbytes(64 * 4096))
     (tmp_path / "pool").write_bytes(rng.randbytes(64 * 4096 - 100))
-    places = [None if rng.random() < 0.1 else (rng.choice((1, 2)), rng.randrange(63)) for _ in range(500)]
+    places: list[Chunk] = [None if rng.random() < 0.1 else (rng.choice((1, 2)), rng.randrange(63)) for _ in range(500)]
+    for number in (0, 7, 8, 499):
+        places[number] = rng.randbytes(4096)
     size = 499 * 4096 + 77
     inode = Inode(mode=stat.S_IFREG | 0o644, size=size, data=Map(0, tuple(places)))
     devices = [Device(64, b"base"), Device(64, b"pool")]
@@ -246,7 +248,12 @@ def test_chunks_of_two_devices_are_one_file(tmp_path: Path, mounted: Any) -> Non
         assert walk(image)[b"/f"] == inode
     files = {1: (tmp_path / "base").read_bytes(), 2: (tmp_path / "pool").read_bytes()}
     expected = b"".join(
-        bytes(4096) if place is None else files[place[0]][place[1] * 4096 :][:4096] for place in places
+        bytes(4096)
+        if place is None
+        else place
+        if isinstance(place, bytes)
+        else files[place[0]][place[1] * 4096 :][:4096]
+        for place in places
     )[:size]
     target = mounted(tmp_path / "image", f"device={tmp_path / 'base'},device={tmp_path / 'pool'}")
     assert (target / "f").read_bytes() == expected

@@ -19,7 +19,7 @@ import pytest
 from memory_view import MemoryView
 
 from cowfs.fuse import Session, abi, codec
-from cowfs.union.quota import Awaited
+from cowfs.union.bound import Awaited
 
 
 class Pair:

@@ -286,6 +286,19 @@ def test_the_store_is_shared_with_the_command(daemon: Daemon) -> None:
     assert daemon.request("GET", "/info")[1]["DriverStatus"][5] == ["Snapshots", "1"]
 
 
+def test_it_stops_at_once_while_clients_read_streams(make_daemon: Make, docker_command: str) -> None:
+    """A follower of the events neither holds up the end nor meets a store that was closed beneath it."""
+    daemon = make_daemon("-D").start()
+    with daemon.raw() as sock, daemon.raw() as other:
+        for each in (sock, other):
+            each.sendall(b"GET /events?since=1 HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert each.recv(1 << 16).startswith(b"HTTP/1.1 200")
+        assert daemon.stop() == 0
+        rest = b"".join(iter(lambda: sock.recv(1 << 16), b""))
+    assert not rest.endswith(b"0\r\n\r\n")  # cut, and not "that was all"
+    assert "Traceback" not in daemon.log
+
+
 def _ping(path: str) -> bytes:
     with socket.socket(socket.AF_UNIX) as client:
         client.settimeout(15)
@@ -308,4 +321,4 @@ def test_no_thread_can_be_started_for_a_while(make_daemon: Make) -> None:
         assert b" 200 " not in _ping(str(daemon.socket))
     finally:
         subprocess.run(["prlimit", f"--pid={pid}", "--as=unlimited:unlimited"], check=True)
-    wait_for(lambda: b" 200 " in _ping(str(daemon.socket)), 30)
+    wait_for(lambda: b" 200 " in _ping(str(daemon.socket)), "the daemon to answer")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from cowfs.errors import Corrupt, CowfsError, FailedPrecondition, InvalidArgument, NotFound, Unsupported
-from cowfs.index import database as index_module
+from cowfs.index import schema as index_module
 from cowfs.store import Store
 from cowfs.sys import mounts
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from support import trees
 
-from cowfs.errors import NotFound
+from cowfs.errors import Corrupt, FailedPrecondition, NotFound, Unsupported
 from cowfs.mounting import client
 from cowfs.store import Store, kernel_image
 from cowfs.sys.mounts import mountinfo
@@ -18,12 +18,13 @@ from cowfs.sys.mounts import mountinfo
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="kernel mounts: needs root")
 
 
-@pytest.fixture
-def store(tmp_path: Path, can_mount: None) -> Iterator[Store]:
+@pytest.fixture(params=["overlay", "row"])
+def store(request: pytest.FixtureRequest, tmp_path: Path, can_mount: None) -> Iterator[Store]:
     """A store on a file system that images can be mounted from (not tmpfs)."""
     for name in ("fuse", "kernel"):
         (tmp_path / name).mkdir()
-    with Store.open(tmp_path / "store", driver="overlay", fsync=False) as opened:
+    options = {"block": request.node.callspec.params.get("block", 4096)} if request.param == "row" else {}
+    with Store.open(tmp_path / "store", driver=request.param, fsync=False, **options) as opened:
         yield opened
 
 
@@ -37,7 +38,7 @@ def step(rng: random.Random, top: Path) -> None:
     dirs = [top, *[path for path in found if path.is_dir() and not path.is_symlink()]]
     files = [path for path in found if path.is_file() and not path.is_symlink()]
     new = rng.choice(dirs) / f"n{rng.randrange(40)}"
-    what = rng.randrange(12)
+    what = rng.randrange(15)
     if what <= 2 and not os.path.lexists(new):
         new.write_bytes(rng.randbytes(rng.choice((0, 1, 5000, 200_000))))
         os.utime(new, ns=(0, rng.randrange(2**61)))
@@ -63,6 +64,15 @@ def step(rng: random.Random, top: Path) -> None:
     elif what == 10:
         with open(rng.choice(files), "r+b") as file:
             file.write(b"changed")
+    elif what in (12, 13):
+        chosen = rng.choice(files)
+        with open(chosen, "r+b") as file:
+            for _ in range(rng.randrange(1, 5)):
+                file.seek(rng.randrange(chosen.stat().st_size + 9000))
+                file.write(rng.randbytes(rng.choice((1, 4096, 20_000))))
+    elif what == 14:
+        chosen = rng.choice(files)
+        os.truncate(chosen, rng.randrange(chosen.stat().st_size + 9000))
     else:
         old = rng.choice(dirs[1:] or files)
         if not os.path.lexists(new) and not str(new).startswith(f"{old}/"):
@@ -83,9 +93,12 @@ def both(store: Store, name: str) -> tuple[trees.Tree, trees.Tree]:
     return seen[0], seen[1]
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_the_kernel_shows_what_the_fuse_mount_shows(store: Store, seed: int) -> None:
-    """Names, types, modes, owners, times to the nanosecond, xattrs (escaped ones too), link counts and groups, content."""
+@pytest.mark.parametrize(("seed", "block"), [(0, 4096), (1, 65536), (2, 4096), (3, 1 << 20)])
+def test_the_kernel_shows_what_the_fuse_mount_shows(store: Store, seed: int, block: int) -> None:
+    """Names, types, modes, owners, times to the nanosecond, xattrs (escaped ones too), link counts and groups, content.
+
+    Of redirected blocks, too: files of all layers' blocks, cut off within a block, and longer than what they stand on.
+    """
     rng = random.Random(seed)
     parent = None
     for number in range(6):
@@ -190,3 +203,66 @@ def test_a_chain_of_many_layers_is_one(store: Store) -> None:
         assert len(os.listdir(place(store, "kernel"))) == 150
         for number in range(0, 150, 10):
             assert (place(store, "kernel") / f"f{number}").read_text() == str(number)
+
+
+def test_an_upper_with_redirected_blocks_is_refused(store: Store) -> None:
+    """The kernel would show the sparse file; what compact makes of it, it can show."""
+    if not store.driver.capabilities.row:
+        pytest.skip("a driver without redirect files")
+    store.prepare("key")
+    with store.mount("key", place(store, "fuse")):
+        (place(store, "fuse") / "big").write_bytes(b"b" * 100_000)
+    store.commit("key", "base")
+    store.prepare("key", "base")
+    with store.mount("key", place(store, "fuse")), open(place(store, "fuse") / "big", "r+b") as file:
+        file.write(b"changed")
+    with pytest.raises(FailedPrecondition, match="redirected blocks of 'big'"):
+        store.mount("key", place(store, "kernel"), mount_type="kernel")
+    assert store.mounted_at("key") is None
+    store.compact("key", share=0)
+    with store.mount("key", place(store, "kernel"), mount_type="kernel"):
+        assert (place(store, "kernel") / "big").read_bytes() == b"changed" + b"b" * 99_993
+
+
+def test_a_file_that_an_image_points_into_must_be_what_it_was(store: Store) -> None:
+    """Cut short behind the store's back: the kernel would read errors in the middle; nothing is mounted, and it is told."""
+    if not store.driver.capabilities.row:
+        pytest.skip("a driver without redirect files")
+    store.prepare("key")
+    with store.mount("key", place(store, "fuse")):
+        (place(store, "fuse") / "big").write_bytes(b"b" * 100_000)
+    store.commit("key", "base")
+    store.prepare("key", "base")
+    with store.mount("key", place(store, "fuse")), open(place(store, "fuse") / "big", "r+b") as file:
+        file.write(b"changed")
+    store.commit("key", "next")
+    fuse, kernel = both(store, "next")
+    assert trees.differences(fuse, kernel) == []
+    layer = Path(store.driver.tree(store.index.get("base").id))
+    os.truncate(layer / "big", 50_000)
+    store.view("view", "next")
+    with pytest.raises(Corrupt, match="not as large as it was"):
+        store.mount("view", place(store, "kernel"), mount_type="kernel")
+    (image,) = (Path(store.root) / kernel_image.FOLDER).iterdir()
+    os.truncate(image, image.stat().st_size - 1)
+    assert "which files its devices are" in (kernel_image.check(str(image)) or "")
+
+
+def test_where_images_cannot_be_the_reason_is_told(
+    space: Path, can_mount: None, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store of row on tmpfs: info says why, the call says why, and FUSE is as it was."""
+    driver = store.driver.name
+    with Store.open(space / "store", driver=driver, fsync=False) as other:
+        assert "cannot be mounted from files of tmpfs" in other.describe()["kernel mounts"]
+        other.prepare("key")
+        other.commit("key", "base")
+        other.prepare("key", "base")
+        if driver == "row":
+            with pytest.raises(Unsupported, match="cannot read redirect files"):
+                other.mount("key", place(store, "kernel"), mount_type="kernel")
+            assert not os.path.ismount(place(store, "kernel"))
+        else:
+            with other.mount("key", place(store, "kernel"), mount_type="kernel"):
+                assert os.path.ismount(place(store, "kernel"))
+    assert "EROFS image" in store.describe()["kernel mounts"]

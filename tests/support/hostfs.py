@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from cowfs.sys import btrfs
+
 from . import namespace
 
 #: name -> (program that makes it, its arguments, image bytes)
@@ -47,8 +49,27 @@ class HostFs:
     def clear(self) -> None:
         """Remove the directories that were given: the image is small, and the session's tests are many."""
         for path in self._given:
+            if self.name == "btrfs":
+                delete_subvolumes(path)
             subprocess.run(["rm", "-rf", "--one-file-system", str(path)], check=False, capture_output=True)
         self._given.clear()
+
+
+def delete_subvolumes(path: Path) -> None:
+    """Delete the subvolumes below a directory of btrfs, which ``rm --one-file-system`` leaves."""
+    for at, names, _ in os.walk(path):
+        for name in list(names):
+            below = os.path.join(at, name)
+            if os.lstat(below).st_ino != btrfs.FIRST_INO or os.path.ismount(below):
+                continue
+            fd = os.open(at, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                btrfs.destroy(fd, os.fsencode(name))
+                names.remove(name)
+            except OSError:
+                pass
+            finally:
+                os.close(fd)
 
 
 def known_to_kernel(name: str) -> bool:

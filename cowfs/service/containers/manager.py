@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import secrets
 import shutil
 import signal
@@ -26,23 +25,23 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from cowfs.errors import AlreadyExists, CowfsError, FailedPrecondition, InvalidArgument, NotFound
+from cowfs.errors import CowfsError, FailedPrecondition, InvalidArgument, NotFound
 from cowfs.service.containers import bundle
 from cowfs.service.containers.container import SETTLE_SECONDS, Container
+from cowfs.service.containers.creating import LABEL, Maker
 from cowfs.service.containers.execs import Execs
-from cowfs.service.containers.furnishing import furnish, write_bundle
+from cowfs.service.containers.furnishing import write_bundle
 from cowfs.service.containers.logs import parse_size as parse_log_size
-from cowfs.service.containers.names import made_up
 from cowfs.service.containers.records import ContainerConfig, Update
+from cowfs.service.containers.register import Register
+from cowfs.service.containers.signals import send_signal
 from cowfs.service.containers.spawner import Spawner
 from cowfs.service.containers.supervision import Runtime, ask
 from cowfs.service.containers.supervisor import RUN_FILE
 from cowfs.service.containers.trees import Trees
 from cowfs.service.errors import ApiError, NotModified
-from cowfs.service.images import Image, init_name
 from cowfs.service.logs import log
 from cowfs.service.records import encode
-from cowfs.sys import mounts
 from cowfs.sys.atomic import write_file
 
 if TYPE_CHECKING:
@@ -51,12 +50,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Containers"]
 
-LABEL = "cowfs.service.container"
-"""Label of a container's snapshot: its id."""
-
-INIT_LABEL = "cowfs.service.init"
-
-_NAME = re.compile(r"/?[a-zA-Z0-9][a-zA-Z0-9_.-]+")
 MAX_RUN_DIR = 80
 """Bytes: beside them an address of 107 bytes (unix(7)) has room for the names of sockets."""
 
@@ -72,9 +65,7 @@ class Containers:
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._lock = threading.Lock()
-        self._all: dict[str, Container] = {}  # guarded by _lock
-        self._names: dict[str, str] = {}  # guarded by _lock: name -> id, reserved ones too
+        self._register = Register()
         self.spawner = Spawner()
         self.execs = Execs(self)
         self.trees = Trees(service.store)
@@ -88,6 +79,7 @@ class Containers:
             )
         for each in (self.folder, self.run_dir, self.runtime.root):
             os.makedirs(each, mode=0o700, exist_ok=True)
+        self._maker = Maker(service, self.folder, self.run_dir)
 
     @property
     def _store(self) -> Store:
@@ -105,36 +97,19 @@ class Containers:
             except (OSError, ValueError, TypeError, NotFound):
                 shutil.rmtree(folder, ignore_errors=True)  # a create or a removal that was cut short
                 continue
-            self._all[id] = found
-            self._names[found.name] = id
+            self._register.add(found)
         for info in list(self._store.walk()):
             id = info.labels.get(LABEL, "")
-            if id and info.name == f"container/{id}" and id not in self._all:
+            if id and info.name == f"container/{id}" and id not in self._register:
                 self._drop_snapshot(info.name)
-        self._sweep()
-        for each in list(self._all.values()):
+        self.runtime.sweep(self.run_dir, {each.id[:12] for each in self._register})
+        for each in self._register:
             if self._watch(each):
                 if each.running:
                     each.settled.clear()
                     log.info("container %s goes on (process %d)", each.name, each.pid)
             else:
                 self._settle(each)
-
-    def _sweep(self) -> None:
-        """Delete what containers that are gone have left in the run directory."""
-        known = {id[:12] for id in self._all}
-        for name in os.listdir(self.run_dir):
-            path = os.path.join(self.run_dir, name)
-            if name.partition(".")[0][:12] in known:
-                continue
-            if not os.path.isdir(path):
-                os.unlink(path)
-                continue
-            rootfs = os.path.join(path, "rootfs")
-            self.runtime("delete", "--force", name, check=False)
-            if os.path.ismount(rootfs):
-                mounts.umount(rootfs, mounts.MNT_DETACH)
-            shutil.rmtree(path, ignore_errors=True)
 
     def close(self) -> None:
         """Let go; the containers go on."""
@@ -153,8 +128,7 @@ class Containers:
 
     def all(self) -> list[Container]:
         """All containers, the newest first."""
-        with self._lock:
-            return sorted(self._all.values(), key=lambda each: each.created, reverse=True)
+        return sorted(self._register, key=lambda each: each.created, reverse=True)
 
     def get(self, reference: str) -> Container:
         """The container of a name, an id, or the beginning of an id.
@@ -162,17 +136,7 @@ class Containers:
         Raises:
             NotFound: there is none; ApiError: 400: several.
         """
-        wanted = reference.removeprefix("/")
-        with self._lock:
-            found = self._all.get(wanted) or self._all.get(self._names.get(wanted, ""))
-            if found is not None:
-                return found
-            fitting = [each for id, each in self._all.items() if wanted and id.startswith(wanted)]
-        if len(fitting) > 1:
-            raise ApiError(400, f"multiple IDs found with provided prefix: {wanted}")
-        if not fitting:
-            raise NotFound(f"No such container: {reference}")
-        return fitting[0]
+        return self._register.get(reference)
 
     def states(self) -> dict[str, int]:
         """How many containers there are, by state."""
@@ -211,87 +175,15 @@ class Containers:
         if not bundle.arguments_of(merged):
             raise ApiError(400, "no command specified")
         id = secrets.token_hex(32)
-        name = self._reserve(name, id)
+        name = self._register.reserve(name, id)
         try:
-            made = self._make(id, name, image, config, merged, raw)
+            made = self._maker.make(id, name, image, config, merged, raw)
         except BaseException:
-            with self._lock:
-                self._names.pop(name, None)
+            self._register.release(name)
             raise
-        with self._lock:
-            self._all[id] = made
+        self._register.add(made)
         self.tell(made, "create")
         return made
-
-    def _make(
-        self, id: str, name: str, image: Image, config: ContainerConfig, merged: dict[str, Any], raw: Mapping[str, Any]
-    ) -> Container:
-        host = encode(config.HostConfig)
-        if not host["NetworkMode"]:
-            host["NetworkMode"] = "none" if config.HostConfig.NetworkMode == "" else host["NetworkMode"]
-        options = {**self._service.default_limit, **(config.HostConfig.StorageOpt or {})}
-        unknown = sorted(set(options) - {"size", "inodes"})
-        if unknown:
-            raise ApiError(400, f"invalid storage option: {unknown[0]} (size and inodes are possible)")
-        host["StorageOpt"] = options or None
-        made = Container(
-            id=id,
-            folder=os.path.join(self.folder, id),
-            bundle=os.path.join(self.run_dir, id),
-            name=name,
-            created=time.time_ns(),
-            image=image.id,
-            image_name=config.Image,
-            snapshot=image.snapshot,
-            config=merged,
-            host=host,
-            durable=self._store.driver.fsync,
-        )
-        parent = self._init_of(image)
-        self._store.prepare(
-            made.key, parent, size=options.get("size"), inodes=options.get("inodes"), labels={LABEL: id}
-        )
-        try:
-            os.mkdir(made.folder, 0o700)
-            made.save()
-        except BaseException:
-            shutil.rmtree(made.folder, ignore_errors=True)
-            self._store.remove(made.key)
-            raise
-        return made
-
-    def _reserve(self, name: str, id: str) -> str:
-        name = name.removeprefix("/")
-        if name and not _NAME.fullmatch(name):
-            raise ApiError(400, f"Invalid container name ({name}), only [a-zA-Z0-9][a-zA-Z0-9_.-] are allowed")
-        with self._lock:
-            if not name:
-                name = made_up(self._names)
-            if name in self._names:
-                raise AlreadyExists(
-                    f'Conflict. The container name "/{name}" is already in use by container "{self._names[name]}".'
-                    " You have to remove (or rename) that container to be able to reuse that name."
-                )
-            self._names[name] = id
-        return name
-
-    def _init_of(self, image: Image) -> str:
-        """The snapshot between an image and its containers: what every container has, so that no container's changes show it."""
-        name = init_name(image.snapshot)
-        if self._store.exists(name):
-            return name
-        key = f"{name}/{secrets.token_hex(4)}"
-        self._store.prepare(key, image.snapshot, labels={INIT_LABEL: image.snapshot})
-        try:
-            with self._store.paths(key) as tree:
-                furnish(tree)
-            self._store.commit(key, name)
-        except AlreadyExists:
-            self._store.remove(key)  # another create was faster
-        except BaseException:
-            self._store.remove(key)
-            raise
-        return name
 
     # -- start ------------------------------------------------------------------------------------
 
@@ -445,7 +337,7 @@ class Containers:
         """A container whose supervisor is gone has lost its streams and its status: it is ended."""
         if container.process_lives():
             log.warning("container %s has lost its supervisor and is ended", container.name)
-            self._signal(container, signal.SIGKILL)
+            send_signal(container, signal.SIGKILL)
         self.runtime("delete", "--force", container.id, check=False)
         container.run |= {"finished": time.time_ns(), "code": 255, "oom": False}
         write_file(
@@ -500,23 +392,6 @@ class Containers:
 
     # -- signals ----------------------------------------------------------------------------------
 
-    @staticmethod
-    def _signal(container: Container, number: int) -> bool:
-        """Send a signal to a container's first process; False when it is gone."""
-        try:
-            handle = os.pidfd_open(container.run["pid"])
-        except (OSError, KeyError):
-            return False
-        try:
-            if not container.process_lives():
-                return False
-            signal.pidfd_send_signal(handle, signal.Signals(number) if number < 32 else number)
-        except ProcessLookupError:
-            return False
-        finally:
-            os.close(handle)
-        return True
-
     def kill(self, container: Container, text: str = "") -> None:
         """Send a signal.
 
@@ -526,7 +401,7 @@ class Containers:
         number = bundle.signal_number(text or "KILL")
         if not container.running:
             raise FailedPrecondition(f"cannot kill container: {container.id}: container {container.id} is not running")
-        self._signal(container, number)
+        send_signal(container, number)
         if number == signal.SIGKILL:
             self._thaw(container)
             container.wait(lambda: not container.running, SETTLE_SECONDS)
@@ -548,10 +423,10 @@ class Containers:
             own = container.config.get("StopTimeout")
             seconds = STOP_SECONDS if own is None else own
         self._thaw(container)
-        self._signal(container, number)
+        send_signal(container, number)
         self.tell(container, "kill", signal=str(number))
         if not container.wait(lambda: not container.running, 1e9 if seconds < 0 else seconds):
-            self._signal(container, signal.SIGKILL)
+            send_signal(container, signal.SIGKILL)
             self.tell(container, "kill", signal=str(int(signal.SIGKILL)))
             container.wait(lambda: not container.running, SETTLE_SECONDS)
         container.settled.wait(SETTLE_SECONDS)
@@ -611,11 +486,10 @@ class Containers:
         if not name.removeprefix("/"):
             raise ApiError(400, "Neither old nor new names may be empty")
         with container.lock:
-            old, new = container.name, self._reserve(name, container.id)
+            old, new = container.name, self._register.reserve(name, container.id)
             container.name = new
             container.save()
-            with self._lock:
-                self._names.pop(old, None)
+            self._register.release(old)
         self.tell(container, "rename", oldName=f"/{old}")
 
     def update(self, container: Container, wanted: Update) -> None:
@@ -639,6 +513,22 @@ class Containers:
             if container.running:
                 self.runtime("update", "--resources", "-", container.id, input=json.dumps(bundle.resources(changes)))
             container.host |= changes
+            container.save()
+        self.tell(container, "update")
+
+    def set_limit(self, container: Container, changes: Mapping[str, str | None]) -> None:
+        """Change the limit of its tree, running or not.
+
+        Args:
+            changes: ``size`` and ``inodes``; None for no limit.
+
+        Raises:
+            InvalidArgument: not a size or count.
+        """
+        with container.lock:
+            self._store.limit(container.key, **changes)
+            options = {**(container.host.get("StorageOpt") or {}), **changes}
+            container.host["StorageOpt"] = {key: text for key, text in options.items() if text is not None} or None
             container.save()
         self.tell(container, "update")
 
@@ -673,9 +563,7 @@ class Containers:
             raise
         shutil.rmtree(container.folder, ignore_errors=True)
         shutil.rmtree(container.bundle, ignore_errors=True)
-        with self._lock:
-            self._all.pop(container.id, None)
-            self._names.pop(container.name, None)
+        self._register.drop(container)
         self.execs.forget(container)
         container.removed = True
         container.tell()

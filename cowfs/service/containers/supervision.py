@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import socket
 import subprocess
 from collections.abc import Callable
@@ -11,6 +13,7 @@ from typing import Any
 from cowfs.errors import FailedPrecondition
 from cowfs.service.containers.container import Container
 from cowfs.service.errors import ApiError
+from cowfs.sys import mounts
 
 __all__ = ["Runtime", "ask"]
 
@@ -68,3 +71,22 @@ class Runtime:
             said = done.stderr.strip().splitlines()
             raise ApiError(500, said[-1] if said else f"the runtime ended with status {done.returncode}")
         return done.stdout
+
+    def sweep(self, run_dir: str, known: set[str]) -> None:
+        """Delete what containers that are gone have left in the run directory.
+
+        Args:
+            known: the first twelve characters of the ids of those that there are.
+        """
+        for name in os.listdir(run_dir):
+            path = os.path.join(run_dir, name)
+            if name.partition(".")[0][:12] in known:
+                continue
+            if not os.path.isdir(path):
+                os.unlink(path)
+                continue
+            rootfs = os.path.join(path, "rootfs")
+            self("delete", "--force", name, check=False)
+            if os.path.ismount(rootfs):
+                mounts.umount(rootfs, mounts.MNT_DETACH)
+            shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,117 @@
+"""What the index says of one snapshot and of one image's name, and the statements that read them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from cowfs.model import Info, Kind, Limit, Usage
+
+if TYPE_CHECKING:
+    from cowfs.index.entry import Pair
+
+__all__ = ["CHAIN", "INFO", "KINDS", "ROW", "Row", "Tag", "labels_of", "row_of"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One snapshot as the index keeps it; the columns are described in schema.sql."""
+
+    num: int
+    id: str
+    name: str
+    kind: Kind
+    parent: int | None
+    depth: int
+    labels: Mapping[str, str] = field(default_factory=dict)
+    created: int
+    updated: int
+    limit: Limit
+    shares_limit: bool
+    base: Usage
+    usage: Usage | None
+    root: Pair | None
+    diff_id: str | None
+    chain_id: str | None
+    damage: str | None
+    parent_name: str | None
+
+    def info(self) -> Info:
+        """What users see of it."""
+        return Info(
+            name=self.name,
+            kind=self.kind,
+            parent=self.parent_name,
+            labels=self.labels,
+            created=self.created,
+            updated=self.updated,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tag:
+    """A name for an image: the top snapshot of its chain, and its configuration (JSON, "" for a plain tree)."""
+
+    name: str
+    target: str
+    config: str
+    created: int
+
+
+ROW = """
+SELECT s.num, s.id, s.name, s.kind, s.parent, s.depth, s.labels, s.created, s.updated, s.limit_bytes, s.limit_inodes,
+       s.base_bytes, s.base_inodes, s.bytes, s.inodes, s.root_content, s.root_storage, s.diff_id, s.chain_id, s.damage,
+       s.shares_limit,
+       (SELECT p.name FROM snapshots AS p WHERE p.num = s.parent)
+FROM snapshots AS s
+"""
+INFO = """
+SELECT s.num, s.name, s.kind, s.labels, s.created, s.updated, p.name
+FROM snapshots AS s LEFT JOIN snapshots AS p ON p.num = s.parent
+WHERE s.num > ? ORDER BY s.num LIMIT ?
+"""
+KINDS = {kind.value: kind for kind in Kind}
+CHAIN = """
+WITH RECURSIVE chain (num, parent, id, depth) AS (
+    SELECT num, parent, id, depth FROM snapshots WHERE num = ?
+    UNION ALL
+    SELECT s.num, s.parent, s.id, s.depth FROM snapshots AS s JOIN chain ON s.num = chain.parent
+)
+SELECT num, id FROM chain ORDER BY depth DESC
+"""
+
+
+def labels_of(text: str) -> dict[str, str]:
+    """The labels of a snapshot, as the index keeps them: a JSON object. Most have none."""
+    if text == "{}":
+        return {}
+    import json
+
+    labels: dict[str, str] = json.loads(text)
+    return labels
+
+
+def row_of(values: tuple) -> Row:  # type: ignore[type-arg]
+    (num, id_, name, kind, parent, depth, labels, created, updated, limit_bytes, limit_inodes, base_bytes, base_inodes,
+     bytes_, inodes, content, storage, diff_id, chain_id, damage, shares_limit, parent_name) = values  # fmt: skip
+    return Row(
+        num=num,
+        id=id_,
+        name=name,
+        kind=KINDS[kind],
+        parent=parent,
+        depth=depth,
+        labels=labels_of(labels),
+        created=created,
+        updated=updated,
+        limit=Limit(bytes=limit_bytes, inodes=limit_inodes),
+        shares_limit=bool(shares_limit),
+        base=Usage(bytes=base_bytes, inodes=base_inodes),
+        usage=None if bytes_ is None else Usage(bytes=bytes_, inodes=inodes),
+        root=None if content is None else (content, storage),
+        diff_id=diff_id,
+        chain_id=chain_id,
+        damage=damage,
+        parent_name=parent_name,
+    )

@@ -1,0 +1,108 @@
+"""The bound on a count: what would pass the limit is refused before it is done."""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import TYPE_CHECKING
+
+from cowfs.format.whiteout import Form
+from cowfs.model import Limit
+from cowfs.union.blocks import UNIT, units
+from cowfs.union.measure import FREE_WHITEOUTS, GROWTH, NOTHING, Room, Tally, names_cost
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = ["Awaited", "Bound", "LimitReached"]
+
+
+class LimitReached(OSError):
+    """The limit is reached: ENOSPC, but not of the host."""
+
+    def __init__(self) -> None:
+        super().__init__(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+class Awaited(LimitReached):
+    """Ask again once everything that is already forgotten was heard of: inodes without a name still hold space.
+
+    Only raised for a front end that set ``view.patient``; nothing was changed. A kernel sends what it forgets behind
+    requests that wait, so a client that unlinked a file can want its space, or look for it with statfs(2), before the
+    view has it back. ENOSPC for whoever does not ask again.
+    """
+
+
+class Bound(Tally):
+    """A count and the limit that it must not pass.
+
+    Owner: the view's thread.
+    """
+
+    __slots__ = ("_base", "_base_inodes", "_excess", "limit")
+
+    def __init__(self, fs: str, form: Form) -> None:
+        super().__init__(fs, form)
+        self.limit = Limit()
+        self._base = self._base_inodes = 0  # what counts although the upper layer does not hold it
+        self._excess = 0  # units of rule 3
+
+    def _sum(self) -> None:
+        """After a change of what rule 3 counts."""
+        self._excess = self.beyond()
+
+    def offset(self, blocks: int, inodes: int) -> None:
+        """Count (or, negative, do not count) what the upper layer does not hold."""
+        self._base += blocks
+        self._base_inodes += inodes
+
+    def left(self) -> int:
+        """Units that may still be allocated."""
+        limit = self.limit.bytes
+        if limit is None:
+            return 1 << 62
+        most = limit // UNIT - self._base
+        if (self.hidden or self.exempt) and self.exempt + units(self.hidden) - FREE_WHITEOUTS > most:
+            return 0
+        return max(0, most - self.units - self._excess)
+
+    def need(self, blocks: int, inodes: int = 0, names: int = 0, room: Room = NOTHING) -> None:
+        """Raise ENOSPC unless so much more fits. Counts nothing.
+
+        Args:
+            blocks: units.
+            names: bytes that new names may take (:meth:`entering`).
+            room: for xattrs.
+        """
+        if self.limit.bytes is not None:
+            blocks += room.large
+            more = names + inodes * self.host.inode + room.small * UNIT
+            if more > 0:
+                blocks += max(0, self.beyond(more) - self._excess)
+            if blocks > 0 and blocks > self.left():
+                raise self._full()
+        most = self.limit.inodes
+        if inodes and most is not None and self._base_inodes + self.inodes + inodes > most:
+            raise self._full()
+
+    def entering(self, name: bytes, count: int = 1) -> int:
+        """The most bytes that a new name (or ``count`` like it) may take, for :meth:`need`."""
+        if self.host.grows:
+            return count * GROWTH * UNIT
+        return count * self.name_cost(name) if self.host.name else 0
+
+    def need_hidden(self, names: Iterable[bytes], blocks: int = 0) -> None:
+        """Raise ENOSPC unless whiteouts of these names, and so many units of directories for them, fit into the allowance."""
+        if self.limit.bytes is None:
+            return
+        more = self.exempt + blocks + units(self.hidden + names_cost(self, names)) - FREE_WHITEOUTS
+        if more > max(self.limit.bytes // UNIT - self._base, self.units + self._excess):
+            raise self._full()
+
+    def _full(self) -> OSError:
+        """What to raise when something does not fit."""
+        return Awaited() if self._may_return() else LimitReached()
+
+    def _may_return(self) -> bool:
+        """Whether space may come back without anybody's doing."""
+        return False

@@ -1,0 +1,193 @@
+"""The btrfs backend: a layer is a subvolume, made as a snapshot of its parent's in constant time, whatever it holds.
+
+Strategy: the layer's directory has one subvolume, ``vol``, with the tree (``fs``) and the work directory of its mounts
+(``work``) in it: a server renames between the two, which the kernel does within one subvolume only. Each layer is an entire
+tree: the kernel mounts it by a bind, and it is read, backed up and repaired with nothing but a shell. A parent is made
+read-only when the first child is made of it. Subvolumes are made and deleted by ioctl(2) (:mod:`cowfs.sys.btrfs`); the
+kernel wants CAP_SYS_ADMIN for deleting one.
+
+Limits: in kernel mounts by btrfs's quotas, simple ones (Linux 6.7) where the file system has none yet: a subvolume is charged what it
+wrote, its metadata included, and nothing of its parent. Where the kernel or the file system has classic ones, the bound is
+on what a subvolume holds alone, which a snapshot of it makes less. The file system begins to count when the first limit is
+asked for. A quota counts no inodes: with a limit on them, as in a FUSE mount, cowfs's server holds all limits.
+
+Order: ``vol`` is made in the staged directory and deleted in the one that is being removed, so a process that is killed
+leaves a directory that the store's sweep deletes, with or without a subvolume.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+
+from cowfs.driver.interface import Capabilities, Driver, Probe
+from cowfs.errors import Unsupported
+from cowfs.model import Limit, Usage
+from cowfs.sys import btrfs, files, host, locks, trees
+
+LEAST = 256 << 10
+"""Bytes of the least limit of a kernel mount: with less, the reserve for the metadata of one file does not fit."""
+
+_VOLUME = b"vol"
+_SIMPLE = "/sys/fs/btrfs/features/simple_quota"
+
+
+class BtrfsDriver(Driver):
+    """Subvolumes and snapshots of one btrfs."""
+
+    name = "btrfs"
+    whole = True
+
+    @classmethod
+    def probe(cls, root: str) -> Probe:
+        """Usable on btrfs, as root of the host: a subvolume is made and deleted to see."""
+        fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            name = files.fs_name(fd)
+        finally:
+            os.close(fd)
+        if name != "btrfs":
+            return Probe(usable=False, reasons=(f"{root} is on {name}, not on btrfs",))
+        if not host.has_cap(host.CAP_SYS_ADMIN):
+            return Probe(usable=False, reasons=("only root may delete subvolumes",))
+        try:
+            _try_subvolumes(root)
+        except OSError as error:
+            return Probe(usable=False, reasons=(f"no subvolume can be made and deleted: {error.strerror}",))
+        return Probe(
+            usable=True,
+            rank=18,
+            reasons=("snapshots of subvolumes, mounted by the kernel or by FUSE",),
+        )
+
+    @cached_property
+    def capabilities(self) -> Capabilities:
+        """Whole layers that share all extents with their parents."""
+        return Capabilities(
+            whole=True,
+            live=False,
+            own_limit=host.has_cap(host.CAP_SYS_ADMIN),
+            reflink=True,
+            kernel_mount=host.has_cap(host.CAP_SYS_ADMIN),
+            unprivileged=False,
+        )
+
+    def tree(self, id: str) -> str:
+        """In the layer's subvolume."""
+        return f"{self.directory(id)}/vol/fs"
+
+    def work(self, id: str) -> str:
+        """In the layer's subvolume, too."""
+        return f"{self.directory(id)}/vol/work"
+
+    def create(self, id: str, parents: Sequence[str], limit: Limit) -> Usage:
+        """A snapshot of the nearest parent's subvolume, or an empty one."""
+        with _opened(self.directory(id)) as directory:
+            if not parents:
+                btrfs.create(directory, _VOLUME)
+                os.mkdir(self.tree(id), 0o755)
+                os.chmod(self.tree(id), 0o755)
+                os.mkdir(self.work(id), 0o700)
+                if self.fsync:
+                    files.syncfs(directory)
+                return Usage()
+            with _opened(f"{self.directory(parents[0])}/vol") as parent:
+                if not btrfs.readonly(parent):
+                    btrfs.set_readonly(parent)
+                btrfs.snapshot(parent, directory, _VOLUME)  # on the disk when it returns
+            trees.empty_tree(self.work(id))
+        return self.held(parents[0])
+
+    def freeze(self, id: str) -> None:
+        """Empty the work directory, which only a writer fills."""
+        if os.listdir(self.work(id)):
+            trees.empty_tree(self.work(id))
+
+    def remove(self, id: str) -> None:
+        """Delete the subvolume, in constant time, and the directory around it."""
+        try:
+            with _opened(self.directory(id)) as directory:
+                _destroy(directory, f"{self.directory(id)}/vol")
+        except FileNotFoundError:
+            return
+        super().remove(id)
+
+    def _why_not_kernel(self, limit: Limit) -> str:
+        if limit.inodes is not None:
+            return "btrfs's quotas count no inodes"
+        if limit.bytes is not None and limit.bytes < LEAST:
+            return f"btrfs's quotas count metadata, and hold no limit below {LEAST >> 10} KiB"
+        return super()._why_not_kernel(limit)
+
+    def limit(self, id: str, limit: Limit) -> None:
+        """A bound of the subvolume's quota group; quotas begin with the first one."""
+        with _opened(f"{self.directory(id)}/vol") as volume:
+            kind = btrfs.quota_kind(volume)
+            if kind is None:
+                if limit.bytes is None:
+                    return
+                try:
+                    kind = btrfs.enable_quota(volume)
+                except OSError as error:
+                    raise Unsupported(f"quotas of this btrfs cannot be enabled: {error.strerror}") from None
+            btrfs.limit(volume, btrfs.subvolume_id(volume), limit.bytes, exclusive=kind == "classic")
+
+    def explain(self) -> dict[str, str]:
+        """Who holds limits."""
+        with _opened(self.root) as fd:
+            kind = btrfs.quota_kind(fd)
+        if kind is None:
+            kind = "simple" if os.path.exists(_SIMPLE) else "classic"
+            kind = f"{kind} ones, from the first limit on"
+        return {"limits": f"kernel mounts by btrfs's quotas ({kind}), others by cowfs's server"}
+
+    def check(self, id: str) -> list[str]:
+        """The tree is there, in a subvolume of its own."""
+        found = super().check(id)
+        if not found:
+            with _opened(f"{self.directory(id)}/vol") as volume:
+                if not btrfs.is_subvolume(volume):
+                    found.append(f"layer {id} is no subvolume: {self.directory(id)}/vol")
+        return found
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[int]:
+    """A descriptor of a directory, never through a link."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _destroy(directory: int, path: str) -> None:
+    """Delete the subvolume of a layer's directory, if there is one; others that users made in it go with it."""
+    try:
+        btrfs.destroy(directory, _VOLUME)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EINVAL):  # EINVAL: a plain directory, of a store that was copied
+            raise
+        with _opened(path) as volume:
+            if btrfs.is_subvolume(volume) and btrfs.readonly(volume):
+                btrfs.set_readonly(volume, False)
+        trees.remove_tree(path)
+
+
+def _try_subvolumes(root: str) -> None:
+    """Make a subvolume and a snapshot, and delete both. Raises OSError."""
+    with tempfile.TemporaryDirectory(prefix="new-probe-", dir=root) as place, _opened(place) as fd:
+        locks.lock(fd, wait=True)  # no sweep of another process takes it away
+        btrfs.create(fd, b"one")
+        try:
+            with _opened(f"{place}/one") as one:
+                btrfs.snapshot(one, fd, b"two")
+            btrfs.destroy(fd, b"two")
+        finally:
+            btrfs.destroy(fd, b"one")

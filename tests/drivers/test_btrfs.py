@@ -1,0 +1,241 @@
+"""The btrfs driver passes the conformance suite on a loop-mounted btrfs, and keeps what only it promises."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from support import hostfs, users
+from support.command import run_module
+from support.hostfs import HostFs
+
+from cowfs.errors import FailedPrecondition, Unsupported
+from cowfs.store import Store
+from cowfs.sys import btrfs
+from cowfs.testing import DriverSuite
+
+pytestmark = [
+    pytest.mark.skipif(os.geteuid() != 0, reason="subvolumes are deleted by root"),
+    pytest.mark.parametrize("fs", ["btrfs"], indirect=True),
+]
+
+
+class TestBtrfs(DriverSuite):
+    driver = "btrfs"
+
+    @pytest.fixture
+    def place(self, fs: HostFs) -> Path:
+        return fs.fresh("store")
+
+
+@pytest.mark.parametrize("driver", ["vfs", "btrfs"])
+@pytest.mark.parametrize("way", ["direct", "subvolume", "bind"])
+def test_a_kernel_mount_is_seen_wherever_the_store_is(driver: str, way: str, fs: HostFs) -> None:
+    """mountinfo has another device than stat(2) there, and paths from the root of the file system or subvolume."""
+    place = fs.fresh("seen")
+    home = place / "home"
+    if way == "subvolume":
+        fd = os.open(place, os.O_RDONLY)
+        btrfs.create(fd, b"home")
+        os.close(fd)
+    home.mkdir(exist_ok=True)
+    if way == "bind":
+        (place / "other").mkdir()
+        subprocess.run(["mount", "--bind", home, place / "other"], check=True)
+        home = place / "other"
+    try:
+        with Store.open(home / "store", driver=driver, fsync=False) as store:
+            store.prepare("a")
+            (place / "mnt").mkdir()
+            with store.mount("a", place / "mnt", mount_type="kernel"):
+                assert store.mounted_at("a") == str(place / "mnt")
+                for verb in (lambda: store.commit("a", "A"), lambda: store.remove("a")):
+                    with pytest.raises(FailedPrecondition, match="mounted by the kernel"):
+                        verb()
+            assert store.mounted_at("a") is None
+            store.commit("a", "A")
+    finally:
+        if way == "bind":
+            subprocess.run(["umount", home], check=True)
+
+
+def test_an_ordinary_user_gets_one_line(ordinary_user: int, fs: HostFs) -> None:
+    place = fs.fresh("user")
+    os.chown(place, ordinary_user, ordinary_user)
+    for above in place.parents:
+        if "pytest-" in str(above) and not os.stat(above).st_mode & 0o001:
+            above.chmod(0o755)
+    python, environment = users.interpreter()
+    command = users.command_as([python, "-m", "cowfs", "init", "--root", str(place / "store"), "--driver", "btrfs"])
+    done = subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert len(done.stderr.splitlines()) == 1
+    assert "only root may delete subvolumes" in done.stderr
+    again = subprocess.run([*command[:-1], "overlay"], cwd="/", env=environment, capture_output=True, check=False)
+    assert again.returncode == 0
+
+
+def test_another_file_system_is_refused_in_one_line(space: Path, fs: HostFs) -> None:
+    with pytest.raises(Unsupported, match="not on btrfs"):
+        Store.open(space / "store", driver="btrfs")
+    with Store.open(space / "store", driver="overlay") as store:
+        assert store.driver.name == "overlay"
+
+
+def test_constant_time_says_the_layers_of_one_tree_share_all_extents(fs: HostFs) -> None:
+    """A parent is walked once to know what it holds: never with a note of its commit."""
+    with Store.open(fs.fresh("held") / "store", driver="btrfs", fsync=False) as store:
+        store.prepare("a")
+        tree = Path(store.driver.tree(store.index.get("a").id))
+        for number in range(50):
+            (tree / f"f{number}").write_bytes(b"x" * 5000)
+        store.commit("a", "A")
+        id = store.index.get("A").id
+        noted = store.driver.held(id)
+        assert noted == store.driver.usage(id)
+        assert noted == store.usage("A")
+        os.unlink(f"{store.driver.directory(id)}/cowfs-held")
+        assert store.driver.held(id) == noted
+        walked = []
+        store.driver.usage = lambda id: walked.append(id)  # type: ignore[method-assign]
+        store.fork("A", "b", "c")
+        assert walked == []
+
+
+def test_subvolumes_inside_a_layer_go_with_it(fs: HostFs) -> None:
+    with Store.open(fs.fresh("inner") / "store", driver="btrfs", fsync=False) as store:
+        store.prepare("a")
+        tree = Path(store.driver.tree(store.index.get("a").id))
+        (tree / "dir").mkdir()
+        for at, name in ((tree, b"one"), (tree / "dir", b"two"), (tree / "one", b"three")):
+            fd = os.open(at, os.O_RDONLY)
+            btrfs.create(fd, name)
+            os.close(fd)
+        (tree / "one" / "three" / "file").write_text("x")
+        store.remove("a")
+        assert os.listdir(f"{store.root}/layers") == []
+        assert [name for name in os.listdir(store.root) if name.startswith("rm-")] == []
+
+
+def test_a_copied_store_of_plain_directories_can_be_read_and_emptied(fs: HostFs) -> None:
+    """cp -a makes directories of subvolumes: check says so, and remove deletes them all the same."""
+    place = fs.fresh("copied")
+    with Store.open(place / "store", driver="btrfs", fsync=False) as store:
+        store.prepare("a")
+        (Path(store.driver.tree(store.index.get("a").id)) / "file").write_text("x")
+    subprocess.run(["cp", "-a", place / "store", place / "copy"], check=True)
+    with Store.open(place / "copy", driver="btrfs", fsync=False) as store:
+        assert ["no subvolume" in problem.what for problem in store.check().problems] == [True]
+        store.remove("a")
+        assert os.listdir(f"{store.root}/layers") == []
+
+
+# -- limits
+
+
+def write_until_full(path: Path, most: int) -> int:
+    """Bytes that went into a file before the limit, which is synced: at most ``most`` are tried."""
+    written = 0
+    with path.open("wb", buffering=0) as file:
+        try:
+            while written < most:
+                written += file.write(b"x" * 65536)
+        except OSError as error:
+            assert error.errno == errno.EDQUOT
+    return written
+
+
+def test_a_kernel_mount_holds_its_limit_without_the_parents_data(fs: HostFs) -> None:
+    """Simple quotas: nothing of the base counts, what is overwritten does, and what is deleted is free again."""
+    place = fs.fresh("limit")
+    target = place / "mnt"
+    target.mkdir()
+    with Store.open(place / "store", driver="btrfs", fsync=False) as store:
+        store.prepare("a")
+        (Path(store.driver.tree(store.index.get("a").id)) / "base").write_bytes(os.urandom(8 << 20))
+        store.commit("a", "A")
+        (record,) = store.prepare("work", "A", size="2M")
+        assert record.type == "bind"
+        with store.mount("work", target, mount_type="kernel"):
+            for _ in range(3):
+                assert (2 << 20) - (256 << 10) <= write_until_full(target / "big", 4 << 20) <= 2 << 20
+                (target / "big").unlink()
+            with (target / "base").open("r+b", buffering=0) as file, pytest.raises(OSError) as caught:
+                for _ in range(64):
+                    file.write(os.urandom(65536))
+            assert caught.value.errno == errno.EDQUOT
+            assert (target / "base").stat().st_size == 8 << 20
+            assert store.limit("work", size="6M").bytes == 6 << 20  # under the mount
+            assert write_until_full(target / "more", 3 << 20) >= 3 << 20
+            with pytest.raises(FailedPrecondition, match="no inodes"):
+                store.limit("work", inodes=5)
+            assert store.limit("work", size=None).bytes is None
+            assert write_until_full(target / "most", 8 << 20) == 8 << 20
+        assert store.usage("work").bytes >= 11 << 20
+        store.commit("work", "done")
+        assert store.check(content=True).problems == []
+
+
+def test_whoever_mounts_holds_the_limit(fs: HostFs) -> None:
+    """The server has its own measure and ENOSPC; the kernel mount after it has the quota again."""
+    place = fs.fresh("both")
+    target = place / "mnt"
+    target.mkdir()
+    with Store.open(place / "store", driver="btrfs", fsync=False) as store:
+        store.prepare("a", size="1M")
+        for _ in range(2):
+            with store.mount("a", target):
+                host = os.statvfs(target)
+                assert host.f_blocks * host.f_frsize == 1 << 20
+                (target / "exact").write_bytes(b"x" * (1 << 20))
+                with pytest.raises(OSError) as caught:
+                    (target / "more").write_bytes(b"x" * 4096)
+                assert caught.value.errno == errno.ENOSPC
+                for name in ("exact", "more"):
+                    (target / name).unlink(missing_ok=True)
+            with store.mount("a", target, mount_type="kernel"):
+                assert store.mounts("a", mount_type="fuse")[0].type.startswith("fuse.")  # takes no limit away
+                assert write_until_full(target / "big", 2 << 20) < 1 << 20
+                (target / "big").unlink()
+
+
+def test_what_a_quota_cannot_hold_is_served(fs: HostFs) -> None:
+    with Store.open(fs.fresh("small") / "store", driver="btrfs", fsync=False) as store:
+        for key, words in (("few", {"inodes": 10}), ("tiny", {"size": "64K"})):
+            (record,) = store.prepare(key, **words)
+            assert record.type == "fuse.cowfs-overlayfs"
+            with pytest.raises(Unsupported, match="quotas count"):
+                store.mounts(key, mount_type="kernel")
+
+
+def test_info_says_who_holds_limits_and_what_else_could_be_had(fs: HostFs) -> None:
+    with Store.open(fs.fresh("info") / "store", driver="btrfs", fsync=False) as store:
+        told = store.describe()
+        assert "quotas" in told["limits"]
+        assert "subvolumes" in told["why"]
+        assert {"overlay", "vfs"} <= set(store.alternatives())
+        done = run_module("cowfs", "info", "--root", store.root)
+        assert "btrfs's quotas" in done.stdout
+        assert "other driver:  overlay" in done.stdout
+
+
+def test_classic_quotas_bound_what_a_layer_holds_alone(tmp_path: Path, fs: HostFs) -> None:
+    """Of a file system that somebody else counts the classic way, as kernels before 6.7 do."""
+    where = hostfs.make_image("btrfs", tmp_path)
+    try:
+        if subprocess.run(["btrfs", "quota", "enable", where], check=False, capture_output=True).returncode:
+            pytest.skip("no btrfs command")
+        with Store.open(where / "store", driver="btrfs", fsync=False) as store:
+            assert "classic" in store.describe()["limits"]
+            store.prepare("a")
+            (Path(store.driver.tree(store.index.get("a").id)) / "base").write_bytes(os.urandom(8 << 20))
+            store.commit("a", "A")
+            store.prepare("work", "A", size="2M")
+            (where / "mnt").mkdir()
+            with store.mount("work", where / "mnt", mount_type="kernel"):
+                assert (1 << 20) < write_until_full(where / "mnt" / "big", 4 << 20) <= 2 << 20
+    finally:
+        subprocess.run(["umount", "-l", where], check=False)
