@@ -32,7 +32,7 @@ from cowfs.errors import (
 from cowfs.index.database import Row
 from cowfs.index.transaction import Committed, NameTaken
 from cowfs.model import SMALLEST_LIMIT, Info, Kind, Limit, Mount, Usage, parse_count, parse_size
-from cowfs.store import layers
+from cowfs.store import layers, limit_loop
 from cowfs.store.base import OpenStore
 from cowfs.store.names import check_key, check_labels, new_id
 from cowfs.store.reserve import names_full
@@ -283,7 +283,7 @@ class StoreCore(OpenStore):
         Args:
             mounted: a mount of it is no hindrance. For a commit, it is read-only from now on.
         """
-        with layers.hold(self.driver, row, verb, missing_ok=missing_ok):
+        with layers.hold(self.driver, row, verb, missing_ok=missing_ok, at_rest=verb != "remove"):
             yield True
 
     def _archive_of(self, row: Row, scanned: scan.Scanned) -> tuple[str | None, str | None]:
@@ -318,7 +318,7 @@ class StoreCore(OpenStore):
 
         base = parent.root if parent is not None else None
         form = self.driver.form
-        with self.driver.open_tree(id) as fd:
+        with layers.opened_tree(self.driver, id) as fd:
             if not self.driver.capabilities.whole:
                 return scan.scan_delta(fd, num=num, form=form, base=base, records=self.index, known=known, links=links)
             same = layers.Unchanged(self.driver, self.index, id, fd)
@@ -480,6 +480,7 @@ class StoreCore(OpenStore):
         _sound(row)
 
     def _mounts(self, row: Row, mount_type: str | None) -> tuple[Mount, ...]:
+        self._at_rest(row)
         if type(self.driver).mounts is Driver.mounts:
             record = self._plan(row).record(mount_type)
             self._hand_limit(row, by_server=record.type.startswith("fuse."))
@@ -492,6 +493,16 @@ class StoreCore(OpenStore):
             id, *parents = parents
         limit = self._limit_of(row)
         return self.driver.mounts(id, parents, readonly=readonly, limit=limit, mount_type=mount_type)
+
+    def _at_rest(self, row: Row) -> None:
+        """Bring into its directory what a limit engine keeps of an active snapshot's tree elsewhere.
+
+        Raises:
+            FailedPrecondition: it is mounted so.
+        """
+        if row.kind is Kind.ACTIVE and limit_loop.has_image(self.driver, row.id):
+            with layers.hold(self.driver, row, "use"):
+                pass
 
     def _hand_limit(self, row: Row, *, by_server: bool) -> None:
         """Have a snapshot's limit held by whoever will: our server, or else the driver. A mount of the kernel keeps its limit."""
