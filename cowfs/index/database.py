@@ -62,6 +62,13 @@ def _is_text(name: str) -> bool:
     return True
 
 
+class _Local(threading.local):
+    """One thread's connection, and the process that made it."""
+
+    pid: int | None = None
+    connection: Connection | None = None
+
+
 class Index:
     """The index file of one store.
 
@@ -78,7 +85,7 @@ class Index:
     def __init__(self, path: str, *, create: bool = False, fsync: bool = True) -> None:
         self.path = path
         self._fsync = fsync
-        self._local = threading.local()
+        self._local = _Local()
         self._open: weakref.WeakSet[Connection] = weakref.WeakSet()  # guarded by _lock
         self._lock = threading.Lock()
         self._closed = False
@@ -90,13 +97,14 @@ class Index:
 
     def _connection(self) -> Connection:
         local = self._local
-        if getattr(local, "pid", None) != os.getpid():
+        if local.pid != os.getpid():
             if self._closed:
                 raise FailedPrecondition(f"the store {os.path.dirname(self.path)} is closed", remedy="open it again")
             # A connection must not be used across a fork: the child drops it without closing.
             local.connection = self._connect()
             local.pid = os.getpid()
-        connection: Connection = local.connection
+        connection = local.connection
+        assert connection is not None
         if connection.seen is not None and connection.is_stale(self.path):
             self.renew()
             return self._connection()
@@ -118,8 +126,7 @@ class Index:
 
     def renew(self) -> None:
         """Open this thread's connection anew: there may be room now."""
-        connection = getattr(self._local, "connection", None)
-        self._local.pid = None
+        connection, self._local.pid = self._local.connection, None
         if connection is not None:
             connection.close()
 
@@ -143,7 +150,7 @@ class Index:
             self._open.clear()
         for connection in connections:
             connection.close()
-        self._local = threading.local()
+        self._local = _Local()
 
     def _prepare(self) -> None:
         with self._errors():

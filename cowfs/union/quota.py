@@ -15,6 +15,7 @@ from cowfs.sys import files, xattr
 from cowfs.union import holding
 from cowfs.union.blocks import UNIT, Blocks, blocks_of, total_of, units
 from cowfs.union.bound import Awaited, Bound
+from cowfs.union.filedata import PLAIN
 from cowfs.union.layers import Source
 from cowfs.union.measure import (
     NOTHING,
@@ -120,6 +121,12 @@ class Space(Bound):
         """Raise Awaited while what was removed may still be counted."""
         if self._may_return():
             raise Awaited
+
+    def _full(self) -> OSError:
+        found = super()._full()
+        if not isinstance(found, Awaited) and self.view.limit_reached is not None:
+            self.view.limit_reached()
+        return found
 
     def _may_return(self) -> bool:
         """Whether space may come back without anybody's doing, and the front end has a way to wait for that."""
@@ -363,8 +370,8 @@ class Space(Bound):
             if node.type == DT_LNK:
                 node.space = link_units(self.view.size(node))
                 return node.space  # type: ignore[no-any-return]
-            own = getattr(node.data, "writable", False)  # a redirect file of the upper layer
-            if (node.data is not None and not own) or node.type != DT_REG:
+            own = node.data.writable
+            if (node.data is not PLAIN and not own) or node.type != DT_REG:
                 return 0
             fd = node.data.own_fd() if own else self.view.data_fd(node, False)
             st = os.fstat(fd)
