@@ -16,9 +16,9 @@ from cowfs.format.redirect import Ref
 from cowfs.row.extents import INFINITY, ZEROS, Extents
 from cowfs.row.map import Loaded, Log
 from cowfs.row.readahead import Ahead, Hints, plan
-from cowfs.union.filedata import FileData, Lower
+from cowfs.union.filedata import Lower
 from cowfs.union.layers import Layer, Source
-from cowfs.union.node import Node
+from cowfs.union.node import FileData, Node
 from cowfs.union.quota import UNIT
 
 if TYPE_CHECKING:

@@ -35,10 +35,10 @@ from cowfs.row.writeback import Syncer
 from cowfs.sys import xattr
 from cowfs.union import copyup, holding, merge, stored
 from cowfs.union.attr import unpack
-from cowfs.union.filedata import PLAIN, Absorbing, FileData, Lower, Redirects
+from cowfs.union.filedata import Absorbing, Lower, Redirects
 from cowfs.union.layers import MAP_DIR, Layer, Source, lstat
 from cowfs.union.measure import NOTHING, Room
-from cowfs.union.node import DT_REG, Node
+from cowfs.union.node import DT_REG, PLAIN, FileData, Node
 from cowfs.union.quota import Blocks
 
 if TYPE_CHECKING:

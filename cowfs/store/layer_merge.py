@@ -28,8 +28,7 @@ from cowfs.row.file import RowFile
 from cowfs.sys import files, xattr
 from cowfs.union import Options, View, copyup, create, hardlinks, stored
 from cowfs.union.attr import unpack
-from cowfs.union.filedata import PLAIN
-from cowfs.union.node import DT_LNK, DT_REG, Dir, Node
+from cowfs.union.node import DT_LNK, DT_REG, PLAIN, Dir, Node
 from cowfs.union.paths import find
 
 __all__ = ["Merged", "write_changes"]

@@ -32,9 +32,9 @@ from cowfs.model import Usage
 from cowfs.sys import files, xattr
 from cowfs.union import copyup, hardlinks, merge, quota, stored
 from cowfs.union.copyup import Stage
-from cowfs.union.filedata import PLAIN, Absorbing, Lower
+from cowfs.union.filedata import Absorbing, Lower
 from cowfs.union.layers import Layer, Source
-from cowfs.union.node import DT_REG, Dir, Node
+from cowfs.union.node import DT_REG, PLAIN, Dir, Node
 from cowfs.union.restack import aside, depends, own_data
 
 if TYPE_CHECKING:

@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING
 from cowfs.sys import files, xattr
 from cowfs.union import content, copyup, from_index
 from cowfs.union.attr import ATTR, NS, mode_of, pack, unpack, with_nlink, with_size
-from cowfs.union.filedata import PLAIN
 from cowfs.union.measure import NOTHING, sizes
-from cowfs.union.node import DT_LNK, DT_REG, Dir, Node
+from cowfs.union.node import DT_LNK, DT_REG, PLAIN, Dir, Node, at
 
 if TYPE_CHECKING:
     from cowfs.union.view import View
@@ -97,15 +96,6 @@ def _refresh_dir(view: View, node: Dir) -> bytes:
         attr = with_nlink(attr, 1)
     node.attr = attr
     return attr
-
-
-def at(node: Node) -> tuple[int, bytes]:
-    """(directory descriptor, name) of an inode; the name is empty when the descriptor is it."""
-    if isinstance(node, Dir):
-        return node.sources[0].open(), b""
-    if node.where is None or (node.wfd and node.fd >= 0 and node.data is PLAIN):
-        return node.fd, b""
-    return node.where.open(), node.name
 
 
 def _xattrs_at(node: Node) -> tuple[int, bytes | None]:

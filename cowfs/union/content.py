@@ -20,8 +20,7 @@ from cowfs.sys import files, host, xattr
 from cowfs.union import copyup
 from cowfs.union.attr import mode_of, size_of
 from cowfs.union.blocks import UNIT
-from cowfs.union.filedata import PLAIN
-from cowfs.union.node import DT_DIR, DT_LNK, DT_REG, Dir, Node
+from cowfs.union.node import DT_DIR, DT_LNK, DT_REG, PLAIN, Dir, Node, at
 
 if TYPE_CHECKING:
     from cowfs.union.view import View
@@ -141,14 +140,14 @@ def _keeping(view: View, node: Node, change: Callable[[], int]) -> int:
 
     capability = None
     if not node.bare and _may_give_capabilities():
-        capability = xattr.try_get(*attributes.at(node), attributes.CAPABILITY)
+        capability = xattr.try_get(*at(node), attributes.CAPABILITY)
         node.bare = 1 if capability is None else 0
     mode = view.mode(node) if _sheds() else 0
     done = change()
     if mode & (stat.S_ISUID | stat.S_ISGID):
         attributes.chmod(view, node, stat.S_IMODE(mode))
     if capability is not None:
-        xattr.setx(*attributes.at(node), attributes.CAPABILITY, capability)
+        xattr.setx(*at(node), attributes.CAPABILITY, capability)
     return done
 
 

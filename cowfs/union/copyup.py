@@ -26,12 +26,12 @@ from typing import TYPE_CHECKING
 from cowfs.sys import files, xattr
 from cowfs.union import from_index, hardlinks, holding
 from cowfs.union.blocks import UNIT, total_of, units
-from cowfs.union.filedata import PLAIN, Lower
+from cowfs.union.filedata import Lower
 from cowfs.union.layers import Source
 from cowfs.union.measure import NOTHING
-from cowfs.union.node import DT_LNK, DT_REG, Dir, Node
+from cowfs.union.meta import Meta
+from cowfs.union.node import DT_LNK, DT_REG, PLAIN, Dir, Node
 from cowfs.union.stored import (
-    Meta,
     NoRoomForMark,
     kept_times,
     make_like,

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 from cowfs.sys import xattr
 from cowfs.union import merge
 from cowfs.union.attr import ATTR, NS, encode_dev, unpack
-from cowfs.union.filedata import PLAIN, FileData, Lower
+from cowfs.union.filedata import Lower
 from cowfs.union.layers import Layer, Source
 from cowfs.union.lifetime import ROOT_ID
-from cowfs.union.node import DT_DIR, DT_REG, Dir, Node
+from cowfs.union.node import DT_DIR, DT_REG, PLAIN, Dir, FileData, Node
 from cowfs.union.options import TreeIndex
 
 if TYPE_CHECKING:

@@ -15,9 +15,8 @@ import os
 from typing import TYPE_CHECKING
 
 from cowfs.sys import files
-from cowfs.union.filedata import PLAIN
 from cowfs.union.layers import Source
-from cowfs.union.node import DT_DIR, DT_REG, Dir, Node
+from cowfs.union.node import DT_DIR, DT_REG, PLAIN, Dir, Node
 
 if TYPE_CHECKING:
     from cowfs.union.view import View

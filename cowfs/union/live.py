@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from cowfs.union import from_index, hardlinks, holding, quota, stored
 from cowfs.union.layers import Layer, Source
+from cowfs.union.meta import Meta
 from cowfs.union.node import Dir, Node
 from cowfs.union.workdir import WorkDir
 
@@ -63,7 +64,7 @@ def freeze(view: View, upper: str | bytes, work: str | bytes) -> Layer:
     return frozen
 
 
-def _new_upper(view: View, upper: str | bytes, work: str | bytes, dev: int, root: stored.Meta) -> Layer:
+def _new_upper(view: View, upper: str | bytes, work: str | bytes, dev: int, root: Meta) -> Layer:
     """Open and check a new upper layer, whose root gets the attributes ``root``; swaps the work directory."""
     path = os.fsencode(upper)
     if os.listdir(path):

@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING
 from cowfs.sys import xattr
 from cowfs.union import create, from_index, holding, merge
 from cowfs.union.attr import pack, with_size
-from cowfs.union.filedata import PLAIN, FileData
 from cowfs.union.inodes import Beneath
 from cowfs.union.layers import Layer, Source
 from cowfs.union.lifetime import ROOT_ID
-from cowfs.union.node import DT_DIR, Dir, Node, type_of
+from cowfs.union.node import DT_DIR, PLAIN, Dir, FileData, Node, type_of
 
 if TYPE_CHECKING:
     from cowfs.union.view import View

@@ -15,7 +15,6 @@ from cowfs.sys import files, xattr
 from cowfs.union import holding
 from cowfs.union.blocks import UNIT, Blocks, blocks_of, total_of, units
 from cowfs.union.bound import Awaited, Bound
-from cowfs.union.filedata import PLAIN
 from cowfs.union.layers import Source
 from cowfs.union.measure import (
     NOTHING,
@@ -30,12 +29,12 @@ from cowfs.union.measure import (
     walk,
     xattr_room,
 )
-from cowfs.union.node import DT_DIR, DT_LNK, DT_REG, Dir, Node
+from cowfs.union.node import DT_DIR, DT_LNK, DT_REG, PLAIN, Dir, Node, at
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from cowfs.union.stored import Meta
+    from cowfs.union.meta import Meta
     from cowfs.union.view import View
 
 __all__ = ["UNIT", "Awaited", "Blocks", "Space", "ledger", "measure", "total_of", "units"]
@@ -263,11 +262,10 @@ class Space(Bound):
 
     def leaving(self, node: Node) -> None:
         """The last name of an upper inode is about to go: count it while it can still be read."""
-        from cowfs.union import attributes
 
         self.count(node)
         self._nameless.add(node)
-        if node.bare < 2 and any(room := self.xattrs(*attributes.at(node))):
+        if node.bare < 2 and any(room := self.xattrs(*at(node))):
             self._leaving[node] = room
 
     def counts_now(self, node: Dir) -> None:

@@ -23,9 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 from cowfs.union import copyup, from_index, lookup, merge, quota
 from cowfs.union.attr import unpack
-from cowfs.union.filedata import PLAIN, FileData
 from cowfs.union.layers import Layer, Source, lstat
-from cowfs.union.node import DT_REG, Dir, Node
+from cowfs.union.node import DT_REG, PLAIN, Dir, FileData, Node
 
 if TYPE_CHECKING:
     from cowfs.union.options import TreeIndex

@@ -12,13 +12,14 @@ import errno
 import os
 import stat
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from cowfs.sys import xattr
 from cowfs.union import from_index
 from cowfs.union.bound import LimitReached
 from cowfs.union.inodes import make_origin
 from cowfs.union.layers import Layer, Source
+from cowfs.union.meta import Meta
 from cowfs.union.node import Dir, Node
 
 if TYPE_CHECKING:
@@ -37,19 +38,6 @@ class NoRoomForMark(OSError):
 
     def __init__(self, name: bytes) -> None:
         super().__init__(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
-
-
-class Meta(NamedTuple):
-    """Everything about an inode but its data, as the layers store it (not as it is shown)."""
-
-    mode: int
-    uid: int
-    gid: int
-    size: int
-    rdev: int
-    atime: int
-    mtime: int
-    xattrs: dict[bytes, bytes]
 
 
 def read_meta(view: View, node: Node) -> Meta:

@@ -24,8 +24,7 @@ from cowfs.row import layer as row_layer, map as row_map, rewrite, writeback
 from cowfs.row.file import RowFile
 from cowfs.sys import files
 from cowfs.union import Options, View, live
-from cowfs.union.filedata import PLAIN
-from cowfs.union.node import Node
+from cowfs.union.node import PLAIN, Node
 from cowfs.union.quota import measure
 
 KIB = 1024
