@@ -53,8 +53,9 @@ def _count(view: View, row: Row) -> None:
 
     Of a whole layer, what was copied is neither use nor limit; what live snapshots beneath hold counts, too.
     """
-    view.space = quota.Space(view)
-    view.space.offset(-(row.base.bytes // quota.UNIT), -row.base.inodes)
+    space = quota.Space(view)
+    space.offset(-(row.base.bytes // quota.UNIT), -row.base.inodes)
+    view.swap_space(space)
 
 
 def place_of(tree: str) -> tuple[str, str]:

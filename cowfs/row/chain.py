@@ -131,7 +131,7 @@ class Chain(FileData):
         """Whether it is in the upper layer: a frozen one is redirected again."""
         view = self.rows.view
         where = self.node.where
-        return self.where is None and (where is None or where.layer is view.upper) and not view.readonly
+        return self.where is None and (where is None or where.layer is view.stack.upper) and not view.readonly
 
     def shown(self, st: os.stat_result) -> tuple[int, int]:
         base = self.ref.base_blocks if self.ref is not None else 0

@@ -82,7 +82,7 @@ class Twin:
     def __init__(self, file: RowFile) -> None:
         """Raises OSError: what the host says to a new file."""
         view = file.rows.view
-        work = view.workdir
+        work = view.stack.workdir
         assert work is not None
         self._file, self._node = file, file.node
         self._view, self._work, self._space = view, work, view.space
@@ -129,8 +129,8 @@ class Twin:
     def _usable(self) -> bool:
         """Whether the file is still that of the upper layer, under its only name."""
         view, node = self._view, self._node
-        same = node.data is self._file and self._file.writable and view.workdir is self._work
-        if not same or node.parent is None or node in view.names:
+        same = node.data is self._file and self._file.writable and view.stack.workdir is self._work
+        if not same or node.parent is None or node in view.table.names:
             self.dead = True
         return not self.dead
 

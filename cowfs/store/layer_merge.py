@@ -85,7 +85,7 @@ class _Writer:
 
     def __init__(self, source: View, into: View, merged: int) -> None:
         self.source, self.into = source, into
-        source.plain_layers = 0  # numbers as the store's mounts show them
+        source.stack.own_numbers()  # numbers as the store's mounts show them
         self.linked: dict[File, Node] = {}  # file with several names -> what was made of it
         self._merged = set(source.layers[len(source.layers) - merged :])
 

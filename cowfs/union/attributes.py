@@ -21,7 +21,7 @@ from cowfs.union.measure import NOTHING, sizes
 from cowfs.union.node import DT_LNK, DT_REG, PLAIN, Dir, Node, at
 
 if TYPE_CHECKING:
-    from cowfs.union.view import View
+    from cowfs.union.core import Core
 
 #: "the present time", for setattr
 NOW = object()
@@ -36,26 +36,26 @@ def now() -> int:
     return time.clock_gettime_ns(_CLOCK_REALTIME_COARSE)
 
 
-def attr(view: View, node: Node) -> bytes:
+def attr(view: Core, node: Node) -> bytes:
     """The packed attributes (:data:`~cowfs.union.attr.ATTR`), read again when stale."""
     return node.attr or _refresh(view, node)
 
 
-def size(view: View, node: Node) -> int:
+def size(view: Core, node: Node) -> int:
     """st_size."""
     return int.from_bytes(view.attr(node)[8:16], "little")
 
 
-def mode(view: View, node: Node) -> int:
+def mode(view: Core, node: Node) -> int:
     """st_mode."""
     return mode_of(view.attr(node))
 
 
-def _refresh(view: View, node: Node) -> bytes:
+def _refresh(view: Core, node: Node) -> bytes:
     if node.__class__ is Dir:
         return _refresh_dir(view, node)
     where = node.where
-    if view.index is not None and where is not None and where.layer is not view.upper:
+    if view.stack.index is not None and where is not None and where.layer is not view.stack.upper:
         entry = from_index.entry_of(view, node)
         if entry is not None:  # the place of such a file is its data's, under the name that it has there
             node.attr = from_index.attr_of(view, node, entry)
@@ -73,12 +73,12 @@ def _refresh(view: View, node: Node) -> bytes:
     if node.data is not PLAIN:
         attr = with_size(attr, *node.data.shown(st))
     if node.parent is None and where is not None:  # a lower inode without names, or one held in the work directory
-        attr = with_nlink(attr, st.st_nlink - 1 if node in view.astray else 0)
+        attr = with_nlink(attr, st.st_nlink - 1 if node in view.table.astray else 0)
     node.attr = attr
     return attr
 
 
-def _refresh_dir(view: View, node: Dir) -> bytes:
+def _refresh_dir(view: Core, node: Dir) -> bytes:
     entry = from_index.entry_of(view, node)
     if entry is not None:
         node.attr = from_index.attr_of(view, node, entry)
@@ -113,7 +113,7 @@ def _reach(node: Node) -> tuple[bytes | int, int | None, bool]:
     return b"/proc/self/fd/%d" % fd, None, True
 
 
-def chmod(view: View, node: Node, mode: int) -> None:
+def chmod(view: Core, node: Node, mode: int) -> None:
     """Set the permission bits; of symbolic links EOPNOTSUPP."""
     if node.type == DT_LNK:
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP), node.name)
@@ -134,7 +134,7 @@ def chmod(view: View, node: Node, mode: int) -> None:
     node.attr = None
 
 
-def chown(view: View, node: Node, uid: int, gid: int) -> None:
+def chown(view: Core, node: Node, uid: int, gid: int) -> None:
     """Set owner and group; -1 leaves one alone."""
     owners = view.owners
     if owners is not None:
@@ -160,7 +160,7 @@ def chown(view: View, node: Node, uid: int, gid: int) -> None:
 
 
 def setattr(
-    view: View,
+    view: Core,
     node: Node,
     *,
     mode: int | None = None,
@@ -190,7 +190,7 @@ def setattr(
         if kill:
             content.kill_privileges(view, node)
     where = node.where
-    if node.__class__ is Dir or (where is not None and where.layer is not view.upper):
+    if node.__class__ is Dir or (where is not None and where.layer is not view.stack.upper):
         if node.__class__ is Dir and node.parent is None and not view.in_upper(node):
             _setattr_removed(view, node, mode, uid, gid, atime, mtime)
             return
@@ -205,7 +205,7 @@ def setattr(
 
 
 def _setattr_removed(
-    view: View, node: Node, mode: int | None, uid: int | None, gid: int | None, atime: object, mtime: object
+    view: Core, node: Node, mode: int | None, uid: int | None, gid: int | None, atime: object, mtime: object
 ) -> None:
     """A removed directory that only lower layers have, and somebody has open: there is no place to keep its attributes
     but the node, which goes when it is closed."""
@@ -219,7 +219,7 @@ def _setattr_removed(
     )  # fmt: skip
 
 
-def _utime(view: View, node: Node, atime: object, mtime: object) -> None:
+def _utime(view: Core, node: Node, atime: object, mtime: object) -> None:
     if (atime is None or mtime is None) and node.wfd and node.data is PLAIN:
         files.futimens(node.fd, now() if atime is NOW else atime, now() if mtime is NOW else mtime)  # type: ignore[arg-type]
         node.attr = None
@@ -241,19 +241,19 @@ def _utime(view: View, node: Node, atime: object, mtime: object) -> None:
 # -- extended attributes ------------------------------------------------------------------------
 
 
-def _check(view: View, name: bytes) -> bytes:
+def _check(view: Core, name: bytes) -> bytes:
     """The stored name of a user's; ENOTSUP where there are none, ENODATA for what must not show."""
     if view.options.noxattrs:
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
     return view.form.store_name(name)
 
 
-def _hidden(view: View, stored: bytes) -> bool:
+def _hidden(view: Core, stored: bytes) -> bool:
     override = view.options.override_xattr
     return override is not None and stored == override
 
 
-def getxattr(view: View, node: Node, name: bytes) -> bytes:
+def getxattr(view: Core, node: Node, name: bytes) -> bytes:
     """The value. Raises ENODATA, EOPNOTSUPP."""
     stored = _check(view, name)
     if node.bare and (node.bare > 1 or name == CAPABILITY):
@@ -275,7 +275,7 @@ def getxattr(view: View, node: Node, name: bytes) -> bytes:
         raise
 
 
-def listxattr(view: View, node: Node) -> list[bytes]:
+def listxattr(view: Core, node: Node) -> list[bytes]:
     """The names a user may see."""
     if view.options.noxattrs:
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
@@ -292,7 +292,7 @@ def listxattr(view: View, node: Node) -> list[bytes]:
     return [name for name in shown if name is not None]
 
 
-def setxattr(view: View, node: Node, name: bytes, value: bytes | memoryview, flags: int = 0) -> None:
+def setxattr(view: Core, node: Node, name: bytes, value: bytes | memoryview, flags: int = 0) -> None:
     """Create or replace. Raises ENOSPC, EEXIST, ENODATA, EOPNOTSUPP, EPERM."""
     stored = _check(view, name)
     if _hidden(view, stored):
@@ -329,7 +329,7 @@ def _bound(found: Collection[bytes] | None, stored: bytes) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def removexattr(view: View, node: Node, name: bytes) -> None:
+def removexattr(view: Core, node: Node, name: bytes) -> None:
     """Remove. Raises ENODATA, EOPNOTSUPP; an ACL that is not there is no failure, as in Linux."""
     stored = _check(view, name)
     view.need_upper()
