@@ -14,10 +14,8 @@ from dataclasses import asdict, dataclass, fields
 
 from cowfs.errors import FailedPrecondition, InvalidArgument, NotFound
 
-__all__ = ["HIDDEN", "IdMap", "MountSpec", "check_directory", "find_layers", "refuse_layer"]
+__all__ = ["IdMap", "MountSpec", "check_directory", "find_layers", "refuse_layer"]
 
-HIDDEN = ".cowfs"
-"""Directory beside the layers for what cowfs keeps there; ending of the one beside an upper."""
 
 _OF_A_ROOT = frozenset(
     [
@@ -184,7 +182,7 @@ def refuse_layer(directory: str) -> None:
 
 def _is_recorded(path: str, above: str) -> bool:
     from cowfs.errors import Corrupt
-    from cowfs.mounting.upper_state import layers_of, read_record
+    from cowfs.mounting.upper_state import HIDDEN, layers_of, read_record
 
     place = os.path.join(above, HIDDEN)
     try:

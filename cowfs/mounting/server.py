@@ -39,7 +39,7 @@ from cowfs.mounting.counting import Counter
 from cowfs.mounting.notice import Notice
 from cowfs.mounting.request import MountSpec
 from cowfs.mounting.resources import Stack
-from cowfs.mounting.verbs import basic
+from cowfs.mounting.verbs import finding
 from cowfs.sys.threads import Thread
 
 if TYPE_CHECKING:
@@ -191,6 +191,10 @@ class Server:
     def call(self, function: Callable[[], Any]) -> Any:
         """Run a function in the thread that owns the view, between two requests."""
         return self.session.call(function)
+
+    def now(self, **changes: Any) -> None:
+        """The mount is other than it was asked to be: fields of the spec and their new values."""
+        self.spec = replace(self.spec, **changes)
 
     def facts(self) -> dict[str, Any]:
         """What is known only now that it runs."""
@@ -468,9 +472,9 @@ class Server:
         except (ValueError, RecursionError):
             return {"error": protocol.error_to(InvalidArgument("not a message of cowfs"))}
         name = str(message.get("verb"))
-        function = basic.find_verb(name)
+        function = finding.find_verb(name)
         if function is None:
-            known = ", ".join(sorted({*basic.VERBS, *basic.LATE_VERBS}))
+            known = ", ".join(finding.names())
             return {"error": protocol.error_to(InvalidArgument(f"no such verb: {message.get('verb')!r}", remedy=known))}
         try:
             return {"ok": function(self, message)}

@@ -242,7 +242,7 @@ class RowFile(Chain):
         self.load()
         fd = self._ready_to_write()
         if self.twin is not None:
-            self.twin.dead = True
+            self.twin.give_up()
         space, node = self.rows.view.space, self.node
         end = offset + length
         size = self.size

@@ -248,7 +248,7 @@ class Rows(Redirects):
 
     # -- maps ---------------------------------------------------------------------------------
 
-    def open_log(self, file: RowFile, loaded: Loaded | None) -> Log:
+    def open_log(self, file: Chain, loaded: Loaded | None) -> Log:
         """The map of a file of the upper layer, made at the first need."""
         upper = self.view.need_upper()
         assert file.ref is not None
@@ -274,7 +274,7 @@ class Rows(Redirects):
             self.wrote(file, log)
         return log
 
-    def wrote(self, file: RowFile, log: Log) -> None:
+    def wrote(self, file: Chain, log: Log) -> None:
         """A record was appended."""
         if self.view.space is not None:
             self.view.space.map_written(log.name, log.end)
@@ -486,7 +486,7 @@ class Rows(Redirects):
     def absorb(self, node: Node, layer: Layer, *, renames: bool) -> Absorbing:
         return absorbing.RowAbsorbing(self, node, layer, renames=renames)
 
-    def make_plain(self, file: RowFile) -> None:
+    def make_plain(self, file: Chain) -> None:
         """A file that shows nothing of its base any more is a plain one."""
         if file.ref is not None:
             space = self.view.space
@@ -496,12 +496,12 @@ class Rows(Redirects):
                 space.xattrs_changed(file.node, space.xattrs(file.own_fd(), None).over(before))
         self._plain(file)
 
-    def replaced(self, file: RowFile, fd: int) -> None:
+    def replaced(self, file: Chain, fd: int) -> None:
         """A plain file with the same data, open as ``fd``, has taken the place of a redirect file."""
         self.view.open_files.use(file.node, fd, writable=True)
         self._plain(file)
 
-    def _plain(self, file: RowFile) -> None:
+    def _plain(self, file: Chain) -> None:
         view, node = self.view, file.node
         if file.ref is not None:
             self.drop_map(view.need_upper(), file.ref)

@@ -95,7 +95,11 @@ class Twin:
         self._temp = work.temp()
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         self._fd = os.open(self._temp, flags, 0o600, dir_fd=work.fd)
-        file.twin = self
+        file.succeeded_by(self)
+
+    def give_up(self) -> None:
+        """It cannot take the place any more."""
+        self.dead = True
 
     def changed(self, start: int, end: int) -> None:
         """The file's data in [start, end) is another now."""
@@ -187,7 +191,7 @@ class Twin:
 
     def end(self) -> None:
         """Let go of it; unless it took the place, it is gone."""
-        self._file.twin = None
+        self._file.succeeded_by(None)
         if self._fd < 0:
             return
         os.close(self._fd)

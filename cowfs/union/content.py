@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from cowfs.sys import files, host, xattr
-from cowfs.union import copyup
+from cowfs.union import copyup, inode
 from cowfs.union.attr import mode_of, size_of
 from cowfs.union.blocks import UNIT
 from cowfs.union.node import DT_DIR, DT_LNK, DT_REG, PLAIN, Dir, Node, at
@@ -105,10 +105,8 @@ def kill_privileges(view: Core, node: Node) -> bool:
     if mode & stat.S_IXGRP:
         clean &= ~stat.S_ISGID
     if clean != mode:
-        from cowfs.union import attributes
-
         copyup.up_meta(view, node)
-        attributes.chmod(view, node, stat.S_IMODE(clean))
+        inode.chmod(view, node, stat.S_IMODE(clean))
     return clean != mode
 
 
@@ -136,18 +134,16 @@ def _keeping(view: Core, node: Node, change: Callable[[], int]) -> int:
     The kernel removes them before it sends what write(2) wrote, where they are to go; what is still there then was
     changed through a map, which keeps them.
     """
-    from cowfs.union import attributes
-
     capability = None
     if not node.bare and _may_give_capabilities():
-        capability = xattr.try_get(*at(node), attributes.CAPABILITY)
+        capability = xattr.try_get(*at(node), inode.CAPABILITY)
         node.bare = 1 if capability is None else 0
     mode = view.mode(node) if _sheds() else 0
     done = change()
     if mode & (stat.S_ISUID | stat.S_ISGID):
-        attributes.chmod(view, node, stat.S_IMODE(mode))
+        inode.chmod(view, node, stat.S_IMODE(mode))
     if capability is not None:
-        xattr.setx(*at(node), attributes.CAPABILITY, capability)
+        xattr.setx(*at(node), inode.CAPABILITY, capability)
     return done
 
 

@@ -120,6 +120,10 @@ class Core(ABC):
         """Say whether the front end can wait for what the kernel is about to forget."""
         self.patient = on
 
+    def refuse_changes(self) -> None:
+        """Every change is EROFS from now on, for good."""
+        self.readonly = True
+
     def swap_space(self, space: Space | None) -> Space | None:
         """Count in ``space`` from now on (None: not at all). Returns what was counted in."""
         before, self.space = self.space, space

@@ -457,36 +457,6 @@ def _hide(view: Core, parent: Dir, name: bytes) -> None:
         up.whiteouts.add(name)
 
 
-def own_whiteouts(view: Core, up: Source, names: dict[bytes, int], deleted: set[bytes]) -> None:
-    """Turn the ``.wh.`` names of an upper directory, as an unpacked archive left them, into the layer form's own.
-
-    A name that the same layer also has is opaque where it is a directory, and else hides what is beneath by itself.
-    """
-    work, fd = view.stack.workdir, up.open()
-    assert work is not None
-    space = view.space
-    for name in list(deleted):
-        mark = whiteout.WH_PREFIX + name
-        if not whiteout.exists(fd, mark):
-            continue
-        if space is not None:
-            space.unhid((mark,))
-        if name not in names:
-            work.put_whiteout(fd, name)
-            if space is not None:
-                space.hid(up, name)
-        else:
-            deleted.discard(name)
-            if names[name] == DT_DIR:
-                xattr.setx(fd, name, view.form.opaque, b"y")
-        os.unlink(mark, dir_fd=fd)
-    if whiteout.exists(fd, whiteout.WH_OPAQUE):
-        xattr.setx(fd, b"", view.form.opaque, b"y")
-        os.unlink(whiteout.WH_OPAQUE, dir_fd=fd)
-        if space is not None:
-            space.unhid((whiteout.WH_OPAQUE,))
-
-
 def remove_name(view: Core, up: Source, name: bytes) -> None:
     """Remove an upper non-directory, leaving a whiteout where a lower layer has the name."""
     if up.shadow and name in up.shadow:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from cowfs.sys import xattr
-from cowfs.union import create, from_index, holding, merge
+from cowfs.union import dotwh, from_index, holding, merge
 from cowfs.union.attr import pack, with_size
 from cowfs.union.inodes import Beneath
 from cowfs.union.layers import Layer, Source
@@ -84,7 +84,7 @@ def load(view: Core, directory: Dir) -> dict[bytes, Node | int]:
     if upper is not None:
         names, deleted, _ = merge.scan(upper, view.form)
         if view.form.dotwh and not view.readonly:
-            create.own_whiteouts(view, upper, names, deleted)
+            dotwh.own_whiteouts(view, upper, names, deleted)
         upper.whiteouts = deleted
         merges = bool(below) or directory.record is not None
         upper.impure = merges or bool(xattr.try_get(upper.open(), b"", view.form.impure))

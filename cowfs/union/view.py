@@ -58,6 +58,7 @@ from cowfs.union import (
     rename as _rename,
 )
 from cowfs.union.core import Core
+from cowfs.union.inode import NOW
 from cowfs.union.inodes import Inodes
 from cowfs.union.layers import Descriptors, Layer
 from cowfs.union.moves import Moves
@@ -101,7 +102,7 @@ class View(Core):
     >>> view.close()
     """
 
-    NOW = attributes.NOW
+    NOW = NOW
 
     def __init__(
         self,
