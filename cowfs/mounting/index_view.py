@@ -23,10 +23,7 @@ if TYPE_CHECKING:
     from cowfs.union import Options
     from cowfs.union.options import TreeIndex
 
-__all__ = ["FACTORY", "count_from_now", "keep_limit", "view"]
-
-FACTORY = "cowfs.mounting.index_view:view"
-"""What a mount's wish names, so that its server calls :func:`view`."""
+__all__ = ["count_from_now", "keep_limit", "view"]
 
 
 def view(stack: Stack, options: Options) -> View:

@@ -393,7 +393,7 @@ class RedirectFile(RuleBasedStateMachine):
 
     @invariant()
     def count_is_right(self) -> None:
-        if hasattr(self, "stack") and self.view.space is not None and not self.view.retired:
+        if hasattr(self, "stack") and self.view.space is not None and not self.view.stack.retired:
             assert self.view.upper is not None
             held = measure(self.view.upper, self.view.form)
             if self.stack.twin is not None:
