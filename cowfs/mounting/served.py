@@ -29,6 +29,7 @@ class ServedMount(Protocol):
     Threads: any may read the attributes and use :meth:`call`; the view belongs to the session's loop.
     """
 
+    log: str  # where it writes what goes wrong
     stack: Stack
     view: View
     session: Session | PortableSession

@@ -24,6 +24,8 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from cowfs.format.whiteout import Form
     from cowfs.sys.descriptors import Shares
     from cowfs.union.filedata import Redirects
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from cowfs.union.quota import Space
     from cowfs.union.stack import LayerStack
     from cowfs.union.table import NodeTable
+    from cowfs.union.work import Work
     from cowfs.union.workdir import WorkDir
 
 __all__ = ["Core"]
@@ -53,6 +56,8 @@ class Core(ABC):
         rows: the redirect files, where there may be some.
         patient: the front end can wait for what the kernel is about to forget (:class:`~cowfs.union.bound.Awaited`).
         monotonic: the host of the upper layer never gives an inode number twice.
+        work: what the view had to do that costs time.
+        limit_reached: called when something is refused for the limit.
         root_ino: the inode number shown for the root.
     """
 
@@ -75,6 +80,8 @@ class Core(ABC):
     root_ino: int
     readonly: bool
     patient: bool
+    work: Work
+    limit_reached: Callable[[], None] | None
     monotonic: bool
 
     # -- the parts, to be read ----------------------------------------------------------------------
@@ -119,6 +126,10 @@ class Core(ABC):
     def wait_for_forgets(self, on: bool) -> None:
         """Say whether the front end can wait for what the kernel is about to forget."""
         self.patient = on
+
+    def on_limit(self, tell: Callable[[], None] | None) -> None:
+        """Call ``tell`` each time that something is refused for the limit, from now on."""
+        self.limit_reached = tell
 
     def refuse_changes(self) -> None:
         """Every change is EROFS from now on, for good."""

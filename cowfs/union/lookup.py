@@ -96,6 +96,7 @@ def load(view: Core, directory: Dir) -> dict[bytes, Node | int]:
         base = (len(sources) - 1) << 4
         for name, kind in names.items():
             merged[name] = base | kind
+    view.work.read_directory()
     directory.children = merged
     return merged
 

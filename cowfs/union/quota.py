@@ -31,7 +31,7 @@ from cowfs.union.measure import (
 from cowfs.union.node import DT_DIR, DT_LNK, DT_REG, PLAIN, Dir, Node, at
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from cowfs.format.whiteout import Form
     from cowfs.union.filedata import Redirects
@@ -52,6 +52,7 @@ class Counted(Protocol):
     nodes: dict[int, Node]
     rows: Redirects | None
     patient: bool
+    limit_reached: Callable[[], None] | None
 
     @property
     def space(self) -> Space | None: ...
@@ -142,6 +143,12 @@ class Space(Bound):
         """Raise Awaited while what was removed may still be counted."""
         if self._may_return():
             raise Awaited
+
+    def _full(self) -> OSError:
+        found = super()._full()
+        if not isinstance(found, Awaited) and self.view.limit_reached is not None:
+            self.view.limit_reached()
+        return found
 
     def _may_return(self) -> bool:
         """Whether space may come back without anybody's doing, and the front end has a way to wait for that."""

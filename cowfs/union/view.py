@@ -69,6 +69,7 @@ from cowfs.union.owners import make_owners
 from cowfs.union.redirecting import redirects_of
 from cowfs.union.stack import LayerStack
 from cowfs.union.table import ROOT_ID, NodeTable
+from cowfs.union.work import Work
 from cowfs.union.workdir import WorkDir
 
 __all__ = ["View"]
@@ -126,6 +127,8 @@ class View(Core):
         self.space = None
         self.patient = False
         self.rows = None
+        self.limit_reached = None
+        self.work = Work()
         self._uuids: dict[int, bytes] = {}
         self._noatime = True
         self.readonly = options.readonly or upper is None

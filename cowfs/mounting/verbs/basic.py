@@ -12,6 +12,8 @@ from cowfs.mounting import mountpoint
 from cowfs.mounting.served import ServedMount
 from cowfs.mounting.verbs.table import verb
 
+__all__ = ["counted"]
+
 _PATIENCE = 1.0  # seconds that who only looks waits for a count
 
 
@@ -24,17 +26,17 @@ def _alive(server: ServedMount, arguments: dict[str, Any]) -> dict[str, Any]:
 @verb("info")
 def _info(server: ServedMount, arguments: dict[str, Any]) -> dict[str, Any]:
     """Everything about the mount, use and limit included."""
-    return {**asdict(server.spec), **server.facts(), **_counted(server, _PATIENCE)}
+    return {**asdict(server.spec), **server.facts(), **counted(server)}
 
 
 @verb("usage")
 def _usage(server: ServedMount, arguments: dict[str, Any]) -> dict[str, Any]:
     """Used and allowed bytes and inodes. Without a limit the upper layer is walked, which may take its time."""
-    return _counted(server, None)
+    return counted(server, None)
 
 
-def _counted(server: ServedMount, patience: float | None) -> dict[str, Any]:
-    """The same; "usage" is null when there is no count within ``patience`` seconds."""
+def counted(server: ServedMount, patience: float | None = _PATIENCE) -> dict[str, Any]:
+    """Used and allowed bytes and inodes; "usage" is null when there is no count within ``patience`` seconds."""
     used = server.counter.usage(patience)
     limit = server.stack.limit or Limit()
     return {
@@ -74,7 +76,7 @@ def _limit(server: ServedMount, arguments: dict[str, Any]) -> dict[str, Any]:
         from cowfs.mounting.index_view import keep_limit
 
         keep_limit(upper, limit)
-    return _counted(server, _PATIENCE)
+    return counted(server)
 
 
 @verb("counters")

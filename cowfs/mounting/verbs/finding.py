@@ -22,6 +22,10 @@ def _restack() -> None:
     from cowfs.mounting.verbs import restack  # noqa: F401
 
 
+def _statistics() -> None:
+    from cowfs.mounting.verbs import statistics  # noqa: F401
+
+
 _LATE: dict[str, Callable[[], None]] = {
     "absorb": _restack,
     "compact": _compact,
@@ -29,6 +33,7 @@ _LATE: dict[str, Callable[[], None]] = {
     "readonly": _live,
     "restack": _restack,
     "rollback": _live,
+    "statistics": _statistics,
     "sync": _live,
 }
 
