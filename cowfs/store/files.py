@@ -75,7 +75,8 @@ class FileVerbs(ArchiveVerbs):
         Raises:
             FailedPrecondition: it is not active, or another verb uses it.
         """
-        from cowfs.union.transfer import DirTarget, PathsTarget
+        from cowfs.union.paths import PathsTarget
+        from cowfs.union.transfer import DirTarget
 
         self._active(row.name)
         with ExitStack() as held:
@@ -371,7 +372,7 @@ def _file_info(tree: Tree, path: bytes, st: LowerStat) -> FileInfo:
 def _data(tree: Tree, path: bytes, kind: str, name: str) -> Data:
     """The bytes of the file at a canonical path, opened in a mode of ``open`` without ``b`` and ``t``."""
     from cowfs.union.path_file import FileData
-    from cowfs.union.transfer import PathsTarget
+    from cowfs.union.paths import PathsTarget
 
     st = tree.stat(path)
     if st is not None and not stat.S_ISREG(st.mode):

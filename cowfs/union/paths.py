@@ -19,11 +19,13 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import IO, TYPE_CHECKING, Any
 
 from cowfs.union.attr import Attr, unpack
+from cowfs.union.content import data_ranges
 from cowfs.union.node import Dir, Node
+from cowfs.union.tree import CHUNK, DirTree, LowerStat
 from cowfs.union.view import View
 
 if TYPE_CHECKING:
@@ -207,8 +209,7 @@ class Paths:
         What is at ``path`` is replaced, directories are merged; its parent directory must be there. A link at the end of ``source``
         is copied itself. ``owners`` and errors: :func:`cowfs.union.transfer.copy`.
         """
-        from cowfs.union.transfer import PathsTarget, copy, host_end
-        from cowfs.union.tree import DirTree
+        from cowfs.union.transfer import copy, host_end
 
         where = b"/".join(_parts(path))
         with host_end(source) as (fd, name):
@@ -223,7 +224,7 @@ class Paths:
         progress: Callable[[int, int], object] | None = None,
     ) -> Copied:
         """Copy a file, or a directory with all below it, to ``target`` on the host, in pieces; as :meth:`copy_in`."""
-        from cowfs.union.transfer import DirTarget, PathsTarget, copy, host_end
+        from cowfs.union.transfer import DirTarget, copy, host_end
 
         top = b"/".join(_parts(path))
         with host_end(target) as (fd, name):
@@ -346,6 +347,93 @@ class NodeData:
 
     def close(self) -> None:
         """A node stays; the view closes its descriptors as it needs room for others."""
+
+
+class PathsTarget:
+    """A :class:`~cowfs.union.transfer.Target` that is a view, by its :class:`Paths`. Threads: the view's owner."""
+
+    def __init__(self, paths: Paths) -> None:
+        self._paths = paths
+
+    def stat(self, path: bytes) -> LowerStat | None:
+        try:
+            attr = unpack(self._paths.view.attr(self._paths.node(path)))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return LowerStat(
+            mode=attr.mode, uid=attr.uid, gid=attr.gid, size=attr.size, mtime=attr.mtime_ns, rdev=attr.rdev,
+            nlink=attr.nlink, ident=attr.ino,
+        )  # fmt: skip
+
+    def names(self, path: bytes) -> list[bytes]:
+        return self._paths.listdir(path)
+
+    def readlink(self, path: bytes) -> bytes:
+        return self._paths.readlink(path)
+
+    def xattrs(self, path: bytes) -> dict[bytes, bytes]:
+        return {name: self._paths.getxattr(path, name) for name in self._paths.listxattr(path)}
+
+    def read(self, path: bytes) -> Iterator[bytes]:
+        with self._paths.open(path, buffering=0) as file:
+            while piece := file.read(CHUNK):
+                yield piece
+
+    def data(self, path: bytes) -> Iterator[tuple[int, bytes]]:
+        view, node = self._paths.view, self._paths.node(path)
+        for start, end in data_ranges(view, node):
+            while start < end:
+                buffer = bytearray(min(CHUNK, end - start))
+                count = view.pread(node, start, memoryview(buffer))
+                if not count:
+                    break
+                yield start, bytes(buffer[:count])
+                start += count
+
+    def opened(self, path: bytes, mode: str) -> NodeData:
+        """A file's bytes (:meth:`Paths.opened`)."""
+        return self._paths.opened(path, mode)
+
+    def remove(self, path: bytes) -> None:
+        if stat.S_ISDIR(self._paths.stat(path).mode):
+            self._paths.rmtree(path)
+        else:
+            self._paths.unlink(path)
+
+    def mkdir(self, path: bytes) -> None:
+        self._paths.mkdir(path, 0o700)
+
+    def write(self, path: bytes, size: int, data: Iterable[tuple[int, bytes]]) -> None:
+        self._paths.mknod(path, stat.S_IFREG | 0o600)
+        try:
+            for offset, piece in data:
+                self._paths.write_at(path, offset, piece)
+            if self._paths.stat(path).size != size:
+                self._paths.truncate(path, size)
+        except BaseException:
+            self._paths.unlink(path)
+            raise
+
+    def symlink(self, path: bytes, target: bytes) -> None:
+        self._paths.symlink(target, path)
+
+    def link(self, old: bytes, new: bytes) -> None:
+        self._paths.link(old, new)
+
+    def mknod(self, path: bytes, mode: int, rdev: int) -> None:
+        self._paths.mknod(path, stat.S_IFMT(mode) | 0o600, rdev)
+
+    def chown(self, path: bytes, uid: int, gid: int) -> None:
+        self._paths.chown(path, uid, gid)
+
+    def chmod(self, path: bytes, mode: int) -> None:
+        self._paths.chmod(path, mode)
+
+    def setxattr(self, path: bytes, name: bytes, value: bytes) -> None:
+        self._paths.setxattr(path, name, value)
+
+    def utime(self, path: bytes, mtime: int) -> None:
+        self._paths.utime(path, mtime_ns=mtime)
 
 
 def _parts(path: Path) -> list[bytes]:

@@ -22,11 +22,9 @@ from typing import NamedTuple, Protocol
 
 from cowfs.sys import trees, xattr
 from cowfs.sys.files import open_beneath
-from cowfs.union.attr import unpack
-from cowfs.union.paths import NodeData, Paths
-from cowfs.union.tree import CHUNK, DirTree, LowerStat, Tree
+from cowfs.union.tree import DirTree, LowerStat, Tree
 
-__all__ = ["Copied", "DirTarget", "PathsTarget", "Target", "copy", "dress", "host_end"]
+__all__ = ["Copied", "DirTarget", "Target", "copy", "dress", "host_end"]
 
 
 class Copied(NamedTuple):
@@ -139,95 +137,6 @@ class DirTarget(DirTree):
     def utime(self, path: bytes, mtime: int) -> None:
         with self._at(path) as (fd, name):
             os.utime(name, ns=(mtime, mtime), dir_fd=fd, follow_symlinks=False)
-
-
-class PathsTarget:
-    """A :class:`Target` that is a view, by its :class:`~cowfs.union.paths.Paths`. Threads: the view's owner."""
-
-    def __init__(self, paths: Paths) -> None:
-        self._paths = paths
-
-    def stat(self, path: bytes) -> LowerStat | None:
-        try:
-            attr = unpack(self._paths.view.attr(self._paths.node(path)))
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        return LowerStat(
-            mode=attr.mode, uid=attr.uid, gid=attr.gid, size=attr.size, mtime=attr.mtime_ns, rdev=attr.rdev,
-            nlink=attr.nlink, ident=attr.ino,
-        )  # fmt: skip
-
-    def names(self, path: bytes) -> list[bytes]:
-        return self._paths.listdir(path)
-
-    def readlink(self, path: bytes) -> bytes:
-        return self._paths.readlink(path)
-
-    def xattrs(self, path: bytes) -> dict[bytes, bytes]:
-        return {name: self._paths.getxattr(path, name) for name in self._paths.listxattr(path)}
-
-    def read(self, path: bytes) -> Iterator[bytes]:
-        with self._paths.open(path, buffering=0) as file:
-            while piece := file.read(CHUNK):
-                yield piece
-
-    def data(self, path: bytes) -> Iterator[tuple[int, bytes]]:
-        from cowfs.union.content import data_ranges
-
-        view, node = self._paths.view, self._paths.node(path)
-        for start, end in data_ranges(view, node):
-            while start < end:
-                buffer = bytearray(min(CHUNK, end - start))
-                count = view.pread(node, start, memoryview(buffer))
-                if not count:
-                    break
-                yield start, bytes(buffer[:count])
-                start += count
-
-    def opened(self, path: bytes, mode: str) -> NodeData:
-        """A file's bytes (:meth:`Paths.opened`)."""
-        return self._paths.opened(path, mode)
-
-    def remove(self, path: bytes) -> None:
-        if stat.S_ISDIR(self._paths.stat(path).mode):
-            self._paths.rmtree(path)
-        else:
-            self._paths.unlink(path)
-
-    def mkdir(self, path: bytes) -> None:
-        self._paths.mkdir(path, 0o700)
-
-    def write(self, path: bytes, size: int, data: Iterable[tuple[int, bytes]]) -> None:
-        self._paths.mknod(path, stat.S_IFREG | 0o600)
-        try:
-            for offset, piece in data:
-                self._paths.write_at(path, offset, piece)
-            if self._paths.stat(path).size != size:
-                self._paths.truncate(path, size)
-        except BaseException:
-            self._paths.unlink(path)
-            raise
-
-    def symlink(self, path: bytes, target: bytes) -> None:
-        self._paths.symlink(target, path)
-
-    def link(self, old: bytes, new: bytes) -> None:
-        self._paths.link(old, new)
-
-    def mknod(self, path: bytes, mode: int, rdev: int) -> None:
-        self._paths.mknod(path, stat.S_IFMT(mode) | 0o600, rdev)
-
-    def chown(self, path: bytes, uid: int, gid: int) -> None:
-        self._paths.chown(path, uid, gid)
-
-    def chmod(self, path: bytes, mode: int) -> None:
-        self._paths.chmod(path, mode)
-
-    def setxattr(self, path: bytes, name: bytes, value: bytes) -> None:
-        self._paths.setxattr(path, name, value)
-
-    def utime(self, path: bytes, mtime: int) -> None:
-        self._paths.utime(path, mtime_ns=mtime)
 
 
 def dress(target: Target, path: bytes, st: LowerStat, xattrs: dict[bytes, bytes], *, owners: bool) -> None:
