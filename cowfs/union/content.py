@@ -64,7 +64,7 @@ def pread(view: Core, node: Node, offset: int, buffer: memoryview, flags: int = 
     Raises:
         OSError: EISDIR, EINVAL; EAGAIN with ``flags`` RWF_NOWAIT when the disk would be waited for.
     """
-    if node.data.pieced:
+    if node.data is not PLAIN and node.data.pieced:
         return node.data.pread(offset, buffer, flags)
     fd = node.fd
     if fd < 0:
