@@ -22,13 +22,13 @@ from cowfs.fuse import abi, codec
 from cowfs.fuse.workers import Gates, Workers
 
 if TYPE_CHECKING:
-    from cowfs.union import View
+    from cowfs.fuse.tree import Tree
 
 
 class Owner(Protocol):
     """The session, as far as it is asked here."""
 
-    view: View
+    view: Tree
 
     def report(self) -> int: ...
 

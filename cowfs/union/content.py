@@ -76,6 +76,12 @@ def pread(view: Core, node: Node, offset: int, buffer: memoryview, flags: int = 
     return os.preadv(fd, [buffer], offset, flags)
 
 
+def has_own_data(view: Core, node: Node) -> bool:
+    """Whether the inode is in the upper layer and has its data itself."""
+    where = node.where
+    return node.data is PLAIN and (where is None or where.layer is view.stack.upper)
+
+
 def data_fd(view: Core, node: Node, write: bool) -> int:
     """The node's own descriptor (do not close it). Raises EOPNOTSUPP for redirect files."""
     if node.data.pieced:

@@ -25,7 +25,7 @@ from cowfs.fuse import abi, caller, codec
 from cowfs.union.attr import decode_dev
 
 if TYPE_CHECKING:
-    from cowfs.union import View
+    from cowfs.fuse.tree import Tree
 
 Handler = Callable[[memoryview, int, int, int], "codec.Reply | None"]
 
@@ -60,7 +60,7 @@ class Adapter:
 
     __slots__ = ("nodes", "setxattr_ext", "uncapped", "view")
 
-    def __init__(self, view: View) -> None:
+    def __init__(self, view: Tree) -> None:
         self.view = view
         self.nodes: dict[int, Any] = view.nodes
         self.setxattr_ext = True
