@@ -310,7 +310,7 @@ class Session:
             adapter: Data = Passthrough(self.view, self._errands, agreement.max_write, self._fd)
         else:
             adapter = Data(self.view, self._errands, agreement.max_write)
-        adapter.setxattr_ext = agreement.has("SETXATTR_EXT")
+        adapter.agree(agreement)
         self._low, self._high = codec.bounds(agreement.max_write, setxattr_ext=adapter.setxattr_ext)
         table = adapter.table()
         table[abi.INTERRUPT] = self._errands.interrupt

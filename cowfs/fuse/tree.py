@@ -34,15 +34,18 @@ bare                true when it has no capability
 class Stage(Protocol):
     """A copy that has to be made before a node's data changes."""
 
-    error: OSError | None
-    cancelled: bool
-
     @property
     def small(self) -> bool:
         """Whether it is quick enough to be run at once."""
 
     def run(self) -> None:
-        """Copy; any thread. Never raises: what went wrong is in ``error``."""
+        """Copy; any thread. Never raises: :meth:`Tree.publish` says what went wrong."""
+
+    def fail(self, error: OSError) -> None:
+        """The copy cannot be published: what :meth:`Tree.publish` will raise."""
+
+    def cancel(self) -> None:
+        """Nobody waits for the copy any more; any thread."""
 
 
 class Work(Protocol):

@@ -57,6 +57,12 @@ class MemStage:
         self.error: OSError | None = None
         self.thread = 0
 
+    def fail(self, error: OSError) -> None:
+        self.error = error
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
     def run(self) -> None:
         self.thread = threading.get_ident()
         self.started.set()

@@ -25,6 +25,7 @@ from cowfs.fuse import abi, caller, codec
 from cowfs.union.attr import decode_dev
 
 if TYPE_CHECKING:
+    from cowfs.fuse.handshake import Agreement
     from cowfs.fuse.tree import Tree
 
 Handler = Callable[[memoryview, int, int, int], "codec.Reply | None"]
@@ -65,6 +66,10 @@ class Adapter:
         self.nodes: dict[int, Any] = view.nodes
         self.setxattr_ext = True
         self.uncapped = (0, 0)  # (node id, process) whose file capabilities the kernel removed just now
+
+    def agree(self, agreement: Agreement) -> None:
+        """What was agreed on with the kernel."""
+        self.setxattr_ext = agreement.has("SETXATTR_EXT")
 
     def table(self) -> dict[int, Handler]:
         """Opcode -> handler."""
