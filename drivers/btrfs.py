@@ -6,6 +6,11 @@ tree: the kernel mounts it by a bind, and it is read, backed up and repaired wit
 read-only when the first child is made of it. Subvolumes are made and deleted by ioctl(2) (:mod:`cowfs.sys.btrfs`); the
 kernel wants CAP_SYS_ADMIN for deleting one.
 
+Limits: in kernel mounts by btrfs's quotas, simple ones (Linux 6.7) where the file system has none yet: a subvolume is charged what it
+wrote, its metadata included, and nothing of its parent. Where the kernel or the file system has classic ones, the bound is
+on what a subvolume holds alone, which a snapshot of it makes less. The file system begins to count when the first limit is
+asked for. A quota counts no inodes: with a limit on them, as in a FUSE mount, cowfs's server holds all limits.
+
 Order: ``vol`` is made in the staged directory and deleted in the one that is being removed, so a process that is killed
 leaves a directory that the store's sweep deletes, with or without a subvolume.
 """
@@ -20,10 +25,15 @@ from contextlib import contextmanager
 from functools import cached_property
 
 from cowfs.driver.interface import Capabilities, Driver, Probe
+from cowfs.errors import Unsupported
 from cowfs.model import Limit, Usage
 from cowfs.sys import btrfs, files, host, locks, trees
 
+LEAST = 256 << 10
+"""Bytes of the least limit of a kernel mount: with less, the reserve for the metadata of one file does not fit."""
+
 _VOLUME = b"vol"
+_SIMPLE = "/sys/fs/btrfs/features/simple_quota"
 
 
 class BtrfsDriver(Driver):
@@ -58,7 +68,12 @@ class BtrfsDriver(Driver):
     def capabilities(self) -> Capabilities:
         """Whole layers that share all extents with their parents."""
         return Capabilities(
-            whole=True, live=False, reflink=True, kernel_mount=host.has_cap(host.CAP_SYS_ADMIN), unprivileged=False
+            whole=True,
+            live=False,
+            own_limit=host.has_cap(host.CAP_SYS_ADMIN),
+            reflink=True,
+            kernel_mount=host.has_cap(host.CAP_SYS_ADMIN),
+            unprivileged=False,
         )
 
     def tree(self, id: str) -> str:
@@ -100,6 +115,35 @@ class BtrfsDriver(Driver):
         except FileNotFoundError:
             return
         super().remove(id)
+
+    def _why_not_kernel(self, limit: Limit) -> str:
+        if limit.inodes is not None:
+            return "btrfs's quotas count no inodes"
+        if limit.bytes is not None and limit.bytes < LEAST:
+            return f"btrfs's quotas count metadata, and hold no limit below {LEAST >> 10} KiB"
+        return super()._why_not_kernel(limit)
+
+    def limit(self, id: str, limit: Limit) -> None:
+        """A bound of the subvolume's quota group; quotas begin with the first one."""
+        with _opened(f"{self.directory(id)}/vol") as volume:
+            kind = btrfs.quota_kind(volume)
+            if kind is None:
+                if limit.bytes is None:
+                    return
+                try:
+                    kind = btrfs.enable_quota(volume)
+                except OSError as error:
+                    raise Unsupported(f"quotas of this btrfs cannot be enabled: {error.strerror}") from None
+            btrfs.limit(volume, btrfs.subvolume_id(volume), limit.bytes, exclusive=kind == "classic")
+
+    def explain(self) -> dict[str, str]:
+        """Who holds limits."""
+        with _opened(self.root) as fd:
+            kind = btrfs.quota_kind(fd)
+        if kind is None:
+            kind = "simple" if os.path.exists(_SIMPLE) else "classic"
+            kind = f"{kind} ones, from the first limit on"
+        return {"limits": f"kernel mounts by btrfs's quotas ({kind}), others by cowfs's server"}
 
     def check(self, id: str) -> list[str]:
         """The tree is there, in a subvolume of its own."""

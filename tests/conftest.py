@@ -38,6 +38,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption("--kills", type=int, default=50, help="SIGKILLs of the fault test (default 50)")
     group.addoption("--rounds", type=int, default=6, help="rounds of the growth test of live snapshots (default 6)")
+    group.addoption("--thorough", action="store_true", help="every case where a test takes a sample of them")
     group.addoption("--seed", type=int, default=20_261_124, help="seed of every random test")
     group.addoption(
         "--impl", default="kernel,fusepy", help="what the POSIX tests run against: plain,overlay,kernel,fusepy"
@@ -93,12 +94,12 @@ _opened: dict[str, hostfs.HostFs] = {}
 
 
 @pytest.fixture(params=hostfs.NAMES)
-def fs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[hostfs.HostFs]:
+def fs(request: pytest.FixtureRequest, public_directory: Path) -> Iterator[hostfs.HostFs]:
     """Each host filesystem in turn, mounted once a session; a test's directories go with the test."""
     name: str = request.param
     if name not in _opened:
-        base = tmp_path_factory.mktemp(f"host-{name}")
-        base.chmod(0o755)
+        base = public_directory / f"host-{name}"
+        base.mkdir(mode=0o755)
         _opened[name] = hostfs.open_fs(name, base)
     yield _opened[name]
     _opened[name].clear()

@@ -38,3 +38,20 @@ def test_no_module_is_longer_than_600_lines() -> None:
         if (lines := path.read_text().count("\n")) > 600
     ]
     assert found == []
+
+
+def test_nobody_asks_what_a_thing_is_by_its_attributes() -> None:
+    """No ``hasattr``; ``getattr`` by a fixed name only of modules, and of errors and objects that others made."""
+    others = {"os", "error", "result", "metafunc.module", "item", "store.store"}
+    found = []
+    for path, tree in modules(*SOURCES):
+        for node in ast.walk(tree):
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Name)
+                and node.func.id in ("hasattr", "getattr")
+            ):
+                fixed = isinstance(node.args[1], ast.Constant)
+                if node.func.id == "hasattr" or (fixed and ast.unparse(node.args[0]) not in others):
+                    found.append(f"{path}:{node.lineno}: {ast.unparse(node)}")
+    assert found == []

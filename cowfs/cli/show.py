@@ -16,7 +16,7 @@ from cowfs.cli.output import (
     shown,
     size_or,
 )
-from cowfs.cli.store.args import add_store, known_in_store, open_store
+from cowfs.cli.store.args import add_store, known_in_store, look_at_store, open_store
 from cowfs.errors import InvalidArgument, NotFound
 
 if TYPE_CHECKING:
@@ -189,7 +189,7 @@ def _diff(args: argparse.Namespace) -> int:
     if args.other is not None or (not is_path(args.what) and known_in_store(args, args.what)):
         if args.layer:
             raise InvalidArgument("snapshots know their layers", remedy="leave out --layer")
-        with open_store(args, create=False) as store:
+        with look_at_store(args) as store:
             return _print_changes(args, store.diff(args.what, args.other))
     return _print_changes(args, _changes(args.what, args.layer))
 

@@ -73,7 +73,7 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 from cowfs.driver.plan import MountPlan
-from cowfs.errors import Corrupt, InvalidArgument
+from cowfs.errors import Corrupt, InvalidArgument, Unsupported
 from cowfs.format import whiteout
 from cowfs.model import Limit, Mount, Usage
 from cowfs.sys import atomic, files, host, mounts, trees
@@ -93,7 +93,8 @@ class Capabilities:
     Attributes:
         whole: each layer is an entire tree; otherwise it is a delta in the overlay format.
         live: a layer in use can become a lower one of the mount that goes on (live snapshot, rollback).
-        own_limit: a layer holds its limit itself, whoever writes in it; otherwise only cowfs's own server holds one.
+        own_limit: a layer can hold a limit itself, whoever writes in it (:meth:`Driver.limit`); otherwise only cowfs's own
+            server holds one.
         reflink: what ``create`` copies shares its extents with the parent, so a copy takes no room for data.
         kernel_mount: the kernel mounts the layers, for this user.
         unprivileged: an ordinary user can keep a store of them.
@@ -338,6 +339,25 @@ class Driver(ABC):
     def note_held(self, id: str, usage: Usage) -> None:
         """Note what :meth:`held` is to say. A note that is lost is found again by a walk."""
         atomic.write_file(f"{self.directory(id)}/{HELD}", f"{usage.bytes} {usage.inodes}\n".encode(), durable=False)
+
+    def limit(self, id: str, limit: Limit) -> None:
+        """Hold an active layer to a limit, whoever writes in it, in place of the one before.
+
+        The store asks it of drivers with ``own_limit``, and before a mount is made or described: with the snapshot's limit if the kernel
+        mounts, with none if cowfs's server does, which holds it itself.
+
+        Args:
+            limit: on what the layer holds itself, without what was copied; ``Limit()`` for none.
+
+        Raises:
+            Unsupported: this host cannot hold it.
+        """
+        if limit:
+            raise Unsupported(f"the driver {self.name} holds no limit itself")
+
+    def explain(self) -> dict[str, str]:
+        """Lines of ``cowfs info`` that only this driver knows, by name: ``limits``, say. Changes nothing."""
+        return {}
 
     def check(self, id: str) -> list[str]:
         """What is wrong with a layer, one line each; quick: no walk."""

@@ -58,11 +58,12 @@ class MountPlan:
         """Directories that are shown and only read, topmost first."""
         return self.lowers or ((self.upper,) if self.readonly else ())
 
-    def record(self, mount_type: str | None = None) -> Mount:
+    def record(self, mount_type: str | None = None, *, plain: bool = False) -> Mount:
         """The mount in mount(8)'s words.
 
         Args:
             mount_type: ``kernel`` or ``fuse``; None: the kernel's where it can.
+            plain: of the kernel's overlayfs without redirects and metacopies, which no layer may hold then.
 
         Raises:
             InvalidArgument: another type.
@@ -76,7 +77,7 @@ class MountPlan:
             if mount_type is None:
                 return self.fuse()
             raise Unsupported(f"a kernel mount is not possible: {self.why_not_kernel}", remedy="leave out --mount-type")
-        made = self.kernel()
+        made = self.kernel(plain=plain)
         if mount_type is None and len(os.fsencode(",".join(made.options))) > MAX_OPTIONS:
             return self.fuse()
         return made
@@ -96,13 +97,16 @@ class MountPlan:
                 options.append(f"row={self.row}")
         return Mount(type="fuse.cowfs-overlayfs", source="cowfs", options=tuple(options))
 
-    def kernel(self) -> Mount:
+    def kernel(self, *, plain: bool = False) -> Mount:
         """A mount of the kernel: a bind of the only directory, or its overlayfs over several."""
         directories = self.read if self.readonly else (self.upper, *self.lowers)
         if len(directories) == 1:
             return Mount(type="bind", source=directories[0], options=("ro" if self.readonly else "rw", "rbind"))
         options = ["index=off"]
-        options += ("redirect_dir=on", "metacopy=on") if self.trusted else ("userxattr",)
+        if not self.trusted:
+            options.append("userxattr")
+        elif not plain:
+            options += ("redirect_dir=on", "metacopy=on")
         if self.readonly:
             options.append("ro")
         options.append("lowerdir=" + join_layers(self.read))

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 
 from cowfs.errors import Corrupt
 from cowfs.format import whiteout
+from cowfs.format.redirect import Ref as RowRef
 from cowfs.format.whiteout import Form
 from cowfs.index.directory import (
     EMPTY,
@@ -41,7 +42,6 @@ from cowfs.index.directory import (
     join,
 )
 from cowfs.model import Usage
-from cowfs.row.map import Ref as RowRef
 from cowfs.sys import files, xattr
 from cowfs.union.inodes import handle_of
 from cowfs.union.measure import Tally

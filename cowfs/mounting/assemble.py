@@ -91,7 +91,7 @@ def make_session(spec: MountSpec, view: View, target: str) -> Session | Portable
 
 def refused(session: Session | PortableSession, spec: MountSpec) -> CowfsError | None:
     """What the kernel did not agree to although it was asked for, or None. Only once the session is ready."""
-    agreement = getattr(session, "agreement", None)
+    agreement = session.agreement
     if agreement is not None and spec.io == "passthrough" and agreement.mode != spec.io:
         return Unsupported(
             "this kernel's FUSE has no passthrough (Linux 6.9 with CONFIG_FUSE_PASSTHROUGH)",

@@ -327,7 +327,7 @@ def mount(
 
 def block_size(text: str | int) -> int:
     """Bytes a block of new redirect files. Raises InvalidArgument unless it is a power of two from 4 KiB to 1 MiB."""
-    from cowfs.row.map import check_block
+    from cowfs.format.redirect import check_block
 
     size = parse_size(text)
     try:

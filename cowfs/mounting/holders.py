@@ -16,8 +16,9 @@ from cowfs.sys import locks
 
 if TYPE_CHECKING:
     from cowfs.mounting.notice import Notice
+    from cowfs.sys.mounts import MountInfo
 
-__all__ = ["Holder", "lock", "refuse_kernel_mount", "take"]
+__all__ = ["Holder", "lock", "refuse_kernel_mount", "share", "take"]
 
 GRACE = 1.0
 """Seconds that a mount waits for a holder that nothing is known of."""
@@ -119,12 +120,77 @@ def lock(directory: str, *, shared: bool) -> int:
     )
 
 
+def share(upper: str, *, mounts_only: bool) -> tuple[int, bool]:
+    """For a read-only mount of an upper layer: a descriptor that holds its lock with others who read, or, beside somebody who
+    writes there, none; and whether somebody writes.
+
+    Who writes is asked to hand over first what it has not written yet. What it writes later may show or not, as where the kernel
+    mounts an overlay over a layer that changes.
+
+    Args:
+        mounts_only: who writes must be a mount, not a verb that is at work.
+
+    Raises:
+        FailedPrecondition: it is none.
+    """
+    from cowfs.mounting.upper_state import record_places
+
+    fd = os.open(upper, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        holder = take(fd, record_places(upper), shared=True, grace=GRACE if mounts_only else 0.0)
+        if holder is not None:
+            if mounts_only and holder.notice is None:
+                raise FailedPrecondition(f"{upper} is in use by {holder}", remedy="wait for it, or end it")
+            _have_synced(upper, holder)
+            return fd, True
+        entry = _kernel_mount_of(upper)
+        if entry is not None:
+            _sync_at(os.fsdecode(entry.target))
+        return fd, entry is not None
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def _have_synced(upper: str, holder: Holder) -> None:
+    from cowfs.mounting import protocol
+
+    if holder.notice is not None:
+        socket = holder.notice.socket
+    else:  # it could leave none: an engine's layer has no place for it
+        answers = protocol.ask_all(protocol.sockets(), "info")
+        socket = next(
+            (path for path, told in answers if not isinstance(told, OSError) and told.get("upper") == upper), ""
+        )
+    try:
+        if socket:
+            protocol.ask(socket, "sync")
+    except CowfsError:  # an older server does not know the verb, or it is ending
+        if holder.notice is not None:
+            _sync_at(holder.notice.mountpoint)
+
+
+def _sync_at(mountpoint: str) -> None:
+    from cowfs.mounting.mountpoint import hand_over
+
+    hand_over(mountpoint)
+
+
 def refuse_kernel_mount(upper: str) -> None:
     """The kernel lets any number of mounts share an upper, and each then corrupts the other's view.
 
     Raises:
         FailedPrecondition: an overlay mount of this namespace has it.
     """
+    entry = _kernel_mount_of(upper)
+    if entry is not None:
+        raise FailedPrecondition(
+            f"{upper} is in use by the kernel's overlay mount at {os.fsdecode(entry.target)}",
+            remedy=f"umount {os.fsdecode(entry.target)}",
+        )
+
+
+def _kernel_mount_of(upper: str) -> MountInfo | None:
     from cowfs.sys.mounts import mountinfo
 
     identity = _identity(upper)
@@ -134,10 +200,8 @@ def refuse_kernel_mount(upper: str) -> None:
         for option in entry.super_options.split(b","):
             path = option.removeprefix(b"upperdir=")
             if path != option and (os.fsdecode(path) == upper or _identity(os.fsdecode(path)) == identity):
-                raise FailedPrecondition(
-                    f"{upper} is in use by the kernel's overlay mount at {os.fsdecode(entry.target)}",
-                    remedy=f"umount {os.fsdecode(entry.target)}",
-                )
+                return entry
+    return None
 
 
 def _identity(path: str) -> tuple[int, int] | None:

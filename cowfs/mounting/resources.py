@@ -15,11 +15,12 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from cowfs.errors import FailedPrecondition, InvalidArgument, NotFound
 from cowfs.model import Limit
 from cowfs.mounting import notice
-from cowfs.mounting.holders import lock, refuse_kernel_mount
+from cowfs.mounting.holders import lock, refuse_kernel_mount, share
 from cowfs.mounting.notice import Notice
 from cowfs.mounting.request import MountSpec, check_directory
 from cowfs.mounting.upper_state import layers_of, limit_of, read_record, record_places, write_record
@@ -51,6 +52,7 @@ class Stack:
         self._locks: list[int] = []
         self._ephemeral: str | None = None
         self._notice: Notice | None = None
+        self._alongside = False  # read-only, while somebody else writes in the upper
         self._made: list[str] = []  # directories that were not there before
 
     @classmethod
@@ -97,8 +99,12 @@ class Stack:
         self._check_mountpoint(upper, work)
         recorded = self._check_record(place, upper)
         self.upper, self.work, self._place = self._make(upper, work, place)
-        self._lock(self.upper)
-        refuse_kernel_mount(self.upper)
+        if spec.readonly and not spec.record:
+            fd, self._alongside = share(self.upper, mounts_only=spec.checked)
+            self._locks.append(fd)
+        else:
+            self._lock(self.upper)
+            refuse_kernel_mount(self.upper)
         if not spec.readonly:
             self._lock(self.work)
             check_volatile(self.work, volatile=spec.volatile, upper=self.upper)
@@ -332,7 +338,7 @@ class Stack:
             notice.leave(directory, told, alone=not self.spec.readonly)
 
     def _notice_place(self) -> str | None:
-        if self.upper is None:
+        if self.upper is None or self._alongside:
             return None
         root, layers, below = self.upper.rpartition("/layers/")
         if layers and os.path.exists(f"{root}/index.db"):
@@ -362,6 +368,12 @@ class Stack:
         taken = self._locks[before:]
         del self._locks[before:]
         return taken
+
+    def share(self) -> None:
+        """Nobody writes here any more: let others read what was locked."""
+        self.spec = replace(self.spec, readonly=True)
+        for fd in self._locks:
+            locks.lock(fd, shared=True, wait=True)
 
     def switched(self, upper: str, work: str, locks: Sequence[int]) -> None:
         """The writable pair is another one from now on; the former one is let go."""

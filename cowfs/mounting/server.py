@@ -171,6 +171,7 @@ class Server:
         self.started = 0
         self.socket = ""
         self.log = ""
+        self._stack_open = self._view_open = False
         self.stack: Stack
         self.view: View
         self.session: Session | PortableSession
@@ -208,7 +209,7 @@ class Server:
         try:
             self._prepare()
         except Exception as error:
-            if hasattr(self, "stack"):
+            if self._stack_open:
                 self.stack.undo()
             self._close()
             problem = explain(error, self.spec)
@@ -229,8 +230,10 @@ class Server:
         target = mountpoint.prepare(spec.mountpoint)
         self.spec = spec = replace(spec, mountpoint=target)
         self.stack = Stack.open(spec)
+        self._stack_open = True
         os.chdir("/")
         self.view = make_view(self.stack)
+        self._view_open = True
         if spec.volatile and self.stack.work and not spec.readonly:
             from cowfs.mounting.volatile import mark_volatile
 
@@ -270,9 +273,9 @@ class Server:
     def _close(self) -> None:
         """Everything but the process itself, in the order in which others may rely on it."""
         self._ending.set()
-        if hasattr(self, "view"):
+        if self._view_open:
             self.view.close()
-        if hasattr(self, "stack"):
+        if self._stack_open:
             self.stack.close()
         if self._listener is not None:
             try:

@@ -12,11 +12,12 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from cowfs.format.redirect import Ref
 from cowfs.row.extents import INFINITY, ZEROS, Extents
-from cowfs.row.map import Loaded, Log, Ref
+from cowfs.row.map import Loaded, Log
 from cowfs.row.readahead import Ahead, Hints, plan
+from cowfs.union.filedata import FileData, Lower
 from cowfs.union.layers import Layer, Source
-from cowfs.union.merge import Data
 from cowfs.union.node import Node
 from cowfs.union.quota import UNIT
 
@@ -46,7 +47,7 @@ class Level:
         self.fd = fd
 
 
-class Chain:
+class Chain(FileData):
     """A redirect file and what it stands on, as far as reading goes. Owner: the view's thread.
 
     Attributes:
@@ -67,6 +68,8 @@ class Chain:
         ahead: what was asked for ahead of a reader.
         twin: the file that is to take its place, while it is compacted.
     """
+
+    pieced = stays = True
 
     __slots__ = (
         "ahead",
@@ -96,7 +99,7 @@ class Chain:
         self.name = name
         self.ref = ref
         self.node: Node
-        self.behind: Data | None = None
+        self.behind: Lower | None = None
         self.base_end = 0
         self.size = 0
         self.ahead = Ahead()
@@ -116,11 +119,12 @@ class Chain:
         self.node = node
 
     @property
-    def path(self) -> bytes:
-        """What a metacopy's ``redirect`` says. AttributeError for a file that stands for itself."""
-        if self.behind is None:
-            raise AttributeError("path")
-        return self.behind.path
+    def home(self) -> Layer:
+        return self.layer
+
+    @property
+    def path(self) -> bytes | None:
+        return self.behind.path if self.behind is not None else None
 
     @property
     def writable(self) -> bool:
@@ -129,8 +133,7 @@ class Chain:
         where = self.node.where
         return self.where is None and (where is None or where.layer is view.upper) and not view.readonly
 
-    def stat_size(self, st: os.stat_result) -> tuple[int, int]:
-        """(size, st_blocks) to show."""
+    def shown(self, st: os.stat_result) -> tuple[int, int]:
         base = self.ref.base_blocks if self.ref is not None else 0
         return st.st_size, min(-(-st.st_size // UNIT) * 8, st.st_blocks + base)
 
@@ -153,6 +156,15 @@ class Chain:
             return self.where, self.name
         assert self.node.where is not None
         return self.node.where, self.node.name
+
+    def in_layers(self, layers: set[Layer]) -> bool:
+        if self.layer in layers:
+            return True
+        self.load()
+        return any(level.where.layer in layers for level in self.levels)
+
+    def found_at(self) -> object:
+        return super().found_at() if self.where is not None else None
 
     def _fd(self, owner: int) -> int:
         levels = self.levels

@@ -16,9 +16,10 @@ import errno
 import os
 from collections.abc import Callable, Container
 
+from cowfs.format.redirect import Ref
 from cowfs.row.chain import Chain
 from cowfs.row.extents import INFINITY, ZEROS
-from cowfs.row.map import RECORD_SIZE, Log, Ref
+from cowfs.row.map import RECORD_SIZE, Log
 from cowfs.sys import files, xattr
 from cowfs.union.quota import UNIT, units
 

@@ -23,20 +23,21 @@ import stat
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from cowfs.row import map as row_map
+from cowfs.format.redirect import ROOT_MARK, Ref, check_block
+from cowfs.row import absorbing, map as row_map
 from cowfs.row.chain import Chain, Level, lay
 from cowfs.row.extents import INFINITY, ZEROS, Extents
 from cowfs.row.file import RowFile
 from cowfs.row.layer import is_marked, open_maps
-from cowfs.row.map import ROOT_MARK, Loaded, Log, Ref
+from cowfs.row.map import Loaded, Log
 from cowfs.row.readahead import Pilot
 from cowfs.row.writeback import Syncer
 from cowfs.sys import xattr
 from cowfs.union import copyup, holding, merge, stored
 from cowfs.union.attr import unpack
+from cowfs.union.filedata import PLAIN, Absorbing, FileData, Lower, Redirects
 from cowfs.union.layers import MAP_DIR, Layer, Source, lstat
 from cowfs.union.measure import NOTHING, Room
-from cowfs.union.merge import Data
 from cowfs.union.node import DT_REG, Node
 from cowfs.union.quota import Blocks
 
@@ -47,7 +48,7 @@ DEFAULT_BLOCK = 4096
 _DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
-class Rows:
+class Rows(Redirects):
     """The redirect files of one view.
 
     Attributes:
@@ -57,7 +58,7 @@ class Rows:
     def __init__(self, view: View) -> None:
         self.view = view
         self.block = view.options.row or DEFAULT_BLOCK
-        row_map.check_block(self.block)
+        check_block(self.block)
         row_map.boot_id()  # read once, before somebody waits for it
         self._marked: dict[Layer, bool] = {}
         self._maps: dict[Layer, int] = {}
@@ -79,11 +80,6 @@ class Rows:
         return found
 
     def map_dir(self, layer: Layer) -> int:
-        """The open directory of a layer's maps; for the upper layer it is made.
-
-        Raises:
-            OSError: EIO when a marked layer has none.
-        """
         found = self._maps.get(layer)
         if found is not None:
             return found
@@ -102,14 +98,12 @@ class Rows:
         return fd
 
     def forget(self, layer: Layer) -> None:
-        """A layer has left the view."""
         self._marked.pop(layer, None)
         fd = self._maps.pop(layer, -1)
         if fd >= 0:
             os.close(fd)
 
     def close(self) -> None:
-        """Sync what is dirty, mark the maps, close everything."""
         self.pilot.close()
         try:
             self.syncer.close()
@@ -137,10 +131,9 @@ class Rows:
             return None
         return RowFile(self, where.layer, None if where.layer is self.view.upper else where, name, ref)
 
-    def find(self, where: Source, name: bytes, data: Data | None) -> RowFile | Data | None:
-        """What a file's data is: a redirect file's, also behind a metacopy; else ``data``, as it was found."""
-        if data is None:
-            return self.load(where, name)
+    def find(self, where: Source, name: bytes, data: FileData) -> FileData:
+        if not isinstance(data, Lower):
+            return self.load(where, name) or data
         ref = self.ref_at(data.where, data.name)
         if ref is None:
             return data
@@ -243,13 +236,11 @@ class Rows:
         self._open_levels -= self._levels.pop(file, 0)
 
     def trim_logs(self) -> None:
-        """Close the maps opened longest ago, above their share. Only before a map is used."""
         logs = self._logs
         while len(logs) > self.view.share.maps:
             next(iter(logs)).drop_log()
 
     def give_back(self) -> None:
-        """Close what can be opened again. Only between operations."""
         for chain in list(self._levels):
             chain.release()
         for file in list(self._logs):
@@ -297,7 +288,6 @@ class Rows:
             log.close()
 
     def sync_job(self) -> Callable[[], None]:
-        """What syncfs(2) adds here: every dirty file; to be run in any thread."""
         return self.syncer.sync
 
     def drop_map(self, layer: Layer, ref: Ref) -> None:
@@ -311,18 +301,6 @@ class Rows:
     # -- making -------------------------------------------------------------------------------
 
     def redirect(self, node: Node, keep: int | None = None, *, data: bool = True) -> bool:
-        """Have a redirect file in the upper layer for a file that is about to change.
-
-        Args:
-            keep: how much of the data is still wanted.
-            data: the data will change; otherwise only attributes or names.
-
-        Returns:
-            ``False`` when an ordinary copy is as good: nothing is kept, or all of it is one block.
-
-        Raises:
-            OSError: EROFS, ENOSPC.
-        """
         view, old = self.view, node.data
         view.need_upper()
         if isinstance(old, RowFile) and old.writable:
@@ -383,10 +361,11 @@ class Rows:
         if isinstance(old, RowFile):
             extents = old.load().copy()
             return [*old.levels, Level(*old.place())], extents
-        if old is not None:
-            return [Level(old.where, old.name)], Extents()
-        assert node.where is not None
-        return [Level(node.where, node.name)], Extents()
+        there = old.place()
+        if there is None:
+            assert node.where is not None
+            there = node.where, node.name
+        return [Level(*there)], Extents()
 
     def _take(
         self, node: Node, file: RowFile, fd: int, levels: list[Level], extents: Extents, size: int, log: Log | None
@@ -422,8 +401,8 @@ class Rows:
         """A metacopy of the upper layer becomes a redirect file where it stands."""
         view, old = self.view, node.data
         if isinstance(old, RowFile):
-            old = old.behind
-        if not isinstance(old, Data):
+            old = old.behind or PLAIN
+        if not isinstance(old, Lower):
             return False
         upper = view.need_upper()
         maps = self.map_dir(upper)
@@ -491,6 +470,22 @@ class Rows:
         holding.hold_made(view, node, work, temp)
         return True
 
+    def own_all(self, node: Node) -> bool:
+        self.redirect(node)
+        file = node.data
+        if isinstance(file, RowFile):
+            while file.missing():
+                file.fill(1 << 20)
+            file.sync_job()(False)
+            self.make_plain(file)
+        return True
+
+    def stands_on(self, node: Node, layer: Layer) -> bool:
+        return absorbing.stands_on(self, node, layer)
+
+    def absorb(self, node: Node, layer: Layer, *, renames: bool) -> Absorbing:
+        return absorbing.RowAbsorbing(self, node, layer, renames=renames)
+
     def make_plain(self, file: RowFile) -> None:
         """A file that shows nothing of its base any more is a plain one."""
         if file.ref is not None:
@@ -511,7 +506,7 @@ class Rows:
         if file.ref is not None:
             self.drop_map(view.need_upper(), file.ref)
         file.close()
-        node.data = node.attr = None
+        node.data, node.attr = PLAIN, None
 
 
 def _no_map(ref: Ref, name: bytes) -> OSError:

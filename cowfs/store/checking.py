@@ -17,7 +17,8 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from cowfs.errors import Corrupt
+from cowfs.driver import registry
+from cowfs.errors import Corrupt, Unsupported
 from cowfs.index.database import Row
 from cowfs.index.directory import Entry, Pair, Ref, children_of, decode, entries, join, root_digest
 from cowfs.model import Kind, Usage
@@ -408,4 +409,18 @@ class UpkeepVerbs(MountVerbs):
         sample = self.driver.mounts("sample", ["below"] if not can.whole else [], limit=Limit())[0]
         told["records"] = sample.type
         told["kernel mounts"] = kernel_image.how(self.driver)
+        told["limits"] = "cowfs's own server"
+        told |= self.driver.explain()
         return told
+
+    def alternatives(self) -> dict[str, str]:
+        """Drivers that a store in this place could have instead, and what they say of it."""
+        try:
+            probes = registry.choose(self.root)[1]
+        except (OSError, Unsupported):
+            return {}
+        return {
+            name: "; ".join(probe.reasons)
+            for name, probe in sorted(probes.items())
+            if probe.usable and name != self.driver.name
+        }

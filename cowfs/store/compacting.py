@@ -13,7 +13,7 @@ from cowfs.errors import CowfsError, Unsupported
 from cowfs.index.database import Row
 from cowfs.model import Info
 from cowfs.store import layers
-from cowfs.store.live import LiveVerbs
+from cowfs.store.engines import EngineVerbs
 from cowfs.store.reserve import names_full
 
 __all__ = ["Compacted", "CompactionVerbs"]
@@ -38,7 +38,7 @@ OnProgress = Callable[[str, int, int], None]
 """Called with the path in work, bytes copied so far, bytes that this file still lacks."""
 
 
-class CompactionVerbs(LiveVerbs):
+class CompactionVerbs(EngineVerbs):
     """compact, and commit with it."""
 
     def commit(
@@ -47,13 +47,15 @@ class CompactionVerbs(LiveVerbs):
         name: str,
         *,
         labels: Mapping[str, str] | None = None,
+        replace_labels: bool = False,
         digests: bool = False,
+        mounted: bool = False,
         compact: bool = False,
     ) -> Info:
         """As :meth:`StoreCore.commit`; with ``compact`` after a :meth:`compact` of what has mostly been written."""
         if compact and self.driver.capabilities.row:
             self.compact(key)
-        return super().commit(key, name, labels=labels, digests=digests)
+        return super().commit(key, name, labels=labels, replace_labels=replace_labels, digests=digests, mounted=mounted)
 
     @names_full
     def compact(self, key: str, *, share: float | None = None, on_progress: OnProgress | None = None) -> Compacted:

@@ -27,6 +27,7 @@ from cowfs.sys.mounts import MountInfo, mountinfo
 from cowfs.sys.regular import open_regular, read_small
 
 __all__ = [
+    "PLAIN",
     "UNKNOWN",
     "KeptDigests",
     "LayerFile",
@@ -36,10 +37,12 @@ __all__ = [
     "hold",
     "is_locked",
     "kernel_mount_of",
+    "kernel_mounts_of",
     "known_digest",
     "mark_copied",
     "mark_time",
     "marked_time",
+    "not_plain",
     "unmark",
     "untouched",
 ]
@@ -48,6 +51,8 @@ KEPT = "cowfs-digests"
 _RECORD = struct.Struct("<QQ32s")  # inode, ctime in ns, digest
 COPIED = "cowfs-copied"
 """A file made right after a driver copied the parent: what has an older ctime was not touched since."""
+PLAIN = "cowfs-plain"
+"""A file beside the tree of a layer that holds neither redirects nor metacopies, and that only an engine writes in."""
 SEAL = ".seal"
 """Ends the name of the file beside a mark that says which file the mark is: its device, inode and ctime."""
 _CHUNK = 1 << 20
@@ -107,22 +112,27 @@ def is_locked(driver: Driver, row: Row) -> bool:
 
 def kernel_mount_of(tree: str) -> str | None:
     """Where the kernel has this tree mounted, as an overlay's upper or by a bind; None when nowhere."""
+    found = next(kernel_mounts_of(tree), None)
+    return None if found is None else os.fsdecode(found.target)
+
+
+def kernel_mounts_of(tree: str) -> Iterator[MountInfo]:
+    """The kernel's mounts of a tree in this mount namespace, as an overlay's upper or by a bind."""
     try:
         wanted = os.stat(tree)
     except OSError:
-        return None
+        return
     device = f"{os.major(wanted.st_dev)}:{os.minor(wanted.st_dev)}"
     raw = os.fsencode(tree)
     own = b"cowfs:" + os.path.basename(os.path.dirname(raw))  # a view has no upper: its source says whose it is
     for entry in mountinfo():
         if entry.fstype == "overlay":
             if b"upperdir=" + raw in entry.super_options.split(b",") or entry.source == own:
-                return os.fsdecode(entry.target)
+                yield entry
         elif entry.root.endswith(b"/fs") and (
             (entry.dev == device and raw.endswith(entry.root)) or _is_bind_of(entry, wanted, raw)
         ):
-            return os.fsdecode(entry.target)
-    return None
+            yield entry
 
 
 def _is_bind_of(entry: MountInfo, wanted: os.stat_result, raw: bytes) -> bool:
@@ -139,6 +149,17 @@ def _is_bind_of(entry: MountInfo, wanted: os.stat_result, raw: bytes) -> bool:
     except OSError:
         return True  # hidden from us; no other store has a layer of this id
     return (shown.st_dev, shown.st_ino) == (wanted.st_dev, wanted.st_ino)
+
+
+def not_plain(driver: Driver, id: str) -> None:
+    """Whoever mounts a layer next may write in it what engines' mounts cannot read."""
+    try:
+        os.unlink(f"{driver.directory(id)}/{PLAIN}")
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        if error.errno != errno.EROFS:
+            raise
 
 
 def mark_copied(driver: Driver, id: str, parent: str, *, only_root: bool) -> None:

@@ -44,7 +44,7 @@ from cowfs.store import layers
 from cowfs.store.checking import Collected, UpkeepVerbs
 from cowfs.store.key_lock import turn
 from cowfs.store.mounts import KernelMount
-from cowfs.store.names import check_labels, check_name, new_id
+from cowfs.store.names import check_key, check_labels, new_id
 from cowfs.store.reserve import names_full
 from cowfs.store.staging import NEW, _lock, _make_locked, discard, read_note
 from cowfs.sys import trees
@@ -109,7 +109,7 @@ class LiveVerbs(UpkeepVerbs):
             FailedPrecondition: mounted by the kernel, read-only, or in use by another verb.
             Unsupported: the driver keeps whole trees.
         """
-        check_name(name)
+        check_key(name)
         check_labels(labels or {})
         with self._turn(key):
             return self._snapshot(key, name, labels or {})
@@ -137,7 +137,7 @@ class LiveVerbs(UpkeepVerbs):
             FailedPrecondition: mounted by the kernel, read-only, or in use by another verb.
         """
         if keep is not None:
-            check_name(keep)
+            check_key(keep)
         with self._turn(key):
             return self._rollback(key, name, keep)
 
@@ -206,9 +206,9 @@ class LiveVerbs(UpkeepVerbs):
         with turn(self.root, key):
             return super()._commit(key, name, **options)
 
-    def _remove(self, row: Row) -> None:
+    def _remove(self, row: Row, **options: Any) -> None:
         with turn(self.root, row.name):
-            super()._remove(row)
+            super()._remove(row, **options)
 
     def _base_at(self, row: Row, ancestor: Row) -> tuple[Usage, bool]:
         """The base that a key has over one of its ancestors, and whether they share a limit: its own snapshots count for it."""

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from cowfs.errors import CowfsError, FailedPrecondition, InvalidArgument, NotFound, Unsupported
 from cowfs.format.mount_options import split_layers, unescape
 from cowfs.index.database import Row
-from cowfs.model import SMALLEST_LIMIT, Limit, Mount, Usage, parse_count, parse_size
-from cowfs.store.layers import is_locked, kernel_mount_of
+from cowfs.model import SMALLEST_LIMIT, Kind, Limit, Mount, Usage, parse_count, parse_size
+from cowfs.store.layers import is_locked, kernel_mount_of, kernel_mounts_of
 from cowfs.store.queries import LookVerbs
 from cowfs.sys import mounts as sys_mounts
 
@@ -79,14 +79,17 @@ class MountVerbs(LookVerbs):
         target: str | os.PathLike[str],
         *,
         mount_type: str | None = None,
+        readonly: bool = False,
         **more: Any,
     ) -> MountHandle | KernelMount:
-        """Mount an active snapshot or a view.
+        """Mount a snapshot.
 
         Args:
-            key: its key.
+            key: of an active snapshot or a view; with ``readonly`` also a name or a tag.
             target: an existing directory.
             mount_type: ``fuse`` (the default) or ``kernel``.
+            readonly: nobody may write. An active snapshot may be mounted for writing at the same time: what it holds now is
+                shown, and what is changed there later may show or not.
             more: as for :func:`cowfs.mount`: volatile, allow_other, io, options, trace and so on.
 
         Returns:
@@ -94,7 +97,7 @@ class MountVerbs(LookVerbs):
 
         Raises:
             NotFound: no such key, or no such directory.
-            FailedPrecondition: a committed snapshot, or mounted already.
+            FailedPrecondition: a committed snapshot without ``readonly``, or mounted for writing already.
             Unsupported: the host or user may not mount.
         """
         from cowfs.mounting.mountpoint import resolve
@@ -102,6 +105,8 @@ class MountVerbs(LookVerbs):
         if mount_type not in (None, "fuse", "kernel"):
             raise InvalidArgument(f"no mount type {mount_type!r}", remedy="kernel or fuse")
         where = resolve(os.fspath(target))
+        if readonly:
+            more["readonly"] = True
         with self.layers_stay(key):
             return self._mount(key, where, mount_type, more)
 
@@ -119,19 +124,23 @@ class MountVerbs(LookVerbs):
     def _mount(self, key: str, where: str, mount_type: str | None, more: dict[str, Any]) -> MountHandle | KernelMount:
         from cowfs.mounting import client
 
-        row = self._keyed(key)
         if mount_type == "kernel":
+            row = self._keyed(key)
             self._mountable(row)
+            if "readonly" in more and row.kind is not Kind.VIEW:
+                raise Unsupported(
+                    "the kernel mounts an active snapshot for writing only", remedy="leave out --mount-type"
+                )
             self._refuse_used(row)
             try:
                 self._mount_image(row, where)
-            except (
-                OSError,
-                Unsupported,
-            ) as error:  # what an image cannot hold, or this host cannot mount: layer by layer
+            except (OSError, Unsupported) as error:  # what no image can hold, or this host cannot mount: layer by layer
                 self._mount_layers(row, where, error)
             return KernelMount(where)
-        return client.spawn(self.spec(key, where, **more))
+        spec = self.spec(key, where, **more)
+        if not spec.readonly:
+            self._hand_limit(self._keyed(key), by_server=True)
+        return client.spawn(spec)
 
     def _mount_layers(self, row: Row, where: str, no_image: Exception) -> None:
         """Mount a snapshot with each layer as a lower one of its own; what no image could be made or mounted for is told."""
@@ -192,24 +201,26 @@ class MountVerbs(LookVerbs):
                 remedy=f"cowfs compact --share 0 {row.name} makes whole files of them; or commit it and mount what stands on that",
             )
 
-    def spec(self, key: str, target: str, **more: Any) -> MountSpec:
+    def spec(self, key: str, target: str, *, readonly: bool = False, **more: Any) -> MountSpec:
         """The wish that our server gets for a snapshot (:class:`cowfs.mounting.request.MountSpec`)."""
         from cowfs.mounting.index_view import FACTORY
         from cowfs.mounting.request import MountSpec
 
-        row = self._keyed(key)
-        plan = self._plan(row)
         words = more.pop("options", ())
         words = words.split(",") if isinstance(words, str) else tuple(words)
+        readonly = readonly or "ro" in words
+        row = self.resolve(key) if readonly else self._keyed(key)
+        plan = self._plan(row, committed=readonly)
+        readonly = readonly or plan.readonly
         return MountSpec(
             layers=plan.lowers[::-1] or (plan.empty,),
             mountpoint=target,
             upper=plan.upper,
             work=plan.work,
             record=False,
-            readonly=plan.readonly or "ro" in words,
-            size=row.limit.bytes,
-            inodes=row.limit.inodes,
+            readonly=readonly,
+            size=None if readonly else row.limit.bytes,
+            inodes=None if readonly else row.limit.inodes,
             options=tuple(word for word in words if word not in ("ro", "rw")),
             row=plan.row,
             factory=FACTORY,
@@ -239,6 +250,46 @@ class MountVerbs(LookVerbs):
                 view = make_view(stack)
                 held.callback(view.close)
             yield Paths(view)
+
+    @contextmanager
+    def _alone(self, row: Row, verb: str, *, mounted: bool, missing_ok: bool = False) -> Iterator[bool]:
+        with ExitStack() as held:
+            alone = True
+            try:
+                held.enter_context(super()._alone(row, verb, mounted=False, missing_ok=missing_ok))
+            except FailedPrecondition:
+                if not mounted or self.mounted_at(row.name) is None:
+                    raise
+                alone = False
+                if verb == "commit":
+                    self._let_nobody_write(row)
+            yield alone
+
+    def _let_nobody_write(self, row: Row) -> None:
+        """Make the mounts of a snapshot read-only, for good; what was written is in its layer then.
+
+        Raises:
+            FailedPrecondition: files are open for writing in a mount of the kernel; or the server cannot.
+        """
+        server = self._server_of(row)
+        if server is not None:
+            from cowfs.mounting import protocol
+
+            protocol.ask(server["socket"], "readonly", timeout=600.0)
+            return
+        tree = self.driver.tree(row.id)
+        for entry in kernel_mounts_of(tree):
+            flags = sys_mounts.MS_REMOUNT | sys_mounts.MS_RDONLY
+            try:
+                sys_mounts.mount(
+                    "", entry.target, "", flags if entry.fstype == "overlay" else flags | sys_mounts.MS_BIND
+                )
+            except OSError as error:
+                where = os.fsdecode(entry.target)
+                raise FailedPrecondition(
+                    f"{row.name!r} is mounted by the kernel at {where}, which cannot be made read-only: {error.strerror}",
+                    remedy="end who writes there, or unmount it",
+                ) from None
 
     def _refuse_used(self, row: Row) -> None:
         from cowfs.store.layers import hold
@@ -385,6 +436,14 @@ class MountVerbs(LookVerbs):
             from cowfs.mounting import protocol
 
             protocol.ask(server["socket"], "limit", bytes=limit.bytes, inodes=limit.inodes)
+        elif self.driver.capabilities.own_limit and kernel_mount_of(self.driver.tree(row.id)) is not None:
+            why = self.driver.plan(row.id, [], limit=limit).why_not_kernel
+            if why:
+                raise FailedPrecondition(f"{name!r} is mounted by the kernel: {why}", remedy="unmount it first")
+            self.driver.limit(row.id, limit)
+            with self.index.write() as change:
+                self._active(name, row.num)
+                change.set_limit(row.num, limit)
         else:
             with hold(self.driver, row, "limit"), self.index.write() as change:
                 self._active(name, row.num)

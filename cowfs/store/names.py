@@ -1,11 +1,11 @@
 """Which keys, names, tags and labels are allowed, here and only here.
 
-Rule 1. A name is 1 to 255 characters of what prints, without space at either end and without
-control characters, so that it fits on one line of any listing and in any log. A tag has no space at all.
-Rule 2. It never becomes part of a path: layers are named by ids that the store makes itself. So
-slashes and dots are fine (containerd's keys are ``namespace/1/name``).
-Rule 3. What begins with ``/``, ``./``, ``../`` or ``-`` would be taken for a path or an option on
-the command line, and is refused here.
+Rule 1. A key, or the name of a committed snapshot, is any text without NUL, up to 4,096 bytes: engines choose it
+(containerd's are ``namespace/1/name``, and its clients may use paths and whatever else), and a store is no place to judge that.
+Rule 2. It never becomes part of a path: layers are named by ids that the store makes itself.
+Rule 3. A tag, and a key that the command line makes, is 1 to 255 characters of what prints, without space at either
+end and without control characters, so that it fits on one line of any listing and in any log; and it does not begin
+with ``/``, ``./``, ``../`` or ``-``, since it would be taken for a path or an option there. A tag has no space at all.
 """
 
 from __future__ import annotations
@@ -15,15 +15,37 @@ from collections.abc import Mapping
 
 from cowfs.errors import InvalidArgument
 
-__all__ = ["check_labels", "check_name", "new_id"]
+__all__ = ["check_key", "check_labels", "check_name", "new_id"]
 
 MAX_NAME = 255
+MAX_KEY = 4096  # bytes
 MAX_LABEL = 4096  # bytes of key and value together, as containerd has it
 _ALPHABET = "abcdefghijklmnopqrstuvwxyz234567"
 
 
+def check_key(key: str, what: str = "name") -> str:
+    """A key or name that a store may keep.
+
+    Raises:
+        InvalidArgument: it may not; the message says why.
+    """
+    if not isinstance(key, str):
+        raise InvalidArgument(f"a {what} is a string, not {type(key).__name__}")
+    try:
+        length = len(key.encode())
+    except UnicodeEncodeError:
+        length, why = 0, "it is not text"
+    else:
+        why = "it is empty" if not key else "it has a NUL in it" if "\0" in key else ""
+    if length > MAX_KEY:
+        why = f"it has {length} bytes, {MAX_KEY} are allowed"
+    if why:
+        raise InvalidArgument(f"{_short(key)} cannot be a {what}: {why}")
+    return key
+
+
 def check_name(name: str, what: str = "name") -> str:
-    """A key, name or tag that may be used.
+    """A tag, or a key or name that the command line makes.
 
     Raises:
         InvalidArgument: it may not; the message says why.
@@ -32,9 +54,12 @@ def check_name(name: str, what: str = "name") -> str:
         raise InvalidArgument(f"a {what} is a string, not {type(name).__name__}")
     why = _why_not(name) or ("it has a blank in it" if what == "tag" and any(map(str.isspace, name)) else "")
     if why:
-        shown = name if len(name) <= 40 else name[:37] + "..."
-        raise InvalidArgument(f"{shown!r} cannot be a {what}: {why}")
+        raise InvalidArgument(f"{_short(name)} cannot be a {what}: {why}")
     return name
+
+
+def _short(name: str) -> str:
+    return repr(name if len(name) <= 40 else name[:37] + "...")
 
 
 def _why_not(name: str) -> str:

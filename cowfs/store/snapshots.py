@@ -16,15 +16,11 @@ Threads: a store may be used by any number of threads and, opened anew, of proce
 from __future__ import annotations
 
 import contextlib
-import errno
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from cowfs.driver import registry
-from cowfs.driver.interface import Driver, Probe
+from cowfs.driver.interface import Driver
 from cowfs.driver.plan import MountPlan
 from cowfs.errors import (
     AlreadyExists,
@@ -32,18 +28,16 @@ from cowfs.errors import (
     FailedPrecondition,
     InvalidArgument,
     NotFound,
-    Unsupported,
 )
-from cowfs.index.database import Index, Row
+from cowfs.index.database import Row
 from cowfs.index.transaction import Committed, NameTaken
 from cowfs.model import SMALLEST_LIMIT, Info, Kind, Limit, Mount, Usage, parse_count, parse_size
-from cowfs.store import key_lock, layers
-from cowfs.store.names import check_labels, check_name, new_id
-from cowfs.store.opening import INDEX, default_root, make_root, must_run, only_one
-from cowfs.store.recount import recount
-from cowfs.store.reserve import FULL, Reserve, names_full, no_room
+from cowfs.store import layers
+from cowfs.store.base import OpenStore
+from cowfs.store.names import check_key, check_labels, new_id
+from cowfs.store.reserve import names_full
 from cowfs.store.staging import discard, staged, sweep
-from cowfs.sys import files, host, trees
+from cowfs.sys import trees
 from cowfs.sys.faults import point
 
 if TYPE_CHECKING:
@@ -57,120 +51,8 @@ MAX_DEPTH = 2000
 """Layers in a chain: what one mount opens at most."""
 
 
-class StoreCore:
-    """The verbs that change snapshots. Made by :meth:`open`; users see it as :class:`cowfs.Store`.
-
-    Attributes:
-        root: the store's directory, absolute.
-        driver: the backend.
-        index: the index.
-        why: why this driver: what each one that is installed said, by name; empty when the store
-            had one already.
-    """
-
-    def __init__(self, root: str, index: Index, driver: Driver, why: Mapping[str, Probe]) -> None:
-        self.root = root
-        self.index = index
-        self.driver = driver
-        self.why = why
-        self.reserve = Reserve(root)
-
-    # --------------------------------------------------------------- open, close
-
-    @classmethod
-    def open(
-        cls,
-        root: str | os.PathLike[str] | None = None,
-        *,
-        driver: str = "auto",
-        create: bool = True,
-        fsync: bool = True,
-        **options: Any,
-    ) -> Self:
-        """Open the store in a directory, making it on first use.
-
-        Args:
-            root: the directory; default: :func:`default_root`.
-            driver: ``auto`` takes the driver that the store has, else the best one for this host.
-            create: whether to make a store that is not there.
-            fsync: off: a power loss may undo the latest verbs (not damage the store).
-            options: the driver's own.
-
-        Raises:
-            NotFound: no store there and ``create`` is off, or no such driver.
-            InvalidArgument: the directory holds something else, or the store has another driver.
-            Unsupported: no driver can run here, or a newer cowfs made the store.
-            Corrupt: the index is damaged.
-        """
-        path = os.path.abspath(os.fspath(root) if root is not None else default_root())
-        if driver != "auto":
-            registry.load(driver)  # one that is not there makes no store
-        make_root(path, create)
-        try:
-            return cls._open(path, driver, create, fsync, options)
-        except OSError as error:
-            if error.errno not in (errno.EROFS, *FULL) or not os.path.isdir(path):
-                raise
-            raise no_room(error, path) from error
-
-    @classmethod
-    def _open(cls, path: str, driver: str, create: bool, fsync: bool, options: Mapping[str, Any]) -> Self:
-        with only_one(path):
-            index = Index(os.path.join(path, INDEX), create=create, fsync=fsync)
-        try:
-            why: Mapping[str, Probe] = {}
-            had = index.meta("driver")
-            if had is None:
-                with only_one(path):  # nobody sweeps, or chooses another, while the drivers try what they can do here
-                    had = index.meta("driver")
-                    if had is None:
-                        if driver == "auto":
-                            best, why = registry.choose(path)
-                            had = best.name
-                        else:
-                            must_run(registry.load(driver), path)
-                            had = driver
-                        index.set_meta("driver", had)
-            if driver not in ("auto", had):
-                raise InvalidArgument(
-                    f"the store {path} has the driver {had}, not {driver}",
-                    remedy="another driver needs a store of its own",
-                )
-            form = index.meta("form") or index.set_meta("form", "trusted" if host.can_trusted_xattr() else "user")
-            if form == "trusted" and not host.can_trusted_xattr():
-                raise Unsupported(
-                    f"the layers of {path} have trusted.overlay.* attributes, which this user cannot read",
-                    remedy="run as root, or use a store of your own",
-                )
-            found = registry.load(had, index.meta("driver_class"))
-            if index.meta("driver_class") is None:
-                index.set_meta("driver_class", registry.where(found))
-            made = found(path, form=form, fsync=fsync, **options)
-            if not index.refused:
-                for name in ("layers", "empty"):
-                    with contextlib.suppress(FileExistsError):
-                        files.make_directory(os.path.join(path, name), 0o755 if name == "empty" else 0o700)
-                sweep(made, index)
-                Reserve(path).keep()
-                key_lock.prepare(path)
-                recount(index, made)
-        except BaseException:
-            index.close()
-            raise
-        return cls(path, index, made, why)
-
-    def close(self) -> None:
-        """Let go of the index and the driver. Idempotent."""
-        self.driver.close()
-        self.index.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
+class StoreCore(OpenStore):
+    """The verbs that change snapshots."""
 
     # ------------------------------------------------------------------- making
 
@@ -222,7 +104,7 @@ class StoreCore:
 
     @names_full
     def _create(self, key: str, parent: str | None, kind: Kind, limit: Limit, labels: Mapping[str, str]) -> Row:
-        check_name(key, "key")
+        check_key(key, "key")
         check_labels(labels)
         above = self._parent(parent) if parent is not None else None
         self._free(key)
@@ -315,24 +197,19 @@ class StoreCore:
             )
         return row if row is not None else self.index.get(name)
 
-    def resolve(self, name: str) -> Row:
-        """The row of a snapshot, or of the one that a tag names.
-
-        Raises:
-            NotFound: neither.
-        """
-        row = self.index.find(name)
-        if row is not None:
-            return row
-        tag = self.index.tag(name)
-        if tag is None:
-            raise NotFound(f"no snapshot or tag {name!r}", remedy="'cowfs ls' and 'cowfs images' show what there is")
-        return self.index.get(tag.target)
-
     # ------------------------------------------------------------------- commit
 
     @names_full
-    def commit(self, key: str, name: str, *, labels: Mapping[str, str] | None = None, digests: bool = False) -> Info:
+    def commit(
+        self,
+        key: str,
+        name: str,
+        *,
+        labels: Mapping[str, str] | None = None,
+        replace_labels: bool = False,
+        digests: bool = False,
+        mounted: bool = False,
+    ) -> Info:
         """Make an active snapshot immutable and give it a name; the key is free again.
 
         Costs what changed: only the layer is read.
@@ -341,14 +218,20 @@ class StoreCore:
             key: an active snapshot that nobody has mounted.
             name: of the committed one.
             labels: added to those of the key.
+            replace_labels: ``labels`` are all that it has.
             digests: also compute the digest of each file in the layer.
+            mounted: it may be mounted; the mount goes on, read-only. What is written through a descriptor that is open
+                meanwhile is refused (EROFS) at the write, at fsync or at close.
 
         Raises:
             NotFound: no such key.
             AlreadyExists: the name is taken.
-            FailedPrecondition: a view, committed already, or mounted.
+            FailedPrecondition: a view, committed already, or mounted (with ``mounted``: by the kernel, with files open
+                for writing; or with ``io="passthrough"``).
         """
-        return self._commit(key, name, labels=labels or {}, digests=digests).info()
+        return self._commit(
+            key, name, labels=labels or {}, replace_labels=replace_labels, digests=digests, mounted=mounted
+        ).info()
 
     def _commit(
         self,
@@ -356,16 +239,21 @@ class StoreCore:
         name: str,
         *,
         labels: Mapping[str, str] | None = None,
+        replace_labels: bool = False,
         digests: bool = False,
+        mounted: bool = False,
     ) -> Row:
-        check_name(name)
+        check_key(name)
         check_labels(labels or {})
         row = self._active(key)
         if name != key:
             self._free(name)
-        with layers.hold(self.driver, row, "commit"):
+        with self._alone(row, "commit", mounted=mounted) as alone:
             row = self._active(key, row.num)
-            self.driver.freeze(row.id)
+            if alone:
+                self.driver.freeze(row.id)
+            else:
+                self.driver.settle(row.id)
             point("commit.frozen")
             scanned = self._scan(row, layers.KeptDigests.load(self.driver, row.id, compute=digests))
             diff_id, chain_id = self._archive_of(row, scanned)
@@ -375,7 +263,7 @@ class StoreCore:
             if self.driver.fsync:
                 trees.sync_tree(self.driver.tree(row.id))
             point("commit.synced")
-            merged = {**row.labels, **(labels or {})}
+            merged = {**({} if replace_labels else row.labels), **(labels or {})}
             committed = Committed(
                 usage=scanned.usage, root=scanned.root, records=scanned.pending.new, diff_id=diff_id, chain_id=chain_id
             )
@@ -387,6 +275,16 @@ class StoreCore:
                 point("commit.recorded")
         point("commit.committed")
         return self.index.get(name)
+
+    @contextlib.contextmanager
+    def _alone(self, row: Row, verb: str, *, mounted: bool, missing_ok: bool = False) -> Iterator[bool]:
+        """Be the only one who changes a layer; whether it is not mounted either.
+
+        Args:
+            mounted: a mount of it is no hindrance. For a commit, it is read-only from now on.
+        """
+        with layers.hold(self.driver, row, verb, missing_ok=missing_ok):
+            yield True
 
     def _archive_of(self, row: Row, scanned: scan.Scanned) -> tuple[str | None, str | None]:
         """(diff id, chain id) of a layer that is exactly what one archive made it."""
@@ -434,12 +332,14 @@ class StoreCore:
     # ------------------------------------------------------------------ removal
 
     @names_full
-    def remove(self, name: str, *, chain: bool = False) -> list[str]:
+    def remove(self, name: str, *, chain: bool = False, mounted: bool = False, defer: bool = False) -> list[str]:
         """Remove a snapshot, or a tag.
 
         Args:
             name: a key, a name or a tag; of a tag only the tag goes.
             chain: also remove each ancestor that then has neither a tag nor a child.
+            mounted: it may be mounted; the mount goes on, and its files are deleted by the first :meth:`cleanup` after it.
+            defer: leave the deleting of files to :meth:`cleanup`: constant time.
 
         Returns:
             The names of the snapshots that were removed.
@@ -460,7 +360,7 @@ class StoreCore:
         removed = []
         while True:
             parent = row.parent
-            self._remove(row)
+            self._remove(row, mounted=mounted, defer=defer)
             removed.append(row.name)
             if not chain or parent is None:
                 return removed
@@ -468,11 +368,21 @@ class StoreCore:
             if self.index.children(row.num) or self.index.tags_of(row.num):
                 return removed
 
-    def _remove(self, row: Row) -> None:
-        with layers.hold(self.driver, row, "remove", missing_ok=True):
+    def _remove(self, row: Row, *, mounted: bool = False, defer: bool = False) -> None:
+        with self._alone(row, "remove", mounted=mounted, missing_ok=True) as alone:
             self._freeing(lambda: self._remove_record(row))
             point("remove.committed")
-            discard(self.driver, row.id)
+            discard(self.driver, row.id, later=defer or not alone)
+
+    def cleanup(self) -> list[str]:
+        """Delete the files of snapshots that were removed, as far as no mount uses them any more.
+
+        Also what killed processes left half made; the next :meth:`open` does the same.
+
+        Returns:
+            Paths of what was deleted, relative to the store.
+        """
+        return sweep(self.driver, self.index)
 
     def _remove_record(self, row: Row) -> None:
         with self.index.write() as change:
@@ -533,12 +443,14 @@ class StoreCore:
     def _mountable(row: Row) -> None:
         """Refuse what cannot be mounted, however it is asked for."""
         if row.kind is Kind.COMMITTED:
-            raise FailedPrecondition(f"{row.name!r} is committed", remedy="mount a view of it")
+            raise FailedPrecondition(f"{row.name!r} is committed", remedy="mount a view of it, or mount it read-only")
         _sound(row)
 
     def _mounts(self, row: Row, mount_type: str | None) -> tuple[Mount, ...]:
         if type(self.driver).mounts is Driver.mounts:
-            return (self._plan(row).record(mount_type),)
+            record = self._plan(row).record(mount_type)
+            self._hand_limit(row, by_server=record.type.startswith("fuse."))
+            return (record,)
         # A driver of before plans describes its mounts itself, and is given the parent for a view of a whole layer.
         self._mountable(row)
         id, *parents = [id for _, id in self.index.chain(row.num)]
@@ -548,10 +460,21 @@ class StoreCore:
         limit = self._limit_of(row)
         return self.driver.mounts(id, parents, readonly=readonly, limit=limit, mount_type=mount_type)
 
-    def _plan(self, row: Row) -> MountPlan:
-        """How the driver has a snapshot mounted, by whichever engine."""
-        self._mountable(row)
+    def _hand_limit(self, row: Row, *, by_server: bool) -> None:
+        """Have a snapshot's limit held by whoever will: our server, or else the driver. A mount of the kernel keeps its limit."""
+        if not self.driver.capabilities.own_limit or row.kind is not Kind.ACTIVE or self.index.refused:
+            return
+        if not by_server or layers.kernel_mount_of(self.driver.tree(row.id)) is None:
+            self.driver.limit(row.id, Limit() if by_server else row.limit)
+
+    def _plan(self, row: Row, *, committed: bool = False) -> MountPlan:
+        """How the driver has a snapshot mounted, by whichever engine; a committed one only where that is allowed."""
+        if not committed or row.kind is not Kind.COMMITTED:
+            self._mountable(row)
+        _sound(row)
         id, *parents = [id for _, id in self.index.chain(row.num)]
+        if row.kind is Kind.ACTIVE:
+            layers.not_plain(self.driver, id)
         return self.driver.plan(id, parents, readonly=row.kind is Kind.VIEW, limit=self._limit_of(row))
 
     @staticmethod

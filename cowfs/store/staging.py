@@ -14,7 +14,7 @@ on disk            in the index                 what :func:`sweep` does
 ``new-ID``, lock   no row                       nothing: somebody is building it
 ``new-ID``         no row                       deletes it
 ``new-ID``         a row (the rename was lost)  renames it to ``layers/ID``
-``rm-ID``          no row                       deletes it
+``rm-ID``          no row                       deletes it, unless a mount still shows it
 ``rm-ID``          a row (the commit was lost)  renames it back
 ``layers/ID``      no row                       ``gc`` deletes it, ``check`` names it
 =================  ===========================  =========================================
@@ -37,6 +37,7 @@ from cowfs.store.reserve import FULL
 from cowfs.sys import files, locks
 from cowfs.sys.atomic import fsync_directory
 from cowfs.sys.faults import point
+from cowfs.sys.mounts import mountinfo
 from cowfs.sys.regular import read_small
 
 __all__ = ["Staged", "discard", "orphans", "read_note", "staged", "sweep"]
@@ -117,8 +118,12 @@ def staged(driver: Driver, id: str) -> Iterator[Staged]:
     layer.close(keep=True)
 
 
-def discard(driver: Driver, id: str) -> None:
-    """Delete a layer that no row names; one that is gone is fine."""
+def discard(driver: Driver, id: str, *, later: bool = False) -> None:
+    """Delete a layer that no row names; one that is gone is fine.
+
+    Args:
+        later: only give it the name under which a :func:`sweep` finds it.
+    """
     try:
         driver.publish(id, RM + id)
     except FileNotFoundError:
@@ -129,6 +134,8 @@ def discard(driver: Driver, id: str) -> None:
         driver.remove(id)  # a name more in the store's directory may need a block
         return
     point("remove.renamed")
+    if later:
+        return
     driver.remove(RM + id)
     point("remove.emptied")
 
@@ -157,6 +164,30 @@ def spared(root: str) -> set[str]:
             if note is not None:
                 found.update(note.get("old", ()))
     return found
+
+
+def _in_use(driver: Driver, id: str) -> bool:
+    """Whether a mount still shows a layer that was removed (``rm-ID``).
+
+    A server holds the lock of the tree. The kernel tells the path that an overlay's upper had when it was mounted, and the
+    path that the source of a bind has now.
+    """
+    tree = driver.tree(RM + id)
+    try:
+        fd = locks.open_locked(tree)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    if fd is None:
+        return True
+    os.close(fd)
+    former, now = os.fsencode(driver.tree(id)), os.fsencode(f"/{RM}{id}/fs")
+    for entry in mountinfo():
+        if entry.fstype == "overlay":
+            if b"upperdir=" + former in entry.super_options.split(b",") or entry.source == b"cowfs:" + os.fsencode(id):
+                return True
+        elif entry.root.endswith(now):
+            return True
+    return False
 
 
 def orphans(driver: Driver, index: Index) -> list[str]:
@@ -193,6 +224,8 @@ def sweep(driver: Driver, index: Index, *, everything: bool = False) -> list[str
                 held.callback(os.close, fd)
                 if id in known and not os.path.isdir(driver.directory(id)):
                     driver.publish(name, id)
+                    continue
+                if name.startswith(RM) and _in_use(driver, id):
                     continue
                 doomed.append(name)
             if everything:

@@ -73,8 +73,11 @@ class Promises(Bench):
         with self.at(store, "child", by="fuse") as tree:
             assert tree_of(tree)["."] == parent
 
-    def test_a_limit_holds_in_every_mount_that_is_described(self, store: Store, place: Path) -> None:
-        store.prepare("child", self.base(store), size=MIB, inodes=100)
+    @pytest.mark.parametrize("inodes", [100, None])
+    def test_a_limit_holds_in_every_mount_that_is_described(
+        self, store: Store, place: Path, inodes: int | None
+    ) -> None:
+        store.prepare("child", self.base(store), size=MIB, inodes=inodes)
         target = place / "mnt"
         target.mkdir(exist_ok=True)
         for mount_type in (None, "fuse", "kernel"):

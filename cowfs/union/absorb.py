@@ -29,13 +29,11 @@ from typing import TYPE_CHECKING, Any
 
 from cowfs.format import whiteout
 from cowfs.model import Usage
-from cowfs.row.file import RowFile
-from cowfs.row.map import Ref
 from cowfs.sys import files, xattr
 from cowfs.union import copyup, hardlinks, merge, quota, stored
 from cowfs.union.copyup import Stage
+from cowfs.union.filedata import PLAIN, Absorbing, Lower
 from cowfs.union.layers import Layer, Source
-from cowfs.union.merge import Data
 from cowfs.union.node import DT_REG, Dir, Node
 from cowfs.union.restack import aside, depends, own_data
 
@@ -47,7 +45,6 @@ __all__ = ["Absorption", "absorb"]
 Call = Callable[[Callable[[], Any]], Any]
 
 _DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_PIECE = 1 << 20  # bytes of a redirect file that are filled in one go
 _PASSES = 20
 _GONE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP})  # moved or removed: any other error ends the absorption
 
@@ -196,29 +193,21 @@ class Absorption:
 
     def before_up(self, node: Node) -> None:
         """A file is about to be brought up, renamed or linked: not as something that stands on the layer."""
-        if node.type == DT_REG and (node.where is not None or node.data is not None) and self._stands_on(node):
+        if node.type == DT_REG and (node.where is not None or node.data is not PLAIN) and self._stands_on(node):
             with aside(self.view, self.ledger):
                 own_data(self.view, node)
 
     def _stands_on(self, node: Node) -> bool:
         file = node.data
-        if isinstance(file, RowFile) and file.layer is not self.layer:
-            extents = file.load()
-            mine = [n for n, level in enumerate(file.levels) if level.where.layer is self.layer]
-            if mine:
-                below = self._reference(node)
-                return (
-                    below is None
-                    or file.ref is None
-                    or below.path != file.ref.path
-                    or below.base_end < file.base_end
-                    or any(extents.share(n, file.base_end) for n in mine)
-                )
+        if file.pieced and file.home is not self.layer:
+            assert self.view.rows is not None
+            if self.view.rows.stands_on(node, self.layer):
+                return True
         elif depends(node, {self.layer}):
             return True
-        if isinstance(file, Data) and self.view.in_upper(node) and self._has(file.path):
+        if isinstance(file, Lower) and self.view.in_upper(node) and self._has(file.path):
             return True  # the way to its data leads through the layer's metacopy, which a redirect may have taken elsewhere
-        return bool(self._renames) and (node.data is not None or not self.view.in_upper(node))
+        return bool(self._renames) and (node.data is not PLAIN or not self.view.in_upper(node))
 
     def _has(self, path: bytes) -> bool:
         """Whether the layer has anything at a path of the merged lower tree, whose topmost it is."""
@@ -339,7 +328,7 @@ class Absorption:
                 node = self.view.child(directory, name)
                 if isinstance(node, Dir):
                     pending.append(node)
-                elif node is not None and (node.data is not None or not self.view.in_upper(node)):
+                elif node is not None and (node.data is not PLAIN or not self.view.in_upper(node)):
                     with aside(self.view, self.ledger):
                         own_data(self.view, node)
         for directory in reversed(order):
@@ -357,7 +346,7 @@ class Absorption:
         for node in self._shown(path) if anywhere else [self._at(path)]:
             if node is None or isinstance(node, Dir) or not self._stands_on(node):
                 continue
-            step = self._bring_row(node) if isinstance(node.data, RowFile) else self._bring(node)
+            step = self._bring_pieces(node) if node.data.pieced else self._bring(node)
         return step
 
     def _bring(self, node: Node) -> Stage | None:
@@ -391,60 +380,27 @@ class Absorption:
         node.space = None
         self.view.drop(node)
 
-    def _bring_row(self, node: Node) -> Callable[[], Any]:
+    def _bring_pieces(self, node: Node) -> Callable[[], Any]:
         """A redirect file: the blocks that the layer holds, or all of them where its base cannot be named any more."""
-        view = self.view
-        assert view.rows is not None
-        old = node.data
-        before = self._reference(node)
-        with aside(view, self.ledger):
-            view.rows.redirect(node)
-        file = node.data
-        assert isinstance(file, RowFile)
-        node.nlookup += 1
-        end = before.base_end if before is not None else -1
-        named = file.ref is not None and before is not None and before.path == file.ref.path and not self._renames
-        if isinstance(old, RowFile) and old.behind is not None:
-            named = False
-        return partial(self._fill, node, end if named else -1)
-
-    def _reference(self, node: Node) -> Ref | None:
-        """The reference of the layer's redirect file that a file is or stands on; None when it is a plain one."""
         assert self.view.rows is not None
-        file = node.data
-        if node.where is not None and node.where.layer is self.layer and file.where is not None:
-            return file.ref if file.layer is self.layer else None
-        file.load()
-        for level in file.levels:
-            if level.where.layer is self.layer:
-                return self.view.rows.ref_at(level.where, level.name)
-        return None
+        with aside(self.view, self.ledger):
+            work = self.view.rows.absorb(node, self.layer, renames=bool(self._renames))
+        node.nlookup += 1
+        return partial(self._fill, node, work)
 
-    def _fill(self, node: Node, base_end: int) -> Any:
-        """One piece. ``base_end``: where what shows through the layer's file ends; -1: all is to be the file's own."""
-        file = node.data
-        if not isinstance(file, RowFile) or not file.writable:  # plain by now, or nameless
+    def _fill(self, node: Node, work: Absorbing) -> Any:
+        with aside(self.view, self.ledger):
+            if work.step():
+                return partial(self._fill, node, work)
+            job = work.sync_job()
+        if job is None:
             node.nlookup -= 1
             return None
-        file.load()
-        mine = None if base_end < 0 else {n for n, level in enumerate(file.levels) if level.where.layer is self.layer}
-        with aside(self.view, self.ledger):
-            if file.missing(mine):
-                file.fill(_PIECE, mine)
-                return partial(self._fill, node, base_end)
-            return _Apart(file.sync_job(), partial(self._finish, node, base_end))
+        return _Apart(job, partial(self._finish, node, work))
 
-    def _finish(self, node: Node, base_end: int) -> Any:
-        """Its data is on the disk: say so in the reference."""
-        file = node.data
-        if isinstance(file, RowFile) and file.writable:
-            if base_end < 0 and file.missing():
-                return partial(self._fill, node, base_end)
-            if base_end < 0:
-                file.rows.make_plain(file)
-            else:
-                file.end_base(base_end)
-                file.rebase()
+    def _finish(self, node: Node, work: Absorbing) -> Any:
+        if not work.finish():
+            return partial(self._fill, node, work)
         node.nlookup -= 1
         self._done(node)
         return None
@@ -458,6 +414,6 @@ def complete(view: View) -> bool:
             continue
         if node.where is not None and node.where.layer is layer:
             return False
-        if isinstance(node.data, Data) and node.data.where.layer is layer:
+        if isinstance(node.data, Lower) and node.data.where.layer is layer:
             return False
     return True

@@ -12,11 +12,12 @@ import os
 import stat
 import time
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cowfs.sys import files, xattr
 from cowfs.union import content, copyup, from_index
 from cowfs.union.attr import ATTR, NS, mode_of, pack, unpack, with_nlink, with_size
+from cowfs.union.filedata import PLAIN
 from cowfs.union.measure import NOTHING, sizes
 from cowfs.union.node import DT_LNK, DT_REG, Dir, Node
 
@@ -60,7 +61,7 @@ def _refresh(view: View, node: Node) -> bytes:
         if entry is not None:  # the place of such a file is its data's, under the name that it has there
             node.attr = from_index.attr_of(view, node, entry)
             return node.attr
-    if where is None or (node.wfd and node.fd >= 0 and node.data is None):
+    if where is None or (node.wfd and node.fd >= 0 and node.data is PLAIN):
         fd, name = node.fd, b""
         st = os.fstat(fd)
     else:
@@ -70,8 +71,8 @@ def _refresh(view: View, node: Node) -> bytes:
         attr = pack(st, node.id, st.st_mode, st.st_uid, st.st_gid)
     else:
         attr = pack(st, node.id, *view.owners.show(st, fd, name))
-    if node.data is not None:
-        attr = with_size(attr, *data_size(node.data, st))
+    if node.data is not PLAIN:
+        attr = with_size(attr, *node.data.shown(st))
     if node.parent is None and where is not None:  # a lower inode without names, or one held in the work directory
         attr = with_nlink(attr, st.st_nlink - 1 if node in view.astray else 0)
     node.attr = attr
@@ -98,31 +99,23 @@ def _refresh_dir(view: View, node: Dir) -> bytes:
     return attr
 
 
-def data_size(data: Any, st: os.stat_result) -> tuple[int, int]:
-    """(size, blocks) of a file whose data is elsewhere."""
-    if hasattr(data, "stat_size"):
-        size, blocks = data.stat_size(st)
-        return int(size), int(blocks)
-    return st.st_size, int(data.blocks)
-
-
 def at(node: Node) -> tuple[int, bytes]:
     """(directory descriptor, name) of an inode; the name is empty when the descriptor is it."""
     if isinstance(node, Dir):
         return node.sources[0].open(), b""
-    if node.where is None or (node.wfd and node.fd >= 0 and node.data is None):
+    if node.where is None or (node.wfd and node.fd >= 0 and node.data is PLAIN):
         return node.fd, b""
     return node.where.open(), node.name
 
 
 def _xattrs_at(node: Node) -> tuple[int, bytes | None]:
     """The same for :mod:`~cowfs.sys.xattr`, which is quicker with an ordinary descriptor."""
-    return (node.fd, None) if node.wfd and node.data is None else at(node)
+    return (node.fd, None) if node.wfd and node.data is PLAIN else at(node)
 
 
 def _reach(node: Node) -> tuple[bytes | int, int | None, bool]:
     """(path or descriptor, dir_fd, follow_symlinks) that reach the inode for os functions."""
-    if node.wfd and node.fd >= 0 and node.data is None:
+    if node.wfd and node.fd >= 0 and node.data is PLAIN:
         return node.fd, None, True
     fd, name = at(node)
     if name:
@@ -135,7 +128,7 @@ def chmod(view: View, node: Node, mode: int) -> None:
     if node.type == DT_LNK:
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP), node.name)
     owners = view.owners
-    if node.wfd and node.data is None and owners is None:
+    if node.wfd and node.data is PLAIN and owners is None:
         os.fchmod(node.fd, mode)
         node.attr = None
         return
@@ -167,7 +160,7 @@ def chown(view: View, node: Node, uid: int, gid: int) -> None:
             node.attr = None
             return
         uid, gid = owners.stored(uid, gid)
-    elif node.wfd and node.data is None:
+    elif node.wfd and node.data is PLAIN:
         os.fchown(node.fd, uid, gid)
         node.attr = None
         return
@@ -237,7 +230,7 @@ def _setattr_removed(
 
 
 def _utime(view: View, node: Node, atime: object, mtime: object) -> None:
-    if (atime is None or mtime is None) and node.wfd and node.data is None:
+    if (atime is None or mtime is None) and node.wfd and node.data is PLAIN:
         files.futimens(node.fd, now() if atime is NOW else atime, now() if mtime is NOW else mtime)  # type: ignore[arg-type]
         node.attr = None
         return

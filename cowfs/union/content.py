@@ -4,7 +4,7 @@ A node keeps one descriptor of its data, opened when first needed and closed whe
 opened since. Reading never copies up; every change goes through
 :func:`cowfs.union.copyup.writable` first.
 
-A file whose ``data`` has a ``pread`` of its own (a redirect file) answers for itself.
+A file with pieced data (:mod:`cowfs.union.filedata`) answers for itself.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from cowfs.sys import files, host, xattr
 from cowfs.union import copyup
 from cowfs.union.attr import mode_of, size_of
 from cowfs.union.blocks import UNIT
+from cowfs.union.filedata import PLAIN
 from cowfs.union.node import DT_DIR, DT_LNK, DT_REG, Dir, Node
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def _open(view: View, node: Node) -> int:
     """Open a regular file's data into ``node.fd``: for writing too where it is the upper's."""
     if node.type != DT_REG:
         raise _no_data(node)
-    if node.data is None and view.in_upper(node) and not view.readonly:
+    if node.data is PLAIN and view.in_upper(node) and not view.readonly:
         view.open_files.use(node, view.open_own(node), writable=True)
     elif node.fd < 0:
         view.open_files.use(node, view.open_data(node), writable=False)
@@ -64,8 +65,8 @@ def pread(view: View, node: Node, offset: int, buffer: memoryview, flags: int = 
     Raises:
         OSError: EISDIR, EINVAL; EAGAIN with ``flags`` RWF_NOWAIT when the disk would be waited for.
     """
-    if node.data is not None and hasattr(node.data, "pread"):
-        return int(node.data.pread(offset, buffer, flags))
+    if node.data.pieced:
+        return node.data.pread(offset, buffer, flags)
     fd = node.fd
     if fd < 0:
         view.trim()
@@ -78,7 +79,7 @@ def pread(view: View, node: Node, offset: int, buffer: memoryview, flags: int = 
 
 def data_fd(view: View, node: Node, write: bool) -> int:
     """The node's own descriptor (do not close it). Raises EOPNOTSUPP for redirect files."""
-    if node.data is not None and hasattr(node.data, "pread"):
+    if node.data.pieced:
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
     if write:
         make_writable(view, node)
@@ -88,7 +89,7 @@ def data_fd(view: View, node: Node, write: bool) -> int:
 
 def make_writable(view: View, node: Node, keep: int | None = None) -> None:
     """Copy the data up here and now when it is not in the upper layer."""
-    if node.data is None and (node.where is None or node.where.layer is view.upper):
+    if node.data is PLAIN and (node.where is None or node.where.layer is view.upper):
         if view.readonly:
             view.need_upper()
         return
@@ -121,7 +122,7 @@ def write(view: View, node: Node, offset: int, data: memoryview | bytes, kill: b
     Raises:
         OSError: ENOSPC when nothing fits, EFBIG, EROFS, EISDIR.
     """
-    if node.data is not None or (node.where is not None and node.where.layer is not view.upper):
+    if node.data is not PLAIN or (node.where is not None and node.where.layer is not view.upper):
         make_writable(view, node)
     if kill:
         kill_privileges(view, node)
@@ -163,9 +164,9 @@ def _sheds() -> bool:
 
 
 def _write(view: View, node: Node, offset: int, data: memoryview | bytes) -> int:
-    if node.data is not None:
+    if node.data is not PLAIN:
         node.attr = None
-        return int(node.data.pwrite(offset, data))
+        return node.data.pwrite(offset, data)
     if not node.wfd:
         view.trim()
         if view.readonly:
@@ -199,7 +200,7 @@ def truncate(view: View, node: Node, size: int) -> None:
         view.trim()
     make_writable(view, node, keep=size)
     node.attr = None
-    if node.data is not None:
+    if node.data is not PLAIN:
         node.data.truncate(size)
         return
     fd = node.fd if node.wfd else _open(view, node)
@@ -231,7 +232,7 @@ def fallocate(view: View, node: Node, mode: int, offset: int, length: int) -> No
     view.trim()
     make_writable(view, node)
     node.attr = None
-    if node.data is not None:
+    if node.data is not PLAIN:
         node.data.fallocate(mode, offset, length)
         return
     fd = node.fd if node.wfd else _open(view, node)
@@ -262,9 +263,28 @@ def fallocate(view: View, node: Node, mode: int, offset: int, length: int) -> No
 def lseek(view: View, node: Node, offset: int, whence: int) -> int:
     """SEEK_DATA or SEEK_HOLE. Raises ENXIO past the end."""
     view.trim()
-    if node.data is not None and hasattr(node.data, "lseek"):
-        return int(node.data.lseek(offset, whence))
+    if node.data.pieced:
+        return node.data.lseek(offset, whence)
     return os.lseek(data_fd(view, node, False), offset, whence)
+
+
+def reader(view: View, node: Node, offset: int, length: int, *, streams: bool) -> Callable[[memoryview], int] | None:
+    """A read to be run once in any thread, while nobody writes; ``None``: by :func:`data_fd`.
+
+    Args:
+        streams: the read goes on where the last one ended.
+    """
+    return node.data.stream(offset, length) if streams else node.data.reader(offset, length)
+
+
+def sync_job(view: View, node: Node) -> Callable[[bool], None] | None:
+    """fsync(2) of pieced data, to be run once in any thread (True: fdatasync(2) will do); ``None``: by :func:`fsync_fd`."""
+    return node.data.sync_job()
+
+
+def sync_all_job(view: View) -> Callable[[], None] | None:
+    """What syncfs(2) has to do before the host's, in any thread; ``None`` for nothing."""
+    return view.rows.sync_job() if view.rows is not None else None
 
 
 def data_ranges(view: View, node: Node) -> Iterator[tuple[int, int]]:
@@ -287,7 +307,7 @@ def copy_range(view: View, src: Node, soff: int, dst: Node, doff: int, length: i
     """copy_file_range(2) between two files of the view. Returns the bytes copied (may be short)."""
     view.trim()
     make_writable(view, dst)
-    if (src.data is not None and hasattr(src.data, "pread")) or dst.data is not None:
+    if src.data.pieced or dst.data is not PLAIN:
         return _copy_through(view, src, soff, dst, doff, length)
     dfd = dst.fd if dst.wfd else _open(view, dst)
     sfd = data_fd(view, src, False)
@@ -335,10 +355,11 @@ def fsync_fd(view: View, node: Node) -> int | None:
     view.trim()
     if node.where is not None and node.where.layer is not view.upper:
         # Written before a live snapshot, perhaps, and not yet on the disk.
-        return view.open_data(node) if node.where.layer.index >= view.lower_count and node.data is None else None
-    if node.data is not None and hasattr(node.data, "sync_job"):
-        node.data.sync_job()(False)  # who cannot wait runs the job elsewhere
+        return view.open_data(node) if node.where.layer.index >= view.lower_count and node.data is PLAIN else None
+    job = node.data.sync_job()
+    if job is not None:
+        job(False)  # who cannot wait runs the job elsewhere
         return None
-    if node.data is not None:
+    if node.data is not PLAIN:
         return view.open_own(node)
     return os.dup(node.fd if node.fd >= 0 else _open(view, node))

@@ -26,9 +26,9 @@ from typing import TYPE_CHECKING
 from cowfs.sys import files, xattr
 from cowfs.union import from_index, hardlinks, holding
 from cowfs.union.blocks import UNIT, total_of, units
+from cowfs.union.filedata import PLAIN, Lower
 from cowfs.union.layers import Source
 from cowfs.union.measure import NOTHING
-from cowfs.union.merge import Data
 from cowfs.union.node import DT_LNK, DT_REG, Dir, Node
 from cowfs.union.stored import (
     Meta,
@@ -186,7 +186,7 @@ def writable(view: View, node: Node, keep: int | None = None, *, plain: bool = F
     Raises:
         OSError: EROFS, ENOSPC, EISDIR, EINVAL for something that has no data.
     """
-    if node.data is None and view.in_upper(node):
+    if node.data is PLAIN and view.in_upper(node):
         return None
     view.need_upper()
     view.trim()
@@ -266,7 +266,7 @@ def publish(view: View, stage: Stage) -> None:
         holding.hold_copy(view, node, stage.work, stage.temp, stage.dst_fd, writable=True)
     else:
         view.open_files.use(node, stage.dst_fd, writable=True)
-    node.data = node.attr = None
+    node.data, node.attr = PLAIN, None
     if view.space is not None:
         node.space = None
         # the copy's xattrs are counted by :func:`place`, those of a metacopy were before
@@ -327,7 +327,7 @@ def place(view: View, node: Node, temp: bytes, work: WorkDir, *, metacopy: bool,
     if meta is None:
         meta = read_meta(view, node)
     blocks = int.from_bytes(view.attr(node)[16:24], "little")
-    data = node.data if isinstance(node.data, Data) else Data(where, node.name, low, meta.size, blocks)
+    data = node.data if isinstance(node.data, Lower) else Lower(where, node.name, low, meta.size, blocks)
     source, real = physical(view, node, where)
 
     def marks() -> None:
@@ -361,9 +361,9 @@ def place(view: View, node: Node, temp: bytes, work: WorkDir, *, metacopy: bool,
 
 def physical(view: View, node: Node, where: Source) -> tuple[Source, bytes]:
     """Where a lower inode itself is: an index knows files by where their data is."""
-    data = node.data  # a Data, or a redirect file of a lower layer
-    if data is not None and data.where is not None and from_index.entry_of(view, node) is not None:
-        return data.where, data.name
+    there = node.data.place() if node.data.home is not None else None
+    if there is not None and from_index.entry_of(view, node) is not None:
+        return there
     return where, node.name
 
 
@@ -425,16 +425,16 @@ def _up_whole(view: View, node: Node) -> None:
 
 def note_place(view: View, node: Node) -> None:
     """Before a metacopy gets a name elsewhere: note where its data is found; have the data where that has no room."""
-    data = node.data
-    if data is None or not view.form.redirects or not hasattr(data, "path"):
+    path = node.data.path
+    if path is None or not view.form.redirects:
         return
     fd, real = (node.fd, b"") if node.where is None else (node.where.open(), node.name)
     try:
-        set_mark(view, fd, real, view.form.redirect, b"/" + data.path)
+        set_mark(view, fd, real, view.form.redirect, b"/" + path)
     except OSError as failure:
         if not no_room(failure):
             raise
-        if hasattr(data, "pread"):  # a redirect file's data: no copy in one piece
+        if node.data.pieced:  # no copy in one piece
             raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), node.name) from None
         _up_whole(view, node)
 

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 from cowfs.sys import xattr
 from cowfs.union import merge
 from cowfs.union.attr import ATTR, NS, encode_dev, unpack
+from cowfs.union.filedata import PLAIN, FileData, Lower
 from cowfs.union.layers import Layer, Source
 from cowfs.union.lifetime import ROOT_ID
-from cowfs.union.merge import Data
 from cowfs.union.node import DT_DIR, DT_REG, Dir, Node
 from cowfs.union.options import TreeIndex
 
@@ -71,7 +71,7 @@ def scanned(view: View, sources: Sequence[Source]) -> Sequence[Source]:
     return [source for source in sources if source.layer.index >= view.indexed_layers]
 
 
-def metacopy_data(view: View, parent: Dir, position: int, name: bytes, low: bytes) -> Data | None:
+def metacopy_data(view: View, parent: Dir, position: int, name: bytes, low: bytes) -> Lower | None:
     """The data of a regular file in a layer above the index if it is a metacopy, else ``None``."""
     at = parent.sources[position]
     if not view.form.redirects or xattr.try_get(at.open(), name, view.form.metacopy) is None:
@@ -94,11 +94,11 @@ def path_of(entry: Any, record: Any, name: bytes) -> bytes:
     return bytes(record.path + b"/" + name) if record.path else name
 
 
-def _data_at(view: View, entry: Any, path: bytes, low: bytes) -> Data:
+def _data_at(view: View, entry: Any, path: bytes, low: bytes) -> Lower:
     head, _, real = path.rpartition(b"/")
     where = source_at(view, view.layers[entry.layer], head)
     st = os.stat(real, dir_fd=where.open(), follow_symlinks=False)
-    return Data(where, real, low, st.st_size, st.st_blocks)
+    return Lower(where, real, low, st.st_size, st.st_blocks)
 
 
 def find_entry(view: View, path: bytes) -> Any:
@@ -184,7 +184,7 @@ def make(view: View, parent: Dir, name: bytes) -> Node | None:
             if existing.parent is None:  # the names that were known went
                 existing.name = name
                 existing.where, data = locate(view, parent, name, entry)
-                if not hasattr(existing.data, "bind"):
+                if not existing.data.stays:
                     existing.data = data
             view.bind(parent, name, existing)
             return existing
@@ -197,23 +197,22 @@ def make(view: View, parent: Dir, name: bytes) -> Node | None:
     node = Node(ino, entry.type, name, where)
     node.generation = view.generation(ino)
     node.data = data
-    if hasattr(data, "bind"):
-        data.bind(node)
+    data.bind(node)
     view.nodes[ino] = node
     view.bind(parent, name, node)
     node.attr = attr_of(view, node, entry)
     return node
 
 
-def locate(view: View, parent: Dir, name: bytes, entry: Any) -> tuple[Source, Any]:
-    """Where a file of ``parent``'s record is, and what its data is when it is not that."""
+def locate(view: View, parent: Dir, name: bytes, entry: Any) -> tuple[Source, FileData]:
+    """Where a file of ``parent``'s record is, and what its data is."""
     path = path_of(entry, parent.record, name)
     head, _, real = path.rpartition(b"/")
-    where, data = source_at(view, view.layers[entry.layer], head), None
+    where, data = source_at(view, view.layers[entry.layer], head), PLAIN
     if entry.type == DT_REG:
         if view.rows is not None and entry.layer:
-            data = view.rows.find(where, real, None)
-        if data is None and real != name:
+            data = view.rows.find(where, real, PLAIN)
+        if data is PLAIN and real != name:
             data = _data_at(view, entry, path, view.low_child(parent, name))
     return where, data
 

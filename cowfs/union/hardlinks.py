@@ -115,7 +115,7 @@ def find_place(view: View, node: Node) -> None:
         entry = from_index.tree(view).entries(parent.record).get(node.name)
         if entry is not None:
             node.where, data = from_index.locate(view, parent, node.name, entry)
-            if not hasattr(node.data, "bind"):
+            if not node.data.stays:
                 node.data = data
             return
     node.where = lifetime.source_in(view, parent, where.layer)

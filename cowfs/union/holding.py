@@ -15,6 +15,7 @@ import os
 from typing import TYPE_CHECKING
 
 from cowfs.sys import files
+from cowfs.union.filedata import PLAIN
 from cowfs.union.layers import Source
 from cowfs.union.node import DT_DIR, DT_REG, Dir, Node
 
@@ -33,7 +34,7 @@ def hold(view: View, node: Node) -> bytes | None:
     Returns:
         A name in the work directory, or ``None`` when a descriptor stands for the inode.
     """
-    by_descriptor = node.data is None or getattr(node.data, "writable", False)  # else ``fd`` is for data elsewhere
+    by_descriptor = node.data is PLAIN or node.data.writable  # else ``fd`` is for data elsewhere
     if by_descriptor and not view.open_files.full and _open(view, node):
         return None
     work, where = view.workdir, node.where

@@ -133,8 +133,7 @@ def drop(view: View, node: Node) -> None:
             return
         if view.nodes.pop(node.id, None) is None:
             return
-        if node.data is not None and hasattr(node.data, "close"):
-            node.data.close()
+        node.data.close()
         if node.fd >= 0:
             view.open_files.close(node)
         if node.__class__ is Dir:

@@ -157,7 +157,7 @@ def _strike_out(view: View, dropped: set[Layer]) -> tuple[list[int], list[tuple[
         if isinstance(node, Dir):
             if node.sources[0].layer in dropped:
                 touched.append(node)
-        elif node.where is None or node.where.layer in dropped or _data_dropped(node, dropped):
+        elif node.where is None or node.where.layer in dropped or node.data.home in dropped:
             stale.append(node.id)
             entries += [(parent.id, name) for parent, name in view.names_of(node)]
             _strike(view, node)
@@ -197,20 +197,13 @@ def _was_elsewhere(view: View, directory: Dir, kept: list[Source], dropped: set[
     )
 
 
-def _data_dropped(node: Node, dropped: set[Layer]) -> bool:
-    return (
-        node.data is not None and getattr(node.data, "where", None) is not None and (node.data.where.layer in dropped)
-    )
-
-
 def _strike(view: View, node: Node) -> None:
     """A node's id answers ESTALE from now on, and is never given again."""
     view.nodes.pop(node.id, None)
     view.parents.discard(node.id)
     view.burnt.add(node.id)
     view.names.pop(node, None)
-    if node.data is not None and hasattr(node.data, "close"):
-        node.data.close()
+    node.data.close()
     view.open_files.close(node)
 
 

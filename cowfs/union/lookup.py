@@ -9,11 +9,12 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cowfs.sys import xattr
-from cowfs.union import attributes, create, from_index, holding, merge
+from cowfs.union import create, from_index, holding, merge
 from cowfs.union.attr import pack, with_size
+from cowfs.union.filedata import PLAIN, FileData
 from cowfs.union.inodes import Beneath
 from cowfs.union.layers import Layer, Source
 from cowfs.union.lifetime import ROOT_ID
@@ -118,7 +119,7 @@ def _make(view: View, parent: Dir, name: bytes, code: int) -> Node | None:
         return _make_dir(view, parent, name, position)
     is_upper = source.layer is view.upper
     ino = view.inodes.shown(st.st_dev, st.st_ino)
-    data: Any = None
+    data = PLAIN
     if mode & 0o170000 == 0o100000:
         data = data_of(view, parent, position, name, st)
     if source.impure if is_upper else _keeps_origin(view, source.layer):
@@ -129,23 +130,24 @@ def _make(view: View, parent: Dir, name: bytes, code: int) -> Node | None:
             ino = view.inodes.from_origin(origin, beneath) or ino
     node = bind_inode(view, parent, name, source, st, ino)
     if node.attr is None:
-        if not hasattr(node.data, "bind"):  # a redirect file that is in use stays
+        if not node.data.stays:
             node.data = data
-        if hasattr(data, "bind"):
-            data.bind(node)
+        data.bind(node)
         view.pack_into(node, st, source, name)
     return node
 
 
-def data_of(view: View, parent: Dir, position: int, name: bytes, st: os.stat_result) -> Any:
-    """What a regular file's data is, when the file ``name`` of one of ``parent``'s parts has not got it itself."""
-    source, data = parent.sources[position], None
+def data_of(view: View, parent: Dir, position: int, name: bytes, st: os.stat_result) -> FileData:
+    """What a regular file's data is, that one of ``parent``'s parts has as ``name``."""
+    source, data = parent.sources[position], PLAIN
     if merge.may_be_metacopy(source.layer, st.st_size, st.st_blocks):
         low = view.low_child(parent, name)
         if view.index is not None:
-            data = from_index.metacopy_data(view, parent, position, name, low)
+            found = from_index.metacopy_data(view, parent, position, name, low)
         else:
-            data = merge.metacopy_data(parent.sources[position + 1 :], source, name, low, view.form, view.roots)
+            found = merge.metacopy_data(parent.sources[position + 1 :], source, name, low, view.form, view.roots)
+        if found is not None:
+            data = found
     return view.rows.find(source, name, data) if view.rows is not None and source.layer.index else data
 
 
@@ -155,8 +157,8 @@ def pack_into(view: View, node: Node, st: os.stat_result, source: Source, name: 
         attr = pack(st, node.id, st.st_mode, st.st_uid, st.st_gid)
     else:
         attr = pack(st, node.id, *view.owners.show(st, source.open(), name))
-    if node.data is not None:
-        attr = with_size(attr, *attributes.data_size(node.data, st))
+    if node.data is not PLAIN:
+        attr = with_size(attr, *node.data.shown(st))
     node.attr = attr
 
 

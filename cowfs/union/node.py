@@ -15,6 +15,8 @@ from __future__ import annotations
 import stat
 from typing import TYPE_CHECKING, Any
 
+from cowfs.union.filedata import PLAIN, FileData
+
 if TYPE_CHECKING:
     from cowfs.union.layers import Source
 
@@ -35,7 +37,7 @@ class Node:
             2 when it has no xattr at all, 0 when nothing is known.
         fd: an open descriptor of the data, or -1.
         wfd: whether ``fd`` may be written.
-        data: where the data is when it is not in ``where``: a :class:`~cowfs.union.merge.Data`.
+        data: where the data is (:mod:`cowfs.union.filedata`); :data:`~cowfs.union.filedata.PLAIN` for all but regular files.
         space: data units of 4 KiB: int when dense, :class:`~cowfs.union.quota.Blocks` when not,
             ``None`` when not counted yet.
     """
@@ -68,7 +70,7 @@ class Node:
         self.nlookup = 0
         self.fd = -1
         self.wfd = False
-        self.data: Any = None
+        self.data: FileData = PLAIN
         self.space: Any = None
 
     def __repr__(self) -> str:

@@ -15,6 +15,7 @@ from cowfs.sys import files, xattr
 from cowfs.union import holding
 from cowfs.union.blocks import UNIT, Blocks, blocks_of, total_of, units
 from cowfs.union.bound import Awaited, Bound
+from cowfs.union.filedata import PLAIN
 from cowfs.union.layers import Source
 from cowfs.union.measure import (
     NOTHING,
@@ -363,8 +364,8 @@ class Space(Bound):
             if node.type == DT_LNK:
                 node.space = link_units(self.view.size(node))
                 return node.space  # type: ignore[no-any-return]
-            own = getattr(node.data, "writable", False)  # a redirect file of the upper layer
-            if (node.data is not None and not own) or node.type != DT_REG:
+            own = node.data.writable
+            if (node.data is not PLAIN and not own) or node.type != DT_REG:
                 return 0
             fd = node.data.own_fd() if own else self.view.data_fd(node, False)
             st = os.fstat(fd)

@@ -21,11 +21,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from cowfs.row.file import RowFile
 from cowfs.union import copyup, from_index, lookup, merge, quota
 from cowfs.union.attr import unpack
+from cowfs.union.filedata import PLAIN, FileData
 from cowfs.union.layers import Layer, Source, lstat
-from cowfs.union.merge import Data
 from cowfs.union.node import DT_REG, Dir, Node
 
 if TYPE_CHECKING:
@@ -110,16 +109,7 @@ def own_data(view: View, node: Node) -> None:
     if node.type != DT_REG:
         copyup.up_meta(view, node)
         return
-    if isinstance(node.data, RowFile):
-        assert view.rows is not None
-        view.rows.redirect(node)
-        file = node.data
-        if isinstance(file, RowFile):
-            while file.missing():
-                file.fill(1 << 20)
-            file.sync_job()(False)
-            view.rows.make_plain(file)
-    else:
+    if view.rows is None or not node.data.pieced or not view.rows.own_all(node):
         stage = copyup.writable(view, node, plain=True)
         if stage is not None:
             stage.run()
@@ -129,12 +119,7 @@ def own_data(view: View, node: Node) -> None:
 
 def depends(node: Node, layers: set[Layer]) -> bool:
     """Whether a file's inode or any of its data is in one of some layers."""
-    data = node.data
-    if node.where is not None and node.where.layer in layers:
-        return True
-    if isinstance(data, RowFile):
-        return data.layer in layers or any(level.where.layer in layers for level in data.levels)
-    return isinstance(data, Data) and data.where.layer in layers
+    return (node.where is not None and node.where.layer in layers) or node.data.in_layers(layers)
 
 
 def _identity(fd: int) -> tuple[int, int]:
@@ -148,8 +133,6 @@ def _save_nameless(view: View, dropped: set[Layer]) -> None:
     for node in list(view.nodes.values()):
         if node.parent is not None or isinstance(node, Dir):
             continue
-        if isinstance(node.data, RowFile):
-            node.data.load()
         if depends(node, dropped):
             with aside(view, quota.ledger(view)):
                 own_data(view, node)
@@ -252,34 +235,29 @@ def _move_file(view: View, node: Node, dropped: set[Layer], again: bool) -> None
     assert where is not None and node.parent is not None
     if where.layer is not view.upper and (again or where.layer in dropped):
         _find_again(view, node)
-    elif isinstance(data, RowFile):
-        if data.layer in dropped:  # a metacopy of one
-            _close(view, node)
-            node.data = _data(view, node)
-        else:
-            data.rebase()
-    elif isinstance(data, Data) and data.where.layer in dropped:
+    elif data.home in dropped:  # a metacopy of it
         _close(view, node)
         node.data = _data(view, node)
-    if node.data is not data and isinstance(node.data, RowFile):
+    else:
+        data.rebase()
+    if node.data is not data:
         node.data.bind(node)
 
 
 def _close(view: View, node: Node) -> None:
     """Let go of data in a layer that goes."""
-    if isinstance(node.data, RowFile):
-        node.data.close()
+    node.data.close()
     view.open_files.close(node)
-    node.data = node.space = None
+    node.data, node.space = PLAIN, None
 
 
-def _data(view: View, node: Node) -> Any:
-    """What a file's data is, when it is not the file that its name names."""
+def _data(view: View, node: Node) -> FileData:
+    """What a file's data is, by the file that its name names."""
     parent, where = node.parent, node.where
     assert parent is not None and where is not None
     position = next((n for n, source in enumerate(parent.sources) if source.layer is where.layer), -1)
     if position < 0:
-        return None
+        return PLAIN
     st = os.stat(node.name, dir_fd=parent.sources[position].open(), follow_symlinks=False)
     return lookup.data_of(view, parent, position, node.name, st)
 
@@ -294,7 +272,7 @@ def _find_again(view: View, node: Node) -> None:
             continue
         st = lstat(source, name)
         if st is not None:
-            place = source, lookup.data_of(view, parent, position, name, st) if node.type == DT_REG else None
+            place = source, lookup.data_of(view, parent, position, name, st) if node.type == DT_REG else PLAIN
             break
     else:
         entry = (
@@ -308,24 +286,18 @@ def _find_again(view: View, node: Node) -> None:
         if node.attr is not None and unpack(node.attr).nlink != entry.nlink:
             node.attr = from_index.attr_of(view, node, entry)
     if _same(before, place):
-        if isinstance(node.data, RowFile):
-            node.data.rebase()
+        node.data.rebase()
         return
     _close(view, node)
     node.where, node.data = place
 
 
-def _same(one: tuple[Source | None, Any], other: tuple[Source | None, Any]) -> bool:
+def _same(one: tuple[Source | None, FileData], other: tuple[Source | None, FileData]) -> bool:
     """Whether two places of a file are one."""
-    return all(_where(a) == _where(b) and type(a) is type(b) for a, b in zip(one, other, strict=True))
-
-
-def _where(place: Any) -> Any:
-    if isinstance(place, Source):
-        return place.layer, place.path()
-    if isinstance(place, RowFile):
-        return (*map(_where, place.place()),) if place.where is not None else None
-    return (_where(place.where), place.name) if isinstance(place, Data) else place
+    (a, data), (b, other_data) = one, other
+    if a is None or b is None or a.layer is not b.layer or a.path() != b.path():
+        return False
+    return type(data) is type(other_data) and data.found_at() == other_data.found_at()
 
 
 def _let_go(view: View, dropped: set[Layer]) -> None:

@@ -41,7 +41,6 @@ from typing import TYPE_CHECKING
 from cowfs.errors import InvalidArgument
 from cowfs.format.whiteout import choose_form, opaque_value
 from cowfs.model import Limit, Usage
-from cowfs.row import redirects
 from cowfs.sys import files
 from cowfs.sys.descriptors import share_out
 from cowfs.union import (
@@ -58,6 +57,7 @@ from cowfs.union import (
     quota,
     rename as _rename,
 )
+from cowfs.union.filedata import Redirects
 from cowfs.union.forgotten import Parents
 from cowfs.union.inodes import SYNTHETIC, Inodes
 from cowfs.union.layers import Descriptors, Layer, Source
@@ -66,6 +66,7 @@ from cowfs.union.node import Dir, Node
 from cowfs.union.openfiles import OpenFiles
 from cowfs.union.options import Options
 from cowfs.union.owners import Owners, make_owners
+from cowfs.union.redirecting import redirects_of
 from cowfs.union.workdir import WorkDir
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ class View:
         self.changed: Callable[[str, Node, bytes], None] | None = None
         self.space: quota.Space | None = None
         self.patient = False  # the front end can wait for what the kernel is about to forget (bound.Awaited)
-        self.rows: redirects.Rows | None = None
+        self.rows: Redirects | None = None
         self.index = options.index
         #: how many layers the index covers; those above are scanned
         self.lower_count = len(lowers)
@@ -178,7 +179,7 @@ class View:
                 raise OSError(errno.EINVAL, "no layers")
             self.owners: Owners | None = make_owners(options)
             self.inodes = Inodes(self.layers)
-            self.rows = redirects.rows_of(self)
+            self.rows = redirects_of(self)
             self.monotonic = files.fs_name(self.layers[-1].root.fd) in _MONOTONIC
             #: the roots of all layers, topmost first: where absolute redirects start
             self.roots = [layer.root for layer in reversed(self.layers)]
@@ -279,9 +280,9 @@ class View:
         """A new descriptor for reading a regular file's data, wherever it is. EOPNOTSUPP for redirect files."""
         flags = os.O_RDONLY | _FILE
         data = node.data
-        if hasattr(data, "pread"):  # no single file has it
+        if data.pieced:
             raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP), node.name)
-        where, name = (node.where, node.name) if data is None else (data.where, data.name)
+        where, name = data.place() or (node.where, node.name)
         if where is None:
             return os.open(b"/proc/self/fd/%d" % node.fd, os.O_RDONLY | os.O_CLOEXEC)
         fd = where.fd if where.fd >= 0 else where.open()
@@ -387,6 +388,9 @@ class View:
     copy_range = content.copy_range
     kill_privileges = content.kill_privileges
     fsync_fd = content.fsync_fd
+    reader = content.reader
+    sync_job = content.sync_job
+    sync_all_job = content.sync_all_job
     data_fd = content.data_fd
     writable = copyup.writable
     publish = copyup.publish

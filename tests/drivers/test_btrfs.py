@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 from pathlib import Path
 
 import pytest
-from support import users
+from support import hostfs, users
+from support.command import run_module
 from support.hostfs import HostFs
 
 from cowfs.errors import FailedPrecondition, Unsupported
@@ -129,3 +131,111 @@ def test_a_copied_store_of_plain_directories_can_be_read_and_emptied(fs: HostFs)
         assert ["no subvolume" in problem.what for problem in store.check().problems] == [True]
         store.remove("a")
         assert os.listdir(f"{store.root}/layers") == []
+
+
+# -- limits
+
+
+def write_until_full(path: Path, most: int) -> int:
+    """Bytes that went into a file before the limit, which is synced: at most ``most`` are tried."""
+    written = 0
+    with path.open("wb", buffering=0) as file:
+        try:
+            while written < most:
+                written += file.write(b"x" * 65536)
+        except OSError as error:
+            assert error.errno == errno.EDQUOT
+    return written
+
+
+def test_a_kernel_mount_holds_its_limit_without_the_parents_data(fs: HostFs) -> None:
+    """Simple quotas: nothing of the base counts, what is overwritten does, and what is deleted is free again."""
+    place = fs.fresh("limit")
+    target = place / "mnt"
+    target.mkdir()
+    with Store.open(place / "store", driver="btrfs", fsync=False) as store:
+        store.prepare("a")
+        (Path(store.driver.tree(store.index.get("a").id)) / "base").write_bytes(os.urandom(8 << 20))
+        store.commit("a", "A")
+        (record,) = store.prepare("work", "A", size="2M")
+        assert record.type == "bind"
+        with store.mount("work", target, mount_type="kernel"):
+            for _ in range(3):
+                assert (2 << 20) - (256 << 10) <= write_until_full(target / "big", 4 << 20) <= 2 << 20
+                (target / "big").unlink()
+            with (target / "base").open("r+b", buffering=0) as file, pytest.raises(OSError) as caught:
+                for _ in range(64):
+                    file.write(os.urandom(65536))
+            assert caught.value.errno == errno.EDQUOT
+            assert (target / "base").stat().st_size == 8 << 20
+            assert store.limit("work", size="6M").bytes == 6 << 20  # under the mount
+            assert write_until_full(target / "more", 3 << 20) >= 3 << 20
+            with pytest.raises(FailedPrecondition, match="no inodes"):
+                store.limit("work", inodes=5)
+            assert store.limit("work", size=None).bytes is None
+            assert write_until_full(target / "most", 8 << 20) == 8 << 20
+        assert store.usage("work").bytes >= 11 << 20
+        store.commit("work", "done")
+        assert store.check(content=True).problems == []
+
+
+def test_whoever_mounts_holds_the_limit(fs: HostFs) -> None:
+    """The server has its own measure and ENOSPC; the kernel mount after it has the quota again."""
+    place = fs.fresh("both")
+    target = place / "mnt"
+    target.mkdir()
+    with Store.open(place / "store", driver="btrfs", fsync=False) as store:
+        store.prepare("a", size="1M")
+        for _ in range(2):
+            with store.mount("a", target):
+                host = os.statvfs(target)
+                assert host.f_blocks * host.f_frsize == 1 << 20
+                (target / "exact").write_bytes(b"x" * (1 << 20))
+                with pytest.raises(OSError) as caught:
+                    (target / "more").write_bytes(b"x" * 4096)
+                assert caught.value.errno == errno.ENOSPC
+                for name in ("exact", "more"):
+                    (target / name).unlink(missing_ok=True)
+            with store.mount("a", target, mount_type="kernel"):
+                assert store.mounts("a", mount_type="fuse")[0].type.startswith("fuse.")  # takes no limit away
+                assert write_until_full(target / "big", 2 << 20) < 1 << 20
+                (target / "big").unlink()
+
+
+def test_what_a_quota_cannot_hold_is_served(fs: HostFs) -> None:
+    with Store.open(fs.fresh("small") / "store", driver="btrfs", fsync=False) as store:
+        for key, words in (("few", {"inodes": 10}), ("tiny", {"size": "64K"})):
+            (record,) = store.prepare(key, **words)
+            assert record.type == "fuse.cowfs-overlayfs"
+            with pytest.raises(Unsupported, match="quotas count"):
+                store.mounts(key, mount_type="kernel")
+
+
+def test_info_says_who_holds_limits_and_what_else_could_be_had(fs: HostFs) -> None:
+    with Store.open(fs.fresh("info") / "store", driver="btrfs", fsync=False) as store:
+        told = store.describe()
+        assert "quotas" in told["limits"]
+        assert "subvolumes" in told["why"]
+        assert {"overlay", "vfs"} <= set(store.alternatives())
+        done = run_module("cowfs", "info", "--root", store.root)
+        assert "btrfs's quotas" in done.stdout
+        assert "other driver:  overlay" in done.stdout
+
+
+def test_classic_quotas_bound_what_a_layer_holds_alone(tmp_path: Path, fs: HostFs) -> None:
+    """Of a file system that somebody else counts the classic way, as kernels before 6.7 do."""
+    where = hostfs.make_image("btrfs", tmp_path)
+    try:
+        if subprocess.run(["btrfs", "quota", "enable", where], check=False, capture_output=True).returncode:
+            pytest.skip("no btrfs command")
+        with Store.open(where / "store", driver="btrfs", fsync=False) as store:
+            assert "classic" in store.describe()["limits"]
+            store.prepare("a")
+            (Path(store.driver.tree(store.index.get("a").id)) / "base").write_bytes(os.urandom(8 << 20))
+            store.commit("a", "A")
+            store.prepare("work", "A", size="2M")
+            (where / "mnt").mkdir()
+            with store.mount("work", where / "mnt", mount_type="kernel"):
+                assert (1 << 20) < write_until_full(where / "mnt" / "big", 4 << 20) <= 2 << 20
+    finally:
+        subprocess.run(["umount", "-l", where], check=False)

@@ -24,6 +24,7 @@ from cowfs.row import layer as row_layer, map as row_map, rewrite, writeback
 from cowfs.row.file import RowFile
 from cowfs.sys import files
 from cowfs.union import Options, View, live
+from cowfs.union.filedata import PLAIN
 from cowfs.union.node import Node
 from cowfs.union.quota import measure
 
@@ -286,7 +287,7 @@ class RedirectFile(RuleBasedStateMachine):
         if twin.finish():
             assert not late or not self.model
             stack.end_twin()
-            assert self.node.data is None
+            assert self.node.data is PLAIN
         elif twin.dead:
             stack.end_twin()
 

@@ -36,6 +36,7 @@ def _init(args: argparse.Namespace) -> int:
 def _info(args: argparse.Namespace) -> int:
     with open_store(args, create=False) as store:
         told: dict[str, Any] = store.describe()
+        told["alternatives"] = store.alternatives()
         totals = store.totals()
     told["snapshots"] = totals.count
     if args.json:
@@ -51,10 +52,14 @@ def _info(args: argparse.Namespace) -> int:
         ("host", told["host"]),
         ("mounts", told["mounts"]),
         ("mount records", f"{told['records']} (without a limit)"),
+        ("kernel mounts", told["kernel mounts"]),
+        ("limits", told["limits"]),
         ("snapshots", ", ".join(f"{count.get(kind, 0)} {kind}" for kind in ("committed", "active", "view"))),
     ]
     for key, value in lines:
         print(f"{key + ':':<15}{value}")
+    for name, why in told["alternatives"].items():
+        print(f"{'other driver:':<15}{name} ({why})")
     return 0
 
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from cowfs.cli import Command
 from cowfs.cli.output import print_json
-from cowfs.cli.store.args import add_store, open_store, set_labels
-from cowfs.cli.store.snapshots import info_as_json, mount_as_json
+from cowfs.cli.store.args import add_store, check_new, info_as_json, open_store, set_labels
+from cowfs.cli.store.snapshots import mount_as_json
 
 if TYPE_CHECKING:
     import argparse
@@ -30,6 +30,7 @@ def _configure_snapshot(parser: argparse.ArgumentParser) -> None:
 
 
 def _snapshot(args: argparse.Namespace) -> int:
+    check_new(args.name)
     with open_store(args, create=False) as store:
         return _print_info(store.snapshot(args.key, args.name, labels=set_labels(args.label)), as_json=args.json)
 
@@ -43,6 +44,8 @@ def _configure_rollback(parser: argparse.ArgumentParser) -> None:
 
 
 def _rollback(args: argparse.Namespace) -> int:
+    if args.keep is not None:
+        check_new(args.keep)
     with open_store(args, create=False) as store:
         return _print_info(store.rollback(args.key, args.name, keep=args.keep), as_json=args.json)
 
@@ -67,6 +70,8 @@ def _configure_fork(parser: argparse.ArgumentParser) -> None:
 
 
 def _fork(args: argparse.Namespace) -> int:
+    for key in args.keys:
+        check_new(key, "key")
     with open_store(args, create=False) as store:
         made = store.fork(args.name, *args.keys, size=args.size, inodes=args.inodes)
     if args.json:

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from cowfs.cli import Command
-from cowfs.cli.store.args import add_store, open_store
+from cowfs.cli.store.args import add_store, check_new, open_store
 from cowfs.cli.store.terminal import Terminal
 from cowfs.errors import CowfsError, InvalidArgument, Unsupported
 
@@ -95,7 +95,9 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _run_in_snapshot(args: argparse.Namespace) -> int:
-    key = args.key or f"run-{secrets.token_hex(4)}"
+    key = check_new(args.key or f"run-{secrets.token_hex(4)}", "key")
+    if args.commit:
+        check_new(args.commit)
     with open_store(args, create=False) as store:
         config = _config(store, args.parent)
         command = args.command or [*(config.get("Entrypoint") or ()), *(config.get("Cmd") or ())] or ["/bin/sh"]

@@ -32,8 +32,10 @@ LATE_VERBS = {
     "absorb": "cowfs.mounting.verbs.restack",
     "compact": "cowfs.mounting.verbs.compact",
     "freeze": "cowfs.mounting.verbs.live",
+    "readonly": "cowfs.mounting.verbs.live",
     "restack": "cowfs.mounting.verbs.restack",
     "rollback": "cowfs.mounting.verbs.live",
+    "sync": "cowfs.mounting.verbs.live",
 }
 """Verbs that most mounts never need, and the module that registers them when first asked for."""
 

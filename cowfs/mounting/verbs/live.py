@@ -1,6 +1,7 @@
-"""What a mount's server does for a snapshot of itself, and for the way back: the verbs ``freeze`` and ``rollback``.
+"""What a mount's server does for a snapshot of itself, and for the way back: the verbs ``freeze`` and ``rollback``; for
+others who read its upper layer, ``sync``; and ``readonly``, for who commits it.
 
-Order, for both:
+Order, for the first two:
 
 1. syncfs(2) on the mount, from this thread, so that what was stored through maps before is in the upper layer;
 2. in one call of the loop thread, so that no request is being answered: leave the mark in the new layer, switch;
@@ -18,11 +19,13 @@ import errno
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from cowfs.errors import FailedPrecondition, NotFound
 from cowfs.fuse.loop import Session
 from cowfs.mounting.verbs.basic import verb
+from cowfs.sys import mounts
 from cowfs.sys.files import syncfs
 from cowfs.union.quota import UNIT
 
@@ -47,6 +50,38 @@ def _freeze(server: Server, arguments: dict[str, Any]) -> dict[str, Any]:
         server.view.freeze(arguments["upper"], arguments["work"])
 
     return {"stalled": _switch(server, arguments, switch)}
+
+
+@verb("sync")
+def _sync(server: Server, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Have in the upper layer what was written until now. Nothing is promised about a loss of power."""
+    _write_back(server)
+    return {}
+
+
+@verb("readonly")
+def _readonly(server: Server, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Refuse every change from now on, for good. What was written before is in the upper layer then.
+
+    Who has a file open for writing gets EROFS at the next write, fsync or close (the kernel may keep a page until then). The lock of the upper layer is shared from then on.
+    """
+    if server.spec.readonly:
+        return {}
+    can_switch(server)
+    _write_back(server)
+
+    def act() -> None:
+        server.view.readonly = True
+        server.view.open_files.close_all()  # some were open for writing
+
+    at_once(server, act, strict=True)
+    server.spec = replace(server.spec, readonly=True)
+    server.stack.share()
+    try:  # so that the kernel refuses at once what the view would refuse later
+        mounts.mount("", server.spec.mountpoint, "", mounts.MS_REMOUNT | mounts.MS_RDONLY)
+    except OSError:
+        pass  # files are open for writing, or this user may not
+    return {}
 
 
 @verb("rollback")

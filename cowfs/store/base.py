@@ -1,0 +1,140 @@
+"""A store that is open: its directory, its index, its driver.
+
+Rule: what killed processes left is swept before the first verb, and nobody sweeps while the drivers of a new store try what
+they can do there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Self
+
+from cowfs.driver import registry
+from cowfs.driver.interface import Driver, Probe
+from cowfs.errors import InvalidArgument
+from cowfs.index.database import Index
+from cowfs.store import key_lock
+from cowfs.store.opening import INDEX, default_root, make_root, must_run, only_one
+from cowfs.store.reading import Reading, must_read
+from cowfs.store.recount import recount
+from cowfs.store.reserve import FULL, Reserve, no_room
+from cowfs.store.staging import sweep
+from cowfs.sys import files, host
+
+__all__ = ["OpenStore"]
+
+
+class OpenStore(Reading):
+    """The life of a store. Made by :meth:`open`; users see it as :class:`cowfs.Store`.
+
+    Attributes:
+        root: the store's directory, absolute.
+        driver: the backend.
+        index: the index.
+        why: why this driver: what each one that is installed said, by name; empty when the store
+            had one already.
+    """
+
+    def __init__(self, root: str, index: Index, driver: Driver, why: Mapping[str, Probe]) -> None:
+        self.root = root
+        self.index = index
+        self.driver = driver
+        self.why = why
+        self.reserve = Reserve(root)
+
+    # --------------------------------------------------------------- open, close
+
+    @classmethod
+    def open(
+        cls,
+        root: str | os.PathLike[str] | None = None,
+        *,
+        driver: str = "auto",
+        create: bool = True,
+        fsync: bool = True,
+        **options: Any,
+    ) -> Self:
+        """Open the store in a directory, making it on first use.
+
+        Args:
+            root: the directory; default: :func:`default_root`.
+            driver: ``auto`` takes the driver that the store has, else the best one for this host.
+            create: whether to make a store that is not there.
+            fsync: off: a power loss may undo the latest verbs (not damage the store).
+            options: the driver's own.
+
+        Raises:
+            NotFound: no store there and ``create`` is off, or no such driver.
+            InvalidArgument: the directory holds something else, or the store has another driver.
+            Unsupported: no driver can run here, or a newer cowfs made the store.
+            Corrupt: the index is damaged.
+        """
+        path = os.path.abspath(os.fspath(root) if root is not None else default_root())
+        if driver != "auto":
+            registry.load(driver)  # one that is not there makes no store
+        make_root(path, create)
+        try:
+            return cls._open(path, driver, create, fsync, options)
+        except OSError as error:
+            if error.errno not in (errno.EROFS, *FULL) or not os.path.isdir(path):
+                raise
+            raise no_room(error, path) from error
+
+    @classmethod
+    def _open(cls, path: str, driver: str, create: bool, fsync: bool, options: Mapping[str, Any]) -> Self:
+        with only_one(path):
+            index = Index(os.path.join(path, INDEX), create=create, fsync=fsync)
+        try:
+            why: Mapping[str, Probe] = {}
+            had = index.meta("driver")
+            if had is None:
+                with only_one(path):  # nobody sweeps, or chooses another, while the drivers try what they can do here
+                    had = index.meta("driver")
+                    if had is None:
+                        if driver == "auto":
+                            best, why = registry.choose(path)
+                            had = best.name
+                        else:
+                            must_run(registry.load(driver), path)
+                            had = driver
+                        index.set_meta("driver", had)
+            if driver not in ("auto", had):
+                raise InvalidArgument(
+                    f"the store {path} has the driver {had}, not {driver}",
+                    remedy="another driver needs a store of its own",
+                )
+            form = index.meta("form") or index.set_meta("form", "trusted" if host.can_trusted_xattr() else "user")
+            must_read(path, form)
+            found = registry.load(had, index.meta("driver_class"))
+            if index.meta("driver_class") is None:
+                index.set_meta("driver_class", registry.where(found))
+            made = found(path, form=form, fsync=fsync, **options)
+            if not index.refused:
+                for name in ("layers", "empty"):
+                    with contextlib.suppress(FileExistsError):
+                        files.make_directory(os.path.join(path, name), 0o755 if name == "empty" else 0o700)
+                sweep(made, index)
+                Reserve(path).keep()
+                key_lock.prepare(path)
+                recount(index, made)
+        except BaseException:
+            index.close()
+            raise
+        return cls(path, index, made, why)
+
+    def close(self) -> None:
+        """Let go of the index and the driver. Idempotent."""
+        self.driver.close()
+        self.index.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
