@@ -5,8 +5,9 @@ work directory of its mounts (``work``) in it. A parent has one snapshot, ``@cow
 Everything goes through the programs ``zfs`` and, for probing, ``zpool``: OpenZFS and zfs-fuse both have them, and only what both can
 do is asked of them (zfs-fuse 0.7 has no ``zfs diff``, no property ``written``, no ``list -p``).
 
-Mounts: a dataset is mounted at ``ROOT/mnt/ID`` when its tree is wanted, and stays: up to :data:`_IDLE` trees that nobody uses are left mounted.
-A tree that was planned for a mount (:meth:`ZfsDriver.plan`) stays until its layer is removed. zfs-fuse mounts in the namespace of its daemon.
+Mounts: a dataset is mounted at ``vol`` in the layer's directory when its tree is wanted, and stays: up to :data:`_IDLE` trees that nobody
+uses are left mounted. A tree that was planned for a mount (:meth:`ZfsDriver.plan`) stays until its layer is removed. A mount goes
+with its directory when that is renamed; the property ``mountpoint`` is set anew before the next mount. zfs-fuse mounts in the namespace of its daemon.
 
 Order: the layer's directory is there before its dataset and goes after it, and the dataset is named after the final id from the
 start. So a process that is killed leaves a directory, with or without a dataset, that the store's sweep deletes. The program
@@ -31,9 +32,16 @@ from cowfs.driver.interface import Capabilities, Driver, Probe
 from cowfs.driver.plan import MountPlan
 from cowfs.errors import Unsupported
 from cowfs.model import Limit, Usage
-from cowfs.sys import files, host, locks, mounts, trees
+from cowfs.sys import atomic, files, host, locks, mounts, trees
+from cowfs.sys.regular import read_small
 
-_TURN, _USE, _KEEP = "zfs-turn", "zfs-use", "zfs-keep"
+_VOLUME = "vol"
+_TURN, _USE, _KEEP, _QUOTA, _MADE, _PLACE = (
+    "zfs-turn", "zfs-use", "zfs-keep", "zfs-quota", "zfs-snapshot", "zfs-place",
+)  # fmt: skip
+LEAST = 1 << 20
+"""Bytes of the least limit of a kernel mount: an empty dataset has 100 KiB of metadata, and each change of it more."""
+
 _SNAPSHOT = "@cowfs"
 _IDLE = 32
 _PATIENCE = 0.3  # seconds that a dataset may stay busy after its last file was closed
@@ -94,8 +102,7 @@ class ZfsDriver(Driver):
 
     def _place(self, id: str) -> str:
         """Where the layer's dataset is mounted."""
-        self.directory(id)  # refuses what is no id
-        return f"{self.root}/mnt/{_bare(id)}"
+        return f"{self.directory(id)}/{_VOLUME}"
 
     def _name(self, id: str) -> str:
         return f"{self._dataset}/cowfs-{_bare(id)}"
@@ -126,21 +133,25 @@ class ZfsDriver(Driver):
         for one in (id, *parents[:1]) if readonly else (id,):
             if os.path.isdir(self.directory(one)):  # "cowfs info" asks about layers that there are not
                 with self._used(one):
-                    os.close(os.open(f"{self.directory(one)}/{_KEEP}", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
+                    _touch(f"{self.directory(one)}/{_KEEP}")
         return super().plan(id, parents, readonly=readonly, limit=limit)
 
     def _why_not_kernel(self, limit: Limit) -> str:
-        return "a dataset holds no limit on inodes" if limit.inodes is not None else super()._why_not_kernel(limit)
+        if limit.inodes is not None:
+            return "zfs's quotas count no inodes"
+        if limit.bytes is not None and limit.bytes < LEAST:
+            return f"zfs's quotas count metadata, and hold no limit below {LEAST >> 20} MiB"
+        return super()._why_not_kernel(limit)
 
     # -- verbs
 
     def create(self, id: str, parents: Sequence[str], limit: Limit) -> Usage:
         """A clone of the nearest parent's dataset, or an empty one."""
         options = ["-o", f"mountpoint={self._place(id)}", "-o", "canmount=noauto"]
-        if limit.bytes is not None:
-            options += ["-o", f"quota={_quota(limit.bytes)}"]
+        self._unmount_idle()
         if parents:
             self._snapshot(parents[0])
+        atomic.write_file(f"{self.directory(id)}/{_PLACE}", os.fsencode(self._place(id)), durable=False)
         with self._turn(id) as turn:
             if parents:
                 _must(_zfs("clone", *options, self._name(parents[0]) + _SNAPSHOT, self._name(id), hold=turn))
@@ -159,7 +170,7 @@ class ZfsDriver(Driver):
     def _snapshot(self, id: str) -> None:
         """See to it that a frozen layer has its snapshot."""
         with self._used(id), self._turn(id) as turn:
-            mark = f"{self.directory(id)}/zfs-snapshot"
+            mark = f"{self.directory(id)}/{_MADE}"
             if os.path.exists(mark):
                 return
             trees.empty_tree(self.work(id))
@@ -167,19 +178,35 @@ class ZfsDriver(Driver):
             done = _zfs("snapshot", self._name(id) + _SNAPSHOT, hold=turn)
             if "already exists" not in done.stderr:
                 _must(done)
-            os.close(os.open(mark, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
+            _touch(mark)
 
     def limit(self, id: str, limit: Limit) -> None:
         """Set the quota, which counts what the layer does not share with its parent."""
+        mark = f"{self.directory(id)}/{_QUOTA}"
+        if limit.bytes is None and not os.path.exists(mark):
+            return
         with self._turn(id) as turn:
-            quota = "none" if limit.bytes is None else _quota(limit.bytes)
+            _touch(mark)
+            quota = "none" if limit.bytes is None else str(limit.bytes)
             _must(_zfs("set", f"quota={quota}", self._name(id), hold=turn))
+            if limit.bytes is None:
+                os.unlink(mark)
+
+    def explain(self) -> dict[str, str]:
+        """Who holds limits, and what the pool cannot."""
+        can = self.capabilities
+        lacks = [] if can.xattrs else ["xattrs"]
+        lacks += ["fractions of seconds"] if can.time_step else []
+        told = {"dataset": self._dataset, "limits": "kernel mounts by quotas of zfs, others by cowfs's server"}
+        return {**told, "files without": ", ".join(lacks)} if lacks else told
 
     def freeze(self, id: str) -> None:
-        """Empty the work directory, which only a writer fills."""
+        """Empty the work directory, which only a writer fills. Nobody mounts the tree by its plan any more."""
         with self.open_tree(id):
             if os.listdir(self.work(id)):
                 trees.empty_tree(self.work(id))
+        with suppress(FileNotFoundError):
+            os.unlink(f"{self.directory(id)}/{_KEEP}")
 
     def remove(self, id: str) -> None:
         """Destroy the dataset, and the directory that stands for it.
@@ -200,8 +227,6 @@ class ZfsDriver(Driver):
         while True:
             done = _zfs("destroy", "-r", self._name(id), hold=turn)
             if not done.returncode or "does not exist" in done.stderr:
-                with suppress(FileNotFoundError):
-                    os.rmdir(self._place(id))
                 return True
             if "busy" not in done.stderr and "dependent clones" not in done.stderr:
                 _must(done)
@@ -258,6 +283,12 @@ class ZfsDriver(Driver):
         place, name = self._place(id), self._name(id)
         if os.path.ismount(place):
             return
+        mark = f"{self.directory(id)}/{_PLACE}"
+        if not os.path.exists(mark) or read_small(mark) != os.fsencode(
+            place
+        ):  # the layer has another name now, or the store
+            _must(_zfs("set", f"mountpoint={place}", name, hold=turn))
+            atomic.write_file(mark, os.fsencode(place), durable=False)
         end = time.monotonic() + _PATIENCE
         while True:
             os.makedirs(place, mode=0o700, exist_ok=True)
@@ -267,39 +298,29 @@ class ZfsDriver(Driver):
             if "does not exist" in done.stderr:
                 raise FileNotFoundError(errno.ENOENT, f"no dataset {name}", place)
             if not done.returncode or "already mounted" in done.stderr:
-                # of a store that was moved; or the daemon, or another process, has it elsewhere
-                if _zfs("get", "-H", "-o", "value", "mountpoint", name).stdout.strip() == place:
-                    raise Unsupported(
-                        f"{name} was mounted at {place}, but not in this mount namespace",
-                        remedy="zfs-fuse mounts where its daemon runs: run cowfs there",
-                    )
-                _must(_zfs("set", f"mountpoint={place}", name, hold=turn))
-            elif "busy" not in done.stderr or time.monotonic() > end:
+                raise Unsupported(
+                    f"{name} is mounted, but not at {place} in this mount namespace",
+                    remedy="zfs-fuse mounts where its daemon runs: run cowfs there",
+                )
+            if "busy" not in done.stderr or time.monotonic() > end:
                 _must(done)
             time.sleep(0.01)
 
     def _unmount_idle(self) -> None:
         """Unmount trees that nobody uses, unless they are few."""
-        try:
-            ids = os.listdir(f"{self.root}/mnt")
-        except FileNotFoundError:
+        start, end = os.fsencode(f"{self.root}/layers/"), b"/" + os.fsencode(_VOLUME)
+        found = [one.target for one in mounts.mountinfo() if one.target.startswith(start) and one.target.endswith(end)]
+        if len(found) <= _IDLE:
             return
-        if len(ids) <= _IDLE:
-            return
-        for id in ids:
-            directory = self.directory(id)
-            if not os.path.isdir(directory) or os.path.exists(f"{directory}/{_KEEP}"):
+        for place in found:
+            directory = os.fsdecode(os.path.dirname(place))
+            if os.path.exists(f"{directory}/{_KEEP}"):
                 continue
-            with suppress(FileNotFoundError), self._turn(id):
+            with suppress(FileNotFoundError), self._turn(os.path.basename(directory)):
                 use = locks.open_locked(f"{directory}/{_USE}", flags=os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
-                if use is None:
-                    continue
-                try:
+                if use is not None:
                     with suppress(OSError):  # a file is open
-                        if os.path.ismount(self._place(id)):
-                            mounts.umount(self._place(id))
-                        os.rmdir(self._place(id))
-                finally:
+                        mounts.umount(place)
                     os.close(use)
 
 
@@ -361,9 +382,9 @@ def _bare(id: str) -> str:
     return id.removeprefix("new-").removeprefix("rm-")
 
 
-def _quota(limit: int) -> int:
-    """The quota for a limit, both bytes: zfs counts metadata, too, and must not refuse what cowfs's server lets pass."""
-    return limit + limit // 16 + (512 << 10)
+def _touch(path: str) -> None:
+    """Make an empty file, if there is none."""
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
 
 
 def _has_xattrs(path: str) -> bool:
