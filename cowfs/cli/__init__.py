@@ -112,6 +112,12 @@ def _service() -> Commands:
     return service.COMMANDS
 
 
+def _stats() -> Commands:
+    from cowfs.cli import stats
+
+    return stats.COMMANDS
+
+
 def _bench() -> Commands:
     from cowfs.cli import bench
 
@@ -162,6 +168,7 @@ VERBS: dict[str, Verb] = {
     "gc": Verb(_store_keep, "delete what nothing records", _STORE),
     "serve": Verb(_service, "serve the store to Docker's clients", _SERVICE),
     "tls": Verb(_service, "certificates to try the TLS door with", _SERVICE),
+    "stats": Verb(_stats, "what mounts and containers use, and what their servers do", _SERVICE),
     "events": Verb(_service, "what happens to the store, mounts and containers", _SERVICE),
     "bench": Verb(_bench, "measure against other file systems, on your own disk", _ABOUT),
     "completion": Verb(_completion, "completion for bash, zsh or fish", _ABOUT),

@@ -124,12 +124,14 @@ def print_store_usage(args: argparse.Namespace) -> int:
     """Use and limit of a snapshot of the store."""
     with open_store(args, create=False) as store:
         used, limit = store.usage(args.mountpoint), store.limit(args.mountpoint)
+        engine = store.limit_engine(args.mountpoint)
     if args.json:
         print_json(
             {
                 "name": args.mountpoint,
                 "usage": {"bytes": used.bytes, "inodes": used.inodes},
                 "limit": {"bytes": limit.bytes, "inodes": limit.inodes},
+                "engine": engine,
             }
         )
         return 0
@@ -138,6 +140,8 @@ def print_store_usage(args: argparse.Namespace) -> int:
         ("inodes", count_or(used.inodes), count_or(limit.inodes), _percent(used.inodes, limit.inodes)),
     ]
     print_table(("", "USED", "LIMIT", "USE%"), rows)
+    if engine is not None:
+        print(f"the limit is held by {engine}")
     return 0
 
 

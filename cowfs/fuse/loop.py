@@ -38,6 +38,7 @@ from cowfs.fuse.codec import ProtocolError
 from cowfs.fuse.deferred import Errands
 from cowfs.fuse.handlers.data import Data
 from cowfs.fuse.notify import Notifier
+from cowfs.fuse.timing import Timing, looked_into
 from cowfs.fuse.trace import traced
 from cowfs.fuse.workers import HELD_OPCODES
 from cowfs.union.bound import Awaited
@@ -132,6 +133,7 @@ class Session:
         self._mail: deque[Callable[[], None]] = deque()  # appended by any thread, emptied by the loop
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._said: set[str] = set()  # lines of damage that were logged
+        self.timing: Timing
         self._errands = Errands(self, self.options.workers, self.options.most_jobs)
         self._stopping = False
         self._ended = False
@@ -316,6 +318,7 @@ class Session:
         if self.options.trace is not None:
             trace, ext = self.options.trace, adapter.setxattr_ext
             self._handlers = [traced(handler, trace, setxattr_ext=ext) for handler in self._handlers]
+        self.timing = Timing(self._handlers, looked_into(self.view))
 
     def _serve(self) -> None:
         fd = self._fd

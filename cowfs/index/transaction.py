@@ -186,6 +186,13 @@ class Transaction:
     def set_limit(self, num: int, limit: Limit) -> None:
         """What an active snapshot may hold from now on."""
         self._set(num, {"limit_bytes": limit.bytes, "limit_inodes": limit.inodes, "updated": time.time_ns()})
+        told = {"size": limit.bytes, "inodes": limit.inodes}
+        self.record_event(
+            "limit",
+            "changed",
+            self._name_of(num),
+            {key: "none" if now is None else str(now) for key, now in told.items()},
+        )
 
     def set_base(self, num: int, base: Usage) -> None:
         """Set what a snapshot does not count for its limit."""

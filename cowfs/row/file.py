@@ -128,6 +128,7 @@ class RowFile(Chain):
                 log.append(first, last)
                 self.rows.wrote(self, log)
             extents.put(first << shift, last << shift, own)
+            self.rows.view.work.redirected_blocks += last - first
         if reached < stop and space is not None:
             space.recount(self.node)
         written = min(reached if whole else last << shift, end) - offset

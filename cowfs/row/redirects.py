@@ -394,6 +394,7 @@ class Rows(Redirects):
             self._logs[file] = None
         view.open_files.use(node, fd, writable=True)
         node.data, node.attr = file, None
+        view.work.redirected_files += 1
         if view.space is not None:
             node.space = Blocks()
 

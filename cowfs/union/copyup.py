@@ -267,6 +267,8 @@ def publish(view: View, stage: Stage) -> None:
     else:
         view.open_files.use(node, stage.dst_fd, writable=True)
     node.data, node.attr = PLAIN, None
+    view.work.copied_files += 1
+    view.work.copied_bytes += stage.keep
     if view.space is not None:
         node.space = None
         # the copy's xattrs are counted by :func:`place`, those of a metacopy were before
@@ -410,6 +412,7 @@ def up_meta(view: View, node: Node, *, whole: bool = True) -> None:
             _up_whole(view, node)
             return
         raise
+    view.work.copied_attributes += 1
     if space is not None:
         node.space = None
         space.add(total_of(space.count(node)) if node.type == DT_LNK else 0, 1)

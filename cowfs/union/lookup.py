@@ -97,6 +97,7 @@ def load(view: View, directory: Dir) -> dict[bytes, Node | int]:
         base = (len(sources) - 1) << 4
         for name, kind in names.items():
             merged[name] = base | kind
+    view.work.directories_read += 1
     directory.children = merged
     return merged
 

@@ -122,6 +122,12 @@ class Space(Bound):
         if self._may_return():
             raise Awaited
 
+    def _full(self) -> OSError:
+        found = super()._full()
+        if not isinstance(found, Awaited) and self.view.limit_reached is not None:
+            self.view.limit_reached()
+        return found
+
     def _may_return(self) -> bool:
         """Whether space may come back without anybody's doing, and the front end has a way to wait for that."""
         if not self.view.patient:

@@ -67,6 +67,7 @@ from cowfs.union.openfiles import OpenFiles
 from cowfs.union.options import Options
 from cowfs.union.owners import Owners, make_owners
 from cowfs.union.redirecting import redirects_of
+from cowfs.union.work import Work
 from cowfs.union.workdir import WorkDir
 
 if TYPE_CHECKING:
@@ -125,6 +126,8 @@ class View:
         self.workdir: WorkDir | None = None
         self.nodes: dict[int, Node] = {}
         self.changed: Callable[[str, Node, bytes], None] | None = None
+        self.limit_reached: Callable[[], None] | None = None  # called when something is refused for the limit
+        self.work = Work()
         self.space: quota.Space | None = None
         self.patient = False  # the front end can wait for what the kernel is about to forget (bound.Awaited)
         self.rows: Redirects | None = None

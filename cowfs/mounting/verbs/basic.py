@@ -20,7 +20,7 @@ from cowfs.mounting import mountpoint
 if TYPE_CHECKING:
     from cowfs.mounting.server import Server
 
-__all__ = ["LATE_VERBS", "VERBS", "Verb", "find_verb", "verb"]
+__all__ = ["LATE_VERBS", "VERBS", "Verb", "counted", "find_verb", "verb"]
 
 Verb = Callable[["Server", dict[str, Any]], dict[str, Any]]
 
@@ -35,6 +35,7 @@ LATE_VERBS = {
     "readonly": "cowfs.mounting.verbs.live",
     "restack": "cowfs.mounting.verbs.restack",
     "rollback": "cowfs.mounting.verbs.live",
+    "statistics": "cowfs.mounting.verbs.statistics",
     "sync": "cowfs.mounting.verbs.live",
 }
 """Verbs that most mounts never need, and the module that registers them when first asked for."""
@@ -68,17 +69,17 @@ def _alive(server: Server, arguments: dict[str, Any]) -> dict[str, Any]:
 @verb("info")
 def _info(server: Server, arguments: dict[str, Any]) -> dict[str, Any]:
     """Everything about the mount, use and limit included."""
-    return {**asdict(server.spec), **server.facts(), **_counted(server, _PATIENCE)}
+    return {**asdict(server.spec), **server.facts(), **counted(server)}
 
 
 @verb("usage")
 def _usage(server: Server, arguments: dict[str, Any]) -> dict[str, Any]:
     """Used and allowed bytes and inodes. Without a limit the upper layer is walked, which may take its time."""
-    return _counted(server, None)
+    return counted(server, None)
 
 
-def _counted(server: Server, patience: float | None) -> dict[str, Any]:
-    """The same; "usage" is null when there is no count within ``patience`` seconds."""
+def counted(server: Server, patience: float | None = _PATIENCE) -> dict[str, Any]:
+    """Used and allowed bytes and inodes; "usage" is null when there is no count within ``patience`` seconds."""
     used = server.counter.usage(patience)
     limit = server.stack.limit or Limit()
     return {
@@ -118,7 +119,7 @@ def _limit(server: Server, arguments: dict[str, Any]) -> dict[str, Any]:
         from cowfs.mounting.index_view import keep_limit
 
         keep_limit(upper, limit)
-    return _counted(server, _PATIENCE)
+    return counted(server)
 
 
 @verb("counters")
