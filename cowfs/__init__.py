@@ -75,7 +75,15 @@ if TYPE_CHECKING:
     )
     from cowfs.store import Store as Store
     from cowfs.union import Options as Options, View as View
+    from cowfs.union.filedata import Redirects
     from cowfs.union.paths import Paths as Paths
+
+
+def redirects_of(view: View) -> Redirects | None:
+    """What makes the redirect files of every view (:mod:`cowfs.union.redirecting`)."""
+    from cowfs.row.redirects import rows_of
+
+    return rows_of(view)
 
 
 def __getattr__(name: str) -> object:

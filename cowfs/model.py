@@ -24,6 +24,8 @@ __all__ = [
     "Kind",
     "Limit",
     "Mount",
+    "Statistics",
+    "Timed",
     "Usage",
     "format_size",
     "parse_count",
@@ -136,6 +138,50 @@ class Event:
     action: str
     actor: str
     attributes: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """Requests of one kind whose time was taken.
+
+    Attributes:
+        count: how many. seconds: of all of them together. longest: seconds of the longest.
+    """
+
+    count: int
+    seconds: float
+    longest: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Statistics:
+    """What a mount's server has counted since it began.
+
+    Attributes:
+        usage: None while a big upper layer without a limit is being counted. limit: bytes and inodes, None for none.
+        requests: of the kernel, by opcode name. nodes: files and directories in memory.
+        timed: by opcode name; requests during the last ``timed_seconds`` in which somebody asked for statistics. A time is what the
+            server's loop spent; what its workers do (copies of big files, fsync) is not in it.
+        hits, misses: of those, requests about names that were answered from memory, and that needed a look into layers or index.
+        copied_files, copied_bytes: files whose data was copied up. copied_attributes: those that were copied up without data.
+        redirected_files, redirected_blocks: redirect files made, and blocks that they got.
+        directories_read: directories whose names were read from layers or index.
+    """
+
+    usage: Usage | None
+    limit: Limit
+    requests: Mapping[str, int] = field(default_factory=dict)
+    nodes: int = 0
+    timed_seconds: float = 0.0
+    timed: Mapping[str, Timed] = field(default_factory=dict)
+    hits: int = 0
+    misses: int = 0
+    copied_files: int = 0
+    copied_bytes: int = 0
+    copied_attributes: int = 0
+    redirected_files: int = 0
+    redirected_blocks: int = 0
+    directories_read: int = 0
 
 
 _UNITS = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50}

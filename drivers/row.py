@@ -18,9 +18,10 @@ from typing import Any
 
 from cowfs.driver.interface import Driver, Probe
 from cowfs.errors import InvalidArgument
+from cowfs.format.redirect import check_block
 from cowfs.format.whiteout import choose_form
 from cowfs.model import Limit, Usage, parse_size
-from cowfs.row import layer as row_layer, map as row_map
+from cowfs.row import layer as row_layer
 from cowfs.sys import atomic, trees
 from cowfs.sys.regular import read_small
 
@@ -48,7 +49,7 @@ class RowDriver(Driver):
         if block is not None:
             self.row = parse_size(block)
             try:
-                row_map.check_block(self.row)
+                check_block(self.row)
             except ValueError as error:
                 raise InvalidArgument(str(error)) from None
             atomic.write_file(path, f"{self.row}\n".encode(), durable=fsync)

@@ -23,14 +23,6 @@ if TYPE_CHECKING:
 __all__ = ["VERBS", "Command", "Verb", "fill_streams", "main", "parser_of", "say"]
 
 
-class Verb(NamedTuple):
-    """A line of the table: what is known of a verb without importing it."""
-
-    module: str
-    summary: str
-    group: str
-
-
 class Command(NamedTuple):
     """A verb: how its arguments look, what it does (returns the exit status), and examples for its --help."""
 
@@ -40,47 +32,146 @@ class Command(NamedTuple):
     examples: tuple[str, ...]
 
 
+class Verb(NamedTuple):
+    """A line of the table: what is known of a verb without importing it."""
+
+    load: Callable[[], Commands]
+    summary: str
+    group: str
+
+
+Commands = dict[str, Command]
+
+
+# Each group of verbs is imported by a function of its own, so that readers and tools see who imports whom.
+
+
+def _mount() -> Commands:
+    from cowfs.cli import mount
+
+    return mount.COMMANDS
+
+
+def _show() -> Commands:
+    from cowfs.cli import show
+
+    return show.COMMANDS
+
+
+def _store_io() -> Commands:
+    from cowfs.cli.store import io
+
+    return io.COMMANDS
+
+
+def _registry() -> Commands:
+    from cowfs.cli import registry
+
+    return registry.COMMANDS
+
+
+def _store_run() -> Commands:
+    from cowfs.cli.store import run
+
+    return run.COMMANDS
+
+
+def _store_look() -> Commands:
+    from cowfs.cli.store import look
+
+    return look.COMMANDS
+
+
+def _store_snapshots() -> Commands:
+    from cowfs.cli.store import snapshots
+
+    return snapshots.COMMANDS
+
+
+def _store_live() -> Commands:
+    from cowfs.cli.store import live
+
+    return live.COMMANDS
+
+
+def _store_compact() -> Commands:
+    from cowfs.cli.store import compact
+
+    return compact.COMMANDS
+
+
+def _store_keep() -> Commands:
+    from cowfs.cli.store import keep
+
+    return keep.COMMANDS
+
+
+def _service() -> Commands:
+    from cowfs.cli import service
+
+    return service.COMMANDS
+
+
+def _stats() -> Commands:
+    from cowfs.cli import stats
+
+    return stats.COMMANDS
+
+
+def _bench() -> Commands:
+    from cowfs.cli import bench
+
+    return bench.COMMANDS
+
+
+def _completion() -> Commands:
+    from cowfs.cli import completion
+
+    return completion.COMMANDS
+
+
 _MOUNTS, _SNAPSHOTS, _STORE, _SERVICE, _ABOUT = "Mounts", "Snapshots", "Store", "Service", "About"
 
 VERBS: dict[str, Verb] = {
-    "mount": Verb("cowfs.cli.mount", "mount a stack of layers as one tree", _MOUNTS),
-    "umount": Verb("cowfs.cli.mount", "unmount, also when the server is gone", _MOUNTS),
-    "mounts": Verb("cowfs.cli.show", "what is mounted: layers, upper, use and limit, process", _MOUNTS),
-    "diff": Verb("cowfs.cli.show", "what an upper layer adds, changes and deletes", _MOUNTS),
-    "usage": Verb("cowfs.cli.show", "bytes and inodes that an upper layer holds", _MOUNTS),
-    "limit": Verb("cowfs.cli.mount", "show or change the limit of a mount or a snapshot, mounted or not", _MOUNTS),
-    "import": Verb("cowfs.cli.store.io", "bring an image or a tree into the store", _SNAPSHOTS),
-    "pull": Verb("cowfs.cli.registry", "bring an image from a registry into the store", _SNAPSHOTS),
-    "push": Verb("cowfs.cli.registry", "send an image to a registry", _SNAPSHOTS),
-    "run": Verb("cowfs.cli.store.run", "run a command in a fresh snapshot", _SNAPSHOTS),
-    "prepare": Verb("cowfs.cli.store.snapshots", "make a writable snapshot", _SNAPSHOTS),
-    "view": Verb("cowfs.cli.store.snapshots", "make a read-only snapshot", _SNAPSHOTS),
-    "commit": Verb("cowfs.cli.store.snapshots", "make a snapshot immutable under a name", _SNAPSHOTS),
-    "snapshot": Verb("cowfs.cli.store.live", "commit what a key holds now, also while it is written", _SNAPSHOTS),
-    "rollback": Verb("cowfs.cli.store.live", "put a key back to an ancestor, also while it is mounted", _SNAPSHOTS),
-    "squash": Verb("cowfs.cli.store.live", "merge a snapshot into its only child", _SNAPSHOTS),
-    "fork": Verb("cowfs.cli.store.live", "prepare many snapshots of one parent", _SNAPSHOTS),
-    "compact": Verb("cowfs.cli.store.compact", "make plain files of files that were mostly rewritten", _SNAPSHOTS),
-    "rm": Verb("cowfs.cli.store.snapshots", "remove snapshots and tags", _SNAPSHOTS),
-    "ls": Verb("cowfs.cli.store.snapshots", "list snapshots", _SNAPSHOTS),
-    "tree": Verb("cowfs.cli.store.snapshots", "which snapshot is based on which", _SNAPSHOTS),
-    "log": Verb("cowfs.cli.store.snapshots", "a snapshot and its ancestors", _SNAPSHOTS),
-    "stat": Verb("cowfs.cli.store.snapshots", "all about one snapshot", _SNAPSHOTS),
-    "label": Verb("cowfs.cli.store.snapshots", "set and remove labels", _SNAPSHOTS),
-    "tag": Verb("cowfs.cli.store.snapshots", "give a snapshot a tag", _SNAPSHOTS),
-    "images": Verb("cowfs.cli.store.snapshots", "list tags with layers and size", _SNAPSHOTS),
-    "apply": Verb("cowfs.cli.store.io", "unpack a layer archive into a snapshot", _SNAPSHOTS),
-    "export": Verb("cowfs.cli.store.io", "write a snapshot out as image, tree or layer", _SNAPSHOTS),
-    "init": Verb("cowfs.cli.store.keep", "make a store", _STORE),
-    "info": Verb("cowfs.cli.store.keep", "driver, mounts and host, and why they were chosen", _STORE),
-    "df": Verb("cowfs.cli.store.keep", "what the store holds", _STORE),
-    "check": Verb("cowfs.cli.store.keep", "verify the store, and repair it", _STORE),
-    "gc": Verb("cowfs.cli.store.keep", "delete what nothing records", _STORE),
-    "serve": Verb("cowfs.cli.service", "serve the store to Docker's clients", _SERVICE),
-    "tls": Verb("cowfs.cli.service", "certificates to try the TLS door with", _SERVICE),
-    "events": Verb("cowfs.cli.service", "what happens to the store, mounts and containers", _SERVICE),
-    "bench": Verb("cowfs.cli.bench", "measure against other file systems, on your own disk", _ABOUT),
-    "completion": Verb("cowfs.cli.completion", "completion for bash, zsh or fish", _ABOUT),
+    "mount": Verb(_mount, "mount a stack of layers as one tree", _MOUNTS),
+    "umount": Verb(_mount, "unmount, also when the server is gone", _MOUNTS),
+    "mounts": Verb(_show, "what is mounted: layers, upper, use and limit, process", _MOUNTS),
+    "diff": Verb(_show, "what an upper layer adds, changes and deletes", _MOUNTS),
+    "usage": Verb(_show, "bytes and inodes that an upper layer holds", _MOUNTS),
+    "limit": Verb(_mount, "show or change the limit of a mount or a snapshot, mounted or not", _MOUNTS),
+    "import": Verb(_store_io, "bring an image or a tree into the store", _SNAPSHOTS),
+    "pull": Verb(_registry, "bring an image from a registry into the store", _SNAPSHOTS),
+    "push": Verb(_registry, "send an image to a registry", _SNAPSHOTS),
+    "run": Verb(_store_run, "run a command in a fresh snapshot", _SNAPSHOTS),
+    "prepare": Verb(_store_snapshots, "make a writable snapshot", _SNAPSHOTS),
+    "view": Verb(_store_snapshots, "make a read-only snapshot", _SNAPSHOTS),
+    "commit": Verb(_store_snapshots, "make a snapshot immutable under a name", _SNAPSHOTS),
+    "snapshot": Verb(_store_live, "commit what a key holds now, also while it is written", _SNAPSHOTS),
+    "rollback": Verb(_store_live, "put a key back to an ancestor, also while it is mounted", _SNAPSHOTS),
+    "squash": Verb(_store_live, "merge a snapshot into its only child", _SNAPSHOTS),
+    "fork": Verb(_store_live, "prepare many snapshots of one parent", _SNAPSHOTS),
+    "compact": Verb(_store_compact, "make plain files of files that were mostly rewritten", _SNAPSHOTS),
+    "rm": Verb(_store_snapshots, "remove snapshots and tags", _SNAPSHOTS),
+    "ls": Verb(_store_look, "list snapshots", _SNAPSHOTS),
+    "tree": Verb(_store_look, "which snapshot is based on which", _SNAPSHOTS),
+    "log": Verb(_store_look, "a snapshot and its ancestors", _SNAPSHOTS),
+    "stat": Verb(_store_look, "all about one snapshot", _SNAPSHOTS),
+    "label": Verb(_store_snapshots, "set and remove labels", _SNAPSHOTS),
+    "tag": Verb(_store_snapshots, "give a snapshot a tag", _SNAPSHOTS),
+    "images": Verb(_store_look, "list tags with layers and size", _SNAPSHOTS),
+    "apply": Verb(_store_io, "unpack a layer archive into a snapshot", _SNAPSHOTS),
+    "export": Verb(_store_io, "write a snapshot out as image, tree or layer", _SNAPSHOTS),
+    "init": Verb(_store_keep, "make a store", _STORE),
+    "info": Verb(_store_keep, "driver, mounts and host, and why they were chosen", _STORE),
+    "df": Verb(_store_keep, "what the store holds", _STORE),
+    "check": Verb(_store_keep, "verify the store, and repair it", _STORE),
+    "gc": Verb(_store_keep, "delete what nothing records", _STORE),
+    "serve": Verb(_service, "serve the store to Docker's clients", _SERVICE),
+    "tls": Verb(_service, "certificates to try the TLS door with", _SERVICE),
+    "stats": Verb(_stats, "what mounts and containers use, and what their servers do", _SERVICE),
+    "events": Verb(_service, "what happens to the store, mounts and containers", _SERVICE),
+    "bench": Verb(_bench, "measure against other file systems, on your own disk", _ABOUT),
+    "completion": Verb(_completion, "completion for bash, zsh or fish", _ABOUT),
 }
 
 
@@ -95,10 +186,7 @@ def is_path(argument: str) -> bool:
 
 def command_of(name: str) -> Command:
     """Import a verb."""
-    from importlib import import_module
-
-    command: Command = import_module(VERBS[name].module).COMMANDS[name]
-    return command
+    return VERBS[name].load()[name]
 
 
 def parser_of(name: str) -> argparse.ArgumentParser:

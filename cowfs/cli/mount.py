@@ -36,8 +36,12 @@ def _configure_mount(parser: argparse.ArgumentParser) -> None:
     add(
         "--mount-type",
         choices=("fuse", "kernel"),
-        default="fuse",
-        help="of KEY: cowfs's own server, or the kernel's overlayfs",
+        help="of KEY: cowfs's own server (the default), or the kernel's overlayfs",
+    )
+    add(
+        "--limit-engine",
+        choices=("fuse", "loop", "auto"),
+        help="of KEY: what holds its limit: cowfs's own server, an ext4 image of its size (a kernel mount), or the quickest here",
     )
     add("--upper", metavar="DIR", help="where changes go (default: LAYERS/.cowfs/upper, used again next time)")
     add("--work", metavar="DIR", help="work directory, on the same file system as the upper (default: beside it)")
@@ -143,7 +147,7 @@ def _mount_key(args: argparse.Namespace) -> int:
     args.driver = "auto"
     with ExitStack() as held:
         with open_store(args, create=False) as store:
-            if args.mount_type == "kernel":
+            if store.served_by(args.key, args.mount_type, args.limit_engine) == "kernel":
                 store.mount(args.key, args.paths[0], mount_type="kernel")
                 return 0
             words = [word for text in args.options for word in text.split(",")] + (["ro"] if args.read_only else [])
@@ -226,7 +230,9 @@ def _configure_limit(parser: argparse.ArgumentParser) -> None:
     from cowfs.cli.store.args import add_store
 
     add = parser.add_argument
-    add("mountpoint", metavar="MNT|KEY", help="a mount point, or an active snapshot of the store, mounted or not")
+    add("mountpoint", metavar="MNT|KEY|CONTAINER",
+        help="a mount point, an active snapshot of the store, or a container of it by name or id; mounted or not")  # fmt: skip
+    add("bytes", nargs="?", metavar="SIZE", help="the same as --size")
     add("--size", metavar="SIZE", help="bytes: 512M, 4G; none: no limit")
     add("--inodes", metavar="N", help="inodes: 100k; none: no limit")
     add_store(parser)
@@ -237,11 +243,15 @@ def _limit(args: argparse.Namespace) -> int:
     from cowfs.cli.store.args import known_in_store, open_store
     from cowfs.mounting import client
 
+    if args.bytes is not None and args.size is not None:
+        raise InvalidArgument("the size is given twice")
     changes = {
         name: None if text.lower() == "none" else text
-        for name, text in (("size", args.size), ("inodes", args.inodes))
+        for name, text in (("size", args.bytes if args.size is None else args.size), ("inodes", args.inodes))
         if text is not None
     }
+    if not is_path(args.mountpoint) and not known_in_store(args, args.mountpoint):
+        args.mountpoint = _container(args) or args.mountpoint
     if not is_path(args.mountpoint) and known_in_store(args, args.mountpoint):
         with open_store(args, create=False) as store:
             store.limit(args.mountpoint, **changes)
@@ -249,6 +259,19 @@ def _limit(args: argparse.Namespace) -> int:
     handle = client.attach(args.mountpoint)
     handle.limit(**changes)
     return show.print_usage(handle, as_json=args.json)
+
+
+def _container(args: argparse.Namespace) -> str | None:
+    """The key of the container of a name or id, if the store has it."""
+    from cowfs.cli.store.args import open_store
+    from cowfs.errors import NotFound
+    from cowfs.service.containers.known import key_of
+
+    try:
+        with open_store(args, create=False) as store:
+            return key_of(store.root, args.mountpoint)
+    except NotFound:
+        return None
 
 
 COMMANDS = {
@@ -282,6 +305,7 @@ COMMANDS = {
             "cowfs limit /mnt/rootfs --size 4G",
             "cowfs limit /mnt/rootfs --inodes none",
             "cowfs limit build --size 8G",
+            "cowfs limit web 10G",
         ),
     ),
 }

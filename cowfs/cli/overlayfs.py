@@ -105,8 +105,8 @@ def _count(text: str) -> int:
 
 
 def _block(text: str) -> int:
+    from cowfs.format.redirect import check_block
     from cowfs.model import parse_size
-    from cowfs.row.map import check_block
 
     size = parse_size(text)
     try:

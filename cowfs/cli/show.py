@@ -16,7 +16,7 @@ from cowfs.cli.output import (
     shown,
     size_or,
 )
-from cowfs.cli.store.args import add_store, known_in_store, open_store
+from cowfs.cli.store.args import add_store, known_in_store, look_at_store, open_store
 from cowfs.errors import InvalidArgument, NotFound
 
 if TYPE_CHECKING:
@@ -124,12 +124,14 @@ def print_store_usage(args: argparse.Namespace) -> int:
     """Use and limit of a snapshot of the store."""
     with open_store(args, create=False) as store:
         used, limit = store.usage(args.mountpoint), store.limit(args.mountpoint)
+        engine = store.limit_engine(args.mountpoint)
     if args.json:
         print_json(
             {
                 "name": args.mountpoint,
                 "usage": {"bytes": used.bytes, "inodes": used.inodes},
                 "limit": {"bytes": limit.bytes, "inodes": limit.inodes},
+                "engine": engine,
             }
         )
         return 0
@@ -138,6 +140,8 @@ def print_store_usage(args: argparse.Namespace) -> int:
         ("inodes", count_or(used.inodes), count_or(limit.inodes), _percent(used.inodes, limit.inodes)),
     ]
     print_table(("", "USED", "LIMIT", "USE%"), rows)
+    if engine is not None:
+        print(f"the limit is held by {engine}")
     return 0
 
 
@@ -189,7 +193,7 @@ def _diff(args: argparse.Namespace) -> int:
     if args.other is not None or (not is_path(args.what) and known_in_store(args, args.what)):
         if args.layer:
             raise InvalidArgument("snapshots know their layers", remedy="leave out --layer")
-        with open_store(args, create=False) as store:
+        with look_at_store(args) as store:
             return _print_changes(args, store.diff(args.what, args.other))
     return _print_changes(args, _changes(args.what, args.layer))
 

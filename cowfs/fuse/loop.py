@@ -38,6 +38,7 @@ from cowfs.fuse.codec import ProtocolError
 from cowfs.fuse.deferred import Errands
 from cowfs.fuse.handlers.data import Data
 from cowfs.fuse.notify import Notifier
+from cowfs.fuse.timing import Timing, looked_into
 from cowfs.fuse.trace import traced
 from cowfs.fuse.workers import HELD_OPCODES
 from cowfs.union.bound import Awaited
@@ -132,6 +133,7 @@ class Session:
         self._mail: deque[Callable[[], None]] = deque()  # appended by any thread, emptied by the loop
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._said: set[str] = set()  # lines of damage that were logged
+        self.timing: Timing
         self._errands = Errands(self, self.options.workers, self.options.most_jobs)
         self._stopping = False
         self._ended = False
@@ -238,7 +240,7 @@ class Session:
             self._ended = True
             self._empty_mail()
             self._answer_awaiting()
-            self.view.patient = False
+            self.view.wait_for_forgets(False)
             os.close(self._fd)
             self.notifier.close()
             os.close(self._wake)
@@ -316,6 +318,7 @@ class Session:
         if self.options.trace is not None:
             trace, ext = self.options.trace, adapter.setxattr_ext
             self._handlers = [traced(handler, trace, setxattr_ext=ext) for handler in self._handlers]
+        self.timing = Timing(self._handlers, looked_into(self.view))
 
     def _serve(self) -> None:
         fd = self._fd
@@ -334,7 +337,7 @@ class Session:
         crowded, crowd = 0, CROWDED_REQUESTS
         nodes, most = self.view.nodes, self.options.max_nodes
         awaiting, patience = self._awaiting, PATIENCE
-        self.view.patient = True
+        self.view.wait_for_forgets(True)
         tries = TRIES
         while True:
             if mail:
@@ -486,13 +489,13 @@ class Session:
         """The device had nothing more (or enough came since): now it counts."""
         put_off = self._awaiting[:]
         self._awaiting.clear()
-        self.view.patient = False
+        self.view.wait_for_forgets(False)
         for again in put_off:
             try:
                 again()
             except Exception:  # noqa: BLE001 - a bug must not end the server; it is logged
                 self.report()
-        self.view.patient = True
+        self.view.wait_for_forgets(True)
 
     def _empty_mail(self) -> None:
         mail = self._mail

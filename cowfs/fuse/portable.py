@@ -34,6 +34,7 @@ from cowfs.fuse import device, log
 from cowfs.sys import mounts
 
 if TYPE_CHECKING:
+    from cowfs.fuse.handshake import Agreement
     from cowfs.union import View
 
 __all__ = ["PortableSession"]
@@ -85,6 +86,7 @@ class PortableSession:
         self.view = view
         self.mountpoint = os.fsdecode(mountpoint)
         self.ready = threading.Event()
+        self.agreement: Agreement | None = None  # libfuse makes its own
         self.notifier = NoNotifier()
         self.trace = trace
         self._fuse = _load()

@@ -143,7 +143,7 @@ Sink = _DirSink | _TarSink
 def _write_layer(layer: OutLayer, compression: str) -> Callable[[BinaryIO], None]:
     def fill(out: BinaryIO) -> None:
         result = layer.write(out, compression)
-        got = getattr(result, "diff_id", None)
+        got = getattr(result, "diff_id", None)  # a writer of others may return anything
         if got is not None and got != layer.diff_id:
             raise Corrupt(f"layer has the diff id {got} instead of {layer.diff_id}")
 

@@ -23,7 +23,6 @@ import os
 import sqlite3
 
 from cowfs.errors import FailedPrecondition
-from cowfs.sys import files
 
 __all__ = ["BUSY_SECONDS", "WAL_PAGES", "Connection", "connect"]
 
@@ -70,6 +69,8 @@ def connect(path: str, *, fsync: bool) -> Connection:
         connection.execute("PRAGMA user_version").fetchone()  # the first to read makes log and shared memory
     except sqlite3.OperationalError as error:
         connection.close()
+        from cowfs.sys import files
+
         refused = files.why_no_room(os.path.dirname(path))
         if not refused or error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY:
             raise
@@ -107,10 +108,13 @@ def _for_reading(path: str, refused: int) -> Connection:
 
 
 def _open(path: str, how: str = "") -> Connection:
-    from urllib.parse import quote
+    name = path
+    if how:
+        from urllib.parse import quote
 
+        name = f"file:{quote(path)}?{how}"
     return sqlite3.connect(
-        f"file:{quote(path)}?{how}" if how else path,
+        name,
         timeout=BUSY_SECONDS,
         isolation_level=None,
         check_same_thread=False,

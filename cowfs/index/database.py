@@ -13,7 +13,6 @@ Threads: each thread has its own connection, made when first used and again afte
 from __future__ import annotations
 
 import errno
-import json
 import os
 import sqlite3
 import threading
@@ -21,16 +20,17 @@ import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from cowfs.errors import Corrupt, CowfsError, FailedPrecondition, NotFound, Unsupported
 from cowfs.index import events, schema
 from cowfs.index.connection import BUSY_SECONDS, Connection, connect
-from cowfs.index.directory import EMPTY, root_digest
-from cowfs.index.records import CHAIN, INFO, KINDS, ROW, Row, Tag, row_of
-from cowfs.index.transaction import Transaction
+from cowfs.index.records import CHAIN, INFO, KINDS, ROW, Row, Tag, labels_of, row_of
 from cowfs.model import Event, Info, Usage
-from cowfs.sys import files
 from cowfs.sys.faults import point
+
+if TYPE_CHECKING:
+    from cowfs.index.transaction import Transaction
 
 __all__ = ["Index", "Row", "Tag"]
 
@@ -62,6 +62,13 @@ def _is_text(name: str) -> bool:
     return True
 
 
+class _Local(threading.local):
+    """One thread's connection, and the process that made it."""
+
+    pid: int | None = None
+    connection: Connection | None = None
+
+
 class Index:
     """The index file of one store.
 
@@ -78,7 +85,7 @@ class Index:
     def __init__(self, path: str, *, create: bool = False, fsync: bool = True) -> None:
         self.path = path
         self._fsync = fsync
-        self._local = threading.local()
+        self._local = _Local()
         self._open: weakref.WeakSet[Connection] = weakref.WeakSet()  # guarded by _lock
         self._lock = threading.Lock()
         self._closed = False
@@ -90,13 +97,14 @@ class Index:
 
     def _connection(self) -> Connection:
         local = self._local
-        if getattr(local, "pid", None) != os.getpid():
+        if local.pid != os.getpid():
             if self._closed:
                 raise FailedPrecondition(f"the store {os.path.dirname(self.path)} is closed", remedy="open it again")
             # A connection must not be used across a fork: the child drops it without closing.
             local.connection = self._connect()
             local.pid = os.getpid()
-        connection: Connection = local.connection
+        connection = local.connection
+        assert connection is not None
         if connection.seen is not None and connection.is_stale(self.path):
             self.renew()
             return self._connection()
@@ -118,8 +126,7 @@ class Index:
 
     def renew(self) -> None:
         """Open this thread's connection anew: there may be room now."""
-        connection = getattr(self._local, "connection", None)
-        self._local.pid = None
+        connection, self._local.pid = self._local.connection, None
         if connection is not None:
             connection.close()
 
@@ -143,7 +150,7 @@ class Index:
             self._open.clear()
         for connection in connections:
             connection.close()
-        self._local = threading.local()
+        self._local = _Local()
 
     def _prepare(self) -> None:
         with self._errors():
@@ -217,6 +224,8 @@ class Index:
         if code == sqlite3.SQLITE_BUSY:
             return FailedPrecondition(f"the index {self.path} stayed locked for {BUSY_SECONDS:.0f} s")
         if code in _NO_ROOM:
+            from cowfs.sys import files
+
             refused = files.why_no_room(os.path.dirname(self.path)) or _NO_ROOM[code]
             text = str(error) if refused == errno.EIO else os.strerror(refused)
             return OSError(refused, text, self.path)
@@ -228,6 +237,8 @@ class Index:
 
         Reads of this index in the same thread see what the transaction wrote.
         """
+        from cowfs.index.transaction import Transaction
+
         with self._errors():
             connection = self._connection()
             if connection.refused:
@@ -353,7 +364,7 @@ class Index:
                     name=name,
                     kind=KINDS[kind],
                     parent=parent,
-                    labels=json.loads(labels) if labels != "{}" else {},
+                    labels=labels_of(labels),
                     created=created,
                     updated=updated,
                 )
@@ -385,6 +396,8 @@ class Index:
         with self._errors():
             row = self._connection().execute("SELECT data FROM records WHERE digest = ?", (digest,)).fetchone()
         if row is None:
+            from cowfs.index.directory import EMPTY
+
             if digest == EMPTY.storage:
                 return b"E" + bytes(8)
             raise Corrupt(f"the index has no record {digest.hex()}", remedy="run 'cowfs check'")
@@ -434,6 +447,8 @@ class Index:
 
     def _mark(self, marked: set[bytes]) -> None:
         """Add the digests of all records that a snapshot's tree reaches."""
+        from cowfs.index.directory import root_digest
+
         roots = self._connection().execute("SELECT root_storage FROM snapshots WHERE root_storage IS NOT NULL")
         todo = [root_digest(storage) for (storage,) in roots]
         while todo:

@@ -95,6 +95,11 @@ class Records(Protocol):
         """
         ...
 
+    @property
+    def spool(self) -> str | None:
+        """Where files without a name may be made; ``None`` for the host's own place."""
+        ...
+
 
 class Pending:
     """Records made but not stored yet, over those that are.
@@ -106,7 +111,7 @@ class Pending:
 
     def __init__(self, below: Records | None = None) -> None:
         self._below = below
-        self.spool: str | None = getattr(below, "spool", None)  # where a file may be made for many of them
+        self.spool: str | None = below.spool if below is not None else None  # where a file may be made for many of them
         self.new: Spill = Spill(self.spool)  # digest -> (digests it points at, data)
 
     def record(self, digest: bytes) -> bytes:

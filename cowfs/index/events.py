@@ -11,7 +11,6 @@ Threads: the functions take the connection of the calling thread (:mod:`cowfs.in
 
 from __future__ import annotations
 
-import json
 import sqlite3
 from collections.abc import Mapping
 
@@ -30,6 +29,8 @@ def add(
     connection: sqlite3.Connection, type: str, action: str, actor: str, attributes: Mapping[str, str], at: int
 ) -> int:
     """Add one event inside the open transaction; its sequence number."""
+    import json
+
     told = json.dumps(dict(attributes), sort_keys=True) if attributes else "{}"
     row = connection.execute(
         "INSERT INTO events (time, type, action, actor, attributes) VALUES (?, ?, ?, ?, ?)",
@@ -43,6 +44,8 @@ def add(
 
 def read(connection: sqlite3.Connection, after: int, count: int) -> list[Event]:
     """Events behind a sequence number, oldest first."""
+    import json
+
     found = connection.execute("SELECT * FROM events WHERE seq > ? ORDER BY seq LIMIT ?", (after, count)).fetchall()
     return [
         Event(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from cowfs.index.directory import Pair
 from cowfs.model import Info, Kind, Limit, Usage
 
-__all__ = ["CHAIN", "INFO", "KINDS", "ROW", "Row", "Tag", "row_of"]
+if TYPE_CHECKING:
+    from cowfs.index.entry import Pair
+
+__all__ = ["CHAIN", "INFO", "KINDS", "ROW", "Row", "Tag", "labels_of", "row_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +82,16 @@ SELECT num, id FROM chain ORDER BY depth DESC
 """
 
 
+def labels_of(text: str) -> dict[str, str]:
+    """The labels of a snapshot, as the index keeps them: a JSON object. Most have none."""
+    if text == "{}":
+        return {}
+    import json
+
+    labels: dict[str, str] = json.loads(text)
+    return labels
+
+
 def row_of(values: tuple) -> Row:  # type: ignore[type-arg]
     (num, id_, name, kind, parent, depth, labels, created, updated, limit_bytes, limit_inodes, base_bytes, base_inodes,
      bytes_, inodes, content, storage, diff_id, chain_id, damage, shares_limit, parent_name) = values  # fmt: skip
@@ -90,7 +102,7 @@ def row_of(values: tuple) -> Row:  # type: ignore[type-arg]
         kind=KINDS[kind],
         parent=parent,
         depth=depth,
-        labels=json.loads(labels),
+        labels=labels_of(labels),
         created=created,
         updated=updated,
         limit=Limit(bytes=limit_bytes, inodes=limit_inodes),

@@ -6,7 +6,6 @@ its own writes are seen) and writes through these methods; the whole of it happe
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sqlite3
 import time
@@ -48,6 +47,12 @@ class Committed:
     records: NewRecords
     diff_id: str | None = None
     chain_id: str | None = None
+
+
+def _digest(config: str) -> str:
+    from hashlib import sha256  # a library of its own behind it, and most verbs read
+
+    return f"sha256:{sha256(config.encode()).hexdigest()}"
 
 
 class Transaction:
@@ -181,6 +186,13 @@ class Transaction:
     def set_limit(self, num: int, limit: Limit) -> None:
         """What an active snapshot may hold from now on."""
         self._set(num, {"limit_bytes": limit.bytes, "limit_inodes": limit.inodes, "updated": time.time_ns()})
+        told = {"size": limit.bytes, "inodes": limit.inodes}
+        self.record_event(
+            "limit",
+            "changed",
+            self._name_of(num),
+            {key: "none" if now is None else str(now) for key, now in told.items()},
+        )
 
     def set_base(self, num: int, base: Usage) -> None:
         """Set what a snapshot does not count for its limit."""
@@ -258,7 +270,7 @@ class Transaction:
     # -- configurations and tags ------------------------------------------------------------------
 
     def _keep_config(self, config: str) -> str:
-        digest = "sha256:" + hashlib.sha256(config.encode()).hexdigest()
+        digest = _digest(config)
         self._connection.execute("INSERT OR IGNORE INTO configs VALUES (?, ?)", (digest, config))
         return digest
 
@@ -298,7 +310,7 @@ _MADE = {Kind.ACTIVE: "prepare", Kind.VIEW: "view", Kind.COMMITTED: "create"}
 
 def _image(config: str) -> dict[str, str]:
     """The attribute ``image``: the id of the image with this configuration."""
-    return {"image": "sha256:" + hashlib.sha256(config.encode()).hexdigest()} if config else {}
+    return {"image": _digest(config)} if config else {}
 
 
 def _labels(labels: Mapping[str, str]) -> str:

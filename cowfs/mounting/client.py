@@ -19,9 +19,10 @@ from types import EllipsisType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from cowfs.errors import FailedPrecondition, InvalidArgument, NotFound
-from cowfs.model import SMALLEST_LIMIT, Limit, Usage, parse_count, parse_size
+from cowfs.model import SMALLEST_LIMIT, Limit, Statistics, Timed, Usage, parse_count, parse_size
 from cowfs.mounting import mountpoint, protocol
-from cowfs.mounting.request import HIDDEN, IdMap, MountSpec, find_layers, refuse_layer
+from cowfs.mounting.request import IdMap, MountSpec, find_layers, refuse_layer
+from cowfs.mounting.upper_state import HIDDEN
 
 if TYPE_CHECKING:
     from cowfs.model import Change
@@ -137,6 +138,29 @@ class MountHandle:
     def counters(self) -> dict[str, int]:
         """Requests that the kernel made so far, by opcode name."""
         return dict(self.ask("counters")["counters"])
+
+    def statistics(self, *, timed: bool = False) -> Statistics:
+        """All that the server counts.
+
+        Args:
+            timed: from now on, and for half a minute, it also takes the time of requests, which makes them a little slower.
+
+        Raises:
+            CowfsError: the server is of an older cowfs, which counts less.
+        """
+        found = self.ask("statistics", timed=timed)
+        taken = found["timed"] or {"seconds": 0.0, "requests": {}, "hits": 0, "misses": 0}
+        return Statistics(
+            usage=Usage(**found["usage"]) if found["usage"] is not None else None,
+            limit=Limit(**found["limit"]),
+            requests=found["requests"],
+            nodes=found["nodes"],
+            timed_seconds=taken["seconds"],
+            timed={name: Timed(*figures) for name, figures in taken["requests"].items()},
+            hits=taken["hits"],
+            misses=taken["misses"],
+            **found["work"],
+        )
 
     def diff(self) -> Iterator[Change]:
         """What the upper layer adds, changes and deletes, sorted by path.
@@ -327,7 +351,7 @@ def mount(
 
 def block_size(text: str | int) -> int:
     """Bytes a block of new redirect files. Raises InvalidArgument unless it is a power of two from 4 KiB to 1 MiB."""
-    from cowfs.row.map import check_block
+    from cowfs.format.redirect import check_block
 
     size = parse_size(text)
     try:

@@ -10,9 +10,9 @@ import errno
 import os
 from collections.abc import Iterator
 
+from cowfs.format.redirect import ROOT_MARK, Ref
 from cowfs.format.whiteout import Form
 from cowfs.row import map as row_map
-from cowfs.row.map import ROOT_MARK, Ref
 from cowfs.sys import files, xattr
 from cowfs.union.layers import MAP_DIR
 

@@ -1,4 +1,4 @@
-"""The two records of a redirect file, as they are on disk: its *reference* and its *map* (docs/row.md).
+"""The *map* of a redirect file, as it is on disk (docs/row.md); its *reference* is :mod:`cowfs.format.redirect`.
 
 A redirect file is a sparse file of the logical size in the upper layer. The **reference**, an xattr on
 it, says what it stands on; the **map**, a file of its own beside the layer, says which blocks are present.
@@ -14,8 +14,7 @@ Rules:
    the data had reached the disk covers it.
 4. A record whose checksum fails ends the map: it was torn. It is cut off before anything is appended.
 
-Layout, little endian. Reference: ``<BBHQQQ`` version, log2 of the block size, flags, map id, base_end, st_blocks of
-the base; then the base's path in the merged tree of the layers beneath, without leading slash. Map:
+Layout, little endian:
 ``<8sHBB16s32xI`` magic, version, log2 of the block size, 0, boot id, CRC-32 of those 60 bytes; then records ``<IIQ``
 CRC-32 (of the rest, seeded with the record's offset), count, first | kind << 56.
 """
@@ -30,27 +29,21 @@ import threading
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+from cowfs.format.redirect import VERSION, Ref, bad
 from cowfs.sys import process
 from cowfs.sys.regular import open_regular
 
-VERSION = 1
-MIN_BLOCK, MAX_BLOCK = 4096, 1 << 20
-#: value of the reference's xattr on a layer's root: redirect files may be in here
-ROOT_MARK = b"\x01root"
-
-_REF = struct.Struct("<BBHQQQ")
 _HEAD = struct.Struct("<8sHBB16s32x")
 _CRC = struct.Struct("<I")
 _BODY = struct.Struct("<IQ")
 _RECORD = struct.Struct("<IIQ")
 HEAD_SIZE = _HEAD.size + _CRC.size
 RECORD_SIZE = _RECORD.size
-assert (_REF.size, HEAD_SIZE, RECORD_SIZE) == (28, 64, 16)
+assert (HEAD_SIZE, RECORD_SIZE) == (64, 16)
 
 _MAGIC = b"COWFSROW"
-_HAS_MAP = 1  # reference flag
 _WRITE, _SYNC = 1, 2
 _KIND_SHIFT, _FIRST_MASK = 56, (1 << 56) - 1
 _MAX_COUNT = (1 << 32) - 1
@@ -59,84 +52,10 @@ _PIECE = 1 << 20  # bytes of a map that are read at once
 Ranges = list[tuple[int, int]]
 
 
-def _bad(what: str, name: bytes) -> OSError:
-    return OSError(errno.EIO, f"bad redirect file: {what}", name)
-
-
-def check_block(size: int) -> int:
-    """The base-2 logarithm of a block size. Raises ValueError unless it is a power of two, 4 KiB to 1 MiB."""
-    if size & (size - 1) or not MIN_BLOCK <= size <= MAX_BLOCK:
-        raise ValueError(f"the block size is a power of two from 4096 to 1048576, not {size}")
-    return size.bit_length() - 1
-
-
 @functools.cache
 def boot_id() -> bytes:
     """This boot's identity, 16 bytes (random(4), /proc/sys/kernel/random/boot_id)."""
     return bytes.fromhex(process.boot_id().replace("-", ""))
-
-
-@dataclass(frozen=True, slots=True)
-class Ref:
-    """What a redirect file stands on.
-
-    Attributes:
-        map_id: names the map; 64 random bits.
-        shift: log2 of the block size.
-        base_end: from this byte on the base does not show.
-        base_blocks: st_blocks of the base when the reference was made, 512-byte units.
-        path: the base in the merged tree of the layers beneath.
-        has_map: whether the map was made; without one no block is present.
-    """
-
-    map_id: int
-    shift: int
-    base_end: int
-    base_blocks: int
-    path: bytes
-    has_map: bool = False
-
-    @classmethod
-    def make(cls, block: int, base_end: int, base_blocks: int, path: bytes, *, has_map: bool) -> Ref:
-        """A reference with a fresh map id."""
-        return cls(int.from_bytes(os.urandom(8)), check_block(block), base_end, base_blocks, path, has_map)
-
-    def pack(self) -> bytes:
-        """The xattr's value."""
-        flags = _HAS_MAP if self.has_map else 0
-        return _REF.pack(VERSION, self.shift, flags, self.map_id, self.base_end, self.base_blocks) + self.path
-
-    @classmethod
-    def unpack(cls, value: bytes, name: bytes = b"") -> Ref:
-        """The inverse of :meth:`pack`.
-
-        Raises:
-            OSError: EIO for anything that :meth:`pack` does not make, a path that leads out included.
-        """
-        if len(value) <= _REF.size:
-            raise _bad("reference is cut short", name)
-        version, shift, flags, map_id, base_end, blocks = _REF.unpack_from(value)
-        path = value[_REF.size :]
-        if version != VERSION:
-            raise _bad(f"reference of version {version}", name)
-        if not MIN_BLOCK <= 1 << shift <= MAX_BLOCK or flags & ~_HAS_MAP or base_end >= 1 << 62 or blocks >= 1 << 62:
-            raise _bad("reference is damaged", name)
-        if any(part in (b"", b".", b"..") for part in path.split(b"/")) or b"\0" in path:
-            raise _bad("reference names no path", name)
-        return cls(map_id, shift, base_end, blocks, path, bool(flags & _HAS_MAP))
-
-    def ending(self, base_end: int) -> Ref:
-        """The same with less of the base."""
-        return replace(self, base_end=base_end)
-
-    def mapped(self) -> Ref:
-        """The same with a map."""
-        return replace(self, has_map=True)
-
-    @property
-    def map_name(self) -> bytes:
-        """The map's file name."""
-        return b"%016x" % self.map_id
 
 
 def _header(shift: int) -> bytes:
@@ -190,11 +109,11 @@ def parse(data: bytes, shift: int, name: bytes) -> Loaded:
     """
     if len(data) < HEAD_SIZE or zlib.crc32(data[: _HEAD.size]) != _CRC.unpack_from(data, _HEAD.size)[0]:
         if data.strip(b"\0"):
-            raise _bad("map header is damaged", name)
+            raise bad("map header is damaged", name)
         return Loaded([], 0, 0, 0, True)  # it never reached the disk, so nothing that it named did
     magic, version, its_shift, _, its_boot = _HEAD.unpack_from(data)
     if magic != _MAGIC or version != VERSION or its_shift != shift:
-        raise _bad(f"map of version {version}, block size {1 << its_shift}", name)
+        raise bad(f"map of version {version}, block size {1 << its_shift}", name)
     found: list[tuple[int, int, int]] = []
     offset, synced = HEAD_SIZE, HEAD_SIZE
     for crc, count, packed in _RECORD.iter_unpack(data[HEAD_SIZE : len(data) - (len(data) - HEAD_SIZE) % RECORD_SIZE]):
@@ -206,7 +125,7 @@ def parse(data: bytes, shift: int, name: bytes) -> Loaded:
         elif kind == _SYNC:
             synced = max(synced, offset + RECORD_SIZE if first == offset else first)
         else:
-            raise _bad(f"map record of kind {kind}", name)
+            raise bad(f"map record of kind {kind}", name)
         offset += RECORD_SIZE
     same_boot = its_boot == boot_id()
     if not same_boot:

@@ -23,41 +23,42 @@ import stat
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from cowfs.row import map as row_map
+from cowfs.format.redirect import ROOT_MARK, Ref, check_block
+from cowfs.row import absorbing, map as row_map
 from cowfs.row.chain import Chain, Level, lay
 from cowfs.row.extents import INFINITY, ZEROS, Extents
 from cowfs.row.file import RowFile
 from cowfs.row.layer import is_marked, open_maps
-from cowfs.row.map import ROOT_MARK, Loaded, Log, Ref
+from cowfs.row.map import Loaded, Log
 from cowfs.row.readahead import Pilot
 from cowfs.row.writeback import Syncer
 from cowfs.sys import xattr
 from cowfs.union import copyup, holding, merge, stored
 from cowfs.union.attr import unpack
+from cowfs.union.filedata import Absorbing, Lower, Redirects
 from cowfs.union.layers import MAP_DIR, Layer, Source, lstat
 from cowfs.union.measure import NOTHING, Room
-from cowfs.union.merge import Data
-from cowfs.union.node import DT_REG, Node
+from cowfs.union.node import DT_REG, PLAIN, FileData, Node
 from cowfs.union.quota import Blocks
 
 if TYPE_CHECKING:
-    from cowfs.union.view import View
+    from cowfs.union.core import Core
 
 DEFAULT_BLOCK = 4096
 _DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
-class Rows:
+class Rows(Redirects):
     """The redirect files of one view.
 
     Attributes:
         block: bytes a block in the redirect files made here.
     """
 
-    def __init__(self, view: View) -> None:
+    def __init__(self, view: Core) -> None:
         self.view = view
         self.block = view.options.row or DEFAULT_BLOCK
-        row_map.check_block(self.block)
+        check_block(self.block)
         row_map.boot_id()  # read once, before somebody waits for it
         self._marked: dict[Layer, bool] = {}
         self._maps: dict[Layer, int] = {}
@@ -79,16 +80,11 @@ class Rows:
         return found
 
     def map_dir(self, layer: Layer) -> int:
-        """The open directory of a layer's maps; for the upper layer it is made.
-
-        Raises:
-            OSError: EIO when a marked layer has none.
-        """
         found = self._maps.get(layer)
         if found is not None:
             return found
         root = layer.root.open()
-        upper = layer is self.view.upper and not self.view.readonly
+        upper = layer is self.view.stack.upper and not self.view.readonly
         if upper and not self.marked(layer):
             with contextlib.suppress(FileExistsError):
                 os.mkdir(MAP_DIR, 0o700, dir_fd=root)
@@ -102,14 +98,12 @@ class Rows:
         return fd
 
     def forget(self, layer: Layer) -> None:
-        """A layer has left the view."""
         self._marked.pop(layer, None)
         fd = self._maps.pop(layer, -1)
         if fd >= 0:
             os.close(fd)
 
     def close(self) -> None:
-        """Sync what is dirty, mark the maps, close everything."""
         self.pilot.close()
         try:
             self.syncer.close()
@@ -135,12 +129,11 @@ class Rows:
         ref = self.ref_at(where, name)
         if ref is None:
             return None
-        return RowFile(self, where.layer, None if where.layer is self.view.upper else where, name, ref)
+        return RowFile(self, where.layer, None if where.layer is self.view.stack.upper else where, name, ref)
 
-    def find(self, where: Source, name: bytes, data: Data | None) -> RowFile | Data | None:
-        """What a file's data is: a redirect file's, also behind a metacopy; else ``data``, as it was found."""
-        if data is None:
-            return self.load(where, name)
+    def find(self, where: Source, name: bytes, data: FileData) -> FileData:
+        if not isinstance(data, Lower):
+            return self.load(where, name) or data
         ref = self.ref_at(data.where, data.name)
         if ref is None:
             return data
@@ -214,9 +207,9 @@ class Rows:
         head, _, name = path.rpartition(b"/")
         below = [source for source in queue if source.layer.index < layer.index]
         if not below or below[0].path() != head:
-            below = [root for root in view.roots if root.layer.index < layer.index]
+            below = [root for root in view.stack.roots if root.layer.index < layer.index]
             if head:
-                below = merge.merged_dirs(below, head, view.form, view.roots)
+                below = merge.merged_dirs(below, head, view.form, view.stack.roots)
         for number, source in enumerate(below):
             st = lstat(source, name)
             if st is None:
@@ -224,7 +217,7 @@ class Rows:
             if not stat.S_ISREG(st.st_mode):
                 break
             rest = below[number + 1 :]
-            data = merge.metacopy_data(rest, source, name, path, view.form, view.roots)
+            data = merge.metacopy_data(rest, source, name, path, view.form, view.stack.roots)
             return (rest, source, name) if data is None else ([], data.where, data.name)
         raise OSError(errno.EIO, "the base of a redirect file is missing", path)
 
@@ -243,13 +236,11 @@ class Rows:
         self._open_levels -= self._levels.pop(file, 0)
 
     def trim_logs(self) -> None:
-        """Close the maps opened longest ago, above their share. Only before a map is used."""
         logs = self._logs
         while len(logs) > self.view.share.maps:
             next(iter(logs)).drop_log()
 
     def give_back(self) -> None:
-        """Close what can be opened again. Only between operations."""
         for chain in list(self._levels):
             chain.release()
         for file in list(self._logs):
@@ -257,7 +248,7 @@ class Rows:
 
     # -- maps ---------------------------------------------------------------------------------
 
-    def open_log(self, file: RowFile, loaded: Loaded | None) -> Log:
+    def open_log(self, file: Chain, loaded: Loaded | None) -> Log:
         """The map of a file of the upper layer, made at the first need."""
         upper = self.view.need_upper()
         assert file.ref is not None
@@ -283,7 +274,7 @@ class Rows:
             self.wrote(file, log)
         return log
 
-    def wrote(self, file: RowFile, log: Log) -> None:
+    def wrote(self, file: Chain, log: Log) -> None:
         """A record was appended."""
         if self.view.space is not None:
             self.view.space.map_written(log.name, log.end)
@@ -297,7 +288,6 @@ class Rows:
             log.close()
 
     def sync_job(self) -> Callable[[], None]:
-        """What syncfs(2) adds here: every dirty file; to be run in any thread."""
         return self.syncer.sync
 
     def drop_map(self, layer: Layer, ref: Ref) -> None:
@@ -305,24 +295,12 @@ class Rows:
         if ref.has_map:
             with contextlib.suppress(OSError):
                 os.unlink(ref.map_name, dir_fd=self.map_dir(layer))
-                if self.view.space is not None and layer is self.view.upper:
+                if self.view.space is not None and layer is self.view.stack.upper:
                     self.view.space.map_gone(ref.map_name)
 
     # -- making -------------------------------------------------------------------------------
 
     def redirect(self, node: Node, keep: int | None = None, *, data: bool = True) -> bool:
-        """Have a redirect file in the upper layer for a file that is about to change.
-
-        Args:
-            keep: how much of the data is still wanted.
-            data: the data will change; otherwise only attributes or names.
-
-        Returns:
-            ``False`` when an ordinary copy is as good: nothing is kept, or all of it is one block.
-
-        Raises:
-            OSError: EROFS, ENOSPC.
-        """
         view, old = self.view, node.data
         view.need_upper()
         if isinstance(old, RowFile) and old.writable:
@@ -339,7 +317,7 @@ class Rows:
         return self._make(node, size, data)
 
     def _make(self, node: Node, size: int, data: bool) -> bool:
-        view, work, upper = self.view, self.view.workdir, self.view.need_upper()
+        view, work, upper = self.view, self.view.stack.workdir, self.view.need_upper()
         assert work is not None and node.parent is not None
         maps = self.map_dir(upper)
         meta = stored.read_meta(view, node)
@@ -383,10 +361,11 @@ class Rows:
         if isinstance(old, RowFile):
             extents = old.load().copy()
             return [*old.levels, Level(*old.place())], extents
-        if old is not None:
-            return [Level(old.where, old.name)], Extents()
-        assert node.where is not None
-        return [Level(node.where, node.name)], Extents()
+        there = old.place()
+        if there is None:
+            assert node.where is not None
+            there = node.where, node.name
+        return [Level(*there)], Extents()
 
     def _take(
         self, node: Node, file: RowFile, fd: int, levels: list[Level], extents: Extents, size: int, log: Log | None
@@ -415,6 +394,7 @@ class Rows:
             self._logs[file] = None
         view.open_files.use(node, fd, writable=True)
         node.data, node.attr = file, None
+        view.work.redirected()
         if view.space is not None:
             node.space = Blocks()
 
@@ -422,8 +402,8 @@ class Rows:
         """A metacopy of the upper layer becomes a redirect file where it stands."""
         view, old = self.view, node.data
         if isinstance(old, RowFile):
-            old = old.behind
-        if not isinstance(old, Data):
+            old = old.behind or PLAIN
+        if not isinstance(old, Lower):
             return False
         upper = view.need_upper()
         maps = self.map_dir(upper)
@@ -469,7 +449,7 @@ class Rows:
 
     def _anonymous(self, node: Node) -> bool:
         """A lower file that lost its last name is written: it dies with the view, so nothing is recorded."""
-        view, work = self.view, self.view.workdir
+        view, work = self.view, self.view.stack.workdir
         assert work is not None
         if view.space is not None:
             view.space.need(0, 1)
@@ -491,7 +471,23 @@ class Rows:
         holding.hold_made(view, node, work, temp)
         return True
 
-    def make_plain(self, file: RowFile) -> None:
+    def own_all(self, node: Node) -> bool:
+        self.redirect(node)
+        file = node.data
+        if isinstance(file, RowFile):
+            while file.missing():
+                file.fill(1 << 20)
+            file.sync_job()(False)
+            self.make_plain(file)
+        return True
+
+    def stands_on(self, node: Node, layer: Layer) -> bool:
+        return absorbing.stands_on(self, node, layer)
+
+    def absorb(self, node: Node, layer: Layer, *, renames: bool) -> Absorbing:
+        return absorbing.RowAbsorbing(self, node, layer, renames=renames)
+
+    def make_plain(self, file: Chain) -> None:
         """A file that shows nothing of its base any more is a plain one."""
         if file.ref is not None:
             space = self.view.space
@@ -501,28 +497,28 @@ class Rows:
                 space.xattrs_changed(file.node, space.xattrs(file.own_fd(), None).over(before))
         self._plain(file)
 
-    def replaced(self, file: RowFile, fd: int) -> None:
+    def replaced(self, file: Chain, fd: int) -> None:
         """A plain file with the same data, open as ``fd``, has taken the place of a redirect file."""
         self.view.open_files.use(file.node, fd, writable=True)
         self._plain(file)
 
-    def _plain(self, file: RowFile) -> None:
+    def _plain(self, file: Chain) -> None:
         view, node = self.view, file.node
         if file.ref is not None:
             self.drop_map(view.need_upper(), file.ref)
         file.close()
-        node.data = node.attr = None
+        node.data, node.attr = PLAIN, None
 
 
 def _no_map(ref: Ref, name: bytes) -> OSError:
     return OSError(errno.EIO, f"the map {ref.map_name.decode()} of a redirect file is missing", name)
 
 
-def rows_of(view: View) -> Rows | None:
+def rows_of(view: Core) -> Rows | None:
     """The redirect files of a view that may have some: by option, or because a layer is marked."""
     if view.options.row:
         return Rows(view)
-    looked_at = view.layers[
-        view.indexed_layers :
+    looked_at = view.stack.layers[
+        view.stack.indexed_layers :
     ]  # an index comes from a store, which knows whether its layers have any
     return Rows(view) if any(is_marked(layer.root.open(), view.form) for layer in looked_at) else None

@@ -17,7 +17,7 @@ from cowfs.driver import registry
 from cowfs.errors import CowfsError
 from cowfs.service.containers import cgroups
 from cowfs.service.containers.container import Container
-from cowfs.service.containers.stats import storage
+from cowfs.service.containers.stats import WORK, storage
 
 if TYPE_CHECKING:
     from cowfs.service.daemon import Service
@@ -104,6 +104,7 @@ class Board:
             "limit_bytes": found["limit_bytes"],
             "limit_inodes": found["limit_inodes"],
             "requests": sum(found["requests"].values()),
+            **{name: found[name] for name in WORK if name in found},
         }
 
     # -- what is told -----------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import json
 import select
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -324,9 +324,8 @@ class Connection:
                     raise ConnectionResetError
             self._send(h11.EndOfMessage())
         finally:
-            close = getattr(parts, "close", None)  # a generator lets go of what it holds
-            if close is not None:
-                close()
+            if isinstance(parts, Generator):  # it lets go of what it holds
+                parts.close()
 
     def _is_gone(self) -> bool:
         poll = select.poll()

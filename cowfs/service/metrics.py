@@ -104,6 +104,12 @@ class _Collector:
                 ("cowfs_container_limit_bytes", held["limit_bytes"]),
                 ("cowfs_container_used_inodes", held["inodes"]),
                 ("cowfs_container_limit_inodes", held["limit_inodes"]),
+                ("cowfs_container_copied_files_total", held.get("copied_files")),
+                ("cowfs_container_copied_bytes_total", held.get("copied_bytes")),
+                ("cowfs_container_redirected_files_total", held.get("redirected_files")),
+                ("cowfs_container_redirected_blocks_total", held.get("redirected_blocks")),
+                ("cowfs_container_read_bytes_total", _moved(figures, "read")),
+                ("cowfs_container_written_bytes_total", _moved(figures, "write")),
             ):
                 if value is not None:
                     made[name].add_metric(named, value)
@@ -124,7 +130,17 @@ _FAMILIES = {
     "cowfs_container_limit_bytes": "Bound on them; missing where there is none.",
     "cowfs_container_used_inodes": "Inodes that the writable layer holds.",
     "cowfs_container_limit_inodes": "Bound on them; missing where there is none.",
+    "cowfs_container_copied_files_total": "Files whose data was copied up from a layer beneath since the container was started.",
+    "cowfs_container_copied_bytes_total": "Bytes of them.",
+    "cowfs_container_redirected_files_total": "Files of layers beneath whose changes are redirected, made since the start.",
+    "cowfs_container_redirected_blocks_total": "Blocks that were redirected.",
+    "cowfs_container_read_bytes_total": "Bytes read from block devices.",
+    "cowfs_container_written_bytes_total": "Bytes written to block devices.",
 }
+
+
+def _moved(figures: cgroups.Figures, operation: str) -> int:
+    return sum(value for _, _, name, value in figures.blkio if name == operation)
 
 
 def exposition(service: Service) -> bytes:

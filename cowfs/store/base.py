@@ -15,10 +15,11 @@ from typing import Any, Self
 
 from cowfs.driver import registry
 from cowfs.driver.interface import Driver, Probe
-from cowfs.errors import InvalidArgument, Unsupported
+from cowfs.errors import InvalidArgument
 from cowfs.index.database import Index
 from cowfs.store import key_lock
 from cowfs.store.opening import INDEX, default_root, make_root, must_run, only_one
+from cowfs.store.reading import Reading, must_read
 from cowfs.store.recount import recount
 from cowfs.store.reserve import FULL, Reserve, no_room
 from cowfs.store.staging import sweep
@@ -27,7 +28,7 @@ from cowfs.sys import files, host
 __all__ = ["OpenStore"]
 
 
-class OpenStore:
+class OpenStore(Reading):
     """The life of a store. Made by :meth:`open`; users see it as :class:`cowfs.Store`.
 
     Attributes:
@@ -107,11 +108,7 @@ class OpenStore:
                     remedy="another driver needs a store of its own",
                 )
             form = index.meta("form") or index.set_meta("form", "trusted" if host.can_trusted_xattr() else "user")
-            if form == "trusted" and not host.can_trusted_xattr():
-                raise Unsupported(
-                    f"the layers of {path} have trusted.overlay.* attributes, which this user cannot read",
-                    remedy="run as root, or use a store of your own",
-                )
+            must_read(path, form)
             found = registry.load(had, index.meta("driver_class"))
             if index.meta("driver_class") is None:
                 index.set_meta("driver_class", registry.where(found))

@@ -28,8 +28,7 @@ from cowfs.row.file import RowFile
 from cowfs.sys import files, xattr
 from cowfs.union import Options, View, copyup, create, hardlinks, stored
 from cowfs.union.attr import unpack
-from cowfs.union.merge import Data
-from cowfs.union.node import DT_LNK, DT_REG, Dir, Node
+from cowfs.union.node import DT_LNK, DT_REG, PLAIN, Dir, Node
 from cowfs.union.paths import find
 
 __all__ = ["Merged", "write_changes"]
@@ -86,7 +85,7 @@ class _Writer:
 
     def __init__(self, source: View, into: View, merged: int) -> None:
         self.source, self.into = source, into
-        source.plain_layers = 0  # numbers as the store's mounts show them
+        source.stack.own_numbers()  # numbers as the store's mounts show them
         self.linked: dict[File, Node] = {}  # file with several names -> what was made of it
         self._merged = set(source.layers[len(source.layers) - merged :])
 
@@ -130,7 +129,7 @@ class _Writer:
         if isinstance(there.data, RowFile) and there.data.layer in self._merged:
             if not self._change_blocks(here, there):
                 return False
-        elif there.data is None or not self._same_file(_physical(here), _physical(there)):
+        elif there.data is PLAIN or not self._same_file(_physical(here), _physical(there)):
             return False
         else:
             copyup.up_meta(self.into, here)
@@ -147,6 +146,7 @@ class _Writer:
     def _change_blocks(self, here: Node, there: Node) -> bool:
         """Give the file beneath the blocks of a redirect file on it."""
         chain = there.data
+        assert isinstance(chain, RowFile)
         extents = chain.load()
         places = [(level.where.open(), level.name) for level in chain.levels]
         keep = sum(level.where.layer not in self._merged for level in chain.levels)
@@ -204,7 +204,7 @@ class _Writer:
             self.linked[file] = made
 
     def _is_plain(self, there: Node) -> bool:
-        return there.data is None and there.where is not None and there.where.layer in self._merged
+        return there.data is PLAIN and there.where is not None and there.where.layer in self._merged
 
     def _link(self, there: Node, parent: Dir, name: bytes) -> Node:
         up = create.target(self.into, parent, name)
@@ -226,7 +226,7 @@ class _Writer:
             made = self.into.symlink(parent, name, self.source.readlink(there), meta.uid, meta.gid)
         else:
             made = self.into.mknod(parent, name, stat.S_IFMT(meta.mode) | 0o600, meta.rdev, meta.uid, meta.gid)
-        if there.type == DT_REG and hasattr(there.data, "pread"):
+        if there.type == DT_REG and there.data.pieced:
             self._copy_span(there, made, 0, meta.size, punch=False)
             self.into.setattr(made, size=meta.size)
         elif there.type == DT_REG:
@@ -261,11 +261,7 @@ class _Writer:
 
 def _physical(node: Node) -> tuple[int, bytes]:
     """The file in a lower layer that has a node's data."""
-    where, name = node.where, node.name
-    if isinstance(node.data, Data):
-        where, name = node.data.where, node.data.name
-    elif isinstance(node.data, RowFile):
-        where, name = node.data.place()
+    where, name = node.data.place() or (node.where, node.name)
     assert where is not None
     return where.open(), name
 

@@ -15,12 +15,13 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 
-from cowfs.driver.interface import Driver
+from cowfs.driver.interface import HELD, Driver
 from cowfs.errors import Corrupt, FailedPrecondition
 from cowfs.index.database import Index, Row
 from cowfs.index.directory import Entry
 from cowfs.mounting.holders import take
 from cowfs.mounting.notice import drop as drop_notices
+from cowfs.store import limit_loop
 from cowfs.store.digest_table import ByInode
 from cowfs.sys import files, locks, trees, xattr
 from cowfs.sys.mounts import MountInfo, mountinfo
@@ -43,6 +44,7 @@ __all__ = [
     "mark_time",
     "marked_time",
     "not_plain",
+    "opened_tree",
     "unmark",
     "untouched",
 ]
@@ -66,8 +68,11 @@ def known_digest(value: bytes | None) -> bytes | None:
 
 
 @contextmanager
-def hold(driver: Driver, row: Row, verb: str, *, missing_ok: bool = False) -> Iterator[None]:
+def hold(driver: Driver, row: Row, verb: str, *, missing_ok: bool = False, at_rest: bool = True) -> Iterator[None]:
     """Be the only user of a layer's tree; a server whose mount is gone is waited for.
+
+    Args:
+        at_rest: whether what a limit engine keeps elsewhere is brought into the tree first.
 
     Raises:
         FailedPrecondition: a mount or another verb uses it; the message says which.
@@ -95,7 +100,25 @@ def hold(driver: Driver, row: Row, verb: str, *, missing_ok: bool = False) -> It
             raise FailedPrecondition(
                 f"{row.name!r} is mounted by the kernel at {where}: cannot {verb} it", remedy=f"umount {where}"
             )
+        if limit_loop.has_image(driver, row.id) and limit_loop.is_mounted(driver, row.id):
+            raise FailedPrecondition(
+                f"{row.name!r} is mounted by the kernel in another mount namespace: cannot {verb} it",
+                remedy="unmount it there",
+            )
+        if at_rest:
+            opened.enter_context(limit_loop.settled(driver, row.id))
         yield
+
+
+@contextmanager
+def opened_tree(driver: Driver, id: str) -> Iterator[int]:
+    """A descriptor of a layer's tree, wherever it is, also while the kernel has it mounted."""
+    if limit_loop.has_image(driver, id):
+        with limit_loop.opened_image(driver, id) as fd:
+            yield fd
+        return
+    with driver.open_tree(id) as fd:
+        yield fd
 
 
 def is_locked(driver: Driver, row: Row) -> bool:
@@ -167,19 +190,26 @@ def mark_copied(driver: Driver, id: str, parent: str, *, only_root: bool) -> Non
     if only_root:
         with driver.open_tree(parent) as src, driver.open_tree(id) as dst:
             trees.copy_attributes(src, dst, os.fstat(src))
-    mark_time(f"{driver.directory(id)}/{COPIED}")
+    frozen = None
+    if driver.capabilities.snapshots and not only_root:  # its times are the parent's, all of before it was committed
+        with suppress(FileNotFoundError):
+            frozen = os.stat(f"{driver.directory(parent)}/{HELD}").st_ctime_ns
+    mark_time(f"{driver.directory(id)}/{COPIED}", after=frozen)
 
 
-def mark_time(path: str, text: str = "") -> None:
+def mark_time(path: str, text: str = "", *, after: int | None = None) -> None:
     """Write a small file with a ctime later than that of anything made before, and its seal (:func:`marked_time`).
 
     File systems stamp with a clock of some milliseconds: this waits for its next tick.
+
+    Args:
+        after: later than this (ns) is enough.
     """
     with open(path, "w", encoding="ascii") as file:
         file.write(text)
         file.flush()
         first = os.fstat(file.fileno()).st_ctime_ns
-        while os.fstat(file.fileno()).st_ctime_ns == first:
+        while (after is None or first <= after) and os.fstat(file.fileno()).st_ctime_ns == first:
             time.sleep(0.001)
             os.utime(file.fileno())
     with open(path + SEAL, "w", encoding="ascii") as file:
@@ -372,7 +402,7 @@ class SameData:
         if id is None:
             id = self._ids[num] = self._index.by_num(num).id
         try:
-            with self._driver.open_tree(id) as root:
+            with opened_tree(self._driver, id) as root:
                 fd = files.open_beneath(root, path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
             form = self._driver.form
             if self._driver.capabilities.row and xattr.try_get(fd, b"", form.row) is not None:

@@ -10,10 +10,13 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from cowfs.driver.interface import Driver
 from cowfs.errors import Corrupt, InvalidArgument, NotFound, Unsupported
-from cowfs.sys import files, host, locks
+from cowfs.sys import host
+
+if TYPE_CHECKING:
+    from cowfs.driver.interface import Driver
 
 __all__ = ["INDEX", "default_root", "make_root", "must_run", "only_one"]
 
@@ -67,6 +70,8 @@ def make_root(path: str, create: bool) -> None:
         _refuse_anothers(path)
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
+            from cowfs.sys import files
+
             files.make_plain(fd, 0o700)
         finally:
             os.close(fd)
@@ -100,6 +105,8 @@ def _refuse_anothers(path: str) -> None:
 @contextmanager
 def only_one(path: str) -> Iterator[None]:
     """One process at a time, for what happens at a store's first opening (flock on its directory)."""
+    from cowfs.sys import locks
+
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         locks.lock(fd, wait=True)

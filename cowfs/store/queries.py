@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 from cowfs.errors import AlreadyExists, InvalidArgument
 from cowfs.index import compare
 from cowfs.index.database import Row, Tag
 from cowfs.index.directory import Entry, Pair, Pending, encode
 from cowfs.model import Change, Info, Kind, Usage
-from cowfs.store import filters as filter_language, layers
+from cowfs.store import layers
 from cowfs.store.names import check_labels, check_name
 from cowfs.store.reserve import names_full
 from cowfs.store.snapshots import StoreCore, _a, _sound
@@ -23,44 +23,6 @@ class LookVerbs(StoreCore):
     """What there is, and what changed."""
 
     # ------------------------------------------------------------------ looking
-
-    def stat(self, name: str) -> Info:
-        """One snapshot.
-
-        Raises:
-            NotFound: no such key, name or tag.
-        """
-        return self.resolve(name).info()
-
-    def exists(self, name: str) -> bool:
-        """Whether a key or name is taken."""
-        return self.index.find(name) is not None
-
-    def walk(self, filters: Iterable[str] = (), *, reverse: bool = False) -> Iterator[Info]:
-        """All snapshots, in the order of their making.
-
-        Snapshots made or removed meanwhile may be there or not; no lock is held in between.
-
-        Args:
-            filters: :mod:`cowfs.store.filters`; one of them must match.
-
-        Raises:
-            InvalidArgument: a filter cannot be read.
-        """
-        wanted = filter_language.parse(filters)
-        return self._walk(wanted, reverse)
-
-    def _walk(self, wanted: filter_language.Filter | None, reverse: bool) -> Iterator[Info]:
-        infos: Iterable[Info] = self.index.infos()
-        if reverse:
-            infos = reversed(list(infos))
-        for info in infos:
-            if wanted is None or wanted(info):
-                yield info
-
-    def chain(self, name: str) -> list[Info]:
-        """A snapshot and its ancestors, nearest first."""
-        return [self.index.by_num(num).info() for num, _ in self.index.chain(self.resolve(name).num)]
 
     def usage(self, name: str) -> Usage:
         """What a snapshot holds itself; parents are not counted.
@@ -76,7 +38,9 @@ class LookVerbs(StoreCore):
             return row.usage
         if row.kind is Kind.VIEW:
             return Usage()
-        whole = self._live_usage(row) or self.driver.usage(row.id)
+        from cowfs.store.limit_loop import LOOP
+
+        whole = self._live_usage(row) or LOOP.used(self.driver, row.id) or self.driver.usage(row.id)
         base = (
             row.base if row.base.bytes >= 0 else Usage()
         )  # a negative one is what live snapshots hold (cowfs.store.live)
@@ -132,7 +96,12 @@ class LookVerbs(StoreCore):
         pending = Pending(self.index)
         old = self._tree(before, pending) if before is not None else None
         new = self._tree(after, pending)
-        return compare.compare(pending, old, new, layers.SameData(self.driver, self.index))
+        return compare.compare(pending, old, new, self.same_data)
+
+    @property
+    def same_data(self) -> compare.SameData:
+        """Compares the bytes of two files in their layers."""
+        return layers.SameData(self.driver, self.index)
 
     def _tree(self, row: Row, pending: Pending) -> Pair:
         """The root entry of a snapshot's tree; records that are not in the index go to ``pending``."""
@@ -197,7 +166,3 @@ class LookVerbs(StoreCore):
             row = self.index.by_num(row.parent)
             found = self._config_at(row.name, row)
         return found
-
-    def tags(self) -> list[Tag]:
-        """All tags, by name."""
-        return self.index.tags()

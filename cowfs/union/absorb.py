@@ -29,30 +29,27 @@ from typing import TYPE_CHECKING, Any
 
 from cowfs.format import whiteout
 from cowfs.model import Usage
-from cowfs.row.file import RowFile
-from cowfs.row.map import Ref
 from cowfs.sys import files, xattr
 from cowfs.union import copyup, hardlinks, merge, quota, stored
 from cowfs.union.copyup import Stage
+from cowfs.union.filedata import Absorbing, Lower
 from cowfs.union.layers import Layer, Source
-from cowfs.union.merge import Data
-from cowfs.union.node import DT_REG, Dir, Node
+from cowfs.union.node import DT_REG, PLAIN, Dir, Node
 from cowfs.union.restack import aside, depends, own_data
 
 if TYPE_CHECKING:
-    from cowfs.union.view import View
+    from cowfs.union.core import Core
 
 __all__ = ["Absorption", "absorb"]
 
 Call = Callable[[Callable[[], Any]], Any]
 
 _DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_PIECE = 1 << 20  # bytes of a redirect file that are filled in one go
 _PASSES = 20
 _GONE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP})  # moved or removed: any other error ends the absorption
 
 
-def absorb(view: View, call: Call | None = None) -> Usage:
+def absorb(view: Core, call: Call | None = None) -> Usage:
     """Bring everything that is seen of the topmost lower layer into the upper one.
 
     Args:
@@ -129,10 +126,10 @@ def _walk(root: int) -> Iterator[tuple[str, bytes, list[bytes]]]:
         stack += [("enter", path + b"/" + name if path else name) for name, is_dir in entries if is_dir]
 
 
-def _unfinished(view: View) -> Iterator[bytes]:
+def _unfinished(view: Core) -> Iterator[bytes]:
     """Paths in the upper layer of files whose data, or a part of it, is elsewhere. From any thread."""
     form = view.form
-    root = view.layers[-1].root.open()
+    root = view.stack.layers[-1].root.open()
     pending = [b""]
     while pending:
         path = pending.pop()
@@ -168,7 +165,7 @@ def _unfinished(view: View) -> Iterator[bytes]:
 
 
 class Absorption:
-    """One absorption under way: ``view.leaving`` while it is. Its methods run in the thread that owns the view.
+    """One absorption under way: ``view.moves.leaving`` while it is. Its methods run in the thread that owns the view.
 
     Attributes:
         layer: the layer that goes.
@@ -176,49 +173,43 @@ class Absorption:
         moves: how many directories were renamed meanwhile.
     """
 
-    def __init__(self, view: View) -> None:
+    def __init__(self, view: Core) -> None:
         view.need_upper()
         self.view = view
-        self.layer: Layer = view.layers[-2]
+        self.layer: Layer = view.stack.layers[-2]
         self.ledger = quota.ledger(view)
         self.moves = 0
         self._renames = hardlinks.scan_redirects(view, self.layer)
-        if view.upper not in view.redirects:
+        if view.stack.upper not in view.moves.redirects:
             hardlinks.find_moved(view)
-        view.leaving = self
+        view.moves.absorbing(self)
 
     def end(self) -> None:
         """The view is as any other again."""
-        if self.view.leaving is self:
-            self.view.leaving = None
-            if self.view.space is not None:
-                self.view.space.later(self.ledger)
+        if self.view.moves.absorbed(self) and self.view.space is not None:
+            self.view.space.later(self.ledger)
+
+    def renamed(self) -> None:
+        """A directory was renamed."""
+        self.moves += 1
 
     def before_up(self, node: Node) -> None:
         """A file is about to be brought up, renamed or linked: not as something that stands on the layer."""
-        if node.type == DT_REG and (node.where is not None or node.data is not None) and self._stands_on(node):
+        if node.type == DT_REG and (node.where is not None or node.data is not PLAIN) and self._stands_on(node):
             with aside(self.view, self.ledger):
                 own_data(self.view, node)
 
     def _stands_on(self, node: Node) -> bool:
         file = node.data
-        if isinstance(file, RowFile) and file.layer is not self.layer:
-            extents = file.load()
-            mine = [n for n, level in enumerate(file.levels) if level.where.layer is self.layer]
-            if mine:
-                below = self._reference(node)
-                return (
-                    below is None
-                    or file.ref is None
-                    or below.path != file.ref.path
-                    or below.base_end < file.base_end
-                    or any(extents.share(n, file.base_end) for n in mine)
-                )
+        if file.pieced and file.home is not self.layer:
+            assert self.view.rows is not None
+            if self.view.rows.stands_on(node, self.layer):
+                return True
         elif depends(node, {self.layer}):
             return True
-        if isinstance(file, Data) and self.view.in_upper(node) and self._has(file.path):
+        if isinstance(file, Lower) and self.view.in_upper(node) and self._has(file.path):
             return True  # the way to its data leads through the layer's metacopy, which a redirect may have taken elsewhere
-        return bool(self._renames) and (node.data is not None or not self.view.in_upper(node))
+        return bool(self._renames) and (node.data is not PLAIN or not self.view.in_upper(node))
 
     def _has(self, path: bytes) -> bool:
         """Whether the layer has anything at a path of the merged lower tree, whose topmost it is."""
@@ -286,10 +277,10 @@ class Absorption:
                 if isinstance(made, Dir) and made.lowpath is None and self._stands_alone(made):
                     self._seal(made)  # it was made where the layer hides one beneath
             elif not (up.whiteouts is not None and name in up.whiteouts):
-                assert view.workdir is not None
+                assert view.stack.workdir is not None
                 if not whiteout.exists(up.open(), name):
                     with stored.kept_times(up):
-                        view.workdir.put_whiteout(up.open(), name)
+                        view.stack.workdir.put_whiteout(up.open(), name)
                     self.ledger.hid(up, name)
                 if up.whiteouts is not None:
                     up.whiteouts.add(name)
@@ -318,7 +309,7 @@ class Absorption:
         through = [now for _, now in self._renames] + [low for low, _ in self._renames]
         shown = [self._directory(now) for _, now in self._renames]
         found = [view.path(there[0]) for there in shown if there is not None]
-        for directory in list(view.moved):
+        for directory in list(view.moves.moved):
             low = directory.lowpath
             if low is not None and any(low == path or low.startswith(path + b"/") for path in through):
                 found.append(view.path(directory))
@@ -339,7 +330,7 @@ class Absorption:
                 node = self.view.child(directory, name)
                 if isinstance(node, Dir):
                     pending.append(node)
-                elif node is not None and (node.data is not None or not self.view.in_upper(node)):
+                elif node is not None and (node.data is not PLAIN or not self.view.in_upper(node)):
                     with aside(self.view, self.ledger):
                         own_data(self.view, node)
         for directory in reversed(order):
@@ -357,7 +348,7 @@ class Absorption:
         for node in self._shown(path) if anywhere else [self._at(path)]:
             if node is None or isinstance(node, Dir) or not self._stands_on(node):
                 continue
-            step = self._bring_row(node) if isinstance(node.data, RowFile) else self._bring(node)
+            step = self._bring_pieces(node) if node.data.pieced else self._bring(node)
         return step
 
     def _bring(self, node: Node) -> Stage | None:
@@ -391,73 +382,40 @@ class Absorption:
         node.space = None
         self.view.drop(node)
 
-    def _bring_row(self, node: Node) -> Callable[[], Any]:
+    def _bring_pieces(self, node: Node) -> Callable[[], Any]:
         """A redirect file: the blocks that the layer holds, or all of them where its base cannot be named any more."""
-        view = self.view
-        assert view.rows is not None
-        old = node.data
-        before = self._reference(node)
-        with aside(view, self.ledger):
-            view.rows.redirect(node)
-        file = node.data
-        assert isinstance(file, RowFile)
-        node.nlookup += 1
-        end = before.base_end if before is not None else -1
-        named = file.ref is not None and before is not None and before.path == file.ref.path and not self._renames
-        if isinstance(old, RowFile) and old.behind is not None:
-            named = False
-        return partial(self._fill, node, end if named else -1)
-
-    def _reference(self, node: Node) -> Ref | None:
-        """The reference of the layer's redirect file that a file is or stands on; None when it is a plain one."""
         assert self.view.rows is not None
-        file = node.data
-        if node.where is not None and node.where.layer is self.layer and file.where is not None:
-            return file.ref if file.layer is self.layer else None
-        file.load()
-        for level in file.levels:
-            if level.where.layer is self.layer:
-                return self.view.rows.ref_at(level.where, level.name)
-        return None
+        with aside(self.view, self.ledger):
+            work = self.view.rows.absorb(node, self.layer, renames=bool(self._renames))
+        node.nlookup += 1
+        return partial(self._fill, node, work)
 
-    def _fill(self, node: Node, base_end: int) -> Any:
-        """One piece. ``base_end``: where what shows through the layer's file ends; -1: all is to be the file's own."""
-        file = node.data
-        if not isinstance(file, RowFile) or not file.writable:  # plain by now, or nameless
+    def _fill(self, node: Node, work: Absorbing) -> Any:
+        with aside(self.view, self.ledger):
+            if work.step():
+                return partial(self._fill, node, work)
+            job = work.sync_job()
+        if job is None:
             node.nlookup -= 1
             return None
-        file.load()
-        mine = None if base_end < 0 else {n for n, level in enumerate(file.levels) if level.where.layer is self.layer}
-        with aside(self.view, self.ledger):
-            if file.missing(mine):
-                file.fill(_PIECE, mine)
-                return partial(self._fill, node, base_end)
-            return _Apart(file.sync_job(), partial(self._finish, node, base_end))
+        return _Apart(job, partial(self._finish, node, work))
 
-    def _finish(self, node: Node, base_end: int) -> Any:
-        """Its data is on the disk: say so in the reference."""
-        file = node.data
-        if isinstance(file, RowFile) and file.writable:
-            if base_end < 0 and file.missing():
-                return partial(self._fill, node, base_end)
-            if base_end < 0:
-                file.rows.make_plain(file)
-            else:
-                file.end_base(base_end)
-                file.rebase()
+    def _finish(self, node: Node, work: Absorbing) -> Any:
+        if not work.finish():
+            return partial(self._fill, node, work)
         node.nlookup -= 1
         self._done(node)
         return None
 
 
-def complete(view: View) -> bool:
+def complete(view: Core) -> bool:
     """Whether no file in use stands on the topmost lower layer. A safety net; only between requests."""
-    layer = view.layers[-2]
+    layer = view.stack.layers[-2]
     for node in view.nodes.values():
         if isinstance(node, Dir) or node.parent is None:
             continue
         if node.where is not None and node.where.layer is layer:
             return False
-        if isinstance(node.data, Data) and node.data.where.layer is layer:
+        if isinstance(node.data, Lower) and node.data.where.layer is layer:
             return False
     return True

@@ -22,32 +22,9 @@ from collections.abc import Sequence
 from cowfs.format import whiteout
 from cowfs.format.whiteout import Form
 from cowfs.sys import xattr
+from cowfs.union.filedata import Lower
 from cowfs.union.layers import WALK, Layer, Source, lstat
 from cowfs.union.node import DT_CHR, DT_DIR, DT_LNK, DT_REG, Node, type_of
-
-
-class Data:
-    """Where a metacopy's data is.
-
-    Attributes:
-        where, name: a regular file of a lower layer.
-        path: its path in the merged lower tree (what ``redirect`` would say), no leading slash.
-        size: bytes.
-        blocks: st_blocks, 512-byte units.
-    """
-
-    __slots__ = ("blocks", "name", "path", "size", "where")
-
-    def __init__(self, where: Source, name: bytes, path: bytes, size: int, blocks: int) -> None:
-        self.where = where
-        self.name = name
-        self.path = path
-        self.size = size
-        self.blocks = blocks
-
-    def at(self, path: bytes) -> Data:
-        """The same data, found by another path of the merged lower tree."""
-        return Data(self.where, self.name, path, self.size, self.blocks)
 
 
 def redirect_of(fd: int, name: bytes, form: Form) -> bytes | None:
@@ -221,7 +198,7 @@ def metacopy_data(
     path: bytes,
     form: Form,
     roots: Sequence[Source],
-) -> Data | None:
+) -> Lower | None:
     """The data of a regular file ``name`` in ``at`` if it is a metacopy, else ``None``.
 
     ``queue`` holds the parent's sources below ``at``; ``path`` is the name's path in the merged
@@ -237,7 +214,7 @@ def metacopy_data(
     return found
 
 
-def data_by(search: Search, path: bytes, form: Form) -> Data | None:
+def data_by(search: Search, path: bytes, form: Form) -> Lower | None:
     """The data at ``path`` that a search finds; ``None`` when no layer of it has any.
 
     Afterwards the search tells where it would have gone on. Raises EIO where something else is in the data's place.
@@ -246,7 +223,7 @@ def data_by(search: Search, path: bytes, form: Form) -> Data | None:
         if not stat.S_ISREG(st.st_mode):
             raise OSError(errno.EIO, "metacopy without data", name)
         if not may_be_metacopy(source.layer, 1, st.st_blocks) or not is_metacopy(source, name, form):
-            return Data(source, name, path, st.st_size, st.st_blocks)
+            return Lower(source, name, path, st.st_size, st.st_blocks)
         beneath(source, name, path, search, form)
     return None
 

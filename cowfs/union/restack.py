@@ -21,16 +21,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from cowfs.row.file import RowFile
 from cowfs.union import copyup, from_index, lookup, merge, quota
 from cowfs.union.attr import unpack
 from cowfs.union.layers import Layer, Source, lstat
-from cowfs.union.merge import Data
-from cowfs.union.node import DT_REG, Dir, Node
+from cowfs.union.node import DT_REG, PLAIN, Dir, FileData, Node
 
 if TYPE_CHECKING:
+    from cowfs.union.core import Core
     from cowfs.union.options import TreeIndex
-    from cowfs.union.view import View
 
 __all__ = ["aside", "layers_under", "own_data", "restack"]
 
@@ -38,7 +36,7 @@ Place = tuple[list[Source], Any]
 """A directory's parts, topmost first, and its record."""
 
 
-def restack(view: View, lowers: Sequence[str | bytes], index: TreeIndex | None, covered: int) -> None:
+def restack(view: Core, lowers: Sequence[str | bytes], index: TreeIndex | None, covered: int) -> None:
     """Stand the view on other lower layers, which show the same tree as the present ones.
 
     Args:
@@ -48,11 +46,10 @@ def restack(view: View, lowers: Sequence[str | bytes], index: TreeIndex | None, 
     Raises:
         OSError: a layer is missing, or does not show what the present ones do (EIO). Nothing has changed then.
     """
-    assert view.upper is not None
-    known = {_identity(layer.root.open()): layer for layer in view.layers[:-1]}
+    assert view.stack.upper is not None
+    known = {_identity(layer.root.open()): layer for layer in view.stack.layers[:-1]}
     opened: list[Layer] = []
-    before = view.layers, view.roots, view.sources, view.index, view.indexed_layers
-    numbers = [(layer, layer.index) for layer in view.layers]
+    layers, covered_before = view.stack.layers[:], view.stack.indexed_layers
     try:
         stack = []
         for number, path in enumerate(reversed(lowers)):
@@ -64,62 +61,44 @@ def restack(view: View, lowers: Sequence[str | bytes], index: TreeIndex | None, 
             else:
                 opened.append(layer)
             stack.append(layer)
-        dropped = set(view.layers) - {*stack, view.upper}
+        dropped = set(layers) - {*stack, view.stack.upper}
         _save_nameless(view, dropped)
-        view.layers = [*stack, view.upper]
-        for number, layer in enumerate(view.layers):
-            layer.index = number
-        view.roots = [layer.root for layer in reversed(view.layers)]
-        view.sources = {(s.layer.index, s.path()): s for s in before[2].values() if s.layer not in dropped}
-        view.index, view.indexed_layers = index, covered if index is not None else 0
-        places = _find_directories(view)
+        with view.stack.replaced(stack, index, covered):
+            places = _find_directories(view)
     except BaseException:
-        view.layers, view.roots, view.sources, view.index, view.indexed_layers = before
-        for layer, number in numbers:
-            layer.index = number
         for layer in opened:
             layer.close()
         raise
-    view.lower_count, view.plain_layers = len(stack), 0
     for directory, place in places.items():
         _move(view, directory, place)
-    again = before[0][: before[4]] != view.layers[: view.indexed_layers]
+    again = layers[:covered_before] != view.stack.layers[: view.stack.indexed_layers]
     for node in view.nodes.values():
         if not isinstance(node, Dir) and node.parent is not None and node.where is not None:
             _move_file(view, node, dropped, again)
     _let_go(view, dropped)
 
 
-def layers_under(view: View) -> list[bytes]:
+def layers_under(view: Core) -> list[bytes]:
     """The lower layers as paths that work whatever they are called now, topmost first."""
-    return [b"/proc/self/fd/%d" % layer.root.open() for layer in reversed(view.layers[:-1])]
+    return [b"/proc/self/fd/%d" % layer.root.open() for layer in reversed(view.stack.layers[:-1])]
 
 
 @contextmanager
-def aside(view: View, ledger: quota.Space) -> Iterator[None]:
+def aside(view: Core, ledger: quota.Space) -> Iterator[None]:
     """Count what is done meanwhile elsewhere: it is not the users' doing, and no limit holds."""
-    kept, view.space = view.space, ledger
+    kept = view.swap_space(ledger)
     try:
         yield
     finally:
-        view.space = kept
+        view.swap_space(kept)
 
 
-def own_data(view: View, node: Node) -> None:
+def own_data(view: Core, node: Node) -> None:
     """Have all of a file's data in the upper layer, whatever its size, now."""
     if node.type != DT_REG:
         copyup.up_meta(view, node)
         return
-    if isinstance(node.data, RowFile):
-        assert view.rows is not None
-        view.rows.redirect(node)
-        file = node.data
-        if isinstance(file, RowFile):
-            while file.missing():
-                file.fill(1 << 20)
-            file.sync_job()(False)
-            view.rows.make_plain(file)
-    else:
+    if view.rows is None or not node.data.pieced or not view.rows.own_all(node):
         stage = copyup.writable(view, node, plain=True)
         if stage is not None:
             stage.run()
@@ -129,12 +108,7 @@ def own_data(view: View, node: Node) -> None:
 
 def depends(node: Node, layers: set[Layer]) -> bool:
     """Whether a file's inode or any of its data is in one of some layers."""
-    data = node.data
-    if node.where is not None and node.where.layer in layers:
-        return True
-    if isinstance(data, RowFile):
-        return data.layer in layers or any(level.where.layer in layers for level in data.levels)
-    return isinstance(data, Data) and data.where.layer in layers
+    return (node.where is not None and node.where.layer in layers) or node.data.in_layers(layers)
 
 
 def _identity(fd: int) -> tuple[int, int]:
@@ -142,14 +116,12 @@ def _identity(fd: int) -> tuple[int, int]:
     return st.st_dev, st.st_ino
 
 
-def _save_nameless(view: View, dropped: set[Layer]) -> None:
+def _save_nameless(view: Core, dropped: set[Layer]) -> None:
     if view.readonly:
         return
     for node in list(view.nodes.values()):
         if node.parent is not None or isinstance(node, Dir):
             continue
-        if isinstance(node.data, RowFile):
-            node.data.load()
         if depends(node, dropped):
             with aside(view, quota.ledger(view)):
                 own_data(view, node)
@@ -160,13 +132,13 @@ def _save_nameless(view: View, dropped: set[Layer]) -> None:
 # -- directories ----------------------------------------------------------------------------------
 
 
-def _find_directories(view: View) -> dict[Dir, Place]:
+def _find_directories(view: Core) -> dict[Dir, Place]:
     """Where each directory in use is found in the new stack."""
-    roots = list(view.roots)
+    roots = list(view.stack.roots)
     record = None
-    if view.index is not None:
-        record = view.index.root()
-        roots = [root for root in roots if root.layer.index >= view.indexed_layers]
+    if view.stack.index is not None:
+        record = view.stack.index.root()
+        roots = [root for root in roots if root.layer.index >= view.stack.indexed_layers]
     places: dict[Dir, Place | None] = {view.root: (roots, record)}
     for node in list(view.nodes.values()):
         way: list[Dir] = []
@@ -185,25 +157,25 @@ def _find_directories(view: View) -> dict[Dir, Place]:
     return {directory: place for directory, place in places.items() if place is not None}
 
 
-def _find(view: View, above: Place, directory: Dir) -> Place:
+def _find(view: Core, above: Place, directory: Dir) -> Place:
     sources, record = above
     name, own, entry = directory.name, view.upper_of(directory), None
-    if view.index is not None:
+    if view.stack.index is not None:
         found, entry = from_index.merged_dir(view, from_index.scanned(view, sources), record, name)
     else:
-        found = merge.merged_dirs(sources, name, view.form, view.roots)
-    if own is not None and found and found[0].layer is view.upper:
+        found = merge.merged_dirs(sources, name, view.form, view.stack.roots)
+    if own is not None and found and found[0].layer is view.stack.upper:
         found[0].close()
         found[0] = own
-    elif own is not None or (found and found[0].layer is view.upper) or (not found and entry is None):
+    elif own is not None or (found and found[0].layer is view.stack.upper) or (not found and entry is None):
         raise OSError(errno.EIO, "the new layers do not show what the old ones do", view.path(directory))
     if not found:
         assert entry is not None
-        found = [view.source_at(view.layers[entry.layer], from_index.path_of(entry, record, name))]
+        found = [view.source_at(view.stack.layers[entry.layer], from_index.path_of(entry, record, name))]
     return found, entry.record if entry is not None else None
 
 
-def _move(view: View, directory: Dir, place: Place) -> None:
+def _move(view: Core, directory: Dir, place: Place) -> None:
     before, children = directory.sources, directory.children
     directory.sources, directory.record = place
     directory.where = directory.sources[0]
@@ -215,7 +187,7 @@ def _move(view: View, directory: Dir, place: Place) -> None:
 
 
 def _codes(
-    view: View, directory: Dir, before: list[Source], children: dict[bytes, Node | int]
+    view: Core, directory: Dir, before: list[Source], children: dict[bytes, Node | int]
 ) -> dict[bytes, Node | int]:
     """The names' codes in terms of the new parts."""
     own = view.upper_of(directory)
@@ -236,7 +208,7 @@ def _codes(
     return now
 
 
-def _is_own(view: View, item: Node | int, top: int) -> bool:
+def _is_own(view: Core, item: Node | int, top: int) -> bool:
     """Whether the upper part of a directory has what one of its names says, by the codes of before."""
     if isinstance(item, Dir):
         return view.upper_of(item) is not None
@@ -246,60 +218,57 @@ def _is_own(view: View, item: Node | int, top: int) -> bool:
 # -- files ----------------------------------------------------------------------------------------
 
 
-def _move_file(view: View, node: Node, dropped: set[Layer], again: bool) -> None:
+def _move_file(view: Core, node: Node, dropped: set[Layer], again: bool) -> None:
     """``again``: what the index covers has changed. It puts a metacopy where its data is, a scan where it is itself."""
     where, data = node.where, node.data
     assert where is not None and node.parent is not None
-    if where.layer is not view.upper and (again or where.layer in dropped):
+    if where.layer is not view.stack.upper and (again or where.layer in dropped):
         _find_again(view, node)
-    elif isinstance(data, RowFile):
-        if data.layer in dropped:  # a metacopy of one
-            _close(view, node)
-            node.data = _data(view, node)
-        else:
-            data.rebase()
-    elif isinstance(data, Data) and data.where.layer in dropped:
+    elif data.home in dropped:  # a metacopy of it
         _close(view, node)
         node.data = _data(view, node)
-    if node.data is not data and isinstance(node.data, RowFile):
+    else:
+        data.rebase()
+    if node.data is not data:
         node.data.bind(node)
 
 
-def _close(view: View, node: Node) -> None:
+def _close(view: Core, node: Node) -> None:
     """Let go of data in a layer that goes."""
-    if isinstance(node.data, RowFile):
-        node.data.close()
+    node.data.close()
     view.open_files.close(node)
-    node.data = node.space = None
+    node.data, node.space = PLAIN, None
 
 
-def _data(view: View, node: Node) -> Any:
-    """What a file's data is, when it is not the file that its name names."""
+def _data(view: Core, node: Node) -> FileData:
+    """What a file's data is, by the file that its name names."""
     parent, where = node.parent, node.where
     assert parent is not None and where is not None
     position = next((n for n, source in enumerate(parent.sources) if source.layer is where.layer), -1)
     if position < 0:
-        return None
+        return PLAIN
     st = os.stat(node.name, dir_fd=parent.sources[position].open(), follow_symlinks=False)
     return lookup.data_of(view, parent, position, node.name, st)
 
 
-def _find_again(view: View, node: Node) -> None:
+def _find_again(view: Core, node: Node) -> None:
     """A file of a layer that goes, in the new ones."""
     parent, name = node.parent, node.name
     assert parent is not None
     before = node.where, node.data
     for position, source in enumerate(parent.sources):
-        if source.layer is view.upper or (view.index is not None and source.layer.index < view.indexed_layers):
+        if source.layer is view.stack.upper or (
+            view.stack.index is not None and source.layer.index < view.stack.indexed_layers
+        ):
             continue
         st = lstat(source, name)
         if st is not None:
-            place = source, lookup.data_of(view, parent, position, name, st) if node.type == DT_REG else None
+            place = source, lookup.data_of(view, parent, position, name, st) if node.type == DT_REG else PLAIN
             break
     else:
         entry = (
-            view.index.entries(parent.record).get(name)
-            if view.index is not None and parent.record is not None
+            view.stack.index.entries(parent.record).get(name)
+            if view.stack.index is not None and parent.record is not None
             else None
         )
         if entry is None:
@@ -308,33 +277,26 @@ def _find_again(view: View, node: Node) -> None:
         if node.attr is not None and unpack(node.attr).nlink != entry.nlink:
             node.attr = from_index.attr_of(view, node, entry)
     if _same(before, place):
-        if isinstance(node.data, RowFile):
-            node.data.rebase()
+        node.data.rebase()
         return
     _close(view, node)
     node.where, node.data = place
 
 
-def _same(one: tuple[Source | None, Any], other: tuple[Source | None, Any]) -> bool:
+def _same(one: tuple[Source | None, FileData], other: tuple[Source | None, FileData]) -> bool:
     """Whether two places of a file are one."""
-    return all(_where(a) == _where(b) and type(a) is type(b) for a, b in zip(one, other, strict=True))
+    (a, data), (b, other_data) = one, other
+    if a is None or b is None or a.layer is not b.layer or a.path() != b.path():
+        return False
+    return type(data) is type(other_data) and data.found_at() == other_data.found_at()
 
 
-def _where(place: Any) -> Any:
-    if isinstance(place, Source):
-        return place.layer, place.path()
-    if isinstance(place, RowFile):
-        return (*map(_where, place.place()),) if place.where is not None else None
-    return (_where(place.where), place.name) if isinstance(place, Data) else place
-
-
-def _let_go(view: View, dropped: set[Layer]) -> None:
+def _let_go(view: Core, dropped: set[Layer]) -> None:
     for layer in dropped:
-        view.groups.pop(layer, None)
-        view.redirects.pop(layer, None)
+        view.moves.forget(layer)
         if view.rows is not None:
             view.rows.forget(layer)
         layer.close()
-    for workdir in [work for work in view.retired if work.source.layer in dropped]:
-        view.retired.remove(workdir)
+    for workdir in [work for work in view.stack.retired if work.source.layer in dropped]:
+        view.stack.retired.remove(workdir)
         workdir.close()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from cowfs.format import redirect
 from cowfs.format.whiteout import choose_form
 from cowfs.model import Limit
 from cowfs.row import compact as row_compact, layer as row_layer, map as row_map
@@ -378,23 +379,23 @@ def test_a_redirect_file_that_goes_takes_its_map_along(stack: Stack, how: str, r
 )
 def test_a_damaged_reference_is_an_error(value: bytes) -> None:
     with pytest.raises(OSError) as caught:
-        row_map.Ref.unpack(value)
+        redirect.Ref.unpack(value)
     assert caught.value.errno == errno.EIO
 
 
 def test_the_records_round_trip() -> None:
-    ref = row_map.Ref.make(65536, 123_456, 248, b"a/b", has_map=True)
-    assert row_map.Ref.unpack(ref.pack()) == ref
-    assert row_map.Ref.unpack(ref.ending(7).pack()).base_end == 7
+    ref = redirect.Ref.make(65536, 123_456, 248, b"a/b", has_map=True)
+    assert redirect.Ref.unpack(ref.pack()) == ref
+    assert redirect.Ref.unpack(ref.ending(7).pack()).base_end == 7
     with pytest.raises(ValueError, match="power of two"):
-        row_map.check_block(5000)
+        redirect.check_block(5000)
 
 
 @pytest.mark.parametrize("cut", range(1, row_map.RECORD_SIZE))
 def test_a_torn_record_ends_the_map_and_is_overwritten(tmp_path: Path, cut: int) -> None:
     fd = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        ref = row_map.Ref.make(4096, 1 << 20, 0, b"x", has_map=True)
+        ref = redirect.Ref.make(4096, 1 << 20, 0, b"x", has_map=True)
         log = row_map.Log.create(fd, ref)
         log.append(3, 5)
         log.append(9, 10)

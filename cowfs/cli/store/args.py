@@ -7,14 +7,16 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cowfs.errors import InvalidArgument
 
 if TYPE_CHECKING:
     import argparse
 
+    from cowfs.model import Info
     from cowfs.store import Store
+    from cowfs.store.look import Look
 
 ROOT = "COWFS_ROOT"
 
@@ -39,6 +41,14 @@ def open_store(args: argparse.Namespace, *, create: bool = True) -> Store:
     return Store.open(root, driver=args.driver, create=create, fsync=fsync)
 
 
+def look_at_store(args: argparse.Namespace) -> Look:
+    """The store that the options or the environment name, for looking at what its index knows."""
+    from cowfs.store.look import Look
+
+    root = args.root or os.environ.get(ROOT) or None
+    return Look.open(root, driver=args.driver, fsync=os.environ.get("COWFS_FSYNC", "1") != "0")
+
+
 def check_new(name: str, what: str = "name") -> str:
     """A key or name that the command may make: it can be given to it again.
 
@@ -55,11 +65,23 @@ def known_in_store(args: argparse.Namespace, name: str) -> bool:
     from cowfs.errors import NotFound
 
     try:
-        with open_store(args, create=False) as store:
+        with look_at_store(args) as store:
             store.resolve(name)
     except NotFound:
         return False
     return True
+
+
+def info_as_json(info: Info) -> dict[str, Any]:
+    """A snapshot as programs read it; times in nanoseconds since 1970."""
+    return {
+        "name": info.name,
+        "kind": info.kind.value,
+        "parent": info.parent,
+        "labels": dict(info.labels),
+        "created": info.created,
+        "updated": info.updated,
+    }
 
 
 def label_pairs(pairs: list[str]) -> dict[str, str | None]:
@@ -83,11 +105,13 @@ def set_labels(pairs: list[str]) -> dict[str, str]:
 @contextmanager
 def paged() -> Iterator[Callable[[str], None]]:
     """A function that prints lines: through a pager when standard output is a terminal and one is there."""
+    pager = os.environ.get("PAGER") or "less"
+    if not sys.stdout.isatty() or pager == "cat":
+        yield print
+        return
     import shutil
 
-    pager = os.environ.get("PAGER") or "less"
-    program = shutil.which(pager.split()[0]) if pager else None
-    if not sys.stdout.isatty() or program is None or pager == "cat":
+    if shutil.which(pager.split()[0]) is None:
         yield print
         return
     import subprocess

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from cowfs.cli import Command
 from cowfs.cli.output import print_json
-from cowfs.cli.store.args import add_store, check_new, open_store, set_labels
-from cowfs.cli.store.snapshots import info_as_json, mount_as_json
+from cowfs.cli.store.args import add_store, check_new, info_as_json, open_store, set_labels
+from cowfs.cli.store.snapshots import mount_as_json
 
 if TYPE_CHECKING:
     import argparse

@@ -23,6 +23,7 @@ from cowfs.fuse import abi, codec
 from cowfs.fuse.handlers.names import Adapter, Handler
 from cowfs.sys import files
 from cowfs.sys.host import CAP_FSETID, has_cap
+from cowfs.union.node import PLAIN
 from cowfs.union.prefetch import COLD_NS, ReadAhead
 
 if TYPE_CHECKING:
@@ -155,9 +156,8 @@ class Data(Adapter):
                 raise
             self.nowait = False  # the host below has no such reads
         size = len(room)
-        held: Any = getattr(node, "data", None)
-        if hasattr(held, "reader"):  # a redirect file: its segments, from many descriptors
-            read = held.stream(offset, size) if streams else held.reader(offset, size)
+        read = self.view.reader(node, offset, size, streams=streams)
+        if read is not None:  # its pieces, from many descriptors
             self._look_redirect(unique, node.id, read, size)
             return None
         try:
@@ -232,7 +232,7 @@ class Data(Adapter):
             raise codec.invalid("write size")
         node = self.nodes.get(nodeid) or self.view.node(nodeid)
         view, where = self.view, node.where
-        if node.data is None and (where is None or where.layer is view.upper):
+        if node.data is PLAIN and (where is None or where.layer is view.upper):
             if node.wfd and node.bare and view.space is None and self.keeps_modes and not flags & _KILL:  # most are so
                 node.attr = None
                 done = _pwrite(node.fd, buf[80:n], offset)
@@ -272,7 +272,7 @@ class Data(Adapter):
         if id != node.id or end != offset:
             begun = offset
         end = offset + done
-        if end - begun >= EARLY and node.wfd and node.data is None and self.view.must_sync:
+        if end - begun >= EARLY and node.wfd and node.data is PLAIN and self.view.must_sync:
             fd, start, begun = os.dup(node.fd), begun, end
 
             def job() -> None:
@@ -373,9 +373,9 @@ class Data(Adapter):
     def fsync(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply | None:
         _fh, flags, _ = abi.FSYNC_IN.unpack_from(buf, 40)
         node = self.view.node(nodeid)
-        held: Any = getattr(node, "data", None)
-        if hasattr(held, "sync_job"):  # a redirect file: its data, then its map
-            self._sync_redirect(unique, held.sync_job(), bool(flags & abi.FSYNC_FDATASYNC))
+        sync_pieces = self.view.sync_job(node)
+        if sync_pieces is not None:
+            self._sync_redirect(unique, sync_pieces, bool(flags & abi.FSYNC_FDATASYNC))
             return None
         fd = self.view.fsync_fd(node)
         if fd is None:
@@ -403,12 +403,12 @@ class Data(Adapter):
         fd = self.view.fsync_fd(self.view.root)
         if fd is None:
             return _OK(16, 0, unique)
-        rows = getattr(self.view, "rows", None)
+        sync_all = self.view.sync_all_job()
 
         def job() -> codec.Reply:
             try:
-                if rows is not None:
-                    rows.sync_job()()
+                if sync_all is not None:
+                    sync_all()
                 files.syncfs(fd)
             finally:
                 os.close(fd)

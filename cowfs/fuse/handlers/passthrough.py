@@ -29,6 +29,7 @@ from cowfs.errors import Unsupported
 from cowfs.fuse import abi, codec, log
 from cowfs.fuse.handlers.data import Data, Host
 from cowfs.fuse.handlers.names import Handler
+from cowfs.union.node import PLAIN
 
 if TYPE_CHECKING:
     from cowfs.union import View
@@ -104,7 +105,7 @@ class Passthrough(Data):
 
     def _first_open(self, node: Any) -> Opened:
         view = self.view
-        if self.refused or not (view.readonly or (view.in_upper(node) and node.data is None)):
+        if self.refused or not (view.readonly or (view.in_upper(node) and node.data is PLAIN)):
             return Opened(0, -1)
         try:
             fd = os.dup(view.data_fd(node, not view.readonly))

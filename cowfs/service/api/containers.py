@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from cowfs.errors import FailedPrecondition, InvalidArgument, NotFound
+from cowfs.model import Limit, parse_count, parse_size
 from cowfs.service.api.routing import Route, filters_of
 from cowfs.service.containers import cgroups
 from cowfs.service.containers.container import Container
@@ -167,7 +168,7 @@ def _inspect(service: Service, exchange: Exchange, name: str) -> Reply:
         "ProcessLabel": "",
         "AppArmorProfile": "",
         "ExecIDs": service.containers.execs.running_in(container),
-        "HostConfig": _host(container),
+        "HostConfig": _host(service, container),
         "GraphDriver": {"Name": service.store.driver.name, "Data": {"Snapshot": container.key}},
         "Mounts": _mounts(container),
         "Config": {**container.config, "Hostname": container.hostname, "Image": container.image_name},
@@ -184,12 +185,23 @@ def _inspect(service: Service, exchange: Exchange, name: str) -> Reply:
     return json_reply(told)
 
 
-def _host(container: Container) -> dict[str, Any]:
+def _host(service: Service, container: Container) -> dict[str, Any]:
     host = dict(container.host)
     host["LogConfig"] = {"Type": "json-file", "Config": (host.get("LogConfig") or {}).get("Config") or {}}
     host["RestartPolicy"] = {"Name": "no", "MaximumRetryCount": 0}
+    limit = service.store.limit(container.key)
+    host["StorageOpt"] = options_of(host.get("StorageOpt") or {}, limit) or None
     host["MaskedPaths"], host["ReadonlyPaths"] = None, None
     return host
+
+
+def options_of(asked: Mapping[str, str], limit: Limit) -> dict[str, str]:
+    """The limit as ``--storage-opt`` has it: as it was asked for, unless it was changed since."""
+    told = {}
+    for key, now, parse in (("size", limit.bytes, parse_size), ("inodes", limit.inodes, parse_count)):
+        if now is not None:
+            told[key] = asked[key] if key in asked and parse(asked[key]) == now else str(now)
+    return told
 
 
 def _start(service: Service, exchange: Exchange, name: str) -> Reply:

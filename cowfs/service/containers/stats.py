@@ -15,7 +15,7 @@ from cowfs.service.images import rfc3339
 if TYPE_CHECKING:
     from cowfs.store import Store
 
-__all__ = ["one", "sample", "stream", "system_nanoseconds"]
+__all__ = ["WORK", "one", "sample", "storage", "stream", "system_nanoseconds"]
 
 
 def system_nanoseconds() -> int:
@@ -37,18 +37,24 @@ def storage(store: Store, container: Container) -> dict[str, Any]:
     }  # fmt: skip
     if container.running:
         try:
-            handle = store.handle(container.key)
-            status = handle.status()
+            found = store.handle(container.key).statistics()
             told |= {
-                "bytes": status.usage.bytes if status.usage is not None else None,  # it is being counted still
-                "inodes": status.usage.inodes if status.usage is not None else None,
-                "limit_bytes": status.limit.bytes,
-                "limit_inodes": status.limit.inodes,
-                "requests": handle.counters(),
+                "bytes": found.usage.bytes if found.usage is not None else None,  # it is being counted still
+                "inodes": found.usage.inodes if found.usage is not None else None,
+                "limit_bytes": found.limit.bytes,
+                "limit_inodes": found.limit.inodes,
+                "requests": dict(found.requests),
+                **{name: getattr(found, name) for name in WORK},
             }
         except CowfsError:
-            pass  # it ended meanwhile
+            pass  # it ended meanwhile, or is of an older cowfs
     return told
+
+
+WORK = (
+    "copied_files", "copied_bytes", "copied_attributes", "redirected_files", "redirected_blocks", "directories_read",
+)  # fmt: skip
+"""What a mount's server counts of its own work; see :class:`cowfs.model.Statistics`."""
 
 
 def _cpu(figures: cgroups.Figures, system: int) -> dict[str, Any]:

@@ -1,0 +1,211 @@
+"""`cowfs ls`, `tree`, `log`, `stat` and `images`: what there is, by the index alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from cowfs.cli import Command
+from cowfs.cli.output import print_json, print_table, shown, size_or
+from cowfs.cli.store.args import add_store, info_as_json, look_at_store, paged, when
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable
+
+    from cowfs.model import Info
+
+
+# -- looking -----------------------------------------------------------------------------------------------------------
+
+
+def _configure_stat(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="KEY", help="a key, a name or a tag")
+    add_store(parser)
+
+
+def _stat(args: argparse.Namespace) -> int:
+    with look_at_store(args) as store:
+        info = store.stat(args.name)
+        row = store.index.get(info.name)
+        told: dict[str, Any] = {
+            **info_as_json(info),
+            "id": row.id,
+            "depth": row.depth,
+            "limit": {"bytes": row.limit.bytes, "inodes": row.limit.inodes},
+            "usage": {"bytes": row.usage.bytes, "inodes": row.usage.inodes} if row.usage is not None else None,
+            "diff_id": row.diff_id,
+            "chain_id": row.chain_id,
+            "damage": row.damage,
+        }
+    if args.json:
+        print_json(told)
+        return 0
+    lines = [
+        ("name", shown(info.name)),
+        ("kind", info.kind.value),
+        ("parent", shown(info.parent or "none")),
+        ("layers beneath", str(row.depth)),
+        ("created", when(info.created)),
+        ("updated", when(info.updated)),
+        ("labels", " ".join(f"{shown(key)}={shown(value)}" for key, value in sorted(info.labels.items())) or "none"),
+        ("limit", f"{size_or(row.limit.bytes)}, inodes {row.limit.inodes or 'none'}"),
+        ("used", f"{size_or(row.usage.bytes)}, {row.usage.inodes} inodes" if row.usage else "see: cowfs usage"),
+        ("diff id", row.diff_id or "not known"),
+        ("layer", row.id),
+    ]
+    if row.damage:
+        lines.append(("damage", row.damage))
+    for key, value in lines:
+        print(f"{key + ':':<16}{value}")
+    return 0
+
+
+def _configure_ls(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "filters",
+        nargs="*",
+        metavar="FILTER",
+        help='as in: kind==active  parent==base  name~=^web  labels."team"==storage',
+    )
+    add("-q", "--quiet", action="store_true", help="names only")
+    add_store(parser)
+
+
+def _ls(args: argparse.Namespace) -> int:
+    with look_at_store(args) as store:
+        found = store.walk(args.filters)
+        if args.json:
+            import json
+
+            for info in found:
+                print(json.dumps(info_as_json(info)))
+            return 0
+        with paged() as line:
+            if args.quiet:
+                for info in found:
+                    line(shown(info.name))
+                return 0
+            line(f"{'KIND':<10} {'CREATED':<20} {'USED':>10}  NAME")
+            for info in found:
+                row = store.index.find(info.name)
+                used = size_or(row.usage.bytes) if row is not None and row.usage is not None else "-"
+                parent = f"  < {_short(info.parent)}" if info.parent else ""
+                line(f"{info.kind.value:<10} {when(info.created):<20} {used:>10}  {shown(info.name)}{parent}")
+    return 0
+
+
+def _short(name: str) -> str:
+    return shown(name[:19] if name.startswith("sha256:") else name)
+
+
+def _configure_tree(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", nargs="?", metavar="NAME", help="only this snapshot and what is based on it")
+    add_store(parser)
+
+
+def _tree(args: argparse.Namespace) -> int:
+    with look_at_store(args) as store:
+        children: dict[str | None, list[Info]] = {}
+        for info in store.walk():
+            children.setdefault(info.parent, []).append(info)
+        tags: dict[str, list[str]] = {}
+        for tag in store.tags():
+            tags.setdefault(tag.target, []).append(tag.name)
+        tops = children.get(None, []) if args.name is None else [store.stat(args.name)]
+        if args.json:
+            print_json([_as_tree(info, children, tags) for info in tops])
+            return 0
+        with paged() as line:
+            for info in tops:
+                _print_tree(info, children, tags, line)
+    return 0
+
+
+def _as_tree(top: Info, children: dict[str | None, list[Info]], tags: dict[str, list[str]]) -> dict[str, Any]:
+    made: dict[str, Any] = {}
+    todo = [(top, made)]
+    while todo:
+        info, into = todo.pop()
+        below: list[dict[str, Any]] = [{} for _ in children.get(info.name, [])]
+        into.update({**info_as_json(info), "tags": tags.get(info.name, []), "children": below})
+        todo += zip(children.get(info.name, []), below, strict=True)
+    return made
+
+
+def _print_tree(
+    top: Info, children: dict[str | None, list[Info]], tags: dict[str, list[str]], line: Callable[[str], None]
+) -> None:
+    """A chain of only children stays at one depth, so that a chain of 500 can be read."""
+    todo = [(top, 0)]
+    while todo:
+        info, depth = todo.pop()
+        kind = "" if info.kind.value == "committed" else f" [{info.kind.value}]"
+        named = f"  ({', '.join(map(shown, tags[info.name]))})" if info.name in tags else ""
+        line(f"{'  ' * depth}{_short(info.name)}{kind}{named}")
+        below = children.get(info.name, [])
+        deeper = depth + 1 if len(below) > 1 or depth == 0 else depth
+        todo += [(child, deeper) for child in reversed(below)]
+
+
+def _configure_log(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME", help="a key, a name or a tag")
+    add_store(parser)
+
+
+def _log(args: argparse.Namespace) -> int:
+    with look_at_store(args) as store:
+        chain = store.chain(args.name)
+        if args.json:
+            print_json([info_as_json(info) for info in chain])
+            return 0
+        with paged() as line:
+            for info in chain:
+                row = store.index.get(info.name)
+                used = f"{size_or(row.usage.bytes)}, {row.usage.inodes} inodes" if row.usage else info.kind.value
+                line(f"{when(info.created)}  {used:<28} {shown(info.name)}")
+    return 0
+
+
+def _configure_images(parser: argparse.ArgumentParser) -> None:
+    add_store(parser)
+
+
+def _images(args: argparse.Namespace) -> int:
+    with look_at_store(args) as store:
+        found = []
+        for tag in store.tags():
+            chain = [store.index.by_num(num) for num, _ in store.index.chain(store.index.get(tag.target).num)]
+            size = sum(row.usage.bytes for row in chain if row.usage)
+            found.append(
+                {"tag": tag.name, "target": tag.target, "layers": len(chain), "bytes": size, "created": tag.created}
+            )
+    if args.json:
+        print_json(found)
+    elif found:
+        rows = [
+            (shown(str(one["tag"])), str(one["layers"]), size_or(int(str(one["bytes"]))), when(int(str(one["created"]))),
+             _short(str(one["target"]))) for one in found
+        ]  # fmt: skip
+        print_table(("TAG", "LAYERS", "SIZE", "CREATED", "SNAPSHOT"), rows)
+    return 0
+
+
+COMMANDS = {
+    "stat": Command(
+        _configure_stat, _stat, "Show all about one snapshot.", ("cowfs stat base", "cowfs stat base --json")
+    ),
+    "ls": Command(
+        _configure_ls,
+        _ls,
+        "List snapshots in the order of their making; conditions in one FILTER must all hold, one of several FILTERs must.",
+        ("cowfs ls", "cowfs ls kind==active", "cowfs ls 'name~=^web,labels.\"team\"==storage'"),
+    ),
+    "tree": Command(
+        _configure_tree, _tree, "Show which snapshot is based on which.", ("cowfs tree", "cowfs tree debian:12")
+    ),
+    "log": Command(_configure_log, _log, "List a snapshot and its ancestors, nearest first.", ("cowfs log app-v2",)),
+    "images": Command(
+        _configure_images, _images, "List tags with layers and size.", ("cowfs images", "cowfs images --json")
+    ),
+}

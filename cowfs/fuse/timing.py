@@ -1,0 +1,112 @@
+"""How long requests take, measured while somebody looks.
+
+Strategy. A clock in front of and behind each request would cost every mount something for ever. So the loop's table of handlers is
+filled with timed ones when somebody asks, in place, and the first request after :data:`WATCH` seconds without a question puts the plain ones
+back: a mount that nobody looks at pays nothing.
+
+A time is that of the loop: what a worker does for a request (a copy-up, an fsync) is not in it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final
+
+from cowfs.fuse import abi
+
+if TYPE_CHECKING:
+    from cowfs.fuse.handlers.names import Handler
+    from cowfs.union import View
+
+__all__ = ["WATCH", "Timing"]
+
+WATCH: Final = 30.0
+_ASKING: Final = frozenset((abi.LOOKUP, abi.READDIR, abi.READDIRPLUS))
+"""Requests about names: answered from memory (a hit) or by looking into layers or index (a miss)."""
+
+
+class Timing:
+    """Figures of the requests that were timed so far.
+
+    Owner: the loop's thread.
+
+    Args:
+        handlers: the loop's table. looked: a number that grows when layers or index are looked into.
+    """
+
+    def __init__(self, handlers: list[Handler], looked: Callable[[], int]) -> None:
+        self._handlers, self._looked = handlers, looked
+        self._plain: list[Handler] = []  # while timed ones are in their place
+        self._until = 0
+        self._since = self._seconds = 0.0
+        self._counts = [0] * len(handlers)
+        self._nanoseconds = [0] * len(handlers)
+        self._longest = [0] * len(handlers)
+        self.hits = self.misses = 0
+
+    def watch(self) -> dict[str, Any]:
+        """Time requests for the next while; the figures so far.
+
+        Returns:
+            seconds: how long requests were timed so far. requests: name of an opcode -> [count, seconds of all, seconds of the longest].
+            hits, misses: requests about names that were answered from memory, and that were not.
+        """
+        now = time.monotonic()
+        if self._plain and time.monotonic_ns() > self._until:
+            self._end()
+        if self._plain:
+            self._seconds += now - self._since
+        else:
+            self._plain = list(self._handlers)
+            self._handlers[:] = [self._timed(opcode, handler) for opcode, handler in enumerate(self._plain)]
+        self._since = now
+        self._until = time.monotonic_ns() + int(WATCH * 1e9)
+        return {
+            "seconds": self._seconds,
+            "requests": {
+                abi.NAMES[opcode]: [count, self._nanoseconds[opcode] / 1e9, self._longest[opcode] / 1e9]
+                for opcode, count in enumerate(self._counts)
+                if count
+            },
+            "hits": self.hits,
+            "misses": self.misses,
+        }
+
+    def _end(self) -> None:
+        self._handlers[:] = self._plain
+        self._plain = []
+        self._seconds += WATCH
+
+    def _timed(self, opcode: int, handler: Handler) -> Handler:
+        clock, counts, nanoseconds, longest = time.monotonic_ns, self._counts, self._nanoseconds, self._longest
+        looked = self._looked
+        asking = opcode in _ASKING
+
+        def run(buf: memoryview, n: int, unique: int, nodeid: int) -> Any:
+            before = looked() if asking else 0
+            begun = clock()
+            if begun > self._until:
+                if self._plain:
+                    self._end()
+                return handler(buf, n, unique, nodeid)
+            try:
+                return handler(buf, n, unique, nodeid)
+            finally:
+                taken = clock() - begun
+                counts[opcode] += 1
+                nanoseconds[opcode] += taken
+                if taken > longest[opcode]:
+                    longest[opcode] = taken
+                if asking:
+                    if looked() == before:
+                        self.hits += 1
+                    else:
+                        self.misses += 1
+
+        return run
+
+
+def looked_into(view: View) -> Callable[[], int]:
+    """A number that grows when a view looks into its layers or its index for a name or a directory."""
+    return lambda: len(view.nodes) + view.work.directories_read

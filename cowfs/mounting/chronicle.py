@@ -1,0 +1,79 @@
+"""What a mount's server records in the log of events of the store whose snapshot it serves.
+
+Rules:
+
+1. The server records it, whoever mounts and unmounts, and however. One that is killed records no end.
+2. Nobody waits for it who waits for the mount; the end is recorded before the layer is let go, so that who finds it free finds the event.
+3. An event that cannot be recorded is dropped, with a line in the server's log: the mount is what counts.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from typing import TYPE_CHECKING, Final
+
+from cowfs.errors import CowfsError
+from cowfs.fuse import log
+from cowfs.sys.threads import Thread
+
+if TYPE_CHECKING:
+    from cowfs.mounting.request import MountSpec
+    from cowfs.mounting.resources import Stack
+
+__all__ = ["Chronicle"]
+
+QUIET: Final = 60.0
+"""Seconds after an event of a limit that was reached in which no other is recorded for the same mount."""
+
+
+class Chronicle:
+    """The events of one mount; of one that no store made, nothing."""
+
+    def __init__(self, spec: MountSpec, stack: Stack) -> None:
+        root = os.path.dirname(stack.upper or "").rpartition("/layers/")[0] if spec.factory else ""
+        self._index = os.path.join(root, "index.db") if root else ""
+        self._key, self._mountpoint = spec.label, spec.mountpoint
+        self._lock = threading.Lock()
+        self._begun = self._ended = False  # guarded by _lock
+        self._again = 0.0  # the view's thread
+
+    def begin(self) -> None:
+        """The mount answers."""
+        with self._lock:
+            if self._ended:
+                return  # it was gone before anybody could be told
+            self._begun = True
+            self._record("mount", "mount", {"mountpoint": self._mountpoint, "pid": str(os.getpid())})
+
+    def end(self) -> None:
+        """The mount is gone."""
+        with self._lock:
+            self._ended = True
+            if self._begun:
+                self._record("mount", "unmount", {"mountpoint": self._mountpoint, "pid": str(os.getpid())})
+
+    def reached(self) -> None:
+        """Something was refused since it would pass the limit. In the view's thread: it does not wait."""
+        now = time.monotonic()
+        if self._index and now >= self._again:
+            self._again = now + QUIET
+            Thread(lambda: self._record("limit", "reached", {"mountpoint": self._mountpoint}), "cowfs-event").start()
+
+    def _record(self, type: str, action: str, attributes: dict[str, str]) -> None:
+        if not self._index:
+            return
+        from cowfs.index.database import Index
+
+        try:
+            index = Index(self._index, fsync=False)  # a mount does not outlive the host either
+            try:
+                if index.refused:
+                    return  # a store that can only be read
+                with index.write() as change:
+                    change.record_event(type, action, self._key, attributes)
+            finally:
+                index.close()
+        except (CowfsError, OSError) as error:
+            log.warning("the event %s %s is not recorded: %s", type, action, error)

@@ -1,0 +1,144 @@
+"""Data of files that the view knows but is not in them: the two halves of the interface to redirect files, and metacopies.
+
+===========================  ==================================================================================
+``Plain`` (:mod:`.node`)     in the file's own inode: any file but those below, and every other type of node
+:class:`Lower`               in one file of a lower layer: what a metacopy stands for
+``cowfs.row.file.RowFile``   in several files, block by block: a redirect file
+===========================  ==================================================================================
+
+:class:`Redirects` is what a view asks of the implementation of redirect files as a whole. Which one that is says
+:mod:`cowfs.union.redirecting`; a view without any treats every file as plain or lower.
+
+Threads: the view's thread owns all of it; a job is run once, in any thread.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from cowfs.union.node import FileData
+
+if TYPE_CHECKING:
+    from cowfs.union.layers import Layer, Source
+    from cowfs.union.node import Node
+
+__all__ = ["Absorbing", "Lower", "Redirects"]
+
+
+class Absorbing(ABC):
+    """Data of the topmost lower layer on its way into the upper one, a piece between two requests."""
+
+    @abstractmethod
+    def step(self) -> bool:
+        """One piece. True: go on; False: all is there."""
+
+    @abstractmethod
+    def sync_job(self) -> Callable[[bool], None] | None:
+        """After the last piece: what is to be run, in any thread, before :meth:`finish`; ``None``: nothing is left to do."""
+
+    @abstractmethod
+    def finish(self) -> bool:
+        """The data is on the disk. False: more was found to be missing, go on with :meth:`step`."""
+
+
+class Lower(FileData):
+    """The data of a metacopy.
+
+    Attributes:
+        where, name: a regular file of a lower layer.
+        size: bytes.
+        blocks: st_blocks, 512-byte units.
+    """
+
+    __slots__ = ("_path", "blocks", "name", "size", "where")
+
+    def __init__(self, where: Source, name: bytes, path: bytes, size: int, blocks: int) -> None:
+        self.where = where
+        self.name = name
+        self._path = path
+        self.size = size
+        self.blocks = blocks
+
+    @property
+    def home(self) -> Layer:
+        return self.where.layer
+
+    @property
+    def path(self) -> bytes:
+        return self._path
+
+    def place(self) -> tuple[Source, bytes]:
+        return self.where, self.name
+
+    def shown(self, st: os.stat_result) -> tuple[int, int]:
+        return st.st_size, self.blocks
+
+    def at(self, path: bytes) -> Lower:
+        """The same data, found by another path of the merged lower tree."""
+        return Lower(self.where, self.name, path, self.size, self.blocks)
+
+
+class Redirects(ABC):
+    """The redirect files of one view."""
+
+    @abstractmethod
+    def find(self, where: Source, name: bytes, data: FileData) -> FileData:
+        """The data of a regular file of a layer: a redirect file's, also behind a metacopy; else ``data``, as it was found."""
+
+    @abstractmethod
+    def redirect(self, node: Node, keep: int | None = None, *, data: bool = True) -> bool:
+        """Have a redirect file in the upper layer for a file that is about to change.
+
+        Args:
+            keep: how much of the data is still wanted, bytes.
+            data: the data will change; otherwise only attributes or names.
+
+        Returns:
+            ``False`` when an ordinary copy is as good: nothing is kept, or all of it is one block.
+
+        Raises:
+            OSError: EROFS, ENOSPC.
+        """
+
+    @abstractmethod
+    def map_dir(self, layer: Layer) -> int:
+        """The open directory of a layer's maps; for the upper layer it is made. Raises EIO when a marked layer has none."""
+
+    @abstractmethod
+    def sync_job(self) -> Callable[[], None]:
+        """What syncfs(2) adds here: every dirty file; to be run in any thread."""
+
+    @abstractmethod
+    def own_all(self, node: Node) -> bool:
+        """Have all data of a file with pieced data in the upper layer, and make it a plain one. False where that takes a copy."""
+
+    @abstractmethod
+    def stands_on(self, node: Node, layer: Layer) -> bool:
+        """Whether a node with pieced data of another layer needs what the topmost lower layer holds."""
+
+    @abstractmethod
+    def absorb(self, node: Node, layer: Layer, *, renames: bool) -> Absorbing:
+        """Begin to bring up the pieced data that the topmost lower layer holds of a node.
+
+        Args:
+            renames: the layer renamed directories, so paths by which it refers to what is beneath hold no more.
+        """
+
+    @abstractmethod
+    def forget(self, layer: Layer) -> None:
+        """A layer has left the view."""
+
+    @abstractmethod
+    def trim_logs(self) -> None:
+        """Close the maps opened longest ago, above their share. Only before a map is used."""
+
+    @abstractmethod
+    def give_back(self) -> None:
+        """Close what can be opened again. Only between operations."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Sync what is dirty, mark the maps, close everything."""
