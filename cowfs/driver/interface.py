@@ -100,6 +100,8 @@ class Capabilities:
         kernel_mount: the kernel mounts the layers, for this user.
         unprivileged: an ordinary user can keep a store of them.
         row: bytes a block of the redirect files that the mounts make (docs/row.md); 0: they make none.
+        xattrs: files in the layers can have extended attributes.
+        time_step: nanoseconds by which times in the layers may lie behind the clock: 0, or a second where they have no fractions.
     """
 
     whole: bool = False
@@ -110,6 +112,8 @@ class Capabilities:
     kernel_mount: bool = True
     unprivileged: bool = True
     row: int = 0
+    xattrs: bool = True
+    time_step: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
