@@ -65,7 +65,7 @@ class MountPlan:
 
         Args:
             mount_type: ``kernel`` or ``fuse``; None: the kernel's where it can.
-            plain: of the kernel's overlayfs without redirects and metacopies, which no layer may hold then.
+            plain: of the kernel's overlayfs without metacopies, which no layer may hold then.
 
         Raises:
             InvalidArgument: another type.
@@ -108,8 +108,8 @@ class MountPlan:
         options = ["index=off"]
         if not self.trusted:
             options.append("userxattr")
-        elif not plain:
-            options += ("redirect_dir=on", "metacopy=on")
+        else:
+            options += ("redirect_dir=on",) if plain else ("redirect_dir=on", "metacopy=on")
         if self.readonly:
             options.append("ro")
         options.append("lowerdir=" + join_layers(self.read))
