@@ -16,19 +16,35 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from cowfs.fuse import abi, codec
 from cowfs.fuse.workers import Gates, Workers
 
 if TYPE_CHECKING:
-    from cowfs.fuse.loop import Session
+    from cowfs.fuse.tree import Tree
+
+
+class Owner(Protocol):
+    """The session, as far as it is asked here."""
+
+    view: Tree
+
+    def report(self) -> int: ...
+
+    def post(self, fn: Callable[[], None], wake: Callable[[], bool] | None = None) -> None: ...
+
+    def reply(self, unique: int, opcode: int, reply: codec.Reply) -> None: ...
+
+    def dispatch(self, request: bytes) -> None: ...
+
+    def drop_attributes(self, nodeid: int) -> None: ...
 
 
 class Errands:
     """The errands of one session, which it asks to reply, to dispatch and to post."""
 
-    def __init__(self, session: Session, workers: int, most_jobs: int) -> None:
+    def __init__(self, session: Owner, workers: int, most_jobs: int) -> None:
         self.gates = Gates()
         self.workers = Workers(workers, session.report, most_jobs)
         self.watched: dict[int, int] = {}  # unique -> pid of interrupted requests that still wait
@@ -51,9 +67,9 @@ class Errands:
             try:
                 stage.run()
             except MemoryError:
-                stage.error = OSError(errno.ENOMEM, "no memory")
+                stage.fail(OSError(errno.ENOMEM, "no memory"))
             except Exception:  # noqa: BLE001 - a bug must not end the server, nor publish half a copy; it is logged
-                stage.error = OSError(self._session.report(), "bug")
+                stage.fail(OSError(self._session.report(), "bug"))
             self._session.post(done)
 
         def done() -> None:
@@ -148,7 +164,7 @@ class Errands:
             if request is not None:
                 self._session.reply(unique, 0, codec.error(unique, errno.EINTR))
             elif unique in self._jobs:
-                self._jobs[unique].stage.cancelled = True
+                self._jobs[unique].stage.cancel()
             del self.watched[unique]
 
 

@@ -45,7 +45,7 @@ from cowfs.union.bound import Awaited
 
 if TYPE_CHECKING:
     from cowfs.fuse.handlers.names import Handler
-    from cowfs.union import View
+    from cowfs.fuse.tree import Tree
 
 __all__ = ["Session", "SessionOptions"]
 
@@ -118,7 +118,7 @@ class Session:
         FailedPrecondition: the view has a limit, and the options would let writes pass it.
     """
 
-    def __init__(self, fd: int, view: View, *, options: SessionOptions | None = None) -> None:
+    def __init__(self, fd: int, view: Tree, *, options: SessionOptions | None = None) -> None:
         self.options = options or SessionOptions()
         if view.limit is not None and (self.options.writeback or self.options.io == "passthrough"):
             raise FailedPrecondition(
@@ -240,7 +240,7 @@ class Session:
             self._ended = True
             self._empty_mail()
             self._answer_awaiting()
-            self.view.patient = False
+            self.view.wait_for_forgets(False)
             os.close(self._fd)
             self.notifier.close()
             os.close(self._wake)
@@ -310,7 +310,7 @@ class Session:
             adapter: Data = Passthrough(self.view, self._errands, agreement.max_write, self._fd)
         else:
             adapter = Data(self.view, self._errands, agreement.max_write)
-        adapter.setxattr_ext = agreement.has("SETXATTR_EXT")
+        adapter.agree(agreement)
         self._low, self._high = codec.bounds(agreement.max_write, setxattr_ext=adapter.setxattr_ext)
         table = adapter.table()
         table[abi.INTERRUPT] = self._errands.interrupt
@@ -337,7 +337,7 @@ class Session:
         crowded, crowd = 0, CROWDED_REQUESTS
         nodes, most = self.view.nodes, self.options.max_nodes
         awaiting, patience = self._awaiting, PATIENCE
-        self.view.patient = True
+        self.view.wait_for_forgets(True)
         tries = TRIES
         while True:
             if mail:
@@ -489,13 +489,13 @@ class Session:
         """The device had nothing more (or enough came since): now it counts."""
         put_off = self._awaiting[:]
         self._awaiting.clear()
-        self.view.patient = False
+        self.view.wait_for_forgets(False)
         for again in put_off:
             try:
                 again()
             except Exception:  # noqa: BLE001 - a bug must not end the server; it is logged
                 self.report()
-        self.view.patient = True
+        self.view.wait_for_forgets(True)
 
     def _empty_mail(self) -> None:
         mail = self._mail

@@ -14,10 +14,8 @@ from dataclasses import asdict, dataclass, fields
 
 from cowfs.errors import FailedPrecondition, InvalidArgument, NotFound
 
-__all__ = ["HIDDEN", "IdMap", "MountSpec", "check_directory", "find_layers", "refuse_layer"]
+__all__ = ["INDEXED", "IdMap", "MountSpec", "check_directory", "find_layers", "refuse_layer"]
 
-HIDDEN = ".cowfs"
-"""Directory beside the layers for what cowfs keeps there; ending of the one beside an upper."""
 
 _OF_A_ROOT = frozenset(
     [
@@ -48,6 +46,9 @@ _OF_A_ROOT = frozenset(
 
 _MARKS = tuple(f"{prefix}.overlay.{mark}" for prefix in ("trusted", "user") for mark in ("opaque", "origin", "impure"))
 
+INDEXED = "cowfs.mounting.index_view:view"
+"""``MountSpec.factory`` of a store's snapshots (:func:`cowfs.mounting.index_view.view`)."""
+
 IdMap = tuple[tuple[int, int, int], ...]
 
 
@@ -66,12 +67,13 @@ class MountSpec:
         size, inodes: the limit; None: the recorded one, or none.
         uid_map, gid_map: ranges (id in the layers, id shown at the mount, count).
         override_xattr: xattr that holds owner and mode (``user.containers.override_stat``), or "".
+        form: of the layers' xattrs (:data:`cowfs.format.whiteout.FORMS`); ``auto``: what this user can have.
         row: bytes a block: a written file of a lower layer gets a redirect file (docs/row.md); 0: it is copied up.
         volatile: sync nothing, and mark the work directory so; ``fsync=False``: the same without the mark.
         options: mount(8) words (``nodev``, ``noexec``...).
         subtype: the type shown is ``fuse.SUBTYPE``.
         log: file for diagnostics; "": one in the run directory, or standard error in the foreground.
-        factory: "module:function" called with the stack and the view's options to make the view; "": the merged view.
+        factory: what makes the view: :data:`INDEXED`, from a store's index; "": the merged view of the layers.
         label: what `cowfs mounts` shows beside the mount (a snapshot's key, say).
         checked: layers, upper and work come from a store, which vouches for them: the checks whose cost grows with
             the number of layers are left out.
@@ -96,6 +98,7 @@ class MountSpec:
     override_xattr: str = ""
     noxattrs: bool = False
     dotwh: bool = False
+    form: str = "auto"
     row: int = 0
     allow_other: bool | None = None
     io: str = "cached"
@@ -184,7 +187,7 @@ def refuse_layer(directory: str) -> None:
 
 def _is_recorded(path: str, above: str) -> bool:
     from cowfs.errors import Corrupt
-    from cowfs.mounting.upper_state import layers_of, read_record
+    from cowfs.mounting.upper_state import HIDDEN, layers_of, read_record
 
     place = os.path.join(above, HIDDEN)
     try:
