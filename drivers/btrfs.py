@@ -20,11 +20,11 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 
-from cowfs.driver.interface import Capabilities, Driver, Probe
+from cowfs.driver.interface import Capabilities, Changes, Driver, Probe
 from cowfs.errors import Unsupported
 from cowfs.model import Limit, Usage
 from cowfs.sys import btrfs, files, host, locks, trees
@@ -32,7 +32,8 @@ from cowfs.sys import btrfs, files, host, locks, trees
 LEAST = 256 << 10
 """Bytes of the least limit of a kernel mount: with less, the reserve for the metadata of one file does not fit."""
 
-_VOLUME = b"vol"
+_VOLUME, _SENT = b"vol", b"sent"
+_MOST = 100_000  # changed paths that are kept in memory
 _SIMPLE = "/sys/fs/btrfs/features/simple_quota"
 
 
@@ -72,6 +73,7 @@ class BtrfsDriver(Driver):
             live=False,
             own_limit=host.has_cap(host.CAP_SYS_ADMIN),
             reflink=True,
+            snapshots=True,
             kernel_mount=host.has_cap(host.CAP_SYS_ADMIN),
             unprivileged=False,
         )
@@ -111,10 +113,42 @@ class BtrfsDriver(Driver):
         """Delete the subvolume, in constant time, and the directory around it."""
         try:
             with _opened(self.directory(id)) as directory:
-                _destroy(directory, f"{self.directory(id)}/vol")
+                for name in (_SENT, _VOLUME):
+                    _destroy(directory, self.directory(id), name)
         except FileNotFoundError:
             return
         super().remove(id)
+
+    @contextmanager
+    def changes(self, id: str, parent: str) -> Iterator[Changes | None]:
+        """From the send stream between the parent and a snapshot of the layer that is there for as long as it takes."""
+        with (
+            _opened(self.directory(id)) as directory,
+            _opened(f"{self.directory(id)}/vol") as volume,
+            _opened(f"{self.directory(parent)}/vol") as before,
+        ):
+            paths: dict[bytes, bool] | None = None
+            try:
+                _destroy(directory, self.directory(id), _SENT)
+                if btrfs.has_inner(volume) or btrfs.has_inner(before):  # no stream tells of what is in them
+                    yield None
+                    return
+                if not btrfs.readonly(before):
+                    btrfs.set_readonly(before)
+                btrfs.snapshot(volume, directory, _SENT, readonly=True)
+                try:
+                    with _opened(f"{self.directory(id)}/sent") as sent:
+                        paths = changed_paths(btrfs.send(sent, btrfs.subvolume_id(before)))
+                finally:
+                    _destroy(directory, self.directory(id), _SENT)
+            except (OSError, ValueError):  # no room, no subvolume, paths too long: then all is read
+                paths = None
+
+            def names(inode: int) -> list[bytes]:
+                found = btrfs.paths_of(volume, inode)
+                return [path.removeprefix(b"fs/") for path in found if path.startswith(b"fs/")]
+
+            yield None if paths is None else Changes(paths=paths, names=names)
 
     def _why_not_kernel(self, limit: Limit) -> str:
         if limit.inodes is not None:
@@ -165,15 +199,16 @@ def _opened(path: str) -> Iterator[int]:
         os.close(fd)
 
 
-def _destroy(directory: int, path: str) -> None:
-    """Delete the subvolume of a layer's directory, if there is one; others that users made in it go with it."""
+def _destroy(directory: int, path: str, name: bytes) -> None:
+    """Delete a subvolume of a layer's directory, if there is one; others that users made in it go with it."""
     try:
-        btrfs.destroy(directory, _VOLUME)
+        btrfs.destroy(directory, name)
     except FileNotFoundError:
         return
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EINVAL):  # EINVAL: a plain directory, of a store that was copied
             raise
+        path = f"{path}/{os.fsdecode(name)}"
         with _opened(path) as volume:
             if btrfs.is_subvolume(volume) and btrfs.readonly(volume):
                 btrfs.set_readonly(volume, False)
@@ -191,3 +226,75 @@ def _try_subvolumes(root: str) -> None:
             btrfs.destroy(fd, b"two")
         finally:
             btrfs.destroy(fd, b"one")
+
+
+class _Place:
+    """A name of the layer: what is known of what it names, and the names below it.
+
+    Attributes:
+        touched: something about it changed.
+        whole: it came here, so all below it did.
+    """
+
+    __slots__ = ("below", "touched", "whole")
+
+    def __init__(self) -> None:
+        self.below: dict[bytes, _Place] = {}
+        self.touched = self.whole = False
+
+
+def changed_paths(stream: Iterable[btrfs.Command]) -> dict[bytes, bool] | None:
+    """The paths that a send stream touches, below ``fs``, as they are called in the end: path -> whether it came there.
+
+    The paths of a command are as what came before it has left them. So what was noted moves with each rename.
+
+    Returns:
+        None where there are too many.
+    """
+    root = _Place()
+    count = 0
+
+    def find(path: bytes) -> _Place:
+        place = root
+        for name in path.split(b"/"):
+            place = place.below.setdefault(name, _Place())
+        return place
+
+    for command in stream:
+        for attribute in ("path", "path_to", "path_link"):
+            path = command.values.get(attribute)
+            if path is None or command.name in ("snapshot", "subvol"):
+                continue
+            count += 1
+            if count > _MOST:
+                return None
+            if attribute == "path_to" and command.name == "rename":
+                _move(find, command.path(), path)
+            elif path:
+                place = find(path)
+                place.touched = True
+                place.whole |= command.name in _MAKES and attribute == "path"
+    return _collected(root.below.get(b"fs"))
+
+
+_MAKES = frozenset({"mkdir", "mkfile", "mknod", "mkfifo", "mksock", "symlink", "link"})
+
+
+def _move(find: Callable[[bytes], _Place], old: bytes, new: bytes) -> None:
+    """Note a rename: what was known of the old place is true of the new one, and the old name is gone."""
+    source = find(old)
+    target = find(new)
+    target.below, source.below = source.below, {}
+    source.touched = target.touched = target.whole = True
+    source.whole = False
+
+
+def _collected(top: _Place | None) -> dict[bytes, bool]:
+    found: dict[bytes, bool] = {}
+    todo = [(b"", top)] if top is not None else []
+    while todo:
+        path, place = todo.pop()
+        if place.touched:
+            found[path] = place.whole
+        todo += [(b"/".join((path, name)) if path else name, below) for name, below in place.below.items()]
+    return found

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -93,16 +93,28 @@ def space(scratch: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
 _opened: dict[str, hostfs.HostFs] = {}
 
 
+@pytest.fixture
+def host(public_directory: Path) -> Iterator[Callable[[str], hostfs.HostFs]]:
+    """A host filesystem by its name, mounted once a session; a test's directories go with the test."""
+    used: set[str] = set()
+
+    def get(name: str) -> hostfs.HostFs:
+        if name not in _opened:
+            base = public_directory / f"host-{name}"
+            base.mkdir(mode=0o755)
+            _opened[name] = hostfs.open_fs(name, base)
+        used.add(name)
+        return _opened[name]
+
+    yield get
+    for name in used:
+        _opened[name].clear()
+
+
 @pytest.fixture(params=hostfs.NAMES)
-def fs(request: pytest.FixtureRequest, public_directory: Path) -> Iterator[hostfs.HostFs]:
-    """Each host filesystem in turn, mounted once a session; a test's directories go with the test."""
-    name: str = request.param
-    if name not in _opened:
-        base = public_directory / f"host-{name}"
-        base.mkdir(mode=0o755)
-        _opened[name] = hostfs.open_fs(name, base)
-    yield _opened[name]
-    _opened[name].clear()
+def fs(request: pytest.FixtureRequest, host: Callable[[str], hostfs.HostFs]) -> hostfs.HostFs:
+    """Each host filesystem in turn."""
+    return host(request.param)
 
 
 @pytest.fixture(scope="session")

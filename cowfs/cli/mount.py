@@ -36,8 +36,12 @@ def _configure_mount(parser: argparse.ArgumentParser) -> None:
     add(
         "--mount-type",
         choices=("fuse", "kernel"),
-        default="fuse",
-        help="of KEY: cowfs's own server, or the kernel's overlayfs",
+        help="of KEY: cowfs's own server (the default), or the kernel's overlayfs",
+    )
+    add(
+        "--limit-engine",
+        choices=("fuse", "loop", "auto"),
+        help="of KEY: what holds its limit: cowfs's own server, an ext4 image of its size (a kernel mount), or the quickest here",
     )
     add("--upper", metavar="DIR", help="where changes go (default: LAYERS/.cowfs/upper, used again next time)")
     add("--work", metavar="DIR", help="work directory, on the same file system as the upper (default: beside it)")
@@ -72,7 +76,7 @@ def _configure_mount(parser: argparse.ArgumentParser) -> None:
     add("-f", "--foreground", action="store_true", help="serve from this process; diagnostics on standard error")
     add("--trace", action="store_true", help="one line a request, in the log (with -f on standard error)")
     add("--log", metavar="FILE", help="file for diagnostics and trace")
-    add("--json", action="store_true", help="print mount point, process and control socket")
+    add("--json", action="store_const", const="array", default="", help="print mount point, process and control socket")
 
 
 def parse_map(texts: list[str]) -> IdMap:
@@ -143,7 +147,7 @@ def _mount_key(args: argparse.Namespace) -> int:
     args.driver = "auto"
     with ExitStack() as held:
         with open_store(args, create=False) as store:
-            if args.mount_type == "kernel":
+            if store.served_by(args.key, args.mount_type, args.limit_engine) == "kernel":
                 store.mount(args.key, args.paths[0], mount_type="kernel")
                 return 0
             words = [word for text in args.options for word in text.split(",")] + (["ro"] if args.read_only else [])
@@ -174,7 +178,7 @@ def _mount(args: argparse.Namespace) -> int:
     return serve(spec, as_json=args.json)
 
 
-def serve(spec: MountSpec, *, as_json: bool = False) -> int:
+def serve(spec: MountSpec, *, as_json: str = "") -> int:
     """Start the server of a wish, in the background unless the wish says foreground. Returns the exit status."""
     from cowfs.mounting import server
 

@@ -7,6 +7,7 @@ from cowfs._lazy import exports
 if TYPE_CHECKING:
     from cowfs.driver.interface import (
         Capabilities as Capabilities,
+        Changes as Changes,
         Driver as Driver,
         Probe as Probe,
         copy_tree as copy_tree,
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 _EXPORTS = {
     "Capabilities": "cowfs.driver.interface",
+    "Changes": "cowfs.driver.interface",
     "Driver": "cowfs.driver.interface",
     "MountPlan": "cowfs.driver.plan",
     "Probe": "cowfs.driver.interface",

@@ -66,7 +66,7 @@ from __future__ import annotations
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -80,7 +80,7 @@ from cowfs.sys import atomic, files, host, mounts, trees
 from cowfs.sys.regular import read_small
 from cowfs.sys.trees import copy_tree
 
-__all__ = ["Capabilities", "Driver", "Probe", "copy_tree"]
+__all__ = ["Capabilities", "Changes", "Driver", "Probe", "copy_tree"]
 
 HELD = "cowfs-held"
 """The note beside a whole layer of what its tree holds: bytes, inodes."""
@@ -96,18 +96,24 @@ class Capabilities:
         own_limit: a layer can hold a limit itself, whoever writes in it (:meth:`Driver.limit`); otherwise only cowfs's own
             server holds one.
         reflink: what ``create`` copies shares its extents with the parent, so a copy takes no room for data.
+        snapshots: ``create`` takes a snapshot of its nearest parent: in constant time, and all times and inode numbers stay.
         kernel_mount: the kernel mounts the layers, for this user.
         unprivileged: an ordinary user can keep a store of them.
         row: bytes a block of the redirect files that the mounts make (docs/row.md); 0: they make none.
+        xattrs: files in the layers can have extended attributes.
+        time_step: nanoseconds by which times in the layers may lie behind the clock: 0, or a second where they have no fractions.
     """
 
     whole: bool = False
     live: bool = True
     own_limit: bool = False
     reflink: bool = False
+    snapshots: bool = False
     kernel_mount: bool = True
     unprivileged: bool = True
     row: int = 0
+    xattrs: bool = True
+    time_step: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,6 +129,20 @@ class Probe:
     usable: bool
     rank: int = 0
     reasons: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Changes:
+    """What is different in a whole layer from the layer that it was made of. Too much may be named, never too little.
+
+    Attributes:
+        paths: path in the layer's tree (``b""``: its root) -> whether everything below it is to be looked at. Named are names that
+            came, went, or mean another object, and each object whose attributes or data were changed, by one of its names at least.
+        names: all paths in the layer's tree of one inode that has several.
+    """
+
+    paths: Mapping[bytes, bool]
+    names: Callable[[int], Sequence[bytes]]
 
 
 class Driver(ABC):
@@ -323,22 +343,38 @@ class Driver(ABC):
             finally:
                 layer.close()
 
+    @contextmanager
+    def changes(self, id: str, parent: str) -> Iterator[Changes | None]:
+        """What changed in an active whole layer since it was made of its parent; None where that is not known.
+
+        Nobody writes in the layer until the block ends. A driver that cannot tell need not have this: all of the layer is read then.
+        """
+        yield None
+
     def held(self, id: str) -> Usage:
         """What the tree of a frozen whole layer holds, what was copied included: as it was noted, else by :meth:`usage`."""
-        try:
-            text = read_small(f"{self.directory(id)}/{HELD}", limit=100).decode("ascii", "replace")
-        except FileNotFoundError:
-            text = ""
-        found = re.fullmatch(r"([0-9]{1,19}) ([0-9]{1,19})\n", text)
-        if found is not None:
-            return Usage(bytes=int(found[1]), inodes=int(found[2]))
+        noted = self.noted(id)
+        if noted is not None:
+            return noted[0]
         usage = self.usage(id)
-        self.note_held(id, usage)
+        self.note(id, usage)
         return usage
 
-    def note_held(self, id: str, usage: Usage) -> None:
-        """Note what :meth:`held` is to say. A note that is lost is found again by a walk."""
-        atomic.write_file(f"{self.directory(id)}/{HELD}", f"{usage.bytes} {usage.inodes}\n".encode(), durable=False)
+    def noted(self, id: str) -> tuple[Usage, tuple[int, ...]] | None:
+        """What :meth:`note` noted, if it did."""
+        try:
+            text = read_small(f"{self.directory(id)}/{HELD}", limit=500).decode("ascii", "replace")
+        except FileNotFoundError:
+            return None
+        if re.fullmatch(r"[0-9]{1,19}( [0-9]{1,19}){1,9}\n", text) is None:
+            return None
+        bytes, inodes, *sums = map(int, text.split())
+        return Usage(bytes=bytes, inodes=inodes), tuple(sums)
+
+    def note(self, id: str, held: Usage, sums: Sequence[int] = ()) -> None:
+        """Note what the tree of a layer holds, and the parts that this was counted of. A note that is lost is found again by a walk."""
+        text = " ".join(map(str, (held.bytes, held.inodes, *sums))) + "\n"
+        atomic.write_file(f"{self.directory(id)}/{HELD}", text.encode(), durable=False)
 
     def limit(self, id: str, limit: Limit) -> None:
         """Hold an active layer to a limit, whoever writes in it, in place of the one before.

@@ -44,7 +44,7 @@ from cowfs.index.directory import (
 from cowfs.model import Usage
 from cowfs.sys import files, xattr
 from cowfs.union.inodes import handle_of
-from cowfs.union.measure import Tally
+from cowfs.union.measure import Sums, Tally
 
 __all__ = ["KNOWS_LINKS", "KnownDigest", "Scanned", "locate", "scan_delta", "scan_full"]
 
@@ -72,6 +72,7 @@ class Scanned:
         pending: the records that are new.
         latest: the latest ctime in the layer, nanoseconds: when it was last changed in any way.
         held: of a whole layer, all that its tree holds; None of a delta.
+        sums: the same in parts, on hosts where that can be said.
     """
 
     root: Pair
@@ -79,6 +80,7 @@ class Scanned:
     pending: Pending
     latest: int
     held: Usage | None = None
+    sums: Sums | None = None
 
 
 def locate(records: Records, root: Pair | None, path: bytes) -> tuple[Pair | None, bytes]:
@@ -100,7 +102,7 @@ def locate(records: Records, root: Pair | None, path: bytes) -> tuple[Pair | Non
     return pair, base
 
 
-class _Frame:
+class Frame:
     """One directory being read.
 
     Attributes:
@@ -170,7 +172,7 @@ class _Scan:
     def run(self) -> Scanned:
         fd = os.open(".", _DIR, dir_fd=self.root_fd)
         self.tally.root(fd)
-        stack: list[_Frame] = []
+        stack: list[Frame] = []
         try:
             stack.append(self.enter(None, b"", fd))
             while True:
@@ -204,15 +206,15 @@ class _Scan:
             for frame in stack:
                 if frame.fd >= 0:
                     os.close(frame.fd)
-        return Scanned(pair, self.tally.usage(), self.pending, self.latest)
+        return Scanned(pair, self.tally.usage(), self.pending, self.latest, sums=self.tally.sums())
 
-    def enter(self, above: _Frame | None, name: bytes, fd: int) -> _Frame:
+    def enter(self, above: Frame | None, name: bytes, fd: int) -> Frame:
         raise NotImplementedError
 
-    def file(self, frame: _Frame, name: bytes, st: os.stat_result) -> None:
+    def file(self, frame: Frame, name: bytes, st: os.stat_result) -> None:
         raise NotImplementedError
 
-    def leave(self, frame: _Frame) -> Pair:
+    def leave(self, frame: Frame) -> Pair:
         if frame.below == EMPTY:
             writer = frame.writer or Writer(self.pending)
             if frame.writer is None:
@@ -230,14 +232,14 @@ class _Scan:
             entry = entry._replace(flags=KNOWS_LINKS if self.links else 0)
         return encode(frame.name, entry)
 
-    def flush(self, frame: _Frame, writer: Writer) -> None:
+    def flush(self, frame: Frame, writer: Writer) -> None:
         """Record what a new directory has so far, in the order of its names."""
         for name, pair in frame.edits.items():
             if pair is not None:
                 writer.add(name, pair)
         frame.edits = {}
 
-    def listed(self, frame: _Frame) -> list[bytes]:
+    def listed(self, frame: Frame) -> list[bytes]:
         """Start reading the frame's names (all at once: the layer is not changing)."""
         names: list[bytes] = []
         inner: set[bytes] = set()
@@ -271,7 +273,7 @@ class _Scan:
         show = self.form.show_name
         return tuple(sorted((shown, value) for key, value in stored.items() if (shown := show(key)) is not None))
 
-    def make(self, frame: _Frame, name: bytes, st: os.stat_result, stored: dict[bytes, bytes]) -> Entry:
+    def make(self, frame: Frame, name: bytes, st: os.stat_result, stored: dict[bytes, bytes]) -> Entry:
         """An entry whose data is in this layer."""
         mode = st.st_mode
         path = join(frame.path, name)
@@ -298,7 +300,7 @@ def _directory(st: os.stat_result, num: int, xattrs: tuple[tuple[bytes, bytes], 
 class _Delta(_Scan):
     """A layer in the kernel's overlay format over its parent's tree."""
 
-    def enter(self, above: _Frame | None, name: bytes, fd: int) -> _Frame:
+    def enter(self, above: Frame | None, name: bytes, fd: int) -> Frame:
         st = os.fstat(fd)
         self.latest = max(self.latest, st.st_ctime_ns)
         stored = xattr.read_all(fd, b"")
@@ -326,14 +328,14 @@ class _Delta(_Scan):
                 base = path
         if below == EMPTY and above is not None and form.origin in stored:  # a copy of one that a squash took away
             ino = self._number(stored[form.origin]) or ino
-        frame = _Frame(fd, name, path, _directory(st, self.num, self.visible(stored), ino), below, base, implied)
+        frame = Frame(fd, name, path, _directory(st, self.num, self.visible(stored), ino), below, base, implied)
         frame.nested = opaque == b"x"
         if above is not None:
             self.count(fd, b"", st, stored, entry=name, data=False)
         self.listed(frame)
         return frame
 
-    def file(self, frame: _Frame, name: bytes, st: os.stat_result) -> None:
+    def file(self, frame: Frame, name: bytes, st: os.stat_result) -> None:
         if whiteout.is_whiteout(st):
             frame.edits[name] = None
             self.tally.hide(name)
@@ -369,7 +371,7 @@ class _Delta(_Scan):
             entry = entry._replace(ino=self._origin(frame, name, st, stored[form.origin]))
         frame.edits[name] = encode(name, entry)
 
-    def _data_of(self, frame: _Frame, name: bytes, redirect: bytes | None) -> tuple[Entry, bytes] | None:
+    def _data_of(self, frame: Frame, name: bytes, redirect: bytes | None) -> tuple[Entry, bytes] | None:
         """The parent's entry whose data a file of this layer shows, and where that is; None where there is none."""
         if redirect is None:
             pair, place = frame.lower(self.pending, name), join(frame.base, name)
@@ -382,7 +384,7 @@ class _Delta(_Scan):
             return None
         return data, data.path or place
 
-    def _origin(self, frame: _Frame, name: bytes, st: os.stat_result, value: bytes) -> int:
+    def _origin(self, frame: Frame, name: bytes, st: os.stat_result, value: bytes) -> int:
         """The inode number that a copied-up object keeps: that of the lower one, the same under all its names."""
         number = self._number(value)
         if (
@@ -414,7 +416,7 @@ class _Delta(_Scan):
         return st.st_ino if st.st_dev == self.dev else None
 
 
-class _Full(_Scan):
+class Full(_Scan):
     """A whole tree, compared with its parent's entry by entry.
 
     A file with several names keeps the parent's entries only if all its names were one file there, too, and the same. A pass
@@ -449,7 +451,7 @@ class _Full(_Scan):
             self._files[other].add((self.num, other))
         return keeps
 
-    def enter(self, above: _Frame | None, name: bytes, fd: int) -> _Frame:
+    def enter(self, above: Frame | None, name: bytes, fd: int) -> Frame:
         st = os.fstat(fd)
         self.latest = max(self.latest, st.st_ctime_ns)
         stored = xattr.read_all(fd, b"")
@@ -460,19 +462,23 @@ class _Full(_Scan):
         entry = _directory(st, self.num, self.visible(stored), st.st_ino)
         if before is not None and before.ref is not None and _same_attributes(before, entry):
             entry = before
-        frame = _Frame(fd, name, path, entry, below, path, path)
+        frame = Frame(fd, name, path, entry, below, path, path)
         if above is not None:
             self.count(fd, b"", st, stored, entry=name, data=False)
-        found = self.listed(frame)
-        if below != EMPTY:
-            frame.many = True
-            here = set(found)
-            for gone in entries(self.pending, below.storage):
-                if gone not in here:
-                    frame.edits[gone] = None
+        self.list(above, frame)
         return frame
 
-    def file(self, frame: _Frame, name: bytes, st: os.stat_result) -> None:
+    def list(self, above: Frame | None, frame: Frame) -> None:
+        """Say which names of a directory are to be read, and which of the parent's are gone."""
+        found = self.listed(frame)
+        if frame.below != EMPTY:
+            frame.many = True
+            here = set(found)
+            for gone in entries(self.pending, frame.below.storage):
+                if gone not in here:
+                    frame.edits[gone] = None
+
+    def file(self, frame: Frame, name: bytes, st: os.stat_result) -> None:
         stored = xattr.read_all(frame.fd, name)
         self.count(frame.fd, name, st, stored, entry=name, data=True)
         entry = self.make(frame, name, st, stored)
@@ -562,7 +568,7 @@ def scan_full(
     """
     own: set[int] = set()
     while True:
-        scan = _Full(root_fd, num, form, base, records, known)
+        scan = Full(root_fd, num, form, base, records, known)
         scan.same, scan.own, scan.links = same, own, links
         found = scan.run()
         torn = scan.torn() if links else set()

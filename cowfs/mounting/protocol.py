@@ -27,7 +27,7 @@ from cowfs.sys import host
 __all__ = ["ask", "ask_all", "connect", "decode", "directories", "encode", "run_directory", "sockets"]
 
 SUFFIX = ".sock"
-_MAX_LINE = 64 << 20
+MAX_LINE = 64 << 20
 _UCRED = struct.Struct("3i")  # struct ucred, unix(7): pid, uid, gid
 TIMEOUT = 10.0
 """Seconds that a client waits for an answer."""
@@ -192,7 +192,7 @@ def read_line(sock: socket.socket) -> bytes:
         size += len(part)
         if not part or part.endswith(b"\n"):
             return b"".join(parts).rstrip(b"\n")
-        if size > _MAX_LINE:
+        if size > MAX_LINE:
             raise OSError("the message is too long")
 
 

@@ -11,7 +11,7 @@ Threads:
 - main: the session's loop; sole owner of the view.
 - control: accepts connections and hears signals (by the wake-up descriptor, never in a handler). It answers no request
   of the kernel and holds no lock that answering needs, so it may unmount.
-- one for each connection, for as long as it lasts.
+- one for each question on the control socket, for as long as its answer takes (:mod:`cowfs.mounting.control`).
 - ready: asks the kernel for the mount point once, then reports and ends.
 
 End. Whoever unmounts (a verb, a signal, somebody's umount) only takes the mount off the tree. The kernel then ends the
@@ -26,21 +26,20 @@ import socket
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from cowfs.errors import CowfsError, InvalidArgument
+from cowfs.errors import CowfsError
 from cowfs.mounting import mountpoint, protocol
 from cowfs.mounting.assemble import explain, make_session, make_view, name_process, raise_file_limit, refused
 from cowfs.mounting.chronicle import Chronicle
+from cowfs.mounting.control import Control
 from cowfs.mounting.counting import Counter
 from cowfs.mounting.notice import Notice
 from cowfs.mounting.request import MountSpec
 from cowfs.mounting.resources import Stack
-from cowfs.mounting.verbs import basic
 from cowfs.sys.threads import Thread
 
 if TYPE_CHECKING:
@@ -51,9 +50,6 @@ if TYPE_CHECKING:
 __all__ = ["Server", "Started", "parse_report", "serve", "start"]
 
 _FLUSH_SECONDS = 10.0  # how long SIGTERM waits for dirty pages
-_PATIENCE = 2.0  # seconds that a client has for its question when there is no thread for it
-MOST_CONNECTIONS = 16
-"""Connections with a thread of their own; more are answered one question each."""
 
 
 class Started(NamedTuple):
@@ -181,18 +177,18 @@ class Server:
         self._report = report or _NoReport()
         self._listener: socket.socket | None = None
         self._socket_inode = 0
-        self._wakeup: tuple[socket.socket, socket.socket] | None = None
         self._listens = threading.Event()
         self._ending = threading.Event()
         self._problem: CowfsError | None = None  # what the kernel refused; set by the ready thread before it unmounts
-        self._answers = threading.Condition()
-        self._answering = 0  # requests taken whose answer is not sent yet; guarded by _answers
-        self._connections = 0  # those that have a thread; guarded by _answers
-        self._kept: deque[socket.socket] = deque(maxlen=4)  # answered without one; the control thread's
+        self._control = Control(self, self._terminate)
 
     def call(self, function: Callable[[], Any]) -> Any:
         """Run a function in the thread that owns the view, between two requests."""
         return self.session.call(function)
+
+    def now(self, **changes: Any) -> None:
+        """The mount is other than it was asked to be: fields of the spec and their new values."""
+        self.spec = replace(self.spec, **changes)
 
     def facts(self) -> dict[str, Any]:
         """What is known only now that it runs."""
@@ -237,7 +233,7 @@ class Server:
         self.view = make_view(self.stack)
         self._view_open = True
         self._chronicle = Chronicle(spec, self.stack)
-        self.view.limit_reached = self._chronicle.reached
+        self.view.on_limit(self._chronicle.reached)
         if spec.volatile and self.stack.work and not spec.readonly:
             from cowfs.mounting.volatile import mark_volatile
 
@@ -256,7 +252,7 @@ class Server:
 
     def _serve(self) -> int:
         try:
-            if not (Thread(self._control, "cowfs-control").start() and Thread(self._ready, "cowfs-ready").start()):
+            if not (Thread(self._answer_all, "cowfs-control").start() and Thread(self._ready, "cowfs-ready").start()):
                 raise CowfsError("no thread can be started", remedy="look at the limits of processes and memory")
             self.session.run()
         except BaseException as error:
@@ -300,8 +296,7 @@ class Server:
                 pass
         if self.socket:
             protocol.leave_run_directory(os.path.dirname(self.socket))
-        with self._answers:  # who asked for the unmount still waits for its answer
-            self._answers.wait_for(lambda: self._answering == 0, timeout=2.0)
+        self._control.wait(2.0)  # who asked for the unmount still waits for its answer
 
     # -- ready -----------------------------------------------------------------------------------------------------
 
@@ -369,60 +364,19 @@ class Server:
 
         Before there is a mount: a signal then waits in the socket until the control thread runs, and never ends half a start.
         """
-        self._wakeup = socket.socketpair()
-        for end in self._wakeup:
-            end.setblocking(False)
-        signal.set_wakeup_fd(self._wakeup[1].fileno(), warn_on_full_buffer=False)
+        signal.set_wakeup_fd(self._control.signals, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)  # the wake-up descriptor tells the control thread
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         if self.spec.foreground:
             signal.signal(signal.SIGHUP, lambda *_: None)
 
-    def _control(self) -> None:
-        import select
-
+    def _answer_all(self) -> None:
         if self._listener is None:  # a front end that mounts only when it runs
             self.session.ready.wait()
             self._listen(self.spec.mountpoint)
         assert self._listener is not None
-        assert self._wakeup is not None
-        poll = select.poll()
-        poll.register(self._listener, select.POLLIN)
-        poll.register(self._wakeup[0], select.POLLIN)
-        while not self._ending.is_set():
-            try:
-                for fd, _ in poll.poll():
-                    if fd == self._wakeup[0].fileno():
-                        self._wakeup[0].recv(64)
-                        self._apart(self._terminate, "cowfs-terminate")
-                    else:
-                        self._accept()
-            except Exception as error:  # noqa: BLE001  (a mount nobody can speak to must be killed: it goes on, and says so)
-                from cowfs.fuse import log
-
-                log.no_memory("the control thread goes on: %s", type(error).__name__)
-                time.sleep(0.05)
-
-    @staticmethod
-    def _apart(function: Callable[[], None], name: str) -> None:
-        """Run something in a thread of its own; here and now where none can be started."""
-        if not Thread(function, name).start():
-            function()
-
-    def _accept(self) -> None:
-        assert self._listener is not None
-        try:
-            connection, _address = self._listener.accept()
-        except OSError:  # gone already, or no descriptor left
-            time.sleep(0.05)
-            return
-        if self._connections < MOST_CONNECTIONS and Thread(partial(self._answer, connection), "cowfs-answer").start():
-            return
-        # no room for one more: one question, answered by the thread that listens
-        connection.settimeout(_PATIENCE)
-        self._answer_one(connection)
-        self._kept.append(connection)  # until the server ends, if it soon does: that is what a client may wait for
+        self._control.run(self._listener, self._ending)
 
     def _terminate(self) -> None:
         """SIGTERM: write back what maps hold, unmount; when somebody is inside, unmount all the same."""
@@ -437,57 +391,3 @@ class Server:
             except Exception:  # noqa: BLE001
                 pass  # taken off by somebody else, or beyond us: the end of the session ends the mount
             self.session.stop()
-
-    def _answer(self, connection: socket.socket) -> None:
-        """Serve one connection: a line in, a line out, until the other side stops."""
-        with self._answers:
-            self._connections += 1
-        try:
-            with connection:
-                while self._answer_one(connection):
-                    pass
-        finally:
-            with self._answers:
-                self._connections -= 1
-
-    def _answer_one(self, connection: socket.socket) -> bool:
-        """A line in, a line out; no when the other side stopped."""
-        try:
-            line = protocol.read_line(connection)
-        except OSError:
-            return False
-        if not line:
-            return False
-        with self._answers:
-            self._answering += 1
-        try:
-            connection.sendall(protocol.encode(self._dispatch(line)))
-        except OSError:
-            return False
-        finally:
-            with self._answers:
-                self._answering -= 1
-                self._answers.notify_all()
-        return True
-
-    def _dispatch(self, line: bytes) -> dict[str, Any]:
-        try:
-            message = protocol.decode(line)
-        except (ValueError, RecursionError):
-            return {"error": protocol.error_to(InvalidArgument("not a message of cowfs"))}
-        name = str(message.get("verb"))
-        function = basic.find_verb(name)
-        if function is None:
-            known = ", ".join(sorted({*basic.VERBS, *basic.LATE_VERBS}))
-            return {"error": protocol.error_to(InvalidArgument(f"no such verb: {message.get('verb')!r}", remedy=known))}
-        try:
-            return {"ok": function(self, message)}
-        except CowfsError as error:
-            return {"error": protocol.error_to(error)}
-        except OSError as error:
-            return {"error": protocol.error_to(CowfsError(f"{message['verb']}: {error.strerror or error}"))}
-        except Exception:  # noqa: BLE001  (a bug in one verb must not end the mount; it is logged and said)
-            import traceback
-
-            traceback.print_exc()
-            return {"error": protocol.error_to(CowfsError(f"unforeseen error in {message['verb']}; see {self.log}"))}

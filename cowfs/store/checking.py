@@ -18,12 +18,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from cowfs.driver import registry
+from cowfs.driver.interface import Driver
 from cowfs.errors import Corrupt, Unsupported
 from cowfs.index.database import Row
 from cowfs.index.directory import Entry, Pair, Ref, children_of, decode, entries, join, root_digest
 from cowfs.model import Kind, Usage
 from cowfs.store import kernel_image
 from cowfs.store.layers import KeptDigests, SameData, file_digest
+from cowfs.store.limit_loop import LOOP
 from cowfs.store.mounts import MountVerbs
 from cowfs.store.reserve import names_full
 from cowfs.store.staging import NEW, RM, orphans, sweep
@@ -409,7 +411,7 @@ class UpkeepVerbs(MountVerbs):
         sample = self.driver.mounts("sample", ["below"] if not can.whole else [], limit=Limit())[0]
         told["records"] = sample.type
         told["kernel mounts"] = kernel_image.how(self.driver)
-        told["limits"] = "cowfs's own server"
+        told["limits"] = _limits(self.driver)
         told |= self.driver.explain()
         return told
 
@@ -424,3 +426,13 @@ class UpkeepVerbs(MountVerbs):
             for name, probe in sorted(probes.items())
             if probe.usable and name != self.driver.name
         }
+
+
+def _limits(driver: Driver) -> str:
+    """Which engines hold limits here, for people."""
+    if driver.capabilities.own_limit:
+        return "the driver's own, whoever mounts"
+    why = LOOP.why_not(driver)
+    return "cowfs's own server; kernel mounts: " + (
+        f"none, {why}" if why else "an ext4 image of the limit's size (loop)"
+    )

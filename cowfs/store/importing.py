@@ -310,7 +310,7 @@ class _Import:
             layer.staged, num, parent, lambda path, st: known_digest(digests.get(st.st_ino)), self._copied
         )
         if scanned.held is not None:
-            driver.note_held(layer.staged, scanned.held)
+            driver.note(layer.staged, scanned.held, scanned.sums or ())
         if driver.fsync:
             with driver.open_tree(layer.staged) as fd:
                 files.syncfs(fd)

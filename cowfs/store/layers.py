@@ -15,12 +15,13 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 
-from cowfs.driver.interface import Driver
+from cowfs.driver.interface import HELD, Driver
 from cowfs.errors import Corrupt, FailedPrecondition
 from cowfs.index.database import Index, Row
 from cowfs.index.directory import Entry
 from cowfs.mounting.holders import take
 from cowfs.mounting.notice import drop as drop_notices
+from cowfs.store import limit_loop
 from cowfs.store.digest_table import ByInode
 from cowfs.sys import files, locks, trees, xattr
 from cowfs.sys.mounts import MountInfo, mountinfo
@@ -43,6 +44,8 @@ __all__ = [
     "mark_time",
     "marked_time",
     "not_plain",
+    "opened_tree",
+    "settle_times",
     "unmark",
     "untouched",
 ]
@@ -66,8 +69,11 @@ def known_digest(value: bytes | None) -> bytes | None:
 
 
 @contextmanager
-def hold(driver: Driver, row: Row, verb: str, *, missing_ok: bool = False) -> Iterator[None]:
+def hold(driver: Driver, row: Row, verb: str, *, missing_ok: bool = False, at_rest: bool = True) -> Iterator[None]:
     """Be the only user of a layer's tree; a server whose mount is gone is waited for.
+
+    Args:
+        at_rest: whether what a limit engine keeps elsewhere is brought into the tree first.
 
     Raises:
         FailedPrecondition: a mount or another verb uses it; the message says which.
@@ -95,7 +101,25 @@ def hold(driver: Driver, row: Row, verb: str, *, missing_ok: bool = False) -> It
             raise FailedPrecondition(
                 f"{row.name!r} is mounted by the kernel at {where}: cannot {verb} it", remedy=f"umount {where}"
             )
+        if limit_loop.has_image(driver, row.id) and limit_loop.is_mounted(driver, row.id):
+            raise FailedPrecondition(
+                f"{row.name!r} is mounted by the kernel in another mount namespace: cannot {verb} it",
+                remedy="unmount it there",
+            )
+        if at_rest:
+            opened.enter_context(limit_loop.settled(driver, row.id))
         yield
+
+
+@contextmanager
+def opened_tree(driver: Driver, id: str) -> Iterator[int]:
+    """A descriptor of a layer's tree, wherever it is, also while the kernel has it mounted."""
+    if limit_loop.has_image(driver, id):
+        with limit_loop.opened_image(driver, id) as fd:
+            yield fd
+        return
+    with driver.open_tree(id) as fd:
+        yield fd
 
 
 def is_locked(driver: Driver, row: Row) -> bool:
@@ -167,33 +191,50 @@ def mark_copied(driver: Driver, id: str, parent: str, *, only_root: bool) -> Non
     if only_root:
         with driver.open_tree(parent) as src, driver.open_tree(id) as dst:
             trees.copy_attributes(src, dst, os.fstat(src))
-    mark_time(f"{driver.directory(id)}/{COPIED}")
+    frozen = None
+    if driver.capabilities.snapshots and not only_root:  # its times are the parent's, all of before it was committed
+        with suppress(FileNotFoundError):
+            frozen = os.stat(f"{driver.directory(parent)}/{HELD}").st_ctime_ns
+    mark_time(driver, f"{driver.directory(id)}/{COPIED}", after=frozen)
 
 
-def mark_time(path: str, text: str = "") -> None:
+def settle_times(driver: Driver) -> None:
+    """Wait until what is changed from now on has other times than what was changed before, where times are coarse."""
+    time.sleep(driver.capabilities.time_step / 1e9)
+
+
+def mark_time(driver: Driver, path: str, text: str = "", *, after: int | None = None) -> None:
     """Write a small file with a ctime later than that of anything made before, and its seal (:func:`marked_time`).
 
-    File systems stamp with a clock of some milliseconds: this waits for its next tick.
+    File systems stamp with a clock of some milliseconds: this waits for its next tick. Where a layer's times are coarser,
+    it does not: a mark is read without its fraction of a step, so all of its second counts as changed (or
+    :func:`settle_times` waited for it).
+
+    Args:
+        after: later than this (ns) is enough.
     """
     with open(path, "w", encoding="ascii") as file:
         file.write(text)
         file.flush()
         first = os.fstat(file.fileno()).st_ctime_ns
-        while os.fstat(file.fileno()).st_ctime_ns == first:
+        coarse = driver.capabilities.time_step > 0
+        while not coarse and (after is None or first <= after) and os.fstat(file.fileno()).st_ctime_ns == first:
             time.sleep(0.001)
             os.utime(file.fileno())
     with open(path + SEAL, "w", encoding="ascii") as file:
         file.write(_seal_of(path))
 
 
-def marked_time(path: str) -> int | None:
-    """When a mark was made, ns; None where there is none, or it is not the very file that was made then.
+def marked_time(driver: Driver, path: str) -> int | None:
+    """The ctime, ns, below which a layer's file was last changed before the mark; None where there is none, or it is not the very file.
 
     A copied store has copies of its marks, with ctimes of the time of copying: they say nothing of the files beside them.
     """
     try:
         sealed = read_small(path + SEAL).decode("ascii", "replace")
-        return os.stat(path).st_ctime_ns if sealed == _seal_of(path) else None
+        made = os.stat(path).st_ctime_ns
+        step = driver.capabilities.time_step or 1
+        return made - made % step if sealed == _seal_of(path) else None
     except FileNotFoundError:
         return None
 
@@ -215,7 +256,7 @@ def untouched(driver: Driver, id: str) -> bool:
     tree = driver.tree(id)
     if not os.listdir(tree):
         return True
-    cut = marked_time(f"{driver.directory(id)}/{COPIED}")
+    cut = marked_time(driver, f"{driver.directory(id)}/{COPIED}")
     if cut is None:
         return False
     return os.stat(tree).st_ctime_ns < cut and all(st.st_ctime_ns < cut for st in trees.walk_all(tree))
@@ -372,7 +413,7 @@ class SameData:
         if id is None:
             id = self._ids[num] = self._index.by_num(num).id
         try:
-            with self._driver.open_tree(id) as root:
+            with opened_tree(self._driver, id) as root:
                 fd = files.open_beneath(root, path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
             form = self._driver.form
             if self._driver.capabilities.row and xattr.try_get(fd, b"", form.row) is not None:
@@ -401,7 +442,7 @@ class Unchanged:
     def __init__(self, driver: Driver, index: Index, id: str, fd: int, *, believe: bool = True) -> None:
         self._data = SameData(driver, index)
         self._fd = fd
-        self._cut = (marked_time(f"{driver.directory(id)}/{COPIED}") or 0) if believe else 0
+        self._cut = (marked_time(driver, f"{driver.directory(id)}/{COPIED}") or 0) if believe else 0
 
     def __call__(self, path: bytes, st: os.stat_result, before: Entry) -> bool:
         if st.st_ctime_ns < self._cut:

@@ -10,15 +10,18 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import EllipsisType, TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from cowfs.driver.plan import MountPlan
 from cowfs.errors import CowfsError, FailedPrecondition, InvalidArgument, NotFound, Unsupported
 from cowfs.format.mount_options import split_layers, unescape
 from cowfs.index.database import Row
 from cowfs.model import SMALLEST_LIMIT, Kind, Limit, Mount, Usage, parse_count, parse_size
-from cowfs.store.layers import is_locked, kernel_mount_of, kernel_mounts_of
+from cowfs.store import limit_loop
+from cowfs.store.layers import hold, is_locked, kernel_mount_of, kernel_mounts_of
+from cowfs.store.limit_loop import ENGINES, LOOP
 from cowfs.store.queries import LookVerbs
 from cowfs.sys import mounts as sys_mounts
 
@@ -79,6 +82,7 @@ class MountVerbs(LookVerbs):
         target: str | os.PathLike[str],
         *,
         mount_type: str | None = None,
+        limit_engine: str | None = None,
         readonly: bool = False,
         **more: Any,
     ) -> MountHandle | KernelMount:
@@ -88,6 +92,8 @@ class MountVerbs(LookVerbs):
             key: of an active snapshot or a view; with ``readonly`` also a name or a tag.
             target: an existing directory.
             mount_type: ``fuse`` (the default) or ``kernel``.
+            limit_engine: ``fuse``, ``loop`` (a kernel mount) or ``auto``: the kernel's where it can be had, cowfs's own server
+                otherwise; left out: what fits the type (:mod:`cowfs.store.limit_engine`).
             readonly: nobody may write. An active snapshot may be mounted for writing at the same time: what it holds now is
                 shown, and what is changed there later may show or not.
             more: as for :func:`cowfs.mount`: volatile, allow_other, io, options, trace and so on.
@@ -108,7 +114,49 @@ class MountVerbs(LookVerbs):
         if readonly:
             more["readonly"] = True
         with self.layers_stay(key):
-            return self._mount(key, where, mount_type, more)
+            return self._mount(key, where, self.served_by(key, mount_type, limit_engine), more)
+
+    def served_by(self, key: str, mount_type: str | None, engine: str | None) -> str | None:
+        """The mount type, ``fuse`` or ``kernel``, of a mount that is asked for with a type, a limit engine, or both.
+
+        Raises:
+            NotFound: no such key.
+            InvalidArgument: no such engine, one of the other type, or one that needs a limit where there is none.
+        """
+        if engine is None or engine == mount_type == "fuse":
+            return mount_type
+        if engine not in (*ENGINES, "auto"):
+            raise InvalidArgument(f"no limit engine {engine!r}", remedy=f"{', '.join(ENGINES)} or auto")
+        if engine == "auto":
+            if mount_type is not None:
+                return mount_type
+            return "fuse" if self.why_not_kernel(key) else "kernel"
+        wanted = "kernel" if ENGINES[engine].kernel else "fuse"
+        if mount_type not in (None, wanted):
+            raise InvalidArgument(
+                f"the limit engine {engine} is not one of {mount_type} mounts", remedy="leave out one of the two"
+            )
+        if wanted == "kernel" and self._keyed(key).limit.bytes is None:
+            raise InvalidArgument(
+                f"{key!r} has no limit on its size", remedy=f"cowfs limit {key} --size 1G gives it one"
+            )
+        return wanted
+
+    def why_not_kernel(self, key: str) -> str:
+        """Why ``mount_type="kernel"`` cannot mount a snapshot here, as this user, as far as can be told; "" where it can."""
+        row = self._keyed(key)
+        plan = self._plan(row)
+        if self._needs_engine(row):
+            return LOOP.why_not(self.driver) or (
+                "" if row.limit.bytes is not None else "it has a limit on inodes alone"
+            )
+        if not plan.why_not_kernel:
+            return ""
+        return plan.why_not_image or sys_mounts.why_no_images(self.root)
+
+    def _needs_engine(self, row: Row) -> bool:
+        """Whether a kernel mount of a snapshot needs an engine to be kept to a limit."""
+        return bool(row.limit) and row.kind is Kind.ACTIVE and not self.driver.capabilities.own_limit
 
     @contextmanager
     def layers_stay(self, key: str) -> Iterator[None]:
@@ -126,16 +174,11 @@ class MountVerbs(LookVerbs):
 
         if mount_type == "kernel":
             row = self._keyed(key)
-            self._mountable(row)
             if "readonly" in more and row.kind is not Kind.VIEW:
                 raise Unsupported(
                     "the kernel mounts an active snapshot for writing only", remedy="leave out --mount-type"
                 )
-            self._refuse_used(row)
-            try:
-                self._mount_image(row, where)
-            except (OSError, Unsupported) as error:  # what no image can hold, or this host cannot mount: layer by layer
-                self._mount_layers(row, where, error)
+            self._mount_kernel(row, where)
             self._told("mount", key, where)
             return KernelMount(where)
         spec = self.spec(key, where, **more)
@@ -143,14 +186,36 @@ class MountVerbs(LookVerbs):
             self._hand_limit(self._keyed(key), by_server=True)
         return client.spawn(spec)
 
-    def _mount_layers(self, row: Row, where: str, no_image: Exception) -> None:
-        """Mount a snapshot with each layer as a lower one of its own; what no image could be made or mounted for is told."""
+    def _mount_kernel(self, row: Row, where: str) -> None:
+        self._mountable(row)
+        limited = self._needs_engine(row)
+        why = LOOP.why_not(self.driver) if limited else ""
+        if why:
+            raise Unsupported(f"a kernel mount with a limit is not possible: {why}", remedy="leave out --mount-type")
         plan = self._plan(row)
-        if plan.row and row.parent is None and not plan.why_not_image:  # nothing is beneath it that could be redirected
-            mount_record(plan.kernel(), where, source=f"cowfs:{row.id}")
-            return
+        with ExitStack() as held:
+            with hold(self.driver, row, "mount", at_rest=not limited):
+                if plan.row and not plan.readonly and not limit_loop.has_image(self.driver, row.id):
+                    self._refuse_redirects(row, plan.upper)
+                if limited:
+                    plan = held.enter_context(LOOP.limited(self.driver, row.id, plan))
+            try:
+                self._mount_image(row, plan, where)
+            except (
+                OSError,
+                Unsupported,
+            ) as error:  # what an image cannot hold, or this host cannot mount: layer by layer
+                self._mount_layers(row, plan, where, error)
+
+    def _mount_layers(self, row: Row, plan: MountPlan, where: str, no_image: Exception) -> None:
+        """Mount a snapshot with each layer as a lower one of its own; what no image could be made or mounted for is told."""
         try:
-            (record,) = self._mounts(row, "kernel")
+            if self._needs_engine(row):
+                record = plan.record("kernel")
+            elif plan.row and row.parent is None and not plan.why_not_image:  # nothing beneath could be redirected
+                record = plan.kernel()
+            else:
+                (record,) = self._mounts(row, "kernel")
         except Unsupported as error:
             if isinstance(no_image, OSError):
                 raise Unsupported(
@@ -159,7 +224,7 @@ class MountVerbs(LookVerbs):
             raise error from no_image
         mount_record(record, where, source=f"cowfs:{row.id}")
 
-    def _mount_image(self, row: Row, where: str) -> None:
+    def _mount_image(self, row: Row, plan: MountPlan, where: str) -> None:
         """Mount a snapshot as one lower layer: the image of its parent's metadata, with the layers as data beneath.
 
         Raises:
@@ -168,13 +233,10 @@ class MountVerbs(LookVerbs):
         """
         from cowfs.store import kernel_blocks, kernel_image
 
-        plan = self._plan(row)
         if plan.why_not_image:
             raise Unsupported(f"no image: {plan.why_not_image}")
         if row.parent is None or self.driver.capabilities.whole or not plan.trusted:
             raise Unsupported("no image: nothing is beneath it, or its layers are not deltas of the trusted form")
-        if plan.row and not plan.readonly:
-            self._refuse_redirects(row, plan.upper)
         path = kernel_image.build(self.driver, self.index, self.index.by_num(row.parent))
         with kernel_blocks.opened_devices(path, f"{self.root}/layers") as devices:
             root = sys_mounts.image_mount(path, devices)
@@ -204,13 +266,13 @@ class MountVerbs(LookVerbs):
 
     def spec(self, key: str, target: str, *, readonly: bool = False, **more: Any) -> MountSpec:
         """The wish that our server gets for a snapshot (:class:`cowfs.mounting.request.MountSpec`)."""
-        from cowfs.mounting.index_view import FACTORY
-        from cowfs.mounting.request import MountSpec
+        from cowfs.mounting.request import INDEXED, MountSpec
 
         words = more.pop("options", ())
         words = words.split(",") if isinstance(words, str) else tuple(words)
         readonly = readonly or "ro" in words
         row = self.resolve(key) if readonly else self._keyed(key)
+        self._at_rest(row)
         plan = self._plan(row, committed=readonly)
         readonly = readonly or plan.readonly
         return MountSpec(
@@ -224,7 +286,7 @@ class MountVerbs(LookVerbs):
             inodes=None if readonly else row.limit.inodes,
             options=tuple(word for word in words if word not in ("ro", "rw")),
             row=plan.row,
-            factory=FACTORY,
+            factory=INDEXED,
             label=key,
             checked=True,
             **more,
@@ -259,7 +321,8 @@ class MountVerbs(LookVerbs):
             try:
                 held.enter_context(super()._alone(row, verb, mounted=False, missing_ok=missing_ok))
             except FailedPrecondition:
-                if not mounted or self.mounted_at(row.name) is None:
+                kept_apart = verb == "commit" and limit_loop.has_image(self.driver, row.id)
+                if not mounted or kept_apart or self.mounted_at(row.name) is None:
                     raise
                 alone = False
                 if verb == "commit":
@@ -291,12 +354,6 @@ class MountVerbs(LookVerbs):
                     f"{row.name!r} is mounted by the kernel at {where}, which cannot be made read-only: {error.strerror}",
                     remedy="end who writes there, or unmount it",
                 ) from None
-
-    def _refuse_used(self, row: Row) -> None:
-        from cowfs.store.layers import hold
-
-        with hold(self.driver, row, "mount"):
-            pass
 
     def unmount(self, key: str, *, lazy: bool = False, force: bool = False) -> None:
         """Unmount a snapshot, wherever it is mounted.
@@ -437,13 +494,16 @@ class MountVerbs(LookVerbs):
             if inodes is None
             else parse_count(inodes),
         )
-        from cowfs.store.layers import hold
-
         server = self._server_of(row)
         if server is not None:
             from cowfs.mounting import protocol
 
             protocol.ask(server["socket"], "limit", bytes=limit.bytes, inodes=limit.inodes)
+        elif limit_loop.has_image(self.driver, row.id) and limit_loop.is_mounted(self.driver, row.id):
+            LOOP.change(self.driver, row.id, self._limit_of(replace(row, limit=limit)))
+            with self.index.write() as change:
+                self._active(name, row.num)
+                change.set_limit(row.num, limit)
         elif self.driver.capabilities.own_limit and kernel_mount_of(self.driver.tree(row.id)) is not None:
             why = self.driver.plan(row.id, [], limit=limit).why_not_kernel
             if why:
@@ -453,11 +513,26 @@ class MountVerbs(LookVerbs):
                 self._active(name, row.num)
                 change.set_limit(row.num, limit)
         else:
-            with hold(self.driver, row, "limit"), self.index.write() as change:
+            with hold(self.driver, row, "limit", at_rest=False), self.index.write() as change:
                 self._active(name, row.num)
                 if limit != row.limit:
                     change.set_limit(row.num, limit)
         return self.index.get(name).limit
+
+    def limit_engine(self, name: str) -> str | None:
+        """Which engine keeps a snapshot to its limit now (:mod:`cowfs.store.limit_engine`); None where it has none, or nobody does.
+
+        Raises:
+            NotFound: no such snapshot.
+        """
+        row = self.resolve(name)
+        if row.kind is not Kind.ACTIVE or not row.limit:
+            return None
+        if self.driver.capabilities.own_limit:
+            return "driver"
+        if limit_loop.has_image(self.driver, row.id):
+            return LOOP.name
+        return "fuse" if is_locked(self.driver, row) else None
 
     def _live_usage(self, row: Row) -> Usage | None:
         """What the server of a mounted snapshot counts; without what was copied, as :meth:`usage` wants it."""

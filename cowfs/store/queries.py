@@ -38,7 +38,9 @@ class LookVerbs(StoreCore):
             return row.usage
         if row.kind is Kind.VIEW:
             return Usage()
-        whole = self._live_usage(row) or self.driver.usage(row.id)
+        from cowfs.store.limit_loop import LOOP
+
+        whole = self._live_usage(row) or LOOP.used(self.driver, row.id) or self.driver.usage(row.id)
         base = (
             row.base if row.base.bytes >= 0 else Usage()
         )  # a negative one is what live snapshots hold (cowfs.store.live)

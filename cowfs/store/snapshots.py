@@ -32,11 +32,11 @@ from cowfs.errors import (
 from cowfs.index.database import Row
 from cowfs.index.transaction import Committed, NameTaken
 from cowfs.model import SMALLEST_LIMIT, Info, Kind, Limit, Mount, Usage, parse_count, parse_size
-from cowfs.store import layers
+from cowfs.store import layers, limit_loop
 from cowfs.store.base import OpenStore
 from cowfs.store.names import check_key, check_labels, new_id
 from cowfs.store.reserve import names_full
-from cowfs.store.staging import discard, staged, sweep
+from cowfs.store.staging import discard, finish, staged, sweep
 from cowfs.sys import trees
 from cowfs.sys.faults import point
 
@@ -259,7 +259,7 @@ class StoreCore(OpenStore):
             diff_id, chain_id = self._archive_of(row, scanned)
             point("commit.scanned")
             if scanned.held is not None:
-                self.driver.note_held(row.id, scanned.held)
+                self.driver.note(row.id, scanned.held, scanned.sums or ())
             if self.driver.fsync:
                 trees.sync_tree(self.driver.tree(row.id))
             point("commit.synced")
@@ -283,7 +283,7 @@ class StoreCore(OpenStore):
         Args:
             mounted: a mount of it is no hindrance. For a commit, it is read-only from now on.
         """
-        with layers.hold(self.driver, row, verb, missing_ok=missing_ok):
+        with layers.hold(self.driver, row, verb, missing_ok=missing_ok, at_rest=verb != "remove"):
             yield True
 
     def _archive_of(self, row: Row, scanned: scan.Scanned) -> tuple[str | None, str | None]:
@@ -318,16 +318,49 @@ class StoreCore(OpenStore):
 
         base = parent.root if parent is not None else None
         form = self.driver.form
-        with self.driver.open_tree(id) as fd:
+        with layers.opened_tree(self.driver, id) as fd:
             if not self.driver.capabilities.whole:
                 return scan.scan_delta(fd, num=num, form=form, base=base, records=self.index, known=known, links=links)
             same = layers.Unchanged(self.driver, self.index, id, fd)
-            scanned = scan.scan_full(
-                fd, num=num, form=form, base=base, records=self.index, same=same, known=known, links=links
-            )
+            scanned = self._scan_changes(id, num, parent, fd, same, known) if links else None
+            if scanned is None:
+                scanned = scan.scan_full(
+                    fd, num=num, form=form, base=base, records=self.index, same=same, known=known, links=links
+                )
             whole = scanned.usage
             usage = Usage(bytes=max(0, whole.bytes - copied.bytes), inodes=max(0, whole.inodes - copied.inodes))
             return replace(scanned, usage=usage, held=whole)
+
+    def _scan_changes(
+        self,
+        id: str,
+        num: int,
+        parent: Row | None,
+        fd: int,
+        same: scan.SameAsParent,
+        known: scan.KnownDigest | None,
+    ) -> scan.Scanned | None:
+        """Read a whole layer only where its driver says that it changed; None where all has to be read."""
+        noted = (
+            self.driver.noted(parent.id)
+            if parent is not None and type(self.driver).changes is not Driver.changes
+            else None
+        )
+        if parent is None or parent.root is None or noted is None or not noted[1]:
+            return None
+        from cowfs.index import rescan
+        from cowfs.union.measure import Sums
+
+        with self.driver.changes(id, parent.id) as changes, self.driver.open_tree(parent.id) as old:
+            if changes is None:
+                return None
+            try:
+                return rescan.scan_changes(
+                    fd, old, paths=changes.paths, names=changes.names, sums=Sums(*noted[1]), num=num, form=self.driver.form,
+                    base=parent.root, records=self.index, same=same, known=known,
+                )  # fmt: skip
+            except rescan.CannotTellError:
+                return None
 
     # ------------------------------------------------------------------ removal
 
@@ -372,7 +405,11 @@ class StoreCore(OpenStore):
         with self._alone(row, "remove", mounted=mounted, missing_ok=True) as alone:
             self._freeing(lambda: self._remove_record(row))
             point("remove.committed")
-            discard(self.driver, row.id, later=defer or not alone)
+            discard(self.driver, row.id, later=True)
+        if (
+            alone and not defer
+        ):  # now that nobody has the tree open, ourselves included: not all drivers delete what is open
+            finish(self.driver, row.id)
 
     def cleanup(self) -> list[str]:
         """Delete the files of snapshots that were removed, as far as no mount uses them any more.
@@ -447,6 +484,7 @@ class StoreCore(OpenStore):
         _sound(row)
 
     def _mounts(self, row: Row, mount_type: str | None) -> tuple[Mount, ...]:
+        self._at_rest(row)
         if type(self.driver).mounts is Driver.mounts:
             record = self._plan(row).record(mount_type)
             self._hand_limit(row, by_server=record.type.startswith("fuse."))
@@ -459,6 +497,16 @@ class StoreCore(OpenStore):
             id, *parents = parents
         limit = self._limit_of(row)
         return self.driver.mounts(id, parents, readonly=readonly, limit=limit, mount_type=mount_type)
+
+    def _at_rest(self, row: Row) -> None:
+        """Bring into its directory what a limit engine keeps of an active snapshot's tree elsewhere.
+
+        Raises:
+            FailedPrecondition: it is mounted so.
+        """
+        if row.kind is Kind.ACTIVE and limit_loop.has_image(self.driver, row.id):
+            with layers.hold(self.driver, row, "use"):
+                pass
 
     def _hand_limit(self, row: Row, *, by_server: bool) -> None:
         """Have a snapshot's limit held by whoever will: our server, or else the driver. A mount of the kernel keeps its limit."""

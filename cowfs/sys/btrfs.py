@@ -6,6 +6,7 @@ All need CAP_SYS_ADMIN but creating a subvolume or snapshot, and deleting one's 
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import os
@@ -21,8 +22,10 @@ __all__ = [
     "create",
     "destroy",
     "enable_quota",
+    "has_inner",
     "is_subvolume",
     "limit",
+    "paths_of",
     "quota_kind",
     "read_stream",
     "readonly",
@@ -45,6 +48,8 @@ _SEARCH_HEADER = struct.Struct("=QQQII")  # transid, objectid, offset, type, len
 _QGROUP_INFO = struct.Struct("<QQQQQ")  # generation, referenced, its compressed size, exclusive, its compressed size
 _QGROUP_STATUS = struct.Struct("<QQQ")  # version, generation, flags
 _SEND_ARGS = struct.Struct("=qQQQQI28x")
+_INO_PATH_ARGS = struct.Struct("=QQ32xQ")
+_DATA_CONTAINER = struct.Struct("=IIII")  # bytes left, bytes missing, elements, elements missed
 _U64 = struct.Struct("=Q")
 
 _NAME_MAX = 4039
@@ -65,6 +70,9 @@ _SEND = _io(1, 38, _SEND_ARGS.size)
 _QUOTA = _io(3, 40, _QUOTA_CTL.size)
 _LIMIT = _io(2, 43, _QGROUP_LIMIT.size)
 _INFO = _io(2, 60, 504)
+_ROOTREFS = _io(3, 61, 4096)
+_ROOTREFS_COUNT = 8 + 255 * 16
+_INO_PATHS = _io(3, 35, _INO_PATH_ARGS.size)
 
 _RDONLY = 1 << 1
 _QUOTA_TREE = 8
@@ -121,6 +129,11 @@ def readonly(fd: int) -> bool:
     return bool(_U64.unpack(_ask(fd, _GETFLAGS, bytes(8)))[0] & _RDONLY)
 
 
+def has_inner(fd: int) -> bool:
+    """Whether other subvolumes are in a subvolume (``BTRFS_IOC_GET_SUBVOL_ROOTREF``; of a snapshot they are not a part)."""
+    return bool(_ask(fd, _ROOTREFS, bytes(4096))[_ROOTREFS_COUNT])
+
+
 def set_readonly(fd: int, on: bool = True) -> None:
     """Make a subvolume read-only, or writable again."""
     (flags,) = _U64.unpack(_ask(fd, _GETFLAGS, bytes(8)))
@@ -130,6 +143,26 @@ def set_readonly(fd: int, on: bool = True) -> None:
 def subvolume_id(fd: int) -> int:
     """The number of the subvolume that an open object is in; also that of its quota group."""
     return int(_U64.unpack_from(_ask(fd, _INFO, bytes(504)))[0])
+
+
+def paths_of(fd: int, inode: int) -> list[bytes]:
+    """The names of an inode of a subvolume, as paths from the subvolume's root (``BTRFS_IOC_INO_PATHS``).
+
+    Args:
+        fd: any object of the subvolume.
+
+    Raises:
+        OSError: ENOENT: no such inode; EOVERFLOW: its names do not fit into 64 KiB.
+    """
+    buffer = ctypes.create_string_buffer(1 << 16)
+    _ask(fd, _INO_PATHS, _INO_PATH_ARGS.pack(inode, len(buffer), ctypes.addressof(buffer)))
+    data = buffer.raw
+    _, missing, count, missed = _DATA_CONTAINER.unpack_from(data)
+    if missing or missed:
+        raise OSError(errno.EOVERFLOW, os.strerror(errno.EOVERFLOW))
+    offsets = struct.unpack_from(f"={count}Q", data, _DATA_CONTAINER.size)
+    start = _DATA_CONTAINER.size
+    return [data[start + offset : data.index(b"\0", start + offset)] for offset in offsets]
 
 
 # -- quotas ---------------------------------------------------------------------------------------

@@ -148,17 +148,23 @@ def copy_tree(source: str | bytes, target: str | bytes) -> None:
         OSError: an object could not be copied in full.
     """
     links: dict[int, int] = {}  # inode with several names -> O_PATH descriptor of its copy
-    src, dst = os.open(source, _DIR), os.open(target, _DIR)
-    stack = [(src, dst, _copy_files(src, dst, links), b"")]
+    stack: list[tuple[int, int, list[bytes], bytes]] = []
     try:
+        src = os.open(source, _DIR)
+        stack.append((src, -1, [], b""))  # what is open is in the stack at once, so that it is closed whatever comes
+        dst = os.open(target, _DIR)
+        stack[0] = (src, dst, [], b"")
+        stack[0][2].extend(_copy_files(src, dst, links))
         while True:
             src, dst, below = stack[-1][:3]
             if below:
                 child = below.pop()
                 deeper = os.open(child, _DIR, dir_fd=src)
+                stack.append((deeper, -1, [], child))
                 os.mkdir(child, 0o700, dir_fd=dst)
                 copy = os.open(child, _DIR, dir_fd=dst)
-                stack.append((deeper, copy, _copy_files(deeper, copy, links), child))
+                stack[-1] = (deeper, copy, [], child)
+                stack[-1][2].extend(_copy_files(deeper, copy, links))
                 if len(stack) > KEEP_OPEN and stack[-KEEP_OPEN][0] >= 0:
                     old = stack[-KEEP_OPEN]
                     os.close(old[0])
@@ -176,9 +182,9 @@ def copy_tree(source: str | bytes, target: str | bytes) -> None:
             stack.pop()
     finally:
         for src, dst, _, _ in stack:
-            if src >= 0:
-                os.close(src)
-                os.close(dst)
+            for fd in (src, dst):
+                if fd >= 0:
+                    os.close(fd)
         for fd in links.values():
             os.close(fd)
 

@@ -152,6 +152,23 @@ def link_units(length: int) -> int:
     return units(length + 1) if length >= _SHORT_LINK else 0
 
 
+class Sums(NamedTuple):
+    """What a tree comes to, in parts that are added and taken off; for hosts whose directories do not grow (:class:`Host`).
+
+    Attributes:
+        units, small, names, inodes: as those of :class:`Tally`.
+    """
+
+    units: int
+    small: int
+    names: int
+    inodes: int
+
+    def changed(self, less: Sums, more: Sums) -> Sums:
+        """These without ``less`` and with ``more``."""
+        return Sums(*(max(0, own - old + new) for own, old, new in zip(self, less, more, strict=True)))
+
+
 # -- the sum ------------------------------------------------------------------------------------
 
 
@@ -219,6 +236,17 @@ class Tally:
     def total(self) -> int:
         """Units of all rules."""
         return max(self.counted(), self.exempt + units(self.hidden) - FREE_WHITEOUTS)
+
+    def sums(self) -> Sums | None:
+        """The parts; None where there is more to it: whiteouts, and directories that grow."""
+        if self.host.grows or self.hidden or self.exempt or self.mapped:
+            return None
+        return Sums(self.units, self.small, self.names, self.inodes)
+
+    def become(self, sums: Sums) -> None:
+        """Count what the parts come to, and nothing else."""
+        self.clear()
+        self.units, self.small, self.names, self.inodes = sums
 
     def usage(self) -> Usage:
         """The same, as users see it."""

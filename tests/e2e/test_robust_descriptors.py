@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 from support import bounded, command, posix
 
+from cowfs.mounting import protocol
+
 pytestmark = pytest.mark.usefixtures("can_mount")
 
 LIMITS = {256: 700, 1024: 1_500, 20_000: 1_500}
@@ -170,18 +172,38 @@ def test_directories_without_a_name_that_programs_hold(start: Callable[[], bound
 def test_clients_of_the_control_socket_that_say_nothing(start: Callable[[], bounded.Bounded], most: int) -> None:
     """They take neither the descriptors of the others nor their answers."""
     mount = start()
-    done = command.run_module("cowfs", "mounts", "--json")
-    path = next(entry["socket"] for entry in json.loads(done.stdout) if entry["mountpoint"] == str(mount.path))
+    path = _socket_of(mount)
     with ExitStack() as held:
-        for _ in range(60):
+        for number in range(100):
             client = held.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
-            client.settimeout(0.5)
-            try:
-                client.connect(path)
-            except (BlockingIOError, TimeoutError):
-                break
+            client.connect(path)
+            if number % 3 == 0:
+                client.sendall(b'{"verb": ')
         assert mount.descriptors() < most * 9 // 10
         assert command.run_module("cowfs", "usage", mount.path, timeout=120).returncode == 0
+
+
+@pytest.mark.parametrize("most", [256], indirect=True)
+def test_clients_of_the_control_socket_that_ask_again(start: Callable[[], bounded.Bounded], most: int) -> None:
+    """One connection has many questions, in pieces of any size; nothing is closed that nobody else needs."""
+    mount = start()
+    with ExitStack() as held:
+        clients = [held.enter_context(protocol.connect(_socket_of(mount))) for _ in range(30)]
+        for _ in range(3):
+            for client in clients:
+                client.sendall(b'{"verb": "us')
+            clients.pop().close()
+            for client in clients:
+                client.sendall(b'age"}\n')
+                assert "ok" in protocol.decode(protocol.read_line(client))
+        for client in clients:
+            client.sendall(b"nonsense\n")
+            assert "error" in protocol.decode(protocol.read_line(client))
+
+
+def _socket_of(mount: bounded.Bounded) -> str:
+    done = command.run_module("cowfs", "mounts", "--json")
+    return next(str(entry["socket"]) for entry in json.loads(done.stdout) if entry["mountpoint"] == str(mount.path))
 
 
 READERS = """

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from support.hostfs import HostFs
 
 from cowfs.model import Kind
 from cowfs.store import Store
@@ -17,6 +18,12 @@ def driver(request: pytest.FixtureRequest) -> str:
     """Each backend in turn."""
     name: str = request.param
     return name
+
+
+@pytest.fixture
+def home(space: Path, driver: str, host: Callable[[str], HostFs]) -> Path:
+    """An empty directory where a store of the driver can be: on the session's tmpfs, or on a btrfs."""
+    return host("btrfs").fresh("home") if driver == "btrfs" else space
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ VERBS = {
 }
 
 
-@pytest.fixture(params=["overlay", "vfs", "row"])
+@pytest.fixture(params=["overlay", "vfs", "row", "btrfs"])
 def driver(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -66,7 +66,11 @@ def _fill_disk(place: Path, leave: int) -> Path:
 def test_a_full_disk_loses_nothing(
     verb: str, leave: int, driver: str, tmp_path_factory: pytest.TempPathFactory, can_mount: None
 ) -> None:
-    place = hostfs.make_tmpfs(tmp_path_factory.mktemp("small"), size="8m")
+    small = tmp_path_factory.mktemp("small")
+    if driver == "btrfs":
+        place = hostfs.make_image("btrfs", small, size=40 << 20)
+    else:
+        place = hostfs.make_tmpfs(small, size="8m")
     with Store.open(place / "store", driver=driver, fsync=False) as store:
         store.prepare("k")
         (tree_path(store, "k") / "file").write_text("base")

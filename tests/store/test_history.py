@@ -23,6 +23,7 @@ TESTS = str(Path(__file__).parents[1])
 #: share of the operations by driver and form
 SHARES = {
     ("overlay", "root"): 6, ("row", "root"): 5, ("vfs", "root"): 2,
+    ("btrfs", "root"): 1,
     ("overlay", "user"): 3, ("row", "user"): 3, ("vfs", "user"): 1,
 }  # fmt: skip
 
@@ -73,13 +74,13 @@ def history(place: Path, who: str, *arguments: str) -> str:
 
 @pytest.mark.parametrize(("driver", "who"), SHARES, ids=lambda value: str(value))
 def test_a_store_stays_what_a_plain_directory_is(
-    driver: str, who: str, space: Path, request: pytest.FixtureRequest
+    driver: str, who: str, home: Path, request: pytest.FixtureRequest
 ) -> None:
     if who == "user":
         request.getfixturevalue("ordinary_user")
     count = request.config.getoption("--history") * SHARES[driver, who] // sum(SHARES.values())
     seed = request.config.getoption("--seed")
-    told = history(space, who, "--driver", driver, "--operations", str(count), "--seed", str(seed), "--shrink", "60")
+    told = history(home, who, "--driver", driver, "--operations", str(count), "--seed", str(seed), "--shrink", "60")
     assert f"driver {driver}: " in told
 
 

@@ -72,7 +72,7 @@ def _import(args: argparse.Namespace) -> int:
         )  # fmt: skip
         tags = [tag.name for tag in store.tags() if tag.target == top]
     if args.json:
-        print_json({"name": top, "tags": tags})
+        print_json({"name": top, "tags": tags}, args.json)
     else:
         print(shown(top))
     return 0
@@ -105,19 +105,21 @@ def _apply(args: argparse.Namespace) -> int:
     if args.json:
         from dataclasses import asdict
 
-        print_json({key: dict(value) if key == "dropped" else value for key, value in asdict(applied).items()})
+        print_json(
+            {key: dict(value) if key == "dropped" else value for key, value in asdict(applied).items()}, args.json
+        )
     else:
         print(applied.diff_id)
     return 0
 
 
-def _told(counts: Counts, *, as_json: bool) -> int:
+def _told(counts: Counts, *, as_json: str) -> int:
     from dataclasses import asdict
 
     from cowfs.model import format_size
 
     if as_json:
-        print_json(asdict(counts))
+        print_json(asdict(counts), as_json)
     else:
         print(f"{counts.paths} paths, {format_size(counts.data)} of data in {format_size(counts.size)}")
     return 0
@@ -159,7 +161,7 @@ def _export(args: argparse.Namespace) -> int:
     if args.file == "-":
         sys.stdout.buffer.flush()
     elif args.json:
-        print_json({"exported": told, "file": args.file, "format": args.format})
+        print_json({"exported": told, "file": args.file, "format": args.format}, args.json)
     return 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from cowfs.cli import Command
-from cowfs.cli.output import print_json, print_table, shown, size_or
+from cowfs.cli.output import print_items, print_json, print_table, shown, size_or
 from cowfs.cli.store.args import add_store, info_as_json, look_at_store, paged, when
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def _stat(args: argparse.Namespace) -> int:
             "damage": row.damage,
         }
     if args.json:
-        print_json(told)
+        print_json(told, args.json)
         return 0
     lines = [
         ("name", shown(info.name)),
@@ -65,21 +65,28 @@ def _configure_ls(parser: argparse.ArgumentParser) -> None:
     add(
         "filters",
         nargs="*",
-        metavar="FILTER",
-        help='as in: kind==active  parent==base  name~=^web  labels."team"==storage',
+        metavar="FILTER|NAME:PATH",
+        help='as in: kind==active  parent==base  name~=^web  labels."team"==storage; or a directory in a snapshot',
     )
+    add("-l", "--long", action="store_true", help="of NAME:PATH: mode, names, owner, size and time")
     add("-q", "--quiet", action="store_true", help="names only")
     add_store(parser)
 
 
+def _is_place(text: str) -> bool:
+    """Whether an argument of ls is NAME:PATH; a filter has an operator, or no colon outside of quotes."""
+    return ":" in text.partition('"')[0] and not any(sign in text for sign in ("==", "!=", "~="))
+
+
 def _ls(args: argparse.Namespace) -> int:
+    if any(map(_is_place, args.filters)):
+        from cowfs.cli.store.files import list_files
+
+        return list_files(args, args.filters)
     with look_at_store(args) as store:
         found = store.walk(args.filters)
         if args.json:
-            import json
-
-            for info in found:
-                print(json.dumps(info_as_json(info)))
+            print_items(map(info_as_json, found), args.json)
             return 0
         with paged() as line:
             if args.quiet:
@@ -114,7 +121,7 @@ def _tree(args: argparse.Namespace) -> int:
             tags.setdefault(tag.target, []).append(tag.name)
         tops = children.get(None, []) if args.name is None else [store.stat(args.name)]
         if args.json:
-            print_json([_as_tree(info, children, tags) for info in tops])
+            print_json([_as_tree(info, children, tags) for info in tops], args.json)
             return 0
         with paged() as line:
             for info in tops:
@@ -136,16 +143,18 @@ def _as_tree(top: Info, children: dict[str | None, list[Info]], tags: dict[str, 
 def _print_tree(
     top: Info, children: dict[str | None, list[Info]], tags: dict[str, list[str]], line: Callable[[str], None]
 ) -> None:
-    """A chain of only children stays at one depth, so that a chain of 500 can be read."""
-    todo = [(top, 0)]
+    """An only child stays at its parent's depth, behind ``>``, so that a chain of 500 can be read."""
+    todo = [(top, 0, "")]
     while todo:
-        info, depth = todo.pop()
+        info, depth, mark = todo.pop()
         kind = "" if info.kind.value == "committed" else f" [{info.kind.value}]"
         named = f"  ({', '.join(map(shown, tags[info.name]))})" if info.name in tags else ""
-        line(f"{'  ' * depth}{_short(info.name)}{kind}{named}")
+        line(f"{'  ' * depth}{mark}{_short(info.name)}{kind}{named}")
         below = children.get(info.name, [])
-        deeper = depth + 1 if len(below) > 1 or depth == 0 else depth
-        todo += [(child, deeper) for child in reversed(below)]
+        if len(below) == 1 and depth:
+            todo.append((below[0], depth, "> "))
+        else:
+            todo += [(child, depth + 1, "") for child in reversed(below)]
 
 
 def _configure_log(parser: argparse.ArgumentParser) -> None:
@@ -157,7 +166,7 @@ def _log(args: argparse.Namespace) -> int:
     with look_at_store(args) as store:
         chain = store.chain(args.name)
         if args.json:
-            print_json([info_as_json(info) for info in chain])
+            print_json([info_as_json(info) for info in chain], args.json)
             return 0
         with paged() as line:
             for info in chain:
@@ -181,7 +190,7 @@ def _images(args: argparse.Namespace) -> int:
                 {"tag": tag.name, "target": tag.target, "layers": len(chain), "bytes": size, "created": tag.created}
             )
     if args.json:
-        print_json(found)
+        print_json(found, args.json)
     elif found:
         rows = [
             (shown(str(one["tag"])), str(one["layers"]), size_or(int(str(one["bytes"]))), when(int(str(one["created"]))),
@@ -199,10 +208,18 @@ COMMANDS = {
         _configure_ls,
         _ls,
         "List snapshots in the order of their making; conditions in one FILTER must all hold, one of several FILTERs must.",
-        ("cowfs ls", "cowfs ls kind==active", "cowfs ls 'name~=^web,labels.\"team\"==storage'"),
+        (
+            "cowfs ls",
+            "cowfs ls kind==active",
+            "cowfs ls base:/etc -l",
+            "cowfs ls 'name~=^web,labels.\"team\"==storage'",
+        ),
     ),
     "tree": Command(
-        _configure_tree, _tree, "Show which snapshot is based on which.", ("cowfs tree", "cowfs tree debian:12")
+        _configure_tree,
+        _tree,
+        "Show which snapshot is based on which: deeper is based on what is above, > on the line above alone.",
+        ("cowfs tree", "cowfs tree debian:12"),
     ),
     "log": Command(_configure_log, _log, "List a snapshot and its ancestors, nearest first.", ("cowfs log app-v2",)),
     "images": Command(

@@ -1,0 +1,167 @@
+"""Loop devices over image files (loop(4), linux/loop.h), and the ext4 file systems in them as far as their size goes.
+
+A device made here is taken down by the kernel with its last user (LO_FLAGS_AUTOCLEAR): an unmount, whoever does it, leaves nothing.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+import struct
+
+from cowfs.sys._libc import syscall
+from cowfs.sys.mounts import _FSCONFIG, _FSMOUNT, _FSOPEN
+
+__all__ = ["attach", "device_of", "ext4_mount", "ext4_mounted", "ext4_reserve", "grow", "why_not"]
+
+_CTL_GET_FREE, _CONFIGURE, _GET_STATUS64, _SET_CAPACITY = 0x4C82, 0x4C0A, 0x4C05, 0x4C07
+_AUTOCLEAR, _DIRECT_IO = 4, 16
+_INFO = struct.Struct("=5Q4I64s64s32s2Q")  # struct loop_info64
+_HEAD = struct.Struct("=2I")  # of struct loop_config: descriptor, block size
+_EXT4_RESIZE = 0x40086610  # _IOW('f', 16, __u64): blocks (fs/ext4/ext4.h, EXT4_IOC_RESIZE_FS)
+_SET_FLAG, _SET_STRING, _CREATE = 0, 1, 6
+assert (_INFO.size, _HEAD.size) == (232, 8)
+
+
+def why_not() -> str:
+    """Why this process makes no loop devices; "" where nothing speaks against it."""
+    if not os.path.exists("/dev/loop-control"):
+        return "there are no loop devices here (/dev/loop-control)"
+    if not os.access("/dev/loop-control", os.R_OK | os.W_OK):
+        return "loop devices are root's"
+    if not os.access("/sys/fs/ext4", os.W_OK) and not os.path.isdir("/sys/module/ext4"):
+        return "this kernel has no ext4"
+    return ""
+
+
+def attach(image: str) -> tuple[str, int]:
+    """A loop device over a file, read and written without the page cache where the file's host can do that.
+
+    Returns:
+        (its path, a descriptor of it: it stays until that and what was mounted of it is closed).
+
+    Raises:
+        OSError: no device, or what the kernel said.
+    """
+    backing = os.open(image, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            while True:
+                path = f"/dev/loop{fcntl.ioctl(control, _CTL_GET_FREE)}"
+                device = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+                try:
+                    _configure(device, backing, image)
+                    return path, device
+                except OSError as error:
+                    os.close(device)
+                    if error.errno != errno.EBUSY:  # somebody else was given the same one, and was faster
+                        raise
+        finally:
+            os.close(control)
+    finally:
+        os.close(backing)
+
+
+def _configure(device: int, backing: int, image: str) -> None:
+    name = os.fsencode(image)[-63:]
+    for flags in (_AUTOCLEAR | _DIRECT_IO, _AUTOCLEAR):
+        info = _INFO.pack(0, 0, 0, 0, 0, 0, 0, 0, flags, name, b"", b"", 0, 0)
+        try:
+            fcntl.ioctl(device, _CONFIGURE, _HEAD.pack(backing, 0) + info + bytes(64))
+            return
+        except OSError as error:
+            if error.errno != errno.EINVAL or not flags & _DIRECT_IO:
+                raise
+
+
+def device_of(image: str) -> str | None:
+    """The loop device over a file, in whatever mount namespace it is used; None where there is none."""
+    try:
+        wanted = os.stat(image)
+    except FileNotFoundError:
+        return None
+    for name in os.listdir("/sys/block"):
+        if not re.fullmatch("loop[0-9]+", name) or not os.path.exists(f"/sys/block/{name}/loop"):
+            continue
+        try:
+            fd = os.open(f"/dev/{name}", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            continue
+        try:
+            device, inode = _INFO.unpack(fcntl.ioctl(fd, _GET_STATUS64, bytes(_INFO.size)))[:2]
+        except OSError:
+            continue
+        finally:
+            os.close(fd)
+        if inode == wanted.st_ino and _new_encoding(wanted.st_dev) == device:
+            return f"/dev/{name}"
+    return None
+
+
+def _new_encoding(dev: int) -> int:
+    """A device number as the kernel's ``huge_encode_dev`` gives it, which lo_device has."""
+    major, minor = os.major(dev), os.minor(dev)
+    return (minor & 0xFF) | (major << 8) | ((minor & ~0xFF) << 12)
+
+
+def ext4_mounted(device: str) -> bool:
+    """Whether the ext4 of a device is mounted, in whatever mount namespace."""
+    return os.path.exists(f"/sys/fs/ext4/{os.path.basename(device)}")
+
+
+def ext4_mount(device: str, *, readonly: bool = False) -> int:
+    """Mount the ext4 of a device without a place; a descriptor of its root. One that is mounted already is the same file system.
+
+    Tables of inodes are not written in advance (``noinit_itable``): they would take room on the host that nobody uses.
+
+    Raises:
+        OSError: as mount(2); EBUSY: mounted already, and with another ``readonly``.
+    """
+    fd = syscall(_FSOPEN, b"ext4", 1)
+    try:
+        syscall(_FSCONFIG, fd, _SET_STRING, b"source", os.fsencode(device), 0)
+        if readonly:
+            syscall(_FSCONFIG, fd, _SET_FLAG, b"ro", None, 0)
+        syscall(_FSCONFIG, fd, _SET_FLAG, b"noinit_itable", None, 0)
+        syscall(_FSCONFIG, fd, _CREATE, None, None, 0)
+        return syscall(_FSMOUNT, fd, 1, 0)
+    finally:
+        os.close(fd)
+
+
+def ext4_reserve(device: str, blocks: int) -> None:
+    """Withhold free blocks from everybody, root included; what is used already stays.
+
+    Source: the kernel's Documentation/ABI/testing/sysfs-fs-ext4, ``reserved_clusters``. It lasts until the unmount.
+
+    Raises:
+        OSError: EINVAL: more than the file system has; EROFS where /sys cannot be written.
+    """
+    with open(f"/sys/fs/ext4/{os.path.basename(device)}/reserved_clusters", "w", encoding="ascii") as file:
+        file.write(f"{blocks}\n")
+
+
+def grow(image: str, device: str, root: int, size: int) -> None:
+    """Make an image, its device and the ext4 in it larger, mounted as it is.
+
+    Args:
+        root: a descriptor of a directory of the file system.
+        size: bytes; a multiple of 4,096.
+
+    Raises:
+        OSError: as of ftruncate(2), the loop driver, and ext4.
+    """
+    os.truncate(image, size)
+    fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.ioctl(fd, _SET_CAPACITY, 0)
+    finally:
+        os.close(fd)
+    fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=root)
+    try:
+        fcntl.ioctl(fd, _EXT4_RESIZE, struct.pack("=Q", size // 4096))
+    finally:
+        os.close(fd)
