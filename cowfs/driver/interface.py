@@ -162,6 +162,9 @@ class Driver(ABC):
     whole: ClassVar[bool] = False
     """Short for a driver whose :attr:`capabilities` are the usual ones of whole layers."""
 
+    own_form: ClassVar[str] = ""
+    """The form of this driver's layers; "": what the user who makes the store can have (``trusted`` or ``user``)."""
+
     row: int = 0
     """Short for a driver whose :attr:`capabilities` are the usual ones of redirect files of so many bytes a block."""
 
@@ -272,6 +275,7 @@ class Driver(ABC):
             limit=limit,
             trusted=self.form.redirects,
             row=can.row,
+            form=self.own_form,
             why_not_kernel=self._why_not_layers() or self._why_not_kernel(limit),
             why_not_image=self._why_not_kernel(limit),
         )
