@@ -282,7 +282,7 @@ with Store.open({store.root!r}, fsync=False) as store:
 
 @contextmanager
 def _following(at: Path) -> Iterator[Iterator[bytes]]:
-    connection = _connect(at)
+    connection = _Local(at)
     try:
         connection.request("GET", "/events")
         answer = connection.getresponse()
@@ -291,16 +291,21 @@ def _following(at: Path) -> Iterator[Iterator[bytes]]:
         connection.close()
 
 
-def _connect(at: Path) -> http.client.HTTPConnection:
-    connection = http.client.HTTPConnection("localhost", timeout=60)
-    connection.sock = socket.socket(socket.AF_UNIX)
-    connection.sock.settimeout(60)
-    connection.sock.connect(str(at))
-    return connection
+class _Local(http.client.HTTPConnection):
+    """A connection to a unix socket."""
+
+    def __init__(self, at: Path) -> None:
+        super().__init__("localhost", timeout=60)
+        self._at = str(at)
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(60)
+        self.sock.connect(self._at)
 
 
 def _get(at: Path, path: str) -> tuple[int, bytes]:
-    connection = _connect(at)
+    connection = _Local(at)
     try:
         connection.request("GET", path)
         answer = connection.getresponse()
