@@ -40,7 +40,7 @@ from cowfs.index.database import Row
 from cowfs.index.transaction import Committed, NameTaken
 from cowfs.model import Info, Kind, Limit, Mount, Usage
 from cowfs.mounting.switch_mark import MARK
-from cowfs.store import layers
+from cowfs.store import instant, layers
 from cowfs.store.checking import Collected, UpkeepVerbs
 from cowfs.store.key_lock import turn
 from cowfs.store.mounts import KernelMount
@@ -106,8 +106,8 @@ class LiveVerbs(UpkeepVerbs):
 
         Raises:
             NotFound, AlreadyExists: as for :meth:`commit`.
-            FailedPrecondition: mounted by the kernel, read-only, or in use by another verb.
-            Unsupported: the driver keeps whole trees.
+            FailedPrecondition: read-only, in use by another verb, or mounted by the kernel and the driver is none that takes snapshots itself.
+            Unsupported: the driver keeps whole trees, and takes no snapshots itself.
         """
         check_key(name)
         check_labels(labels or {})
@@ -119,6 +119,9 @@ class LiveVerbs(UpkeepVerbs):
         self._free(name)
         self._can_switch("snapshot")
         switch = _Switch("snapshot", row.num, name, {**row.labels, **labels, LABEL: key})
+        if self.driver.capabilities.snapshots:
+            instant.snapshot(self, row, name, switch.labels, self._server_of(row, made_by="store"))
+            return self.index.get(name).info()
         self._switch(row, switch, [id for _, id in self.index.chain(row.num)], "freeze")
         return self.index.get(name).info()
 
@@ -134,7 +137,7 @@ class LiveVerbs(UpkeepVerbs):
         Raises:
             NotFound: no such key or name.
             InvalidArgument: not an ancestor of the key.
-            FailedPrecondition: mounted by the kernel, read-only, or in use by another verb.
+            FailedPrecondition: mounted by the kernel, read-only, or in use by another verb; of whole layers mounted at all.
         """
         if keep is not None:
             check_key(keep)
@@ -147,6 +150,11 @@ class LiveVerbs(UpkeepVerbs):
         if ancestor.num not in [num for num, _ in self.index.chain(row.parent)]:
             raise InvalidArgument(f"{name!r} is not an ancestor of {key!r}", remedy=f"'cowfs log {key}' shows them")
         self._can_switch("rollback")
+        if self.driver.capabilities.whole and (where := self.mounted_at(key)) is not None:
+            raise FailedPrecondition(
+                f"{key!r} is mounted at {where}: the driver {self.driver.name} puts back what is not mounted",
+                remedy=f"cowfs umount {where}",
+            )
         if keep is not None:
             self._snapshot(key, keep, {})
             row = self._active(key)
@@ -212,6 +220,8 @@ class LiveVerbs(UpkeepVerbs):
 
     def _base_at(self, row: Row, ancestor: Row) -> tuple[Usage, bool]:
         """The base that a key has over one of its ancestors, and whether they share a limit: its own snapshots count for it."""
+        if self.driver.capabilities.whole:
+            return instant.base_at(self, row, ancestor)
         under = row
         for num, _ in self.index.chain(row.parent):
             one = self.index.by_num(num)
@@ -223,7 +233,7 @@ class LiveVerbs(UpkeepVerbs):
         return Usage(), False
 
     def _can_switch(self, verb: str) -> None:
-        if not self.driver.capabilities.live:
+        if not (self.driver.capabilities.live or self.driver.capabilities.snapshots):
             raise Unsupported(
                 f"the driver {self.driver.name} keeps whole trees: no {verb}", remedy="use commit and prepare"
             )
@@ -259,6 +269,8 @@ class LiveVerbs(UpkeepVerbs):
         marked = False
         try:
             driver.create(here, parents, row.limit)
+            if driver.capabilities.whole:
+                layers.mark_copied(driver, here, parents[0], only_root=False)
             _write_note(self._note(id), switch)
             driver.publish(here, LIVE + id)
             here = LIVE + id

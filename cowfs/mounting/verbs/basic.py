@@ -36,6 +36,7 @@ LATE_VERBS = {
     "restack": "cowfs.mounting.verbs.restack",
     "rollback": "cowfs.mounting.verbs.live",
     "statistics": "cowfs.mounting.verbs.statistics",
+    "subvolume": "cowfs.mounting.verbs.live",
     "sync": "cowfs.mounting.verbs.live",
 }
 """Verbs that most mounts never need, and the module that registers them when first asked for."""
