@@ -4,15 +4,13 @@
 >>> with cowfs.mount(["layers/base", "layers/python"], "/mnt/rootfs", size="2G") as m:  # doctest: +SKIP
 ...     m.usage(), m.limit(), list(m.diff())
 
-Strategy: importing the package costs next to nothing. Every public name is imported from its module on first use
+Strategy: importing the package costs nothing. Every public name is imported from its module on first use
 (PEP 562), so that the command, which must mount within 200 ms with Python's own start, pays only for what it uses.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
-
-from cowfs.union import redirecting
 
 __version__ = "0.1.0"
 
@@ -81,13 +79,11 @@ if TYPE_CHECKING:
     from cowfs.union.paths import Paths as Paths
 
 
-def _redirects(view: View) -> Redirects | None:
+def redirects_of(view: View) -> Redirects | None:
+    """What makes the redirect files of every view (:mod:`cowfs.union.redirecting`)."""
     from cowfs.row.redirects import rows_of
 
     return rows_of(view)
-
-
-redirecting.provide(_redirects)
 
 
 def __getattr__(name: str) -> object:

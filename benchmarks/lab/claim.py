@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .measure import Lab
     from .profiles import Profile
 
 Key = tuple[str, str, float | None]  # metric, subject, x
@@ -61,7 +60,7 @@ class Claim:
     why: str
     metrics: tuple[Metric, ...]
     subjects: tuple[str, ...]
-    measure: Callable[[Lab], None]
+    measure: Callable[[Any], None]  # gets the Lab (.measure)
     bars: tuple[Bar, ...] = ()
     topic: str = "mount"  # the page of the report: mount, store, row
     picture: bool = True

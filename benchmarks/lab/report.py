@@ -21,7 +21,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLo
 
 from .choose import advice
 from .claim import Claim, Metric, Result, show
-from .suite import HEADINGS, medians_rows, verdict_rows
+from .rows import HEADINGS, medians_rows, verdict_rows
 
 COLOURS = {
     "cowfs": "#0b6e99",

@@ -16,19 +16,35 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from cowfs.fuse import abi, codec
 from cowfs.fuse.workers import Gates, Workers
 
 if TYPE_CHECKING:
-    from cowfs.fuse.loop import Session
+    from cowfs.union import View
+
+
+class Owner(Protocol):
+    """The session, as far as it is asked here."""
+
+    view: View
+
+    def report(self) -> int: ...
+
+    def post(self, fn: Callable[[], None], wake: Callable[[], bool] | None = None) -> None: ...
+
+    def reply(self, unique: int, opcode: int, reply: codec.Reply) -> None: ...
+
+    def dispatch(self, request: bytes) -> None: ...
+
+    def drop_attributes(self, nodeid: int) -> None: ...
 
 
 class Errands:
     """The errands of one session, which it asks to reply, to dispatch and to post."""
 
-    def __init__(self, session: Session, workers: int, most_jobs: int) -> None:
+    def __init__(self, session: Owner, workers: int, most_jobs: int) -> None:
         self.gates = Gates()
         self.workers = Workers(workers, session.report, most_jobs)
         self.watched: dict[int, int] = {}  # unique -> pid of interrupted requests that still wait

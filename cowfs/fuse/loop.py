@@ -240,7 +240,7 @@ class Session:
             self._ended = True
             self._empty_mail()
             self._answer_awaiting()
-            self.view.patient = False
+            self.view.wait_for_forgets(False)
             os.close(self._fd)
             self.notifier.close()
             os.close(self._wake)
@@ -337,7 +337,7 @@ class Session:
         crowded, crowd = 0, CROWDED_REQUESTS
         nodes, most = self.view.nodes, self.options.max_nodes
         awaiting, patience = self._awaiting, PATIENCE
-        self.view.patient = True
+        self.view.wait_for_forgets(True)
         tries = TRIES
         while True:
             if mail:
@@ -489,13 +489,13 @@ class Session:
         """The device had nothing more (or enough came since): now it counts."""
         put_off = self._awaiting[:]
         self._awaiting.clear()
-        self.view.patient = False
+        self.view.wait_for_forgets(False)
         for again in put_off:
             try:
                 again()
             except Exception:  # noqa: BLE001 - a bug must not end the server; it is logged
                 self.report()
-        self.view.patient = True
+        self.view.wait_for_forgets(True)
 
     def _empty_mail(self) -> None:
         mail = self._mail

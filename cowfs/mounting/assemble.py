@@ -7,8 +7,8 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from cowfs.errors import CowfsError, NotFound, Unsupported
-from cowfs.mounting.request import MountSpec
+from cowfs.errors import CowfsError, InvalidArgument, NotFound, Unsupported
+from cowfs.mounting.request import INDEXED, MountSpec
 from cowfs.mounting.resources import Stack
 
 if TYPE_CHECKING:
@@ -42,11 +42,11 @@ def make_view(stack: Stack) -> View:
         row=spec.row or None,
     )
     if spec.factory:
-        from importlib import import_module
+        if spec.factory != INDEXED:
+            raise InvalidArgument(f"nothing makes a view by the name {spec.factory!r}")
+        from cowfs.mounting import index_view
 
-        module, _, function = spec.factory.partition(":")
-        made: View = getattr(import_module(module), function)(stack, options)
-        return made
+        return index_view.view(stack, options)
     return View(stack.lowers, stack.upper, stack.work, options=options)
 
 

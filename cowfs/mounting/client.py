@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 from cowfs.errors import FailedPrecondition, InvalidArgument, NotFound
 from cowfs.model import SMALLEST_LIMIT, Limit, Statistics, Timed, Usage, parse_count, parse_size
 from cowfs.mounting import mountpoint, protocol
-from cowfs.mounting.request import HIDDEN, IdMap, MountSpec, find_layers, refuse_layer
+from cowfs.mounting.request import IdMap, MountSpec, find_layers, refuse_layer
+from cowfs.mounting.upper_state import HIDDEN
 
 if TYPE_CHECKING:
     from cowfs.model import Change

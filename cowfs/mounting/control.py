@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 from cowfs.errors import CowfsError, InvalidArgument
 from cowfs.mounting import protocol
-from cowfs.mounting.verbs import basic
+from cowfs.mounting.verbs import finding
 from cowfs.sys.threads import Thread
 
 if TYPE_CHECKING:
-    from cowfs.mounting.server import Server
+    from cowfs.mounting.served import ServedMount
 
 __all__ = ["Control"]
 
@@ -77,7 +77,7 @@ class Control:
         terminate: what SIGTERM and SIGINT ask for.
     """
 
-    def __init__(self, server: Server, terminate: Callable[[], None]) -> None:
+    def __init__(self, server: ServedMount, terminate: Callable[[], None]) -> None:
         self._server = server
         self._terminate = terminate
         self._ours, self._theirs = socket.socketpair()  # signal numbers, and 0: somebody is back
@@ -230,9 +230,9 @@ class Control:
         except (ValueError, RecursionError):
             return {"error": protocol.error_to(InvalidArgument("not a message of cowfs"))}
         name = str(message.get("verb"))
-        function = basic.find_verb(name)
+        function = finding.find_verb(name)
         if function is None:
-            known = ", ".join(sorted({*basic.VERBS, *basic.LATE_VERBS}))
+            known = ", ".join(finding.names())
             return {"error": protocol.error_to(InvalidArgument(f"no such verb: {message.get('verb')!r}", remedy=known))}
         try:
             return {"ok": function(self._server, message)}

@@ -22,7 +22,7 @@ from cowfs.union.layers import Descriptors, Layer
 from cowfs.union.measure import measure
 
 if TYPE_CHECKING:
-    from cowfs.mounting.server import Server
+    from cowfs.mounting.served import ServedMount
 
 __all__ = ["Counter"]
 
@@ -33,7 +33,7 @@ _FEW = 64  # descriptors of directories
 class Counter:
     """The count of one mount's upper layer."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: ServedMount) -> None:
         self._server = server
         self._changed = threading.Condition()
         self._walking = False

@@ -23,10 +23,7 @@ if TYPE_CHECKING:
     from cowfs.union import Options
     from cowfs.union.options import TreeIndex
 
-__all__ = ["FACTORY", "count_from_now", "keep_limit", "view"]
-
-FACTORY = "cowfs.mounting.index_view:view"
-"""What a mount's wish names, so that its server calls :func:`view`."""
+__all__ = ["count_from_now", "keep_limit", "view"]
 
 
 def view(stack: Stack, options: Options) -> View:
@@ -53,8 +50,9 @@ def _count(view: View, row: Row) -> None:
 
     Of a whole layer, what was copied is neither use nor limit; what live snapshots beneath hold counts, too.
     """
-    view.space = quota.Space(view)
-    view.space.offset(-(row.base.bytes // quota.UNIT), -row.base.inodes)
+    space = quota.Space(view)
+    space.offset(-(row.base.bytes // quota.UNIT), -row.base.inodes)
+    view.swap_space(space)
 
 
 def place_of(tree: str) -> tuple[str, str]:

@@ -218,7 +218,7 @@ def main(idle: float = IDLE) -> NoReturn:
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
     os.close(null)
-    _import("cowfs.union.view", "cowfs.fuse.loop", "cowfs.fuse.handshake")
+    _warm()
     while select.select([client], [], [], idle)[0]:
         head, fds, _, _ = socket.recv_fds(client, _LENGTH.size, 2)
         body = _exactly(client, _LENGTH.unpack(head)[0]) if len(head) == _LENGTH.size and len(fds) == 2 else b""
@@ -227,7 +227,7 @@ def main(idle: float = IDLE) -> NoReturn:
         message = protocol.decode(body)
         spec = MountSpec.from_json(message["spec"])
         if spec.factory:
-            _import(spec.factory.partition(":")[0])
+            _warm_index()
         _freeze()
         if not os.fork():
             client.close()
@@ -237,14 +237,22 @@ def main(idle: float = IDLE) -> NoReturn:
     os._exit(0)
 
 
-def _import(*names: str) -> None:
-    from importlib import import_module
+def _warm() -> None:
+    """Import what every server needs, once for all of them; where that fails, the server that needs it will say so."""
+    try:
+        import cowfs.fuse.handshake
+        import cowfs.fuse.loop
+        import cowfs.union.view  # noqa: F401 - imported here once, for all servers
+    except ImportError:
+        pass
 
-    for name in names:
-        try:
-            import_module(name)
-        except ImportError:
-            pass  # the server that needs it will say so
+
+def _warm_index() -> None:
+    """The same for servers of a store's snapshots."""
+    try:
+        import cowfs.mounting.index_view  # noqa: F401 - imported here once, for all servers
+    except ImportError:
+        pass
 
 
 def _freeze() -> None:

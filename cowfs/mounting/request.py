@@ -14,10 +14,8 @@ from dataclasses import asdict, dataclass, fields
 
 from cowfs.errors import FailedPrecondition, InvalidArgument, NotFound
 
-__all__ = ["HIDDEN", "IdMap", "MountSpec", "check_directory", "find_layers", "refuse_layer"]
+__all__ = ["INDEXED", "IdMap", "MountSpec", "check_directory", "find_layers", "refuse_layer"]
 
-HIDDEN = ".cowfs"
-"""Directory beside the layers for what cowfs keeps there; ending of the one beside an upper."""
 
 _OF_A_ROOT = frozenset(
     [
@@ -48,6 +46,9 @@ _OF_A_ROOT = frozenset(
 
 _MARKS = tuple(f"{prefix}.overlay.{mark}" for prefix in ("trusted", "user") for mark in ("opaque", "origin", "impure"))
 
+INDEXED = "cowfs.mounting.index_view:view"
+"""``MountSpec.factory`` of a store's snapshots (:func:`cowfs.mounting.index_view.view`)."""
+
 IdMap = tuple[tuple[int, int, int], ...]
 
 
@@ -71,7 +72,7 @@ class MountSpec:
         options: mount(8) words (``nodev``, ``noexec``...).
         subtype: the type shown is ``fuse.SUBTYPE``.
         log: file for diagnostics; "": one in the run directory, or standard error in the foreground.
-        factory: "module:function" called with the stack and the view's options to make the view; "": the merged view.
+        factory: what makes the view: :data:`INDEXED`, from a store's index; "": the merged view of the layers.
         label: what `cowfs mounts` shows beside the mount (a snapshot's key, say).
         checked: layers, upper and work come from a store, which vouches for them: the checks whose cost grows with
             the number of layers are left out.
@@ -184,7 +185,7 @@ def refuse_layer(directory: str) -> None:
 
 def _is_recorded(path: str, above: str) -> bool:
     from cowfs.errors import Corrupt
-    from cowfs.mounting.upper_state import layers_of, read_record
+    from cowfs.mounting.upper_state import HIDDEN, layers_of, read_record
 
     place = os.path.join(above, HIDDEN)
     try:

@@ -186,6 +186,10 @@ class Server:
         """Run a function in the thread that owns the view, between two requests."""
         return self.session.call(function)
 
+    def now(self, **changes: Any) -> None:
+        """The mount is other than it was asked to be: fields of the spec and their new values."""
+        self.spec = replace(self.spec, **changes)
+
     def facts(self) -> dict[str, Any]:
         """What is known only now that it runs."""
         return {
@@ -229,7 +233,7 @@ class Server:
         self.view = make_view(self.stack)
         self._view_open = True
         self._chronicle = Chronicle(spec, self.stack)
-        self.view.limit_reached = self._chronicle.reached
+        self.view.on_limit(self._chronicle.reached)
         if spec.volatile and self.stack.work and not spec.readonly:
             from cowfs.mounting.volatile import mark_volatile
 

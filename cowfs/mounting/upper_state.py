@@ -11,13 +11,14 @@ from collections.abc import Sequence
 
 from cowfs.errors import Corrupt
 from cowfs.model import Limit
-from cowfs.mounting.request import HIDDEN
 from cowfs.sys import atomic
 from cowfs.sys.regular import read_small
 
-__all__ = ["RECORD", "layers_of", "limit_of", "lookup_record", "read_record", "record_places", "write_record"]
+__all__ = ["HIDDEN", "RECORD", "layers_of", "limit_of", "lookup_record", "read_record", "record_places", "write_record"]
 
 RECORD = "state.json"
+HIDDEN = ".cowfs"
+"""Directory beside the layers for what cowfs keeps there; ending of the one beside an upper."""
 
 
 def record_places(upper: str) -> tuple[str, ...]:

@@ -7,21 +7,28 @@ layer is gone.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from cowfs.format.redirect import Ref
 from cowfs.row.file import RowFile
 from cowfs.union.filedata import Absorbing
-from cowfs.union.layers import Layer
+from cowfs.union.layers import Layer, Source
 from cowfs.union.node import Node
-
-if TYPE_CHECKING:
-    from cowfs.row.redirects import Rows
 
 _PIECE = 1 << 20  # bytes that are filled in one go
 
 
-def reference(rows: Rows, node: Node, layer: Layer) -> Ref | None:
+class Files(Protocol):
+    """The redirect files of a view, as far as they are asked here."""
+
+    def ref_at(self, where: Source, name: bytes) -> Ref | None: ...
+
+    def redirect(self, node: Node) -> bool: ...
+
+    def make_plain(self, file: RowFile) -> None: ...
+
+
+def reference(rows: Files, node: Node, layer: Layer) -> Ref | None:
     """The reference of the layer's redirect file that a file is or stands on; ``None`` when it is a plain one."""
     file = node.data
     assert isinstance(file, RowFile)
@@ -34,7 +41,7 @@ def reference(rows: Rows, node: Node, layer: Layer) -> Ref | None:
     return None
 
 
-def stands_on(rows: Rows, node: Node, layer: Layer) -> bool:
+def stands_on(rows: Files, node: Node, layer: Layer) -> bool:
     """Whether a file of another layer needs what ``layer``, the topmost lower one, holds."""
     file = node.data
     assert isinstance(file, RowFile)
@@ -59,7 +66,7 @@ class RowAbsorbing(Absorbing):
         renames: paths by which the layer refers to what is beneath hold no more.
     """
 
-    def __init__(self, rows: Rows, node: Node, layer: Layer, *, renames: bool) -> None:
+    def __init__(self, rows: Files, node: Node, layer: Layer, *, renames: bool) -> None:
         self._rows, self._node, self._layer = rows, node, layer
         old = node.data
         before = reference(rows, node, layer)

@@ -10,20 +10,21 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from cowfs.format.redirect import Ref
 from cowfs.row.extents import INFINITY, ZEROS, Extents
 from cowfs.row.map import Loaded, Log
 from cowfs.row.readahead import Ahead, Hints, plan
-from cowfs.union.filedata import FileData, Lower
+from cowfs.union.filedata import Lower
 from cowfs.union.layers import Layer, Source
-from cowfs.union.node import Node
+from cowfs.union.node import FileData, Node
 from cowfs.union.quota import UNIT
 
 if TYPE_CHECKING:
-    from cowfs.row.redirects import Rows
-    from cowfs.row.rewrite import Twin
+    from cowfs.row.readahead import Pilot
+    from cowfs.row.writeback import Syncer
+    from cowfs.union.core import Core
 
 #: a read with more segments than this fetches the main level's span whole and patches the others into it
 _FEW = 3
@@ -45,6 +46,59 @@ class Level:
         self.where = where
         self.name = name
         self.fd = fd
+
+
+class Owner(Protocol):
+    """All redirect files of a view (:class:`cowfs.row.redirects.Rows`), as one of them sees it.
+
+    Attributes:
+        copies: a read from more levels than this is not handed to another thread: that takes a descriptor of each.
+    """
+
+    view: Core
+    pilot: Pilot
+    syncer: Syncer
+    copies: int
+
+    def resolve(self, file: Chain) -> None:
+        """Give a file its chain: the levels beneath and who holds what."""
+
+    def opening(self, file: Chain) -> None:
+        """A level of a file is about to be opened."""
+
+    def released(self, file: Chain) -> None:
+        """All levels of a file were closed."""
+
+    def trim_logs(self) -> None:
+        """Close the maps opened longest ago, above their share."""
+
+    def open_log(self, file: Chain, loaded: Loaded | None) -> Log:
+        """The map of a file of the upper layer, made at the first need."""
+
+    def wrote(self, file: Chain, log: Log) -> None:
+        """A record was appended."""
+
+    def close_log(self, file: Chain, log: Log) -> None:
+        """A file lets go of its map."""
+
+    def drop_map(self, layer: Layer, ref: Ref) -> None:
+        """Remove a map that nothing refers to any more."""
+
+    def make_plain(self, file: Chain) -> None:
+        """A file that shows nothing of its base any more is a plain one."""
+
+    def replaced(self, file: Chain, fd: int) -> None:
+        """A plain file with the same data, open as ``fd``, has taken the place of a file."""
+
+
+class Successor(Protocol):
+    """The file that is to take another's place (:class:`cowfs.row.rewrite.Twin`)."""
+
+    def changed(self, start: int, end: int) -> None:
+        """The file's data in [start, end) is another now."""
+
+    def give_up(self) -> None:
+        """It cannot take the place any more."""
 
 
 class Chain(FileData):
@@ -92,7 +146,7 @@ class Chain(FileData):
         "where",
     )
 
-    def __init__(self, rows: Rows, layer: Layer, where: Source | None, name: bytes, ref: Ref | None) -> None:
+    def __init__(self, rows: Owner, layer: Layer, where: Source | None, name: bytes, ref: Ref | None) -> None:
         self.rows = rows
         self.layer = layer
         self.where = where
@@ -103,7 +157,7 @@ class Chain(FileData):
         self.base_end = 0
         self.size = 0
         self.ahead = Ahead()
-        self.twin: Twin | None = None
+        self.twin: Successor | None = None
         self.extents: Extents | None = None
         self.levels: list[Level] = []
         self.log: Log | None = None
@@ -131,7 +185,7 @@ class Chain(FileData):
         """Whether it is in the upper layer: a frozen one is redirected again."""
         view = self.rows.view
         where = self.node.where
-        return self.where is None and (where is None or where.layer is view.upper) and not view.readonly
+        return self.where is None and (where is None or where.layer is view.stack.upper) and not view.readonly
 
     def shown(self, st: os.stat_result) -> tuple[int, int]:
         base = self.ref.base_blocks if self.ref is not None else 0
@@ -165,6 +219,18 @@ class Chain(FileData):
 
     def found_at(self) -> object:
         return super().found_at() if self.where is not None else None
+
+    @property
+    def pilot(self) -> Pilot:
+        """What gives hints to the host."""
+        return self.rows.pilot
+
+    def succeeded_by(self, twin: Successor | None) -> None:
+        """A file is being made that is to take this one's place; ``None``: no more."""
+        self.twin = twin
+
+    def mapped(self) -> None:
+        """There is a map now; the writing side notes it on the disk."""
 
     def _fd(self, owner: int) -> int:
         levels = self.levels

@@ -22,7 +22,7 @@ from cowfs.row.rewrite import Twin
 from cowfs.union.node import Dir, Node
 
 if TYPE_CHECKING:
-    from cowfs.union.view import View
+    from cowfs.union.core import Core
 
 #: compact a file when at least this part of it is its own
 SHARE = 0.75
@@ -52,7 +52,7 @@ class Progress:
     path: bytes = b""
 
 
-def compact(view: View, *, share: float = SHARE, call: Call[object] | None = None) -> Iterator[Progress]:
+def compact(view: Core, *, share: float = SHARE, call: Call[object] | None = None) -> Iterator[Progress]:
     """Compact the redirect files of a view's upper layer.
 
     Args:
@@ -145,7 +145,7 @@ def _anew(
 class _File:
     """One file being compacted. Its methods run in the thread that owns the view."""
 
-    def __init__(self, view: View, path: bytes, share: float) -> None:
+    def __init__(self, view: Core, path: bytes, share: float) -> None:
         self._view = view
         self._path = path
         self._share = share

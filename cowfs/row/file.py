@@ -128,7 +128,7 @@ class RowFile(Chain):
                 log.append(first, last)
                 self.rows.wrote(self, log)
             extents.put(first << shift, last << shift, own)
-            self.rows.view.work.redirected_blocks += last - first
+            self.rows.view.work.redirected_more(last - first)
         if reached < stop and space is not None:
             space.recount(self.node)
         written = min(reached if whole else last << shift, end) - offset
@@ -243,7 +243,7 @@ class RowFile(Chain):
         self.load()
         fd = self._ready_to_write()
         if self.twin is not None:
-            self.twin.dead = True
+            self.twin.give_up()
         space, node = self.rows.view.space, self.node
         end = offset + length
         size = self.size

@@ -15,13 +15,10 @@ from __future__ import annotations
 import contextlib
 import os
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Final
+from typing import Final, Protocol
 
 from cowfs.row.extents import ZEROS
 from cowfs.sys.threads import Thread
-
-if TYPE_CHECKING:
-    from cowfs.row.chain import Chain
 
 #: The most bytes asked for ahead of a reader; the first time twice what it reads.
 MOST: Final = 8 << 20
@@ -93,6 +90,18 @@ class Pilot:
             self._thread = None
 
 
+class Readable(Protocol):
+    """The file that is read, as far as it is asked here."""
+
+    size: int
+
+    @property
+    def pilot(self) -> Pilot: ...
+
+    def hints(self, start: int, end: int) -> Hints:
+        """What to ask the host for when [start, end) will be read."""
+
+
 class Ahead:
     """How far ahead one file was asked for. Owner: the view's thread.
 
@@ -111,7 +120,7 @@ class Ahead:
         self.asked = 0
         self.window = 0
 
-    def follow(self, chain: Chain, offset: int, end: int) -> bool:
+    def follow(self, chain: Readable, offset: int, end: int) -> bool:
         """[offset, end) is going to be read. Returns whether that goes on where the last read ended."""
         sequential = self.next <= offset <= max(self.next, self.asked)
         if not sequential:
@@ -121,15 +130,15 @@ class Ahead:
         self.next = end
         return sequential
 
-    def wait(self, chain: Chain, offset: int, end: int) -> None:
+    def wait(self, chain: Readable, offset: int, end: int) -> None:
         """A read in sequence has to wait for the disk: begin."""
         if not self.asked:
             self.window = end - offset
             self._ask(chain, offset, end)
 
-    def _ask(self, chain: Chain, start: int, end: int) -> None:
-        if chain.rows.pilot.busy:
+    def _ask(self, chain: Readable, start: int, end: int) -> None:
+        if chain.pilot.busy:
             return
         self.window = min(2 * self.window, MOST)
         self.asked = min(end + self.window, chain.size)
-        chain.rows.pilot.give(chain.hints(start, self.asked))
+        chain.pilot.give(chain.hints(start, self.asked))

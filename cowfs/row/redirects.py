@@ -35,14 +35,14 @@ from cowfs.row.writeback import Syncer
 from cowfs.sys import xattr
 from cowfs.union import copyup, holding, merge, stored
 from cowfs.union.attr import unpack
-from cowfs.union.filedata import PLAIN, Absorbing, FileData, Lower, Redirects
+from cowfs.union.filedata import Absorbing, Lower, Redirects
 from cowfs.union.layers import MAP_DIR, Layer, Source, lstat
 from cowfs.union.measure import NOTHING, Room
-from cowfs.union.node import DT_REG, Node
+from cowfs.union.node import DT_REG, PLAIN, FileData, Node
 from cowfs.union.quota import Blocks
 
 if TYPE_CHECKING:
-    from cowfs.union.view import View
+    from cowfs.union.core import Core
 
 DEFAULT_BLOCK = 4096
 _DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -55,7 +55,7 @@ class Rows(Redirects):
         block: bytes a block in the redirect files made here.
     """
 
-    def __init__(self, view: View) -> None:
+    def __init__(self, view: Core) -> None:
         self.view = view
         self.block = view.options.row or DEFAULT_BLOCK
         check_block(self.block)
@@ -84,7 +84,7 @@ class Rows(Redirects):
         if found is not None:
             return found
         root = layer.root.open()
-        upper = layer is self.view.upper and not self.view.readonly
+        upper = layer is self.view.stack.upper and not self.view.readonly
         if upper and not self.marked(layer):
             with contextlib.suppress(FileExistsError):
                 os.mkdir(MAP_DIR, 0o700, dir_fd=root)
@@ -129,7 +129,7 @@ class Rows(Redirects):
         ref = self.ref_at(where, name)
         if ref is None:
             return None
-        return RowFile(self, where.layer, None if where.layer is self.view.upper else where, name, ref)
+        return RowFile(self, where.layer, None if where.layer is self.view.stack.upper else where, name, ref)
 
     def find(self, where: Source, name: bytes, data: FileData) -> FileData:
         if not isinstance(data, Lower):
@@ -207,9 +207,9 @@ class Rows(Redirects):
         head, _, name = path.rpartition(b"/")
         below = [source for source in queue if source.layer.index < layer.index]
         if not below or below[0].path() != head:
-            below = [root for root in view.roots if root.layer.index < layer.index]
+            below = [root for root in view.stack.roots if root.layer.index < layer.index]
             if head:
-                below = merge.merged_dirs(below, head, view.form, view.roots)
+                below = merge.merged_dirs(below, head, view.form, view.stack.roots)
         for number, source in enumerate(below):
             st = lstat(source, name)
             if st is None:
@@ -217,7 +217,7 @@ class Rows(Redirects):
             if not stat.S_ISREG(st.st_mode):
                 break
             rest = below[number + 1 :]
-            data = merge.metacopy_data(rest, source, name, path, view.form, view.roots)
+            data = merge.metacopy_data(rest, source, name, path, view.form, view.stack.roots)
             return (rest, source, name) if data is None else ([], data.where, data.name)
         raise OSError(errno.EIO, "the base of a redirect file is missing", path)
 
@@ -248,7 +248,7 @@ class Rows(Redirects):
 
     # -- maps ---------------------------------------------------------------------------------
 
-    def open_log(self, file: RowFile, loaded: Loaded | None) -> Log:
+    def open_log(self, file: Chain, loaded: Loaded | None) -> Log:
         """The map of a file of the upper layer, made at the first need."""
         upper = self.view.need_upper()
         assert file.ref is not None
@@ -274,7 +274,7 @@ class Rows(Redirects):
             self.wrote(file, log)
         return log
 
-    def wrote(self, file: RowFile, log: Log) -> None:
+    def wrote(self, file: Chain, log: Log) -> None:
         """A record was appended."""
         if self.view.space is not None:
             self.view.space.map_written(log.name, log.end)
@@ -295,7 +295,7 @@ class Rows(Redirects):
         if ref.has_map:
             with contextlib.suppress(OSError):
                 os.unlink(ref.map_name, dir_fd=self.map_dir(layer))
-                if self.view.space is not None and layer is self.view.upper:
+                if self.view.space is not None and layer is self.view.stack.upper:
                     self.view.space.map_gone(ref.map_name)
 
     # -- making -------------------------------------------------------------------------------
@@ -317,7 +317,7 @@ class Rows(Redirects):
         return self._make(node, size, data)
 
     def _make(self, node: Node, size: int, data: bool) -> bool:
-        view, work, upper = self.view, self.view.workdir, self.view.need_upper()
+        view, work, upper = self.view, self.view.stack.workdir, self.view.need_upper()
         assert work is not None and node.parent is not None
         maps = self.map_dir(upper)
         meta = stored.read_meta(view, node)
@@ -394,7 +394,7 @@ class Rows(Redirects):
             self._logs[file] = None
         view.open_files.use(node, fd, writable=True)
         node.data, node.attr = file, None
-        view.work.redirected_files += 1
+        view.work.redirected()
         if view.space is not None:
             node.space = Blocks()
 
@@ -449,7 +449,7 @@ class Rows(Redirects):
 
     def _anonymous(self, node: Node) -> bool:
         """A lower file that lost its last name is written: it dies with the view, so nothing is recorded."""
-        view, work = self.view, self.view.workdir
+        view, work = self.view, self.view.stack.workdir
         assert work is not None
         if view.space is not None:
             view.space.need(0, 1)
@@ -487,7 +487,7 @@ class Rows(Redirects):
     def absorb(self, node: Node, layer: Layer, *, renames: bool) -> Absorbing:
         return absorbing.RowAbsorbing(self, node, layer, renames=renames)
 
-    def make_plain(self, file: RowFile) -> None:
+    def make_plain(self, file: Chain) -> None:
         """A file that shows nothing of its base any more is a plain one."""
         if file.ref is not None:
             space = self.view.space
@@ -497,12 +497,12 @@ class Rows(Redirects):
                 space.xattrs_changed(file.node, space.xattrs(file.own_fd(), None).over(before))
         self._plain(file)
 
-    def replaced(self, file: RowFile, fd: int) -> None:
+    def replaced(self, file: Chain, fd: int) -> None:
         """A plain file with the same data, open as ``fd``, has taken the place of a redirect file."""
         self.view.open_files.use(file.node, fd, writable=True)
         self._plain(file)
 
-    def _plain(self, file: RowFile) -> None:
+    def _plain(self, file: Chain) -> None:
         view, node = self.view, file.node
         if file.ref is not None:
             self.drop_map(view.need_upper(), file.ref)
@@ -514,11 +514,11 @@ def _no_map(ref: Ref, name: bytes) -> OSError:
     return OSError(errno.EIO, f"the map {ref.map_name.decode()} of a redirect file is missing", name)
 
 
-def rows_of(view: View) -> Rows | None:
+def rows_of(view: Core) -> Rows | None:
     """The redirect files of a view that may have some: by option, or because a layer is marked."""
     if view.options.row:
         return Rows(view)
-    looked_at = view.layers[
-        view.indexed_layers :
+    looked_at = view.stack.layers[
+        view.stack.indexed_layers :
     ]  # an index comes from a store, which knows whether its layers have any
     return Rows(view) if any(is_marked(layer.root.open(), view.form) for layer in looked_at) else None

@@ -82,7 +82,7 @@ class Twin:
     def __init__(self, file: RowFile) -> None:
         """Raises OSError: what the host says to a new file."""
         view = file.rows.view
-        work = view.workdir
+        work = view.stack.workdir
         assert work is not None
         self._file, self._node = file, file.node
         self._view, self._work, self._space = view, work, view.space
@@ -95,7 +95,11 @@ class Twin:
         self._temp = work.temp()
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         self._fd = os.open(self._temp, flags, 0o600, dir_fd=work.fd)
-        file.twin = self
+        file.succeeded_by(self)
+
+    def give_up(self) -> None:
+        """It cannot take the place any more."""
+        self.dead = True
 
     def changed(self, start: int, end: int) -> None:
         """The file's data in [start, end) is another now."""
@@ -129,8 +133,8 @@ class Twin:
     def _usable(self) -> bool:
         """Whether the file is still that of the upper layer, under its only name."""
         view, node = self._view, self._node
-        same = node.data is self._file and self._file.writable and view.workdir is self._work
-        if not same or node.parent is None or node in view.names:
+        same = node.data is self._file and self._file.writable and view.stack.workdir is self._work
+        if not same or node.parent is None or node in view.table.names:
             self.dead = True
         return not self.dead
 
@@ -187,7 +191,7 @@ class Twin:
 
     def end(self) -> None:
         """Let go of it; unless it took the place, it is gone."""
-        self._file.twin = None
+        self._file.succeeded_by(None)
         if self._fd < 0:
             return
         os.close(self._fd)

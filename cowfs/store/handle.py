@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from cowfs.mounting.client import MountHandle
 
 if TYPE_CHECKING:
     from cowfs.model import Info
-    from cowfs.store.live import LiveVerbs
 
 __all__ = ["LiveHandle"]
+
+
+class LiveStore(Protocol):
+    """The store of a mount, as far as its handle asks it; see :class:`cowfs.Store`."""
+
+    def snapshot(self, key: str, name: str, *, labels: Mapping[str, str] | None = None) -> Info: ...
+
+    def rollback(self, key: str, name: str, *, keep: str | None = None) -> Info: ...
 
 
 class LiveHandle(MountHandle):
@@ -21,15 +28,15 @@ class LiveHandle(MountHandle):
         key: the snapshot's key.
     """
 
-    def __init__(self, handle: MountHandle, store: LiveVerbs, key: str) -> None:
+    def __init__(self, handle: MountHandle, store: LiveStore, key: str) -> None:
         super().__init__(handle.mountpoint, handle.pid, handle.socket)
         self.key = key
         self._store = store
 
     def snapshot(self, name: str, *, labels: Mapping[str, str] | None = None) -> Info:
-        """As :meth:`LiveVerbs.snapshot`."""
+        """As :meth:`cowfs.Store.snapshot`."""
         return self._store.snapshot(self.key, name, labels=labels)
 
     def rollback(self, name: str, *, keep: str | None = None) -> Info:
-        """As :meth:`LiveVerbs.rollback`."""
+        """As :meth:`cowfs.Store.rollback`."""
         return self._store.rollback(self.key, name, keep=keep)

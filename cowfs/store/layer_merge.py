@@ -28,8 +28,7 @@ from cowfs.row.file import RowFile
 from cowfs.sys import files, xattr
 from cowfs.union import Options, View, copyup, create, hardlinks, stored
 from cowfs.union.attr import unpack
-from cowfs.union.filedata import PLAIN
-from cowfs.union.node import DT_LNK, DT_REG, Dir, Node
+from cowfs.union.node import DT_LNK, DT_REG, PLAIN, Dir, Node
 from cowfs.union.paths import find
 
 __all__ = ["Merged", "write_changes"]
@@ -86,7 +85,7 @@ class _Writer:
 
     def __init__(self, source: View, into: View, merged: int) -> None:
         self.source, self.into = source, into
-        source.plain_layers = 0  # numbers as the store's mounts show them
+        source.stack.own_numbers()  # numbers as the store's mounts show them
         self.linked: dict[File, Node] = {}  # file with several names -> what was made of it
         self._merged = set(source.layers[len(source.layers) - merged :])
 

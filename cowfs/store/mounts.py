@@ -266,8 +266,7 @@ class MountVerbs(LookVerbs):
 
     def spec(self, key: str, target: str, *, readonly: bool = False, **more: Any) -> MountSpec:
         """The wish that our server gets for a snapshot (:class:`cowfs.mounting.request.MountSpec`)."""
-        from cowfs.mounting.index_view import FACTORY
-        from cowfs.mounting.request import MountSpec
+        from cowfs.mounting.request import INDEXED, MountSpec
 
         words = more.pop("options", ())
         words = words.split(",") if isinstance(words, str) else tuple(words)
@@ -287,7 +286,7 @@ class MountVerbs(LookVerbs):
             inodes=None if readonly else row.limit.inodes,
             options=tuple(word for word in words if word not in ("ro", "rw")),
             row=plan.row,
-            factory=FACTORY,
+            factory=INDEXED,
             label=key,
             checked=True,
             **more,

@@ -7,24 +7,19 @@ made, swept or counted again, and no lock is taken. Where more is needed than th
 
 from __future__ import annotations
 
-import os
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from cowfs.errors import NotFound, Unsupported
 from cowfs.index.database import Index, Row, Tag
-from cowfs.store.opening import INDEX, default_root, make_root
 from cowfs.sys import host
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from cowfs.index.compare import SameData
-    from cowfs.index.directory import Entry
-    from cowfs.model import Change, Info, Usage
+    from cowfs.model import Info
     from cowfs.store.filters import Filter
-    from cowfs.store.store import Store
 
-__all__ = ["Look", "Reading", "must_read"]
+__all__ = ["Reading", "must_read"]
 
 
 def must_read(path: str, form: str) -> None:
@@ -107,81 +102,3 @@ class Reading:
     def tags(self) -> list[Tag]:
         """All tags, by name."""
         return self.index.tags()
-
-
-class Look(Reading):
-    """A store opened for looking. Made by :meth:`open`; a context manager.
-
-    Threads: belongs to one.
-    """
-
-    def __init__(self, root: str, index: Index, *, driver: str, fsync: bool) -> None:
-        self.root = root
-        self.index = index
-        self._driver = driver
-        self._fsync = fsync
-        self._store: Store | None = None
-
-    @classmethod
-    def open(cls, root: str | os.PathLike[str] | None = None, *, driver: str = "auto", fsync: bool = True) -> Self:
-        """Open the store in a directory, which must be one; errors as of :meth:`cowfs.Store.open`."""
-        path = os.path.abspath(os.fspath(root) if root is not None else default_root())
-        make_root(path, create=False)
-        index = Index(os.path.join(path, INDEX), fsync=fsync)
-        made = cls(path, index, driver=driver, fsync=fsync)
-        try:
-            form = index.meta("form")
-            if form is None or index.meta("driver_class") is None or driver not in ("auto", index.meta("driver")):
-                made.store()  # not whole yet, or the wrong one
-            else:
-                must_read(path, form)
-        except BaseException:
-            made.close()
-            raise
-        return made
-
-    def store(self) -> Store:
-        """The whole store, opened on first use; closed with this."""
-        if self._store is None:
-            from cowfs.store.store import Store
-
-            self._store = Store.open(self.root, driver=self._driver, create=False, fsync=self._fsync)
-        return self._store
-
-    def close(self) -> None:
-        """Let go of it. Idempotent."""
-        self.index.close()
-        if self._store is not None:
-            self._store.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def usage(self, name: str) -> Usage:
-        """As :meth:`cowfs.Store.usage`."""
-        usage = self.resolve(name).usage
-        return usage if usage is not None else self.store().usage(name)
-
-    def diff(self, a: str, b: str | None = None) -> Iterator[Change]:
-        """As :meth:`cowfs.Store.diff`: of committed snapshots without the driver, unless the bytes of files must be compared."""
-        after = self.resolve(b if b is not None else a)
-        if b is not None:
-            before: Row | None = self.resolve(a)
-        else:
-            before = self.index.by_num(after.parent) if after.parent is not None else None
-        rows = [row for row in (before, after) if row is not None]
-        if any(row.root is None or row.damage is not None for row in rows):
-            return self.store().diff(a, b)
-        from cowfs.index.compare import compare
-
-        same: list[SameData] = []
-
-        def same_data(a_path: bytes, a: Entry, b_path: bytes, b: Entry) -> bool:
-            if not same:
-                same.append(self.store().same_data)
-            return same[0](a_path, a, b_path, b)
-
-        return compare(self.index, before.root if before is not None else None, after.root, same_data)

@@ -32,13 +32,13 @@ from cowfs.model import Usage
 from cowfs.sys import files, xattr
 from cowfs.union import copyup, hardlinks, merge, quota, stored
 from cowfs.union.copyup import Stage
-from cowfs.union.filedata import PLAIN, Absorbing, Lower
+from cowfs.union.filedata import Absorbing, Lower
 from cowfs.union.layers import Layer, Source
-from cowfs.union.node import DT_REG, Dir, Node
+from cowfs.union.node import DT_REG, PLAIN, Dir, Node
 from cowfs.union.restack import aside, depends, own_data
 
 if TYPE_CHECKING:
-    from cowfs.union.view import View
+    from cowfs.union.core import Core
 
 __all__ = ["Absorption", "absorb"]
 
@@ -49,7 +49,7 @@ _PASSES = 20
 _GONE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP})  # moved or removed: any other error ends the absorption
 
 
-def absorb(view: View, call: Call | None = None) -> Usage:
+def absorb(view: Core, call: Call | None = None) -> Usage:
     """Bring everything that is seen of the topmost lower layer into the upper one.
 
     Args:
@@ -126,10 +126,10 @@ def _walk(root: int) -> Iterator[tuple[str, bytes, list[bytes]]]:
         stack += [("enter", path + b"/" + name if path else name) for name, is_dir in entries if is_dir]
 
 
-def _unfinished(view: View) -> Iterator[bytes]:
+def _unfinished(view: Core) -> Iterator[bytes]:
     """Paths in the upper layer of files whose data, or a part of it, is elsewhere. From any thread."""
     form = view.form
-    root = view.layers[-1].root.open()
+    root = view.stack.layers[-1].root.open()
     pending = [b""]
     while pending:
         path = pending.pop()
@@ -165,7 +165,7 @@ def _unfinished(view: View) -> Iterator[bytes]:
 
 
 class Absorption:
-    """One absorption under way: ``view.leaving`` while it is. Its methods run in the thread that owns the view.
+    """One absorption under way: ``view.moves.leaving`` while it is. Its methods run in the thread that owns the view.
 
     Attributes:
         layer: the layer that goes.
@@ -173,23 +173,25 @@ class Absorption:
         moves: how many directories were renamed meanwhile.
     """
 
-    def __init__(self, view: View) -> None:
+    def __init__(self, view: Core) -> None:
         view.need_upper()
         self.view = view
-        self.layer: Layer = view.layers[-2]
+        self.layer: Layer = view.stack.layers[-2]
         self.ledger = quota.ledger(view)
         self.moves = 0
         self._renames = hardlinks.scan_redirects(view, self.layer)
-        if view.upper not in view.redirects:
+        if view.stack.upper not in view.moves.redirects:
             hardlinks.find_moved(view)
-        view.leaving = self
+        view.moves.absorbing(self)
 
     def end(self) -> None:
         """The view is as any other again."""
-        if self.view.leaving is self:
-            self.view.leaving = None
-            if self.view.space is not None:
-                self.view.space.later(self.ledger)
+        if self.view.moves.absorbed(self) and self.view.space is not None:
+            self.view.space.later(self.ledger)
+
+    def renamed(self) -> None:
+        """A directory was renamed."""
+        self.moves += 1
 
     def before_up(self, node: Node) -> None:
         """A file is about to be brought up, renamed or linked: not as something that stands on the layer."""
@@ -275,10 +277,10 @@ class Absorption:
                 if isinstance(made, Dir) and made.lowpath is None and self._stands_alone(made):
                     self._seal(made)  # it was made where the layer hides one beneath
             elif not (up.whiteouts is not None and name in up.whiteouts):
-                assert view.workdir is not None
+                assert view.stack.workdir is not None
                 if not whiteout.exists(up.open(), name):
                     with stored.kept_times(up):
-                        view.workdir.put_whiteout(up.open(), name)
+                        view.stack.workdir.put_whiteout(up.open(), name)
                     self.ledger.hid(up, name)
                 if up.whiteouts is not None:
                     up.whiteouts.add(name)
@@ -307,7 +309,7 @@ class Absorption:
         through = [now for _, now in self._renames] + [low for low, _ in self._renames]
         shown = [self._directory(now) for _, now in self._renames]
         found = [view.path(there[0]) for there in shown if there is not None]
-        for directory in list(view.moved):
+        for directory in list(view.moves.moved):
             low = directory.lowpath
             if low is not None and any(low == path or low.startswith(path + b"/") for path in through):
                 found.append(view.path(directory))
@@ -406,9 +408,9 @@ class Absorption:
         return None
 
 
-def complete(view: View) -> bool:
+def complete(view: Core) -> bool:
     """Whether no file in use stands on the topmost lower layer. A safety net; only between requests."""
-    layer = view.layers[-2]
+    layer = view.stack.layers[-2]
     for node in view.nodes.values():
         if isinstance(node, Dir) or node.parent is None:
             continue

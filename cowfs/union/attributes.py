@@ -10,53 +10,43 @@ from __future__ import annotations
 import errno
 import os
 import stat
-import time
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from cowfs.sys import files, xattr
+from cowfs.sys import xattr
 from cowfs.union import content, copyup, from_index
 from cowfs.union.attr import ATTR, NS, mode_of, pack, unpack, with_nlink, with_size
-from cowfs.union.filedata import PLAIN
+from cowfs.union.inode import CAPABILITY, NOW, chmod, chown, now, utime
 from cowfs.union.measure import NOTHING, sizes
-from cowfs.union.node import DT_LNK, DT_REG, Dir, Node
+from cowfs.union.node import DT_REG, PLAIN, Dir, Node, at
 
 if TYPE_CHECKING:
-    from cowfs.union.view import View
+    from cowfs.union.core import Core
 
-#: "the present time", for setattr
-NOW = object()
-_CLOCK_REALTIME_COARSE = 5  # the clock that the kernel stamps inodes with
-CAPABILITY = b"security.capability"
 _LIST_MAX = 65536 - 1024  # bytes of names; what is left is for the layer form's own marks
 _ACLS = (b"system.posix_acl_access", b"system.posix_acl_default")
 
 
-def now() -> int:
-    """The time the kernel would stamp now, in ns."""
-    return time.clock_gettime_ns(_CLOCK_REALTIME_COARSE)
-
-
-def attr(view: View, node: Node) -> bytes:
+def attr(view: Core, node: Node) -> bytes:
     """The packed attributes (:data:`~cowfs.union.attr.ATTR`), read again when stale."""
     return node.attr or _refresh(view, node)
 
 
-def size(view: View, node: Node) -> int:
+def size(view: Core, node: Node) -> int:
     """st_size."""
     return int.from_bytes(view.attr(node)[8:16], "little")
 
 
-def mode(view: View, node: Node) -> int:
+def mode(view: Core, node: Node) -> int:
     """st_mode."""
     return mode_of(view.attr(node))
 
 
-def _refresh(view: View, node: Node) -> bytes:
+def _refresh(view: Core, node: Node) -> bytes:
     if node.__class__ is Dir:
         return _refresh_dir(view, node)
     where = node.where
-    if view.index is not None and where is not None and where.layer is not view.upper:
+    if view.stack.index is not None and where is not None and where.layer is not view.stack.upper:
         entry = from_index.entry_of(view, node)
         if entry is not None:  # the place of such a file is its data's, under the name that it has there
             node.attr = from_index.attr_of(view, node, entry)
@@ -74,12 +64,12 @@ def _refresh(view: View, node: Node) -> bytes:
     if node.data is not PLAIN:
         attr = with_size(attr, *node.data.shown(st))
     if node.parent is None and where is not None:  # a lower inode without names, or one held in the work directory
-        attr = with_nlink(attr, st.st_nlink - 1 if node in view.astray else 0)
+        attr = with_nlink(attr, st.st_nlink - 1 if node in view.table.astray else 0)
     node.attr = attr
     return attr
 
 
-def _refresh_dir(view: View, node: Dir) -> bytes:
+def _refresh_dir(view: Core, node: Dir) -> bytes:
     entry = from_index.entry_of(view, node)
     if entry is not None:
         node.attr = from_index.attr_of(view, node, entry)
@@ -99,78 +89,13 @@ def _refresh_dir(view: View, node: Dir) -> bytes:
     return attr
 
 
-def at(node: Node) -> tuple[int, bytes]:
-    """(directory descriptor, name) of an inode; the name is empty when the descriptor is it."""
-    if isinstance(node, Dir):
-        return node.sources[0].open(), b""
-    if node.where is None or (node.wfd and node.fd >= 0 and node.data is PLAIN):
-        return node.fd, b""
-    return node.where.open(), node.name
-
-
 def _xattrs_at(node: Node) -> tuple[int, bytes | None]:
     """The same for :mod:`~cowfs.sys.xattr`, which is quicker with an ordinary descriptor."""
     return (node.fd, None) if node.wfd and node.data is PLAIN else at(node)
 
 
-def _reach(node: Node) -> tuple[bytes | int, int | None, bool]:
-    """(path or descriptor, dir_fd, follow_symlinks) that reach the inode for os functions."""
-    if node.wfd and node.fd >= 0 and node.data is PLAIN:
-        return node.fd, None, True
-    fd, name = at(node)
-    if name:
-        return name, fd, False
-    return b"/proc/self/fd/%d" % fd, None, True
-
-
-def chmod(view: View, node: Node, mode: int) -> None:
-    """Set the permission bits; of symbolic links EOPNOTSUPP."""
-    if node.type == DT_LNK:
-        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP), node.name)
-    owners = view.owners
-    if node.wfd and node.data is PLAIN and owners is None:
-        os.fchmod(node.fd, mode)
-        node.attr = None
-        return
-    fd, name = at(node)
-    if owners is not None and owners.override is not None:
-        st = os.stat(b"/proc/self/fd/%d/%b" % (fd, name)) if name else os.fstat(fd)
-        _, uid, gid = owners.show(st, fd, name)
-        owners.record(fd, name, stat.S_IFMT(st.st_mode) | mode, uid, gid)
-    elif name:
-        os.chmod(name, mode, dir_fd=fd)
-    else:
-        os.chmod(_reach(node)[0], mode)
-    node.attr = None
-
-
-def chown(view: View, node: Node, uid: int, gid: int) -> None:
-    """Set owner and group; -1 leaves one alone."""
-    owners = view.owners
-    if owners is not None:
-        if owners.override is not None and node.type != DT_LNK:
-            now_attr = unpack(view.attr(node))
-            mode = now_attr.mode
-            if node.type == DT_REG:
-                mode &= ~stat.S_ISUID
-                if mode & stat.S_IXGRP:
-                    mode &= ~stat.S_ISGID
-            uid, gid = (now_attr.uid if uid == -1 else uid), (now_attr.gid if gid == -1 else gid)
-            owners.record(*at(node), mode, uid, gid)
-            node.attr = None
-            return
-        uid, gid = owners.stored(uid, gid)
-    elif node.wfd and node.data is PLAIN:
-        os.fchown(node.fd, uid, gid)
-        node.attr = None
-        return
-    path, dir_fd, follow = _reach(node)
-    os.chown(path, uid, gid, dir_fd=dir_fd, follow_symlinks=follow)
-    node.attr = None
-
-
 def setattr(
-    view: View,
+    view: Core,
     node: Node,
     *,
     mode: int | None = None,
@@ -200,7 +125,7 @@ def setattr(
         if kill:
             content.kill_privileges(view, node)
     where = node.where
-    if node.__class__ is Dir or (where is not None and where.layer is not view.upper):
+    if node.__class__ is Dir or (where is not None and where.layer is not view.stack.upper):
         if node.__class__ is Dir and node.parent is None and not view.in_upper(node):
             _setattr_removed(view, node, mode, uid, gid, atime, mtime)
             return
@@ -211,11 +136,11 @@ def setattr(
     if mode is not None:
         chmod(view, node, mode & 0o7777)
     if atime is not None or mtime is not None:
-        _utime(view, node, atime, mtime)
+        utime(view, node, atime, mtime)
 
 
 def _setattr_removed(
-    view: View, node: Node, mode: int | None, uid: int | None, gid: int | None, atime: object, mtime: object
+    view: Core, node: Node, mode: int | None, uid: int | None, gid: int | None, atime: object, mtime: object
 ) -> None:
     """A removed directory that only lower layers have, and somebody has open: there is no place to keep its attributes
     but the node, which goes when it is closed."""
@@ -229,41 +154,22 @@ def _setattr_removed(
     )  # fmt: skip
 
 
-def _utime(view: View, node: Node, atime: object, mtime: object) -> None:
-    if (atime is None or mtime is None) and node.wfd and node.data is PLAIN:
-        files.futimens(node.fd, now() if atime is NOW else atime, now() if mtime is NOW else mtime)  # type: ignore[arg-type]
-        node.attr = None
-        return
-    path, dir_fd, follow = _reach(node)
-    if atime is None or mtime is None:
-        st = os.stat(path, dir_fd=dir_fd, follow_symlinks=follow)
-        atime = st.st_atime_ns if atime is None else atime
-        mtime = st.st_mtime_ns if mtime is None else mtime
-    if atime is NOW and mtime is NOW:
-        os.utime(path, None, dir_fd=dir_fd, follow_symlinks=follow)
-    else:
-        stamp = now()
-        times = (stamp if atime is NOW else atime, stamp if mtime is NOW else mtime)
-        os.utime(path, ns=times, dir_fd=dir_fd, follow_symlinks=follow)  # type: ignore[arg-type]
-    node.attr = None
-
-
 # -- extended attributes ------------------------------------------------------------------------
 
 
-def _check(view: View, name: bytes) -> bytes:
+def _check(view: Core, name: bytes) -> bytes:
     """The stored name of a user's; ENOTSUP where there are none, ENODATA for what must not show."""
     if view.options.noxattrs:
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
     return view.form.store_name(name)
 
 
-def _hidden(view: View, stored: bytes) -> bool:
+def _hidden(view: Core, stored: bytes) -> bool:
     override = view.options.override_xattr
     return override is not None and stored == override
 
 
-def getxattr(view: View, node: Node, name: bytes) -> bytes:
+def getxattr(view: Core, node: Node, name: bytes) -> bytes:
     """The value. Raises ENODATA, EOPNOTSUPP."""
     stored = _check(view, name)
     if node.bare and (node.bare > 1 or name == CAPABILITY):
@@ -285,7 +191,7 @@ def getxattr(view: View, node: Node, name: bytes) -> bytes:
         raise
 
 
-def listxattr(view: View, node: Node) -> list[bytes]:
+def listxattr(view: Core, node: Node) -> list[bytes]:
     """The names a user may see."""
     if view.options.noxattrs:
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
@@ -302,7 +208,7 @@ def listxattr(view: View, node: Node) -> list[bytes]:
     return [name for name in shown if name is not None]
 
 
-def setxattr(view: View, node: Node, name: bytes, value: bytes | memoryview, flags: int = 0) -> None:
+def setxattr(view: Core, node: Node, name: bytes, value: bytes | memoryview, flags: int = 0) -> None:
     """Create or replace. Raises ENOSPC, EEXIST, ENODATA, EOPNOTSUPP, EPERM."""
     stored = _check(view, name)
     if _hidden(view, stored):
@@ -339,7 +245,7 @@ def _bound(found: Collection[bytes] | None, stored: bytes) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def removexattr(view: View, node: Node, name: bytes) -> None:
+def removexattr(view: Core, node: Node, name: bytes) -> None:
     """Remove. Raises ENODATA, EOPNOTSUPP; an ACL that is not there is no failure, as in Linux."""
     stored = _check(view, name)
     view.need_upper()

@@ -27,7 +27,7 @@ class LimitReached(OSError):
 class Awaited(LimitReached):
     """Ask again once everything that is already forgotten was heard of: inodes without a name still hold space.
 
-    Only raised for a front end that set ``view.patient``; nothing was changed. A kernel sends what it forgets behind
+    Only raised for a front end that can wait (``wait_for_forgets``); nothing was changed. A kernel sends what it forgets behind
     requests that wait, so a client that unlinked a file can want its space, or look for it with statfs(2), before the
     view has it back. ENOSPC for whoever does not ask again.
     """
@@ -50,6 +50,10 @@ class Bound(Tally):
     def _sum(self) -> None:
         """After a change of what rule 3 counts."""
         self._excess = self.beyond()
+
+    def set_limit(self, limit: Limit) -> None:
+        """The bound from now on."""
+        self.limit = limit
 
     def offset(self, blocks: int, inodes: int) -> None:
         """Count (or, negative, do not count) what the upper layer does not hold."""

@@ -17,14 +17,13 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from cowfs.sys import files, host, xattr
-from cowfs.union import copyup
+from cowfs.union import copyup, inode
 from cowfs.union.attr import mode_of, size_of
 from cowfs.union.blocks import UNIT
-from cowfs.union.filedata import PLAIN
-from cowfs.union.node import DT_DIR, DT_LNK, DT_REG, Dir, Node
+from cowfs.union.node import DT_DIR, DT_LNK, DT_REG, PLAIN, Dir, Node, at
 
 if TYPE_CHECKING:
-    from cowfs.union.view import View
+    from cowfs.union.core import Core
 
 _KEEP, _PUNCH, _ZERO = (
     files.FALLOC_FL_KEEP_SIZE,
@@ -39,7 +38,7 @@ def _no_data(node: Node) -> OSError:
     return OSError(number, os.strerror(number), node.name)
 
 
-def readlink(view: View, node: Node) -> bytes:
+def readlink(view: Core, node: Node) -> bytes:
     """A symbolic link's target. Raises EINVAL for anything else."""
     if node.type != DT_LNK:
         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), node.name)
@@ -48,7 +47,7 @@ def readlink(view: View, node: Node) -> bytes:
     return os.readlink(node.name, dir_fd=node.where.open())
 
 
-def _open(view: View, node: Node) -> int:
+def _open(view: Core, node: Node) -> int:
     """Open a regular file's data into ``node.fd``: for writing too where it is the upper's."""
     if node.type != DT_REG:
         raise _no_data(node)
@@ -59,7 +58,7 @@ def _open(view: View, node: Node) -> int:
     return node.fd
 
 
-def pread(view: View, node: Node, offset: int, buffer: memoryview, flags: int = 0) -> int:
+def pread(view: Core, node: Node, offset: int, buffer: memoryview, flags: int = 0) -> int:
     """Read into ``buffer``. Returns how many bytes; fewer only at the end of the file.
 
     Raises:
@@ -77,7 +76,7 @@ def pread(view: View, node: Node, offset: int, buffer: memoryview, flags: int = 
     return os.preadv(fd, [buffer], offset, flags)
 
 
-def data_fd(view: View, node: Node, write: bool) -> int:
+def data_fd(view: Core, node: Node, write: bool) -> int:
     """The node's own descriptor (do not close it). Raises EOPNOTSUPP for redirect files."""
     if node.data.pieced:
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
@@ -87,9 +86,9 @@ def data_fd(view: View, node: Node, write: bool) -> int:
     return node.fd if node.fd >= 0 else _open(view, node)
 
 
-def make_writable(view: View, node: Node, keep: int | None = None) -> None:
+def make_writable(view: Core, node: Node, keep: int | None = None) -> None:
     """Copy the data up here and now when it is not in the upper layer."""
-    if node.data is PLAIN and (node.where is None or node.where.layer is view.upper):
+    if node.data is PLAIN and (node.where is None or node.where.layer is view.stack.upper):
         if view.readonly:
             view.need_upper()
         return
@@ -99,21 +98,19 @@ def make_writable(view: View, node: Node, keep: int | None = None) -> None:
         copyup.publish(view, stage)
 
 
-def kill_privileges(view: View, node: Node) -> bool:
+def kill_privileges(view: Core, node: Node) -> bool:
     """Clear setuid, and setgid where the group may execute, as a write must (inode(7)). Returns whether there was any."""
     mode = mode_of(view.attr(node))
     clean = mode & ~stat.S_ISUID
     if mode & stat.S_IXGRP:
         clean &= ~stat.S_ISGID
     if clean != mode:
-        from cowfs.union import attributes
-
         copyup.up_meta(view, node)
-        attributes.chmod(view, node, stat.S_IMODE(clean))
+        inode.chmod(view, node, stat.S_IMODE(clean))
     return clean != mode
 
 
-def write(view: View, node: Node, offset: int, data: memoryview | bytes, kill: bool = False) -> int:
+def write(view: Core, node: Node, offset: int, data: memoryview | bytes, kill: bool = False) -> int:
     """Write at ``offset``; short where the limit ends.
 
     Args:
@@ -122,7 +119,7 @@ def write(view: View, node: Node, offset: int, data: memoryview | bytes, kill: b
     Raises:
         OSError: ENOSPC when nothing fits, EFBIG, EROFS, EISDIR.
     """
-    if node.data is not PLAIN or (node.where is not None and node.where.layer is not view.upper):
+    if node.data is not PLAIN or (node.where is not None and node.where.layer is not view.stack.upper):
         make_writable(view, node)
     if kill:
         kill_privileges(view, node)
@@ -131,24 +128,22 @@ def write(view: View, node: Node, offset: int, data: memoryview | bytes, kill: b
     return _keeping(view, node, lambda: _write(view, node, offset, data))
 
 
-def _keeping(view: View, node: Node, change: Callable[[], int]) -> int:
+def _keeping(view: Core, node: Node, change: Callable[[], int]) -> int:
     """Change data and leave set-id bits and a file capability as they are, though the host takes them away from us.
 
     The kernel removes them before it sends what write(2) wrote, where they are to go; what is still there then was
     changed through a map, which keeps them.
     """
-    from cowfs.union import attributes
-
     capability = None
     if not node.bare and _may_give_capabilities():
-        capability = xattr.try_get(*attributes.at(node), attributes.CAPABILITY)
+        capability = xattr.try_get(*at(node), inode.CAPABILITY)
         node.bare = 1 if capability is None else 0
     mode = view.mode(node) if _sheds() else 0
     done = change()
     if mode & (stat.S_ISUID | stat.S_ISGID):
-        attributes.chmod(view, node, stat.S_IMODE(mode))
+        inode.chmod(view, node, stat.S_IMODE(mode))
     if capability is not None:
-        xattr.setx(*attributes.at(node), attributes.CAPABILITY, capability)
+        xattr.setx(*at(node), inode.CAPABILITY, capability)
     return done
 
 
@@ -163,7 +158,7 @@ def _sheds() -> bool:
     return not host.has_cap(host.CAP_FSETID)
 
 
-def _write(view: View, node: Node, offset: int, data: memoryview | bytes) -> int:
+def _write(view: Core, node: Node, offset: int, data: memoryview | bytes) -> int:
     if node.data is not PLAIN:
         node.attr = None
         return node.data.pwrite(offset, data)
@@ -192,7 +187,7 @@ def _write(view: View, node: Node, offset: int, data: memoryview | bytes) -> int
     return done
 
 
-def truncate(view: View, node: Node, size: int) -> None:
+def truncate(view: Core, node: Node, size: int) -> None:
     """Set the size. Data beyond it is gone; a longer file ends in a hole."""
     if node.type != DT_REG:
         raise _no_data(node)
@@ -217,7 +212,7 @@ def truncate(view: View, node: Node, size: int) -> None:
     space.cut(node, size, before)
 
 
-def fallocate(view: View, node: Node, mode: int, offset: int, length: int) -> None:
+def fallocate(view: Core, node: Node, mode: int, offset: int, length: int) -> None:
     """fallocate(2): allocate, keep the size, punch a hole, zero a range.
 
     Raises:
@@ -260,7 +255,7 @@ def fallocate(view: View, node: Node, mode: int, offset: int, length: int) -> No
         raise
 
 
-def lseek(view: View, node: Node, offset: int, whence: int) -> int:
+def lseek(view: Core, node: Node, offset: int, whence: int) -> int:
     """SEEK_DATA or SEEK_HOLE. Raises ENXIO past the end."""
     view.trim()
     if node.data.pieced:
@@ -268,7 +263,7 @@ def lseek(view: View, node: Node, offset: int, whence: int) -> int:
     return os.lseek(data_fd(view, node, False), offset, whence)
 
 
-def reader(view: View, node: Node, offset: int, length: int, *, streams: bool) -> Callable[[memoryview], int] | None:
+def reader(view: Core, node: Node, offset: int, length: int, *, streams: bool) -> Callable[[memoryview], int] | None:
     """A read to be run once in any thread, while nobody writes; ``None``: by :func:`data_fd`.
 
     Args:
@@ -277,17 +272,17 @@ def reader(view: View, node: Node, offset: int, length: int, *, streams: bool) -
     return node.data.stream(offset, length) if streams else node.data.reader(offset, length)
 
 
-def sync_job(view: View, node: Node) -> Callable[[bool], None] | None:
+def sync_job(view: Core, node: Node) -> Callable[[bool], None] | None:
     """fsync(2) of pieced data, to be run once in any thread (True: fdatasync(2) will do); ``None``: by :func:`fsync_fd`."""
     return node.data.sync_job()
 
 
-def sync_all_job(view: View) -> Callable[[], None] | None:
+def sync_all_job(view: Core) -> Callable[[], None] | None:
     """What syncfs(2) has to do before the host's, in any thread; ``None`` for nothing."""
     return view.rows.sync_job() if view.rows is not None else None
 
 
-def data_ranges(view: View, node: Node) -> Iterator[tuple[int, int]]:
+def data_ranges(view: Core, node: Node) -> Iterator[tuple[int, int]]:
     """The parts of a file that are no holes, as (start, end)."""
     size, at = size_of(view.attr(node)), 0
     pread(view, node, 0, memoryview(bytearray(1)))  # it is open from here on
@@ -303,7 +298,7 @@ def data_ranges(view: View, node: Node) -> Iterator[tuple[int, int]]:
             yield start, at
 
 
-def copy_range(view: View, src: Node, soff: int, dst: Node, doff: int, length: int) -> int:
+def copy_range(view: Core, src: Node, soff: int, dst: Node, doff: int, length: int) -> int:
     """copy_file_range(2) between two files of the view. Returns the bytes copied (may be short)."""
     view.trim()
     make_writable(view, dst)
@@ -335,13 +330,13 @@ def copy_range(view: View, src: Node, soff: int, dst: Node, doff: int, length: i
     return done
 
 
-def _copy_through(view: View, src: Node, soff: int, dst: Node, doff: int, length: int) -> int:
+def _copy_through(view: Core, src: Node, soff: int, dst: Node, doff: int, length: int) -> int:
     buffer = memoryview(bytearray(min(length, 1 << 20)))
     count = pread(view, src, soff, buffer)
     return write(view, dst, doff, buffer[:count]) if count else 0
 
 
-def fsync_fd(view: View, node: Node) -> int | None:
+def fsync_fd(view: Core, node: Node) -> int | None:
     """A new descriptor to fsync and close in any thread; ``None`` when there is nothing to do."""
     if view.options.volatile or view.readonly:
         return None
@@ -353,9 +348,9 @@ def fsync_fd(view: View, node: Node) -> int | None:
     if node.type != DT_REG:
         return None
     view.trim()
-    if node.where is not None and node.where.layer is not view.upper:
+    if node.where is not None and node.where.layer is not view.stack.upper:
         # Written before a live snapshot, perhaps, and not yet on the disk.
-        return view.open_data(node) if node.where.layer.index >= view.lower_count and node.data is PLAIN else None
+        return view.open_data(node) if node.where.layer.index >= view.stack.lower_count and node.data is PLAIN else None
     job = node.data.sync_job()
     if job is not None:
         job(False)  # who cannot wait runs the job elsewhere

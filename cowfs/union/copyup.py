@@ -26,12 +26,12 @@ from typing import TYPE_CHECKING
 from cowfs.sys import files, xattr
 from cowfs.union import from_index, hardlinks, holding
 from cowfs.union.blocks import UNIT, total_of, units
-from cowfs.union.filedata import PLAIN, Lower
+from cowfs.union.filedata import Lower
 from cowfs.union.layers import Source
 from cowfs.union.measure import NOTHING
-from cowfs.union.node import DT_LNK, DT_REG, Dir, Node
+from cowfs.union.meta import Meta
+from cowfs.union.node import DT_LNK, DT_REG, PLAIN, Dir, Node
 from cowfs.union.stored import (
-    Meta,
     NoRoomForMark,
     kept_times,
     make_like,
@@ -45,7 +45,7 @@ from cowfs.union.stored import (
 )
 
 if TYPE_CHECKING:
-    from cowfs.union.view import View
+    from cowfs.union.core import Core
     from cowfs.union.workdir import WorkDir
 
 __all__ = ["SMALL", "Stage", "note_place", "place", "publish", "up_dir", "up_meta", "writable"]
@@ -53,17 +53,17 @@ __all__ = ["SMALL", "Stage", "note_place", "place", "publish", "up_dir", "up_met
 SMALL = 1 << 20  # bytes: a copy up to this size is made where it is needed
 
 
-def up_dir(view: View, directory: Dir, *, exempt: bool = False) -> Source:
+def up_dir(view: Core, directory: Dir, *, exempt: bool = False) -> Source:
     """The directory's part in the upper layer, copied up (parents first) when it has none.
 
     ``exempt``: only a whiteout is going to be put there, so it is not counted against the limit.
     """
     top = directory.sources[0]
-    if top.layer is view.upper:
+    if top.layer is view.stack.upper:
         return top
     view.need_upper()
     missing: list[Dir] = []
-    while directory.sources[0].layer is not view.upper:
+    while directory.sources[0].layer is not view.stack.upper:
         missing.append(directory)
         if directory.parent is None:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), directory.name)
@@ -75,9 +75,9 @@ def up_dir(view: View, directory: Dir, *, exempt: bool = False) -> Source:
     return above
 
 
-def _up_one(view: View, directory: Dir, above: Source, exempt: bool) -> Source:
+def _up_one(view: Core, directory: Dir, above: Source, exempt: bool) -> Source:
     """Copy one directory up, whose parent is there."""
-    work, space = view.workdir, view.space
+    work, space = view.stack.workdir, view.space
     assert work is not None
     attr = view.attr(directory)  # before its source changes
     meta = read_meta(view, directory)
@@ -173,7 +173,7 @@ class Stage:
             self.error = error
 
 
-def writable(view: View, node: Node, keep: int | None = None, *, plain: bool = False) -> Stage | None:
+def writable(view: Core, node: Node, keep: int | None = None, *, plain: bool = False) -> Stage | None:
     """Make ready to change a file's data.
 
     Args:
@@ -197,7 +197,7 @@ def writable(view: View, node: Node, keep: int | None = None, *, plain: bool = F
         return None
     size = view.size(node)
     keep = size if keep is None else min(keep, size)
-    work = view.workdir
+    work = view.stack.workdir
     assert work is not None
     src_fd = view.open_data(node)
     inplace = view.in_upper(node)
@@ -220,7 +220,7 @@ def writable(view: View, node: Node, keep: int | None = None, *, plain: bool = F
     return stage
 
 
-def _reserve(view: View, node: Node, src_fd: int, keep: int, *, new_inode: bool) -> int:
+def _reserve(view: Core, node: Node, src_fd: int, keep: int, *, new_inode: bool) -> int:
     """Count the copy's data before it is made; its xattrs and names only have to fit. Raises ENOSPC."""
     space = view.space
     if space is None:
@@ -235,7 +235,7 @@ def _reserve(view: View, node: Node, src_fd: int, keep: int, *, new_inode: bool)
     return need
 
 
-def publish(view: View, stage: Stage) -> None:
+def publish(view: Core, stage: Stage) -> None:
     """Put a finished copy in place. Raises what the copy raised; then nothing has changed."""
     node = stage.node
     os.close(stage.src_fd)
@@ -267,8 +267,7 @@ def publish(view: View, stage: Stage) -> None:
     else:
         view.open_files.use(node, stage.dst_fd, writable=True)
     node.data, node.attr = PLAIN, None
-    view.work.copied_files += 1
-    view.work.copied_bytes += stage.keep
+    view.work.copied(stage.keep)
     if view.space is not None:
         node.space = None
         # the copy's xattrs are counted by :func:`place`, those of a metacopy were before
@@ -281,7 +280,7 @@ def publish(view: View, stage: Stage) -> None:
                 view.space.xattrs_changed(node, view.space.xattrs(stage.dst_fd, None).over(before))
 
 
-def _abandon(view: View, stage: Stage) -> None:
+def _abandon(view: Core, stage: Stage) -> None:
     if not stage.temp:
         with contextlib.suppress(OSError):
             os.ftruncate(stage.dst_fd, 0)
@@ -293,7 +292,7 @@ def _abandon(view: View, stage: Stage) -> None:
         view.space.add(-stage.reserved, -1 if stage.temp else 0)
 
 
-def _fill_metacopy(view: View, node: Node, stage: Stage) -> None:
+def _fill_metacopy(view: Core, node: Node, stage: Stage) -> None:
     fd, form = stage.dst_fd, view.form
     meta = read_meta(view, node)
     st = os.fstat(fd)
@@ -310,7 +309,7 @@ def _fill_metacopy(view: View, node: Node, stage: Stage) -> None:
     xattr.drop(fd, b"", form.metacopy)
 
 
-def _adopt_orphan(view: View, node: Node, stage: Stage) -> None:
+def _adopt_orphan(view: Core, node: Node, stage: Stage) -> None:
     """The file lost its last name meanwhile: its copy lives on without one."""
     meta = read_meta(view, node)
     write_meta(stage.work.fd, stage.temp, meta, view)
@@ -318,7 +317,7 @@ def _adopt_orphan(view: View, node: Node, stage: Stage) -> None:
         view.space.xattrs_changed(node, view.space.xattrs(stage.dst_fd, None))
 
 
-def place(view: View, node: Node, temp: bytes, work: WorkDir, *, metacopy: bool, meta: Meta | None = None) -> None:
+def place(view: Core, node: Node, temp: bytes, work: WorkDir, *, metacopy: bool, meta: Meta | None = None) -> None:
     """Give a built copy all its attributes (``meta``, where they were read) and put it under every name the node has."""
     assert node.parent is not None and node.where is not None
     where = node.where
@@ -361,7 +360,7 @@ def place(view: View, node: Node, temp: bytes, work: WorkDir, *, metacopy: bool,
     node.attr = None
 
 
-def physical(view: View, node: Node, where: Source) -> tuple[Source, bytes]:
+def physical(view: Core, node: Node, where: Source) -> tuple[Source, bytes]:
     """Where a lower inode itself is: an index knows files by where their data is."""
     there = node.data.place() if node.data.home is not None else None
     if there is not None and from_index.entry_of(view, node) is not None:
@@ -369,7 +368,7 @@ def physical(view: View, node: Node, where: Source) -> tuple[Source, bytes]:
     return where, node.name
 
 
-def up_meta(view: View, node: Node, *, whole: bool = True) -> None:
+def up_meta(view: Core, node: Node, *, whole: bool = True) -> None:
     """Bring an inode into the upper layer because its attributes or names are about to change.
 
     Args:
@@ -378,8 +377,8 @@ def up_meta(view: View, node: Node, *, whole: bool = True) -> None:
     if isinstance(node, Dir):
         up_dir(view, node)
         return
-    if view.leaving is not None:
-        view.leaving.before_up(node)
+    if view.moves.leaving is not None:
+        view.moves.leaving.before_up(node)
     if view.in_upper(node):
         return
     view.need_upper()
@@ -395,7 +394,7 @@ def up_meta(view: View, node: Node, *, whole: bool = True) -> None:
             publish(view, stage)
         return
     space = view.space
-    work = view.workdir
+    work = view.stack.workdir
     assert work is not None and node.where is not None
     meta = read_meta(view, node)
     if space is not None:
@@ -412,13 +411,13 @@ def up_meta(view: View, node: Node, *, whole: bool = True) -> None:
             _up_whole(view, node)
             return
         raise
-    view.work.copied_attributes += 1
+    view.work.copied_alone()
     if space is not None:
         node.space = None
         space.add(total_of(space.count(node)) if node.type == DT_LNK else 0, 1)
 
 
-def _up_whole(view: View, node: Node) -> None:
+def _up_whole(view: Core, node: Node) -> None:
     """Copy a file up with its data, as an ordinary file."""
     stage = writable(view, node, plain=True)
     if stage is not None:
@@ -426,7 +425,7 @@ def _up_whole(view: View, node: Node) -> None:
         publish(view, stage)
 
 
-def note_place(view: View, node: Node) -> None:
+def note_place(view: Core, node: Node) -> None:
     """Before a metacopy gets a name elsewhere: note where its data is found; have the data where that has no room."""
     path = node.data.path
     if path is None or not view.form.redirects:
@@ -442,9 +441,9 @@ def note_place(view: View, node: Node) -> None:
         _up_whole(view, node)
 
 
-def _copy_nameless(view: View, node: Node) -> None:
+def _copy_nameless(view: Core, node: Node) -> None:
     """Copy an unlinked link, FIFO, socket or device that somebody still holds; the copy has no name either."""
-    work = view.workdir
+    work = view.stack.workdir
     assert work is not None
     meta = read_meta(view, node)
     space = view.space

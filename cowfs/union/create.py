@@ -25,7 +25,7 @@ from cowfs.union.node import DT_DIR, DT_LNK, DT_REG, Dir, Node
 from cowfs.union.workdir import clear
 
 if TYPE_CHECKING:
-    from cowfs.union.view import View
+    from cowfs.union.core import Core
 
 _NAME_MAX = 255
 _PERM = 0o7777
@@ -37,7 +37,7 @@ def error(number: int, name: bytes = b"") -> OSError:
     return OSError(number, os.strerror(number), name)
 
 
-def target(view: View, parent: Dir, name: bytes) -> Source:
+def target(view: Core, parent: Dir, name: bytes) -> Source:
     """The upper directory to create ``name`` in.
 
     Raises:
@@ -57,10 +57,10 @@ def target(view: View, parent: Dir, name: bytes) -> Source:
     if parent.parent is None:
         raise error(errno.ENOENT, name)
     top = parent.sources[0]
-    return top if top.layer is view.upper else copyup.up_dir(view, parent)
+    return top if top.layer is view.stack.upper else copyup.up_dir(view, parent)
 
 
-def _inherits_acl(view: View, up: Source) -> bool:
+def _inherits_acl(view: Core, up: Source) -> bool:
     """Whether entries made here get their mode from a default ACL instead of the umask."""
     known = up.default_acl
     if known is None:
@@ -69,7 +69,7 @@ def _inherits_acl(view: View, up: Source) -> bool:
     return known
 
 
-def _own(view: View, parent: Dir, dirfd: int, name: bytes, mode: int, uid: int, gid: int) -> None:
+def _own(view: Core, parent: Dir, dirfd: int, name: bytes, mode: int, uid: int, gid: int) -> None:
     """Give a new object its owner; a setgid directory hands on its group."""
     if parent.attr is None:
         view.attr(parent)
@@ -100,7 +100,7 @@ def _final_mode(parent: Dir, st: os.stat_result, mode: int) -> int:
     return mode
 
 
-def _added(view: View, parent: Dir, up: Source, name: bytes) -> None:
+def _added(view: Core, parent: Dir, up: Source, name: bytes) -> None:
     """Keep a listing that is under way in order, and the directory's attributes honest."""
     parent.attr = None
     order = parent.order
@@ -116,7 +116,7 @@ def _added(view: View, parent: Dir, up: Source, name: bytes) -> None:
             view.space.unhid((name,))
 
 
-def _adopt(view: View, parent: Dir, up: Source, name: bytes, st: os.stat_result | None = None) -> Node:
+def _adopt(view: Core, parent: Dir, up: Source, name: bytes, st: os.stat_result | None = None) -> Node:
     """The node of an object just made."""
     if st is None:
         st = os.stat(name, dir_fd=up.open(), follow_symlinks=False)
@@ -133,7 +133,7 @@ def _adopt(view: View, parent: Dir, up: Source, name: bytes, st: os.stat_result 
     return node
 
 
-def _count(view: View, up: Source, name: bytes, blocks: int, *, directory: bool = False) -> None:
+def _count(view: Core, up: Source, name: bytes, blocks: int, *, directory: bool = False) -> None:
     """Refuse a new object that would pass the limit. Raises ENOSPC."""
     space = view.space
     if space is not None:
@@ -141,7 +141,7 @@ def _count(view: View, up: Source, name: bytes, blocks: int, *, directory: bool 
         space.need(blocks, 1, space.entering(name), room)
 
 
-def _counted(view: View, up: Source, name: bytes, blocks: int, *, directory: bool = False) -> None:
+def _counted(view: Core, up: Source, name: bytes, blocks: int, *, directory: bool = False) -> None:
     """Count a new object."""
     space = view.space
     if space is not None:
@@ -152,11 +152,11 @@ def _counted(view: View, up: Source, name: bytes, blocks: int, *, directory: boo
                 space.grew_by_xattrs(up.open(), name)
 
 
-def _default_mode(view: View, up: Source, mode: int, umask: int) -> int:
+def _default_mode(view: Core, up: Source, mode: int, umask: int) -> int:
     return mode if _inherits_acl(view, up) else mode & ~umask
 
 
-def mknod(view: View, parent: Dir, name: bytes, mode: int, rdev: int, uid: int, gid: int, umask: int = 0) -> Node:
+def mknod(view: Core, parent: Dir, name: bytes, mode: int, rdev: int, uid: int, gid: int, umask: int = 0) -> Node:
     """A regular file, FIFO, socket or device.
 
     Args:
@@ -206,7 +206,7 @@ def mknod(view: View, parent: Dir, name: bytes, mode: int, rdev: int, uid: int, 
     return node
 
 
-def _own_fd(view: View, parent: Dir, fd: int, mode: int, uid: int, gid: int) -> os.stat_result:
+def _own_fd(view: Core, parent: Dir, fd: int, mode: int, uid: int, gid: int) -> os.stat_result:
     """Give a new file its owner and mode; returns its attributes afterwards."""
     attr = parent.attr or view.attr(parent)
     if mode_of(attr) & stat.S_ISGID:
@@ -230,7 +230,7 @@ def _raw(dirfd: int, name: bytes, mode: int, rdev: int) -> None:
 
 def _over_whiteout(view, parent, up, name, mode, uid, gid, make) -> None:  # type: ignore[no-untyped-def]
     """Make an object in the work directory, complete, and put it over the whiteout ``name``."""
-    work = view.workdir
+    work = view.stack.workdir
     temp = work.temp()
     try:
         make(work.fd, temp)
@@ -248,7 +248,7 @@ def _over_whiteout(view, parent, up, name, mode, uid, gid, make) -> None:  # typ
         raise
 
 
-def _inherit_acl(view: View, up: Source, dirfd: int, name: bytes, mode: int) -> None:
+def _inherit_acl(view: Core, up: Source, dirfd: int, name: bytes, mode: int) -> None:
     """What the host does for an entry made in a directory with a default ACL (acl(5))."""
     if not _inherits_acl(view, up):
         return
@@ -260,7 +260,7 @@ def _inherit_acl(view: View, up: Source, dirfd: int, name: bytes, mode: int) -> 
     xattr.setx(dirfd, name, b"system.posix_acl_access", masked(acl, mode))
 
 
-def mkdir(view: View, parent: Dir, name: bytes, mode: int, uid: int, gid: int, umask: int = 0) -> Dir:
+def mkdir(view: Core, parent: Dir, name: bytes, mode: int, uid: int, gid: int, umask: int = 0) -> Dir:
     """A directory. Raises OSError as mkdir(2)."""
     up = target(view, parent, name)
     _count(view, up, name, 1, directory=True)
@@ -289,7 +289,7 @@ def _raw_dir(dirfd: int, name: bytes, mode: int) -> None:
         os.chmod(name, mode & _PERM, dir_fd=dirfd)
 
 
-def symlink(view: View, parent: Dir, name: bytes, to: bytes, uid: int, gid: int) -> Node:
+def symlink(view: Core, parent: Dir, name: bytes, to: bytes, uid: int, gid: int) -> Node:
     """A symbolic link with target ``to``. Raises OSError as symlink(2)."""
     up = target(view, parent, name)
     cost = link_units(len(to))
@@ -309,7 +309,7 @@ def symlink(view: View, parent: Dir, name: bytes, to: bytes, uid: int, gid: int)
     return _adopt(view, parent, up, name)
 
 
-def tmpfile(view: View, parent: Dir, mode: int, uid: int, gid: int, umask: int = 0) -> Node:
+def tmpfile(view: Core, parent: Dir, mode: int, uid: int, gid: int, umask: int = 0) -> Node:
     """A regular file without a name (O_TMPFILE); :func:`link` may give it one.
 
     Raises:
@@ -328,25 +328,24 @@ def tmpfile(view: View, parent: Dir, mode: int, uid: int, gid: int, umask: int =
     st = os.fstat(fd)
     ino = view.inodes.shown(st.st_dev, st.st_ino)
     if ino in view.nodes:
-        ino = view.fresh_id()
+        ino = view.table.fresh_id()
     node = Node(ino, DT_REG, b"", None)
-    node.generation = view.generation(ino)
     node.space = 0
     holding.hold_tmpfile(view, node, fd)
-    view.nodes[ino] = node
+    view.table.add(node)
     if space is not None:
         space.add(0, 1)
         space.xattrs_changed(node, space.xattrs(fd, b"") if up.default_acl else NOTHING)
     return node
 
 
-def link(view: View, node: Node, parent: Dir, name: bytes) -> Node:
+def link(view: Core, node: Node, parent: Dir, name: bytes) -> Node:
     """One more name for a file. Raises OSError as link(2)."""
     if isinstance(node, Dir):
         raise error(errno.EPERM, name)
     up = target(view, parent, name)
     copyup.up_meta(view, node)
-    work = view.workdir
+    work = view.stack.workdir
     assert work is not None
     if view.space is not None:
         view.space.need(0, 0, view.space.entering(name))
@@ -366,7 +365,7 @@ def link(view: View, node: Node, parent: Dir, name: bytes) -> Node:
     if node.where is not None and node.where.impure:
         stored.mark_impure(view, up)
     if node.parent is None:  # a tmpfile gets its first name, or a file whose known names went one more
-        view.astray.discard(node)
+        view.table.astray.discard(node)
         holding.unhold(view, node)
         node.where, node.name = up, name
         if node.fd >= 0:
@@ -376,7 +375,7 @@ def link(view: View, node: Node, parent: Dir, name: bytes) -> Node:
     return node
 
 
-def unlink(view: View, parent: Dir, name: bytes) -> None:
+def unlink(view: Core, parent: Dir, name: bytes) -> None:
     """Remove a name that is not a directory's. Raises OSError as unlink(2)."""
     node = view.lookup(parent, name)
     if isinstance(node, Dir):
@@ -398,7 +397,7 @@ def unlink(view: View, parent: Dir, name: bytes) -> None:
     attr = unpack(view.attr(node))
     last = attr.nlink <= 1
     held = None
-    known = node in view.names
+    known = node in view.table.names
     if view.space is not None and last:
         view.space.leaving(node)  # given back when the node goes
     if node.nlookup > 0 and not known:
@@ -411,19 +410,19 @@ def unlink(view: View, parent: Dir, name: bytes) -> None:
         unnamed(view, node, held, last)
 
 
-def unnamed(view: View, node: Node, held: bytes | None, last: bool) -> None:
+def unnamed(view: Core, node: Node, held: bytes | None, last: bool) -> None:
     """The last known name of an upper inode went; ``held`` is what :func:`hold` said, ``last`` that it has no other."""
     if node.nlookup > 0:
         holding.held(view, node, held)
     if last:
         gone(view, node)
     elif node.nlookup > 0:
-        view.astray.add(node)
+        view.table.astray.add(node)
     elif view.nodes.pop(node.id, None) is not None:
         view.open_files.close(node)  # other names exist that nobody has looked at
 
 
-def _up_for_count(view: View, node: Node) -> bool:
+def _up_for_count(view: Core, node: Node) -> bool:
     """Copy a lower hard link up under all its names, so that their count is right; no when there is no room."""
     try:
         copyup.up_meta(view, node, whole=False)
@@ -434,7 +433,7 @@ def _up_for_count(view: View, node: Node) -> bool:
     return True
 
 
-def gone(view: View, node: Node) -> None:
+def gone(view: Core, node: Node) -> None:
     """The last name went. A node that nobody holds goes with it."""
     if node.parent is not None:
         return
@@ -444,12 +443,12 @@ def gone(view: View, node: Node) -> None:
         node.attr = with_nlink(view.attr(node), 0)
 
 
-def _hide(view: View, parent: Dir, name: bytes) -> None:
+def _hide(view: Core, parent: Dir, name: bytes) -> None:
     """Put a whiteout over a name that only lower layers have."""
     if view.space is not None:
         view.space.need_hidden((name,))
     up = copyup.up_dir(view, parent, exempt=True)
-    work = view.workdir
+    work = view.stack.workdir
     assert work is not None
     work.put_whiteout(up.open(), name)
     if view.space is not None:
@@ -458,40 +457,10 @@ def _hide(view: View, parent: Dir, name: bytes) -> None:
         up.whiteouts.add(name)
 
 
-def own_whiteouts(view: View, up: Source, names: dict[bytes, int], deleted: set[bytes]) -> None:
-    """Turn the ``.wh.`` names of an upper directory, as an unpacked archive left them, into the layer form's own.
-
-    A name that the same layer also has is opaque where it is a directory, and else hides what is beneath by itself.
-    """
-    work, fd = view.workdir, up.open()
-    assert work is not None
-    space = view.space
-    for name in list(deleted):
-        mark = whiteout.WH_PREFIX + name
-        if not whiteout.exists(fd, mark):
-            continue
-        if space is not None:
-            space.unhid((mark,))
-        if name not in names:
-            work.put_whiteout(fd, name)
-            if space is not None:
-                space.hid(up, name)
-        else:
-            deleted.discard(name)
-            if names[name] == DT_DIR:
-                xattr.setx(fd, name, view.form.opaque, b"y")
-        os.unlink(mark, dir_fd=fd)
-    if whiteout.exists(fd, whiteout.WH_OPAQUE):
-        xattr.setx(fd, b"", view.form.opaque, b"y")
-        os.unlink(whiteout.WH_OPAQUE, dir_fd=fd)
-        if space is not None:
-            space.unhid((whiteout.WH_OPAQUE,))
-
-
-def remove_name(view: View, up: Source, name: bytes) -> None:
+def remove_name(view: Core, up: Source, name: bytes) -> None:
     """Remove an upper non-directory, leaving a whiteout where a lower layer has the name."""
     if up.shadow and name in up.shadow:
-        work = view.workdir
+        work = view.stack.workdir
         assert work is not None
         work.cover(up.open(), name)
         up.shadow.discard(name)
@@ -505,7 +474,7 @@ def remove_name(view: View, up: Source, name: bytes) -> None:
             view.space.unnamed(up, name)
 
 
-def rmdir(view: View, parent: Dir, name: bytes) -> None:
+def rmdir(view: Core, parent: Dir, name: bytes) -> None:
     """Remove an empty directory. Raises OSError as rmdir(2)."""
     node = view.lookup(parent, name)
     if not isinstance(node, Dir):
@@ -533,9 +502,9 @@ def rmdir(view: View, parent: Dir, name: bytes) -> None:
         view.drop(node)
 
 
-def remove_dir(view: View, node: Dir, own: Source) -> None:
+def remove_dir(view: Core, node: Dir, own: Source) -> None:
     """Remove a directory of the upper layer that holds at most whiteouts. Its attributes can be asked for while it is held."""
-    work, up = view.workdir, own.parent
+    work, up = view.stack.workdir, own.parent
     assert work is not None and up is not None
     name = own.name
     stays = holding.must_move(view, node)

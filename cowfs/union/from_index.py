@@ -15,35 +15,35 @@ from typing import TYPE_CHECKING, Any
 from cowfs.sys import xattr
 from cowfs.union import merge
 from cowfs.union.attr import ATTR, NS, encode_dev, unpack
-from cowfs.union.filedata import PLAIN, FileData, Lower
+from cowfs.union.filedata import Lower
 from cowfs.union.layers import Layer, Source
-from cowfs.union.lifetime import ROOT_ID
-from cowfs.union.node import DT_DIR, DT_REG, Dir, Node
+from cowfs.union.node import DT_DIR, DT_REG, PLAIN, Dir, FileData, Node
 from cowfs.union.options import TreeIndex
+from cowfs.union.table import ROOT_ID
 
 if TYPE_CHECKING:
-    from cowfs.union.view import View
+    from cowfs.union.core import Core
 
 
-def tree(view: View) -> TreeIndex:
+def tree(view: Core) -> TreeIndex:
     """The view's index."""
-    assert view.index is not None
-    return view.index
+    assert view.stack.index is not None
+    return view.stack.index
 
 
-def merged_dir(view: View, queue: Sequence[Source], record: Any, name: bytes) -> tuple[list[Source], Any]:
+def merged_dir(view: Core, queue: Sequence[Source], record: Any, name: bytes) -> tuple[list[Source], Any]:
     """What merges into the directory ``name``: (parts in scanned layers topmost first, entry or ``None``).
 
     ``queue`` holds the parent's parts in layers above the index, ``record`` its record. The rules are those of
     :func:`cowfs.union.merge.merged_dirs`, with the index as the lowest layer.
     """
-    search = merge.Search(queue, name, view.form, scanned(view, view.roots))
+    search = merge.Search(queue, name, view.form, scanned(view, view.stack.roots))
     found = merge.merged_by(search, view.form)
     entry = None if search.ended else _goes_on(view, search, record)[0]
     return found, entry if entry is not None and entry.type == DT_DIR else None
 
 
-def _goes_on(view: View, search: merge.Search, record: Any) -> tuple[Any, Any]:
+def _goes_on(view: Core, search: merge.Search, record: Any) -> tuple[Any, Any]:
     """(entry, the record that holds it) where a search that found no end goes on in the index; (None, None) for none."""
     if search.from_root:
         record = tree(view).root()
@@ -53,7 +53,7 @@ def _goes_on(view: View, search: merge.Search, record: Any) -> tuple[Any, Any]:
     return (None, None) if record is None else (tree(view).entries(record).get(search.parts[-1]), record)
 
 
-def names(view: View, directory: Dir, below: Sequence[Source]) -> dict[bytes, Node | int]:
+def names(view: Core, directory: Dir, below: Sequence[Source]) -> dict[bytes, Node | int]:
     """The names that a directory's record and the scanned layers in ``below`` merge into, as codes."""
     merged: dict[bytes, Node | int] = dict.fromkeys(tree(view).entries(directory.record), -1)
     for source in reversed(scanned(view, below)):
@@ -66,17 +66,19 @@ def names(view: View, directory: Dir, below: Sequence[Source]) -> dict[bytes, No
     return merged
 
 
-def scanned(view: View, sources: Sequence[Source]) -> Sequence[Source]:
+def scanned(view: Core, sources: Sequence[Source]) -> Sequence[Source]:
     """Those parts of a directory that are in layers above the index."""
-    return [source for source in sources if source.layer.index >= view.indexed_layers]
+    return [source for source in sources if source.layer.index >= view.stack.indexed_layers]
 
 
-def metacopy_data(view: View, parent: Dir, position: int, name: bytes, low: bytes) -> Lower | None:
+def metacopy_data(view: Core, parent: Dir, position: int, name: bytes, low: bytes) -> Lower | None:
     """The data of a regular file in a layer above the index if it is a metacopy, else ``None``."""
     at = parent.sources[position]
     if not view.form.redirects or xattr.try_get(at.open(), name, view.form.metacopy) is None:
         return None
-    search = merge.Search(scanned(view, parent.sources[position + 1 :]), name, view.form, scanned(view, view.roots))
+    search = merge.Search(
+        scanned(view, parent.sources[position + 1 :]), name, view.form, scanned(view, view.stack.roots)
+    )
     low = merge.beneath(at, name, low, search, view.form)
     data = merge.data_by(search, low, view.form)
     if data is not None:
@@ -94,14 +96,14 @@ def path_of(entry: Any, record: Any, name: bytes) -> bytes:
     return bytes(record.path + b"/" + name) if record.path else name
 
 
-def _data_at(view: View, entry: Any, path: bytes, low: bytes) -> Lower:
+def _data_at(view: Core, entry: Any, path: bytes, low: bytes) -> Lower:
     head, _, real = path.rpartition(b"/")
-    where = source_at(view, view.layers[entry.layer], head)
+    where = source_at(view, view.stack.layers[entry.layer], head)
     st = os.stat(real, dir_fd=where.open(), follow_symlinks=False)
     return Lower(where, real, low, st.st_size, st.st_blocks)
 
 
-def find_entry(view: View, path: bytes) -> Any:
+def find_entry(view: Core, path: bytes) -> Any:
     """The entry of a path in the lower tree, or ``None``."""
     record, entry = tree(view).root(), None
     for part in path.split(b"/") if path else ():
@@ -114,58 +116,58 @@ def find_entry(view: View, path: bytes) -> Any:
     return entry
 
 
-def entry_of(view: View, node: Node) -> Any:
+def entry_of(view: Core, node: Node) -> Any:
     """The entry of a node that only a lower layer has; ``None`` for any other."""
-    if view.index is None or node is view.root or view.in_upper(node):
+    if view.stack.index is None or node is view.root or view.in_upper(node):
         return None
     if isinstance(node, Dir):
-        if node.record is None or node.sources[0].layer.index >= view.indexed_layers:
+        if node.record is None or node.sources[0].layer.index >= view.stack.indexed_layers:
             return None
         return find_entry(view, node.record.path)
     parent, where = node.parent, node.where
-    if parent is None or parent.record is None or where is None or where.layer.index >= view.indexed_layers:
+    if parent is None or parent.record is None or where is None or where.layer.index >= view.stack.indexed_layers:
         return None  # the last: of a layer frozen since, where the index may know an older file by this name
     return tree(view).entries(parent.record).get(node.name)
 
 
-def ino_of(view: View, entry: Any) -> int:
+def ino_of(view: Core, entry: Any) -> int:
     """The inode number shown for an entry."""
-    return view.inodes.shown(view.layers[entry.layer].dev, entry.ino)
+    return view.inodes.shown(view.stack.layers[entry.layer].dev, entry.ino)
 
 
-def source_at(view: View, layer: Layer, path: bytes) -> Source:
+def source_at(view: Core, layer: Layer, path: bytes) -> Source:
     """The Source of a directory path in a layer, made without opening anything."""
     if not path:
         return layer.root
     missing = []
-    found = view.sources.get((layer.index, path))
+    found = view.stack.sources.get((layer.index, path))
     while found is None:
         missing.append(path)
         path = path.rpartition(b"/")[0]
-        found = view.sources.get((layer.index, path)) if path else layer.root
+        found = view.stack.sources.get((layer.index, path)) if path else layer.root
     for below in reversed(missing):
         name = below.rpartition(b"/")[2]
         if name in (b"", b".", b".."):  # an index may come from elsewhere
             raise OSError(errno.EIO, "the index has a path that leads out", below)
-        found = view.sources[layer.index, below] = found.child(name)
+        found = view.stack.sources[layer.index, below] = found.child(name)
     return found
 
 
-def source_of(view: View, directory: Dir) -> Source:
+def source_of(view: Core, directory: Dir) -> Source:
     """Where the index has a directory that is in its tree."""
     path = directory.record.path
     if not path:
-        return view.layers[view.indexed_layers - 1].root
+        return view.stack.layers[view.stack.indexed_layers - 1].root
     entry = find_entry(view, path)
-    return source_at(view, view.layers[entry.layer], entry.path if entry.path is not None else path)
+    return source_at(view, view.stack.layers[entry.layer], entry.path if entry.path is not None else path)
 
 
-def make(view: View, parent: Dir, name: bytes) -> Node | None:
+def make(view: Core, parent: Dir, name: bytes) -> Node | None:
     """The node of an entry of ``parent``'s record."""
     entry = tree(view).entries(parent.record).get(name)
     if entry is None:
         return None
-    layer = view.layers[entry.layer]
+    layer = view.stack.layers[entry.layer]
     path = path_of(entry, parent.record, name)
     ino = ino_of(view, entry)
     if entry.type == DT_DIR:
@@ -174,12 +176,12 @@ def make(view: View, parent: Dir, name: bytes) -> Node | None:
         made.attr = attr_of(view, made, entry)
         return made
     if entry.nlink > 1:  # of files in several layers, two may have had one number: one shows another, for good
-        ino = view.linked.get(entry.file) or (
-            ino if view.shown.setdefault(ino, entry.file) == entry.file else view.fresh_id()
+        ino = view.table.linked.get(entry.file) or (
+            ino if view.table.shown.setdefault(ino, entry.file) == entry.file else view.table.fresh_id()
         )
-    first, ino = ino, view.reborn.get(ino, ino)
+    first, ino = ino, view.table.reborn.get(ino, ino)
     existing = view.nodes.get(ino)
-    if existing is not None or ino <= ROOT_ID or ino in view.burnt:
+    if existing is not None or ino <= ROOT_ID or ino in view.table.burnt:
         if existing is not None and entry.nlink > 1 and _is_same(view, existing, layer, entry):
             if existing.parent is None:  # the names that were known went
                 existing.name = name
@@ -188,27 +190,24 @@ def make(view: View, parent: Dir, name: bytes) -> Node | None:
                     existing.data = data
             view.bind(parent, name, existing)
             return existing
-        burnt, ino = ino in view.burnt, view.fresh_id()
-        if burnt:
-            view.reborn[first] = ino
+        ino = view.table.instead_of(ino, first)
     if entry.nlink > 1:
-        view.linked[entry.file] = ino
+        view.table.linked[entry.file] = ino
     where, data = locate(view, parent, name, entry)
     node = Node(ino, entry.type, name, where)
-    node.generation = view.generation(ino)
     node.data = data
     data.bind(node)
-    view.nodes[ino] = node
+    view.table.add(node)
     view.bind(parent, name, node)
     node.attr = attr_of(view, node, entry)
     return node
 
 
-def locate(view: View, parent: Dir, name: bytes, entry: Any) -> tuple[Source, FileData]:
+def locate(view: Core, parent: Dir, name: bytes, entry: Any) -> tuple[Source, FileData]:
     """Where a file of ``parent``'s record is, and what its data is."""
     path = path_of(entry, parent.record, name)
     head, _, real = path.rpartition(b"/")
-    where, data = source_at(view, view.layers[entry.layer], head), PLAIN
+    where, data = source_at(view, view.stack.layers[entry.layer], head), PLAIN
     if entry.type == DT_REG:
         if view.rows is not None and entry.layer:
             data = view.rows.find(where, real, PLAIN)
@@ -217,7 +216,7 @@ def locate(view: View, parent: Dir, name: bytes, entry: Any) -> tuple[Source, Fi
     return where, data
 
 
-def _is_same(view: View, node: Node, layer: Layer, entry: Any) -> bool:
+def _is_same(view: Core, node: Node, layer: Layer, entry: Any) -> bool:
     """Whether an entry with a node's number is that file: numbers of files of several layers may be equal."""
     if node.parent is not None:
         there = entry_of(view, node)
@@ -230,7 +229,7 @@ def _is_same(view: View, node: Node, layer: Layer, entry: Any) -> bool:
     return (a.mode, a.uid, a.gid, a.size, a.mtime_ns) == (b.mode, b.uid, b.gid, b.size, b.mtime_ns)
 
 
-def attr_of(view: View, node: Node, entry: Any) -> bytes:
+def attr_of(view: Core, node: Node, entry: Any) -> bytes:
     """The packed attributes of an entry."""
     mode, uid, gid = entry.mode, entry.uid, entry.gid
     if view.owners is not None:

@@ -12,18 +12,17 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 from cowfs.sys import xattr
 from cowfs.union import from_index, lifetime
 from cowfs.union.attr import nlink_of
 from cowfs.union.layers import Descriptors, Layer, Source
+from cowfs.union.moves import Groups
 from cowfs.union.node import DT_DIR, Dir, Node
 
 if TYPE_CHECKING:
-    from cowfs.union.view import View
-
-Groups = dict[Any, list[bytes]]
+    from cowfs.union.core import Core
 
 _HELD = 64  # descriptors that a scan holds at most
 
@@ -65,9 +64,9 @@ def scan_groups(layer: Layer) -> Groups:
     return groups
 
 
-def _indexed_groups(view: View) -> Groups:
+def _indexed_groups(view: Core) -> Groups:
     """File -> its paths in the tree that the index knows, for files with more than one link."""
-    index, kept = from_index.tree(view), cast("dict[object, Groups]", view.groups)
+    index, kept = from_index.tree(view), view.moves.groups
     groups = kept.get(index)
     if groups is None:
         groups = kept[index] = {}
@@ -82,36 +81,36 @@ def _indexed_groups(view: View) -> Groups:
     return groups
 
 
-def complete(view: View, node: Node) -> bool:
+def complete(view: Core, node: Node) -> bool:
     """Look up every name of a lower inode. Returns whether it has more than one."""
     where = node.where
-    if where is None or where.layer is view.upper or node.parent is None:
-        return node in view.names
+    if where is None or where.layer is view.stack.upper or node.parent is None:
+        return node in view.table.names
     entry = from_index.entry_of(view, node)
     if entry is not None:
-        layer, paths = view.layers[view.indexed_layers - 1], []
+        layer, paths = view.stack.layers[view.stack.indexed_layers - 1], []
         if entry.nlink > 1:
             paths = _indexed_groups(view).get(entry.file, [])
     else:
         layer, paths = where.layer, []
         if nlink_of(view.attr(node)) > 1:
             st = os.stat(node.name, dir_fd=where.open(), follow_symlinks=False)
-            groups = view.groups.get(layer)
+            groups = view.moves.groups.get(layer)
             if groups is None:
-                groups = view.groups[layer] = scan_groups(layer)
+                groups = view.moves.groups[layer] = scan_groups(layer)
             paths = groups.get(st.st_ino, [])
     for path in paths:
         for shown in merged_paths(view, layer, path):
             _walk(view, shown)
-    return node in view.names
+    return node in view.table.names
 
 
-def find_place(view: View, node: Node) -> None:
+def find_place(view: Core, node: Node) -> None:
     """Find the file of a node with the name that is its first one now, in the layer where it is."""
     parent, where = node.parent, node.where
     if parent is None or where is None:
         return
-    if view.index is not None and where.layer.index < view.indexed_layers and parent.record is not None:
+    if view.stack.index is not None and where.layer.index < view.stack.indexed_layers and parent.record is not None:
         entry = from_index.tree(view).entries(parent.record).get(node.name)
         if entry is not None:
             node.where, data = from_index.locate(view, parent, node.name, entry)
@@ -121,18 +120,18 @@ def find_place(view: View, node: Node) -> None:
     node.where = lifetime.source_in(view, parent, where.layer)
 
 
-def merged_paths(view: View, layer: Layer, path: bytes) -> list[bytes]:
+def merged_paths(view: Core, layer: Layer, path: bytes) -> list[bytes]:
     """Where a path of a layer shows in the merged tree: each layer above it may have moved directories."""
     paths = [path]
-    for above in view.layers[layer.index + 1 :]:
-        moves = view.redirects.get(above)
-        if above is view.upper:
+    for above in view.stack.layers[layer.index + 1 :]:
+        moves = view.moves.redirects.get(above)
+        if above is view.stack.upper:
             if moves is None:
                 find_moved(view)
-            there = [directory for directory in view.moved if directory.parent is not None]
+            there = [directory for directory in view.moves.moved if directory.parent is not None]
             moves = [(directory.lowpath, view.path(directory)) for directory in there if directory.lowpath]
         elif moves is None:
-            moves = view.redirects[above] = scan_redirects(view, above)
+            moves = view.moves.redirects[above] = scan_redirects(view, above)
         paths = [now for before in paths for now in _after(before, moves)]
     return paths
 
@@ -143,7 +142,7 @@ def _after(path: bytes, moves: list[tuple[bytes, bytes]]) -> list[bytes]:
     return [now + path[deepest:] for low, now in moves if len(low) == deepest and path.startswith(low + b"/")] or [path]
 
 
-def _walk(view: View, path: bytes) -> None:
+def _walk(view: Core, path: bytes) -> None:
     """Look up a path, as far as there is one: that gives its node all names on the way."""
     here: Node | None = view.root
     for part in path.split(b"/"):
@@ -152,7 +151,7 @@ def _walk(view: View, path: bytes) -> None:
         here = view.child(here, part)
 
 
-def scan_redirects(view: View, layer: Layer) -> list[tuple[bytes, bytes]]:
+def scan_redirects(view: Core, layer: Layer) -> list[tuple[bytes, bytes]]:
     """The directories of a layer that renames moved: (path beneath, path in this layer)."""
     found: list[tuple[bytes, bytes]] = []
     if not view.form.redirects:
@@ -176,9 +175,9 @@ def scan_redirects(view: View, layer: Layer) -> list[tuple[bytes, bytes]]:
     return found
 
 
-def find_moved(view: View) -> None:
+def find_moved(view: Core) -> None:
     """Look up every directory of the upper layer that a rename moved before this view was made."""
-    assert view.upper is not None
-    view.redirects[view.upper] = []  # from now on ``view.moved`` has them all
-    for _, path in scan_redirects(view, view.upper):
+    assert view.stack.upper is not None
+    view.moves.redirects[view.stack.upper] = []  # from now on ``view.moves.moved`` has them all
+    for _, path in scan_redirects(view, view.stack.upper):
         _walk(view, path)

@@ -15,12 +15,11 @@ import os
 from typing import TYPE_CHECKING
 
 from cowfs.sys import files
-from cowfs.union.filedata import PLAIN
 from cowfs.union.layers import Source
-from cowfs.union.node import DT_DIR, DT_REG, Dir, Node
+from cowfs.union.node import DT_DIR, DT_REG, PLAIN, Dir, Node
 
 if TYPE_CHECKING:
-    from cowfs.union.view import View
+    from cowfs.union.core import Core
     from cowfs.union.workdir import WorkDir
 
 _SHORT = (errno.EMFILE, errno.ENFILE)
@@ -28,7 +27,7 @@ _SHORT = (errno.EMFILE, errno.ENFILE)
 _NO_LINK = (errno.EMLINK, errno.EPERM, errno.ENOSPC, errno.EDQUOT)
 
 
-def hold(view: View, node: Node) -> bytes | None:
+def hold(view: Core, node: Node) -> bytes | None:
     """Before the last known name of an upper inode goes: make sure that the inode can still be reached.
 
     Returns:
@@ -37,7 +36,7 @@ def hold(view: View, node: Node) -> bytes | None:
     by_descriptor = node.data is PLAIN or node.data.writable  # else ``fd`` is for data elsewhere
     if by_descriptor and not view.open_files.full and _open(view, node):
         return None
-    work, where = view.workdir, node.where
+    work, where = view.stack.workdir, node.where
     assert work is not None and where is not None
     temp = work.temp()
     try:
@@ -49,7 +48,7 @@ def hold(view: View, node: Node) -> bytes | None:
     return temp
 
 
-def _open(view: View, node: Node) -> bool:
+def _open(view: Core, node: Node) -> bool:
     """Have a descriptor that can stand for an inode; no when there is none left."""
     if node.fd >= 0 and (node.wfd or node.type != DT_REG):
         return True
@@ -67,16 +66,16 @@ def _open(view: View, node: Node) -> bool:
     return True
 
 
-def is_nameless(view: View, node: Node) -> bool:
+def is_nameless(view: Core, node: Node) -> bool:
     """Whether a node is a file of the upper layer that no name leads to any more."""
-    if node.parent is not None or node.type == DT_DIR or node in view.astray:
+    if node.parent is not None or node.type == DT_DIR or node in view.table.astray:
         return False
-    return node.where is None or (view.workdir is not None and node.where is view.workdir.source)
+    return node.where is None or (view.stack.workdir is not None and node.where is view.stack.workdir.source)
 
 
-def held(view: View, node: Node, name: bytes | None) -> None:
+def held(view: Core, node: Node, name: bytes | None) -> None:
     """The last known name has gone; ``name`` is what :func:`hold` said."""
-    work = view.workdir
+    work = view.stack.workdir
     if name is not None:
         assert work is not None
         _stand_in(node, work, name)
@@ -91,10 +90,10 @@ def _stand_in(node: Node, work: WorkDir, name: bytes) -> None:
     work.held.add(node)
 
 
-def hold_tmpfile(view: View, node: Node, fd: int) -> None:
+def hold_tmpfile(view: Core, node: Node, fd: int) -> None:
     """A file that never had a name, open as ``fd``, is what a node is."""
     if view.open_files.full:
-        work = view.workdir
+        work = view.stack.workdir
         assert work is not None
         temp = work.temp()
         os.link(b"/proc/self/fd/%d" % fd, temp, dst_dir_fd=work.fd, follow_symlinks=True)
@@ -112,15 +111,15 @@ def carry_over(old: WorkDir, new: WorkDir) -> None:
     old.held.clear()
 
 
-def hold_copy(view: View, node: Node, work: WorkDir, temp: bytes, fd: int, *, writable: bool) -> None:
+def hold_copy(view: Core, node: Node, work: WorkDir, temp: bytes, fd: int, *, writable: bool) -> None:
     """A copy in a work directory, open as ``fd``, is what a node without a name is from now on."""
     hold_made(view, node, work, temp)
     view.open_files.use(node, fd, writable=writable)
 
 
-def hold_made(view: View, node: Node, work: WorkDir, temp: bytes) -> None:
+def hold_made(view: Core, node: Node, work: WorkDir, temp: bytes) -> None:
     """The same for one whose descriptor the node has already."""
-    if view.open_files.full and work is view.workdir:
+    if view.open_files.full and work is view.stack.workdir:
         _stand_in(node, work, temp)
     else:
         os.unlink(temp, dir_fd=work.fd)
@@ -129,9 +128,9 @@ def hold_made(view: View, node: Node, work: WorkDir, temp: bytes) -> None:
         view.open_files.add(node)
 
 
-def unhold(view: View, node: Node) -> None:
+def unhold(view: Core, node: Node) -> None:
     """A node is not used any more, or has a name again: remove the one in the work directory."""
-    work = view.workdir
+    work = view.stack.workdir
     if work is None:
         return
     if node.__class__ is Dir:
@@ -145,18 +144,18 @@ def unhold(view: View, node: Node) -> None:
         node.where = None
 
 
-def must_move(view: View, node: Dir) -> bool:
+def must_move(view: Core, node: Dir) -> bool:
     """Whether a directory that is about to be removed has to move to the work directory instead."""
     return node.nlookup > 0 and view.descriptors.full
 
 
-def keep(view: View, own: Source) -> None:
+def keep(view: Core, own: Source) -> None:
     """The upper part of a directory in use is about to lose its name: its descriptor stands for it."""
     view.descriptors.keep(own)
 
 
-def moved(view: View, own: Source, temp: bytes) -> None:
+def moved(view: Core, own: Source, temp: bytes) -> None:
     """The upper part of a removed directory, or of one that was replaced, is in the work directory now."""
-    work = view.workdir
+    work = view.stack.workdir
     assert work is not None
     own.parent, own.name = work.source, temp

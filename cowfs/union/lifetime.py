@@ -16,13 +16,10 @@ from cowfs.union.layers import Layer, Source
 from cowfs.union.node import Dir, Node
 
 if TYPE_CHECKING:
-    from cowfs.union.view import View
-
-ROOT_ID = 1
-GENERATIONS = 0xFFFFFFFF  # file handles of FUSE hold 32 bits (fs/fuse/inode.c, fuse_encode_fh)
+    from cowfs.union.core import Core
 
 
-def bind(view: View, parent: Dir, name: bytes, node: Node) -> None:
+def bind(view: Core, parent: Dir, name: bytes, node: Node) -> None:
     """Make ``name`` name ``node``: its first name, or one more."""
     children = parent.children
     if children is None:
@@ -32,15 +29,15 @@ def bind(view: View, parent: Dir, name: bytes, node: Node) -> None:
     if node.parent is None:
         node.parent = parent
     else:
-        view.names.setdefault(node, []).append((parent, name))
+        view.table.names.setdefault(node, []).append((parent, name))
 
 
-def unbind(view: View, parent: Dir, name: bytes, node: Node) -> bool:
+def unbind(view: Core, parent: Dir, name: bytes, node: Node) -> bool:
     """Take a name away from a node. Returns whether it has another that is known."""
     if parent.children is not None:
         parent.children.pop(name, None)
     parent.live -= 1
-    others = view.names.get(node)
+    others = view.table.names.get(node)
     if others is None:
         if node.parent is parent:
             node.parent = None
@@ -52,11 +49,11 @@ def unbind(view: View, parent: Dir, name: bytes, node: Node) -> bool:
     else:
         others.remove((parent, name))
     if not others:
-        del view.names[node]
+        del view.table.names[node]
     return True
 
 
-def source_in(view: View, directory: Dir, layer: Layer) -> Source:
+def source_in(view: Core, directory: Dir, layer: Layer) -> Source:
     """The part of a merged directory that is in ``layer``."""
     for source in directory.sources:
         if source.layer is layer:
@@ -64,30 +61,23 @@ def source_in(view: View, directory: Dir, layer: Layer) -> Source:
     return view.source_at(layer, view.low_path(directory))
 
 
-def names_of(view: View, node: Node) -> list[tuple[Dir, bytes]]:
+def names_of(view: Core, node: Node) -> list[tuple[Dir, bytes]]:
     """Every name of a node that is known, the first one first."""
-    first = [(node.parent, node.name)] if node.parent is not None else []
-    return first + view.names.get(node, [])
+    return view.table.names_of(node)
 
 
-def fresh_id(view: View) -> int:
-    """An id that no inode number can be."""
-    view.synthetic += 1
-    return view.synthetic
-
-
-def upper_of(view: View, directory: Dir) -> Source | None:
+def upper_of(view: Core, directory: Dir) -> Source | None:
     """The directory's part in the upper layer, or ``None``."""
     sources = directory.sources
-    return sources[0] if sources and sources[0].layer is view.upper else None
+    return sources[0] if sources and sources[0].layer is view.stack.upper else None
 
 
-def in_upper(view: View, node: Node) -> bool:
+def in_upper(view: Core, node: Node) -> bool:
     """Whether a node's inode is in the upper layer (or was, for an orphan)."""
-    return node.where is None or node.where.layer is view.upper
+    return node.where is None or node.where.layer is view.stack.upper
 
 
-def path(view: View, node: Node) -> bytes:
+def path(view: Core, node: Node) -> bytes:
     """One merged path, without a leading slash."""
     parts = []
     here: Node | None = node
@@ -97,7 +87,7 @@ def path(view: View, node: Node) -> bytes:
     return b"/".join(reversed(parts))
 
 
-def low_path(view: View, directory: Dir) -> bytes:
+def low_path(view: Core, directory: Dir) -> bytes:
     """A directory's path in the merged lower tree (kernel: what ``redirect`` is made of)."""
     parts = []
     here = directory
@@ -110,13 +100,13 @@ def low_path(view: View, directory: Dir) -> bytes:
     return b"/".join(reversed(parts))
 
 
-def low_child(view: View, parent: Dir, name: bytes) -> bytes:
+def low_child(view: Core, parent: Dir, name: bytes) -> bytes:
     """The path in the merged lower tree of a name in ``parent``."""
     head = view.low_path(parent)
     return head + b"/" + name if head else name
 
 
-def forget(view: View, id: int, count: int) -> None:
+def forget(view: Core, id: int, count: int) -> None:
     """Count look-ups down; at zero the node goes, and its name becomes a code again."""
     node = view.nodes.get(id)
     if node is None:
@@ -126,7 +116,7 @@ def forget(view: View, id: int, count: int) -> None:
         view.drop(node)
 
 
-def drop(view: View, node: Node) -> None:
+def drop(view: Core, node: Node) -> None:
     """Let go of a node that nobody holds, and of parents that were kept for it."""
     while node is not view.root and node.nlookup <= 0:
         if node.__class__ is Dir and node.live > 0:
@@ -143,25 +133,23 @@ def drop(view: View, node: Node) -> None:
         parent = node.parent
         if parent is None:
             holding.unhold(view, node)
-            if node in view.astray:
-                view.astray.discard(node)
+            if node in view.table.astray:
+                view.table.astray.discard(node)
             else:
                 _bury(view, node)
             return
         if node.id < SYNTHETIC:
-            view.parents[node.id] = parent.id
-        for directory, name in view.names.pop(node, ()):
+            view.table.parents[node.id] = parent.id
+        for directory, name in view.table.names.pop(node, ()):
             _fold(view, directory, name, node)
             if directory is not parent and directory.nlookup <= 0:
                 view.drop(directory)
         _fold(view, parent, node.name, node)
-        if node in view.moved and view.upper is not None:
-            del view.moved[node]
-            view.redirects.pop(view.upper, None)  # to be looked for again when needed
+        view.moves.drop(node, view.stack.upper)
         node = parent
 
 
-def _fold(view: View, parent: Dir, name: bytes, node: Node) -> None:
+def _fold(view: Core, parent: Dir, name: bytes, node: Node) -> None:
     parent.live -= 1
     children = parent.children
     if children is None or children.get(name) is not node:
@@ -171,7 +159,7 @@ def _fold(view: View, parent: Dir, name: bytes, node: Node) -> None:
         layer = node.sources[0].layer
     sources = parent.sources
     for position, source in enumerate(sources):
-        if source.layer is layer and (layer.index >= view.indexed_layers or parent.record is None):
+        if source.layer is layer and (layer.index >= view.stack.indexed_layers or parent.record is None):
             children[name] = (len(sources) - 1 - position) << 4 | node.type
             return
     if parent.record is not None:
@@ -180,21 +168,21 @@ def _fold(view: View, parent: Dir, name: bytes, node: Node) -> None:
         parent.children = None
 
 
-def _bury(view: View, node: Node) -> None:
+def _bury(view: Core, node: Node) -> None:
     """The last trace of an unlinked node is gone: give back its space, spend its number."""
     if view.space is not None and view.in_upper(node):
         view.space.release(node)
-    view.parents.discard(node.id)
+    view.table.parents.discard(node.id)
     if node.id < SYNTHETIC and not view.monotonic:
-        view.dead[node.id] = node.generation + 1 & GENERATIONS
+        view.table.spend(node)
 
 
-def revive(view: View, id: int) -> Node:
+def revive(view: Core, id: int) -> Node:
     """The node of a file handle, forgotten or not. Raises ESTALE."""
     way: dict[int, None] = {}
     node = view.nodes.get(id)
     while node is None:
-        parent = view.parents.get(id)
+        parent = view.table.parents.get(id)
         if parent is None or id in way:
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
         way[id] = None
@@ -205,7 +193,7 @@ def revive(view: View, id: int) -> Node:
     return node
 
 
-def _child_of_id(view: View, parent: Node, id: int) -> Node:
+def _child_of_id(view: Core, parent: Node, id: int) -> Node:
     """The node of a forgotten id in the directory that it was in. Raises ESTALE."""
     if isinstance(parent, Dir):
         children = parent.children

@@ -17,7 +17,7 @@ from cowfs.union.layers import lstat
 from cowfs.union.node import DT_DIR, Dir
 
 if TYPE_CHECKING:
-    from cowfs.union.view import View
+    from cowfs.union.core import Core
 
 _FIRST_COOKIE = 3  # 1 and 2 are "." and ".."
 _COOKIES = (1 << 63) - 1 - _FIRST_COOKIE
@@ -28,7 +28,7 @@ def cookie_of(name: bytes) -> int:
     return hash(name) % _COOKIES + _FIRST_COOKIE
 
 
-def listing(view: View, directory: Dir, cookie: int = 0) -> Iterator[tuple[bytes, int]]:
+def listing(view: Core, directory: Dir, cookie: int = 0) -> Iterator[tuple[bytes, int]]:
     """(name, cookie) of the entries after ``cookie``; 0 starts, with ``.`` and ``..`` first.
 
     A listing that goes on after creates and removes neither skips nor repeats what stayed:
@@ -41,7 +41,7 @@ def listing(view: View, directory: Dir, cookie: int = 0) -> Iterator[tuple[bytes
     children = directory.children
     if children is None:
         children = view.load(directory)
-        view.parents.reserve(len(view.nodes) + len(children))
+        view.table.parents.reserve(len(view.nodes) + len(children))
     order = directory.order
     if order is None:
         order = directory.order = sorted(children, key=cookie_of)
@@ -53,7 +53,7 @@ def listing(view: View, directory: Dir, cookie: int = 0) -> Iterator[tuple[bytes
     directory.order = None
 
 
-def entry(view: View, directory: Dir, name: bytes) -> tuple[int, int]:
+def entry(view: Core, directory: Dir, name: bytes) -> tuple[int, int]:
     """(inode number, DT_*) of a listed name, without making a node."""
     if name in (b".", b".."):
         node: Any = directory if name == b"." else view.parent(directory)
@@ -64,8 +64,8 @@ def entry(view: View, directory: Dir, name: bytes) -> tuple[int, int]:
     if item.__class__ is not int:
         return item.id, item.type  # type: ignore[union-attr]
     if item < 0:
-        entry = view.index.entries(directory.record)[name]  # type: ignore[union-attr]
-        known = view.linked.get(entry.file) if entry.nlink > 1 else None
+        entry = view.stack.index.entries(directory.record)[name]  # type: ignore[union-attr]
+        known = view.table.linked.get(entry.file) if entry.nlink > 1 else None
         return known or from_index.ino_of(view, entry), entry.type
     if item & 15 == DT_DIR:
         made = view.child(directory, name)
@@ -75,7 +75,7 @@ def entry(view: View, directory: Dir, name: bytes) -> tuple[int, int]:
     if st is None:
         return 0, 0
     ino = view.inodes.shown(st.st_dev, st.st_ino)
-    if source.layer is view.upper and source.impure:
+    if source.layer is view.stack.upper and source.impure:
         origin = xattr.try_get(source.open(), name, view.form.origin)
         ino = view.inodes.from_origin(origin or b"") or ino
     return ino, item & 15

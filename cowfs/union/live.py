@@ -1,7 +1,7 @@
 """Snapshots of a live view: the upper layer is frozen, a new one goes on; and back again.
 
 *Freeze* costs nothing per file, since a node is "in the upper layer" exactly when the layer that holds it is
-``view.upper``: with another layer in that place every node has become a lower one, and its next change copies it up.
+``view.stack.upper``: with another layer in that place every node has become a lower one, and its next change copies it up.
 What must follow is the root (every layer has one) and the directories that renames had moved: the path
 in the merged lower tree, which ``redirect`` names, is from now on the path they have now.
 
@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING
 
 from cowfs.union import from_index, hardlinks, holding, quota, stored
 from cowfs.union.layers import Layer, Source
+from cowfs.union.meta import Meta
 from cowfs.union.node import Dir, Node
 from cowfs.union.workdir import WorkDir
 
 if TYPE_CHECKING:
-    from cowfs.union.view import View
+    from cowfs.union.core import Core
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ class Stale:
     entries: tuple[tuple[int, bytes], ...]
 
 
-def freeze(view: View, upper: str | bytes, work: str | bytes) -> Layer:
+def freeze(view: Core, upper: str | bytes, work: str | bytes) -> Layer:
     """Make the upper layer a lower one, and ``upper`` (an empty directory) the upper layer.
 
     Args:
@@ -55,20 +56,20 @@ def freeze(view: View, upper: str | bytes, work: str | bytes) -> Layer:
         OSError: EROFS for a read-only view; ENOTEMPTY, EXDEV for directories that will not do.
             Then nothing has changed.
     """
-    frozen, before = view.need_upper(), view.workdir
+    frozen, before = view.need_upper(), view.stack.workdir
     layer = _new_upper(view, upper, work, frozen.dev, stored.read_meta(view, view.root))
-    if before is not None and view.workdir is not None:
-        holding.carry_over(before, view.workdir)
+    if before is not None and view.stack.workdir is not None:
+        holding.carry_over(before, view.stack.workdir)
     _push(view, layer)
     return frozen
 
 
-def _new_upper(view: View, upper: str | bytes, work: str | bytes, dev: int, root: stored.Meta) -> Layer:
+def _new_upper(view: Core, upper: str | bytes, work: str | bytes, dev: int, root: Meta) -> Layer:
     """Open and check a new upper layer, whose root gets the attributes ``root``; swaps the work directory."""
     path = os.fsencode(upper)
     if os.listdir(path):
         raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), path)
-    layer = Layer(path, len(view.layers), view.descriptors)
+    layer = Layer(path, len(view.stack.layers), view.descriptors)
     try:
         if layer.dev != dev:
             raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), path)
@@ -77,35 +78,27 @@ def _new_upper(view: View, upper: str | bytes, work: str | bytes, dev: int, root
         layer.close()
         raise
     stored.write_meta(layer.root.open(), b".", root, view)
-    if view.workdir is not None:
-        view.retired.append(view.workdir)
-    view.workdir = workdir
+    view.stack.work_in(workdir)
     return layer
 
 
-def _push(view: View, layer: Layer) -> None:
-    if view.upper is not None:
-        view.redirects.pop(view.upper, None)
+def _push(view: Core, layer: Layer) -> None:
     if view.space is not None:
         view.space.freeze()
-    view.layers.append(layer)
-    view.upper = layer
+    view.moves.froze(view.stack.upper)
+    view.stack.add(layer, upper=True)
     view.inodes.forget_claims()
-    view.roots.insert(0, layer.root)
     layer.root.whiteouts, layer.root.shadow, layer.root.impure = set(), set(), True
     root = view.root
     root.sources.insert(0, layer.root)
     root.where = layer.root
-    for directory in view.moved:
-        directory.lowpath = None
-    view.moved.clear()
     if view.space is not None:
         for node in view.nodes.values():
             if not holding.is_nameless(view, node):
                 node.space = None
 
 
-def rollback(view: View, frozen: Layer, upper: str | bytes, work: str | bytes) -> Stale:
+def rollback(view: Core, frozen: Layer, upper: str | bytes, work: str | bytes) -> Stale:
     """Go back to the state in which ``frozen`` was the top layer, with a new, empty upper layer.
 
     Args:
@@ -119,36 +112,33 @@ def rollback(view: View, frozen: Layer, upper: str | bytes, work: str | bytes) -
         OSError: EINVAL when ``frozen`` is not a lower layer of the view, else as :func:`freeze`.
     """
     present = view.need_upper()
-    if frozen is present or frozen not in view.layers:
+    if frozen is present or frozen not in view.stack.layers:
         raise OSError(errno.EINVAL, "not a lower layer of this view")
-    if frozen.index < view.indexed_layers - 1:
+    if frozen.index < view.stack.indexed_layers - 1:
         raise OSError(errno.EINVAL, "the layers below an index cannot be rolled back")
-    dropped = view.layers[frozen.index + 1 :]
+    dropped = view.stack.layers[frozen.index + 1 :]
     layer = _new_upper(view, upper, work, present.dev, stored.root_meta(view, frozen))
-    layer.index = frozen.index + 1
     stale, entries = _strike_out(view, set(dropped))
-    del view.layers[frozen.index + 1 :]
-    view.roots = [source for source in view.roots if source.layer not in dropped]
-    view.sources = {key: source for key, source in view.sources.items() if source.layer not in dropped}
-    view.moved.clear()
+    view.stack.cut(frozen)
+    view.moves.moved.clear()
     for old in dropped:
-        view.groups.pop(old, None)
-        view.redirects.pop(old, None)
+        view.moves.forget(old)
         if view.rows is not None:
             view.rows.forget(old)
         old.close()
-    counted, view.space = view.space, None  # all that it counted is gone with the layer
+    counted = view.swap_space(None)  # all that it counted is gone with the layer
     _push(view, layer)
     view.root.attr = None
     if counted is not None:
-        view.space = quota.Space(view)
-        view.space.limit = counted.limit
+        space = quota.Space(view)
+        space.set_limit(counted.limit)
+        view.swap_space(space)
         for node in view.nodes.values():
             node.space = None
     return Stale(tuple(stale), tuple(entries))
 
 
-def _strike_out(view: View, dropped: set[Layer]) -> tuple[list[int], list[tuple[int, bytes]]]:
+def _strike_out(view: Core, dropped: set[Layer]) -> tuple[list[int], list[tuple[int, bytes]]]:
     """Take every node that lives in a dropped layer out of the view."""
     stale: list[int] = []
     entries: list[tuple[int, bytes]] = []
@@ -186,10 +176,14 @@ def _strike_out(view: View, dropped: set[Layer]) -> tuple[list[int], list[tuple[
     return stale, entries
 
 
-def _was_elsewhere(view: View, directory: Dir, kept: list[Source], dropped: set[Layer]) -> bool:
+def _was_elsewhere(view: Core, directory: Dir, kept: list[Source], dropped: set[Layer]) -> bool:
     """Whether what is left of a directory had another name, or was in another directory, before the dropped layers."""
     top, above = kept[0], directory.parent
-    if top.parent is None or above is None or (view.index is not None and top.layer.index < view.indexed_layers):
+    if (
+        top.parent is None
+        or above is None
+        or (view.stack.index is not None and top.layer.index < view.stack.indexed_layers)
+    ):
         return False
     there = top.parent.path()
     return top.name != directory.name or not any(
@@ -197,17 +191,14 @@ def _was_elsewhere(view: View, directory: Dir, kept: list[Source], dropped: set[
     )
 
 
-def _strike(view: View, node: Node) -> None:
+def _strike(view: Core, node: Node) -> None:
     """A node's id answers ESTALE from now on, and is never given again."""
-    view.nodes.pop(node.id, None)
-    view.parents.discard(node.id)
-    view.burnt.add(node.id)
-    view.names.pop(node, None)
+    view.table.strike(node)
     node.data.close()
     view.open_files.close(node)
 
 
-def _drop_under_struck(view: View, stale: list[int]) -> list[tuple[int, bytes]]:
+def _drop_under_struck(view: Core, stale: list[int]) -> list[tuple[int, bytes]]:
     """Nodes whose way to the root leads through one that was struck out go, too; returns the names that others lost.
 
     A file with further names keeps those that lead to the root.
@@ -229,16 +220,16 @@ def _drop_under_struck(view: View, stale: list[int]) -> list[tuple[int, bytes]]:
                 stale.append(node.id)
                 _strike(view, node)
                 continue
-            view.names.pop(node, None)
+            view.table.names.pop(node, None)
             if len(kept) > 1:
-                view.names[node] = kept[1:]
+                view.table.names[node] = kept[1:]
             if (node.parent, node.name) != kept[0]:
                 node.parent, node.name = kept[0]
                 hardlinks.find_place(view, node)
     return lost
 
 
-def _reread(view: View, directory: Dir) -> list[tuple[int, bytes]]:
+def _reread(view: Core, directory: Dir) -> list[tuple[int, bytes]]:
     """Read a directory's names again, keeping the nodes that are still what they name."""
     before = directory.children or {}
     directory.children = directory.order = directory.attr = None

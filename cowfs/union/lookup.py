@@ -12,19 +12,18 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from cowfs.sys import xattr
-from cowfs.union import create, from_index, holding, merge
+from cowfs.union import dotwh, from_index, holding, merge
 from cowfs.union.attr import pack, with_size
-from cowfs.union.filedata import PLAIN, FileData
 from cowfs.union.inodes import Beneath
 from cowfs.union.layers import Layer, Source
-from cowfs.union.lifetime import ROOT_ID
-from cowfs.union.node import DT_DIR, Dir, Node, type_of
+from cowfs.union.node import DT_DIR, PLAIN, Dir, FileData, Node, type_of
+from cowfs.union.table import ROOT_ID
 
 if TYPE_CHECKING:
-    from cowfs.union.view import View
+    from cowfs.union.core import Core
 
 
-def node(view: View, id: int) -> Node:
+def node(view: Core, id: int) -> Node:
     """The live node of an id. Raises ESTALE."""
     try:
         return view.nodes[id]
@@ -32,7 +31,7 @@ def node(view: View, id: int) -> Node:
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE)) from None
 
 
-def directory(view: View, id: int) -> Dir:
+def directory(view: Core, id: int) -> Dir:
     """The live directory of an id, at the start of an operation. Raises ESTALE, ENOTDIR."""
     node = view.node(id)
     if not isinstance(node, Dir):
@@ -42,7 +41,7 @@ def directory(view: View, id: int) -> Dir:
     return node
 
 
-def lookup(view: View, parent: Dir, name: bytes) -> Node:
+def lookup(view: Core, parent: Dir, name: bytes) -> Node:
     """The node of a name. Raises ENOENT, ENOTDIR, ENAMETOOLONG."""
     node = view.child(parent, name)
     if node is None:
@@ -52,7 +51,7 @@ def lookup(view: View, parent: Dir, name: bytes) -> Node:
     return node
 
 
-def child(view: View, parent: Dir, name: bytes) -> Node | None:
+def child(view: Core, parent: Dir, name: bytes) -> Node | None:
     """The node of a name, or ``None``."""
     children = parent.children
     if children is None:
@@ -65,12 +64,12 @@ def child(view: View, parent: Dir, name: bytes) -> Node | None:
     return item  # type: ignore[return-value]
 
 
-def parent(view: View, node: Dir) -> Dir:
+def parent(view: Core, node: Dir) -> Dir:
     """A directory's parent; the root's is the root."""
     return node.parent or view.root
 
 
-def load(view: View, directory: Dir) -> dict[bytes, Node | int]:
+def load(view: Core, directory: Dir) -> dict[bytes, Node | int]:
     """Read a directory's names from its layers, once."""
     if directory.__class__ is not Dir:
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), directory.name)
@@ -85,7 +84,7 @@ def load(view: View, directory: Dir) -> dict[bytes, Node | int]:
     if upper is not None:
         names, deleted, _ = merge.scan(upper, view.form)
         if view.form.dotwh and not view.readonly:
-            create.own_whiteouts(view, upper, names, deleted)
+            dotwh.own_whiteouts(view, upper, names, deleted)
         upper.whiteouts = deleted
         merges = bool(below) or directory.record is not None
         upper.impure = merges or bool(xattr.try_get(upper.open(), b"", view.form.impure))
@@ -97,12 +96,12 @@ def load(view: View, directory: Dir) -> dict[bytes, Node | int]:
         base = (len(sources) - 1) << 4
         for name, kind in names.items():
             merged[name] = base | kind
-    view.work.directories_read += 1
+    view.work.read_directory()
     directory.children = merged
     return merged
 
 
-def _make(view: View, parent: Dir, name: bytes, code: int) -> Node | None:
+def _make(view: Core, parent: Dir, name: bytes, code: int) -> Node | None:
     """Turn a code into a node."""
     if code < 0:
         return from_index.make(view, parent, name)
@@ -118,7 +117,7 @@ def _make(view: View, parent: Dir, name: bytes, code: int) -> Node | None:
     mode = st.st_mode
     if mode & 0o170000 == 0o040000:
         return _make_dir(view, parent, name, position)
-    is_upper = source.layer is view.upper
+    is_upper = source.layer is view.stack.upper
     ino = view.inodes.shown(st.st_dev, st.st_ino)
     data = PLAIN
     if mode & 0o170000 == 0o100000:
@@ -138,21 +137,21 @@ def _make(view: View, parent: Dir, name: bytes, code: int) -> Node | None:
     return node
 
 
-def data_of(view: View, parent: Dir, position: int, name: bytes, st: os.stat_result) -> FileData:
+def data_of(view: Core, parent: Dir, position: int, name: bytes, st: os.stat_result) -> FileData:
     """What a regular file's data is, that one of ``parent``'s parts has as ``name``."""
     source, data = parent.sources[position], PLAIN
     if merge.may_be_metacopy(source.layer, st.st_size, st.st_blocks):
         low = view.low_child(parent, name)
-        if view.index is not None:
+        if view.stack.index is not None:
             found = from_index.metacopy_data(view, parent, position, name, low)
         else:
-            found = merge.metacopy_data(parent.sources[position + 1 :], source, name, low, view.form, view.roots)
+            found = merge.metacopy_data(parent.sources[position + 1 :], source, name, low, view.form, view.stack.roots)
         if found is not None:
             data = found
     return view.rows.find(source, name, data) if view.rows is not None and source.layer.index else data
 
 
-def pack_into(view: View, node: Node, st: os.stat_result, source: Source, name: bytes) -> None:
+def pack_into(view: Core, node: Node, st: os.stat_result, source: Source, name: bytes) -> None:
     """Set a node's attributes from a fresh stat result."""
     if view.owners is None:
         attr = pack(st, node.id, st.st_mode, st.st_uid, st.st_gid)
@@ -163,25 +162,20 @@ def pack_into(view: View, node: Node, st: os.stat_result, source: Source, name: 
     node.attr = attr
 
 
-def generation(view: View, ino: int) -> int:
-    """The generation of an inode number's present bearer."""
-    return view.dead.get(ino, view.era)
-
-
-def bind_inode(view: View, parent: Dir, name: bytes, source: Source, st: os.stat_result, ino: int) -> Node:
+def bind_inode(view: Core, parent: Dir, name: bytes, source: Source, st: os.stat_result, ino: int) -> Node:
     """The node of inode number ``ino``, new or, for one more hard link, the one there is."""
-    first, ino = ino, view.reborn.get(ino, ino)
+    first, ino = ino, view.table.reborn.get(ino, ino)
     real = (st.st_dev, st.st_ino)
     free = True
     if st.st_nlink > 1:
-        ino = view.displaced.get(real, ino)
-        free = source.layer is not view.upper or view.inodes.claim(ino, *real)
+        ino = view.table.displaced.get(real, ino)
+        free = source.layer is not view.stack.upper or view.inodes.claim(ino, *real)
     existing = view.nodes.get(ino)
-    if existing is not None or ino <= ROOT_ID or ino in view.burnt or not free:
+    if existing is not None or ino <= ROOT_ID or ino in view.table.burnt or not free:
         nameless = existing is not None and existing.parent is None
         if existing is not None and (nameless or st.st_nlink > 1) and _same(existing, source, st):
             if nameless:  # its other names were not known until now
-                view.astray.discard(existing)
+                view.table.astray.discard(existing)
                 holding.unhold(view, existing)
                 existing.where, existing.name, existing.attr = source, name, None
                 if existing.fd >= 0:
@@ -189,14 +183,11 @@ def bind_inode(view: View, parent: Dir, name: bytes, source: Source, st: os.stat
             view.bind(parent, name, existing)
             view.attr(existing)
             return existing
-        burnt, ino = ino in view.burnt, view.fresh_id()
-        if burnt:
-            view.reborn[first] = ino
-        elif st.st_nlink > 1:
-            view.displaced[real] = ino
+        burnt, ino = ino in view.table.burnt, view.table.instead_of(ino, first)
+        if not burnt and st.st_nlink > 1:
+            view.table.displaced[real] = ino
     node = Node(ino, type_of(st.st_mode), name, source)
-    node.generation = view.dead.get(ino, view.era) if view.dead else view.era
-    view.nodes[ino] = node
+    view.table.add(node)
     view.bind(parent, name, node)
     return node
 
@@ -217,7 +208,7 @@ def _same(node: Node, source: Source, st: os.stat_result) -> bool:
     return (there.st_dev, there.st_ino) == (st.st_dev, st.st_ino)
 
 
-def _beneath(view: View, parent: Dir, start: int, name: bytes) -> Iterator[Beneath]:
+def _beneath(view: Core, parent: Dir, start: int, name: bytes) -> Iterator[Beneath]:
     """Where lower layers may have the file that a copy was made of, as far as its path tells."""
     origin = view.form.origin
     for source in parent.sources[start:]:
@@ -226,31 +217,31 @@ def _beneath(view: View, parent: Dir, start: int, name: bytes) -> Iterator[Benea
             yield fd, name, xattr.try_get(fd, name, origin), None
         except FileNotFoundError:
             continue
-    if view.index is not None and parent.record is not None:
+    if view.stack.index is not None and parent.record is not None:
         entry = from_index.tree(view).entries(parent.record).get(name)
         if entry is not None and entry.type != DT_DIR:
             path = from_index.path_of(entry, parent.record, name)
             head, _, real = path.rpartition(b"/")
-            fd = from_index.source_at(view, view.layers[entry.layer], head).open()
+            fd = from_index.source_at(view, view.stack.layers[entry.layer], head).open()
             yield fd, real, xattr.try_get(fd, real, origin), from_index.ino_of(view, entry)
 
 
-def _keeps_origin(view: View, layer: Layer) -> bool:
+def _keeps_origin(view: Core, layer: Layer) -> bool:
     """Whether a layer was this mount's, or is a store's: what was copied into it keeps the number it had before."""
-    return layer.index >= (view.indexed_layers if view.index is not None else view.plain_layers)
+    return layer.index >= (view.stack.indexed_layers if view.stack.index is not None else view.stack.plain_layers)
 
 
-def _make_dir(view: View, parent: Dir, name: bytes, position: int) -> Dir | None:
+def _make_dir(view: Core, parent: Dir, name: bytes, position: int) -> Dir | None:
     queue: Sequence[Source] = parent.sources[position:]
     entry = None
-    if view.index is not None:
+    if view.stack.index is not None:
         found, entry = from_index.merged_dir(view, from_index.scanned(view, queue), parent.record, name)
     else:
-        found = merge.merged_dirs(queue, name, view.form, view.roots)
+        found = merge.merged_dirs(queue, name, view.form, view.stack.roots)
     if not found:
         return None
     top = found[0]
-    is_upper = top.layer is view.upper
+    is_upper = top.layer is view.stack.upper
     if entry is not None:
         ino = from_index.ino_of(view, entry)
     else:
@@ -258,7 +249,7 @@ def _make_dir(view: View, parent: Dir, name: bytes, position: int) -> Dir | None
         anchor = found[-1] if kept else found[1] if is_upper and len(found) > 1 else top
         st = os.fstat(anchor.open())
         ino = view.inodes.shown(st.st_dev, st.st_ino)
-        if kept and (anchor.layer is not view.upper or parent.sources[position].impure):
+        if kept and (anchor.layer is not view.stack.upper or parent.sources[position].impure):
             origin = xattr.try_get(anchor.open(), b"", view.form.origin)
             if origin:
                 ino = view.inodes.from_origin(origin) or ino
@@ -269,19 +260,16 @@ def _make_dir(view: View, parent: Dir, name: bytes, position: int) -> Dir | None
         redirect = merge.redirect_of(top.open(), b"", view.form)
         if redirect:
             node.lowpath = redirect[1:] if redirect.startswith(b"/") else view.low_child(parent, redirect)
-            view.moved[node] = None
+            view.moves.moved[node] = None
     return node
 
 
-def new_dir(view: View, parent: Dir, name: bytes, sources: list[Source], ino: int) -> Dir:
+def new_dir(view: Core, parent: Dir, name: bytes, sources: list[Source], ino: int) -> Dir:
     """A bound directory node."""
-    first, ino = ino, view.reborn.get(ino, ino)
-    if ino in view.nodes or ino <= ROOT_ID or ino in view.burnt:
-        burnt, ino = ino in view.burnt, view.fresh_id()
-        if burnt:
-            view.reborn[first] = ino
+    first, ino = ino, view.table.reborn.get(ino, ino)
+    if not view.table.free(ino):
+        ino = view.table.instead_of(ino, first)
     node = Dir(ino, name, sources)
-    node.generation = view.dead.get(ino, view.era) if view.dead else view.era
-    view.nodes[ino] = node
+    view.table.add(node)
     view.bind(parent, name, node)
     return node

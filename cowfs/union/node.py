@@ -8,19 +8,151 @@ the parent's ``children`` turns back into a small integer that says which layer 
 
 ``position`` counts the parent's sources from the bottom (so that copying a directory up, which
 adds a source on top, changes no code) and ``type`` is the DT_* of readdir(3).
+
+A node's ``data`` (:class:`FileData`) says where the data of a regular file is; nobody asks for its class. A kind of one
+descriptor is read and written through that (``pieced`` is false); a pieced kind answers ``pread`` and ``pwrite`` itself.
+Only data of the upper layer is written: a file of any other kind is copied up, or redirected, before.
 """
 
 from __future__ import annotations
 
+import errno
+import os
 import stat
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from cowfs.union.filedata import PLAIN, FileData
-
 if TYPE_CHECKING:
-    from cowfs.union.layers import Source
+    from cowfs.union.layers import Layer, Source
 
 DT_FIFO, DT_CHR, DT_DIR, DT_BLK, DT_REG, DT_LNK, DT_SOCK = 1, 2, 4, 6, 8, 10, 12
+
+
+def _unsupported() -> OSError:
+    return OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+
+class FileData(ABC):
+    """The data of one file.
+
+    Attributes:
+        pieced: no single descriptor shows the data; it is read by :meth:`pread`.
+        stays: the node keeps it for as long as it is in use, whatever is found under its name meanwhile.
+    """
+
+    __slots__ = ()
+
+    pieced = False
+    stays = False
+
+    @property
+    @abstractmethod
+    def home(self) -> Layer | None:
+        """The layer of the file that has the data; ``None`` for the layer of the node itself."""
+
+    @property
+    @abstractmethod
+    def path(self) -> bytes | None:
+        """The path in the merged lower tree that a metacopy's ``redirect`` says; ``None`` for what stands for itself."""
+
+    @abstractmethod
+    def place(self) -> tuple[Source, bytes] | None:
+        """The file that has the data: its directory in a layer, its name; ``None`` where the node says it."""
+
+    @abstractmethod
+    def shown(self, st: os.stat_result) -> tuple[int, int]:
+        """(size in bytes, blocks of 512) to show, given the node's own lstat."""
+
+    @property
+    def writable(self) -> bool:
+        """Whether it is pieced data of the upper layer, which :meth:`pwrite` changes where it is."""
+        return False
+
+    # -- the life of a node -----------------------------------------------------------------------
+
+    def bind(self, node: Node) -> None:  # noqa: B027 - most kinds have nothing to do here
+        """The node whose data this is."""
+
+    def close(self) -> None:  # noqa: B027 - most kinds have nothing to do here
+        """The node goes, or its data is other data now: give back descriptors."""
+
+    def rebase(self) -> None:  # noqa: B027 - most kinds have nothing to do here
+        """The layers beneath are others now, with the same data."""
+
+    def in_layers(self, layers: set[Layer]) -> bool:
+        """Whether any of the data is in one of some layers."""
+        return self.home in layers
+
+    def found_at(self) -> object:
+        """Equal for two of one kind that are found at the same place."""
+        there = self.place()
+        return None if there is None else (there[0].layer, there[0].path(), there[1])
+
+    # -- pieced data ------------------------------------------------------------------------------
+
+    def own_fd(self) -> int:
+        """The descriptor of the file in the upper layer (do not close it). Pieced data only."""
+        raise _unsupported()
+
+    def pread(self, offset: int, buffer: memoryview, flags: int = 0) -> int:
+        """Read into ``buffer``; fewer bytes only at the end. Pieced data only.
+
+        Raises:
+            OSError: EIO; EAGAIN with ``flags`` RWF_NOWAIT when the disk would be waited for.
+        """
+        raise _unsupported()
+
+    def reader(self, offset: int, length: int) -> Callable[[memoryview], int] | None:
+        """A read to be run once in any thread, while nobody writes; ``None``: by descriptor."""
+        return None
+
+    def stream(self, offset: int, length: int) -> Callable[[memoryview], int] | None:
+        """:meth:`reader` for a read that goes on where the last one ended."""
+        return None
+
+    def lseek(self, offset: int, whence: int) -> int:
+        """SEEK_DATA or SEEK_HOLE. Pieced data only. Raises ENXIO past the end."""
+        raise _unsupported()
+
+    def pwrite(self, offset: int, data: memoryview | bytes) -> int:
+        """Write; short where the limit or the host's space ends. Writable data only. Raises ENOSPC, EFBIG."""
+        raise _unsupported()
+
+    def truncate(self, size: int) -> None:
+        """Set the size. Writable data only."""
+        raise _unsupported()
+
+    def fallocate(self, mode: int, offset: int, length: int) -> None:
+        """fallocate(2). Writable data only."""
+        raise _unsupported()
+
+    def sync_job(self) -> Callable[[bool], None] | None:
+        """fsync(2), to be run once in any thread (True: fdatasync(2) will do); ``None``: by descriptor."""
+        return None
+
+
+class Plain(FileData):
+    """The inode has its data itself. There is one, :data:`PLAIN`."""
+
+    __slots__ = ()
+
+    @property
+    def home(self) -> None:
+        return None
+
+    @property
+    def path(self) -> None:
+        return None
+
+    def place(self) -> None:
+        return None
+
+    def shown(self, st: os.stat_result) -> tuple[int, int]:
+        return st.st_size, st.st_blocks
+
+
+PLAIN: FileData = Plain()
 
 
 class Node:
@@ -37,8 +169,8 @@ class Node:
             2 when it has no xattr at all, 0 when nothing is known.
         fd: an open descriptor of the data, or -1.
         wfd: whether ``fd`` may be written.
-        data: where the data is (:mod:`cowfs.union.filedata`); :data:`~cowfs.union.filedata.PLAIN` for all but regular files.
-        space: data units of 4 KiB: int when dense, :class:`~cowfs.union.quota.Blocks` when not,
+        data: where the data is (:class:`FileData`); :data:`PLAIN` for all but regular files.
+        space: data units of 4 KiB: int when dense, :class:`~cowfs.union.blocks.Blocks` when not,
             ``None`` when not counted yet.
     """
 
@@ -104,3 +236,12 @@ class Dir(Node):
 def type_of(mode: int) -> int:
     """DT_* of a mode: the file type bits, shifted (as the kernel defines both)."""
     return stat.S_IFMT(mode) >> 12
+
+
+def at(node: Node) -> tuple[int, bytes]:
+    """(directory descriptor, name) of an inode; the name is empty when the descriptor is it."""
+    if isinstance(node, Dir):
+        return node.sources[0].open(), b""
+    if node.where is None or (node.wfd and node.fd >= 0 and node.data is PLAIN):
+        return node.fd, b""
+    return node.where.open(), node.name

@@ -8,14 +8,12 @@ take; then the change; then what it really took, read from the disk where a host
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from cowfs.model import Usage
 from cowfs.sys import files, xattr
-from cowfs.union import holding
 from cowfs.union.blocks import UNIT, Blocks, blocks_of, total_of, units
 from cowfs.union.bound import Awaited, Bound
-from cowfs.union.filedata import PLAIN
 from cowfs.union.layers import Source
 from cowfs.union.measure import (
     NOTHING,
@@ -30,19 +28,43 @@ from cowfs.union.measure import (
     walk,
     xattr_room,
 )
-from cowfs.union.node import DT_DIR, DT_LNK, DT_REG, Dir, Node
+from cowfs.union.node import DT_DIR, DT_LNK, DT_REG, PLAIN, Dir, Node, at
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
-    from cowfs.union.stored import Meta
-    from cowfs.union.view import View
+    from cowfs.format.whiteout import Form
+    from cowfs.union.filedata import Redirects
+    from cowfs.union.layers import Layer
+    from cowfs.union.meta import Meta
 
 __all__ = ["UNIT", "Awaited", "Blocks", "Space", "ledger", "measure", "total_of", "units"]
 
 _PUNCH = files.FALLOC_FL_PUNCH_HOLE | files.FALLOC_FL_KEEP_SIZE
 _END = 1 << 50  # units: behind the end of any file
 _ORIGIN = 29  # bytes of the mark that a copy gets (cowfs.union.inodes.make_origin)
+
+
+class Counted(Protocol):
+    """What a count asks of the view whose upper layer it counts."""
+
+    form: Form
+    nodes: dict[int, Node]
+    rows: Redirects | None
+    patient: bool
+    limit_reached: Callable[[], None] | None
+
+    @property
+    def space(self) -> Space | None: ...
+
+    @property
+    def upper(self) -> Layer | None: ...
+
+    def is_nameless(self, node: Node) -> bool: ...
+
+    def size(self, node: Node) -> int: ...
+
+    def data_fd(self, node: Node, write: bool) -> int: ...
 
 
 class Space(Bound):
@@ -53,7 +75,7 @@ class Space(Bound):
 
     __slots__ = ("_later", "_leaving", "_nameless", "view", "written")
 
-    def __init__(self, view: View, *, empty: bool = False) -> None:
+    def __init__(self, view: Counted, *, empty: bool = False) -> None:
         """Count what the upper layer holds; ``empty``: start with nothing."""
         assert view.upper is not None
         super().__init__(files.fs_name(view.upper.root.fd), view.form)
@@ -66,7 +88,7 @@ class Space(Bound):
             return
         self._take(walk(view.upper, view.form))
         for node in view.nodes.values():
-            if holding.is_nameless(view, node):  # not found by a scan
+            if view.is_nameless(node):  # not found by a scan
                 self.units += total_of(self.count(node))
                 self.inodes += 1
                 self._nameless.add(node)
@@ -86,7 +108,7 @@ class Space(Bound):
     def freeze(self) -> None:
         """What the upper layer holds is another layer's from now on, and goes on to count; a new one starts empty."""
         self.look_at_maps()
-        nameless = [node for node in self.view.nodes.values() if holding.is_nameless(self.view, node)]
+        nameless = [node for node in self.view.nodes.values() if self.view.is_nameless(node)]
         xattrs = [self._leaving[node] for node in nameless if node in self._leaving]
         kept = sum(total_of(node.space) for node in nameless) + sum(room.large for room in xattrs)
         small = sum(room.small for room in xattrs)
@@ -269,11 +291,10 @@ class Space(Bound):
 
     def leaving(self, node: Node) -> None:
         """The last name of an upper inode is about to go: count it while it can still be read."""
-        from cowfs.union import attributes
 
         self.count(node)
         self._nameless.add(node)
-        if node.bare < 2 and any(room := self.xattrs(*attributes.at(node))):
+        if node.bare < 2 and any(room := self.xattrs(*at(node))):
             self._leaving[node] = room
 
     def counts_now(self, node: Dir) -> None:
@@ -530,7 +551,7 @@ class Space(Bound):
             self._sum()
 
 
-def ledger(view: View) -> Space:
+def ledger(view: Counted) -> Space:
     """A count that starts with nothing and has no limit: what is done with it shows by itself (:meth:`Space.later`)."""
     made = Space(view, empty=True)
     if view.space is not None:

@@ -29,8 +29,8 @@ from cowfs.union.node import DT_REG, Dir, Node
 from cowfs.union.workdir import clear
 
 if TYPE_CHECKING:
+    from cowfs.union.core import Core
     from cowfs.union.measure import Room
-    from cowfs.union.view import View
 
 _NOREPLACE, _EXCHANGE, _WHITEOUT = (
     files.RENAME_NOREPLACE,
@@ -39,7 +39,7 @@ _NOREPLACE, _EXCHANGE, _WHITEOUT = (
 )
 
 
-def rename(view: View, parent: Dir, name: bytes, to: Dir, to_name: bytes, flags: int = 0) -> None:
+def rename(view: Core, parent: Dir, name: bytes, to: Dir, to_name: bytes, flags: int = 0) -> None:
     """Rename ``name`` in ``parent`` to ``to_name`` in ``to``.
 
     Args:
@@ -79,7 +79,7 @@ def rename(view: View, parent: Dir, name: bytes, to: Dir, to_name: bytes, flags:
     _move(view, parent, name, node, to, to_name, other)
 
 
-def _refuse_loop(view: View, node: Dir, into: Dir) -> None:
+def _refuse_loop(view: Core, node: Dir, into: Dir) -> None:
     here = into
     while here is not view.root:
         if here is node:
@@ -87,7 +87,7 @@ def _refuse_loop(view: View, node: Dir, into: Dir) -> None:
         here = here.parent or view.root
 
 
-def _refuse_mismatch(view: View, node: Node, other: Node, name: bytes) -> None:
+def _refuse_mismatch(view: Core, node: Node, other: Node, name: bytes) -> None:
     if isinstance(node, Dir):
         if not isinstance(other, Dir):
             raise error(errno.ENOTDIR, name)
@@ -97,11 +97,10 @@ def _refuse_mismatch(view: View, node: Node, other: Node, name: bytes) -> None:
         raise error(errno.EISDIR, name)
 
 
-def _bring_up(view: View, node: Node) -> None:
+def _bring_up(view: Core, node: Node) -> None:
     """Have the object in the upper layer, ready to stand at another path."""
     if isinstance(node, Dir):
-        if view.leaving is not None:
-            view.leaving.moves += 1
+        view.moves.renamed_directory()
         if view.form.redirects or (len(node.sources) == 1 and node.record is None and view.upper_of(node)):
             low = view.low_path(node)
             merged = len(node.sources) > 1 or view.upper_of(node) is None or node.record is not None
@@ -109,7 +108,7 @@ def _bring_up(view: View, node: Node) -> None:
             if merged:
                 _mark(view, source, view.form.redirect, b"/" + low)
                 if node.lowpath is None:
-                    view.moved[node] = None
+                    view.moves.moved[node] = None
                 node.lowpath = low
         else:
             _copy_subtree(view, node)
@@ -118,7 +117,7 @@ def _bring_up(view: View, node: Node) -> None:
     copyup.note_place(view, node)
 
 
-def _mark(view: View, own: Source, attribute: bytes, value: bytes) -> None:
+def _mark(view: Core, own: Source, attribute: bytes, value: bytes) -> None:
     """Set an own xattr that a directory cannot move without. Raises EXDEV where there is no room for it: then it is
     copied by whoever moves it, as between file systems."""
     try:
@@ -129,13 +128,13 @@ def _mark(view: View, own: Source, attribute: bytes, value: bytes) -> None:
         raise error(errno.EXDEV, own.name) from None
 
 
-def _upper_dir(view: View, node: Dir) -> Source:
+def _upper_dir(view: Core, node: Dir) -> Source:
     found = view.upper_of(node)
     assert found is not None
     return found
 
 
-def _move(view: View, parent: Dir, name: bytes, node: Node, to: Dir, to_name: bytes, other: Node | None) -> None:
+def _move(view: Core, parent: Dir, name: bytes, node: Node, to: Dir, to_name: bytes, other: Node | None) -> None:
     destination = copyup.up_dir(view, to)
     if to.children is None:
         view.load(to)
@@ -159,8 +158,8 @@ def _move(view: View, parent: Dir, name: bytes, node: Node, to: Dir, to_name: by
     over_whiteout = destination.whiteouts is not None and to_name in destination.whiteouts
     src_fd, dst_fd = source.open(), destination.open()
     if isinstance(node, Dir) and over_whiteout:
-        if leaves and view.workdir is not None:
-            view.workdir.allow(src_fd)
+        if leaves and view.stack.workdir is not None:
+            view.stack.workdir.allow(src_fd)
         files.rename2(src_fd, name, dst_fd, to_name, _EXCHANGE)
         if not leaves:
             os.unlink(name, dir_fd=src_fd)
@@ -179,7 +178,7 @@ def _move(view: View, parent: Dir, name: bytes, node: Node, to: Dir, to_name: by
 
 
 def _take_victim(
-    view: View, other: Node | None
+    view: Core, other: Node | None
 ) -> tuple[bytes | None, bool, bool, tuple[Room, int, int, int, int] | None]:
     """Before a rename replaces what stands at its name: descriptor held, whether it is the last name, whether that
     is known, and the room that a directory gives back."""
@@ -195,7 +194,7 @@ def _take_victim(
     return *_prepare_victim(view, other), None
 
 
-def _rename_or_whiteout(view: View, src_fd: int, name: bytes, dst_fd: int, to_name: bytes, leaves: bool) -> None:
+def _rename_or_whiteout(view: Core, src_fd: int, name: bytes, dst_fd: int, to_name: bytes, leaves: bool) -> None:
     if not leaves:
         os.rename(name, to_name, src_dir_fd=src_fd, dst_dir_fd=dst_fd)
         return
@@ -205,22 +204,22 @@ def _rename_or_whiteout(view: View, src_fd: int, name: bytes, dst_fd: int, to_na
     except OSError as failure:
         if failure.errno not in (errno.EINVAL, errno.EPERM, errno.ENOSYS):
             raise
-    work = view.workdir
+    work = view.stack.workdir
     assert work is not None
     os.rename(name, to_name, src_dir_fd=src_fd, dst_dir_fd=dst_fd)
     work.put_whiteout(src_fd, name)
 
 
-def _lower_has(view: View, to: Dir, destination: Source, name: bytes, other: Node | None) -> bool:
+def _lower_has(view: Core, to: Dir, destination: Source, name: bytes, other: Node | None) -> bool:
     """Whether removing an upper ``name`` there would show something of a lower layer."""
     if destination.shadow and name in destination.shadow:
         return True
     if destination.whiteouts and name in destination.whiteouts:
         return True
-    return other is not None and other.where is not None and other.where.layer is not view.upper
+    return other is not None and other.where is not None and other.where.layer is not view.stack.upper
 
 
-def _clear_way(view: View, destination: Source, name: bytes, other: Node | None) -> None:
+def _clear_way(view: Core, destination: Source, name: bytes, other: Node | None) -> None:
     """An empty upper directory that is to be replaced must be empty on the host, too, and can be used while it is held."""
     if not isinstance(other, Dir):
         return
@@ -232,7 +231,7 @@ def _clear_way(view: View, destination: Source, name: bytes, other: Node | None)
         holding.keep(view, own)
         if not own.whiteouts:
             return
-    work = view.workdir
+    work = view.stack.workdir
     assert work is not None
     temp = work.temp()
     os.mkdir(temp, 0o700, dir_fd=work.fd)
@@ -245,12 +244,12 @@ def _clear_way(view: View, destination: Source, name: bytes, other: Node | None)
         work.discard(temp)
 
 
-def _prepare_victim(view: View, other: Node) -> tuple[bytes | None, bool, bool]:
+def _prepare_victim(view: Core, other: Node) -> tuple[bytes | None, bool, bool]:
     """Hold on to a file that loses a name by being replaced."""
     if not view.in_upper(other):
-        return None, True, other in view.names
+        return None, True, other in view.table.names
     last = unpack(view.attr(other)).nlink <= 1
-    known = other in view.names
+    known = other in view.table.names
     held = None
     if view.space is not None and last:
         view.space.leaving(other)
@@ -259,7 +258,7 @@ def _prepare_victim(view: View, other: Node) -> tuple[bytes | None, bool, bool]:
     return held, last, known
 
 
-def _bury_victim(view: View, to: Dir, to_name: bytes, other: Node, held: bytes | None, last: bool, known: bool) -> None:
+def _bury_victim(view: Core, to: Dir, to_name: bytes, other: Node, held: bytes | None, last: bool, known: bool) -> None:
     if isinstance(other, Dir):
         attr = view.attr(other) if other.nlookup > 0 else None
         view.unbind(to, to_name, other)
@@ -293,7 +292,7 @@ def _account_names(source: Source, name: bytes, leaves: bool, destination: Sourc
             destination.shadow.add(to_name)
 
 
-def _rebind(view: View, parent: Dir, name: bytes, node: Node, to: Dir, to_name: bytes, up: Source) -> None:
+def _rebind(view: Core, parent: Dir, name: bytes, node: Node, to: Dir, to_name: bytes, up: Source) -> None:
     """The node's name has changed."""
     _rename_name(view, parent, name, node, to, to_name, up)
     if not up.impure:
@@ -306,7 +305,7 @@ def _rebind(view: View, parent: Dir, name: bytes, node: Node, to: Dir, to_name: 
     node.attr = None
 
 
-def _rename_name(view: View, parent: Dir, name: bytes, node: Node, to: Dir, to_name: bytes, up: Source) -> None:
+def _rename_name(view: Core, parent: Dir, name: bytes, node: Node, to: Dir, to_name: bytes, up: Source) -> None:
     if parent.children is not None:
         parent.children.pop(name, None)
     parent.live -= 1
@@ -317,7 +316,7 @@ def _rename_name(view: View, parent: Dir, name: bytes, node: Node, to: Dir, to_n
     if node.parent is parent and node.name == name:
         node.parent, node.name = to, to_name
     else:
-        others = view.names[node]
+        others = view.table.names[node]
         others[others.index((parent, name))] = (to, to_name)
     if isinstance(node, Dir):
         own = node.sources[0]
@@ -328,7 +327,7 @@ def _rename_name(view: View, parent: Dir, name: bytes, node: Node, to: Dir, to_n
         view.drop(parent)
 
 
-def _exchange(view: View, parent: Dir, name: bytes, node: Node, to: Dir, to_name: bytes, other: Node) -> None:
+def _exchange(view: Core, parent: Dir, name: bytes, node: Node, to: Dir, to_name: bytes, other: Node) -> None:
     copyup.up_dir(view, parent)
     copyup.up_dir(view, to)
     for moved in (node, other):
@@ -350,7 +349,7 @@ def _exchange(view: View, parent: Dir, name: bytes, node: Node, to: Dir, to_name
             if not isinstance(arrived, Dir):
                 arrived.where = up
         else:
-            others = view.names[arrived]
+            others = view.table.names[arrived]
             others[others.index(was)] = (directory, at)
         if isinstance(arrived, Dir):
             own = arrived.sources[0]
@@ -362,7 +361,7 @@ def _exchange(view: View, parent: Dir, name: bytes, node: Node, to: Dir, to_name
 # -- the userxattr form: no redirects -------------------------------------------------------------
 
 
-def _copy_subtree(view: View, node: Dir) -> None:
+def _copy_subtree(view: Core, node: Dir) -> None:
     """Bring a whole merged directory into the upper layer, opaque.
 
     Checked against the limit first. A crash on the way leaves a part of it copied up, which shows
@@ -379,7 +378,7 @@ def _copy_subtree(view: View, node: Dir) -> None:
 
 
 @contextlib.contextmanager
-def _held_dirs(view: View, top: Dir) -> Iterator[list[Dir]]:
+def _held_dirs(view: Core, top: Dir) -> Iterator[list[Dir]]:
     """A directory and all below it, each before those inside it; they stay while the block lasts, whatever is forgotten."""
     found = [top]
     top.nlookup += 1
@@ -398,7 +397,7 @@ def _held_dirs(view: View, top: Dir) -> Iterator[list[Dir]]:
                 view.drop(directory)
 
 
-def _children(view: View, directory: Dir) -> Iterator[Node]:
+def _children(view: Core, directory: Dir) -> Iterator[Node]:
     """The nodes of a directory's names."""
     children = directory.children if directory.children is not None else view.load(directory)
     for name in list(children):
@@ -407,7 +406,7 @@ def _children(view: View, directory: Dir) -> Iterator[Node]:
             yield child
 
 
-def _subtree_cost(view: View, top: Dir) -> tuple[int, int]:
+def _subtree_cost(view: Core, top: Dir) -> tuple[int, int]:
     blocks = inodes = 0
     with _held_dirs(view, top) as directories:
         for directory in directories:
@@ -421,7 +420,7 @@ def _subtree_cost(view: View, top: Dir) -> tuple[int, int]:
     return blocks, inodes
 
 
-def _up_all(view: View, directory: Dir) -> None:
+def _up_all(view: Core, directory: Dir) -> None:
     """Copy a directory up, with every file in it."""
     copyup.up_dir(view, directory)
     for child in _children(view, directory):
@@ -433,7 +432,7 @@ def _up_all(view: View, directory: Dir) -> None:
     view.trim()
 
 
-def _make_opaque(view: View, node: Dir) -> None:
+def _make_opaque(view: Core, node: Dir) -> None:
     """Cut a directory off from the lower layers; its whiteouts are needed no more."""
     own = _upper_dir(view, node)
     if len(node.sources) > 1 or node.record is not None:

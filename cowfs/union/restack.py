@@ -23,13 +23,12 @@ from typing import TYPE_CHECKING, Any
 
 from cowfs.union import copyup, from_index, lookup, merge, quota
 from cowfs.union.attr import unpack
-from cowfs.union.filedata import PLAIN, FileData
 from cowfs.union.layers import Layer, Source, lstat
-from cowfs.union.node import DT_REG, Dir, Node
+from cowfs.union.node import DT_REG, PLAIN, Dir, FileData, Node
 
 if TYPE_CHECKING:
+    from cowfs.union.core import Core
     from cowfs.union.options import TreeIndex
-    from cowfs.union.view import View
 
 __all__ = ["aside", "layers_under", "own_data", "restack"]
 
@@ -37,7 +36,7 @@ Place = tuple[list[Source], Any]
 """A directory's parts, topmost first, and its record."""
 
 
-def restack(view: View, lowers: Sequence[str | bytes], index: TreeIndex | None, covered: int) -> None:
+def restack(view: Core, lowers: Sequence[str | bytes], index: TreeIndex | None, covered: int) -> None:
     """Stand the view on other lower layers, which show the same tree as the present ones.
 
     Args:
@@ -47,11 +46,10 @@ def restack(view: View, lowers: Sequence[str | bytes], index: TreeIndex | None, 
     Raises:
         OSError: a layer is missing, or does not show what the present ones do (EIO). Nothing has changed then.
     """
-    assert view.upper is not None
-    known = {_identity(layer.root.open()): layer for layer in view.layers[:-1]}
+    assert view.stack.upper is not None
+    known = {_identity(layer.root.open()): layer for layer in view.stack.layers[:-1]}
     opened: list[Layer] = []
-    before = view.layers, view.roots, view.sources, view.index, view.indexed_layers
-    numbers = [(layer, layer.index) for layer in view.layers]
+    layers, covered_before = view.stack.layers[:], view.stack.indexed_layers
     try:
         stack = []
         for number, path in enumerate(reversed(lowers)):
@@ -63,48 +61,39 @@ def restack(view: View, lowers: Sequence[str | bytes], index: TreeIndex | None, 
             else:
                 opened.append(layer)
             stack.append(layer)
-        dropped = set(view.layers) - {*stack, view.upper}
+        dropped = set(layers) - {*stack, view.stack.upper}
         _save_nameless(view, dropped)
-        view.layers = [*stack, view.upper]
-        for number, layer in enumerate(view.layers):
-            layer.index = number
-        view.roots = [layer.root for layer in reversed(view.layers)]
-        view.sources = {(s.layer.index, s.path()): s for s in before[2].values() if s.layer not in dropped}
-        view.index, view.indexed_layers = index, covered if index is not None else 0
-        places = _find_directories(view)
+        with view.stack.replaced(stack, index, covered):
+            places = _find_directories(view)
     except BaseException:
-        view.layers, view.roots, view.sources, view.index, view.indexed_layers = before
-        for layer, number in numbers:
-            layer.index = number
         for layer in opened:
             layer.close()
         raise
-    view.lower_count, view.plain_layers = len(stack), 0
     for directory, place in places.items():
         _move(view, directory, place)
-    again = before[0][: before[4]] != view.layers[: view.indexed_layers]
+    again = layers[:covered_before] != view.stack.layers[: view.stack.indexed_layers]
     for node in view.nodes.values():
         if not isinstance(node, Dir) and node.parent is not None and node.where is not None:
             _move_file(view, node, dropped, again)
     _let_go(view, dropped)
 
 
-def layers_under(view: View) -> list[bytes]:
+def layers_under(view: Core) -> list[bytes]:
     """The lower layers as paths that work whatever they are called now, topmost first."""
-    return [b"/proc/self/fd/%d" % layer.root.open() for layer in reversed(view.layers[:-1])]
+    return [b"/proc/self/fd/%d" % layer.root.open() for layer in reversed(view.stack.layers[:-1])]
 
 
 @contextmanager
-def aside(view: View, ledger: quota.Space) -> Iterator[None]:
+def aside(view: Core, ledger: quota.Space) -> Iterator[None]:
     """Count what is done meanwhile elsewhere: it is not the users' doing, and no limit holds."""
-    kept, view.space = view.space, ledger
+    kept = view.swap_space(ledger)
     try:
         yield
     finally:
-        view.space = kept
+        view.swap_space(kept)
 
 
-def own_data(view: View, node: Node) -> None:
+def own_data(view: Core, node: Node) -> None:
     """Have all of a file's data in the upper layer, whatever its size, now."""
     if node.type != DT_REG:
         copyup.up_meta(view, node)
@@ -127,7 +116,7 @@ def _identity(fd: int) -> tuple[int, int]:
     return st.st_dev, st.st_ino
 
 
-def _save_nameless(view: View, dropped: set[Layer]) -> None:
+def _save_nameless(view: Core, dropped: set[Layer]) -> None:
     if view.readonly:
         return
     for node in list(view.nodes.values()):
@@ -143,13 +132,13 @@ def _save_nameless(view: View, dropped: set[Layer]) -> None:
 # -- directories ----------------------------------------------------------------------------------
 
 
-def _find_directories(view: View) -> dict[Dir, Place]:
+def _find_directories(view: Core) -> dict[Dir, Place]:
     """Where each directory in use is found in the new stack."""
-    roots = list(view.roots)
+    roots = list(view.stack.roots)
     record = None
-    if view.index is not None:
-        record = view.index.root()
-        roots = [root for root in roots if root.layer.index >= view.indexed_layers]
+    if view.stack.index is not None:
+        record = view.stack.index.root()
+        roots = [root for root in roots if root.layer.index >= view.stack.indexed_layers]
     places: dict[Dir, Place | None] = {view.root: (roots, record)}
     for node in list(view.nodes.values()):
         way: list[Dir] = []
@@ -168,25 +157,25 @@ def _find_directories(view: View) -> dict[Dir, Place]:
     return {directory: place for directory, place in places.items() if place is not None}
 
 
-def _find(view: View, above: Place, directory: Dir) -> Place:
+def _find(view: Core, above: Place, directory: Dir) -> Place:
     sources, record = above
     name, own, entry = directory.name, view.upper_of(directory), None
-    if view.index is not None:
+    if view.stack.index is not None:
         found, entry = from_index.merged_dir(view, from_index.scanned(view, sources), record, name)
     else:
-        found = merge.merged_dirs(sources, name, view.form, view.roots)
-    if own is not None and found and found[0].layer is view.upper:
+        found = merge.merged_dirs(sources, name, view.form, view.stack.roots)
+    if own is not None and found and found[0].layer is view.stack.upper:
         found[0].close()
         found[0] = own
-    elif own is not None or (found and found[0].layer is view.upper) or (not found and entry is None):
+    elif own is not None or (found and found[0].layer is view.stack.upper) or (not found and entry is None):
         raise OSError(errno.EIO, "the new layers do not show what the old ones do", view.path(directory))
     if not found:
         assert entry is not None
-        found = [view.source_at(view.layers[entry.layer], from_index.path_of(entry, record, name))]
+        found = [view.source_at(view.stack.layers[entry.layer], from_index.path_of(entry, record, name))]
     return found, entry.record if entry is not None else None
 
 
-def _move(view: View, directory: Dir, place: Place) -> None:
+def _move(view: Core, directory: Dir, place: Place) -> None:
     before, children = directory.sources, directory.children
     directory.sources, directory.record = place
     directory.where = directory.sources[0]
@@ -198,7 +187,7 @@ def _move(view: View, directory: Dir, place: Place) -> None:
 
 
 def _codes(
-    view: View, directory: Dir, before: list[Source], children: dict[bytes, Node | int]
+    view: Core, directory: Dir, before: list[Source], children: dict[bytes, Node | int]
 ) -> dict[bytes, Node | int]:
     """The names' codes in terms of the new parts."""
     own = view.upper_of(directory)
@@ -219,7 +208,7 @@ def _codes(
     return now
 
 
-def _is_own(view: View, item: Node | int, top: int) -> bool:
+def _is_own(view: Core, item: Node | int, top: int) -> bool:
     """Whether the upper part of a directory has what one of its names says, by the codes of before."""
     if isinstance(item, Dir):
         return view.upper_of(item) is not None
@@ -229,11 +218,11 @@ def _is_own(view: View, item: Node | int, top: int) -> bool:
 # -- files ----------------------------------------------------------------------------------------
 
 
-def _move_file(view: View, node: Node, dropped: set[Layer], again: bool) -> None:
+def _move_file(view: Core, node: Node, dropped: set[Layer], again: bool) -> None:
     """``again``: what the index covers has changed. It puts a metacopy where its data is, a scan where it is itself."""
     where, data = node.where, node.data
     assert where is not None and node.parent is not None
-    if where.layer is not view.upper and (again or where.layer in dropped):
+    if where.layer is not view.stack.upper and (again or where.layer in dropped):
         _find_again(view, node)
     elif data.home in dropped:  # a metacopy of it
         _close(view, node)
@@ -244,14 +233,14 @@ def _move_file(view: View, node: Node, dropped: set[Layer], again: bool) -> None
         node.data.bind(node)
 
 
-def _close(view: View, node: Node) -> None:
+def _close(view: Core, node: Node) -> None:
     """Let go of data in a layer that goes."""
     node.data.close()
     view.open_files.close(node)
     node.data, node.space = PLAIN, None
 
 
-def _data(view: View, node: Node) -> FileData:
+def _data(view: Core, node: Node) -> FileData:
     """What a file's data is, by the file that its name names."""
     parent, where = node.parent, node.where
     assert parent is not None and where is not None
@@ -262,13 +251,15 @@ def _data(view: View, node: Node) -> FileData:
     return lookup.data_of(view, parent, position, node.name, st)
 
 
-def _find_again(view: View, node: Node) -> None:
+def _find_again(view: Core, node: Node) -> None:
     """A file of a layer that goes, in the new ones."""
     parent, name = node.parent, node.name
     assert parent is not None
     before = node.where, node.data
     for position, source in enumerate(parent.sources):
-        if source.layer is view.upper or (view.index is not None and source.layer.index < view.indexed_layers):
+        if source.layer is view.stack.upper or (
+            view.stack.index is not None and source.layer.index < view.stack.indexed_layers
+        ):
             continue
         st = lstat(source, name)
         if st is not None:
@@ -276,8 +267,8 @@ def _find_again(view: View, node: Node) -> None:
             break
     else:
         entry = (
-            view.index.entries(parent.record).get(name)
-            if view.index is not None and parent.record is not None
+            view.stack.index.entries(parent.record).get(name)
+            if view.stack.index is not None and parent.record is not None
             else None
         )
         if entry is None:
@@ -300,13 +291,12 @@ def _same(one: tuple[Source | None, FileData], other: tuple[Source | None, FileD
     return type(data) is type(other_data) and data.found_at() == other_data.found_at()
 
 
-def _let_go(view: View, dropped: set[Layer]) -> None:
+def _let_go(view: Core, dropped: set[Layer]) -> None:
     for layer in dropped:
-        view.groups.pop(layer, None)
-        view.redirects.pop(layer, None)
+        view.moves.forget(layer)
         if view.rows is not None:
             view.rows.forget(layer)
         layer.close()
-    for workdir in [work for work in view.retired if work.source.layer in dropped]:
-        view.retired.remove(workdir)
+    for workdir in [work for work in view.stack.retired if work.source.layer in dropped]:
+        view.stack.retired.remove(workdir)
         workdir.close()

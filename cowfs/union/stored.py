@@ -12,17 +12,18 @@ import errno
 import os
 import stat
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from cowfs.sys import xattr
 from cowfs.union import from_index
 from cowfs.union.bound import LimitReached
 from cowfs.union.inodes import make_origin
 from cowfs.union.layers import Layer, Source
+from cowfs.union.meta import Meta
 from cowfs.union.node import Dir, Node
 
 if TYPE_CHECKING:
-    from cowfs.union.view import View
+    from cowfs.union.core import Core
 
 
 # What an ordinary user cannot copy: these belong to the host's policy, not to the tree.
@@ -39,20 +40,7 @@ class NoRoomForMark(OSError):
         super().__init__(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
 
 
-class Meta(NamedTuple):
-    """Everything about an inode but its data, as the layers store it (not as it is shown)."""
-
-    mode: int
-    uid: int
-    gid: int
-    size: int
-    rdev: int
-    atime: int
-    mtime: int
-    xattrs: dict[bytes, bytes]
-
-
-def read_meta(view: View, node: Node) -> Meta:
+def read_meta(view: Core, node: Node) -> Meta:
     """The stored attributes and the user-visible xattrs of a node."""
     form = view.form
     entry = from_index.entry_of(view, node)
@@ -71,19 +59,19 @@ def read_meta(view: View, node: Node) -> Meta:
     return _meta_of(view, fd, name, st)
 
 
-def root_meta(view: View, layer: Layer) -> Meta:
+def root_meta(view: Core, layer: Layer) -> Meta:
     """The same of the root as one layer has it."""
     fd = layer.root.open()
     return _meta_of(view, fd, b"", os.fstat(fd))
 
 
-def _meta_of(view: View, fd: int, name: bytes, st: os.stat_result) -> Meta:
+def _meta_of(view: Core, fd: int, name: bytes, st: os.stat_result) -> Meta:
     form = view.form
     kept = {k: v for k, v in xattr.read_all(fd, name).items() if form.show_name(k) is not None}
     return Meta(st.st_mode, st.st_uid, st.st_gid, st.st_size, st.st_rdev, st.st_atime_ns, st.st_mtime_ns, kept)
 
 
-def write_meta(dirfd: int, name: bytes, meta: Meta, view: View, marks: Callable[[], None] = lambda: None) -> None:
+def write_meta(dirfd: int, name: bytes, meta: Meta, view: Core, marks: Callable[[], None] = lambda: None) -> None:
     """Give a new object owner, xattrs, mode and times, in the order that keeps them all.
 
     chown first (it clears setuid and capabilities), then xattrs, then the mode, then the times. A mode or an ACL without
@@ -142,7 +130,7 @@ def marked(dirfd: int, name: bytes, attribute: bytes, value: bytes) -> bool:
     return True
 
 
-def set_mark(view: View, dirfd: int, name: bytes, attribute: bytes, value: bytes) -> None:
+def set_mark(view: Core, dirfd: int, name: bytes, attribute: bytes, value: bytes) -> None:
     """Set an own xattr of an object of the upper layer whose length is not bounded. Raises ENOSPC at the limit."""
     if view.space is None:
         xattr.setx(dirfd, name, attribute, value)
@@ -158,7 +146,7 @@ def kept_times(source: Source) -> Iterator[None]:
     os.utime(b".", ns=(st.st_atime_ns, st.st_mtime_ns), dir_fd=source.open(), follow_symlinks=False)
 
 
-def mark_impure(view: View, source: Source) -> None:
+def mark_impure(view: Core, source: Source) -> None:
     """Say that entries of an upper directory may carry ``origin`` (kernel: ``impure``)."""
     source.impure = True
     if source.marked:
@@ -173,14 +161,14 @@ def mark_impure(view: View, source: Source) -> None:
                 raise
 
 
-def set_origin(view: View, dirfd: int, name: bytes, src_fd: int, src_name: bytes, ino: int) -> None:
+def set_origin(view: Core, dirfd: int, name: bytes, src_fd: int, src_name: bytes, ino: int) -> None:
     """Record which lower inode a copy came from, so that its number ``ino`` stays.
 
     An index shows the number of the inode that the lower one is itself a copy of, if it is: that is recorded then.
     """
     value = xattr.try_get(src_fd, src_name, view.form.origin)
     number = view.inodes.from_origin(value) if value else None
-    if not value or not number or (number != ino and view.index is None):
+    if not value or not number or (number != ino and view.stack.index is None):
         value = make_origin(src_fd, src_name, view.uuid_at(src_fd))
     try:
         marked(dirfd, name, view.form.origin, value)

@@ -6,6 +6,7 @@ permission: a front end does both. What it learned it keeps, so a second questio
 call: a directory's names from one scan of each of its layers, a file's attributes from one lstat.
 
 ===================  =====================================================================
+:mod:`core`          the parts of a view, and what one operation asks of another
 :mod:`layers`        layers and their directories
 :mod:`openfiles`     the descriptors of file data
 :mod:`holding`       files and directories that lost their last name
@@ -35,8 +36,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 from cowfs.errors import InvalidArgument
 from cowfs.format.whiteout import choose_form, opaque_value
@@ -49,7 +49,7 @@ from cowfs.union import (
     copyup,
     create,
     from_index,
-    hardlinks,
+    holding,
     lifetime,
     listing as _listing,
     live,
@@ -57,21 +57,20 @@ from cowfs.union import (
     quota,
     rename as _rename,
 )
-from cowfs.union.filedata import Redirects
-from cowfs.union.forgotten import Parents
-from cowfs.union.inodes import SYNTHETIC, Inodes
-from cowfs.union.layers import Descriptors, Layer, Source
-from cowfs.union.lifetime import ROOT_ID
+from cowfs.union.core import Core
+from cowfs.union.inode import NOW
+from cowfs.union.inodes import Inodes
+from cowfs.union.layers import Descriptors, Layer
+from cowfs.union.moves import Moves
 from cowfs.union.node import Dir, Node
 from cowfs.union.openfiles import OpenFiles
 from cowfs.union.options import Options
-from cowfs.union.owners import Owners, make_owners
+from cowfs.union.owners import make_owners
 from cowfs.union.redirecting import redirects_of
+from cowfs.union.stack import LayerStack
+from cowfs.union.table import ROOT_ID, NodeTable
 from cowfs.union.work import Work
 from cowfs.union.workdir import WorkDir
-
-if TYPE_CHECKING:
-    from cowfs.union.absorb import Absorption
 
 __all__ = ["View"]
 
@@ -80,7 +79,7 @@ _FILE = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 _MONOTONIC = ("tmpfs", "btrfs")
 
 
-class View:
+class View(Core):
     """One merged tree.
 
     Args:
@@ -104,7 +103,7 @@ class View:
     >>> view.close()
     """
 
-    NOW = attributes.NOW
+    NOW = NOW
 
     def __init__(
         self,
@@ -121,71 +120,35 @@ class View:
         self.share = share_out(options.max_fds)
         self.descriptors = Descriptors(self.share.directories, self.share.removed)
         self.open_files = OpenFiles(self.share)
-        self.layers: list[Layer] = []
-        self.upper: Layer | None = None
-        self.workdir: WorkDir | None = None
-        self.nodes: dict[int, Node] = {}
-        self.changed: Callable[[str, Node, bytes], None] | None = None
-        self.limit_reached: Callable[[], None] | None = None  # called when something is refused for the limit
+        self.stack = LayerStack(len(lowers), options.index)
+        self.table = NodeTable()
+        self.moves = Moves()
+        self.nodes = self.table.nodes
+        self.space = None
+        self.patient = False
+        self.rows = None
+        self.limit_reached = None
         self.work = Work()
-        self.space: quota.Space | None = None
-        self.patient = False  # the front end can wait for what the kernel is about to forget (bound.Awaited)
-        self.rows: Redirects | None = None
-        self.index = options.index
-        #: how many layers the index covers; those above are scanned
-        self.lower_count = len(lowers)
-        #: how many of the lowest layers show their files' own inode numbers, whatever those were copied from
-        self.plain_layers = len(lowers)
-        self.indexed_layers = len(lowers) if options.index is not None else 0
-        self.sources: dict[tuple[int, bytes], Source] = {}
-        #: ids that a rollback took away
-        self.burnt: set[int] = set()
-        #: (device, inode) of a file with several names -> its id, where the number that it would show is another's
-        self.displaced: dict[tuple[int, int], int] = {}
-        #: the same of files that an index knows, all of them; and number -> which of them shows it
-        self.linked: dict[object, int] = {}
-        self.shown: dict[int, object] = {}
-        #: inode number -> the id that its bearer has since a rollback took the number away
-        self.reborn: dict[int, int] = {}
-        self.astray: set[Node] = set()  # upper inodes in use whose known names went, while they have others
-        #: the upper layer is taking over what the one beneath holds
-        self.leaving: Absorption | None = None
-        #: work directories of frozen layers: files that were open may still be in them
-        self.retired: list[WorkDir] = []
-        self.parents = Parents()  # forgotten id -> its parent's id
-        #: the first generation of each id: another one for each view, so that a file handle made before a remount, when an
-        #: id may have been another file's, is ESTALE
-        self.era = int.from_bytes(os.urandom(4), "little")
-        self.dead: dict[int, int] = {}  # id -> generation that its next bearer gets
-        self.synthetic = SYNTHETIC
-        #: further names of nodes with more than one, the first being (node.parent, node.name)
-        self.names: dict[Node, list[tuple[Dir, bytes]]] = {}
-        self.groups: dict[Layer, hardlinks.Groups] = {}
-        self.redirects: dict[Layer, list[tuple[bytes, bytes]]] = {}
-        #: directories that a rename took away from their lower path
-        self.moved: dict[Dir, None] = {}
         self._uuids: dict[int, bytes] = {}
         self._noatime = True
         self.readonly = options.readonly or upper is None
         self.inodes = Inodes(())  # until the layers are open
         try:
             for number, path in enumerate(reversed(lowers)):
-                self.layers.append(Layer(os.fsencode(path), number, self.descriptors))
+                self.stack.add(Layer(os.fsencode(path), number, self.descriptors))
             if upper is not None:
-                self.upper = Layer(os.fsencode(upper), len(self.layers), self.descriptors)
-                self.layers.append(self.upper)
+                top = Layer(os.fsencode(upper), len(self.stack.layers), self.descriptors)
+                self.stack.add(top, upper=True)
                 if not self.readonly:
                     if work is None:
                         raise OSError(errno.EINVAL, "an upper directory needs a work directory")
-                    self.workdir = WorkDir(os.fsencode(work), self.upper, self.form)
-            if not self.layers:
+                    self.stack.work_in(WorkDir(os.fsencode(work), top, self.form))
+            if not self.stack.layers:
                 raise OSError(errno.EINVAL, "no layers")
-            self.owners: Owners | None = make_owners(options)
-            self.inodes = Inodes(self.layers)
+            self.owners = make_owners(options)
+            self.inodes = Inodes(self.stack.layers)
             self.rows = redirects_of(self)
-            self.monotonic = files.fs_name(self.layers[-1].root.fd) in _MONOTONIC
-            #: the roots of all layers, topmost first: where absolute redirects start
-            self.roots = [layer.root for layer in reversed(self.layers)]
+            self.monotonic = files.fs_name(self.stack.layers[-1].root.fd) in _MONOTONIC
             self.root = self._make_root()
             if options.limit and not self.readonly:
                 self.set_limit(options.limit)
@@ -194,11 +157,11 @@ class View:
             raise
 
     def _make_root(self) -> Dir:
-        sources = list(self.roots)
+        sources = list(self.stack.roots)
         record = None
-        if self.index is not None:
-            record = self.index.root()
-            sources = [self.upper.root] if self.upper is not None else [self.layers[-1].root]
+        if self.stack.index is not None:
+            record = self.stack.index.root()
+            sources = [self.stack.upper.root] if self.stack.upper is not None else [self.stack.layers[-1].root]
         for number, source in enumerate(sources):
             value = opaque_value(source.open(), self.form)
             if value == b"x":
@@ -210,7 +173,7 @@ class View:
         root.parent = root
         root.record = record
         root.nlookup = 1
-        bottom = self.layers[0].root.fd
+        bottom = self.stack.layers[0].root.fd
         st = os.fstat(bottom)
         self.root_ino = self.inodes.shown(st.st_dev, st.st_ino)
         self.nodes[ROOT_ID] = root
@@ -226,34 +189,26 @@ class View:
         self.descriptors.close_all()
         for removed in list(self.descriptors.kept):
             removed.close()
-        for source in self.sources.values():
-            source.close()
-        for layer in self.layers:
-            layer.close()
-        for workdir in [*self.retired, self.workdir]:
-            if workdir is not None:
-                workdir.close()
-        self.retired.clear()
-        self.workdir = None
+        self.stack.close()
         self.inodes.close()
 
     # -- the whole ----------------------------------------------------------------------------
 
     def statfs(self) -> os.statvfs_result:
         """statvfs(3) of the upper layer's host, bounded by the limit."""
-        layer = self.upper or self.layers[-1]
+        layer = self.stack.upper or self.stack.layers[-1]
         host = os.fstatvfs(layer.root.fd)
         return self.space.statfs(host) if self.space is not None else host
 
     def set_limit(self, limit: Limit | None) -> None:
         """Bound what the upper layer holds from now on. Counts it first if nobody has."""
-        if self.upper is None:
+        if self.stack.upper is None:
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
         if self.space is None:
             if not limit:
                 return
             self.space = quota.Space(self)
-        self.space.limit = limit or Limit()
+        self.space.set_limit(limit or Limit())
 
     @property
     def limit(self) -> Limit | None:
@@ -264,7 +219,7 @@ class View:
         """What the upper layer holds: kept when there is a limit, else counted now."""
         if self.space is not None:
             return self.space.usage()
-        return quota.measure(self.upper, self.form) if self.upper is not None else Usage()
+        return quota.measure(self.stack.upper, self.form) if self.stack.upper is not None else Usage()
 
     def uuid_at(self, fd: int) -> bytes:
         """The uuid of the file system that an open object is on."""
@@ -273,11 +228,6 @@ class View:
         if found is None:
             found = self._uuids[dev] = self.inodes.uuid_of(dev)
         return found
-
-    @property
-    def must_sync(self) -> bool:
-        """Whether copies are synced before they are named: not on volatile mounts."""
-        return not self.options.volatile
 
     def open_data(self, node: Node) -> int:
         """A new descriptor for reading a regular file's data, wherever it is. EOPNOTSUPP for redirect files."""
@@ -326,12 +276,6 @@ class View:
             finally:
                 os.chmod(node.name, mode, dir_fd=fd)
 
-    def need_upper(self) -> Layer:
-        """The upper layer, or EROFS."""
-        if self.readonly or self.upper is None:
-            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-        return self.upper
-
     def trim(self) -> None:
         """Close the descriptors opened longest ago, above their shares. Only at the start of an operation."""
         self.descriptors.trim()
@@ -356,14 +300,13 @@ class View:
     load = union_lookup.load
     new_dir = union_lookup.new_dir
     pack_into = union_lookup.pack_into
-    generation = union_lookup.generation
     source_at = from_index.source_at
     bind = lifetime.bind
     unbind = lifetime.unbind
     names_of = lifetime.names_of
-    fresh_id = lifetime.fresh_id
     upper_of = lifetime.upper_of
     in_upper = lifetime.in_upper
+    is_nameless = holding.is_nameless
     path = lifetime.path
     low_path = lifetime.low_path
     low_child = lifetime.low_child

@@ -34,3 +34,24 @@ class Work:
     def told(self) -> dict[str, int]:
         """All of it, by name."""
         return {name: getattr(self, name) for name in self.__slots__}
+
+    def copied(self, count: int) -> None:
+        """A file's data was copied up."""
+        self.copied_files += 1
+        self.copied_bytes += count
+
+    def copied_alone(self) -> None:
+        """Something was copied up without data."""
+        self.copied_attributes += 1
+
+    def redirected(self) -> None:
+        """A redirect file was made."""
+        self.redirected_files += 1
+
+    def redirected_more(self, blocks: int) -> None:
+        """A redirect file got blocks."""
+        self.redirected_blocks += blocks
+
+    def read_directory(self) -> None:
+        """The names of a directory were read."""
+        self.directories_read += 1

@@ -82,7 +82,7 @@ def test_a_verb_that_looks_imports_what_it_needs(store: Path, arguments: tuple[s
 def test_a_looking_verb_opens_what_an_older_or_unfinished_store_lacks(tmp_path: Path) -> None:
     """A store whose driver is not settled yet is opened whole, and so becomes a store."""
     from cowfs import Store
-    from cowfs.store.reading import Look
+    from cowfs.store.look import Look
 
     with Store.open(tmp_path / "store", driver="vfs") as store, store.index.write():
         store.index._connection().execute("DELETE FROM meta WHERE key = 'driver_class'")
@@ -92,7 +92,7 @@ def test_a_looking_verb_opens_what_an_older_or_unfinished_store_lacks(tmp_path: 
 
 def test_looking_and_the_whole_store_tell_the_same(store: Path) -> None:
     from cowfs import Store
-    from cowfs.store.reading import Look
+    from cowfs.store.look import Look
 
     with Store.open(store) as whole, Look.open(store) as look:
         assert list(look.walk()) == list(whole.walk())

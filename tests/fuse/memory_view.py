@@ -346,6 +346,9 @@ class MemoryView:
         self.syncs += 1
         return os.dup(node.fd) if node.fd >= 0 else None
 
+    def wait_for_forgets(self, on: bool) -> None:
+        self.patient = on
+
     def reader(self, node: MemNode, offset: int, length: int, *, streams: bool) -> None:
         return None
 

@@ -24,8 +24,7 @@ from cowfs.row import layer as row_layer, map as row_map, rewrite, writeback
 from cowfs.row.file import RowFile
 from cowfs.sys import files
 from cowfs.union import Options, View, live
-from cowfs.union.filedata import PLAIN
-from cowfs.union.node import Node
+from cowfs.union.node import PLAIN, Node
 from cowfs.union.quota import measure
 
 KIB = 1024
@@ -394,7 +393,7 @@ class RedirectFile(RuleBasedStateMachine):
 
     @invariant()
     def count_is_right(self) -> None:
-        if hasattr(self, "stack") and self.view.space is not None and not self.view.retired:
+        if hasattr(self, "stack") and self.view.space is not None and not self.view.stack.retired:
             assert self.view.upper is not None
             held = measure(self.view.upper, self.view.form)
             if self.stack.twin is not None:

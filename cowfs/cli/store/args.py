@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from cowfs.model import Info
     from cowfs.store import Store
-    from cowfs.store.reading import Look
+    from cowfs.store.look import Look
 
 ROOT = "COWFS_ROOT"
 
@@ -43,7 +43,7 @@ def open_store(args: argparse.Namespace, *, create: bool = True) -> Store:
 
 def look_at_store(args: argparse.Namespace) -> Look:
     """The store that the options or the environment name, for looking at what its index knows."""
-    from cowfs.store.reading import Look
+    from cowfs.store.look import Look
 
     root = args.root or os.environ.get(ROOT) or None
     return Look.open(root, driver=args.driver, fsync=os.environ.get("COWFS_FSYNC", "1") != "0")

@@ -23,7 +23,7 @@ from cowfs.fuse import abi, codec
 from cowfs.fuse.handlers.names import Adapter, Handler
 from cowfs.sys import files
 from cowfs.sys.host import CAP_FSETID, has_cap
-from cowfs.union.filedata import PLAIN
+from cowfs.union.node import PLAIN
 from cowfs.union.prefetch import COLD_NS, ReadAhead
 
 if TYPE_CHECKING:

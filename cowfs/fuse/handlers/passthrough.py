@@ -29,7 +29,7 @@ from cowfs.errors import Unsupported
 from cowfs.fuse import abi, codec, log
 from cowfs.fuse.handlers.data import Data, Host
 from cowfs.fuse.handlers.names import Handler
-from cowfs.union.filedata import PLAIN
+from cowfs.union.node import PLAIN
 
 if TYPE_CHECKING:
     from cowfs.union import View

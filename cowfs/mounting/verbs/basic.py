@@ -1,85 +1,41 @@
-"""What can be asked on a mount's control socket: one table, and the verbs that every mount has.
-
-Rules: a verb is called in its connection's thread, gets the server and the message, and returns what the answer's "ok"
-holds, or raises a :class:`~cowfs.errors.CowfsError`. Whatever touches the view goes through
-:meth:`Server.call <cowfs.mounting.server.Server.call>`. Other modules add theirs with :func:`verb`; those that most mounts never
-need are in :data:`LATE_VERBS`, and their module is imported when one is first asked for.
-"""
+"""The verbs that every mount has: look, limit, unmount."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cowfs.errors import FailedPrecondition, InvalidArgument
 from cowfs.model import Limit
 from cowfs.mounting import mountpoint
+from cowfs.mounting.served import ServedMount
+from cowfs.mounting.verbs.table import verb
 
-if TYPE_CHECKING:
-    from cowfs.mounting.server import Server
-
-__all__ = ["LATE_VERBS", "VERBS", "Verb", "counted", "find_verb", "verb"]
-
-Verb = Callable[["Server", dict[str, Any]], dict[str, Any]]
+__all__ = ["counted"]
 
 _PATIENCE = 1.0  # seconds that who only looks waits for a count
 
-VERBS: dict[str, Verb] = {}
-
-LATE_VERBS = {
-    "absorb": "cowfs.mounting.verbs.restack",
-    "compact": "cowfs.mounting.verbs.compact",
-    "freeze": "cowfs.mounting.verbs.live",
-    "readonly": "cowfs.mounting.verbs.live",
-    "restack": "cowfs.mounting.verbs.restack",
-    "rollback": "cowfs.mounting.verbs.live",
-    "statistics": "cowfs.mounting.verbs.statistics",
-    "subvolume": "cowfs.mounting.verbs.live",
-    "sync": "cowfs.mounting.verbs.live",
-}
-"""Verbs that most mounts never need, and the module that registers them when first asked for."""
-
-
-def verb(name: str) -> Callable[[Verb], Verb]:
-    """Register a verb of the control socket."""
-
-    def register(function: Verb) -> Verb:
-        VERBS[name] = function
-        return function
-
-    return register
-
-
-def find_verb(name: str) -> Verb | None:
-    """The verb of a name, imported if it is a late one."""
-    if name in LATE_VERBS and name not in VERBS:
-        from importlib import import_module
-
-        import_module(LATE_VERBS[name])
-    return VERBS.get(name)
-
 
 @verb("alive")
-def _alive(server: Server, arguments: dict[str, Any]) -> dict[str, Any]:
+def _alive(server: ServedMount, arguments: dict[str, Any]) -> dict[str, Any]:
     """Whether the mount is still there, or its server about to end. Nothing waits for the loop."""
     return {"pid": os.getpid(), "connected": server.session.connected}
 
 
 @verb("info")
-def _info(server: Server, arguments: dict[str, Any]) -> dict[str, Any]:
+def _info(server: ServedMount, arguments: dict[str, Any]) -> dict[str, Any]:
     """Everything about the mount, use and limit included."""
     return {**asdict(server.spec), **server.facts(), **counted(server)}
 
 
 @verb("usage")
-def _usage(server: Server, arguments: dict[str, Any]) -> dict[str, Any]:
+def _usage(server: ServedMount, arguments: dict[str, Any]) -> dict[str, Any]:
     """Used and allowed bytes and inodes. Without a limit the upper layer is walked, which may take its time."""
     return counted(server, None)
 
 
-def counted(server: Server, patience: float | None = _PATIENCE) -> dict[str, Any]:
+def counted(server: ServedMount, patience: float | None = _PATIENCE) -> dict[str, Any]:
     """Used and allowed bytes and inodes; "usage" is null when there is no count within ``patience`` seconds."""
     used = server.counter.usage(patience)
     limit = server.stack.limit or Limit()
@@ -90,7 +46,7 @@ def counted(server: Server, patience: float | None = _PATIENCE) -> dict[str, Any
 
 
 @verb("limit")
-def _limit(server: Server, arguments: dict[str, Any]) -> dict[str, Any]:
+def _limit(server: ServedMount, arguments: dict[str, Any]) -> dict[str, Any]:
     """Change the limit: ``bytes`` and ``inodes``, a number or null for none; what is left out stays."""
     if server.stack.upper is None or server.spec.readonly:
         raise FailedPrecondition("a read-only mount has no limit")
@@ -124,13 +80,13 @@ def _limit(server: Server, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 @verb("counters")
-def _counters(server: Server, arguments: dict[str, Any]) -> dict[str, Any]:
+def _counters(server: ServedMount, arguments: dict[str, Any]) -> dict[str, Any]:
     """Requests served so far, by opcode."""
     return {"counters": dict(server.session.counters), "nodes": server.call(lambda: len(server.view.nodes))}
 
 
 @verb("umount")
-def _umount(server: Server, arguments: dict[str, Any]) -> dict[str, Any]:
+def _umount(server: ServedMount, arguments: dict[str, Any]) -> dict[str, Any]:
     """Take the mount off. The connection ends when the server has closed everything."""
     mountpoint.detach(server.spec.mountpoint, lazy=bool(arguments.get("lazy")))
     return {}

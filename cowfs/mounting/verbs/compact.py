@@ -12,26 +12,24 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from cowfs.errors import CowfsError, FailedPrecondition, InvalidArgument
-from cowfs.mounting.verbs.basic import verb
+from cowfs.mounting.served import ServedMount
+from cowfs.mounting.verbs.table import verb
 from cowfs.row.compact import SHARE, Progress, compact
-
-if TYPE_CHECKING:
-    from cowfs.mounting.server import Server
 
 __all__: list[str] = []
 
 _SECONDS = 0.5
 
 _lock = threading.Lock()
-_running: WeakKeyDictionary[Server, Iterator[Progress]] = WeakKeyDictionary()
+_running: WeakKeyDictionary[ServedMount, Iterator[Progress]] = WeakKeyDictionary()
 
 
 @verb("compact")
-def _compact(server: Server, arguments: dict[str, Any]) -> dict[str, Any]:
+def _compact(server: ServedMount, arguments: dict[str, Any]) -> dict[str, Any]:
     """Go on compacting, or begin: files of which at least ``share`` is their own.
 
     Returns:

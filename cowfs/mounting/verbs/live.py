@@ -19,18 +19,17 @@ import errno
 import os
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from cowfs.errors import FailedPrecondition, InvalidArgument, NotFound
 from cowfs.fuse.loop import Session
-from cowfs.mounting.verbs.basic import verb
+from cowfs.mounting.served import ServedMount
+from cowfs.mounting.verbs.table import verb
 from cowfs.sys import btrfs, mounts
 from cowfs.sys.files import syncfs
 from cowfs.union.quota import UNIT
 
 if TYPE_CHECKING:
-    from cowfs.mounting.server import Server
     from cowfs.union.layers import Layer
     from cowfs.union.live import Stale
 
@@ -43,7 +42,7 @@ _BARRIERS, _FEW = 200, 2
 
 
 @verb("freeze")
-def _freeze(server: Server, arguments: dict[str, Any]) -> dict[str, Any]:
+def _freeze(server: ServedMount, arguments: dict[str, Any]) -> dict[str, Any]:
     """Freeze the upper layer and go on over ``upper`` and ``work``, whose directory will be called ``final``."""
 
     def switch() -> None:
@@ -53,7 +52,7 @@ def _freeze(server: Server, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 @verb("subvolume")
-def _subvolume(server: Server, arguments: dict[str, Any]) -> dict[str, Any]:
+def _subvolume(server: ServedMount, arguments: dict[str, Any]) -> dict[str, Any]:
     """Take a snapshot of the upper layer's btrfs subvolume, while no request is answered.
 
     Args:
@@ -77,14 +76,14 @@ def _subvolume(server: Server, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 @verb("sync")
-def _sync(server: Server, arguments: dict[str, Any]) -> dict[str, Any]:
+def _sync(server: ServedMount, arguments: dict[str, Any]) -> dict[str, Any]:
     """Have in the upper layer what was written until now. Nothing is promised about a loss of power."""
     _write_back(server)
     return {}
 
 
 @verb("readonly")
-def _readonly(server: Server, arguments: dict[str, Any]) -> dict[str, Any]:
+def _readonly(server: ServedMount, arguments: dict[str, Any]) -> dict[str, Any]:
     """Refuse every change from now on, for good. What was written before is in the upper layer then.
 
     Who has a file open for writing gets EROFS at the next write, fsync or close (the kernel may keep a page until then). The lock of the upper layer is shared from then on.
@@ -95,11 +94,11 @@ def _readonly(server: Server, arguments: dict[str, Any]) -> dict[str, Any]:
     _write_back(server)
 
     def act() -> None:
-        server.view.readonly = True
+        server.view.refuse_changes()
         server.view.open_files.close_all()  # some were open for writing
 
     at_once(server, act, strict=True)
-    server.spec = replace(server.spec, readonly=True)
+    server.now(readonly=True)
     server.stack.share()
     try:  # so that the kernel refuses at once what the view would refuse later
         mounts.mount("", server.spec.mountpoint, "", mounts.MS_REMOUNT | mounts.MS_RDONLY)
@@ -109,7 +108,7 @@ def _readonly(server: Server, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 @verb("rollback")
-def _rollback(server: Server, arguments: dict[str, Any]) -> dict[str, Any]:
+def _rollback(server: ServedMount, arguments: dict[str, Any]) -> dict[str, Any]:
     """Drop what is above the layer ``layer`` and go on over ``upper`` and ``work``.
 
     Args:
@@ -123,9 +122,8 @@ def _rollback(server: Server, arguments: dict[str, Any]) -> dict[str, Any]:
         view = server.view
         layer = _layer(server, arguments["layer"])
         if layer.index < view.indexed_layers - 1:
-            from importlib import import_module
+            from cowfs.mounting.verbs.standing import stand_on
 
-            stand_on = import_module("cowfs.mounting.verbs.restack").stand_on
             stand_on(view, view.index.records, arguments["lowers"], arguments["num"])  # type: ignore[union-attr]
         stale.append(view.rollback(layer, arguments["upper"], arguments["work"]))
         base = arguments["base"]
@@ -137,7 +135,7 @@ def _rollback(server: Server, arguments: dict[str, Any]) -> dict[str, Any]:
     return {"stalled": stalled, "stale": len(stale[0].inodes)}
 
 
-def _layer(server: Server, path: str) -> Layer:
+def _layer(server: ServedMount, path: str) -> Layer:
     """The view's layer at ``path``; only in the loop thread."""
     wanted = os.stat(path)
     for layer in server.view.layers:
@@ -147,7 +145,7 @@ def _layer(server: Server, path: str) -> Layer:
     raise NotFound(f"the mount at {server.spec.mountpoint} has no layer {path}")
 
 
-def can_switch(server: Server, *, writing: bool = True) -> None:
+def can_switch(server: ServedMount, *, writing: bool = True) -> None:
     """Whether this mount's layers can be switched at one instant.
 
     Args:
@@ -169,7 +167,7 @@ def can_switch(server: Server, *, writing: bool = True) -> None:
         )
 
 
-def at_once(server: Server, act: Callable[[], None], *, strict: bool = False) -> float:
+def at_once(server: ServedMount, act: Callable[[], None], *, strict: bool = False) -> float:
     """Call ``act`` in the loop thread at a moment when no request waits for a copy-up; how long that took, in seconds.
 
     Such a moment is waited for; after some seconds, any will do unless ``strict``.
@@ -196,7 +194,7 @@ def at_once(server: Server, act: Callable[[], None], *, strict: bool = False) ->
     return float(held)
 
 
-def _switch(server: Server, arguments: dict[str, Any], switch: Callable[[], None]) -> float:
+def _switch(server: ServedMount, arguments: dict[str, Any], switch: Callable[[], None]) -> float:
     """Steps 1 and 2; returns how long the loop was held, in seconds."""
     stack = server.stack
     can_switch(server)
@@ -223,7 +221,7 @@ def _switch(server: Server, arguments: dict[str, Any], switch: Callable[[], None
     return held
 
 
-def _write_back(server: Server) -> None:
+def _write_back(server: ServedMount) -> None:
     """Have the server answer every write-back of what was stored through maps before now.
 
     syncfs(2) on a FUSE mount starts the write-back but (since Linux 6.18) does not wait for it. Requests are queued in
@@ -253,7 +251,7 @@ def _write_back(server: Server) -> None:
             return  # no fusectl here: one barrier has to do
 
 
-def _tell_kernel(server: Server, stale: Stale) -> None:
+def _tell_kernel(server: ServedMount, stale: Stale) -> None:
     notifier = server.session.notifier
     for inode in stale.inodes:
         notifier.inval_inode(inode)

@@ -16,55 +16,32 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
-from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import asdict
+from typing import Any
 
 from cowfs.errors import CowfsError, FailedPrecondition
 from cowfs.index.database import Index
 from cowfs.index.mounted import IndexTree
+from cowfs.mounting.served import ServedMount
 from cowfs.mounting.switch_mark import leave_mark
-from cowfs.mounting.verbs.basic import verb
 from cowfs.mounting.verbs.live import at_once, can_switch
+from cowfs.mounting.verbs.standing import stand_on
+from cowfs.mounting.verbs.table import verb
 from cowfs.union.absorb import absorb, complete
-from cowfs.union.options import TreeIndex
 from cowfs.union.quota import UNIT
-from cowfs.union.restack import restack
-from cowfs.union.view import View
-
-if TYPE_CHECKING:
-    from cowfs.mounting.server import Server
-
-__all__ = ["stand_on"]
 
 _PASSES = 5
 _one = threading.Lock()  # one take-over at a time, whoever asks: who asked first may be gone
 
 
-def stand_on(view: View, index: Index, lowers: Sequence[str | bytes], num: int | None) -> None:
-    """Put the view on ``lowers`` (topmost first), the lowest of which are the chain of the snapshot ``num``.
-
-    Raises:
-        OSError: as :func:`cowfs.union.restack.restack`.
-    """
-    tree, covered = None, 0
-    if num is not None:
-        root, chain = index.by_num(num).root, index.chain(num)
-        covered = len(chain)
-        if root is not None:
-            places = {above: covered - 1 - place for place, (above, _) in enumerate(chain)}
-            tree = cast("TreeIndex", IndexTree(index, root, places))
-    restack(view, lowers, tree, covered)
-
-
-def _index(server: Server, path: str) -> Index:
+def _index(server: ServedMount, path: str) -> Index:
     """The index that the view reads already, if it does."""
     there = server.view.index
     return there.records if isinstance(there, IndexTree) and isinstance(there.records, Index) else Index(path)
 
 
 @verb("restack")
-def _restack(server: Server, arguments: dict[str, Any]) -> dict[str, Any]:
+def _restack(server: ServedMount, arguments: dict[str, Any]) -> dict[str, Any]:
     """Stand on the layers ``lowers``, with the tree of the snapshot ``num`` of ``index``; they show what the present ones do.
 
     Returns:
@@ -79,7 +56,7 @@ def _restack(server: Server, arguments: dict[str, Any]) -> dict[str, Any]:
             stand_on(server.view, _index(server, arguments["index"]), lowers, num)
         except OSError as error:
             raise _explained(server, error) from None
-        server.spec = replace(server.spec, layers=tuple(reversed(lowers)))
+        server.now(layers=tuple(reversed(lowers)))
         freed = arguments.get("freed")
         if freed is not None and server.view.space is not None:
             server.view.space.offset(-(freed["bytes"] // UNIT), -freed["inodes"])
@@ -87,7 +64,7 @@ def _restack(server: Server, arguments: dict[str, Any]) -> dict[str, Any]:
     return {"stalled": at_once(server, switch, strict=True)}
 
 
-def _same_upper(server: Server, path: str) -> None:
+def _same_upper(server: ServedMount, path: str) -> None:
     """Only in the loop thread: whoever asks knows what the view's upper layer is.
 
     Raises:
@@ -105,13 +82,13 @@ def _same_upper(server: Server, path: str) -> None:
         )
 
 
-def _explained(server: Server, error: OSError) -> CowfsError:
+def _explained(server: ServedMount, error: OSError) -> CowfsError:
     where = f": {os.fsdecode(error.filename)}" if error.filename else ""
     return CowfsError(f"the mount at {server.spec.mountpoint} cannot use its new layers: {error.strerror}{where}")
 
 
 @verb("absorb")
-def _absorb(server: Server, arguments: dict[str, Any]) -> dict[str, Any]:
+def _absorb(server: ServedMount, arguments: dict[str, Any]) -> dict[str, Any]:
     """Take over what the topmost of ``lowers`` holds, then stand on the others; ``num`` is the snapshot they belong to.
 
     Args:
@@ -147,7 +124,7 @@ def _absorb(server: Server, arguments: dict[str, Any]) -> dict[str, Any]:
         if view.space is not None:
             view.space.take_later()
             view.space.offset(-(held["bytes"] // UNIT), -held["inodes"])
-        server.spec = replace(server.spec, layers=tuple(reversed(rest)))
+        server.now(layers=tuple(reversed(rest)))
         return True
 
     with _one:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cowfs.fuse.loop import Session
-from cowfs.mounting.verbs.basic import counted, verb
-
-if TYPE_CHECKING:
-    from cowfs.mounting.server import Server
+from cowfs.mounting.served import ServedMount
+from cowfs.mounting.verbs.basic import counted
+from cowfs.mounting.verbs.table import verb
 
 __all__: list[str] = []
 
 
 @verb("statistics")
-def _statistics(server: Server, arguments: dict[str, Any]) -> dict[str, Any]:
+def _statistics(server: ServedMount, arguments: dict[str, Any]) -> dict[str, Any]:
     """Use, limit, requests by kind, work done (:class:`cowfs.union.work.Work`), and the requests that were timed while somebody looked.
 
     Args:

@@ -1,0 +1,52 @@
+"""What a verb of the control socket, and the count of a mount, see of the server: one mount that is being served."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from cowfs.fuse.loop import Session
+    from cowfs.fuse.portable import PortableSession
+    from cowfs.model import Usage
+    from cowfs.mounting.request import MountSpec
+    from cowfs.mounting.resources import Stack
+    from cowfs.union import View
+
+__all__ = ["Count", "ServedMount"]
+
+
+class Count(Protocol):
+    """The count of a mount's upper layer."""
+
+    def usage(self, patience: float | None = None) -> Usage | None:
+        """Used bytes and inodes; waits at most ``patience`` seconds for a walk, where one is needed."""
+
+
+class ServedMount(Protocol):
+    """One mount, as its server has it.
+
+    Threads: any may read the attributes and use :meth:`call`; the view belongs to the session's loop.
+    """
+
+    log: str  # where it writes what goes wrong
+    stack: Stack
+    view: View
+    session: Session | PortableSession
+
+    @property
+    def spec(self) -> MountSpec:
+        """What the mount was asked to be, with what verbs have changed since."""
+
+    @property
+    def counter(self) -> Count:
+        """The count of the upper layer."""
+
+    def call(self, function: Callable[[], Any]) -> Any:
+        """Run a function in the thread that owns the view, and return what it returns."""
+
+    def facts(self) -> dict[str, Any]:
+        """What is known of the mount beside its spec."""
+
+    def now(self, **changes: Any) -> None:
+        """The mount is other than it was asked to be: fields of the spec and their new values."""
