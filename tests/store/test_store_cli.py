@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from support.command import environment, one_line, run_module
 
+from cowfs.store import Store
+
 Cowfs = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
@@ -74,6 +76,19 @@ def test_a_snapshot_from_birth_to_removal(cowfs: Cowfs, base: str, space: Path) 
     assert "tagged app:1" in one_line(cowfs("rm", "done", status=5))
     assert cowfs("rm", "app:1", "--chain").stdout.split() == ["done"]
     assert cowfs("ls", "--quiet").stdout.split() == [base]
+
+
+def test_a_tree_says_what_is_based_on_what(cowfs: Cowfs, base: str, space: Path) -> None:
+    """A branch goes deeper; a chain without branches stays at its depth, and each of it is marked."""
+    with Store.open(space / "store", fsync=False) as store:
+        for key, parent, name in (("a", base, "one"), ("b", "one", "two"), ("c", "two", "three"), ("d", base, "other")):
+            store.prepare(key, parent)
+            store.commit(key, name)
+        for key in ("x", "y"):
+            store.prepare(key, "three")
+    above, *below = cowfs("tree").stdout.splitlines()
+    assert not above.startswith(" ")
+    assert below == ["  one", "  > two", "  > three", "    x [active]", "    y [active]", "  other"]
 
 
 def test_archives_go_through_pipes(cowfs: Cowfs, base: str, space: Path) -> None:

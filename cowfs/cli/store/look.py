@@ -136,16 +136,18 @@ def _as_tree(top: Info, children: dict[str | None, list[Info]], tags: dict[str, 
 def _print_tree(
     top: Info, children: dict[str | None, list[Info]], tags: dict[str, list[str]], line: Callable[[str], None]
 ) -> None:
-    """A chain of only children stays at one depth, so that a chain of 500 can be read."""
-    todo = [(top, 0)]
+    """An only child stays at its parent's depth, behind ``>``, so that a chain of 500 can be read."""
+    todo = [(top, 0, "")]
     while todo:
-        info, depth = todo.pop()
+        info, depth, mark = todo.pop()
         kind = "" if info.kind.value == "committed" else f" [{info.kind.value}]"
         named = f"  ({', '.join(map(shown, tags[info.name]))})" if info.name in tags else ""
-        line(f"{'  ' * depth}{_short(info.name)}{kind}{named}")
+        line(f"{'  ' * depth}{mark}{_short(info.name)}{kind}{named}")
         below = children.get(info.name, [])
-        deeper = depth + 1 if len(below) > 1 or depth == 0 else depth
-        todo += [(child, deeper) for child in reversed(below)]
+        if len(below) == 1 and depth:
+            todo.append((below[0], depth, "> "))
+        else:
+            todo += [(child, depth + 1, "") for child in reversed(below)]
 
 
 def _configure_log(parser: argparse.ArgumentParser) -> None:
@@ -202,7 +204,10 @@ COMMANDS = {
         ("cowfs ls", "cowfs ls kind==active", "cowfs ls 'name~=^web,labels.\"team\"==storage'"),
     ),
     "tree": Command(
-        _configure_tree, _tree, "Show which snapshot is based on which.", ("cowfs tree", "cowfs tree debian:12")
+        _configure_tree,
+        _tree,
+        "Show which snapshot is based on which: deeper is based on what is above, > on the line above alone.",
+        ("cowfs tree", "cowfs tree debian:12"),
     ),
     "log": Command(_configure_log, _log, "List a snapshot and its ancestors, nearest first.", ("cowfs log app-v2",)),
     "images": Command(
