@@ -40,8 +40,9 @@ from cowfs.index.database import Row
 from cowfs.index.transaction import Committed, NameTaken
 from cowfs.model import Info, Kind, Limit, Mount, Usage
 from cowfs.mounting.switch_mark import MARK
-from cowfs.store import instant, layers
-from cowfs.store.checking import Collected, UpkeepVerbs
+from cowfs.store import layers
+from cowfs.store.checking import Collected
+from cowfs.store.instant import InstantVerbs
 from cowfs.store.key_lock import turn
 from cowfs.store.mounts import KernelMount
 from cowfs.store.names import check_key, check_labels, new_id
@@ -70,7 +71,7 @@ class _Switch(NamedTuple):
     labels: dict[str, str]
 
 
-class LiveVerbs(UpkeepVerbs):
+class LiveVerbs(InstantVerbs):
     """snapshot, rollback and fork; mounts get a handle that knows them."""
 
     def mount(self, key: str, target: str | os.PathLike[str], **options: Any) -> LiveHandle | KernelMount:
@@ -120,7 +121,7 @@ class LiveVerbs(UpkeepVerbs):
         self._can_switch("snapshot")
         switch = _Switch("snapshot", row.num, name, {**row.labels, **labels, LABEL: key})
         if self.driver.capabilities.snapshots:
-            instant.snapshot(self, row, name, switch.labels, self._server_of(row, made_by="store"))
+            self._snapshot_at_once(row, name, switch.labels, self._server_of(row, made_by="store"))
             return self.index.get(name).info()
         self._switch(row, switch, [id for _, id in self.index.chain(row.num)], "freeze")
         return self.index.get(name).info()
@@ -221,7 +222,7 @@ class LiveVerbs(UpkeepVerbs):
     def _base_at(self, row: Row, ancestor: Row) -> tuple[Usage, bool]:
         """The base that a key has over one of its ancestors, and whether they share a limit: its own snapshots count for it."""
         if self.driver.capabilities.whole:
-            return instant.base_at(self, row, ancestor)
+            return self._base_at_once(row, ancestor)
         under = row
         for num, _ in self.index.chain(row.parent):
             one = self.index.by_num(num)
