@@ -26,6 +26,7 @@ _EXPORTS = {
     "Unsupported": "cowfs.errors",
     "Change": "cowfs.model",
     "Event": "cowfs.model",
+    "FileInfo": "cowfs.model",
     "Info": "cowfs.model",
     "Kind": "cowfs.model",
     "Limit": "cowfs.model",
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from cowfs.model import (
         Change as Change,
         Event as Event,
+        FileInfo as FileInfo,
         Info as Info,
         Kind as Kind,
         Limit as Limit,

@@ -20,6 +20,7 @@ __all__ = [
     "TYPE_NAMES",
     "Change",
     "Event",
+    "FileInfo",
     "Info",
     "Kind",
     "Limit",
@@ -117,6 +118,35 @@ class Change:
     type: str
     size: int = 0
     what: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileInfo:
+    """One object in a snapshot's tree.
+
+    Attributes:
+        path: relative, ``b""`` is the root.
+        type: as in :class:`Change`.
+        mode: permission bits, set-id and sticky bits with them.
+        size: bytes, of regular files; 0 otherwise.
+        mtime: nanoseconds since 1970.
+        rdev: of devices, as :func:`os.makedev` gives it.
+        nlink: names of the file within the tree.
+        target: of a symbolic link.
+        file: names of one tree with several links are one file where this agrees.
+    """
+
+    path: bytes
+    type: str
+    mode: int
+    uid: int
+    gid: int
+    size: int
+    mtime: int
+    rdev: int = 0
+    nlink: int = 1
+    target: bytes = b""
+    file: object = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

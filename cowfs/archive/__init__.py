@@ -27,13 +27,13 @@ if TYPE_CHECKING:
         LowerStat as LowerStat,
         Tree as Tree,
     )
-    from cowfs.archive.trees import DirTree as DirTree
+    from cowfs.union.tree import DirTree as DirTree
 
 _EXPORTS = {
     "Applied": "cowfs.archive.options",
     "ApplyOptions": "cowfs.archive.options",
     "Budget": "cowfs.archive.options",
-    "DirTree": "cowfs.archive.trees",
+    "DirTree": "cowfs.union.tree",
     "Exported": "cowfs.archive.options",
     "FORM": "cowfs.archive.options",
     "LowerStat": "cowfs.archive.options",

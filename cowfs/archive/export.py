@@ -97,11 +97,11 @@ def export_layer(
 
 
 def export_tree(
-    tree: Tree, out: BinaryIO, *, compression: str = "none", level: int | None = None, override: bool = False,
-    progress: Progress | None = None,
+    tree: Tree, out: BinaryIO, *, top: bytes = b"", compression: str = "none", level: int | None = None,
+    override: bool = False, progress: Progress | None = None,
 ) -> Exported:  # fmt: skip
-    """Write a plain tar of a whole merged tree (a root filesystem, flattened); as :func:`export_layer`."""
-    return _run(out, compression, level, progress, False, override, lambda writer: write_tree(writer, tree, b""))
+    """Write a plain tar of a whole merged tree (a root filesystem, flattened), or of ``top`` in it; as :func:`export_layer`."""
+    return _run(out, compression, level, progress, False, override, lambda writer: write_tree(writer, tree, top))
 
 
 def export_changes(

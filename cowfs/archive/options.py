@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 from cowfs.errors import LimitExceeded
+from cowfs.union.tree import LowerStat, Tree
 
 __all__ = ["FORM", "Applied", "ApplyOptions", "Budget", "Exported", "LowerStat", "Owners", "Tree"]
 
@@ -116,44 +117,3 @@ class Exported:
     digest: str
     blob_size: int
     entries: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LowerStat:
-    """Attributes of one object in a tree: ``mode`` with its type bits, times in nanoseconds.
-
-    ``ident`` is equal for two names of one file (hard links) where ``nlink`` is more than 1.
-    """
-
-    mode: int
-    uid: int
-    gid: int
-    size: int
-    mtime: int
-    rdev: int = 0
-    nlink: int = 1
-    ident: object = None
-
-
-class Tree(Protocol):
-    """A merged tree to read from, by canonical path (``b""`` is its root); raises OSError.
-
-    :class:`cowfs.archive.views.ViewTree` makes one of a :class:`cowfs.union.View`,
-    :class:`cowfs.archive.trees.DirTree` of a directory.
-    """
-
-    def stat(self, path: bytes) -> LowerStat | None:
-        """Attributes, None where there is nothing."""
-
-    def names(self, path: bytes) -> list[bytes]:
-        """The entries of a directory, without ``.`` and ``..``, in any order."""
-
-    def readlink(self, path: bytes) -> bytes: ...
-
-    def xattrs(self, path: bytes) -> dict[bytes, bytes]: ...
-
-    def read(self, path: bytes) -> Iterator[bytes]:
-        """A regular file's bytes, in pieces."""
-
-    def data(self, path: bytes) -> Iterator[tuple[int, bytes]]:
-        """A regular file's bytes with the offset of each piece, in order and without its holes."""

@@ -76,6 +76,12 @@ def _store_run() -> Commands:
     return run.COMMANDS
 
 
+def _store_files() -> Commands:
+    from cowfs.cli.store import files
+
+    return files.COMMANDS
+
+
 def _store_look() -> Commands:
     from cowfs.cli.store import look
 
@@ -130,7 +136,7 @@ def _completion() -> Commands:
     return completion.COMMANDS
 
 
-_MOUNTS, _SNAPSHOTS, _STORE, _SERVICE, _ABOUT = "Mounts", "Snapshots", "Store", "Service", "About"
+_MOUNTS, _SNAPSHOTS, _FILES, _STORE, _SERVICE, _ABOUT = "Mounts", "Snapshots", "Files", "Store", "Service", "About"
 
 VERBS: dict[str, Verb] = {
     "mount": Verb(_mount, "mount a stack of layers as one tree", _MOUNTS),
@@ -161,6 +167,10 @@ VERBS: dict[str, Verb] = {
     "images": Verb(_store_look, "list tags with layers and size", _SNAPSHOTS),
     "apply": Verb(_store_io, "unpack a layer archive into a snapshot", _SNAPSHOTS),
     "export": Verb(_store_io, "write a snapshot out as image, tree or layer", _SNAPSHOTS),
+    "cat": Verb(_store_files, "print files of snapshots, without a mount", _FILES),
+    "cp": Verb(_store_files, "copy files and trees in, out and between snapshots", _FILES),
+    "find": Verb(_store_files, "list paths of a snapshot by tests", _FILES),
+    "du": Verb(_store_files, "which directories of a snapshot hold how much", _FILES),
     "init": Verb(_store_keep, "make a store", _STORE),
     "info": Verb(_store_keep, "driver, mounts and host, and why they were chosen", _STORE),
     "df": Verb(_store_keep, "what the store holds", _STORE),
@@ -176,7 +186,7 @@ VERBS: dict[str, Verb] = {
 
 
 #: options that may stand before the verb, and whether a value follows
-_BEFORE = {"--root": True, "--driver": True, "--json": False}
+_BEFORE = {"--root": True, "--driver": True, "--json": False, "--jsonl": False}
 
 
 def is_path(argument: str) -> bool:

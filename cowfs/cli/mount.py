@@ -76,7 +76,7 @@ def _configure_mount(parser: argparse.ArgumentParser) -> None:
     add("-f", "--foreground", action="store_true", help="serve from this process; diagnostics on standard error")
     add("--trace", action="store_true", help="one line a request, in the log (with -f on standard error)")
     add("--log", metavar="FILE", help="file for diagnostics and trace")
-    add("--json", action="store_true", help="print mount point, process and control socket")
+    add("--json", action="store_const", const="array", default="", help="print mount point, process and control socket")
 
 
 def parse_map(texts: list[str]) -> IdMap:
@@ -178,7 +178,7 @@ def _mount(args: argparse.Namespace) -> int:
     return serve(spec, as_json=args.json)
 
 
-def serve(spec: MountSpec, *, as_json: bool = False) -> int:
+def serve(spec: MountSpec, *, as_json: str = "") -> int:
     """Start the server of a wish, in the background unless the wish says foreground. Returns the exit status."""
     from cowfs.mounting import server
 

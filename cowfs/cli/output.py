@@ -9,11 +9,44 @@ from typing import Any
 from cowfs.model import Change, format_size
 
 
-def print_json(value: Any) -> None:
-    """One JSON document. Names that are not UTF-8 keep their bytes as surrogates (\\udcXX)."""
+def print_json(value: Any, how: str = "array") -> None:
+    """One JSON document; of a list with ``how`` of ``lines`` one object a line. Names that are not UTF-8 keep their bytes as surrogates (\\udcXX)."""
     import json
 
-    print(json.dumps(value, indent=2 if sys.stdout.isatty() else None))
+    if how == "lines":
+        for item in value if isinstance(value, list) else [value]:
+            print(json.dumps(item))
+    else:
+        print(json.dumps(value, indent=2 if sys.stdout.isatty() else None))
+
+
+def print_items(items: Iterable[Mapping[str, Any]], how: str) -> None:
+    """Objects as they come: ``lines``, one a line; else one JSON array."""
+    import json
+
+    if how == "lines":
+        for item in items:
+            print(json.dumps(item))
+        return
+    before = "["
+    for item in items:
+        print(before, json.dumps(item), sep="\n", end="")
+        before = ","
+    print("[]" if before == "[" else "\n]")
+
+
+def path_fields(key: str, path: bytes) -> dict[str, str]:
+    """A path as programs read it; one that is not UTF-8 also exactly, as ``KEY_b64``.
+
+    >>> path_fields("path", b"a"), path_fields("path", b"\xff")["path_b64"]
+    ({'path': 'a'}, '/w==')
+    """
+    text = path.decode("utf-8", "surrogateescape")
+    if text.isprintable() or not any("\udc80" <= char <= "\udcff" for char in text):
+        return {key: text}
+    from base64 import b64encode
+
+    return {key: text, f"{key}_b64": b64encode(path).decode()}
 
 
 def print_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -49,7 +82,7 @@ def count_or(value: int | None, none: str = "none") -> str:
 def change_as_json(change: Change) -> Mapping[str, Any]:
     """A change as programs read it."""
     return {
-        "path": "/" + change.path.decode("utf-8", "surrogateescape"),
+        **path_fields("path", b"/" + change.path),
         "kind": change.kind,
         "type": change.type,
         "size": change.size,

@@ -11,6 +11,7 @@ from cowfs.cli.output import (
     change_as_json,
     change_line,
     count_or,
+    print_items,
     print_json,
     print_table,
     shown,
@@ -46,7 +47,7 @@ def _mounts(args: argparse.Namespace) -> int:
         return _records(args)
     found = client.mounts(everywhere=args.everywhere)
     if args.json:
-        print_json([_mount_as_json(status) for status in found])
+        print_json([_mount_as_json(status) for status in found], args.json)
     elif args.quiet:
         for status in found:
             print(shown(status.mountpoint))
@@ -64,7 +65,7 @@ def _records(args: argparse.Namespace) -> int:
     with open_store(args, create=False) as store:
         records = store.mounts(args.key, mount_type=args.mount_type)
     if args.json:
-        print_json([mount_as_json(record) for record in records])
+        print_json([mount_as_json(record) for record in records], args.json)
     else:
         for record in records:
             print(mount_line(record))
@@ -132,7 +133,8 @@ def print_store_usage(args: argparse.Namespace) -> int:
                 "usage": {"bytes": used.bytes, "inodes": used.inodes},
                 "limit": {"bytes": limit.bytes, "inodes": limit.inodes},
                 "engine": engine,
-            }
+            },
+            args.json,
         )
         return 0
     rows = [
@@ -145,13 +147,13 @@ def print_store_usage(args: argparse.Namespace) -> int:
     return 0
 
 
-def print_usage(handle: MountHandle, *, as_json: bool) -> int:
+def print_usage(handle: MountHandle, *, as_json: str) -> int:
     """Use and limit of a mount."""
     from cowfs.mounting.client import COUNTING
 
     answer = handle.ask("usage", timeout=COUNTING)
     if as_json:
-        print_json({"mountpoint": handle.mountpoint, **answer})
+        print_json({"mountpoint": handle.mountpoint, **answer}, as_json)
         return 0
     used, limit = answer["usage"], answer["limit"]
     rows = [
@@ -182,7 +184,8 @@ def _configure_diff(parser: argparse.ArgumentParser) -> None:
     add("--layer", action="append", default=[], metavar="DIR",
         help="a layer beneath an UPPER that cowfs has no record of; repeated, bottom first")  # fmt: skip
     form = parser.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="one JSON object a line")
+    form.add_argument("--json", action="store_const", const="array", default="", help="as JSON: an array of objects")
+    form.add_argument("--jsonl", action="store_const", const="lines", dest="json", help="as JSON, an object a line")
     form.add_argument("--stat", action="store_true", help="sums by directory, as a tree")
     add("--depth", type=int, default=3, metavar="N", help="levels of the --stat tree (default: 3)")
     add("-q", "--quiet", action="store_true", help="print nothing; exit with 1 when there is a change, else 0")
@@ -202,10 +205,7 @@ def _print_changes(args: argparse.Namespace, found: Iterator[Change]) -> int:
     if args.quiet:
         return 1 if next(found, None) is not None else 0
     if args.json:
-        import json
-
-        for change in found:
-            print(json.dumps(change_as_json(change)))
+        print_items(map(change_as_json, found), args.json)
     elif args.stat:
         tree = Tree()
         for change in found:
@@ -264,7 +264,7 @@ COMMANDS = {
         (
             "cowfs diff /mnt/rootfs",
             "cowfs diff /mnt/rootfs --stat",
-            "cowfs diff layers/.cowfs/upper --json",
+            "cowfs diff layers/.cowfs/upper --jsonl",
             "cowfs diff ./changes --layer base --layer python",
             "cowfs diff app-v1 app-v2",
         ),

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from cowfs import archive
 from cowfs.index.directory import Entry, Pair, Records, decode, entries, join
 from cowfs.index.scan import locate
-from cowfs.store.layers import SameData
+from cowfs.store.layers import LayerFile, SameData
 from cowfs.store.owners import Recorded
 
 __all__ = ["IndexedTree"]
@@ -107,6 +107,15 @@ class IndexedTree:
     def xattrs(self, path: bytes) -> dict[bytes, bytes]:
         """Extended attributes as users see them, without the one that records an owner."""
         return self._owners.others(self._must(path)[0])
+
+    def open(self, path: bytes) -> LayerFile | None:
+        """The file that holds a regular file's bytes; None for an empty one."""
+        entry, where = self._must(path)
+        return self._data.open(entry.layer, where) if entry.size else None
+
+    def digest(self, path: bytes) -> bytes | None:
+        """The SHA-256 of a regular file's bytes, where the index knows it."""
+        return self._must(path)[0].digest
 
     def data(self, path: bytes) -> Iterator[tuple[int, bytes]]:
         """A regular file's bytes with their offsets, without its holes."""

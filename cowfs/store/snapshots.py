@@ -36,7 +36,7 @@ from cowfs.store import layers, limit_loop
 from cowfs.store.base import OpenStore
 from cowfs.store.names import check_key, check_labels, new_id
 from cowfs.store.reserve import names_full
-from cowfs.store.staging import discard, staged, sweep
+from cowfs.store.staging import discard, finish, staged, sweep
 from cowfs.sys import trees
 from cowfs.sys.faults import point
 
@@ -411,7 +411,11 @@ class StoreCore(OpenStore):
         with self._alone(row, "remove", mounted=mounted, missing_ok=True) as alone:
             self._freeing(lambda: self._remove_record(row))
             point("remove.committed")
-            discard(self.driver, row.id, later=defer or not alone)
+            discard(self.driver, row.id, later=True)
+        if (
+            alone and not defer
+        ):  # now that nobody has the tree open, ourselves included: not all drivers delete what is open
+            finish(self.driver, row.id)
 
     def cleanup(self) -> list[str]:
         """Delete the files of snapshots that were removed, as far as no mount uses them any more.

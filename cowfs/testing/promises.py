@@ -57,13 +57,16 @@ class Promises(Bench):
                 where.append(files.extents(fd, sync=True))
             finally:
                 os.close(fd)
+        if where[0] is None:
+            pytest.skip("this file system does not tell where its data is")
         assert where[0]
         assert where[0] == where[1]
 
     def test_the_root_of_a_fresh_layer_is_its_parents(self, store: Store) -> None:
         def change(tree: Path) -> None:
             os.chmod(tree, 0o2751)
-            os.setxattr(tree, "user.note", b"root")
+            if store.driver.capabilities.xattrs:
+                os.setxattr(tree, "user.note", b"root")
             os.utime(tree, ns=(10**18 + 1, 10**18 + 2))
 
         self.layer(store, "base", None, change)

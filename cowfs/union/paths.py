@@ -19,11 +19,17 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import IO, TYPE_CHECKING, Any
 
 from cowfs.union.attr import Attr, unpack
+from cowfs.union.content import data_ranges
 from cowfs.union.node import Dir, Node
+from cowfs.union.tree import CHUNK, DirTree, LowerStat
 from cowfs.union.view import View
+
+if TYPE_CHECKING:
+    from cowfs.union.transfer import Copied
 
 Path = str | bytes
 
@@ -140,6 +146,90 @@ class Paths:
         """Set a file's size."""
         self.view.setattr(self.node(path), size=size)
 
+    def open(
+        self,
+        path: Path,
+        mode: str = "rb",
+        *,
+        buffering: int = -1,
+        encoding: str | None = None,
+        errors: str | None = None,
+        newline: str | None = None,
+        permissions: int = 0o644,
+    ) -> IO[Any]:
+        """A file object over a file of the tree, which is read and written in pieces.
+
+        Args:
+            mode, buffering, encoding, errors, newline: as for the built-in ``open``, but that the default is ``rb``, and UTF-8 in text.
+            permissions: of a file that is made.
+
+        Raises:
+            OSError: ENOENT, EEXIST (mode ``x``), EISDIR, EROFS, ENOSPC, and EINVAL for what is not a regular file.
+            ValueError: not a mode.
+        """
+        from cowfs.union.path_file import PathFile, wrap
+
+        name = os.fsdecode(path)
+        return wrap(
+            lambda kind: PathFile(self.opened(path, kind, permissions), kind, name),
+            mode, buffering, encoding, errors, newline,
+        )  # fmt: skip
+
+    def opened(self, path: Path, mode: str, permissions: int = 0o644) -> NodeData:
+        """A file's bytes, opened in a mode of ``open`` without ``b`` and ``t``; errors as of :meth:`open`."""
+        return NodeData(self.view, self._opened(path, mode, permissions))
+
+    def _opened(self, path: Path, mode: str, permissions: int) -> Node:
+        parent, name = self._split(path)
+        node = self.view.child(parent, name)
+        if node is None:
+            if "r" in mode:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(path))
+            return self.view.mknod(parent, name, stat.S_IFREG | permissions, 0, self.uid, self.gid)
+        if "x" in mode:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fspath(path))
+        kind = stat.S_IFMT(unpack(self.view.attr(node)).mode)
+        if kind != stat.S_IFREG:
+            number = errno.EISDIR if kind == stat.S_IFDIR else errno.ELOOP if kind == stat.S_IFLNK else errno.EINVAL
+            raise OSError(number, os.strerror(number), os.fspath(path))
+        if "w" in mode:
+            self.view.setattr(node, size=0)
+        return node
+
+    def copy_in(
+        self,
+        source: str | os.PathLike[str],
+        path: Path,
+        *,
+        owners: bool = False,
+        progress: Callable[[int, int], object] | None = None,
+    ) -> Copied:
+        """Copy a file, or a directory with all below it, from the host to ``path``, in pieces.
+
+        What is at ``path`` is replaced, directories are merged; its parent directory must be there. A link at the end of ``source``
+        is copied itself. ``owners`` and errors: :func:`cowfs.union.transfer.copy`.
+        """
+        from cowfs.union.transfer import copy, host_end
+
+        where = b"/".join(_parts(path))
+        with host_end(source) as (fd, name):
+            return copy(DirTree(fd), name, PathsTarget(self), where, owners=owners, progress=progress)
+
+    def copy_out(
+        self,
+        path: Path,
+        target: str | os.PathLike[str],
+        *,
+        owners: bool = False,
+        progress: Callable[[int, int], object] | None = None,
+    ) -> Copied:
+        """Copy a file, or a directory with all below it, to ``target`` on the host, in pieces; as :meth:`copy_in`."""
+        from cowfs.union.transfer import DirTarget, copy, host_end
+
+        top = b"/".join(_parts(path))
+        with host_end(target) as (fd, name):
+            return copy(PathsTarget(self), top, DirTarget(fd), name, owners=owners, progress=progress)
+
     def readlink(self, path: Path) -> bytes:
         """A symbolic link's target."""
         return self.view.readlink(self.node(path))
@@ -235,6 +325,115 @@ class Paths:
     def removexattr(self, path: Path, name: Path) -> None:
         """Remove an extended attribute."""
         self.view.removexattr(self.node(path), os.fsencode(name))
+
+
+class NodeData:
+    """The bytes of a node that is open (:class:`cowfs.union.path_file.Data`)."""
+
+    def __init__(self, view: View, node: Node) -> None:
+        self._view, self._node = view, node
+
+    def size(self) -> int:
+        return self._view.size(self._node)
+
+    def read_into(self, offset: int, buffer: memoryview) -> int:
+        return self._view.pread(self._node, offset, buffer)
+
+    def write(self, offset: int, data: memoryview) -> int:
+        return self._view.write(self._node, offset, data)
+
+    def truncate(self, size: int) -> None:
+        self._view.setattr(self._node, size=size)
+
+    def close(self) -> None:
+        """A node stays; the view closes its descriptors as it needs room for others."""
+
+
+class PathsTarget:
+    """A :class:`~cowfs.union.transfer.Target` that is a view, by its :class:`Paths`. Threads: the view's owner."""
+
+    def __init__(self, paths: Paths) -> None:
+        self._paths = paths
+
+    def stat(self, path: bytes) -> LowerStat | None:
+        try:
+            attr = unpack(self._paths.view.attr(self._paths.node(path)))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return LowerStat(
+            mode=attr.mode, uid=attr.uid, gid=attr.gid, size=attr.size, mtime=attr.mtime_ns, rdev=attr.rdev,
+            nlink=attr.nlink, ident=attr.ino,
+        )  # fmt: skip
+
+    def names(self, path: bytes) -> list[bytes]:
+        return self._paths.listdir(path)
+
+    def readlink(self, path: bytes) -> bytes:
+        return self._paths.readlink(path)
+
+    def xattrs(self, path: bytes) -> dict[bytes, bytes]:
+        return {name: self._paths.getxattr(path, name) for name in self._paths.listxattr(path)}
+
+    def read(self, path: bytes) -> Iterator[bytes]:
+        with self._paths.open(path, buffering=0) as file:
+            while piece := file.read(CHUNK):
+                yield piece
+
+    def data(self, path: bytes) -> Iterator[tuple[int, bytes]]:
+        view, node = self._paths.view, self._paths.node(path)
+        for start, end in data_ranges(view, node):
+            while start < end:
+                buffer = bytearray(min(CHUNK, end - start))
+                count = view.pread(node, start, memoryview(buffer))
+                if not count:
+                    break
+                yield start, bytes(buffer[:count])
+                start += count
+
+    def opened(self, path: bytes, mode: str) -> NodeData:
+        """A file's bytes (:meth:`Paths.opened`)."""
+        return self._paths.opened(path, mode)
+
+    def remove(self, path: bytes) -> None:
+        if stat.S_ISDIR(self._paths.stat(path).mode):
+            self._paths.rmtree(path)
+        else:
+            self._paths.unlink(path)
+
+    def mkdir(self, path: bytes) -> None:
+        self._paths.mkdir(path, 0o700)
+
+    def write(self, path: bytes, size: int, data: Iterable[tuple[int, bytes]]) -> None:
+        self._paths.mknod(path, stat.S_IFREG | 0o600)
+        try:
+            for offset, piece in data:
+                self._paths.write_at(path, offset, piece)
+            if self._paths.stat(path).size != size:
+                self._paths.truncate(path, size)
+        except BaseException:
+            self._paths.unlink(path)
+            raise
+
+    def symlink(self, path: bytes, target: bytes) -> None:
+        self._paths.symlink(target, path)
+
+    def link(self, old: bytes, new: bytes) -> None:
+        self._paths.link(old, new)
+
+    def mknod(self, path: bytes, mode: int, rdev: int) -> None:
+        self._paths.mknod(path, stat.S_IFMT(mode) | 0o600, rdev)
+
+    def chown(self, path: bytes, uid: int, gid: int) -> None:
+        self._paths.chown(path, uid, gid)
+
+    def chmod(self, path: bytes, mode: int) -> None:
+        self._paths.chmod(path, mode)
+
+    def setxattr(self, path: bytes, name: bytes, value: bytes) -> None:
+        self._paths.setxattr(path, name, value)
+
+    def utime(self, path: bytes, mtime: int) -> None:
+        self._paths.utime(path, mtime_ns=mtime)
 
 
 def _parts(path: Path) -> list[bytes]:

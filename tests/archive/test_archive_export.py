@@ -284,8 +284,8 @@ def test_a_directory_renamed_by_the_kernel_is_exported_whole_with_a_whiteout(spa
 def test_the_view_is_a_tree_to_export_from(space: Path) -> None:
     """cowfs's own union, renamed directories and all, through the adapter the store uses."""
     union = pytest.importorskip("cowfs.union")
-    from cowfs.archive.views import ViewTree
     from cowfs.union.paths import Paths
+    from cowfs.union.view_tree import ViewTree
 
     lower, upper, work = (space / name for name in ("lower", "upper", "work"))
     for path in (lower, upper, work):

@@ -156,7 +156,8 @@ def test_command_on_mount_and_on_upper_say_the_same(cowfs: Run, stack: Path, mnt
     assert "C /app/main (content, mtime)" in lines
     assert "A /app/new\\nline" in lines
     assert "D /usr/bin/python" in lines
-    objects = [json.loads(line) for line in cowfs("diff", mnt, "--json").stdout.splitlines()]
+    objects = json.loads(cowfs("diff", mnt, "--json").stdout)
+    assert [json.loads(line) for line in cowfs("diff", mnt, "--jsonl").stdout.splitlines()] == objects
     assert {"path": "/app/new\nline", "kind": "added", "type": "file", "size": 10} in objects
     stat = cowfs("diff", mnt, "--stat").stdout
     assert "+1" in stat

@@ -113,4 +113,4 @@ def test_a_wrong_driver_and_a_missing_store_are_told_as_ever(store: Path, tmp_pa
     assert "make one with 'cowfs init'" in none.stderr
     assert not (tmp_path / "none").exists()
     right = subprocess.run([*command, str(store)], capture_output=True, text=True, check=True)
-    assert json.loads(right.stdout)["name"] == "base"
+    assert json.loads(right.stdout)[0]["name"] == "base"

@@ -119,7 +119,7 @@ def test_tags_and_removal(loaded: Daemon) -> None:
         text=True,
         check=True,
     )
-    assert with_store.stdout.strip() == ""
+    assert with_store.stdout.strip() == "[]"
 
 
 def test_a_name_that_moves_on_leaves_a_dangling_image(loaded: Daemon) -> None:

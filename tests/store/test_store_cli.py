@@ -59,14 +59,14 @@ def test_a_snapshot_from_birth_to_removal(cowfs: Cowfs, base: str, space: Path) 
     assert "in use" in one_line(refused)
     cowfs("umount", mnt)
     assert json.loads(cowfs("commit", "work", "done", "--json").stdout)["usage"]["inodes"] == 2
-    assert [json.loads(line)["path"] for line in cowfs("diff", "base", "done", "--json").stdout.splitlines()] == [
+    assert [one["path"] for one in json.loads(cowfs("diff", "base", "done", "--json").stdout)] == [
         "/etc",
         "/etc/motd",
     ]
     told = json.loads(cowfs("stat", "done", "--json").stdout)
     assert (told["kind"], told["parent"], told["labels"]) == ("committed", base, {"team": "storage"})
     cowfs("label", "done", "team-", "stage=test")
-    assert [json.loads(line)["name"] for line in cowfs("ls", "labels.stage==test", "--json").stdout.splitlines()] == [
+    assert [json.loads(line)["name"] for line in cowfs("ls", "labels.stage==test", "--jsonl").stdout.splitlines()] == [
         "done"
     ]
     assert [one["name"] for one in json.loads(cowfs("log", "done", "--json").stdout)] == ["done", base]
@@ -215,7 +215,7 @@ def test_a_reader_that_leaves_early_is_no_error(cowfs: Cowfs, base: str, space: 
 def test_the_options_of_a_store_may_stand_before_the_verb(cowfs: Cowfs, space: Path) -> None:
     other = space / "other"
     cowfs("--root", other, "--driver=vfs", "prepare", "k")
-    assert [json.loads(line)["name"] for line in cowfs("--json", f"--root={other}", "ls").stdout.splitlines()] == ["k"]
+    assert [json.loads(line)["name"] for line in cowfs("--jsonl", f"--root={other}", "ls").stdout.splitlines()] == ["k"]
     assert json.loads(cowfs("--json", "info", "--root", other).stdout)["driver"] == "vfs"
     for arguments in (["--root"], ["--root", other], ["--json"]):
         assert "no verb '--" in one_line(cowfs(*arguments, status=2))

@@ -29,7 +29,14 @@ def add_store(parser: argparse.ArgumentParser, *, json: bool = True) -> None:
     )
     add("--driver", default="auto", metavar="NAME", help="its backend, when the store is new (default: the best here)")
     if json:
-        add("--json", action="store_true", help="as JSON")
+        add_json(parser)
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """``--json`` and ``--jsonl``: ``args.json`` is ``array`` or ``lines``, empty without them."""
+    add = parser.add_argument
+    add("--json", action="store_const", const="array", default="", help="as JSON; a list is an array of objects")
+    add("--jsonl", action="store_const", const="lines", dest="json", help="as JSON, an object a line")
 
 
 def open_store(args: argparse.Namespace, *, create: bool = True) -> Store:

@@ -37,7 +37,7 @@ def _compact(args: argparse.Namespace) -> int:
     with open_store(args, create=False) as store, Bars() as bars:
         done = store.compact(args.key, share=share, on_progress=lambda path, done, todo: bars(path, done, done + todo))
     if args.json:
-        print_json(asdict(done))
+        print_json(asdict(done), args.json)
         return 0
     left = f", {done.skipped} left as they are" if done.skipped else ""
     print(f"{done.files} files compacted, {format_size(done.bytes)} copied{left}")

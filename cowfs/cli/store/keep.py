@@ -23,7 +23,7 @@ def _init(args: argparse.Namespace) -> int:
         told = store.describe()
         probes = {name: {"usable": probe.usable, "reasons": list(probe.reasons)} for name, probe in store.why.items()}
     if args.json:
-        print_json({**told, "probes": probes})
+        print_json({**told, "probes": probes}, args.json)
         return 0
     print(f"{shown(told['root'])}: driver {told['driver']} ({told['why']})")
     for name, probe in sorted(probes.items()):
@@ -40,7 +40,7 @@ def _info(args: argparse.Namespace) -> int:
         totals = store.totals()
     told["snapshots"] = totals.count
     if args.json:
-        print_json(told)
+        print_json(told, args.json)
         return 0
     count = totals.count
     lines = [
@@ -81,7 +81,7 @@ def _df(args: argparse.Namespace) -> int:
         }
         if args.verbose:
             told["snapshots"] = each
-        print_json(told)
+        print_json(told, args.json)
         return 0
     if args.verbose:
         print_table(
@@ -149,7 +149,8 @@ def _check(args: argparse.Namespace) -> int:
                 "undigested": [
                     {"name": name, "path": path.decode("utf-8", "surrogateescape")} for name, path in report.undigested
                 ],
-            }
+            },
+            args.json,
         )
     else:
         for problem in report.problems:
@@ -175,7 +176,7 @@ def _gc(args: argparse.Namespace) -> int:
     with open_store(args, create=False) as store:
         done = store.gc()
     if args.json:
-        print_json({"directories": list(done.directories), "records": done.records})
+        print_json({"directories": list(done.directories), "records": done.records}, args.json)
     else:
         for name in done.directories:
             print(f"deleted {shown(name)}")

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from cowfs.model import Info
 
 
-def _print_info(info: Info, *, as_json: bool) -> int:
+def _print_info(info: Info, *, as_json: str) -> int:
     if as_json:
-        print_json(info_as_json(info))
+        print_json(info_as_json(info), as_json)
     return 0
 
 
@@ -75,7 +75,7 @@ def _fork(args: argparse.Namespace) -> int:
     with open_store(args, create=False) as store:
         made = store.fork(args.name, *args.keys, size=args.size, inodes=args.inodes)
     if args.json:
-        print_json({key: [mount_as_json(mount) for mount in mounts] for key, mounts in made.items()})
+        print_json({key: [mount_as_json(mount) for mount in mounts] for key, mounts in made.items()}, args.json)
     return 0
 
 

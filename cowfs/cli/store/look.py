@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from cowfs.cli import Command
-from cowfs.cli.output import print_json, print_table, shown, size_or
+from cowfs.cli.output import print_items, print_json, print_table, shown, size_or
 from cowfs.cli.store.args import add_store, info_as_json, look_at_store, paged, when
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def _stat(args: argparse.Namespace) -> int:
             "damage": row.damage,
         }
     if args.json:
-        print_json(told)
+        print_json(told, args.json)
         return 0
     lines = [
         ("name", shown(info.name)),
@@ -65,21 +65,28 @@ def _configure_ls(parser: argparse.ArgumentParser) -> None:
     add(
         "filters",
         nargs="*",
-        metavar="FILTER",
-        help='as in: kind==active  parent==base  name~=^web  labels."team"==storage',
+        metavar="FILTER|NAME:PATH",
+        help='as in: kind==active  parent==base  name~=^web  labels."team"==storage; or a directory in a snapshot',
     )
+    add("-l", "--long", action="store_true", help="of NAME:PATH: mode, names, owner, size and time")
     add("-q", "--quiet", action="store_true", help="names only")
     add_store(parser)
 
 
+def _is_place(text: str) -> bool:
+    """Whether an argument of ls is NAME:PATH; a filter has an operator, or no colon outside of quotes."""
+    return ":" in text.partition('"')[0] and not any(sign in text for sign in ("==", "!=", "~="))
+
+
 def _ls(args: argparse.Namespace) -> int:
+    if any(map(_is_place, args.filters)):
+        from cowfs.cli.store.files import list_files
+
+        return list_files(args, args.filters)
     with look_at_store(args) as store:
         found = store.walk(args.filters)
         if args.json:
-            import json
-
-            for info in found:
-                print(json.dumps(info_as_json(info)))
+            print_items(map(info_as_json, found), args.json)
             return 0
         with paged() as line:
             if args.quiet:
@@ -114,7 +121,7 @@ def _tree(args: argparse.Namespace) -> int:
             tags.setdefault(tag.target, []).append(tag.name)
         tops = children.get(None, []) if args.name is None else [store.stat(args.name)]
         if args.json:
-            print_json([_as_tree(info, children, tags) for info in tops])
+            print_json([_as_tree(info, children, tags) for info in tops], args.json)
             return 0
         with paged() as line:
             for info in tops:
@@ -159,7 +166,7 @@ def _log(args: argparse.Namespace) -> int:
     with look_at_store(args) as store:
         chain = store.chain(args.name)
         if args.json:
-            print_json([info_as_json(info) for info in chain])
+            print_json([info_as_json(info) for info in chain], args.json)
             return 0
         with paged() as line:
             for info in chain:
@@ -183,7 +190,7 @@ def _images(args: argparse.Namespace) -> int:
                 {"tag": tag.name, "target": tag.target, "layers": len(chain), "bytes": size, "created": tag.created}
             )
     if args.json:
-        print_json(found)
+        print_json(found, args.json)
     elif found:
         rows = [
             (shown(str(one["tag"])), str(one["layers"]), size_or(int(str(one["bytes"]))), when(int(str(one["created"]))),
@@ -201,7 +208,12 @@ COMMANDS = {
         _configure_ls,
         _ls,
         "List snapshots in the order of their making; conditions in one FILTER must all hold, one of several FILTERs must.",
-        ("cowfs ls", "cowfs ls kind==active", "cowfs ls 'name~=^web,labels.\"team\"==storage'"),
+        (
+            "cowfs ls",
+            "cowfs ls kind==active",
+            "cowfs ls base:/etc -l",
+            "cowfs ls 'name~=^web,labels.\"team\"==storage'",
+        ),
     ),
     "tree": Command(
         _configure_tree,

@@ -32,9 +32,9 @@ def mount_line(mount: Mount, target: str = "TARGET") -> str:
     return shlex.join(["mount", *kind, mount.source, target, "-o", options])
 
 
-def _print_mounts(mounts: Iterable[Mount], *, as_json: bool) -> None:
+def _print_mounts(mounts: Iterable[Mount], *, as_json: str) -> None:
     if as_json:
-        print_json([mount_as_json(mount) for mount in mounts])
+        print_json([mount_as_json(mount) for mount in mounts], as_json)
     else:
         for mount in mounts:
             print(mount_line(mount))
@@ -99,7 +99,7 @@ def _commit(args: argparse.Namespace) -> int:
             args.key, args.name, labels=set_labels(args.label), digests=args.digests, compact=args.compact
         )
         if args.json:
-            print_json({**info_as_json(info), "usage": _usage(store, info.name)})
+            print_json({**info_as_json(info), "usage": _usage(store, info.name)}, args.json)
     return 0
 
 
@@ -116,7 +116,7 @@ def _rm(args: argparse.Namespace) -> int:
         for name in args.names:
             removed += store.remove(name, chain=args.chain)
     if args.json:
-        print_json(removed)
+        print_json(removed, args.json)
     else:
         for name in removed:
             print(shown(name))
@@ -134,7 +134,7 @@ def _label(args: argparse.Namespace) -> int:
     with open_store(args, create=False) as store:
         info = store.update(args.name, label_pairs(args.labels))
     if args.json:
-        print_json(info_as_json(info))
+        print_json(info_as_json(info), args.json)
     return 0
 
 
@@ -149,7 +149,7 @@ def _tag(args: argparse.Namespace) -> int:
     with open_store(args, create=False) as store:
         tag = store.tag(args.tag, args.target)
     if args.json:
-        print_json({"name": tag.name, "target": tag.target})
+        print_json({"name": tag.name, "target": tag.target}, args.json)
     return 0
 
 

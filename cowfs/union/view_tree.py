@@ -2,8 +2,6 @@
 
 Strategy. Export and apply need little of a tree and not fast: attributes, names, contents. Paths
 are resolved from the deepest directory known, so a walk in order costs one look-up a name.
-
-Not imported by the package: only who has a view needs it, and the view's modules with it.
 """
 
 from __future__ import annotations
@@ -12,11 +10,10 @@ import errno
 import os
 from collections.abc import Iterator
 
-from cowfs.archive.decode import CHUNK
-from cowfs.archive.options import LowerStat
 from cowfs.union import attributes, content
 from cowfs.union.attr import unpack
 from cowfs.union.node import Dir, Node
+from cowfs.union.tree import CHUNK, LowerStat
 from cowfs.union.view import View
 
 __all__ = ["ViewTree"]
