@@ -16,7 +16,17 @@ from cowfs.index.database import Row
 from cowfs.index.directory import DIGEST, Pair, Records
 from cowfs.store.checking import UpkeepVerbs
 from cowfs.store.digest_table import ByInode
-from cowfs.store.layers import UNKNOWN, KeptDigests, SameData, hold, mark_time, marked_time, unmark, untouched
+from cowfs.store.layers import (
+    UNKNOWN,
+    KeptDigests,
+    SameData,
+    hold,
+    mark_time,
+    marked_time,
+    settle_times,
+    unmark,
+    untouched,
+)
 from cowfs.store.reserve import names_full
 from cowfs.sys import xattr
 from cowfs.sys.faults import point
@@ -75,9 +85,10 @@ class ArchiveVerbs(UpkeepVerbs):
                 row.id, stream, self._content_of(above), options, diff_id, counter(progress, key)
             )
             point("apply.unpacked")
+            settle_times(self.driver)
             KeptDigests.save(self.driver, row.id, digests)
             if fresh:
-                mark_time(f"{self.driver.directory(row.id)}/{APPLIED}", applied.diff_id)
+                mark_time(self.driver, f"{self.driver.directory(row.id)}/{APPLIED}", applied.diff_id)
             else:
                 _forget(self.driver.directory(row.id))
             point("apply.synced")
@@ -137,7 +148,7 @@ class ArchiveVerbs(UpkeepVerbs):
     def _archive_of(self, row: Row, scanned: scan.Scanned) -> tuple[str | None, str | None]:
         """(diff id, chain id) of a layer that is exactly what one archive made it."""
         path = f"{self.driver.directory(row.id)}/{APPLIED}"
-        mark = marked_time(path)
+        mark = marked_time(self.driver, path)
         if mark is None or scanned.latest >= mark:
             _forget(self.driver.directory(row.id))
             return None, None

@@ -45,6 +45,7 @@ __all__ = [
     "marked_time",
     "not_plain",
     "opened_tree",
+    "settle_times",
     "unmark",
     "untouched",
 ]
@@ -54,7 +55,7 @@ _RECORD = struct.Struct("<QQ32s")  # inode, ctime in ns, digest
 COPIED = "cowfs-copied"
 """A file made right after a driver copied the parent: what has an older ctime was not touched since."""
 PLAIN = "cowfs-plain"
-"""A file beside the tree of a layer that holds neither redirects nor metacopies, and that only an engine writes in."""
+"""A file beside the tree of a layer that holds no metacopies, and that only an engine writes in."""
 SEAL = ".seal"
 """Ends the name of the file beside a mark that says which file the mark is: its device, inode and ctime."""
 _CHUNK = 1 << 20
@@ -194,13 +195,20 @@ def mark_copied(driver: Driver, id: str, parent: str, *, only_root: bool) -> Non
     if driver.capabilities.snapshots and not only_root:  # its times are the parent's, all of before it was committed
         with suppress(FileNotFoundError):
             frozen = os.stat(f"{driver.directory(parent)}/{HELD}").st_ctime_ns
-    mark_time(f"{driver.directory(id)}/{COPIED}", after=frozen)
+    mark_time(driver, f"{driver.directory(id)}/{COPIED}", after=frozen)
 
 
-def mark_time(path: str, text: str = "", *, after: int | None = None) -> None:
+def settle_times(driver: Driver) -> None:
+    """Wait until what is changed from now on has other times than what was changed before, where times are coarse."""
+    time.sleep(driver.capabilities.time_step / 1e9)
+
+
+def mark_time(driver: Driver, path: str, text: str = "", *, after: int | None = None) -> None:
     """Write a small file with a ctime later than that of anything made before, and its seal (:func:`marked_time`).
 
-    File systems stamp with a clock of some milliseconds: this waits for its next tick.
+    File systems stamp with a clock of some milliseconds: this waits for its next tick. Where a layer's times are coarser,
+    it does not: a mark is read without its fraction of a step, so all of its second counts as changed (or
+    :func:`settle_times` waited for it).
 
     Args:
         after: later than this (ns) is enough.
@@ -209,21 +217,24 @@ def mark_time(path: str, text: str = "", *, after: int | None = None) -> None:
         file.write(text)
         file.flush()
         first = os.fstat(file.fileno()).st_ctime_ns
-        while (after is None or first <= after) and os.fstat(file.fileno()).st_ctime_ns == first:
+        coarse = driver.capabilities.time_step > 0
+        while not coarse and (after is None or first <= after) and os.fstat(file.fileno()).st_ctime_ns == first:
             time.sleep(0.001)
             os.utime(file.fileno())
     with open(path + SEAL, "w", encoding="ascii") as file:
         file.write(_seal_of(path))
 
 
-def marked_time(path: str) -> int | None:
-    """When a mark was made, ns; None where there is none, or it is not the very file that was made then.
+def marked_time(driver: Driver, path: str) -> int | None:
+    """The ctime, ns, below which a layer's file was last changed before the mark; None where there is none, or it is not the very file.
 
     A copied store has copies of its marks, with ctimes of the time of copying: they say nothing of the files beside them.
     """
     try:
         sealed = read_small(path + SEAL).decode("ascii", "replace")
-        return os.stat(path).st_ctime_ns if sealed == _seal_of(path) else None
+        made = os.stat(path).st_ctime_ns
+        step = driver.capabilities.time_step or 1
+        return made - made % step if sealed == _seal_of(path) else None
     except FileNotFoundError:
         return None
 
@@ -245,7 +256,7 @@ def untouched(driver: Driver, id: str) -> bool:
     tree = driver.tree(id)
     if not os.listdir(tree):
         return True
-    cut = marked_time(f"{driver.directory(id)}/{COPIED}")
+    cut = marked_time(driver, f"{driver.directory(id)}/{COPIED}")
     if cut is None:
         return False
     return os.stat(tree).st_ctime_ns < cut and all(st.st_ctime_ns < cut for st in trees.walk_all(tree))
@@ -431,7 +442,7 @@ class Unchanged:
     def __init__(self, driver: Driver, index: Index, id: str, fd: int, *, believe: bool = True) -> None:
         self._data = SameData(driver, index)
         self._fd = fd
-        self._cut = (marked_time(f"{driver.directory(id)}/{COPIED}") or 0) if believe else 0
+        self._cut = (marked_time(driver, f"{driver.directory(id)}/{COPIED}") or 0) if believe else 0
 
     def __call__(self, path: bytes, st: os.stat_result, before: Entry) -> bool:
         if st.st_ctime_ns < self._cut:

@@ -36,7 +36,7 @@ from cowfs.store import layers, limit_loop
 from cowfs.store.base import OpenStore
 from cowfs.store.names import check_key, check_labels, new_id
 from cowfs.store.reserve import names_full
-from cowfs.store.staging import discard, staged, sweep
+from cowfs.store.staging import discard, finish, staged, sweep
 from cowfs.sys import trees
 from cowfs.sys.faults import point
 
@@ -302,7 +302,13 @@ class StoreCore(OpenStore):
     def _scan(self, row: Row, known: scan.KnownDigest | None = None, *, links: bool = True) -> scan.Scanned:
         """Read a layer over its parent's tree."""
         parent = self.index.by_num(row.parent) if row.parent is not None else None
-        return self._scan_at(row.id, row.num, parent, known, row.base, links=links)
+        return self._scan_at(row.id, row.num, parent, known, self._copied(row), links=links)
+
+    def _copied(self, row: Row) -> Usage:
+        """What of a layer's tree is its parent's, as far as that was copied; the base of a key may tell of more than one layer."""
+        if not row.shares_limit or not self.driver.capabilities.whole or row.parent is None:
+            return row.base
+        return self.driver.held(self.index.by_num(row.parent).id)
 
     def _scan_at(
         self,
@@ -405,7 +411,11 @@ class StoreCore(OpenStore):
         with self._alone(row, "remove", mounted=mounted, missing_ok=True) as alone:
             self._freeing(lambda: self._remove_record(row))
             point("remove.committed")
-            discard(self.driver, row.id, later=defer or not alone)
+            discard(self.driver, row.id, later=True)
+        if (
+            alone and not defer
+        ):  # now that nobody has the tree open, ourselves included: not all drivers delete what is open
+            finish(self.driver, row.id)
 
     def cleanup(self) -> list[str]:
         """Delete the files of snapshots that were removed, as far as no mount uses them any more.

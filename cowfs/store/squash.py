@@ -197,6 +197,7 @@ class SquashVerbs(LiveVerbs):
             same = layers.SameData(self.driver, self.index)
             changes = compare.changes_with_links(pending, parent.root if parent else None, after, same)
             made = write_changes(self.driver, changes, base, [child.id, row.id, *base], layer.staged)
+            self.driver.settle(layer.staged)
             point("squash.built")
             if self.driver.fsync:
                 trees.sync_tree(self.driver.tree(layer.staged))

@@ -40,7 +40,7 @@ from cowfs.sys.faults import point
 from cowfs.sys.mounts import mountinfo
 from cowfs.sys.regular import read_small
 
-__all__ = ["Staged", "discard", "leftovers", "orphans", "read_note", "staged", "sweep"]
+__all__ = ["Staged", "discard", "finish", "leftovers", "orphans", "read_note", "staged", "sweep"]
 
 NEW, RM = "new-", "rm-"
 SQUASH = "squash-"
@@ -136,6 +136,11 @@ def discard(driver: Driver, id: str, *, later: bool = False) -> None:
     point("remove.renamed")
     if later:
         return
+    finish(driver, id)
+
+
+def finish(driver: Driver, id: str) -> None:
+    """Delete a layer that was discarded for later."""
     driver.remove(RM + id)
     point("remove.emptied")
 

@@ -93,6 +93,7 @@ class Bench:
             os.symlink("file", tree / "link")
             os.link(tree / "dir" / "file", tree / "hard")
             os.mkfifo(tree / "fifo")
-            os.setxattr(tree / "file", "user.note", b"kept")
+            if store.driver.capabilities.xattrs:
+                os.setxattr(tree / "file", "user.note", b"kept")
 
         return self.layer(store, "base", None, fill)

@@ -48,7 +48,8 @@ class DriverSuite(Promises):
             assert (tree / "file").read_text() == "content\n"
             assert os.readlink(tree / "link") == "file"
             assert stat.S_ISFIFO(os.lstat(tree / "fifo").st_mode)
-            assert os.getxattr(tree / "file", "user.note") == b"kept"
+            if store.driver.capabilities.xattrs:
+                assert os.getxattr(tree / "file", "user.note") == b"kept"
             (tree / "new").write_text("mine")
         with self.at(store, "child") as tree:
             assert (tree / "new").read_text() == "mine"
@@ -234,6 +235,8 @@ class DriverSuite(Promises):
 
     def test_times_are_kept_to_the_nanosecond(self, store: Store) -> None:
         stamp = 1_234_567_890_123_456_789
+        if step := store.driver.capabilities.time_step:
+            stamp -= stamp % step
 
         def stamped(tree: Path) -> None:
             (tree / "f").write_text("x")

@@ -487,6 +487,7 @@ def rmdir(view: Core, parent: Dir, name: bytes) -> None:
     if children:
         raise error(errno.ENOTEMPTY, name)
     own = view.upper_of(node)
+    attr = view.attr(node)  # now: not all file systems answer fstat(2) for a directory that is gone
     if own is None:
         _hide(view, parent, name)
     else:
@@ -494,7 +495,6 @@ def rmdir(view: Core, parent: Dir, name: bytes) -> None:
         remove_dir(view, node, own)
         if view.space is not None and freed is not None:
             view.space.apply(freed)
-    attr = view.attr(node)
     view.unbind(parent, name, node)
     parent.attr = None
     node.attr = with_nlink(attr, 0)
