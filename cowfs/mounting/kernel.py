@@ -31,6 +31,8 @@ _WORDS = {
 _OWN_INODES = 5
 """Of the tmpfs itself: its root, the upper, the work directory, what overlayfs makes in that, and the marks that it sets."""
 
+_LEAST_INODES = 8
+
 
 @dataclass(frozen=True, slots=True)
 class KernelMount:
@@ -80,6 +82,8 @@ def why_not_in_memory(spec: MountSpec) -> str:
     """Why the kernel does not serve a mount in memory as it is asked for; "" where it does."""
     if not (host.init_userns() and host.has_cap(host.CAP_SYS_ADMIN)):
         return "only root mounts with the kernel's overlayfs"
+    if spec.inodes is not None and spec.inodes < _LEAST_INODES:
+        return f"overlayfs wants {_LEAST_INODES} inodes to begin with"
     plain = MountSpec(layers=(), mountpoint="")
     for name in ("uid_map", "gid_map", "row", "io", "frontend", "foreground", "trace", "log", "max_nodes"):
         if getattr(spec, name) != getattr(plain, name):
