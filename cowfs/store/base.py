@@ -107,9 +107,10 @@ class OpenStore(Reading):
                     f"the store {path} has the driver {had}, not {driver}",
                     remedy="another driver needs a store of its own",
                 )
-            form = index.meta("form") or index.set_meta("form", "trusted" if host.can_trusted_xattr() else "user")
-            must_read(path, form)
             found = registry.load(had, index.meta("driver_class"))
+            fits = found.own_form or ("trusted" if host.can_trusted_xattr() else "user")
+            form = index.meta("form") or index.set_meta("form", fits)
+            must_read(path, form)
             if index.meta("driver_class") is None:
                 index.set_meta("driver_class", registry.where(found))
             made = found(path, form=form, fsync=fsync, **options)
