@@ -176,6 +176,7 @@ VERBS: dict[str, Verb] = {
     "df": Verb(_store_keep, "what the store holds", _STORE),
     "check": Verb(_store_keep, "verify the store, and repair it", _STORE),
     "gc": Verb(_store_keep, "delete what nothing records", _STORE),
+    "migrate": Verb(_store_keep, "move the store to another driver", _STORE),
     "serve": Verb(_service, "serve the store to Docker's clients", _SERVICE),
     "tls": Verb(_service, "certificates to try the TLS door with", _SERVICE),
     "stats": Verb(_stats, "what mounts and containers use, and what their servers do", _SERVICE),
