@@ -10,15 +10,16 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
-from types import EllipsisType, TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn
+from dataclasses import replace
+from types import EllipsisType
+from typing import TYPE_CHECKING, Any
 
 from cowfs.driver.plan import MountPlan
 from cowfs.errors import CowfsError, FailedPrecondition, InvalidArgument, NotFound, Unsupported
 from cowfs.format.mount_options import split_layers, unescape
 from cowfs.index.database import Row
 from cowfs.model import SMALLEST_LIMIT, Kind, Limit, Mount, Usage, parse_count, parse_size
+from cowfs.mounting.kernel import KernelMount
 from cowfs.store import limit_loop
 from cowfs.store.layers import hold, is_locked, kernel_mount_of, kernel_mounts_of
 from cowfs.store.limit_loop import ENGINES, LOOP
@@ -32,45 +33,6 @@ if TYPE_CHECKING:
     from cowfs.union.paths import Paths
 
 __all__ = ["KernelMount", "MountVerbs", "mount_record"]
-
-
-@dataclass(frozen=True, slots=True)
-class KernelMount:
-    """A mount that the kernel serves. There is no server, so there is nobody to ask.
-
-    Attributes:
-        mountpoint: absolute path.
-    """
-
-    mountpoint: str
-
-    def __enter__(self) -> KernelMount:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.unmount()
-
-    def unmount(self, *, lazy: bool = False, force: bool = False) -> None:
-        """Unmount.
-
-        Raises:
-            FailedPrecondition: in use.
-        """
-        flags = (sys_mounts.MNT_DETACH if lazy else 0) | (sys_mounts.MNT_FORCE if force else 0)
-        try:
-            sys_mounts.umount(self.mountpoint, flags)
-        except OSError as error:
-            raise FailedPrecondition(f"cannot unmount {self.mountpoint}: {error.strerror}") from None
-
-    def _nobody(self, *args: object, **kwargs: object) -> NoReturn:
-        raise FailedPrecondition(
-            f"{self.mountpoint} is mounted by the kernel, which cannot do this",
-            remedy="mount it without --mount-type kernel",
-        )
-
-    usage = limit = diff = snapshot = rollback = counters = statistics = status = _nobody
 
 
 class MountVerbs(LookVerbs):
@@ -456,7 +418,7 @@ class MountVerbs(LookVerbs):
         if server is None:
             where = kernel_mount_of(self.driver.tree(row.id))
             if where is not None:
-                KernelMount(where)._nobody()
+                KernelMount(where).nobody()
             raise NotFound(f"{key!r} is not mounted", remedy=f"cowfs mount --key {key} MNT")
         return MountHandle(server["mountpoint"], server["pid"], server["socket"])
 
