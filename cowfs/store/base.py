@@ -56,16 +56,19 @@ class OpenStore(Reading):
         driver: str = "auto",
         create: bool = True,
         fsync: bool = True,
-        **options: Any,
+        **options: str | int | bool | None,
     ) -> Self:
         """Open the store in a directory, making it on first use.
+
+        What a killed process left half done is finished or taken back, which may take as long as the verb did.
 
         Args:
             root: the directory; default: :func:`default_root`.
             driver: ``auto`` takes the driver that the store has, else the best one for this host.
             create: whether to make a store that is not there.
             fsync: off: a power loss may undo the latest verbs (not damage the store).
-            options: the driver's own.
+            options: the driver's own, as its class documents them; of cowfs's drivers only row has one: ``block``, bytes a block
+                of new redirect files, a power of two from 4 KiB to 1 MiB ("64K").
 
         Raises:
             NotFound: no store there and ``create`` is off, or no such driver.
@@ -78,11 +81,16 @@ class OpenStore(Reading):
             registry.load(driver)  # one that is not there makes no store
         make_root(path, create)
         try:
-            return cls._open(path, driver, create, fsync, options)
+            made = cls._open(path, driver, create, fsync, options)
         except OSError as error:
             if error.errno not in (errno.EROFS, *FULL) or not os.path.isdir(path):
                 raise
             raise no_room(error, path) from error
+        made.recover()
+        return made
+
+    def recover(self) -> None:
+        """Finish, or take back, what killed processes left half done. Called by :meth:`open` and :meth:`gc`."""
 
     @classmethod
     def _open(cls, path: str, driver: str, create: bool, fsync: bool, options: Mapping[str, Any]) -> Self:

@@ -8,7 +8,7 @@ mountinfo.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from types import EllipsisType, TracebackType
@@ -28,7 +28,8 @@ from cowfs.sys import mounts as sys_mounts
 if TYPE_CHECKING:
     from cowfs.mounting.client import MountHandle
     from cowfs.mounting.notice import Notice
-    from cowfs.mounting.request import MountSpec
+    from cowfs.mounting.request import IdMap, MountSpec
+    from cowfs.store.handle import LiveHandle
     from cowfs.union.paths import Paths
 
 __all__ = ["KernelMount", "MountVerbs", "mount_record"]
@@ -84,9 +85,21 @@ class MountVerbs(LookVerbs):
         mount_type: str | None = None,
         limit_engine: str | None = None,
         readonly: bool = False,
-        **more: Any,
-    ) -> MountHandle | KernelMount:
-        """Mount a snapshot.
+        volatile: bool = False,
+        allow_other: bool | None = None,
+        io: str = "cached",
+        frontend: str = "kernel",
+        uid_map: IdMap = (),
+        gid_map: IdMap = (),
+        options: str | Iterable[str] = (),
+        max_nodes: int | None = None,
+        log: str | os.PathLike[str] | None = None,
+        trace: bool = False,
+    ) -> LiveHandle | KernelMount:
+        """Mount a snapshot; returns when the mount answers, some 0.1 s later (a kernel mount of row layers makes an image first).
+
+        The mount is made in one step: it is there, whole, or the error left nothing. Until the mount ends no other process can
+        mount the key for writing, commit or remove it. The server is a process of its own and outlives the caller.
 
         Args:
             key: of an active snapshot or a view; with ``readonly`` also a name or a tag.
@@ -96,7 +109,17 @@ class MountVerbs(LookVerbs):
                 otherwise; left out: what fits the type (:mod:`cowfs.store.limit_engine`).
             readonly: nobody may write. An active snapshot may be mounted for writing at the same time: what it holds now is
                 shown, and what is changed there later may show or not.
-            more: as for :func:`cowfs.mount`: volatile, allow_other, io, options, trace and so on.
+            volatile: sync nothing; after a crash of the host the snapshot cannot be used.
+            allow_other: whether other users may enter; default: as root yes.
+            io: "cached" (no requests when warm) or "passthrough" (root only, no limit: for databases).
+            frontend: "kernel" (cowfs's own protocol engine) or "fusepy" (libfuse 2).
+            uid_map, gid_map: ranges (id in the layers, id shown, count).
+            options: mount(8) words: nodev, nosuid, noexec, ro, noatime..., in a sequence or with commas.
+            max_nodes: bound on cached nodes in the server; default: none.
+            log: file for the server's diagnostics; default: one in the run directory.
+            trace: write one line a request to the log.
+
+            Those from ``volatile`` on are of the FUSE mount; a kernel mount takes none of them.
 
         Returns:
             A handle; as a context manager it unmounts at the end of the block.
@@ -110,11 +133,27 @@ class MountVerbs(LookVerbs):
 
         if mount_type not in (None, "fuse", "kernel"):
             raise InvalidArgument(f"no mount type {mount_type!r}", remedy="kernel or fuse")
+        self.recover()
         where = resolve(os.fspath(target))
-        if readonly:
-            more["readonly"] = True
         with self.layers_stay(key):
-            return self._mount(key, where, self.served_by(key, mount_type, limit_engine), more)
+            if self.served_by(key, mount_type, limit_engine) == "kernel":
+                return self._mount_by_kernel(key, where, readonly)
+            spec = self.spec(
+                key,
+                where,
+                readonly=readonly,
+                volatile=volatile,
+                allow_other=allow_other,
+                io=io,
+                frontend=frontend,
+                uid_map=uid_map,
+                gid_map=gid_map,
+                options=options,
+                max_nodes=max_nodes,
+                log=log,
+                trace=trace,
+            )
+            return self._spawn(key, spec)
 
     def served_by(self, key: str, mount_type: str | None, engine: str | None) -> str | None:
         """The mount type, ``fuse`` or ``kernel``, of a mount that is asked for with a type, a limit engine, or both.
@@ -169,22 +208,24 @@ class MountVerbs(LookVerbs):
         with turn(self.root, key):
             yield
 
-    def _mount(self, key: str, where: str, mount_type: str | None, more: dict[str, Any]) -> MountHandle | KernelMount:
+    def _mount_by_kernel(self, key: str, where: str, readonly: bool) -> KernelMount:
+        row = self._keyed(key)
+        if readonly and row.kind is not Kind.VIEW:
+            raise Unsupported("the kernel mounts an active snapshot for writing only", remedy="leave out --mount-type")
+        self._mount_kernel(row, where)
+        self._told("mount", key, where)
+        return KernelMount(where)
+
+    def _spawn(self, key: str, spec: MountSpec) -> LiveHandle:
         from cowfs.mounting import client
 
-        if mount_type == "kernel":
-            row = self._keyed(key)
-            if "readonly" in more and row.kind is not Kind.VIEW:
-                raise Unsupported(
-                    "the kernel mounts an active snapshot for writing only", remedy="leave out --mount-type"
-                )
-            self._mount_kernel(row, where)
-            self._told("mount", key, where)
-            return KernelMount(where)
-        spec = self.spec(key, where, **more)
         if not spec.readonly:
             self._hand_limit(self._keyed(key), by_server=True)
-        return client.spawn(spec)
+        return self._live(client.spawn(spec), key)
+
+    def _live(self, handle: MountHandle, key: str) -> LiveHandle:
+        """The handle of a key's mount, with the verbs of live snapshots."""
+        raise NotImplementedError
 
     def _mount_kernel(self, row: Row, where: str) -> None:
         self._mountable(row)
@@ -264,12 +305,39 @@ class MountVerbs(LookVerbs):
                 remedy=f"cowfs compact --share 0 {row.name} makes whole files of them; or commit it and mount what stands on that",
             )
 
-    def spec(self, key: str, target: str, *, readonly: bool = False, **more: Any) -> MountSpec:
-        """The wish that our server gets for a snapshot (:class:`cowfs.mounting.request.MountSpec`)."""
+    def spec(
+        self,
+        key: str,
+        target: str,
+        *,
+        readonly: bool = False,
+        foreground: bool = False,
+        volatile: bool = False,
+        allow_other: bool | None = None,
+        io: str = "cached",
+        frontend: str = "kernel",
+        uid_map: IdMap = (),
+        gid_map: IdMap = (),
+        options: str | Iterable[str] = (),
+        max_nodes: int | None = None,
+        log: str | os.PathLike[str] | None = None,
+        trace: bool = False,
+    ) -> MountSpec:
+        """What :meth:`mount` asks our server for. Nothing is mounted or changed.
+
+        Args:
+            key, readonly, volatile, allow_other, io, frontend, uid_map, gid_map, options, max_nodes, log, trace: as for
+                :meth:`mount`.
+            target: the mount point, absolute and without symbolic links.
+            foreground: the caller will be the server itself.
+
+        Raises:
+            NotFound: no such key.
+            FailedPrecondition: a committed snapshot without ``readonly``, or in use.
+        """
         from cowfs.mounting.request import INDEXED, MountSpec
 
-        words = more.pop("options", ())
-        words = words.split(",") if isinstance(words, str) else tuple(words)
+        words = options.split(",") if isinstance(options, str) else tuple(options)
         readonly = readonly or "ro" in words
         row = self.resolve(key) if readonly else self._keyed(key)
         self._at_rest(row)
@@ -289,7 +357,16 @@ class MountVerbs(LookVerbs):
             factory=INDEXED,
             label=key,
             checked=True,
-            **more,
+            foreground=foreground,
+            volatile=volatile,
+            allow_other=allow_other,
+            io=io,
+            frontend=frontend,
+            uid_map=uid_map,
+            gid_map=gid_map,
+            max_nodes=max_nodes,
+            log=os.path.abspath(log) if log else "",
+            trace=trace,
         )
 
     @contextmanager
@@ -442,7 +519,7 @@ class MountVerbs(LookVerbs):
                 return {**answer, "socket": path}
         return None
 
-    def handle(self, key: str) -> MountHandle:
+    def handle(self, key: str) -> LiveHandle:
         """The handle of a snapshot that our server has mounted.
 
         Raises:
@@ -458,7 +535,7 @@ class MountVerbs(LookVerbs):
             if where is not None:
                 KernelMount(where)._nobody()
             raise NotFound(f"{key!r} is not mounted", remedy=f"cowfs mount --key {key} MNT")
-        return MountHandle(server["mountpoint"], server["pid"], server["socket"])
+        return self._live(MountHandle(server["mountpoint"], server["pid"], server["socket"]), key)
 
     def limit(
         self,
