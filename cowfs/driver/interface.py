@@ -316,6 +316,20 @@ class Driver(ABC):
     def settle(self, id: str) -> None:  # noqa: B027 - likewise
         """The layer became a lower one of a mount that goes on; make what was written hold, and leave the rest alone."""
 
+    def snapshot(self, id: str, target: str, ask: Callable[..., dict[str, Any]] | None) -> None:
+        """Make a layer that holds what an active one holds at one instant, whoever writes in it. Only of drivers with ``snapshots``.
+
+        Args:
+            id: the active layer.
+            target: the new one's id; its directory is there, and empty.
+            ask: puts a verb of its control socket to the server that has the layer mounted; None where none has.
+
+        Raises:
+            Unsupported: the driver takes no snapshots.
+            CowfsError: the server says why not.
+        """
+        raise Unsupported(f"the driver {self.name} takes no snapshots of layers in use")
+
     def publish(self, staged: str, id: str) -> None:
         """Give a layer another of its names, in one step: the final one, or the one that it is deleted by.
 

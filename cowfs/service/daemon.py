@@ -37,6 +37,7 @@ from cowfs.service.api import (
     streams,
     system,
     trees,
+    volumes,
 )
 from cowfs.service.api.routing import Route, Table
 from cowfs.service.board import Board
@@ -47,6 +48,7 @@ from cowfs.service.http import Exchange, Reply, json_reply
 from cowfs.service.images import Images
 from cowfs.service.logs import exchange_id, log
 from cowfs.service.options import Options
+from cowfs.service.volumes import Volumes
 from cowfs.store import Store
 
 __all__ = ["Service", "run"]
@@ -69,6 +71,7 @@ def tables() -> Table:
         *containers_api.ROUTES,
         *streams.ROUTES,
         *trees.ROUTES,
+        *volumes.ROUTES,
     ]
     return Table(routes)
 
@@ -93,6 +96,7 @@ class Service:
         self.requests: dict[tuple[str, int], int] = {}  # guarded by _lock: (method, status) -> how many
         self.seconds = 0.0  # guarded by _lock: spent in handlers
         self.containers = Containers(self)
+        self.volumes = Volumes(store, os.path.join(self.folder, "volumes"), self.containers.volume_users)
         self.images = Images(store, self.containers.users)
         self.board = Board(self)
         self.table = tables()
@@ -272,6 +276,7 @@ def run(options: Options, reread: Callable[[], Options]) -> int:
                 service.containers.take_over()
                 service.containers.spawner.warm_up()
                 doors = open_doors(options, os.path.join(run_dir, "docker.sock"))
+            held.callback(service.images.close)
             held.callback(service.containers.close)
             for door in doors:
                 held.callback(door.close)

@@ -41,7 +41,8 @@ from cowfs.index.transaction import Committed, NameTaken
 from cowfs.model import Info, Kind, Limit, Mount, Usage
 from cowfs.mounting.switch_mark import MARK
 from cowfs.store import layers
-from cowfs.store.checking import Collected, UpkeepVerbs
+from cowfs.store.checking import Collected
+from cowfs.store.instant import InstantVerbs
 from cowfs.store.key_lock import turn
 from cowfs.store.names import check_key, check_labels, new_id
 from cowfs.store.reserve import names_full
@@ -70,7 +71,7 @@ class _Switch(NamedTuple):
     labels: dict[str, str]
 
 
-class LiveVerbs(UpkeepVerbs):
+class LiveVerbs(InstantVerbs):
     """snapshot, rollback and fork; mounts get a handle that knows them."""
 
     def _live(self, handle: MountHandle, key: str) -> LiveHandle:
@@ -91,8 +92,8 @@ class LiveVerbs(UpkeepVerbs):
 
         Raises:
             NotFound, AlreadyExists: as for :meth:`commit`.
-            FailedPrecondition: mounted by the kernel, read-only, or in use by another verb.
-            Unsupported: the driver keeps whole trees.
+            FailedPrecondition: read-only, in use by another verb, or mounted by the kernel and the driver is none that takes snapshots itself.
+            Unsupported: the driver keeps whole trees, and takes no snapshots itself.
         """
         check_key(name)
         check_labels(labels or {})
@@ -104,6 +105,9 @@ class LiveVerbs(UpkeepVerbs):
         self._free(name)
         self._can_switch("snapshot")
         switch = _Switch("snapshot", row.num, name, {**row.labels, **labels, LABEL: key})
+        if self.driver.capabilities.snapshots:
+            self._snapshot_at_once(row, name, switch.labels, self._server_of(row, made_by="store"))
+            return self.index.get(name).info()
         self._switch(row, switch, [id for _, id in self.index.chain(row.num)], "freeze")
         return self.index.get(name).info()
 
@@ -119,7 +123,7 @@ class LiveVerbs(UpkeepVerbs):
         Raises:
             NotFound: no such key or name.
             InvalidArgument: not an ancestor of the key.
-            FailedPrecondition: mounted by the kernel, read-only, or in use by another verb.
+            FailedPrecondition: mounted by the kernel, read-only, or in use by another verb; of whole layers mounted at all.
         """
         if keep is not None:
             check_key(keep)
@@ -132,6 +136,11 @@ class LiveVerbs(UpkeepVerbs):
         if ancestor.num not in [num for num, _ in self.index.chain(row.parent)]:
             raise InvalidArgument(f"{name!r} is not an ancestor of {key!r}", remedy=f"'cowfs log {key}' shows them")
         self._can_switch("rollback")
+        if self.driver.capabilities.whole and (where := self.mounted_at(key)) is not None:
+            raise FailedPrecondition(
+                f"{key!r} is mounted at {where}: the driver {self.driver.name} puts back what is not mounted",
+                remedy=f"cowfs umount {where}",
+            )
         if keep is not None:
             self._snapshot(key, keep, {})
             row = self._active(key)
@@ -216,6 +225,8 @@ class LiveVerbs(UpkeepVerbs):
 
     def _base_at(self, row: Row, ancestor: Row) -> tuple[Usage, bool]:
         """The base that a key has over one of its ancestors, and whether they share a limit: its own snapshots count for it."""
+        if self.driver.capabilities.whole:
+            return self._base_at_once(row, ancestor)
         under = row
         for num, _ in self.index.chain(row.parent):
             one = self.index.by_num(num)
@@ -227,7 +238,7 @@ class LiveVerbs(UpkeepVerbs):
         return Usage(), False
 
     def _can_switch(self, verb: str) -> None:
-        if not self.driver.capabilities.live:
+        if not (self.driver.capabilities.live or self.driver.capabilities.snapshots):
             raise Unsupported(
                 f"the driver {self.driver.name} keeps whole trees: no {verb}", remedy="use commit and prepare"
             )
@@ -263,6 +274,8 @@ class LiveVerbs(UpkeepVerbs):
         marked = False
         try:
             driver.create(here, parents, row.limit)
+            if driver.capabilities.whole:
+                layers.mark_copied(driver, here, parents[0], only_root=False)
             _write_note(self._note(id), switch)
             driver.publish(here, LIVE + id)
             here = LIVE + id

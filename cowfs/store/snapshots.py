@@ -302,7 +302,13 @@ class StoreCore(OpenStore):
     def _scan(self, row: Row, known: scan.KnownDigest | None = None, *, links: bool = True) -> scan.Scanned:
         """Read a layer over its parent's tree."""
         parent = self.index.by_num(row.parent) if row.parent is not None else None
-        return self._scan_at(row.id, row.num, parent, known, row.base, links=links)
+        return self._scan_at(row.id, row.num, parent, known, self._copied(row), links=links)
+
+    def _copied(self, row: Row) -> Usage:
+        """What of a layer's tree is its parent's, as far as that was copied; the base of a key may tell of more than one layer."""
+        if not row.shares_limit or not self.driver.capabilities.whole or row.parent is None:
+            return row.base
+        return self.driver.held(self.index.by_num(row.parent).id)
 
     def _scan_at(
         self,

@@ -63,8 +63,8 @@ _SCALARS = {"string": _Field.TYPE_STRING, "int32": _Field.TYPE_INT32, "int64": _
 def _add_field(made: Any, text: str) -> None:
     name, _, rest = text.partition("=")
     number, _, kind = rest.partition(":")
-    field = made.field.add(name=name, number=int(number))
-    field.label = _Field.LABEL_REPEATED if kind.endswith("*") or kind == "labels" else _Field.LABEL_OPTIONAL
+    label = _Field.LABEL_REPEATED if kind.endswith("*") or kind == "labels" else _Field.LABEL_OPTIONAL
+    field = made.field.add(name=name, number=int(number), label=label)
     kind = kind.rstrip("*")
     if kind in _SCALARS:
         field.type = _SCALARS[kind]

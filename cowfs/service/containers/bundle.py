@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from cowfs.errors import InvalidArgument
@@ -18,7 +18,7 @@ from cowfs.service.errors import ApiError, not_offered
 from cowfs.service.images import Image
 from cowfs.service.records import encode
 
-__all__ = ["check", "exec_process", "merge", "resources", "signal_number", "specification"]
+__all__ = ["check", "exec_process", "merge", "resources", "signal_number", "specification", "wanted_volumes"]
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -87,6 +87,7 @@ def check(config: ContainerConfig) -> None:
             raise ApiError(400, f"invalid ulimit type: {each.Name}")
     _capabilities(host)
     bind_mounts(host)
+    wanted_volumes(host, config.Volumes or {})
     if config.StopSignal:
         signal_number(config.StopSignal)
     if host.Memory and host.Memory < 6 << 20:
@@ -108,17 +109,17 @@ def signal_number(text: str) -> int:
 
 
 def bind_mounts(host: HostConfig) -> list[dict[str, Any]]:
-    """The runtime's form of ``-v``, ``--mount`` and ``--tmpfs``, and of whether a source is made if missing (``make``).
+    """The runtime's form of ``-v``, ``--mount`` and ``--tmpfs``, and of whether a source is made if missing (``make``); without volumes.
 
     Raises:
-        ApiError: a volume, or what cannot be read.
+        ApiError: what cannot be read.
     """
     found: list[dict[str, Any]] = []
     for text in host.Binds or ():
         source, _, rest = text.partition(":")
         target, _, mode = rest.partition(":")
         if not source.startswith("/"):
-            raise not_offered(f"volumes ({source}); name a directory of the host: -v /host/path:/path")
+            continue  # a volume
         found.append(_bind(source, target, [word for word in mode.split(",") if word], make=True))
     for each in host.Mounts or ():
         if each.Type == "bind":
@@ -130,11 +131,57 @@ def bind_mounts(host: HostConfig) -> list[dict[str, Any]]:
             words = [f"size={options['SizeBytes']}"] if options.get("SizeBytes") else []
             words += [f"mode={options['Mode']:o}"] if options.get("Mode") else []
             found.append(_tmpfs(each.Target, words + (["ro"] if each.ReadOnly else [])))
-        else:
+        elif each.Type != "volume":
             raise not_offered(f"mounts of type {each.Type}")
     for target, words_text in (host.Tmpfs or {}).items():
         found.append(_tmpfs(target, [word for word in words_text.split(",") if word]))
     return found
+
+
+def wanted_volumes(host: HostConfig, plain: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The volumes that are asked for: ``name`` ("" for one without a name), ``target``, ``readonly``, ``copy`` and ``labels``.
+
+    Args:
+        plain: targets that get a volume unless something else is mounted there: of ``-v /path``, and of the image's VOLUME.
+
+    Raises:
+        ApiError: what cannot be read.
+    """
+    found: list[dict[str, Any]] = []
+    for text in host.Binds or ():
+        name, colon, rest = text.partition(":")
+        target, _, mode = rest.partition(":")
+        if name.startswith("/"):
+            continue
+        if not colon:
+            raise ApiError(400, f"invalid volume specification: '{text}'")
+        words = [word for word in mode.split(",") if word]
+        for word in words:
+            if word not in ("ro", "rw", "z", "Z", "nocopy", *_PROPAGATIONS):
+                raise ApiError(400, f"invalid mode: {word}")
+        found.append(_volume(name, target, readonly="ro" in words, copy="nocopy" not in words))
+    for each in host.Mounts or ():
+        if each.Type == "volume":
+            options = each.VolumeOptions or {}
+            driver = options.get("DriverConfig") or {}
+            if driver.get("Options") or driver.get("Name") not in (None, "", "local"):
+                raise not_offered("volume drivers and their options")
+            if options.get("Subpath"):
+                raise not_offered("a part of a volume (volume-subpath)")
+            labels = options.get("Labels") or {}
+            copy = not options.get("NoCopy")
+            found.append(_volume(each.Source, each.Target, readonly=each.ReadOnly, copy=copy, labels=labels))
+    taken = {os.path.normpath(each["target"]) for each in found}
+    taken |= {os.path.normpath(each["destination"]) for each in bind_mounts(host)}
+    found += [_volume("", target) for target in sorted(plain) if os.path.normpath(target) not in taken]
+    return found
+
+
+def _volume(
+    name: str, target: str, *, readonly: bool = False, copy: bool = True, labels: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    _check_target(target)
+    return {"name": name, "target": target, "readonly": readonly, "copy": copy, "labels": dict(labels or {})}
 
 
 _PROPAGATIONS = ("rprivate", "private", "rshared", "shared", "rslave", "slave")
@@ -219,7 +266,8 @@ def merge(config: ContainerConfig, image: Image) -> dict[str, Any]:
     made["Labels"] = {**image.labels, **(config.Labels or {})}
     for key in ("User", "WorkingDir", "StopSignal"):
         made[key] = made[key] or base.get(key) or ""
-    made["Volumes"] = made["Volumes"] or base.get("Volumes")
+    volumes = {**(base.get("Volumes") or {}), **(made["Volumes"] or {})}
+    made["Volumes"] = volumes or None
     made["ExposedPorts"] = made["ExposedPorts"] or base.get("ExposedPorts")
     return made
 
@@ -270,6 +318,7 @@ def specification(
     raw_host: Mapping[str, Any],
     user: User,
     files: Mapping[str, str],
+    volumes: Iterable[Mapping[str, Any]],
     hostname: str,
 ) -> dict[str, Any]:
     """The document that the runtime reads.
@@ -278,6 +327,7 @@ def specification(
         rootfs: where the container's tree is mounted.
         config: merged of request and image. raw_host: ``host`` as it was sent.
         files: target in the container -> file of the host, bound over it (hosts, hostname, resolv.conf).
+        volumes: further mounts, in the runtime's form.
     """
     capabilities = _capabilities(host)
     process: dict[str, Any] = {
@@ -306,7 +356,7 @@ def specification(
         "ociVersion": "1.0.2",
         "process": process,
         "root": {"path": rootfs, "readonly": host.ReadonlyRootfs},
-        "mounts": _mounts(host, files),
+        "mounts": _mounts(host, files, volumes),
         "linux": {
             "cgroupsPath": f"{PREFIX}/{id}",
             "namespaces": _namespaces(host),
@@ -336,7 +386,7 @@ def _namespaces(host: HostConfig) -> list[dict[str, str]]:
     return [{"type": each} for each in found]
 
 
-def _mounts(host: HostConfig, files: Mapping[str, str]) -> list[dict[str, Any]]:
+def _mounts(host: HostConfig, files: Mapping[str, str], volumes: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     system_mode = "rw" if host.Privileged else "ro"
     plain: list[tuple[str, str, str, list[str]]] = [
         ("/proc", "proc", "proc", ["nosuid", "noexec", "nodev"]),
@@ -355,6 +405,7 @@ def _mounts(host: HostConfig, files: Mapping[str, str]) -> list[dict[str, Any]]:
         for target, kind, source, options in plain
     ]
     mine = [{key: value for key, value in each.items() if key != "make"} for each in bind_mounts(host)]
+    mine += map(dict, volumes)
     taken = {each["destination"] for each in mine}
     for target, source in files.items():
         if target not in taken:

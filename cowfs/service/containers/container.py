@@ -51,6 +51,7 @@ class Container:
         name: without a slash. created: nanoseconds since 1970.
         image, image_name: the image's id, and what the request called it. snapshot: the image's top snapshot.
         config, host: as the API shows them, merged of request and image.
+        volumes: those that it mounts: ``name``, ``target``, ``readonly``, ``copy``, and ``own``: it was made for this container alone.
         run: what the supervisor wrote; {} before the first start. paused, error: see the API.
         lock: held while a verb changes the state. changed: notified at each end of its process, and at its removal.
         ends: how often its process has ended, seen by this daemon. settled: the last end is cleaned up after.
@@ -70,6 +71,7 @@ class Container:
     durable: bool = True
     paused: bool = False
     error: str = ""
+    volumes: list[dict[str, Any]] = field(default_factory=list)
     removing: bool = False
     removed: bool = False
     run: dict[str, Any] = field(default_factory=dict)
@@ -86,7 +88,19 @@ class Container:
 
     def save(self) -> None:
         """Record it."""
-        names = ("id", "name", "created", "image", "image_name", "snapshot", "config", "host", "paused", "error")
+        names = (
+            "id",
+            "name",
+            "created",
+            "image",
+            "image_name",
+            "snapshot",
+            "config",
+            "host",
+            "paused",
+            "error",
+            "volumes",
+        )
         data = json.dumps({each: getattr(self, each) for each in names}).encode()
         write_file(os.path.join(self.folder, RECORD_FILE), data, durable=self.durable)
 

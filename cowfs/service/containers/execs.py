@@ -45,6 +45,18 @@ class Execs:
         if made is not None:
             made.code, made.running = code, False
 
+    def settle(self, made: Exec) -> None:
+        """Hear of its end now, if it has ended: whoever saw the end of its stream may ask before the thread that watches has heard."""
+        if not made.running:
+            return
+        try:
+            known = ask(self._containers.get(made.container), {"verb": "watch"})["execs"]
+            code = known[made.id]["code"]
+        except (FailedPrecondition, NotFound, KeyError):
+            return
+        if code is not None:
+            self.ended(made.id, code)
+
     def forget(self, container: Container) -> None:
         """The container is gone."""
         with self._lock:

@@ -176,12 +176,14 @@ class Containers:
             raise ApiError(400, "no command specified")
         id = secrets.token_hex(32)
         name = self._register.reserve(name, id)
-        try:
-            made = self._maker.make(id, name, image, config, merged, raw)
-        except BaseException:
-            self._register.release(name)
-            raise
-        self._register.add(made)
+        with self._service.volumes.lock:  # nobody removes its volumes before it is known to use them
+            try:
+                made = self._maker.make(id, name, image, config, merged, raw)
+            except BaseException:
+                self._register.release(name)
+                self._service.volumes.drop_of(id)
+                raise
+            self._register.add(made)
         self.tell(made, "create")
         return made
 
@@ -201,7 +203,7 @@ class Containers:
                 raise FailedPrecondition(f"container {container.id[:12]} is being removed")
             self.trees.mount(container)
             try:
-                write_bundle(container)
+                write_bundle(container, self._service.volumes.mounts_of(container))
                 self._supervise(container)
                 container.settled.clear()
                 answer = ask(container, {"verb": "start"})
@@ -218,6 +220,10 @@ class Containers:
             container.paused, container.error = False, ""
             container.save()
         self.tell(container, "start")
+
+    def volume_users(self) -> list[tuple[str, str]]:
+        """Each use of a volume: (its name, the container's id)."""
+        return [(volume["name"], each.id) for each in self._register for volume in each.volumes]
 
     def _refused(self, container: Container, error: str) -> None:
         self._wait_gone(container)
@@ -319,8 +325,11 @@ class Containers:
         try:
             if container.running:
                 self._lost(container)
-            if container.run or self.trees.is_mounted(container):
+            mounted = self.trees.is_mounted(container)
+            if container.run or mounted:
                 self.trees.unmount(container)
+            for each in container.volumes if mounted else ():
+                self._service.volumes.tell(each["name"], "unmount", container=container.id, driver="local")
             container.paused = False
         except (CowfsError, OSError) as error:
             log.warning("container %s: %s", container.name, error)
@@ -532,8 +541,11 @@ class Containers:
             container.save()
         self.tell(container, "update")
 
-    def remove(self, container: Container, *, force: bool = False) -> None:
+    def remove(self, container: Container, *, force: bool = False, volumes: bool = False) -> None:
         """Remove it, with its tree.
+
+        Args:
+            volumes: remove those, too, that were made for it without a name; one of ``--rm`` takes them along anyway.
 
         Raises:
             FailedPrecondition: it runs, and ``force`` is off.
@@ -565,24 +577,11 @@ class Containers:
         shutil.rmtree(container.bundle, ignore_errors=True)
         self._register.drop(container)
         self.execs.forget(container)
+        if volumes or container.host.get("AutoRemove"):
+            self._service.volumes.drop(each["name"] for each in container.volumes if each["own"])
         container.removed = True
         container.tell()
         self.tell(container, "destroy")
-
-    def prune(self, fits: Any) -> tuple[list[str], int]:
-        """Remove those that do not run; their ids, and the bytes that they held."""
-        done, freed = [], 0
-        for each in self.all():
-            if each.running or each.removing or not fits(each):
-                continue
-            size = self.size(each)
-            try:
-                self.remove(each)
-            except (FailedPrecondition, NotFound):
-                continue
-            done.append(each.id)
-            freed += size
-        return done, freed
 
     def tell(self, container: Container, action: str, **more: str) -> None:
         """Record an event."""
