@@ -202,7 +202,18 @@ class LiveVerbs(InstantVerbs):
         size: str | int | EllipsisType | None = ...,
         inodes: str | int | EllipsisType | None = ...,
     ) -> Limit:
-        """As :meth:`MountVerbs.limit`."""
+        """Tell the limit of a snapshot, mounted or not; with arguments, change it first, for this mount and all to come.
+
+        Args:
+            name: a key; to look, also a name or a tag.
+            size: bytes, or "4G"; None for no limit; left out: as it was.
+            inodes: a count, or "100k"; likewise.
+
+        Raises:
+            NotFound: no such snapshot.
+            InvalidArgument: not a size or count, or a snapshot that is not active.
+            FailedPrecondition: its mount cannot be bounded.
+        """
         if isinstance(size, EllipsisType) and isinstance(inodes, EllipsisType):
             return super().limit(name)
         with self._turn(name):
@@ -419,7 +430,17 @@ class LiveVerbs(InstantVerbs):
         unlink(self._note(id))
 
     def gc(self) -> Collected:
-        """As :meth:`UpkeepVerbs.gc`, once nothing half done is left."""
+        """Delete what nothing records: layers and records of snapshots that are gone, leftovers of killed processes.
+
+        Each thing is deleted for itself; a kill leaves the rest for the next time. Takes as long as there are layers to delete;
+        other verbs go on meanwhile.
+
+        Returns:
+            What was deleted.
+
+        Raises:
+            OSError: a file of the store cannot be deleted.
+        """
         self.recover()
         return super().gc()
 

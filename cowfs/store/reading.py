@@ -65,16 +65,24 @@ class Reading:
         return self.resolve(name).info()
 
     def exists(self, name: str) -> bool:
-        """Whether a key or name is taken."""
+        """Whether a key or name is taken (tags do not count). Only the index is read.
+
+        Args:
+            name: a key or name.
+
+        Raises:
+            FailedPrecondition: the store is closed.
+        """
         return self.index.find(name) is not None
 
     def walk(self, filters: Iterable[str] = (), *, reverse: bool = False) -> Iterator[Info]:
-        """All snapshots, in the order of their making.
+        """List all snapshots, in the order of their making. Only the index is read.
 
         Snapshots made or removed meanwhile may be there or not; no lock is held in between.
 
         Args:
             filters: :mod:`cowfs.store.filters`; one of them must match.
+            reverse: the newest first.
 
         Raises:
             InvalidArgument: a filter cannot be read.
@@ -96,9 +104,20 @@ class Reading:
                 yield info
 
     def chain(self, name: str) -> list[Info]:
-        """A snapshot and its ancestors, nearest first."""
+        """List a snapshot and its ancestors, nearest first. Only the index is read.
+
+        Args:
+            name: a key, a name or a tag.
+
+        Raises:
+            NotFound: no such snapshot.
+        """
         return [self.index.by_num(num).info() for num, _ in self.index.chain(self.resolve(name).num)]
 
     def tags(self) -> list[Tag]:
-        """All tags, by name."""
+        """List all tags, by name. Only the index is read.
+
+        Raises:
+            FailedPrecondition: the store is closed.
+        """
         return self.index.tags()

@@ -74,6 +74,9 @@ class SquashVerbs(LiveVerbs):
     def squash(self, name: str) -> Info:
         """Merge a committed snapshot into its only child, and remove it; mounts above it go on.
 
+        Args:
+            name: a committed snapshot, or a tag.
+
         Returns:
             The child.
 
@@ -372,7 +375,11 @@ class SquashVerbs(LiveVerbs):
         return os.path.join(self.root, f"{SQUASH}{id}.json")
 
     def recover(self) -> None:
-        """Finish, or take back, what killed processes left half done. Called by :meth:`open` and :meth:`gc`."""
+        """Finish, or take back, what killed processes left half done. Called by :meth:`open` and :meth:`gc`.
+
+        Raises:
+            OSError: a file of the store cannot be read or changed.
+        """
         super().recover()
         if self.index.refused:
             return
