@@ -445,6 +445,14 @@ class Index:
         point("gc.committed")
         return deleted
 
+    def unreached(self) -> int:
+        """How many records :meth:`sweep` would delete now."""
+        marked: set[bytes] = set()
+        with self.read():
+            self._mark(marked)
+            every = self._connection().execute("SELECT digest FROM records")
+            return sum(digest not in marked for (digest,) in every)
+
     def _mark(self, marked: set[bytes]) -> None:
         """Add the digests of all records that a snapshot's tree reaches."""
         from cowfs.index.directory import root_digest

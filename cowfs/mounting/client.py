@@ -547,7 +547,13 @@ def umount(target: PathLike, *, lazy: bool = False, force: bool = False, socket:
         _sweep(socket)
         return
     with connection:
-        protocol.talk(connection, "umount", {"lazy": lazy})
+        try:
+            protocol.talk(connection, "umount", {"lazy": lazy})
+        except FailedPrecondition:
+            if entry is None or not mountpoint.is_dead(where, entry):
+                raise
+            mountpoint.detach(where, force=True)  # it was killed meanwhile
+            return
         if not lazy:
             connection.settimeout(protocol.TIMEOUT)
             try:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from cowfs.store.blocks import BlockVerbs
 from cowfs.store.events import EventVerbs
 from cowfs.store.files import FileVerbs
-from cowfs.store.importing import ImageVerbs
+from cowfs.store.house import HouseVerbs
 from cowfs.store.squash import SquashVerbs
 
 __all__ = ["Store"]
 
 
-class Store(BlockVerbs, SquashVerbs, ImageVerbs, FileVerbs, EventVerbs):
+class Store(BlockVerbs, SquashVerbs, HouseVerbs, FileVerbs, EventVerbs):
     """A store of snapshots in one directory. Make it with :meth:`open`.
 
     >>> with Store.open("store") as store:
