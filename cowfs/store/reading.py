@@ -75,20 +75,20 @@ class Reading:
         """
         return self.index.find(name) is not None
 
-    def walk(self, filters: Iterable[str] = (), *, reverse: bool = False) -> Iterator[Info]:
+    def walk(self, filters: str | Iterable[str] = (), *, reverse: bool = False) -> Iterator[Info]:
         """List all snapshots, in the order of their making. Only the index is read.
 
         Snapshots made or removed meanwhile may be there or not; no lock is held in between.
 
         Args:
-            filters: :mod:`cowfs.store.filters`; one of them must match.
+            filters: :mod:`cowfs.store.filters`, one or several; one of them must match.
             reverse: the newest first.
 
         Raises:
             InvalidArgument: a filter cannot be read.
         """
         wanted = None
-        given = list(filters)
+        given = [filters] if isinstance(filters, str) else list(filters)
         if given:
             from cowfs.store.filters import parse
 
