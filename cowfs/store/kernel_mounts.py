@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack
-from dataclasses import dataclass
-from types import TracebackType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from cowfs.driver.plan import MountPlan
 from cowfs.errors import FailedPrecondition, InvalidArgument, Unsupported
@@ -22,46 +20,7 @@ from cowfs.sys import mounts as sys_mounts
 if TYPE_CHECKING:
     pass
 
-__all__ = ["KernelMount", "KernelMountVerbs", "mount_record"]
-
-
-@dataclass(frozen=True, slots=True)
-class KernelMount:
-    """A mount that the kernel serves. There is no server, so there is nobody to ask.
-
-    Attributes:
-        mountpoint: absolute path.
-    """
-
-    mountpoint: str
-
-    def __enter__(self) -> KernelMount:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.unmount()
-
-    def unmount(self, *, lazy: bool = False, force: bool = False) -> None:
-        """Unmount.
-
-        Raises:
-            FailedPrecondition: in use.
-        """
-        flags = (sys_mounts.MNT_DETACH if lazy else 0) | (sys_mounts.MNT_FORCE if force else 0)
-        try:
-            sys_mounts.umount(self.mountpoint, flags)
-        except OSError as error:
-            raise FailedPrecondition(f"cannot unmount {self.mountpoint}: {error.strerror}") from None
-
-    def _nobody(self, *args: object, **kwargs: object) -> NoReturn:
-        raise FailedPrecondition(
-            f"{self.mountpoint} is mounted by the kernel, which cannot do this",
-            remedy="mount it without --mount-type kernel",
-        )
-
-    usage = limit = diff = snapshot = rollback = counters = statistics = status = _nobody
+__all__ = ["KernelMountVerbs", "mount_record"]
 
 
 class KernelMountVerbs(LookVerbs):

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 from cowfs.errors import CowfsError, FailedPrecondition, InvalidArgument, NotFound, Unsupported
 from cowfs.index.database import Row
 from cowfs.model import SMALLEST_LIMIT, Kind, Limit, Usage, parse_count, parse_size
+from cowfs.mounting.kernel import KernelMount
 from cowfs.store import limit_loop
-from cowfs.store.kernel_mounts import KernelMount, KernelMountVerbs
+from cowfs.store.kernel_mounts import KernelMountVerbs
 from cowfs.store.layers import hold, is_locked, kernel_mount_of, kernel_mounts_of
 from cowfs.store.limit_loop import ENGINES, LOOP
 from cowfs.sys import mounts as sys_mounts
@@ -427,7 +428,7 @@ class MountVerbs(KernelMountVerbs):
         if server is None:
             where = kernel_mount_of(self.driver.tree(row.id))
             if where is not None:
-                KernelMount(where)._nobody()
+                KernelMount(where).nobody()
             raise NotFound(f"{key!r} is not mounted", remedy=f"cowfs mount --key {key} MNT")
         return self._live(MountHandle(server["mountpoint"], server["pid"], server["socket"]), key)
 
