@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
 
 from cowfs.driver.plan import MountPlan
 from cowfs.errors import FailedPrecondition, InvalidArgument, Unsupported
@@ -16,9 +15,6 @@ from cowfs.store.layers import hold
 from cowfs.store.limit_loop import LOOP
 from cowfs.store.queries import LookVerbs
 from cowfs.sys import mounts as sys_mounts
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["KernelMountVerbs", "mount_record"]
 
