@@ -23,6 +23,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from typing import Any
 
 from cowfs.driver.interface import Capabilities, Changes, Driver, Probe
 from cowfs.errors import Unsupported
@@ -103,6 +104,18 @@ class BtrfsDriver(Driver):
                 btrfs.snapshot(parent, directory, _VOLUME)  # on the disk when it returns
             trees.empty_tree(self.work(id))
         return self.held(parents[0])
+
+    def snapshot(self, id: str, target: str, ask: Callable[..., dict[str, Any]] | None) -> None:
+        """A snapshot of its subvolume; a server takes it itself, while it answers no request."""
+        with _opened(self.directory(target)) as directory:
+            if ask is not None:
+                ask("subvolume", source=f"{self.directory(id)}/vol", directory=self.directory(target), name="vol")
+            else:
+                with _opened(f"{self.directory(id)}/vol") as volume:
+                    btrfs.snapshot(volume, directory, _VOLUME)
+            trees.empty_tree(self.work(target))
+            with _opened(f"{self.directory(target)}/vol") as volume:
+                btrfs.set_readonly(volume)
 
     def freeze(self, id: str) -> None:
         """Empty the work directory, which only a writer fills."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -71,6 +72,7 @@ def _imports(name: str, path: Path, tree: ast.Module, known: set[str]) -> set[st
     return (found & known) - {name}
 
 
+@functools.cache
 def _graph() -> dict[str, set[str]]:
     packages = {"cowfs": "cowfs", "drivers": "cowfs_drivers", "benchmarks": "benchmarks"}
     paths: dict[str, Path] = {}
@@ -137,3 +139,57 @@ def test_nothing_is_imported_by_string() -> None:
         and "import_module" in (getattr(node, "id", ""), getattr(node, "attr", ""), getattr(node, "name", ""))
     }
     assert found <= BY_STRING
+
+
+#: Records: their fields are the state that the operations around them change. Nodes and layer directories (union), members of an
+#: archive and its directories, containers and their processes (under the container's lock), frames of a scan, results.
+RECORDS = {
+    "Node", "Dir", "Source", "Layer", "Blocks", "Member", "Container", "Exec", "Frame", "Full", "LayerWalk", "Result",
+}  # fmt: skip
+#: Names of variables for objects that argparse and the like made.
+NOT_OURS = {"args", "parser", "failed"}
+
+
+def _declared() -> dict[str, set[tuple[str, str]]]:
+    """Attribute -> (path, class) of each class of ours that has it."""
+    found: dict[str, set[tuple[str, str]]] = {}
+    for path, tree in modules(*SOURCES):
+        for one in ast.walk(tree):
+            if not isinstance(one, ast.ClassDef):
+                continue
+            for node in ast.walk(one):
+                if (
+                    isinstance(node, ast.Attribute)
+                    and isinstance(node.ctx, ast.Store)
+                    and ast.unparse(node.value) == "self"
+                ):
+                    found.setdefault(node.attr, set()).add((path, one.name))
+                elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                    found.setdefault(node.target.id, set()).add((path, one.name))
+    return found
+
+
+def test_no_attribute_of_a_part_is_assigned_from_another_module() -> None:
+    """Whatever keeps an invariant changes itself; only records are changed from outside."""
+    declared = _declared()
+    found = []
+    for path, tree in modules(*SOURCES):
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Attribute) or isinstance(node.ctx, ast.Load):
+                continue
+            base, owners = ast.unparse(node.value), declared.get(node.attr, set())
+            if base in ("self", "cls", *NOT_OURS) or not owners or any(path == own for own, _ in owners):
+                continue
+            if not any(name in RECORDS for _, name in owners) or base.endswith(
+                ("view", "tree", "server", "session", "store")
+            ):
+                found.append(f"{path}:{node.lineno}: {base}.{node.attr}")
+    assert found == []
+
+
+def test_fuse_serves_a_tree_and_knows_no_view() -> None:
+    """Of union only: the packed attributes, the wait for forgets, what is read ahead."""
+    allowed = {"cowfs.union.attr", "cowfs.union.bound", "cowfs.union.prefetch"}
+    graph = _graph()
+    fuse = {name for name in graph if name.startswith("cowfs.fuse")}
+    assert {other for name in fuse for other in graph[name] if other.startswith("cowfs.union")} <= allowed

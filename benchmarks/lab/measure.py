@@ -175,6 +175,10 @@ class Lab:
 
     # -- running a claim ------------------------------------------------------------------------------------------
 
+    def restrict(self, subjects: Sequence[str] | None) -> None:
+        """Measure these subjects only; None or none: all."""
+        self.only = set(subjects) if subjects else None
+
     def measure(self, claim: Claim) -> Result:
         """Runs one claim; a failure of the whole claim becomes a note, never a crash of the run."""
         self.result = Result(claim.name)

@@ -216,7 +216,7 @@ def run_options(options: argparse.Namespace, prog: str) -> int:
     try:
         enter_private_namespace()
         with Lab(profile, options.work.resolve(), say) as lab:
-            lab.only = set(options.only) if options.only else None
+            lab.restrict(options.only)
             described = host.describe(options.work)
             kept: list[tuple[Claim, Result]] = []
             target = options.out / "results.json" if options.out else None

@@ -93,14 +93,17 @@ class LayerWalk:
             prefix = path + b"/" if path else b""
             form = self._form
             opaque = own.get(form.opaque, b"") if form is not None else b""
-            if opaque == b"y":
+            if opaque == b"y" or (form is not None and form.dotwh and whiteout.exists(fd, OPAQUE_NAME)):
                 self._writer.mark(prefix + OPAQUE_NAME)
             deleted: list[bytes] = []
             found: list[tuple[bytes, int]] = []
             with os.scandir(fd) as entries:
                 for entry in entries:
                     name = os.fsencode(entry.name)
-                    if entry.is_file(follow_symlinks=False):
+                    if form is not None and form.dotwh and name.startswith(WHITEOUT_PREFIX):
+                        hidden = whiteout.wh_target(name)
+                        deleted += [hidden] if hidden is not None else []
+                    elif entry.is_file(follow_symlinks=False):
                         if opaque == b"x" and form is not None and whiteout.has_whiteout_xattr(fd, name, form):
                             deleted.append(name)
                         else:

@@ -42,6 +42,7 @@ Mounts layers as one tree, with the command line of fuse-overlayfs. Returns when
   -o xattr_permissions=1|2   owner and mode are kept in an xattr: security.fuseoverlayfs.override_stat,
                              or user.containers.override_stat
   -o noxattrs=1              no extended attributes
+  -o form=aufs               the layers are a store's in the archive form: names .wh.NAME hide NAME
   -o dotwh=0                 names .wh.NAME are ordinary; by default they hide NAME, as containers/storage expects of a
                              mount program, and none can be made
   -o row=4096                redirect on write: of a big file only the blocks written go to upperdir (docs/row.md)
@@ -104,6 +105,14 @@ def _count(text: str) -> int:
     return parse_count(text)
 
 
+def _form(text: str) -> str:
+    from cowfs.format.whiteout import FORMS
+
+    if text not in ("auto", *FORMS):
+        raise InvalidArgument(f"form={text}: no form of layers", remedy=", ".join(FORMS))
+    return text
+
+
 def _block(text: str) -> int:
     from cowfs.format.redirect import check_block
     from cowfs.model import parse_size
@@ -135,6 +144,7 @@ _MEANING: dict[str, Callable[[str], dict[str, Any]]] = {
     "xattr_permissions": lambda text: {"override_xattr": _permissions(text)},
     "noxattrs": lambda text: {"noxattrs": _switch("noxattrs", text)},
     "dotwh": lambda text: {"dotwh": _switch("dotwh", text)},
+    "form": lambda text: {"form": _form(text)},
     "row": lambda text: {"row": _block(text)},
     "allow_other": lambda text: {"allow_other": True},
     "io": lambda text: {"io": text},

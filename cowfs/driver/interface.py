@@ -162,6 +162,9 @@ class Driver(ABC):
     whole: ClassVar[bool] = False
     """Short for a driver whose :attr:`capabilities` are the usual ones of whole layers."""
 
+    own_form: ClassVar[str] = ""
+    """The form of this driver's layers; "": what the user who makes the store can have (``trusted`` or ``user``)."""
+
     row: int = 0
     """Short for a driver whose :attr:`capabilities` are the usual ones of redirect files of so many bytes a block."""
 
@@ -272,6 +275,7 @@ class Driver(ABC):
             limit=limit,
             trusted=self.form.redirects,
             row=can.row,
+            form=self.own_form,
             why_not_kernel=self._why_not_layers() or self._why_not_kernel(limit),
             why_not_image=self._why_not_kernel(limit),
         )
@@ -311,6 +315,20 @@ class Driver(ABC):
 
     def settle(self, id: str) -> None:  # noqa: B027 - likewise
         """The layer became a lower one of a mount that goes on; make what was written hold, and leave the rest alone."""
+
+    def snapshot(self, id: str, target: str, ask: Callable[..., dict[str, Any]] | None) -> None:
+        """Make a layer that holds what an active one holds at one instant, whoever writes in it. Only of drivers with ``snapshots``.
+
+        Args:
+            id: the active layer.
+            target: the new one's id; its directory is there, and empty.
+            ask: puts a verb of its control socket to the server that has the layer mounted; None where none has.
+
+        Raises:
+            Unsupported: the driver takes no snapshots.
+            CowfsError: the server says why not.
+        """
+        raise Unsupported(f"the driver {self.name} takes no snapshots of layers in use")
 
     def publish(self, staged: str, id: str) -> None:
         """Give a layer another of its names, in one step: the final one, or the one that it is deleted by.

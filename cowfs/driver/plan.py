@@ -38,6 +38,7 @@ class MountPlan:
         limit: what the upper may hold.
         trusted: the layers have ``trusted.overlay.*`` attributes, otherwise ``user.overlay.*``.
         row: bytes a block of redirect files that a writing mount makes; 0: it makes none.
+        form: of the layers, where it is not what the user of the mount has; "" where it is.
         why_not_kernel: why the kernel does not mount these directories; "" where it does.
         why_not_image: why it does not mount the upper over an image of what is beneath either; "" where it does.
     """
@@ -50,6 +51,7 @@ class MountPlan:
     limit: Limit = Limit()  # noqa: RUF009 - frozen
     trusted: bool = True
     row: int = 0
+    form: str = ""
     why_not_kernel: str = ""
     why_not_image: str = ""
 
@@ -63,7 +65,7 @@ class MountPlan:
 
         Args:
             mount_type: ``kernel`` or ``fuse``; None: the kernel's where it can.
-            plain: of the kernel's overlayfs without redirects and metacopies, which no layer may hold then.
+            plain: of the kernel's overlayfs without metacopies, which no layer may hold then.
 
         Raises:
             InvalidArgument: another type.
@@ -85,7 +87,8 @@ class MountPlan:
     def fuse(self) -> Mount:
         """A mount by ``mount -t fuse.cowfs-overlayfs``."""
         options = ["ro"] if self.readonly else []
-        options.append("dotwh=0")  # in a store's layers such names are ordinary
+        # In a store's layers names that begin with .wh. are ordinary, unless the form says otherwise.
+        options.append(f"form={self.form}" if self.form else "dotwh=0")
         options.append("lowerdir=" + join_layers(self.read or (self.empty,)))
         if not self.readonly:
             options += (f"upperdir={escape(self.upper)}", f"workdir={escape(self.work)}")
@@ -105,8 +108,8 @@ class MountPlan:
         options = ["index=off"]
         if not self.trusted:
             options.append("userxattr")
-        elif not plain:
-            options += ("redirect_dir=on", "metacopy=on")
+        else:
+            options += ("redirect_dir=on",) if plain else ("redirect_dir=on", "metacopy=on")
         if self.readonly:
             options.append("ro")
         options.append("lowerdir=" + join_layers(self.read))

@@ -86,7 +86,9 @@ _OWN = {
 
 TRUSTED = Form("trusted", b"trusted.overlay.", True)
 USER = Form("user", b"user.overlay.", False)
-FORMS = {form.name: form for form in (TRUSTED, USER)}
+AUFS = Form("aufs", b"user.overlay.", False, dotwh=True)
+"""Frozen layers say by names what is deleted (:mod:`cowfs.format.aufs`); a layer that is written has the marks of the form for users, too."""
+FORMS = {form.name: form for form in (TRUSTED, USER, AUFS)}
 
 
 def choose_form(name: str = "auto", *, dotwh: bool = False) -> Form:

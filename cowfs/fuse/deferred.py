@@ -22,13 +22,13 @@ from cowfs.fuse import abi, codec
 from cowfs.fuse.workers import Gates, Workers
 
 if TYPE_CHECKING:
-    from cowfs.union import View
+    from cowfs.fuse.tree import Tree
 
 
 class Owner(Protocol):
     """The session, as far as it is asked here."""
 
-    view: View
+    view: Tree
 
     def report(self) -> int: ...
 
@@ -67,9 +67,9 @@ class Errands:
             try:
                 stage.run()
             except MemoryError:
-                stage.error = OSError(errno.ENOMEM, "no memory")
+                stage.fail(OSError(errno.ENOMEM, "no memory"))
             except Exception:  # noqa: BLE001 - a bug must not end the server, nor publish half a copy; it is logged
-                stage.error = OSError(self._session.report(), "bug")
+                stage.fail(OSError(self._session.report(), "bug"))
             self._session.post(done)
 
         def done() -> None:
@@ -164,7 +164,7 @@ class Errands:
             if request is not None:
                 self._session.reply(unique, 0, codec.error(unique, errno.EINTR))
             elif unique in self._jobs:
-                self._jobs[unique].stage.cancelled = True
+                self._jobs[unique].stage.cancel()
             del self.watched[unique]
 
 

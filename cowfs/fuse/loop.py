@@ -45,7 +45,7 @@ from cowfs.union.bound import Awaited
 
 if TYPE_CHECKING:
     from cowfs.fuse.handlers.names import Handler
-    from cowfs.union import View
+    from cowfs.fuse.tree import Tree
 
 __all__ = ["Session", "SessionOptions"]
 
@@ -118,7 +118,7 @@ class Session:
         FailedPrecondition: the view has a limit, and the options would let writes pass it.
     """
 
-    def __init__(self, fd: int, view: View, *, options: SessionOptions | None = None) -> None:
+    def __init__(self, fd: int, view: Tree, *, options: SessionOptions | None = None) -> None:
         self.options = options or SessionOptions()
         if view.limit is not None and (self.options.writeback or self.options.io == "passthrough"):
             raise FailedPrecondition(
@@ -310,7 +310,7 @@ class Session:
             adapter: Data = Passthrough(self.view, self._errands, agreement.max_write, self._fd)
         else:
             adapter = Data(self.view, self._errands, agreement.max_write)
-        adapter.setxattr_ext = agreement.has("SETXATTR_EXT")
+        adapter.agree(agreement)
         self._low, self._high = codec.bounds(agreement.max_write, setxattr_ext=adapter.setxattr_ext)
         table = adapter.table()
         table[abi.INTERRUPT] = self._errands.interrupt

@@ -35,7 +35,7 @@ from cowfs.sys import mounts
 
 if TYPE_CHECKING:
     from cowfs.fuse.handshake import Agreement
-    from cowfs.union import View
+    from cowfs.fuse.tree import Tree
 
 __all__ = ["PortableSession"]
 
@@ -75,7 +75,7 @@ class PortableSession:
     def __init__(
         self,
         mountpoint: str | bytes,
-        view: View,
+        view: Tree,
         options: Iterable[str] = (),
         allow_other: bool | None = None,
         source: str = "cowfs",

@@ -17,7 +17,7 @@ from cowfs.fuse import abi
 
 if TYPE_CHECKING:
     from cowfs.fuse.handlers.names import Handler
-    from cowfs.union import View
+    from cowfs.fuse.tree import Tree
 
 __all__ = ["WATCH", "Timing"]
 
@@ -107,6 +107,6 @@ class Timing:
         return run
 
 
-def looked_into(view: View) -> Callable[[], int]:
+def looked_into(view: Tree) -> Callable[[], int]:
     """A number that grows when a view looks into its layers or its index for a name or a directory."""
     return lambda: len(view.nodes) + view.work.directories_read

@@ -37,7 +37,7 @@ from cowfs.images.files import DirFiles, TarFiles, Window
 from cowfs.images.layouts import Listed, kind_of, listed_in
 from cowfs.images.platforms import Platform, here, parse_platform, ranking
 
-__all__ = ["Form", "ImageSource", "open_image"]
+__all__ = ["Form", "ImageSource", "exporting", "open_image"]
 
 Form = Literal["image", "rootfs", "layer"]
 
@@ -472,10 +472,15 @@ def _directory(path: str, *, whole: bool) -> ImageSource:
     return _single("dir", lambda: _Exporting(path, reserved=not whole), None, lambda: None, whole=whole)  # type: ignore[arg-type, return-value]
 
 
+def exporting(path: str, *, form: str) -> BinaryIO:
+    """The layer tar of a directory in a form (:func:`cowfs.archive.export.export_layer`), made while it is read."""
+    return _Exporting(path, reserved=True, form=form)  # type: ignore[return-value]
+
+
 class _Exporting(io.RawIOBase):
     """A pipe out of an export that runs on its own thread; it ends when either side does."""
 
-    def __init__(self, path: str, *, reserved: bool) -> None:
+    def __init__(self, path: str, *, reserved: bool, form: str = "plain") -> None:
         super().__init__()
         self._error: BaseException | None = None
         self._in, out = os.pipe()
@@ -484,7 +489,7 @@ class _Exporting(io.RawIOBase):
         def run() -> None:
             try:
                 with os.fdopen(out, "wb") as stream:
-                    export_layer(root, stream, form="plain", reserved=reserved)
+                    export_layer(root, stream, form=form, reserved=reserved)
             except BrokenPipeError:
                 pass
             except (CowfsError, OSError) as error:

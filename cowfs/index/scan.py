@@ -243,15 +243,25 @@ class _Scan:
         """Start reading the frame's names (all at once: the layer is not changing)."""
         names: list[bytes] = []
         inner: set[bytes] = set()
+        marks: list[bytes] = []
         with os.scandir(frame.fd) as listing:
             for entry in listing:
-                names.append(os.fsencode(entry.name))
+                name = os.fsencode(entry.name)
+                if self.form.dotwh and name.startswith(whiteout.WH_PREFIX):
+                    marks.append(name)
+                    continue
+                names.append(name)
                 if entry.is_dir(follow_symlinks=False):
                     inner.add(names[-1])
         frame.many = len(names) > _MANY
         if frame.below == EMPTY and len(names) > _FLUSH:
             names.sort()
             frame.writer = Writer(self.pending)
+        for mark in marks:  # of a name that this layer has, too, it hides what is beneath
+            target = whiteout.wh_target(mark)
+            if target is not None:
+                self.tally.hide(mark)
+                frame.edits[target] = None
         frame.todo = ((name, name in inner) for name in names)
         return names
 
@@ -291,6 +301,12 @@ class _Scan:
         )  # fmt: skip
 
 
+def _hides_by_name(above: Frame | None, name: bytes, fd: int) -> bool:
+    """Whether names say that a directory hides all that is beneath it: one in it, or one beside it."""
+    beside = above is not None and name in above.edits and above.edits[name] is None
+    return beside or whiteout.exists(fd, whiteout.WH_OPAQUE)
+
+
 def _directory(st: os.stat_result, num: int, xattrs: tuple[tuple[bytes, bytes], ...], ino: int) -> Entry:
     return Entry(
         st.st_mode, st.st_uid, st.st_gid, 0, st.st_mtime_ns, ino, st.st_blocks, nlink=0, xattrs=xattrs, layer=num
@@ -309,7 +325,7 @@ class _Delta(_Scan):
         implied = join(above.base, name) if above is not None else b""
         opaque = stored.get(form.opaque, b"")
         below, base, ino = EMPTY, path, st.st_ino
-        if opaque != b"y" or above is None:
+        if not (_hides_by_name(above, name, fd) if form.dotwh else False) and (opaque != b"y" or above is None):
             redirect = stored.get(form.redirect) if form.redirects else None
             if above is None:
                 pair, base = locate(self.pending, self.base, b"")

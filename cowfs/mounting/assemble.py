@@ -39,6 +39,7 @@ def make_view(stack: Stack) -> View:
         override_xattr=spec.override_xattr.encode() or None,
         noxattrs=spec.noxattrs,
         dotwh=spec.dotwh,
+        form=spec.form,
         row=spec.row or None,
     )
     if spec.factory:

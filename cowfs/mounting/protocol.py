@@ -11,6 +11,7 @@ found from a mount point through mountinfo alone, without touching a mount whose
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import stat
@@ -22,7 +23,7 @@ from typing import Any
 
 from cowfs import errors
 from cowfs.errors import CowfsError, FailedPrecondition
-from cowfs.sys import host
+from cowfs.sys import host, process
 
 __all__ = ["ask", "ask_all", "connect", "decode", "directories", "encode", "run_directory", "sockets"]
 
@@ -152,6 +153,8 @@ def short(path: str) -> Iterator[str]:
 def connect(path: str, timeout: float = TIMEOUT) -> socket.socket:
     """A connection to a server.
 
+    A server that was killed listens until the kernel has closed its files: that is waited for.
+
     Raises:
         OSError: nobody answers there (ECONNREFUSED, ENOENT: the server is gone).
     """
@@ -167,6 +170,10 @@ def connect(path: str, timeout: float = TIMEOUT) -> socket.socket:
                 if attempt == 99:
                     raise
                 time.sleep(timeout / 100)
+        pid = peer(sock)
+        if pid and process.is_ending(pid):
+            process.wait(pid, timeout)
+            raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
     except BaseException:
         sock.close()
         raise

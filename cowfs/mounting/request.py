@@ -63,10 +63,12 @@ class MountSpec:
         work: the work directory; None: beside the upper.
         scratch: directory that gets ``upper`` and ``work`` where ``upper`` is None; None: read-only.
         ephemeral: an upper of its own below ``scratch``, removed at unmount.
+        memory: that upper is in memory, by the kernel where it can (:mod:`cowfs.mounting.kernel`).
         record: keep layers and limit beside the upper, and check them.
         size, inodes: the limit; None: the recorded one, or none.
         uid_map, gid_map: ranges (id in the layers, id shown at the mount, count).
         override_xattr: xattr that holds owner and mode (``user.containers.override_stat``), or "".
+        form: of the layers' xattrs (:data:`cowfs.format.whiteout.FORMS`); ``auto``: what this user can have.
         row: bytes a block: a written file of a lower layer gets a redirect file (docs/row.md); 0: it is copied up.
         volatile: sync nothing, and mark the work directory so; ``fsync=False``: the same without the mark.
         options: mount(8) words (``nodev``, ``noexec``...).
@@ -84,6 +86,7 @@ class MountSpec:
     work: str | None = None
     scratch: str | None = None
     ephemeral: bool = False
+    memory: bool = False
     record: bool = True
     readonly: bool = False
     volatile: bool = False
@@ -97,6 +100,7 @@ class MountSpec:
     override_xattr: str = ""
     noxattrs: bool = False
     dotwh: bool = False
+    form: str = "auto"
     row: int = 0
     allow_other: bool | None = None
     io: str = "cached"

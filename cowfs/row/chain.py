@@ -268,6 +268,15 @@ class Chain(FileData):
         if log is not None:
             self.rows.close_log(self, log)
 
+    def stand_for(self, metacopy: Lower) -> None:
+        """This is the file that a metacopy stands for."""
+        self.behind = metacopy
+
+    def give_up_log(self) -> Log | None:
+        """Hand over the map, if it is open."""
+        log, self.log = self.log, None
+        return log
+
     def drop_log(self) -> None:
         """Close the map; the next write opens it again."""
         log, self.log = self.log, None
@@ -375,9 +384,9 @@ class Chain(FileData):
     def stream(self, offset: int, length: int) -> Callable[[memoryview], int]:
         """:meth:`reader` for a read that goes on where the last one ended."""
         end = min(offset + length, self.size)
-        if self.ahead.follow(self, offset, end) and self.ahead.cold:
+        cold = self.ahead.was_cold()
+        if self.ahead.follow(self, offset, end) and cold:
             self.ahead.wait(self, offset, end)
-        self.ahead.cold = False
         return self.reader(offset, length)
 
     def reader(self, offset: int, length: int) -> Callable[[memoryview], int]:
@@ -399,7 +408,7 @@ class Chain(FileData):
                         continue
                     done = _at_once(copies[owner], part, start)
                     if done < len(part):
-                        self.ahead.cold = True
+                        self.ahead.met_cold()
                     while done < len(part):
                         got = os.preadv(copies[owner], [part[done:]], start + done)
                         if not got:

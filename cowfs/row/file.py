@@ -17,10 +17,11 @@ import os
 from collections.abc import Callable, Container
 
 from cowfs.format.redirect import Ref
-from cowfs.row.chain import Chain
-from cowfs.row.extents import INFINITY, ZEROS
+from cowfs.row.chain import Chain, Level
+from cowfs.row.extents import INFINITY, ZEROS, Extents
 from cowfs.row.map import RECORD_SIZE, Log
 from cowfs.sys import files, xattr
+from cowfs.union.node import Node
 from cowfs.union.quota import UNIT, units
 
 _PUNCH, _KEEP = files.FALLOC_FL_PUNCH_HOLE, files.FALLOC_FL_KEEP_SIZE
@@ -30,6 +31,25 @@ class RowFile(Chain):
     """The data of a redirect file: what a node's ``data`` is. Owner: the view's thread."""
 
     __slots__ = ()
+
+    def follow(self, old: Chain) -> None:
+        """This file is written from now on, and the one of a frozen layer before it no more."""
+        self.older = [log for log in old.older if log.dirty]
+        frozen = old.give_up_log()
+        if frozen is not None:
+            if frozen.dirty:
+                self.older.append(frozen)
+            self.rows.close_log(old, frozen)
+
+    def begin(self, node: Node, levels: list[Level], extents: Extents, size: int, log: Log | None) -> None:
+        """A file that was just made, which shows all of its base, ``size`` bytes."""
+        self.bind(node)
+        self.levels, self.log = levels, log
+        self.size = self.base_end = size
+        alone = -(-size >> self.shift) << self.shift
+        extents.put(size, alone, ZEROS)
+        extents.put(alone, INFINITY, len(levels))
+        self.extents = extents
 
     # -- writing ------------------------------------------------------------------------------
 
@@ -409,7 +429,7 @@ class RowFile(Chain):
                     raise log.failure
             except OSError as error:
                 if log is not None:
-                    log.failure = error
+                    log.fail(error)
                 raise
             finally:
                 os.close(fd)

@@ -200,6 +200,10 @@ class Log:
         self.synced = synced
         self.failure: OSError | None = None
 
+    def fail(self, error: OSError) -> None:
+        """An fsync of the data failed."""
+        self.failure = error
+
     @classmethod
     def create(cls, dirfd: int, ref: Ref) -> Log:
         """A new, empty map. Raises OSError."""

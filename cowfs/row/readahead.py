@@ -120,6 +120,15 @@ class Ahead:
         self.asked = 0
         self.window = 0
 
+    def met_cold(self) -> None:
+        """A read had to wait for the disk; any thread."""
+        self.cold = True
+
+    def was_cold(self) -> bool:
+        """Whether one had to since this was asked last."""
+        cold, self.cold = self.cold, False
+        return cold
+
     def follow(self, chain: Readable, offset: int, end: int) -> bool:
         """[offset, end) is going to be read. Returns whether that goes on where the last read ended."""
         sequential = self.next <= offset <= max(self.next, self.asked)

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 from cowfs.format.redirect import ROOT_MARK, Ref, check_block
 from cowfs.row import absorbing, map as row_map
 from cowfs.row.chain import Chain, Level, lay
-from cowfs.row.extents import INFINITY, ZEROS, Extents
+from cowfs.row.extents import Extents
 from cowfs.row.file import RowFile
 from cowfs.row.layer import is_marked, open_maps
 from cowfs.row.map import Loaded, Log
@@ -138,7 +138,7 @@ class Rows(Redirects):
         if ref is None:
             return data
         file = RowFile(self, data.where.layer, data.where, data.name, ref)
-        file.behind = data
+        file.stand_for(data)
         return file
 
     def resolve(self, file: Chain) -> None:
@@ -374,22 +374,11 @@ class Rows(Redirects):
         view, old = self.view, node.data
         if isinstance(old, RowFile):
             old.release()  # they are the new file's levels, too
-            file.older = [log for log in old.older if log.dirty]
-            if old.log is not None:
-                frozen, old.log = old.log, None
-                if frozen.dirty:
-                    file.older.append(frozen)
-                self.close_log(old, frozen)
+            file.follow(old)
         if node.fd >= 0:
             self.opening(file)
             levels[-1].fd = view.open_files.let_go(node)
-        file.node = node
-        file.levels, file.log = levels, log
-        file.size = file.base_end = size
-        alone = -(-size >> file.shift) << file.shift
-        extents.put(size, alone, ZEROS)
-        extents.put(alone, INFINITY, len(levels))
-        file.extents = extents
+        file.begin(node, levels, extents, size, log)
         if log is not None:
             self._logs[file] = None
         view.open_files.use(node, fd, writable=True)

@@ -41,7 +41,7 @@ _PUNCH = files.FALLOC_FL_PUNCH_HOLE | files.FALLOC_FL_KEEP_SIZE
 
 def scattered(fd: int) -> bool:
     """Whether a file had better be written anew. Not where the host does not say how it lies, nor with reserved room."""
-    found = files.extents(fd)
+    found = files.extents(fd, sync=True)  # what is on its way to the disk looks like reserved room on ext4
     if found is None or any(flags & files.FIEMAP_EXTENT_UNWRITTEN for _, _, flags in found):
         return False
     return len(found) > 1 + os.fstat(fd).st_size // PIECE

@@ -82,7 +82,8 @@ class Syncer:
                     if self.durable:
                         os.fsync(fd)
                 except OSError as error:
-                    failure = log.failure = error  # whoever calls fsync is told
+                    failure = error
+                    log.fail(error)  # whoever calls fsync is told
                 try:
                     log.mark_synced(upto)
                     if logs is not None:

@@ -20,11 +20,11 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from cowfs import __version__
-from cowfs.errors import CowfsError, FailedPrecondition, InvalidArgument
+from cowfs.errors import CowfsError, FailedPrecondition, InvalidArgument, Unsupported
 from cowfs.mounting import prefork
 from cowfs.service import browsers, logs, systemd
 from cowfs.service.api import (
@@ -37,6 +37,7 @@ from cowfs.service.api import (
     streams,
     system,
     trees,
+    volumes,
 )
 from cowfs.service.api.routing import Route, Table
 from cowfs.service.board import Board
@@ -47,6 +48,7 @@ from cowfs.service.http import Exchange, Reply, json_reply
 from cowfs.service.images import Images
 from cowfs.service.logs import exchange_id, log
 from cowfs.service.options import Options
+from cowfs.service.volumes import Volumes
 from cowfs.store import Store
 
 __all__ = ["Service", "run"]
@@ -69,6 +71,7 @@ def tables() -> Table:
         *containers_api.ROUTES,
         *streams.ROUTES,
         *trees.ROUTES,
+        *volumes.ROUTES,
     ]
     return Table(routes)
 
@@ -93,6 +96,7 @@ class Service:
         self.requests: dict[tuple[str, int], int] = {}  # guarded by _lock: (method, status) -> how many
         self.seconds = 0.0  # guarded by _lock: spent in handlers
         self.containers = Containers(self)
+        self.volumes = Volumes(store, os.path.join(self.folder, "volumes"), self.containers.volume_users)
         self.images = Images(store, self.containers.users)
         self.board = Board(self)
         self.table = tables()
@@ -264,15 +268,48 @@ def run(options: Options, reread: Callable[[], Options]) -> int:
     with open_store(options) as store, only_instance(store):
         service = Service(options, store, run_dir)
         prefork.stay(365 * 86400.0)
-        service.containers.take_over()
-        service.containers.spawner.warm_up()
-        doors = open_doors(options, os.path.join(run_dir, "docker.sock"))
-        try:
-            return _serve(service, doors, reread)
-        finally:
+        with ExitStack() as held:
+            if options.containerd:
+                held.enter_context(_containerd(service))
+            doors: list[Door] = []
+            if options.host or not options.containerd:
+                service.containers.take_over()
+                service.containers.spawner.warm_up()
+                doors = open_doors(options, os.path.join(run_dir, "docker.sock"))
+            held.callback(service.images.close)
+            held.callback(service.containers.close)
             for door in doors:
-                door.close()
-            service.containers.close()
+                held.callback(door.close)
+            return _serve(service, doors, reread)
+
+
+@contextmanager
+def _containerd(service: Service) -> Iterator[None]:
+    """Be a snapshotter of containerd meanwhile.
+
+    Raises:
+        Unsupported: grpcio or protobuf is missing.
+        CowfsError: it cannot listen.
+    """
+    try:
+        from cowfs.service.containerd.server import SnapshotsServer
+        from cowfs.service.containerd.snapshots import Snapshots
+    except ImportError as error:
+        raise Unsupported(
+            f"--containerd needs the packages grpcio and protobuf: {error}",
+            remedy="pip install 'cowfs-storage[containerd]'",
+        ) from None
+    snapshots = Snapshots(service.store, os.path.join(service.run_dir, "held"), service.default_limit)
+    try:
+        server = SnapshotsServer(snapshots, service.options.containerd)
+        server.start()
+        log.info("listening on %s (containerd)", server.address)
+        try:
+            yield
+        finally:
+            server.stop()
+    finally:
+        snapshots.close()
 
 
 def _serve(service: Service, doors: list[Door], reread: Callable[[], Options]) -> int:
@@ -291,7 +328,8 @@ def _serve(service: Service, doors: list[Door], reread: Callable[[], Options]) -
         )
     for door in doors:
         log.info("listening on %s%s", door.name, " (TLS)" if door.context else "")
-    systemd.notify("READY=1\nSTATUS=" + ", ".join(door.name for door in doors))
+    names = [door.name for door in doors] + ([options.containerd] if options.containerd else [])
+    systemd.notify("READY=1\nSTATUS=" + ", ".join(names))
     try:
         while all(_signal(service, number, reread) for number in signals.recv(64)):
             pass

@@ -32,7 +32,7 @@ from cowfs.service.logs import log
 from cowfs.service.options import Options
 from cowfs.sys.threads import Thread
 
-__all__ = ["Door", "Loop", "open_doors"]
+__all__ = ["Door", "Loop", "answers", "open_doors"]
 
 PLAIN_PORT, TLS_PORT = 2375, 2376
 _UCRED = struct.Struct("3i")
@@ -113,7 +113,7 @@ def _unix(path: str, group: str) -> Door:
     directory = os.path.dirname(path)
     try:
         os.makedirs(directory, mode=0o755 if group else 0o700, exist_ok=True)
-        if _answers(path):
+        if answers(path):
             raise FailedPrecondition(f"another process listens at {path}", remedy="end it, or choose another place: -H")
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         # Made under another name, with its mode and group, and renamed: no client ever sees it open to others.
@@ -136,7 +136,8 @@ def _unix(path: str, group: str) -> Door:
     return Door(name=f"unix://{path}", sock=sock, path=path, inode=os.stat(path).st_ino)
 
 
-def _answers(path: str) -> bool:
+def answers(path: str) -> bool:
+    """Whether somebody listens at a unix socket."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as sock:
         sock.settimeout(2.0)
         try:

@@ -19,6 +19,9 @@ FILTERS = ("type", "event", "image", "container", "label", "scope", "daemon", "n
 
 PAUSE, SIGN_OF_LIFE = 0.02, 0.4  # seconds
 
+TOGETHER = 256
+"""Events that are sent as one part of the answer."""
+
 _followers: list[object] = []
 
 
@@ -67,7 +70,7 @@ def _fits(name: str, value: str, event: Event) -> bool:
     if name == "image":
         names = (event.attributes.get("image", ""), event.attributes.get("name", ""), event.actor)
         return event.type in ("image", "container") and any(_same_image(value, each) for each in names)
-    if name in ("container", "snapshot", "mount"):
+    if name in ("container", "snapshot", "mount", "volume"):
         named = event.attributes.get("name") == value or event.actor.startswith(value)
         return event.type == name and named
     return False  # of a kind that never happens here
@@ -97,8 +100,8 @@ def document(event: Event) -> dict[str, Any]:
     return told
 
 
-def follow(store: Store, since: int | None, until: int | None, wanted: Wanted) -> Iterator[dict[str, Any] | None]:
-    """Events as documents, and None as a sign of life, until a time or the client ends it.
+def follow(store: Store, since: int | None, until: int | None, wanted: Wanted) -> Iterator[list[dict[str, Any]]]:
+    """Events as documents, as many at once as there are, and none as a sign of life, until a time or the client ends it.
 
     The place in the log is settled before this returns, so nothing that happens after is missed.
     """
@@ -107,7 +110,7 @@ def follow(store: Store, since: int | None, until: int | None, wanted: Wanted) -
     return _follow(store, at, until, wanted)
 
 
-def _follow(store: Store, at: int, until: int | None, wanted: Wanted) -> Iterator[dict[str, Any] | None]:
+def _follow(store: Store, at: int, until: int | None, wanted: Wanted) -> Iterator[list[dict[str, Any]]]:
     me = object()
     _followers.append(me)
     try:
@@ -118,15 +121,21 @@ def _follow(store: Store, at: int, until: int | None, wanted: Wanted) -> Iterato
             now = store.index.changes()
             if now != seen:
                 seen = now
+                some: list[dict[str, Any]] = []
                 for event in store.events(after=at):
                     at = event.seq or at
                     if (until is None or event.time <= until) and (event.type == "log" or wanted(event)):
-                        yield document(event)
+                        some.append(document(event))
+                    if len(some) >= TOGETHER:
+                        yield some
+                        some = []
+                if some:
+                    yield some
             if over:
                 return
             if time.monotonic() - told > SIGN_OF_LIFE:
                 told = time.monotonic()
-                yield None
+                yield []
             time.sleep(PAUSE)
     finally:
         _followers.remove(me)

@@ -5,7 +5,7 @@ both with each tag, so the list of images is the list of tags, grouped by id. An
 id (``sha256:...``): the store keeps what is tagged, and so a name that moves on leaves a dangling image behind, as clients
 expect. What a registry calls it by digest is a tag too (``name@sha256:...``).
 
-Threads: any; nothing is kept here but what the digest of a configuration determines.
+Threads: any. What was read of the index is kept until somebody writes to it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from cowfs import images as formats
 from cowfs.archive import ApplyOptions
 from cowfs.errors import CowfsError, FailedPrecondition, NotFound
 from cowfs.images.digests import digest_of, parse_json
+from cowfs.index.watching import Watcher
 from cowfs.service import references
 from cowfs.service.errors import ApiError
 
@@ -125,6 +126,15 @@ def rfc3339(when: int) -> str:
     return f"{whole:%Y-%m-%dT%H:%M:%S}.{when % 10**9:09d}Z"
 
 
+@dataclass(slots=True)
+class _Known:
+    """What the index said at one moment."""
+
+    version: tuple[int, int]
+    images: list[Image]
+    sizes: tuple[dict[str, int], dict[str, int], int] | None = None
+
+
 class Images:
     """The images of a store.
 
@@ -136,11 +146,29 @@ class Images:
     def __init__(self, store: Store, users: Callable[[], Iterable[tuple[str, str, bool]]] = lambda: ()) -> None:
         self._store = store
         self._users = users
+        self._watcher = Watcher(store.index.path)
+        self._known: _Known | None = None
+        self._documents: dict[tuple[str, tuple[int, ...]], str] = {}
+
+    def close(self) -> None:
+        """Let go of the index."""
+        self._watcher.close()
 
     # -- looking ----------------------------------------------------------------------------------
 
     def all(self) -> list[Image]:
         """All images, the newest first."""
+        return self._look().images
+
+    def _look(self) -> _Known:
+        """What the index says now: read anew only when somebody has written to it since."""
+        version = self._watcher.version()  # before anything is read: what changes meanwhile is seen the next time
+        known = self._known
+        if known is None or known.version != version:
+            known = self._known = _Known(version, self._read())
+        return known
+
+    def _read(self) -> list[Image]:
         groups: dict[str, list[Any]] = {}
         for tag in self._store.tags():
             document = tag.config or self._document_of(tag.name)
@@ -173,8 +201,12 @@ class Images:
             return id
 
     def _document_of(self, name: str) -> str:
-        """The configuration of a tree that came without one."""
-        return self._store.image(name).config.decode()
+        """The configuration of a tree that came without one: made once, for a chain of layers says what it is."""
+        row = self._store.resolve(name)
+        key = row.id, tuple(num for num, _ in self._store.index.chain(row.num))
+        if key not in self._documents:
+            self._documents[key] = self._store.image(name).config.decode()
+        return self._documents[key]
 
     def get(self, reference: str) -> Image:
         """The image of a name, an id, or the beginning of an id.
@@ -201,20 +233,42 @@ class Images:
 
     def sizes(self) -> tuple[dict[str, int], dict[str, int], int]:
         """By image id: bytes of all its layers, and of those that another image has, too; and bytes of all layers once."""
-        layers = {num: (parent, size or 0) for num, parent, _, _, size in self._store.index.layers()}
-        nums = {name: num for num, _, name, _, _ in self._store.index.layers()}
-        chains: dict[str, list[int]] = {}
-        uses: dict[int, int] = {}
-        for image in self.all():
-            chain, num = [], nums.get(image.snapshot)
-            while num is not None and num in layers:
-                chain.append(num)
-                uses[num] = uses.get(num, 0) + 1
-                num = layers[num][0]
-            chains[image.id] = chain
-        whole = {id: sum(layers[num][1] for num in chain) for id, chain in chains.items()}
-        shared = {id: sum(layers[num][1] for num in chain if uses[num] > 1) for id, chain in chains.items()}
-        return whole, shared, sum(layers[num][1] for num in uses)
+        known = self._look()
+        if known.sizes is None:
+            known.sizes = self._add_up(known.images)
+        return known.sizes
+
+    def _add_up(self, images: list[Image]) -> tuple[dict[str, int], dict[str, int], int]:
+        """One pass down the tree of snapshots and one up: what a deep chain costs does not depend on how many images stand on it."""
+        size: dict[int, int] = {}
+        number: dict[str, int] = {}
+        above: dict[int, int | None] = {}
+        below: dict[int | None, list[int]] = {}
+        for num, parent, name, _, held in self._store.index.layers():
+            size[num], number[name], above[num] = held or 0, num, parent
+            below.setdefault(parent, []).append(num)
+        order = list(below.get(None, ()))
+        for num in order:
+            order += below.get(num, ())
+        uses = dict.fromkeys(order, 0)
+        for image in images:
+            if image.snapshot in number:
+                uses[number[image.snapshot]] += 1
+        for num in reversed(order):
+            parent = above[num]
+            if parent is not None:
+                uses[parent] += uses[num]
+        whole: dict[int | None, int] = {None: 0}
+        shared: dict[int | None, int] = {None: 0}
+        for num in order:
+            whole[num] = whole[above[num]] + size[num]
+            shared[num] = shared[above[num]] + (size[num] if uses[num] > 1 else 0)
+        tops = {image.id: number.get(image.snapshot) for image in images}
+        return (
+            {id: whole[num] for id, num in tops.items()},
+            {id: shared[num] for id, num in tops.items()},
+            sum(size[num] for num in order if uses[num]),
+        )
 
     def history(self, image: Image) -> list[dict[str, Any]]:
         """The steps that made an image, the newest first."""

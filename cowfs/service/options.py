@@ -60,6 +60,11 @@ class Options:
     insecure_registry: tuple[str, ...] = _option(
         (), "registry that is spoken to without TLS, or without verifying it; repeated", live=True, metavar="HOST"
     )
+    containerd: str = _option(
+        "",
+        "be a snapshotter of containerd at unix:///PATH (needs cowfs-storage[containerd]); without -H there is no other door",
+        metavar="DOOR",
+    )
     label: tuple[str, ...] = _option((), "shown by info; repeated", live=True, metavar="K=V")
     max_connections: int = _option(2048, "connections at once, of all doors", metavar="N")
     pidfile: str = _option("", "file that gets the process id", flags=("-p",), metavar="FILE")

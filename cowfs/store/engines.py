@@ -1,10 +1,11 @@
 """What container engines ask of a store: records that they may extend, and whose a directory is.
 
 Strategy. An engine carries out a record itself and adds options of its own: BuildKit adds ``redirect_dir=off``, with which the
-kernel refuses ``metacopy=on``. So an engine's records carry neither redirect_dir nor metacopy, as containerd's own overlay
-snapshotter's do not. Such a mount cannot read what one with them may have written. So a layer has a mark, the file
-``cowfs-plain`` in its directory, from the moment an engine gets the first record of it, empty as it is then, until anything else may
-write in it. A chain of marked layers is the kernel's; any other is a mount of our own server.
+kernel refuses ``metacopy=on``. So an engine's records carry no metacopy, and of ``redirect_dir`` the last word counts: directories of
+lower layers can be renamed unless the engine forbids it (redirects are followed anyway, by most kernels' default). A mount without
+metacopy cannot read what one with it may have written. So a layer has a mark, the file ``cowfs-plain`` in its directory, from the
+moment an engine gets the first record of it, empty as it is then, until anything else may write in it. A chain of marked layers is
+the kernel's; any other is a mount of our own server.
 """
 
 from __future__ import annotations
@@ -59,7 +60,10 @@ class EngineVerbs(LiveVerbs):
         return True
 
     def at(self, path: str | os.PathLike[str]) -> Info:
-        """The snapshot that a directory of the host belongs to: its layer's, or a mount point of it.
+        """Find the snapshot that a directory of the host belongs to: its layer's, or a mount point of it.
+
+        Args:
+            path: any path in the layer or below the mount point.
 
         Raises:
             NotFound: it belongs to none of this store.

@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, BinaryIO
 
 from cowfs import archive, images
-from cowfs.errors import AlreadyExists, InvalidArgument, NotFound
+from cowfs.errors import AlreadyExists, CowfsError, InvalidArgument, NotFound
 from cowfs.index.database import Row
 from cowfs.index.transaction import Committed, NameTaken
 from cowfs.model import Kind, Limit, Usage
@@ -26,7 +26,7 @@ from cowfs.store.exporting import ExportVerbs
 from cowfs.store.layers import known_digest, mark_copied
 from cowfs.store.names import check_name, new_id
 from cowfs.store.owners import policy_of
-from cowfs.store.reserve import names_full
+from cowfs.store.reserve import FULL, names_full
 from cowfs.store.staging import Staged
 from cowfs.sys import files, trees
 from cowfs.sys.faults import point
@@ -34,9 +34,10 @@ from cowfs.sys.faults import point
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
+    from cowfs.images.dockerhost import DockerHost
     from cowfs.store.content import IndexedTree
 
-__all__ = ["ImageVerbs"]
+__all__ = ["ImageVerbs", "present"]
 
 
 class ImageVerbs(ExportVerbs):
@@ -124,6 +125,60 @@ class ImageVerbs(ExportVerbs):
             self.tag(each, top.name, config=config)
         return top.name, config
 
+    @names_full
+    def import_docker_host(
+        self,
+        root: str | os.PathLike[str],
+        driver: str,
+        *,
+        options: archive.ApplyOptions | None = None,
+        labels: Mapping[str, str] | None = None,
+        progress: Progress | None = None,
+        told: Callable[[str], object] | None = None,
+    ) -> tuple[list[str], int]:
+        """Bring over the images of an old Docker host, with the names they have there.
+
+        Args:
+            root: Docker's data directory (``/var/lib/docker``), which nobody writes meanwhile.
+            driver: of its layers: ``aufs`` or ``overlay2``.
+            options, labels, progress: as for :meth:`import_image`.
+            told: called with a line for each thing that is damaged, and what becomes of it. Default: a warning.
+
+        Returns:
+            The names of the images' top snapshots, each once, and how many lines were told.
+
+        Raises:
+            NotFound: no images of that driver there.
+        """
+        from cowfs.images.dockerhost import DockerHost
+
+        count = 0
+
+        def tell(line: str) -> None:
+            nonlocal count
+            count += 1
+            (told or _warn)(line)
+
+        there = DockerHost(os.fspath(root), driver, tell)
+        tops: dict[str, None] = {}
+        for image in there.images():
+            what = f"image {', '.join(image.tags) or image.config_digest[7:19]}"
+            tags = [each for each in image.tags if _usable_tag(each, tell)]
+            more = {"options": options, "labels": labels, "progress": progress}
+            try:
+                try:
+                    tops[self.import_opened(image, tags, **more)[0]] = None  # type: ignore[arg-type]
+                except (CowfsError, OSError):
+                    mended = _mended(there, image, what, tell)
+                    if mended is None:
+                        raise
+                    tops[self.import_opened(mended, tags, **more)[0]] = None  # type: ignore[arg-type]
+            except (CowfsError, OSError) as error:
+                if isinstance(error, OSError) and error.errno in FULL:
+                    raise
+                tell(f"{what} is left out: {error}")
+        return list(tops), count
+
     def _bring_in(
         self,
         image: images.Image,
@@ -192,14 +247,14 @@ class ImageVerbs(ExportVerbs):
             return None, 0
         top: Row | None = None
         for count, (layer, chain_id) in enumerate(zip(image.layers, image.chain, strict=True)):
-            row = _there(self, top, chain_id, layer.diff_id, owners)
+            row = present(self, top, chain_id, layer.diff_id, owners)
             if row is None:
                 return top, count
             top = row
         return top, len(image.layers)
 
 
-def _there(store: ImageVerbs, parent: Row | None, chain_id: str, diff_id: str | None, owners: str) -> Row | None:
+def present(store: ImageVerbs, parent: Row | None, chain_id: str, diff_id: str | None, owners: str) -> Row | None:
     """A snapshot that is this layer, by this policy of owners, and has it on the disk.
 
     After a squash others may still have its chain id.
@@ -351,7 +406,7 @@ class _Import:
 
     def _there_already(self, parent: Row | None, name: str, chain_id: str | None, diff_id: str | None) -> Row | None:
         if chain_id is not None:
-            return _there(self._store, parent, chain_id, diff_id, self._options.owners)
+            return present(self._store, parent, chain_id, diff_id, self._options.owners)
         row = self._store.index.find(name)
         return row if row is not None and row.kind is Kind.COMMITTED and row.parent is None else None
 
@@ -417,6 +472,19 @@ def _inherit_root(below: str, tree: str) -> None:
             os.close(src)
     finally:
         os.close(dst)
+
+
+def _mended(there: DockerHost, image: images.Image, what: str, tell: Callable[[str], object]) -> images.Image | None:
+    """The image with its damaged layers as their directories are, each fault told; None where none is damaged."""
+    layers = []
+    for number, layer in enumerate(image.layers, 1):
+        faults = there.faults(layer)
+        for fault in faults:
+            tell(f"{what}, layer {number}: {fault}")
+        if faults:
+            tell(f"{what}, layer {number}: comes as its directory is, under another digest")
+        layers.append(there.as_it_is(layer) if faults else layer)
+    return replace(image, layers=tuple(layers)) if layers != list(image.layers) else None
 
 
 def _usable_tag(name: str, tell: Callable[[str], object]) -> bool:

@@ -55,7 +55,7 @@ _RECORD = struct.Struct("<QQ32s")  # inode, ctime in ns, digest
 COPIED = "cowfs-copied"
 """A file made right after a driver copied the parent: what has an older ctime was not touched since."""
 PLAIN = "cowfs-plain"
-"""A file beside the tree of a layer that holds neither redirects nor metacopies, and that only an engine writes in."""
+"""A file beside the tree of a layer that holds no metacopies, and that only an engine writes in."""
 SEAL = ".seal"
 """Ends the name of the file beside a mark that says which file the mark is: its device, inode and ctime."""
 _CHUNK = 1 << 20

@@ -33,7 +33,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from types import EllipsisType
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cowfs.errors import AlreadyExists, CowfsError, FailedPrecondition, InvalidArgument, Unsupported
 from cowfs.index.database import Row
@@ -41,9 +41,9 @@ from cowfs.index.transaction import Committed, NameTaken
 from cowfs.model import Info, Kind, Limit, Mount, Usage
 from cowfs.mounting.switch_mark import MARK
 from cowfs.store import layers
-from cowfs.store.checking import Collected, UpkeepVerbs
+from cowfs.store.checking import Collected
+from cowfs.store.instant import InstantVerbs
 from cowfs.store.key_lock import turn
-from cowfs.store.mounts import KernelMount
 from cowfs.store.names import check_key, check_labels, new_id
 from cowfs.store.reserve import names_full
 from cowfs.store.staging import NEW, _lock, _make_locked, discard, read_note
@@ -52,6 +52,7 @@ from cowfs.sys.atomic import fsync_directory
 from cowfs.sys.faults import point
 
 if TYPE_CHECKING:
+    from cowfs.mounting.client import MountHandle
     from cowfs.store.handle import LiveHandle
 
 __all__ = ["LiveVerbs"]
@@ -70,28 +71,13 @@ class _Switch(NamedTuple):
     labels: dict[str, str]
 
 
-class LiveVerbs(UpkeepVerbs):
+class LiveVerbs(InstantVerbs):
     """snapshot, rollback and fork; mounts get a handle that knows them."""
 
-    def mount(self, key: str, target: str | os.PathLike[str], **options: Any) -> LiveHandle | KernelMount:
-        """As :meth:`MountVerbs.mount`; the handle also has ``snapshot`` and ``rollback``."""
-        self.recover()
-        handle = super().mount(key, target, **options)
+    def _live(self, handle: MountHandle, key: str) -> LiveHandle:
         from cowfs.store.handle import LiveHandle
 
-        return handle if isinstance(handle, KernelMount) else LiveHandle(handle, self, key)
-
-    def handle(self, key: str) -> LiveHandle:
-        """As :meth:`MountVerbs.handle`."""
-        from cowfs.store.handle import LiveHandle
-
-        return LiveHandle(super().handle(key), self, key)
-
-    @classmethod
-    def open(cls, *args: Any, **options: Any) -> Self:
-        store = super().open(*args, **options)
-        store.recover()
-        return store
+        return LiveHandle(handle, self, key)
 
     # -- snapshot -------------------------------------------------------------------------------
 
@@ -106,8 +92,8 @@ class LiveVerbs(UpkeepVerbs):
 
         Raises:
             NotFound, AlreadyExists: as for :meth:`commit`.
-            FailedPrecondition: mounted by the kernel, read-only, or in use by another verb.
-            Unsupported: the driver keeps whole trees.
+            FailedPrecondition: read-only, in use by another verb, or mounted by the kernel and the driver is none that takes snapshots itself.
+            Unsupported: the driver keeps whole trees, and takes no snapshots itself.
         """
         check_key(name)
         check_labels(labels or {})
@@ -119,6 +105,9 @@ class LiveVerbs(UpkeepVerbs):
         self._free(name)
         self._can_switch("snapshot")
         switch = _Switch("snapshot", row.num, name, {**row.labels, **labels, LABEL: key})
+        if self.driver.capabilities.snapshots:
+            self._snapshot_at_once(row, name, switch.labels, self._server_of(row, made_by="store"))
+            return self.index.get(name).info()
         self._switch(row, switch, [id for _, id in self.index.chain(row.num)], "freeze")
         return self.index.get(name).info()
 
@@ -134,7 +123,7 @@ class LiveVerbs(UpkeepVerbs):
         Raises:
             NotFound: no such key or name.
             InvalidArgument: not an ancestor of the key.
-            FailedPrecondition: mounted by the kernel, read-only, or in use by another verb.
+            FailedPrecondition: mounted by the kernel, read-only, or in use by another verb; of whole layers mounted at all.
         """
         if keep is not None:
             check_key(keep)
@@ -147,6 +136,11 @@ class LiveVerbs(UpkeepVerbs):
         if ancestor.num not in [num for num, _ in self.index.chain(row.parent)]:
             raise InvalidArgument(f"{name!r} is not an ancestor of {key!r}", remedy=f"'cowfs log {key}' shows them")
         self._can_switch("rollback")
+        if self.driver.capabilities.whole and (where := self.mounted_at(key)) is not None:
+            raise FailedPrecondition(
+                f"{key!r} is mounted at {where}: the driver {self.driver.name} puts back what is not mounted",
+                remedy=f"cowfs umount {where}",
+            )
         if keep is not None:
             self._snapshot(key, keep, {})
             row = self._active(key)
@@ -169,18 +163,37 @@ class LiveVerbs(UpkeepVerbs):
         discard(self.driver, row.id)
         return self.index.get(key).info()
 
-    def fork(self, name: str, *keys: str, **options: Any) -> dict[str, tuple[Mount, ...]]:
-        """Prepare many active snapshots of one parent; options as for :meth:`prepare`.
+    def fork(
+        self,
+        name: str,
+        *keys: str,
+        size: str | int | None = None,
+        inodes: str | int | None = None,
+        labels: Mapping[str, str] | None = None,
+        mount_type: str | None = None,
+    ) -> dict[str, tuple[Mount, ...]]:
+        """Prepare many active snapshots of one parent. Each is made in one step; all of them are not.
+
+        Args:
+            name: the parent: a committed snapshot, or a tag.
+            keys: of the snapshots to be made.
+            size, inodes: the limit of each: bytes or "2G"; a count or "100k".
+            labels: kept with each.
+            mount_type: of the records returned, as for :meth:`mounts`.
 
         Returns:
             Mount records by key.
 
         Raises:
+            NotFound: no such parent.
             AlreadyExists: a key is taken; those before it in the list were made.
+            InvalidArgument: a bad key, label or limit.
         """
         for key in keys:
             self._free(key)
-        return {key: self.prepare(key, name, **options) for key in keys}
+        return {
+            key: self.prepare(key, name, size=size, inodes=inodes, labels=labels, mount_type=mount_type) for key in keys
+        }
 
     def limit(
         self,
@@ -189,7 +202,18 @@ class LiveVerbs(UpkeepVerbs):
         size: str | int | EllipsisType | None = ...,
         inodes: str | int | EllipsisType | None = ...,
     ) -> Limit:
-        """As :meth:`MountVerbs.limit`."""
+        """Tell the limit of a snapshot, mounted or not; with arguments, change it first, for this mount and all to come.
+
+        Args:
+            name: a key; to look, also a name or a tag.
+            size: bytes, or "4G"; None for no limit; left out: as it was.
+            inodes: a count, or "100k"; likewise.
+
+        Raises:
+            NotFound: no such snapshot.
+            InvalidArgument: not a size or count, or a snapshot that is not active.
+            FailedPrecondition: its mount cannot be bounded.
+        """
         if isinstance(size, EllipsisType) and isinstance(inodes, EllipsisType):
             return super().limit(name)
         with self._turn(name):
@@ -212,6 +236,8 @@ class LiveVerbs(UpkeepVerbs):
 
     def _base_at(self, row: Row, ancestor: Row) -> tuple[Usage, bool]:
         """The base that a key has over one of its ancestors, and whether they share a limit: its own snapshots count for it."""
+        if self.driver.capabilities.whole:
+            return self._base_at_once(row, ancestor)
         under = row
         for num, _ in self.index.chain(row.parent):
             one = self.index.by_num(num)
@@ -223,7 +249,7 @@ class LiveVerbs(UpkeepVerbs):
         return Usage(), False
 
     def _can_switch(self, verb: str) -> None:
-        if not self.driver.capabilities.live:
+        if not (self.driver.capabilities.live or self.driver.capabilities.snapshots):
             raise Unsupported(
                 f"the driver {self.driver.name} keeps whole trees: no {verb}", remedy="use commit and prepare"
             )
@@ -259,6 +285,8 @@ class LiveVerbs(UpkeepVerbs):
         marked = False
         try:
             driver.create(here, parents, row.limit)
+            if driver.capabilities.whole:
+                layers.mark_copied(driver, here, parents[0], only_root=False)
             _write_note(self._note(id), switch)
             driver.publish(here, LIVE + id)
             here = LIVE + id
@@ -402,7 +430,17 @@ class LiveVerbs(UpkeepVerbs):
         unlink(self._note(id))
 
     def gc(self) -> Collected:
-        """As :meth:`UpkeepVerbs.gc`, once nothing half done is left."""
+        """Delete what nothing records: layers and records of snapshots that are gone, leftovers of killed processes.
+
+        Each thing is deleted for itself; a kill leaves the rest for the next time. Takes as long as there are layers to delete;
+        other verbs go on meanwhile.
+
+        Returns:
+            What was deleted.
+
+        Raises:
+            OSError: a file of the store cannot be deleted.
+        """
         self.recover()
         return super().gc()
 

@@ -41,9 +41,8 @@ class LookVerbs(StoreCore):
         from cowfs.store.limit_loop import LOOP
 
         whole = self._live_usage(row) or LOOP.used(self.driver, row.id) or self.driver.usage(row.id)
-        base = (
-            row.base if row.base.bytes >= 0 else Usage()
-        )  # a negative one is what live snapshots hold (cowfs.store.live)
+        base = self._copied(row)
+        base = base if base.bytes >= 0 else Usage()  # a negative one is what live snapshots hold (cowfs.store.live)
         return Usage(bytes=max(0, whole.bytes - base.bytes), inodes=max(0, whole.inodes - base.inodes))
 
     def _live_usage(self, row: Row) -> Usage | None:

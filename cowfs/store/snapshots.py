@@ -99,7 +99,22 @@ class StoreCore(OpenStore):
         labels: Mapping[str, str] | None = None,
         mount_type: str | None = None,
     ) -> tuple[Mount, ...]:
-        """Make a read-only snapshot; arguments and errors as for :meth:`prepare`."""
+        """Make a read-only snapshot, in one step.
+
+        Args:
+            key: its key.
+            parent: a committed snapshot, or a tag; None: an empty tree.
+            labels: kept with it.
+            mount_type: of the records returned, as for :meth:`mounts`.
+
+        Returns:
+            How to mount it.
+
+        Raises:
+            AlreadyExists: the key is taken.
+            NotFound: no such parent.
+            InvalidArgument: a bad key or label; a parent that is not committed.
+        """
         return self._mounts(self._create(key, parent, Kind.VIEW, Limit(), labels or {}), mount_type)
 
     @names_full
@@ -302,7 +317,13 @@ class StoreCore(OpenStore):
     def _scan(self, row: Row, known: scan.KnownDigest | None = None, *, links: bool = True) -> scan.Scanned:
         """Read a layer over its parent's tree."""
         parent = self.index.by_num(row.parent) if row.parent is not None else None
-        return self._scan_at(row.id, row.num, parent, known, row.base, links=links)
+        return self._scan_at(row.id, row.num, parent, known, self._copied(row), links=links)
+
+    def _copied(self, row: Row) -> Usage:
+        """What of a layer's tree is its parent's, as far as that was copied; the base of a key may tell of more than one layer."""
+        if not row.shares_limit or not self.driver.capabilities.whole or row.parent is None:
+            return row.base
+        return self.driver.held(self.index.by_num(row.parent).id)
 
     def _scan_at(
         self,
@@ -418,6 +439,9 @@ class StoreCore(OpenStore):
 
         Returns:
             Paths of what was deleted, relative to the store.
+
+        Raises:
+            OSError: a file cannot be deleted.
         """
         return sweep(self.driver, self.index)
 
@@ -447,6 +471,9 @@ class StoreCore(OpenStore):
     @names_full
     def untag(self, name: str) -> None:
         """Drop a tag; the snapshot stays.
+
+        Args:
+            name: the tag.
 
         Raises:
             NotFound: no such tag.

@@ -71,8 +71,12 @@ class SquashVerbs(LiveVerbs):
     """squash."""
 
     @names_full
-    def squash(self, name: str) -> Info:
+    def squash(self, name: str, *, dry_run: bool = False) -> Info:
         """Merge a committed snapshot into its only child, and remove it; mounts above it go on.
+
+        Args:
+            name: a committed snapshot, or a tag.
+            dry_run: change nothing: only look whether it can be done.
 
         Returns:
             The child.
@@ -85,6 +89,11 @@ class SquashVerbs(LiveVerbs):
         """
         if self.driver.capabilities.whole:
             raise Unsupported(f"the driver {self.driver.name} keeps whole trees: nothing to squash", remedy="cowfs rm")
+        if dry_run:
+            row, child = self._pair(name)
+            above = [child, *self._above(child)]
+            with self._holding([one for one in above if one.kind is not Kind.COMMITTED], self._served(above)):
+                return child.info()
         for _ in range(_TRIES):
             row, child = self._pair(name)
             above = self._above(child)
@@ -189,6 +198,7 @@ class SquashVerbs(LiveVerbs):
             same = layers.SameData(self.driver, self.index)
             changes = compare.changes_with_links(pending, parent.root if parent else None, after, same)
             made = write_changes(self.driver, changes, base, [child.id, row.id, *base], layer.staged)
+            self.driver.settle(layer.staged)
             point("squash.built")
             if self.driver.fsync:
                 trees.sync_tree(self.driver.tree(layer.staged))
@@ -371,7 +381,11 @@ class SquashVerbs(LiveVerbs):
         return os.path.join(self.root, f"{SQUASH}{id}.json")
 
     def recover(self) -> None:
-        """Finish, or take back, what killed processes left half done. Called by :meth:`open` and :meth:`gc`."""
+        """Finish, or take back, what killed processes left half done. Called by :meth:`open` and :meth:`gc`.
+
+        Raises:
+            OSError: a file of the store cannot be read or changed.
+        """
         super().recover()
         if self.index.refused:
             return

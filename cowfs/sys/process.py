@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
+import select
+import signal
 
 from cowfs.sys._libc import check, libc
 
-__all__ = ["become_subreaper", "boot_id", "start_time"]
+__all__ = ["become_subreaper", "boot_id", "is_ending", "start_time", "wait"]
 
 
 @functools.cache
@@ -30,6 +33,43 @@ def start_time(pid: int) -> int | None:
             return int(file.read().rpartition(b")")[2].split()[19])
     except (OSError, IndexError, ValueError):
         return None
+
+
+_PF_EXITING = 0x4  # linux/sched.h
+
+
+def is_ending(pid: int) -> bool:
+    """Whether a process is about to end and runs no line of its program any more, or is gone: after SIGKILL it has its
+    descriptors until its last thread stopped.
+
+    Source: proc(5): stat, fields 3 and 9; status, SigPnd.
+    """
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+        if fields[0] in (b"Z", b"X") or int(fields[6]) & _PF_EXITING:
+            return True
+        with open(f"/proc/{pid}/status", "rb") as file:
+            waiting = next((line.split()[1] for line in file if line.startswith(b"SigPnd:")), b"0")
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    except (OSError, IndexError, ValueError):
+        return False
+    return bool(int(waiting, 16) >> (signal.SIGKILL - 1) & 1)
+
+
+def wait(pid: int, timeout: float) -> None:
+    """Wait until a process, anybody's child, has ended; seconds at most."""
+    try:
+        fd = os.pidfd_open(pid)
+    except OSError:
+        return
+    try:
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        poll.poll(timeout * 1000)
+    finally:
+        os.close(fd)
 
 
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h

@@ -34,7 +34,7 @@ class Promises(Bench):
             with pytest.raises((Unsupported, OSError)):
                 store.mount("a", target, mount_type="kernel")
             assert not os.path.ismount(target)
-        if can.live:
+        if can.live or can.snapshots:
             store.snapshot("a", "live")
             assert store.stat("a").parent == "live"
         else:
@@ -135,8 +135,8 @@ class Promises(Bench):
             assert (tree / "file").read_text() == "CONTENT\n"
 
     def test_a_live_snapshot_holds_what_was_there_and_the_mount_goes_on(self, store: Store) -> None:
-        if not store.driver.capabilities.live:
-            pytest.skip("this driver's layers cannot become lower ones of a mount that goes on")
+        if not (store.driver.capabilities.live or store.driver.capabilities.snapshots):
+            pytest.skip("this driver's layers cannot be copied, or become lower ones, under a mount that goes on")
         store.prepare("a", self.base(store))
         with self.at(store, "a", by="fuse") as tree, (tree / "dir" / "file").open("r+") as file:
             (tree / "file").write_text("before")
@@ -165,6 +165,30 @@ class Promises(Bench):
             assert differences(before, tree_of(tree)) == []
             (tree / "file").write_text("goes on")
             assert (tree / "file").read_text() == "goes on"
+        assert store.check(content=True).problems == []
+
+    def test_a_rollback_of_what_is_not_mounted(self, store: Store) -> None:
+        can = store.driver.capabilities
+        if not (can.live or can.snapshots):
+            pytest.skip("this driver has no rollback")
+        store.prepare("a", self.base(store))
+        with self.at(store, "a") as tree:
+            (tree / "first").write_text("1")
+        store.snapshot("a", "one")
+        with self.at(store, "a") as tree:
+            before = tree_of(tree)
+            (tree / "file").write_text("gone soon")
+            os.unlink(tree / "fifo")
+        assert store.usage("a").inodes <= 1
+        store.rollback("a", "one", keep="two")
+        with self.at(store, "a") as tree:
+            assert differences(before, tree_of(tree)) == []
+            (tree / "goes").write_text("on")
+        store.rollback("a", "base")
+        with self.at(store, "a") as tree:
+            assert not (tree / "first").exists()
+        assert [info.name for info in store.chain("two")] == ["two", "one", "base"]
+        store.commit("a", "done")
         assert store.check(content=True).problems == []
 
     @pytest.mark.parametrize("where", [point for point in faults.POINTS if point.startswith("create.")])

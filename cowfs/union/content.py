@@ -64,7 +64,7 @@ def pread(view: Core, node: Node, offset: int, buffer: memoryview, flags: int = 
     Raises:
         OSError: EISDIR, EINVAL; EAGAIN with ``flags`` RWF_NOWAIT when the disk would be waited for.
     """
-    if node.data.pieced:
+    if node.data is not PLAIN and node.data.pieced:
         return node.data.pread(offset, buffer, flags)
     fd = node.fd
     if fd < 0:
@@ -74,6 +74,12 @@ def pread(view: Core, node: Node, offset: int, buffer: memoryview, flags: int = 
         fd = view.open_data(node)
         view.open_files.use(node, fd, writable=False)
     return os.preadv(fd, [buffer], offset, flags)
+
+
+def has_own_data(view: Core, node: Node) -> bool:
+    """Whether the inode is in the upper layer and has its data itself."""
+    where = node.where
+    return node.data is PLAIN and (where is None or where.layer is view.stack.upper)
 
 
 def data_fd(view: Core, node: Node, write: bool) -> int:

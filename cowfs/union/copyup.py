@@ -163,6 +163,14 @@ class Stage:
         """Whether it is quick enough to be run where it is needed."""
         return self.keep <= SMALL and not (self.sync and self.keep)
 
+    def fail(self, error: OSError) -> None:
+        """The copy cannot be published."""
+        self.error = error
+
+    def cancel(self) -> None:
+        """Nobody waits for the copy any more; any thread."""
+        self.cancelled = True
+
     def run(self) -> None:
         """Copy, and sync when the mount is not volatile. Never raises."""
         try:

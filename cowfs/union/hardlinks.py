@@ -40,8 +40,7 @@ def _apart(layer: Layer) -> Iterator[Source]:
     try:
         yield root
     finally:
-        descriptors.budget = 0
-        descriptors.trim()
+        descriptors.close_all()
 
 
 def scan_groups(layer: Layer) -> Groups:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from cowfs.union import holding
 from cowfs.union.inodes import SYNTHETIC
 from cowfs.union.layers import Layer, Source
-from cowfs.union.node import Dir, Node
+from cowfs.union.node import PLAIN, Dir, Node
 
 if TYPE_CHECKING:
     from cowfs.union.core import Core
@@ -123,7 +123,9 @@ def drop(view: Core, node: Node) -> None:
             return
         if view.nodes.pop(node.id, None) is None:
             return
-        node.data.close()
+        table = view.table
+        if node.data is not PLAIN:
+            node.data.close()
         if node.fd >= 0:
             view.open_files.close(node)
         if node.__class__ is Dir:
@@ -133,19 +135,20 @@ def drop(view: Core, node: Node) -> None:
         parent = node.parent
         if parent is None:
             holding.unhold(view, node)
-            if node in view.table.astray:
-                view.table.astray.discard(node)
+            if node in table.astray:
+                table.astray.discard(node)
             else:
                 _bury(view, node)
             return
         if node.id < SYNTHETIC:
-            view.table.parents[node.id] = parent.id
-        for directory, name in view.table.names.pop(node, ()):
+            table.parents[node.id] = parent.id
+        for directory, name in table.names.pop(node, ()):
             _fold(view, directory, name, node)
             if directory is not parent and directory.nlookup <= 0:
                 view.drop(directory)
         _fold(view, parent, node.name, node)
-        view.moves.drop(node, view.stack.upper)
+        if node in view.moves.moved:
+            view.moves.drop(node, view.stack.upper)
         node = parent
 
 

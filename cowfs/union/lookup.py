@@ -130,9 +130,10 @@ def _make(view: Core, parent: Dir, name: bytes, code: int) -> Node | None:
             ino = view.inodes.from_origin(origin, beneath) or ino
     node = bind_inode(view, parent, name, source, st, ino)
     if node.attr is None:
-        if not node.data.stays:
-            node.data = data
-        data.bind(node)
+        if data is not node.data:  # both are PLAIN, as a rule
+            if not node.data.stays:
+                node.data = data
+            data.bind(node)
         view.pack_into(node, st, source, name)
     return node
 
@@ -164,18 +165,19 @@ def pack_into(view: Core, node: Node, st: os.stat_result, source: Source, name: 
 
 def bind_inode(view: Core, parent: Dir, name: bytes, source: Source, st: os.stat_result, ino: int) -> Node:
     """The node of inode number ``ino``, new or, for one more hard link, the one there is."""
-    first, ino = ino, view.table.reborn.get(ino, ino)
+    table = view.table
+    first, ino = ino, table.reborn.get(ino, ino)
     real = (st.st_dev, st.st_ino)
     free = True
     if st.st_nlink > 1:
-        ino = view.table.displaced.get(real, ino)
+        ino = table.displaced.get(real, ino)
         free = source.layer is not view.stack.upper or view.inodes.claim(ino, *real)
-    existing = view.nodes.get(ino)
-    if existing is not None or ino <= ROOT_ID or ino in view.table.burnt or not free:
+    existing = table.nodes.get(ino)
+    if existing is not None or ino <= ROOT_ID or ino in table.burnt or not free:
         nameless = existing is not None and existing.parent is None
         if existing is not None and (nameless or st.st_nlink > 1) and _same(existing, source, st):
             if nameless:  # its other names were not known until now
-                view.table.astray.discard(existing)
+                table.astray.discard(existing)
                 holding.unhold(view, existing)
                 existing.where, existing.name, existing.attr = source, name, None
                 if existing.fd >= 0:
@@ -183,11 +185,11 @@ def bind_inode(view: Core, parent: Dir, name: bytes, source: Source, st: os.stat
             view.bind(parent, name, existing)
             view.attr(existing)
             return existing
-        burnt, ino = ino in view.table.burnt, view.table.instead_of(ino, first)
+        burnt, ino = ino in table.burnt, table.instead_of(ino, first)
         if not burnt and st.st_nlink > 1:
-            view.table.displaced[real] = ino
+            table.displaced[real] = ino
     node = Node(ino, type_of(st.st_mode), name, source)
-    view.table.add(node)
+    table.add(node)
     view.bind(parent, name, node)
     return node
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 from cowfs.union.node import DT_REG, Dir, Node
 
 if TYPE_CHECKING:
-    from cowfs.union.core import Core
+    pass
 
 #: A read that took longer waited for the disk, ns: from memory it takes a tenth of that.
 COLD_NS: Final = 60_000
@@ -36,7 +36,7 @@ class ReadAhead:
     def __init__(self) -> None:
         self._last: Dir | None = None
 
-    def cold(self, view: Core, node: Node) -> int:
+    def cold(self, node: Node) -> int:
         """Told of a read of ``node`` that waited; returns how many files were asked for."""
         parent = node.parent
         if parent is None or parent is not self._last:

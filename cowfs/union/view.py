@@ -338,6 +338,7 @@ class View(Core):
     sync_job = content.sync_job
     sync_all_job = content.sync_all_job
     data_fd = content.data_fd
+    has_own_data = content.has_own_data
     writable = copyup.writable
     publish = copyup.publish
     freeze = live.freeze

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import random
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,7 @@ from cowfs.index import scan
 from cowfs.index.scan import Scanned, scan_full
 from cowfs.store import Store
 from cowfs.store.layers import Unchanged
-from cowfs.sys import btrfs
+from cowfs.sys import btrfs, faults
 from cowfs.testing import DriverSuite
 
 pytestmark = [
@@ -453,3 +456,135 @@ class Opened:
 
     def __exit__(self, *error: object) -> None:
         os.close(self.fd)
+
+
+# -- live snapshots
+
+
+@pytest.mark.parametrize("mount_type", ["kernel", "fuse", None])
+def test_a_snapshot_under_a_writer_holds_all_that_was_written_before_it(mount_type: str | None, fs: HostFs) -> None:
+    """Mounted by the kernel, by the server, or not at all; the mount goes on in its own layer."""
+    place = fs.fresh("live")
+    target = place / "mnt"
+    target.mkdir()
+    with Store.open(place / "store", driver="btrfs", fsync=False) as store, ExitStack() as held:
+        store.prepare("k")
+        tree = Path(store.driver.tree(store.index.get("k").id))
+        if mount_type is not None:
+            held.enter_context(store.mount("k", target, mount_type=mount_type))
+            tree = target
+        with (tree / "log").open("w+") as log, (tree / "map").open("w+b") as mapped:
+            mapped.truncate(8192)
+            memory = mmap.mmap(mapped.fileno(), 8192)
+            for number in range(4):
+                log.write(f"{number}\n")
+                log.flush()
+                memory[:5] = b"map-%d" % number
+                (tree / f"file-{number}").write_text("x" * 5000)
+                store.snapshot("k", f"s{number}")
+            memory.close()
+        id = store.index.get("k").id
+        for number in range(4):
+            seen = Path(store.driver.tree(store.index.get(f"s{number}").id))
+            assert (seen / "log").read_text() == "".join(f"{each}\n" for each in range(number + 1))
+            assert (seen / "map").read_bytes()[:5] == b"map-%d" % number
+            assert sorted(os.listdir(seen)) == sorted(["log", "map", *(f"file-{each}" for each in range(number + 1))])
+            assert [change.path for change in store.diff(f"s{number}") if change.kind == "added"][-1:] != []
+            assert store.index.get(f"s{number}").id != id
+        assert [info.name for info in store.chain("k")] == ["k", "s3", "s2", "s1", "s0"]
+        assert store.usage("s3").inodes == 1
+        assert store.usage("k").inodes == 0
+        held.close()
+        (Path(store.driver.tree(id)) / "after").touch()
+        assert [change.path for change in store.diff("k") if change.type != "dir"] == [b"after"]
+        store.commit("k", "done")
+        assert store.check(content=True).problems == []
+
+
+def test_the_limit_counts_what_live_snapshots_hold(fs: HostFs) -> None:
+    place = fs.fresh("held")
+    target = place / "mnt"
+    target.mkdir()
+    with Store.open(place / "store", driver="btrfs", fsync=False) as store:
+        store.prepare("k", size="2M")
+        with store.mount("k", target):
+            (target / "first").write_bytes(b"x" * (1 << 20))
+            store.snapshot("k", "one")
+            (target / "second").write_bytes(b"x" * (512 << 10))
+            with pytest.raises(OSError) as caught:
+                (target / "third").write_bytes(b"x" * (1 << 20))
+            assert caught.value.errno == errno.ENOSPC
+            (target / "third").unlink(missing_ok=True)
+            assert store.usage("k").bytes == 512 << 10
+        with store.mount("k", target, mount_type="kernel"):
+            assert write_until_full(target / "third", 2 << 20) <= 512 << 10
+
+
+def test_a_mounted_key_is_not_rolled_back(fs: HostFs) -> None:
+    place = fs.fresh("back")
+    (place / "mnt").mkdir()
+    with Store.open(place / "store", driver="btrfs", fsync=False) as store:
+        store.prepare("k")
+        store.snapshot("k", "one")
+        for mount_type in ("kernel", "fuse"):
+            with (
+                store.mount("k", place / "mnt", mount_type=mount_type),
+                pytest.raises(FailedPrecondition, match="mounted at"),
+            ):
+                store.rollback("k", "one")
+        store.rollback("k", "one")
+
+
+LIVE_VERBS: dict[str, Callable[[Store], object]] = {
+    "snapshot": lambda store: store.snapshot("k", "new"),
+    "rollback": lambda store: store.rollback("k", "base"),
+}
+
+
+@pytest.mark.parametrize("verb", LIVE_VERBS)
+def test_a_killed_live_verb_leaves_the_state_before_or_after(verb: str, fs: HostFs) -> None:
+    killed = 0
+    for at in range(20):
+        root = fs.fresh("kill") / "store"
+        with Store.open(root, driver="btrfs", fsync=False) as store:
+            store.prepare("k")
+            (Path(store.driver.tree(store.index.get("k").id)) / "file").write_text("base")
+            store.commit("k", "base")
+            store.prepare("k", "base")
+            (Path(store.driver.tree(store.index.get("k").id)) / "file").write_text("later")
+        pid = os.fork()
+        if pid == 0:
+            passed = 0
+
+            def kill(name: str, at: int = at) -> None:
+                nonlocal passed
+                if passed == at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                passed += 1
+
+            with Store.open(root, fsync=False) as child:
+                faults.hook = kill
+                LIVE_VERBS[verb](child)
+            os._exit(0)
+        status = os.waitpid(pid, 0)[1]
+        with Store.open(root, fsync=False) as store:
+            file = Path(store.driver.tree(store.index.get("k").id)) / "file"
+            if verb == "snapshot":
+                assert file.read_text() == "later"
+                assert store.stat("k").parent == ("new" if store.exists("new") else "base")
+            else:
+                assert file.read_text() in ("base", "later")
+                assert store.stat("k").parent == "base"
+            store.gc()
+            assert store.check(content=True).problems == []
+            assert len(os.listdir(root / "layers")) == len(list(store.walk()))
+            assert not [name for name in os.listdir(root) if name.startswith(("new-", "rm-", "live-"))]
+            file.write_text("goes on")
+            store.commit("k", "done")
+            assert store.check(content=True).problems == []
+        if not os.WIFSIGNALED(status):
+            break
+        killed += 1
+    else:
+        pytest.fail("it never came to its end")
+    assert killed >= 4

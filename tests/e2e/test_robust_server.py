@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from support import bounded, command, deep, hostfs, mounts
 
+import cowfs
 from cowfs.row.file import RowFile
 from cowfs.sys import trees
 from cowfs.union import Options, View
@@ -337,32 +338,45 @@ def test_paths_of_a_deep_tree(space: Path) -> None:
 def test_a_deep_tree_goes_through_a_store(space: Path, driver: str) -> None:
     """Made through a mount, committed, compared, written out, mounted again and removed."""
 
-    def cowfs(*arguments: object) -> str:
+    def run(*arguments: object) -> str:
         done = command.run_module("cowfs", *arguments, timeout=300)
         assert done.returncode == 0, (arguments[:2], done.stderr[-300:])
         return done.stdout
 
     root, mnt = ("--root", space / "store"), space / "mnt"
     mnt.mkdir()
-    cowfs("init", *root, "--driver", driver)
+    run("init", *root, "--driver", driver)
     (space / "empty").mkdir()
     subprocess.run(["tar", "-cf", space / "a.tar", "-C", space / "empty", "."], check=True)
-    cowfs("import", *root, "--as", "rootfs", space / "a.tar", "base")
-    cowfs("prepare", *root, "k", "base")
-    cowfs("mount", *root, "--key", "k", mnt)
+    run("import", *root, "--as", "rootfs", space / "a.tar", "base")
+    run("prepare", *root, "k", "base")
+    run("mount", *root, "--key", "k", mnt)
     fd = deep.make_dirs(mnt, deep.chain(1_100))
     deep.put(fd, b"f", b"data")
     os.close(fd)
-    cowfs("umount", mnt)
-    assert cowfs("diff", *root, "base", "k").count("d/f") == 1
-    cowfs("commit", *root, "k", "top")
-    cowfs("check", *root, "--content")
-    cowfs("export", *root, "top", "--format", "layer", space / "layer.tar")
+    run("umount", mnt)
+    assert run("diff", *root, "base", "k").count("d/f") == 1
+    run("commit", *root, "k", "top")
+    run("check", *root, "--content")
+    run("export", *root, "top", "--format", "layer", space / "layer.tar")
     assert os.path.getsize(space / "layer.tar") > 1_100 * 512
-    cowfs("prepare", *root, "k2", "top")
-    cowfs("mount", *root, "--key", "k2", mnt)
+    run("prepare", *root, "k2", "top")
+    run("mount", *root, "--key", "k2", mnt)
     trees.remove_tree(str(mnt / "d"))
-    cowfs("umount", mnt)
-    cowfs("rm", *root, "k2")
-    cowfs("rm", *root, "top")
-    cowfs("gc", *root)
+    run("umount", mnt)
+    run("rm", *root, "k2")
+    run("rm", *root, "top")
+    run("gc", *root)
+
+
+def test_a_mount_right_after_its_server_was_killed(space: Path) -> None:
+    """A server that was killed listens until the kernel has closed its files; nobody is mounted there any more."""
+    (space / "lower").mkdir()
+    (space / "mnt").mkdir()
+    for number in range(20):
+        mount = cowfs.mount([space / "lower"], space / "mnt", upper=space / "upper")
+        for name in range(20):
+            (space / f"mnt/{name}").write_bytes(b"x" * number)
+        os.kill(mount.pid, signal.SIGKILL)
+        if number % 2:
+            cowfs.umount(space / "mnt")

@@ -44,7 +44,6 @@ class MemNode:
         self.xattrs: dict[bytes, bytes] = {}
         self.attr: bytes | None = None
         self.bare, self.wfd, self.where = 0, False, None
-        self.data = object()  # "elsewhere": each write asks :meth:`MemoryView.writable` first
 
 
 class MemStage:
@@ -57,6 +56,12 @@ class MemStage:
         self.cancelled = False
         self.error: OSError | None = None
         self.thread = 0
+
+    def fail(self, error: OSError) -> None:
+        self.error = error
+
+    def cancel(self) -> None:
+        self.cancelled = True
 
     def run(self) -> None:
         self.thread = threading.get_ident()
@@ -348,6 +353,9 @@ class MemoryView:
 
     def wait_for_forgets(self, on: bool) -> None:
         self.patient = on
+
+    def has_own_data(self, node: MemNode) -> bool:
+        return False  # each write asks writable() first
 
     def reader(self, node: MemNode, offset: int, length: int, *, streams: bool) -> None:
         return None

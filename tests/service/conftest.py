@@ -57,6 +57,24 @@ def daemon(make_daemon: Callable[..., Daemon], docker_command: str) -> Daemon:
     return make_daemon("-D").start()
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory, busybox: bytes) -> Iterator[Daemon]:
+    """One daemon for all tests of a module, with the image ``bb``, on a host that can run containers."""
+    pytest.importorskip("h11", reason="the extra cowfs[daemon] is not installed")
+    for name in ("docker", "runc"):
+        if shutil.which(name) is None:
+            pytest.skip(f"no {name} here (CI has it)")
+    if os.geteuid():
+        pytest.skip("containers need root here")
+    made = Daemon(tmp_path_factory.mktemp("s") / "d", "-D").start()
+    try:
+        made.docker("import", "-c", 'CMD ["sh"]', "-c", "ENV FROM=image", "-", "bb", input=busybox)
+        yield made
+    finally:
+        clean_up(made)
+    assert "Traceback" not in made.log, made.log
+
+
 @pytest.fixture(scope="session")
 def busybox() -> bytes:
     """A root file system's tar."""

@@ -256,3 +256,28 @@ def test_two_loads_of_one_image_at_once(daemon: Daemon) -> None:
     ]  # fmt: skip
     assert [each.wait() for each in processes] == [0] * 4
     assert names(daemon) == [SMALL]
+
+
+def test_sizes_follow_every_change_of_the_store(engine: Daemon) -> None:
+    """What is kept of the index is never older than the last commit, whoever made it; deep chains are counted once."""
+    for number in range(3):
+        engine.docker(
+            "run",
+            "--name",
+            "mk",
+            "bb" if not number else f"step:{number - 1}",
+            "sh",
+            "-c",
+            f"head -c 100000 /dev/zero > /f{number}",
+        )
+        engine.docker("commit", "mk", f"step:{number}")
+        engine.docker("rm", "mk")
+    engine.cowfs("tag", "by:command", "step:1")
+    found = {name: each for each in engine.request("GET", "/system/df")[1]["Images"] for name in each["RepoTags"]}
+    base, one, two = found["bb:latest"], found["step:1"], found["step:2"]
+    assert "by:command" in one["RepoTags"]
+    assert base["SharedSize"] == base["Size"] and one["SharedSize"] == one["Size"]  # another image stands on all of it
+    assert two["Size"] - two["SharedSize"] == two["Size"] - one["Size"] > 100_000
+    assert engine.request("GET", "/system/df")[1]["LayersSize"] == two["Size"]
+    engine.cowfs("rm", "step:2")
+    assert "step:2" not in engine.out("images", "--format", "{{.Repository}}:{{.Tag}}")

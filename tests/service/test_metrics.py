@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import time
 from collections.abc import Callable
 
 import pytest
@@ -69,7 +70,7 @@ def daemon_free_tools(engine: Daemon) -> None:
     assert engine.cowfs("limit", "one", "1G", "--size", "2G", check=False).returncode == 2
     assert engine.cowfs("limit", "nobody", "1G", check=False).returncode == 3
     events = engine.docker(
-        "events", "--since", "1", "--until", "0s", "--filter", "type=limit", "--filter", "type=mount"
+        "events", "--since", "1", "--until", f"{time.time():.6f}", "--filter", "type=limit", "--filter", "type=mount"
     ).stdout
     assert [line.split()[1:3] for line in events.splitlines()] == [["mount", "mount"], *[["limit", "changed"]] * 3]
 

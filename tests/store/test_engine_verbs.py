@@ -18,8 +18,8 @@ from support.command import environment, run_module
 from cowfs.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
 from cowfs.model import Kind
 from cowfs.store import Store
+from cowfs.store.kernel_mounts import mount_record
 from cowfs.store.layers import PLAIN
-from cowfs.store.mounts import mount_record
 from cowfs.sys import mounts as sys_mounts
 
 from .test_live import change, tree_of
@@ -342,7 +342,7 @@ def plain(space: Path) -> Iterator[Store]:
 def test_an_engines_record_may_be_extended_as_buildkit_does(plain: Store, space: Path) -> None:
     (record,) = plain.engine_mounts("k")
     assert record.type == "overlay"
-    assert not any(word.startswith(("redirect_dir", "metacopy")) for word in record.options)
+    assert not any(word.startswith("metacopy") for word in record.options)
     done = [
         "mount",
         "-t",
@@ -354,6 +354,9 @@ def test_an_engines_record_may_be_extended_as_buildkit_does(plain: Store, space:
     ]
     subprocess.run(done, check=True)
     os.chmod(space / "mnt/d/f", 0o600)
+    with pytest.raises(OSError) as error:
+        os.rename(space / "mnt/d", space / "mnt/e")
+    assert error.value.errno == errno.EXDEV, "the engine's word counts"
     subprocess.run(["umount", space / "mnt"], check=True)
     plain.commit("k", "v2")
     plain.view("look", "v2")
@@ -363,6 +366,22 @@ def test_an_engines_record_may_be_extended_as_buildkit_does(plain: Store, space:
     assert (space / "look/d/f").stat().st_mode & 0o777 == 0o600
     assert (space / "look/d/f").read_bytes() == b"base" * 1000
     sys_mounts.umount(str(space / "look"))
+
+
+def test_a_directory_of_a_lower_layer_is_renamed_in_an_engines_mount(plain: Store, space: Path) -> None:
+    """containerd's conformance suite does so."""
+    (record,) = plain.engine_mounts("k")
+    mount_record(record, str(space / "mnt"))
+    os.rename(space / "mnt/d", space / "mnt/e")
+    sys_mounts.umount(str(space / "mnt"))
+    plain.commit("k", "v2")
+    plain.prepare("k", "v2")
+    (record,) = plain.engine_mounts("k")
+    assert record.type == "overlay"
+    mount_record(record, str(space / "mnt"))
+    assert (space / "mnt/e/f").read_bytes() == b"base" * 1000
+    assert not (space / "mnt/d").exists()
+    sys_mounts.umount(str(space / "mnt"))
 
 
 @pytest.mark.parametrize("how", ["our server", "kernel", "records"])

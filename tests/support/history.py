@@ -211,7 +211,7 @@ class Machine:
         self.chain.append(name)
 
     def verb_snapshot(self, mounted: bool) -> None:
-        if self.whole:
+        if self.whole and not self.store.driver.capabilities.snapshots:
             return self.verb_commit()
         seen, name = self.compare(), self.fresh()
         with self.away(mounted):
@@ -247,8 +247,10 @@ class Machine:
 
     def verb_rollback(self, place: float, mounted: bool) -> None:
         name = self.pick(place, lambda name: name in self.chain)
-        if name is None or self.whole:
+        can = self.store.driver.capabilities
+        if name is None or (self.whole and not can.snapshots):
             return
+        mounted = mounted and can.live
         self.ours.close()
         self.theirs.close()
         with self.away(mounted):

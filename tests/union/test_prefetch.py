@@ -31,19 +31,19 @@ def test_the_second_wait_in_a_directory_asks_for_the_files_that_follow(view: Vie
     directory = view.lookup(view.root, b"d")
     ahead = ReadAhead()
     first, second = view.lookup(directory, b"f00"), view.lookup(directory, b"f30")
-    assert ahead.cold(view, first) == 0
-    assert ahead.cold(view, second) == 29  # f31 to f59
-    assert ahead.cold(view, first) == 0
-    assert ahead.cold(view, first) == FILES - 2 - 1  # a link, a pipe, and f30, which is a node already
+    assert ahead.cold(first) == 0
+    assert ahead.cold(second) == 29  # f31 to f59
+    assert ahead.cold(first) == 0
+    assert ahead.cold(first) == FILES - 2 - 1  # a link, a pipe, and f30, which is a node already
 
 
 def test_waits_in_different_directories_ask_for_nothing(view: View) -> None:
     directory = view.lookup(view.root, b"d")
     node = view.lookup(directory, b"f01")
     ahead = ReadAhead()
-    assert ahead.cold(view, node) == 0
-    assert ahead.cold(view, view.lookup(view.root, b"lone")) == 0
-    assert ahead.cold(view, node) == 0
+    assert ahead.cold(node) == 0
+    assert ahead.cold(view.lookup(view.root, b"lone")) == 0
+    assert ahead.cold(node) == 0
 
 
 def test_a_file_that_vanished_is_passed_over(view: View, tmp_path: Path) -> None:
@@ -51,5 +51,5 @@ def test_a_file_that_vanished_is_passed_over(view: View, tmp_path: Path) -> None
     node = view.lookup(directory, b"f57")
     (tmp_path / "top/d/f58").unlink()
     ahead = ReadAhead()
-    ahead.cold(view, node)
-    assert ahead.cold(view, node) == 1
+    ahead.cold(node)
+    assert ahead.cold(node) == 1

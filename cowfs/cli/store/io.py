@@ -50,6 +50,7 @@ def _configure_import(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "source",
+        nargs="?",
         metavar="SOURCE",
         help="OCI layout (directory or tar), docker-archive, root file system tar, directory; - is a pipe",
     )
@@ -58,12 +59,38 @@ def _configure_import(parser: argparse.ArgumentParser) -> None:
     add("--platform", metavar="OS/ARCH[/VARIANT]", help="likewise, by platform (default: this machine's)")
     add("--as", dest="form", choices=("image", "rootfs", "layer"),
         help="what SOURCE is, where looking at it does not tell; in a layer, names that begin with .wh. delete")  # fmt: skip
+    for name in ("aufs", "overlay2"):
+        add(f"--from-docker-{name}", metavar="DIR",
+            help=f"instead: all images of the Docker data directory DIR, whose driver is {name}")  # fmt: skip
     add("--label", action="append", default=[], metavar="K=V", help="label of the new snapshots; repeated")
     _add_bounds(parser)
     add_store(parser)
 
 
+def _import_host(args: argparse.Namespace, root: str, driver: str) -> int:
+    refused = [name for name in ("source", "name", "tag", "platform", "form") if getattr(args, name)]
+    if refused or (args.from_docker_aufs and args.from_docker_overlay2):
+        raise InvalidArgument(f"--from-docker-{driver} brings over all images", remedy="leave out what chooses one")
+    with open_store(args) as store, Bars() as bars:
+        tops, faults = store.import_docker_host(
+            root, driver, options=_bounds(args), labels=set_labels(args.label), progress=bars if bars.on else None,
+            told=lambda line: print(f"cowfs: note: {shown(line)}", file=sys.stderr),
+        )  # fmt: skip
+        tags = {top: [tag.name for tag in store.tags() if tag.target == top] for top in tops}
+    if args.json:
+        print_json([{"name": top, "tags": names} for top, names in tags.items()])
+    else:
+        for top, names in tags.items():
+            print(shown(" ".join([top, *names])))
+    return 1 if faults else 0
+
+
 def _import(args: argparse.Namespace) -> int:
+    for driver, root in (("aufs", args.from_docker_aufs), ("overlay2", args.from_docker_overlay2)):
+        if root is not None:
+            return _import_host(args, root, driver)
+    if args.source is None:
+        raise InvalidArgument("nothing to import is named", remedy="cowfs import SOURCE; - is a pipe")
     with open_store(args) as store, Bars() as bars:
         top = store.import_image(
             _source(args.source), args.name, tag=args.tag, platform=args.platform, form=args.form,
@@ -139,7 +166,7 @@ def _configure_export(parser: argparse.ArgumentParser) -> None:
         help="only the blocks that changed, for 'cowfs apply --blocks' in another store",
     )
     add("--base", metavar="NAME", help="with --blocks: against this snapshot (default: the parent)")
-    add_store(parser)
+    add_store(parser, template=False)
 
 
 def _export(args: argparse.Namespace) -> int:

@@ -23,11 +23,10 @@ from cowfs.fuse import abi, codec
 from cowfs.fuse.handlers.names import Adapter, Handler
 from cowfs.sys import files
 from cowfs.sys.host import CAP_FSETID, has_cap
-from cowfs.union.node import PLAIN
 from cowfs.union.prefetch import COLD_NS, ReadAhead
 
 if TYPE_CHECKING:
-    from cowfs.union import View
+    from cowfs.fuse.tree import Tree
 
 #: Reads from this size on are tried without waiting first, bytes.
 LARGE_READ: Final = 64 << 10
@@ -89,7 +88,7 @@ class Data(Adapter):
         "nowait",
     )
 
-    def __init__(self, view: View, host: Host, max_read: int) -> None:
+    def __init__(self, view: Tree, host: Host, max_read: int) -> None:
         super().__init__(view)
         self.host = host
         self.max_read = max_read
@@ -136,7 +135,7 @@ class Data(Adapter):
         start = _clock()
         got = self.view.pread(node, offset, room)
         if _clock() - start > COLD_NS:
-            self._ahead.cold(self.view, node)
+            self._ahead.cold(node)
         return _OK(16 + got, 0, unique), room[:got]
 
     def _large_read(self, unique: int, node: Any, offset: int, room: memoryview) -> codec.Reply | None:
@@ -231,8 +230,8 @@ class Data(Adapter):
         if size != n - 80:
             raise codec.invalid("write size")
         node = self.nodes.get(nodeid) or self.view.node(nodeid)
-        view, where = self.view, node.where
-        if node.data is PLAIN and (where is None or where.layer is view.upper):
+        view = self.view
+        if view.has_own_data(node):
             if node.wfd and node.bare and view.space is None and self.keeps_modes and not flags & _KILL:  # most are so
                 node.attr = None
                 done = _pwrite(node.fd, buf[80:n], offset)
@@ -272,7 +271,7 @@ class Data(Adapter):
         if id != node.id or end != offset:
             begun = offset
         end = offset + done
-        if end - begun >= EARLY and node.wfd and node.data is PLAIN and self.view.must_sync:
+        if end - begun >= EARLY and node.wfd and self.view.has_own_data(node) and self.view.must_sync:
             fd, start, begun = os.dup(node.fd), begun, end
 
             def job() -> None:

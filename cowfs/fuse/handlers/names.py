@@ -25,7 +25,8 @@ from cowfs.fuse import abi, caller, codec
 from cowfs.union.attr import decode_dev
 
 if TYPE_CHECKING:
-    from cowfs.union import View
+    from cowfs.fuse.handshake import Agreement
+    from cowfs.fuse.tree import Tree
 
 Handler = Callable[[memoryview, int, int, int], "codec.Reply | None"]
 
@@ -60,11 +61,15 @@ class Adapter:
 
     __slots__ = ("nodes", "setxattr_ext", "uncapped", "view")
 
-    def __init__(self, view: View) -> None:
+    def __init__(self, view: Tree) -> None:
         self.view = view
         self.nodes: dict[int, Any] = view.nodes
         self.setxattr_ext = True
         self.uncapped = (0, 0)  # (node id, process) whose file capabilities the kernel removed just now
+
+    def agree(self, agreement: Agreement) -> None:
+        """What was agreed on with the kernel."""
+        self.setxattr_ext = agreement.has("SETXATTR_EXT")
 
     def table(self) -> dict[int, Handler]:
         """Opcode -> handler."""

@@ -29,10 +29,9 @@ from cowfs.errors import Unsupported
 from cowfs.fuse import abi, codec, log
 from cowfs.fuse.handlers.data import Data, Host
 from cowfs.fuse.handlers.names import Handler
-from cowfs.union.node import PLAIN
 
 if TYPE_CHECKING:
-    from cowfs.union import View
+    from cowfs.fuse.tree import Tree
 
 _OPEN_REPLY = struct.Struct("<IiQQIi").pack
 
@@ -80,7 +79,7 @@ class Passthrough(Data):
 
     __slots__ = ("device", "opened", "refused")
 
-    def __init__(self, view: View, host: Host, max_read: int, fd: int) -> None:
+    def __init__(self, view: Tree, host: Host, max_read: int, fd: int) -> None:
         super().__init__(view, host, max_read)
         self.device = fd
         self.opened: dict[int, Opened] = {}
@@ -105,7 +104,7 @@ class Passthrough(Data):
 
     def _first_open(self, node: Any) -> Opened:
         view = self.view
-        if self.refused or not (view.readonly or (view.in_upper(node) and node.data is PLAIN)):
+        if self.refused or not (view.readonly or view.has_own_data(node)):
             return Opened(0, -1)
         try:
             fd = os.dup(view.data_fd(node, not view.readonly))

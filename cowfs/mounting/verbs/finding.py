@@ -34,6 +34,7 @@ _LATE: dict[str, Callable[[], None]] = {
     "restack": _restack,
     "rollback": _live,
     "statistics": _statistics,
+    "subvolume": _live,
     "sync": _live,
 }
 

@@ -21,11 +21,11 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from cowfs.errors import FailedPrecondition, NotFound
+from cowfs.errors import FailedPrecondition, InvalidArgument, NotFound
 from cowfs.fuse.loop import Session
 from cowfs.mounting.served import ServedMount
 from cowfs.mounting.verbs.table import verb
-from cowfs.sys import mounts
+from cowfs.sys import btrfs, mounts
 from cowfs.sys.files import syncfs
 from cowfs.union.quota import UNIT
 
@@ -49,6 +49,30 @@ def _freeze(server: ServedMount, arguments: dict[str, Any]) -> dict[str, Any]:
         server.view.freeze(arguments["upper"], arguments["work"])
 
     return {"stalled": _switch(server, arguments, switch)}
+
+
+@verb("subvolume")
+def _subvolume(server: ServedMount, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Take a snapshot of the upper layer's btrfs subvolume, while no request is answered.
+
+    Args:
+        source: the subvolume, which the upper directory is in.
+        directory, name: of the snapshot.
+    """
+    can_switch(server)
+    if not (server.stack.upper or "").startswith(os.path.realpath(arguments["source"]) + "/"):
+        raise InvalidArgument(f"{arguments['source']} does not hold the upper layer")
+    _write_back(server)
+    source = os.open(arguments["source"], os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        directory = os.open(arguments["directory"], os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            stalled = at_once(server, lambda: btrfs.snapshot(source, directory, os.fsencode(arguments["name"])))
+        finally:
+            os.close(directory)
+    finally:
+        os.close(source)
+    return {"stalled": stalled}
 
 
 @verb("sync")

@@ -13,6 +13,7 @@ from cowfs.model import Limit, parse_count, parse_size
 from cowfs.service.api.routing import Route, filters_of
 from cowfs.service.containers import cgroups
 from cowfs.service.containers.container import Container
+from cowfs.service.containers.pruning import prune
 from cowfs.service.containers.records import ContainerConfig, Update
 from cowfs.service.errors import ApiError
 from cowfs.service.events import when
@@ -46,7 +47,7 @@ def summary(service: Service, container: Container, *, size: bool) -> dict[str, 
         "Status": container.describe(),
         "HostConfig": {"NetworkMode": container.host["NetworkMode"]},
         "NetworkSettings": {"Networks": {}},
-        "Mounts": _mounts(container),
+        "Mounts": _mounts(service, container),
     }
     if size:
         own = service.containers.size(container)
@@ -58,10 +59,23 @@ def _quoted(word: str) -> str:
     return f"'{word}'" if re.search(r"\s", word) else word
 
 
-def _mounts(container: Container) -> list[dict[str, Any]]:
+def _mounts(service: Service, container: Container) -> list[dict[str, Any]]:
     from cowfs.service.containers.bundle import bind_mounts
 
-    return [
+    volumes = [
+        {
+            "Type": "volume",
+            "Name": each["name"],
+            "Source": service.volumes.path_of(each["name"]),
+            "Destination": each["target"],
+            "Driver": "local",
+            "Mode": "z",
+            "RW": not each["readonly"],
+            "Propagation": "",
+        }
+        for each in container.volumes
+    ]
+    return volumes + [
         {
             "Type": each["type"],
             "Source": each["source"] if each["type"] == "bind" else "",
@@ -110,12 +124,20 @@ def _wanted(service: Service, filters: Mapping[str, list[str]]) -> Callable[[Con
                 "ancestor", lambda value: ancestors.get(value) == container.image or container.image_name == value
             )
             and any_of("network", lambda value: container.host["NetworkMode"] == value)
-            and not any(name in filters for name in ("volume", "expose", "publish", "isolation"))
+            and any_of("health", lambda value: value == _health(container))
+            and any_of(
+                "volume", lambda value: any(value in (each["name"], each["target"]) for each in container.volumes)
+            )
+            and not any(name in filters for name in ("expose", "publish", "isolation"))
             and all(container.created < each for each in before)
             and all(container.created > each for each in since)
         )
 
     return wanted
+
+
+def _health(container: Container) -> str:
+    return container.health.status if container.health is not None and container.running else "none"
 
 
 def _exists(service: Service, image: str) -> bool:
@@ -146,7 +168,7 @@ def _inspect(service: Service, exchange: Exchange, name: str) -> Reply:
             "Status": container.status,
             "Running": container.running,
             "Paused": container.paused,
-            "Restarting": False,
+            "Restarting": container.restarting,
             "OOMKilled": bool(run.get("oom")),
             "Dead": False,
             "Pid": container.pid,
@@ -161,7 +183,7 @@ def _inspect(service: Service, exchange: Exchange, name: str) -> Reply:
         "HostsPath": os.path.join(container.folder, "hosts"),
         "LogPath": os.path.join(container.folder, "json.log"),
         "Name": f"/{container.name}",
-        "RestartCount": 0,
+        "RestartCount": container.restarts,
         "Driver": service.store.driver.name,
         "Platform": "linux",
         "MountLabel": "",
@@ -170,7 +192,7 @@ def _inspect(service: Service, exchange: Exchange, name: str) -> Reply:
         "ExecIDs": service.containers.execs.running_in(container),
         "HostConfig": _host(service, container),
         "GraphDriver": {"Name": service.store.driver.name, "Data": {"Snapshot": container.key}},
-        "Mounts": _mounts(container),
+        "Mounts": _mounts(service, container),
         "Config": {**container.config, "Hostname": container.hostname, "Image": container.image_name},
         "NetworkSettings": {
             "Bridge": "", "SandboxID": "", "SandboxKey": "", "Ports": {}, "Networks": {}, "IPAddress": "", "Gateway": "",
@@ -179,6 +201,8 @@ def _inspect(service: Service, exchange: Exchange, name: str) -> Reply:
             "SecondaryIPAddresses": None, "SecondaryIPv6Addresses": None,
         },
     }  # fmt: skip
+    if container.health is not None:
+        told["State"]["Health"] = container.health.described()
     if exchange.flag("size"):
         own = service.containers.size(container)
         told |= {"SizeRw": own, "SizeRootFs": own + service.images.sizes()[0].get(container.image, 0)}
@@ -188,7 +212,11 @@ def _inspect(service: Service, exchange: Exchange, name: str) -> Reply:
 def _host(service: Service, container: Container) -> dict[str, Any]:
     host = dict(container.host)
     host["LogConfig"] = {"Type": "json-file", "Config": (host.get("LogConfig") or {}).get("Config") or {}}
-    host["RestartPolicy"] = {"Name": "no", "MaximumRetryCount": 0}
+    policy = host.get("RestartPolicy") or {}
+    host["RestartPolicy"] = {
+        "Name": policy.get("Name") or "no",
+        "MaximumRetryCount": policy.get("MaximumRetryCount", 0),
+    }
     limit = service.store.limit(container.key)
     host["StorageOpt"] = options_of(host.get("StorageOpt") or {}, limit) or None
     host["MaskedPaths"], host["ReadonlyPaths"] = None, None
@@ -257,7 +285,8 @@ def _update(service: Service, exchange: Exchange, name: str) -> Reply:
 def _remove(service: Service, exchange: Exchange, name: str) -> Reply:
     if exchange.flag("link"):
         raise InvalidArgument("there are no links between containers")
-    service.containers.remove(service.containers.get(name), force=exchange.flag("force"))
+    container = service.containers.get(name)
+    service.containers.remove(container, force=exchange.flag("force"), volumes=exchange.flag("v"))
     return empty()
 
 
@@ -322,7 +351,7 @@ def _prune(service: Service, exchange: Exchange) -> Reply:
             and all(container.created < each for each in until)
         )
 
-    done, freed = service.containers.prune(fits)
+    done, freed = prune(service.containers, fits)
     return json_reply({"ContainersDeleted": done or None, "SpaceReclaimed": freed})
 
 

@@ -1,4 +1,4 @@
-"""``GET /system/df``: what images and containers hold, and how much of it could be had back; from records, without a walk."""
+"""``GET /system/df``: what images and containers hold, and how much of it could be had back; from records, without a walk; only volumes are walked."""
 
 from __future__ import annotations
 
@@ -30,7 +30,11 @@ def _df(service: Service, exchange: Exchange) -> Reply:
     if "container" in wanted:
         told["Containers"] = [summary(service, each, size=True) for each in service.containers.all()]
     if "volume" in wanted:
-        told["Volumes"] = []
+        used = [name for name, _ in service.containers.volume_users()]
+        told["Volumes"] = [
+            {**each.described(), "UsageData": {"Size": service.volumes.size(each), "RefCount": used.count(each.name)}}
+            for each in service.volumes.all()
+        ]
     if "build-cache" in wanted:
         told["BuildCache"] = []
     return json_reply(told)

@@ -101,7 +101,7 @@ class Table:
 
 _NOT_OFFERED = (
     ("/networks", "networks other than none and host"),
-    ("/volumes", "volumes; bind mounts are there: -v /host/path:/path"),
+    ("/volumes", "this verb of volumes"),
     ("/swarm", "swarm"),
     ("/nodes", "swarm"),
     ("/services", "swarm"),

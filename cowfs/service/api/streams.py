@@ -166,6 +166,7 @@ def _exec_resize(service: Service, exchange: Exchange, id: str) -> Reply:
 
 def _exec_inspect(service: Service, exchange: Exchange, id: str) -> Reply:
     made = service.containers.execs.get(id)
+    service.containers.execs.settle(made)
     config = made.config
     words = config.Cmd or [""]
     return json_reply(

@@ -12,6 +12,7 @@ from cowfs import __version__
 from cowfs.images.digests import platform_here
 from cowfs.service import events
 from cowfs.service.api.routing import MAX_VERSION, MIN_VERSION, Route, filters_of
+from cowfs.service.containers.bundle import init_program
 from cowfs.service.http import Exchange, Reply, json_reply, lines
 from cowfs.sys.files import fs_name
 
@@ -123,7 +124,7 @@ def _info(service: Service, exchange: Exchange) -> Reply:
             "Images": len(service.images.ids()),
             "Driver": store.driver.name,
             "DriverStatus": status,
-            "Plugins": {"Volume": [], "Network": ["host", "null"], "Authorization": None, "Log": ["json-file"]},
+            "Plugins": {"Volume": ["local"], "Network": ["host", "null"], "Authorization": None, "Log": ["json-file"]},
             "MemoryLimit": True,
             "SwapLimit": False,
             "CpuCfsPeriod": True,
@@ -179,7 +180,7 @@ def _info(service: Service, exchange: Exchange) -> Reply:
             },
             "LiveRestoreEnabled": True,
             "Isolation": "",
-            "InitBinary": "",
+            "InitBinary": os.path.basename(init_program()),
             "ContainerdCommit": {"ID": ""},
             "RuncCommit": {"ID": runtime[1] if runtime else ""},
             "InitCommit": {"ID": ""},
@@ -194,11 +195,7 @@ def _events(service: Service, exchange: Exchange) -> Reply:
     wanted = events.Wanted(filters_of(exchange, events.FILTERS))
     since = events.when(exchange.query.get("since", ""), "since")
     until = events.when(exchange.query.get("until", ""), "until")
-    return Reply(body=lines(events.follow(service.store, since, until, wanted)))
-
-
-def _no_volumes(service: Service, exchange: Exchange) -> Reply:
-    return json_reply({"Volumes": [], "Warnings": None})
+    return Reply(body=(b"".join(lines(some)) for some in events.follow(service.store, since, until, wanted)))
 
 
 def _no_networks(service: Service, exchange: Exchange) -> Reply:
@@ -214,7 +211,7 @@ def _no_networks(service: Service, exchange: Exchange) -> Reply:
 
 
 def _prune_nothing(service: Service, exchange: Exchange) -> Reply:
-    return json_reply({"VolumesDeleted": [], "NetworksDeleted": [], "CachesDeleted": [], "SpaceReclaimed": 0})
+    return json_reply({"NetworksDeleted": [], "CachesDeleted": [], "SpaceReclaimed": 0})
 
 
 ROUTES = (
@@ -222,9 +219,7 @@ ROUTES = (
     Route("GET", "/version", _version),
     Route("GET", "/info", _info),
     Route("GET", "/events", _events),
-    Route("GET", "/volumes", _no_volumes),
     Route("GET", "/networks", _no_networks),
-    Route("POST", "/volumes/prune", _prune_nothing),
     Route("POST", "/networks/prune", _prune_nothing),
     Route("POST", "/build/prune", _prune_nothing),
 )

@@ -5,20 +5,28 @@ Rule: what cannot be given is refused when the container is created, with a sent
 
 from __future__ import annotations
 
+import functools
 import os
+import shutil
 import signal
-from collections.abc import Mapping
+import struct
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from cowfs.errors import InvalidArgument
 from cowfs.service.containers.cgroups import PREFIX
+from cowfs.service.containers.health import check_of
 from cowfs.service.containers.records import ContainerConfig, ExecConfig, HostConfig
+from cowfs.service.containers.restarting import check_policy
 from cowfs.service.containers.users import User
 from cowfs.service.errors import ApiError, not_offered
 from cowfs.service.images import Image
 from cowfs.service.records import encode
 
-__all__ = ["check", "exec_process", "merge", "resources", "signal_number", "specification"]
+__all__ = ["check", "exec_process", "merge", "resources", "signal_number", "specification", "wanted_volumes"]
+
+INIT = "/dev/docker-init"
+"""Where a container finds its init process: on a file system that is made for it, so that its tree does not change."""
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -66,13 +74,11 @@ def check(config: ContainerConfig) -> None:
         (host.IpcMode not in ("", "host", "private", "shareable", "none"), "another container's IPC namespace"),
         (host.UTSMode not in ("", "host"), "another container's UTS namespace"),
         (host.UsernsMode not in ("", "host"), "user namespaces of containers"),
-        (host.RestartPolicy.Name not in ("", "no"), "restart policies"),
-        (bool(host.Init), "an init process of its own (--init)"),
-        (host.LogConfig.Type not in ("", "json-file"), f"the log driver {host.LogConfig.Type}"),
         (
-            bool(config.Healthcheck) and (config.Healthcheck or {}).get("Test") not in (None, [], ["NONE"]),
-            "health checks",
+            bool(host.Init) and not init_program(),
+            "an init process of its own (--init): this host has no static docker-init or tini",
         ),
+        (host.LogConfig.Type not in ("", "json-file"), f"the log driver {host.LogConfig.Type}"),
         (bool(host.CgroupParent), "another parent of control groups"),
     )
     for is_asked, what in refused:
@@ -86,7 +92,10 @@ def check(config: ContainerConfig) -> None:
         if each.Name not in RLIMITS:
             raise ApiError(400, f"invalid ulimit type: {each.Name}")
     _capabilities(host)
+    check_policy(host)
+    check_of({"Healthcheck": config.Healthcheck})
     bind_mounts(host)
+    wanted_volumes(host, config.Volumes or {})
     if config.StopSignal:
         signal_number(config.StopSignal)
     if host.Memory and host.Memory < 6 << 20:
@@ -108,17 +117,17 @@ def signal_number(text: str) -> int:
 
 
 def bind_mounts(host: HostConfig) -> list[dict[str, Any]]:
-    """The runtime's form of ``-v``, ``--mount`` and ``--tmpfs``, and of whether a source is made if missing (``make``).
+    """The runtime's form of ``-v``, ``--mount`` and ``--tmpfs``, and of whether a source is made if missing (``make``); without volumes.
 
     Raises:
-        ApiError: a volume, or what cannot be read.
+        ApiError: what cannot be read.
     """
     found: list[dict[str, Any]] = []
     for text in host.Binds or ():
         source, _, rest = text.partition(":")
         target, _, mode = rest.partition(":")
         if not source.startswith("/"):
-            raise not_offered(f"volumes ({source}); name a directory of the host: -v /host/path:/path")
+            continue  # a volume
         found.append(_bind(source, target, [word for word in mode.split(",") if word], make=True))
     for each in host.Mounts or ():
         if each.Type == "bind":
@@ -130,11 +139,57 @@ def bind_mounts(host: HostConfig) -> list[dict[str, Any]]:
             words = [f"size={options['SizeBytes']}"] if options.get("SizeBytes") else []
             words += [f"mode={options['Mode']:o}"] if options.get("Mode") else []
             found.append(_tmpfs(each.Target, words + (["ro"] if each.ReadOnly else [])))
-        else:
+        elif each.Type != "volume":
             raise not_offered(f"mounts of type {each.Type}")
     for target, words_text in (host.Tmpfs or {}).items():
         found.append(_tmpfs(target, [word for word in words_text.split(",") if word]))
     return found
+
+
+def wanted_volumes(host: HostConfig, plain: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The volumes that are asked for: ``name`` ("" for one without a name), ``target``, ``readonly``, ``copy`` and ``labels``.
+
+    Args:
+        plain: targets that get a volume unless something else is mounted there: of ``-v /path``, and of the image's VOLUME.
+
+    Raises:
+        ApiError: what cannot be read.
+    """
+    found: list[dict[str, Any]] = []
+    for text in host.Binds or ():
+        name, colon, rest = text.partition(":")
+        target, _, mode = rest.partition(":")
+        if name.startswith("/"):
+            continue
+        if not colon:
+            raise ApiError(400, f"invalid volume specification: '{text}'")
+        words = [word for word in mode.split(",") if word]
+        for word in words:
+            if word not in ("ro", "rw", "z", "Z", "nocopy", *_PROPAGATIONS):
+                raise ApiError(400, f"invalid mode: {word}")
+        found.append(_volume(name, target, readonly="ro" in words, copy="nocopy" not in words))
+    for each in host.Mounts or ():
+        if each.Type == "volume":
+            options = each.VolumeOptions or {}
+            driver = options.get("DriverConfig") or {}
+            if driver.get("Options") or driver.get("Name") not in (None, "", "local"):
+                raise not_offered("volume drivers and their options")
+            if options.get("Subpath"):
+                raise not_offered("a part of a volume (volume-subpath)")
+            labels = options.get("Labels") or {}
+            copy = not options.get("NoCopy")
+            found.append(_volume(each.Source, each.Target, readonly=each.ReadOnly, copy=copy, labels=labels))
+    taken = {os.path.normpath(each["target"]) for each in found}
+    taken |= {os.path.normpath(each["destination"]) for each in bind_mounts(host)}
+    found += [_volume("", target) for target in sorted(plain) if os.path.normpath(target) not in taken]
+    return found
+
+
+def _volume(
+    name: str, target: str, *, readonly: bool = False, copy: bool = True, labels: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    _check_target(target)
+    return {"name": name, "target": target, "readonly": readonly, "copy": copy, "labels": dict(labels or {})}
 
 
 _PROPAGATIONS = ("rprivate", "private", "rshared", "shared", "rslave", "slave")
@@ -219,9 +274,39 @@ def merge(config: ContainerConfig, image: Image) -> dict[str, Any]:
     made["Labels"] = {**image.labels, **(config.Labels or {})}
     for key in ("User", "WorkingDir", "StopSignal"):
         made[key] = made[key] or base.get(key) or ""
-    made["Volumes"] = made["Volumes"] or base.get("Volumes")
+    made["Healthcheck"] = _health(made["Healthcheck"], base.get("Healthcheck"))
+    volumes = {**(base.get("Volumes") or {}), **(made["Volumes"] or {})}
+    made["Volumes"] = volumes or None
     made["ExposedPorts"] = made["ExposedPorts"] or base.get("ExposedPorts")
     return made
+
+
+def _health(asked: Mapping[str, Any] | None, base: Any) -> dict[str, Any] | None:
+    """The check of request and image: what the request does not say is the image's."""
+    if not isinstance(base, dict) or (asked and asked.get("Test") == ["NONE"]):
+        return dict(asked) if asked else None
+    return {**base, **{key: value for key, value in (asked or {}).items() if value}}
+
+
+def init_program() -> str:
+    """A program that collects orphans and passes signals on, and needs nothing of a container's tree; "" where there is none."""
+    for name in ("docker-init", "tini-static", "tini"):
+        found = shutil.which(name)
+        if found and _is_static(found):
+            return found
+    return ""
+
+
+@functools.cache
+def _is_static(path: str) -> bool:
+    """Whether an ELF program needs no loader: it has no PT_INTERP header (elf(5))."""
+    with open(path, "rb") as file:
+        head = file.read(65536)
+    if head[:6] != b"\x7fELF\x02\x01":
+        return False
+    (start,) = struct.unpack_from("<Q", head, 32)
+    size, count = struct.unpack_from("<HH", head, 54)
+    return all(struct.unpack_from("<I", head, start + size * at)[0] != 3 for at in range(count))
 
 
 def environment(config: Mapping[str, Any], hostname: str, home: str) -> list[str]:
@@ -270,6 +355,7 @@ def specification(
     raw_host: Mapping[str, Any],
     user: User,
     files: Mapping[str, str],
+    volumes: Iterable[Mapping[str, Any]],
     hostname: str,
 ) -> dict[str, Any]:
     """The document that the runtime reads.
@@ -278,12 +364,13 @@ def specification(
         rootfs: where the container's tree is mounted.
         config: merged of request and image. raw_host: ``host`` as it was sent.
         files: target in the container -> file of the host, bound over it (hosts, hostname, resolv.conf).
+        volumes: further mounts, in the runtime's form.
     """
     capabilities = _capabilities(host)
     process: dict[str, Any] = {
         "terminal": bool(config.get("Tty")),
         "user": {"uid": user.uid, "gid": user.gid, "additionalGids": list(user.groups)},
-        "args": arguments_of(config),
+        "args": [*([INIT, "--"] if host.Init else []), *arguments_of(config)],
         "env": environment(config, hostname, user.home),
         "cwd": config.get("WorkingDir") or "/",
         "capabilities": {
@@ -306,7 +393,7 @@ def specification(
         "ociVersion": "1.0.2",
         "process": process,
         "root": {"path": rootfs, "readonly": host.ReadonlyRootfs},
-        "mounts": _mounts(host, files),
+        "mounts": _mounts(host, files, volumes),
         "linux": {
             "cgroupsPath": f"{PREFIX}/{id}",
             "namespaces": _namespaces(host),
@@ -336,7 +423,7 @@ def _namespaces(host: HostConfig) -> list[dict[str, str]]:
     return [{"type": each} for each in found]
 
 
-def _mounts(host: HostConfig, files: Mapping[str, str]) -> list[dict[str, Any]]:
+def _mounts(host: HostConfig, files: Mapping[str, str], volumes: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     system_mode = "rw" if host.Privileged else "ro"
     plain: list[tuple[str, str, str, list[str]]] = [
         ("/proc", "proc", "proc", ["nosuid", "noexec", "nodev"]),
@@ -355,6 +442,9 @@ def _mounts(host: HostConfig, files: Mapping[str, str]) -> list[dict[str, Any]]:
         for target, kind, source, options in plain
     ]
     mine = [{key: value for key, value in each.items() if key != "make"} for each in bind_mounts(host)]
+    mine += map(dict, volumes)
+    if host.Init:
+        made.append({"destination": INIT, "type": "bind", "source": init_program(), "options": ["bind", "ro"]})
     taken = {each["destination"] for each in mine}
     for target, source in files.items():
         if target not in taken:

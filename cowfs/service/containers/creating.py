@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from cowfs.errors import AlreadyExists
+from cowfs.service.containers import bundle
 from cowfs.service.containers.container import Container
 from cowfs.service.containers.furnishing import furnish
 from cowfs.service.containers.records import ContainerConfig
@@ -20,10 +21,13 @@ from cowfs.service.records import encode
 if TYPE_CHECKING:
     from cowfs.service.daemon import Service
 
-__all__ = ["LABEL", "Maker"]
+__all__ = ["LABEL", "OWNER", "Maker"]
 
 LABEL = "cowfs.service.container"
 """Label of a container's snapshot: its id."""
+
+OWNER = "cowfs.service.container"
+"""Label of a volume without a name: the container that it was made for."""
 
 INIT_LABEL = "cowfs.service.init"
 
@@ -67,6 +71,7 @@ class Maker:
             config=merged,
             host=host,
             durable=self._store.driver.fsync,
+            volumes=self._volumes(id, merged, config),
         )
         parent = self._init_of(image)
         self._store.prepare(
@@ -80,6 +85,15 @@ class Maker:
             self._store.remove(made.key)
             raise
         return made
+
+    def _volumes(self, id: str, merged: Mapping[str, Any], config: ContainerConfig) -> list[dict[str, Any]]:
+        """The volumes of a new container, made where they are not there; one that is made without a name has the container's label."""
+        found = []
+        for wanted in bundle.wanted_volumes(config.HostConfig, merged["Volumes"] or {}):
+            labels = {**wanted.pop("labels"), **({} if wanted["name"] else {OWNER: id})}
+            made = self._service.volumes.create(wanted["name"], labels=labels)
+            found.append({**wanted, "name": made.name, "own": not wanted["name"]})
+        return found
 
     def _init_of(self, image: Image) -> str:
         """The snapshot between an image and its containers: what every container has, so that no container's changes show it."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from cowfs.errors import Unsupported
 from cowfs.service.containers import bundle, users
@@ -76,8 +78,11 @@ def _read(path: str) -> str:
         return ""
 
 
-def write_bundle(container: Container) -> None:
+def write_bundle(container: Container, volumes: Iterable[Mapping[str, Any]]) -> None:
     """Write what the runtime reads of a container whose tree is mounted; missing sources of ``-v`` are made.
+
+    Args:
+        volumes: mounts of volumes, in the runtime's form.
 
     Raises:
         InvalidArgument: no such user in it. ApiError: a source of ``--mount`` is missing.
@@ -110,6 +115,7 @@ def write_bundle(container: Container) -> None:
         raw_host=container.host,
         user=user,
         files=placed,
+        volumes=volumes,
         hostname=container.hostname,
     )
     write_file(os.path.join(container.bundle, "config.json"), json.dumps(spec).encode(), durable=False)

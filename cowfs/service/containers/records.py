@@ -17,6 +17,7 @@ class Mount:
     Target: str = ""
     ReadOnly: bool = False
     BindOptions: dict[str, Any] | None = None
+    VolumeOptions: dict[str, Any] | None = None
     TmpfsOptions: dict[str, Any] | None = None
 
 

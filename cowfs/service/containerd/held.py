@@ -1,0 +1,136 @@
+"""Mounts that the service holds, for an engine to bind: those of snapshots that the kernel does not mount.
+
+Strategy. A snapshot with a limit is mounted once, by a server of its own as any mount of cowfs, in a directory of the service,
+and the engine is told to bind it. So it starts in milliseconds, a second user (a diff of a running container) gets the same file system, and the
+server outlives a restart of the service. The service and the engine must be in one mount namespace.
+
+The directory ``RUN/held/ID`` is named after the layer. It goes, whatever the engine does meanwhile:
+
+* when the snapshot is committed or removed: off the tree at once; what the engine has bound goes on until it unmounts that;
+* when nothing but this directory has shown the mount for two looks, :data:`PAUSE` seconds apart, and nobody asked for it since: a
+  stopped container has no server. The next :meth:`Held.mount` makes it anew. A bind of a directory that is gone fails with ENOENT, so nobody
+  writes past the limit.
+
+Threads: :meth:`Held.mount` and :meth:`Held.release` may be called from any; :meth:`Held.look` from one.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import Counter
+
+from cowfs.errors import CowfsError, FailedPrecondition, NotFound
+from cowfs.mounting import client, protocol
+from cowfs.store import Store
+from cowfs.sys.mounts import MNT_DETACH, mountinfo, umount
+
+__all__ = ["PAUSE", "Held"]
+
+_TURNS = 64
+PAUSE = 60.0
+"""Seconds between two looks for mounts that nobody uses."""
+
+
+class Held:
+    """The held mounts of a service.
+
+    Args:
+        directory: where they are; made here.
+    """
+
+    def __init__(self, store: Store, directory: str) -> None:
+        self._store = store
+        self.directory = directory
+        os.makedirs(directory, mode=0o700, exist_ok=True)
+        self._turns = [threading.Lock() for _ in range(_TURNS)]  # one at a time for each id; two ids may share one
+        self._lock = threading.Lock()
+        self._asked: set[str] = set()  # guarded by _lock: ids asked for since the last look
+        self._idle: set[str] = set()  # only in look: ids that nobody used at the last one
+
+    def _turn(self, id: str) -> threading.Lock:
+        return self._turns[hash(id) % _TURNS]
+
+    def place(self, id: str) -> str:
+        """Where the mount of a layer is held."""
+        return os.path.join(self.directory, id)
+
+    def mount(self, key: str) -> str:
+        """A directory that shows a snapshot, mounted now or before.
+
+        Raises:
+            NotFound: no such key.
+            FailedPrecondition: it is mounted where this process cannot see it.
+        """
+        id = self._store.index.get(key).id
+        place = self.place(id)
+        with self._turn(id):
+            with self._lock:
+                self._asked.add(id)
+            where = self._store.mounted_at(key)
+            if where is not None:
+                return self._seen(key, where)
+            os.makedirs(place, mode=0o700, exist_ok=True)
+            try:
+                self._store.mount(key, place)
+            except BaseException:
+                self._drop(place)
+                raise
+            return place
+
+    def _seen(self, key: str, where: str) -> str:
+        """A place where a mounted snapshot can be seen: its mount point, or a bind of it."""
+        if os.path.ismount(where):
+            return where
+        device = protocol.device_of(self._store.handle(key).socket)
+        for entry in mountinfo():
+            if entry.dev == device and entry.root == b"/":
+                return os.fsdecode(entry.target)
+        raise FailedPrecondition(
+            f"{key!r} is mounted in another mount namespace, at {where}", remedy="run cowfs serve in that of the engine"
+        )
+
+    def release(self, id: str) -> None:
+        """Take a held mount off the tree; whoever has bound it keeps it. One that is not there is fine."""
+        if os.path.lexists(self.place(id)):
+            with self._turn(id):
+                self._detach(self.place(id))
+
+    def _detach(self, place: str) -> None:
+        try:
+            client.umount(place, lazy=True)
+        except NotFound:
+            pass
+        except CowfsError:
+            umount(place, MNT_DETACH)  # its server hangs, or is gone
+        self._drop(place)
+
+    @staticmethod
+    def _drop(place: str) -> None:
+        try:
+            os.rmdir(place)
+        except OSError:
+            pass  # still mounted, or gone
+
+    def look(self) -> list[str]:
+        """Unmount what only its directory has shown at this look and the one before; the ids."""
+        with self._lock:
+            asked, self._asked = self._asked, set()
+        uses: Counter[str] = Counter()
+        held: dict[str, str] = {}
+        inside = os.fsencode(self.directory) + b"/"
+        for entry in mountinfo():
+            uses[entry.dev] += 1
+            if entry.target.startswith(inside):
+                held[os.fsdecode(entry.target[len(inside) :])] = entry.dev
+        idle = {id for id, device in held.items() if uses[device] == 1 and id not in asked}
+        ended = []
+        for id in sorted(idle & self._idle):
+            with self._turn(id):
+                with self._lock:
+                    wanted = id in self._asked
+                if not wanted:
+                    self._detach(self.place(id))
+                    ended.append(id)
+        self._idle = idle.difference(ended)
+        return ended

@@ -1,0 +1,104 @@
+"""Live snapshots where the driver copies a layer at one instant (``Capabilities.snapshots``): nobody switches to anything.
+
+The key goes on in its own layer, mounted or not; the copy becomes the committed snapshot beneath it. One transaction gives the
+record of what was the key to the copy, makes a new record for the key, and names the copy's directory, as ``prepare`` does for
+a new layer. So a kill leaves the state before, and a directory that the next sweep deletes, or the state after.
+
+The limit of the key counts what was written since prepare: its base stays.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+from cowfs.index.database import Row
+from cowfs.index.transaction import Committed
+from cowfs.model import Kind, Usage
+from cowfs.store import layers
+from cowfs.store.checking import UpkeepVerbs
+from cowfs.store.names import new_id
+from cowfs.store.staging import staged
+from cowfs.sys.faults import point
+
+__all__ = ["InstantVerbs"]
+
+
+class InstantVerbs(UpkeepVerbs):
+    """Live snapshots of layers that the driver copies."""
+
+    def _snapshot_at_once(self, row: Row, name: str, labels: Mapping[str, str], server: dict[str, Any] | None) -> None:
+        """Make what an active snapshot holds now a committed one.
+
+        Args:
+            server: what the server says that has it mounted; None where the kernel or nobody has.
+
+        Raises:
+            NameTaken, FailedPrecondition, OSError: nothing has changed.
+        """
+        driver, index = self.driver, self.index
+        parent = index.by_num(row.parent) if row.parent is not None else None
+        with ExitStack() as held:
+            ask = None
+            if server is not None:
+                from cowfs.mounting import protocol
+
+                ask = partial(protocol.ask, server["socket"], timeout=600.0)
+            elif layers.kernel_mount_of(driver.tree(row.id)) is None:
+                held.enter_context(layers.hold(driver, row, "snapshot"))
+            copy = held.enter_context(staged(driver, new_id()))
+            point("create.made")
+            driver.snapshot(row.id, copy.staged, ask)
+            point("create.filled")
+            digests = f"{driver.directory(row.id)}/{layers.KEPT}"
+            if os.path.exists(digests):  # by inode and ctime, which are the same in the copy
+                shutil.copyfile(digests, f"{driver.directory(copy.staged)}/{layers.KEPT}")
+            scanned = self._scan_at(
+                copy.staged, row.num, parent, layers.KeptDigests.load(driver, copy.staged), self._copied(row)
+            )
+            if scanned.held is not None:
+                driver.note(copy.staged, scanned.held, scanned.sums or ())
+            point("create.synced")
+            beneath = None if parent is None else (parent.num, parent.depth)
+            now = Committed(usage=scanned.usage, root=scanned.root, records=scanned.pending.new)
+            with index.write() as change:
+                self._active(row.name, row.num)
+                self._free(name)
+                config, limit = index.config_of(row.num), index.by_num(row.num).limit
+                change.stand_on(row.num, beneath, base=row.base, shares_limit=row.shares_limit, id=copy.id)
+                change.commit_active(row.num, name, labels, now)
+                change.add_snapshot(
+                    id=row.id,
+                    name=row.name,
+                    kind=Kind.ACTIVE,
+                    parent=(row.num, row.depth),
+                    labels=row.labels,
+                    limit=limit,
+                    base=row.base,
+                    shares_limit=True,
+                    created=row.created,
+                    config=config,
+                )
+                point("create.recorded")
+                copy.publish()
+                point("create.renamed")
+        point("create.committed")
+
+    def _base_at_once(self, row: Row, ancestor: Row) -> tuple[Usage, bool]:
+        """The base of a key that is made anew of an ancestor, and whether they share a limit.
+
+        What was copied at prepare, of a snapshot of the key's own; else all that the ancestor holds.
+        """
+        under = row
+        for num, _ in self.index.chain(row.parent):
+            if not under.shares_limit:
+                break
+            one = self.index.by_num(num)
+            if num == ancestor.num:
+                return row.base, True
+            under = one
+        return self.driver.held(ancestor.id), False

@@ -1,0 +1,212 @@
+"""One ``cowfs serve --containerd``, a gRPC client of it, and real containerd with ctr."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from . import images
+from .daemon import busybox_tar, wait_for
+
+
+class Snapshotter:
+    """A snapshotter process, and its verbs through gRPC.
+
+    Attributes:
+        base: its directory. root: the store. socket: where it listens. log: what it told.
+    """
+
+    def __init__(self, base: Path, *arguments: str) -> None:
+        self.base = base
+        self.arguments = arguments
+        self.root = base / "store"
+        self.run_dir = base / "run"
+        self.socket = base / "s.sock"
+        self.log_file = base / "log"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def log(self) -> str:
+        return self.log_file.read_text(errors="replace") if self.log_file.exists() else ""
+
+    def start(self) -> Snapshotter:
+        """Start it, and wait until it listens."""
+        self.base.mkdir(exist_ok=True)
+        already = len(self.log)
+        command = [
+            sys.executable, "-m", "cowfs", "serve", "--root", str(self.root), "--run-dir", str(self.run_dir),
+            "--containerd", f"unix://{self.socket}", "-D", *self.arguments,
+        ]  # fmt: skip
+        with open(self.log_file, "ab") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log)
+        process = self.process
+        wait_for(lambda: "listening on" in self.log[already:] or process.poll() is not None, "the snapshotter")
+        assert process.poll() is None, self.log
+        return self
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """End it; its exit status."""
+        process, self.process = self.process, None
+        if process is None:
+            return 0
+        process.send_signal(number)
+        return process.wait(60)
+
+    def call(self, name: str, /, **fields: Any) -> Any:
+        """One call; the answer, of List all infos. Raises grpc.RpcError."""
+        import grpc
+
+        from cowfs.service.containerd.messages import METHODS, SERVICE, message
+
+        request, answer = (message(each) for each in METHODS[name])
+        with grpc.insecure_channel(f"unix:{self.socket}") as channel:
+            make = channel.unary_stream if name == "List" else channel.unary_unary
+            method = make(
+                f"/{SERVICE}/{name}",
+                request_serializer=request.SerializeToString,
+                response_deserializer=answer.FromString,
+            )
+            told = method(request(**fields), timeout=120, wait_for_ready=True)
+            return [info for part in told for info in part.info] if name == "List" else told
+
+    def code(self, name: str, /, **fields: Any) -> str:
+        """The status code of a call: OK, NOT_FOUND..."""
+        import grpc
+
+        try:
+            self.call(name, **fields)
+        except grpc.RpcError as error:
+            return str(error.code().name)
+        return "OK"
+
+    def names(self, *filters: str) -> list[str]:
+        return [info.name for info in self.call("List", filters=filters)]
+
+    def clean_up(self) -> None:
+        """End it and everything it left, for the next test."""
+        self.stop(signal.SIGKILL)
+        unmount_below(self.base)
+        assert "Traceback" not in self.log, self.log
+
+
+def mount_records(records: Iterable[Any], target: Path) -> None:
+    """Do what containerd does with mounts: mount(8) of each."""
+    for record in records:
+        options = [each for each in record.options if each != "rbind"]
+        if record.type == "bind":
+            subprocess.run(["mount", "--rbind", record.source, target], check=True)
+            if "ro" in options:
+                subprocess.run(["mount", "-o", "remount,bind,ro", target], check=True)
+        else:
+            subprocess.run(["mount", "-t", record.type, record.source, target, "-o", ",".join(options)], check=True)
+
+
+def unmount_below(base: Path) -> None:
+    """Unmount everything below a directory."""
+    for _ in range(3):
+        with open("/proc/self/mounts", encoding="utf-8") as file:
+            targets = [line.split()[1].encode().decode("unicode_escape") for line in file]
+        for target in reversed([each for each in targets if each.startswith(f"{base}/")]):
+            subprocess.run(["umount", "-l", target], check=False, capture_output=True)
+
+
+CONFIG = """\
+version = 2
+root = "{base}/root"
+state = "{base}/state"
+disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.internal.v1.opt"]
+[grpc]
+  address = "{base}/c.sock"
+[proxy_plugins.cowfs]
+  type = "snapshot"
+  address = "{snapshotter}"
+"""
+
+
+class Containerd:
+    """Real containerd with the snapshotter ``cowfs``, and ctr as its client."""
+
+    def __init__(self, base: Path, snapshotter: Snapshotter) -> None:
+        self.base = base
+        self.snapshotter = snapshotter
+        self.log_file = base / "log"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> Containerd:
+        self.base.mkdir(exist_ok=True)
+        config = self.base / "config.toml"
+        config.write_text(CONFIG.format(base=self.base, snapshotter=self.snapshotter.socket))
+        with open(self.log_file, "ab") as log:
+            self.process = subprocess.Popen(["containerd", "-c", config], stdout=log, stderr=log)
+        wait_for(lambda: self.ctr("version", check=False).returncode == 0, "containerd")
+        return self
+
+    def stop(self, number: int = signal.SIGTERM) -> None:
+        process, self.process = self.process, None
+        if process is not None:
+            process.send_signal(number)
+            process.wait(60)
+
+    def ctr(
+        self, *arguments: object, check: bool = True, namespace: str = "default", **more: Any
+    ) -> subprocess.CompletedProcess[str]:
+        command = ["ctr", "-a", str(self.base / "c.sock"), "-n", namespace, *map(str, arguments)]
+        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300, **more)
+        log = self.log_file.read_text()[-3000:] if self.log_file.exists() else ""
+        assert not check or done.returncode == 0, (
+            f"{command}: {done.stdout}{done.stderr}\n{log}\n{self.snapshotter.log[-3000:]}"
+        )
+        return done
+
+    def run(
+        self, name: str, *command: str, options: Iterable[str] = (), **more: Any
+    ) -> subprocess.CompletedProcess[str]:
+        """``ctr run --rm``; cgroups of this container alone, no network."""
+        words = ["run", "--rm", "--snapshotter", "cowfs", *options, "docker.io/library/bb:1", name, *command]
+        return self.ctr(*words, **more)
+
+    def clean_up(self) -> None:
+        """End it, its containers and its mounts."""
+        if self.process is not None:
+            with suppress(AssertionError, subprocess.TimeoutExpired):
+                for namespace in self.ctr("namespaces", "ls", "-q").stdout.split():
+                    for task in self.ctr("tasks", "ls", "-q", namespace=namespace).stdout.split():
+                        self.ctr("tasks", "rm", "-f", task, namespace=namespace, check=False)
+        self.stop(signal.SIGKILL)
+        unmount_below(self.base)
+        shutil.rmtree(self.base, ignore_errors=True)
+
+
+def image_of_busybox(more: bytes | None = None) -> bytes:
+    """docker save's archive of docker.io/library/bb:1: busybox, and one more layer."""
+    layers = [busybox_tar()] + ([more] if more is not None else [])
+    fields = {"config": {"Cmd": ["sh"], "Env": ["PATH=/bin"]}}
+    return images.docker((layers, ["docker.io/library/bb:1"], images.config(layers, **fields)))
+
+
+def check(root: Path) -> list[str]:
+    """What ``cowfs check`` says of a store that nobody serves."""
+    done = subprocess.run(
+        [sys.executable, "-m", "cowfs", "check", "--root", root, "--json"], check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return list(json.loads(done.stdout).get("problems", []))
+
+
+def needs_containerd() -> None:
+    """Skip where the real thing is not there."""
+    for program in ("containerd", "ctr", "runc"):
+        if shutil.which(program) is None:
+            pytest.skip(f"no {program} here (Debian: containerd, runc; CI has them)")
+    if os.geteuid():
+        pytest.skip("containerd needs root")
