@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,30 +33,6 @@ PAIRS = {
     "xfs": [("vfs", "row")],
     "ext4": [("row", "overlay")],
 }  # fmt: skip
-
-
-@pytest.fixture(
-    params=[(fs, old, new) for fs, pairs in PAIRS.items() for old, new in pairs], ids=lambda one: "-".join(one)
-)
-def move(request: pytest.FixtureRequest) -> tuple[str, str, str]:
-    found: tuple[str, str, str] = request.param
-    return found
-
-
-@pytest.fixture
-def place(
-    move: tuple[str, str, str], tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
-) -> Iterator[Path]:
-    from conftest import _opened  # type: ignore[import-not-found]
-    from support import hostfs
-
-    if move[0] not in _opened:
-        base = tmp_path_factory.mktemp(f"host-{move[0]}")
-        base.chmod(0o755)
-        _opened[move[0]] = hostfs.open_fs(move[0], base)
-    fs: HostFs = _opened[move[0]]
-    yield fs.fresh("migrate")
-    fs.clear()
 
 
 def edit(rng: random.Random, tree: Path) -> None:
@@ -176,11 +151,12 @@ def archives(store: Store) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("how", ["place", "target"])
-def test_the_store_is_the_same(
-    move: tuple[str, str, str], how: str, place: Path, request: pytest.FixtureRequest
-) -> None:
-    _, old, new = move
-    rng = random.Random(f"{request.config.getoption('--seed')} {move} {how}")
+@pytest.mark.parametrize(
+    ("fs", "old", "new"), [(fs, old, new) for fs, pairs in PAIRS.items() for old, new in pairs], indirect=["fs"]
+)
+def test_the_store_is_the_same(fs: HostFs, old: str, new: str, how: str, request: pytest.FixtureRequest) -> None:
+    rng = random.Random(f"{request.config.getoption('--seed')} {fs.name} {old} {new} {how}")
+    place = fs.fresh("migrate")
     mnt = place / "mnt"
     mnt.mkdir()
     with Store.open(place / "store", driver=old, fsync=False) as store:
