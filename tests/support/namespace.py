@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import tempfile
 
 CLONE_NEWNS = 0x00020000
 MS_RDONLY, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 32, 4096, 16384, 1 << 18
@@ -57,15 +58,23 @@ def bind(source: str, target: str) -> None:
 
 
 def _make_private() -> None:
-    """Nothing propagates from or to this namespace."""
+    """Nothing propagates from or to this namespace; "/" is a mount point, also in a chroot (runc asks for that)."""
     try:
         mount("none", "/", None, MS_REC | MS_PRIVATE)
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
-        for target in reversed(mount_points()):  # in a chroot "/" is no mount point: what can be seen, one by one
+        here, root = os.getcwd(), tempfile.mkdtemp(prefix="cowfs-root-")
+        for target in reversed(
+            mount_points()
+        ):  # what can be seen, one by one: nothing that follows leaves this namespace
             with contextlib.suppress(OSError):
                 mount("none", target, None, MS_PRIVATE)
+        mount("/", root, None, MS_BIND | MS_REC)
+        mount("none", root, None, MS_REC | MS_PRIVATE)
+        os.chroot(root)
+        os.chdir(here)
+        os.rmdir(root)  # the empty directory, seen through the new root
 
 
 def enter() -> None:
