@@ -12,7 +12,6 @@ import contextlib
 import ctypes
 import errno
 import os
-import tempfile
 
 CLONE_NEWNS = 0x00020000
 MS_RDONLY, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 32, 4096, 16384, 1 << 18
@@ -64,17 +63,16 @@ def _make_private() -> None:
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
-        here, root = os.getcwd(), tempfile.mkdtemp(prefix="cowfs-root-")
+        here = os.getcwd()
         for target in reversed(
             mount_points()
         ):  # what can be seen, one by one: nothing that follows leaves this namespace
             with contextlib.suppress(OSError):
                 mount("none", target, None, MS_PRIVATE)
-        mount("/", root, None, MS_BIND | MS_REC)
-        mount("none", root, None, MS_REC | MS_PRIVATE)
-        os.chroot(root)
+        mount("/", RUN, None, MS_BIND | MS_REC)
+        mount("none", RUN, None, MS_REC | MS_PRIVATE)
+        os.chroot(RUN)
         os.chdir(here)
-        os.rmdir(root)  # the empty directory, seen through the new root
 
 
 def enter() -> None:
@@ -90,8 +88,8 @@ def enter() -> None:
         why_not = f"unshare(CLONE_NEWNS): {os.strerror(ctypes.get_errno())}"
         return
     try:
-        _make_private()
         os.makedirs(RUN, mode=0o755, exist_ok=True)
+        _make_private()
         mount("tmpfs", RUN, "tmpfs", 0, "mode=755,size=16m")  # control sockets of our servers only
     except OSError as error:
         why_not = str(error)
