@@ -106,6 +106,12 @@ def _store_compact() -> Commands:
     return compact.COMMANDS
 
 
+def _store_house() -> Commands:
+    from cowfs.cli.store import house
+
+    return house.COMMANDS
+
+
 def _store_keep() -> Commands:
     from cowfs.cli.store import keep
 
@@ -144,6 +150,7 @@ VERBS: dict[str, Verb] = {
     "mounts": Verb(_show, "what is mounted: layers, upper, use and limit, process", _MOUNTS),
     "diff": Verb(_show, "what an upper layer adds, changes and deletes", _MOUNTS),
     "usage": Verb(_show, "bytes and inodes that an upper layer holds", _MOUNTS),
+    "logs": Verb(_store_house, "what the server of a mount wrote", _MOUNTS),
     "limit": Verb(_mount, "show or change the limit of a mount or a snapshot, mounted or not", _MOUNTS),
     "import": Verb(_store_io, "bring an image or a tree into the store", _SNAPSHOTS),
     "pull": Verb(_registry, "bring an image from a registry into the store", _SNAPSHOTS),
@@ -164,6 +171,8 @@ VERBS: dict[str, Verb] = {
     "stat": Verb(_store_look, "all about one snapshot", _SNAPSHOTS),
     "label": Verb(_store_snapshots, "set and remove labels", _SNAPSHOTS),
     "tag": Verb(_store_snapshots, "give a snapshot a tag", _SNAPSHOTS),
+    "rename": Verb(_store_house, "give a key, name or tag another one", _SNAPSHOTS),
+    "copy": Verb(_store_house, "copy snapshots to another store", _SNAPSHOTS),
     "images": Verb(_store_look, "list tags with layers and size", _SNAPSHOTS),
     "apply": Verb(_store_io, "unpack a layer archive into a snapshot", _SNAPSHOTS),
     "export": Verb(_store_io, "write a snapshot out as image, tree or layer", _SNAPSHOTS),
@@ -176,6 +185,8 @@ VERBS: dict[str, Verb] = {
     "df": Verb(_store_keep, "what the store holds", _STORE),
     "check": Verb(_store_keep, "verify the store, and repair it", _STORE),
     "gc": Verb(_store_keep, "delete what nothing records", _STORE),
+    "prune": Verb(_store_house, "remove snapshots that nothing needs", _STORE),
+    "doctor": Verb(_store_house, "what this host and user can do, and how to get the rest", _STORE),
     "serve": Verb(_service, "serve the store to Docker's clients", _SERVICE),
     "tls": Verb(_service, "certificates to try the TLS door with", _SERVICE),
     "stats": Verb(_stats, "what mounts and containers use, and what their servers do", _SERVICE),

@@ -317,6 +317,12 @@ class Index:
         """Committed snapshots with this chain id on this parent (None: on nothing), the oldest first."""
         return list(self._rows("s.chain_id = ? AND s.parent IS ? AND s.damage IS NULL", (chain_id, parent)))
 
+    def beginning(self, text: str) -> list[Row]:
+        """Two snapshots at most whose names begin so."""
+        if not _is_text(text):
+            return []
+        return list(self._rows("s.name >= ? AND s.name < ?", (text, text[:-1] + chr(ord(text[-1]) + 1)), page=512))[:2]
+
     def find_num(self, num: int) -> Row | None:
         """The snapshot with this number."""
         return next(self._rows("s.num = ?", (num,)), None)
@@ -444,6 +450,14 @@ class Index:
             deleted += len(now)
         point("gc.committed")
         return deleted
+
+    def unreached(self) -> int:
+        """How many records :meth:`sweep` would delete now."""
+        marked: set[bytes] = set()
+        with self.read():
+            self._mark(marked)
+            every = self._connection().execute("SELECT digest FROM records")
+            return sum(digest not in marked for (digest,) in every)
 
     def _mark(self, marked: set[bytes]) -> None:
         """Add the digests of all records that a snapshot's tree reaches."""

@@ -154,6 +154,19 @@ class Transaction:
             raise NameTaken(name) from None
         self.record_event("snapshot", "commit", name, {"key": key, "bytes": str(committed.usage.bytes)})
 
+    def rename(self, num: int, name: str) -> None:
+        """Give a snapshot another key or name.
+
+        Raises:
+            NameTaken: another snapshot has it.
+        """
+        old = self._name_of(num)
+        try:
+            self._set(num, {"name": name, "updated": time.time_ns()})
+        except sqlite3.IntegrityError:
+            raise NameTaken(name) from None
+        self.record_event("snapshot", "rename", name, {"from": old})
+
     def set_labels(self, num: int, labels: Mapping[str, str], updated: int) -> None:
         """Replace the labels of a snapshot."""
         self._set(num, {"labels": _labels(labels), "updated": updated})

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from cowfs.images.dockerhost import DockerHost
     from cowfs.store.content import IndexedTree
 
-__all__ = ["ImageVerbs"]
+__all__ = ["ImageVerbs", "present"]
 
 
 class ImageVerbs(ExportVerbs):
@@ -247,14 +247,14 @@ class ImageVerbs(ExportVerbs):
             return None, 0
         top: Row | None = None
         for count, (layer, chain_id) in enumerate(zip(image.layers, image.chain, strict=True)):
-            row = _there(self, top, chain_id, layer.diff_id, owners)
+            row = present(self, top, chain_id, layer.diff_id, owners)
             if row is None:
                 return top, count
             top = row
         return top, len(image.layers)
 
 
-def _there(store: ImageVerbs, parent: Row | None, chain_id: str, diff_id: str | None, owners: str) -> Row | None:
+def present(store: ImageVerbs, parent: Row | None, chain_id: str, diff_id: str | None, owners: str) -> Row | None:
     """A snapshot that is this layer, by this policy of owners, and has it on the disk.
 
     After a squash others may still have its chain id.
@@ -406,7 +406,7 @@ class _Import:
 
     def _there_already(self, parent: Row | None, name: str, chain_id: str | None, diff_id: str | None) -> Row | None:
         if chain_id is not None:
-            return _there(self._store, parent, chain_id, diff_id, self._options.owners)
+            return present(self._store, parent, chain_id, diff_id, self._options.owners)
         row = self._store.index.find(name)
         return row if row is not None and row.kind is Kind.COMMITTED and row.parent is None else None
 

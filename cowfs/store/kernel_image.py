@@ -31,7 +31,7 @@ from cowfs.store import kernel_blocks
 from cowfs.store.kernel_blocks import Place
 from cowfs.sys import atomic, mounts as sys_mounts
 
-__all__ = ["FOLDER", "build", "check", "path_of", "sweep"]
+__all__ = ["FOLDER", "build", "check", "path_of", "sweep", "unused"]
 
 FOLDER = "images-erofs"
 _FORMAT = b"2"  # of the name: another one when what is put into images changes
@@ -265,17 +265,23 @@ def how(driver: Driver) -> str:
     return "overlayfs over an EROFS image of the metadata"
 
 
-def sweep(driver: Driver, index: Index) -> list[str]:
-    """Remove images that no snapshot has; their paths, relative to the store."""
+def unused(driver: Driver, index: Index) -> list[str]:
+    """Images that no snapshot has: their paths, relative to the store."""
     try:
         names = os.listdir(f"{driver.root}/{FOLDER}")
     except FileNotFoundError:
         return []
-    gone = []
+    found = []
     for name in names:
-        path = f"{driver.root}/{FOLDER}/{name}"
         row = index.find_id(name.partition("-")[0])
-        if row is None or row.root is None or path_of(driver, index, row) != path:
-            os.unlink(path)
-            gone.append(f"{FOLDER}/{name}")
+        if row is None or row.root is None or path_of(driver, index, row) != f"{driver.root}/{FOLDER}/{name}":
+            found.append(f"{FOLDER}/{name}")
+    return found
+
+
+def sweep(driver: Driver, index: Index) -> list[str]:
+    """Remove images that no snapshot has; their paths, relative to the store."""
+    gone = unused(driver, index)
+    for path in gone:
+        os.unlink(f"{driver.root}/{path}")
     return gone

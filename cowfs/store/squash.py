@@ -71,8 +71,12 @@ class SquashVerbs(LiveVerbs):
     """squash."""
 
     @names_full
-    def squash(self, name: str) -> Info:
+    def squash(self, name: str, *, dry_run: bool = False) -> Info:
         """Merge a committed snapshot into its only child, and remove it; mounts above it go on.
+
+        Args:
+            name: a committed snapshot, or a tag.
+            dry_run: change nothing: only look whether it can be done.
 
         Returns:
             The child.
@@ -85,6 +89,11 @@ class SquashVerbs(LiveVerbs):
         """
         if self.driver.capabilities.whole:
             raise Unsupported(f"the driver {self.driver.name} keeps whole trees: nothing to squash", remedy="cowfs rm")
+        if dry_run:
+            row, child = self._pair(name)
+            above = [child, *self._above(child)]
+            with self._holding([one for one in above if one.kind is not Kind.COMMITTED], self._served(above)):
+                return child.info()
         for _ in range(_TRIES):
             row, child = self._pair(name)
             above = self._above(child)
@@ -372,7 +381,11 @@ class SquashVerbs(LiveVerbs):
         return os.path.join(self.root, f"{SQUASH}{id}.json")
 
     def recover(self) -> None:
-        """Finish, or take back, what killed processes left half done. Called by :meth:`open` and :meth:`gc`."""
+        """Finish, or take back, what killed processes left half done. Called by :meth:`open` and :meth:`gc`.
+
+        Raises:
+            OSError: a file of the store cannot be read or changed.
+        """
         super().recover()
         if self.index.refused:
             return

@@ -40,7 +40,7 @@ from cowfs.sys.faults import point
 from cowfs.sys.mounts import mountinfo
 from cowfs.sys.regular import read_small
 
-__all__ = ["Staged", "discard", "finish", "orphans", "read_note", "staged", "sweep"]
+__all__ = ["Staged", "discard", "finish", "leftovers", "orphans", "read_note", "staged", "sweep"]
 
 NEW, RM = "new-", "rm-"
 SQUASH = "squash-"
@@ -200,6 +200,23 @@ def orphans(driver: Driver, index: Index) -> list[str]:
     with index.read() if index.refused else index.write():
         known = index.ids() | spared(driver.root)
         return sorted(id for id in os.listdir(f"{driver.root}/layers") if id not in known)
+
+
+def leftovers(driver: Driver, index: Index) -> list[str]:
+    """What a sweep of everything would delete outside of ``layers``, right now: paths relative to the store. Nothing is changed."""
+    found = []
+    known = index.ids()
+    for name in os.listdir(driver.root):
+        if not name.startswith((NEW, RM)):
+            continue
+        fd = _lock(f"{driver.root}/{name}")
+        if fd is None:
+            continue
+        os.close(fd)
+        id = name.removeprefix(NEW).removeprefix(RM)
+        if id not in known and not (name.startswith(RM) and _in_use(driver, id)):
+            found.append(name)
+    return found
 
 
 def sweep(driver: Driver, index: Index, *, everything: bool = False) -> list[str]:

@@ -172,7 +172,14 @@ def _check(args: argparse.Namespace) -> int:
     return 0 if not report.damage and not quarantined else 7
 
 
+def _configure_gc(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-n", "--dry-run", action="store_true", help="delete nothing, and show what would go")
+    add_store(parser)
+
+
 def _gc(args: argparse.Namespace) -> int:
+    if args.dry_run:
+        return _garbage(args)
     with open_store(args, create=False) as store:
         done = store.gc()
     if args.json:
@@ -181,6 +188,18 @@ def _gc(args: argparse.Namespace) -> int:
         for name in done.directories:
             print(f"deleted {shown(name)}")
         print(f"{len(done.directories)} directories, {done.records:,} records")
+    return 0
+
+
+def _garbage(args: argparse.Namespace) -> int:
+    with open_store(args, create=False) as store:
+        paths, records = store.garbage()
+    if args.json:
+        print_json({"directories": paths, "records": records, "dry_run": True}, args.json)
+        return 0
+    for path in paths:
+        print(f"would delete {shown(path)}")
+    print(f"{len(paths)} directories, {records:,} records")
     return 0
 
 
@@ -194,6 +213,6 @@ COMMANDS = {
         _configure_check, _check, "Verify records, directories and, with --content, files. Exits with 7 on damage.",
         ("cowfs check", "cowfs check --content", "cowfs check --repair"),
     ),
-    "gc": Command(_configure_init, _gc, "Delete directories and tree records that nothing records. Never a snapshot.",
+    "gc": Command(_configure_gc, _gc, "Delete directories and tree records that nothing records. Never a snapshot.",
                   ("cowfs gc",)),
 }  # fmt: skip

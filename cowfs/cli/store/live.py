@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cowfs.cli import Command
-from cowfs.cli.output import print_json
+from cowfs.cli.output import print_json, shown
 from cowfs.cli.store.args import add_store, check_new, info_as_json, open_store, set_labels
 from cowfs.cli.store.snapshots import mount_as_json
 
@@ -52,12 +52,18 @@ def _rollback(args: argparse.Namespace) -> int:
 
 def _configure_squash(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", help="a committed snapshot with exactly one child, and no tag")
+    parser.add_argument(
+        "-n", "--dry-run", action="store_true", help="merge nothing, and show the child that it would be merged into"
+    )
     add_store(parser)
 
 
 def _squash(args: argparse.Namespace) -> int:
     with open_store(args, create=False) as store:
-        return _print_info(store.squash(args.name), as_json=args.json)
+        info = store.squash(args.name, dry_run=args.dry_run)
+    if args.dry_run and not args.json:
+        print(shown(info.name))
+    return _print_info(info, as_json=args.json)
 
 
 def _configure_fork(parser: argparse.ArgumentParser) -> None:

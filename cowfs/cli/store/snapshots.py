@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from cowfs.cli import Command
 from cowfs.cli.output import print_json, shown
 from cowfs.cli.store.args import add_store, check_new, info_as_json, label_pairs, open_store, set_labels
+from cowfs.errors import InvalidArgument
 
 if TYPE_CHECKING:
     import argparse
@@ -107,6 +108,7 @@ def _configure_rm(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("names", nargs="+", metavar="KEY", help="a key, a name, or a tag (then only the tag goes)")
     add("--chain", action="store_true", help="also the ancestors that then have neither tag nor child")
+    add("-n", "--dry-run", action="store_true", help="remove nothing, and show what would go")
     add_store(parser)
 
 
@@ -114,7 +116,7 @@ def _rm(args: argparse.Namespace) -> int:
     removed = []
     with open_store(args, create=False) as store:
         for name in args.names:
-            removed += store.remove(name, chain=args.chain)
+            removed += (store.removable if args.dry_run else store.remove)(name, chain=args.chain)
     if args.json:
         print_json(removed, args.json)
     else:
@@ -141,12 +143,20 @@ def _label(args: argparse.Namespace) -> int:
 def _configure_tag(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("tag", metavar="TAG", help="the name it gets, once more")
-    add("target", metavar="NAME", help="a committed snapshot, or a tag")
+    add("target", nargs="?", metavar="NAME", help="a committed snapshot, or a tag")
+    add("-d", "--delete", action="store_true", help="drop TAG; its snapshot stays")
     add_store(parser)
 
 
 def _tag(args: argparse.Namespace) -> int:
+    if args.delete == (args.target is not None):
+        raise InvalidArgument(
+            "TAG and NAME are needed, or with -d TAG alone", remedy="cowfs tag TAG NAME, or cowfs tag -d TAG"
+        )
     with open_store(args, create=False) as store:
+        if args.delete:
+            store.untag(args.tag)
+            return 0
         tag = store.tag(args.tag, args.target)
     if args.json:
         print_json({"name": tag.name, "target": tag.target}, args.json)
@@ -182,7 +192,7 @@ COMMANDS = {
         _configure_rm,
         _rm,
         "Remove snapshots that have no children, or drop tags; print the snapshots removed.",
-        ("cowfs rm work", "cowfs rm debian:12 --chain"),
+        ("cowfs rm work", "cowfs rm debian:12 --chain", "cowfs rm debian:12 --chain --dry-run"),
     ),
     "label": Command(
         _configure_label,
@@ -190,5 +200,10 @@ COMMANDS = {
         "Set or remove labels of a snapshot.",
         ("cowfs label base team=storage", "cowfs label base team-"),
     ),
-    "tag": Command(_configure_tag, _tag, "Give a committed snapshot a tag.", ("cowfs tag app:latest app-v2",)),
+    "tag": Command(
+        _configure_tag,
+        _tag,
+        "Give a committed snapshot a tag.",
+        ("cowfs tag app:latest app-v2", "cowfs tag -d app:latest"),
+    ),
 }
