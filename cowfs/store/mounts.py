@@ -8,10 +8,10 @@ mountinfo.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from types import EllipsisType
+from types import EllipsisType, MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from cowfs.driver.plan import MountPlan
@@ -19,6 +19,7 @@ from cowfs.errors import CowfsError, FailedPrecondition, InvalidArgument, NotFou
 from cowfs.format.mount_options import split_layers, unescape
 from cowfs.index.database import Row
 from cowfs.model import SMALLEST_LIMIT, Kind, Limit, Mount, Usage, parse_count, parse_size
+from cowfs.mounting import kernel
 from cowfs.mounting.kernel import KernelMount
 from cowfs.store import limit_loop
 from cowfs.store.layers import hold, is_locked, kernel_mount_of, kernel_mounts_of
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from cowfs.mounting.notice import Notice
     from cowfs.mounting.request import MountSpec
     from cowfs.union.paths import Paths
+
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 __all__ = ["KernelMount", "MountVerbs", "mount_record"]
 
@@ -76,9 +79,11 @@ class MountVerbs(LookVerbs):
         if readonly:
             more["readonly"] = True
         with self.layers_stay(key):
-            return self._mount(key, where, self.served_by(key, mount_type, limit_engine), more)
+            return self._mount(key, where, self.served_by(key, mount_type, limit_engine, more), more)
 
-    def served_by(self, key: str, mount_type: str | None, engine: str | None) -> str | None:
+    def served_by(
+        self, key: str, mount_type: str | None, engine: str | None, more: Mapping[str, Any] = NOTHING
+    ) -> str | None:
         """The mount type, ``fuse`` or ``kernel``, of a mount that is asked for with a type, a limit engine, or both.
 
         Raises:
@@ -92,7 +97,7 @@ class MountVerbs(LookVerbs):
         if engine == "auto":
             if mount_type is not None:
                 return mount_type
-            return "fuse" if self.why_not_kernel(key) else "kernel"
+            return "fuse" if kernel.why_not(more) or self.why_not_kernel(key) else "kernel"
         wanted = "kernel" if ENGINES[engine].kernel else "fuse"
         if mount_type not in (None, wanted):
             raise InvalidArgument(
@@ -136,11 +141,20 @@ class MountVerbs(LookVerbs):
 
         if mount_type == "kernel":
             row = self._keyed(key)
-            if "readonly" in more and row.kind is not Kind.VIEW:
+            why = kernel.why_not(more)
+            if why:
+                raise Unsupported(f"no mount of the kernel: {why}", remedy="leave out one of the two")
+            options = kernel.words_of(more.get("options", ()))
+            if (more.get("readonly") or "ro" in options) and row.kind is not Kind.VIEW:
                 raise Unsupported(
                     "the kernel mounts an active snapshot for writing only", remedy="leave out --mount-type"
                 )
             self._mount_kernel(row, where)
+            try:
+                kernel.add_flags(where, options)
+            except OSError:
+                KernelMount(where).unmount()
+                raise
             self._told("mount", key, where)
             return KernelMount(where)
         spec = self.spec(key, where, **more)

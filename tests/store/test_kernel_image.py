@@ -12,6 +12,7 @@ from support import trees
 
 from cowfs.errors import Corrupt, FailedPrecondition, NotFound, Unsupported
 from cowfs.mounting import client
+from cowfs.mounting.kernel import KernelMount
 from cowfs.store import Store, kernel_image
 from cowfs.sys.mounts import mountinfo
 
@@ -266,3 +267,32 @@ def test_where_images_cannot_be_the_reason_is_told(
             with other.mount("key", place(store, "kernel"), mount_type="kernel"):
                 assert os.path.ismount(place(store, "kernel"))
     assert "EROFS image" in store.describe()["kernel mounts"]
+
+
+def test_options_of_a_mount_are_kept_or_refused(store: Store) -> None:
+    """nodev and the like hold in a mount of the kernel; what only a server does is no mount of the kernel."""
+    store.prepare("key")
+    store.commit("key", "base")
+    store.prepare("key", "base")
+    store.view("view", "base")
+    top = place(store, "kernel")
+    with store.mount("key", top, mount_type="kernel", options="nodev,nosuid,noexec"):
+        flags = os.statvfs(top).f_flag
+        assert flags & os.ST_NODEV
+        assert flags & os.ST_NOSUID
+        assert flags & os.ST_NOEXEC
+        (top / "f").touch()
+    with store.mount("view", top, mount_type="kernel", options=["ro"]):
+        assert os.statvfs(top).f_flag & os.ST_RDONLY
+    for more in (
+        {"volatile": True},
+        {"uid_map": ((0, 1, 1),)},
+        {"io": "passthrough"},
+        {"options": "noatime"},
+        {"options": "ro"},
+    ):
+        with pytest.raises(Unsupported):
+            store.mount("key", top, mount_type="kernel", **more)
+        assert not os.path.ismount(top)
+    with store.mount("key", top, limit_engine="auto", uid_map=((0, 1000, 10),)) as handle:
+        assert not isinstance(handle, KernelMount)
