@@ -190,7 +190,8 @@ class Driver(ABC):
             whole=self.whole,
             live=not self.whole,
             reflink=self.whole and _can_reflink(self.root),
-            kernel_mount=host.has_cap(host.CAP_SYS_ADMIN) and not (self.row and mounts.why_no_images(self.root)),
+            kernel_mount=host.has_cap(host.CAP_SYS_ADMIN)
+            and not (self.row and mounts.why_no_images(self.root, devices=True)),
             row=self.row,
         )
 

@@ -257,7 +257,7 @@ def how(driver: Driver) -> str:
         return "a bind of the layer: each is a whole tree"
     if not driver.form.redirects:
         return "none: the layers are of the form for ordinary users"
-    why = sys_mounts.why_no_images(driver.root)
+    why = sys_mounts.why_no_images(driver.root, devices=bool(driver.capabilities.row))
     if why:
         return f"none: {why}" if driver.capabilities.row else f"overlayfs over all layers: {why}"
     if driver.capabilities.row:

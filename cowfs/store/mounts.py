@@ -25,7 +25,7 @@ from cowfs.store import limit_loop
 from cowfs.store.layers import hold, is_locked, kernel_mount_of, kernel_mounts_of
 from cowfs.store.limit_loop import ENGINES, LOOP
 from cowfs.store.queries import LookVerbs
-from cowfs.sys import mounts as sys_mounts
+from cowfs.sys import loop, mounts as sys_mounts
 
 if TYPE_CHECKING:
     from cowfs.mounting.client import MountHandle
@@ -119,7 +119,7 @@ class MountVerbs(LookVerbs):
             )
         if not plan.why_not_kernel:
             return ""
-        return plan.why_not_image or sys_mounts.why_no_images(self.root)
+        return plan.why_not_image or sys_mounts.why_no_images(self.root, devices=bool(plan.row))
 
     def _needs_engine(self, row: Row) -> bool:
         """Whether a kernel mount of a snapshot needs an engine to be kept to a limit."""
@@ -215,7 +215,7 @@ class MountVerbs(LookVerbs):
             raise Unsupported("no image: nothing is beneath it, or its layers are not deltas of the trusted form")
         path = kernel_image.build(self.driver, self.index, self.index.by_num(row.parent))
         with kernel_blocks.opened_devices(path, f"{self.root}/layers") as devices:
-            root = sys_mounts.image_mount(path, devices)
+            root = loop.image_mount(path, devices)
         try:
             sys_mounts.overlay_mount(
                 where,

@@ -173,8 +173,12 @@ def tmpfs_mount(size: int | None, inodes: int | None) -> int:
         os.close(fd)
 
 
-def why_no_images(place: str) -> str:
-    """Why the kernel mounts no EROFS images from files below ``place``; "" where nothing speaks against it."""
+def why_no_images(place: str, *, devices: bool = False) -> str:
+    """Why the kernel mounts no EROFS images from files below ``place``; "" where nothing speaks against it.
+
+    Args:
+        devices: images with devices (:func:`cowfs.sys.loop.image_mount`).
+    """
     from cowfs.sys.files import fs_name
 
     with open("/proc/filesystems", encoding="ascii") as file:
@@ -186,8 +190,13 @@ def why_no_images(place: str) -> str:
         host = fs_name(fd)
     finally:
         os.close(fd)
-    if host in ("tmpfs", "overlay", "fuse"):
+    if host == "fuse" or (devices and host in ("tmpfs", "overlay")):
         return f"images cannot be mounted from files of {host}"
+    if host in ("tmpfs", "overlay"):  # nor there, but through a loop device
+        from cowfs.sys import loop
+
+        why = loop.why_not()
+        return f"images cannot be mounted from files of {host}, and {why}" if why else ""
     return ""
 
 
