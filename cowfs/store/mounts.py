@@ -119,7 +119,7 @@ class MountVerbs(LookVerbs):
             )
         if not plan.why_not_kernel:
             return ""
-        return plan.why_not_image or sys_mounts.why_no_images(self.root, devices=bool(plan.row))
+        return plan.why_not_image or loop.why_no_images(self.root, devices=bool(plan.row))
 
     def _needs_engine(self, row: Row) -> bool:
         """Whether a kernel mount of a snapshot needs an engine to be kept to a limit."""

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from cowfs.sys import mounts
 from cowfs.sys._libc import syscall
+from cowfs.sys.files import fs_name
 from cowfs.sys.mounts import _FSCONFIG, _FSMOUNT, _FSOPEN
 
 __all__ = [
@@ -210,3 +211,26 @@ def image_mount(image: str, devices: Sequence[str]) -> int:
         return mounts.image_mount(path)
     finally:
         os.close(fd)
+
+
+def why_no_images(place: str, *, devices: bool = False) -> str:
+    """Why the kernel mounts no EROFS images from files below ``place``; "" where nothing speaks against it.
+
+    Args:
+        devices: images with devices (:func:`image_mount`).
+    """
+    with open("/proc/filesystems", encoding="ascii") as file:
+        known = {line.split()[-1] for line in file}
+    if "erofs" not in known:
+        return "this kernel has no EROFS (modprobe erofs)"
+    fd = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        host = fs_name(fd)
+    finally:
+        os.close(fd)
+    if host == "fuse" or (devices and host in ("tmpfs", "overlay")):
+        return f"images cannot be mounted from files of {host}"
+    if host in ("tmpfs", "overlay"):  # nor there, but through a loop device
+        why = why_not()
+        return f"images cannot be mounted from files of {host}, and {why}" if why else ""
+    return ""

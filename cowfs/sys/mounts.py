@@ -173,33 +173,6 @@ def tmpfs_mount(size: int | None, inodes: int | None) -> int:
         os.close(fd)
 
 
-def why_no_images(place: str, *, devices: bool = False) -> str:
-    """Why the kernel mounts no EROFS images from files below ``place``; "" where nothing speaks against it.
-
-    Args:
-        devices: images with devices (:func:`cowfs.sys.loop.image_mount`).
-    """
-    from cowfs.sys.files import fs_name
-
-    with open("/proc/filesystems", encoding="ascii") as file:
-        known = {line.split()[-1] for line in file}
-    if "erofs" not in known:
-        return "this kernel has no EROFS (modprobe erofs)"
-    fd = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        host = fs_name(fd)
-    finally:
-        os.close(fd)
-    if host == "fuse" or (devices and host in ("tmpfs", "overlay")):
-        return f"images cannot be mounted from files of {host}"
-    if host in ("tmpfs", "overlay"):  # nor there, but through a loop device
-        from cowfs.sys import loop
-
-        why = loop.why_not()
-        return f"images cannot be mounted from files of {host}, and {why}" if why else ""
-    return ""
-
-
 def make_private() -> None:
     """Let no mount made from now on show outside this mount namespace (mount --make-rprivate /).
 

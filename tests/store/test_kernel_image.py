@@ -15,7 +15,7 @@ from cowfs.errors import Corrupt, FailedPrecondition, NotFound, Unsupported
 from cowfs.mounting import client
 from cowfs.mounting.kernel import KernelMount
 from cowfs.store import Store, kernel_image
-from cowfs.sys import mounts
+from cowfs.sys import loop, mounts
 from cowfs.sys.mounts import mountinfo
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="kernel mounts: needs root")
@@ -287,7 +287,7 @@ def test_where_images_cannot_be_the_reason_is_told(store: Store, monkeypatch: py
     store.prepare("key", "base")
     assert "EROFS image" in store.describe()["kernel mounts"]
     monkeypatch.setattr(mounts, "image_mount", without)
-    monkeypatch.setattr(mounts, "why_no_images", lambda place, devices=False: "this kernel has no EROFS")
+    monkeypatch.setattr(loop, "why_no_images", lambda place, devices=False: "this kernel has no EROFS")
     assert "this kernel has no EROFS" in store.describe()["kernel mounts"]
     if store.driver.name == "row":
         with pytest.raises(Unsupported, match=r"cannot read redirect files.*No such device"):
