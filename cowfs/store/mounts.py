@@ -214,7 +214,10 @@ class MountVerbs(LookVerbs):
         if row.parent is None or self.driver.capabilities.whole or not plan.trusted:
             raise Unsupported("no image: nothing is beneath it, or its layers are not deltas of the trusted form")
         path = kernel_image.build(self.driver, self.index, self.index.by_num(row.parent))
-        with kernel_blocks.opened_devices(path, f"{self.root}/layers") as devices:
+        with ExitStack() as held:
+            devices: list[str] = []
+            if plan.row:
+                devices = held.enter_context(kernel_blocks.opened_devices(path, f"{self.root}/layers"))
             root = loop.image_mount(path, devices)
         try:
             sys_mounts.overlay_mount(
