@@ -168,6 +168,7 @@ def _mount_key(args: argparse.Namespace) -> int:
                 "log": os.path.abspath(args.log) if args.log else "",
             }
             if store.served_by(args.key, args.mount_type, args.limit_engine, more) == "kernel":
+                del more["foreground"]  # there is no server to be there
                 store.mount(args.key, args.paths[0], mount_type="kernel", **more)
                 return 0
             if not args.foreground:
