@@ -46,7 +46,7 @@ from cowfs.union import Options, View
 
 if TYPE_CHECKING:
     from cowfs.index.scan import KnownDigest, Scanned
-    from cowfs.store.store import Store
+    from cowfs.store.importing import ImageVerbs
 
 __all__ = ["SUFFIX", "Migrated", "migrate"]
 
@@ -76,7 +76,7 @@ class Migrated:
 
 
 def migrate(
-    store: type[Store],
+    store: type[ImageVerbs],
     root: str | os.PathLike[str] | None,
     to: str,
     target: str | os.PathLike[str] | None,
@@ -123,7 +123,7 @@ def migrate(
     return Migrated(root=path, driver=to, copied=copied, snapshots=count)
 
 
-def _refuse(source: Store, to: str) -> None:
+def _refuse(source: ImageVerbs, to: str) -> None:
     """Refuse what cannot be moved.
 
     Raises:
@@ -161,7 +161,7 @@ def _exchange(path: str, place: str) -> None:
     atomic.fsync_directory(os.path.dirname(path))
 
 
-def _after_exchange(store: type[Store], path: str, place: str, to: str, fsync: bool) -> Migrated | None:
+def _after_exchange(store: type[ImageVerbs], path: str, place: str, to: str, fsync: bool) -> Migrated | None:
     """Finish what a killed process had exchanged already; None where it had not."""
     try:
         with _index(place) as old, _index(path) as now:
@@ -180,7 +180,7 @@ def _after_exchange(store: type[Store], path: str, place: str, to: str, fsync: b
     return None
 
 
-def _delete_old(store: type[Store], path: str, place: str, fsync: bool) -> None:
+def _delete_old(store: type[ImageVerbs], path: str, place: str, fsync: bool) -> None:
     """Delete the old store, which is at ``place`` now; what is not the store's own in it goes along."""
     for name in os.listdir(place):
         if not name.startswith(_OWN) and not os.path.lexists(f"{path}/{name}"):
@@ -196,7 +196,7 @@ def _delete_old(store: type[Store], path: str, place: str, fsync: bool) -> None:
 class _Move:
     """One attempt to copy a store into another."""
 
-    def __init__(self, source: Store, into: Store, cut_times: bool) -> None:
+    def __init__(self, source: ImageVerbs, into: ImageVerbs, cut_times: bool) -> None:
         self.source, self.into = source, into
         self.cut_times = cut_times
         self.made: dict[int, Row] = {}  # number in the old store -> snapshot in the new one
@@ -364,7 +364,7 @@ class _Move:
         return known
 
 
-def _trees(store: Store, ids: list[str], held: ExitStack) -> list[str]:
+def _trees(store: ImageVerbs, ids: list[str], held: ExitStack) -> list[str]:
     """Where the trees of some layers are, opened until the end."""
     for id in ids:
         held.enter_context(layers.opened_tree(store.driver, id))
