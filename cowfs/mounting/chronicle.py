@@ -28,8 +28,9 @@ __all__ = ["Chronicle"]
 QUIET: Final = 60.0
 """Seconds after an event of a limit that was reached in which no other is recorded for the same mount."""
 
-ROOM: Final = 1 << 20
-"""Bytes that must be free on the store's file system for an event to be recorded."""
+ROOM: Final = 8 << 20
+PART: Final = 16
+"""Bytes that must be free on the store's file system for an event to be recorded, or that part of a small one: btrfs says that some are where none is."""
 
 
 class Chronicle:
@@ -72,7 +73,8 @@ class Chronicle:
 
         try:
             host = os.statvfs(self._index)
-            if host.f_bavail * host.f_frsize < ROOM or (host.f_files and not host.f_favail):
+            room = min(ROOM, host.f_blocks * host.f_frsize // PART)
+            if host.f_bavail * host.f_frsize < room or (host.f_files and not host.f_favail):
                 log.warning("the event %s %s is not recorded: no room", type, action)
                 return
             index = Index(self._index, fsync=False)  # a mount does not outlive the host either
