@@ -46,6 +46,7 @@ def _configure_mount(parser: argparse.ArgumentParser) -> None:
     add("--upper", metavar="DIR", help="where changes go (default: LAYERS/.cowfs/upper, used again next time)")
     add("--work", metavar="DIR", help="work directory, on the same file system as the upper (default: beside it)")
     add("--ephemeral", action="store_true", help="an upper of its own, dropped at unmount")
+    add("--memory", action="store_true", help="with --ephemeral: the upper is in memory; as root a mount of the kernel")
     add("-r", "--read-only", action="store_true", help="no changes; an --upper is then the topmost layer")
     add("--size", metavar="SIZE", help="limit on bytes: 512M, 2G, 1.5T")
     add("--inodes", metavar="N", help="limit on inodes: 10000, 100k")
@@ -117,6 +118,7 @@ def _spec(args: argparse.Namespace) -> MountSpec:
         work=args.work,
         readonly=args.read_only,
         ephemeral=args.ephemeral,
+        memory=args.memory,
         size=args.size,
         inodes=args.inodes,
         options=[word for text in args.options for word in text.split(",")],
@@ -139,7 +141,11 @@ def _mount_key(args: argparse.Namespace) -> int:
     from cowfs.cli.store.args import open_store
     from cowfs.mounting.mountpoint import resolve
 
-    refused = [name for name in ("layer", "upper", "work", "ephemeral", "size", "inodes", "row") if getattr(args, name)]
+    refused = [
+        name
+        for name in ("layer", "upper", "work", "ephemeral", "memory", "size", "inodes", "row")
+        if getattr(args, name)
+    ]
     if len(args.paths) != 1 or refused:
         raise InvalidArgument(
             "with --key there is one more argument, the mount point" + "".join(f"; no --{name}" for name in refused)
@@ -175,6 +181,12 @@ def _mount(args: argparse.Namespace) -> int:
     if args.key is not None:
         return _mount_key(args)
     spec = _spec(args)
+    if spec.memory:
+        from cowfs.mounting import kernel
+
+        if not kernel.why_not_in_memory(spec):
+            kernel.mount_in_memory(spec)
+            return 0
     return serve(spec, as_json=args.json)
 
 

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from cowfs.errors import InvalidArgument
 from cowfs.model import Change, format_size
+
+TEMPLATE = "template:"
+"""How a way to print begins that is a template, not ``array`` or ``lines``."""
 
 
 def print_json(value: Any, how: str = "array") -> None:
     """One JSON document; of a list with ``how`` of ``lines`` one object a line. Names that are not UTF-8 keep their bytes as surrogates (\\udcXX)."""
+    if how.startswith(TEMPLATE):
+        for item in value if isinstance(value, list) else [value]:
+            print(rendered(how[len(TEMPLATE) :], item))
+        return
     import json
 
     if how == "lines":
@@ -22,6 +30,10 @@ def print_json(value: Any, how: str = "array") -> None:
 
 def print_items(items: Iterable[Mapping[str, Any]], how: str) -> None:
     """Objects as they come: ``lines``, one a line; else one JSON array."""
+    if how.startswith(TEMPLATE):
+        for item in items:
+            print(rendered(how[len(TEMPLATE) :], item))
+        return
     import json
 
     if how == "lines":
@@ -51,10 +63,79 @@ def path_fields(key: str, path: bytes) -> dict[str, str]:
 
 def print_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Columns as wide as their widest cell."""
+    for line in table_lines(head, rows):
+        print(line)
+
+
+def table_lines(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    """The lines of a table, with columns as wide as their widest cell."""
     lines = [tuple(head), *(tuple(row) for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
     for line in lines:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+        yield "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+
+
+_AGES = (("d", 86_400), ("h", 3600), ("m", 60), ("s", 1))
+
+
+def age_of(nanoseconds: int) -> str:
+    """How long ago a time was, for people: its largest unit."""
+    import time
+
+    seconds = max(0, time.time_ns() - nanoseconds) // 1_000_000_000
+    for unit, length in _AGES:
+        if seconds >= length:
+            return f"{seconds // length}{unit}"
+    return "0s"
+
+
+def rendered(template: str, item: Mapping[str, Any]) -> str:
+    """An object by a template: ``{name}``, ``{usage.bytes:size}``, ``{created:age}``, ``{created:time}``, and Python's own format specs.
+
+    ``\\t``, ``\\n`` and ``\\0`` mean what they mean to printf(1). What there is not, or is null, is a dash; a list has commas.
+
+    Raises:
+        InvalidArgument: a field that there is not, or a format that does not fit.
+    """
+    from string import Formatter
+
+    parts = []
+    try:
+        for text, field, spec, _ in Formatter().parse(template):
+            for escape, char in (("\\t", "\t"), ("\\n", "\n"), ("\\0", "\0")):
+                text = text.replace(escape, char)
+            parts.append(text)
+            if field is not None:
+                parts.append(_field(field, spec or "", item))
+    except ValueError as error:
+        raise InvalidArgument(f"not a template: {template!r}: {error}", remedy="as in '{name} {created:age}'") from None
+    return "".join(parts)
+
+
+def _field(field: str, spec: str, item: Mapping[str, Any]) -> str:
+    value: Any = item
+    for name in field.split("."):
+        if value is None:
+            break
+        if not isinstance(value, Mapping) or name not in value:
+            raise InvalidArgument(f"there is no field {field!r}", remedy=f"of {', '.join(item)}")
+        value = value[name]
+    if value is None:
+        return "-"
+    if isinstance(value, list | tuple):
+        value = ",".join(map(str, value))
+    if spec in ("size", "age", "time"):
+        if not isinstance(value, int):
+            raise InvalidArgument(f"{field!r} is no number, which :{spec} needs")
+        return format_size(value) if spec == "size" else age_of(value) if spec == "age" else time_of(value)
+    return format(shown(value) if isinstance(value, str) else value, spec)
+
+
+def time_of(nanoseconds: int) -> str:
+    """A time for people, local."""
+    import time
+
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(nanoseconds / 1e9))
 
 
 def shown(path: bytes | str) -> str:

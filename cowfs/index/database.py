@@ -317,6 +317,12 @@ class Index:
         """Committed snapshots with this chain id on this parent (None: on nothing), the oldest first."""
         return list(self._rows("s.chain_id = ? AND s.parent IS ? AND s.damage IS NULL", (chain_id, parent)))
 
+    def beginning(self, text: str) -> list[Row]:
+        """Two snapshots at most whose names begin so."""
+        if not _is_text(text):
+            return []
+        return list(self._rows("s.name >= ? AND s.name < ?", (text, text[:-1] + chr(ord(text[-1]) + 1)), page=512))[:2]
+
     def find_num(self, num: int) -> Row | None:
         """The snapshot with this number."""
         return next(self._rows("s.num = ?", (num,)), None)

@@ -26,6 +26,7 @@ from cowfs.mounting.upper_state import HIDDEN
 
 if TYPE_CHECKING:
     from cowfs.model import Change
+    from cowfs.mounting.kernel import KernelMount
     from cowfs.sys.mounts import MountInfo
 
 __all__ = ["MountHandle", "MountStatus", "attach", "make_spec", "mount", "mounts", "umount"]
@@ -202,6 +203,7 @@ def make_spec(
     work: PathLike | None = None,
     readonly: bool = False,
     ephemeral: bool = False,
+    memory: bool = False,
     size: str | int | None = None,
     inodes: str | int | None = None,
     options: Iterable[str] = (),
@@ -243,16 +245,23 @@ def make_spec(
         )
     if work and not upper:
         raise InvalidArgument("a work directory alone is of no use", remedy="name the upper, too: --upper DIR")
+    if memory and not ephemeral:
+        raise InvalidArgument("an upper in memory is not kept", remedy="say so: --ephemeral --memory")
     if ephemeral and readonly:
         raise InvalidArgument("ephemeral and read-only exclude each other")
     if not upper and not readonly:
-        if beside is None:
+        if memory:
+            from cowfs.mounting.kernel import folder_in_memory
+
+            scratch = folder_in_memory()
+        elif beside is None:
             raise InvalidArgument(
                 "the layers have no common parent to keep a scratch upper in",
                 remedy="name one: --upper DIR; or mount with --read-only",
             )
-        refuse_layer(beside)
-        scratch = _scratch(beside, ephemeral)
+        else:
+            refuse_layer(beside)
+            scratch = _scratch(beside, ephemeral)
     return MountSpec(
         layers=found,
         mountpoint=mountpoint.resolve(os.fspath(target)),
@@ -260,6 +269,7 @@ def make_spec(
         work=os.path.abspath(work) if work else None,
         scratch=scratch,
         ephemeral=ephemeral,
+        memory=memory,
         readonly=readonly,
         size=None if size is None else parse_size(size, least=SMALLEST_LIMIT),
         inodes=None if inodes is None else parse_count(inodes),
@@ -286,6 +296,7 @@ def mount(
     work: PathLike | None = None,
     readonly: bool = False,
     ephemeral: bool = False,
+    memory: bool = False,
     size: str | int | None = None,
     inodes: str | int | None = None,
     volatile: bool = False,
@@ -299,7 +310,7 @@ def mount(
     row: str | int | None = None,
     log: PathLike | None = None,
     trace: bool = False,
-) -> MountHandle:
+) -> MountHandle | KernelMount:
     """Mount a stack of layers as one tree; returns when it answers.
 
     Args:
@@ -309,6 +320,7 @@ def mount(
         work: same file system as ``upper``; default: beside it.
         readonly: no changes; an ``upper`` given is the topmost layer.
         ephemeral: changes are dropped at unmount.
+        memory: and until then they are in memory: as root by the kernel's overlayfs over a tmpfs of the limit's size.
         size, inodes: the limit: bytes or "2G"; a count or "100k".
         volatile: sync nothing; after a crash of the host the upper cannot be used.
         allow_other: whether other users may enter; default: as root yes.
@@ -333,6 +345,7 @@ def mount(
         work=work,
         readonly=readonly,
         ephemeral=ephemeral,
+        memory=memory,
         size=size,
         inodes=inodes,
         options=options,
@@ -346,7 +359,13 @@ def mount(
         log=os.path.abspath(log) if log else "",
         trace=trace,
     )
-    return spawn(spec if row is None else replace(spec, row=block_size(row)))
+    spec = spec if row is None else replace(spec, row=block_size(row))
+    if memory:
+        from cowfs.mounting import kernel
+
+        if not kernel.why_not_in_memory(spec):
+            return kernel.mount_in_memory(spec)
+    return spawn(spec)
 
 
 def block_size(text: str | int) -> int:

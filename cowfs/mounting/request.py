@@ -63,6 +63,7 @@ class MountSpec:
         work: the work directory; None: beside the upper.
         scratch: directory that gets ``upper`` and ``work`` where ``upper`` is None; None: read-only.
         ephemeral: an upper of its own below ``scratch``, removed at unmount.
+        memory: that upper is in memory, by the kernel where it can (:mod:`cowfs.mounting.kernel`).
         record: keep layers and limit beside the upper, and check them.
         size, inodes: the limit; None: the recorded one, or none.
         uid_map, gid_map: ranges (id in the layers, id shown at the mount, count).
@@ -85,6 +86,7 @@ class MountSpec:
     work: str | None = None
     scratch: str | None = None
     ephemeral: bool = False
+    memory: bool = False
     record: bool = True
     readonly: bool = False
     volatile: bool = False

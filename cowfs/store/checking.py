@@ -125,7 +125,12 @@ class UpkeepVerbs(MountVerbs):
         return Collected(directories=tuple(directories), records=records)
 
     def totals(self) -> Totals:
-        """What ``cowfs df`` shows."""
+        """Sum up what ``cowfs df`` shows. Only the index is read, but for active snapshots, whose layers are walked.
+
+        Raises:
+            FailedPrecondition: the store is closed.
+            OSError: a layer cannot be read.
+        """
         with self.index.read():
             count, used, free = self.index.counts(), self.index.used(), self.index.reclaimable()
         host = os.statvfs(self.root)
@@ -150,6 +155,10 @@ class UpkeepVerbs(MountVerbs):
 
         Returns:
             The report; an intact store has no ``problems``.
+
+        Raises:
+            Corrupt: the index itself is damaged.
+            OSError: a layer cannot be read.
         """
         if repair:
             return self._freeing(lambda: self._check(content, repair, progress))
@@ -377,7 +386,14 @@ class UpkeepVerbs(MountVerbs):
                 )
 
     def quarantined(self) -> list[tuple[str, str]]:
-        """Snapshots in quarantine, and why."""
+        """List the snapshots in quarantine: those that :meth:`check` found damaged beyond repair.
+
+        Returns:
+            Pairs (key or name, why).
+
+        Raises:
+            FailedPrecondition: the store is closed.
+        """
         return [(row.name, row.damage or "") for row in self.index.damaged()]
 
     def _why_this_driver(self) -> str:
@@ -387,7 +403,14 @@ class UpkeepVerbs(MountVerbs):
             return f"cannot be tried now: {error.strerror}"
 
     def describe(self) -> dict[str, str]:
-        """What ``cowfs info`` shows: driver, layer form, host file system, how mounts are made, and why."""
+        """Tell what ``cowfs info`` shows: driver, layer form, host file system, how mounts are made, and why.
+
+        Returns:
+            Texts by what they are about.
+
+        Raises:
+            FailedPrecondition: the store is closed.
+        """
         from cowfs.model import Limit
         from cowfs.sys import files
 
@@ -416,7 +439,14 @@ class UpkeepVerbs(MountVerbs):
         return told
 
     def alternatives(self) -> dict[str, str]:
-        """Drivers that a store in this place could have instead, and what they say of it."""
+        """Look which drivers a store in this place could have instead. Each is asked anew; nothing is changed.
+
+        Returns:
+            What each says of this place, by name.
+
+        Raises:
+            FailedPrecondition: the store is closed.
+        """
         try:
             probes = registry.choose(self.root)[1]
         except (OSError, Unsupported):

@@ -52,7 +52,29 @@ class CompactionVerbs(EngineVerbs):
         mounted: bool = False,
         compact: bool = False,
     ) -> Info:
-        """As :meth:`StoreCore.commit`; with ``compact`` after a :meth:`compact` of what has mostly been written."""
+        """Make an active snapshot immutable under a name.
+
+        The layer is recorded first, which takes as long as there are files in it; then one step of the index makes it committed, and
+        a kill before that leaves it active.
+
+        Args:
+            key: an active snapshot.
+            name: the name that it gets; its key is free afterwards.
+            labels: added to those that it has.
+            replace_labels: put ``labels`` in place of those that it has.
+            digests: also record the digest of each file, which reads all data.
+            mounted: commit it although it is mounted; the mount becomes read-only.
+            compact: :meth:`compact` what has mostly been written before.
+
+        Returns:
+            The committed snapshot.
+
+        Raises:
+            NotFound: no such key.
+            AlreadyExists: the name is taken.
+            FailedPrecondition: not active, or in use.
+            InvalidArgument: a bad name or label.
+        """
         if compact and self.driver.capabilities.row:
             self.compact(key)
         return super().commit(key, name, labels=labels, replace_labels=replace_labels, digests=digests, mounted=mounted)

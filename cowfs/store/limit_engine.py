@@ -9,6 +9,8 @@ name         mechanism                                              module
 ===========  =====================================================  ==========================================
 ``fuse``     cowfs's own server counts                              :mod:`cowfs.union.quota`
 ``loop``     the upper is an ext4 image of the limit's size         :mod:`cowfs.store.limit_loop`
+``tmpfs``    the upper is a tmpfs of the limit's size, and   :mod:`cowfs.mounting.kernel` (of no store)
+             goes with the mount
 ``driver``   the layer holds its limit itself (``own_limit``)       the driver
 ===========  =====================================================  ==========================================
 """

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cowfs.errors import NotFound, Unsupported
+from cowfs.errors import InvalidArgument, NotFound, Unsupported
 from cowfs.index.database import Index, Row, Tag
 from cowfs.sys import host
 
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Reading", "must_read"]
 
+DIGEST = "sha256:"
+"""How the names of layers begin."""
+
 
 def must_read(path: str, form: str) -> None:
     """Raise Unsupported where this user cannot read the layers of a store."""
@@ -29,6 +32,15 @@ def must_read(path: str, form: str) -> None:
             f"the layers of {path} have trusted.overlay.* attributes, which this user cannot read",
             remedy="run as root, or use a store of your own",
         )
+
+
+def _parsed(filters: str | Iterable[str]) -> Filter | None:
+    given = [filters] if isinstance(filters, str) else list(filters)
+    if not given:
+        return None
+    from cowfs.store.filters import parse
+
+    return parse(given)
 
 
 class Reading:
@@ -43,18 +55,34 @@ class Reading:
     index: Index
 
     def resolve(self, name: str) -> Row:
-        """The row of a snapshot, or of the one that a tag names.
+        """The row of a snapshot, or of the one that a tag names; a digest may be abbreviated.
 
         Raises:
             NotFound: neither.
+            InvalidArgument: several digests begin so.
         """
         row = self.index.find(name)
         if row is not None:
             return row
         tag = self.index.tag(name)
+        if tag is None and (row := self._abbreviated(name)) is not None:
+            return row
         if tag is None:
             raise NotFound(f"no snapshot or tag {name!r}", remedy="'cowfs ls' and 'cowfs images' show what there is")
         return self.index.get(tag.target)
+
+    def _abbreviated(self, name: str) -> Row | None:
+        """The only snapshot whose digest begins so: ``sha256:`` and four digits at least.
+
+        Raises:
+            InvalidArgument: several begin so.
+        """
+        if not name.startswith(DIGEST) or len(name) < len(DIGEST) + 4:
+            return None
+        found = self.index.beginning(name)
+        if len(found) > 1:
+            raise InvalidArgument(f"several snapshots begin with {name!r}", remedy="write more digits")
+        return found[0] if found else None
 
     def stat(self, name: str) -> Info:
         """One snapshot.
@@ -65,27 +93,41 @@ class Reading:
         return self.resolve(name).info()
 
     def exists(self, name: str) -> bool:
-        """Whether a key or name is taken."""
+        """Whether a key or name is taken (tags do not count). Only the index is read.
+
+        Args:
+            name: a key or name.
+
+        Raises:
+            FailedPrecondition: the store is closed.
+        """
         return self.index.find(name) is not None
 
-    def walk(self, filters: Iterable[str] = (), *, reverse: bool = False) -> Iterator[Info]:
-        """All snapshots, in the order of their making.
+    def walk(self, filters: str | Iterable[str] = (), *, reverse: bool = False) -> Iterator[Info]:
+        """List all snapshots, in the order of their making. Only the index is read.
 
         Snapshots made or removed meanwhile may be there or not; no lock is held in between.
 
         Args:
-            filters: :mod:`cowfs.store.filters`; one of them must match.
+            filters: :mod:`cowfs.store.filters`, one or several; one of them must match.
+            reverse: the newest first.
 
         Raises:
             InvalidArgument: a filter cannot be read.
         """
-        wanted = None
-        given = list(filters)
-        if given:
-            from cowfs.store.filters import parse
+        return self._walk(_parsed(filters), reverse)
 
-            wanted = parse(given)
-        return self._walk(wanted, reverse)
+    def walk_rows(self, filters: str | Iterable[str] = ()) -> Iterator[Row]:
+        """List all snapshots with all that the index keeps of each; otherwise :meth:`walk`.
+
+        Args:
+            filters: :mod:`cowfs.store.filters`, one or several; one of them must match.
+
+        Raises:
+            InvalidArgument: a filter cannot be read.
+        """
+        wanted = _parsed(filters)
+        return (row for row in self.index.rows() if wanted is None or wanted(row.info()))
 
     def _walk(self, wanted: Filter | None, reverse: bool) -> Iterator[Info]:
         infos: Iterable[Info] = self.index.infos()
@@ -96,9 +138,20 @@ class Reading:
                 yield info
 
     def chain(self, name: str) -> list[Info]:
-        """A snapshot and its ancestors, nearest first."""
+        """List a snapshot and its ancestors, nearest first. Only the index is read.
+
+        Args:
+            name: a key, a name or a tag.
+
+        Raises:
+            NotFound: no such snapshot.
+        """
         return [self.index.by_num(num).info() for num, _ in self.index.chain(self.resolve(name).num)]
 
     def tags(self) -> list[Tag]:
-        """All tags, by name."""
+        """List all tags, by name. Only the index is read.
+
+        Raises:
+            FailedPrecondition: the store is closed.
+        """
         return self.index.tags()

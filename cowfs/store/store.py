@@ -19,4 +19,13 @@ class Store(BlockVerbs, SquashVerbs, HouseVerbs, FileVerbs, EventVerbs):
     ...     info = store.commit("work", "base")
     ...     [(each.name, each.kind.value) for each in store.walk()]
     [('base', 'committed')]
+
+    Threads: any may call any verb, each has its own connection to the index; two verbs on one key exclude each other, the
+    second raises FailedPrecondition. Processes: any number may have the store open; the same holds.
+
+    Fork: a child may go on with the store it inherited; it gets a connection of its own at its first verb. What a verb was doing
+    in another thread at the fork is the parent's alone.
+
+    A kill at any moment leaves a verb done or not begun, or finished by the next :meth:`open` (docs/internals/crash-safety.md).
+    A closed store refuses every verb with FailedPrecondition.
     """

@@ -150,6 +150,29 @@ def image_mount(image: str | bytes, devices: Sequence[str | bytes] = ()) -> int:
         os.close(fd)
 
 
+def tmpfs_mount(size: int | None, inodes: int | None) -> int:
+    """Mount a new tmpfs without a place: a descriptor of its root, with which it goes, or with what was mounted upon it.
+
+    Args:
+        size: bytes; None: the kernel's default, half of the memory.
+        inodes: likewise; None: no bound.
+
+    Raises:
+        OSError: as mount(2).
+    """
+    fd = syscall(_FSOPEN, b"tmpfs", 1)
+    try:
+        values = {b"mode": b"0755", b"nr_inodes": b"%d" % (inodes or 0)}
+        if size is not None:
+            values[b"size"] = b"%d" % size
+        for key, value in values.items():
+            syscall(_FSCONFIG, fd, _FSCONFIG_SET_STRING, key, value, 0)
+        syscall(_FSCONFIG, fd, _FSCONFIG_CMD_CREATE, None, None, 0)
+        return syscall(_FSMOUNT, fd, 1, 0)
+    finally:
+        os.close(fd)
+
+
 def why_no_images(place: str) -> str:
     """Why the kernel mounts no EROFS images from files below ``place``; "" where nothing speaks against it."""
     from cowfs.sys.files import fs_name

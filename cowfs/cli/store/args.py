@@ -21,22 +21,73 @@ if TYPE_CHECKING:
 ROOT = "COWFS_ROOT"
 
 
-def add_store(parser: argparse.ArgumentParser, *, json: bool = True) -> None:
-    """``--root``, ``--driver`` and ``--json``."""
+def add_store(parser: argparse.ArgumentParser, *, json: bool = True, template: bool = True) -> None:
+    """``--root``, ``--driver``, ``--json``, ``--jsonl`` and ``--format``."""
     add = parser.add_argument
     add(
         "--root", metavar="DIR", help=f"the store (default: ${ROOT}, else /var/lib/cowfs as root, else the user's data)"
     )
     add("--driver", default="auto", metavar="NAME", help="its backend, when the store is new (default: the best here)")
     if json:
-        add_json(parser)
+        add_json(parser, template=template)
 
 
-def add_json(parser: argparse.ArgumentParser) -> None:
-    """``--json`` and ``--jsonl``: ``args.json`` is ``array`` or ``lines``, empty without them."""
+def add_json(parser: argparse.ArgumentParser, *, template: bool = True) -> None:
+    """``--json``, ``--jsonl`` and ``--format``: ``args.json`` is ``array``, ``lines`` or a template, empty without them."""
     add = parser.add_argument
     add("--json", action="store_const", const="array", default="", help="as JSON; a list is an array of objects")
     add("--jsonl", action="store_const", const="lines", dest="json", help="as JSON, an object a line")
+    if template:
+        add(
+            "--format",
+            dest="json",
+            metavar="TEMPLATE",
+            type=_template,
+            help="each object by a template of its JSON fields: '{name} {created:age}'",
+        )
+
+
+def _template(text: str) -> str:
+    from cowfs.cli.output import TEMPLATE
+
+    return TEMPLATE + text
+
+
+class Places:
+    """Where the snapshots of a store are mounted, by what their servers and mountinfo say; no server is asked.
+
+    Args:
+        root: the store's directory.
+    """
+
+    def __init__(self, root: str) -> None:
+        self._root = root
+        self._by_kernel: dict[str, str] | None = None
+
+    def of(self, id: str) -> str | None:
+        """The mount point of a layer, None where there is none that is known."""
+        from cowfs.mounting import notice
+
+        for told in notice.found([f"{self._root}/layers/{id}"]):
+            if os.path.exists(told.socket):
+                return told.mountpoint
+        if self._by_kernel is None:
+            self._by_kernel = _kernel_mounts()
+        return self._by_kernel.get(id)
+
+
+def _kernel_mounts() -> dict[str, str]:
+    """Layer -> mount point of the kernel's mounts of stores, which have the layer in their source."""
+    with open("/proc/self/mountinfo", "rb") as file:
+        if b" cowfs:" not in file.read():
+            return {}
+    from cowfs.sys.mounts import mountinfo
+
+    return {
+        os.fsdecode(one.source)[6:]: os.fsdecode(one.target)
+        for one in mountinfo()
+        if os.fsdecode(one.source).startswith("cowfs:")
+    }
 
 
 def open_store(args: argparse.Namespace, *, create: bool = True) -> Store:

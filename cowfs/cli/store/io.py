@@ -166,7 +166,7 @@ def _configure_export(parser: argparse.ArgumentParser) -> None:
         help="only the blocks that changed, for 'cowfs apply --blocks' in another store",
     )
     add("--base", metavar="NAME", help="with --blocks: against this snapshot (default: the parent)")
-    add_store(parser)
+    add_store(parser, template=False)
 
 
 def _export(args: argparse.Namespace) -> int:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from cowfs.cli import Command
-from cowfs.cli.output import print_items, print_json, print_table, shown, size_or
-from cowfs.cli.store.args import add_store, info_as_json, look_at_store, paged, when
+from cowfs.cli.output import age_of, print_items, print_json, print_table, shown, size_or, table_lines
+from cowfs.cli.store.args import Places, add_store, info_as_json, look_at_store, paged, when
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from cowfs.model import Info
+    from cowfs.store.look import Look
 
 
 # -- looking -----------------------------------------------------------------------------------------------------------
@@ -69,7 +70,8 @@ def _configure_ls(parser: argparse.ArgumentParser) -> None:
         help='as in: kind==active  parent==base  name~=^web  labels."team"==storage; or a directory in a snapshot',
     )
     add("-l", "--long", action="store_true", help="of NAME:PATH: mode, names, owner, size and time")
-    add("-q", "--quiet", action="store_true", help="names only")
+    add("-q", "--quiet", action="store_true", help="names only, whole")
+    add("--no-trunc", action="store_true", help="digests as they are, not their first twelve digits")
     add_store(parser)
 
 
@@ -84,26 +86,56 @@ def _ls(args: argparse.Namespace) -> int:
 
         return list_files(args, args.filters)
     with look_at_store(args) as store:
-        found = store.walk(args.filters)
-        if args.json:
-            print_items(map(info_as_json, found), args.json)
-            return 0
-        with paged() as line:
-            if args.quiet:
-                for info in found:
+        if args.quiet:
+            with paged() as line:
+                for info in store.walk(args.filters):
                     line(shown(info.name))
-                return 0
-            line(f"{'KIND':<10} {'CREATED':<20} {'USED':>10}  NAME")
-            for info in found:
-                row = store.index.find(info.name)
-                used = size_or(row.usage.bytes) if row is not None and row.usage is not None else "-"
-                parent = f"  < {_short(info.parent)}" if info.parent else ""
-                line(f"{info.kind.value:<10} {when(info.created):<20} {used:>10}  {shown(info.name)}{parent}")
+            return 0
+        found = _described(store, args.filters)
+        if args.json:
+            print_items(found, args.json)
+            return 0
+        short = shown if args.no_trunc else _short
+        with paged() as line:
+            head = ("KIND", "AGE", "USED", "LIMIT", "NAME", "TAGS", "BASED ON", "MOUNTED AT")
+            for text in table_lines(head, (_ls_row(one, short) for one in found)):
+                line(text)
     return 0
 
 
+def _described(store: Look, filters: list[str]) -> Iterator[dict[str, Any]]:
+    """All that is known of each snapshot without asking a server."""
+    tags: dict[str, list[str]] = {}
+    for tag in store.tags():
+        tags.setdefault(tag.target, []).append(tag.name)
+    places = Places(store.root)
+    for row in store.walk_rows(filters):
+        usage = row.usage
+        yield {
+            **info_as_json(row.info()),
+            "id": row.id,
+            "tags": tags.get(row.name, []),
+            "usage": None if usage is None else {"bytes": usage.bytes, "inodes": usage.inodes},
+            "limit": {"bytes": row.limit.bytes, "inodes": row.limit.inodes},
+            "mountpoint": None if row.kind.value == "committed" else places.of(row.id),
+        }
+
+
+def _ls_row(one: dict[str, Any], short: Callable[[str], str]) -> tuple[str, ...]:
+    return (
+        one["kind"],
+        age_of(one["created"]),
+        "-" if one["usage"] is None else size_or(one["usage"]["bytes"]),
+        size_or(one["limit"]["bytes"], "-"),
+        short(one["name"]),
+        ", ".join(map(shown, one["tags"])) or "-",
+        short(one["parent"]) if one["parent"] else "-",
+        shown(one["mountpoint"]) if one["mountpoint"] else "-",
+    )
+
+
 def _short(name: str) -> str:
-    return shown(name[:19] if name.startswith("sha256:") else name)
+    return shown(name[:19] if name.startswith("sha256:") else name)  # twelve digits: "cowfs stat" takes them, too
 
 
 def _configure_tree(parser: argparse.ArgumentParser) -> None:
@@ -177,11 +209,16 @@ def _log(args: argparse.Namespace) -> int:
 
 
 def _configure_images(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-q", "--quiet", action="store_true", help="tags only")
     add_store(parser)
 
 
 def _images(args: argparse.Namespace) -> int:
     with look_at_store(args) as store:
+        if args.quiet:
+            for tag in store.tags():
+                print(shown(tag.name))
+            return 0
         found = []
         for tag in store.tags():
             chain = [store.index.by_num(num) for num, _ in store.index.chain(store.index.get(tag.target).num)]
@@ -211,6 +248,7 @@ COMMANDS = {
         (
             "cowfs ls",
             "cowfs ls kind==active",
+            "cowfs ls --format '{name}\\t{created:age}\\t{usage.bytes:size}'",
             "cowfs ls base:/etc -l",
             "cowfs ls 'name~=^web,labels.\"team\"==storage'",
         ),
@@ -223,6 +261,9 @@ COMMANDS = {
     ),
     "log": Command(_configure_log, _log, "List a snapshot and its ancestors, nearest first.", ("cowfs log app-v2",)),
     "images": Command(
-        _configure_images, _images, "List tags with layers and size.", ("cowfs images", "cowfs images --json")
+        _configure_images,
+        _images,
+        "List tags with layers and size.",
+        ("cowfs images", "cowfs images --json", "cowfs images -q"),
     ),
 }

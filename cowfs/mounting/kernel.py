@@ -1,0 +1,150 @@
+"""Mounts that the kernel serves: a handle, and the one that needs no store: over an upper in memory.
+
+Strategy of a mount in memory: the kernel's overlayfs over the layers, and over a tmpfs of the limit's size, which is mounted nowhere else.
+So what was written goes with the mount, whoever unmounts it. Where the kernel cannot do what is asked for, or this user may not ask it, cowfs's own
+server has its upper on a tmpfs that is there already.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from types import TracebackType
+from typing import NoReturn
+
+from cowfs.errors import FailedPrecondition, InvalidArgument, NotFound, Unsupported
+from cowfs.mounting.request import MountSpec
+from cowfs.sys import files, host, mounts as sys_mounts
+
+__all__ = ["SOURCE", "KernelMount", "folder_in_memory", "mount_in_memory", "why_not_in_memory"]
+
+SOURCE = "cowfs:memory"
+"""What such a mount shows as its source, by which it is known as one of ours."""
+
+_SHARED = "/dev/shm"
+_WORDS = {
+    "ro": 1,
+    "nosuid": 2,
+    "nodev": 4,
+    "noexec": 8,
+}  # mount(8)'s words that a mount of the kernel gets by its flags
+_OWN_INODES = 5
+"""Of the tmpfs itself: its root, the upper, the work directory, what overlayfs makes in that, and the marks that it sets."""
+
+_LEAST_INODES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class KernelMount:
+    """A mount that the kernel serves. There is no server, so there is nobody to ask.
+
+    Attributes:
+        mountpoint: absolute path.
+    """
+
+    mountpoint: str
+
+    def __enter__(self) -> KernelMount:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.unmount()
+
+    def unmount(self, *, lazy: bool = False, force: bool = False) -> None:
+        """Unmount.
+
+        Raises:
+            FailedPrecondition: in use.
+        """
+        flags = (sys_mounts.MNT_DETACH if lazy else 0) | (sys_mounts.MNT_FORCE if force else 0)
+        try:
+            sys_mounts.umount(self.mountpoint, flags)
+        except OSError as error:
+            raise FailedPrecondition(f"cannot unmount {self.mountpoint}: {error.strerror}") from None
+
+    def nobody(self, *args: object, **kwargs: object) -> NoReturn:
+        """What only a server can do.
+
+        Raises:
+            FailedPrecondition: always.
+        """
+        raise FailedPrecondition(
+            f"{self.mountpoint} is mounted by the kernel, which cannot do this",
+            remedy="mount it by cowfs's own server",
+        )
+
+    usage = limit = diff = snapshot = rollback = counters = status = nobody
+
+
+def why_not_in_memory(spec: MountSpec) -> str:
+    """Why the kernel does not serve a mount in memory as it is asked for; "" where it does."""
+    if not (host.init_userns() and host.has_cap(host.CAP_SYS_ADMIN)):
+        return "only root mounts with the kernel's overlayfs"
+    if spec.inodes is not None and spec.inodes < _LEAST_INODES:
+        return f"overlayfs wants {_LEAST_INODES} inodes to begin with"
+    plain = MountSpec(layers=(), mountpoint="")
+    for name in ("uid_map", "gid_map", "row", "io", "frontend", "foreground", "trace", "log", "max_nodes"):
+        if getattr(spec, name) != getattr(plain, name):
+            return f"{name} is done by cowfs's own server"
+    others = sorted(set(spec.options) - _WORDS.keys())
+    return f"the option {others[0]} is not one of the kernel's" if others else ""
+
+
+def mount_in_memory(spec: MountSpec) -> KernelMount:
+    """Mount layers under an upper in memory that goes with the mount.
+
+    Raises:
+        NotFound: a layer or the mount point is missing.
+        Unsupported: the kernel refuses these layers.
+    """
+    for path in (*spec.layers, spec.mountpoint):
+        if not os.path.isdir(path):
+            raise NotFound(f"no such directory: {path}")
+    inodes = None if spec.inodes is None else spec.inodes + _OWN_INODES
+    top = sys_mounts.tmpfs_mount(spec.size, inodes)
+    try:
+        lowest = os.stat(spec.layers[-1])
+        for name, mode in (("fs", lowest.st_mode & 0o7777), ("work", 0o700)):
+            os.mkdir(f"/proc/self/fd/{top}/{name}", 0o700)
+            os.chmod(f"/proc/self/fd/{top}/{name}", mode)
+        os.chown(f"/proc/self/fd/{top}/fs", lowest.st_uid, lowest.st_gid)
+        sys_mounts.overlay_mount(
+            spec.mountpoint,
+            spec.layers[::-1],
+            f"/proc/self/fd/{top}/fs",
+            f"/proc/self/fd/{top}/work",
+            ("index=off", "redirect_dir=on", "metacopy=on"),
+            source=SOURCE,
+        )
+    except OSError as error:
+        raise Unsupported(
+            f"the kernel cannot mount these layers under an upper in memory: {error.strerror}",
+            remedy="leave out --memory",
+        ) from None
+    finally:
+        os.close(top)
+    flags = sum(_WORDS[word] for word in spec.options)
+    if flags:
+        sys_mounts.remount_bind(spec.mountpoint, flags)
+    return KernelMount(spec.mountpoint)
+
+
+def folder_in_memory() -> str:
+    """Where a server has an upper in memory.
+
+    Raises:
+        InvalidArgument: there is no such place.
+    """
+    try:
+        fd = os.open(_SHARED, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        fd = -1
+    try:
+        if fd < 0 or files.fs_name(fd) != "tmpfs":
+            raise InvalidArgument(f"{_SHARED} is no file system in memory", remedy="leave out --memory")
+    finally:
+        if fd >= 0:
+            os.close(fd)
+    return f"{_SHARED}/cowfs-ephemeral-{os.geteuid()}"
