@@ -44,7 +44,9 @@ class Look(Reading):
         index = Index(os.path.join(path, INDEX), fsync=fsync)
         made = cls(path, index, driver=driver, fsync=fsync)
         try:
-            if index.refused:  # on a full host a connection may have the file to itself: the store must not have another
+            if (
+                index.refused
+            ):  # on a full host a connection may have the file to itself: the store must not have another
                 index.close()
                 made.index = made.store().index
                 return made
