@@ -29,7 +29,7 @@ from cowfs.index.database import Index, Row
 from cowfs.index.directory import Entry, Pair, Records, decode, entries, join
 from cowfs.store import kernel_blocks
 from cowfs.store.kernel_blocks import Place
-from cowfs.sys import atomic, mounts as sys_mounts
+from cowfs.sys import atomic, loop
 
 __all__ = ["FOLDER", "build", "check", "path_of", "sweep", "unused"]
 
@@ -257,7 +257,7 @@ def how(driver: Driver) -> str:
         return "a bind of the layer: each is a whole tree"
     if not driver.form.redirects:
         return "none: the layers are of the form for ordinary users"
-    why = sys_mounts.why_no_images(driver.root)
+    why = loop.why_no_images(driver.root, devices=bool(driver.capabilities.row))
     if why:
         return f"none: {why}" if driver.capabilities.row else f"overlayfs over all layers: {why}"
     if driver.capabilities.row:
