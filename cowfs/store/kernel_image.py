@@ -273,6 +273,20 @@ def how(driver: Driver) -> str:
     return "overlayfs over an EROFS image of the metadata"
 
 
+def unused(driver: Driver, index: Index) -> list[str]:
+    """Images that no snapshot has: their paths, relative to the store."""
+    try:
+        names = os.listdir(f"{driver.root}/{FOLDER}")
+    except FileNotFoundError:
+        return []
+    found = []
+    for name in names:
+        row = index.find_id(name.partition("-")[0])
+        if row is None or row.root is None or path_of(driver, index, row) != f"{driver.root}/{FOLDER}/{name}":
+            found.append(f"{FOLDER}/{name}")
+    return found
+
+
 def sweep(driver: Driver, index: Index) -> list[str]:
     """Remove images that no snapshot has; their paths, relative to the store."""
     gone = unused(driver, index)
