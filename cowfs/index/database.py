@@ -552,8 +552,7 @@ class Index:
         """A number that differs from the last one when somebody wrote meanwhile, seen from this thread."""
         with self._errors():
             connection = self._connection()
-            others = int(connection.execute("PRAGMA data_version").fetchone()[0])
-            return others << 40 | connection.total_changes
+            return int(connection.execute("PRAGMA data_version").fetchone()[0]) << 40 | connection.total_changes
 
     # ----------------------------------------------------------------- totals
 
