@@ -36,7 +36,7 @@ def _fill(store: Opened, layers: int, files: int) -> None:
 
 def measure(lab: Lab) -> None:
     from cowfs.store import kernel_image
-    from cowfs.store.mounts import mount_record
+    from cowfs.store.kernel_mounts import mount_record
     from cowfs.sys import mounts
 
     layers = 500 if lab.profile.rounds > 1 else 20

@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from cowfs.driver import registry
 from cowfs.driver.interface import Driver, Probe
-from cowfs.errors import InvalidArgument
+from cowfs.errors import FailedPrecondition, InvalidArgument
 from cowfs.index.database import Index
 from cowfs.store import key_lock
 from cowfs.store.opening import INDEX, default_root, make_root, must_run, only_one
@@ -33,7 +33,6 @@ class OpenStore(Reading):
 
     Attributes:
         root: the store's directory, absolute.
-        driver: the backend.
         index: the index.
         why: why this driver: what each one that is installed said, by name; empty when the store
             had one already.
@@ -42,9 +41,16 @@ class OpenStore(Reading):
     def __init__(self, root: str, index: Index, driver: Driver, why: Mapping[str, Probe]) -> None:
         self.root = root
         self.index = index
-        self.driver = driver
+        self._driver, self._closed = driver, False
         self.why = why
         self.reserve = Reserve(root)
+
+    @property
+    def driver(self) -> Driver:
+        """The backend. Raises FailedPrecondition once the store is closed."""
+        if self._closed:
+            raise FailedPrecondition(f"the store {self.root} is closed", remedy="open it again")
+        return self._driver
 
     # --------------------------------------------------------------- open, close
 
@@ -56,16 +62,19 @@ class OpenStore(Reading):
         driver: str = "auto",
         create: bool = True,
         fsync: bool = True,
-        **options: Any,
+        **options: str | int | bool | None,
     ) -> Self:
         """Open the store in a directory, making it on first use.
+
+        What a killed process left half done is finished or taken back, which may take as long as the verb did.
 
         Args:
             root: the directory; default: :func:`default_root`.
             driver: ``auto`` takes the driver that the store has, else the best one for this host.
             create: whether to make a store that is not there.
             fsync: off: a power loss may undo the latest verbs (not damage the store).
-            options: the driver's own.
+            options: the driver's own, as its class documents them; of cowfs's drivers only row has one: ``block``, bytes a block
+                of new redirect files, a power of two from 4 KiB to 1 MiB ("64K").
 
         Raises:
             NotFound: no store there and ``create`` is off, or no such driver.
@@ -78,11 +87,27 @@ class OpenStore(Reading):
             registry.load(driver)  # one that is not there makes no store
         make_root(path, create)
         try:
-            return cls._open(path, driver, create, fsync, options)
+            made = cls._open(path, driver, create, fsync, options)
         except OSError as error:
             if error.errno not in (errno.EROFS, *FULL) or not os.path.isdir(path):
                 raise
             raise no_room(error, path) from error
+        try:
+            made.recover()
+        except (
+            OSError
+        ) as error:  # without room it stays half done until there is some; the rest of the store is as it was
+            if error.errno not in FULL:
+                made.close()
+                raise
+        return made
+
+    def recover(self) -> None:
+        """Finish, or take back, what killed processes left half done. Called by :meth:`open` and :meth:`gc`.
+
+        Raises:
+            OSError: a file of the store cannot be read or changed.
+        """
 
     @classmethod
     def _open(cls, path: str, driver: str, create: bool, fsync: bool, options: Mapping[str, Any]) -> Self:
@@ -128,8 +153,13 @@ class OpenStore(Reading):
         return cls(path, index, made, why)
 
     def close(self) -> None:
-        """Let go of the index and the driver. Idempotent."""
-        self.driver.close()
+        """Let go of the index and the driver. Idempotent; every other verb refuses from now on. Mounts go on.
+
+        Raises:
+            OSError: the driver cannot write what it keeps.
+        """
+        self._closed = True
+        self._driver.close()
         self.index.close()
 
     def __enter__(self) -> Self:

@@ -125,7 +125,12 @@ class UpkeepVerbs(MountVerbs):
         return Collected(directories=tuple(directories), records=records)
 
     def totals(self) -> Totals:
-        """What ``cowfs df`` shows."""
+        """Sum up what ``cowfs df`` shows. Only the index is read, but for active snapshots, whose layers are walked.
+
+        Raises:
+            FailedPrecondition: the store is closed.
+            OSError: a layer cannot be read.
+        """
         with self.index.read():
             count, used, free = self.index.counts(), self.index.used(), self.index.reclaimable()
         host = os.statvfs(self.root)
@@ -150,6 +155,10 @@ class UpkeepVerbs(MountVerbs):
 
         Returns:
             The report; an intact store has no ``problems``.
+
+        Raises:
+            Corrupt: the index itself is damaged.
+            OSError: a layer cannot be read.
         """
         if repair:
             return self._freeing(lambda: self._check(content, repair, progress))
@@ -377,7 +386,14 @@ class UpkeepVerbs(MountVerbs):
                 )
 
     def quarantined(self) -> list[tuple[str, str]]:
-        """Snapshots in quarantine, and why."""
+        """List the snapshots in quarantine: those that :meth:`check` found damaged beyond repair.
+
+        Returns:
+            Pairs (key or name, why).
+
+        Raises:
+            FailedPrecondition: the store is closed.
+        """
         return [(row.name, row.damage or "") for row in self.index.damaged()]
 
     def _why_this_driver(self) -> str:
@@ -387,7 +403,14 @@ class UpkeepVerbs(MountVerbs):
             return f"cannot be tried now: {error.strerror}"
 
     def describe(self) -> dict[str, str]:
-        """What ``cowfs info`` shows: driver, layer form, host file system, how mounts are made, and why."""
+        """Tell what ``cowfs info`` shows: driver, layer form, host file system, how mounts are made, and why.
+
+        Returns:
+            Texts by what they are about.
+
+        Raises:
+            FailedPrecondition: the store is closed.
+        """
         from cowfs.model import Limit
         from cowfs.sys import files
 
@@ -415,8 +438,18 @@ class UpkeepVerbs(MountVerbs):
         told |= self.driver.explain()
         return told
 
-    def alternatives(self) -> dict[str, str]:
-        """Drivers that a store in this place could have instead, and what they say of it."""
+    def alternatives(self, *, possible: bool = True) -> dict[str, str]:
+        """Look which drivers a store in this place could have instead. Each is asked anew; nothing is changed.
+
+        Args:
+            possible: False: those that it could not have.
+
+        Returns:
+            What each says of this place, by name; for one that is not possible the reason.
+
+        Raises:
+            FailedPrecondition: the store is closed.
+        """
         try:
             probes = registry.choose(self.root)[1]
         except (OSError, Unsupported):
@@ -424,7 +457,7 @@ class UpkeepVerbs(MountVerbs):
         return {
             name: "; ".join(probe.reasons)
             for name, probe in sorted(probes.items())
-            if probe.usable and name != self.driver.name
+            if probe.usable == possible and name != self.driver.name
         }
 
 

@@ -60,7 +60,10 @@ class EngineVerbs(LiveVerbs):
         return True
 
     def at(self, path: str | os.PathLike[str]) -> Info:
-        """The snapshot that a directory of the host belongs to: its layer's, or a mount point of it.
+        """Find the snapshot that a directory of the host belongs to: its layer's, or a mount point of it.
+
+        Args:
+            path: any path in the layer or below the mount point.
 
         Raises:
             NotFound: it belongs to none of this store.

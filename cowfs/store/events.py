@@ -45,6 +45,9 @@ class EventVerbs(StoreCore):
 
         Yields:
             Events; ``log lost`` with the attribute ``count`` in place of those that were deleted before they were read.
+
+        Raises:
+            FailedPrecondition: the store is closed.
         """
         first, last = self.index.event_range()
         at = after if after is not None else first - 1
@@ -95,15 +98,24 @@ class EventVerbs(StoreCore):
         Args:
             type, action, actor, attributes: as in :class:`cowfs.Event`.
             at: when it happened, nanoseconds since 1970; now by default.
+
+        Raises:
+            OSError: there is no room for it (ENOSPC, EDQUOT, EROFS).
         """
         with self.index.write() as change:
             return change.record_event(type, action, actor, attributes, at=at)
 
     def watch(self, callback: Callable[[Event], object]) -> Callable[[], None]:
-        """Call a function with each event from now on, from a thread of its own.
+        """Call a function with each event from now on, from a thread of its own (which a fork does not take along).
+
+        Args:
+            callback: gets each :class:`cowfs.Event`; what it raises ends the thread.
 
         Returns:
             A function that ends it; after it has returned no call is made any more.
+
+        Raises:
+            FailedPrecondition: the store is closed.
         """
         ended = threading.Event()
         events = self.events(follow=True, stop=ended.is_set)

@@ -101,6 +101,9 @@ class ExportVerbs(ArchiveVerbs):
 
         Digests of layers that no archive made are found by a dry export once, and kept.
 
+        Args:
+            name: a name or a tag.
+
         Raises:
             NotFound: no such snapshot or tag.
             InvalidArgument: it is not committed.
@@ -261,8 +264,18 @@ class ExportVerbs(ArchiveVerbs):
 
         Applied to a snapshot that equals ``a``, it gives one that equals ``b``.
 
+        Args:
+            a, b: keys, names or tags.
+            target: where the tar goes, a binary stream.
+            compression: "none", "gzip" or "zstd".
+            progress: told (bytes, entries) so far.
+
         Returns:
             Its diff id.
+
+        Raises:
+            NotFound: no such snapshot.
+            OSError: the target cannot be written.
         """
         return self._export_changes(self.resolve(b), self.resolve(a), target, compression, progress)
 

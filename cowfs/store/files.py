@@ -152,6 +152,7 @@ class FileVerbs(ArchiveVerbs):
         Of a committed snapshot only the index is read. Links at the end of ``path`` and below it are not followed.
 
         Args:
+            name, path: the snapshot, and where in it.
             depth: levels below ``path`` at most.
 
         Raises:
@@ -179,6 +180,10 @@ class FileVerbs(ArchiveVerbs):
     def stat_file(self, name: str, path: str | bytes, *, follow: bool = True) -> FileInfo:
         """One object of a snapshot's tree.
 
+        Args:
+            name, path: the snapshot, and where in it.
+            follow: links at the end of ``path``, inside the snapshot.
+
         Raises:
             NotFound: no such snapshot.
             FileNotFoundError: nothing at ``path``.
@@ -204,6 +209,7 @@ class FileVerbs(ArchiveVerbs):
         What is at ``target`` is replaced, directories are merged (one at ``target`` keeps its own attributes); its parent directory must be there.
 
         Args:
+            name, path: the snapshot, and where in it.
             owners: keep owners, set-id bits and all extended attributes (needs root); else what is made is the caller's, with ``user.*`` only.
             progress: told (bytes, objects) so far.
 
@@ -228,6 +234,13 @@ class FileVerbs(ArchiveVerbs):
     ) -> Copied:
         """Copy a file, or a directory with all below it, from the host to ``path`` in an active snapshot; as :meth:`copy_out`.
 
+        Args:
+            name: the key of an active snapshot.
+            source: on the host.
+            path: in the snapshot.
+            owners: keep owners, set-id bits and all extended attributes.
+            progress: told (bytes, objects) so far.
+
         Raises:
             NotFound: no such key.
             FailedPrecondition: it is not active, or another verb uses it.
@@ -251,6 +264,12 @@ class FileVerbs(ArchiveVerbs):
     ) -> Copied:
         """Copy a file, or a directory with all below it, from one snapshot of this store to another, which is active; as :meth:`copy_out`.
 
+        Args:
+            name, path: the snapshot that has it, and where in it.
+            key, target: an active snapshot, and where in it.
+            owners: keep owners, set-id bits and all extended attributes.
+            progress: told (bytes, objects) so far.
+
         Raises:
             NotFound: no such snapshot.
             InvalidArgument: into itself.
@@ -272,6 +291,11 @@ class FileVerbs(ArchiveVerbs):
         """Write what is at ``path`` in a snapshot, with all below it, as a tar whose names begin with the last one of ``path``.
 
         Of the root, or of a path that ends in ``/.``, the names begin in that directory.
+
+        Args:
+            name, path: the snapshot, and where in it.
+            out: where the tar goes, a binary stream.
+            progress: told (bytes, objects) so far.
 
         Raises:
             NotFound: no such snapshot.
@@ -296,6 +320,13 @@ class FileVerbs(ArchiveVerbs):
         progress: Progress | None = None,
     ) -> Copied:
         """Unpack a tar, plain or compressed, into a directory of an active snapshot; nothing in it deletes (that is :meth:`apply`).
+
+        Args:
+            key: an active snapshot.
+            stream: the tar, a binary stream.
+            path: a directory in the snapshot.
+            owners: keep owners, set-id bits and all extended attributes.
+            progress: told (bytes, objects) so far.
 
         Raises:
             NotFound: no such key.

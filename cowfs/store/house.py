@@ -127,7 +127,11 @@ class HouseVerbs(ImageVerbs, LiveVerbs):
             pass
 
     def removable(self, name: str, *, chain: bool = False) -> list[str]:
-        """What :meth:`remove` with these arguments would remove; nothing is changed.
+        """List what :meth:`remove` with these arguments would remove; nothing is changed.
+
+        Args:
+            name: a key, a name or a tag.
+            chain: also ancestors that nothing else needs.
 
         Raises:
             NotFound, FailedPrecondition: as :meth:`remove`.
@@ -165,7 +169,14 @@ class HouseVerbs(ImageVerbs, LiveVerbs):
         self._must_be_free(row)
 
     def garbage(self) -> tuple[list[str], int]:
-        """What :meth:`gc` would delete now: paths relative to the store, and how many directory records; nothing is changed."""
+        """Find what :meth:`gc` would delete now; nothing is changed.
+
+        Returns:
+            Paths relative to the store, and how many directory records.
+
+        Raises:
+            OSError: a directory of the store cannot be read.
+        """
         from cowfs.store import kernel_image
 
         left = staging.leftovers(self.driver, self.index)
@@ -176,6 +187,10 @@ class HouseVerbs(ImageVerbs, LiveVerbs):
     @names_full
     def rename(self, old: str, new: str) -> None:
         """Give a key, a name or a tag another one; what is based on it, and its tags, stay.
+
+        Args:
+            old: a key, a name or a tag.
+            new: what it is to be called.
 
         Raises:
             NotFound: no such key, name or tag.
@@ -227,6 +242,7 @@ class HouseVerbs(ImageVerbs, LiveVerbs):
         Args:
             name: a committed snapshot, or a tag.
             other: the other store; any driver.
+            progress: told how far it is.
 
         Returns:
             Names, in the other store, of the layers that were copied, bottom first.

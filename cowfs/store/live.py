@@ -33,7 +33,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from types import EllipsisType
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cowfs.errors import AlreadyExists, CowfsError, FailedPrecondition, InvalidArgument, Unsupported
 from cowfs.index.database import Row
@@ -44,7 +44,6 @@ from cowfs.store import layers
 from cowfs.store.checking import Collected
 from cowfs.store.instant import InstantVerbs
 from cowfs.store.key_lock import turn
-from cowfs.store.mounts import KernelMount
 from cowfs.store.names import check_key, check_labels, new_id
 from cowfs.store.reserve import names_full
 from cowfs.store.staging import NEW, _lock, _make_locked, discard, read_note
@@ -53,6 +52,7 @@ from cowfs.sys.atomic import fsync_directory
 from cowfs.sys.faults import point
 
 if TYPE_CHECKING:
+    from cowfs.mounting.client import MountHandle
     from cowfs.store.handle import LiveHandle
 
 __all__ = ["LiveVerbs"]
@@ -74,25 +74,10 @@ class _Switch(NamedTuple):
 class LiveVerbs(InstantVerbs):
     """snapshot, rollback and fork; mounts get a handle that knows them."""
 
-    def mount(self, key: str, target: str | os.PathLike[str], **options: Any) -> LiveHandle | KernelMount:
-        """As :meth:`MountVerbs.mount`; the handle also has ``snapshot`` and ``rollback``."""
-        self.recover()
-        handle = super().mount(key, target, **options)
+    def _live(self, handle: MountHandle, key: str) -> LiveHandle:
         from cowfs.store.handle import LiveHandle
 
-        return handle if isinstance(handle, KernelMount) else LiveHandle(handle, self, key)
-
-    def handle(self, key: str) -> LiveHandle:
-        """As :meth:`MountVerbs.handle`."""
-        from cowfs.store.handle import LiveHandle
-
-        return LiveHandle(super().handle(key), self, key)
-
-    @classmethod
-    def open(cls, *args: Any, **options: Any) -> Self:
-        store = super().open(*args, **options)
-        store.recover()
-        return store
+        return LiveHandle(handle, self, key)
 
     # -- snapshot -------------------------------------------------------------------------------
 
@@ -178,18 +163,37 @@ class LiveVerbs(InstantVerbs):
         discard(self.driver, row.id)
         return self.index.get(key).info()
 
-    def fork(self, name: str, *keys: str, **options: Any) -> dict[str, tuple[Mount, ...]]:
-        """Prepare many active snapshots of one parent; options as for :meth:`prepare`.
+    def fork(
+        self,
+        name: str,
+        *keys: str,
+        size: str | int | None = None,
+        inodes: str | int | None = None,
+        labels: Mapping[str, str] | None = None,
+        mount_type: str | None = None,
+    ) -> dict[str, tuple[Mount, ...]]:
+        """Prepare many active snapshots of one parent. Each is made in one step; all of them are not.
+
+        Args:
+            name: the parent: a committed snapshot, or a tag.
+            keys: of the snapshots to be made.
+            size, inodes: the limit of each: bytes or "2G"; a count or "100k".
+            labels: kept with each.
+            mount_type: of the records returned, as for :meth:`mounts`.
 
         Returns:
             Mount records by key.
 
         Raises:
+            NotFound: no such parent.
             AlreadyExists: a key is taken; those before it in the list were made.
+            InvalidArgument: a bad key, label or limit.
         """
         for key in keys:
             self._free(key)
-        return {key: self.prepare(key, name, **options) for key in keys}
+        return {
+            key: self.prepare(key, name, size=size, inodes=inodes, labels=labels, mount_type=mount_type) for key in keys
+        }
 
     def limit(
         self,
@@ -198,7 +202,18 @@ class LiveVerbs(InstantVerbs):
         size: str | int | EllipsisType | None = ...,
         inodes: str | int | EllipsisType | None = ...,
     ) -> Limit:
-        """As :meth:`MountVerbs.limit`."""
+        """Tell the limit of a snapshot, mounted or not; with arguments, change it first, for this mount and all to come.
+
+        Args:
+            name: a key; to look, also a name or a tag.
+            size: bytes, or "4G"; None for no limit; left out: as it was.
+            inodes: a count, or "100k"; likewise.
+
+        Raises:
+            NotFound: no such snapshot.
+            InvalidArgument: not a size or count, or a snapshot that is not active.
+            FailedPrecondition: its mount cannot be bounded.
+        """
         if isinstance(size, EllipsisType) and isinstance(inodes, EllipsisType):
             return super().limit(name)
         with self._turn(name):
@@ -415,7 +430,17 @@ class LiveVerbs(InstantVerbs):
         unlink(self._note(id))
 
     def gc(self) -> Collected:
-        """As :meth:`UpkeepVerbs.gc`, once nothing half done is left."""
+        """Delete what nothing records: layers and records of snapshots that are gone, leftovers of killed processes.
+
+        Each thing is deleted for itself; a kill leaves the rest for the next time. Takes as long as there are layers to delete;
+        other verbs go on meanwhile.
+
+        Returns:
+            What was deleted.
+
+        Raises:
+            OSError: a file of the store cannot be deleted.
+        """
         self.recover()
         return super().gc()
 

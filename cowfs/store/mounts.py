@@ -8,34 +8,36 @@ mountinfo.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from types import EllipsisType
+from types import EllipsisType, MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from cowfs.driver.plan import MountPlan
 from cowfs.errors import CowfsError, FailedPrecondition, InvalidArgument, NotFound, Unsupported
-from cowfs.format.mount_options import split_layers, unescape
 from cowfs.index.database import Row
-from cowfs.model import SMALLEST_LIMIT, Kind, Limit, Mount, Usage, parse_count, parse_size
+from cowfs.model import SMALLEST_LIMIT, Kind, Limit, Usage, parse_count, parse_size
+from cowfs.mounting import kernel
 from cowfs.mounting.kernel import KernelMount
 from cowfs.store import limit_loop
+from cowfs.store.kernel_mounts import KernelMountVerbs
 from cowfs.store.layers import hold, is_locked, kernel_mount_of, kernel_mounts_of
 from cowfs.store.limit_loop import ENGINES, LOOP
-from cowfs.store.queries import LookVerbs
 from cowfs.sys import mounts as sys_mounts
 
 if TYPE_CHECKING:
     from cowfs.mounting.client import MountHandle
     from cowfs.mounting.notice import Notice
-    from cowfs.mounting.request import MountSpec
+    from cowfs.mounting.request import IdMap, MountSpec
+    from cowfs.store.handle import LiveHandle
     from cowfs.union.paths import Paths
 
-__all__ = ["KernelMount", "MountVerbs", "mount_record"]
+__all__ = ["MountVerbs"]
+
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
-class MountVerbs(LookVerbs):
+class MountVerbs(KernelMountVerbs):
     """The verbs that mount."""
 
     def mount(
@@ -46,9 +48,21 @@ class MountVerbs(LookVerbs):
         mount_type: str | None = None,
         limit_engine: str | None = None,
         readonly: bool = False,
-        **more: Any,
-    ) -> MountHandle | KernelMount:
-        """Mount a snapshot.
+        volatile: bool = False,
+        allow_other: bool | None = None,
+        io: str = "cached",
+        frontend: str = "kernel",
+        uid_map: IdMap = (),
+        gid_map: IdMap = (),
+        options: str | Iterable[str] = (),
+        max_nodes: int | None = None,
+        log: str | os.PathLike[str] | None = None,
+        trace: bool = False,
+    ) -> LiveHandle | KernelMount:
+        """Mount a snapshot; returns when the mount answers, some 0.1 s later (a kernel mount of row layers makes an image first).
+
+        The mount is made in one step: it is there, whole, or the error left nothing. Until the mount ends no other process can
+        mount the key for writing, commit or remove it. The server is a process of its own and outlives the caller.
 
         Args:
             key: of an active snapshot or a view; with ``readonly`` also a name or a tag.
@@ -58,7 +72,17 @@ class MountVerbs(LookVerbs):
                 otherwise; left out: what fits the type (:mod:`cowfs.store.limit_engine`).
             readonly: nobody may write. An active snapshot may be mounted for writing at the same time: what it holds now is
                 shown, and what is changed there later may show or not.
-            more: as for :func:`cowfs.mount`: volatile, allow_other, io, options, trace and so on.
+            volatile: sync nothing; after a crash of the host the snapshot cannot be used.
+            allow_other: whether other users may enter; default: as root yes.
+            io: "cached" (no requests when warm) or "passthrough" (root only, no limit: for databases).
+            frontend: "kernel" (cowfs's own protocol engine) or "fusepy" (libfuse 2).
+            uid_map, gid_map: ranges (id in the layers, id shown, count).
+            options: mount(8) words: nodev, nosuid, noexec, ro, noatime..., in a sequence or with commas.
+            max_nodes: bound on cached nodes in the server; default: none.
+            log: file for the server's diagnostics; default: one in the run directory.
+            trace: write one line a request to the log.
+
+            Those from ``volatile`` on are of the FUSE mount; a kernel mount takes nodev, nosuid, noexec and ro of the options.
 
         Returns:
             A handle; as a context manager it unmounts at the end of the block.
@@ -72,14 +96,35 @@ class MountVerbs(LookVerbs):
 
         if mount_type not in (None, "fuse", "kernel"):
             raise InvalidArgument(f"no mount type {mount_type!r}", remedy="kernel or fuse")
+        self.recover()
         where = resolve(os.fspath(target))
-        if readonly:
-            more["readonly"] = True
         with self.layers_stay(key):
-            return self._mount(key, where, self.served_by(key, mount_type, limit_engine), more)
+            more: dict[str, Any] = {
+                "volatile": volatile,
+                "allow_other": allow_other,
+                "io": io,
+                "frontend": frontend,
+                "uid_map": uid_map,
+                "gid_map": gid_map,
+                "options": options,
+                "max_nodes": max_nodes,
+                "log": log or "",
+                "trace": trace,
+            }
+            if self.served_by(key, mount_type, limit_engine, more) == "kernel":
+                return self._mount_by_kernel(key, where, readonly, more)
+            return self._spawn(key, self.spec(key, where, readonly=readonly, **more))
 
-    def served_by(self, key: str, mount_type: str | None, engine: str | None) -> str | None:
+    def served_by(
+        self, key: str, mount_type: str | None, engine: str | None, more: Mapping[str, Any] = NOTHING
+    ) -> str | None:
         """The mount type, ``fuse`` or ``kernel``, of a mount that is asked for with a type, a limit engine, or both.
+
+        Args:
+            key: of an active snapshot or a view.
+            mount_type: ``fuse``, ``kernel`` or None.
+            engine: a limit engine, ``auto`` or None.
+            more: what else is asked of the mount, as of :meth:`mount`: ``auto`` takes what can do that.
 
         Raises:
             NotFound: no such key.
@@ -92,7 +137,7 @@ class MountVerbs(LookVerbs):
         if engine == "auto":
             if mount_type is not None:
                 return mount_type
-            return "fuse" if self.why_not_kernel(key) else "kernel"
+            return "fuse" if kernel.why_not(more) or self.why_not_kernel(key) else "kernel"
         wanted = "kernel" if ENGINES[engine].kernel else "fuse"
         if mount_type not in (None, wanted):
             raise InvalidArgument(
@@ -104,25 +149,18 @@ class MountVerbs(LookVerbs):
             )
         return wanted
 
-    def why_not_kernel(self, key: str) -> str:
-        """Why ``mount_type="kernel"`` cannot mount a snapshot here, as this user, as far as can be told; "" where it can."""
-        row = self._keyed(key)
-        plan = self._plan(row)
-        if self._needs_engine(row):
-            return LOOP.why_not(self.driver) or (
-                "" if row.limit.bytes is not None else "it has a limit on inodes alone"
-            )
-        if not plan.why_not_kernel:
-            return ""
-        return plan.why_not_image or sys_mounts.why_no_images(self.root)
-
-    def _needs_engine(self, row: Row) -> bool:
-        """Whether a kernel mount of a snapshot needs an engine to be kept to a limit."""
-        return bool(row.limit) and row.kind is Kind.ACTIVE and not self.driver.capabilities.own_limit
-
     @contextmanager
     def layers_stay(self, key: str) -> Iterator[None]:
-        """No verb takes a layer of the key away until it is mounted, and whoever wants to then finds the mount."""
+        """Keep every verb from taking a layer of a key away until the block ends, by which time it is mounted.
+
+        A context manager; whoever wants to take one away after that finds the mount.
+
+        Args:
+            key: of the snapshot that is about to be mounted.
+
+        Raises:
+            FailedPrecondition: another verb uses the key.
+        """
         from cowfs.store.key_lock import turn
 
         if self.index.refused:  # nobody can change a store that can only be read
@@ -131,107 +169,67 @@ class MountVerbs(LookVerbs):
         with turn(self.root, key):
             yield
 
-    def _mount(self, key: str, where: str, mount_type: str | None, more: dict[str, Any]) -> MountHandle | KernelMount:
+    def _mount_by_kernel(self, key: str, where: str, readonly: bool, more: Mapping[str, Any]) -> KernelMount:
+        row = self._keyed(key)
+        why = kernel.why_not(more)
+        if why:
+            raise Unsupported(f"no mount of the kernel: {why}", remedy="leave out one of the two")
+        options = kernel.words_of(more["options"])
+        if (readonly or "ro" in options) and row.kind is not Kind.VIEW:
+            raise Unsupported("the kernel mounts an active snapshot for writing only", remedy="leave out --mount-type")
+        self._mount_kernel(row, where)
+        try:
+            kernel.add_flags(where, options)
+        except OSError:
+            KernelMount(where).unmount()
+            raise
+        self._told("mount", key, where)
+        return KernelMount(where)
+
+    def _spawn(self, key: str, spec: MountSpec) -> LiveHandle:
         from cowfs.mounting import client
 
-        if mount_type == "kernel":
-            row = self._keyed(key)
-            if "readonly" in more and row.kind is not Kind.VIEW:
-                raise Unsupported(
-                    "the kernel mounts an active snapshot for writing only", remedy="leave out --mount-type"
-                )
-            self._mount_kernel(row, where)
-            self._told("mount", key, where)
-            return KernelMount(where)
-        spec = self.spec(key, where, **more)
         if not spec.readonly:
             self._hand_limit(self._keyed(key), by_server=True)
-        return client.spawn(spec)
+        return self._live(client.spawn(spec), key)
 
-    def _mount_kernel(self, row: Row, where: str) -> None:
-        self._mountable(row)
-        limited = self._needs_engine(row)
-        why = LOOP.why_not(self.driver) if limited else ""
-        if why:
-            raise Unsupported(f"a kernel mount with a limit is not possible: {why}", remedy="leave out --mount-type")
-        plan = self._plan(row)
-        with ExitStack() as held:
-            with hold(self.driver, row, "mount", at_rest=not limited):
-                if plan.row and not plan.readonly and not limit_loop.has_image(self.driver, row.id):
-                    self._refuse_redirects(row, plan.upper)
-                if limited:
-                    plan = held.enter_context(LOOP.limited(self.driver, row.id, plan))
-            try:
-                self._mount_image(row, plan, where)
-            except (
-                OSError,
-                Unsupported,
-            ) as error:  # what an image cannot hold, or this host cannot mount: layer by layer
-                self._mount_layers(row, plan, where, error)
+    def _live(self, handle: MountHandle, key: str) -> LiveHandle:
+        """The handle of a key's mount, with the verbs of live snapshots."""
+        raise NotImplementedError
 
-    def _mount_layers(self, row: Row, plan: MountPlan, where: str, no_image: Exception) -> None:
-        """Mount a snapshot with each layer as a lower one of its own; what no image could be made or mounted for is told."""
-        try:
-            if self._needs_engine(row):
-                record = plan.record("kernel")
-            elif plan.row and row.parent is None and not plan.why_not_image:  # nothing beneath could be redirected
-                record = plan.kernel()
-            else:
-                (record,) = self._mounts(row, "kernel")
-        except Unsupported as error:
-            if isinstance(no_image, OSError):
-                raise Unsupported(
-                    f"{error}, and no image of them can be mounted: {no_image.strerror}", remedy=error.remedy
-                ) from no_image
-            raise error from no_image
-        mount_record(record, where, source=f"cowfs:{row.id}")
+    def spec(
+        self,
+        key: str,
+        target: str,
+        *,
+        readonly: bool = False,
+        foreground: bool = False,
+        volatile: bool = False,
+        allow_other: bool | None = None,
+        io: str = "cached",
+        frontend: str = "kernel",
+        uid_map: IdMap = (),
+        gid_map: IdMap = (),
+        options: str | Iterable[str] = (),
+        max_nodes: int | None = None,
+        log: str | os.PathLike[str] | None = None,
+        trace: bool = False,
+    ) -> MountSpec:
+        """What :meth:`mount` asks our server for. Nothing is mounted or changed.
 
-    def _mount_image(self, row: Row, plan: MountPlan, where: str) -> None:
-        """Mount a snapshot as one lower layer: the image of its parent's metadata, with the layers as data beneath.
+        Args:
+            key, readonly, volatile, allow_other, io, frontend, uid_map, gid_map, options, max_nodes, log, trace: as for
+                :meth:`mount`.
+            target: the mount point, absolute and without symbolic links.
+            foreground: the caller will be the server itself.
 
         Raises:
-            Unsupported: the driver's layers, or this tree, are not mounted so.
-            OSError: the host or its kernel cannot.
+            NotFound: no such key.
+            FailedPrecondition: a committed snapshot without ``readonly``, or in use.
         """
-        from cowfs.store import kernel_blocks, kernel_image
-
-        if plan.why_not_image:
-            raise Unsupported(f"no image: {plan.why_not_image}")
-        if row.parent is None or self.driver.capabilities.whole or not plan.trusted:
-            raise Unsupported("no image: nothing is beneath it, or its layers are not deltas of the trusted form")
-        path = kernel_image.build(self.driver, self.index, self.index.by_num(row.parent))
-        with kernel_blocks.opened_devices(path, f"{self.root}/layers") as devices:
-            root = sys_mounts.image_mount(path, devices)
-        try:
-            sys_mounts.overlay_mount(
-                where,
-                [root],
-                None if plan.readonly else plan.upper,
-                None if plan.readonly else plan.work,
-                ("index=off", "redirect_dir=on", "metacopy=on"),
-                data=[f"{self.root}/layers"],
-                source=f"cowfs:{row.id}",
-                readonly=plan.readonly,
-            )
-        finally:
-            os.close(root)
-
-    def _refuse_redirects(self, row: Row, upper: str) -> None:
-        """The kernel would show a redirect file of the upper as the sparse file that it is."""
-        from cowfs.row import layer
-
-        for path, _ in layer.redirects(upper, self.driver.form):
-            raise FailedPrecondition(
-                f"{row.name!r} holds redirected blocks of {os.fsdecode(path)!r}, which the kernel cannot read in an upper layer",
-                remedy=f"cowfs compact --share 0 {row.name} makes whole files of them; or commit it and mount what stands on that",
-            )
-
-    def spec(self, key: str, target: str, *, readonly: bool = False, **more: Any) -> MountSpec:
-        """The wish that our server gets for a snapshot (:class:`cowfs.mounting.request.MountSpec`)."""
         from cowfs.mounting.request import INDEXED, MountSpec
 
-        words = more.pop("options", ())
-        words = words.split(",") if isinstance(words, str) else tuple(words)
+        words = options.split(",") if isinstance(options, str) else tuple(options)
         readonly = readonly or "ro" in words
         row = self.resolve(key) if readonly else self._keyed(key)
         self._at_rest(row)
@@ -251,7 +249,16 @@ class MountVerbs(LookVerbs):
             factory=INDEXED,
             label=key,
             checked=True,
-            **more,
+            foreground=foreground,
+            volatile=volatile,
+            allow_other=allow_other,
+            io=io,
+            frontend=frontend,
+            uid_map=uid_map,
+            gid_map=gid_map,
+            max_nodes=max_nodes,
+            log=os.path.abspath(log) if log else "",
+            trace=trace,
         )
 
     @contextmanager
@@ -320,6 +327,11 @@ class MountVerbs(LookVerbs):
     def unmount(self, key: str, *, lazy: bool = False, force: bool = False) -> None:
         """Unmount a snapshot, wherever it is mounted.
 
+        Args:
+            key: of a mounted snapshot.
+            lazy: take it off now, and let those inside end when they will.
+            force: also when the server does not answer.
+
         Raises:
             NotFound: no such key, or it is not mounted.
             FailedPrecondition: in use; the message names who.
@@ -344,7 +356,14 @@ class MountVerbs(LookVerbs):
                 change.record_event("mount", action, key, {"mountpoint": where, "type": "kernel"})
 
     def mounted_at(self, key: str) -> str | None:
-        """Where a snapshot is mounted, as far as this user can see; None when nowhere. No server is asked."""
+        """Where a snapshot is mounted, as far as this user can see; None when nowhere. No server is asked.
+
+        Args:
+            key: an active snapshot or a view.
+
+        Raises:
+            NotFound: no such key.
+        """
         row = self._keyed(key)
         told = self._notice_of(row)
         return told.mountpoint if told is not None else kernel_mount_of(self.driver.tree(row.id))
@@ -413,8 +432,11 @@ class MountVerbs(LookVerbs):
                 return {**answer, "socket": path}
         return None
 
-    def handle(self, key: str) -> MountHandle:
+    def handle(self, key: str) -> LiveHandle:
         """The handle of a snapshot that our server has mounted.
+
+        Args:
+            key: an active snapshot or a view.
 
         Raises:
             NotFound: it is not mounted.
@@ -429,7 +451,7 @@ class MountVerbs(LookVerbs):
             if where is not None:
                 KernelMount(where).nobody()
             raise NotFound(f"{key!r} is not mounted", remedy=f"cowfs mount --key {key} MNT")
-        return MountHandle(server["mountpoint"], server["pid"], server["socket"])
+        return self._live(MountHandle(server["mountpoint"], server["pid"], server["socket"]), key)
 
     def limit(
         self,
@@ -493,6 +515,9 @@ class MountVerbs(LookVerbs):
     def limit_engine(self, name: str) -> str | None:
         """Which engine keeps a snapshot to its limit now (:mod:`cowfs.store.limit_engine`); None where it has none, or nobody does.
 
+        Args:
+            name: a key, a name or a tag.
+
         Raises:
             NotFound: no such snapshot.
         """
@@ -516,39 +541,3 @@ class MountVerbs(LookVerbs):
         if not server["label"]:  # of a record, whose server counts the whole layer
             return used
         return Usage(bytes=used.bytes + row.base.bytes, inodes=used.inodes + row.base.inodes)
-
-
-def mount_record(record: Mount, target: str, *, source: str = "overlay") -> None:
-    """Do what a kernel record says, with any number of layers; ``source`` is what the mount shows as its own.
-
-    Raises:
-        InvalidArgument: not a record that the kernel can do.
-        OSError: what the kernel said.
-    """
-    readonly = "ro" in record.options
-    if record.type == "bind":
-        sys_mounts.mount(record.source, target, "", sys_mounts.MS_BIND | sys_mounts.MS_REC)
-        if readonly:
-            flags = sys_mounts.MS_BIND | sys_mounts.MS_REMOUNT | sys_mounts.MS_RDONLY
-            sys_mounts.mount("", target, "", flags)
-        return
-    if record.type != "overlay":
-        raise InvalidArgument(f"the kernel cannot mount the type {record.type}")
-    values = dict(option.partition("=")[::2] for option in record.options)
-    others = [option for option in record.options if option.partition("=")[0] not in _PLACES]
-    sys_mounts.overlay_mount(
-        target,
-        split_layers(values["lowerdir"]),
-        _plain(values.get("upperdir")),
-        _plain(values.get("workdir")),
-        others,
-        readonly=readonly,
-        source=source,
-    )
-
-
-_PLACES = frozenset({"lowerdir", "upperdir", "workdir", "ro"})
-
-
-def _plain(text: str | None) -> str | None:
-    return None if text is None else unescape(text)

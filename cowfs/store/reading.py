@@ -34,8 +34,8 @@ def must_read(path: str, form: str) -> None:
         )
 
 
-def _parsed(filters: Iterable[str]) -> Filter | None:
-    given = list(filters)
+def _parsed(filters: str | Iterable[str]) -> Filter | None:
+    given = [filters] if isinstance(filters, str) else list(filters)
     if not given:
         return None
     from cowfs.store.filters import parse
@@ -93,24 +93,39 @@ class Reading:
         return self.resolve(name).info()
 
     def exists(self, name: str) -> bool:
-        """Whether a key or name is taken."""
+        """Whether a key or name is taken (tags do not count). Only the index is read.
+
+        Args:
+            name: a key or name.
+
+        Raises:
+            FailedPrecondition: the store is closed.
+        """
         return self.index.find(name) is not None
 
-    def walk(self, filters: Iterable[str] = (), *, reverse: bool = False) -> Iterator[Info]:
-        """All snapshots, in the order of their making.
+    def walk(self, filters: str | Iterable[str] = (), *, reverse: bool = False) -> Iterator[Info]:
+        """List all snapshots, in the order of their making. Only the index is read.
 
         Snapshots made or removed meanwhile may be there or not; no lock is held in between.
 
         Args:
-            filters: :mod:`cowfs.store.filters`; one of them must match.
+            filters: :mod:`cowfs.store.filters`, one or several; one of them must match.
+            reverse: the newest first.
 
         Raises:
             InvalidArgument: a filter cannot be read.
         """
         return self._walk(_parsed(filters), reverse)
 
-    def walk_rows(self, filters: Iterable[str] = ()) -> Iterator[Row]:
-        """As :meth:`walk`, with all that the index keeps of each."""
+    def walk_rows(self, filters: str | Iterable[str] = ()) -> Iterator[Row]:
+        """List all snapshots with all that the index keeps of each; otherwise :meth:`walk`.
+
+        Args:
+            filters: :mod:`cowfs.store.filters`, one or several; one of them must match.
+
+        Raises:
+            InvalidArgument: a filter cannot be read.
+        """
         wanted = _parsed(filters)
         return (row for row in self.index.rows() if wanted is None or wanted(row.info()))
 
@@ -123,9 +138,20 @@ class Reading:
                 yield info
 
     def chain(self, name: str) -> list[Info]:
-        """A snapshot and its ancestors, nearest first."""
+        """List a snapshot and its ancestors, nearest first. Only the index is read.
+
+        Args:
+            name: a key, a name or a tag.
+
+        Raises:
+            NotFound: no such snapshot.
+        """
         return [self.index.by_num(num).info() for num, _ in self.index.chain(self.resolve(name).num)]
 
     def tags(self) -> list[Tag]:
-        """All tags, by name."""
+        """List all tags, by name. Only the index is read.
+
+        Raises:
+            FailedPrecondition: the store is closed.
+        """
         return self.index.tags()

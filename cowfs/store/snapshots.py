@@ -99,7 +99,22 @@ class StoreCore(OpenStore):
         labels: Mapping[str, str] | None = None,
         mount_type: str | None = None,
     ) -> tuple[Mount, ...]:
-        """Make a read-only snapshot; arguments and errors as for :meth:`prepare`."""
+        """Make a read-only snapshot, in one step.
+
+        Args:
+            key: its key.
+            parent: a committed snapshot, or a tag; None: an empty tree.
+            labels: kept with it.
+            mount_type: of the records returned, as for :meth:`mounts`.
+
+        Returns:
+            How to mount it.
+
+        Raises:
+            AlreadyExists: the key is taken.
+            NotFound: no such parent.
+            InvalidArgument: a bad key or label; a parent that is not committed.
+        """
         return self._mounts(self._create(key, parent, Kind.VIEW, Limit(), labels or {}), mount_type)
 
     @names_full
@@ -424,6 +439,9 @@ class StoreCore(OpenStore):
 
         Returns:
             Paths of what was deleted, relative to the store.
+
+        Raises:
+            OSError: a file cannot be deleted.
         """
         return sweep(self.driver, self.index)
 
@@ -453,6 +471,9 @@ class StoreCore(OpenStore):
     @names_full
     def untag(self, name: str) -> None:
         """Drop a tag; the snapshot stays.
+
+        Args:
+            name: the tag.
 
         Raises:
             NotFound: no such tag.

@@ -75,6 +75,7 @@ class SquashVerbs(LiveVerbs):
         """Merge a committed snapshot into its only child, and remove it; mounts above it go on.
 
         Args:
+            name: a committed snapshot, or a tag.
             dry_run: change nothing: only look whether it can be done.
 
         Returns:
@@ -380,7 +381,11 @@ class SquashVerbs(LiveVerbs):
         return os.path.join(self.root, f"{SQUASH}{id}.json")
 
     def recover(self) -> None:
-        """Finish, or take back, what killed processes left half done. Called by :meth:`open` and :meth:`gc`."""
+        """Finish, or take back, what killed processes left half done. Called by :meth:`open` and :meth:`gc`.
+
+        Raises:
+            OSError: a file of the store cannot be read or changed.
+        """
         super().recover()
         if self.index.refused:
             return

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from typing import TYPE_CHECKING
+
 from cowfs.store.blocks import BlockVerbs
 from cowfs.store.events import EventVerbs
 from cowfs.store.files import FileVerbs
@@ -12,6 +15,10 @@ from cowfs.store.squash import SquashVerbs
 __all__ = ["Store"]
 
 
+if TYPE_CHECKING:
+    from cowfs.store.migrating import Migrated, Progress
+
+
 class Store(BlockVerbs, SquashVerbs, RunVerbs, HouseVerbs, FileVerbs, EventVerbs):
     """A store of snapshots in one directory. Make it with :meth:`open`.
 
@@ -20,4 +27,47 @@ class Store(BlockVerbs, SquashVerbs, RunVerbs, HouseVerbs, FileVerbs, EventVerbs
     ...     info = store.commit("work", "base")
     ...     [(each.name, each.kind.value) for each in store.walk()]
     [('base', 'committed')]
+
+    Threads: any may call any verb, each has its own connection to the index; two verbs on one key exclude each other, the
+    second raises FailedPrecondition. Processes: any number may have the store open; the same holds.
+
+    Fork: a child may go on with the store it inherited; it gets a connection of its own at its first verb. What a verb was doing
+    in another thread at the fork is the parent's alone.
+
+    A kill at any moment leaves a verb done or not begun, or finished by the next :meth:`open` (docs/internals/crash-safety.md).
+    A closed store refuses every verb with FailedPrecondition.
     """
+
+    @classmethod
+    def migrate(
+        cls,
+        root: str | os.PathLike[str] | None,
+        driver: str,
+        target: str | os.PathLike[str] | None = None,
+        *,
+        cut_times: bool = False,
+        fsync: bool = True,
+        progress: Progress | None = None,
+    ) -> Migrated:
+        """Move a store to another driver: all snapshots, tags, labels, configurations, limits and times.
+
+        A killed process leaves the old store or the new one; call it again to go on. Nobody else may use the store meanwhile.
+
+        Args:
+            root: the store; default: :func:`~cowfs.store.opening.default_root`.
+            driver: the driver that it is to have.
+            target: make the new store here and keep the old one; None: the new one takes the old one's place.
+            cut_times: leave out fractions of seconds where the new layers cannot hold them.
+            fsync: as for :meth:`open`.
+            progress: told (the name of a snapshot, how many are done, how many there are).
+
+        Raises:
+            NotFound: no store there, or no such driver.
+            InvalidArgument: it has that driver already; it is a mount point and ``target`` is None; something else is in the place.
+            FailedPrecondition: a snapshot is mounted, or was changed meanwhile.
+            Corrupt: a snapshot is in quarantine.
+            Unsupported: the driver cannot run there, or cannot hold what the snapshots have.
+        """
+        from cowfs.store import migrating
+
+        return migrating.migrate(cls, root, driver, target, cut_times=cut_times, fsync=fsync, progress=progress)

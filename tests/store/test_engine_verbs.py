@@ -18,8 +18,8 @@ from support.command import environment, run_module
 from cowfs.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
 from cowfs.model import Kind
 from cowfs.store import Store
+from cowfs.store.kernel_mounts import mount_record
 from cowfs.store.layers import PLAIN
-from cowfs.store.mounts import mount_record
 from cowfs.sys import mounts as sys_mounts
 
 from .test_live import change, tree_of

@@ -103,7 +103,7 @@ def test_one_string_of_options_or_filters_is_not_taken_letter_by_letter(space: P
         cowfs.mount([space], space, options="nodev,frobnicate", readonly=True)  # type: ignore[arg-type]
     with Store.open(space / "store", fsync=False) as store:
         store.prepare("k")
-        assert [info.name for info in store.walk("kind==active")] == ["k"]  # type: ignore[arg-type]
+        assert [info.name for info in store.walk("kind==active")] == ["k"]
         assert store.spec("k", str(space), options="nodev,ro").readonly
 
 

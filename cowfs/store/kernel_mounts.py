@@ -1,0 +1,163 @@
+"""Mounts of snapshots that the kernel serves: from their layers, from an image of the chain, or from one that bounds the upper."""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+
+from cowfs.driver.plan import MountPlan
+from cowfs.errors import FailedPrecondition, InvalidArgument, Unsupported
+from cowfs.format.mount_options import split_layers, unescape
+from cowfs.index.database import Row
+from cowfs.model import Kind, Mount
+from cowfs.store import limit_loop
+from cowfs.store.layers import hold
+from cowfs.store.limit_loop import LOOP
+from cowfs.store.queries import LookVerbs
+from cowfs.sys import loop, mounts as sys_mounts
+
+__all__ = ["KernelMountVerbs", "mount_record"]
+
+
+class KernelMountVerbs(LookVerbs):
+    """What mounting by the kernel takes."""
+
+    def why_not_kernel(self, key: str) -> str:
+        """Why ``mount_type="kernel"`` cannot mount a snapshot here, as this user, as far as can be told; "" where it can.
+
+        Args:
+            key: of an active snapshot or a view.
+
+        Raises:
+            NotFound: no such key.
+        """
+        row = self._keyed(key)
+        plan = self._plan(row)
+        if self._needs_engine(row):
+            return LOOP.why_not(self.driver) or (
+                "" if row.limit.bytes is not None else "it has a limit on inodes alone"
+            )
+        if not plan.why_not_kernel:
+            return ""
+        return plan.why_not_image or loop.why_no_images(self.root, devices=bool(plan.row))
+
+    def _needs_engine(self, row: Row) -> bool:
+        """Whether a kernel mount of a snapshot needs an engine to be kept to a limit."""
+        return bool(row.limit) and row.kind is Kind.ACTIVE and not self.driver.capabilities.own_limit
+
+    def _mount_kernel(self, row: Row, where: str) -> None:
+        self._mountable(row)
+        limited = self._needs_engine(row)
+        why = LOOP.why_not(self.driver) if limited else ""
+        if why:
+            raise Unsupported(f"a kernel mount with a limit is not possible: {why}", remedy="leave out --mount-type")
+        plan = self._plan(row)
+        with ExitStack() as held:
+            with hold(self.driver, row, "mount", at_rest=not limited):
+                if plan.row and not plan.readonly and not limit_loop.has_image(self.driver, row.id):
+                    self._refuse_redirects(row, plan.upper)
+                if limited:
+                    plan = held.enter_context(LOOP.limited(self.driver, row.id, plan))
+            try:
+                self._mount_image(row, plan, where)
+            except (
+                OSError,
+                Unsupported,
+            ) as error:  # what an image cannot hold, or this host cannot mount: layer by layer
+                self._mount_layers(row, plan, where, error)
+
+    def _mount_layers(self, row: Row, plan: MountPlan, where: str, no_image: Exception) -> None:
+        """Mount a snapshot with each layer as a lower one of its own; what no image could be made or mounted for is told."""
+        try:
+            if self._needs_engine(row):
+                record = plan.record("kernel")
+            elif plan.row and row.parent is None and not plan.why_not_image:  # nothing beneath could be redirected
+                record = plan.kernel()
+            else:
+                (record,) = self._mounts(row, "kernel")
+        except Unsupported as error:
+            if isinstance(no_image, OSError):
+                raise Unsupported(
+                    f"{error}, and no image of them can be mounted: {no_image.strerror}", remedy=error.remedy
+                ) from no_image
+            raise error from no_image
+        mount_record(record, where, source=f"cowfs:{row.id}")
+
+    def _mount_image(self, row: Row, plan: MountPlan, where: str) -> None:
+        """Mount a snapshot as one lower layer: the image of its parent's metadata, with the layers as data beneath.
+
+        Raises:
+            Unsupported: the driver's layers, or this tree, are not mounted so.
+            OSError: the host or its kernel cannot.
+        """
+        from cowfs.store import kernel_blocks, kernel_image
+
+        if plan.why_not_image:
+            raise Unsupported(f"no image: {plan.why_not_image}")
+        if row.parent is None or self.driver.capabilities.whole or not plan.trusted:
+            raise Unsupported("no image: nothing is beneath it, or its layers are not deltas of the trusted form")
+        path = kernel_image.build(self.driver, self.index, self.index.by_num(row.parent))
+        with ExitStack() as held:
+            devices: list[str] = []
+            if plan.row:
+                devices = held.enter_context(kernel_blocks.opened_devices(path, f"{self.root}/layers"))
+            root = loop.image_mount(path, devices)
+        try:
+            sys_mounts.overlay_mount(
+                where,
+                [root],
+                None if plan.readonly else plan.upper,
+                None if plan.readonly else plan.work,
+                ("index=off", "redirect_dir=on", "metacopy=on"),
+                data=[f"{self.root}/layers"],
+                source=f"cowfs:{row.id}",
+                readonly=plan.readonly,
+            )
+        finally:
+            os.close(root)
+
+    def _refuse_redirects(self, row: Row, upper: str) -> None:
+        """The kernel would show a redirect file of the upper as the sparse file that it is."""
+        from cowfs.row import layer
+
+        for path, _ in layer.redirects(upper, self.driver.form):
+            raise FailedPrecondition(
+                f"{row.name!r} holds redirected blocks of {os.fsdecode(path)!r}, which the kernel cannot read in an upper layer",
+                remedy=f"cowfs compact --share 0 {row.name} makes whole files of them; or commit it and mount what stands on that",
+            )
+
+
+def mount_record(record: Mount, target: str, *, source: str = "overlay") -> None:
+    """Do what a kernel record says, with any number of layers; ``source`` is what the mount shows as its own.
+
+    Raises:
+        InvalidArgument: not a record that the kernel can do.
+        OSError: what the kernel said.
+    """
+    readonly = "ro" in record.options
+    if record.type == "bind":
+        sys_mounts.mount(record.source, target, "", sys_mounts.MS_BIND | sys_mounts.MS_REC)
+        if readonly:
+            flags = sys_mounts.MS_BIND | sys_mounts.MS_REMOUNT | sys_mounts.MS_RDONLY
+            sys_mounts.mount("", target, "", flags)
+        return
+    if record.type != "overlay":
+        raise InvalidArgument(f"the kernel cannot mount the type {record.type}")
+    values = dict(option.partition("=")[::2] for option in record.options)
+    others = [option for option in record.options if option.partition("=")[0] not in _PLACES]
+    sys_mounts.overlay_mount(
+        target,
+        split_layers(values["lowerdir"]),
+        _plain(values.get("upperdir")),
+        _plain(values.get("workdir")),
+        others,
+        readonly=readonly,
+        source=source,
+    )
+
+
+_PLACES = frozenset({"lowerdir", "upperdir", "workdir", "ro"})
+
+
+def _plain(text: str | None) -> str | None:
+    return None if text is None else unescape(text)
