@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from cowfs.errors import (
     AlreadyExists,
@@ -35,7 +35,7 @@ from cowfs.store.live import LiveVerbs
 
 if TYPE_CHECKING:
     from cowfs.mounting.client import MountHandle
-    from cowfs.store.mounts import KernelMount
+    from cowfs.mounting.kernel import KernelMount
 
 __all__ = ["RunResult", "RunVerbs"]
 
@@ -204,7 +204,7 @@ class RunVerbs(LiveVerbs):
         size: str | int | None = None,
         inodes: str | int | None = None,
         target: str | os.PathLike[str] | None = None,
-        **options: object,
+        **options: Any,
     ) -> Iterator[MountHandle | KernelMount]:
         """A fresh snapshot, mounted for the block and removed with all that was written at its end.
 
