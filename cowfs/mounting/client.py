@@ -19,8 +19,9 @@ from types import EllipsisType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from cowfs.errors import FailedPrecondition, InvalidArgument, NotFound
-from cowfs.model import SMALLEST_LIMIT, Limit, Statistics, Timed, Usage, parse_count, parse_size
+from cowfs.model import SMALLEST_LIMIT, Limit, Statistics, Usage, parse_count, parse_size
 from cowfs.mounting import mountpoint, protocol
+from cowfs.mounting.answers import statistics_of
 from cowfs.mounting.request import IdMap, MountSpec, find_layers, refuse_layer
 from cowfs.mounting.upper_state import HIDDEN
 
@@ -101,7 +102,7 @@ class MountHandle:
             pass  # somebody was faster
 
     def ask(self, verb: str, **arguments: Any) -> dict[str, Any]:
-        """One verb of the server's table (``cowfs.mounting.verbs.basic.VERBS``).
+        """One verb of the server's table (:mod:`cowfs.mounting.verbs.arguments` says what each takes).
 
         Raises:
             CowfsError: as the server raised it; FailedPrecondition when it is gone.
@@ -149,19 +150,22 @@ class MountHandle:
         Raises:
             CowfsError: the server is of an older cowfs, which counts less.
         """
-        found = self.ask("statistics", timed=timed)
-        taken = found["timed"] or {"seconds": 0.0, "requests": {}, "hits": 0, "misses": 0}
-        return Statistics(
-            usage=Usage(**found["usage"]) if found["usage"] is not None else None,
-            limit=Limit(**found["limit"]),
-            requests=found["requests"],
-            nodes=found["nodes"],
-            timed_seconds=taken["seconds"],
-            timed={name: Timed(*figures) for name, figures in taken["requests"].items()},
-            hits=taken["hits"],
-            misses=taken["misses"],
-            **found["work"],
-        )
+        return statistics_of(self.ask("statistics", timed=timed))
+
+    def watch(self, *, interval: float = 1.0, timed: bool = False) -> Iterator[Statistics]:
+        """:meth:`statistics` again and again, until the mount ends or the iterator is closed; the server sends each by itself.
+
+        Args:
+            interval: seconds from one to the next, at most 60.
+            timed: as for :meth:`statistics`.
+
+        Raises:
+            CowfsError: the server is of an older cowfs, which counts less.
+            FailedPrecondition: the server ended.
+        """
+        wait = protocol.TIMEOUT + interval
+        news = protocol.stream(self.socket, "statistics", timeout=wait, interval=interval, timed=timed)
+        return map(statistics_of, news)
 
     def diff(self) -> Iterator[Change]:
         """What the upper layer adds, changes and deletes, sorted by path.
