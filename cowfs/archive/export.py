@@ -112,18 +112,24 @@ def export_changes(
 
     Args:
         changes: any order; ``deleted`` ones become whiteouts, the others members. A changed
-            directory is written as itself only, an added one too: what is in it has changes of its own.
+            directory is written as itself only, an added one too: what is in it has changes of its own. A socket has no
+            place in an archive; one that took another object's place becomes a whiteout.
     """
 
     def body(writer: MemberWriter) -> None:
-        for change in sorted(changes, key=lambda change: _order(change.path, change.kind == "deleted")):
-            if change.kind == "deleted":
+        for change in sorted(changes, key=lambda change: _order(change.path, _is_gone(change))):
+            if _is_gone(change):
                 parent, _, name = change.path.rpartition(b"/")
                 writer.mark((parent + b"/" if parent else b"") + WHITEOUT_PREFIX + name)
             else:
                 write_object(writer, tree, change.path)
 
     return _run(out, compression, level, progress, True, override, body)
+
+
+def _is_gone(change: Change) -> bool:
+    """Whether an archive has a whiteout for it."""
+    return change.kind == "deleted" or (change.kind == "changed" and change.type == "socket")
 
 
 def _order(path: bytes, deleted: bool) -> list[tuple[bool, bytes]]:

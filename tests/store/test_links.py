@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import stat
 import tarfile
 from pathlib import Path
 
@@ -178,3 +179,29 @@ def test_block_differences_carry_links(store: Store) -> None:
     with store.paths("look") as paths:
         assert inode(paths, "alone") == inode(paths, "a/again")
         assert inode(paths, "a/f") != inode(paths, "b/g")
+
+
+def test_what_a_socket_took_the_place_of_does_not_come_back_in_an_export(store: Store) -> None:
+    """An archive has no sockets; files, links and directories that one replaced are deleted in it."""
+    with store.paths("k") as paths:
+        for path in ("alone", "b/g"):
+            paths.unlink(path)
+            paths.mknod(path, stat.S_IFSOCK | 0o644)
+        paths.rmtree("a")
+        for path in ("a", "new"):
+            paths.mknod(path, stat.S_IFSOCK | 0o644)
+    store.commit("k", "top")
+    out = io.BytesIO()
+    store.export_diff("base", "top", out)
+    out.seek(0)
+    with tarfile.open(fileobj=out) as tar:
+        diff = [member.name for member in tar if not member.isdir()]
+    wanted = [".wh.a", ".wh.alone", "b/.wh.g"]
+    assert [name for name, _ in members(store, "top", "layer")] == diff == wanted
+    store.prepare("again", "base")
+    out = io.BytesIO()
+    store.export("top", out, format="layer")
+    out.seek(0)
+    store.apply("again", out)
+    with store.paths("again") as paths:
+        assert [path for path, _ in paths.walk()] == [b"b"]

@@ -124,6 +124,7 @@ def _wanted(service: Service, filters: Mapping[str, list[str]]) -> Callable[[Con
                 "ancestor", lambda value: ancestors.get(value) == container.image or container.image_name == value
             )
             and any_of("network", lambda value: container.host["NetworkMode"] == value)
+            and any_of("health", lambda value: value == _health(container))
             and any_of(
                 "volume", lambda value: any(value in (each["name"], each["target"]) for each in container.volumes)
             )
@@ -133,6 +134,10 @@ def _wanted(service: Service, filters: Mapping[str, list[str]]) -> Callable[[Con
         )
 
     return wanted
+
+
+def _health(container: Container) -> str:
+    return container.health.status if container.health is not None and container.running else "none"
 
 
 def _exists(service: Service, image: str) -> bool:
@@ -163,7 +168,7 @@ def _inspect(service: Service, exchange: Exchange, name: str) -> Reply:
             "Status": container.status,
             "Running": container.running,
             "Paused": container.paused,
-            "Restarting": False,
+            "Restarting": container.restarting,
             "OOMKilled": bool(run.get("oom")),
             "Dead": False,
             "Pid": container.pid,
@@ -178,7 +183,7 @@ def _inspect(service: Service, exchange: Exchange, name: str) -> Reply:
         "HostsPath": os.path.join(container.folder, "hosts"),
         "LogPath": os.path.join(container.folder, "json.log"),
         "Name": f"/{container.name}",
-        "RestartCount": 0,
+        "RestartCount": container.restarts,
         "Driver": service.store.driver.name,
         "Platform": "linux",
         "MountLabel": "",
@@ -196,6 +201,8 @@ def _inspect(service: Service, exchange: Exchange, name: str) -> Reply:
             "SecondaryIPAddresses": None, "SecondaryIPv6Addresses": None,
         },
     }  # fmt: skip
+    if container.health is not None:
+        told["State"]["Health"] = container.health.described()
     if exchange.flag("size"):
         own = service.containers.size(container)
         told |= {"SizeRw": own, "SizeRootFs": own + service.images.sizes()[0].get(container.image, 0)}
@@ -205,7 +212,11 @@ def _inspect(service: Service, exchange: Exchange, name: str) -> Reply:
 def _host(service: Service, container: Container) -> dict[str, Any]:
     host = dict(container.host)
     host["LogConfig"] = {"Type": "json-file", "Config": (host.get("LogConfig") or {}).get("Config") or {}}
-    host["RestartPolicy"] = {"Name": "no", "MaximumRetryCount": 0}
+    policy = host.get("RestartPolicy") or {}
+    host["RestartPolicy"] = {
+        "Name": policy.get("Name") or "no",
+        "MaximumRetryCount": policy.get("MaximumRetryCount", 0),
+    }
     limit = service.store.limit(container.key)
     host["StorageOpt"] = options_of(host.get("StorageOpt") or {}, limit) or None
     host["MaskedPaths"], host["ReadonlyPaths"] = None, None

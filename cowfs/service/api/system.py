@@ -12,6 +12,7 @@ from cowfs import __version__
 from cowfs.images.digests import platform_here
 from cowfs.service import events
 from cowfs.service.api.routing import MAX_VERSION, MIN_VERSION, Route, filters_of
+from cowfs.service.containers.bundle import init_program
 from cowfs.service.http import Exchange, Reply, json_reply, lines
 from cowfs.sys.files import fs_name
 
@@ -179,7 +180,7 @@ def _info(service: Service, exchange: Exchange) -> Reply:
             },
             "LiveRestoreEnabled": True,
             "Isolation": "",
-            "InitBinary": "",
+            "InitBinary": os.path.basename(init_program()),
             "ContainerdCommit": {"ID": ""},
             "RuncCommit": {"ID": runtime[1] if runtime else ""},
             "InitCommit": {"ID": ""},

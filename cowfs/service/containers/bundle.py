@@ -5,20 +5,28 @@ Rule: what cannot be given is refused when the container is created, with a sent
 
 from __future__ import annotations
 
+import functools
 import os
+import shutil
 import signal
+import struct
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from cowfs.errors import InvalidArgument
 from cowfs.service.containers.cgroups import PREFIX
+from cowfs.service.containers.health import check_of
 from cowfs.service.containers.records import ContainerConfig, ExecConfig, HostConfig
+from cowfs.service.containers.restarting import check_policy
 from cowfs.service.containers.users import User
 from cowfs.service.errors import ApiError, not_offered
 from cowfs.service.images import Image
 from cowfs.service.records import encode
 
 __all__ = ["check", "exec_process", "merge", "resources", "signal_number", "specification", "wanted_volumes"]
+
+INIT = "/dev/docker-init"
+"""Where a container finds its init process: on a file system that is made for it, so that its tree does not change."""
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -66,13 +74,11 @@ def check(config: ContainerConfig) -> None:
         (host.IpcMode not in ("", "host", "private", "shareable", "none"), "another container's IPC namespace"),
         (host.UTSMode not in ("", "host"), "another container's UTS namespace"),
         (host.UsernsMode not in ("", "host"), "user namespaces of containers"),
-        (host.RestartPolicy.Name not in ("", "no"), "restart policies"),
-        (bool(host.Init), "an init process of its own (--init)"),
-        (host.LogConfig.Type not in ("", "json-file"), f"the log driver {host.LogConfig.Type}"),
         (
-            bool(config.Healthcheck) and (config.Healthcheck or {}).get("Test") not in (None, [], ["NONE"]),
-            "health checks",
+            bool(host.Init) and not init_program(),
+            "an init process of its own (--init): this host has no static docker-init or tini",
         ),
+        (host.LogConfig.Type not in ("", "json-file"), f"the log driver {host.LogConfig.Type}"),
         (bool(host.CgroupParent), "another parent of control groups"),
     )
     for is_asked, what in refused:
@@ -86,6 +92,8 @@ def check(config: ContainerConfig) -> None:
         if each.Name not in RLIMITS:
             raise ApiError(400, f"invalid ulimit type: {each.Name}")
     _capabilities(host)
+    check_policy(host)
+    check_of({"Healthcheck": config.Healthcheck})
     bind_mounts(host)
     wanted_volumes(host, config.Volumes or {})
     if config.StopSignal:
@@ -266,10 +274,39 @@ def merge(config: ContainerConfig, image: Image) -> dict[str, Any]:
     made["Labels"] = {**image.labels, **(config.Labels or {})}
     for key in ("User", "WorkingDir", "StopSignal"):
         made[key] = made[key] or base.get(key) or ""
+    made["Healthcheck"] = _health(made["Healthcheck"], base.get("Healthcheck"))
     volumes = {**(base.get("Volumes") or {}), **(made["Volumes"] or {})}
     made["Volumes"] = volumes or None
     made["ExposedPorts"] = made["ExposedPorts"] or base.get("ExposedPorts")
     return made
+
+
+def _health(asked: Mapping[str, Any] | None, base: Any) -> dict[str, Any] | None:
+    """The check of request and image: what the request does not say is the image's."""
+    if not isinstance(base, dict) or (asked and asked.get("Test") == ["NONE"]):
+        return dict(asked) if asked else None
+    return {**base, **{key: value for key, value in (asked or {}).items() if value}}
+
+
+def init_program() -> str:
+    """A program that collects orphans and passes signals on, and needs nothing of a container's tree; "" where there is none."""
+    for name in ("docker-init", "tini-static", "tini"):
+        found = shutil.which(name)
+        if found and _is_static(found):
+            return found
+    return ""
+
+
+@functools.cache
+def _is_static(path: str) -> bool:
+    """Whether an ELF program needs no loader: it has no PT_INTERP header (elf(5))."""
+    with open(path, "rb") as file:
+        head = file.read(65536)
+    if head[:6] != b"\x7fELF\x02\x01":
+        return False
+    (start,) = struct.unpack_from("<Q", head, 32)
+    size, count = struct.unpack_from("<HH", head, 54)
+    return all(struct.unpack_from("<I", head, start + size * at)[0] != 3 for at in range(count))
 
 
 def environment(config: Mapping[str, Any], hostname: str, home: str) -> list[str]:
@@ -333,7 +370,7 @@ def specification(
     process: dict[str, Any] = {
         "terminal": bool(config.get("Tty")),
         "user": {"uid": user.uid, "gid": user.gid, "additionalGids": list(user.groups)},
-        "args": arguments_of(config),
+        "args": [*([INIT, "--"] if host.Init else []), *arguments_of(config)],
         "env": environment(config, hostname, user.home),
         "cwd": config.get("WorkingDir") or "/",
         "capabilities": {
@@ -406,6 +443,8 @@ def _mounts(host: HostConfig, files: Mapping[str, str], volumes: Iterable[Mappin
     ]
     mine = [{key: value for key, value in each.items() if key != "make"} for each in bind_mounts(host)]
     mine += map(dict, volumes)
+    if host.Init:
+        made.append({"destination": INIT, "type": "bind", "source": init_program(), "options": ["bind", "ro"]})
     taken = {each["destination"] for each in mine}
     for target, source in files.items():
         if target not in taken:

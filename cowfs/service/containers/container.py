@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cowfs.errors import FailedPrecondition
 from cowfs.service.containers import bundle
@@ -24,9 +24,13 @@ from cowfs.service.records import decode
 from cowfs.sys.atomic import write_file
 from cowfs.sys.process import start_time
 
+if TYPE_CHECKING:
+    from cowfs.service.containers.health import Health
+
 __all__ = ["RECORD_FILE", "Container", "Exec"]
 
 RECORD_FILE = "container.json"
+_HEALTH = {"starting": "health: starting", "healthy": "healthy", "unhealthy": "unhealthy"}
 SETTLE_SECONDS = 60.0
 
 
@@ -52,6 +56,9 @@ class Container:
         image, image_name: the image's id, and what the request called it. snapshot: the image's top snapshot.
         config, host: as the API shows them, merged of request and image.
         volumes: those that it mounts: ``name``, ``target``, ``readonly``, ``copy``, and ``own``: it was made for this container alone.
+        stopped: a verb ended its last run. restarts: by its policy, since somebody started it. restarting, delay: it waits for one;
+            guarded by changed. found: by a new daemon, which has not looked at its policy yet.
+        health: of this run, where it has a check.
         run: what the supervisor wrote; {} before the first start. paused, error: see the API.
         lock: held while a verb changes the state. changed: notified at each end of its process, and at its removal.
         ends: how often its process has ended, seen by this daemon. settled: the last end is cleaned up after.
@@ -72,6 +79,12 @@ class Container:
     paused: bool = False
     error: str = ""
     volumes: list[dict[str, Any]] = field(default_factory=list)
+    stopped: bool = False
+    restarts: int = 0
+    restarting: bool = False
+    delay: float = 0.0
+    found: bool = False
+    health: Health | None = None
     removing: bool = False
     removed: bool = False
     run: dict[str, Any] = field(default_factory=dict)
@@ -100,6 +113,8 @@ class Container:
             "paused",
             "error",
             "volumes",
+            "stopped",
+            "restarts",
         )
         data = json.dumps({each: getattr(self, each) for each in names}).encode()
         write_file(os.path.join(self.folder, RECORD_FILE), data, durable=self.durable)
@@ -189,6 +204,8 @@ class Container:
             return "removing"
         if self.running:
             return "paused" if self.paused else "running"
+        if self.restarting:
+            return "restarting"
         return "exited" if self.run or self.error else "created"
 
     @property
@@ -202,7 +219,10 @@ class Container:
         """What ``docker ps`` shows as the status."""
         now = time.time_ns()
         if self.running:
-            return f"Up {ago(now - self.run['started'])}" + (" (Paused)" if self.paused else "")
+            more = f" ({_HEALTH[self.health.status]})" if self.health is not None else ""
+            return f"Up {ago(now - self.run['started'])}" + (" (Paused)" if self.paused else more)
+        if self.restarting:
+            return f"Restarting ({self.code}) {ago(now - self.run['finished'])} ago"
         if "finished" in self.run:
             return f"Exited ({self.code}) {ago(now - self.run['finished'])} ago"
         return "Exited (127)" if self.error else "Created"

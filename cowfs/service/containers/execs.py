@@ -44,6 +44,10 @@ class Execs:
             made = self._execs.get(id)
         if made is not None:
             made.code, made.running = code, False
+            try:
+                self._containers.get(made.container).tell()
+            except NotFound:
+                pass  # it has just been removed
 
     def settle(self, made: Exec) -> None:
         """Hear of its end now, if it has ended: whoever saw the end of its stream may ask before the thread that watches has heard."""
@@ -56,6 +60,11 @@ class Execs:
             return
         if code is not None:
             self.ended(made.id, code)
+
+    def drop(self, made: Exec) -> None:
+        """Know it no more."""
+        with self._lock:
+            self._execs.pop(made.id, None)
 
     def forget(self, container: Container) -> None:
         """The container is gone."""
@@ -115,12 +124,19 @@ class Execs:
         return process
 
     def start(
-        self, made: Exec, process: dict[str, Any], *, sock: socket.socket | None = None, early: bytes = b""
+        self,
+        made: Exec,
+        process: dict[str, Any],
+        *,
+        sock: socket.socket | None = None,
+        early: bytes = b"",
+        forget: bool = False,
     ) -> None:
         """Begin one more process, with a client's socket or without; the socket is closed here in any case.
 
         Args:
             process: of :meth:`process`.
+            forget: the supervisor tells its end, and knows it no more.
 
         Raises:
             FailedPrecondition: the container does not run any more. ApiError: the process cannot be started (both only
@@ -138,6 +154,7 @@ class Execs:
             "streams": [number for number, wanted in enumerate(attached) if wanted],
             "early": base64.b64encode(early).decode(),
             "keys": "",
+            "forget": forget,
         }
         made.running = True
         self._containers.tell(container, f"exec_start: {' '.join(config.Cmd or ())}", execID=made.id)

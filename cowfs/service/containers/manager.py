@@ -23,6 +23,7 @@ import socket
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from cowfs.errors import CowfsError, FailedPrecondition, InvalidArgument, NotFound
@@ -31,12 +32,13 @@ from cowfs.service.containers.container import SETTLE_SECONDS, Container
 from cowfs.service.containers.creating import LABEL, Maker
 from cowfs.service.containers.execs import Execs
 from cowfs.service.containers.furnishing import write_bundle
-from cowfs.service.containers.logs import parse_size as parse_log_size
+from cowfs.service.containers.health import Monitors
 from cowfs.service.containers.records import ContainerConfig, Update
 from cowfs.service.containers.register import Register
+from cowfs.service.containers.restarting import Restarts, check_policy
 from cowfs.service.containers.signals import send_signal
 from cowfs.service.containers.spawner import Spawner
-from cowfs.service.containers.supervision import Runtime, ask
+from cowfs.service.containers.supervision import Runtime, ask, dismiss, hand_over, wish
 from cowfs.service.containers.supervisor import RUN_FILE
 from cowfs.service.containers.trees import Trees
 from cowfs.service.errors import ApiError, NotModified
@@ -68,6 +70,8 @@ class Containers:
         self._register = Register()
         self.spawner = Spawner()
         self.execs = Execs(self)
+        self.restarts = Restarts(lambda container: self.start(container, again=True))
+        self.monitors = Monitors(self)
         self.trees = Trees(service.store)
         self.folder = os.path.join(service.folder, "containers")
         self.run_dir = os.path.join(service.run_dir, "containers")
@@ -107,12 +111,16 @@ class Containers:
             if self._watch(each):
                 if each.running:
                     each.settled.clear()
+                    self.monitors.begin(each)
                     log.info("container %s goes on (process %d)", each.name, each.pid)
             else:
+                each.found = True
                 self._settle(each)
 
     def close(self) -> None:
         """Let go; the containers go on."""
+        self.restarts.close()
+        self.monitors.close()
         self.spawner.close()
 
     def _drop_snapshot(self, key: str) -> None:
@@ -189,15 +197,20 @@ class Containers:
 
     # -- start ------------------------------------------------------------------------------------
 
-    def start(self, container: Container) -> None:
+    def start(self, container: Container, *, again: bool = False) -> None:
         """Start a container's process; returns when it runs.
+
+        Args:
+            again: by its restart policy, which goes on counting.
 
         Raises:
             NotModified: it runs already. ApiError: the runtime says why not.
         """
+        if not again:
+            self.restarts.cancel(container)
         with container.lock:
             container.wait_settled()
-            if container.running:
+            if container.running or (again and not container.restarting):
                 raise NotModified
             if container.removing:
                 raise FailedPrecondition(f"container {container.id[:12]} is being removed")
@@ -217,9 +230,13 @@ class Containers:
                 # One that was short has ended already, and the thread that watches knows more than this answer.
                 if container.run.get("started") != answer["ok"]["started"]:
                     container.run = answer["ok"]
-            container.paused, container.error = False, ""
+            container.paused, container.error, container.stopped = False, "", False
+            container.restarts = container.restarts + 1 if again else 0
+            container.delay = container.delay if again else 0.0
             container.save()
+            self.restarts.cancel(container)
         self.tell(container, "start")
+        self.monitors.begin(container)
 
     def volume_users(self) -> list[tuple[str, str]]:
         """Each use of a volume: (its name, the container's id)."""
@@ -256,26 +273,7 @@ class Containers:
         if not runtime:
             raise ApiError(501, "there is no OCI runtime on this host: install runc or crun")
         os.makedirs(container.bundle, mode=0o700, exist_ok=True)
-        options = container.host_config.LogConfig.Config or {}
-        self.spawner.spawn(
-            {
-                "id": container.id,
-                "folder": container.folder,
-                "bundle": container.bundle,
-                "socket": container.socket,
-                "runtime": runtime,
-                "runtime_root": self.runtime.root,
-                "cgroup": container.cgroup,
-                "terminal": bool(container.config.get("Tty")),
-                "open_stdin": bool(container.config.get("OpenStdin")),
-                "stdin_once": bool(container.config.get("StdinOnce")),
-                "max_size": parse_log_size(options.get("max-size", "")),
-                "max_file": max(1, int(options.get("max-file", "1") or 1)),
-                "store": self._store.root,
-                "attributes": container.attributes,
-                "durable": container.durable,
-            }
-        )
+        self.spawner.spawn(wish(container, runtime, self.runtime.root, self._store.root))
         if not self._watch(container):
             raise CowfsError(f"the supervisor of container {container.id[:12]} ended at once")
 
@@ -341,6 +339,9 @@ class Containers:
                 self.remove(container)
             except CowfsError as error:
                 log.warning("container %s is not removed: %s", container.name, error)
+            return
+        self.restarts.ended(container)
+        container.found = False
 
     def _lost(self, container: Container) -> None:
         """A container whose supervisor is gone has lost its streams and its status: it is ended."""
@@ -356,13 +357,6 @@ class Containers:
         with container.changed:
             container.ends += 1
             container.changed.notify_all()
-
-    def _dismiss(self, container: Container) -> None:
-        """End a supervisor that waits for a start which will not come."""
-        try:
-            ask(container, {"verb": "quit"})
-        except FailedPrecondition:
-            pass  # it is ending already
 
     def _wait_gone(self, container: Container) -> None:
         watcher = container.watcher
@@ -380,19 +374,7 @@ class Containers:
         self, container: Container, sock: socket.socket, early: bytes, streams: list[int], keys: bytes = b""
     ) -> None:
         """Hand a client's socket to the supervisor. The socket is closed here in any case."""
-        import base64
-
-        with sock:
-            message = {
-                "verb": "attach",
-                "streams": streams,
-                "early": base64.b64encode(early).decode(),
-                "keys": base64.b64encode(keys).decode(),
-            }
-            try:
-                ask(container, message, sock.fileno())
-            except FailedPrecondition:
-                pass  # it has ended meanwhile; the client sees the end of the stream
+        hand_over(container, sock, early, streams, keys)
         self.tell(container, "attach")
 
     def resize(self, container: Container, width: int, height: int, exec: str = "") -> None:
@@ -410,6 +392,7 @@ class Containers:
         number = bundle.signal_number(text or "KILL")
         if not container.running:
             raise FailedPrecondition(f"cannot kill container: {container.id}: container {container.id} is not running")
+        self.restarts.ends_by_verb(container)
         send_signal(container, number)
         if number == signal.SIGKILL:
             self._thaw(container)
@@ -425,8 +408,9 @@ class Containers:
         Raises:
             NotModified: it does not run.
         """
-        if not container.running:
-            raise NotModified
+        if not container.running and self._ends_waiting(container):
+            return
+        self.restarts.ends_by_verb(container)
         number = bundle.signal_number(text or container.config.get("StopSignal") or "TERM")
         if seconds is None:
             own = container.config.get("StopTimeout")
@@ -440,6 +424,22 @@ class Containers:
             container.wait(lambda: not container.running, SETTLE_SECONDS)
         container.settled.wait(SETTLE_SECONDS)
         self.tell(container, "stop")
+
+    def _ends_waiting(self, container: Container) -> bool:
+        """End the waiting of one that does not run for its restart; False when it runs by now.
+
+        Raises:
+            NotModified: it neither runs nor waits.
+        """
+        with container.lock:  # not while it is being started
+            waited = self.restarts.cancel(container)
+            if container.running:
+                return False
+            if not waited:
+                raise NotModified
+            self.restarts.ends_by_verb(container)
+        self.tell(container, "stop")
+        return True
 
     def restart(self, container: Container, seconds: int | None = None, text: str = "") -> None:
         """Stop, if it runs, and start."""
@@ -504,8 +504,12 @@ class Containers:
     def update(self, container: Container, wanted: Update) -> None:
         """Change limits of control groups, also while it runs."""
         changes = {key: value for key, value in encode(wanted).items() if value and key != "RestartPolicy"}
-        if wanted.RestartPolicy is not None and wanted.RestartPolicy.Name not in ("", "no"):
-            raise ApiError(501, "cowfs does not offer restart policies")
+        if wanted.RestartPolicy is not None and wanted.RestartPolicy.Name:
+            host = replace(container.host_config, RestartPolicy=wanted.RestartPolicy)
+            check_policy(host)
+            with container.lock:
+                container.host["RestartPolicy"] = encode(wanted.RestartPolicy)
+                container.save()
         if not changes:
             return
         if (
@@ -550,7 +554,7 @@ class Containers:
         Raises:
             FailedPrecondition: it runs, and ``force`` is off.
         """
-        if container.running and not force:
+        if (container.running or container.restarting) and not force:
             raise FailedPrecondition(
                 f'cannot remove container "/{container.name}": container is {container.status}:'
                 " stop the container before removing or force remove"
@@ -561,12 +565,13 @@ class Containers:
             if container.removing:
                 raise FailedPrecondition(f"removal of container {container.id} is already in progress")
             container.removing = True
+            self.restarts.cancel(container)
         try:
             if container.running:
                 self.kill(container)
             container.wait_settled()
             if not container.running and container.watcher is not None:
-                self._dismiss(container)
+                dismiss(container)
             self._wait_gone(container)
             self.trees.unmount(container)
             self._store.remove(container.key)

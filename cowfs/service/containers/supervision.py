@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import shutil
@@ -12,10 +13,11 @@ from typing import Any
 
 from cowfs.errors import FailedPrecondition
 from cowfs.service.containers.container import Container
+from cowfs.service.containers.logs import parse_size as parse_log_size
 from cowfs.service.errors import ApiError
 from cowfs.sys import mounts
 
-__all__ = ["Runtime", "ask"]
+__all__ = ["Runtime", "ask", "dismiss", "hand_over", "wish"]
 
 
 def ask(container: Container, message: dict[str, Any], fd: int | None = None) -> dict[str, Any]:
@@ -40,6 +42,55 @@ def ask(container: Container, message: dict[str, Any], fd: int | None = None) ->
     if not isinstance(answer, dict):
         raise FailedPrecondition(f"container {container.id} is not running")
     return answer
+
+
+def wish(container: Container, runtime: str, runtime_root: str, store: str) -> dict[str, Any]:
+    """What the supervisor of a container is told (:class:`cowfs.service.containers.supervisor.Supervisor`)."""
+    options = container.host_config.LogConfig.Config or {}
+    return {
+        "id": container.id,
+        "folder": container.folder,
+        "bundle": container.bundle,
+        "socket": container.socket,
+        "runtime": runtime,
+        "runtime_root": runtime_root,
+        "cgroup": container.cgroup,
+        "terminal": bool(container.config.get("Tty")),
+        "open_stdin": bool(container.config.get("OpenStdin")),
+        "stdin_once": bool(container.config.get("StdinOnce")),
+        "max_size": parse_log_size(options.get("max-size", "")),
+        "max_file": max(1, int(options.get("max-file", "1") or 1)),
+        "store": store,
+        "attributes": container.attributes,
+        "durable": container.durable,
+    }
+
+
+def hand_over(container: Container, sock: socket.socket, early: bytes, streams: list[int], keys: bytes) -> None:
+    """Pass a client's socket to the supervisor. The socket is closed here in any case.
+
+    Args:
+        early: bytes that came before. streams: those that the client wants. keys: that detach it.
+    """
+    with sock:
+        message = {
+            "verb": "attach",
+            "streams": streams,
+            "early": base64.b64encode(early).decode(),
+            "keys": base64.b64encode(keys).decode(),
+        }
+        try:
+            ask(container, message, sock.fileno())
+        except FailedPrecondition:
+            pass  # it has ended meanwhile; the client sees the end of the stream
+
+
+def dismiss(container: Container) -> None:
+    """End a supervisor that waits for a start which will not come."""
+    try:
+        ask(container, {"verb": "quit"})
+    except FailedPrecondition:
+        pass  # it is ending already
 
 
 class Runtime:

@@ -291,7 +291,8 @@ class Supervisor:
     def verb_exec(self, sock: socket.socket, message: dict[str, Any], fds: list[int]) -> None:
         """Run one more process in the container, perhaps with a client."""
         terminal, id = message["terminal"], message["id"]
-        process = _Process(self._streams(terminal, False, lambda: self._exec_ended(id)), terminal)
+        forget = bool(message.get("forget"))
+        process = _Process(self._streams(terminal, False, lambda: self._exec_ended(id, forget)), terminal)
         self.execs[id] = process
         if fds:
             self._attach(process, message, fds)
@@ -417,8 +418,9 @@ class Supervisor:
         self._tell_watchers({"exec": id, "code": code})
         process.streams.process_ended()
 
-    def _exec_ended(self, id: str) -> None:
-        pass  # its status stays known until the container ends
+    def _exec_ended(self, id: str, forget: bool) -> None:
+        if forget:  # else its status stays known until the container ends
+            del self.execs[id]
 
     def _runtime(self, *words: str) -> None:
         pid = os.posix_spawnp(

@@ -1,0 +1,216 @@
+"""Health checks: a command that is run in a container again and again, and what its status says.
+
+Rules (Docker's, moby ``daemon/health.go``):
+
+1. Healthy after one success. Unhealthy after so many failures in a row as ``Retries`` says. In the start period failures do not count, until the first success.
+2. A check that takes longer than its timeout is killed and has failed. None is made while the container is paused.
+3. The daemon makes the checks. A new one begins again at ``starting``: what its predecessor saw is not kept.
+
+Threads: one for each running container that has a check.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import struct
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from cowfs.errors import CowfsError
+from cowfs.service.containers.records import ExecConfig
+from cowfs.service.errors import ApiError
+from cowfs.service.images import rfc3339
+from cowfs.service.logs import log
+
+if TYPE_CHECKING:
+    from cowfs.service.containers.container import Container
+    from cowfs.service.containers.manager import Containers
+
+__all__ = ["Check", "Health", "Monitors", "check_of"]
+
+MOST_OUTPUT = 4096
+KEPT = 5
+_TIMED_OUT = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """A check as a container's configuration says it; times in seconds."""
+
+    command: tuple[str, ...]
+    interval: float
+    timeout: float
+    retries: int
+    start_period: float
+    start_interval: float
+
+
+@dataclass(slots=True)
+class Health:
+    """What was seen of one run of a container.
+
+    Attributes:
+        status: ``starting``, ``healthy`` or ``unhealthy``. streak: failures in a row. log: the last checks, as the API shows them.
+    """
+
+    status: str = "starting"
+    streak: int = 0
+    log: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=KEPT))
+
+    def described(self) -> dict[str, Any]:
+        """As the API shows it."""
+        return {"Status": self.status, "FailingStreak": self.streak, "Log": list(self.log)}
+
+
+def check_of(config: Mapping[str, Any]) -> Check | None:
+    """The check of a configuration; None where there is none.
+
+    Raises:
+        ApiError: 400: it cannot be read.
+    """
+    told = config.get("Healthcheck") or {}
+    test = told.get("Test") or []
+    if not test or test == ["NONE"]:
+        return None
+    if not isinstance(test, list) or not all(isinstance(word, str) for word in test):
+        raise ApiError(400, "Healthcheck.Test is no list of strings")
+    kind, *words = test
+    if kind == "CMD-SHELL" and len(words) == 1:
+        words = [*(config.get("Shell") or ["/bin/sh", "-c"]), words[0]]
+    elif kind != "CMD" or not words:
+        raise ApiError(400, f"Unknown healthcheck type in the image or the request: {kind!r}")
+
+    def seconds(name: str, default: float) -> float:
+        value = told.get(name) or 0
+        if type(value) is not int or value < 0 or 0 < value < 1_000_000:
+            raise ApiError(400, f"{name} in Healthcheck cannot be less than 1ms")
+        return value / 1e9 or default
+
+    retries = told.get("Retries") or 0
+    if type(retries) is not int or retries < 0:
+        raise ApiError(400, "Retries in Healthcheck cannot be negative")
+    return Check(
+        tuple(words), seconds("Interval", 30.0), seconds("Timeout", 30.0), retries or 3, seconds("StartPeriod", 0.0),
+        seconds("StartInterval", 5.0),
+    )  # fmt: skip
+
+
+class Monitors:
+    """Makes the checks of all containers that run."""
+
+    def __init__(self, containers: Containers) -> None:
+        self._containers = containers
+        self._closed = threading.Event()
+
+    def close(self) -> None:
+        """Make no more checks."""
+        self._closed.set()
+
+    def begin(self, container: Container) -> None:
+        """A container runs."""
+        check = check_of(container.config)
+        container.health = None if check is None else Health()
+        if check is not None:
+            threading.Thread(
+                target=self._run, args=(container, check, container.health), name=f"cowfs-health-{container.id[:8]}", daemon=True
+            ).start()  # fmt: skip
+
+    def _run(self, container: Container, check: Check, health: Health) -> None:
+        began, run = time.monotonic(), container.run.get("started")
+
+        def is_over() -> bool:
+            return self._closed.is_set() or not container.running or container.run.get("started") != run
+
+        while True:
+            starting = health.status == "starting" and time.monotonic() - began < check.start_period
+            if container.wait(is_over, check.start_interval if starting else check.interval):
+                return
+            if container.paused:
+                continue
+            at = time.time_ns()
+            try:
+                code, output = self._probe(container, check)
+            except CowfsError as error:
+                code, output = 1, str(error)
+            if is_over():
+                return
+            health.log.append(
+                {"Start": rfc3339(at), "End": rfc3339(time.time_ns()), "ExitCode": code, "Output": output}
+            )
+            self._judge(container, check, health, code, began)
+
+    def _judge(self, container: Container, check: Check, health: Health, code: int, began: float) -> None:
+        before = health.status
+        if code == 0:
+            health.status, health.streak = "healthy", 0
+        elif before == "starting" and time.monotonic() - began < check.start_period:
+            return
+        else:
+            health.streak += 1
+            if health.streak >= check.retries:
+                health.status = "unhealthy"
+        if health.status != before:
+            log.info("container %s is %s", container.name, health.status)
+            self._containers.tell(container, f"health_status: {health.status}")
+
+    def _probe(self, container: Container, check: Check) -> tuple[int, str]:
+        execs = self._containers.execs
+        config = ExecConfig(Cmd=list(check.command), AttachStdout=True, AttachStderr=True)
+        made = execs.new(container, config)
+        try:
+            ours, theirs = socket.socketpair()
+            with ours:
+                end = time.monotonic() + check.timeout
+                execs.start(made, execs.process(made, None), sock=theirs, forget=True)
+                output, ended = _read(ours, end)
+                if not ended and made.pid:
+                    _kill(made.pid)
+                    return _TIMED_OUT, f"Health check exceeded timeout ({check.timeout:g}s): {output}"
+            container.wait(lambda: made.code is not None, 5.0)
+            return (1 if made.code is None else made.code), output
+        finally:
+            execs.drop(made)
+
+
+def _kill(pid: int) -> None:
+    try:
+        handle = os.pidfd_open(pid)
+    except OSError:
+        return
+    try:
+        signal.pidfd_send_signal(handle, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    finally:
+        os.close(handle)
+
+
+def _read(sock: socket.socket, end: float) -> tuple[str, bool]:
+    """What a process without a terminal writes, and whether its streams ended in time."""
+    data = b""
+    while True:
+        left = end - time.monotonic()
+        if left <= 0 or not select.select([sock], [], [], left)[0]:
+            return _text(data), False
+        part = sock.recv(65536)
+        if not part:
+            return _text(data), True
+        if len(data) < 4 * MOST_OUTPUT:
+            data += part
+
+
+def _text(data: bytes) -> str:
+    """The payloads of frames: a byte for the stream, three of nothing, four of length (Docker's attach)."""
+    out = b""
+    while len(data) >= 8 and len(out) < MOST_OUTPUT:
+        (length,) = struct.unpack(">I", data[4:8])
+        out += data[8 : 8 + length]
+        data = data[8 + length :]
+    return out[:MOST_OUTPUT].decode(errors="replace")

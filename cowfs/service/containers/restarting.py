@@ -1,0 +1,114 @@
+"""Restart policies: whether a container that ended is started again, and when.
+
+Rules (Docker's, moby ``restartmanager``):
+
+1. Whoever stops or kills a container by a verb ends its restarts until it is started again.
+2. The first restart waits a tenth of a second; each one after a run of less than ten seconds twice as long, up to a minute.
+3. A new daemon starts ``always`` whatever was before, ``unless-stopped`` unless a verb ended it, ``on-failure`` after a status that is not 0.
+
+A restart that waits is a thread that sleeps; nothing about it is kept but how often the container was restarted.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from cowfs.errors import CowfsError
+from cowfs.service.containers.records import HostConfig
+from cowfs.service.errors import ApiError, NotModified
+from cowfs.service.logs import log
+
+if TYPE_CHECKING:
+    from cowfs.service.containers.container import Container
+
+__all__ = ["Restarts", "check_policy"]
+
+SHORT = 10 * 10**9
+"""Nanoseconds: a run of less is no success."""
+
+FIRST, LONGEST = 0.1, 60.0
+
+
+def check_policy(host: HostConfig) -> None:
+    """Raises ApiError: 400: no such policy, or one that cannot be."""
+    policy = host.RestartPolicy
+    if policy.Name not in ("", "no", "always", "unless-stopped", "on-failure"):
+        raise ApiError(400, f"invalid restart policy: unknown policy '{policy.Name}'; use one of 'no', 'always', 'on-failure', or 'unless-stopped'")  # fmt: skip
+    if policy.MaximumRetryCount < 0 or (policy.MaximumRetryCount and policy.Name != "on-failure"):
+        raise ApiError(400, "invalid restart policy: maximum retry count can only be used with 'on-failure'")
+    if host.AutoRemove and policy.Name not in ("", "no"):
+        raise ApiError(400, "can't create 'AutoRemove' container with restart policy")
+
+
+class Restarts:
+    """Starts containers again.
+
+    Args:
+        start: starts one that still waits for it, as :meth:`Containers.start`.
+    """
+
+    def __init__(self, start: Callable[[Container], None]) -> None:
+        self._start = start
+        self._closed = threading.Event()
+
+    def close(self) -> None:
+        """Start nothing any more."""
+        self._closed.set()
+
+    def ended(self, container: Container) -> None:
+        """A container has ended, or was found ended by a new daemon: start it again, if its policy says so."""
+        if self._closed.is_set() or not self._wanted(container):
+            return
+        delay = self._delay(container)
+        with container.changed:
+            container.restarting = True
+        threading.Thread(
+            target=self._later, args=(container, delay), name=f"cowfs-restart-{container.id[:8]}", daemon=True
+        ).start()
+
+    @staticmethod
+    def _wanted(container: Container) -> bool:
+        policy = container.host.get("RestartPolicy") or {}
+        name, most = policy.get("Name", ""), policy.get("MaximumRetryCount", 0)
+        if "finished" not in container.run or container.removing or container.removed:
+            return False
+        if container.stopped and not (name == "always" and container.found):
+            return False
+        if name == "on-failure":
+            return container.code != 0 and (not most or container.restarts < most)
+        return name in ("always", "unless-stopped")
+
+    @staticmethod
+    def _delay(container: Container) -> float:
+        lasted = container.run["finished"] - container.run["started"]
+        container.delay = FIRST if lasted >= SHORT or not container.delay else min(2 * container.delay, LONGEST)
+        return container.delay
+
+    def _later(self, container: Container, delay: float) -> None:
+        if container.wait(lambda: not container.restarting or self._closed.is_set(), delay):
+            return  # somebody stopped, started or removed it meanwhile
+        try:
+            self._start(container)
+        except NotModified:
+            pass  # somebody was faster
+        except CowfsError as error:
+            log.warning("container %s is not started again: %s", container.name, error)
+        finally:
+            self.cancel(container)
+
+    @staticmethod
+    def ends_by_verb(container: Container) -> None:
+        """Somebody ends it: its policy does not start it again."""
+        with container.lock:
+            container.stopped = True
+            container.save()
+
+    @staticmethod
+    def cancel(container: Container) -> bool:
+        """Start it no more; whether a restart was waiting."""
+        with container.changed:
+            was, container.restarting = container.restarting, False
+            container.changed.notify_all()
+        return was
