@@ -193,3 +193,12 @@ def test_fuse_serves_a_tree_and_knows_no_view() -> None:
     graph = _graph()
     fuse = {name for name in graph if name.startswith("cowfs.fuse")}
     assert {other for name in fuse for other in graph[name] if other.startswith("cowfs.union")} <= allowed
+
+
+def test_test_modules_have_names_of_their_own() -> None:
+    """Outside of packages pytest imports test modules by their name alone; a second one of a name ends a run of all."""
+    seen: dict[str, Path] = {}
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        if not (path.parent / "__init__.py").exists():
+            assert path.name not in seen, f"{path} and {seen[path.name]}"
+            seen[path.name] = path

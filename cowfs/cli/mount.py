@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cowfs.cli import Command
 from cowfs.errors import CowfsError, InvalidArgument
@@ -153,27 +153,27 @@ def _mount_key(args: argparse.Namespace) -> int:
     args.driver = "auto"
     with ExitStack() as held:
         with open_store(args, create=False) as store:
-            if store.served_by(args.key, args.mount_type, args.limit_engine) == "kernel":
-                store.mount(args.key, args.paths[0], mount_type="kernel")
-                return 0
             words = [word for text in args.options for word in text.split(",")] + (["ro"] if args.read_only else [])
+            more: dict[str, Any] = {
+                "volatile": args.volatile,
+                "allow_other": args.allow_other,
+                "io": args.io,
+                "frontend": args.frontend,
+                "uid_map": parse_map(args.uid_map),
+                "gid_map": parse_map(args.gid_map),
+                "options": [word for word in words if word],
+                "max_nodes": args.max_nodes,
+                "foreground": args.foreground,
+                "trace": args.trace,
+                "log": os.path.abspath(args.log) if args.log else "",
+            }
+            if store.served_by(args.key, args.mount_type, args.limit_engine, more) == "kernel":
+                del more["foreground"]  # there is no server to be there
+                store.mount(args.key, args.paths[0], mount_type="kernel", **more)
+                return 0
             if not args.foreground:
                 held.enter_context(store.layers_stay(args.key))
-            spec = store.spec(
-                args.key,
-                resolve(args.paths[0]),
-                volatile=args.volatile,
-                allow_other=args.allow_other,
-                io=args.io,
-                frontend=args.frontend,
-                uid_map=parse_map(args.uid_map),
-                gid_map=parse_map(args.gid_map),
-                options=[word for word in words if word],
-                max_nodes=args.max_nodes,
-                foreground=args.foreground,
-                trace=args.trace,
-                log=os.path.abspath(args.log) if args.log else "",
-            )
+            spec = store.spec(args.key, resolve(args.paths[0]), **more)
         return serve(spec, as_json=args.json)  # the store is closed: a database is not taken along into another process
 
 

@@ -76,7 +76,7 @@ from cowfs.driver.plan import MountPlan
 from cowfs.errors import Corrupt, InvalidArgument, Unsupported
 from cowfs.format import whiteout
 from cowfs.model import Limit, Mount, Usage
-from cowfs.sys import atomic, files, host, mounts, trees
+from cowfs.sys import atomic, files, host, loop, trees
 from cowfs.sys.regular import read_small
 from cowfs.sys.trees import copy_tree
 
@@ -190,7 +190,8 @@ class Driver(ABC):
             whole=self.whole,
             live=not self.whole,
             reflink=self.whole and _can_reflink(self.root),
-            kernel_mount=host.has_cap(host.CAP_SYS_ADMIN) and not (self.row and mounts.why_no_images(self.root)),
+            kernel_mount=host.has_cap(host.CAP_SYS_ADMIN)
+            and not (self.row and loop.why_no_images(self.root, devices=True)),
             row=self.row,
         )
 

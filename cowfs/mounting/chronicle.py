@@ -4,7 +4,8 @@ Rules:
 
 1. The server records it, whoever mounts and unmounts, and however. One that is killed records no end.
 2. Nobody waits for it who waits for the mount; the end is recorded before the layer is let go, so that who finds it free finds the event.
-3. An event that cannot be recorded is dropped, with a line in the server's log: the mount is what counts.
+3. An event that cannot be recorded is dropped, with a line in the server's log: the mount is what counts. So is one for which there is hardly room:
+   SQLite shares memory with other processes in a file, and a process that touches a page of it that the host cannot hold any more is killed (SIGBUS).
 """
 
 from __future__ import annotations
@@ -26,6 +27,10 @@ __all__ = ["Chronicle"]
 
 QUIET: Final = 60.0
 """Seconds after an event of a limit that was reached in which no other is recorded for the same mount."""
+
+ROOM: Final = 8 << 20
+PART: Final = 16
+"""Bytes that must be free on the store's file system for an event to be recorded, or that part of a small one: btrfs says that some are where none is."""
 
 
 class Chronicle:
@@ -67,6 +72,11 @@ class Chronicle:
         from cowfs.index.database import Index
 
         try:
+            host = os.statvfs(self._index)
+            room = min(ROOM, host.f_blocks * host.f_frsize // PART)
+            if host.f_bavail * host.f_frsize < room or (host.f_files and not host.f_favail):
+                log.warning("the event %s %s is not recorded: no room", type, action)
+                return
             index = Index(self._index, fsync=False)  # a mount does not outlive the host either
             try:
                 if index.refused:

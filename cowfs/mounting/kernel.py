@@ -8,15 +8,25 @@ server has its upper on a tmpfs that is there already.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from cowfs.errors import FailedPrecondition, InvalidArgument, NotFound, Unsupported
 from cowfs.mounting.request import MountSpec
 from cowfs.sys import files, host, mounts as sys_mounts
 
-__all__ = ["SOURCE", "KernelMount", "folder_in_memory", "mount_in_memory", "why_not_in_memory"]
+__all__ = [
+    "SOURCE",
+    "KernelMount",
+    "add_flags",
+    "folder_in_memory",
+    "mount_in_memory",
+    "why_not",
+    "why_not_in_memory",
+    "words_of",
+]
 
 SOURCE = "cowfs:memory"
 """What such a mount shows as its source, by which it is known as one of ours."""
@@ -32,6 +42,8 @@ _OWN_INODES = 5
 """Of the tmpfs itself: its root, the upper, the work directory, what overlayfs makes in that, and the marks that it sets."""
 
 _LEAST_INODES = 8
+_ASKED = ("uid_map", "gid_map", "row", "io", "frontend", "foreground", "trace", "log", "max_nodes", "options")
+_BY_CALLER = frozenset({"readonly", "allow_other"})  # others may enter a mount of the kernel in any case
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,18 +90,49 @@ class KernelMount:
     usage = limit = diff = snapshot = rollback = counters = status = nobody
 
 
+def why_not(more: Mapping[str, Any]) -> str:
+    """Why a mount of the kernel is not made as it is asked for; "" where it is.
+
+    Args:
+        more: fields of a :class:`~cowfs.mounting.request.MountSpec`; ``options`` may be one text.
+    """
+    plain = MountSpec(layers=(), mountpoint="")
+    for name, value in more.items():
+        if name == "options":
+            others = sorted(set(words_of(value)) - _WORDS.keys())
+            if others:
+                return f"the option {others[0]} is not one of the kernel's"
+        elif name not in _BY_CALLER and value != getattr(plain, name):
+            return f"{name} is done by cowfs's own server"
+    return ""
+
+
+def words_of(options: str | Iterable[str]) -> tuple[str, ...]:
+    """mount(8)'s words without those that say nothing."""
+    words = options.split(",") if isinstance(options, str) else options
+    return tuple(word for word in words if word not in ("", "rw", "defaults"))
+
+
+def add_flags(mountpoint: str, options: str | Iterable[str]) -> None:
+    """Give a mount of the kernel the flags that mount(8)'s words mean.
+
+    Raises:
+        OSError: as mount(2).
+    """
+    flags = 0
+    for word in words_of(options):
+        flags |= _WORDS[word]
+    if flags:
+        sys_mounts.remount_bind(mountpoint, flags)
+
+
 def why_not_in_memory(spec: MountSpec) -> str:
     """Why the kernel does not serve a mount in memory as it is asked for; "" where it does."""
     if not (host.init_userns() and host.has_cap(host.CAP_SYS_ADMIN)):
         return "only root mounts with the kernel's overlayfs"
     if spec.inodes is not None and spec.inodes < _LEAST_INODES:
         return f"overlayfs wants {_LEAST_INODES} inodes to begin with"
-    plain = MountSpec(layers=(), mountpoint="")
-    for name in ("uid_map", "gid_map", "row", "io", "frontend", "foreground", "trace", "log", "max_nodes"):
-        if getattr(spec, name) != getattr(plain, name):
-            return f"{name} is done by cowfs's own server"
-    others = sorted(set(spec.options) - _WORDS.keys())
-    return f"the option {others[0]} is not one of the kernel's" if others else ""
+    return why_not({name: getattr(spec, name) for name in _ASKED})
 
 
 def mount_in_memory(spec: MountSpec) -> KernelMount:
@@ -125,9 +168,7 @@ def mount_in_memory(spec: MountSpec) -> KernelMount:
         ) from None
     finally:
         os.close(top)
-    flags = sum(_WORDS[word] for word in spec.options)
-    if flags:
-        sys_mounts.remount_bind(spec.mountpoint, flags)
+    add_flags(spec.mountpoint, spec.options)
     return KernelMount(spec.mountpoint)
 
 

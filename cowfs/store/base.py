@@ -92,7 +92,14 @@ class OpenStore(Reading):
             if error.errno not in (errno.EROFS, *FULL) or not os.path.isdir(path):
                 raise
             raise no_room(error, path) from error
-        made.recover()
+        try:
+            made.recover()
+        except (
+            OSError
+        ) as error:  # without room it stays half done until there is some; the rest of the store is as it was
+            if error.errno not in FULL:
+                made.close()
+                raise
         return made
 
     def recover(self) -> None:

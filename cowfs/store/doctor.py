@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 
 from cowfs.driver import registry
 from cowfs.errors import CowfsError
-from cowfs.sys import files, host, mounts
+from cowfs.sys import files, host, loop
 
 __all__ = ["Finding", "State", "examine"]
 
@@ -204,7 +204,7 @@ def _place(root: str) -> Iterator[Finding]:
     if room.f_files and room.f_favail * 20 < room.f_files:
         yield Finding("free inodes", "note", f"{room.f_favail:,} are free", "cowfs prune --dry-run shows what could go")
     if host.has_cap(host.CAP_SYS_ADMIN):
-        why = mounts.why_no_images(place)
+        why = loop.why_no_images(place)
         yield Finding("images", "note" if why else "ok", why or "long chains are mounted by the kernel as one layer",
                       "load the module erofs; Linux 6.12 mounts files of it" if why else "")  # fmt: skip
 

@@ -235,7 +235,7 @@ def paths_of(image: Image, fd: int) -> list[bytes]:
 
 
 @contextmanager
-def opened_devices(path: str, top: str) -> Iterator[list[bytes]]:
+def opened_devices(path: str, top: str) -> Iterator[list[str]]:
     """Names by which the kernel can open an image's devices until the block ends.
 
     Args:
@@ -259,5 +259,5 @@ def opened_devices(path: str, top: str) -> Iterator[list[bytes]]:
                 held.callback(os.close, file)
                 if -(-os.fstat(file).st_size >> BLOCK_BITS) != device.blocks:
                     raise Corrupt(f"{os.fsdecode(below)} is not as large as it was", remedy="run 'cowfs check'")
-                names.append(b"/proc/self/fd/%d" % file)
+                names.append(f"/proc/self/fd/{file}")
         yield names

@@ -29,7 +29,7 @@ from cowfs.index.database import Index, Row
 from cowfs.index.directory import Entry, Pair, Records, decode, entries, join
 from cowfs.store import kernel_blocks
 from cowfs.store.kernel_blocks import Place
-from cowfs.sys import atomic, mounts as sys_mounts
+from cowfs.sys import atomic, loop
 
 __all__ = ["FOLDER", "build", "check", "path_of", "sweep", "unused"]
 
@@ -251,15 +251,23 @@ def damaged(driver: Driver) -> Iterator[tuple[str, str]]:
             yield path, what
 
 
+def why_not(driver: Driver) -> str:
+    """Why the kernel mounts no snapshots of a store through images; "" where it does, as far as can be told."""
+    if driver.capabilities.whole:
+        return "each layer is a whole tree"
+    if not driver.form.redirects:
+        return "the layers are not of the form of the kernel for root"
+    return loop.why_no_images(driver.root, devices=bool(driver.capabilities.row))
+
+
 def how(driver: Driver) -> str:
     """How ``mount_type="kernel"`` mounts here, for people; and why, where it is not through an image."""
+    why = why_not(driver)
     if driver.capabilities.whole:
         return "a bind of the layer: each is a whole tree"
-    if not driver.form.redirects:
-        return "none: the layers are of the form for ordinary users"
-    why = sys_mounts.why_no_images(driver.root)
     if why:
-        return f"none: {why}" if driver.capabilities.row else f"overlayfs over all layers: {why}"
+        alone = driver.capabilities.row or not driver.form.redirects
+        return f"none: {why}" if alone else f"overlayfs over all layers: {why}"
     if driver.capabilities.row:
         return "overlayfs over an EROFS image of the metadata, whose files point at the blocks in all layers"
     return "overlayfs over an EROFS image of the metadata"

@@ -14,7 +14,7 @@ from cowfs.store import limit_loop
 from cowfs.store.layers import hold
 from cowfs.store.limit_loop import LOOP
 from cowfs.store.queries import LookVerbs
-from cowfs.sys import mounts as sys_mounts
+from cowfs.sys import loop, mounts as sys_mounts
 
 __all__ = ["KernelMountVerbs", "mount_record"]
 
@@ -39,7 +39,7 @@ class KernelMountVerbs(LookVerbs):
             )
         if not plan.why_not_kernel:
             return ""
-        return plan.why_not_image or sys_mounts.why_no_images(self.root)
+        return plan.why_not_image or loop.why_no_images(self.root, devices=bool(plan.row))
 
     def _needs_engine(self, row: Row) -> bool:
         """Whether a kernel mount of a snapshot needs an engine to be kept to a limit."""
@@ -97,8 +97,11 @@ class KernelMountVerbs(LookVerbs):
         if row.parent is None or self.driver.capabilities.whole or not plan.trusted:
             raise Unsupported("no image: nothing is beneath it, or its layers are not deltas of the trusted form")
         path = kernel_image.build(self.driver, self.index, self.index.by_num(row.parent))
-        with kernel_blocks.opened_devices(path, f"{self.root}/layers") as devices:
-            root = sys_mounts.image_mount(path, devices)
+        with ExitStack() as held:
+            devices: list[str] = []
+            if plan.row:
+                devices = held.enter_context(kernel_blocks.opened_devices(path, f"{self.root}/layers"))
+            root = loop.image_mount(path, devices)
         try:
             sys_mounts.overlay_mount(
                 where,

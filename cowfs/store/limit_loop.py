@@ -163,7 +163,7 @@ class LoopEngine(LimitEngine):
             return "only root mounts an ext4 image"
         if _mkfs() is None:
             return "mkfs.ext4 is not installed (apt-get install e2fsprogs)"
-        return loop.why_not()
+        return loop.why_not_ext4()
 
     def used(self, driver: Driver, id: str) -> Usage | None:
         if not has_image(driver, id):

@@ -44,6 +44,12 @@ class Look(Reading):
         index = Index(os.path.join(path, INDEX), fsync=fsync)
         made = cls(path, index, driver=driver, fsync=fsync)
         try:
+            if (
+                index.refused
+            ):  # on a full host a connection may have the file to itself: the store must not have another
+                index.close()
+                made.index = made.store().index
+                return made
             form = index.meta("form")
             if form is None or index.meta("driver_class") is None or driver not in ("auto", index.meta("driver")):
                 made.store()  # not whole yet, or the wrong one

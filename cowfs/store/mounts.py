@@ -8,15 +8,16 @@ mountinfo.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from types import EllipsisType
+from types import EllipsisType, MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from cowfs.errors import CowfsError, FailedPrecondition, InvalidArgument, NotFound, Unsupported
 from cowfs.index.database import Row
 from cowfs.model import SMALLEST_LIMIT, Kind, Limit, Usage, parse_count, parse_size
+from cowfs.mounting import kernel
 from cowfs.mounting.kernel import KernelMount
 from cowfs.store import limit_loop
 from cowfs.store.kernel_mounts import KernelMountVerbs
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from cowfs.union.paths import Paths
 
 __all__ = ["MountVerbs"]
+
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 class MountVerbs(KernelMountVerbs):
@@ -79,7 +82,7 @@ class MountVerbs(KernelMountVerbs):
             log: file for the server's diagnostics; default: one in the run directory.
             trace: write one line a request to the log.
 
-            Those from ``volatile`` on are of the FUSE mount; a kernel mount takes none of them.
+            Those from ``volatile`` on are of the FUSE mount; a kernel mount takes nodev, nosuid, noexec and ro of the options.
 
         Returns:
             A handle; as a context manager it unmounts at the end of the block.
@@ -96,32 +99,32 @@ class MountVerbs(KernelMountVerbs):
         self.recover()
         where = resolve(os.fspath(target))
         with self.layers_stay(key):
-            if self.served_by(key, mount_type, limit_engine) == "kernel":
-                return self._mount_by_kernel(key, where, readonly)
-            spec = self.spec(
-                key,
-                where,
-                readonly=readonly,
-                volatile=volatile,
-                allow_other=allow_other,
-                io=io,
-                frontend=frontend,
-                uid_map=uid_map,
-                gid_map=gid_map,
-                options=options,
-                max_nodes=max_nodes,
-                log=log,
-                trace=trace,
-            )
-            return self._spawn(key, spec)
+            more: dict[str, Any] = {
+                "volatile": volatile,
+                "allow_other": allow_other,
+                "io": io,
+                "frontend": frontend,
+                "uid_map": uid_map,
+                "gid_map": gid_map,
+                "options": options,
+                "max_nodes": max_nodes,
+                "log": log or "",
+                "trace": trace,
+            }
+            if self.served_by(key, mount_type, limit_engine, more) == "kernel":
+                return self._mount_by_kernel(key, where, readonly, more)
+            return self._spawn(key, self.spec(key, where, readonly=readonly, **more))
 
-    def served_by(self, key: str, mount_type: str | None, engine: str | None) -> str | None:
+    def served_by(
+        self, key: str, mount_type: str | None, engine: str | None, more: Mapping[str, Any] = NOTHING
+    ) -> str | None:
         """The mount type, ``fuse`` or ``kernel``, of a mount that is asked for with a type, a limit engine, or both.
 
         Args:
             key: of an active snapshot or a view.
             mount_type: ``fuse``, ``kernel`` or None.
             engine: a limit engine, ``auto`` or None.
+            more: what else is asked of the mount, as of :meth:`mount`: ``auto`` takes what can do that.
 
         Raises:
             NotFound: no such key.
@@ -134,7 +137,7 @@ class MountVerbs(KernelMountVerbs):
         if engine == "auto":
             if mount_type is not None:
                 return mount_type
-            return "fuse" if self.why_not_kernel(key) else "kernel"
+            return "fuse" if kernel.why_not(more) or self.why_not_kernel(key) else "kernel"
         wanted = "kernel" if ENGINES[engine].kernel else "fuse"
         if mount_type not in (None, wanted):
             raise InvalidArgument(
@@ -166,11 +169,20 @@ class MountVerbs(KernelMountVerbs):
         with turn(self.root, key):
             yield
 
-    def _mount_by_kernel(self, key: str, where: str, readonly: bool) -> KernelMount:
+    def _mount_by_kernel(self, key: str, where: str, readonly: bool, more: Mapping[str, Any]) -> KernelMount:
         row = self._keyed(key)
-        if readonly and row.kind is not Kind.VIEW:
+        why = kernel.why_not(more)
+        if why:
+            raise Unsupported(f"no mount of the kernel: {why}", remedy="leave out one of the two")
+        options = kernel.words_of(more["options"])
+        if (readonly or "ro" in options) and row.kind is not Kind.VIEW:
             raise Unsupported("the kernel mounts an active snapshot for writing only", remedy="leave out --mount-type")
         self._mount_kernel(row, where)
+        try:
+            kernel.add_flags(where, options)
+        except OSError:
+            KernelMount(where).unmount()
+            raise
         self._told("mount", key, where)
         return KernelMount(where)
 

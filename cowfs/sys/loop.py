@@ -10,19 +10,39 @@ import fcntl
 import os
 import re
 import struct
+from collections.abc import Sequence
 
+from cowfs.sys import mounts
 from cowfs.sys._libc import syscall
+from cowfs.sys.files import fs_name
 from cowfs.sys.mounts import _FSCONFIG, _FSMOUNT, _FSOPEN
 
-__all__ = ["attach", "device_of", "ext4_mount", "ext4_mounted", "ext4_reserve", "grow", "why_not"]
+__all__ = [
+    "attach",
+    "device_of",
+    "ext4_mount",
+    "ext4_mounted",
+    "ext4_reserve",
+    "grow",
+    "image_mount",
+    "why_not",
+    "why_not_ext4",
+]
 
 _CTL_GET_FREE, _CONFIGURE, _GET_STATUS64, _SET_CAPACITY = 0x4C82, 0x4C0A, 0x4C05, 0x4C07
-_AUTOCLEAR, _DIRECT_IO = 4, 16
+_READ_ONLY, _AUTOCLEAR, _DIRECT_IO = 1, 4, 16
 _INFO = struct.Struct("=5Q4I64s64s32s2Q")  # struct loop_info64
 _HEAD = struct.Struct("=2I")  # of struct loop_config: descriptor, block size
 _EXT4_RESIZE = 0x40086610  # _IOW('f', 16, __u64): blocks (fs/ext4/ext4.h, EXT4_IOC_RESIZE_FS)
 _SET_FLAG, _SET_STRING, _CREATE = 0, 1, 6
 assert (_INFO.size, _HEAD.size) == (232, 8)
+
+
+def why_not_ext4() -> str:
+    """Why this process mounts no ext4 from a file; "" where nothing speaks against it."""
+    if not os.access("/sys/fs/ext4", os.W_OK) and not os.path.isdir("/sys/module/ext4"):
+        return "this kernel has no ext4"
+    return why_not()
 
 
 def why_not() -> str:
@@ -31,13 +51,14 @@ def why_not() -> str:
         return "there are no loop devices here (/dev/loop-control)"
     if not os.access("/dev/loop-control", os.R_OK | os.W_OK):
         return "loop devices are root's"
-    if not os.access("/sys/fs/ext4", os.W_OK) and not os.path.isdir("/sys/module/ext4"):
-        return "this kernel has no ext4"
     return ""
 
 
-def attach(image: str) -> tuple[str, int]:
+def attach(image: str, *, readonly: bool = False) -> tuple[str, int]:
     """A loop device over a file, read and written without the page cache where the file's host can do that.
+
+    Args:
+        readonly: nothing is written; then the file may be named by a link, as those in /proc are.
 
     Returns:
         (its path, a descriptor of it: it stays until that and what was mounted of it is closed).
@@ -45,15 +66,15 @@ def attach(image: str) -> tuple[str, int]:
     Raises:
         OSError: no device, or what the kernel said.
     """
-    backing = os.open(image, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    backing = os.open(image, os.O_CLOEXEC | (os.O_RDONLY if readonly else os.O_RDWR | os.O_NOFOLLOW))
     try:
         control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
         try:
             while True:
                 path = f"/dev/loop{fcntl.ioctl(control, _CTL_GET_FREE)}"
-                device = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+                device = os.open(path, os.O_CLOEXEC | (os.O_RDONLY if readonly else os.O_RDWR))
                 try:
-                    _configure(device, backing, image)
+                    _configure(device, backing, image, _READ_ONLY if readonly else 0)
                     return path, device
                 except OSError as error:
                     os.close(device)
@@ -65,9 +86,9 @@ def attach(image: str) -> tuple[str, int]:
         os.close(backing)
 
 
-def _configure(device: int, backing: int, image: str) -> None:
+def _configure(device: int, backing: int, image: str, more: int) -> None:
     name = os.fsencode(image)[-63:]
-    for flags in (_AUTOCLEAR | _DIRECT_IO, _AUTOCLEAR):
+    for flags in (_AUTOCLEAR | _DIRECT_IO | more, _AUTOCLEAR | more):
         info = _INFO.pack(0, 0, 0, 0, 0, 0, 0, 0, flags, name, b"", b"", 0, 0)
         try:
             fcntl.ioctl(device, _CONFIGURE, _HEAD.pack(backing, 0) + info + bytes(64))
@@ -165,3 +186,51 @@ def grow(image: str, device: str, root: int, size: int) -> None:
         fcntl.ioctl(fd, _EXT4_RESIZE, struct.pack("=Q", size // 4096))
     finally:
         os.close(fd)
+
+
+def image_mount(image: str, devices: Sequence[str]) -> int:
+    """Mount an EROFS image from its file, and where the kernel or the file's host cannot do that, through a loop device.
+
+    An image with devices is mounted from files only: read from block devices, a block that follows one of another device at the next
+    address is taken from that one (Linux 6.18, iomap joins requests by their sectors), and our blocks have their addresses in all devices.
+
+    Args:
+        image, devices: as for :func:`cowfs.sys.mounts.image_mount`.
+
+    Raises:
+        OSError: as of that, and of :func:`attach`.
+    """
+    try:
+        return mounts.image_mount(image, devices)
+    except OSError as error:
+        # A block device was wanted.
+        if devices or error.errno not in (errno.ENOTBLK, errno.EOPNOTSUPP) or why_not():
+            raise
+    path, fd = attach(image, readonly=True)
+    try:
+        return mounts.image_mount(path)
+    finally:
+        os.close(fd)
+
+
+def why_no_images(place: str, *, devices: bool = False) -> str:
+    """Why the kernel mounts no EROFS images from files below ``place``; "" where nothing speaks against it.
+
+    Args:
+        devices: images with devices (:func:`image_mount`).
+    """
+    with open("/proc/filesystems", encoding="ascii") as file:
+        known = {line.split()[-1] for line in file}
+    if "erofs" not in known:
+        return "this kernel has no EROFS (modprobe erofs)"
+    fd = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        host = fs_name(fd)
+    finally:
+        os.close(fd)
+    if host == "fuse" or (devices and host in ("tmpfs", "overlay")):
+        return f"images cannot be mounted from files of {host}"
+    if host in ("tmpfs", "overlay"):  # nor there, but through a loop device
+        why = why_not()
+        return f"images cannot be mounted from files of {host}, and {why}" if why else ""
+    return ""

@@ -168,8 +168,12 @@ def terminal(engine: Daemon, *words: str, keys: bytes) -> bytes:
     return shown
 
 
+SIZE = b"until stty size 2>/dev/null; do sleep 0.1; done; "
+"""A client of before API 1.42 tells the size after the start."""
+
+
 def test_a_terminal(engine: Daemon) -> None:
-    shown = terminal(engine, "run", "--rm", "-it", "bb", "sh", keys=b"tty; stty size; echo a$((1+1))b\nexit 3\n")
+    shown = terminal(engine, "run", "--rm", "-it", "bb", "sh", keys=b"tty; " + SIZE + b"echo a$((1+1))b\nexit 3\n")
     assert b"/dev/pts/0" in shown or b"/dev/console" in shown
     assert b"40 100" in shown
     assert b"a2b" in shown
@@ -177,7 +181,7 @@ def test_a_terminal(engine: Daemon) -> None:
 
 def test_a_terminal_of_exec_and_detaching(engine: Daemon) -> None:
     engine.docker("run", "-dit", "--name", "tt", "bb", "sh")
-    shown = terminal(engine, "exec", "-it", "tt", "sh", keys=b"stty size; exit\n")
+    shown = terminal(engine, "exec", "-it", "tt", "sh", keys=SIZE + b"exit\n")
     assert b"40 100" in shown
     terminal(engine, "attach", "tt", keys=b"\x10\x11")
     assert state(engine, "tt") == "running 0"

@@ -85,7 +85,7 @@ def _use_up_inodes(place: Path) -> None:
             return
 
 
-@pytest.fixture(params=hostfs.NAMES)
+@pytest.fixture(params=[*hostfs.NAMES, "btrfs driver"])
 def small(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Path, Path]]:
     """(a small file system of each kind, a place on another one)."""
     elsewhere = tmp_path / "elsewhere"
@@ -93,7 +93,10 @@ def small(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Path
     if request.param == "tmpfs":
         place = hostfs.make_tmpfs(tmp_path, size="48m")
     else:
-        place = hostfs.make_image(request.param, tmp_path, {"ext4": 48 << 20, "btrfs": 128 << 20}.get(request.param))
+        name, _, driver = request.param.partition(" ")
+        place = hostfs.make_image(name, tmp_path, {"ext4": 48 << 20, "btrfs": 128 << 20}.get(name))
+        if driver:
+            run_module("cowfs", "init", "--root", place / "store", "--driver", "btrfs")
     yield place, elsewhere
     for name in ("mnt", "look"):
         run_module("cowfs", "umount", "--force", elsewhere / name)

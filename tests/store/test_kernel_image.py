@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 from collections.abc import Iterator
@@ -10,9 +11,12 @@ from pathlib import Path
 import pytest
 from support import trees
 
+from cowfs.cli import main
 from cowfs.errors import Corrupt, FailedPrecondition, NotFound, Unsupported
 from cowfs.mounting import client
+from cowfs.mounting.kernel import KernelMount
 from cowfs.store import Store, kernel_image
+from cowfs.sys import loop, mounts
 from cowfs.sys.mounts import mountinfo
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="kernel mounts: needs root")
@@ -248,21 +252,100 @@ def test_a_file_that_an_image_points_into_must_be_what_it_was(store: Store) -> N
     assert "which files its devices are" in (kernel_image.check(str(image)) or "")
 
 
-def test_where_images_cannot_be_the_reason_is_told(
-    space: Path, can_mount: None, store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A store of row on tmpfs: info says why, the call says why, and FUSE is as it was."""
-    driver = store.driver.name
-    with Store.open(space / "store", driver=driver, fsync=False) as other:
-        assert "cannot be mounted from files of tmpfs" in other.describe()["kernel mounts"]
-        other.prepare("key")
-        other.commit("key", "base")
-        other.prepare("key", "base")
-        if driver == "row":
+def test_where_no_file_backs_an_image_a_loop_device_does(space: Path, can_mount: None, store: Store) -> None:
+    """A store on tmpfs: the image through a loop device that goes with the mount. Not one that points into files: the kernel reads those wrong."""
+    with Store.open(space / "store", driver=store.driver.name, fsync=False) as other:
+        for name in ("base", "next"):
+            other.prepare("key", "base" if name == "next" else None)
+            with other.mount("key", place(store, "fuse")):
+                with open(place(store, "fuse") / "big", "a+b" if name == "base" else "r+b") as file:
+                    file.write(b"b" * 100_001 if name == "base" else b"changed")
+                (place(store, "fuse") / name).touch()
+            other.commit("key", name)
+        other.prepare("key", "next")
+        if store.driver.name == "row":
+            assert "from files of tmpfs" in other.describe()["kernel mounts"]
             with pytest.raises(Unsupported, match="cannot read redirect files"):
                 other.mount("key", place(store, "kernel"), mount_type="kernel")
-            assert not os.path.ismount(place(store, "kernel"))
-        else:
-            with other.mount("key", place(store, "kernel"), mount_type="kernel"):
-                assert os.path.ismount(place(store, "kernel"))
+            return
+        assert "EROFS image" in other.describe()["kernel mounts"]
+        with other.mount("key", place(store, "kernel"), mount_type="kernel"):
+            assert (place(store, "kernel") / "big").read_bytes() == b"changed" + b"b" * 99_994
+            (place(store, "kernel") / "new").touch()
+        for device in os.listdir("/sys/block"):
+            backing = Path(f"/sys/block/{device}/loop/backing_file")
+            assert not backing.exists() or other.root not in backing.read_text()
+
+
+def test_where_images_cannot_be_the_reason_is_told(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No EROFS in the kernel: info says so, overlay takes all layers, and row says why it cannot."""
+
+    def without(*arguments: object) -> int:
+        raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+
+    store.prepare("key")
+    store.commit("key", "base")
+    store.prepare("key", "base")
     assert "EROFS image" in store.describe()["kernel mounts"]
+    monkeypatch.setattr(mounts, "image_mount", without)
+    monkeypatch.setattr(loop, "why_no_images", lambda place, devices=False: "this kernel has no EROFS")
+    assert "this kernel has no EROFS" in store.describe()["kernel mounts"]
+    if store.driver.name == "row":
+        with pytest.raises(Unsupported, match=r"cannot read redirect files.*No such device"):
+            store.mount("key", place(store, "kernel"), mount_type="kernel")
+        assert not os.path.ismount(place(store, "kernel"))
+    else:
+        with store.mount("key", place(store, "kernel"), mount_type="kernel"):
+            assert os.path.ismount(place(store, "kernel"))
+    with store.mount("key", place(store, "kernel"), limit_engine="auto") as handle:
+        assert isinstance(handle, KernelMount) == (store.driver.name == "overlay")
+
+
+def test_options_of_a_mount_are_kept_or_refused(store: Store) -> None:
+    """nodev and the like hold in a mount of the kernel; what only a server does is no mount of the kernel."""
+    store.prepare("key")
+    store.commit("key", "base")
+    store.prepare("key", "base")
+    store.view("view", "base")
+    top = place(store, "kernel")
+    with store.mount("key", top, mount_type="kernel", options="nodev,nosuid,noexec"):
+        flags = os.statvfs(top).f_flag
+        assert flags & os.ST_NODEV
+        assert flags & os.ST_NOSUID
+        assert flags & os.ST_NOEXEC
+        (top / "f").touch()
+    with store.mount("view", top, mount_type="kernel", options=["ro"]):
+        assert os.statvfs(top).f_flag & os.ST_RDONLY
+    for more in (
+        {"volatile": True},
+        {"uid_map": ((0, 1, 1),)},
+        {"io": "passthrough"},
+        {"options": "noatime"},
+        {"options": "ro"},
+    ):
+        with pytest.raises(Unsupported):
+            store.mount("key", top, mount_type="kernel", **more)
+        assert not os.path.ismount(top)
+    with store.mount("key", top, limit_engine="auto", uid_map=((0, 1000, 10),)) as handle:
+        assert not isinstance(handle, KernelMount)
+
+
+def test_an_image_is_made_at_commit_where_that_is_asked_for(store: Store, space: Path) -> None:
+    """And the mount that comes takes it; where the kernel mounts none, nothing is committed."""
+    store.prepare("key")
+    with store.mount("key", place(store, "fuse")):
+        (place(store, "fuse") / "f").write_text("f")
+    store.commit("key", "base", kernel_image=True)
+    (image,) = (Path(store.root) / kernel_image.FOLDER).iterdir()
+    made = image.stat()
+    store.prepare("key", "base")
+    with store.mount("key", place(store, "kernel"), mount_type="kernel"):
+        assert (place(store, "kernel") / "f").read_text() == "f"
+    assert image.stat() == made
+    assert main(["commit", "--root", store.root, "key", "next", "--kernel-image"]) == 0
+    assert len(list((Path(store.root) / kernel_image.FOLDER).iterdir())) == 2
+    with Store.open(space / "store", driver="vfs", fsync=False) as other:
+        other.prepare("key")
+        with pytest.raises(Unsupported, match="whole tree"):
+            other.commit("key", "base", kernel_image=True)
+        assert other.stat("key").kind.value == "active"

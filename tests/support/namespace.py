@@ -8,10 +8,11 @@ host does not let us (no CAP_SYS_ADMIN), ``why_not`` says so and tests that moun
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
 import os
+
+from cowfs.sys.namespaces import move_root
 
 CLONE_NEWNS = 0x00020000
 MS_RDONLY, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 32, 4096, 16384, 1 << 18
@@ -57,15 +58,28 @@ def bind(source: str, target: str) -> None:
 
 
 def _make_private() -> None:
-    """Nothing propagates from or to this namespace."""
+    """Nothing propagates from or to this namespace, and its root is ours.
+
+    In a chroot it is not: "/" is no mount point, and whoever enters the namespace by its number (``runc exec``) comes out at
+    the root of the machine. So the chroot's tree becomes the root of the namespace.
+    """
     try:
         mount("none", "/", None, MS_REC | MS_PRIVATE)
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
-        for target in reversed(mount_points()):  # in a chroot "/" is no mount point: what can be seen, one by one
-            with contextlib.suppress(OSError):
-                mount("none", target, None, MS_PRIVATE)
+    else:
+        return
+    here, root = os.getcwd(), os.open("/", os.O_PATH | os.O_DIRECTORY)
+    own = os.open("/proc/thread-self/ns/mnt", os.O_RDONLY)
+    _check(_libc.setns(own, CLONE_NEWNS), "setns")  # to the namespace's root, setns(2)
+    mount("none", "/", None, MS_REC | MS_PRIVATE)
+    path = os.readlink(f"/proc/self/fd/{root}")
+    mount(path, path, None, MS_BIND | MS_REC)
+    move_root(path)
+    os.chdir(here)
+    os.close(own)
+    os.close(root)
 
 
 def enter() -> None:

@@ -1,0 +1,70 @@
+"""A sandbox for an agent: let it try several things at once, each on a tree of its own; look at what each changed; keep one.
+
+    python examples/sandbox.py STORE BASE KEPT 'command one' 'command two' ...
+
+Each command runs in a fork of BASE, with a limit and without network. What the first one (in the order given) that succeeds has made
+becomes the snapshot KEPT; the others are dropped. docs/security.md says what `cowfs run` isolates, and what not.
+"""
+
+import secrets
+import subprocess
+import sys
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import cowfs
+
+LIMIT = ("--size", "64M", "--inodes", "10k")
+
+
+@dataclass
+class Attempt:
+    """What came of one command.
+
+    Attributes:
+        key: the active snapshot that it wrote in.
+        changes: lines like "added etc/motd".
+    """
+
+    key: str
+    command: str
+    status: int
+    output: str
+    changes: list[str]
+
+
+def attempt(store: cowfs.Store, base: str, command: str) -> Attempt:
+    """Run a command on a fork of a snapshot, and say what it changed there."""
+    key = f"attempt-{secrets.token_hex(4)}"
+    options = ["--root", store.root, "--key", key, "--network", "none", *LIMIT]
+    words = [sys.executable, "-m", "cowfs", "run", base, *options, "--", "/bin/sh", "-c", command]
+    done = subprocess.run(words, check=False, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    found = store.diff(key) if store.exists(key) else ()
+    changes = [f"{change.kind} {change.path.decode(errors='replace')}" for change in found if change.path]
+    return Attempt(key, command, done.returncode, done.stdout, changes)
+
+
+def best_of(store: cowfs.Store, base: str, kept: str, commands: Iterable[str]) -> list[Attempt]:
+    """Try all commands at once; the first in order that succeeded is committed as ``kept``, the others are dropped."""
+    with ThreadPoolExecutor() as pool:
+        attempts = list(pool.map(lambda command: attempt(store, base, command), commands))
+    best = next((each for each in attempts if each.status == 0), None)
+    for each in attempts:
+        if each is best:
+            store.commit(each.key, kept, labels={"sandbox.command": each.command})
+        elif store.exists(each.key):
+            store.remove(each.key)
+    return attempts
+
+
+def main(root: str, base: str, kept: str, *commands: str) -> int:
+    """Exit status 0 if one was kept."""
+    with cowfs.Store.open(root, create=False) as store:
+        for each in best_of(store, base, kept, commands):
+            print(f"{each.command!r} ended with {each.status}: {', '.join(each.changes) or 'no change'}")
+        return 0 if store.exists(kept) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
