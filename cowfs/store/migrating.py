@@ -54,6 +54,8 @@ SUFFIX = ".migrating"
 _OWN = ("index.db", "layers", "empty", "live.lock", "reserve", "new-", "rm-", "live-", "squash-", "row-block")
 """The names in a store's directory that are its own start with these; anything else goes along to the new one."""
 
+_ELSEWHERE = "name a place for the new store: cowfs migrate --to DRIVER DIR"
+
 Progress = Callable[[str, int, int], object]
 """Told (the name of a snapshot, how many are done, how many there are)."""
 
@@ -92,8 +94,9 @@ def migrate(
         if any(entry.target == os.fsencode(os.path.realpath(path)) for entry in mountinfo()):
             raise InvalidArgument(
                 f"{path} is a mount point, and cannot be exchanged with a store beside it",
-                remedy="name a place for the new store: cowfs migrate --to DRIVER DIR",
+                remedy=_ELSEWHERE,
             )
+        _try_exchange(os.path.dirname(path))
         done = _after_exchange(store, path, place, to, fsync)
         if done is not None:
             return done
@@ -159,6 +162,23 @@ def _index(root: str) -> Iterator[Index]:
 def _exchange(path: str, place: str) -> None:
     files.rename2(files.AT_FDCWD, os.fsencode(path), files.AT_FDCWD, os.fsencode(place), files.RENAME_EXCHANGE)
     atomic.fsync_directory(os.path.dirname(path))
+
+
+def _try_exchange(directory: str) -> None:
+    """Exchange two directories, to see whether the file system can.
+
+    Raises:
+        Unsupported: it cannot.
+    """
+    with tempfile.TemporaryDirectory(prefix=".cowfs-", dir=directory) as probe:
+        for name in ("one", "two"):
+            os.mkdir(f"{probe}/{name}")
+        try:
+            _exchange(f"{probe}/one", f"{probe}/two")
+        except OSError as error:
+            raise Unsupported(
+                f"the file system of {directory} cannot exchange two directories: {error.strerror}", remedy=_ELSEWHERE
+            ) from None
 
 
 def _after_exchange(store: type[ImageVerbs], path: str, place: str, to: str, fsync: bool) -> Migrated | None:
