@@ -45,6 +45,9 @@ class ServedMount(Protocol):
     def call(self, function: Callable[[], Any]) -> Any:
         """Run a function in the thread that owns the view, and return what it returns."""
 
+    def pause(self, seconds: float) -> bool:
+        """Wait, at most until the mount ends. Returns whether it does."""
+
     def facts(self) -> dict[str, Any]:
         """What is known of the mount beside its spec."""
 

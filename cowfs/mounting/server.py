@@ -190,6 +190,10 @@ class Server:
         """The mount is other than it was asked to be: fields of the spec and their new values."""
         self.spec = replace(self.spec, **changes)
 
+    def pause(self, seconds: float) -> bool:
+        """Wait, at most until the mount ends. Returns whether it does."""
+        return self._ending.wait(seconds)
+
     def facts(self) -> dict[str, Any]:
         """What is known only now that it runs."""
         return {

@@ -33,11 +33,13 @@ from cowfs.index.records import Tag
 from cowfs.index.transaction import Committed
 from cowfs.model import Change, Kind, Usage
 from cowfs.store import layers
+from cowfs.store.key_lock import turn
 from cowfs.store.layer_merge import copy_changes
 from cowfs.store.layers import known_digest
 from cowfs.store.names import new_id
 from cowfs.store.opening import INDEX, default_root, must_run
 from cowfs.store.owners import mark, policy_of
+from cowfs.store.reserve import FULL, no_room
 from cowfs.store.staging import Staged, staged
 from cowfs.sys import atomic, files, trees
 from cowfs.sys.faults import point
@@ -51,8 +53,24 @@ if TYPE_CHECKING:
 __all__ = ["SUFFIX", "Migrated", "migrate"]
 
 SUFFIX = ".migrating"
-_OWN = ("index.db", "layers", "empty", "live.lock", "reserve", "new-", "rm-", "live-", "squash-", "row-block")
+_OWN = (
+    "index.db",
+    "layers",
+    "empty",
+    "live.lock",
+    "reserve",
+    "new-",
+    "rm-",
+    "live-",
+    "squash-",
+    "row-block",
+    "images-erofs",
+)
 """The names in a store's directory that are its own start with these; anything else goes along to the new one."""
+
+_TURN = "\0migrate"  # no key is called so
+
+_ELSEWHERE = "name a place for the new store: cowfs migrate --to DRIVER DIR"
 
 Progress = Callable[[str, int, int], object]
 """Told (the name of a snapshot, how many are done, how many there are)."""
@@ -92,21 +110,28 @@ def migrate(
         if any(entry.target == os.fsencode(os.path.realpath(path)) for entry in mountinfo()):
             raise InvalidArgument(
                 f"{path} is a mount point, and cannot be exchanged with a store beside it",
-                remedy="name a place for the new store: cowfs migrate --to DRIVER DIR",
+                remedy=_ELSEWHERE,
             )
+        _try_exchange(os.path.dirname(path))
         done = _after_exchange(store, path, place, to, fsync)
         if done is not None:
             return done
     with store.open(path, create=False, fsync=fsync) as source, ExitStack() as held:
         _refuse(source, to)
+        if not held.enter_context(turn(path, _TURN, wait=False)):
+            raise FailedPrecondition(f"another process is moving the store {path}", remedy="wait for it")
         for row in source.index.rows():
             if row.kind is not Kind.COMMITTED:
                 held.enter_context(layers.hold(source.driver, row, "migrate"))
         if target is None:
             must_run(registry.load(to), path)
         with store.open(place, driver=to, fsync=fsync) as into:
-            move = _Move(source, into, cut_times)
-            copied = move.run(progress)
+            try:
+                copied = _Move(source, into, cut_times).run(progress)
+            except OSError as error:
+                if error.errno not in FULL:
+                    raise
+                raise no_room(error, place) from error
             count = sum(1 for _ in into.index.rows())
         before = _facts(source.index)
         if target is not None:
@@ -159,6 +184,23 @@ def _index(root: str) -> Iterator[Index]:
 def _exchange(path: str, place: str) -> None:
     files.rename2(files.AT_FDCWD, os.fsencode(path), files.AT_FDCWD, os.fsencode(place), files.RENAME_EXCHANGE)
     atomic.fsync_directory(os.path.dirname(path))
+
+
+def _try_exchange(directory: str) -> None:
+    """Exchange two directories, to see whether the file system can.
+
+    Raises:
+        Unsupported: it cannot.
+    """
+    with tempfile.TemporaryDirectory(prefix=".cowfs-", dir=directory) as probe:
+        for name in ("one", "two"):
+            os.mkdir(f"{probe}/{name}")
+        try:
+            _exchange(f"{probe}/one", f"{probe}/two")
+        except OSError as error:
+            raise Unsupported(
+                f"the file system of {directory} cannot exchange two directories: {error.strerror}", remedy=_ELSEWHERE
+            ) from None
 
 
 def _after_exchange(store: type[ImageVerbs], path: str, place: str, to: str, fsync: bool) -> Migrated | None:

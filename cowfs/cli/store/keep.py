@@ -38,6 +38,7 @@ def _info(args: argparse.Namespace) -> int:
     with open_store(args, create=False) as store:
         told: dict[str, Any] = store.describe()
         told["alternatives"] = store.alternatives()
+        told["not possible"] = store.alternatives(possible=False)
         totals = store.totals()
     told["snapshots"] = totals.count
     if args.json:
@@ -61,6 +62,8 @@ def _info(args: argparse.Namespace) -> int:
         print(f"{key + ':':<15}{value}")
     for name, why in told["alternatives"].items():
         print(f"{'other driver:':<15}{name} ({why})")
+    for name, why in told["not possible"].items():
+        print(f"{'not possible:':<15}{name} ({why})")
     return 0
 
 
