@@ -287,6 +287,8 @@ def _doom(
             driver.publish(id, RM + id)
             looked.add(RM + id)
             point("gc.renamed")
+            if _in_use(driver, id):
+                continue  # removed while it was mounted, by a process that came no further
             fd = _lock(f"{root}/{RM}{id}")
             if fd is not None:
                 held.callback(os.close, fd)
