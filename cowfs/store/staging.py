@@ -252,6 +252,10 @@ def sweep(driver: Driver, index: Index, *, everything: bool = False) -> list[str
                 doomed.append(name)
             if everything:
                 kept = known | spared(root)
+                for id in driver.strays():
+                    if id not in kept:
+                        os.mkdir(driver.directory(RM + id), 0o700)
+                        doomed.append(RM + id)
                 for id in os.listdir(f"{root}/layers"):
                     if id not in kept:
                         driver.publish(id, RM + id)
