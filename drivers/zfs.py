@@ -217,8 +217,7 @@ class ZfsDriver(Driver):
         if not os.path.isdir(self.directory(id)):
             return
         with self._turn(id) as turn:
-            _detach(self._place(id))
-            if not self._destroy(id, turn):
+            if not _detach(self._place(id)) or not self._destroy(id, turn):
                 return
         super().remove(id)
 
@@ -403,15 +402,16 @@ def _whole_seconds(root: str) -> bool:
     return all(os.lstat(path).st_ctime_ns % _SECOND == 0 for path in there[:8])
 
 
-def _detach(place: str) -> None:
-    """Unmount whatever is mounted there; open files stay good."""
-    while os.path.ismount(place):
-        try:
+def _detach(place: str) -> bool:
+    """Unmount what is mounted there; whether it is unmounted. Not lazily: zfs-fuse hangs when the last file is closed then."""
+    try:
+        while os.path.ismount(place):
             mounts.umount(place)
-        except OSError as error:
-            if error.errno != errno.EBUSY:
-                raise
-            mounts.umount(place, mounts.MNT_DETACH)
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
+        return False
+    return True
 
 
 def _sync(path: str) -> None:

@@ -185,6 +185,7 @@ VERBS: dict[str, Verb] = {
     "df": Verb(_store_keep, "what the store holds", _STORE),
     "check": Verb(_store_keep, "verify the store, and repair it", _STORE),
     "gc": Verb(_store_keep, "delete what nothing records", _STORE),
+    "migrate": Verb(_store_keep, "move the store to another driver", _STORE),
     "prune": Verb(_store_house, "remove snapshots that nothing needs", _STORE),
     "doctor": Verb(_store_house, "what this host and user can do, and how to get the rest", _STORE),
     "serve": Verb(_service, "serve the store to Docker's clients", _SERVICE),

@@ -118,7 +118,25 @@ def _usage(args: argparse.Namespace) -> int:
 
     if not is_path(args.mountpoint) and known_in_store(args, args.mountpoint):
         return print_store_usage(args)
+    if _is_of_a_store(args):
+        return print_store_usage(args)
     return print_usage(client.attach(args.mountpoint), as_json=args.json)
+
+
+def _is_of_a_store(args: argparse.Namespace) -> bool:
+    """Whether the kernel serves a store's snapshot at the mount point; then the arguments name that."""
+    from cowfs.mounting import client, mountpoint
+
+    where = mountpoint.resolve(args.mountpoint)
+    for status in client.kernel_mounts():
+        if status.mountpoint == where and status.details["store"]:
+            args.root = status.details["store"]
+            with open_store(args, create=False) as store:
+                row = store.index.find_id(status.details["id"])
+            if row is not None:
+                args.mountpoint = row.name
+                return True
+    return False
 
 
 def print_store_usage(args: argparse.Namespace) -> int:

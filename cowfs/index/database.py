@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from cowfs.errors import Corrupt, CowfsError, FailedPrecondition, NotFound, Unsupported
-from cowfs.index import events, schema
+from cowfs.index import events, records, schema
 from cowfs.index.connection import BUSY_SECONDS, Connection, connect
 from cowfs.index.records import CHAIN, INFO, KINDS, ROW, Row, Tag, labels_of, row_of
 from cowfs.model import Event, Info, Usage
@@ -552,19 +552,19 @@ class Index:
         """A number that differs from the last one when somebody wrote meanwhile, seen from this thread."""
         with self._errors():
             connection = self._connection()
-            others = int(connection.execute("PRAGMA data_version").fetchone()[0])
-            return others << 40 | connection.total_changes
+            return int(connection.execute("PRAGMA data_version").fetchone()[0]) << 40 | connection.total_changes
 
     # ----------------------------------------------------------------- totals
 
     def layers(self) -> list[tuple[int, int | None, str, str, int | None]]:
-        """(number, parent's number, name, kind, bytes of its own; None until committed) of all snapshots, in one look."""
+        """As :func:`cowfs.index.records.layers`."""
         with self._errors():
-            return (
-                self._connection()
-                .execute("SELECT num, parent, name, kind, bytes FROM snapshots ORDER BY num")
-                .fetchall()
-            )
+            return records.layers(self._connection())
+
+    def held(self) -> tuple[list[tuple[int, int | None, int]], dict[str, int]]:
+        """As :func:`cowfs.index.records.held`."""
+        with self._errors():
+            return records.held(self._connection())
 
     def ids(self) -> set[str]:
         """The driver's ids of all snapshots."""

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 from cowfs.model import Info, Kind, Limit, Usage
 
 if TYPE_CHECKING:
+    import sqlite3
+
     from cowfs.index.entry import Pair
 
-__all__ = ["CHAIN", "INFO", "KINDS", "ROW", "Row", "Tag", "labels_of", "row_of"]
+__all__ = ["CHAIN", "INFO", "KINDS", "ROW", "Row", "Tag", "held", "labels_of", "layers", "row_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,3 +117,17 @@ def row_of(values: tuple) -> Row:  # type: ignore[type-arg]
         damage=damage,
         parent_name=parent_name,
     )
+
+
+def layers(connection: sqlite3.Connection) -> list[tuple[int, int | None, str, str, int | None]]:
+    """(number, parent's number, name, kind, bytes of its own; None until committed) of all snapshots, in one look."""
+    return connection.execute("SELECT num, parent, name, kind, bytes FROM snapshots ORDER BY num").fetchall()
+
+
+def held(connection: sqlite3.Connection) -> tuple[list[tuple[int, int | None, int]], dict[str, int]]:
+    """(number, parent's number, bytes of its own) of all committed snapshots; and the numbers of those with tags, by name."""
+    rows = connection.execute(
+        "SELECT num, parent, bytes FROM snapshots WHERE bytes IS NOT NULL ORDER BY num"
+    ).fetchall()
+    tagged = connection.execute("SELECT name, num FROM snapshots WHERE num IN (SELECT target FROM tags)").fetchall()
+    return rows, dict(tagged)

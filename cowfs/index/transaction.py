@@ -171,6 +171,10 @@ class Transaction:
         """Replace the labels of a snapshot."""
         self._set(num, {"labels": _labels(labels), "updated": updated})
 
+    def restore(self, num: int, *, labels: Mapping[str, str], created: int, updated: int) -> None:
+        """Give a snapshot the labels and times (nanoseconds since 1970) that it had in another index."""
+        self._set(num, {"labels": _labels(labels), "created": created, "updated": updated})
+
     def set_archive(self, num: int, diff_id: str, chain_id: str | None, *, form: int) -> None:
         """Keep the digest of the archive that an export in this form gave; a chain id only where there is none."""
         self._connection.execute(
@@ -293,9 +297,10 @@ class Transaction:
             "DELETE FROM configs WHERE digest NOT IN (SELECT config FROM snapshots WHERE config IS NOT NULL)"
         )
 
-    def set_tag(self, name: str, num: int, config: str) -> None:
-        """Make a tag, or move it."""
-        self._connection.execute("INSERT OR REPLACE INTO tags VALUES (?, ?, ?, ?)", (name, num, config, time.time_ns()))
+    def set_tag(self, name: str, num: int, config: str, *, created: int | None = None) -> None:
+        """Make a tag, or move it; ``created`` is nanoseconds since 1970, now by default."""
+        now = time.time_ns() if created is None else created
+        self._connection.execute("INSERT OR REPLACE INTO tags VALUES (?, ?, ?, ?)", (name, num, config, now))
         self.record_event("image", "tag", name, {"name": name, "snapshot": self._name_of(num), **_image(config)})
 
     def drop_tag(self, name: str) -> None:

@@ -405,6 +405,10 @@ def attach(target: PathLike) -> MountHandle:
     """
     path = os.fspath(target)
     entry = mountpoint.find(path)
+    if entry is not None and mountpoint.is_kernel_mount(entry):
+        raise FailedPrecondition(
+            f"{path} is mounted by the kernel: there is no server to ask", remedy="the verbs of a store take its key"
+        )
     if entry is not None and entry.fstype not in mountpoint.TYPES:
         entry = None
     if entry is None:
@@ -464,7 +468,7 @@ def mounts(*, everywhere: bool = False) -> list[MountStatus]:
         if entry.dev not in told:
             where = os.fsdecode(entry.target)
             found.append(MountStatus(mountpoint=where, alive=not mountpoint.is_dead(where, entry), details={}))
-    found += [_kernel_status(entry) for entry in mountpoint.kernel_mounts()]
+    found += kernel_mounts()
     return sorted(found, key=lambda status: (not status.here, status.mountpoint))
 
 
@@ -485,16 +489,30 @@ def _sweep(path: str) -> None:
         pass
 
 
+def kernel_mounts() -> list[MountStatus]:
+    """Mounts of ours in this mount namespace that the kernel serves. No server is asked."""
+    return [_kernel_status(entry) for entry in mountpoint.kernel_mounts()]
+
+
 def _kernel_status(entry: MountInfo) -> MountStatus:
-    """What mountinfo tells of a mount that the kernel serves."""
-    values = dict(option.partition(b"=")[::2] for option in entry.super_options.split(b","))
-    upper = values.get(b"upperdir")
+    """What mountinfo tells of a mount that the kernel serves; ``store`` is the directory of its store, "" where there is none."""
+    values: dict[str, str] = {}
+    for option in entry.super_options.split(b","):
+        name, _, value = option.partition(b"=")
+        values.setdefault(os.fsdecode(name), os.fsdecode(value))
+    id = os.fsdecode(entry.source.partition(b":")[2])
+    upper, store = values.get("upperdir"), ""
+    for key, end in (("datadir+", "/layers"), ("lowerdir+", "/empty"), ("upperdir", f"/layers/{id}/fs")):
+        if not store and values.get(key, "").endswith(end):
+            store = values[key].removesuffix(end)
+    if upper is not None and upper.startswith("/proc/self/fd/"):  # of a file system that is mounted nowhere else
+        upper = f"{store}/layers/{id}/upper.img" if store else "memory"
     return MountStatus(
         mountpoint=os.fsdecode(entry.target),
         alive=True,
-        upper=None if upper is None else os.fsdecode(upper),
+        upper=upper,
         readonly=upper is None,
-        details={"engine": "kernel", "id": os.fsdecode(entry.source.partition(b":")[2])},
+        details={"engine": "kernel", "id": id, "store": store},
     )
 
 

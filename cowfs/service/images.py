@@ -240,19 +240,14 @@ class Images:
 
     def _add_up(self, images: list[Image]) -> tuple[dict[str, int], dict[str, int], int]:
         """One pass down the tree of snapshots and one up: what a deep chain costs does not depend on how many images stand on it."""
-        size: dict[int, int] = {}
-        number: dict[str, int] = {}
-        above: dict[int, int | None] = {}
-        below: dict[int | None, list[int]] = {}
-        for num, parent, name, _, held in self._store.index.layers():
-            size[num], number[name], above[num] = held or 0, num, parent
-            below.setdefault(parent, []).append(num)
-        order = list(below.get(None, ()))
-        for num in order:
-            order += below.get(num, ())
+        rows, number = self._store.index.held()
+        size, above = {num: held for num, _, held in rows}, {num: parent for num, parent, _ in rows}
+        order = [num for num, _, _ in rows]
+        if any(parent is not None and parent > num for num, parent, _ in rows):
+            order = _parents_first(above)
         uses = dict.fromkeys(order, 0)
         for image in images:
-            if image.snapshot in number:
+            if number.get(image.snapshot) in uses:
                 uses[number[image.snapshot]] += 1
         for num in reversed(order):
             parent = above[num]
@@ -261,12 +256,14 @@ class Images:
         whole: dict[int | None, int] = {None: 0}
         shared: dict[int | None, int] = {None: 0}
         for num in order:
-            whole[num] = whole[above[num]] + size[num]
-            shared[num] = shared[above[num]] + (size[num] if uses[num] > 1 else 0)
+            parent, used = above[num], uses[num]
+            if used:  # of some image
+                whole[num] = whole[parent] + size[num]
+                shared[num] = shared[parent] + (size[num] if used > 1 else 0)
         tops = {image.id: number.get(image.snapshot) for image in images}
         return (
-            {id: whole[num] for id, num in tops.items()},
-            {id: shared[num] for id, num in tops.items()},
+            {id: whole.get(num, 0) for id, num in tops.items()},
+            {id: shared.get(num, 0) for id, num in tops.items()},
             sum(size[num] for num in order if uses[num]),
         )
 
@@ -477,6 +474,17 @@ class Images:
             if all(has_label(image.labels, each) for each in labels):
                 told += self._delete(image, image.stored, [])
         return told, before - self._store.totals().committed.bytes
+
+
+def _parents_first(above: Mapping[int, int | None]) -> list[int]:
+    """The nodes of trees, each behind its parent."""
+    below: dict[int | None, list[int]] = {}
+    for num, parent in above.items():
+        below.setdefault(parent, []).append(num)
+    order = list(below.get(None, ()))
+    for num in order:
+        order += below.get(num, ())
+    return order
 
 
 def init_name(snapshot: str) -> str:

@@ -85,8 +85,12 @@ class Volumes:
         self.lock = threading.RLock()
         os.makedirs(folder, mode=0o701, exist_ok=True)
         for name in os.listdir(folder):
+            where = os.path.join(folder, name)
+            for inner in os.listdir(where):
+                if inner.startswith("."):  # a volume that was being filled
+                    shutil.rmtree(os.path.join(where, inner), ignore_errors=True)
             if name.startswith("."):
-                shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
+                shutil.rmtree(where, ignore_errors=True)
 
     # -- looking ----------------------------------------------------------------------------------
 

@@ -438,11 +438,14 @@ class UpkeepVerbs(MountVerbs):
         told |= self.driver.explain()
         return told
 
-    def alternatives(self) -> dict[str, str]:
+    def alternatives(self, *, possible: bool = True) -> dict[str, str]:
         """Look which drivers a store in this place could have instead. Each is asked anew; nothing is changed.
 
+        Args:
+            possible: False: those that it could not have.
+
         Returns:
-            What each says of this place, by name.
+            What each says of this place, by name; for one that is not possible the reason.
 
         Raises:
             FailedPrecondition: the store is closed.
@@ -454,7 +457,7 @@ class UpkeepVerbs(MountVerbs):
         return {
             name: "; ".join(probe.reasons)
             for name, probe in sorted(probes.items())
-            if probe.usable and name != self.driver.name
+            if probe.usable == possible and name != self.driver.name
         }
 
 

@@ -51,6 +51,7 @@ class CompactionVerbs(EngineVerbs):
         digests: bool = False,
         mounted: bool = False,
         compact: bool = False,
+        kernel_image: bool = False,
     ) -> Info:
         """Make an active snapshot immutable under a name.
 
@@ -65,6 +66,8 @@ class CompactionVerbs(EngineVerbs):
             digests: also record the digest of each file, which reads all data.
             mounted: commit it although it is mounted; the mount becomes read-only.
             compact: :meth:`compact` what has mostly been written before.
+            kernel_image: also make the image that mounts by the kernel of what stands on it begin with, which the first of
+                them makes otherwise.
 
         Returns:
             The committed snapshot.
@@ -74,10 +77,20 @@ class CompactionVerbs(EngineVerbs):
             AlreadyExists: the name is taken.
             FailedPrecondition: not active, or in use.
             InvalidArgument: a bad name or label.
+            Unsupported: of ``kernel_image``: the kernel mounts no images of these layers; nothing was committed.
         """
+        if kernel_image:
+            from cowfs.store import kernel_image as images
+
+            why = images.why_not(self.driver)
+            if why:
+                raise Unsupported(f"no image for kernel mounts: {why}", remedy="leave it out")
         if compact and self.driver.capabilities.row:
             self.compact(key)
-        return super().commit(key, name, labels=labels, replace_labels=replace_labels, digests=digests, mounted=mounted)
+        info = super().commit(key, name, labels=labels, replace_labels=replace_labels, digests=digests, mounted=mounted)
+        if kernel_image:
+            images.build(self.driver, self.index, self.index.get(name))
+        return info
 
     @names_full
     def compact(self, key: str, *, share: float | None = None, on_progress: OnProgress | None = None) -> Compacted:

@@ -251,15 +251,23 @@ def damaged(driver: Driver) -> Iterator[tuple[str, str]]:
             yield path, what
 
 
+def why_not(driver: Driver) -> str:
+    """Why the kernel mounts no snapshots of a store through images; "" where it does, as far as can be told."""
+    if driver.capabilities.whole:
+        return "each layer is a whole tree"
+    if not driver.form.redirects:
+        return "the layers are not of the form of the kernel for root"
+    return loop.why_no_images(driver.root, devices=bool(driver.capabilities.row))
+
+
 def how(driver: Driver) -> str:
     """How ``mount_type="kernel"`` mounts here, for people; and why, where it is not through an image."""
+    why = why_not(driver)
     if driver.capabilities.whole:
         return "a bind of the layer: each is a whole tree"
-    if not driver.form.redirects:
-        return "none: the layers are of the form for ordinary users"
-    why = loop.why_no_images(driver.root, devices=bool(driver.capabilities.row))
     if why:
-        return f"none: {why}" if driver.capabilities.row else f"overlayfs over all layers: {why}"
+        alone = driver.capabilities.row or not driver.form.redirects
+        return f"none: {why}" if alone else f"overlayfs over all layers: {why}"
     if driver.capabilities.row:
         return "overlayfs over an EROFS image of the metadata, whose files point at the blocks in all layers"
     return "overlayfs over an EROFS image of the metadata"

@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from cowfs.driver.interface import Driver
+from cowfs.errors import Unsupported
 from cowfs.index.compare import File
 from cowfs.model import Change
 from cowfs.row.file import RowFile
@@ -31,7 +32,7 @@ from cowfs.union.attr import unpack
 from cowfs.union.node import DT_LNK, DT_REG, PLAIN, Dir, Node
 from cowfs.union.paths import find
 
-__all__ = ["Merged", "write_changes"]
+__all__ = ["Merged", "copy_changes", "write_changes"]
 
 _PUNCH, _KEEP = files.FALLOC_FL_PUNCH_HOLE, files.FALLOC_FL_KEEP_SIZE
 _PIECE = 1 << 20
@@ -66,6 +67,20 @@ def write_changes(
         _Writer(source, into, len(stack) - len(base)).write(changes)
         assert into.upper is not None
         return Merged({ino: len(paths) for ino, paths in hardlinks.scan_groups(into.upper).items()})
+
+
+def copy_changes(source: View, into: View, changes: list[tuple[Change, File | None]], *, time_step: int = 0) -> None:
+    """Write what differs into a view of other layers, in which nothing can be linked; inode numbers are its own.
+
+    Args:
+        changes: as for :func:`write_changes`.
+        time_step: nanoseconds that times there are kept to; 0: times are kept as they are, or not looked at.
+
+    Raises:
+        Unsupported: a time would not be kept.
+        OSError: from what the other file system cannot hold.
+    """
+    _Copier(source, into, time_step).write(changes)
 
 
 @contextlib.contextmanager
@@ -257,6 +272,26 @@ class _Writer:
             if self.into.form.show_name(attribute) is not None and attribute not in meta.xattrs:
                 xattr.remove(dirfd, name, attribute)
         stored.write_meta(dirfd, name or b".", meta, self.into)
+
+
+class _Copier(_Writer):
+    """Makes changed paths of one view in another that shares nothing with it."""
+
+    def __init__(self, source: View, into: View, time_step: int) -> None:
+        super().__init__(source, into, 0)
+        self._time_step = time_step
+
+    def _keep_number(self, there: Node, parent: Dir, dirfd: int, name: bytes) -> None:
+        pass
+
+    def _attributes(self, there: Node, dirfd: int, name: bytes) -> None:
+        mtime = unpack(self.source.attr(there)).mtime_ns
+        if self._time_step and mtime % self._time_step:
+            raise Unsupported(
+                f"the new layers cannot hold fractions of seconds, as of the time of {os.fsdecode(name or b'/')!r}",
+                remedy="--cut-times leaves them out",
+            )
+        super()._attributes(there, dirfd, name)
 
 
 def _physical(node: Node) -> tuple[int, bytes]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import stat
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from cowfs.archive.members import TYPES, overridden
 from cowfs.archive.options import OVERRIDE_XATTR
@@ -25,7 +25,8 @@ from cowfs.index.directory import Entry
 __all__ = ["Owner", "Recorded", "carry", "mark", "policy_of"]
 
 MARK = "cowfs-owners"
-MARKS = {"xattr": MARK, "ignore": "cowfs-owners-ignored"}
+Policy = Literal["fail", "xattr", "ignore"]
+MARKS: dict[Policy, str] = {"xattr": MARK, "ignore": "cowfs-owners-ignored"}
 """Policy -> the file beside a layer that says so; owners as they are need none."""
 _FORMATS = {kind: form for form, kind in TYPES.items()}
 
@@ -41,12 +42,12 @@ class Owner(NamedTuple):
 
 def mark(directory: str, policy: str = "xattr") -> None:
     """A layer's directory is about to get owners by a policy (:attr:`cowfs.archive.ApplyOptions.owners`)."""
-    name = MARKS.get(policy)
+    name = {str(each): name for each, name in MARKS.items()}.get(policy)
     if name is not None:
         os.close(os.open(f"{directory}/{name}", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
 
 
-def policy_of(directory: str) -> str:
+def policy_of(directory: str) -> Policy:
     """The policy by which a layer got its owners; of layers of before 2026-12, ``fail`` stands for ``ignore``, too."""
     return next((policy for policy, name in MARKS.items() if os.path.exists(f"{directory}/{name}")), "fail")
 

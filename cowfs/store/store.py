@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from typing import TYPE_CHECKING
+
 from cowfs.store.blocks import BlockVerbs
 from cowfs.store.events import EventVerbs
 from cowfs.store.files import FileVerbs
@@ -9,6 +12,10 @@ from cowfs.store.house import HouseVerbs
 from cowfs.store.squash import SquashVerbs
 
 __all__ = ["Store"]
+
+
+if TYPE_CHECKING:
+    from cowfs.store.migrating import Migrated, Progress
 
 
 class Store(BlockVerbs, SquashVerbs, HouseVerbs, FileVerbs, EventVerbs):
@@ -29,3 +36,37 @@ class Store(BlockVerbs, SquashVerbs, HouseVerbs, FileVerbs, EventVerbs):
     A kill at any moment leaves a verb done or not begun, or finished by the next :meth:`open` (docs/internals/crash-safety.md).
     A closed store refuses every verb with FailedPrecondition.
     """
+
+    @classmethod
+    def migrate(
+        cls,
+        root: str | os.PathLike[str] | None,
+        driver: str,
+        target: str | os.PathLike[str] | None = None,
+        *,
+        cut_times: bool = False,
+        fsync: bool = True,
+        progress: Progress | None = None,
+    ) -> Migrated:
+        """Move a store to another driver: all snapshots, tags, labels, configurations, limits and times.
+
+        A killed process leaves the old store or the new one; call it again to go on. Nobody else may use the store meanwhile.
+
+        Args:
+            root: the store; default: :func:`~cowfs.store.opening.default_root`.
+            driver: the driver that it is to have.
+            target: make the new store here and keep the old one; None: the new one takes the old one's place.
+            cut_times: leave out fractions of seconds where the new layers cannot hold them.
+            fsync: as for :meth:`open`.
+            progress: told (the name of a snapshot, how many are done, how many there are).
+
+        Raises:
+            NotFound: no store there, or no such driver.
+            InvalidArgument: it has that driver already; it is a mount point and ``target`` is None; something else is in the place.
+            FailedPrecondition: a snapshot is mounted, or was changed meanwhile.
+            Corrupt: a snapshot is in quarantine.
+            Unsupported: the driver cannot run there, or cannot hold what the snapshots have.
+        """
+        from cowfs.store import migrating
+
+        return migrating.migrate(cls, root, driver, target, cut_times=cut_times, fsync=fsync, progress=progress)

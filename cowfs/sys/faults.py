@@ -48,6 +48,10 @@ POINTS: dict[str, str] = {
     "gc.swept": "unused records are deleted, the transaction open",
     "gc.committed": "the transaction is committed",
     "gc.renamed": "a directory that nothing records is called rm-*",
+    "migrate.snapshot": "a snapshot is in the new store",
+    "migrate.copied": "all snapshots are in the new store, which is beside the old one",
+    "migrate.exchanged": "the new store is in the place of the old one, which is beside it",
+    "migrate.carried": "what was not the old store's own is in the new one",
 }
 """Every point, and what is true when it is passed."""
 

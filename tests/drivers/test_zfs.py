@@ -378,3 +378,47 @@ def _edit(rng: random.Random, tree: Path) -> None:
         case 6 if files := [one for one in there if one.is_file()]:
             if not os.path.lexists(path):
                 os.link(rng.choice(files), path)
+
+
+@pytest.mark.parametrize("driver", ["vfs", "overlay"])
+def test_a_store_moves_to_zfs_and_back(place: Path, space: Path, driver: str) -> None:
+    """Where the pool keeps no fractions of seconds, only if they may be cut; the old store stays in any case."""
+    with Store.open(space / "old", driver=driver, fsync=False) as store:
+        for name, parent in (("one", None), ("two", "one")):
+            store.prepare("k", parent, labels={"a": name})
+            tree = space / "tree"
+            tree.mkdir(exist_ok=True)
+            with store.mount("k", tree):
+                (tree / name).write_text(name)
+                (tree / "same").write_text(name)
+                os.utime(tree / name, ns=(10**18, 10**18 + 5))
+            store.commit("k", name)
+        store.prepare("k", "two", size="10M")
+        store.tag("t", "two", config="{}")
+        before = [(row.name, row.kind, row.labels, row.created, row.updated, row.limit) for row in store.index.rows()]
+    fine = True
+    try:
+        Store.migrate(space / "old", "zfs", place / "new", fsync=False)
+    except Unsupported as error:
+        fine = False
+        assert "fractions of seconds" in str(error)
+        assert "\n" not in str(error)
+        Store.migrate(space / "old", "zfs", place / "new", cut_times=True, fsync=False)
+    with Store.open(place / "new", fsync=False) as store:
+        now = [(row.name, row.kind, row.labels, row.created, row.updated, row.limit) for row in store.index.rows()]
+        assert sorted(now, key=str) == sorted(before, key=str)
+        assert [tag.name for tag in store.tags()] == ["t"]
+        assert (tree_path(store, "two") / "same").read_text() == "two"
+        assert (tree_path(store, "one") / "same").read_text() == "one"
+        assert os.stat(tree_path(store, "k") / "two").st_mtime_ns == 10**18 + (5 if fine else 0)
+        assert store.check(content=True).problems == []
+    Store.migrate(place / "new", driver, space / "back", fsync=False)
+    with Store.open(space / "back", fsync=False) as store, store.mount("two", space / "tree", readonly=True):
+        assert sorted(os.listdir(space / "tree")) == ["one", "same", "two"]
+    try:
+        Store.migrate(place / "new", "vfs", fsync=False)  # in place: the datasets go
+    except Unsupported as error:  # zfs-fuse knows no RENAME_EXCHANGE
+        assert "cannot exchange two directories" in str(error)
+        assert [path.name for path in place.iterdir()] == ["new"]
+    else:
+        assert datasets(place.parent) == set()

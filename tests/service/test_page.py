@@ -97,6 +97,11 @@ def test_use_against_the_limit_over_time(page: Browser) -> None:
     assert "the limit, 64 MiB" in page.js("document.querySelector('figcaption').textContent")
 
 
+def test_what_was_copied_up_is_counted(page: Browser, looked_at: Daemon) -> None:
+    looked_at.docker("exec", "web", "sh", "-c", "echo more >> /data/file")
+    page.until("/Copied up \\(COW\\)[^0-9]*[1-9][0-9]* file/.test(document.getElementById('cow-row').textContent)")
+
+
 def test_the_tree_opens_by_keyboard(page: Browser) -> None:
     page.js("document.querySelector('#tree summary').focus()")
     page.press("Enter", number=13, text="\r")

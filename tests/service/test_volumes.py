@@ -221,8 +221,10 @@ def test_a_killed_daemon_leaves_no_half_of_a_volume(shared: Daemon) -> None:
     shared.stop(signal.SIGKILL)
     (folder / ".new-1" / "_data").mkdir(parents=True)
     (folder / ".rm-1" / "_data").mkdir(parents=True)
+    (folder / "kept" / ".new-2" / "half").mkdir(parents=True)
     shared.start()
     assert sorted(each.name for each in folder.iterdir()) == ["kept"]
+    assert sorted(each.name for each in (folder / "kept").iterdir()) == ["_data", "volume.json"]
     assert "volume is in use" in shared.docker("volume", "rm", "kept", check=False).stderr
     shared.docker("rm", "-f", "uses")
     wait_for(lambda: shared.docker("volume", "rm", "kept", check=False).returncode == 0, "the volume to be free")

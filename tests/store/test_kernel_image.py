@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from support import trees
 
+from cowfs.cli import main
 from cowfs.errors import Corrupt, FailedPrecondition, NotFound, Unsupported
 from cowfs.mounting import client
 from cowfs.mounting.kernel import KernelMount
@@ -327,3 +328,24 @@ def test_options_of_a_mount_are_kept_or_refused(store: Store) -> None:
         assert not os.path.ismount(top)
     with store.mount("key", top, limit_engine="auto", uid_map=((0, 1000, 10),)) as handle:
         assert not isinstance(handle, KernelMount)
+
+
+def test_an_image_is_made_at_commit_where_that_is_asked_for(store: Store, space: Path) -> None:
+    """And the mount that comes takes it; where the kernel mounts none, nothing is committed."""
+    store.prepare("key")
+    with store.mount("key", place(store, "fuse")):
+        (place(store, "fuse") / "f").write_text("f")
+    store.commit("key", "base", kernel_image=True)
+    (image,) = (Path(store.root) / kernel_image.FOLDER).iterdir()
+    made = image.stat()
+    store.prepare("key", "base")
+    with store.mount("key", place(store, "kernel"), mount_type="kernel"):
+        assert (place(store, "kernel") / "f").read_text() == "f"
+    assert image.stat() == made
+    assert main(["commit", "--root", store.root, "key", "next", "--kernel-image"]) == 0
+    assert len(list((Path(store.root) / kernel_image.FOLDER).iterdir())) == 2
+    with Store.open(space / "store", driver="vfs", fsync=False) as other:
+        other.prepare("key")
+        with pytest.raises(Unsupported, match="whole tree"):
+            other.commit("key", "base", kernel_image=True)
+        assert other.stat("key").kind.value == "active"

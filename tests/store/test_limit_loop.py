@@ -19,6 +19,7 @@ from support.users import command_as
 from cowfs.cli import main
 from cowfs.errors import FailedPrecondition, InvalidArgument, Unsupported
 from cowfs.model import Limit, Usage
+from cowfs.mounting import client
 from cowfs.store import Store, limit_loop
 from cowfs.store.limit_loop import LOOP
 from cowfs.sys import faults, host, loop
@@ -301,6 +302,12 @@ def test_engines_are_asked_for_by_name(store: Store, capsys: pytest.CaptureFixtu
     assert store.mounted_at("limited") == top
     assert main(["usage", "--root", store.root, "limited"]) == 0
     assert "held by loop" in capsys.readouterr().out
+    assert main(["usage", top]) == 0  # the mount point does as well, whatever store is the default
+    assert "held by loop" in capsys.readouterr().out
+    assert main(["mounts"]) == 0
+    assert str(image(store, "limited")) in capsys.readouterr().out
+    with pytest.raises(FailedPrecondition, match="no server to ask"):
+        client.attach(top)
     assert main(["info", "--root", store.root]) == 0
     assert "ext4 image" in capsys.readouterr().out
     assert main(["umount", top]) == 0

@@ -120,17 +120,30 @@ def unmount_below(base: Path) -> None:
             subprocess.run(["umount", "-l", target], check=False, capture_output=True)
 
 
+BIN = os.environ.get("COWFS_CONTAINERD_BIN", "")
+"""A directory with other programs of containerd than the system's: ``go install`` of 2.x, say."""
+
 CONFIG = """\
-version = 2
+version = {version}
 root = "{base}/root"
 state = "{base}/state"
-disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.internal.v1.opt"]
+disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.images", "io.containerd.cri.v1.runtime", "io.containerd.internal.v1.opt"]
 [grpc]
   address = "{base}/c.sock"
 [proxy_plugins.cowfs]
   type = "snapshot"
   address = "{snapshotter}"
 """
+
+CONFIG_2 = """\
+  [proxy_plugins.cowfs.exports]
+    root = "{root}"
+[[plugins."io.containerd.transfer.v1.local".unpack_config]]
+  platform = "linux/amd64"
+  snapshotter = "cowfs"
+  differ = "walking"
+"""
+"""What containerd 2.x has beside: where the snapshots are, and who unpacks what is imported or pulled."""
 
 
 class Containerd:
@@ -145,11 +158,21 @@ class Containerd:
     def start(self) -> Containerd:
         self.base.mkdir(exist_ok=True)
         config = self.base / "config.toml"
-        config.write_text(CONFIG.format(base=self.base, snapshotter=self.snapshotter.socket))
+        config.write_text(self.config())
         with open(self.log_file, "ab") as log:
-            self.process = subprocess.Popen(["containerd", "-c", config], stdout=log, stderr=log)
+            self.process = subprocess.Popen(["containerd", "-c", config], stdout=log, stderr=log, env=environment())
         wait_for(lambda: self.ctr("version", check=False).returncode == 0, "containerd")
         return self
+
+    def config(self) -> str:
+        """As docs/containerd.md has it, with other places."""
+        told = subprocess.run(
+            ["containerd", "--version"], check=True, capture_output=True, text=True, env=environment()
+        )
+        version = 2 if told.stdout.split()[2].startswith(("1.", "v1.")) else 3
+        text = CONFIG + (CONFIG_2 if version == 3 else "")
+        snapshotter = self.snapshotter
+        return text.format(base=self.base, snapshotter=snapshotter.socket, root=snapshotter.root, version=version)
 
     def stop(self, number: int = signal.SIGTERM) -> None:
         process, self.process = self.process, None
@@ -161,7 +184,9 @@ class Containerd:
         self, *arguments: object, check: bool = True, namespace: str = "default", **more: Any
     ) -> subprocess.CompletedProcess[str]:
         command = ["ctr", "-a", str(self.base / "c.sock"), "-n", namespace, *map(str, arguments)]
-        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300, **more)
+        done = subprocess.run(
+            command, check=False, capture_output=True, text=True, timeout=300, env=environment(), **more
+        )
         log = self.log_file.read_text()[-3000:] if self.log_file.exists() else ""
         assert not check or done.returncode == 0, (
             f"{command}: {done.stdout}{done.stderr}\n{log}\n{self.snapshotter.log[-3000:]}"
@@ -187,6 +212,12 @@ class Containerd:
         shutil.rmtree(self.base, ignore_errors=True)
 
 
+def environment() -> dict[str, str]:
+    """One in which the programs of containerd are those of :data:`BIN`, if there are any."""
+    path = os.pathsep.join(filter(None, (BIN, os.environ.get("PATH", ""))))
+    return {**os.environ, "PATH": path, "CONTAINERD_SUPPRESS_DEPRECATION_WARNINGS": "1"}
+
+
 def image_of_busybox(more: bytes | None = None) -> bytes:
     """docker save's archive of docker.io/library/bb:1: busybox, and one more layer."""
     layers = [busybox_tar()] + ([more] if more is not None else [])
@@ -206,7 +237,7 @@ def check(root: Path) -> list[str]:
 def needs_containerd() -> None:
     """Skip where the real thing is not there."""
     for program in ("containerd", "ctr", "runc"):
-        if shutil.which(program) is None:
+        if shutil.which(program, path=environment()["PATH"]) is None:
             pytest.skip(f"no {program} here (Debian: containerd, runc; CI has them)")
     if os.geteuid():
         pytest.skip("containerd needs root")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from cowfs.cli import Command
 from cowfs.cli.output import print_json, print_table, shown, size_or
-from cowfs.cli.store.args import Bars, add_store, open_store
+from cowfs.cli.store.args import ROOT, Bars, add_json, add_store, open_store
 
 if TYPE_CHECKING:
     import argparse
@@ -37,6 +38,7 @@ def _info(args: argparse.Namespace) -> int:
     with open_store(args, create=False) as store:
         told: dict[str, Any] = store.describe()
         told["alternatives"] = store.alternatives()
+        told["not possible"] = store.alternatives(possible=False)
         totals = store.totals()
     told["snapshots"] = totals.count
     if args.json:
@@ -60,6 +62,8 @@ def _info(args: argparse.Namespace) -> int:
         print(f"{key + ':':<15}{value}")
     for name, why in told["alternatives"].items():
         print(f"{'other driver:':<15}{name} ({why})")
+    for name, why in told["not possible"].items():
+        print(f"{'not possible:':<15}{name} ({why})")
     return 0
 
 
@@ -191,6 +195,37 @@ def _gc(args: argparse.Namespace) -> int:
     return 0
 
 
+def _configure_migrate(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "target", nargs="?", metavar="DIR", help="make the new store here, and keep the old one (default: in its place)"
+    )
+    add("--root", metavar="DIR", help="the store to move (default: as for 'cowfs info')")
+    add("--to", required=True, metavar="DRIVER", help="the driver that it is to have")
+    add("--cut-times", action="store_true", help="leave out fractions of seconds where the new layers cannot hold them")
+    add_json(parser)
+
+
+def _migrate(args: argparse.Namespace) -> int:
+    from cowfs.store import Store
+
+    root = args.root or os.environ.get(ROOT) or None
+    with Bars() as bars:
+        made = Store.migrate(
+            root,
+            args.to,
+            args.target,
+            cut_times=args.cut_times,
+            progress=lambda _, at, of: bars("snapshots", at, of),
+        )
+    if args.json:
+        told = {"root": made.root, "driver": made.driver, "snapshots": made.snapshots, "copied": made.copied}
+        print_json(told, args.json)
+        return 0
+    print(f"{shown(made.root)}: driver {made.driver}, {made.snapshots} snapshots ({made.copied} copied now)")
+    return 0
+
+
 def _garbage(args: argparse.Namespace) -> int:
     with open_store(args, create=False) as store:
         paths, records = store.garbage()
@@ -215,4 +250,9 @@ COMMANDS = {
     ),
     "gc": Command(_configure_gc, _gc, "Delete directories and tree records that nothing records. Never a snapshot.",
                   ("cowfs gc",)),
+    "migrate": Command(
+        _configure_migrate, _migrate,
+        "Move the store to another driver, with all snapshots, tags, labels, limits and times. Run it again after a kill: it goes on.",
+        ("cowfs migrate --to btrfs", "cowfs migrate --to zfs /tank/cowfs"),
+    ),
 }  # fmt: skip

@@ -90,6 +90,7 @@ def _configure_commit(parser: argparse.ArgumentParser) -> None:
     add("--label", action="append", default=[], metavar="K=V", help="keep a label with it; repeated")
     add("--digests", action="store_true", help="also compute the digest of every file in the layer")
     add("--compact", action="store_true", help="driver row: first make plain files of those that were mostly rewritten")
+    add("--kernel-image", action="store_true", help="also make the image that kernel mounts of what stands on it need")
     add_store(parser)
 
 
@@ -97,8 +98,9 @@ def _commit(args: argparse.Namespace) -> int:
     check_new(args.name)
     with open_store(args, create=False) as store:
         info = store.commit(
-            args.key, args.name, labels=set_labels(args.label), digests=args.digests, compact=args.compact
-        )
+            args.key, args.name, labels=set_labels(args.label), digests=args.digests, compact=args.compact,
+            kernel_image=args.kernel_image,
+        )  # fmt: skip
         if args.json:
             print_json({**info_as_json(info), "usage": _usage(store, info.name)}, args.json)
     return 0

@@ -22,8 +22,8 @@ import signal
 import socket
 import tempfile
 import time
-from collections.abc import Callable
-from typing import Any, NoReturn
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NoReturn
 
 from cowfs.service.containers import logs
 from cowfs.service.containers.streams import DETACH_KEYS, STDERR, STDOUT, Client, Streams
@@ -192,8 +192,11 @@ class Supervisor:
         connection.line = b""
         fds, connection.fds = connection.fds, []
         self._leave(connection)
-        verb = getattr(self, f"verb_{message.pop('verb')}")
-        verb(connection.sock, message, fds)
+        verb = self.VERBS.get(message.pop("verb"))
+        if verb is None:  # of a newer daemon, which then does without
+            self._answer(connection.sock, {"error": "no such verb"})
+            return
+        verb(self, connection.sock, message, fds)
 
     def _leave(self, connection: _Connection) -> None:
         self.connections.remove(connection)
@@ -312,6 +315,15 @@ class Supervisor:
             self._when_ended(pid, lambda code: self._exec_exited(id, code))
 
         self._spawn(process, ["exec", "--detach", "--process", path], [self.wish["id"]], message["open_stdin"], done)
+
+    VERBS: ClassVar[Mapping[str, Callable[[Supervisor, socket.socket, dict[str, Any], list[int]], None]]] = {
+        "attach": verb_attach,
+        "exec": verb_exec,
+        "quit": verb_quit,
+        "resize": verb_resize,
+        "start": verb_start,
+        "watch": verb_watch,
+    }
 
     # -- processes --------------------------------------------------------------------------------
 
