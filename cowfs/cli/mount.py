@@ -101,7 +101,7 @@ def parse_map(texts: list[str]) -> IdMap:
 
 
 def _spec(args: argparse.Namespace) -> MountSpec:
-    from cowfs.mounting.client import block_size, make_spec
+    from cowfs.mounting.spec import block_size, make_spec
 
     if args.layer:
         if len(args.paths) != 1:

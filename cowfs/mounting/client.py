@@ -18,11 +18,12 @@ from dataclasses import dataclass, replace
 from types import EllipsisType, TracebackType
 from typing import TYPE_CHECKING, Any
 
-from cowfs.errors import FailedPrecondition, InvalidArgument, NotFound
-from cowfs.model import SMALLEST_LIMIT, Limit, Statistics, Timed, Usage, parse_count, parse_size
+from cowfs.errors import FailedPrecondition, NotFound
+from cowfs.model import SMALLEST_LIMIT, Limit, Statistics, Usage, parse_count, parse_size
 from cowfs.mounting import mountpoint, protocol
-from cowfs.mounting.request import IdMap, MountSpec, find_layers, refuse_layer
-from cowfs.mounting.upper_state import HIDDEN
+from cowfs.mounting.answers import statistics_of
+from cowfs.mounting.request import IdMap, MountSpec
+from cowfs.mounting.spec import PathLike, block_size, make_spec
 
 if TYPE_CHECKING:
     from cowfs.model import Change
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     from cowfs.sys.mounts import MountInfo
 
 __all__ = ["MountHandle", "MountStatus", "attach", "make_spec", "mount", "mounts", "umount"]
-
-PathLike = str | os.PathLike[str]
 
 
 _ELSEWHERE = "cowfs mounts lists what is here, with --everywhere also what is in other mount namespaces"
@@ -101,7 +100,7 @@ class MountHandle:
             pass  # somebody was faster
 
     def ask(self, verb: str, **arguments: Any) -> dict[str, Any]:
-        """One verb of the server's table (``cowfs.mounting.verbs.basic.VERBS``).
+        """One verb of the server's table (:mod:`cowfs.mounting.verbs.arguments` says what each takes).
 
         Raises:
             CowfsError: as the server raised it; FailedPrecondition when it is gone.
@@ -109,11 +108,11 @@ class MountHandle:
         return protocol.ask(self.socket, verb, **arguments)
 
     def status(self) -> MountStatus:
-        """What `cowfs mounts` shows."""
+        """The mount as `cowfs mounts` shows it."""
         return _status(self.mountpoint, self.socket, self.ask("info"))
 
     def usage(self) -> Usage:
-        """What the upper layer holds: bytes in units of 4 KiB, and inodes."""
+        """Use of the upper layer: bytes in units of 4 KiB, and inodes."""
         return Usage(**self.ask("usage", timeout=COUNTING)["usage"])
 
     def limit(
@@ -149,22 +148,25 @@ class MountHandle:
         Raises:
             CowfsError: the server is of an older cowfs, which counts less.
         """
-        found = self.ask("statistics", timed=timed)
-        taken = found["timed"] or {"seconds": 0.0, "requests": {}, "hits": 0, "misses": 0}
-        return Statistics(
-            usage=Usage(**found["usage"]) if found["usage"] is not None else None,
-            limit=Limit(**found["limit"]),
-            requests=found["requests"],
-            nodes=found["nodes"],
-            timed_seconds=taken["seconds"],
-            timed={name: Timed(*figures) for name, figures in taken["requests"].items()},
-            hits=taken["hits"],
-            misses=taken["misses"],
-            **found["work"],
-        )
+        return statistics_of(self.ask("statistics", timed=timed))
+
+    def watch(self, *, interval: float = 1.0, timed: bool = False) -> Iterator[Statistics]:
+        """:meth:`statistics` again and again, until the mount ends or the iterator is closed; the server sends each by itself.
+
+        Args:
+            interval: seconds from one to the next, at most 60.
+            timed: as for :meth:`statistics`.
+
+        Raises:
+            CowfsError: the server is of an older cowfs, which counts less.
+            FailedPrecondition: the server ended.
+        """
+        wait = protocol.TIMEOUT + interval
+        news = protocol.stream(self.socket, "statistics", timeout=wait, interval=interval, timed=timed)
+        return map(statistics_of, news)
 
     def diff(self) -> Iterator[Change]:
-        """What the upper layer adds, changes and deletes, sorted by path.
+        """Changes that the upper layer makes: added, changed and deleted paths, sorted.
 
         Raises:
             FailedPrecondition: a mount without an upper layer.
@@ -193,99 +195,6 @@ class MountHandle:
 
 # ---------------------------------------------------------------------------------------------------------------
 # Making one
-
-
-def make_spec(
-    layers: PathLike | Sequence[PathLike],
-    target: PathLike,
-    *,
-    upper: PathLike | None = None,
-    work: PathLike | None = None,
-    readonly: bool = False,
-    ephemeral: bool = False,
-    memory: bool = False,
-    size: str | int | None = None,
-    inodes: str | int | None = None,
-    options: Iterable[str] = (),
-    **more: Any,
-) -> MountSpec:
-    """The wish behind :func:`mount`: paths made absolute, words for options sorted out, sizes parsed.
-
-    Raises:
-        InvalidArgument, NotFound: as :func:`mount`.
-    """
-    if isinstance(layers, str | os.PathLike):
-        directory = os.path.abspath(layers)
-        found = find_layers(directory)
-        beside: str | None = directory
-    else:
-        found = tuple(os.path.abspath(layer) for layer in layers)
-        parents = {os.path.dirname(layer) for layer in found}
-        beside = parents.pop() if len(parents) == 1 else None
-    from cowfs.sys.mounts import OPTION_FLAGS
-
-    words = []
-    for word in options.split(",") if isinstance(options, str) else options:
-        if word == "ro":
-            readonly = True
-        elif word in ("rw", "defaults", ""):
-            pass
-        elif word == "volatile":
-            more["volatile"] = True
-        elif word in OPTION_FLAGS:
-            words.append(word)
-        else:
-            raise InvalidArgument(
-                f"no such mount option: {word!r}", remedy=f"known: {', '.join(OPTION_FLAGS)}, volatile"
-            )
-    scratch = None
-    if ephemeral and (upper or work):
-        raise InvalidArgument(
-            "an ephemeral mount makes its own upper", remedy="leave out --upper and --work, or --ephemeral"
-        )
-    if work and not upper:
-        raise InvalidArgument("a work directory alone is of no use", remedy="name the upper, too: --upper DIR")
-    if memory and not ephemeral:
-        raise InvalidArgument("an upper in memory is not kept", remedy="say so: --ephemeral --memory")
-    if ephemeral and readonly:
-        raise InvalidArgument("ephemeral and read-only exclude each other")
-    if not upper and not readonly:
-        if memory:
-            from cowfs.mounting.kernel import folder_in_memory
-
-            scratch = folder_in_memory()
-        elif beside is None:
-            raise InvalidArgument(
-                "the layers have no common parent to keep a scratch upper in",
-                remedy="name one: --upper DIR; or mount with --read-only",
-            )
-        else:
-            refuse_layer(beside)
-            scratch = _scratch(beside, ephemeral)
-    return MountSpec(
-        layers=found,
-        mountpoint=mountpoint.resolve(os.fspath(target)),
-        upper=os.path.abspath(upper) if upper else None,
-        work=os.path.abspath(work) if work else None,
-        scratch=scratch,
-        ephemeral=ephemeral,
-        memory=memory,
-        readonly=readonly,
-        size=None if size is None else parse_size(size, least=SMALLEST_LIMIT),
-        inodes=None if inodes is None else parse_count(inodes),
-        options=tuple(words),
-        **more,
-    )
-
-
-def _scratch(beside: str, ephemeral: bool) -> str:
-    """``LAYERS/.cowfs``; for an ephemeral upper the temporary directory where the layers' cannot be written."""
-    scratch = os.path.join(beside, HIDDEN)
-    if ephemeral and not os.access(scratch if os.path.isdir(scratch) else beside, os.W_OK | os.X_OK):
-        import tempfile
-
-        return os.path.join(tempfile.gettempdir(), f"cowfs-ephemeral-{os.geteuid()}")
-    return scratch
 
 
 def mount(
@@ -366,18 +275,6 @@ def mount(
         if not kernel.why_not_in_memory(spec):
             return kernel.mount_in_memory(spec)
     return spawn(spec)
-
-
-def block_size(text: str | int) -> int:
-    """Bytes a block of new redirect files. Raises InvalidArgument unless it is a power of two from 4 KiB to 1 MiB."""
-    from cowfs.format.redirect import check_block
-
-    size = parse_size(text)
-    try:
-        check_block(size)
-    except ValueError as error:
-        raise InvalidArgument(f"row={text}: {error}") from None
-    return size
 
 
 def spawn(spec: MountSpec) -> MountHandle:
@@ -495,7 +392,7 @@ def kernel_mounts() -> list[MountStatus]:
 
 
 def _kernel_status(entry: MountInfo) -> MountStatus:
-    """What mountinfo tells of a mount that the kernel serves; ``store`` is the directory of its store, "" where there is none."""
+    """The status of a mount that the kernel serves, as mountinfo tells it; ``store`` is the directory of its store, "" where there is none."""
     values: dict[str, str] = {}
     for option in entry.super_options.split(b","):
         name, _, value = option.partition(b"=")

@@ -12,17 +12,20 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import closing
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from cowfs.errors import CowfsError, InvalidArgument
+from cowfs.errors import CowfsError, FailedPrecondition, InvalidArgument, Unsupported
 from cowfs.mounting import protocol
 from cowfs.mounting.verbs import finding
+from cowfs.mounting.verbs.arguments import read
 from cowfs.sys.threads import Thread
 
 if TYPE_CHECKING:
     from cowfs.mounting.served import ServedMount
+    from cowfs.mounting.verbs.table import Stream, Verb
 
 __all__ = ["Control"]
 
@@ -190,7 +193,7 @@ class Control:
                 return
             with self._answers:
                 self._threads -= 1
-        self._answer(client, line)
+        self._answer(client, line, apart=False)
 
     @staticmethod
     def _apart(function: Callable[[], None], name: str) -> None:
@@ -205,10 +208,12 @@ class Control:
             with self._answers:
                 self._threads -= 1
 
-    def _answer(self, client: _Client, line: bytes) -> None:
-        """Answer one question, and listen to its client again."""
+    def _answer(self, client: _Client, line: bytes, *, apart: bool = True) -> None:
+        """Answer one question, and listen to its client again. ``apart``: in a thread that may take its time."""
         try:
-            client.sock.sendall(protocol.encode(self._dispatch(line)))
+            with closing(self._dispatch(line, apart)) as answers:
+                for answer in answers:
+                    client.sock.sendall(protocol.encode(answer))
         except OSError:
             client.sock.close()
         else:
@@ -224,25 +229,66 @@ class Control:
                 self._answering -= 1
                 self._answers.notify_all()
 
-    def _dispatch(self, line: bytes) -> dict[str, Any]:
+    def _dispatch(self, line: bytes, apart: bool) -> Generator[dict[str, Any], None, None]:
+        """The lines of an answer: {"more": ...} as often as there is news, where that is asked for; then one "ok" or "error"."""
         try:
             message = protocol.decode(line)
         except (ValueError, RecursionError):
-            return {"error": protocol.error_to(InvalidArgument("not a message of cowfs"))}
-        name = str(message.get("verb"))
-        function = finding.find_verb(name)
-        if function is None:
-            known = ", ".join(finding.names())
-            return {"error": protocol.error_to(InvalidArgument(f"no such verb: {message.get('verb')!r}", remedy=known))}
+            yield {"error": protocol.error_to(InvalidArgument("not a message of cowfs"))}
+            return
         try:
-            return {"ok": function(self._server, message)}
+            found = _verb_of(message)
+            arguments = read(found.takes, message)
+            if not message.get("stream") or found.stream is None:
+                yield {"ok": found.run(self._server, arguments)}
+                return
+            if not apart:
+                raise FailedPrecondition("too many ask this mount at once", remedy="try again")
+            yield from self._streamed(found.stream(self._server, arguments))
         except CowfsError as error:
-            return {"error": protocol.error_to(error)}
+            yield {"error": protocol.error_to(error)}
         except OSError as error:
-            return {"error": protocol.error_to(CowfsError(f"{message['verb']}: {error.strerror or error}"))}
+            yield {"error": protocol.error_to(CowfsError(f"{message['verb']}: {error.strerror or error}"))}
         except Exception:  # noqa: BLE001  (a bug in one verb must not end the mount; it is logged and said)
             import traceback
 
             traceback.print_exc()
             where = self._server.log
-            return {"error": protocol.error_to(CowfsError(f"unforeseen error in {message['verb']}; see {where}"))}
+            yield {"error": protocol.error_to(CowfsError(f"unforeseen error in {message['verb']}; see {where}"))}
+
+    def _streamed(self, stream: Stream) -> Generator[dict[str, Any], None, None]:
+        """A stream does not hold up the end of the server: nobody waits for its next line."""
+        with self._answers:
+            self._answering -= 1
+            self._answers.notify_all()
+        try:
+            while True:
+                try:
+                    news = next(stream)
+                except StopIteration as end:
+                    yield {"ok": end.value}
+                    return
+                yield {"more": news}
+        finally:
+            stream.close()
+            with self._answers:
+                self._answering += 1
+
+
+def _verb_of(message: dict[str, Any]) -> Verb:
+    """The verb that a message asks for.
+
+    Raises:
+        Unsupported: it is of a later version of the protocol.
+        InvalidArgument: there is no such verb.
+    """
+    version = message.get("version", 0)  # before there were versions none was said
+    if not isinstance(version, int) or version > protocol.VERSION:
+        raise Unsupported(
+            f"this mount's server speaks version {protocol.VERSION} of the protocol, not {version!r}",
+            remedy="mount it again with the newer cowfs",
+        )
+    found = finding.find_verb(str(message.get("verb")))
+    if found is None:
+        raise InvalidArgument(f"no such verb: {message.get('verb')!r}", remedy=", ".join(finding.names()))
+    return found

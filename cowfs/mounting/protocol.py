@@ -1,9 +1,13 @@
 """The control socket of a mount's server: where it is, what is said on it, and the asking side.
 
 Strategy: one unix stream socket a server, in a directory only its owner can enter. A client sends one line of JSON,
-``{"verb": "usage", ...arguments}``, and gets one line back: ``{"ok": {...}}`` or ``{"error": {"type", "message",
-"remedy"}}``; then the server may keep the connection until it ends, which is how a client waits for that end. The
-answering side is :mod:`cowfs.mounting.server`; its table of verbs is the protocol's list.
+``{"verb": "usage", "version": 1, ...arguments}``, and gets one line back: ``{"ok": {...}}`` or ``{"error": {"type", "message",
+"remedy"}}``; then the server may keep the connection until it ends, which is how a client waits for that end. With
+``"stream": true`` any number of lines ``{"more": {...}}`` come before, from verbs that have news. The answering side is
+:mod:`cowfs.mounting.control`; what each verb takes is :mod:`cowfs.mounting.verbs.arguments`.
+
+Versions: a server answers messages of its own version and of older ones; 0 had no ``version`` and no streams. A server of version
+0 ignores both words, so a client of any version can ask it, and gets the answer alone.
 
 The socket's name is the minor number of the mount's device (FUSE file systems have anonymous devices, major 0), so it is
 found from a mount point through mountinfo alone, without touching a mount whose server may hang.
@@ -17,7 +21,7 @@ import socket
 import stat
 import struct
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,8 +29,9 @@ from cowfs import errors
 from cowfs.errors import CowfsError, FailedPrecondition
 from cowfs.sys import host, process
 
-__all__ = ["ask", "ask_all", "connect", "decode", "directories", "encode", "run_directory", "sockets"]
+__all__ = ["VERSION", "ask", "ask_all", "connect", "decode", "directories", "encode", "run_directory", "sockets"]
 
+VERSION = 1
 SUFFIX = ".sock"
 MAX_LINE = 64 << 20
 _UCRED = struct.Struct("3i")  # struct ucred, unix(7): pid, uid, gid
@@ -187,20 +192,27 @@ def peer(sock: socket.socket) -> int:
 
 
 def read_line(sock: socket.socket) -> bytes:
-    """Up to and without the newline; what came, if the other side stops earlier.
+    """One line, without its newline. Raises OSError: timeout, or more than 64 MiB."""
+    return _next_line(sock, b"")[0]
+
+
+def _next_line(sock: socket.socket, rest: bytes) -> tuple[bytes, bytes]:
+    """The next line, without its newline, and what came after it; ``rest`` came before. Where the other side stops, what came.
 
     Raises:
         OSError: timeout, or more than 64 MiB.
     """
-    parts, size = [], 0
-    while True:
+    parts, size = [rest], len(rest)
+    while b"\n" not in parts[-1]:
         part = sock.recv(1 << 16)
+        if not part:
+            return b"".join(parts), b""
         parts.append(part)
         size += len(part)
-        if not part or part.endswith(b"\n"):
-            return b"".join(parts).rstrip(b"\n")
         if size > MAX_LINE:
             raise OSError("the message is too long")
+    line, _, after = b"".join(parts).partition(b"\n")
+    return line, after
 
 
 def talk(sock: socket.socket, verb: str, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -210,23 +222,73 @@ def talk(sock: socket.socket, verb: str, arguments: dict[str, Any]) -> dict[str,
         CowfsError: as the server raised it, by class.
         FailedPrecondition: the server ended or did not answer.
     """
+    told = lines(sock, verb, arguments)
+    while True:
+        try:
+            next(told)
+        except StopIteration as end:
+            answer: dict[str, Any] = end.value
+            return answer
+
+
+def lines(sock: socket.socket, verb: str, arguments: dict[str, Any]) -> Generator[dict[str, Any], None, dict[str, Any]]:
+    """Ask one verb on an open connection: its news, as they come, and returned at the end its answer. Errors as of :func:`talk`."""
+    rest = b""
     try:
-        sock.sendall(encode({"verb": verb, **arguments}))
-        line = read_line(sock)
+        sock.sendall(encode({"verb": verb, "version": VERSION, **arguments}))
     except TimeoutError:
-        raise FailedPrecondition("the server does not answer", remedy="cowfs umount --force MNT ends it") from None
+        raise _silent() from None
     except OSError as error:
-        raise FailedPrecondition(f"the server is gone: {error.strerror or error}") from None
-    if not line:
-        raise FailedPrecondition("the server ended without an answer")
-    try:
-        answer = decode(line)
-    except ValueError:
-        raise FailedPrecondition("the server sent something else than an answer") from None
-    if "error" in answer:
-        raise error_from(answer["error"])
-    result = answer.get("ok")
-    return result if isinstance(result, dict) else {}
+        raise _gone(error) from None
+    while True:
+        try:
+            line, rest = _next_line(sock, rest)
+        except TimeoutError:
+            raise _silent() from None
+        except OSError as error:
+            raise _gone(error) from None
+        if not line:
+            raise FailedPrecondition("the server ended without an answer")
+        try:
+            answer = decode(line)
+        except ValueError:
+            raise FailedPrecondition("the server sent something else than an answer") from None
+        if "error" in answer:
+            raise error_from(answer["error"])
+        news = answer.get("more")
+        if isinstance(news, dict):
+            yield news
+            continue
+        result = answer.get("ok")
+        if not isinstance(result, dict):
+            raise FailedPrecondition("the server sent something else than an answer")
+        return result
+
+
+def _silent() -> FailedPrecondition:
+    return FailedPrecondition("the server does not answer", remedy="cowfs umount --force MNT ends it")
+
+
+def _gone(error: OSError) -> FailedPrecondition:
+    return FailedPrecondition(f"the server is gone: {error.strerror or error}")
+
+
+def stream(
+    path: str, verb: str, *, timeout: float = TIMEOUT, **arguments: Any
+) -> Generator[dict[str, Any], None, dict[str, Any]]:
+    """Connect, ask one verb for its news, disconnect: yields them as they come, and returns the answer.
+
+    Closing the generator ends the verb where it is, as of :mod:`cowfs.mounting.verbs.table`.
+
+    Args:
+        timeout: seconds that a client waits for the next line.
+
+    Raises:
+        CowfsError: as the server raised it, by class.
+        FailedPrecondition: nobody answers at the socket.
+    """
+    with _connected(path, timeout) as sock:
+        return (yield from lines(sock, verb, {**arguments, "stream": True}))
 
 
 def ask(path: str, verb: str, *, timeout: float = TIMEOUT, **arguments: Any) -> dict[str, Any]:
@@ -236,14 +298,17 @@ def ask(path: str, verb: str, *, timeout: float = TIMEOUT, **arguments: Any) -> 
         CowfsError: as the server raised it, by class.
         FailedPrecondition: nobody answers at the socket.
     """
+    with _connected(path, timeout) as sock:
+        return talk(sock, verb, arguments)
+
+
+def _connected(path: str, timeout: float) -> socket.socket:
     try:
-        sock = connect(path, timeout)
+        return connect(path, timeout)
     except OSError as error:
         raise FailedPrecondition(
             f"no server at {path}: {error.strerror or error}", remedy="cowfs umount MNT clears what it left"
         ) from None
-    with sock:
-        return talk(sock, verb, arguments)
 
 
 def ask_all(
@@ -264,7 +329,7 @@ def ask_all(
             try:
                 with short(path) as address:
                     sock.connect(address)
-                sock.sendall(encode({"verb": verb}))
+                sock.sendall(encode({"verb": verb, "version": VERSION}))
             except OSError as error:  # EAGAIN: its queue is full, so it takes nobody in
                 sock.close()
                 yield path, TimeoutError(*error.args) if isinstance(error, BlockingIOError) else error

@@ -124,10 +124,19 @@ class CompactionVerbs(EngineVerbs):
     def _compact_mounted(self, server: dict[str, Any], share: float, on_progress: OnProgress | None) -> Compacted:
         from cowfs.mounting import protocol
 
-        while True:
-            told = protocol.ask(server["socket"], "compact", timeout=600.0, share=share)
+        def say(told: dict[str, Any]) -> None:
             if on_progress is not None:
                 on_progress(told["path"], told["done"], told["todo"])
+
+        while True:  # once, but for a server of an older cowfs, which tells how far it is by its answer
+            news = protocol.stream(server["socket"], "compact", timeout=600.0, share=share)
+            while True:
+                try:
+                    say(next(news))
+                except StopIteration as end:
+                    told: dict[str, Any] = end.value
+                    break
+            say(told)
             if told["finished"]:
                 return Compacted(files=told["files"], skipped=told["skipped"], bytes=told["done"])
 

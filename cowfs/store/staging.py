@@ -256,6 +256,8 @@ def sweep(driver: Driver, index: Index, *, everything: bool = False) -> list[str
                     if id not in kept:
                         driver.publish(id, RM + id)
                         point("gc.renamed")
+                        if _in_use(driver, id):
+                            continue  # removed while it was mounted, by a process that came no further
                         fd = _lock(f"{root}/{RM}{id}")
                         if fd is not None:
                             held.callback(os.close, fd)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict
+from types import EllipsisType
 from typing import Any
 
 from cowfs.errors import FailedPrecondition, InvalidArgument
 from cowfs.model import Limit
 from cowfs.mounting import mountpoint
 from cowfs.mounting.served import ServedMount
+from cowfs.mounting.verbs.arguments import Limits, Nothing, Umount
 from cowfs.mounting.verbs.table import verb
 
 __all__ = ["counted"]
@@ -17,20 +19,20 @@ __all__ = ["counted"]
 _PATIENCE = 1.0  # seconds that who only looks waits for a count
 
 
-@verb("alive")
-def _alive(server: ServedMount, arguments: dict[str, Any]) -> dict[str, Any]:
+@verb("alive", Nothing)
+def _alive(server: ServedMount, arguments: Nothing) -> dict[str, Any]:
     """Whether the mount is still there, or its server about to end. Nothing waits for the loop."""
     return {"pid": os.getpid(), "connected": server.session.connected}
 
 
-@verb("info")
-def _info(server: ServedMount, arguments: dict[str, Any]) -> dict[str, Any]:
+@verb("info", Nothing)
+def _info(server: ServedMount, arguments: Nothing) -> dict[str, Any]:
     """Everything about the mount, use and limit included."""
     return {**asdict(server.spec), **server.facts(), **counted(server)}
 
 
-@verb("usage")
-def _usage(server: ServedMount, arguments: dict[str, Any]) -> dict[str, Any]:
+@verb("usage", Nothing)
+def _usage(server: ServedMount, arguments: Nothing) -> dict[str, Any]:
     """Used and allowed bytes and inodes. Without a limit the upper layer is walked, which may take its time."""
     return counted(server, None)
 
@@ -45,8 +47,8 @@ def counted(server: ServedMount, patience: float | None = _PATIENCE) -> dict[str
     }
 
 
-@verb("limit")
-def _limit(server: ServedMount, arguments: dict[str, Any]) -> dict[str, Any]:
+@verb("limit", Limits)
+def _limit(server: ServedMount, arguments: Limits) -> dict[str, Any]:
     """Change the limit: ``bytes`` and ``inodes``, a number or null for none; what is left out stays."""
     if server.stack.upper is None or server.spec.readonly:
         raise FailedPrecondition("a read-only mount has no limit")
@@ -55,9 +57,9 @@ def _limit(server: ServedMount, arguments: dict[str, Any]) -> dict[str, Any]:
     now = server.stack.limit or Limit()
     values = {"bytes": now.bytes, "inodes": now.inodes}
     for key in values:
-        if key in arguments:
-            value = arguments[key]
-            if value is not None and (not isinstance(value, int) or value <= 0):
+        value = {"bytes": arguments.bytes, "inodes": arguments.inodes}[key]
+        if not isinstance(value, EllipsisType):
+            if value is not None and value <= 0:
                 raise InvalidArgument(f"not a limit of {key}: {value!r}")
             values[key] = value
     limit = Limit(**values)
@@ -79,14 +81,14 @@ def _limit(server: ServedMount, arguments: dict[str, Any]) -> dict[str, Any]:
     return counted(server)
 
 
-@verb("counters")
-def _counters(server: ServedMount, arguments: dict[str, Any]) -> dict[str, Any]:
+@verb("counters", Nothing)
+def _counters(server: ServedMount, arguments: Nothing) -> dict[str, Any]:
     """Requests served so far, by opcode."""
     return {"counters": dict(server.session.counters), "nodes": server.call(lambda: len(server.view.nodes))}
 
 
-@verb("umount")
-def _umount(server: ServedMount, arguments: dict[str, Any]) -> dict[str, Any]:
+@verb("umount", Umount)
+def _umount(server: ServedMount, arguments: Umount) -> dict[str, Any]:
     """Take the mount off. The connection ends when the server has closed everything."""
-    mountpoint.detach(server.spec.mountpoint, lazy=bool(arguments.get("lazy")))
+    mountpoint.detach(server.spec.mountpoint, lazy=arguments.lazy)
     return {}

@@ -1,4 +1,4 @@
-"""What a mount's server does for `cowfs compact`: the verb ``compact``.
+"""The part of a mount's server in `cowfs compact`: the verb ``compact``.
 
 One call works for a short time and tells how far it is; the caller calls again until it hears "finished". So progress
 needs no second channel, and a caller that goes away leaves nothing behind but files that are compacted already.
@@ -17,7 +17,8 @@ from weakref import WeakKeyDictionary
 
 from cowfs.errors import CowfsError, FailedPrecondition, InvalidArgument
 from cowfs.mounting.served import ServedMount
-from cowfs.mounting.verbs.table import verb
+from cowfs.mounting.verbs.arguments import Compact
+from cowfs.mounting.verbs.table import Stream, streamed, verb
 from cowfs.row.compact import SHARE, Progress, compact
 
 __all__: list[str] = []
@@ -28,15 +29,15 @@ _lock = threading.Lock()
 _running: WeakKeyDictionary[ServedMount, Iterator[Progress]] = WeakKeyDictionary()
 
 
-@verb("compact")
-def _compact(server: ServedMount, arguments: dict[str, Any]) -> dict[str, Any]:
+@verb("compact", Compact)
+def _compact(server: ServedMount, arguments: Compact) -> dict[str, Any]:
     """Go on compacting, or begin: files of which at least ``share`` is their own.
 
     Returns:
         files, skipped, done, todo, path: see :class:`~cowfs.row.compact.Progress`; finished: nothing is left to do.
     """
-    share = arguments.get("share", SHARE)
-    if not isinstance(share, int | float) or not 0 <= share <= 1:
+    share = SHARE if arguments.share is None else arguments.share
+    if not 0 <= share <= 1:
         raise InvalidArgument(f"not a share from 0 to 1: {share!r}")
     view = server.view
     if view.upper is None or server.spec.readonly:
@@ -66,3 +67,13 @@ def _compact(server: ServedMount, arguments: dict[str, Any]) -> dict[str, Any]:
         "path": told.path.decode(errors="surrogateescape"),
         "finished": finished,
     }
+
+
+@streamed("compact", Compact)
+def _stream(server: ServedMount, arguments: Compact) -> Stream:
+    """Compact to the end, with word of it twice a second. Files are compacted one by one: an asker that goes ends it there."""
+    while True:
+        told = _compact(server, arguments)
+        if told["finished"] or server.pause(0):
+            return told
+        yield told

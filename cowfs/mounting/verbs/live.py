@@ -1,4 +1,4 @@
-"""What a mount's server does for a snapshot of itself, and for the way back: the verbs ``freeze`` and ``rollback``; for
+"""The part of a mount's server in a snapshot of itself, and in the way back: the verbs ``freeze`` and ``rollback``; for
 others who read its upper layer, ``sync``; and ``readonly``, for who commits it.
 
 Order, for the first two:
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from cowfs.errors import FailedPrecondition, InvalidArgument, NotFound
 from cowfs.fuse.loop import Session
 from cowfs.mounting.served import ServedMount
+from cowfs.mounting.verbs.arguments import Freeze, Nothing, Rollback, Subvolume, Switch
 from cowfs.mounting.verbs.table import verb
 from cowfs.sys import btrfs, mounts
 from cowfs.sys.files import syncfs
@@ -41,18 +42,18 @@ _STRICT_SECONDS = 60.0  # ... when any other moment will not do
 _BARRIERS, _FEW = 200, 2
 
 
-@verb("freeze")
-def _freeze(server: ServedMount, arguments: dict[str, Any]) -> dict[str, Any]:
+@verb("freeze", Freeze)
+def _freeze(server: ServedMount, arguments: Freeze) -> dict[str, Any]:
     """Freeze the upper layer and go on over ``upper`` and ``work``, whose directory will be called ``final``."""
 
     def switch() -> None:
-        server.view.freeze(arguments["upper"], arguments["work"])
+        server.view.freeze(arguments.upper, arguments.work)
 
     return {"stalled": _switch(server, arguments, switch)}
 
 
-@verb("subvolume")
-def _subvolume(server: ServedMount, arguments: dict[str, Any]) -> dict[str, Any]:
+@verb("subvolume", Subvolume)
+def _subvolume(server: ServedMount, arguments: Subvolume) -> dict[str, Any]:
     """Take a snapshot of the upper layer's btrfs subvolume, while no request is answered.
 
     Args:
@@ -60,14 +61,14 @@ def _subvolume(server: ServedMount, arguments: dict[str, Any]) -> dict[str, Any]
         directory, name: of the snapshot.
     """
     can_switch(server)
-    if not (server.stack.upper or "").startswith(os.path.realpath(arguments["source"]) + "/"):
-        raise InvalidArgument(f"{arguments['source']} does not hold the upper layer")
+    if not (server.stack.upper or "").startswith(os.path.realpath(arguments.source) + "/"):
+        raise InvalidArgument(f"{arguments.source} does not hold the upper layer")
     _write_back(server)
-    source = os.open(arguments["source"], os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    source = os.open(arguments.source, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        directory = os.open(arguments["directory"], os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        directory = os.open(arguments.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            stalled = at_once(server, lambda: btrfs.snapshot(source, directory, os.fsencode(arguments["name"])))
+            stalled = at_once(server, lambda: btrfs.snapshot(source, directory, os.fsencode(arguments.name)))
         finally:
             os.close(directory)
     finally:
@@ -75,18 +76,18 @@ def _subvolume(server: ServedMount, arguments: dict[str, Any]) -> dict[str, Any]
     return {"stalled": stalled}
 
 
-@verb("sync")
-def _sync(server: ServedMount, arguments: dict[str, Any]) -> dict[str, Any]:
+@verb("sync", Nothing)
+def _sync(server: ServedMount, arguments: Nothing) -> dict[str, Any]:
     """Have in the upper layer what was written until now. Nothing is promised about a loss of power."""
     _write_back(server)
     return {}
 
 
-@verb("readonly")
-def _readonly(server: ServedMount, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Refuse every change from now on, for good. What was written before is in the upper layer then.
+@verb("readonly", Nothing)
+def _readonly(server: ServedMount, arguments: Nothing) -> dict[str, Any]:
+    """Refuse every change from now on, for good. All writes before are in the upper layer then.
 
-    Who has a file open for writing gets EROFS at the next write, fsync or close (the kernel may keep a page until then). The lock of the upper layer is shared from then on.
+    A program that has a file open for writing gets EROFS at the next write, fsync or close (the kernel may keep a page until then). The lock of the upper layer is shared from then on.
     """
     if server.spec.readonly:
         return {}
@@ -107,8 +108,8 @@ def _readonly(server: ServedMount, arguments: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-@verb("rollback")
-def _rollback(server: ServedMount, arguments: dict[str, Any]) -> dict[str, Any]:
+@verb("rollback", Rollback)
+def _rollback(server: ServedMount, arguments: Rollback) -> dict[str, Any]:
     """Drop what is above the layer ``layer`` and go on over ``upper`` and ``work``.
 
     Args:
@@ -120,13 +121,13 @@ def _rollback(server: ServedMount, arguments: dict[str, Any]) -> dict[str, Any]:
 
     def switch() -> None:
         view = server.view
-        layer = _layer(server, arguments["layer"])
+        layer = _layer(server, arguments.layer)
         if layer.index < view.indexed_layers - 1:
             from cowfs.mounting.verbs.standing import stand_on
 
-            stand_on(view, view.index.records, arguments["lowers"], arguments["num"])  # type: ignore[union-attr]
-        stale.append(view.rollback(layer, arguments["upper"], arguments["work"]))
-        base = arguments["base"]
+            stand_on(view, view.index.records, arguments.lowers, arguments.num)  # type: ignore[union-attr]
+        stale.append(view.rollback(layer, arguments.upper, arguments.work))
+        base = arguments.base
         if view.space is not None:
             view.space.offset(-(base["bytes"] // UNIT), -base["inodes"])
 
@@ -194,14 +195,14 @@ def at_once(server: ServedMount, act: Callable[[], None], *, strict: bool = Fals
     return float(held)
 
 
-def _switch(server: ServedMount, arguments: dict[str, Any], switch: Callable[[], None]) -> float:
+def _switch(server: ServedMount, arguments: Switch, switch: Callable[[], None]) -> float:
     """Steps 1 and 2; returns how long the loop was held, in seconds."""
     stack = server.stack
     can_switch(server)
     _write_back(server)
-    locks = stack.lock_more(arguments["upper"], arguments["work"])
-    stack.announce_at(arguments["upper"])
-    mark = arguments["mark"]
+    locks = stack.lock_more(arguments.upper, arguments.work)
+    stack.announce_at(arguments.upper)
+    mark = arguments.mark
 
     def act() -> None:
         os.close(os.open(mark, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
@@ -217,7 +218,7 @@ def _switch(server: ServedMount, arguments: dict[str, Any], switch: Callable[[],
         for lock in locks:
             os.close(lock)
         raise
-    stack.switched(arguments["final_upper"], arguments["final_work"], locks)
+    stack.switched(arguments.final_upper, arguments.final_work, locks)
     return held
 
 
@@ -235,7 +236,7 @@ def _write_back(server: ServedMount) -> None:
             syncfs(fd)
         except OSError as error:
             # Some page was refused at its write-back, now or at any time before: it is lost, and msync, fsync or close say so to
-            # whoever stored it. What is there is what the snapshot is of.
+            # whoever stored it. The snapshot is of the pages that are there.
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
                 raise
         connection = f"/sys/fs/fuse/connections/{os.minor(os.fstat(fd).st_dev)}/waiting"

@@ -24,6 +24,7 @@ from cowfs.index.database import Index
 from cowfs.index.mounted import IndexTree
 from cowfs.mounting.served import ServedMount
 from cowfs.mounting.switch_mark import leave_mark
+from cowfs.mounting.verbs.arguments import Absorb, Restack
 from cowfs.mounting.verbs.live import at_once, can_switch
 from cowfs.mounting.verbs.standing import stand_on
 from cowfs.mounting.verbs.table import verb
@@ -40,24 +41,24 @@ def _index(server: ServedMount, path: str) -> Index:
     return there.records if isinstance(there, IndexTree) and isinstance(there.records, Index) else Index(path)
 
 
-@verb("restack")
-def _restack(server: ServedMount, arguments: dict[str, Any]) -> dict[str, Any]:
+@verb("restack", Restack)
+def _restack(server: ServedMount, arguments: Restack) -> dict[str, Any]:
     """Stand on the layers ``lowers``, with the tree of the snapshot ``num`` of ``index``; they show what the present ones do.
 
     Returns:
         stalled: how long no request was answered, in seconds.
     """
     can_switch(server, writing=False)
-    lowers, num = arguments["lowers"], arguments["num"]
+    lowers, num = arguments.lowers, arguments.num
 
     def switch() -> None:
-        _same_upper(server, arguments["upper"])
+        _same_upper(server, arguments.upper)
         try:
-            stand_on(server.view, _index(server, arguments["index"]), lowers, num)
+            stand_on(server.view, _index(server, arguments.index), lowers, num)
         except OSError as error:
             raise _explained(server, error) from None
         server.now(layers=tuple(reversed(lowers)))
-        freed = arguments.get("freed")
+        freed = arguments.freed
         if freed is not None and server.view.space is not None:
             server.view.space.offset(-(freed["bytes"] // UNIT), -freed["inodes"])
 
@@ -87,8 +88,8 @@ def _explained(server: ServedMount, error: OSError) -> CowfsError:
     return CowfsError(f"the mount at {server.spec.mountpoint} cannot use its new layers: {error.strerror}{where}")
 
 
-@verb("absorb")
-def _absorb(server: ServedMount, arguments: dict[str, Any]) -> dict[str, Any]:
+@verb("absorb", Absorb)
+def _absorb(server: ServedMount, arguments: Absorb) -> dict[str, Any]:
     """Take over what the topmost of ``lowers`` holds, then stand on the others; ``num`` is the snapshot they belong to.
 
     Args:
@@ -99,12 +100,12 @@ def _absorb(server: ServedMount, arguments: dict[str, Any]) -> dict[str, Any]:
         moved: bytes and inodes that the upper layer holds more; stalled: as above.
     """
     can_switch(server, writing=True)
-    view, lowers, num = server.view, arguments["lowers"], arguments["num"]
-    rest = lowers[1:] or [arguments["empty"]]
+    view, lowers, num = server.view, arguments.lowers, arguments.num
+    rest = lowers[1:] or [arguments.empty]
 
     def prepare() -> None:
-        _same_upper(server, arguments["upper"])
-        stand_on(view, _index(server, arguments["index"]), lowers, num)
+        _same_upper(server, arguments.upper)
+        stand_on(view, _index(server, arguments.index), lowers, num)
 
     moved = {"bytes": 0, "inodes": 0}
 
@@ -112,15 +113,15 @@ def _absorb(server: ServedMount, arguments: dict[str, Any]) -> dict[str, Any]:
         if not complete(view):
             return False
         try:
-            leave_mark(arguments["mark"], {"moved": moved})
+            leave_mark(arguments.mark, {"moved": moved})
         except FileExistsError:
             raise FailedPrecondition("this squash was taken back meanwhile", remedy="try again") from None
         try:
-            stand_on(view, _index(server, arguments["index"]), rest, num)
+            stand_on(view, _index(server, arguments.index), rest, num)
         except BaseException:
-            os.unlink(arguments["mark"])
+            os.unlink(arguments.mark)
             raise
-        held = arguments["held"] or moved  # what did not count before does not count now
+        held = arguments.held or moved  # what did not count before does not count now
         if view.space is not None:
             view.space.take_later()
             view.space.offset(-(held["bytes"] // UNIT), -held["inodes"])

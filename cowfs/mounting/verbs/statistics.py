@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+from cowfs.errors import InvalidArgument
 from cowfs.fuse.loop import Session
 from cowfs.mounting.served import ServedMount
+from cowfs.mounting.verbs.arguments import Statistics
 from cowfs.mounting.verbs.basic import counted
-from cowfs.mounting.verbs.table import verb
+from cowfs.mounting.verbs.table import Stream, streamed, verb
 
 __all__: list[str] = []
 
+_LONGEST = 60.0  # seconds: only when it speaks does a stream notice that nobody listens
 
-@verb("statistics")
-def _statistics(server: ServedMount, arguments: dict[str, Any]) -> dict[str, Any]:
+
+@verb("statistics", Statistics)
+def _statistics(server: ServedMount, arguments: Statistics) -> dict[str, Any]:
     """Use, limit, requests by kind, work done (:class:`cowfs.union.work.Work`), and the requests that were timed while somebody looked.
 
     Args:
@@ -25,7 +29,7 @@ def _statistics(server: ServedMount, arguments: dict[str, Any]) -> dict[str, Any
         timed: see :meth:`cowfs.fuse.timing.Timing.watch`; null also for a front end that cannot.
     """
 
-    timed = bool(arguments.get("timed", True))
+    timed = arguments.timed
 
     def look() -> dict[str, Any]:
         session = server.session
@@ -37,3 +41,17 @@ def _statistics(server: ServedMount, arguments: dict[str, Any]) -> dict[str, Any
         }
 
     return {**server.call(look), **counted(server)}
+
+
+@streamed("statistics", Statistics)
+def _stream(server: ServedMount, arguments: Statistics) -> Stream:
+    """The same every ``interval`` seconds, until the asker or the mount is gone."""
+    if not 0 < arguments.interval <= _LONGEST:
+        raise InvalidArgument(
+            f"not an interval in seconds: {arguments.interval!r}", remedy=f"more than 0, at most {_LONGEST:g}"
+        )
+    while True:
+        now = _statistics(server, arguments)
+        yield now
+        if server.pause(arguments.interval):
+            return now

@@ -1,29 +1,67 @@
 """The table of verbs: each module of this package enters its own.
 
-Rules: a verb is called in its connection's thread, gets the served mount and the message, and returns what the answer's "ok"
-holds, or raises a :class:`~cowfs.errors.CowfsError`. Whatever touches the view goes through
+Rules: a verb is called in its connection's thread, gets the served mount and its arguments
+(:mod:`cowfs.mounting.verbs.arguments`), and returns what the answer's "ok" holds, or raises a
+:class:`~cowfs.errors.CowfsError`. Whatever touches the view goes through
 :meth:`ServedMount.call <cowfs.mounting.served.ServedMount.call>`.
+
+A verb may also *stream*: a generator that yields what the asker is told meanwhile, and returns the answer. It runs for as long as
+somebody listens, waits only by :meth:`ServedMount.pause <cowfs.mounting.served.ServedMount.pause>`, and ends with the mount.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from cowfs.mounting.served import ServedMount
 
-__all__ = ["VERBS", "Verb", "verb"]
+__all__ = ["VERBS", "Answer", "Stream", "Verb", "streamed", "verb"]
 
-Verb = Callable[[ServedMount, dict[str, Any]], dict[str, Any]]
+Answer = dict[str, Any]
+Stream = Generator[Answer, None, Answer]
+_A = TypeVar("_A")
+
+
+@dataclass(slots=True)
+class Verb:
+    """One verb.
+
+    Attributes:
+        takes: the record of its arguments.
+        run: answers.
+        stream: the same with news meanwhile; None for a verb that has none.
+    """
+
+    takes: type[Any]
+    run: Callable[[ServedMount, Any], Answer]
+    stream: Callable[[ServedMount, Any], Stream] | None = None
+
 
 VERBS: dict[str, Verb] = {}
 
 
-def verb(name: str) -> Callable[[Verb], Verb]:
+def verb(
+    name: str, takes: type[_A]
+) -> Callable[[Callable[[ServedMount, _A], Answer]], Callable[[ServedMount, _A], Answer]]:
     """Register a verb of the control socket."""
 
-    def register(function: Verb) -> Verb:
-        VERBS[name] = function
+    def register(function: Callable[[ServedMount, _A], Answer]) -> Callable[[ServedMount, _A], Answer]:
+        VERBS[name] = Verb(takes, function)
+        return function
+
+    return register
+
+
+def streamed(
+    name: str, takes: type[_A]
+) -> Callable[[Callable[[ServedMount, _A], Stream]], Callable[[ServedMount, _A], Stream]]:
+    """Register how a verb streams; it is registered already, with the same arguments."""
+
+    def register(function: Callable[[ServedMount, _A], Stream]) -> Callable[[ServedMount, _A], Stream]:
+        assert VERBS[name].takes is takes
+        VERBS[name] = Verb(takes, VERBS[name].run, function)
         return function
 
     return register
