@@ -279,8 +279,15 @@ def _doom(
             driver.publish(name, id)
         elif not (name.startswith(RM) and _in_use(driver, id)):
             doomed.append(name)
-    kept = known | spared(root) if everything else set()
-    for id in os.listdir(f"{root}/layers") if everything else ():
+    if not everything:
+        return doomed, False
+    kept = known | spared(root)
+    for id in driver.strays():
+        if id not in kept and RM + id not in looked:
+            os.mkdir(driver.directory(RM + id), 0o700)
+            looked.add(RM + id)
+            doomed.append(RM + id)
+    for id in os.listdir(f"{root}/layers"):
         if id not in kept and not most:
             return doomed, True
         if id not in kept:
