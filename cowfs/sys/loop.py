@@ -13,9 +13,7 @@ import struct
 from collections.abc import Sequence
 
 from cowfs.sys import mounts
-from cowfs.sys._libc import syscall
 from cowfs.sys.files import fs_name
-from cowfs.sys.mounts import _FSCONFIG, _FSMOUNT, _FSOPEN
 
 __all__ = [
     "attach",
@@ -34,7 +32,6 @@ _READ_ONLY, _AUTOCLEAR, _DIRECT_IO = 1, 4, 16
 _INFO = struct.Struct("=5Q4I64s64s32s2Q")  # struct loop_info64
 _HEAD = struct.Struct("=2I")  # of struct loop_config: descriptor, block size
 _EXT4_RESIZE = 0x40086610  # _IOW('f', 16, __u64): blocks (fs/ext4/ext4.h, EXT4_IOC_RESIZE_FS)
-_SET_FLAG, _SET_STRING, _CREATE = 0, 1, 6
 assert (_INFO.size, _HEAD.size) == (232, 8)
 
 
@@ -141,16 +138,8 @@ def ext4_mount(device: str, *, readonly: bool = False) -> int:
     Raises:
         OSError: as mount(2); EBUSY: mounted already, and with another ``readonly``.
     """
-    fd = syscall(_FSOPEN, b"ext4", 1)
-    try:
-        syscall(_FSCONFIG, fd, _SET_STRING, b"source", os.fsencode(device), 0)
-        if readonly:
-            syscall(_FSCONFIG, fd, _SET_FLAG, b"ro", None, 0)
-        syscall(_FSCONFIG, fd, _SET_FLAG, b"noinit_itable", None, 0)
-        syscall(_FSCONFIG, fd, _CREATE, None, None, 0)
-        return syscall(_FSMOUNT, fd, 1, 0)
-    finally:
-        os.close(fd)
+    words: list[tuple[bytes, bytes | None]] = [(b"source", os.fsencode(device)), (b"noinit_itable", None)]
+    return mounts.detached_mount(b"ext4", [*words, (b"ro", None)] if readonly else words)
 
 
 def ext4_reserve(device: str, blocks: int) -> None:

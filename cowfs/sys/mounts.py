@@ -149,15 +149,26 @@ def image_mount(image: str | bytes, devices: Sequence[str | bytes] = ()) -> int:
 
 
 def _image_mount(image: str | bytes, devices: Sequence[str | bytes], flags: Sequence[bytes]) -> int:
-    fd = syscall(_FSOPEN, b"erofs", 1)
+    words = [(b"source", os.fsencode(image)), *[(b"device", os.fsencode(device)) for device in devices]]
+    return detached_mount(b"erofs", [*words, *[(flag, None) for flag in flags]], readonly=True)
+
+
+def detached_mount(fstype: bytes, words: Iterable[tuple[bytes, bytes | None]], *, readonly: bool = False) -> int:
+    """Mount a file system without a place: a descriptor of its root, with which it goes, or with what was mounted upon it.
+
+    Args:
+        words: its options in order, with their values; None for one that has none.
+        readonly: the mount is.
+
+    Raises:
+        OSError: as mount(2).
+    """
+    fd = syscall(_FSOPEN, fstype, 1)
     try:
-        syscall(_FSCONFIG, fd, _FSCONFIG_SET_STRING, b"source", os.fsencode(image), 0)
-        for device in devices:
-            syscall(_FSCONFIG, fd, _FSCONFIG_SET_STRING, b"device", os.fsencode(device), 0)
-        for flag in flags:
-            syscall(_FSCONFIG, fd, _FSCONFIG_SET_FLAG, flag, None, 0)
+        for key, value in words:
+            syscall(_FSCONFIG, fd, _FSCONFIG_SET_FLAG if value is None else _FSCONFIG_SET_STRING, key, value, 0)
         syscall(_FSCONFIG, fd, _FSCONFIG_CMD_CREATE, None, None, 0)
-        return syscall(_FSMOUNT, fd, 1, _MOUNT_ATTR_RDONLY)
+        return syscall(_FSMOUNT, fd, 1, _MOUNT_ATTR_RDONLY if readonly else 0)
     finally:
         os.close(fd)
 
@@ -172,17 +183,10 @@ def tmpfs_mount(size: int | None, inodes: int | None) -> int:
     Raises:
         OSError: as mount(2).
     """
-    fd = syscall(_FSOPEN, b"tmpfs", 1)
-    try:
-        values = {b"mode": b"0755", b"nr_inodes": b"%d" % (inodes or 0)}
-        if size is not None:
-            values[b"size"] = b"%d" % size
-        for key, value in values.items():
-            syscall(_FSCONFIG, fd, _FSCONFIG_SET_STRING, key, value, 0)
-        syscall(_FSCONFIG, fd, _FSCONFIG_CMD_CREATE, None, None, 0)
-        return syscall(_FSMOUNT, fd, 1, 0)
-    finally:
-        os.close(fd)
+    words: list[tuple[bytes, bytes | None]] = [(b"mode", b"0755"), (b"nr_inodes", b"%d" % (inodes or 0))]
+    if size is not None:
+        words.append((b"size", b"%d" % size))
+    return detached_mount(b"tmpfs", words)
 
 
 def make_private() -> None:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.users import command_as
+from support.users import command_as, hand_over
 
 import cowfs
 from cowfs.cli import main
@@ -137,10 +137,7 @@ def test_layers_that_are_not_there(stack: Path) -> None:
 
 
 def test_an_ordinary_user_gets_a_server(ordinary_user: int, tmp_path_factory: pytest.TempPathFactory) -> None:
-    place = tmp_path_factory.mktemp("theirs")
-    for above in (place, *place.parents[:2]):
-        above.chmod(0o755)
-    os.chown(place, ordinary_user, ordinary_user)
+    place = hand_over(tmp_path_factory.mktemp("theirs"), ordinary_user)
     code = (
         "import sys, os, cowfs\ntop = sys.argv[1]\n"
         "for name in ('l', 'm'):\n    os.mkdir(top + '/' + name)\n"

@@ -209,10 +209,8 @@ def test_a_chain_of_many_layers_is_one(store: Store) -> None:
             assert (place(store, "kernel") / f"f{number}").read_text() == str(number)
 
 
-def test_an_upper_with_redirected_blocks_is_refused(store: Store) -> None:
-    """The kernel would show the sparse file; what compact makes of it, it can show."""
-    if not store.driver.capabilities.row:
-        pytest.skip("a driver without redirect files")
+def change_some(store: Store) -> None:
+    """A snapshot "base" with a file "big", and "key" on it, which changed some of that."""
     store.prepare("key")
     with store.mount("key", place(store, "fuse")):
         (place(store, "fuse") / "big").write_bytes(b"b" * 100_000)
@@ -220,6 +218,13 @@ def test_an_upper_with_redirected_blocks_is_refused(store: Store) -> None:
     store.prepare("key", "base")
     with store.mount("key", place(store, "fuse")), open(place(store, "fuse") / "big", "r+b") as file:
         file.write(b"changed")
+
+
+def test_an_upper_with_redirected_blocks_is_refused(store: Store) -> None:
+    """The kernel would show the sparse file; what compact makes of it, it can show."""
+    if not store.driver.capabilities.row:
+        pytest.skip("a driver without redirect files")
+    change_some(store)
     with pytest.raises(FailedPrecondition, match="redirected blocks of 'big'"):
         store.mount("key", place(store, "kernel"), mount_type="kernel")
     assert store.mounted_at("key") is None
@@ -232,13 +237,7 @@ def test_a_file_that_an_image_points_into_must_be_what_it_was(store: Store) -> N
     """Cut short behind the store's back: the kernel would read errors in the middle; nothing is mounted, and it is told."""
     if not store.driver.capabilities.row:
         pytest.skip("a driver without redirect files")
-    store.prepare("key")
-    with store.mount("key", place(store, "fuse")):
-        (place(store, "fuse") / "big").write_bytes(b"b" * 100_000)
-    store.commit("key", "base")
-    store.prepare("key", "base")
-    with store.mount("key", place(store, "fuse")), open(place(store, "fuse") / "big", "r+b") as file:
-        file.write(b"changed")
+    change_some(store)
     store.commit("key", "next")
     fuse, kernel = both(store, "next")
     assert trees.differences(fuse, kernel) == []

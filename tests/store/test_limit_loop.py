@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 from support import trees
-from support.hostfs import make_image
-from support.users import command_as
+from support.hostfs import HostFs, make_image
+from support.users import command_as, hand_over
 
 from cowfs.cli import main
 from cowfs.errors import FailedPrecondition, InvalidArgument, Unsupported
@@ -319,10 +319,7 @@ def test_engines_are_asked_for_by_name(store: Store, capsys: pytest.CaptureFixtu
 
 def test_an_ordinary_user_gets_the_fuse_way(ordinary_user: int, tmp_path_factory: pytest.TempPathFactory) -> None:
     """``auto`` is cowfs's own server for whoever may not mount; asked for by name, the engine says why not."""
-    place = tmp_path_factory.mktemp("theirs")
-    for above in (place, *place.parents[:2]):
-        above.chmod(0o755)
-    os.chown(place, ordinary_user, ordinary_user)
+    place = hand_over(tmp_path_factory.mktemp("theirs"), ordinary_user)
     code = (
         "import sys, os\nfrom cowfs.store import Store\nfrom cowfs.errors import Unsupported\n"
         "top = sys.argv[1]\nos.mkdir(top + '/m')\n"
@@ -347,3 +344,21 @@ def test_a_limit_on_inodes_alone_is_not_the_images(store: Store) -> None:
         store.mount("key", at(store, "kernel"), mount_type="kernel")
     assert not os.path.ismount(at(store, "kernel"))
     assert LOOP.why_not(store.driver) == ""
+
+
+def test_on_every_host(fs: HostFs, can_mount: None) -> None:
+    """The image is a sparse file of whatever file system the store is on; the limit is the same."""
+    place = fs.fresh("loop")
+    (place / "m").mkdir()
+    with Store.open(place / "store", driver="overlay", fsync=False) as store:
+        store.prepare("key", size=3 * MIB, inodes=10)
+        with store.mount("key", place / "m", mount_type="kernel"):
+            assert free(place / "m") == 3 * MIB
+            assert fill(place / "m" / "big") == 3 * MIB
+            (place / "m" / "big").unlink()
+            (place / "m" / "kept").write_text("kept")
+        store.commit("key", "next")
+        assert store.check(content=True).damage == []
+        store.view("view", "next")
+        with store.paths("view") as paths:
+            assert paths.read_bytes(b"kept") == b"kept"

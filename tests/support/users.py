@@ -46,6 +46,14 @@ def command_as(command: Sequence[str], uid: int = UID, gid: int = GID) -> list[s
     return ["setpriv", f"--reuid={uid}", f"--regid={gid}", "--clear-groups", "--", *command]
 
 
+def hand_over(place: Path, uid: int = UID) -> Path:
+    """Give a directory below pytest's own to a user, who then can reach it."""
+    for above in (place, *place.parents[:2]):
+        above.chmod(0o755)
+    os.chown(place, uid, uid)
+    return place
+
+
 def open_fuse_device(base: Path) -> str | None:
     """Let everybody use /dev/fuse in this namespace. Returns why not, or None when it is so."""
     if not os.path.exists("/dev/fuse"):
