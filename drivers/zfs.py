@@ -234,6 +234,19 @@ class ZfsDriver(Driver):
                 return False
             time.sleep(0.02)
 
+    def strays(self) -> list[str]:
+        """Datasets whose directories are gone: of a program that went on while its layer was removed, or of a copy of the store."""
+        done = _zfs("list", "-H", "-o", "name,mountpoint", "-r", self._dataset)
+        _must(done)
+        found, start = [], f"{self._dataset}/cowfs-"
+        for line in done.stdout.splitlines():
+            name, _, place = line.partition("\t")
+            id = name.removeprefix(start)
+            ours = name.startswith(start) and "/" not in id and place.startswith(f"{self.root}/")
+            if ours and not any(os.path.isdir(self.directory(prefix + id)) for prefix in ("", "new-", "rm-")):
+                found.append(id)
+        return found
+
     def check(self, id: str) -> list[str]:
         """The dataset is there, and the tree in it."""
         if not os.path.isdir(self.directory(id)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -202,3 +203,20 @@ def test_test_modules_have_names_of_their_own() -> None:
         if not (path.parent / "__init__.py").exists():
             assert path.name not in seen, f"{path} and {seen[path.name]}"
             seen[path.name] = path
+
+
+#: Folders whose sentences were gone through. It may only become more.
+PLAIN_ENGLISH = ("cowfs/union", "cowfs/row", "cowfs/fuse", "cowfs/mounting")
+
+
+def test_no_sentence_begins_with_what_or_who() -> None:
+    """The subject of a sentence is a noun: no relative clause stands for one, in docstrings and comments."""
+    begins = re.compile(r'(^ *(r?""")?|^ *#:? |[.:] |""")(What|Who|Whoever|Whom) ')
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for folder in PLAIN_ENGLISH
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if begins.search(line)
+    ]
+    assert found == []

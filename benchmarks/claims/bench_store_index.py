@@ -15,7 +15,7 @@ from ..lab.measure import Lab, timed
 from ..lab.stores import COW, opened
 
 
-def _tree(top: Path, files: int) -> None:
+def tree(top: Path, files: int) -> None:
     for number in range(files):
         folder = top / f"d{number // 1000}" / f"e{number // 100 % 10}"
         if number % 100 == 0:
@@ -32,7 +32,7 @@ def measure(lab: Lab) -> None:
             return Path(store.driver.tree(store.index.get(key).id))
 
         store.prepare("k")
-        _tree(top("k"), files)
+        tree(top("k"), files)
         lab.record("first commit", COW, timed(lambda: store.commit("k", "base")))
         store.prepare("k")
         (top("k") / "big").mkdir()

@@ -22,6 +22,7 @@ COW = "overlay"
 VFS = "vfs"
 COW_XFS = "overlay xfs"
 COW_BTRFS = "overlay btrfs"
+BTRFS = "btrfs btrfs"
 COPYING = (COW, VFS)  # subjects that store a whole copy of a changed file
 BLOCK = 4096
 
@@ -80,13 +81,15 @@ def opened(lab: Lab, subject: str, size: int, *, direct: bool = False, **options
 
 
 @contextlib.contextmanager
-def opened_all(lab: Lab, subjects: Sequence[str], size: int, *, direct: bool = False) -> Iterator[dict[str, Opened]]:
+def opened_all(
+    lab: Lab, subjects: Sequence[str], size: int, *, direct: bool = False, **options: Any
+) -> Iterator[dict[str, Opened]]:
     """A store for each subject that can run here, all open at once, so that rounds can be interleaved."""
     with contextlib.ExitStack() as stack:
         stores: dict[str, Opened] = {}
         for subject in lab.wanted(subjects):
             with lab.trying(subject):
-                stores[subject] = stack.enter_context(opened(lab, subject, size, direct=direct))
+                stores[subject] = stack.enter_context(opened(lab, subject, size, direct=direct, **options))
         yield stores
 
 

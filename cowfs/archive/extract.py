@@ -125,8 +125,9 @@ class Extractor:
                     self._note(path)
                 return
             self._head = None
-            path = canonical(member.name, max_path=options.max_path, max_depth=options.max_depth)
-            what, path = meaning(path) if options.whiteouts else self._ordinary(path)
+            marks = options.whiteouts
+            path = canonical(member.name, max_path=options.max_path, max_depth=options.max_depth, whiteouts=marks)
+            what, path = meaning(path) if marks else self._ordinary(path)
             if what is Meaning.ENTRY:
                 if not path:
                     self._root(member)

@@ -188,7 +188,7 @@ def rebuild(log: BinaryIO, layer: int, out: BinaryIO, *, compression: str = "non
             for member in reader:
                 if not member.stored:
                     continue
-                path = canonical(member.name, max_path=_BIG, max_depth=_BIG)
+                path = canonical(member.name, max_path=_BIG, max_depth=_BIG, whiteouts=True)
                 what, _ = meaning(path)
                 if what is Meaning.ENTRY:
                     # what a member wrote is displaced by the next one after it that displaced anything there
@@ -215,7 +215,7 @@ def member_names(log: BinaryIO) -> Iterator[bytes]:
     trailer = read_trailer(log)
     section = _Section(log, len(MAGIC), int(trailer["headers"]))
     for member in Reader(section, stripped=True, max_entries=_BIG, max_header=_BIG):
-        yield canonical(member.name, max_path=_BIG, max_depth=_BIG)
+        yield canonical(member.name, max_path=_BIG, max_depth=_BIG, whiteouts=True)
 
 
 def _load_saved(log: BinaryIO, start: int, length: int, spool: BinaryIO) -> dict[bytes, list[tuple[int, int, int]]]:

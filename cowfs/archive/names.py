@@ -34,8 +34,11 @@ def show(name: bytes) -> str:
     return repr(text if len(name) <= 200 else text + "...")
 
 
-def canonical(name: bytes, *, max_path: int, max_depth: int) -> bytes:
+def canonical(name: bytes, *, max_path: int, max_depth: int, whiteouts: bool = False) -> bytes:
     """The path of a member below the layer's root, ``b""`` for the root itself.
+
+    Args:
+        whiteouts: the last component may be a whiteout, whose prefix does not count: it hides a name of up to 255 bytes.
 
     Raises:
         InvalidArgument: a ``..``, a NUL, an empty name, a component longer than 255 bytes.
@@ -56,7 +59,10 @@ def canonical(name: bytes, *, max_path: int, max_depth: int) -> bytes:
     if len(path) > NAME_MAX:
         if len(path) > max_path:
             raise LimitExceeded(f"the name is {len(path)} bytes long, at most {max_path} are allowed")
-        if any(len(part) > NAME_MAX for part in path.split(b"/")):
+        *parts, last = path.split(b"/")
+        if whiteouts:
+            last = last.removeprefix(WHITEOUT_PREFIX)
+        if any(len(part) > NAME_MAX for part in (*parts, last)):
             raise InvalidArgument(f"a component of the name is longer than {NAME_MAX} bytes")
     if path.count(b"/") >= max_depth:
         raise LimitExceeded(f"the name is {path.count(b'/') + 1} directories deep, at most {max_depth} are allowed")

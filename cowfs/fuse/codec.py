@@ -5,7 +5,7 @@ the shortest and longest valid length, which the session checks before it calls 
 reads any request whole (the trace and the tests use it). The handlers of the hot operations unpack their one struct
 themselves, since each call costs as much as the unpacking; they rely on the length check and on :func:`name`.
 
-What the kernel sends is checked all the same: a frame that contradicts its own length is a :class:`ProtocolError`
+Requests of the kernel are checked all the same: a frame that contradicts its own length is a :class:`ProtocolError`
 (the session ends, for nothing behind it can be trusted), a body that contradicts its opcode is ``EINVAL``.
 
 Buffers: everything that takes ``buf`` takes a memoryview of one whole request and keeps nothing of it, except that
@@ -39,7 +39,7 @@ class ProtocolError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What follows the header of one opcode's requests.
+    """The layout behind the header of one opcode's requests.
 
     ``body`` is the fixed part; then ``names`` NUL-terminated strings of at most ``longest`` bytes each (NUL not
     counted); then, if ``data``, any number of bytes.
@@ -292,7 +292,7 @@ def error(unique: int, code: int) -> bytes:
 
 
 def failure(unique: int, raised: OSError) -> bytes:
-    """What an OSError stands for. ENOSYS becomes EOPNOTSUPP: it would tell the kernel never to ask that opcode again,
+    """The reply for an OSError. ENOSYS becomes EOPNOTSUPP: it would tell the kernel never to ask that opcode again,
     and for fsync to take that as success."""
     code = raised.errno or errno.EIO
     return error(unique, errno.EOPNOTSUPP if code == errno.ENOSYS else code)

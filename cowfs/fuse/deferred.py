@@ -1,7 +1,7 @@
 """Errands: requests whose answer takes long, from the worker that runs them to what they held back.
 
 Strategy: the handlers hand over what they must not wait for (:class:`cowfs.fuse.handlers.data.Host` is this module's face to
-them); :mod:`cowfs.fuse.workers` has the threads and the rules of order. What ends here is the life of such a request:
+them); :mod:`cowfs.fuse.workers` has the threads and the rules of order. The life of such a request ends here:
 
 * a **copy-up** runs on a worker, is published in the loop, and then its request is served again, as if it came just now;
   if it failed, that is the request's answer, and the next one in the queue tries again;
@@ -144,7 +144,7 @@ class Errands:
 
     def interrupt(self, buf: memoryview, n: int, unique: int, nodeid: int) -> None:
         """A process that waits got a signal. Only one that was killed is let go: programs do not expect EINTR of
-        a file. What is already being answered needs nothing."""
+        a file. A request that is already being answered needs nothing."""
         (target,) = abi.INTERRUPT_IN.unpack_from(buf, 40)
         job = self._jobs.get(target)
         if job is not None:

@@ -2,7 +2,7 @@
 
 Strategy: one table, three kinds of session. ``always`` features come with every session; the others depend on how
 data travels: through the page cache without opens (``cached``), the same with writes held back (``writeback``), or
-past the server (``passthrough``). What is not in the table is not asked for, and the second table says why.
+past the server (``passthrough``). Features that are not in the table are not asked for, and the second table says why.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ assert not WANTED.keys() & UNWANTED.keys()
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """What both sides said yes to."""
+    """The features that both sides said yes to."""
 
     minor: int
     flags: int

@@ -78,7 +78,7 @@ PATIENCE: Final = 64
 
 _SAID_MOST: Final = 1000
 _GONE: Final = (errno.ENODEV, errno.ECONNABORTED, errno.ENOTCONN)
-#: What a worker answers, when the loop does not: then the loop sleeps at once, which leaves the interpreter to the worker.
+#: Requests that a worker answers, when the loop does not: then the loop sleeps at once, which leaves the interpreter to the worker.
 HANDED_OVER: Final = frozenset((abi.FSYNC, abi.FSYNCDIR, abi.SYNCFS))
 _SHORT: Final = (errno.EMFILE, errno.ENFILE)
 
@@ -578,6 +578,6 @@ class Session:
 
 
 def _enosys(buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply:
-    """What has no handler: OPEN, OPENDIR, CREATE, FLUSH, STATX, ACCESS, locks... The kernel asks once and then
+    """The reply to opcodes without a handler: OPEN, OPENDIR, CREATE, FLUSH, STATX, ACCESS, locks... The kernel asks once and then
     does without."""
     return codec.error(unique, errno.ENOSYS)

@@ -265,7 +265,7 @@ def _time(spec: Any) -> int | str | None:
 
 
 class Operations:
-    """What fusepy calls, by name and path. Every method runs under the session's lock."""
+    """The operations that fusepy calls, by name and path. Every method runs under the session's lock."""
 
     use_ns = True
     flag_nullpath_ok = True  # a handle's operations come without path once its directory is gone

@@ -49,7 +49,7 @@ class Stage(Protocol):
 
 
 class Work(Protocol):
-    """What the tree had to do that costs time."""
+    """The work of a tree that costs time."""
 
     directories_read: int
 
@@ -216,4 +216,4 @@ class Tree(Protocol):
         """fsync(2) for any thread (True: fdatasync(2) will do), where a descriptor is not enough."""
 
     def sync_all_job(self) -> Callable[[], None] | None:
-        """What syncfs(2) has to do before the host's, for any thread."""
+        """The part of syncfs(2) to be done before the host's, for any thread."""

@@ -1,4 +1,4 @@
-"""What must not be waited for runs elsewhere: worker threads, and the gates that keep each node's requests in order.
+"""Work that must not be waited for runs elsewhere: worker threads, and the gates that keep each node's requests in order.
 
 Strategy: the loop thread owns the view and answers nearly everything itself. Three things may take long: copying a
 file up, fsync, and a large read that is not in the page cache. They run on a worker, and only the node concerned
@@ -95,7 +95,7 @@ class Workers:
 
 
 class Gate:
-    """What is under way for one node."""
+    """The requests that are under way for one node."""
 
     __slots__ = ("exclusive", "queue", "shared")
 

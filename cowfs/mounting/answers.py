@@ -1,4 +1,4 @@
-"""What a server's answers mean: records made of them."""
+"""Records made of a server's answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a server is put together from: the view and the session that a wish asks for, and what to say when that fails."""
+"""Build the view and the FUSE session for a mount request, and explain why that failed."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def make_session(spec: MountSpec, view: View, target: str) -> Session | Portable
 
 
 def refused(session: Session | PortableSession, spec: MountSpec) -> CowfsError | None:
-    """What the kernel did not agree to although it was asked for, or None. Only once the session is ready."""
+    """The error for a feature that was asked for and that the kernel did not agree to, or None. Only once the session is ready."""
     agreement = session.agreement
     if agreement is not None and spec.io == "passthrough" and agreement.mode != spec.io:
         return Unsupported(
@@ -111,7 +111,7 @@ def raise_file_limit() -> None:
 
 
 def name_process() -> None:
-    """What ps and top show (comm, 15 bytes)."""
+    """Set the name that ps and top show (comm, 15 bytes)."""
     try:
         with open("/proc/self/comm", "w", encoding="ascii") as file:
             file.write("cowfs")

@@ -1,4 +1,4 @@
-"""What a mount's server records in the log of events of the store whose snapshot it serves.
+"""The events that a mount's server records in the log of events of the store whose snapshot it serves.
 
 Rules:
 

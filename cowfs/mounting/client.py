@@ -108,11 +108,11 @@ class MountHandle:
         return protocol.ask(self.socket, verb, **arguments)
 
     def status(self) -> MountStatus:
-        """What `cowfs mounts` shows."""
+        """The mount as `cowfs mounts` shows it."""
         return _status(self.mountpoint, self.socket, self.ask("info"))
 
     def usage(self) -> Usage:
-        """What the upper layer holds: bytes in units of 4 KiB, and inodes."""
+        """Use of the upper layer: bytes in units of 4 KiB, and inodes."""
         return Usage(**self.ask("usage", timeout=COUNTING)["usage"])
 
     def limit(
@@ -166,7 +166,7 @@ class MountHandle:
         return map(statistics_of, news)
 
     def diff(self) -> Iterator[Change]:
-        """What the upper layer adds, changes and deletes, sorted by path.
+        """Changes that the upper layer makes: added, changed and deleted paths, sorted.
 
         Raises:
             FailedPrecondition: a mount without an upper layer.
@@ -392,7 +392,7 @@ def kernel_mounts() -> list[MountStatus]:
 
 
 def _kernel_status(entry: MountInfo) -> MountStatus:
-    """What mountinfo tells of a mount that the kernel serves; ``store`` is the directory of its store, "" where there is none."""
+    """The status of a mount that the kernel serves, as mountinfo tells it; ``store`` is the directory of its store, "" where there is none."""
     values: dict[str, str] = {}
     for option in entry.super_options.split(b","):
         name, _, value = option.partition(b"=")

@@ -42,7 +42,7 @@ class Counter:
         self._error: OSError | None = None
 
     def usage(self, patience: float | None = None) -> Usage | None:
-        """What the upper layer holds.
+        """Use of the upper layer.
 
         Args:
             patience: seconds to wait at most for a walk; the result is then what the last walk found, if there was one.

@@ -1,4 +1,4 @@
-"""Who uses a directory: flock(2) on it, /proc/locks, and the kernel's overlay mounts, which take no lock.
+"""The users of a directory: flock(2) on it, /proc/locks, and the kernel's overlay mounts, which take no lock.
 
 A server holds its locks a little longer than its mount lives: umount(2) returns before the server has heard of it. So
 whoever wants a lock waits for a server whose mount is gone, and for nobody else: :func:`take`.
@@ -28,7 +28,7 @@ _PAUSE = 0.01
 
 
 class Holder(NamedTuple):
-    """Who holds a lock: a process (None: not known), and the notice of the mount that it serves, where it left one."""
+    """The holder of a lock: a process (None: not known), and the notice of the mount that it serves, where it left one."""
 
     pid: int | None
     notice: Notice | None
@@ -124,7 +124,7 @@ def share(upper: str, *, mounts_only: bool) -> tuple[int, bool]:
     """For a read-only mount of an upper layer: a descriptor that holds its lock with others who read, or, beside somebody who
     writes there, none; and whether somebody writes.
 
-    Who writes is asked to hand over first what it has not written yet. What it writes later may show or not, as where the kernel
+    A writer is asked to hand over first what it has not written yet. Its later writes may show or not, as where the kernel
     mounts an overlay over a layer that changes.
 
     Args:

@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 SOURCE = "cowfs:memory"
-"""What such a mount shows as its source, by which it is known as one of ours."""
+"""The source that such a mount shows, by which it is known as one of ours."""
 
 _SHARED = "/dev/shm"
 _WORDS = {
@@ -77,7 +77,7 @@ class KernelMount:
             raise FailedPrecondition(f"cannot unmount {self.mountpoint}: {error.strerror}") from None
 
     def nobody(self, *args: object, **kwargs: object) -> NoReturn:
-        """What only a server can do.
+        """Refuse what only a server can do.
 
         Raises:
             FailedPrecondition: always.

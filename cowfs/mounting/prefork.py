@@ -159,7 +159,7 @@ def _is_open(fd: int) -> bool:
 
 
 def _context() -> object:
-    """What a process inherits and a mount depends on, of this thread, as it is now."""
+    """The inherited state of this thread that a mount depends on, as it is now."""
     here = "/proc/thread-self"
     try:
         with open(f"{here}/status", "rb") as file:
@@ -256,7 +256,7 @@ def _warm_index() -> None:
 
 
 def _freeze() -> None:
-    """What is there now is not looked at by any server's garbage collector, and so stays shared."""
+    """Keep every server's garbage collector away from the objects that are there now, so that they stay shared."""
     import gc
 
     gc.collect()

@@ -1,4 +1,4 @@
-"""What is wanted of a mount, before anything is checked: plain data, and how layers are found in a directory.
+"""The request for a mount, before anything is checked: plain data, and how layers are found in a directory.
 
 A :class:`MountSpec` is made by the command, by the library or by a store, and sent to the server process, where
 :class:`cowfs.mounting.resources.Stack` makes something of it.

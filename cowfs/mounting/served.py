@@ -1,4 +1,4 @@
-"""What a verb of the control socket, and the count of a mount, see of the server: one mount that is being served."""
+"""One mount that is being served, as a verb of the control socket and the count of the mount see it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class ServedMount(Protocol):
 
     @property
     def spec(self) -> MountSpec:
-        """What the mount was asked to be, with what verbs have changed since."""
+        """The spec that the mount was made from, with the changes that verbs have made since."""
 
     @property
     def counter(self) -> Count:
@@ -49,7 +49,7 @@ class ServedMount(Protocol):
         """Wait, at most until the mount ends. Returns whether it does."""
 
     def facts(self) -> dict[str, Any]:
-        """What is known of the mount beside its spec."""
+        """Facts about the mount beside its spec."""
 
     def now(self, **changes: Any) -> None:
         """The mount is other than it was asked to be: fields of the spec and their new values."""

@@ -14,7 +14,7 @@ Threads:
 - one for each question on the control socket, for as long as its answer takes (:mod:`cowfs.mounting.control`).
 - ready: asks the kernel for the mount point once, then reports and ends.
 
-End. Whoever unmounts (a verb, a signal, somebody's umount) only takes the mount off the tree. The kernel then ends the
+End. An unmount (by a verb, a signal, somebody's umount) only takes the mount off the tree. The kernel then ends the
 session, and the main thread closes everything in one place.
 """
 
@@ -53,7 +53,7 @@ _FLUSH_SECONDS = 10.0  # how long SIGTERM waits for dirty pages
 
 
 class Started(NamedTuple):
-    """What a mount is known by once it answers."""
+    """The process and the socket of a mount that answers."""
 
     pid: int
     socket: str
@@ -115,7 +115,7 @@ def serve(spec: MountSpec, report: int) -> NoReturn:
 
 
 def parse_report(line: bytes) -> Started:
-    """What a report says.
+    """Read a report.
 
     Raises:
         CowfsError: the report is an error.
@@ -195,7 +195,7 @@ class Server:
         return self._ending.wait(seconds)
 
     def facts(self) -> dict[str, Any]:
-        """What is known only now that it runs."""
+        """Facts that are known only now that it runs."""
         return {
             "pid": os.getpid(),
             "socket": self.socket,

@@ -1,4 +1,4 @@
-"""What is recorded beside a kept upper: over which layers it was written, and its limit.
+"""The record beside a kept upper: over which layers it was written, and its limit.
 
 An upper means nothing without the layers beneath it, so a mount over other layers is refused. Paths are relative to the
 record, so that a stack can be moved as a whole.

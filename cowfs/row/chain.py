@@ -222,7 +222,7 @@ class Chain(FileData):
 
     @property
     def pilot(self) -> Pilot:
-        """What gives hints to the host."""
+        """The thread that gives hints to the host."""
         return self.rows.pilot
 
     def succeeded_by(self, twin: Successor | None) -> None:
@@ -352,7 +352,7 @@ class Chain(FileData):
         return end - offset
 
     def hints(self, start: int, end: int) -> Hints:
-        """What to ask the host for when [start, end) will be read."""
+        """The hints for the host when [start, end) will be read."""
         wanted: dict[int, list[tuple[int, int]]] = {}
         for first, last, owner in plan(list(self.load().runs(start, end))):
             if owner != ZEROS:

@@ -5,7 +5,7 @@ work: fill what still shows the base (each piece is an ordinary write to the own
 that is right); bring all of it to the disk; then take the reference away, which is one step; then the map. Reading
 and writing go on meanwhile: the view's thread does one small piece at a time, between requests.
 
-Holes stay holes. What is filled counts against the limit; where that ends, the file stays a redirect file.
+Holes stay holes. Filled blocks count against the limit; where that ends, the file stays a redirect file.
 """
 
 from __future__ import annotations
@@ -204,7 +204,7 @@ class _File:
         return file.fill(STEP) if file is not None else 0
 
     def sync(self) -> Callable[[bool], None] | None:
-        """What brings it to the disk; for any thread."""
+        """The job that brings it to the disk; for any thread."""
         file = self._file()
         return file.sync_job() if file is not None else None
 

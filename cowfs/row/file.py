@@ -403,9 +403,9 @@ class RowFile(Chain):
     # -- durability ---------------------------------------------------------------------------
 
     def sync_job(self) -> Callable[[bool], None]:
-        """What fsync(2) means here, to be run once in any thread: data, then map. The argument: fdatasync(2) will do.
+        """The work of fsync(2), to be run once in any thread: data, then map. The argument: fdatasync(2) will do.
 
-        What was written before its layer was frozen belongs to it.
+        Writes before its layer was frozen belong to it.
         """
         if not self.rows.view.must_sync:
             return lambda data_only: None

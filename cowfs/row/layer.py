@@ -128,7 +128,7 @@ def _walk(fd: int, prefix: bytes, form: Form) -> Iterator[tuple[bytes, Ref | OSE
 
 
 def inspect(layer: str | bytes, form: Form) -> tuple[list[str], list[bytes]]:
-    """What is wrong with a row layer.
+    """Check a row layer.
 
     Returns:
         (damage, one line each; names of maps that belong to no file). Walks the whole layer.

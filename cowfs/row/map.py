@@ -7,8 +7,8 @@ Rules:
 
 1. Presence is never inferred from holes: a block is present because a record says so, or because it
    lies at or past ``base_end``, from where on the file stands alone.
-2. The map only grows; the order of its records means nothing. What must shrink, the part of the base that
-   still shows, is ``base_end`` in the reference, which the host journals together with the file's size.
+2. The map only grows; the order of its records means nothing. The part of the base that still shows must be able to
+   shrink: it is ``base_end`` in the reference, which the host journals together with the file's size.
 3. A record is written after its data was written. So in the boot that wrote it (``boot_id``) it is
    true, however the process ended. After another boot it is true if a SYNC record written after
    the data had reached the disk covers it.

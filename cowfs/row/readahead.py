@@ -7,7 +7,7 @@ that has most of them the whole span, of the others just their segments, all at 
 work on. Hints only; what is in memory already costs a look-up in the host's page cache.
 
 Threads: a hint may wait (for a queue of the disk, for the host's own extent map), so :class:`Pilot` gives them from a
-thread of its own. What is asked for is decided in the view's thread, which alone knows the extents.
+thread of its own. The view's thread decides what is asked for, which alone knows the extents.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class Readable(Protocol):
     def pilot(self) -> Pilot: ...
 
     def hints(self, start: int, end: int) -> Hints:
-        """What to ask the host for when [start, end) will be read."""
+        """The hints for the host when [start, end) will be read."""
 
 
 class Ahead:

@@ -5,9 +5,9 @@ a file reads at half the speed or less for as long as it lives. So its data is c
 work directory; that is brought to the disk, gets the file's attributes, and takes its place by one rename. The redirect file
 stays what it was until then, so a crash costs the twin and nothing else.
 
-Reading and writing go on. What is written to a part that was copied already is noted and copied again; the twin takes
+Reading and writing go on. Writes to a part that was copied already are noted, and that part is copied again; the twin takes
 the place only when nothing was noted since it was last synced, so what anybody has synced is on the disk there, too.
-Whoever always writes faster than that is compacted in place, and so is a file with several names, with room reserved by
+A file that is always written faster than that is compacted in place, and so is one with several names, with room reserved by
 fallocate(2), or that does not fit twice within the limit.
 
 Threads: a :class:`Twin` belongs to the view's thread; a :class:`Piece` and :meth:`Twin.sync` to whoever compacts.
@@ -107,7 +107,7 @@ class Twin:
             self._again = row_map.merge([*self._again, (start, min(end, self._at))])
 
     def next(self) -> Piece | None:
-        """What is to be copied now; ``None`` when that is all of this round. Raises ENOSPC at the limit."""
+        """The piece to be copied now; ``None`` when that is all of this round. Raises ENOSPC at the limit."""
         file, size = self._file, self._file.size
         if not self._usable():
             return None

@@ -18,6 +18,7 @@ from cowfs.errors import CowfsError
 from cowfs.service.containers import cgroups
 from cowfs.service.containers.container import Container
 from cowfs.service.containers.stats import WORK, storage
+from cowfs.service.logs import log
 
 if TYPE_CHECKING:
     from cowfs.service.daemon import Service
@@ -71,7 +72,10 @@ class Board:
             figures: dict[str, dict[str, Any]] = {}
             for each in self._service.containers.all():
                 if each.running:
-                    figures[each.id] = self._figures_of(each, cpu)
+                    try:
+                        figures[each.id] = self._figures_of(each, cpu)
+                    except (CowfsError, OSError) as error:
+                        log.debug("no figures of container %s: %s", each.name, error)
             for id in cpu.keys() - figures.keys():
                 del cpu[id]
             with self._changed:

@@ -219,7 +219,8 @@ def open_store(options: Options) -> Store:
         else:
             more[key.rpartition(".")[2]] = value
     root = options.root or os.environ.get("COWFS_ROOT") or None
-    return Store.open(root, driver=options.storage_driver, **more)
+    fsync = os.environ.get("COWFS_FSYNC", "1") != "0"
+    return Store.open(root, driver=options.storage_driver, fsync=fsync, **more)
 
 
 @contextmanager

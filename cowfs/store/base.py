@@ -93,14 +93,30 @@ class OpenStore(Reading):
                 raise
             raise no_room(error, path) from error
         try:
-            made.recover()
-        except (
-            OSError
-        ) as error:  # without room it stays half done until there is some; the rest of the store is as it was
-            if error.errno not in FULL:
-                made.close()
-                raise
+            made.recover_with_room()
+        except BaseException:
+            made.close()
+            raise
         return made
+
+    def recover_with_room(self, key: str | None = None) -> None:
+        """As :meth:`recover`; what cannot be finished for want of room stays half done until there is some.
+
+        Args:
+            key: a snapshot that must not be half done itself.
+
+        Raises:
+            OSError: as for :meth:`recover`.
+        """
+        try:
+            self.recover()
+        except OSError as error:
+            if error.errno not in FULL or (key is not None and self.is_half_done(key)):
+                raise
+
+    def is_half_done(self, key: str) -> bool:
+        """Whether a verb on a key was killed, or had no room, and is still to be finished."""
+        return False
 
     def recover(self) -> None:
         """Finish, or take back, what killed processes left half done. Called by :meth:`open` and :meth:`gc`.

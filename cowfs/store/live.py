@@ -404,6 +404,13 @@ class LiveVerbs(InstantVerbs):
             finally:
                 os.close(lock)
 
+    def is_half_done(self, key: str) -> bool:
+        """Whether a note tells of this key."""
+        num = self._keyed(key).num
+        notes = [name for name in os.listdir(self.root) if name.startswith(LIVE) and name.endswith(NOTE)]
+        found = [_read_note(os.path.join(self.root, name)) for name in notes]
+        return any(switch is not None and switch.num == num for switch in found)
+
     def _recover(self, id: str, here: str) -> None:
         directory = self.driver.directory(here)
         switch = _read_note(self._note(id))
@@ -441,7 +448,7 @@ class LiveVerbs(InstantVerbs):
         Raises:
             OSError: a file of the store cannot be deleted.
         """
-        self.recover()
+        self.recover_with_room()
         return super().gc()
 
 

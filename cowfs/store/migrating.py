@@ -33,11 +33,13 @@ from cowfs.index.records import Tag
 from cowfs.index.transaction import Committed
 from cowfs.model import Change, Kind, Usage
 from cowfs.store import layers
+from cowfs.store.key_lock import turn
 from cowfs.store.layer_merge import copy_changes
 from cowfs.store.layers import known_digest
 from cowfs.store.names import new_id
 from cowfs.store.opening import INDEX, default_root, must_run
 from cowfs.store.owners import mark, policy_of
+from cowfs.store.reserve import FULL, no_room
 from cowfs.store.staging import Staged, staged
 from cowfs.sys import atomic, files, trees
 from cowfs.sys.faults import point
@@ -51,8 +53,22 @@ if TYPE_CHECKING:
 __all__ = ["SUFFIX", "Migrated", "migrate"]
 
 SUFFIX = ".migrating"
-_OWN = ("index.db", "layers", "empty", "live.lock", "reserve", "new-", "rm-", "live-", "squash-", "row-block")
+_OWN = (
+    "index.db",
+    "layers",
+    "empty",
+    "live.lock",
+    "reserve",
+    "new-",
+    "rm-",
+    "live-",
+    "squash-",
+    "row-block",
+    "images-erofs",
+)
 """The names in a store's directory that are its own start with these; anything else goes along to the new one."""
+
+_TURN = "\0migrate"  # no key is called so
 
 _ELSEWHERE = "name a place for the new store: cowfs migrate --to DRIVER DIR"
 
@@ -102,14 +118,20 @@ def migrate(
             return done
     with store.open(path, create=False, fsync=fsync) as source, ExitStack() as held:
         _refuse(source, to)
+        if not held.enter_context(turn(path, _TURN, wait=False)):
+            raise FailedPrecondition(f"another process is moving the store {path}", remedy="wait for it")
         for row in source.index.rows():
             if row.kind is not Kind.COMMITTED:
                 held.enter_context(layers.hold(source.driver, row, "migrate"))
         if target is None:
             must_run(registry.load(to), path)
         with store.open(place, driver=to, fsync=fsync) as into:
-            move = _Move(source, into, cut_times)
-            copied = move.run(progress)
+            try:
+                copied = _Move(source, into, cut_times).run(progress)
+            except OSError as error:
+                if error.errno not in FULL:
+                    raise
+                raise no_room(error, place) from error
             count = sum(1 for _ in into.index.rows())
         before = _facts(source.index)
         if target is not None:

@@ -96,7 +96,7 @@ class MountVerbs(KernelMountVerbs):
 
         if mount_type not in (None, "fuse", "kernel"):
             raise InvalidArgument(f"no mount type {mount_type!r}", remedy="kernel or fuse")
-        self.recover()
+        self.recover_with_room(key)
         where = resolve(os.fspath(target))
         with self.layers_stay(key):
             more: dict[str, Any] = {

@@ -252,10 +252,16 @@ def sweep(driver: Driver, index: Index, *, everything: bool = False) -> list[str
                 doomed.append(name)
             if everything:
                 kept = known | spared(root)
+                for id in driver.strays():
+                    if id not in kept:
+                        os.mkdir(driver.directory(RM + id), 0o700)
+                        doomed.append(RM + id)
                 for id in os.listdir(f"{root}/layers"):
                     if id not in kept:
                         driver.publish(id, RM + id)
                         point("gc.renamed")
+                        if _in_use(driver, id):
+                            continue  # removed while it was mounted, by a process that came no further
                         fd = _lock(f"{root}/{RM}{id}")
                         if fd is not None:
                             held.callback(os.close, fd)

@@ -11,7 +11,7 @@ copy (:meth:`Absorption.before_up`). So one pass over the layer, and one over th
 redirect files made before, are enough; the second is repeated when a directory was renamed under it.
 
 A layer that renamed directories is another matter: paths by which the upper layer refers to what is beneath lead through
-those renames. What such a directory shows is copied whole, data included.
+those renames. All that such a directory shows is copied, data included.
 
 Redirect files keep the blocks that lower layers hold: only those of the layer that goes are copied.
 
@@ -56,10 +56,10 @@ def absorb(view: Core, call: Call | None = None) -> Usage:
         call: runs a function in the thread that owns the view and returns what it returns (default: here and now).
 
     Returns:
-        What the upper layer holds more than before.
+        Bytes and inodes that the upper layer holds more than before.
 
     Raises:
-        OSError: EROFS; ENOSPC, EIO from the host. What was copied until then stays, and is no harm.
+        OSError: EROFS; ENOSPC, EIO from the host. Copies made until then stay, and are no harm.
     """
     run: Call = call or (lambda function: function())
     work: Absorption = run(lambda: Absorption(view))
@@ -101,7 +101,7 @@ def _bring(work: Absorption, run: Call, path: bytes, *, anywhere: bool = True) -
 
 @dataclass(frozen=True, slots=True)
 class _Apart:
-    """What waits for the disk, and goes on in the view's thread."""
+    """A step that waits for the disk, and goes on in the view's thread."""
 
     job: Callable[[bool], None]
     then: Callable[[], Any]
@@ -231,7 +231,7 @@ class Absorption:
     # -- directories ------------------------------------------------------------------------------
 
     def _shown(self, path: bytes) -> list[Node]:
-        """What a file of the layer is in the merged tree."""
+        """The nodes that a file of the layer is in the merged tree."""
         found = [self._at(candidate) for candidate in hardlinks.merged_paths(self.view, self.layer, path)]
         return [node for node in found if node is not None]
 
@@ -295,7 +295,7 @@ class Absorption:
         self.view.drop(there[0])
 
     def _seal(self, directory: Dir) -> None:
-        """What is beneath a directory shows no more, whatever it is."""
+        """Let nothing beneath a directory show any more."""
         with aside(self.view, self.ledger):
             up = copyup.up_dir(self.view, directory)
         xattr.setx(up.open(), b"", self.view.form.opaque, b"y")

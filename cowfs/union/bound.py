@@ -104,7 +104,7 @@ class Bound(Tally):
             raise self._full()
 
     def _full(self) -> OSError:
-        """What to raise when something does not fit."""
+        """The error for a change that does not fit."""
         return Awaited() if self._may_return() else LimitReached()
 
     def _may_return(self) -> bool:

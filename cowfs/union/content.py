@@ -284,7 +284,7 @@ def sync_job(view: Core, node: Node) -> Callable[[bool], None] | None:
 
 
 def sync_all_job(view: Core) -> Callable[[], None] | None:
-    """What syncfs(2) has to do before the host's, in any thread; ``None`` for nothing."""
+    """The part of syncfs(2) to be done before the host's, in any thread; ``None`` for nothing."""
     return view.rows.sync_job() if view.rows is not None else None
 
 

@@ -1,4 +1,4 @@
-"""What the operations on a view share: its parts, and what one operation asks of another.
+"""The parts that the operations on a view share, and the questions that one operation asks of another.
 
 The modules of this package hold one concept each, as functions that take the view first. They are written against
 :class:`Core`; :class:`cowfs.union.view.View` puts them together. So no module needs to know in which other one a question is

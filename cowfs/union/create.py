@@ -249,7 +249,7 @@ def _over_whiteout(view, parent, up, name, mode, uid, gid, make) -> None:  # typ
 
 
 def _inherit_acl(view: Core, up: Source, dirfd: int, name: bytes, mode: int) -> None:
-    """What the host does for an entry made in a directory with a default ACL (acl(5))."""
+    """Do as the host does for an entry made in a directory with a default ACL (acl(5))."""
     if not _inherits_acl(view, up):
         return
     acl = xattr.get(up.open(), b"", b"system.posix_acl_default")

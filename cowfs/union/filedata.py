@@ -109,7 +109,7 @@ class Redirects(ABC):
 
     @abstractmethod
     def sync_job(self) -> Callable[[], None]:
-        """What syncfs(2) adds here: every dirty file; to be run in any thread."""
+        """The part of syncfs(2) that is done here: every dirty file; to be run in any thread."""
 
     @abstractmethod
     def own_all(self, node: Node) -> bool:

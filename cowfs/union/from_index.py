@@ -32,7 +32,7 @@ def tree(view: Core) -> TreeIndex:
 
 
 def merged_dir(view: Core, queue: Sequence[Source], record: Any, name: bytes) -> tuple[list[Source], Any]:
-    """What merges into the directory ``name``: (parts in scanned layers topmost first, entry or ``None``).
+    """The parts of the directory ``name``: (parts in scanned layers topmost first, entry or ``None``).
 
     ``queue`` holds the parent's parts in layers above the index, ``record`` its record. The rules are those of
     :func:`cowfs.union.merge.merged_dirs`, with the index as the lowest layer.

@@ -2,7 +2,7 @@
 
 *Freeze* costs nothing per file, since a node is "in the upper layer" exactly when the layer that holds it is
 ``view.stack.upper``: with another layer in that place every node has become a lower one, and its next change copies it up.
-What must follow is the root (every layer has one) and the directories that renames had moved: the path
+Two things must follow: the root (every layer has one) and the directories that renames had moved: the path
 in the merged lower tree, which ``redirect`` names, is from now on the path they have now.
 
 *Rollback* drops the layers above a frozen one. Whatever they held is gone: their files' nodes are struck out, so that
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Stale:
-    """What a front end's caches must forget after a rollback.
+    """Ids and names that a front end's caches must forget after a rollback.
 
     Attributes:
         inodes: ids whose attributes and data are no longer valid.
@@ -106,7 +106,7 @@ def rollback(view: Core, frozen: Layer, upper: str | bytes, work: str | bytes) -
         upper, work: as for :func:`freeze`.
 
     Returns:
-        What the kernel must be told to forget.
+        Ids and names that the kernel must be told to forget.
 
     Raises:
         OSError: EINVAL when ``frozen`` is not a lower layer of the view, else as :func:`freeze`.

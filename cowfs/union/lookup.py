@@ -139,7 +139,7 @@ def _make(view: Core, parent: Dir, name: bytes, code: int) -> Node | None:
 
 
 def data_of(view: Core, parent: Dir, position: int, name: bytes, st: os.stat_result) -> FileData:
-    """What a regular file's data is, that one of ``parent``'s parts has as ``name``."""
+    """The data of the regular file ``name`` in one of ``parent``'s parts."""
     source, data = parent.sources[position], PLAIN
     if merge.may_be_metacopy(source.layer, st.st_size, st.st_blocks):
         low = view.low_child(parent, name)

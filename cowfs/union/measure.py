@@ -1,4 +1,4 @@
-"""What an upper layer takes of its host: one measure, kept while a view is mounted and found again by one walk.
+"""Use of the host by an upper layer: one measure, kept while a view is mounted and found again by one walk.
 
 Rules (docs/mounts.md, Limits, in the words of users):
 
@@ -10,7 +10,7 @@ Rules (docs/mounts.md, Limits, in the words of users):
    in a tree of their own (btrfs) the names themselves; the inode where the host makes it when it is needed. The first
    32 KiB of all that are free.
 4. *Whiteouts* and the directories that were copied up only to hold one (marked ``exempt``): free up to 32 KiB and one
-   unit for each that rules 1 to 3 count. What is more counts, too.
+   unit for each that rules 1 to 3 count. Further units count, too.
 
 So a host never holds more than the limit, 64 KiB, and one unit for each that counts. Everything is counted from what
 one walk can read again, so that the count is the same before and after a remount.
@@ -50,7 +50,7 @@ Sizes = dict[bytes, int]
 
 
 class Room(NamedTuple):
-    """What something takes, in units.
+    """Room for an object, in units.
 
     Attributes:
         large: by rules 1 and 2.
@@ -61,7 +61,7 @@ class Room(NamedTuple):
     small: int = 0
 
     def over(self, before: Room) -> Room:
-        """What this is more than ``before``."""
+        """The difference from ``before``."""
         return Room(self.large - before.large, self.small - before.small)
 
     def with_units(self, count: int) -> Room:
@@ -74,7 +74,7 @@ _COUNTLESS = Room(64)  # an inode with more names of xattrs than can be listed (
 
 
 class Host(NamedTuple):
-    """What a kind of file system takes for names and inodes.
+    """The costs of names and inodes on a kind of file system.
 
     Attributes:
         inode: bytes for each.
@@ -123,7 +123,7 @@ def sizes(fd: int, name: bytes | None) -> Sizes | None:
 
 
 def xattr_room(found: Sizes | None, form: Form) -> Room:
-    """What the xattrs of one inode count."""
+    """Room that the xattrs of one inode count for."""
     if found is None:
         return _COUNTLESS
     if not found:
@@ -143,17 +143,17 @@ def xattr_room(found: Sizes | None, form: Form) -> Room:
 
 
 def inode_xattrs(fd: int, name: bytes | None, form: Form) -> Room:
-    """What the xattrs of an inode count, read from the disk (``name`` empty or ``None``: the descriptor itself)."""
+    """Room that the xattrs of an inode count for, read from the disk (``name`` empty or ``None``: the descriptor itself)."""
     return xattr_room(sizes(fd, name), form)
 
 
 def link_units(length: int) -> int:
-    """What a symbolic link's target counts."""
+    """Units that a symbolic link's target counts for."""
     return units(length + 1) if length >= _SHORT_LINK else 0
 
 
 class Sums(NamedTuple):
-    """What a tree comes to, in parts that are added and taken off; for hosts whose directories do not grow (:class:`Host`).
+    """The use of a tree, in parts that are added and taken off; for hosts whose directories do not grow (:class:`Host`).
 
     Attributes:
         units, small, names, inodes: as those of :class:`Tally`.

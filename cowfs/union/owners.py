@@ -1,4 +1,4 @@
-"""Who owns a file, when it is not simply what the inode says.
+"""The owner of a file, when it is not simply the inode's.
 
 Three options change that, and combine in this order: an *override* xattr that records owner and
 mode (``user.containers.override_stat``, containers/storage; also ``user.fuseoverlayfs.*``), *maps*
@@ -79,7 +79,7 @@ class Owners:
         return uid, gid
 
     def stored_new(self, uid: int, gid: int) -> tuple[int, int]:
-        """(uid, gid) to store for who makes something. Whom no range has may do so all the same, as nobody.
+        """(uid, gid) to store for the maker of an object. An id outside every range may still create; the overflow id then owns the object.
 
         A container engine writes into its containers from outside (/etc/mtab, mount points), as fuse-overlayfs lets it.
         """

@@ -206,7 +206,7 @@ class Paths:
     ) -> Copied:
         """Copy a file, or a directory with all below it, from the host to ``path``, in pieces.
 
-        What is at ``path`` is replaced, directories are merged; its parent directory must be there. A link at the end of ``source``
+        A file at ``path`` is replaced, directories are merged; its parent directory must be there. A link at the end of ``source``
         is copied itself. ``owners`` and errors: :func:`cowfs.union.transfer.copy`.
         """
         from cowfs.union.transfer import copy, host_end

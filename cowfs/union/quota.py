@@ -46,7 +46,7 @@ _ORIGIN = 29  # bytes of the mark that a copy gets (cowfs.union.inodes.make_orig
 
 
 class Counted(Protocol):
-    """What a count asks of the view whose upper layer it counts."""
+    """The view whose upper layer is counted, as far as the count asks it."""
 
     form: Form
     nodes: dict[int, Node]
@@ -100,13 +100,13 @@ class Space(Bound):
         self.hidden, self.exempt = tally.hidden, tally.exempt
 
     def usage(self) -> Usage:
-        """What is held now."""
+        """Use of the upper layer now."""
         self._settle()
         self.look_at_maps()
         return Usage(bytes=(self._base + self.total()) * UNIT, inodes=self._base_inodes + self.inodes)
 
     def freeze(self) -> None:
-        """What the upper layer holds is another layer's from now on, and goes on to count; a new one starts empty."""
+        """Freeze the upper layer: its use goes on to count; a new one starts empty."""
         self.look_at_maps()
         nameless = [node for node in self.view.nodes.values() if self.view.is_nameless(node)]
         xattrs = [self._leaving[node] for node in nameless if node in self._leaving]
@@ -121,7 +121,7 @@ class Space(Bound):
         self._sum()
 
     def later(self, other: Space) -> None:
-        """What was done with a ledger is there, and is to be counted when :meth:`take_later` is called."""
+        """Keep a ledger, to be counted when :meth:`take_later` is called."""
         self._later.append(other)
 
     def take_later(self) -> None:
@@ -229,18 +229,18 @@ class Space(Bound):
     # -- inodes and their xattrs ------------------------------------------------------------------
 
     def copy_cost(self, meta: Meta) -> Room:
-        """What a copy gets beside its data takes: xattrs with its mark, a link's target."""
+        """Room for all of a copy but its data: xattrs with its mark, a link's target."""
         found = {name: len(value) for name, value in meta.xattrs.items()}
         found[self.form.origin] = _ORIGIN
         link = link_units(meta.size) if meta.mode & 0o170000 == 0o120000 else 0
         return xattr_room(found, self.form).with_units(link)
 
     def xattrs(self, fd: int, name: bytes | None) -> Room:
-        """What an inode's xattrs take now."""
+        """Room that an inode's xattrs take now."""
         return inode_xattrs(fd, name, self.form)
 
     def inherited(self, up: Source, *, directory: bool) -> Room:
-        """What the ACLs that a new object gets from its directory take, at most."""
+        """Room that the ACLs that a new object gets from its directory take, at most."""
         length = len(xattr.try_get(up.open(), b"", b"system.posix_acl_default") or b"")
         found = {b"system.posix_acl_access": length}
         if directory:
@@ -310,7 +310,7 @@ class Space(Bound):
         self.add(0, 1)
 
     def directory_gone(self, source: Source) -> tuple[Room, int, int, int, int]:
-        """What removing an upper directory that holds at most whiteouts will change, for :meth:`apply`."""
+        """The change of the count by removing an upper directory that holds at most whiteouts, for :meth:`apply`."""
         fd = source.open()
         room = self.xattrs(fd, b"").with_units(1)
         hidden = names_cost(self, source.whiteouts or ())
@@ -340,7 +340,7 @@ class Space(Bound):
             self._sum()
 
     def map_room(self, name: bytes, size: int) -> Room:
-        """What a map of ``size`` bytes takes more than now."""
+        """Room that a map of ``size`` bytes takes more than now."""
         return Room(0, max(0, units(size) - self.mapped.get(name, 0)))
 
     def map_gone(self, name: bytes) -> None:

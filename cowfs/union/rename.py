@@ -1,11 +1,11 @@
 """rename with its flags.
 
-What moves is always the upper layer's object, so what only a lower layer has is copied up first:
+An object of the upper layer is moved always, so an object that only a lower layer has is copied up first:
 a file as a metacopy with ``redirect``, a directory by itself with ``redirect`` naming its lower
 path. The ``userxattr`` form has no redirects, so there a directory moves with its whole
 subtree copied up, in the work directory, before one rename puts it in place.
 
-What the old place leaves behind is decided by the lower layers: a whiteout if they have the name,
+The lower layers decide what the old place leaves behind: a whiteout if they have the name,
 made by the same system call (RENAME_WHITEOUT). A directory that arrives over a lower name becomes opaque,
 unless its ``redirect`` already says where it goes on.
 """

@@ -1,6 +1,6 @@
 """Another stack of layers that shows the same tree, under a view that goes on.
 
-Strategy. What a layer is made of may change while what it shows does not: two layers are merged into one, or an index
+Strategy. The make-up of a stack may change while the tree that it shows does not: two layers are merged into one, or an index
 that knew the lowest five of eight layers now knows them all. Then every node stays: its id, its attributes, whoever has it
 open. Only where it is found changes, and all of that changes here, in one call:
 
@@ -241,7 +241,7 @@ def _close(view: Core, node: Node) -> None:
 
 
 def _data(view: Core, node: Node) -> FileData:
-    """What a file's data is, by the file that its name names."""
+    """The data of a file, found anew by its name."""
     parent, where = node.parent, node.where
     assert parent is not None and where is not None
     position = next((n for n, source in enumerate(parent.sources) if source.layer is where.layer), -1)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from cowfs.union.core import Core
 
 
-# What an ordinary user cannot copy: these belong to the host's policy, not to the tree.
+# Xattrs that an ordinary user cannot copy: these belong to the host's policy, not to the tree.
 _HOST_ONLY = (b"security.selinux", b"security.ima", b"security.evm")
 # Of an xattr: the host has no room for it; the host does not take it.
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.E2BIG, errno.ERANGE})

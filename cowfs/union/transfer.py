@@ -6,7 +6,7 @@ Rules:
    of the host, a view, a snapshot.
 2. No link is followed, in the source or in the target: the caller has resolved both ends (:func:`cowfs.union.tree.resolve`).
 3. Nothing is loaded whole: data goes in pieces, holes stay holes, and depth is a list and no recursion.
-4. A file that could not be written to its end is removed again. What was copied before it stays.
+4. A file that could not be written to its end is removed again. Files copied before it stay.
 5. Without ``owners`` what is made belongs to who makes it; then it gets no set-id bit and of the attributes only ``user.*``: they would mean
    another's rights.
 """

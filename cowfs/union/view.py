@@ -2,7 +2,7 @@
 
 Strategy. A view answers the questions of a file system (look up, list, stat, read) and makes its
 changes (create, write, rename) in terms of *nodes*. It knows no FUSE word and asks nobody's
-permission: a front end does both. What it learned it keeps, so a second question costs no system
+permission: a front end does both. It keeps all that it learned, so a second question costs no system
 call: a directory's names from one scan of each of its layers, a file's attributes from one lstat.
 
 ===================  =====================================================================
@@ -216,7 +216,7 @@ class View(Core):
         return self.space.limit if self.space is not None else None
 
     def usage(self) -> Usage:
-        """What the upper layer holds: kept when there is a limit, else counted now."""
+        """Use of the upper layer: kept when there is a limit, else counted now."""
         if self.space is not None:
             return self.space.usage()
         return quota.measure(self.stack.upper, self.form) if self.stack.upper is not None else Usage()

@@ -1,4 +1,4 @@
-"""What a view had to do that costs time: counted where it is done, on paths that are slow anyway."""
+"""The work of a view that costs time: counted where it is done, on paths that are slow anyway."""
 
 from __future__ import annotations
 

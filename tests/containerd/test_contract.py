@@ -476,3 +476,28 @@ def test_a_second_service_at_the_same_door_is_refused(make_snapshotter: Callable
     assert one.names() == []
     assert one.stop() == 0
     assert not one.socket.exists()
+
+
+def test_a_full_disk_is_told_and_removing_works(make_snapshotter: Callable[..., Snapshotter], scratch: Path) -> None:
+    snapshotter = make_snapshotter("-s", "overlay")
+    snapshotter.base.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12M", "full", snapshotter.base], check=True)
+    try:
+        snapshotter.start()
+        layer(snapshotter, "base", "")
+        with pytest.raises(OSError) as error, (snapshotter.base / "fill").open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        assert error.value.errno == errno.ENOSPC
+        for verb in ("Prepare", "View"):
+            assert snapshotter.code(verb, key="new", parent="base") == "RESOURCE_EXHAUSTED"
+        assert snapshotter.names() == ["base"]
+        assert snapshotter.code("Remove", key="base") == "OK"
+        (snapshotter.base / "fill").unlink()
+        assert snapshotter.code("Prepare", key="new") == "OK"
+        assert snapshotter.names() == ["new"]
+        assert snapshotter.stop() == 0
+        assert check(snapshotter.root) == []
+    finally:
+        snapshotter.stop(9)
+        subprocess.run(["umount", "-l", snapshotter.base], check=True)

@@ -6,6 +6,7 @@ import http.client
 import itertools
 import json
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -277,6 +278,36 @@ def test_the_page_can_be_off_and_names_can_be_allowed(make_daemon: Callable[...,
     for path in ("/", "/ui/", "/ui/page.js", "/ui/data/overview", "/ui/data/images", "/ui/data/snapshots"):
         assert ask(daemon, "GET", path)[0] == 404
     assert ask(daemon, "GET", "/info", Host="build.example.org:1")[0] == 200
+
+
+def test_figures_go_on_while_containers_come_and_go(looked_at: Daemon) -> None:
+    """Whoever looks while containers are made and removed always gets an answer, and new rounds."""
+    stop, wrong = threading.Event(), []
+
+    def look() -> None:
+        while not stop.is_set():
+            for path in (
+                "/ui/data/overview",
+                "/metrics",
+                "/system/df",
+                "/ui/data/images",
+                "/containers/json?all=1&size=1",
+            ):
+                status, _, body = ask(looked_at, "GET", path)
+                if status != 200:
+                    wrong.append((path, status, body))
+
+    other = threading.Thread(target=look)
+    other.start()
+    try:
+        for _ in range(5):
+            looked_at.docker("run", "--rm", "--storage-opt", "size=4M", "bb", "sh", "-c", "echo x > /x")
+    finally:
+        stop.set()
+        other.join()
+    assert wrong == []
+    before = json.loads(ask(looked_at, "GET", "/ui/data/overview")[2])["round"]
+    wait_for(lambda: json.loads(ask(looked_at, "GET", "/ui/data/overview")[2])["round"] > before, "another round")
 
 
 # -- acting (--ui-actions) ----------------------------------------------------------------------------------------

@@ -198,6 +198,60 @@ def test_labels_are_replaced_in_the_commit(store: Store) -> None:
     assert store.commit("k", "v4", replace_labels=True).labels == {}
 
 
+@pytest.mark.parametrize("verb", ["commit", "remove"])
+def test_a_kill_between_two_steps_leaves_the_mount_and_a_whole_state(store: Store, space: Path, verb: str) -> None:
+    """Whatever step the process dies after, the verb can be said again, and what was written is there or gone as a whole."""
+    from cowfs.sys import faults
+
+    def act(opened: Store) -> None:
+        opened.commit("k", "v2", mounted=True) if verb == "commit" else opened.remove("k", mounted=True)
+
+    number = 0
+    while True:
+        handle = store.mount("k", space / "mnt")
+        (space / "mnt/written").write_bytes(b"w" * 9000)
+        seen = tree_of(space / "mnt")
+        pid = os.fork()
+        if pid == 0:
+            passed = 0
+
+            def kill(name: str, last: int = number) -> None:
+                nonlocal passed
+                if passed == last:
+                    os.kill(os.getpid(), 9)
+                passed += 1
+
+            code = 1
+            try:
+                with Store.open(store.root, fsync=False) as opened:
+                    faults.hook = kill
+                    act(opened)
+                code = 0
+            finally:
+                os._exit(code)
+        status = os.waitpid(pid, 0)[1]
+        assert tree_of(space / "mnt") == seen, "the mount goes on"
+        if store.exists("k"):
+            act(store)
+        store.gc()
+        assert tree_of(space / "mnt") == seen, "its files are no garbage yet"
+        assert not store.exists("k")
+        if verb == "commit":
+            with store.mount("v2", space / "look", readonly=True):
+                assert tree_of(space / "look") == seen
+        handle.unmount()
+        if verb == "commit":
+            store.remove("v2")
+        store.cleanup()
+        assert left_over(store) == []
+        store.prepare("k", "base")
+        if not os.WIFSIGNALED(status):
+            assert os.waitstatus_to_exitcode(status) == 0
+            assert number > 2, "there were steps to die after"
+            return
+        number += 1
+
+
 # -- keys ----------------------------------------------------------------------------------------------------------------
 
 

@@ -154,6 +154,7 @@ VERBS: dict[str, tuple[Act, Callable[[Store, bool], None]]] = {
     "commit": (lambda store: store.commit("work", "done"), _committed),
     "apply": (lambda store: store.apply("work", io.BytesIO(_layer_tar())), _applied),
     "remove": (lambda store: store.remove("leaf"), _removed),
+    "removal in two steps": (lambda store: (store.remove("leaf", defer=True), store.cleanup()), _removed),
     "update": (lambda store: store.update("base", {"a": "1", "b": "2"}), _updated),
     "gc": (lambda store: store.gc(), _nothing),
     "import": (lambda store: store.import_image(io.BytesIO(_layer_tar()), "tag"), _imported),

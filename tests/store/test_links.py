@@ -13,7 +13,9 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from support import archives
 
+from cowfs.errors import InvalidArgument
 from cowfs.store import Store
 from cowfs.union.paths import Paths
 
@@ -205,3 +207,38 @@ def test_what_a_socket_took_the_place_of_does_not_come_back_in_an_export(store: 
     store.apply("again", out)
     with store.paths("again") as paths:
         assert [path for path, _ in paths.walk()] == [b"b"]
+
+
+@pytest.mark.parametrize("length", [251, 252, 255])
+def test_long_names_that_a_layer_deletes(store: Store, length: int) -> None:
+    """A whiteout is four bytes longer than the name that it hides, and no name on any disk: the name may have all 255."""
+    name = "x" * length
+    with store.paths("k") as paths:
+        for path in (name, f"b/{name}"):
+            paths.write_bytes(path, b"data")
+        paths.makedirs(f"a/{name}/in")
+    store.commit("k", "long")
+    store.prepare("k", "long")
+    with store.paths("k") as paths:
+        paths.unlink(name)
+        paths.unlink(f"b/{name}")
+        paths.rmtree(f"a/{name}")
+    store.commit("k", "top")
+    for format in ("layer", "docker"):
+        out = io.BytesIO()
+        store.export("top", out, format=format)
+        out.seek(0)
+        if format == "layer":
+            store.prepare("again", "long")
+            store.apply("again", out)
+            store.commit("again", "applied")
+        else:
+            path = Path(store.root).parent / "image.tar"
+            path.write_bytes(out.getvalue())
+            store.import_image(path, "imported:1")
+    assert not list(store.diff("top", "applied"))
+    assert not [change for change in store.diff("top", "imported:1") if change.kind != "changed"]
+    assert not store.check(content=True).problems
+    store.prepare("bad", "long")
+    with pytest.raises(InvalidArgument, match="255"):
+        store.apply("bad", io.BytesIO(archives.tar(archives.member(".wh." + "x" * 256))))

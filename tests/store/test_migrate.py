@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import hostfs, namespace, users
 from support.hostfs import HostFs
 
 from cowfs.errors import Corrupt, FailedPrecondition, InvalidArgument, Unsupported
@@ -294,6 +295,78 @@ def test_what_cannot_be_moved_is_told_in_one_line(space: Path) -> None:
         with pytest.raises(InvalidArgument, match="not a store"):
             Store.migrate(space / "store", "vfs", space / "full")
     assert sorted(os.listdir(space)) == ["full", "mnt", "store"]
+
+
+def test_a_full_disk_leaves_the_old_store_and_goes_on_with_room(tmp_path: Path) -> None:
+    if namespace.why_not:
+        pytest.skip(namespace.why_not)
+    host = hostfs.make_tmpfs(tmp_path, size="40m", name="small", inodes="3000")
+    parent = None
+    with Store.open(host / "store", driver="overlay", fsync=False) as store:
+        for number in range(12):
+            store.prepare("k", parent)
+            (Path(store.driver.tree(store.index.get("k").id)) / f"f{number}").write_bytes(os.urandom(1 << 20))
+            parent = store.commit("k", f"n{number}").name
+        before = facts(store)
+    run = [sys.executable, "-m", "cowfs", "migrate", "--root", str(host / "store"), "--to", "vfs"]
+    done = subprocess.run(run, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert done.stderr.startswith("cowfs: ")
+    assert f"{host}/store{SUFFIX}" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    with Store.open(host / "store", fsync=False) as store:
+        assert store.driver.name == "overlay"
+        assert facts(store) == before
+        assert store.check(content=True).problems == []
+    subprocess.run(["mount", "-o", "remount,size=400m,nr_inodes=0", host], check=True)
+    several = [subprocess.Popen(run, stderr=subprocess.PIPE, text=True) for _ in range(3)]  # one does it
+    told = [one.communicate()[1] for one in several]
+    assert sorted(one.returncode == 0 for one in several) == [False, False, True]
+    for line in filter(None, told):
+        assert "has the driver vfs already" in line or "another process is moving" in line or "changed" in line
+    with Store.open(host / "store", fsync=False) as store:
+        assert store.driver.name == "vfs"
+        assert facts(store) == before
+        assert store.check(content=True).problems == []
+    assert os.listdir(host) == ["store"]
+    subprocess.run(["umount", host], check=True)
+
+
+def test_an_ordinary_user_moves_his_store(ordinary_user: int, space: Path) -> None:
+    os.chown(space, ordinary_user, ordinary_user)
+    python, environment = users.interpreter()
+    script = """
+import os, sys
+from cowfs import Store
+with Store.open("store", driver=sys.argv[1]) as store:
+    for name, parent in (("one", None), ("two", "one")):
+        store.prepare("k", parent)
+        with store.paths("k") as paths:
+            with paths.open(name, "w") as file:
+                file.write(name)
+            if parent:
+                paths.unlink("one")
+        store.commit("k", name)
+Store.migrate("store", sys.argv[2])
+with Store.open("store") as store:
+    assert store.driver.name == sys.argv[2]
+    assert store.check(content=True).problems == []
+    print([(change.kind, change.path) for change in store.diff("two") if change.path])
+"""
+    for number, (old, new) in enumerate((("overlay", "vfs"), ("vfs", "overlay"), ("overlay", "row"))):
+        home = space / str(number)
+        home.mkdir()
+        os.chown(home, ordinary_user, ordinary_user)
+        done = subprocess.run(
+            users.command_as([python, "-c", script, old, new]),
+            cwd=home,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.stderr == ""
+        assert done.stdout == "[('deleted', b'one'), ('added', b'two')]\n"
 
 
 def test_the_command(space: Path) -> None:

@@ -16,51 +16,14 @@ from typing import Any
 import pytest
 
 from . import images
-from .daemon import busybox_tar, wait_for
+from .daemon import Daemon, busybox_tar, wait_for
 
 
-class Snapshotter:
-    """A snapshotter process, and its verbs through gRPC.
+class Snapshotter(Daemon):
+    """A daemon whose only door is containerd's, and its verbs through gRPC."""
 
-    Attributes:
-        base: its directory. root: the store. socket: where it listens. log: what it told.
-    """
-
-    def __init__(self, base: Path, *arguments: str) -> None:
-        self.base = base
-        self.arguments = arguments
-        self.root = base / "store"
-        self.run_dir = base / "run"
-        self.socket = base / "s.sock"
-        self.log_file = base / "log"
-        self.process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def log(self) -> str:
-        return self.log_file.read_text(errors="replace") if self.log_file.exists() else ""
-
-    def start(self) -> Snapshotter:
-        """Start it, and wait until it listens."""
-        self.base.mkdir(exist_ok=True)
-        already = len(self.log)
-        command = [
-            sys.executable, "-m", "cowfs", "serve", "--root", str(self.root), "--run-dir", str(self.run_dir),
-            "--containerd", f"unix://{self.socket}", "-D", *self.arguments,
-        ]  # fmt: skip
-        with open(self.log_file, "ab") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log)
-        process = self.process
-        wait_for(lambda: "listening on" in self.log[already:] or process.poll() is not None, "the snapshotter")
-        assert process.poll() is None, self.log
-        return self
-
-    def stop(self, number: int = signal.SIGTERM) -> int:
-        """End it; its exit status."""
-        process, self.process = self.process, None
-        if process is None:
-            return 0
-        process.send_signal(number)
-        return process.wait(60)
+    def doors(self) -> list[str]:
+        return ["--containerd", f"unix://{self.socket}", "-D"]
 
     def call(self, name: str, /, **fields: Any) -> Any:
         """One call; the answer, of List all infos. Raises grpc.RpcError."""

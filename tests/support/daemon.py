@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 
@@ -57,13 +57,17 @@ class Daemon:
     def log(self) -> str:
         return self.log_file.read_text(errors="replace") if self.log_file.exists() else ""
 
-    def start(self, *more: str) -> Daemon:
+    def doors(self) -> list[str]:
+        """The options that say where it listens."""
+        return ["-H", f"unix://{self.socket}"]
+
+    def start(self, *more: str) -> Self:
         """Start it, and wait until its doors are open."""
         self.base.mkdir(exist_ok=True)
         already = len(self.log)
         command = [
             sys.executable, "-m", "cowfs", "serve", "--root", str(self.root), "--run-dir", str(self.run_dir),
-            "-H", f"unix://{self.socket}", *self.arguments, *more,
+            *self.doors(), *self.arguments, *more,
         ]  # fmt: skip
         environment = {**os.environ, "COWFS_FSYNC": "0", **self.environment}
         with open(self.log_file, "ab") as log:

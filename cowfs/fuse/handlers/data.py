@@ -51,7 +51,7 @@ _NOWAIT = getattr(os, "RWF_NOWAIT", 8)
 
 
 class Host(Protocol):
-    """What the data handlers need of the session (:class:`cowfs.fuse.deferred.Errands`): work done elsewhere."""
+    """The part of the session that the data handlers need (:class:`cowfs.fuse.deferred.Errands`): work done elsewhere."""
 
     def copy_up(self, nodeid: int, request: bytes, stage: Any) -> None:
         """Run a stage on a worker, publish it, then serve ``request`` again; loop thread."""

@@ -68,7 +68,7 @@ class Adapter:
         self.uncapped = (0, 0)  # (node id, process) whose file capabilities the kernel removed just now
 
     def agree(self, agreement: Agreement) -> None:
-        """What was agreed on with the kernel."""
+        """Take note of the agreement with the kernel."""
         self.setxattr_ext = agreement.has("SETXATTR_EXT")
 
     def table(self) -> dict[int, Handler]:

@@ -1,4 +1,4 @@
-"""What each verb of the control socket takes: one record a verb, read from a message and checked.
+"""The arguments of each verb of the control socket: one record a verb, read from a message and checked.
 
 Rule: a message with an argument that its verb does not know, without one that it needs, or with a value of another type is
 refused before the verb begins. Types are those of JSON; a field with a default may be left out.
@@ -63,7 +63,7 @@ class Compact:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Switch:
-    """What ``freeze`` and ``rollback`` have in common: the new upper layer, and what its directories will be called.
+    """The arguments that ``freeze`` and ``rollback`` share: the new upper layer, and what its directories will be called.
 
     Attributes:
         mark: a file that is made at the instant of the switch.

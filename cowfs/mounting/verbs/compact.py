@@ -1,4 +1,4 @@
-"""What a mount's server does for `cowfs compact`: the verb ``compact``.
+"""The part of a mount's server in `cowfs compact`: the verb ``compact``.
 
 One call works for a short time and tells how far it is; the caller calls again until it hears "finished". So progress
 needs no second channel, and a caller that goes away leaves nothing behind but files that are compacted already.

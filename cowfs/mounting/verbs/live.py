@@ -1,4 +1,4 @@
-"""What a mount's server does for a snapshot of itself, and for the way back: the verbs ``freeze`` and ``rollback``; for
+"""The part of a mount's server in a snapshot of itself, and in the way back: the verbs ``freeze`` and ``rollback``; for
 others who read its upper layer, ``sync``; and ``readonly``, for who commits it.
 
 Order, for the first two:
@@ -85,9 +85,9 @@ def _sync(server: ServedMount, arguments: Nothing) -> dict[str, Any]:
 
 @verb("readonly", Nothing)
 def _readonly(server: ServedMount, arguments: Nothing) -> dict[str, Any]:
-    """Refuse every change from now on, for good. What was written before is in the upper layer then.
+    """Refuse every change from now on, for good. All writes before are in the upper layer then.
 
-    Who has a file open for writing gets EROFS at the next write, fsync or close (the kernel may keep a page until then). The lock of the upper layer is shared from then on.
+    A program that has a file open for writing gets EROFS at the next write, fsync or close (the kernel may keep a page until then). The lock of the upper layer is shared from then on.
     """
     if server.spec.readonly:
         return {}
@@ -236,7 +236,7 @@ def _write_back(server: ServedMount) -> None:
             syncfs(fd)
         except OSError as error:
             # Some page was refused at its write-back, now or at any time before: it is lost, and msync, fsync or close say so to
-            # whoever stored it. What is there is what the snapshot is of.
+            # whoever stored it. The snapshot is of the pages that are there.
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
                 raise
         connection = f"/sys/fs/fuse/connections/{os.minor(os.fstat(fd).st_dev)}/waiting"

@@ -7,6 +7,7 @@ traceback goes to the log alone.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -133,7 +134,8 @@ class SnapshotsServer:
                 code, told = _code(error), str(error)
             except OSError as error:
                 log.warning("%s: %s", name, error)
-                code, told = grpc.StatusCode.UNKNOWN, str(error)
+                full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+                code, told = grpc.StatusCode.RESOURCE_EXHAUSTED if full else grpc.StatusCode.UNKNOWN, str(error)
             except Exception:  # noqa: BLE001  a fault of ours costs this call, and its traceback goes to the log alone
                 log.exception("%s failed", name)
                 code, told = grpc.StatusCode.INTERNAL, "an internal error; the log of cowfs serve tells more"

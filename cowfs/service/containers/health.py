@@ -137,7 +137,7 @@ class Monitors:
             at = time.time_ns()
             try:
                 code, output = self._probe(container, check)
-            except CowfsError as error:
+            except (CowfsError, OSError) as error:  # it ended meanwhile, or cannot run one more process
                 code, output = 1, str(error)
             if is_over():
                 return

@@ -161,8 +161,8 @@ class Containers:
         """Bytes that a container holds itself."""
         try:
             return self._store.usage(container.key).bytes
-        except CowfsError:
-            return 0
+        except (CowfsError, OSError):
+            return 0  # it goes at this moment
 
     # -- create -----------------------------------------------------------------------------------
 

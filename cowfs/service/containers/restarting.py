@@ -93,7 +93,7 @@ class Restarts:
             self._start(container)
         except NotModified:
             pass  # somebody was faster
-        except CowfsError as error:
+        except (CowfsError, OSError) as error:
             log.warning("container %s is not started again: %s", container.name, error)
         finally:
             self.cancel(container)

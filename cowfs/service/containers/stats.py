@@ -7,7 +7,8 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from cowfs.errors import CowfsError
+from cowfs.errors import CowfsError, NotFound
+from cowfs.model import Limit
 from cowfs.service.containers import cgroups
 from cowfs.service.containers.container import Container
 from cowfs.service.images import rfc3339
@@ -31,7 +32,10 @@ def _host_memory() -> int:
 
 def storage(store: Store, container: Container) -> dict[str, Any]:
     """What the mount's server counts: use, limit and requests by kind; only the limit of a container that does not run."""
-    limit = store.limit(container.key)
+    try:
+        limit = store.limit(container.key)
+    except NotFound:
+        limit = Limit()  # it is gone meanwhile
     told: dict[str, Any] = {
         "limit_bytes": limit.bytes, "limit_inodes": limit.inodes, "bytes": None, "inodes": None, "requests": {},
     }  # fmt: skip
