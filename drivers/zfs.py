@@ -81,7 +81,6 @@ class ZfsDriver(Driver):
             whole=True,
             live=False,
             own_limit=True,
-            snapshots=True,
             reflink=True,
             kernel_mount=host.has_cap(host.CAP_SYS_ADMIN),
             unprivileged=False,
