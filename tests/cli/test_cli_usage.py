@@ -55,7 +55,7 @@ WRONG: dict[str, tuple[str, int, str]] = {
     "no such verb": ("snapshoot", 2, "snapshoot"),
     "no such option": ("ls --nothere --root store", 2, "--nothere"),
     "an option without its value": ("mount layers mnt --size", 2, "--size"),
-    "a command without --": ("run base true --root store", 2, "--"),
+    "a command of what is not there": ("run --root store bsae true", 3, "bsae"),
     "no such driver": ("init --root other --driver nothere", 3, "nothere"),
     "another driver": ("init --root store --driver vfs", 2, "overlay"),
     "no archive": ("import junk name --root store", 2, "no tar archive"),
