@@ -34,7 +34,9 @@ _EXPORTS = {
     "Usage": "cowfs.model",
     "MountHandle": "cowfs.mounting.client",
     "MountStatus": "cowfs.mounting.client",
+    "RunResult": "cowfs.store.running",
     "Store": "cowfs.store",
+    "run": "cowfs.store.shortcuts",
     "Options": "cowfs.union",
     "View": "cowfs.union",
     "Paths": "cowfs.union.paths",
@@ -76,6 +78,8 @@ if TYPE_CHECKING:
         umount as umount,
     )
     from cowfs.store import Store as Store
+    from cowfs.store.running import RunResult as RunResult
+    from cowfs.store.shortcuts import run as run
     from cowfs.union import Options as Options, View as View
     from cowfs.union.filedata import Redirects
     from cowfs.union.paths import Paths as Paths

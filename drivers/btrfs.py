@@ -140,20 +140,8 @@ class BtrfsDriver(Driver):
             _opened(f"{self.directory(id)}/vol") as volume,
             _opened(f"{self.directory(parent)}/vol") as before,
         ):
-            paths: dict[bytes, bool] | None = None
             try:
-                _destroy(directory, self.directory(id), _SENT)
-                if btrfs.has_inner(volume) or btrfs.has_inner(before):  # no stream tells of what is in them
-                    yield None
-                    return
-                if not btrfs.readonly(before):
-                    btrfs.set_readonly(before)
-                btrfs.snapshot(volume, directory, _SENT, readonly=True)
-                try:
-                    with _opened(f"{self.directory(id)}/sent") as sent:
-                        paths = changed_paths(btrfs.send(sent, btrfs.subvolume_id(before)))
-                finally:
-                    _destroy(directory, self.directory(id), _SENT)
+                paths = self._sent(id, directory, volume, before)
             except (OSError, ValueError):  # no room, no subvolume, paths too long: then all is read
                 paths = None
 
@@ -162,6 +150,19 @@ class BtrfsDriver(Driver):
                 return [path.removeprefix(b"fs/") for path in found if path.startswith(b"fs/")]
 
             yield None if paths is None else Changes(paths=paths, names=names)
+
+    def _sent(self, id: str, directory: int, volume: int, before: int) -> dict[bytes, bool] | None:
+        _destroy(directory, self.directory(id), _SENT)  # of a process that was killed
+        if btrfs.has_inner(volume) or btrfs.has_inner(before):  # no stream tells of what is in them
+            return None
+        if not btrfs.readonly(before):
+            btrfs.set_readonly(before)
+        btrfs.snapshot(volume, directory, _SENT, readonly=True)
+        try:
+            with _opened(f"{self.directory(id)}/sent") as sent:
+                return changed_paths(btrfs.send(sent, btrfs.subvolume_id(before)))
+        finally:
+            _destroy(directory, self.directory(id), _SENT)
 
     def _why_not_kernel(self, limit: Limit) -> str:
         if limit.inodes is not None:

@@ -81,7 +81,6 @@ class ZfsDriver(Driver):
             whole=True,
             live=False,
             own_limit=True,
-            snapshots=True,
             reflink=True,
             kernel_mount=host.has_cap(host.CAP_SYS_ADMIN),
             unprivileged=False,
@@ -233,6 +232,19 @@ class ZfsDriver(Driver):
             if time.monotonic() > end:
                 return False
             time.sleep(0.02)
+
+    def strays(self) -> list[str]:
+        """Datasets whose directories are gone: of a program that went on while its layer was removed, or of a copy of the store."""
+        done = _zfs("list", "-H", "-o", "name,mountpoint", "-r", self._dataset)
+        _must(done)
+        found, start = [], f"{self._dataset}/cowfs-"
+        for line in done.stdout.splitlines():
+            name, _, place = line.partition("\t")
+            id = name.removeprefix(start)
+            ours = name.startswith(start) and "/" not in id and place.startswith(f"{self.root}/")
+            if ours and not any(os.path.isdir(self.directory(prefix + id)) for prefix in ("", "new-", "rm-")):
+                found.append(id)
+        return found
 
     def check(self, id: str) -> list[str]:
         """The dataset is there, and the tree in it."""

@@ -148,7 +148,7 @@ RECORDS = {
     "Node", "Dir", "Source", "Layer", "Blocks", "Member", "Container", "Exec", "Frame", "Full", "LayerWalk", "Result",
 }  # fmt: skip
 #: Names of variables for objects that argparse and the like made.
-NOT_OURS = {"args", "parser", "failed"}
+NOT_OURS = {"args", "parser", "failed", "sys"}
 
 
 def _declared() -> dict[str, set[tuple[str, str]]]:

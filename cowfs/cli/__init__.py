@@ -156,6 +156,7 @@ VERBS: dict[str, Verb] = {
     "pull": Verb(_registry, "bring an image from a registry into the store", _SNAPSHOTS),
     "push": Verb(_registry, "send an image to a registry", _SNAPSHOTS),
     "run": Verb(_store_run, "run a command in a fresh snapshot", _SNAPSHOTS),
+    "sh": Verb(_store_run, "run a shell in a snapshot that is there, mounted or not", _SNAPSHOTS),
     "prepare": Verb(_store_snapshots, "make a writable snapshot", _SNAPSHOTS),
     "view": Verb(_store_snapshots, "make a read-only snapshot", _SNAPSHOTS),
     "commit": Verb(_store_snapshots, "make a snapshot immutable under a name", _SNAPSHOTS),
@@ -335,8 +336,8 @@ def fill_streams() -> None:
 def _run(name: str, arguments: list[str]) -> int:
     parser = parser_of(name)
     options, rest = parser.parse_known_args(arguments)
-    if rest and name == "run":
-        parser.error(f"the command comes behind --: cowfs run {options.parent} -- {' '.join(rest)}")
+    if rest and name in ("run", "sh"):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:  # arguments on both sides of an option, or ones that are not known
         options = parser.parse_intermixed_args(arguments)
     code: int = options.run(options)

@@ -16,6 +16,8 @@ HEAD = """\
 <!-- Written by `python -m cowfs.cli.reference > docs/cli.md`; change the parsers in cowfs/cli, not this file. -->
 
 Arguments that start with `/`, `./` or `../` are paths; others name snapshots in the store where a verb takes either.
+The store is the one that `--root` names, else `$COWFS_ROOT`, else `root` of `~/.config/cowfs.toml` or `/etc/cowfs.toml`, else `/var/lib/cowfs` as
+root and the user's data directory otherwise. Those files may also say `fsync = false`, as `COWFS_FSYNC=0` does; `COWFS_CONFIG` names one in place of both.
 Errors are one line on standard error (what, where, how to mend it) and an exit status:
 
 | status | meaning |

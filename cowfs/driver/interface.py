@@ -410,6 +410,13 @@ class Driver(ABC):
         if limit:
             raise Unsupported(f"the driver {self.name} holds no limit itself")
 
+    def strays(self) -> list[str]:
+        """Ids of layers of which there is something, but no directory; ``gc`` gives them one and has them removed.
+
+        Only a driver that keeps layers elsewhere than in their directories has any.
+        """
+        return []
+
     def explain(self) -> dict[str, str]:
         """Lines of ``cowfs info`` that only this driver knows, by name: ``limits``, say. Changes nothing."""
         return {}

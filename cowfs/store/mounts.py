@@ -368,6 +368,15 @@ class MountVerbs(KernelMountVerbs):
         told = self._notice_of(row)
         return told.mountpoint if told is not None else kernel_mount_of(self.driver.tree(row.id))
 
+    def mount_of(self, key: str) -> tuple[int, str] | None:
+        """(process, mount point) of a snapshot's mount: a process in the mount's namespace, and where it is there; None where there is none."""
+        row = self._keyed(key)
+        told = self._notice_of(row)
+        if told is not None:
+            return told.pid, told.mountpoint
+        where = kernel_mount_of(self.driver.tree(row.id))
+        return None if where is None else (os.getpid(), where)
+
     def _notice_of(self, row: Row) -> Notice | None:
         """What a mount's server left beside a layer that it has in use: one look-up, no server is asked."""
         from cowfs.mounting import notice

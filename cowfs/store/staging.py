@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import stat
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -45,6 +46,7 @@ __all__ = ["Staged", "discard", "finish", "leftovers", "orphans", "read_note", "
 NEW, RM = "new-", "rm-"
 SQUASH = "squash-"
 """Notes of squashes (:mod:`cowfs.store.squash`): what they name as old may still be somebody's."""
+_MOST_HELD = 512  # locks that a sweep holds at once
 PROBE = "new-probe-"  # a driver trying what it can do here, for a moment; only gc takes it for garbage
 
 
@@ -228,43 +230,78 @@ def sweep(driver: Driver, index: Index, *, everything: bool = False) -> list[str
     Returns:
         Paths of what was deleted, relative to the store.
     """
-    root = driver.root
-    names = [name for name in os.listdir(root) if name.startswith((NEW, RM))]
+    found: list[str] = []
+    looked: set[str] = set()
+    if not everything and not _leftover(driver.root, everything, looked):
+        return found
+    most = max(1, min(_MOST_HELD, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
+    while True:
+        with ExitStack() as held:
+            with index.write():
+                doomed, more = _doom(driver, index, held, most, everything, looked)
+            for name in doomed:
+                driver.remove(name)
+        found += doomed
+        if not more:
+            return found
+
+
+def _leftover(root: str, everything: bool, looked: set[str]) -> list[str]:
+    """Directories in a store that were being made or deleted."""
+    found = [name for name in os.listdir(root) if name.startswith((NEW, RM)) and name not in looked]
+    return found if everything else [name for name in found if not name.startswith(PROBE)]
+
+
+def _doom(
+    driver: Driver, index: Index, held: ExitStack, most: int, everything: bool, looked: set[str]
+) -> tuple[list[str], bool]:
+    """Find directories to be deleted, and hold their locks: each is a descriptor. Under the write lock.
+
+    Args:
+        most: locks that may be held.
+        looked: names that were looked at; grows.
+
+    Returns:
+        Their names, and whether there may be more.
+    """
+    root, doomed, known = driver.root, list[str](), index.ids()
+    for name in _leftover(root, everything, looked):
+        if not most:
+            return doomed, True
+        looked.add(name)
+        id = name.removeprefix(NEW).removeprefix(RM)
+        fd = _lock(f"{root}/{name}")
+        if fd is None:
+            continue
+        held.callback(os.close, fd)
+        most -= 1
+        if id in known and not os.path.isdir(driver.directory(id)):
+            driver.publish(name, id)
+        elif not (name.startswith(RM) and _in_use(driver, id)):
+            doomed.append(name)
     if not everything:
-        names = [name for name in names if not name.startswith(PROBE)]
-    if not names and not everything:
-        return []
-    doomed: list[str] = []
-    with ExitStack() as held:
-        with index.write():
-            known = index.ids() if everything or names else set()
-            for name in names:
-                id = name.removeprefix(NEW).removeprefix(RM)
-                fd = _lock(f"{root}/{name}")
-                if fd is None:
-                    continue
+        return doomed, False
+    kept = known | spared(root)
+    for id in driver.strays():
+        if id not in kept and RM + id not in looked:
+            os.mkdir(driver.directory(RM + id), 0o700)
+            looked.add(RM + id)
+            doomed.append(RM + id)
+    for id in os.listdir(f"{root}/layers"):
+        if id not in kept and not most:
+            return doomed, True
+        if id not in kept:
+            driver.publish(id, RM + id)
+            looked.add(RM + id)
+            point("gc.renamed")
+            if _in_use(driver, id):
+                continue  # removed while it was mounted, by a process that came no further
+            fd = _lock(f"{root}/{RM}{id}")
+            if fd is not None:
                 held.callback(os.close, fd)
-                if id in known and not os.path.isdir(driver.directory(id)):
-                    driver.publish(name, id)
-                    continue
-                if name.startswith(RM) and _in_use(driver, id):
-                    continue
-                doomed.append(name)
-            if everything:
-                kept = known | spared(root)
-                for id in os.listdir(f"{root}/layers"):
-                    if id not in kept:
-                        driver.publish(id, RM + id)
-                        point("gc.renamed")
-                        if _in_use(driver, id):
-                            continue  # removed while it was mounted, by a process that came no further
-                        fd = _lock(f"{root}/{RM}{id}")
-                        if fd is not None:
-                            held.callback(os.close, fd)
-                            doomed.append(RM + id)
-        for name in doomed:
-            driver.remove(name)
-    return doomed
+                most -= 1
+                doomed.append(RM + id)
+    return doomed, False
 
 
 def _lock(path: str) -> int | None:

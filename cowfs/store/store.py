@@ -9,6 +9,7 @@ from cowfs.store.blocks import BlockVerbs
 from cowfs.store.events import EventVerbs
 from cowfs.store.files import FileVerbs
 from cowfs.store.house import HouseVerbs
+from cowfs.store.running import RunVerbs
 from cowfs.store.squash import SquashVerbs
 
 __all__ = ["Store"]
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from cowfs.store.migrating import Migrated, Progress
 
 
-class Store(BlockVerbs, SquashVerbs, HouseVerbs, FileVerbs, EventVerbs):
+class Store(BlockVerbs, SquashVerbs, RunVerbs, HouseVerbs, FileVerbs, EventVerbs):
     """A store of snapshots in one directory. Make it with :meth:`open`.
 
     >>> with Store.open("store") as store:

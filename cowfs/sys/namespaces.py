@@ -24,6 +24,19 @@ def unshare(flags: int) -> None:
     check(libc.unshare(flags))
 
 
+def join(pid: int, kind: str) -> None:
+    """Move this process into a namespace of another one: ``mnt``, ``user``, ``net`` and so on (setns(2)).
+
+    Raises:
+        OSError: EPERM, or there is no such process.
+    """
+    fd = os.open(f"/proc/{pid}/ns/{kind}", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        check(libc.setns(fd, 0))
+    finally:
+        os.close(fd)
+
+
 def become_root() -> None:
     """Enter a user namespace in which this user is root, with a mount namespace of its own.
 

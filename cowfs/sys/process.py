@@ -10,7 +10,7 @@ import signal
 
 from cowfs.sys._libc import check, libc
 
-__all__ = ["become_subreaper", "boot_id", "is_ending", "start_time", "wait"]
+__all__ = ["become_subreaper", "boot_id", "end_with_parent", "is_ending", "start_time", "wait"]
 
 
 @functools.cache
@@ -72,7 +72,18 @@ def wait(pid: int, timeout: float) -> None:
         os.close(fd)
 
 
-_PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
+
+
+def end_with_parent(parent: int, number: int) -> None:
+    """Get a signal when the parent ends, however it ends (prctl(2), PR_SET_PDEATHSIG); one's own children do not.
+
+    Args:
+        parent: its process id as seen from here: if it has ended already, the signal comes now. 0 where it is in another namespace.
+    """
+    check(libc.prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(number), 0, 0, 0))
+    if os.getppid() != parent:
+        os.kill(os.getpid(), number)
 
 
 def become_subreaper() -> None:

@@ -42,7 +42,43 @@ WRONG: dict[str, tuple[tuple[str, ...], tuple[str, ...], int]] = {
     "limit below a unit": (("limit", "work", "--size", "100"), ("'100'", "4096"), 2),
     "tag with a blank": (("tag", "my app", "base"), ("'my app'", "blank"), 2),
     "imported under a tag with a blank": (("import", "tree", "my app"), ("'my app'", "blank"), 2),
-    "run without --": (("run", "base", "true"), ("true", "--", "cowfs run base -- true"), 2),
+    "run with a mistyped option": (("run", "--rn", "base", "true"), ("--rn", "--help"), 2),
+    "run for no time": (("run", "--timeout", "0", "base", "true"), ("timeout", "more than zero"), 2),
+    "a shell in a committed one": (("sh", "made"), ("committed", "cowfs run made --rm -- sh"), 5),
+    "a shell in nothing": (("sh", "nope"), ("'nope'", "cowfs ls"), 3),
+    "cat of a snapshot": (("cat", "base"), ("'base'", "base:/PATH"), 2),
+    "cat of what no store has": (("cat", "nope:/etc/x"), ("'nope'", "cowfs ls"), 3),
+    "cat of no file": (("cat", "base:/no"), ("/no", "No such file"), 1),
+    "cat of a directory": (("cat", "base:/app"), ("/app", "directory"), 1),
+    "copy inside the host": (("cp", "./tree", "./other"), ("NAME:PATH",), 2),
+    "copy into what is committed": (("cp", "./tree", "made:/x"), ("'made'", "committed"), 5),
+    "copy of nothing": (("cp", "./nowhere", "work:/x"), ("nowhere",), 3),
+    "copy below nothing": (("cp", "./tree", "work:/no/where"), ("no/where", "No such file"), 1),
+    "copy into a directory that is not there": (("cp", "./tree", "work:/no/"), ("/no/", "directory"), 3),
+    "copy of a snapshot into itself": (("cp", "work:/app", "work:/app/x"), ("/app", "itself"), 2),
+    "find with a type that is none": (("find", "base", "-type", "q"), ("'q'", "f d l"), 2),
+    "find with a size that is none": (("find", "base", "-size", "+much"), ("'much'", "512M"), 2),
+    "find with a mode that is none": (("find", "base", "-perm", "rwx"), ("'rwx'", "644"), 2),
+    "find with an age that is none": (("find", "base", "-mtime", "soon"), ("'soon'", "-7"), 2),
+    "ls of no directory": (("ls", "base:/no"), ("/no", "No such file"), 1),
+    "du of nothing": (("du", "nope"), ("'nope'", "cowfs ls"), 3),
+    "prune by an age that is none": (("prune", "--older", "soon"), ("'soon'", "7d"), 2),
+    "prune by a filter that is none": (("prune", "color==red"), ("'color'", "labels.KEY"), 2),
+    "prune and keep less than nothing": (("prune", "--keep", "-1"), ("not negative",), 2),
+    "rename of nothing": (("rename", "nope", "x"), ("'nope'",), 3),
+    "rename to a taken name": (("rename", "work", "made"), ("'made'", "taken"), 4),
+    "rename to a path": (("rename", "work", "./x"), ("'./x'", "path"), 2),
+    "tag without a snapshot": (("tag", "x"), ("cowfs tag TAG NAME",), 2),
+    "drop a tag and give it": (("tag", "-d", "app", "made"), ("cowfs tag -d TAG",), 2),
+    "drop a tag that is none": (("tag", "-d", "made"), ("'made'", "cowfs images"), 3),
+    "copy of nothing to another store": (("copy", "nope", "--to", "./other"), ("'nope'",), 3),
+    "copy of what is active": (("copy", "work", "--to", "./other"), ("'work'", "commit it"), 2),
+    "copy to itself": (("copy", "made", "--to", "./store"), ("this one",), 2),
+    "copy onto something else": (("copy", "made", "--to", "./tree"), ("tree", "empty directory"), 2),
+    "logs of what is not mounted": (("logs", "work"), ("'work'", "cowfs mount"), 3),
+    "a template with a field that is none": (("ls", "--format", "{size}"), ("'size'", "usage"), 2),
+    "a template that ends early": (("ls", "--format", "{name"), ("{name", "{created:age}"), 2),
+    "a digest that is none": (("stat", "sha256:0000"), ("sha256:0000", "cowfs ls"), 3),
     "run of what is not there": (("run", "bsae", "--", "true"), ("'bsae'", "cowfs ls"), 3),
     "run with both ends": (("run", "base", "--rm", "--commit", "x", "--", "true"), ("--rm", "--commit"), 2),
     "commit of a committed one": (("commit", "app", "x"), ("'app'",), 3),
@@ -73,11 +109,11 @@ WRONG: dict[str, tuple[tuple[str, ...], tuple[str, ...], int]] = {
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_usage_is_one_line_and_changes_nothing(store: Cowfs, space: Path, case: str) -> None:
     arguments, words, code = WRONG[case]
-    before = store("ls").stdout, store("images").stdout, sorted(os.listdir(space / "store/layers"))
+    before = store("ls", "--json").stdout, store("images").stdout, sorted(os.listdir(space / "store/layers"))
     line = one_line(store(*arguments, code=code))
     for word in words:
         assert word in line, line
-    assert (store("ls").stdout, store("images").stdout, sorted(os.listdir(space / "store/layers"))) == before
+    assert (store("ls", "--json").stdout, store("images").stdout, sorted(os.listdir(space / "store/layers"))) == before
     assert not [name for name in os.listdir(space / "store") if name.startswith(("new-", "rm-"))]
     assert not os.path.ismount(space / "mnt")
 
@@ -212,3 +248,10 @@ def test_no_room_for_standard_output_is_named(store: Cowfs, space: Path) -> None
     namespace.umount(str(target))
     assert done.returncode == 1
     assert "out.tar" in one_line(done)
+
+
+def test_there_are_sixty_wrong_usages() -> None:
+    from tests.cli.test_cli_errors import CASES
+
+    assert len(WRONG) + len(CASES) >= 60
+    assert len(WRONG) >= 60

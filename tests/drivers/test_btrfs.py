@@ -588,3 +588,16 @@ def test_a_killed_live_verb_leaves_the_state_before_or_after(verb: str, fs: Host
     else:
         pytest.fail("it never came to its end")
     assert killed >= 4
+
+
+def test_more_changes_than_are_kept_in_memory_have_the_layer_read_whole(
+    work: tuple[Store, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, tree = work
+    for number in range(3000):
+        (tree / f"new-{number}").touch()
+    monkeypatch.setattr("cowfs_drivers.btrfs._MOST", 5)
+    assert both_ways(store, "k")[1] is None
+    assert "sent" not in os.listdir(Path(tree).parents[1])
+    store.commit("k", "done")
+    assert store.usage("done").inodes == 3000

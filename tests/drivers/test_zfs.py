@@ -232,6 +232,18 @@ def test_what_is_open_is_removed_by_a_later_sweep(store: Store, pool: Path) -> N
     assert [name for name in os.listdir(store.root) if name.startswith("rm-")] == []
 
 
+def test_datasets_without_a_directory_are_garbage(store: Store, pool: Path, place: Path) -> None:
+    """As a killed process leaves one whose program went on; those of another store on the dataset are not ours."""
+    store.prepare("a")
+    for name, root in (("stray", store.root), ("other", f"{place}/elsewhere")):
+        where = f"mountpoint={root}/new-{name}/vol"
+        zpool.run("zfs", "create", "-o", where, "-o", "canmount=noauto", f"{pool.name}/cowfs-{name}")
+    store.gc()
+    assert datasets(pool) == {store.index.get("a").id, "other"}
+    assert [name for name in os.listdir(store.root) if name.startswith(("new-", "rm-"))] == []
+    assert store.check().problems == []
+
+
 def test_trees_that_nobody_uses_are_unmounted(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     import cowfs_drivers.zfs
 

@@ -256,3 +256,108 @@ def test_a_tree_without_proc_and_dev(runner: Runner) -> None:
     assert runner.cowfs("commit", "bare-key", "bare").returncode == 0
     done = runner.cowfs("run", "bare", "--rm", "--", "/bin/sh", "-c", "mount -t tmpfs x /tmp || echo refused; ls /")
     assert done.stdout.split() == ["refused", "bin", "etc", "tmp"]
+
+
+def test_the_command_may_stand_without_dashes(runner: Runner) -> None:
+    for words in (
+        ["--rm", "box", "/bin/echo", "-n", "--rm", "x"],
+        ["--rm", "--env", "A=1", "box", "/bin/echo", "-n", "--rm", "x"],
+        ["box", "--rm", "--", "/bin/echo", "-n", "--rm", "x"],
+    ):
+        done = runner.cowfs("run", *words)
+        assert (done.returncode, done.stdout) == (0, "--rm x"), done.stderr
+    assert runner.cowfs("run", "--rm", "box", "/bin/sh", "-c", "exit 7").returncode == 7
+    wrong = runner.cowfs("run", "--rn", "box", "/bin/true")
+    assert wrong.returncode == 2
+    assert "--rn" in wrong.stderr
+
+
+@pytest.fixture
+def own(runner: Runner) -> Iterator[str]:
+    """A committed snapshot whose files belong to the runner's user: busybox alone."""
+    assert runner.cowfs("prepare", "own-key").returncode == 0
+    done = runner.cowfs("cp", shutil.which("busybox"), "own-key:/busybox")
+    assert done.returncode == 0, done.stderr
+    assert runner.cowfs("commit", "own-key", "own").returncode == 0
+    yield "own"
+    assert runner.cowfs("rm", "own").returncode == 0
+
+
+def test_a_shell_in_a_snapshot_that_is_there(runner: Runner, own: str) -> None:
+    assert runner.cowfs("prepare", "kept", own).returncode == 0
+    try:
+        done = runner.cowfs("sh", "kept", "/busybox", "sh", "-c", "echo one > /one")
+        assert done.returncode == 0, done.stderr
+        assert runner.cowfs("sh", "kept", "--", "/busybox", "cat", "/one").stdout == "one\n"
+        assert runner.cowfs("cat", "kept:/one").stdout == "one\n"
+        done = runner.cowfs("sh", own)
+        assert done.returncode == 5
+        assert "cowfs run own --rm" in done.stderr
+        assert runner.cowfs("sh", "nothing").returncode == 3
+    finally:
+        assert runner.cowfs("rm", "kept").returncode == 0
+
+
+def test_a_shell_beside_a_command_that_runs(runner: Runner, own: str) -> None:
+    wait = "echo up; while ! /busybox cat /go; do /busybox sleep 0.1; done"
+    with subprocess.Popen(
+        runner.command("run", "--key", "busy", own, "/busybox", "sh", "-c", wait),
+        env=runner.environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd="/",
+    ) as running:  # fmt: skip
+        assert running.stdout is not None
+        assert running.stdout.readline() == "up\n"
+        try:
+            done = runner.cowfs(
+                "sh", "busy", "/busybox", "sh", "-c", "echo gone > /new; /busybox mv /new /go; echo done"
+            )
+            assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
+            assert running.stdout.readline() == "gone\n"
+            assert running.wait(30) == 0
+        finally:
+            running.kill()
+    assert runner.cowfs("rm", "busy").returncode == 0
+
+
+def test_a_timeout_ends_all_that_was_started(runner: Runner) -> None:
+    mark = f"31{os.getpid()}"
+    begun = time.monotonic()
+    done = runner.cowfs(
+        "run", "--rm", "--timeout", "1", "box", "/bin/sh", "-c", f"trap '' TERM; sleep {mark} & sleep {mark}"
+    )
+    assert done.returncode == 124
+    assert time.monotonic() - begun < 50
+    assert not running_with(mark)
+    assert runner.cowfs("run", "--timeout", "0", "box", "/bin/true").returncode == 2
+
+
+def test_a_killed_run_takes_its_command_along(runner: Runner) -> None:
+    mark = f"32{os.getpid()}"
+    with subprocess.Popen(
+        runner.command("run", "--key", "killed", "box", "/bin/sh", "-c", f"echo up; sleep {mark}; true"),
+        env=runner.environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd="/",
+    ) as running:  # fmt: skip
+        assert running.stdout is not None
+        assert running.stdout.readline() == "up\n"
+        ours = next(pid for pid in running_with("killed") if pid == running.pid or runner.who != "root")
+        os.kill(ours, signal.SIGKILL)
+    end = time.monotonic() + 60
+    while running_with(mark) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not running_with(mark)
+    while runner.cowfs("rm", "killed").returncode and time.monotonic() < end:
+        time.sleep(0.1)
+    assert runner.cowfs("stat", "killed").returncode == 3
+
+
+def running_with(word: str) -> list[int]:
+    """Processes that have a word among their arguments."""
+    found = []
+    for name in os.listdir("/proc"):
+        if name.isdecimal():
+            try:
+                words = Path(f"/proc/{name}/cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if word.encode() in words:
+                found.append(int(name))
+    return sorted(found)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -13,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from support import command
 
 from cowfs.errors import AlreadyExists, CowfsError
 from cowfs.model import Kind
@@ -146,6 +148,27 @@ def worker(root: Path, seed: int, log: int) -> int:
             except CowfsError:
                 pass  # somebody else's child, or a parent that is gone: what races are for
     return 0
+
+
+def test_more_garbage_than_there_are_descriptors(space: Path) -> None:
+    """Whoever deletes a directory holds its lock, a descriptor: a store full of them is opened and cleared all the same."""
+    root = space / "store"
+    with Store.open(root, fsync=False) as store:
+        store.prepare("k")
+        store.commit("k", "base")
+    for number in range(150):
+        for name in (f"rm-gone{number:06}", f"new-half{number:06}", f"layers/lost{number:06}"):
+            (root / name / "fs/d").mkdir(parents=True)
+    for words in (("label", "base", "a=b"), ("gc",)):
+        done = subprocess.run(
+            ["prlimit", "--nofile=100:100", sys.executable, "-m", "cowfs", *words, "--root", str(root)],
+            capture_output=True, text=True, check=False, env=command.environment(),
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    assert not [name for name in os.listdir(root) if name.startswith(("rm-", "new-"))]
+    assert len(os.listdir(root / "layers")) == 1
+    with Store.open(root) as store:
+        assert not store.check().problems
 
 
 @pytest.mark.parametrize("backend", ["overlay", "vfs", "row"])

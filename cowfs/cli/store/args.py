@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from cowfs.cli import config
 from cowfs.errors import InvalidArgument
 
 if TYPE_CHECKING:
@@ -94,8 +95,8 @@ def open_store(args: argparse.Namespace, *, create: bool = True) -> Store:
     """The store that the options or the environment name."""
     from cowfs.store import Store
 
-    root = args.root or os.environ.get(ROOT) or None
-    fsync = os.environ.get("COWFS_FSYNC", "1") != "0"
+    root = config.root(args.root)
+    fsync = config.fsync()
     return Store.open(root, driver=args.driver, create=create, fsync=fsync)
 
 
@@ -103,8 +104,8 @@ def look_at_store(args: argparse.Namespace) -> Look:
     """The store that the options or the environment name, for looking at what its index knows."""
     from cowfs.store.look import Look
 
-    root = args.root or os.environ.get(ROOT) or None
-    return Look.open(root, driver=args.driver, fsync=os.environ.get("COWFS_FSYNC", "1") != "0")
+    root = config.root(args.root)
+    return Look.open(root, driver=args.driver, fsync=config.fsync())
 
 
 def check_new(name: str, what: str = "name") -> str:

@@ -6,9 +6,9 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from cowfs.cli import Command
+from cowfs.cli import Command, config
 from cowfs.cli.output import print_items, print_json, print_table, shown
-from cowfs.cli.store.args import ROOT, Bars, add_json, add_store, check_new, open_store
+from cowfs.cli.store.args import Bars, add_json, add_store, check_new, open_store
 from cowfs.errors import FailedPrecondition, InvalidArgument, NotFound
 from cowfs.model import format_size
 
@@ -96,7 +96,7 @@ def _copy(args: argparse.Namespace) -> int:
     from cowfs.store import Store
 
     copied: list[str] = []
-    fsync = os.environ.get("COWFS_FSYNC", "1") != "0"
+    fsync = config.fsync()
     with open_store(args, create=False) as store, Bars() as bars:
         for name in args.names:
             store.resolve(name)  # one that is not there makes no store
@@ -123,7 +123,7 @@ def _doctor(args: argparse.Namespace) -> int:
     from cowfs.store.doctor import examine
     from cowfs.store.opening import default_root
 
-    found = list(examine(os.path.abspath(args.root or os.environ.get(ROOT) or default_root())))
+    found = list(examine(os.path.abspath(config.root(args.root) or default_root())))
     missing = any(one.state == "missing" for one in found)
     if args.json:
         print_items((one._asdict() for one in found), args.json)

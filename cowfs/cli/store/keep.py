@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
 
-from cowfs.cli import Command
+from cowfs.cli import Command, config
 from cowfs.cli.output import print_json, print_table, shown, size_or
-from cowfs.cli.store.args import ROOT, Bars, add_json, add_store, open_store
+from cowfs.cli.store.args import Bars, add_json, add_store, open_store
 
 if TYPE_CHECKING:
     import argparse
@@ -209,7 +208,7 @@ def _configure_migrate(parser: argparse.ArgumentParser) -> None:
 def _migrate(args: argparse.Namespace) -> int:
     from cowfs.store import Store
 
-    root = args.root or os.environ.get(ROOT) or None
+    root = config.root(args.root)
     with Bars() as bars:
         made = Store.migrate(
             root,

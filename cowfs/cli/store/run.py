@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 from cowfs.cli import Command
 from cowfs.cli.store.args import add_store, check_new, open_store
 from cowfs.cli.store.terminal import Terminal
-from cowfs.errors import CowfsError, InvalidArgument, Unsupported
+from cowfs.errors import CowfsError, FailedPrecondition, InvalidArgument, Unsupported
+from cowfs.sys import process
 
 if TYPE_CHECKING:
     import argparse
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from cowfs.store import Store
 
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_ENDED = signal.SIGALRM
+"""Comes to the process in between when the command's time is over, or the one that the user sees was killed."""
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
@@ -43,19 +46,56 @@ def _configure_run(parser: argparse.ArgumentParser) -> None:
     add("--workdir", metavar="DIR", help="where it starts (default: what the image says, else /)")
     add("--network", choices=("host", "none"), default="host", help="the host's network (the default), or none")
     add("--privileged", action="store_true", help="keep all privilege, devices and /proc: for commands you trust")
+    add(
+        "--timeout",
+        type=float,
+        metavar="S",
+        help="end it, and all that it started, after S seconds; the exit status is then 124",
+    )
+    add("-q", "--quiet", action="store_true", help="do not say which snapshot it was")
+    add("--status-fd", type=int, metavar="N", help="write how it ended to a descriptor, as JSON")
     add_store(parser, json=False)
     parser.set_defaults(command=[])
-    parser.usage = "cowfs run PARENT [options] -- CMD [ARG ...]"
+    parser.usage = "cowfs run [options] PARENT [--] CMD [ARG ...]"
+    _split_command(parser)
+
+
+_FLAGS = {"--rm", "--privileged", "-q", "--quiet", "-h", "--help"}
+"""Options of run and sh that take no value."""
+
+
+def _split_command(parser: argparse.ArgumentParser) -> None:
+    """What follows ``--``, or the word behind the first one that is no option, is the command's, whatever it looks like."""
     known = parser.parse_known_args
 
     def parse_known_args(arguments: list[str], namespace: object = None) -> tuple[argparse.Namespace, list[str]]:
-        """What follows ``--`` is the command's, whatever it looks like."""
-        at = arguments.index("--") if "--" in arguments else len(arguments)
+        at = _command_at(arguments)
         args, rest = known(arguments[:at])
-        args.command = arguments[at + 1 :]
+        args.command = arguments[at + 1 :] if arguments[at : at + 1] == ["--"] else arguments[at:]
         return args, rest
 
     parser.parse_known_args = parse_known_args  # type: ignore[method-assign,assignment]
+
+
+def _command_at(arguments: list[str]) -> int:
+    """Where the command begins, or the ``--`` before it; the number of words where there is none.
+
+    >>> _command_at(["--size", "1G", "base", "ls", "-l"]), _command_at(["base", "--rm", "--", "sh"]), _command_at(["base"])
+    (3, 2, 1)
+    """
+    at, words = 0, 0
+    while at < len(arguments):
+        word = arguments[at]
+        if word == "--":
+            return at
+        if word.startswith("-") and word != "-":
+            at += 1 if word in _FLAGS or "=" in word else 2
+            continue
+        words += 1
+        if words == 2:
+            return at
+        at += 1
+    return len(arguments)
 
 
 class _Stopped(KeyboardInterrupt):
@@ -95,6 +135,36 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _run_in_snapshot(args: argparse.Namespace) -> int:
+    if args.timeout is not None and args.timeout <= 0:
+        raise InvalidArgument("a timeout is more than zero seconds")
+    try:
+        status = _started(args)
+    except CowfsError as error:
+        _tell(
+            args,
+            {
+                "error": next(
+                    each.__name__ for each in type(error).__mro__ if each.__module__ == CowfsError.__module__
+                ),
+                "message": error.message,
+                "remedy": error.remedy,
+                "code": error.exit_code,
+            },
+        )
+        raise
+    _tell(args, {"status": status})
+    return status
+
+
+def _tell(args: argparse.Namespace, what: dict[str, object]) -> None:
+    """How it ended, to the descriptor that was asked for."""
+    if args.status_fd is not None:
+        import json
+
+        os.write(args.status_fd, json.dumps(what).encode())
+
+
+def _started(args: argparse.Namespace) -> int:
     key = check_new(args.key or f"run-{secrets.token_hex(4)}", "key")
     if args.commit:
         check_new(args.commit)
@@ -109,7 +179,7 @@ def _run_in_snapshot(args: argparse.Namespace) -> int:
                 store.prepare(key, args.parent, size=args.size, inodes=args.inodes)
                 made = True
             status = _in_namespace(
-                store, key, _Start(command, environment, where, args.network == "host", args.privileged)
+                store, key, _Start(command, environment, where, args.network == "host", args.privileged, args.timeout)
             )
         except BaseException:
             if made:
@@ -120,7 +190,7 @@ def _run_in_snapshot(args: argparse.Namespace) -> int:
             store.commit(key, args.commit)
         elif args.rm:
             _drop(store, key)
-        else:
+        elif not args.quiet:
             print(f"cowfs run: the snapshot is {key}", file=sys.stderr)
     return status
 
@@ -167,14 +237,23 @@ def _environment(config: dict[str, Any], given: list[str]) -> dict[str, str]:
     return environment
 
 
+class Beside(NamedTuple):
+    """A mount of the snapshot: its server, and where it is in the server's mount namespace."""
+
+    pid: int
+    mountpoint: str
+
+
 class _Start(NamedTuple):
-    """What is started, and how: ``network`` means the host's."""
+    """What is started, and how: ``network`` means the host's, ``timeout`` is in seconds, ``beside`` a mount that is there already."""
 
     command: list[str]
     environment: dict[str, str]
     where: str
     network: bool
     privileged: bool
+    timeout: float | None = None
+    beside: Beside | None = None
 
 
 def _in_namespace(store: Store, key: str, start: _Start) -> int:
@@ -193,8 +272,11 @@ def _in_namespace(store: Store, key: str, start: _Start) -> int:
         with _held():
             spec_target = tempfile.mkdtemp(prefix="cowfs-run-")
             terminal = Terminal.wanted()
+            ours = os.getpid()
             pid = os.fork()
             if pid == 0:
+                signal.signal(_ENDED, _stop)
+                process.end_with_parent(ours, _ENDED)
                 for fd in (reading, begun, *([terminal.master] if terminal else [])):
                     os.close(fd)
                 code = 1
@@ -272,7 +354,10 @@ def _child(store: Store, key: str, target: str, start: _Start, begins: int, term
     from cowfs.sys import host, mounts, namespaces
 
     try:
-        if host.has_cap(host.CAP_SYS_ADMIN):
+        if start.beside is not None:
+            _join(start.beside.pid)
+            namespaces.unshare(namespaces.CLONE_NEWNS)
+        elif host.has_cap(host.CAP_SYS_ADMIN):
             namespaces.unshare(namespaces.CLONE_NEWNS)
         else:
             namespaces.become_root()
@@ -282,7 +367,10 @@ def _child(store: Store, key: str, target: str, start: _Start, begins: int, term
     pid = 0
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)  # a start can be broken off...
-        store.mount(key, target)
+        if start.beside is None:
+            store.mount(key, target)
+        else:
+            mounts.mount(start.beside.mountpoint, target, "", mounts.MS_BIND)
         signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED)  # ... and from here on the command's first process hears
         for number in signal.sigpending() & set(_FORWARDED):
             raise _Stopped(number)
@@ -293,6 +381,7 @@ def _child(store: Store, key: str, target: str, start: _Start, begins: int, term
         pid = os.fork()
         if pid == 0:
             code = 125
+            process.end_with_parent(0, signal.SIGKILL)
             try:
                 code = _init(target, start, begins, terminal)
             finally:
@@ -301,11 +390,44 @@ def _child(store: Store, key: str, target: str, start: _Start, begins: int, term
         handlers: dict[int, Any] = {number: signal.getsignal(number) for number in _FORWARDED}
         _pass_on(pid, handlers)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)
-        _, status = os.waitpid(pid, 0)
+        with _bounded(pid, start.timeout) as ended_by_us:
+            _, status = os.waitpid(pid, 0)
     finally:
         signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED)
-        _unmount(target)
-    return _status(status)
+        if start.beside is None:  # else the mount goes on, and ours ends with our namespace
+            _unmount(target)
+    return TIMED_OUT if ended_by_us else _status(status)
+
+
+TIMED_OUT = 124
+"""The exit status of a command that a timeout ended, as of timeout(1)."""
+
+
+@contextmanager
+def _bounded(pid: int, timeout: float | None) -> Iterator[list[bool]]:
+    """End process 1 of the command's namespace, and all in it with it, after a time or with our parent; the list is then not empty."""
+    ended: list[bool] = []
+
+    def end(number: int, frame: object) -> None:
+        ended.append(True)
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+    signal.signal(_ENDED, end)
+    signal.setitimer(signal.ITIMER_REAL, timeout or 0)
+    try:
+        yield ended
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _join(pid: int) -> None:
+    """Move into the mount namespace of a mount's server, and into the user namespace that it belongs to."""
+    from cowfs.sys import namespaces
+
+    if os.stat(f"/proc/{pid}/ns/user").st_ino != os.stat("/proc/self/ns/user").st_ino:
+        namespaces.join(pid, "user")
+    namespaces.join(pid, "mnt")
 
 
 def _unmount(target: str) -> None:
@@ -369,14 +491,74 @@ def _become(start: _Start, terminal: int | None) -> NoReturn:
         os._exit(126)
 
 
+# -- sh ----------------------------------------------------------------------------------------------------------------
+
+
+def _configure_sh(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("key", metavar="KEY", help="an active snapshot or a view, mounted or not")
+    add("--env", action="append", default=[], metavar="K=V", help="environment of the command; repeated")
+    add("--workdir", metavar="DIR", help="where it starts (default: what the image says, else /)")
+    add("--network", choices=("host", "none"), default="host", help="the host's network (the default), or none")
+    add("--privileged", action="store_true", help="keep all privilege, devices and /proc: for commands you trust")
+    add_store(parser, json=False)
+    parser.set_defaults(command=[])
+    parser.usage = "cowfs sh [options] KEY [[--] CMD [ARG ...]]"
+    _split_command(parser)
+
+
+def _sh(args: argparse.Namespace) -> int:
+    heard = [number for number in _FORWARDED if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, _stop) for number in heard}
+    try:
+        with open_store(args, create=False) as store:
+            config = _config(store, args.key)
+            start = _Start(
+                args.command or ["/bin/sh"],
+                _environment(config, args.env),
+                args.workdir or config.get("WorkingDir") or "/",
+                args.network == "host",
+                args.privileged,
+                beside=_beside(store, args.key),
+            )
+            return _in_namespace(store, args.key, start)
+    except _Stopped as stopped:
+        return 128 + stopped.number
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _beside(store: Store, key: str) -> Beside | None:
+    """Where the snapshot is mounted already.
+
+    Raises:
+        FailedPrecondition: a committed snapshot.
+    """
+    from cowfs.model import Kind
+
+    if store.stat(key).kind is Kind.COMMITTED:
+        raise FailedPrecondition(f"{key!r} is committed", remedy=f"cowfs run {key} --rm -- sh: a fresh snapshot of it")
+    told = store.mount_of(key)
+    return None if told is None else Beside(*told)
+
+
 COMMANDS = {
+    "sh": Command(
+        _configure_sh,
+        _sh,
+        "Run a shell, or a command, in a snapshot that is there, as cowfs run would; also beside what runs in it: the files are the same, the processes"
+        " of each other are not seen. Its exit status is passed on.",
+        ("cowfs sh work", "cowfs sh work -- cat /etc/os-release", "cowfs sh --network none work make test"),
+    ),
     "run": Command(
         _configure_run,
         _run,
         "Run a command in a fresh snapshot, in namespaces of its own; its exit status is passed on. The snapshot stays,"
         " unless --rm or --commit says otherwise.",
         (
-            "cowfs run debian:12 -- apt-get --version",
+            "cowfs run debian:12 apt-get --version",
+            "cowfs run --rm --timeout 60 --network none debian:12 sh -c 'make test'",
             "cowfs run debian:12 --rm --size 100M -- sh",
             "cowfs run debian:12 --commit with-python -- apt-get install -y python3",
         ),

@@ -1,0 +1,247 @@
+"""Running commands in snapshots from a program: `cowfs run` as a function.
+
+Strategy: the command is started by a process of its own, ``python -m cowfs run``, so the namespaces are not the caller's, threads
+do not meet a fork, and a caller that is killed takes nothing along. How it ended comes over a pipe of its own: an exit status is the
+command's, whatever it is, and an error of cowfs is raised here as what it is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import IO, TYPE_CHECKING, Any
+
+from cowfs.errors import (
+    AlreadyExists,
+    Corrupt,
+    CowfsError,
+    FailedPrecondition,
+    InvalidArgument,
+    LimitExceeded,
+    NotFound,
+    Unsupported,
+)
+from cowfs.model import Change, Usage
+from cowfs.store.house import RUN_KEY
+from cowfs.store.live import LiveVerbs
+
+if TYPE_CHECKING:
+    from cowfs.mounting.client import MountHandle
+    from cowfs.mounting.kernel import KernelMount
+
+__all__ = ["RunResult", "RunVerbs"]
+
+TIMED_OUT = 124
+_GRACE = 10.0
+"""Seconds that a command has to end by itself when its caller was interrupted."""
+_KINDS: dict[str, type[CowfsError]] = {
+    kind.__name__: kind
+    for kind in (AlreadyExists, Corrupt, FailedPrecondition, InvalidArgument, LimitExceeded, NotFound, Unsupported)
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunResult:
+    """How a command ended.
+
+    Attributes:
+        key: the snapshot that it ran in; gone unless it was kept.
+        returncode: its exit status; 128 and the number of the signal that ended it; 124 when its time was over.
+        timed_out: whether its time was over.
+        stdout, stderr: what it wrote, empty unless captured.
+        usage: what the snapshot held when it had ended.
+        changes: what it changed, in path order.
+    """
+
+    key: str
+    returncode: int
+    timed_out: bool
+    stdout: bytes
+    stderr: bytes
+    usage: Usage
+    changes: tuple[Change, ...]
+
+
+class RunVerbs(LiveVerbs):
+    """run and temporary."""
+
+    def run(
+        self,
+        parent: str,
+        argv: Sequence[str] = (),
+        *,
+        size: str | int | None = None,
+        inodes: str | int | None = None,
+        network: str = "host",
+        env: Mapping[str, str] | None = None,
+        workdir: str | None = None,
+        privileged: bool = False,
+        timeout: float | None = None,
+        input: bytes | None = None,
+        stdin: int | IO[bytes] | None = subprocess.DEVNULL,
+        capture: bool = True,
+        key: str | None = None,
+        keep: bool = False,
+    ) -> RunResult:
+        """Run a command in a fresh snapshot, in namespaces of its own, and wait for its end.
+
+        Threads: any; it blocks. In asyncio: ``await asyncio.to_thread(store.run, ...)``. What is isolated and what is not:
+        docs/security.md.
+
+        Args:
+            parent: a committed snapshot, or a tag.
+            argv: the command; default: what the image says, else a shell.
+            size, inodes: the limit of the snapshot, as for :meth:`prepare`.
+            network: ``host`` or ``none``.
+            env: variables beside those of the image.
+            workdir: where it starts; default: what the image says, else ``/``.
+            privileged: keep all privilege, devices and /proc.
+            timeout: seconds, after which it and all that it started are ended.
+            input: its standard input; else ``stdin``, as for :class:`subprocess.Popen`.
+            capture: keep what it writes; else it goes to the caller's standard output and error.
+            key: the snapshot's key; default: one that is made up.
+            keep: leave the snapshot there, for :meth:`commit` or :meth:`diff`.
+
+        Raises:
+            NotFound: no such snapshot.
+            InvalidArgument: a bad limit, network, timeout or variable.
+            AlreadyExists: the key is taken.
+            Unsupported: this host or user can make no namespaces or mounts.
+        """
+        made = key or f"{RUN_KEY}{secrets.token_hex(4)}"
+        reading, writing = os.pipe()
+        pipe = subprocess.PIPE if capture else None
+        began = time.monotonic()
+        try:
+            try:
+                words = self._words(
+                    parent, argv, made, size, inodes, network, env or {}, workdir, privileged, timeout, writing
+                )
+                process = subprocess.Popen(
+                    words,
+                    stdin=subprocess.PIPE if input is not None else stdin,
+                    stdout=pipe,
+                    stderr=pipe,
+                    pass_fds=[writing],
+                    env={**os.environ, "COWFS_FSYNC": "1" if self.driver.fsync else "0"},
+                )
+            finally:
+                os.close(writing)
+            with process:
+                out, said = _communicate(process, input)
+            with open(reading, "rb", closefd=False) as told:
+                how = told.read()
+        finally:
+            os.close(reading)
+        late = timeout is not None and time.monotonic() - began >= timeout
+        return self._result(made, how, process.returncode, out or b"", said or b"", late=late, keep=keep)
+
+    def _words(
+        self,
+        parent: str,
+        argv: Sequence[str],
+        key: str,
+        size: str | int | None,
+        inodes: str | int | None,
+        network: str,
+        env: Mapping[str, str],
+        workdir: str | None,
+        privileged: bool,
+        timeout: float | None,
+        status: int,
+    ) -> list[str]:
+        self.resolve(parent)
+        words = [
+            sys.executable,
+            "-P",
+            "-m",
+            "cowfs",
+            "run",
+            f"--root={self.root}",
+            f"--key={key}",
+            "--quiet",
+            f"--status-fd={status}",
+        ]
+        given = {"size": size, "inodes": inodes, "network": network, "workdir": workdir, "timeout": timeout}
+        words += [f"--{name}={value}" for name, value in given.items() if value is not None]
+        words += [f"--env={name}={value}" for name, value in env.items()]
+        return [*words, *(["--privileged"] if privileged else []), parent, "--", *argv]
+
+    def _result(self, key: str, how: bytes, code: int, out: bytes, said: bytes, *, late: bool, keep: bool) -> RunResult:
+        told = json.loads(how) if how else {}
+        if "error" in told:  # a snapshot that it had made is gone again
+            raise _KINDS.get(told["error"], CowfsError)(told["message"], remedy=told["remedy"])
+        if "status" not in told:
+            last = said.decode(errors="replace").strip().rpartition("\n")[2].removeprefix("cowfs: ")
+            raise CowfsError(last or f"cowfs run ended with status {code}", remedy=f"its snapshot may be there: {key}")
+        try:
+            return RunResult(
+                key=key,
+                returncode=told["status"],
+                timed_out=late and told["status"] == TIMED_OUT,
+                stdout=out,
+                stderr=said,
+                usage=self.usage(key),
+                changes=tuple(self.diff(key)),
+            )
+        finally:
+            if not keep:
+                self.remove(key)
+
+    @contextmanager
+    def temporary(
+        self,
+        parent: str | None = None,
+        *,
+        size: str | int | None = None,
+        inodes: str | int | None = None,
+        target: str | os.PathLike[str] | None = None,
+        **options: Any,
+    ) -> Iterator[MountHandle | KernelMount]:
+        """A fresh snapshot, mounted for the block and removed with all that was written at its end.
+
+        Args:
+            parent: a committed snapshot, or a tag; None: an empty tree.
+            size, inodes: its limit, as for :meth:`prepare`.
+            target: where; default: a directory of its own.
+            options: as for :meth:`mount`.
+
+        Yields:
+            The mount: ``mountpoint`` is where its files are.
+
+        Raises:
+            NotFound, InvalidArgument, Unsupported: as :meth:`prepare` and :meth:`mount`.
+            FailedPrecondition: at the end, when something still uses the mount.
+        """
+        key = f"{RUN_KEY}{secrets.token_hex(4)}"
+        self.prepare(key, parent, size=size, inodes=inodes)
+        made = tempfile.mkdtemp(prefix="cowfs-") if target is None else None
+        try:
+            with self.mount(key, made or os.fspath(target or ""), **options) as handle:
+                yield handle
+        finally:
+            with suppress(NotFound):
+                self.remove(key)
+            if made is not None:
+                os.rmdir(made)
+
+
+def _communicate(process: subprocess.Popen[bytes], input: bytes | None) -> tuple[bytes | None, bytes | None]:
+    """As :meth:`subprocess.Popen.communicate`; the command ends with whoever breaks it off."""
+    try:
+        return process.communicate(input)
+    except BaseException:
+        process.terminate()
+        try:
+            process.wait(_GRACE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        raise

@@ -1,0 +1,24 @@
+"""One call for one thing: what a program that needs no store of its own asks for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from cowfs.store.running import RunResult
+from cowfs.store.store import Store
+
+__all__ = ["run"]
+
+
+def run(
+    parent: str, argv: Sequence[str] = (), *, root: str | os.PathLike[str] | None = None, **options: Any
+) -> RunResult:
+    """Run a command in a fresh snapshot of a store: :meth:`cowfs.Store.run`, with its options and errors.
+
+    Args:
+        root: the store's directory; default: where the command's is, but for ``COWFS_ROOT``.
+    """
+    with Store.open(root, create=False) as store:
+        return store.run(parent, argv, **options)
