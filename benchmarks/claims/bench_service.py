@@ -191,7 +191,7 @@ def _at_rest(lab: Lab, name: str, engine: Engine) -> None:
 
 
 def _containers(lab: Lab, name: str, engine: Engine) -> None:
-    """What a container that runs and does nothing takes: in the daemon, and in all processes that it brings."""
+    """Memory that a container which runs and does nothing takes: in the daemon, and in all processes that it brings."""
     count = 4 * lab.profile.rounds
     more = ["--ulimit", LIMITS, "--ulimit", "nproc=4096:4096"] if not engine.pids else []
     before, there = sum(map(rss, engine.pids)), _processes()

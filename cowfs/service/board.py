@@ -1,4 +1,4 @@
-"""What the page at ``/ui/`` shows: figures of containers over time, snapshots, layers of images; made while somebody looks.
+"""The contents of the page at ``/ui/``: figures of containers over time, snapshots, layers of images; made while somebody looks.
 
 Strategy. To ask every container's server takes time, so it is not done in an exchange: one thread looks at all of them in rounds, from the
 first request on until nobody has asked for a minute, and an exchange gets what the last rounds found. A round rests for longer than it

@@ -4,7 +4,7 @@ Rules:
 
 1. A volume is a directory ``STORE/service/volumes/NAME`` with a record beside its data (``_data``). It is there from the rename that puts the finished
    directory in its place, and gone from the rename that takes it away; what else lies there is left over and deleted at the next start.
-2. What uses a volume is told by the records of containers alone: there is no count that a killed daemon could leave wrong.
+2. Uses of a volume are told by the records of containers alone: there is no count that a killed daemon could leave wrong.
 3. The first container that mounts an empty volume fills it with what its image has there, owner, mode and times among it, as Docker does (unless
    ``nocopy``). The path is resolved as if the container's root were the root; nothing runs in the tree meanwhile.
 

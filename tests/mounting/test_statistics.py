@@ -1,4 +1,4 @@
-"""What a mount's server counts, and the events that it records in its store."""
+"""The counts of a mount's server, and the events that it records in its store."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def test_mounts_of_the_kernel_are_told(space: Path, target: Path, can_mount: Non
 
 
 def test_the_end_is_told_before_the_layer_is_free(store: Store, target: Path, can_mount: None) -> None:
-    """Whoever waited for the unmount finds the event, and may remove the store."""
+    """A caller that waited for the unmount finds the event, and may remove the store."""
     for number in range(10):
         store.prepare(f"key{number}", "base")
         store.mount(f"key{number}", target)

@@ -88,7 +88,7 @@ def test_one_that_waits_for_its_restart(shared: Daemon) -> None:
 
 
 def test_a_new_daemon_goes_by_the_policies(shared: Daemon) -> None:
-    """What ended while there was no daemon is started again; what a verb ended only where it is ``always``."""
+    """A container that ended while there was no daemon is started again; one that a verb ended only where it is ``always``."""
     for name, policy in (
         ("a", "always"),
         ("b", "unless-stopped"),

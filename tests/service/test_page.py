@@ -281,7 +281,7 @@ def test_the_page_can_be_off_and_names_can_be_allowed(make_daemon: Callable[...,
 
 
 def test_figures_go_on_while_containers_come_and_go(looked_at: Daemon) -> None:
-    """Whoever looks while containers are made and removed always gets an answer, and new rounds."""
+    """A look while containers are made and removed always gets an answer, and new rounds."""
     stop, wrong = threading.Event(), []
 
     def look() -> None:

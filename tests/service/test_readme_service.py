@@ -33,7 +33,7 @@ EXPECTED = {
 
 @pytest.fixture(scope="module")
 def printed(shared: Daemon, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """What the section prints, from a store that is not there yet, with its lines and nothing else; a line that fails ends it."""
+    """The section's output, from a store that is not there yet, with its lines and nothing else; a line that fails ends it."""
     if os.path.exists("/run/cowfs/docker.sock"):
         pytest.skip("somebody's daemon runs here")
     space = tmp_path_factory.mktemp("readme")

@@ -126,7 +126,7 @@ class Browser:
         assert "errorText" not in found, found
 
     def js(self, expression: str) -> Any:
-        """What an expression gives in the page; a promise is waited for."""
+        """The value of an expression in the page; a promise is waited for."""
         found = self.ask("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")

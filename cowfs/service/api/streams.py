@@ -147,10 +147,10 @@ def _exec_start(service: Service, exchange: Exchange, id: str) -> Reply:
         try:
             process = service.containers.execs.process(made, console)
         except CowfsError as error:  # as Docker does: a client that upgrades hears of it on its stream
+            made.code = 126  # before the stream ends: the client asks for it then
             with sock:
                 text = f"{error}\r\n".encode()
                 sock.sendall(text if made.config.Tty else frame(STDERR, text))
-            made.code = 126
             return
         service.containers.execs.start(made, process, sock=sock, early=early)
 

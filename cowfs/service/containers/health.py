@@ -54,7 +54,7 @@ class Check:
 
 @dataclass(slots=True)
 class Health:
-    """What was seen of one run of a container.
+    """The health of one run of a container, as far as it was seen.
 
     Attributes:
         status: ``starting``, ``healthy`` or ``unhealthy``. streak: failures in a row. log: the last checks, as the API shows them.
@@ -193,7 +193,7 @@ def _kill(pid: int) -> None:
 
 
 def _read(sock: socket.socket, end: float) -> tuple[str, bool]:
-    """What a process without a terminal writes, and whether its streams ended in time."""
+    """The output of a process without a terminal, and whether its streams ended in time."""
     data = b""
     while True:
         left = end - time.monotonic()

@@ -368,6 +368,8 @@ class Containers:
     def prepare_attach(self, container: Container) -> None:
         """See that there is a supervisor to attach to."""
         with container.lock:
+            if not container.running:
+                container.wait_settled()  # else it would be the one of the last run, which is ending
             self._supervise(container)
 
     def attach(

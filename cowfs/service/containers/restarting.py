@@ -2,7 +2,7 @@
 
 Rules (Docker's, moby ``restartmanager``):
 
-1. Whoever stops or kills a container by a verb ends its restarts until it is started again.
+1. A verb that stops or kills a container ends its restarts until it is started again.
 2. The first restart waits a tenth of a second; each one after a run of less than ten seconds twice as long, up to a minute.
 3. A new daemon starts ``always`` whatever was before, ``unless-stopped`` unless a verb ended it, ``on-failure`` after a status that is not 0.
 

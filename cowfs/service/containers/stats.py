@@ -31,7 +31,7 @@ def _host_memory() -> int:
 
 
 def storage(store: Store, container: Container) -> dict[str, Any]:
-    """What the mount's server counts: use, limit and requests by kind; only the limit of a container that does not run."""
+    """The counts of the mount's server: use, limit and requests by kind; only the limit of a container that does not run."""
     try:
         limit = store.limit(container.key)
     except NotFound:
@@ -58,7 +58,7 @@ def storage(store: Store, container: Container) -> dict[str, Any]:
 WORK = (
     "copied_files", "copied_bytes", "copied_attributes", "redirected_files", "redirected_blocks", "directories_read",
 )  # fmt: skip
-"""What a mount's server counts of its own work; see :class:`cowfs.model.Statistics`."""
+"""Counts of a mount's server about its own work; see :class:`cowfs.model.Statistics`."""
 
 
 def _cpu(figures: cgroups.Figures, system: int) -> dict[str, Any]:

@@ -211,7 +211,7 @@ class Streams:
 
     def _drop(self, client: Client) -> None:
         self._unregister(client.sock.fileno())
-        client.sock.close()
+        _close(client.sock)
         self.clients.remove(client)
 
     def drop_gone(self) -> None:
@@ -336,3 +336,15 @@ class Streams:
 
 def _nothing() -> None:
     pass
+
+
+def _close(sock: socket.socket) -> None:
+    """Close a client's socket. Input that nobody reads any more is read away first: else its end of the stream is ECONNRESET (unix(7))."""
+    try:
+        sock.shutdown(socket.SHUT_WR)
+        for _ in range(64):  # as much as a socket holds
+            if not sock.recv(65536, socket.MSG_DONTWAIT):
+                break
+    except OSError:
+        pass  # nothing is there, or the client is gone
+    sock.close()

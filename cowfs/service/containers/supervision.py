@@ -45,7 +45,7 @@ def ask(container: Container, message: dict[str, Any], fd: int | None = None) ->
 
 
 def wish(container: Container, runtime: str, runtime_root: str, store: str) -> dict[str, Any]:
-    """What the supervisor of a container is told (:class:`cowfs.service.containers.supervisor.Supervisor`)."""
+    """The wish that the supervisor of a container gets (:class:`cowfs.service.containers.supervisor.Supervisor`)."""
     options = container.host_config.LogConfig.Config or {}
     return {
         "id": container.id,

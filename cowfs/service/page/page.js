@@ -1,6 +1,6 @@
 // The page of cowfs. Rules:
 // 1. Names come from whoever makes images, containers and labels: they become text nodes and attributes, never markup.
-// 2. What is on the screen is changed in place, so that focus, selection and a screen reader's place stay.
+// 2. The document is changed in place, so that focus, selection and a screen reader's place stay.
 // 3. Nothing is asked for while the page is hidden.
 "use strict";
 
