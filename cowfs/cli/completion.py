@@ -12,7 +12,8 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from cowfs.cli import VERBS, Command, parser_of
+from cowfs.cli import VERBS, Command
+from cowfs.cli.reference import actions_of
 
 
 class Option(NamedTuple):
@@ -37,7 +38,7 @@ def shapes() -> Iterator[Shape]:
     for name, verb in VERBS.items():
         options = []
         arguments: str | tuple[str, ...] = "files"
-        for action in parser_of(name)._actions:
+        for action in actions_of(name):
             choices = tuple(str(choice) for choice in action.choices) if action.choices else ()
             if action.option_strings:
                 value = None if action.nargs == 0 else choices or "any"

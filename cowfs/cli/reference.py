@@ -54,9 +54,13 @@ def _usage(name: str, actions: list[argparse.Action]) -> str:
     return " ".join(words)
 
 
+def actions_of(name: str) -> list[argparse.Action]:
+    """The options and arguments of a verb's parser, in order; argparse itself keeps them to itself."""
+    return parser_of(name)._actions
+
+
 def _verb(name: str) -> str:
-    command, parser = command_of(name), parser_of(name)
-    actions = parser._actions
+    command, actions = command_of(name), actions_of(name)
     lines = [f"### {name}", "", "```", _usage(name, actions), "```", "", command.description.replace("\n", " "), ""]
     rows = []
     for action in actions:
