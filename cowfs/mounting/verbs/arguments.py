@@ -87,13 +87,15 @@ class Rollback(Switch):
 
     Attributes:
         base: what counts for the limit although the new layer does not hold it, negative.
-        lowers, num: how the view comes to scan what is to be dropped, if it reads it from the index.
+        lowers, num, index: how the view comes to scan what is to be dropped, if it reads it from the index (which it has
+            open: the path is for servers that have not).
     """
 
     layer: str
     base: Counts
     lowers: list[str] = field(default_factory=list)
     num: int | None = None
+    index: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
