@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from support.daemon import Daemon, docker_environment, wait_for
+from support.daemon import Daemon, docker_environment, prune_all_volumes, wait_for
 
 
 def state(engine: Daemon, name: str) -> str:
@@ -160,7 +160,7 @@ def test_killed_at_random_moments_under_load(engine: Daemon, request: pytest.Fix
     assert "phoenix" in there
     wait_for(lambda: state(engine, "phoenix").startswith("running"), "the container that is started again")
     engine.docker("rm", "-f", *there)
-    engine.docker("volume", "prune", "-f", "--all")
+    engine.docker(*prune_all_volumes())
     assert os.listdir(engine.root / "service" / "volumes") == []
 
     def left() -> list[str]:

@@ -10,7 +10,7 @@ import time
 from typing import Any
 
 import pytest
-from support.daemon import Daemon, wait_for
+from support.daemon import Daemon, docker_major, prune_all_volumes, wait_for
 
 
 def run(engine: Daemon, *words: str) -> str:
@@ -38,7 +38,7 @@ def test_data_outlives_containers_and_is_shared(shared: Daemon) -> None:
     shared.docker("rm", "-f", "reads")
     assert shared.out("volume", "rm", "data") == "data"
     assert not os.path.exists(mount["Source"])
-    assert "no such volume" in shared.docker("volume", "inspect", "data", check=False).stderr
+    assert "no such volume" in shared.docker("volume", "inspect", "data", check=False).stderr.lower()
 
 
 def test_an_empty_volume_gets_what_the_image_has_there(shared: Daemon) -> None:
@@ -134,8 +134,9 @@ def test_create_list_prune_df_and_events(shared: Daemon) -> None:
         if each["Name"] == "two"
     ]
     assert df[0]["Size"].startswith("3.1") and df[0]["Links"] == "0"
-    assert shared.out("volume", "prune", "-f").startswith("Total reclaimed space: 0B")  # named ones stay
-    assert "two" in shared.out("volume", "prune", "-f", "--all", "--filter", "label!=team")
+    if docker_major() >= 23:
+        assert shared.out("volume", "prune", "-f").startswith("Total reclaimed space: 0B")  # named ones stay
+    assert "two" in shared.out(*prune_all_volumes(), "--filter", "label!=team")
     assert shared.out("volume", "rm", "-f", "nobody") == "nobody"
     events = shared.out(
         "events",
@@ -211,7 +212,7 @@ def test_racing_creates_and_prunes_lose_nothing(shared: Daemon) -> None:
         stop.set()
         other.join()
     shared.docker("rm", *[f"r{number}" for number in range(8)])
-    shared.docker("volume", "prune", "-f", "--all")
+    shared.docker(*prune_all_volumes())
     assert shared.out("volume", "ls", "-q") == ""
 
 

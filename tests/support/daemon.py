@@ -20,6 +20,17 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 DATA = REPOSITORY / "tests" / "data"
 
 
+def docker_major() -> int:
+    """The docker command's version: 20 (Debian 12) knows fewer options, and asks for API 1.41."""
+    told = subprocess.run(["docker", "--version"], capture_output=True, text=True, check=True).stdout
+    return int(told.split("version ")[1].split(".")[0])
+
+
+def prune_all_volumes() -> list[str]:
+    """The words for that: before API 1.42 named volumes are pruned like those without a name."""
+    return ["volume", "prune", "-f", *(["--all"] if docker_major() >= 23 else [])]
+
+
 def wait_for(condition: Callable[[], object], what: str, seconds: float = 60.0) -> Any:
     """The first true answer; fails after a long time (the bound is for hangs, not for speed)."""
     end = time.monotonic() + seconds
