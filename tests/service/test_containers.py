@@ -187,6 +187,19 @@ def test_a_terminal_of_exec_and_detaching(engine: Daemon) -> None:
     assert state(engine, "tt") == "running 0"
 
 
+def test_a_size_that_comes_before_the_start(engine: Daemon) -> None:
+    """By another connection, as clients of before API 1.42 send it."""
+    engine.docker("run", "-d", "--name", "early", "bb", "sleep", "1000")
+    status, made = engine.request(
+        "POST", "/containers/early/exec", {"Cmd": ["stty", "size"], "Tty": True, "AttachStdout": True}
+    )
+    assert status == 201
+    assert engine.request("POST", f"/exec/{made['Id']}/resize?h=40&w=100")[0] == 200
+    _, shown = engine.request("POST", f"/exec/{made['Id']}/start", {"Tty": True})
+    assert "40 100" in str(shown)
+    engine.docker("rm", "-f", "early")
+
+
 def test_what_a_container_is_given(engine: Daemon, space: Path) -> None:
     (space / "shared").mkdir()
     (space / "shared" / "file").write_text("of the host")

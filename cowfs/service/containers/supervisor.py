@@ -36,6 +36,7 @@ RUN_FILE = "run.json"
 LOST_SECONDS = 5.0
 """How long a supervisor whose container was never started waits for somebody to connect."""
 
+_SIZES = 16
 _MAX_LINE = 1 << 20
 
 
@@ -78,6 +79,7 @@ class Supervisor:
         self.early_exits: dict[int, int] = {}  # statuses of processes that nobody asked for yet
         self.main = _Process(self._streams(wish["terminal"], True, self._main_ended), wish["terminal"])
         self.execs: dict[str, _Process] = {}
+        self.sizes: dict[str, tuple[int, int]] = {}  # of terminals of execs that were not started yet; the last few
         self.run: dict[str, Any] = {}
         self._terminals = 0
         self.started = False
@@ -257,13 +259,18 @@ class Supervisor:
 
     def verb_resize(self, sock: socket.socket, message: dict[str, Any], fds: list[int]) -> None:
         """Set the size of a terminal."""
-        process = self.execs.get(message["exec"]) if message.get("exec") else self.main
+        exec, size = message.get("exec"), (message["width"], message["height"])
+        process = self.execs.get(exec) if exec else self.main
         if process is not None:
             try:
-                process.streams.resize(message["width"], message["height"])
+                process.streams.resize(*size)
             except OSError:
                 pass  # the terminal is gone
-        self._answer(sock, {"ok": process is not None})
+        elif exec:  # it may come before the start, by another connection
+            self.sizes[exec] = size
+            for older in list(self.sizes)[:-_SIZES]:
+                del self.sizes[older]
+        self._answer(sock, {"ok": True})
 
     def verb_start(self, sock: socket.socket, message: dict[str, Any], fds: list[int]) -> None:
         """Have the runtime make and start the container; answers when it runs."""
@@ -297,6 +304,8 @@ class Supervisor:
         forget = bool(message.get("forget"))
         process = _Process(self._streams(terminal, False, lambda: self._exec_ended(id, forget)), terminal)
         self.execs[id] = process
+        if id in self.sizes:
+            process.streams.resize(*self.sizes.pop(id))
         if fds:
             self._attach(process, message, fds)
         path = os.path.join(self.wish["bundle"], f"exec-{id[:12]}.json")
