@@ -23,7 +23,7 @@ from cowfs.store import limit_loop
 from cowfs.store.kernel_mounts import KernelMountVerbs
 from cowfs.store.layers import hold, is_locked, kernel_mount_of, kernel_mounts_of
 from cowfs.store.limit_loop import ENGINES, LOOP
-from cowfs.sys import mounts as sys_mounts
+from cowfs.sys import mounts as sys_mounts, process
 
 if TYPE_CHECKING:
     from cowfs.mounting.client import MountHandle
@@ -385,7 +385,9 @@ class MountVerbs(KernelMountVerbs):
             return None
         told = [one for one in notice.found([self.driver.directory(row.id)]) if os.path.exists(one.socket)]
         if told:
-            return told[0]
+            if process.start_time(told[0].pid) is None:  # of another pid namespace, or gone meanwhile
+                return told[0] if is_locked(self.driver, row) else None
+            return None if process.is_ending(told[0].pid) else told[0]
         server = self._server_without_notice(row)
         if server is None:
             return None
