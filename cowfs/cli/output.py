@@ -48,7 +48,7 @@ def print_items(items: Iterable[Mapping[str, Any]], how: str) -> None:
 
 
 def path_fields(key: str, path: bytes) -> dict[str, str]:
-    """A path as programs read it; one that is not UTF-8 also exactly, as ``KEY_b64``.
+    r"""A path as programs read it; one that is not UTF-8 also exactly, as ``KEY_b64``.
 
     >>> path_fields("path", b"a"), path_fields("path", b"\xff")["path_b64"]
     ({'path': 'a'}, '/w==')

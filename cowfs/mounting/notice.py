@@ -97,7 +97,7 @@ def drop(directory: str) -> None:
 def _paths(directory: str) -> list[str]:
     try:
         names = os.listdir(directory)
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a damaged index names a directory with a NUL
         return []
     return [os.path.join(directory, name) for name in names if name.startswith(PREFIX)]
 

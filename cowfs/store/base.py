@@ -100,7 +100,7 @@ class OpenStore(Reading):
         return made
 
     def recover_with_room(self, key: str | None = None) -> None:
-        """As :meth:`recover`; what cannot be finished for want of room stays half done until there is some.
+        """Recover as far as there is room (:meth:`recover`): what cannot be finished for want of it stays half done.
 
         Args:
             key: a snapshot that must not be half done itself.
@@ -115,7 +115,14 @@ class OpenStore(Reading):
                 raise
 
     def is_half_done(self, key: str) -> bool:
-        """Whether a verb on a key was killed, or had no room, and is still to be finished."""
+        """Whether a verb on a key was killed, or had no room, and is still to be finished.
+
+        Args:
+            key: an active snapshot.
+
+        Raises:
+            NotFound: no such key.
+        """
         return False
 
     def recover(self) -> None:

@@ -405,7 +405,14 @@ class LiveVerbs(InstantVerbs):
                 os.close(lock)
 
     def is_half_done(self, key: str) -> bool:
-        """Whether a note tells of this key."""
+        """Whether a verb on a key was killed, or had no room, and is still to be finished: a note tells of it.
+
+        Args:
+            key: an active snapshot.
+
+        Raises:
+            NotFound: no such key.
+        """
         num = self._keyed(key).num
         notes = [name for name in os.listdir(self.root) if name.startswith(LIVE) and name.endswith(NOTE)]
         found = [_read_note(os.path.join(self.root, name)) for name in notes]

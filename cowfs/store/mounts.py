@@ -369,7 +369,14 @@ class MountVerbs(KernelMountVerbs):
         return told.mountpoint if told is not None else kernel_mount_of(self.driver.tree(row.id))
 
     def mount_of(self, key: str) -> tuple[int, str] | None:
-        """(process, mount point) of a snapshot's mount: a process in the mount's namespace, and where it is there; None where there is none."""
+        """The mount of a snapshot: (number of a process in its namespace, mount point there); None where there is none.
+
+        Args:
+            key: an active snapshot or a view.
+
+        Raises:
+            NotFound: no such key.
+        """
         row = self._keyed(key)
         told = self._notice_of(row)
         if told is not None:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
 from cowfs.errors import (
     AlreadyExists,
@@ -204,7 +204,10 @@ class RunVerbs(LiveVerbs):
         size: str | int | None = None,
         inodes: str | int | None = None,
         target: str | os.PathLike[str] | None = None,
-        **options: Any,
+        mount_type: str | None = None,
+        limit_engine: str | None = None,
+        volatile: bool = False,
+        allow_other: bool | None = None,
     ) -> Iterator[MountHandle | KernelMount]:
         """A fresh snapshot, mounted for the block and removed with all that was written at its end.
 
@@ -212,7 +215,7 @@ class RunVerbs(LiveVerbs):
             parent: a committed snapshot, or a tag; None: an empty tree.
             size, inodes: its limit, as for :meth:`prepare`.
             target: where; default: a directory of its own.
-            options: as for :meth:`mount`.
+            mount_type, limit_engine, volatile, allow_other: as for :meth:`mount`.
 
         Yields:
             The mount: ``mountpoint`` is where its files are.
@@ -225,7 +228,14 @@ class RunVerbs(LiveVerbs):
         self.prepare(key, parent, size=size, inodes=inodes)
         made = tempfile.mkdtemp(prefix="cowfs-") if target is None else None
         try:
-            with self.mount(key, made or os.fspath(target or ""), **options) as handle:
+            with self.mount(
+                key,
+                made or os.fspath(target or ""),
+                mount_type=mount_type,
+                limit_engine=limit_engine,
+                volatile=volatile,
+                allow_other=allow_other,
+            ) as handle:
                 yield handle
         finally:
             with suppress(NotFound):

@@ -137,8 +137,9 @@ class Streams:
     def resize(self, width: int, height: int) -> None:
         """Set the terminal's size, now or when it is there."""
         self._size = (width, height)
-        if self.terminal and self._input is not None:
-            fcntl.ioctl(self._input, termios.TIOCSWINSZ, struct.pack("HHHH", height, width, 0, 0))
+        fd = self._input if self._input is not None else next(iter(self._outputs), None)
+        if self.terminal and fd is not None:
+            fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("HHHH", height, width, 0, 0))
 
     def process_ended(self) -> None:
         """The process is gone: read what is left, and end."""
