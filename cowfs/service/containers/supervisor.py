@@ -304,8 +304,10 @@ class Supervisor:
         forget = bool(message.get("forget"))
         process = _Process(self._streams(terminal, False, lambda: self._exec_ended(id, forget)), terminal)
         self.execs[id] = process
-        if id in self.sizes:
-            process.streams.resize(*self.sizes.pop(id))
+        if id in self.sizes:  # the runtime makes the terminal in that size: the process may look before we have it
+            width, height = self.sizes.pop(id)
+            message["process"]["consoleSize"] = {"height": height, "width": width}
+            process.streams.resize(width, height)
         if fds:
             self._attach(process, message, fds)
         path = os.path.join(self.wish["bundle"], f"exec-{id[:12]}.json")
