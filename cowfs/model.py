@@ -89,6 +89,18 @@ class Limit:
     def __bool__(self) -> bool:
         return self.bytes is not None or self.inodes is not None
 
+    def over(self, base: Usage) -> Limit:
+        """The limit on all that a tree holds, when ``base`` of it does not count (or, negative, something elsewhere does).
+
+        With a base at least 1 of each: a mount's options cannot say 0.
+        """
+        if base == Usage():
+            return self
+        return Limit(
+            bytes=None if self.bytes is None else max(1, self.bytes + base.bytes),
+            inodes=None if self.inodes is None else max(1, self.inodes + base.inodes),
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mount:

@@ -35,7 +35,7 @@ def test_no_module_is_longer_than_600_lines() -> None:
     """A longer one hides a second concept."""
     found = [
         f"{path}: {lines} lines"
-        for folder in SOURCES
+        for folder in (*SOURCES, "tests")
         for path in sorted((ROOT / folder).rglob("*.py"))
         if (lines := path.read_text().count("\n")) > 600
     ]

@@ -19,6 +19,7 @@ import queue
 import struct
 import threading
 import zlib
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,7 +34,7 @@ __all__ = ["COMPRESSIONS", "Packer", "Source", "Unpacker"]
 _QUEUED = 8
 
 
-class Source:
+class Source(ABC):
     """Bytes pulled in chunks and taken out in blocks; subclasses give :meth:`next_chunk`.
 
     Attributes:
@@ -46,9 +47,9 @@ class Source:
         self._chunk: bytes = b""
         self._pos = self._end = self._start = 0
 
+    @abstractmethod
     def next_chunk(self) -> bytes:
         """The next bytes, ``b""`` at the end."""
-        raise NotImplementedError
 
     @property
     def offset(self) -> int:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import os
 import stat
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -148,7 +149,7 @@ class Frame:
         return None if join(self.base, name) == actual else actual
 
 
-class _Scan:
+class _Scan(ABC):
     """State common to both kinds of layer. Owner: one verb, one thread."""
 
     def __init__(
@@ -208,11 +209,13 @@ class _Scan:
                     os.close(frame.fd)
         return Scanned(pair, self.tally.usage(), self.pending, self.latest, sums=self.tally.sums())
 
+    @abstractmethod
     def enter(self, above: Frame | None, name: bytes, fd: int) -> Frame:
-        raise NotImplementedError
+        """Begin a directory that the layer has, open as ``fd``; None above: the root."""
 
+    @abstractmethod
     def file(self, frame: Frame, name: bytes, st: os.stat_result) -> None:
-        raise NotImplementedError
+        """Take what is no directory."""
 
     def leave(self, frame: Frame) -> Pair:
         if frame.below == EMPTY:

@@ -23,9 +23,8 @@ from cowfs.errors import Corrupt, Unsupported
 from cowfs.index.database import Row
 from cowfs.index.directory import Entry, Pair, Ref, children_of, decode, entries, join, root_digest
 from cowfs.model import Kind, Usage
-from cowfs.store import kernel_image
+from cowfs.store import kernel_image, limit_loop
 from cowfs.store.layers import KeptDigests, SameData, file_digest
-from cowfs.store.limit_loop import LOOP
 from cowfs.store.mounts import MountVerbs
 from cowfs.store.reserve import names_full
 from cowfs.store.staging import NEW, RM, orphans, sweep
@@ -465,7 +464,7 @@ def _limits(driver: Driver) -> str:
     """Which engines hold limits here, for people."""
     if driver.capabilities.own_limit:
         return "the driver's own, whoever mounts"
-    why = LOOP.why_not(driver)
+    why = limit_loop.why_not(driver)
     return "cowfs's own server; kernel mounts: " + (
         f"none, {why}" if why else "an ext4 image of the limit's size (loop)"
     )

@@ -38,7 +38,7 @@ class EngineVerbs(LiveVerbs):
         row = self._keyed(key)
         self._mountable(row)
         id, *parents = [id for _, id in self.index.chain(row.num)]
-        plan = self.driver.plan(id, parents, readonly=row.kind is Kind.VIEW, limit=self._limit_of(row))
+        plan = self.driver.plan(id, parents, readonly=row.kind is Kind.VIEW, limit=row.limit.over(row.base))
         plain = self.driver.capabilities.whole or (
             all(self._is_plain(one) for one in parents)
             and (row.kind is Kind.VIEW or bool(plan.why_not_kernel) or self._is_plain(id) or self._mark_plain(row))

@@ -89,16 +89,23 @@ class FileVerbs(ArchiveVerbs):
 
     def _mounted_root(self, row: Row) -> int | None:
         """A descriptor of the root of an active snapshot's mount, in whichever mount namespace; None where it is not mounted."""
+        from cowfs.mounting import protocol
+
         told = self._notice_of(row)
         places: list[str] = []
+        device = ""
         if told is not None:
             places = [f"/proc/{told.pid}/root{told.mountpoint}", told.mountpoint]
+            device = protocol.device_of(told.socket)
         elif (where := kernel_mount_of(self.driver.tree(row.id))) is not None:
             places = [where]
         for place in places:
             with suppress(OSError):
                 fd = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-                if os.fstat(fd).st_dev != os.stat("..", dir_fd=fd).st_dev:
+                here = os.fstat(fd).st_dev
+                if f"{os.major(here)}:{os.minor(here)}" == device:
+                    return fd  # that mount, and not what somebody has mounted over it
+                if not device[2:].isdigit() and here != os.stat("..", dir_fd=fd).st_dev:
                     return fd
                 os.close(fd)
         if told is not None and os.path.exists(told.socket):
@@ -161,10 +168,7 @@ class FileVerbs(ArchiveVerbs):
         """
         with self.tree(name) as tree:
             top = resolve(tree, os.fsencode(path), last=False)
-            st = tree.stat(top)
-            if st is None:
-                raise FileNotFoundError(2, os.strerror(2), os.fsdecode(path))
-            todo = [(top, st, 0)]
+            todo = [(top, _stat(tree, top, path), 0)]
             while todo:
                 here, st, level = todo.pop()
                 yield _file_info(tree, here, st)
@@ -190,10 +194,7 @@ class FileVerbs(ArchiveVerbs):
         """
         with self.tree(name) as tree:
             found = resolve(tree, os.fsencode(path), last=follow)
-            st = tree.stat(found)
-            if st is None:
-                raise FileNotFoundError(2, os.strerror(2), os.fsdecode(path))
-            return _file_info(tree, found, st)
+            return _file_info(tree, found, _stat(tree, found, path))
 
     def copy_out(
         self,
@@ -305,8 +306,7 @@ class FileVerbs(ArchiveVerbs):
         with self.tree(name) as tree:
             contents = wanted.endswith(b"/.")
             top = resolve(tree, wanted, last=contents)
-            if tree.stat(top) is None:
-                raise FileNotFoundError(2, os.strerror(2), os.fsdecode(path))
+            _stat(tree, top, path)
             above = top if contents else top.rpartition(b"/")[0]
             archive.export_tree(_Below(tree, above), out, top=top[len(above) :].lstrip(b"/"), progress=progress)
 
@@ -337,10 +337,8 @@ class FileVerbs(ArchiveVerbs):
 
         with self._target(self._keyed(key)) as target:
             where = resolve(target, os.fsencode(path))
-            st = target.stat(where)
-            if st is None or not stat.S_ISDIR(st.mode):
-                number = errno.ENOENT if st is None else errno.ENOTDIR
-                raise OSError(number, os.strerror(number), os.fsdecode(path))
+            if not stat.S_ISDIR(_stat(target, where, path).mode):
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), os.fsdecode(path))
             return unpack_files(stream, target, where, owners=owners, progress=progress)
 
     @contextmanager
@@ -381,6 +379,14 @@ class _Below:
 
     def data(self, path: bytes) -> Iterator[tuple[int, bytes]]:
         return self._tree.data(self._at(path))
+
+
+def _stat(tree: Tree, path: bytes, asked: str | bytes) -> LowerStat:
+    """What is at a canonical path. Raises FileNotFoundError with the path that was asked for."""
+    st = tree.stat(path)
+    if st is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fsdecode(asked))
+    return st
 
 
 def _file_info(tree: Tree, path: bytes, st: LowerStat) -> FileInfo:

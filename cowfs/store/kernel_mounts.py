@@ -12,7 +12,6 @@ from cowfs.index.database import Row
 from cowfs.model import Kind, Mount
 from cowfs.store import limit_loop
 from cowfs.store.layers import hold
-from cowfs.store.limit_loop import LOOP
 from cowfs.store.queries import LookVerbs
 from cowfs.sys import loop, mounts as sys_mounts
 
@@ -34,7 +33,7 @@ class KernelMountVerbs(LookVerbs):
         row = self._keyed(key)
         plan = self._plan(row)
         if self._needs_engine(row):
-            return LOOP.why_not(self.driver) or (
+            return limit_loop.why_not(self.driver) or (
                 "" if row.limit.bytes is not None else "it has a limit on inodes alone"
             )
         if not plan.why_not_kernel:
@@ -48,7 +47,7 @@ class KernelMountVerbs(LookVerbs):
     def _mount_kernel(self, row: Row, where: str) -> None:
         self._mountable(row)
         limited = self._needs_engine(row)
-        why = LOOP.why_not(self.driver) if limited else ""
+        why = limit_loop.why_not(self.driver) if limited else ""
         if why:
             raise Unsupported(f"a kernel mount with a limit is not possible: {why}", remedy="leave out --mount-type")
         plan = self._plan(row)
@@ -57,7 +56,7 @@ class KernelMountVerbs(LookVerbs):
                 if plan.row and not plan.readonly and not limit_loop.has_image(self.driver, row.id):
                     self._refuse_redirects(row, plan.upper)
                 if limited:
-                    plan = held.enter_context(LOOP.limited(self.driver, row.id, plan))
+                    plan = held.enter_context(limit_loop.limited(self.driver, row.id, plan))
             try:
                 self._mount_image(row, plan, where)
             except (

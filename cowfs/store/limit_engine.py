@@ -1,4 +1,4 @@
-"""Engines that hold the limit of a mounted snapshot: what each can do here, behind one interface.
+"""Engines that keep a mounted snapshot to its limit, behind one interface.
 
 A limit belongs to the snapshot (:meth:`Store.limit <cowfs.Store.limit>`); the engine is how a mount is kept to it. The default is
 cowfs's own server, which counts every write, for every user and on every host. The others leave the data path to the kernel: a file
@@ -9,7 +9,7 @@ name         mechanism                                              module
 ===========  =====================================================  ==========================================
 ``fuse``     cowfs's own server counts                              :mod:`cowfs.union.quota`
 ``loop``     the upper is an ext4 image of the limit's size         :mod:`cowfs.store.limit_loop`
-``tmpfs``    the upper is a tmpfs of the limit's size, and   :mod:`cowfs.mounting.kernel` (of no store)
+``tmpfs``    the upper is a tmpfs of the limit's size, and          :mod:`cowfs.mounting.kernel` (of no store)
              goes with the mount
 ``driver``   the layer holds its limit itself (``own_limit``)       the driver
 ===========  =====================================================  ==========================================
@@ -18,61 +18,67 @@ name         mechanism                                              module
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import ClassVar
 
 from cowfs.driver.interface import Driver
-from cowfs.driver.plan import MountPlan
-from cowfs.model import Limit, Usage
+from cowfs.errors import FailedPrecondition
+from cowfs.model import Limit
 
-__all__ = ["FuseEngine", "LimitEngine"]
+__all__ = ["MOUNT_TYPES", "DriverEngine", "LimitEngine", "ServerEngine"]
+
+MOUNT_TYPES = {"fuse": "fuse", "loop": "kernel"}
+"""The engines that a mount may ask for, with its type; the first is the default."""
 
 
 class LimitEngine(ABC):
-    """How a mount is kept to a limit."""
+    """The engine that keeps one mounted snapshot to its limit now."""
 
     name: ClassVar[str]
-    kernel: ClassVar[bool]
-    """Whether the kernel serves what is mounted so."""
 
     @abstractmethod
-    def why_not(self, driver: Driver) -> str:
-        """Why mounts of a store cannot be kept to a limit so, here and by this user; "" where they can."""
-
-    @abstractmethod
-    def used(self, driver: Driver, id: str) -> Usage | None:
-        """What a layer that is kept so holds now, as the engine counts it; None where the engine does not hold it."""
-
-    @contextmanager
-    def limited(self, driver: Driver, id: str, plan: MountPlan) -> Iterator[MountPlan]:
-        """A plan whose upper can take no more than the limit, for as long as the block or a mount made in it lasts.
+    def change(self, limit: Limit) -> None:
+        """Give the mount another limit on what the snapshot holds itself.
 
         Raises:
-            Unsupported: this limit cannot be held so.
-        """
-        yield plan
-
-    @abstractmethod
-    def change(self, driver: Driver, id: str, limit: Limit) -> None:
-        """Give a mounted layer another limit.
-
-        Raises:
-            FailedPrecondition: this one it takes only when it is mounted again.
+            FailedPrecondition: it cannot take this one while it is mounted.
         """
 
 
-class FuseEngine(LimitEngine):
-    """cowfs's own server. It is asked by its socket (:mod:`cowfs.store.mounts`), so that nothing is left to do here."""
+class ServerEngine(LimitEngine):
+    """cowfs's own server.
+
+    Args:
+        socket: its control socket.
+    """
 
     name = "fuse"
-    kernel = False
 
-    def why_not(self, driver: Driver) -> str:
-        return ""
+    def __init__(self, socket: str) -> None:
+        self._socket = socket
 
-    def used(self, driver: Driver, id: str) -> Usage | None:
-        return None
+    def change(self, limit: Limit) -> None:
+        from cowfs.mounting import protocol
 
-    def change(self, driver: Driver, id: str, limit: Limit) -> None:
-        raise NotImplementedError("a server is asked by its socket")
+        protocol.ask(self._socket, "limit", bytes=limit.bytes, inodes=limit.inodes)
+
+
+class DriverEngine(LimitEngine):
+    """A driver whose layers hold their limits themselves, under a mount of the kernel.
+
+    Args:
+        id: of the layer.
+        key: of the snapshot, for messages.
+    """
+
+    name = "driver"
+
+    def __init__(self, driver: Driver, id: str, key: str) -> None:
+        self._driver = driver
+        self._id = id
+        self._key = key
+
+    def change(self, limit: Limit) -> None:
+        why = self._driver.plan(self._id, [], limit=limit).why_not_kernel
+        if why:
+            raise FailedPrecondition(f"{self._key!r} is mounted by the kernel: {why}", remedy="unmount it first")
+        self._driver.limit(self._id, limit)

@@ -30,11 +30,21 @@ from cowfs.driver.interface import Driver
 from cowfs.driver.plan import MountPlan
 from cowfs.errors import FailedPrecondition, Unsupported
 from cowfs.model import Limit, Usage
-from cowfs.store.limit_engine import FuseEngine, LimitEngine
+from cowfs.store.limit_engine import LimitEngine
 from cowfs.sys import files, host, locks, loop, trees
+from cowfs.sys.atomic import fsync_directory
 from cowfs.sys.faults import point
 
-__all__ = ["ENGINES", "LOOP", "LoopEngine", "has_image", "is_mounted", "opened_image", "settled"]
+__all__ = [
+    "LoopEngine",
+    "has_image",
+    "is_mounted",
+    "limited",
+    "opened_image",
+    "settled",
+    "used",
+    "why_not",
+]
 
 IMAGE = "upper.img"
 _BLOCK = 4096
@@ -142,6 +152,8 @@ def settled(driver: Driver, id: str) -> Iterator[None]:
         locks.lock(fd)  # it is to be in use from the moment on that it is the layer's tree
         files.rename2(files.AT_FDCWD, os.fsencode(new), files.AT_FDCWD, os.fsencode(old), files.RENAME_EXCHANGE)
         point("settle.exchanged")
+        if driver.fsync:
+            fsync_directory(driver.directory(id))  # the image goes when the tree surely is the one out of it
         os.unlink(image)
         point("settle.unlinked")
         trees.remove_tree(new)
@@ -150,63 +162,81 @@ def settled(driver: Driver, id: str) -> Iterator[None]:
         os.close(fd)
 
 
+def why_not(driver: Driver) -> str:
+    """Why mounts of a store cannot be kept to a limit so, here and by this user; "" where they can."""
+    if driver.capabilities.whole:
+        return f"layers of {driver.name} are whole trees"
+    if not driver.form.redirects or not host.has_cap(host.CAP_SYS_ADMIN):
+        return "only root mounts an ext4 image"
+    if _mkfs() is None:
+        return "mkfs.ext4 is not installed (apt-get install e2fsprogs)"
+    return loop.why_not_ext4()
+
+
+def used(driver: Driver, id: str) -> Usage | None:
+    """What a layer whose tree is in an image holds now, as ext4 counts it; None for one without an image."""
+    if not has_image(driver, id):
+        return None
+    with _opened(image_of(driver, id), readonly=True) as (_, root):
+        own = _own(root)
+        told = os.fstatvfs(root)
+        spare = len(os.listdir(_at(root, "spare")))
+        inodes = told.f_files - told.f_ffree - own.inodes - spare
+        return Usage(bytes=max(0, told.f_blocks - told.f_bfree - own.blocks) * _BLOCK, inodes=max(0, inodes))
+
+
+@contextmanager
+def limited(driver: Driver, id: str, plan: MountPlan) -> Iterator[MountPlan]:
+    """A plan whose upper can take no more than the limit, for as long as the block or a mount made in it lasts.
+
+    Raises:
+        Unsupported: this limit cannot be held so.
+    """
+    image = image_of(driver, id)
+    with ExitStack() as held:
+        if os.path.exists(image):
+            try:
+                ready = held.enter_context(_ready(image, plan))
+            except FailedPrecondition:  # a size or a number of inodes that this image cannot have
+                held.enter_context(settled(driver, id))
+        if not os.path.exists(image):
+            _make(image, driver.tree(id), plan.limit, durable=driver.fsync)
+            ready = held.enter_context(_ready(image, plan))
+        yield ready
+
+
+@contextmanager
+def _ready(image: str, plan: MountPlan) -> Iterator[MountPlan]:
+    with _opened(image) as (device, root):
+        _set(image, device, root, plan.limit, more=_WORKING)
+        yield replace(
+            plan,
+            upper=f"{_at(root, 'fs')}",
+            work=f"{_at(root, 'work')}",
+            lowers=plan.lowers or (plan.empty,),
+            limit=Limit(),
+            why_not_kernel="the kernel's overlayfs cannot read redirect files" if plan.row and plan.lowers else "",
+            why_not_image="",
+        )
+        _set(image, device, root, plan.limit)
+
+
 class LoopEngine(LimitEngine):
-    """See the module."""
+    """The image of one layer, mounted.
+
+    Args:
+        base: what the layer holds that does not count as its own, as in :meth:`cowfs.driver.Driver.create`.
+    """
 
     name = "loop"
-    kernel = True
 
-    def why_not(self, driver: Driver) -> str:
-        if driver.capabilities.whole:
-            return f"layers of {driver.name} are whole trees"
-        if not driver.form.redirects or not host.has_cap(host.CAP_SYS_ADMIN):
-            return "only root mounts an ext4 image"
-        if _mkfs() is None:
-            return "mkfs.ext4 is not installed (apt-get install e2fsprogs)"
-        return loop.why_not_ext4()
+    def __init__(self, driver: Driver, id: str, base: Usage) -> None:
+        self._image = image_of(driver, id)
+        self._base = base
 
-    def used(self, driver: Driver, id: str) -> Usage | None:
-        if not has_image(driver, id):
-            return None
-        with _opened(image_of(driver, id), readonly=True) as (_, root):
-            own = _own(root)
-            told = os.fstatvfs(root)
-            spare = len(os.listdir(_at(root, "spare")))
-            inodes = told.f_files - told.f_ffree - own.inodes - spare
-            return Usage(bytes=max(0, told.f_blocks - told.f_bfree - own.blocks) * _BLOCK, inodes=max(0, inodes))
-
-    @contextmanager
-    def limited(self, driver: Driver, id: str, plan: MountPlan) -> Iterator[MountPlan]:
-        image = image_of(driver, id)
-        with ExitStack() as held:
-            if os.path.exists(image):
-                try:
-                    ready = held.enter_context(self._ready(image, plan))
-                except FailedPrecondition:  # a size or a number of inodes that this image cannot have
-                    held.enter_context(settled(driver, id))
-            if not os.path.exists(image):
-                _make(image, driver.tree(id), plan.limit, durable=driver.fsync)
-                ready = held.enter_context(self._ready(image, plan))
-            yield ready
-
-    @contextmanager
-    def _ready(self, image: str, plan: MountPlan) -> Iterator[MountPlan]:
-        with _opened(image) as (device, root):
-            _set(image, device, root, plan.limit, more=_WORKING)
-            yield replace(
-                plan,
-                upper=f"{_at(root, 'fs')}",
-                work=f"{_at(root, 'work')}",
-                lowers=plan.lowers or (plan.empty,),
-                limit=Limit(),
-                why_not_kernel="the kernel's overlayfs cannot read redirect files" if plan.row and plan.lowers else "",
-                why_not_image="",
-            )
-            _set(image, device, root, plan.limit)
-
-    def change(self, driver: Driver, id: str, limit: Limit) -> None:
-        with _opened(image_of(driver, id)) as (device, root):
-            _set(image_of(driver, id), device, root, limit)
+    def change(self, limit: Limit) -> None:
+        with _opened(self._image) as (device, root):
+            _set(self._image, device, root, limit.over(self._base))
 
 
 def _at(root: int, name: str) -> str:
@@ -269,6 +299,8 @@ def _make(image: str, tree: str, limit: Limit, *, durable: bool) -> None:
         if durable:
             os.fsync(fd)
         os.rename(new, image)
+        if durable:
+            fsync_directory(os.path.dirname(image))
     except BaseException:
         with suppress(FileNotFoundError):
             os.unlink(new)
@@ -341,8 +373,3 @@ def _set_inodes(root: int, own: _Own, limit: Limit, more: int) -> None:
             if error.errno != errno.ENOSPC:
                 raise
             break  # more are in use than the new limit allows
-
-
-LOOP = LoopEngine()
-ENGINES: dict[str, LimitEngine] = {engine.name: engine for engine in (FuseEngine(), LOOP)}
-"""The engines by name; the first is the default."""

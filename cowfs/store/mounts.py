@@ -8,9 +8,9 @@ mountinfo.
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from types import EllipsisType, MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,8 @@ from cowfs.mounting.kernel import KernelMount
 from cowfs.store import limit_loop
 from cowfs.store.kernel_mounts import KernelMountVerbs
 from cowfs.store.layers import hold, is_locked, kernel_mount_of, kernel_mounts_of
-from cowfs.store.limit_loop import ENGINES, LOOP
+from cowfs.store.limit_engine import MOUNT_TYPES, DriverEngine, LimitEngine, ServerEngine
+from cowfs.store.limit_loop import LoopEngine
 from cowfs.sys import mounts as sys_mounts, process
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ __all__ = ["MountVerbs"]
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
-class MountVerbs(KernelMountVerbs):
+class MountVerbs(KernelMountVerbs, ABC):
     """The verbs that mount."""
 
     def mount(
@@ -132,13 +133,13 @@ class MountVerbs(KernelMountVerbs):
         """
         if engine is None or engine == mount_type == "fuse":
             return mount_type
-        if engine not in (*ENGINES, "auto"):
-            raise InvalidArgument(f"no limit engine {engine!r}", remedy=f"{', '.join(ENGINES)} or auto")
+        if engine not in (*MOUNT_TYPES, "auto"):
+            raise InvalidArgument(f"no limit engine {engine!r}", remedy=f"{', '.join(MOUNT_TYPES)} or auto")
         if engine == "auto":
             if mount_type is not None:
                 return mount_type
             return "fuse" if kernel.why_not(more) or self.why_not_kernel(key) else "kernel"
-        wanted = "kernel" if ENGINES[engine].kernel else "fuse"
+        wanted = MOUNT_TYPES[engine]
         if mount_type not in (None, wanted):
             raise InvalidArgument(
                 f"the limit engine {engine} is not one of {mount_type} mounts", remedy="leave out one of the two"
@@ -193,9 +194,9 @@ class MountVerbs(KernelMountVerbs):
             self._hand_limit(self._keyed(key), by_server=True)
         return self._live(client.spawn(spec), key)
 
+    @abstractmethod
     def _live(self, handle: MountHandle, key: str) -> LiveHandle:
         """The handle of a key's mount, with the verbs of live snapshots."""
-        raise NotImplementedError
 
     def spec(
         self,
@@ -364,9 +365,8 @@ class MountVerbs(KernelMountVerbs):
         Raises:
             NotFound: no such key.
         """
-        row = self._keyed(key)
-        told = self._notice_of(row)
-        return told.mountpoint if told is not None else kernel_mount_of(self.driver.tree(row.id))
+        found = self.mount_of(key)
+        return None if found is None else found[1]
 
     def mount_of(self, key: str) -> tuple[int, str] | None:
         """The mount of a snapshot: (number of a process in its namespace, mount point there); None where there is none.
@@ -496,28 +496,15 @@ class MountVerbs(KernelMountVerbs):
             if inodes is None
             else parse_count(inodes),
         )
-        server = self._server_of(row)
-        if server is not None:
-            from cowfs.mounting import protocol
-
-            protocol.ask(server["socket"], "limit", bytes=limit.bytes, inodes=limit.inodes)
-        elif limit_loop.has_image(self.driver, row.id) and limit_loop.is_mounted(self.driver, row.id):
-            LOOP.change(self.driver, row.id, self._limit_of(replace(row, limit=limit)))
+        with ExitStack() as held:
+            engine = self._limit_engine_of(row)
+            if engine is not None:
+                engine.change(limit)
+            else:
+                held.enter_context(hold(self.driver, row, "limit", at_rest=False))
             with self.index.write() as change:
-                self._active(name, row.num)
-                change.set_limit(row.num, limit)
-        elif self.driver.capabilities.own_limit and kernel_mount_of(self.driver.tree(row.id)) is not None:
-            why = self.driver.plan(row.id, [], limit=limit).why_not_kernel
-            if why:
-                raise FailedPrecondition(f"{name!r} is mounted by the kernel: {why}", remedy="unmount it first")
-            self.driver.limit(row.id, limit)
-            with self.index.write() as change:
-                self._active(name, row.num)
-                change.set_limit(row.num, limit)
-        else:
-            with hold(self.driver, row, "limit", at_rest=False), self.index.write() as change:
-                self._active(name, row.num)
-                if limit != row.limit:
+                now = self._active(name, row.num)
+                if limit != now.limit:  # a server has recorded it already
                     change.set_limit(row.num, limit)
         return self.index.get(name).limit
 
@@ -533,11 +520,19 @@ class MountVerbs(KernelMountVerbs):
         row = self.resolve(name)
         if row.kind is not Kind.ACTIVE or not row.limit:
             return None
-        if self.driver.capabilities.own_limit:
-            return "driver"
+        engine = self._limit_engine_of(row)
+        return None if engine is None else engine.name
+
+    def _limit_engine_of(self, row: Row) -> LimitEngine | None:
+        """What keeps an active snapshot to its limit now: the engine of its mount; None where it is not mounted."""
+        server = self._server_of(row)
+        if server is not None:
+            return ServerEngine(server["socket"])
         if limit_loop.has_image(self.driver, row.id):
-            return LOOP.name
-        return "fuse" if is_locked(self.driver, row) else None
+            return LoopEngine(self.driver, row.id, row.base) if limit_loop.is_mounted(self.driver, row.id) else None
+        if self.driver.capabilities.own_limit and kernel_mount_of(self.driver.tree(row.id)) is not None:
+            return DriverEngine(self.driver, row.id, row.name)
+        return None
 
     def _live_usage(self, row: Row) -> Usage | None:
         """What the server of a mounted snapshot counts; without what was copied, as :meth:`usage` wants it."""

@@ -38,9 +38,9 @@ class LookVerbs(StoreCore):
             return row.usage
         if row.kind is Kind.VIEW:
             return Usage()
-        from cowfs.store.limit_loop import LOOP
+        from cowfs.store import limit_loop
 
-        whole = self._live_usage(row) or LOOP.used(self.driver, row.id) or self.driver.usage(row.id)
+        whole = self._live_usage(row) or limit_loop.used(self.driver, row.id) or self.driver.usage(row.id)
         base = self._copied(row)
         base = base if base.bytes >= 0 else Usage()  # a negative one is what live snapshots hold (cowfs.store.live)
         return Usage(bytes=max(0, whole.bytes - base.bytes), inodes=max(0, whole.inodes - base.inodes))

@@ -522,7 +522,7 @@ class StoreCore(OpenStore):
         readonly = row.kind is Kind.VIEW
         if readonly and self.driver.capabilities.whole and parents:
             id, *parents = parents
-        limit = self._limit_of(row)
+        limit = row.limit.over(row.base)
         return self.driver.mounts(id, parents, readonly=readonly, limit=limit, mount_type=mount_type)
 
     def _at_rest(self, row: Row) -> None:
@@ -550,19 +550,7 @@ class StoreCore(OpenStore):
         id, *parents = [id for _, id in self.index.chain(row.num)]
         if row.kind is Kind.ACTIVE:
             layers.not_plain(self.driver, id)
-        return self.driver.plan(id, parents, readonly=row.kind is Kind.VIEW, limit=self._limit_of(row))
-
-    @staticmethod
-    def _limit_of(row: Row) -> Limit:
-        """The limit on what a layer's tree holds, with what was copied into it."""
-        limit = row.limit
-        if limit and row.base != Usage():
-            # What its live snapshots hold counts, too. A mount's options cannot say 0.
-            limit = Limit(
-                bytes=None if limit.bytes is None else max(1, limit.bytes + row.base.bytes),
-                inodes=None if limit.inodes is None else max(1, limit.inodes + row.base.inodes),
-            )
-        return limit
+        return self.driver.plan(id, parents, readonly=row.kind is Kind.VIEW, limit=row.limit.over(row.base))
 
 
 # -------------------------------------------------------------------- helpers
