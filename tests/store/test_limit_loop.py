@@ -21,7 +21,6 @@ from cowfs.errors import FailedPrecondition, InvalidArgument, Unsupported
 from cowfs.model import Limit, Usage
 from cowfs.mounting import client
 from cowfs.store import Store, limit_loop
-from cowfs.store.limit_loop import LOOP
 from cowfs.sys import faults, host, loop
 
 from .test_faults import LIMITS, _in_child, _passed
@@ -343,7 +342,7 @@ def test_a_limit_on_inodes_alone_is_not_the_images(store: Store) -> None:
     with pytest.raises((Unsupported, InvalidArgument)):
         store.mount("key", at(store, "kernel"), mount_type="kernel")
     assert not os.path.ismount(at(store, "kernel"))
-    assert LOOP.why_not(store.driver) == ""
+    assert limit_loop.why_not(store.driver) == ""
 
 
 def test_on_every_host(fs: HostFs, can_mount: None) -> None:
