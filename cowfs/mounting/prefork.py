@@ -287,11 +287,11 @@ def _serve(spec: MountSpec, cwd: str, report: int, errors: int) -> NoReturn:
         os.chdir(cwd)
     except OSError:
         pass  # all paths of a wish are absolute; this is where a diagnostic would look
-    _show(f"cowfs server {spec.mountpoint}")
-    server.serve(spec, report)
+    show(f"cowfs server {spec.mountpoint}")
+    server.serve(spec, server.Report(report))
 
 
-def _show(title: str) -> None:
+def show(title: str) -> None:
     """Have ps show a title instead of the command line (proc(5), arg_start and arg_end)."""
     import ctypes
 
