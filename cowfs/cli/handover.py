@@ -2,7 +2,7 @@
 
 Rule: nothing but built-in modules is imported before the service has declined, because Python's own start is all that this
 program costs. So it knows the service's conversation by heart (:mod:`cowfs.mounting.standby` describes it), and can be run as a script by
-``python -I -S -E``. What it is not able to hand over, for any reason, it does itself, as without a service; it never fails on its own account.
+``python -I -S -E``. Work that cannot be handed over, for any reason, is done here, as without a service; this part never fails on its own account.
 """
 
 import _socket as socket

@@ -6,7 +6,7 @@ So nothing that a client says is believed. Every fact about it comes from the ke
 kernel judging whether this process may (setns(2), chroot(2)); and then all facts are read again of both, with the client alive, and must be the
 same. Where one is not, :class:`Unequal` is raised, this process ends, and the client mounts by itself.
 
-What must be equal in the end, and how it gets so:
+Facts that must be equal in the end, and how they get so:
 
 - user ids and groups, capabilities (all five sets), ``no_new_privs``, the label of a security module: never changed here, except by joining a user
   namespace, which gives all capabilities in it. So a client that gave some up is refused.
@@ -99,7 +99,7 @@ class Client:
         return not select.select([self._alive], [], [], 0)[0]
 
     def _check_before(self) -> None:
-        """What joining changes nothing about, so that nothing is done for whom it excludes."""
+        """Facts that joining does not change are compared first, so that nothing is done for a client that they exclude."""
         theirs, ours = _status(self._theirs), _status(self._ours)
         for name in (b"Uid", b"Gid", b"Groups", b"NoNewPrivs", b"Seccomp"):
             if theirs.get(name) != ours.get(name):

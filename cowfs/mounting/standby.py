@@ -18,7 +18,7 @@ Conversation, on a stream socket:
 A connection that ends without a status: nobody will mount, and the client does it. That is also how the service refuses. A client that ends first takes its
 mount with it.
 
-Who asks. The socket is its owner's alone (0600, in a directory of 0700), and the service serves only its own user. That is not enough: a process of the same
+The client's identity. The socket is its owner's alone (0600, in a directory of 0700), and the service serves only its own user. That is not enough: a process of the same
 user may have fewer rights (in a container, say). The kernel says with each message which process sent it (SCM_CREDENTIALS, unix(7)); the child holds that process by a pidfd
 that it opened before it sent the nonce. So the one whose facts are read in /proc is the one that sent the nonce back, and not another that was given its number.
 
@@ -220,7 +220,7 @@ def _peer(sock: socket.socket) -> tuple[int, int]:
 
 
 def _heard(sock: socket.socket) -> tuple[list[str], list[bytes], list[int]]:
-    """What the client wants: words, environment, streams; this process has become its equal.
+    """The question: words, environment, streams; this process has become its equal.
 
     Raises:
         Unequal: it is not to be served. OSError: it does not go on.
