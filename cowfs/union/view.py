@@ -107,9 +107,9 @@ class View(Core):
 
     def __init__(
         self,
-        lowers: Sequence[str | bytes],
-        upper: str | bytes | None = None,
-        work: str | bytes | None = None,
+        lowers: Sequence[str | bytes | os.PathLike[str]],
+        upper: str | bytes | os.PathLike[str] | None = None,
+        work: str | bytes | os.PathLike[str] | None = None,
         *,
         options: Options | None = None,
     ) -> None:

@@ -375,6 +375,7 @@ def test_a_mount_right_after_its_server_was_killed(space: Path) -> None:
     (space / "mnt").mkdir()
     for number in range(20):
         mount = cowfs.mount([space / "lower"], space / "mnt", upper=space / "upper")
+        assert isinstance(mount, cowfs.MountHandle)
         for name in range(20):
             (space / f"mnt/{name}").write_bytes(b"x" * number)
         os.kill(mount.pid, signal.SIGKILL)

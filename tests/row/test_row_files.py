@@ -429,4 +429,4 @@ def _profile(request: pytest.FixtureRequest, share: int) -> settings:
 def test_equals_a_bytearray(host: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through writes, cuts, holes, links, kills, power cuts and new layers, a file reads as the model says."""
     monkeypatch.setattr(RedirectFile, "where", host)
-    run_state_machine_as_test(RedirectFile, settings=_profile(request, 4))  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(RedirectFile, settings=_profile(request, 4))
