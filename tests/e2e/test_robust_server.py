@@ -19,8 +19,9 @@ from support import bounded, command, deep, hostfs, mounts
 
 import cowfs
 from cowfs.row.file import RowFile
+from cowfs.row.view import View
 from cowfs.sys import trees
-from cowfs.union import Options, View
+from cowfs.union import Options
 from cowfs.union.paths import Paths
 
 pytestmark = pytest.mark.usefixtures("can_mount")

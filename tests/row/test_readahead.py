@@ -15,7 +15,8 @@ from cowfs.row.chain import Chain
 from cowfs.row.extents import Extents
 from cowfs.row.readahead import Hints, plan
 from cowfs.row.redirects import Rows
-from cowfs.union import Options, View
+from cowfs.row.view import View
+from cowfs.union import Options
 from cowfs.union.node import Node
 
 STEP = 128 << 10

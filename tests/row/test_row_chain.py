@@ -16,8 +16,9 @@ from cowfs.model import Limit
 from cowfs.row import compact as row_compact, layer as row_layer, map as row_map
 from cowfs.row.file import RowFile
 from cowfs.row.redirects import Rows
+from cowfs.row.view import View
 from cowfs.sys import files, xattr
-from cowfs.union import Options, View
+from cowfs.union import Options
 from cowfs.union.paths import Paths
 from cowfs.union.quota import measure
 

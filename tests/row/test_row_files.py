@@ -22,8 +22,9 @@ from cowfs.format.whiteout import choose_form
 from cowfs.model import Limit, Usage
 from cowfs.row import layer as row_layer, map as row_map, rewrite, writeback
 from cowfs.row.file import RowFile
+from cowfs.row.view import View
 from cowfs.sys import files
-from cowfs.union import Options, View, live
+from cowfs.union import Options, live
 from cowfs.union.node import PLAIN, Node
 from cowfs.union.quota import measure
 
