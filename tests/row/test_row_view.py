@@ -31,7 +31,7 @@ def redirected(space: Path) -> list[Path]:
 
 def test_a_stack_that_holds_redirect_files_is_read_whole(tmp_path: Path) -> None:
     view = cowfs.View(redirected(tmp_path))
-    assert cowfs.Paths(view).read_at("big", 4999, 5) == b"xnewx"
+    assert cowfs.Paths(view).read_bytes("big", 4999, 5) == b"xnewx"
     view.close()
 
 
