@@ -103,7 +103,7 @@ class MountHandle:
             pass  # somebody was faster
 
     def ask(self, verb: str, **arguments: Any) -> dict[str, Any]:
-        """One verb of the server's table (:mod:`cowfs.mounting.verbs.arguments` says what each takes).
+        """One verb of the server's table (the record beside each in :mod:`cowfs.mounting.verbs` says what it takes).
 
         Raises:
             CowfsError: as the server raised it; FailedPrecondition when it is gone.
