@@ -149,9 +149,7 @@ def _lifted(
     st = os.stat(where, follow_symlinks=not name)
     if st.st_uid != os.geteuid() or st.st_mode & bit or not (stat.S_ISREG(st.st_mode) or stat.S_ISDIR(st.st_mode)):
         return False
-    if name and isinstance(
-        where, bytes
-    ):  # chmod(2) would follow a link that is put there meanwhile; a descriptor does not
+    if name and isinstance(where, bytes):  # chmod(2) would follow a link put there meanwhile; a descriptor does not
         fd = os.open(where, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             return _lifted(error, b"/proc/self/fd/%d" % fd, None, access, bit)
