@@ -1,7 +1,8 @@
-"""`cowfs top`: what mounts and containers do now, the busiest first; a screen that is drawn again.
+"""`cowfs top`: the present work of mounts and containers, the busiest first, on a screen that is redrawn.
 
-Strategy: a frame is made of two looks of :mod:`cowfs.cli.stats` by a function without a terminal (:func:`frame`); the rest reads keys. The screen
-of before comes back at the end (the terminal's alternate screen, ECMA-48 control functions as xterm has them).
+Strategy: a frame is made of two looks of :mod:`cowfs.cli.stats` by a function without a terminal (:func:`frame`); the
+rest reads keys. The screen of before comes back at the end (the terminal's alternate screen, ECMA-48 control functions
+as xterm has them).
 """
 
 from __future__ import annotations
