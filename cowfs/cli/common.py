@@ -30,7 +30,7 @@ COMMON = (
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Give a verb's parser the options that it lacks; serve and bench have their own logging, df its own --total."""
+    """Give a verb's parser those common options that it lacks."""
     from argparse import ArgumentError
 
     for names, text in COMMON:
