@@ -16,7 +16,8 @@ __all__ = ["KEYS", "fsync", "root", "settings"]
 
 HOST = "/etc/cowfs.toml"
 KEYS: dict[str, type] = {"root": str, "fsync": bool}
-"""What a file may say: ``root``, the store, an absolute path or one that begins with ``~``; ``fsync``, off for stores whose loss does not matter."""
+"""The keys of a file: ``root``, the store, an absolute path or one that begins with ``~``; ``fsync``, off for stores
+whose loss does not matter."""
 
 
 def _files() -> list[str]:

@@ -64,7 +64,7 @@ ORDERS: dict[str, tuple[str, Callable[[Line], Any]]] = {
 
 
 def lines(before: Sequence[Look], now: Sequence[Look], order: str) -> list[Line]:
-    """What there is, sorted by the key of an order; those that tie by name."""
+    """The records, sorted by the key of an order, ties by name."""
     known = {look.mountpoint: look for look in before}
     found = []
     for look in now:

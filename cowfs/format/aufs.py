@@ -25,7 +25,7 @@ from cowfs.sys import files, xattr
 __all__ = ["OWN", "keep_by_names"]
 
 OWN = frozenset({b".wh..wh.aufs", b".wh..wh.plnk", b".wh..wh.orph"})
-"""What aufs itself makes at the root of a branch."""
+"""The entries that aufs itself makes at the root of a branch."""
 
 _MODE = 0o444
 _NAME_MAX = 255

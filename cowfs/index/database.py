@@ -45,7 +45,7 @@ _NO_ROOM = {
     sqlite3.SQLITE_READONLY: errno.EROFS,
     sqlite3.SQLITE_PERM: errno.EROFS,
 }
-"""What SQLite says where it cannot write, and the errno of it where the file system takes a file all the same."""
+"""SQLite's errors for a file that it cannot write, and the errno of each where the file system takes a file all the same."""
 
 """SQL that turns format N into N + 1, by N. Format 1 is schema.sql as it first was."""
 

@@ -2,8 +2,8 @@
 
 Strategy. The process moves to a mount namespace of its own (as an ordinary user, to a user namespace in which it
 is root), mounts the snapshot there with the usual server, and starts the command in new namespaces, in which there is
-nothing but the snapshot (:mod:`cowfs.cli.store.confine`). Whatever happens, the namespaces end with their last
-process, and so does the mount.
+nothing but the snapshot (:mod:`cowfs.cli.store.confine`). In any case the namespaces end with their last process, and
+so does the mount.
 """
 
 from __future__ import annotations
