@@ -7,12 +7,12 @@ by :mod:`dataclasses` when somebody asks for it, so ``asdict``, ``replace``, ``f
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 __all__ = ["field", "record"]
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from dataclasses import dataclass as record, field
+    from typing import Any
 else:
 
     class field:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import enum
 import stat
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from cowfs._record import field, record
 from cowfs.errors import InvalidArgument
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     import re
     from typing import TypeGuard

@@ -6,8 +6,8 @@ Strategy: a verb's parser gets those that it does not have itself. A verb whose 
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from cowfs._record import field, record
 from cowfs.model import Info, Kind, Limit, Usage
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     import sqlite3
 

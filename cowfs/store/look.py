@@ -6,14 +6,15 @@ The whole store is opened when the first verb of it is asked for.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Self
 
 from cowfs.index.database import Index, Row
 from cowfs.store.opening import INDEX, default_root, make_root
 from cowfs.store.reading import Reading, must_read
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from typing import Self
 
     from cowfs.index.compare import SameData
     from cowfs.index.directory import Entry

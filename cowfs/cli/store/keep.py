@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from cowfs.cli import Command, config
 from cowfs.cli.output import print_json, print_table, shown, size_or
 from cowfs.cli.progress import Bars
 from cowfs.cli.store.args import add_json, add_store, open_store
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
+    from typing import Any
 
     from cowfs.store import Store
 
