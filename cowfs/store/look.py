@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from cowfs.index.directory import Entry
     from cowfs.model import Change, Usage
     from cowfs.store.store import Store
+    from cowfs.store.totals import Totals
 
 __all__ = ["Look"]
 
@@ -85,6 +86,12 @@ class Look(Reading):
         """As :meth:`cowfs.Store.usage`."""
         usage = self.resolve(name).usage
         return usage if usage is not None else self.store().usage(name)
+
+    def totals(self) -> Totals:
+        """As :meth:`cowfs.Store.totals`."""
+        from cowfs.store.totals import sum_up
+
+        return sum_up(self.root, self.index)
 
     def diff(self, a: str, b: str | None = None) -> Iterator[Change]:
         """As :meth:`cowfs.Store.diff`: of committed snapshots without the driver, unless the bytes of files must be compared."""
