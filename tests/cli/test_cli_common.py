@@ -117,7 +117,7 @@ def test_umount_and_mount_tell_what_they_did(run_directory: Path, can_mount: Non
 def test_a_name_that_is_no_utf8_is_there_exactly(run_directory: Path, cowfs: Cowfs, space: Path) -> None:
     mnt = os.fsencode(space) + b"/m\xff"
     os.mkdir(mnt)
-    command = [sys.executable, "-m", "cowfs", "mount", "--key", "work", mnt, "--json"]
+    command: list[str | bytes] = [sys.executable, "-m", "cowfs", "mount", "--key", "work", mnt, "--json"]
     env = {**environment(), "COWFS_ROOT": str(space / "store"), "COWFS_FSYNC": "0"}
     told = json.loads(subprocess.run(command, env=env, capture_output=True, check=True).stdout)
     from base64 import b64decode

@@ -29,6 +29,7 @@ def mounted(space: Path, can_mount: None) -> Iterator[cowfs.MountHandle]:
         (space / name).mkdir()
     (space / "layer" / "file").write_bytes(b"x")
     with cowfs.mount([space / "layer"], space / "target", upper=space / "upper") as made:
+        assert isinstance(made, cowfs.MountHandle)
         yield made
 
 
@@ -103,6 +104,7 @@ def test_the_end_of_the_mount_ends_a_stream(space: Path, can_mount: None) -> Non
     for name in ("layer", "target"):
         (space / name).mkdir()
     mount = cowfs.mount([space / "layer"], space / "target", upper=space / "upper")
+    assert isinstance(mount, cowfs.MountHandle)
     heard: list[object] = []
 
     def watch() -> None:
