@@ -122,7 +122,7 @@ def _open(path: str, how: str = "") -> Connection:
 
 
 def _escaped(path: str) -> str:
-    """A path for an URI of SQLite, which takes any bytes (sqlite.org/uri.html); urllib would take 5 ms to import.
+    r"""A path for an URI of SQLite, which takes any bytes (sqlite.org/uri.html); urllib would take 5 ms to import.
 
     >>> _escaped("/a b?c/\udcff")
     '/a%20b%3Fc/%FF'
