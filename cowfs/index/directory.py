@@ -44,6 +44,7 @@ import zlib
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate, pairwise
+from operator import itemgetter
 from typing import NamedTuple, Protocol
 
 from cowfs.errors import Corrupt
@@ -138,6 +139,11 @@ class Pending:
 # ------------------------------------------------------------ one directory
 
 
+_FLAGS = itemgetter(0)  # of a second half
+_KIND = itemgetter(2)  # of a first half: the byte with the file type
+_WITHOUT_LINKS = bytes(flags for flags in range(256) if not flags & ANY_LINK)
+
+
 class _Chunk(NamedTuple):
     first: bytes
     size: int
@@ -176,16 +182,16 @@ def _chunks(data: bytes) -> list[_Chunk]:
 
 
 def _leaf(pending: Pending, names: Sequence[bytes], pairs: Mapping[bytes, Pair]) -> tuple[Ref, int]:
-    chosen = [pairs[name] for name in names]
-    count = len(chosen)
-    content = b"".join([pair[0] for pair in chosen])
-    lengths = [len(pair[0]) for pair in chosen]
-    head = _LEAF.pack(b"E", count, len(content)) + struct.pack(f"<{count}I", *lengths)
-    where = struct.pack(f"<{2 * count}H", *map(len, names), *[len(pair[1]) for pair in chosen])
+    contents, storages = zip(*map(pairs.__getitem__, names), strict=True) if names else ((), ())
+    count = len(contents)
+    content = b"".join(contents)
+    head = _LEAF.pack(b"E", count, len(content)) + struct.pack(f"<{count}I", *map(len, contents))
+    where = struct.pack(f"<{2 * count}H", *map(len, names), *map(len, storages))
     digest = _sha256(head + content)
-    data = b"".join([head, where, content, *[pair[1] for pair in chosen]])
-    children = b"".join([root_digest(pair[1]) for pair in chosen if pair[0][2] & 0xF0 == 0x40])
-    links = any(pair[1][0] & ANY_LINK for pair in chosen)
+    data = b"".join([head, where, content, *storages])
+    kinds, flags = bytes(map(_KIND, contents)), bytes(map(_FLAGS, storages))
+    children = b"".join([root_digest(half) for kind, half in zip(kinds, storages, strict=True) if kind & 0xF0 == 0x40])
+    links = flags.translate(None, _WITHOUT_LINKS) != b""
     return Ref(pending.add(data, children), digest, links), count
 
 

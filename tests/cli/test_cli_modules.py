@@ -19,14 +19,14 @@ BUDGETS = {
     # arguments: (modules of cowfs, modules in all beyond Python's own start)
     ("--version",): (3, 40),
     ("--help",): (3, 40),
-    ("ls", "--help"): (9, 75),
-    ("ls",): (22, 94),
-    ("ls", "--json"): (22, 94),
-    ("stat", "base"): (22, 94),
-    ("diff", "base"): (26, 98),
-    ("tree",): (22, 94),
-    ("log", "base"): (22, 94),
-    ("images",): (22, 94),
+    ("ls", "--help"): (10, 77),
+    ("ls",): (23, 95),
+    ("ls", "--json"): (23, 95),
+    ("stat", "base"): (23, 95),
+    ("diff", "base"): (27, 99),
+    ("tree",): (23, 95),
+    ("log", "base"): (23, 95),
+    ("images",): (23, 95),
 }
 
 PROGRAM = """

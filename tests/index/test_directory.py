@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -125,7 +127,7 @@ def test_a_big_directory_is_cut_and_one_change_rewrites_one_chunk() -> None:
 
 def test_content_digests_are_equal_wherever_the_data_is() -> None:
     pending = Pending()
-    known = {"digest": b"d" * 32}
+    known: dict[str, Any] = {"digest": b"d" * 32}
     one = write(pending, {b"f": encode(b"f", Entry(0o100644, size=1, layer=1, ino=5, **known))})
     other = write(
         pending, {b"f": encode(b"f", Entry(0o100644, size=1, layer=2, ino=9, path=b"else", blocks=8, **known))}
@@ -138,7 +140,7 @@ def test_content_digests_are_equal_wherever_the_data_is() -> None:
 
 def _linked(pending: Pending, layer: int, groups: str) -> Ref:
     """sub/a to sub/d, files of one content, and one more directory without links; the letters say which are one file."""
-    known = {"digest": b"d" * 32, "nlink": 2}
+    known: dict[str, Any] = {"digest": b"d" * 32, "nlink": 2}
     inner = write(
         pending,
         {
@@ -165,14 +167,15 @@ def test_big_directories_that_differ_only_in_what_is_linked_differ() -> None:
     pending = Pending()
     names = [b"%05d" % n for n in range(3000)]
     trees = []
-    for pairs in (lambda n: n // 2, lambda n: 3000 + n // 4 * 2 + n % 2):
-        known = {"digest": b"d" * 32, "nlink": 2}
+    groupings: list[Callable[[int], int]] = [lambda n: n // 2, lambda n: 3000 + n // 4 * 2 + n % 2]
+    for pairs in groupings:
+        known: dict[str, Any] = {"digest": b"d" * 32, "nlink": 2}
         entries = {
             name: encode(name, Entry(0o100644, size=1, layer=1, ino=1, link=(1, pairs(n)), **known))
             for n, name in enumerate(names)
         }
         trees.append(_directory(b"", write(pending, entries)))
-    assert len(list(compare(pending, *trees))) == 3000
+    assert len(list(compare(pending, trees[0], trees[1]))) == 3000
     assert list(compare(pending, trees[0], trees[0])) == []
 
 

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from cowfs.cli import Command, config
 from cowfs.cli.output import print_json, print_table, shown, size_or
-from cowfs.cli.store.args import Bars, add_json, add_store, open_store
+from cowfs.cli.progress import Bars
+from cowfs.cli.store.args import add_json, add_store, open_store
 
 if TYPE_CHECKING:
     import argparse
@@ -136,7 +137,7 @@ def _configure_check(parser: argparse.ArgumentParser) -> None:
 
 
 def _check(args: argparse.Namespace) -> int:
-    with open_store(args, create=False) as store, Bars() as bars:
+    with open_store(args, create=False) as store, Bars(args) as bars:
         report = store.check(content=args.content, repair=args.repair, progress=bars if bars.on else None)
         quarantined = store.quarantined()
     if args.json:
@@ -183,7 +184,7 @@ def _configure_gc(parser: argparse.ArgumentParser) -> None:
 def _gc(args: argparse.Namespace) -> int:
     if args.dry_run:
         return _garbage(args)
-    with open_store(args, create=False) as store:
+    with open_store(args, create=False) as store, Bars(args, "gc"):
         done = store.gc()
     if args.json:
         print_json({"directories": list(done.directories), "records": done.records}, args.json)
@@ -209,7 +210,7 @@ def _migrate(args: argparse.Namespace) -> int:
     from cowfs.store import Store
 
     root = config.root(args.root)
-    with Bars() as bars:
+    with Bars(args) as bars:
         made = Store.migrate(
             root,
             args.to,

@@ -202,6 +202,9 @@ def _log(args: argparse.Namespace) -> int:
             return 0
         with paged() as line:
             for info in chain:
+                if args.quiet:
+                    line(shown(info.name))
+                    continue
                 row = store.index.get(info.name)
                 used = f"{size_or(row.usage.bytes)}, {row.usage.inodes} inodes" if row.usage else info.kind.value
                 line(f"{when(info.created)}  {used:<28} {shown(info.name)}")
