@@ -11,6 +11,7 @@ A verb's module has a dict ``COMMANDS``: verb -> :class:`Command`.
 from __future__ import annotations
 
 import errno
+import gc
 import io
 import os
 import sys
@@ -354,7 +355,11 @@ def fill_streams() -> None:
 def _run(name: str, arguments: list[str]) -> int:
     from cowfs.cli import common
 
-    parser = parser_of(name)
+    gc.disable()  # imports leave nothing to collect
+    try:
+        parser = parser_of(name)
+    finally:
+        gc.enable()
     options, rest = parser.parse_known_args(arguments)
     if rest and name in ("run", "sh"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")

@@ -5,6 +5,7 @@ Strategy: `mount` forks the server from this very process once the arguments are
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from contextlib import ExitStack
@@ -203,11 +204,15 @@ def _by_kernel(mountpoint: str, as_json: str) -> int:
 
 def serve(spec: MountSpec, *, as_json: str = "") -> int:
     """Start the server of a wish, in the background unless the wish says foreground. Returns the exit status."""
-    from cowfs.mounting import server
+    gc.disable()  # a start leaves nothing to collect; the server turns it on before it serves
+    try:
+        from cowfs.mounting import server
 
-    if spec.foreground:
-        return server.Server(spec).run()
-    started = server.start(spec)
+        if spec.foreground:
+            return server.Server(spec).run()
+        started = server.start(spec)
+    finally:
+        gc.enable()
     if as_json:
         from cowfs.cli.output import print_json
 
