@@ -11,20 +11,25 @@ A verb's module has a dict ``COMMANDS``: verb -> :class:`Command`.
 from __future__ import annotations
 
 import errno
+import gc
 import io
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple, TextIO
 
+from cowfs._record import record
+
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
+    from typing import BinaryIO, TextIO
 
 __all__ = ["VERBS", "Command", "Verb", "fill_streams", "main", "parser_of", "say"]
 
 
-class Command(NamedTuple):
-    """A verb: its arguments, its function (which returns the exit status), and examples for its --help."""
+@record(frozen=True, slots=True)
+class Command:
+    """A verb: how its arguments look, what it does (returns the exit status), and examples for its --help."""
 
     configure: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
@@ -32,8 +37,9 @@ class Command(NamedTuple):
     examples: tuple[str, ...]
 
 
-class Verb(NamedTuple):
-    """A line of the table: the facts about a verb that need no import of it."""
+@record(frozen=True, slots=True)
+class Verb:
+    """A line of the table: what is known of a verb without importing it."""
 
     load: Callable[[], Commands]
     summary: str
@@ -349,7 +355,11 @@ def fill_streams() -> None:
 def _run(name: str, arguments: list[str]) -> int:
     from cowfs.cli import common
 
-    parser = parser_of(name)
+    gc.disable()  # imports leave nothing to collect
+    try:
+        parser = parser_of(name)
+    finally:
+        gc.enable()
     options, rest = parser.parse_known_args(arguments)
     if rest and name in ("run", "sh"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")

@@ -5,6 +5,7 @@ Strategy: `mount` forks the server from this very process once the arguments are
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from contextlib import ExitStack
@@ -202,12 +203,16 @@ def _by_kernel(mountpoint: str, as_json: str) -> int:
 
 
 def serve(spec: MountSpec, *, as_json: str = "") -> int:
-    """Start the server of a mount request, in the background unless the request says foreground. Returns the exit status."""
-    from cowfs.mounting import server
+    """Start the server of a wish, in the background unless the wish says foreground. Returns the exit status."""
+    gc.disable()  # a start leaves nothing to collect; the server turns it on before it serves
+    try:
+        from cowfs.mounting import server
 
-    if spec.foreground:
-        return server.Server(spec).run()
-    started = server.start(spec)
+        if spec.foreground:
+            return server.Server(spec).run()
+        started = server.start(spec)
+    finally:
+        gc.enable()
     if as_json:
         from cowfs.cli.output import print_json
 

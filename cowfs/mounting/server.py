@@ -20,6 +20,7 @@ session, and the main thread closes everything in one place.
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
@@ -264,6 +265,7 @@ class Server:
         try:
             if not (Thread(self._answer_all, "cowfs-control").start() and Thread(self._ready, "cowfs-ready").start()):
                 raise CowfsError("no thread can be started", remedy="look at the limits of processes and memory")
+            gc.enable()  # a start goes without
             self.session.run()
         except BaseException as error:
             try:
