@@ -203,7 +203,7 @@ def _by_kernel(mountpoint: str, as_json: str) -> int:
 
 
 def serve(spec: MountSpec, *, as_json: str = "") -> int:
-    """Start the server of a wish, in the background unless the wish says foreground. Returns the exit status."""
+    """Start the server of a mount request, in the background unless the request says foreground. Returns the exit status."""
     gc.disable()  # a start leaves nothing to collect; the server turns it on before it serves
     try:
         from cowfs.mounting import server
