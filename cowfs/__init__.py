@@ -10,8 +10,6 @@ Strategy: importing the package costs nothing. Every public name is imported fro
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 __version__ = "0.1.0"
 
 # Public name -> module that defines it. One table, used by __getattr__, __dir__ and the tests.
@@ -48,6 +46,7 @@ _EXPORTS = {
 
 __all__ = ["__version__", *sorted(_EXPORTS)]
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from cowfs.errors import (
         AlreadyExists as AlreadyExists,

@@ -16,15 +16,19 @@ import io
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple, TextIO
 
+from cowfs._record import record
+
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
+    from typing import BinaryIO, TextIO
 
 __all__ = ["VERBS", "Command", "Verb", "fill_streams", "main", "parser_of", "say"]
 
 
-class Command(NamedTuple):
+@record(frozen=True, slots=True)
+class Command:
     """A verb: how its arguments look, what it does (returns the exit status), and examples for its --help."""
 
     configure: Callable[[argparse.ArgumentParser], None]
@@ -33,7 +37,8 @@ class Command(NamedTuple):
     examples: tuple[str, ...]
 
 
-class Verb(NamedTuple):
+@record(frozen=True, slots=True)
+class Verb:
     """A line of the table: what is known of a verb without importing it."""
 
     load: Callable[[], Commands]

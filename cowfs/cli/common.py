@@ -6,8 +6,8 @@ Strategy: a verb's parser gets those that it does not have itself. A verb whose 
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
 
@@ -32,24 +32,28 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Give a verb's parser the options that it lacks; serve and bench log in a way of their own, df has lines of its own to add."""
     from argparse import ArgumentError
 
+    own = []
     for names, text in COMMON:
         try:
             if names == ("--progress",):
                 parser.add_argument(*names, choices=HOW, default="auto", help=text)
             else:
                 parser.add_argument(*names, action="store_true", help=text)
+            own.append(names[-1].lstrip("-"))
         except ArgumentError:
             pass
+    parser.set_defaults(common=own)
 
 
 def begin(args: argparse.Namespace) -> None:
     """Let what is logged be seen, where that was asked for."""
-    if args.debug or args.verbose:
+    debug, verbose = ("debug" in args.common and args.debug), ("verbose" in args.common and args.verbose)
+    if debug or verbose:
         import logging
 
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
         top = logging.getLogger("cowfs")
         top.addHandler(handler)
-        top.setLevel(logging.DEBUG if args.debug else logging.INFO)
+        top.setLevel(logging.DEBUG if debug else logging.INFO)
         top.propagate = False

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
 
 from cowfs.errors import InvalidArgument
 from cowfs.model import Change, format_size
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
+    from typing import Any
 
 TEMPLATE = "template:"
 """How a way to print begins that is a template, not ``array`` or ``lines``."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
 
 from cowfs.cli import Command, is_path
 from cowfs.cli.output import (
@@ -20,6 +19,7 @@ from cowfs.cli.output import (
 from cowfs.cli.store.args import add_store, known_in_store, look_at_store, open_store, template
 from cowfs.errors import InvalidArgument, NotFound
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterator
