@@ -1,8 +1,8 @@
 """The table of verbs: each module of this package enters its own.
 
 Rules: a verb is called in its connection's thread, gets the served mount and its arguments
-(:mod:`cowfs.mounting.verbs.arguments`), and returns what the answer's "ok" holds, or raises a
-:class:`~cowfs.errors.CowfsError`. Whatever touches the view goes through
+(a record beside it, read by :mod:`cowfs.mounting.verbs.arguments`), and returns what the answer's "ok" holds, or raises a
+:class:`~cowfs.errors.CowfsError`. Every access to the view goes through
 :meth:`ServedMount.call <cowfs.mounting.served.ServedMount.call>`.
 
 A verb may also *stream*: a generator that yields what the asker is told meanwhile, and returns the answer. It runs for as long as
