@@ -219,7 +219,7 @@ def test_every_step_is_as_over_fuse_overlayfs(host: Host, base: Path) -> None:
         for name, step in steps(base).items():
             expected, found = (_outcome(step, engine) for engine in (theirs, ours))
             if expected != found:
-                told = difflib.unified_diff(*(text.split("\\n") for text in (expected, found)), lineterm="", n=0)
+                told = difflib.unified_diff(expected.split("\\n"), found.split("\\n"), lineterm="", n=0)
                 different.append("\n  ".join([f"{name}:", *told]))
         assert not different, "\n".join(different)
         assert [

@@ -95,10 +95,11 @@ def options(tree: Path, more: str = "") -> list[str]:
 
 def command(*arguments: object, before: tuple[str, ...] = (), **more: object) -> subprocess.CompletedProcess[str]:
     """The command as installed: the script that hands over."""
-    return subprocess.run(
+    done: subprocess.CompletedProcess[str] = subprocess.run(
         [*before, sys.executable, "-I", "-S", "-E", str(HANDOVER), *map(str, arguments)],
         **{"env": environment(), "cwd": "/", "capture_output": True, "text": True, "timeout": 120, "stdin": subprocess.DEVNULL, **more},  # type: ignore[call-overload]
     )  # fmt: skip
+    return done
 
 
 def server_of(tree: Path) -> int:

@@ -105,7 +105,7 @@ class Host:
 
     def run(self, *command: object, code: int | None = 0, **more: object) -> subprocess.CompletedProcess[str]:
         """Run a command as this user; its exit status must be ``code``, if that is given."""
-        done = subprocess.run(
+        done: subprocess.CompletedProcess[str] = subprocess.run(
             [*self.prefix, *map(str, command)],
             **{"env": self.environment, "cwd": "/", "capture_output": True, "text": True, "timeout": 300, "errors": "replace", **more},  # type: ignore[call-overload]
         )  # fmt: skip
