@@ -17,7 +17,10 @@ Strategy: below this line (``cowfs.sys``, ``cowfs.union``, ``cowfs.fuse``) failu
 from __future__ import annotations
 
 import errno as _errno
-from typing import ClassVar
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import ClassVar
 
 __all__ = [
     "AlreadyExists",

@@ -7,13 +7,16 @@ Paths inside a tree are ``bytes`` without a leading slash, because file names ar
 from __future__ import annotations
 
 import enum
-import re
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TypeGuard
 
+from cowfs._record import field, record
 from cowfs.errors import InvalidArgument
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import re
+    from typing import TypeGuard
 
 __all__ = [
     "SMALLEST_LIMIT",
@@ -54,7 +57,7 @@ class Kind(enum.Enum):
     COMMITTED = "committed"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Info:
     """One snapshot as the index knows it."""
 
@@ -66,7 +69,7 @@ class Info:
     updated: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Usage:
     """What one layer holds itself; parents are not counted.
 
@@ -79,7 +82,7 @@ class Usage:
     inodes: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Limit:
     """An upper bound on :class:`Usage`; ``None`` means unlimited."""
 
@@ -102,7 +105,7 @@ class Limit:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Mount:
     """How something would be mounted: data, not an action (mount(8)'s three words)."""
 
@@ -111,7 +114,7 @@ class Mount:
     options: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Change:
     """One path that an upper layer adds, changes or deletes.
 
@@ -132,7 +135,7 @@ class Change:
     what: frozenset[str] = frozenset()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class FileInfo:
     """One object in a snapshot's tree.
 
@@ -161,7 +164,7 @@ class FileInfo:
     file: object = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Event:
     """Something that happened to the store, its mounts or its containers.
 
@@ -182,7 +185,7 @@ class Event:
     attributes: Mapping[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Timed:
     """Requests of one kind whose time was taken.
 
@@ -195,7 +198,7 @@ class Timed:
     longest: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Statistics:
     """What a mount's server has counted since it began.
 
@@ -227,8 +230,8 @@ class Statistics:
 
 
 _UNITS = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50}
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgtp]?)(?:i?b|(?<=[kmgtp])i)?\s*", re.IGNORECASE | re.ASCII)
-_COUNT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmg]?)\s*", re.IGNORECASE | re.ASCII)
+_SIZE = r"\s*(\d+(?:\.\d+)?)\s*([kmgtp]?)(?:i?b|(?<=[kmgtp])i)?\s*"
+_COUNT = r"\s*(\d+(?:\.\d+)?)\s*([kmg]?)\s*"
 SMALLEST_LIMIT = 4096
 """Bytes: one unit of what a limit counts. Less than that allows nothing."""
 
@@ -245,7 +248,7 @@ def parse_size(text: str | int, *, least: int = 1) -> int:
     >>> parse_size("2G"), parse_size("1.5k"), parse_size("2Gi"), parse_size(7)
     (2147483648, 1536, 2147483648, 7)
     """
-    match = _SIZE.fullmatch(text) if isinstance(text, str) else None
+    match = _matched(_SIZE, text)
     value = _amount(match, 1 << _UNITS[match[2].lower()]) if match else text if _is_count(text) else 0
     if value <= 0 or value >= 1 << 63:
         raise InvalidArgument(f"not a size: {text!r}", remedy="write bytes or 512M, 2G, 1.5T")
@@ -266,12 +269,20 @@ def parse_count(text: str | int) -> int:
     >>> parse_count("100k")
     100000
     """
-    match = _COUNT.fullmatch(text) if isinstance(text, str) else None
+    match = _matched(_COUNT, text)
     scale = 1000 ** ("kmg".find(match[2].lower()) + 1 if match[2] else 0) if match else 1
     value = _amount(match, scale) if match else text if _is_count(text) else 0
     if value <= 0 or value >= 1 << 63:
         raise InvalidArgument(f"not a count: {text!r}", remedy="write a whole number or 100k, 2M")
     return int(value)
+
+
+def _matched(pattern: str, text: str | int) -> re.Match[str] | None:
+    if not isinstance(text, str):
+        return None
+    import re
+
+    return re.fullmatch(pattern, text, re.IGNORECASE | re.ASCII)
 
 
 def _is_count(value: object) -> TypeGuard[int]:

@@ -19,7 +19,7 @@ from ..lab.peers import cowfs_env
 from ..lab.stores import COW, opened
 
 PYTHON = "python -c pass"
-LOOKING = ("cowfs --version", "cowfs --help", "cowfs ls", "cowfs stat base", "cowfs diff base")
+LOOKING = ("cowfs --version", "cowfs --help", "cowfs ls", "cowfs stat base", "cowfs diff base", "cowfs df")
 PEERS = ("podman --version", "buildah --version", "git --version")
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from cowfs.union import Dir, View
+from cowfs.row.view import View
+from cowfs.union import Dir
 
 NAMES = 2_000
 

@@ -11,19 +11,24 @@ A verb's module has a dict ``COMMANDS``: verb -> :class:`Command`.
 from __future__ import annotations
 
 import errno
+import gc
 import io
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple, TextIO
 
+from cowfs._record import record
+
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
+    from typing import BinaryIO, TextIO
 
 __all__ = ["VERBS", "Command", "Verb", "fill_streams", "main", "parser_of", "say"]
 
 
-class Command(NamedTuple):
+@record(frozen=True, slots=True)
+class Command:
     """A verb: how its arguments look, what it does (returns the exit status), and examples for its --help."""
 
     configure: Callable[[argparse.ArgumentParser], None]
@@ -32,7 +37,8 @@ class Command(NamedTuple):
     examples: tuple[str, ...]
 
 
-class Verb(NamedTuple):
+@record(frozen=True, slots=True)
+class Verb:
     """A line of the table: what is known of a verb without importing it."""
 
     load: Callable[[], Commands]
@@ -130,6 +136,12 @@ def _stats() -> Commands:
     return stats.COMMANDS
 
 
+def _top() -> Commands:
+    from cowfs.cli import top
+
+    return top.COMMANDS
+
+
 def _bench() -> Commands:
     from cowfs.cli import bench
 
@@ -192,6 +204,7 @@ VERBS: dict[str, Verb] = {
     "serve": Verb(_service, "serve the store to Docker's clients", _SERVICE),
     "tls": Verb(_service, "certificates to try the TLS door with", _SERVICE),
     "stats": Verb(_stats, "what mounts and containers use, and what their servers do", _SERVICE),
+    "top": Verb(_top, "what mounts and containers do now, the busiest first", _SERVICE),
     "events": Verb(_service, "what happens to the store, mounts and containers", _SERVICE),
     "bench": Verb(_bench, "measure against other file systems, on your own disk", _ABOUT),
     "completion": Verb(_completion, "completion for bash, zsh or fish", _ABOUT),
@@ -199,7 +212,10 @@ VERBS: dict[str, Verb] = {
 
 
 #: options that may stand before the verb, and whether a value follows
-_BEFORE = {"--root": True, "--driver": True, "--json": False, "--jsonl": False}
+_BEFORE = {
+    **dict.fromkeys(("--root", "--driver", "--format", "--progress"), True),
+    **dict.fromkeys(("--json", "--jsonl", "-q", "--quiet", "-v", "--verbose", "-D", "--debug"), False),
+}
 
 
 def is_path(argument: str) -> bool:
@@ -215,6 +231,8 @@ def command_of(name: str) -> Command:
 def parser_of(name: str) -> argparse.ArgumentParser:
     """A verb's parser: one line for a bad argument, examples below its help."""
     import argparse
+
+    from cowfs.cli import common
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> None:  # type: ignore[override]
@@ -234,6 +252,7 @@ def parser_of(name: str) -> argparse.ArgumentParser:
         formatter_class=formatter,
     )
     command.configure(parser)
+    common.add(parser)
     parser.set_defaults(run=command.run)
     return parser
 
@@ -334,12 +353,19 @@ def fill_streams() -> None:
 
 
 def _run(name: str, arguments: list[str]) -> int:
-    parser = parser_of(name)
+    from cowfs.cli import common
+
+    gc.disable()  # imports leave nothing to collect
+    try:
+        parser = parser_of(name)
+    finally:
+        gc.enable()
     options, rest = parser.parse_known_args(arguments)
     if rest and name in ("run", "sh"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:  # arguments on both sides of an option, or ones that are not known
         options = parser.parse_intermixed_args(arguments)
+    common.begin(options)
     code: int = options.run(options)
     return code
 
@@ -354,6 +380,7 @@ def guarded(run: Callable[[], int], program: str = "cowfs") -> int:
         finally:
             _flush()
     except CowfsError as error:
+        _trace()
         return complain(program, str(error), error.exit_code)
     except BrokenPipeError:
         # The reader (head, less) has seen enough. Standard output must not complain again at exit.
@@ -362,9 +389,18 @@ def guarded(run: Callable[[], int], program: str = "cowfs") -> int:
     except KeyboardInterrupt:
         return 130
     except OSError as error:
+        _trace()
         where = os.fsdecode(error.filename) + ": " if isinstance(error.filename, str | bytes) else ""
         return complain(program, f"{where or _full_output(error)}{error.strerror or error}", 1)
     return code
+
+
+def _trace() -> None:
+    """Of -D: where an error came from. Call inside ``except``."""
+    if "logging" in sys.modules:
+        from cowfs._log import Part
+
+        Part("cowfs.cli").trace("the error came from here")
 
 
 def _flush() -> None:

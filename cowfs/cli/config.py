@@ -8,9 +8,12 @@ The library reads none of them.
 from __future__ import annotations
 
 import os
-from typing import Any
 
 from cowfs.errors import InvalidArgument, NotFound
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 __all__ = ["KEYS", "fsync", "root", "settings"]
 

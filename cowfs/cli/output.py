@@ -4,28 +4,76 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 from cowfs.errors import InvalidArgument
 from cowfs.model import Change, format_size
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+    from typing import Any
 
 TEMPLATE = "template:"
 """How a way to print begins that is a template, not ``array`` or ``lines``."""
 
 
+def note(args: argparse.Namespace, text: str) -> None:
+    """A line on standard error that is no error; -q leaves it out."""
+    if not args.quiet:
+        print(text, file=sys.stderr)
+
+
 def print_json(value: Any, how: str = "array") -> None:
-    """One JSON document; of a list with ``how`` of ``lines`` one object a line. Names that are not UTF-8 keep their bytes as surrogates (\\udcXX)."""
+    """One JSON document; of a list with ``how`` of ``lines`` one object a line.
+
+    Names that are not UTF-8 keep their bytes as surrogates (\\udcXX), and are there exactly as ``KEY_b64``, too.
+    """
     if how.startswith(TEMPLATE):
         for item in value if isinstance(value, list) else [value]:
             print(rendered(how[len(TEMPLATE) :], item))
         return
-    import json
-
     if how == "lines":
         for item in value if isinstance(value, list) else [value]:
-            print(json.dumps(item))
+            print(dumped(item))
     else:
-        print(json.dumps(value, indent=2 if sys.stdout.isatty() else None))
+        print(dumped(value, indent=2 if sys.stdout.isatty() else None))
+
+
+def dumped(value: Any, indent: int | None = None) -> str:
+    r"""A JSON document; a string that is no UTF-8 also exactly, its bytes as ``KEY_b64``.
+
+    >>> dumped({"upper": "/\udcff", "layers": ["a"]})
+    '{"upper": "/\\udcff", "upper_b64": "L/8=", "layers": ["a"]}'
+    """
+    import json
+
+    text = json.dumps(value, indent=indent)
+    return json.dumps(_exact(value), indent=indent) if "\\udc" in text else text
+
+
+def _exact(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_exact(item) for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    made: dict[str, Any] = {}
+    for key, item in value.items():
+        made[key] = _exact(item)
+        texts = item if isinstance(item, list | tuple) else [item]
+        if any(isinstance(text, str) and _is_bytes(text) for text in texts) and f"{key}_b64" not in value:
+            coded = [_b64(text) if isinstance(text, str) else text for text in texts]
+            made[f"{key}_b64"] = coded if isinstance(item, list | tuple) else coded[0]
+    return made
+
+
+def _is_bytes(text: str) -> bool:
+    return any("\udc80" <= char <= "\udcff" for char in text)
+
+
+def _b64(text: str) -> str:
+    from base64 import b64encode
+
+    return b64encode(text.encode("utf-8", "surrogateescape")).decode()
 
 
 def print_items(items: Iterable[Mapping[str, Any]], how: str) -> None:
@@ -34,15 +82,13 @@ def print_items(items: Iterable[Mapping[str, Any]], how: str) -> None:
         for item in items:
             print(rendered(how[len(TEMPLATE) :], item))
         return
-    import json
-
     if how == "lines":
         for item in items:
-            print(json.dumps(item))
+            print(dumped(item))
         return
     before = "["
     for item in items:
-        print(before, json.dumps(item), sep="\n", end="")
+        print(before, dumped(item), sep="\n", end="")
         before = ","
     print("[]" if before == "[" else "\n]")
 
@@ -54,11 +100,7 @@ def path_fields(key: str, path: bytes) -> dict[str, str]:
     ({'path': 'a'}, '/w==')
     """
     text = path.decode("utf-8", "surrogateescape")
-    if text.isprintable() or not any("\udc80" <= char <= "\udcff" for char in text):
-        return {key: text}
-    from base64 import b64encode
-
-    return {key: text, f"{key}_b64": b64encode(path).decode()}
+    return {key: text, f"{key}_b64": _b64(text)} if not text.isprintable() and _is_bytes(text) else {key: text}
 
 
 def print_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import TYPE_CHECKING
 
 from cowfs.cli import Command
-from cowfs.cli.store.args import add_store, open_store
+from cowfs.cli.output import print_json
+from cowfs.cli.store.args import add_json, add_store, open_store
 from cowfs.errors import InvalidArgument, Unsupported
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ def _configure_tls(parser: argparse.ArgumentParser) -> None:
     add("directory", metavar="DIR", help="where; it gets ca.pem, server-cert.pem, server-key.pem, cert.pem, key.pem")
     add("--name", action="append", default=[], metavar="HOST", help="name or address of the server; repeated")
     add("--days", type=int, default=365, metavar="N", help="how long the certificates are valid (default: 365)")
+    add_json(parser)
 
 
 def _tls(args: argparse.Namespace) -> int:
@@ -57,6 +60,10 @@ def _tls(args: argparse.Namespace) -> int:
     names = args.name or list(dict.fromkeys([socket.gethostname(), "localhost", "127.0.0.1", "::1"]))
     where = os.path.abspath(args.directory)
     make_certificates(where, names, days=args.days)
+    if args.json:
+        files = {name: f"{where}/{name}.pem" for name in ("ca", "server-cert", "server-key", "cert", "key")}
+        print_json({"directory": where, "names": names, **files}, args.json)
+        return 0
     print(f"cowfs serve -H tcp://0.0.0.0:2376 --tlsverify --tlscacert={where}/ca.pem \\")
     print(f"    --tlscert={where}/server-cert.pem --tlskey={where}/server-key.pem")
     print(f"DOCKER_CERT_PATH={where} docker -H tcp://{names[0]}:2376 --tlsverify version")
@@ -80,11 +87,17 @@ def _events(args: argparse.Namespace) -> int:
             raise InvalidArgument(f"not a filter: {pair!r}", remedy="type=, event= or actor=")
         wanted.setdefault(key, []).append(value)
     since, until = _time(args.since), _time(args.until)
+    from dataclasses import asdict
+
     with open_store(args, create=False) as store:
         for event in store.events(since=since, until=until, follow=args.follow or args.since is None):
             told = {"type": event.type, "event": event.action, "actor": event.actor}
             if event.type == "log" or all(told[key] in values for key, values in wanted.items()):
-                print(_json(event) if args.json else _line(event), flush=True)
+                if args.json:
+                    print_json(asdict(event), "lines" if args.json == "array" else args.json)
+                else:
+                    print(_line(event))
+                sys.stdout.flush()
     return 0
 
 
@@ -123,13 +136,6 @@ def _line(event: Event) -> str:
     return shown(f"{when} {event.type} {event.action} {event.actor}".rstrip() + (f" ({told})" if told else ""))
 
 
-def _json(event: Event) -> str:
-    import json
-    from dataclasses import asdict
-
-    return json.dumps(asdict(event))
-
-
 COMMANDS = {
     "serve": Command(
         _configure_serve,
@@ -161,8 +167,6 @@ COMMANDS = {
 
 def daemon_main() -> int:
     """Entry point of ``cowfsd``: ``cowfs serve`` by another name."""
-    import sys
-
     from cowfs.cli import main
 
     return main(["serve", *sys.argv[1:]])

@@ -226,7 +226,7 @@ def _stats(args: argparse.Namespace) -> int:
             return 0  # what was looked at is gone
         pairs = [(before.get(look.mountpoint, look), look) for look in now]
         if args.json:
-            print_json([document(*pair) for pair in pairs])
+            print_json([document(*pair) for pair in pairs], args.json)
         else:
             if terminal and not args.no_stream:
                 sys.stdout.write("\x1b[H\x1b[J")

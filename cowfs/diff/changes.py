@@ -28,7 +28,8 @@ from cowfs.index.compare import different_attributes
 from cowfs.model import TYPE_NAMES, Change
 
 if TYPE_CHECKING:
-    from cowfs.union import Options, View
+    from cowfs.row.view import View
+    from cowfs.union import Options
     from cowfs.union.node import Dir, Node
 
 __all__ = ["changes", "view_options"]
@@ -65,7 +66,8 @@ def changes(upper: str, layers: Sequence[str], *, options: Options | None = None
         NotFound, InvalidArgument: a directory that is missing or unfit (at once, not at the first change).
         CowfsError: an I/O error during the walk.
     """
-    from cowfs.union import Options, View
+    from cowfs.row.view import View
+    from cowfs.union import Options
 
     if isinstance(layers, str | bytes | os.PathLike):
         raise InvalidArgument(f"layers are a sequence of directories, not one path: {layers!r}", remedy="[path]")

@@ -11,7 +11,10 @@ import os
 import struct
 from dataclasses import dataclass, replace
 
-__all__ = ["MAX_BLOCK", "MIN_BLOCK", "ROOT_MARK", "VERSION", "Ref", "bad", "check_block"]
+from cowfs.format.whiteout import Form
+from cowfs.sys import xattr
+
+__all__ = ["MAX_BLOCK", "MIN_BLOCK", "ROOT_MARK", "VERSION", "Ref", "bad", "check_block", "is_marked"]
 
 VERSION = 1
 MIN_BLOCK, MAX_BLOCK = 4096, 1 << 20
@@ -26,6 +29,11 @@ _HAS_MAP = 1  # flag
 def bad(what: str, name: bytes) -> OSError:
     """The error for a record that is not as it is written."""
     return OSError(errno.EIO, f"bad redirect file: {what}", name)
+
+
+def is_marked(root_fd: int, form: Form) -> bool:
+    """Whether a layer, by its root's descriptor, may hold redirect files."""
+    return xattr.try_get(root_fd, b"", form.row) is not None
 
 
 def check_block(size: int) -> int:

@@ -29,7 +29,7 @@ _HELPER_WORDS: Final = frozenset(("ro", "rw", "nodev", "dev", "nosuid", "suid", 
 
 
 def mount_fuse(
-    mountpoint: str | bytes,
+    mountpoint: str | bytes | os.PathLike[str],
     options: Iterable[str] = (),
     allow_other: bool | None = None,
     source: str = "cowfs",

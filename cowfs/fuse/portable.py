@@ -74,7 +74,7 @@ class PortableSession:
 
     def __init__(
         self,
-        mountpoint: str | bytes,
+        mountpoint: str | bytes | os.PathLike[str],
         view: Tree,
         options: Iterable[str] = (),
         allow_other: bool | None = None,
@@ -239,7 +239,7 @@ def _load() -> Any:
         fields = [*fuse.fuse_operations._fields_, *unused, ("fallocate", fallocate)]
         fuse.fuse_operations = type("fuse_operations", (ctypes.Structure,), {"_fields_": fields})
 
-    class Fuse(fuse.FUSE):  # type: ignore[misc]
+    class Fuse(fuse.FUSE):
         """With fallocate, and ``utimens`` with UTIME_NOW and UTIME_OMIT, which fusepy folds into the number."""
 
         def utimens(self, path: bytes, buf: Any) -> Any:

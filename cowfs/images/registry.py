@@ -33,12 +33,15 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 from urllib.parse import quote, urlencode, urljoin, urlsplit
 
+from cowfs._log import Part
 from cowfs.errors import Corrupt, CowfsError, FailedPrecondition, InvalidArgument, NotFound
 from cowfs.images.description import Image, Layer
 from cowfs.images.digests import check_digest, diff_ids_of, digest_of, parse_json, platform_here
 from cowfs.images.writing import OutImage
 
 __all__ = ["Credentials", "Pulled", "Registry", "credentials_for", "is_here"]
+
+_log = Part("cowfs.images")
 
 INDEX_TYPES = (
     "application/vnd.oci.image.index.v1+json", "application/vnd.docker.distribution.manifest.list.v2+json",
@@ -461,6 +464,7 @@ class Registry:
         try:
             connection.request(method, target, body=body, headers={"User-Agent": "cowfs", **headers})
             response = connection.getresponse()
+            _log.debug("%s %s%s: %d", method, parts.hostname, parts.path, response.status)  # a query may be a ticket
         except (OSError, http.client.HTTPException, socket.gaierror) as error:
             connection.close()
             said = getattr(error, "strerror", None) or getattr(error, "reason", None) or error

@@ -110,9 +110,7 @@ def _for_reading(path: str, refused: int) -> Connection:
 def _open(path: str, how: str = "") -> Connection:
     name = path
     if how:
-        from urllib.parse import quote
-
-        name = f"file:{quote(path)}?{how}"
+        name = f"file:{_escaped(path)}?{how}"
     return sqlite3.connect(
         name,
         timeout=BUSY_SECONDS,
@@ -121,6 +119,16 @@ def _open(path: str, how: str = "") -> Connection:
         factory=Connection,
         uri=bool(how),
     )
+
+
+def _escaped(path: str) -> str:
+    r"""A path for an URI of SQLite, which takes any bytes (sqlite.org/uri.html); urllib would take 5 ms to import.
+
+    >>> _escaped("/a b?c/\udcff")
+    '/a%20b%3Fc/%FF'
+    """
+    plain = b"/._-0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+    return "".join(chr(byte) if byte in plain else f"%{byte:02X}" for byte in os.fsencode(path))
 
 
 def _signature(path: str) -> _Signature:

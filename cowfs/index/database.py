@@ -20,7 +20,6 @@ import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from cowfs.errors import Corrupt, CowfsError, FailedPrecondition, NotFound, Unsupported
 from cowfs.index import events, records, schema
@@ -29,6 +28,7 @@ from cowfs.index.records import CHAIN, INFO, KINDS, ROW, Row, Tag, labels_of, ro
 from cowfs.model import Event, Info, Usage
 from cowfs.sys.faults import point
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from cowfs.index.transaction import Transaction
 

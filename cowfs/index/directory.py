@@ -41,7 +41,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import NamedTuple, Protocol
@@ -138,6 +138,10 @@ class Pending:
 # ------------------------------------------------------------ one directory
 
 
+_KIND_AT = 2  # in a first half: the byte with the file type
+_WITHOUT_LINKS = bytes(flags for flags in range(256) if not flags & ANY_LINK)
+
+
 class _Chunk(NamedTuple):
     first: bytes
     size: int
@@ -176,17 +180,64 @@ def _chunks(data: bytes) -> list[_Chunk]:
 
 
 def _leaf(pending: Pending, names: Sequence[bytes], pairs: Mapping[bytes, Pair]) -> tuple[Ref, int]:
-    chosen = [pairs[name] for name in names]
-    count = len(chosen)
-    content = b"".join([pair[0] for pair in chosen])
-    lengths = [len(pair[0]) for pair in chosen]
-    head = _LEAF.pack(b"E", count, len(content)) + struct.pack(f"<{count}I", *lengths)
-    where = struct.pack(f"<{2 * count}H", *map(len, names), *[len(pair[1]) for pair in chosen])
+    contents, storages = zip(*map(pairs.__getitem__, names), strict=True) if names else ((), ())
+    columns = [list(map(len, each)) for each in (contents, names, storages)]
+    return _pack(pending, b"".join(contents), b"".join(storages), *columns)
+
+
+def _splice(pending: Pending, data: bytes, edits: Mapping[bytes, Pair | None]) -> tuple[Ref, int]:
+    """A leaf with some entries put in place or taken away, as :func:`_leaf` makes it; the others are copied in runs, unopened."""
+    _, count, content_length = _LEAF.unpack_from(data)
+    lengths = struct.unpack_from(f"<{count}I{2 * count}H", data, _LEAF.size)
+    start = _LEAF.size + 8 * count
+    ends = list(accumulate(lengths[:count], initial=start))
+    stops = list(accumulate(lengths[2 * count :], initial=start + content_length))
+
+    def name_of(at: int) -> bytes:
+        begin = ends[at] + NAME_AT
+        return data[begin : begin + lengths[count + at]]
+
+    contents: list[bytes] = []
+    storages: list[bytes] = []
+    columns: tuple[list[int], list[int], list[int]] = ([], [], [])  # lengths of content halves, names, storage halves
+    after = 0
+
+    def keep(end: int) -> None:
+        contents.append(data[ends[after] : ends[end]])
+        storages.append(data[stops[after] : stops[end]])
+        for at, column in enumerate(columns):
+            column += lengths[at * count + after : at * count + end]
+
+    for name in sorted(edits):
+        at = bisect_left(range(count), name, lo=after, key=name_of)
+        keep(at)
+        after = at + (at < count and name_of(at) == name)
+        pair = edits[name]
+        if pair is not None:
+            contents.append(pair[0])
+            storages.append(pair[1])
+            for column, length in zip(columns, (len(pair[0]), len(name), len(pair[1])), strict=True):
+                column.append(length)
+    keep(count)
+    return _pack(pending, b"".join(contents), b"".join(storages), *columns)
+
+
+def _pack(
+    pending: Pending, content: bytes, storage: bytes, halves: list[int], names: list[int], storages: list[int]
+) -> tuple[Ref, int]:
+    """A leaf from all content halves, all storage halves, and the lengths of content halves, names and storage halves."""
+    count = len(halves)
+    head = _LEAF.pack(b"E", count, len(content)) + struct.pack(f"<{count}I", *halves)
+    where = struct.pack(f"<{2 * count}H", *names, *storages)
     digest = _sha256(head + content)
-    data = b"".join([head, where, content, *[pair[1] for pair in chosen]])
-    children = b"".join([root_digest(pair[1]) for pair in chosen if pair[0][2] & 0xF0 == 0x40])
-    links = any(pair[1][0] & ANY_LINK for pair in chosen)
-    return Ref(pending.add(data, children), digest, links), count
+    starts = list(accumulate(storages[:-1], initial=0))[:count]
+    kinds = map(content.__getitem__, accumulate(halves[:-1], initial=_KIND_AT))
+    children = b"".join(
+        [root_digest(storage, at) for at, kind in zip(starts, kinds, strict=False) if kind & 0xF0 == 0x40]
+    )
+    flags = bytes(map(storage.__getitem__, starts))
+    links = flags.translate(None, _WITHOUT_LINKS) != b""
+    return Ref(pending.add(b"".join([head, where, content, storage]), children), digest, links), count
 
 
 def _list(pending: Pending, chunks: list[_Chunk]) -> Ref:
@@ -280,6 +331,9 @@ def edit(pending: Pending, storage: bytes, edits: Mapping[bytes, Pair | None]) -
     """
     data = pending.record(storage)
     if data[:1] == b"E":
+        ref, count = _splice(pending, data, edits)
+        if count <= CHUNK_ABOVE:
+            return ref
         pairs = _split(data)
         _apply(pairs, edits)
         return write(pending, pairs)
@@ -293,6 +347,10 @@ def edit(pending: Pending, storage: bytes, edits: Mapping[bytes, Pair | None]) -
         mine = touched.get(at)
         if mine is None:
             done.append(chunk)
+            continue
+        if all(name > chunk.first and not _is_boundary(name) for name in mine):  # the cuts stay where they are
+            ref, count = _splice(pending, pending.record(chunk.ref.storage), mine)
+            done.append(_Chunk(chunk.first, count, ref))
             continue
         pairs = _split(pending.record(chunk.ref.storage))
         _apply(pairs, mine)

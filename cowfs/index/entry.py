@@ -217,6 +217,6 @@ def ref_of(pair: Pair) -> Ref | None:
     return Ref(storage[_STORE.size : _STORE.size + DIGEST], content[at : at + DIGEST], storage[0] & _LINKS != 0)
 
 
-def root_digest(storage_half: bytes) -> bytes:
-    """The record digest in a directory entry's storage half."""
-    return storage_half[_STORE.size : _STORE.size + DIGEST]
+def root_digest(storage: bytes, at: int = 0) -> bytes:
+    """The record digest in a directory entry's storage half, which begins at ``at``."""
+    return storage[at + _STORE.size : at + _STORE.size + DIGEST]

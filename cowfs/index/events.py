@@ -31,6 +31,9 @@ def add(
     """Add one event inside the open transaction; its sequence number."""
     import json
 
+    from cowfs._log import Part
+
+    Part("cowfs.store").info("%s %s %s", type, action, actor)
     told = json.dumps(dict(attributes), sort_keys=True) if attributes else "{}"
     row = connection.execute(
         "INSERT INTO events (time, type, action, actor, attributes) VALUES (?, ?, ?, ?, ?)",

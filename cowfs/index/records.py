@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
+from cowfs._record import field, record
 from cowfs.model import Info, Kind, Limit, Usage
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     import sqlite3
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["CHAIN", "INFO", "KINDS", "ROW", "Row", "Tag", "held", "labels_of", "layers", "row_of"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Row:
     """One snapshot as the index keeps it; the columns are described in schema.sql."""
 
@@ -51,7 +51,7 @@ class Row:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Tag:
     """A name for an image: the top snapshot of its chain, and its configuration (JSON, "" for a plain tree)."""
 

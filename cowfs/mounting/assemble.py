@@ -25,7 +25,8 @@ def make_view(stack: Stack) -> View:
     Raises:
         OSError: what the layers' file systems said.
     """
-    from cowfs.union import Options, View
+    from cowfs.row.view import View
+    from cowfs.union import Options
 
     spec = stack.spec
     options = Options(

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from types import EllipsisType, TracebackType
 from typing import TYPE_CHECKING, Any
 
+from cowfs._log import Part
 from cowfs.errors import FailedPrecondition, NotFound
 from cowfs.model import SMALLEST_LIMIT, Limit, Statistics, Usage, parse_count, parse_size
 from cowfs.mounting import mountpoint, protocol
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from cowfs.sys.mounts import MountInfo
 
 __all__ = ["MountHandle", "MountStatus", "attach", "make_spec", "mount", "mounts", "umount"]
+
+_log = Part("cowfs.mounting")
 
 
 _ELSEWHERE = "cowfs mounts lists what is here, with --everywhere also what is in other mount namespaces"
@@ -100,7 +103,7 @@ class MountHandle:
             pass  # somebody was faster
 
     def ask(self, verb: str, **arguments: Any) -> dict[str, Any]:
-        """One verb of the server's table (:mod:`cowfs.mounting.verbs.arguments` says what each takes).
+        """One verb of the server's table (the record beside each in :mod:`cowfs.mounting.verbs` says what it takes).
 
         Raises:
             CowfsError: as the server raised it; FailedPrecondition when it is gone.
@@ -456,6 +459,7 @@ def umount(target: PathLike, *, lazy: bool = False, force: bool = False, socket:
         FailedPrecondition: in use; the message names who.
     """
     path = os.fspath(target)
+    _log.info("unmount %s", path)
     entry = mountpoint.find(path)
     if entry is not None and socket is not None and protocol.device_of(socket) != entry.dev:
         entry = None  # the path is one of another mount namespace

@@ -16,12 +16,14 @@ from cowfs.errors import NotFound
 from cowfs.index.database import Index, Row
 from cowfs.index.mounted import IndexTree
 from cowfs.model import Limit
-from cowfs.union import View, quota
+from cowfs.row.view import View
+from cowfs.union import quota
 
 if TYPE_CHECKING:
     from cowfs.mounting.resources import Stack
     from cowfs.union import Options
     from cowfs.union.options import TreeIndex
+    from cowfs.union.view import View as Merged
 
 __all__ = ["count_from_now", "keep_limit", "view"]
 
@@ -31,7 +33,7 @@ def view(stack: Stack, options: Options) -> View:
 
     Raises:
         NotFound: the index does not know the layer.
-        OSError: as :class:`cowfs.union.View`.
+        OSError: as :class:`cowfs.View`.
     """
     assert stack.upper is not None
     index, row = row_of(stack.upper)
@@ -45,7 +47,7 @@ def view(stack: Stack, options: Options) -> View:
     return made
 
 
-def _count(view: View, row: Row) -> None:
+def _count(view: Merged, row: Row) -> None:
     """Count what a snapshot's layer holds for its limit, from now on.
 
     Of a whole layer, what was copied is neither use nor limit; what live snapshots beneath hold counts, too.
@@ -91,7 +93,7 @@ def keep_limit(upper: str, limit: Limit) -> None:
         index.close()
 
 
-def count_from_now(view: View, upper: str) -> None:
+def count_from_now(view: Merged, upper: str) -> None:
     """Have a view that had no limit count as one that was mounted with one."""
     index, row = row_of(upper)
     index.close()

@@ -4,7 +4,7 @@ Strategy: one unix stream socket a server, in a directory only its owner can ent
 ``{"verb": "usage", "version": 1, ...arguments}``, and gets one line back: ``{"ok": {...}}`` or ``{"error": {"type", "message",
 "remedy"}}``; then the server may keep the connection until it ends, which is how a client waits for that end. With
 ``"stream": true`` any number of lines ``{"more": {...}}`` come before, from verbs that have news. The answering side is
-:mod:`cowfs.mounting.control`; what each verb takes is :mod:`cowfs.mounting.verbs.arguments`.
+:mod:`cowfs.mounting.control`; what each verb takes is a record beside it in :mod:`cowfs.mounting.verbs`.
 
 Versions: a server answers messages of its own version and of older ones; 0 had no ``version`` and no streams. A server of version
 0 ignores both words, so a client of any version can ask it, and gets the answer alone.

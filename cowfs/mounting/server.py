@@ -20,6 +20,7 @@ session, and the main thread closes everything in one place.
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
@@ -31,6 +32,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
+from cowfs._log import Part
 from cowfs.errors import CowfsError
 from cowfs.mounting import mountpoint, protocol
 from cowfs.mounting.assemble import explain, make_session, make_view, name_process, raise_file_limit, refused
@@ -48,6 +50,8 @@ if TYPE_CHECKING:
     from cowfs.union import View
 
 __all__ = ["Server", "Started", "parse_report", "serve", "start"]
+
+_log = Part("cowfs.mounting")
 
 _FLUSH_SECONDS = 10.0  # how long SIGTERM waits for dirty pages
 
@@ -71,6 +75,7 @@ def start(spec: MountSpec) -> Started:
     Raises:
         CowfsError: as raised in the server; then nothing is mounted and the server is gone.
     """
+    _log.info("mount %s: layers %s, upper %s", spec.mountpoint, ":".join(reversed(spec.layers)), spec.upper or "none")
     reading, writing = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -90,7 +95,9 @@ def start(spec: MountSpec) -> Started:
     if not line:
         _, status = os.waitpid(pid, 0)
         raise CowfsError(f"the server ended before the mount answered (status {os.waitstatus_to_exitcode(status)})")
-    return parse_report(line)
+    started = parse_report(line)
+    _log.info("mount %s: served by process %d", spec.mountpoint, started.pid)
+    return started
 
 
 def serve(spec: MountSpec, report: int) -> NoReturn:
@@ -258,6 +265,7 @@ class Server:
         try:
             if not (Thread(self._answer_all, "cowfs-control").start() and Thread(self._ready, "cowfs-ready").start()):
                 raise CowfsError("no thread can be started", remedy="look at the limits of processes and memory")
+            gc.enable()  # a start goes without
             self.session.run()
         except BaseException as error:
             try:

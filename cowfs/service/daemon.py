@@ -42,7 +42,7 @@ from cowfs.service.api import (
 from cowfs.service.api.routing import Route, Table
 from cowfs.service.board import Board
 from cowfs.service.containers.manager import Containers
-from cowfs.service.doors import Door, Loop, open_doors
+from cowfs.service.doors import Door, Loop, open_door, open_doors
 from cowfs.service.errors import status_of
 from cowfs.service.http import Exchange, Reply, json_reply
 from cowfs.service.images import Images
@@ -272,8 +272,10 @@ def run(options: Options, reread: Callable[[], Options]) -> int:
         with ExitStack() as held:
             if options.containerd:
                 held.enter_context(_containerd(service))
+            if options.docker_plugin:
+                held.enter_context(_docker_plugin(service))
             doors: list[Door] = []
-            if options.host or not options.containerd:
+            if options.host or not _of_engines(options):
                 service.containers.take_over()
                 service.containers.spawner.warm_up()
                 doors = open_doors(options, os.path.join(run_dir, "docker.sock"))
@@ -282,6 +284,37 @@ def run(options: Options, reread: Callable[[], Options]) -> int:
             for door in doors:
                 held.callback(door.close)
             return _serve(service, doors, reread)
+
+
+def _of_engines(options: Options) -> list[str]:
+    """The doors for engines."""
+    return [door for door in (options.containerd, options.docker_plugin) if door]
+
+
+@contextmanager
+def _docker_plugin(service: Service) -> Iterator[None]:
+    """Be a graph driver plugin of dockerd meanwhile.
+
+    Raises:
+        CowfsError: it cannot listen.
+    """
+    from cowfs.service.graphdriver.layers import Layers
+    from cowfs.service.graphdriver.plugin import Plugin
+
+    state = os.path.join(service.folder, "docker-plugin.json")
+    layers = Layers(service.store, state, service.default_limit)
+    try:
+        door = open_door(service.options.docker_plugin, "--docker-plugin")
+        loop = Loop([door], Plugin(layers).handle, _new_id, service.options.max_connections)
+        thread = threading.Thread(target=loop.run, name="cowfs-docker-plugin", daemon=True)
+        thread.start()
+        log.info("listening on %s (docker plugin)", door.name)
+        try:
+            yield
+        finally:
+            loop.stop()
+    finally:
+        layers.close()
 
 
 @contextmanager
@@ -329,7 +362,7 @@ def _serve(service: Service, doors: list[Door], reread: Callable[[], Options]) -
         )
     for door in doors:
         log.info("listening on %s%s", door.name, " (TLS)" if door.context else "")
-    names = [door.name for door in doors] + ([options.containerd] if options.containerd else [])
+    names = [door.name for door in doors] + _of_engines(options)
     systemd.notify("READY=1\nSTATUS=" + ", ".join(names))
     try:
         while all(_signal(service, number, reread) for number in signals.recv(64)):

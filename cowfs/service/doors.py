@@ -32,7 +32,7 @@ from cowfs.service.logs import log
 from cowfs.service.options import Options
 from cowfs.sys.threads import Thread
 
-__all__ = ["Door", "Loop", "answers", "open_doors"]
+__all__ = ["Door", "Loop", "answers", "open_door", "open_doors"]
 
 PLAIN_PORT, TLS_PORT = 2375, 2376
 _UCRED = struct.Struct("3i")
@@ -88,6 +88,23 @@ def open_doors(options: Options, default: str) -> list[Door]:
     return doors
 
 
+def open_door(text: str, option: str) -> Door:
+    """Open the unix socket that an engine uses, for its owner alone.
+
+    Args:
+        text: unix:///PATH.
+        option: that says so, for messages.
+
+    Raises:
+        InvalidArgument: no unix socket, or none that can be listened at.
+        FailedPrecondition: somebody else has it.
+    """
+    path = text.removeprefix("unix://")
+    if not path.startswith("/"):
+        raise InvalidArgument(f"{option} {text}: not the address of a unix socket", remedy=f"{option} unix:///PATH")
+    return _unix(path, "", option)
+
+
 def _open(text: str, options: Options, context: ssl.SSLContext | None) -> list[Door]:
     scheme, colon, rest = text.partition("://")
     if not colon:
@@ -103,7 +120,7 @@ def _open(text: str, options: Options, context: ssl.SSLContext | None) -> list[D
     return [_tcp(text, rest, options, context)]
 
 
-def _unix(path: str, group: str) -> Door:
+def _unix(path: str, group: str, option: str = "-H") -> Door:
     gid = -1
     if group:
         try:
@@ -114,7 +131,9 @@ def _unix(path: str, group: str) -> Door:
     try:
         os.makedirs(directory, mode=0o755 if group else 0o700, exist_ok=True)
         if answers(path):
-            raise FailedPrecondition(f"another process listens at {path}", remedy="end it, or choose another place: -H")
+            raise FailedPrecondition(
+                f"another process listens at {path}", remedy=f"end it, or choose another place: {option}"
+            )
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         # Made under another name, with its mode and group, and renamed: no client ever sees it open to others.
         fresh = f"{path}.{os.getpid()}"
@@ -132,7 +151,7 @@ def _unix(path: str, group: str) -> Door:
         sock.listen(1024)
         os.rename(fresh, path)
     except OSError as error:
-        raise InvalidArgument(f"-H unix://{path}: {error.strerror or error}") from None
+        raise InvalidArgument(f"{option} unix://{path}: {error.strerror or error}") from None
     return Door(name=f"unix://{path}", sock=sock, path=path, inode=os.stat(path).st_ino)
 
 

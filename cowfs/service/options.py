@@ -20,9 +20,15 @@ __all__ = ["Options", "add_arguments", "as_toml", "read"]
 DEFAULT_FILE = "/etc/cowfs/serve.toml"
 PREFIX = "COWFS_SERVE_"
 
+PLUGIN = "unix:///run/docker/plugins/cowfs.sock"
+"""Where dockerd looks for the plugin that it calls cowfs."""
 
-def _option(default: Any, help: str, *, flags: Sequence[str] = (), live: bool = False, metavar: str = "") -> Any:
-    told = {"help": help, "flags": tuple(flags), "live": live, "metavar": metavar}
+
+def _option(
+    default: Any, help: str, *, flags: Sequence[str] = (), live: bool = False, metavar: str = "", alone: str = ""
+) -> Any:
+    """A field. ``alone``: the value of a flag that is given without one."""
+    told = {"help": help, "flags": tuple(flags), "live": live, "metavar": metavar, "alone": alone}
     if isinstance(default, tuple):
         return field(default=default, metadata=told)
     return field(default=default, metadata=told)
@@ -64,6 +70,12 @@ class Options:
         "",
         "be a snapshotter of containerd at unix:///PATH (needs cowfs-storage[containerd]); without -H there is no other door",
         metavar="DOOR",
+    )
+    docker_plugin: str = _option(
+        "",
+        f"be a graph driver plugin of dockerd 20.10 to 27 at unix:///PATH (default: {PLUGIN}); without -H there is no other door",
+        metavar="DOOR",
+        alone=PLUGIN,
     )
     label: tuple[str, ...] = _option((), "shown by info; repeated", live=True, metavar="K=V")
     max_connections: int = _option(2048, "connections at once, of all doors", metavar="N")
@@ -111,6 +123,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             )  # fmt: skip
         elif kinds[each.name] is int:
             parser.add_argument(*names, type=int, default=None, dest=each.name, metavar=metavar, help=help_text)
+        elif each.metadata["alone"]:
+            parser.add_argument(
+                *names,
+                nargs="?",
+                const=each.metadata["alone"],
+                default=None,
+                dest=each.name,
+                metavar=metavar,
+                help=help_text,
+            )
         elif kinds[each.name] is str:
             parser.add_argument(*names, default=None, dest=each.name, metavar=metavar, help=help_text)
         else:

@@ -301,7 +301,8 @@ class _Redirected(LayerFile):
     """A redirect file, read through the layers beneath it."""
 
     def __init__(self, trees: list[str], path: bytes, form: str) -> None:
-        from cowfs.union import Dir, Node, Options, View
+        from cowfs.row.view import View
+        from cowfs.union import Dir, Node, Options
 
         self._view = View(trees, options=Options(form=form, readonly=True))
         node: Node = self._view.root

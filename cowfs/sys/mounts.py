@@ -7,8 +7,12 @@ import errno
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from cowfs.sys._libc import check, libc, syscall
+
+if TYPE_CHECKING:
+    from _typeshed import StrOrBytesPath
 
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_SYNCHRONOUS, MS_REMOUNT = 1, 2, 4, 8, 16, 32
 MS_DIRSYNC, MS_NOSYMFOLLOW, MS_NOATIME, MS_NODIRATIME = 128, 256, 1024, 2048
@@ -47,7 +51,7 @@ _MOVE_MOUNT_F_EMPTY_PATH = 4
 _MOUNT_ATTR_RDONLY = 1
 
 
-def mount(source: str, target: str | bytes, fstype: str, flags: int = 0, data: str = "") -> None:
+def mount(source: str, target: StrOrBytesPath, fstype: str, flags: int = 0, data: str = "") -> None:
     """mount(2)."""
     check(
         libc.mount(
@@ -61,20 +65,20 @@ def mount(source: str, target: str | bytes, fstype: str, flags: int = 0, data: s
     )
 
 
-def umount(target: str | bytes, flags: int = 0) -> None:
+def umount(target: StrOrBytesPath, flags: int = 0) -> None:
     """umount2(2)."""
     check(libc.umount2(os.fsencode(target), flags), target)
 
 
 def overlay_mount(
-    target: str | bytes,
-    lowers: Sequence[str | bytes | int],
-    upper: str | bytes | None = None,
-    work: str | bytes | None = None,
+    target: StrOrBytesPath,
+    lowers: Sequence[StrOrBytesPath | int],
+    upper: StrOrBytesPath | None = None,
+    work: StrOrBytesPath | None = None,
     options: Iterable[str] = (),
     *,
     readonly: bool = False,
-    data: Sequence[str | bytes] = (),
+    data: Sequence[StrOrBytesPath] = (),
     source: str = "overlay",
 ) -> None:
     """Mount the kernel's overlayfs by descriptors, so that any number of layers fits.

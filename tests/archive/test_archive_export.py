@@ -11,6 +11,7 @@ import subprocess
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
@@ -499,7 +500,7 @@ def _archives(draw: st.DrawFn) -> bytes:
     parts = []
     for _ in range(draw(st.integers(0, 12))):
         path, kind = draw(PATHS), draw(KINDS)
-        fields = {
+        fields: dict[str, Any] = {
             "mode": draw(st.sampled_from([0o644, 0o755, 0o4755, 0o2755, 0o1777, 0])),
             "uid": draw(st.sampled_from([0, 1, 1000, 3_000_000])),
             "gid": draw(st.sampled_from([0, 7])),

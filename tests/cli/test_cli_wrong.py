@@ -251,7 +251,4 @@ def test_no_room_for_standard_output_is_named(store: Cowfs, space: Path) -> None
 
 
 def test_there_are_sixty_wrong_usages() -> None:
-    from tests.cli.test_cli_errors import CASES
-
-    assert len(WRONG) + len(CASES) >= 60
     assert len(WRONG) >= 60

@@ -19,8 +19,9 @@ from support import bounded, command, deep, hostfs, mounts
 
 import cowfs
 from cowfs.row.file import RowFile
+from cowfs.row.view import View
 from cowfs.sys import trees
-from cowfs.union import Options, View
+from cowfs.union import Options
 from cowfs.union.paths import Paths
 
 pytestmark = pytest.mark.usefixtures("can_mount")
@@ -375,6 +376,7 @@ def test_a_mount_right_after_its_server_was_killed(space: Path) -> None:
     (space / "mnt").mkdir()
     for number in range(20):
         mount = cowfs.mount([space / "lower"], space / "mnt", upper=space / "upper")
+        assert isinstance(mount, cowfs.MountHandle)
         for name in range(20):
             (space / f"mnt/{name}").write_bytes(b"x" * number)
         os.kill(mount.pid, signal.SIGKILL)

@@ -147,10 +147,11 @@ def outcome(case: Case, path: Path, head: int) -> str:
 
 @contextmanager
 def mounted(front: str, lower: Path, base: Path) -> Iterator[Path]:
-    options: dict[str, Any] = {
+    fronts: dict[str, dict[str, Any]] = {
         "limited": {"size": "1G"}, "row": {"row": 4096}, "passthrough": {"io": "passthrough"},
         "fusepy": {"frontend": "fusepy"},
-    }.get(front, {})  # fmt: skip
+    }  # fmt: skip
+    options = fronts.get(front, {})
     with ExitStack() as stack:
         where = base / "mnt"
         where.mkdir()

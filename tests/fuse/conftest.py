@@ -18,14 +18,14 @@ from typing import Any
 
 import pytest
 from _pytest.runner import runtestprotocol
-from memory_view import MemoryView
+from support.memory_view import MemoryView
 
 from cowfs.fuse import Session, SessionOptions, mount_fuse
 from cowfs.sys import mounts
 from cowfs.union import View
 
 # vfork(2) would hold this process's interpreter, which must answer, while a child changes into the mount.
-subprocess._USE_VFORK = False
+subprocess._USE_VFORK = False  # type: ignore[misc]  # typeshed declares it final; there is no other switch
 
 
 def drops() -> list[str]:
@@ -180,7 +180,7 @@ def union(serve: Any, layers: Path) -> Any:
 
     def start(*, readonly: bool = False, **options: Any) -> Served:
         upper = None if readonly else layers / "upper"
-        view = View([bytes(layers / "lower")], upper and bytes(upper), upper and bytes(layers / "work"))
+        view = View([layers / "lower"], upper, upper and layers / "work")
         served: Served = serve(view, **options)
         return served
 

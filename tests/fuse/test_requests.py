@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-Step = Callable[[Any], None]
+Step = Callable[[Any], object]
 
 
 def read_all(name: str) -> Step:

@@ -9,8 +9,9 @@ import pytest
 from support.hostfs import HostFs
 
 from cowfs.model import Kind
+from cowfs.row.view import View
 from cowfs.store import Store
-from cowfs.union import Options, View
+from cowfs.union import Options
 
 
 @pytest.fixture(params=["overlay", "vfs"])

@@ -76,7 +76,8 @@ def read_tree(top: str) -> tuple[Tree, Times]:
             path = f"{here}/{entry.name}" if here else entry.name
             st = os.lstat(entry.path)
             times[path] = st.st_mtime_ns
-            content, xattrs = b"", ()
+            content = b""
+            xattrs: tuple[tuple[str, bytes], ...] = ()
             if stat.S_ISDIR(st.st_mode):
                 pending.append(path)
             elif stat.S_ISREG(st.st_mode):

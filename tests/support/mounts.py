@@ -41,6 +41,12 @@ class Mounted:
     handle: Any = None
     extra: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def changes(self) -> Path:
+        """The upper layer of a writable mount."""
+        assert self.upper is not None
+        return self.upper
+
 
 def overlay_mount(
     lowers: Sequence[str | os.PathLike[str]],

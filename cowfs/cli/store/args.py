@@ -1,4 +1,4 @@
-"""What the verbs over a store share: its options, opening it, paging, progress bars."""
+"""What the verbs over a store share: its options, opening it, paging."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
 
 from cowfs.cli import config
 from cowfs.errors import InvalidArgument
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
+    from typing import Any
 
     from cowfs.model import Info
     from cowfs.store import Store
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 ROOT = "COWFS_ROOT"
 
 
-def add_store(parser: argparse.ArgumentParser, *, json: bool = True, template: bool = True) -> None:
+def add_store(parser: argparse.ArgumentParser, *, json: bool = True, form: bool = True) -> None:
     """``--root``, ``--driver``, ``--json``, ``--jsonl`` and ``--format``."""
     add = parser.add_argument
     add(
@@ -30,25 +31,26 @@ def add_store(parser: argparse.ArgumentParser, *, json: bool = True, template: b
     )
     add("--driver", default="auto", metavar="NAME", help="its backend, when the store is new (default: the best here)")
     if json:
-        add_json(parser, template=template)
+        add_json(parser, form=form)
 
 
-def add_json(parser: argparse.ArgumentParser, *, template: bool = True) -> None:
+def add_json(parser: argparse.ArgumentParser, *, form: bool = True) -> None:
     """``--json``, ``--jsonl`` and ``--format``: ``args.json`` is ``array``, ``lines`` or a template, empty without them."""
     add = parser.add_argument
     add("--json", action="store_const", const="array", default="", help="as JSON; a list is an array of objects")
     add("--jsonl", action="store_const", const="lines", dest="json", help="as JSON, an object a line")
-    if template:
+    if form:
         add(
             "--format",
             dest="json",
             metavar="TEMPLATE",
-            type=_template,
+            type=template,
             help="each object by a template of its JSON fields: '{name} {created:age}'",
         )
 
 
-def _template(text: str) -> str:
+def template(text: str) -> str:
+    """A way to print, of an argument of --format."""
     from cowfs.cli.output import TEMPLATE
 
     return TEMPLATE + text
@@ -186,56 +188,6 @@ def paged() -> Iterator[Callable[[str], None]]:
             pipe.close()
         except BrokenPipeError:
             pass  # the reader quit
-
-
-class Bars:
-    """One line of progress on standard error, when that is a terminal; quiet otherwise.
-
-    Threads: may be called from several.
-    """
-
-    def __init__(self) -> None:
-        self.on = sys.stderr.isatty()
-        self._parts: dict[str, tuple[int, int]] = {}
-        self._next = 0.0
-        self._shown = False
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        """``total`` is 0 where it is not known; bytes or counts alike."""
-        if not self.on:
-            return
-        self._parts[what] = (done, total)
-        now = time.monotonic()
-        if now < self._next:
-            return
-        self._next = now + 0.1
-        self._draw()
-
-    def _draw(self) -> None:
-        import shutil
-
-        from cowfs.model import format_size
-
-        known = [part for part in self._parts.values() if part[1]]
-        done, total = sum(part[0] for part in known), sum(part[1] for part in known)
-        label = next(reversed(self._parts)) if len(self._parts) == 1 else f"{len(self._parts)} layers"
-        if total:
-            share = min(1.0, done / total)
-            bar = "#" * round(share * 30)
-            text = f"{label:.30} [{bar:<30}] {share:4.0%} {format_size(done) if total > 4096 else done}"
-        else:
-            text = f"{label:.30} {format_size(sum(part[0] for part in self._parts.values()))}"
-        sys.stderr.write("\r\x1b[K" + text[: shutil.get_terminal_size().columns - 1])
-        sys.stderr.flush()
-        self._shown = True
-
-    def __enter__(self) -> Bars:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._shown:
-            sys.stderr.write("\r\x1b[K")
-            sys.stderr.flush()
 
 
 def when(nanoseconds: int) -> str:

@@ -14,8 +14,9 @@ import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cowfs.cli import Command, is_path
-from cowfs.cli.output import path_fields, print_items, shown
-from cowfs.cli.store.args import Bars, add_json, add_store, open_store
+from cowfs.cli.output import path_fields, print_items, print_json, shown
+from cowfs.cli.progress import Bars
+from cowfs.cli.store.args import add_json, add_store, open_store
 from cowfs.errors import InvalidArgument, NotFound
 from cowfs.model import format_size, parse_size
 
@@ -90,7 +91,7 @@ def _configure_cp(parser: argparse.ArgumentParser) -> None:
     add("source", metavar="SOURCE", help="NAME:PATH, a path of the host, or - for a tar; /. behind it: what is in it")
     add("target", metavar="TARGET", help="likewise; into a directory that is there, under the name that it has")
     add("-a", "--archive", action="store_true", help="keep owners, set-id bits and all extended attributes")
-    add_store(parser, json=False)
+    add_store(parser)
 
 
 def _cp(args: argparse.Namespace) -> int:
@@ -99,8 +100,9 @@ def _cp(args: argparse.Namespace) -> int:
         raise InvalidArgument("neither of them is in a snapshot", remedy="write one as NAME:PATH")
     if "-" in (args.source, args.target) and all(inside):
         raise InvalidArgument("- is a tar, and takes the place of the host's path")
-    with open_store(args, create=False) as store, Bars() as bars:
-        progress = _progress(bars)
+    with open_store(args, create=False) as store, Bars(args) as bars:
+        done = [0, 0]
+        progress = _counted(bars, done)
         if all(inside):
             source, target = place_in(store, args.source), place_in(store, args.target)
             path = _landing(source.path, target.path, lambda path: _is_dir(store, target.name, path))
@@ -109,14 +111,23 @@ def _cp(args: argparse.Namespace) -> int:
             _copy_out(args, store, progress)
         else:
             _copy_in(args, store, progress)
+    if args.json and args.target != "-":
+        told = {"source": args.source, "target": args.target, "bytes": done[0], "objects": done[1]}
+        print_json(told, args.json)
     return 0
 
 
-def _progress(bars: Bars) -> Callable[[int, int], object] | None:
-    return (lambda done, objects: bars(f"{objects} objects", done, 0)) if bars.on else None
+def _counted(bars: Bars, counts: list[int]) -> Callable[[int, int], object]:
+    """What is told how far a copy is; bytes and objects are kept in ``counts``, too."""
+
+    def progress(done: int, objects: int) -> None:
+        counts[:] = done, objects
+        bars("copied", done, 0)
+
+    return progress
 
 
-def _copy_out(args: argparse.Namespace, store: Store, progress: Callable[[int, int], object] | None) -> None:
+def _copy_out(args: argparse.Namespace, store: Store, progress: Callable[[int, int], object]) -> None:
     place = place_in(store, args.source)
     if args.target == "-":
         if sys.stdout.isatty():
@@ -128,7 +139,7 @@ def _copy_out(args: argparse.Namespace, store: Store, progress: Callable[[int, i
     store.copy_out(place.name, place.path, target, owners=args.archive, progress=progress)
 
 
-def _copy_in(args: argparse.Namespace, store: Store, progress: Callable[[int, int], object] | None) -> None:
+def _copy_in(args: argparse.Namespace, store: Store, progress: Callable[[int, int], object]) -> None:
     place = place_in(store, args.target)
     if args.source == "-":
         store.copy_in_tar(place.name, sys.stdin.buffer, place.path, progress=progress)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from cowfs.cli import Command
 from cowfs.cli.output import age_of, print_items, print_json, print_table, shown, size_or, table_lines
 from cowfs.cli.store.args import Places, add_store, info_as_json, look_at_store, paged, when
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Iterator
+    from typing import Any
 
     from cowfs.model import Info
     from cowfs.store.look import Look
@@ -202,6 +202,9 @@ def _log(args: argparse.Namespace) -> int:
             return 0
         with paged() as line:
             for info in chain:
+                if args.quiet:
+                    line(shown(info.name))
+                    continue
                 row = store.index.get(info.name)
                 used = f"{size_or(row.usage.bytes)}, {row.usage.inodes} inodes" if row.usage else info.kind.value
                 line(f"{when(info.created)}  {used:<28} {shown(info.name)}")

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from cowfs.cli import Command
+from cowfs.cli import Command, common
 from cowfs.cli.store.args import add_store, check_new, open_store
 from cowfs.cli.store.terminal import Terminal
 from cowfs.errors import CowfsError, FailedPrecondition, InvalidArgument, Unsupported
@@ -60,7 +60,7 @@ def _configure_run(parser: argparse.ArgumentParser) -> None:
     _split_command(parser)
 
 
-_FLAGS = {"--rm", "--privileged", "-q", "--quiet", "-h", "--help"}
+_FLAGS = {"--rm", "--privileged", "-h", "--help", *common.FLAGS}
 """Options of run and sh that take no value."""
 
 

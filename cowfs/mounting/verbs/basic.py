@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from types import EllipsisType
 from typing import Any
 
@@ -11,12 +11,27 @@ from cowfs.errors import FailedPrecondition, InvalidArgument
 from cowfs.model import Limit
 from cowfs.mounting import mountpoint
 from cowfs.mounting.served import ServedMount
-from cowfs.mounting.verbs.arguments import Limits, Nothing, Umount
+from cowfs.mounting.verbs.arguments import Nothing
 from cowfs.mounting.verbs.table import verb
 
 __all__ = ["counted"]
 
 _PATIENCE = 1.0  # seconds that who only looks waits for a count
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """``limit``: bytes and a count, None for none; what is left out stays."""
+
+    bytes: int | EllipsisType | None = ...
+    inodes: int | EllipsisType | None = ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Umount:
+    """``umount``: at once, whoever is inside."""
+
+    lazy: bool = False
 
 
 @verb("alive", Nothing)

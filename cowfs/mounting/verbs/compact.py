@@ -12,12 +12,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from cowfs.errors import CowfsError, FailedPrecondition, InvalidArgument
 from cowfs.mounting.served import ServedMount
-from cowfs.mounting.verbs.arguments import Compact
 from cowfs.mounting.verbs.table import Stream, streamed, verb
 from cowfs.row.compact import SHARE, Progress, compact
 
@@ -27,6 +27,13 @@ _SECONDS = 0.5
 
 _lock = threading.Lock()
 _running: WeakKeyDictionary[ServedMount, Iterator[Progress]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compact:
+    """``compact``: files of which at least this share is their own, from 0 to 1."""
+
+    share: float | None = None
 
 
 @verb("compact", Compact)

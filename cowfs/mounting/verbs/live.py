@@ -19,12 +19,13 @@ import errno
 import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cowfs.errors import FailedPrecondition, InvalidArgument, NotFound
 from cowfs.fuse.loop import Session
 from cowfs.mounting.served import ServedMount
-from cowfs.mounting.verbs.arguments import Freeze, Nothing, Rollback, Subvolume, Switch
+from cowfs.mounting.verbs.arguments import Counts, Nothing
 from cowfs.mounting.verbs.table import verb
 from cowfs.sys import btrfs, mounts
 from cowfs.sys.files import syncfs
@@ -40,6 +41,52 @@ _FLUSH_SECONDS = 10.0
 _PATIENCE_SECONDS = 5.0  # how long a switch waits for a moment without held requests
 _STRICT_SECONDS = 60.0  # ... when any other moment will not do
 _BARRIERS, _FEW = 200, 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Switch:
+    """The arguments that ``freeze`` and ``rollback`` share: the new upper layer, and what its directories will be called.
+
+    Attributes:
+        mark: a file that is made at the instant of the switch.
+    """
+
+    upper: str
+    work: str
+    final_upper: str
+    final_work: str
+    mark: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Freeze(Switch):
+    """``freeze``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollback(Switch):
+    """``rollback``: to the layer whose tree is ``layer``.
+
+    Attributes:
+        base: what counts for the limit although the new layer does not hold it, negative.
+        lowers, num, index: how the view comes to scan what is to be dropped, if it reads it from the index (which it has
+            open: the path is for servers that have not).
+    """
+
+    layer: str
+    base: Counts
+    lowers: list[str] = field(default_factory=list)
+    num: int | None = None
+    index: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subvolume:
+    """``subvolume``: a snapshot of ``source`` called ``name`` in ``directory``."""
+
+    source: str
+    directory: str
+    name: str
 
 
 @verb("freeze", Freeze)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 import threading
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from cowfs.errors import CowfsError, FailedPrecondition
@@ -24,7 +24,7 @@ from cowfs.index.database import Index
 from cowfs.index.mounted import IndexTree
 from cowfs.mounting.served import ServedMount
 from cowfs.mounting.switch_mark import leave_mark
-from cowfs.mounting.verbs.arguments import Absorb, Restack
+from cowfs.mounting.verbs.arguments import Counts
 from cowfs.mounting.verbs.live import at_once, can_switch
 from cowfs.mounting.verbs.standing import stand_on
 from cowfs.mounting.verbs.table import verb
@@ -33,6 +33,43 @@ from cowfs.union.quota import UNIT
 
 _PASSES = 5
 _one = threading.Lock()  # one take-over at a time, whoever asks: who asked first may be gone
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Restack:
+    """``restack``: other layers beneath.
+
+    Attributes:
+        lowers: the layers, topmost first.
+        num: the snapshot in ``index`` whose tree they are; None: they are scanned.
+        upper: the upper layer that the asker knows of.
+        freed: what counts for the limit no more.
+    """
+
+    lowers: list[str]
+    num: int | None
+    index: str
+    upper: str
+    freed: Counts | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Absorb:
+    """``absorb``: take over what the topmost of ``lowers`` holds; fields as of :class:`Restack`.
+
+    Attributes:
+        empty: the layer to stand on when none is left.
+        held: what the layer counted for the limit, when it counted.
+        mark: a file that is made, with what was taken over as JSON, at the instant of the switch.
+    """
+
+    lowers: list[str]
+    num: int | None
+    index: str
+    upper: str
+    empty: str
+    mark: str
+    held: Counts | None = None
 
 
 def _index(server: ServedMount, path: str) -> Index:

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from cowfs.errors import InvalidArgument
 from cowfs.fuse.loop import Session
 from cowfs.mounting.served import ServedMount
-from cowfs.mounting.verbs.arguments import Statistics
 from cowfs.mounting.verbs.basic import counted
 from cowfs.mounting.verbs.table import Stream, streamed, verb
 
 __all__: list[str] = []
 
 _LONGEST = 60.0  # seconds: only when it speaks does a stream notice that nobody listens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Statistics:
+    """``statistics``: whether requests are timed from now on; streamed: seconds from one answer to the next."""
+
+    timed: bool = True
+    interval: float = 1.0
 
 
 @verb("statistics", Statistics)

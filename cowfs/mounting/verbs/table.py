@@ -1,7 +1,7 @@
 """The table of verbs: each module of this package enters its own.
 
 Rules: a verb is called in its connection's thread, gets the served mount and its arguments
-(:mod:`cowfs.mounting.verbs.arguments`), and returns what the answer's "ok" holds, or raises a
+(a record beside it, read by :mod:`cowfs.mounting.verbs.arguments`), and returns what the answer's "ok" holds, or raises a
 :class:`~cowfs.errors.CowfsError`. Whatever touches the view goes through
 :meth:`ServedMount.call <cowfs.mounting.served.ServedMount.call>`.
 

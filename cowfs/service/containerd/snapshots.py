@@ -15,11 +15,12 @@ Rules, from containerd's core/snapshots/snapshotter.go and its conformance suite
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from cowfs.errors import AlreadyExists, CowfsError, InvalidArgument
 from cowfs.model import Info, Kind, Limit, Mount, Usage
+from cowfs.service.cleaning import Cleaner
 from cowfs.service.containerd import filters as filter_language
 from cowfs.service.containerd.held import PAUSE, Held
 from cowfs.service.logs import log
@@ -34,7 +35,6 @@ MAX_INODES = "containerd.io/snapshot/cowfs-max-inodes"
 """containerd passes on labels that begin with ``containerd.io/snapshot/``."""
 
 _EXTRACT = "extract-"
-_AGAIN = 5.0  # seconds until files of removed snapshots are looked at again
 
 
 class Snapshots:
@@ -49,21 +49,16 @@ class Snapshots:
         self._store = store
         self._default = default
         self.held = Held(store, directory)
-        self._left = threading.Event()
+        self._cleaner = Cleaner(store)
         self._ending = threading.Event()
-        self._threads = [
-            threading.Thread(target=self._clean_up, name="cowfs-cleanup", daemon=True),
-            threading.Thread(target=self._look, name="cowfs-held", daemon=True),
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._thread = threading.Thread(target=self._look, name="cowfs-held", daemon=True)
+        self._thread.start()
 
     def close(self) -> None:
         """End the threads. Mounts stay."""
         self._ending.set()
-        self._left.set()
-        for thread in self._threads:
-            thread.join(60.0)
+        self._thread.join(60.0)
+        self._cleaner.close()
 
     # -- making -----------------------------------------------------------------------------------------------------------
 
@@ -148,7 +143,7 @@ class Snapshots:
         row = self._store.index.get(_own(key))
         self._store.remove(_own(key), mounted=True, defer=True)
         self.held.release(row.id)
-        self._left.set()
+        self._cleaner.wake()
 
     # -- looking ----------------------------------------------------------------------------------------------------------
 
@@ -205,22 +200,12 @@ class Snapshots:
 
     # -- threads ----------------------------------------------------------------------------------------------------------
 
-    def _clean_up(self) -> None:
-        while not self._ending.is_set():
-            self._left.wait(_AGAIN)
-            self._left.clear()
-            _tell_errors(self._store.cleanup, "files of removed snapshots")
-
     def _look(self) -> None:
         while not self._ending.wait(PAUSE):
-            _tell_errors(self.held.look, "mounts that nobody uses")
-
-
-def _tell_errors(act: Callable[[], object], what: str) -> None:
-    try:
-        act()
-    except (CowfsError, OSError) as error:
-        log.warning("%s: %s", what, error)
+            try:
+                self.held.look()
+            except (CowfsError, OSError) as error:
+                log.warning("mounts that nobody uses: %s", error)
 
 
 def _own(key: str) -> str:

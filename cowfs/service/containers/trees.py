@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from cowfs.errors import CowfsError, FailedPrecondition, NotFound
+from cowfs.service import changes
 from cowfs.service.containers.container import Container
 from cowfs.service.logs import log
 from cowfs.sys import files
@@ -67,18 +68,7 @@ class Trees:
     def changes(self, container: Container) -> Iterator[tuple[str, int]]:
         """Paths that a container changed (0), added (1) and deleted (2), in order, the directories above them among them."""
         self.synced(container)
-        told: dict[str, int] = {}
-        kinds = {"changed": 0, "added": 1, "deleted": 2}
-        for change in self._store.diff(container.key):
-            if not change.path:
-                continue
-            path = "/" + os.fsdecode(change.path)
-            above = os.path.dirname(path)
-            while above != "/" and above not in told:
-                told[above] = 0
-                above = os.path.dirname(above)
-            told[path] = kinds[change.kind]
-        yield from sorted(told.items())
+        return changes.changes(self._store, container.key)
 
     def mounted(self, container: Container) -> _Mounted:
         """A context in which the container's tree is mounted at ``rootfs``, whether it runs or not."""
