@@ -264,7 +264,7 @@ def test_a_snapshot_killed_while_the_file_system_was_frozen_is_taken_back(store:
         if pid == 0:
             from cowfs_drivers.block_device import Served
 
-            Served.switch = lambda self, upper, work: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
+            Served.switch = lambda self, upper, work: os.kill(os.getpid(), signal.SIGKILL)
             try:
                 with Store.open(store.root, fsync=False) as child:
                     child.snapshot("a", "never")
