@@ -216,7 +216,7 @@ class BlockDriver(Driver):
         return self._pool.base(f"base-{kind.name}-{size}", fill)
 
     def _copied(self, id: str) -> Usage:
-        """What the layer was made of held."""
+        """The usage of the tree that the layer was made of."""
         bytes, inodes = self._note(id, "block-copied").split()
         return Usage(bytes=int(bytes), inodes=int(inodes))
 
@@ -372,7 +372,7 @@ class BlockDriver(Driver):
     # -- mounting
 
     def _kind(self, id: str) -> block_image.Kind:
-        """What is in a layer's image: as its base says."""
+        """The kind of file system in a layer's image, as its base says."""
         base = self._pool.chain(self._pool.top(self.directory(id)))[-1]
         return KINDS[read_small(f"{self._pool.directory(base)}/kind", limit=20).decode().strip()]
 

@@ -6,7 +6,7 @@ snapshot names the one before. How often a delta is named is its file's link cou
 begins with it, and as ``below`` into each delta on it. A delta that nothing names is deleted by whoever took the last name away, or, after
 a kill, by the next sweep.
 
-Order: a delta is complete before anything names it; a name goes before the delta does. Whoever makes one holds ``ROOT/block/turn``
+Order: a delta is complete before anything names it; a name goes before the delta does. The maker of one holds ``ROOT/block/turn``
 shared until it is named, and the sweep wants that for itself.
 """
 

@@ -101,7 +101,7 @@ def _configure(device: int, backing: int, called: str, more: int) -> None:
 
 
 def name_of(device: str) -> str | None:
-    """What a loop device was named at :func:`attach`; None where it has no file (any more)."""
+    """The name that a loop device was given at :func:`attach`; None where it has no file (any more)."""
     try:
         fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
