@@ -66,7 +66,7 @@ def host(base: Path, request: pytest.FixtureRequest) -> Iterator[Host]:
 
 
 def steps(base: Path) -> dict[str, Step]:
-    """What is done, and what is compared."""
+    """Each step: its name, and the output that is compared."""
     plain = ("--network", "none")
     policy = lambda e: ("--signature-policy", f"{e.host.environment['HOME']}/policy.json")  # noqa: E731
 
@@ -251,7 +251,7 @@ def test_the_server_of_a_container_is_a_child_of_the_service(host: Host, base: P
 
 
 def _outcome(step: Step, engine: Engine) -> str:
-    """What a step gives, without what names the engine or is chance."""
+    """The output of a step, without names of the engine and chance."""
     found = (
         repr(step(engine))
         .replace(f"store-{engine.name}", "store")

@@ -505,7 +505,7 @@ def test_clients_that_say_nothing_hold_nobody_up(tree: Path, service: Service) -
 
 
 def test_nothing_is_imported_for_a_mount(tree: Path, service: Service) -> None:
-    """What is imported after the fork would come from the client's mount namespace, and cost each mount."""
+    """A module imported after the fork would come from the client's mount namespace, and cost each mount."""
     script = f"""
 import os, sys
 from cowfs.cli import standby, overlayfs
