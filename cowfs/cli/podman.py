@@ -16,7 +16,7 @@ from cowfs.errors import AlreadyExists
 if TYPE_CHECKING:
     import argparse
 
-PARTS = ("program", "units")
+PARTS = ("program", "units", "hook")
 
 PROGRAM = """\
 #!{python} -ISE
@@ -68,6 +68,23 @@ Also=cowfs-mounts.socket
 """
 
 
+def hook_text(program: str) -> str:
+    """The hook of oci-hooks(5): called for containers that have one of our annotations.
+
+    Runtimes differ in the environment that they give to a hook, so it is in here, with the place of control sockets.
+    """
+    import json
+
+    names = ("PATH", "XDG_RUNTIME_DIR", "TMPDIR")
+    hook = {
+        "path": program,
+        "args": [os.path.basename(program), "--limit-hook"],
+        "env": [f"{name}={os.environ[name]}" for name in names if name in os.environ],
+    }
+    when = {"annotations": {r"^cowfs\.(size|inodes)$": ".*"}}
+    return json.dumps({"version": "1.0.0", "hook": hook, "when": when, "stages": ["createRuntime"]}, indent=1) + "\n"
+
+
 class _File(NamedTuple):
     path: str
     text: str
@@ -80,6 +97,8 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     add("--only", choices=PARTS, action="append", default=[], help="only this part; repeated")
     add("--program", metavar="PATH", help="where the mount program goes (default: /usr/local/libexec/cowfs/cowfs-overlayfs,"
         " as an ordinary user ~/.local/libexec/cowfs/cowfs-overlayfs)")  # fmt: skip
+    add("--hooks-dir", metavar="DIR", help="where the hook goes (default: /etc/containers/oci/hooks.d, as an ordinary user"
+        " ~/.config/containers/oci/hooks.d)")  # fmt: skip
     add("--force", action="store_true", help="overwrite files that have something else in them")
 
 
@@ -96,6 +115,9 @@ def _podman(args: argparse.Namespace) -> int:
     if "units" in parts:
         files.append(_File(f"{units}/cowfs-mounts.socket", SOCKET.format(directory="/run" if root else "%t")))
         files.append(_File(f"{units}/cowfs-mounts.service", SERVICE.format(command=_command())))
+    hooks = os.path.abspath(args.hooks_dir or ("/etc" if root else f"{home}/.config") + "/containers/oci/hooks.d")
+    if "hook" in parts:
+        files.append(_File(f"{hooks}/cowfs-limit.json", hook_text(program)))
     for file in files:
         _write(file, force=args.force)
     if "units" in parts:
@@ -105,6 +127,10 @@ def _podman(args: argparse.Namespace) -> int:
     if "program" in parts:
         where = "/etc" if root else "~/.config"
         print(f'# {where}/containers/storage.conf\n[storage.options.overlay]\nmount_program = "{program}"')
+    if "hook" in parts:
+        where = "/etc" if root else "~/.config"
+        print(f'# {where}/containers/containers.conf, if it names no hooks_dir yet\n[engine]\nhooks_dir = ["{hooks}"]')
+        print("# then: podman run --annotation cowfs.size=2G --annotation cowfs.inodes=100k IMAGE")
     return 0
 
 
@@ -137,8 +163,9 @@ COMMANDS = {
     "podman": Command(
         _configure,
         _podman,
-        "Write what podman and buildah need for mounts in milliseconds: a mount program that starts fast, and systemd's units of the mount service\n"
-        "(cowfs serve --mounts), for the system as root, else for this user. Prints what to put into storage.conf.",
+        "Write what podman and buildah need for mounts in milliseconds: a mount program that starts fast, systemd's units of the mount service\n"
+        "(cowfs serve --mounts), and the hook that gives a container the limit of its annotations (podman run --annotation cowfs.size=2G ...); for the\n"
+        "system as root, else for this user. Prints what to put into storage.conf and containers.conf.",
         ("cowfs podman install", "cowfs podman install --only program --program ~/bin/cowfs-overlayfs"),
     ),
 }

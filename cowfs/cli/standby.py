@@ -108,6 +108,7 @@ def _import_all() -> None:
         "encodings.idna",
         "cowfs.cli.overlayfs",
         "cowfs.cli.mount",
+        "cowfs.cli.oci_hook",
     ):
         importlib.import_module(name)
     for folder in _FOLDERS:

@@ -144,6 +144,12 @@ class Host:
         self.run(*self.python(), "-m", "cowfs", "podman", "install", "--only", "program", "--program", path)
         return path
 
+    def hook(self) -> None:
+        """The hook of limits, where this user's containers.conf looks."""
+        home = self.environment["HOME"]
+        words = ["podman", "install", "--only", "hook", "--program", self.program(), "--hooks-dir", f"{home}/hooks"]
+        self.run(*self.python(), "-m", "cowfs", *words)
+
 
 def make_host(base: Path, uid: int) -> Host:
     """A place for root (0) or for the ordinary user; call once a session and user."""
