@@ -131,10 +131,10 @@ class Client:
 
     def _take_limits(self) -> None:
         for number in _LIMITS:
-            soft, hard = resource.prlimit(self.pid, number)
-            _, most = resource.getrlimit(number)
-            hard = _least(hard, most)
-            resource.setrlimit(number, (_least(soft, hard), hard))
+            theirs, ours = resource.prlimit(self.pid, number), resource.getrlimit(number)
+            if theirs != ours:
+                hard = _least(theirs[1], ours[1])
+                resource.setrlimit(number, (_least(theirs[0], hard), hard))
         for take in (self._take_group, self._take_priority, self._take_processors, self._take_badness):
             _as_far_as_possible(take)
 

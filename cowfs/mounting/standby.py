@@ -50,7 +50,8 @@ VERSION = 1
 HEADER = struct.Struct("=16sIII")
 _UCRED = struct.Struct("=3i")  # struct ucred, unix(7): pid, uid, gid
 _PATIENCE = 10  # seconds that a client may take to say what it wants
-_WAITING = 2  # children that wait for a connection
+_WAITING = 4  # children that wait for a connection: podman mounts up to four times for one command
+_QUIET = 0.03  # seconds without a connection after which one more is started, while there still are some
 _TAKEN, _REPLACED = b"t", b"r"  # the last words of a waiting child
 _MOST = 8 << 20  # bytes of arguments and environment: ARG_MAX is less
 
@@ -136,13 +137,14 @@ class Standby:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)
         while True:
-            while len(self._waiting) < _WAITING and self._fork():
-                pass
-            ready = select.select([self._wake_in, *self._waiting], [], [], self._idle)[0]
-            if not ready or self._wake_in in ready:
+            missing = len(self._waiting) < _WAITING
+            ready = select.select([self._wake_in, *self._waiting], [], [], self._patience(missing))[0]
+            if self._wake_in in ready or not (ready or missing):
                 break
             for fd in ready:
                 self._hear(fd)
+            if missing and not ready:
+                self._fork()
         self._dismiss()
         if self._path:
             try:
@@ -151,6 +153,12 @@ class Standby:
             except OSError:
                 pass
         self._listener.close()
+
+    def _patience(self, missing: bool) -> float | None:
+        """Seconds without news after which there is something to do: a mount that is being made has the processor first."""
+        if not missing:
+            return self._idle
+        return _QUIET if self._waiting else 0
 
     def _hear(self, fd: int) -> None:
         """A child tells that it took a connection, or that the code on disk is another; or it is gone."""

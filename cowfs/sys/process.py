@@ -10,7 +10,16 @@ import signal
 
 from cowfs.sys._libc import check, libc
 
-__all__ = ["become_subreaper", "boot_id", "end_with_parent", "go_on_without_parent", "is_ending", "make_dumpable", "start_time", "wait"]
+__all__ = [
+    "become_subreaper",
+    "boot_id",
+    "end_with_parent",
+    "go_on_without_parent",
+    "is_ending",
+    "make_dumpable",
+    "start_time",
+    "wait",
+]
 
 
 @functools.cache

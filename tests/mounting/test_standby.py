@@ -23,6 +23,7 @@ from support.layers import Layer
 from cowfs.mounting import standby
 
 HANDOVER = ROOT / "cowfs/cli/handover.py"
+CLIENT: list[str] = []
 SOCKET = f"/run/cowfs/{standby.NAME}"
 
 
@@ -33,6 +34,36 @@ def run_directory(can_mount: None) -> Iterator[Path]:
     namespace.mount("tmpfs", str(path), "tmpfs", 0, "mode=700")
     yield path
     mounts.umount_busy(str(path), 5.0)
+
+
+both = pytest.mark.parametrize("client", ["python", "c"], indirect=True)
+"""With the client as it is in Python, and as the C compiler makes it."""
+
+
+@pytest.fixture(autouse=True)
+def client(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Choose the client of :func:`command`."""
+    CLIENT[:] = [sys.executable, "-I", "-S", "-E", str(HANDOVER)]
+    if getattr(request, "param", "python") == "c":
+        if shutil.which("cc") is None:
+            pytest.skip("no C compiler (cc)")
+        made = tmp_path_factory.getbasetemp() / "handover"
+        if not made.exists():
+            words = [
+                sys.executable,
+                "-m",
+                "cowfs",
+                "podman",
+                "install",
+                "--only",
+                "program",
+                "--kind",
+                "c",
+                "--program",
+                str(made),
+            ]
+            subprocess.run(words, env=environment(), check=True, stdout=subprocess.DEVNULL)
+        CLIENT[:] = [str(made)]
 
 
 class Service:
@@ -53,8 +84,10 @@ class Service:
 
     @property
     def children(self) -> list[int]:
+        """Its servers; not the processes that wait for a connection."""
         pid = self.process.pid
-        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        found = [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        return [child for child in found if Path(f"/proc/{child}/cmdline").read_bytes().startswith(b"cowfs server")]
 
     def end(self) -> str:
         """Kill it; what it wrote."""
@@ -96,7 +129,7 @@ def options(tree: Path, more: str = "") -> list[str]:
 def command(*arguments: object, before: tuple[str, ...] = (), **more: object) -> subprocess.CompletedProcess[str]:
     """The command as installed: the script that hands over."""
     done: subprocess.CompletedProcess[str] = subprocess.run(
-        [*before, sys.executable, "-I", "-S", "-E", str(HANDOVER), *map(str, arguments)],
+        [*before, *CLIENT, *map(str, arguments)],
         **{"env": environment(), "cwd": "/", "capture_output": True, "text": True, "timeout": 120, "stdin": subprocess.DEVNULL, **more},  # type: ignore[call-overload]
     )  # fmt: skip
     return done
@@ -117,6 +150,7 @@ def parent(pid: int) -> int:
 # -- the same as without -----------------------------------------------------------------------------------------------
 
 
+@both
 def test_a_mount_is_served_by_a_child_of_the_service(tree: Path, service: Service) -> None:
     done = command(*options(tree))
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
@@ -126,6 +160,7 @@ def test_a_mount_is_served_by_a_child_of_the_service(tree: Path, service: Servic
     assert os.path.basename(os.readlink(f"/proc/{server_of(tree)}/fd/2")).endswith(".log")
 
 
+@both
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -157,10 +192,11 @@ def test_output_and_status_are_those_of_the_command_alone(
         assert service.end() == ""  # it refused none
 
 
+@both
 def test_in_the_foreground_the_command_serves_itself(tree: Path, service: Service) -> None:
     for flags in (["-f"], ["-d"], ["-o", "debug"]):
         process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-E", HANDOVER, *flags, *options(tree)],
+            [*CLIENT, *flags, *options(tree)],
             env=environment(),
             stderr=subprocess.DEVNULL,
         )
@@ -174,6 +210,7 @@ def test_in_the_foreground_the_command_serves_itself(tree: Path, service: Servic
         assert process.wait(60) == 0
 
 
+@both
 def test_relative_paths_and_environment_are_the_clients(tree: Path, service: Service, tmp_path: Path) -> None:
     done = command(
         "-o", "lowerdir=base,upperdir=up,workdir=work", "mnt", cwd=tree, env={**environment(), "MARK": "of the client"}
@@ -192,15 +229,14 @@ def test_limits_of_resources_are_the_clients(tree: Path, service: Service) -> No
     assert resource.prlimit(pid, resource.RLIMIT_NOFILE) == (400, 400)
 
 
+@both
 def test_a_hundred_at_once(tree: Path, service: Service) -> None:
     """More than the socket's queue and the machine have room for; each is mounted, whoever does it."""
     points = [tree / f"m{i}" for i in range(100)]
     for point in points:
         point.mkdir()
     running = [
-        subprocess.Popen(
-            [sys.executable, "-I", "-S", "-E", HANDOVER, "-o", f"lowerdir={tree / 'base'}", point], env=environment()
-        )
+        subprocess.Popen([*CLIENT, "-o", f"lowerdir={tree / 'base'}", str(point)], env=environment())
         for point in points
     ]
     assert [process.wait(120) for process in running] == [0] * 100
@@ -212,6 +248,7 @@ def test_a_hundred_at_once(tree: Path, service: Service) -> None:
 # -- a service that is not what it should be ---------------------------------------------------------------------------
 
 
+@both
 def test_a_killed_service_disturbs_no_mount(tree: Path, service: Service) -> None:
     assert command(*options(tree)).returncode == 0
     service.end()
@@ -241,6 +278,7 @@ BAD: dict[str, Callable[[socket.socket], None]] = {
 }
 
 
+@both
 @pytest.mark.parametrize("name", BAD)
 def test_with_a_bad_service_the_command_does_it_itself(tree: Path, name: str) -> None:
     listener = socket.socket(socket.AF_UNIX)
@@ -260,6 +298,7 @@ def test_with_a_bad_service_the_command_does_it_itself(tree: Path, name: str) ->
     assert (tree / "mnt/who").read_text() == "base"
 
 
+@both
 def test_a_service_that_hangs_is_waited_for_only_so_long(tree: Path, service: Service) -> None:
     service.process.send_signal(signal.SIGSTOP)
     begin = time.monotonic()
@@ -270,6 +309,7 @@ def test_a_service_that_hangs_is_waited_for_only_so_long(tree: Path, service: Se
     service.process.send_signal(signal.SIGCONT)
 
 
+@both
 def test_the_socket_of_another_user_is_not_asked(tree: Path, run_directory: Path) -> None:
     """An ordinary user who could make a socket where root looks would be told what root mounts."""
     ready, told = os.pipe()
@@ -396,7 +436,8 @@ subprocess.run(sys.argv[1:], check=True)
 def facts(pid):
     status = [l for l in open(f"/proc/{{pid}}/status") if l.startswith(("Uid", "Gid", "Groups", "Cap", "NoNewPrivs", "Seccomp:"))]
     return status, {{n: os.readlink(f"/proc/{{pid}}/ns/{{n}}") for n in os.listdir("/proc/self/ns")}}, os.stat(f"/proc/{{pid}}/root").st_ino
-pid = int(open({f"/proc/{service.process.pid}/task/{service.process.pid}/children"!r}).read())
+found = map(int, open({f"/proc/{service.process.pid}/task/{service.process.pid}/children"!r}).read().split())
+pid = next(each for each in found if open(f"/proc/{{each}}/cmdline").read().startswith("cowfs server"))
 print(json.dumps([facts("self"), facts(pid), os.listdir("mnt"), pid]))
 """
     jail = tree / "jail"

@@ -241,9 +241,9 @@ class Engine:
 
 
 def children(pid: int) -> list[int]:
-    """Processes whose parent a process is."""
-    with open(f"/proc/{pid}/task/{pid}/children", encoding="ascii") as file:
-        return [int(word) for word in file.read().split()]
+    """Servers of mounts whose parent a process is."""
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in found if Path(f"/proc/{child}/cmdline").read_bytes().startswith(b"cowfs server")]
 
 
 def skip_unless_possible() -> None:
