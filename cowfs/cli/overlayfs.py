@@ -294,6 +294,8 @@ def spec_of(argv: Sequence[str]) -> MountSpec:
         raise InvalidArgument("an upperdir needs a workdir", remedy="on the same file system: -o workdir=DIR")
     layers = tuple(os.path.abspath(lower) for lower in reversed(lowers))
     upper = os.path.abspath(upper) if upper else None
+    for directory in [upper] if upper else layers:
+        _have_there(directory, readonly=not upper or readonly)
     if not found.get("override_xattr"):
         found["override_xattr"] = _detected_override([upper, *layers] if upper else layers)
     return MountSpec(
@@ -308,6 +310,18 @@ def spec_of(argv: Sequence[str]) -> MountSpec:
         subtype=PROGRAM,
         **found,
     )
+
+
+def _have_there(directory: str, *, readonly: bool) -> None:
+    """A layer of a store whose driver makes it a directory when it is wanted, as the driver's record of the mount says, is made one."""
+    root, between, inside = directory.rpartition("/layers/")
+    id = inside.partition("/")[0]
+    if not between or os.path.isdir(directory) or not os.path.isdir(f"{root}/layers/{id}"):
+        return
+    from cowfs.store import Store
+
+    with Store.open(root) as store:
+        store.driver.mounts(id, [], readonly=readonly, mount_type="kernel")
 
 
 def _detected_override(directories: Sequence[str]) -> str:
