@@ -92,10 +92,10 @@ class SessionOptions:
         max_write: largest READ and WRITE, bytes; a multiple of 4096 up to 1 MiB.
         io: "cached" (no opens, the page cache in front) or "passthrough" (data goes past the server; root only).
         writeback: with ``io="cached"``: gather small writes in the page cache. No limit can be exact then.
-        trace: where one line a request goes, or None.
-        max_nodes: how many nodes the kernel may keep before it is asked to forget some; None: no bound.
-        workers: threads for what must not be waited for.
-        most_jobs: how many jobs may wait for them, each with two descriptors of its own.
+        trace: the file for one line a request, or None.
+        max_nodes: the nodes that the kernel may keep before it is asked to forget some; None: no bound.
+        workers: threads for slow work.
+        most_jobs: the jobs that may wait for them, each with two descriptors of its own.
         patience: seconds that a write waits for room on the host (:mod:`cowfs.fuse.patience`); 0: it fails at once.
     """
 
