@@ -59,7 +59,7 @@ def run_directory() -> str:
     """The first usable place, made if need be: owned by this user, and closed to others.
 
     Raises:
-        FailedPrecondition: there is none, and there is none, and none can be made.
+        FailedPrecondition: there is none, and none can be made.
     """
     for place in directories():
         try:

@@ -152,7 +152,7 @@ def _readonly(server: ServedMount, arguments: Nothing) -> dict[str, Any]:
     try:  # so that the kernel refuses at once what the view would refuse later
         mounts.mount("", server.spec.mountpoint, "", mounts.MS_REMOUNT | mounts.MS_RDONLY)
     except OSError:
-        pass  # files are open for writing, or this user may not remount remount
+        pass  # files are open for writing, or this user may not remount
     return {}
 
 
