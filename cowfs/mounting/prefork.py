@@ -286,12 +286,12 @@ def _serve(spec: MountSpec, cwd: str, report: int, errors: int) -> NoReturn:
     try:
         os.chdir(cwd)
     except OSError:
-        pass  # all paths of a request are absolute; relative ones occur only in diagnostics
-    _show(f"cowfs server {spec.mountpoint}")
-    server.serve(spec, report)
+        pass  # all paths of a wish are absolute; this is where a diagnostic would look
+    show(f"cowfs server {spec.mountpoint}")
+    server.serve(spec, server.Report(report))
 
 
-def _show(title: str) -> None:
+def show(title: str) -> None:
     """Have ps show a title instead of the command line (proc(5), arg_start and arg_end)."""
     import ctypes
 

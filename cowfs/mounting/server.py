@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from cowfs.fuse.portable import PortableSession
     from cowfs.union import View
 
-__all__ = ["Server", "Started", "parse_report", "serve", "start"]
+__all__ = ["Report", "Server", "Started", "parse_report", "serve", "start"]
 
 _log = Part("cowfs.mounting")
 
@@ -83,7 +83,7 @@ def start(spec: MountSpec) -> Started:
     pid = os.fork()
     if pid == 0:
         os.close(reading)
-        serve(spec, writing)
+        serve(spec, Report(writing))
     os.close(writing)
     try:
         with open(reading, "rb") as pipe:
@@ -101,16 +101,12 @@ def start(spec: MountSpec) -> Started:
     return started
 
 
-def serve(spec: MountSpec, report: int) -> NoReturn:
-    """Run the server of a request; this process, forked for it, ends here.
-
-    Args:
-        report: a pipe, owned by this function.
-    """
+def serve(spec: MountSpec, report: Report) -> NoReturn:
+    """Be the server of a wish; this process, forked for it, ends here."""
     code = 1
     try:
         os.setsid()
-        code = Server(spec, _Report(report)).run()
+        code = Server(spec, report).run()
     except BaseException:  # noqa: BLE001  (never return into the caller's code)
         import traceback
 
@@ -134,12 +130,20 @@ def parse_report(line: bytes) -> Started:
     return Started(message["pid"], message["socket"])
 
 
-class _Report:
-    """The one message from a starting server to its waiting maker. Any thread may send it; the first one counts."""
+class Report:
+    """The one message from a starting server to whoever waits for it. The first to speak wins; any thread may.
 
-    def __init__(self, fd: int) -> None:
+    Args:
+        fd: a pipe or socket, whose ownership passes over.
+        encode: the bytes of a message: ``{"pid", "socket"}`` once the mount answers, or ``{"error"}``.
+    """
+
+    def __init__(self, fd: int, encode: Callable[[dict[str, Any]], bytes] = protocol.encode) -> None:
         self._fd = fd
+        self._encode = encode
         self._lock = threading.Lock()
+        self.unheard = False
+        """Whether nobody waited any more."""
 
     def send(self, message: dict[str, Any], before_close: Callable[[], None] | None = None) -> bool:
         """Send, unless a message was sent. ``before_close`` runs while the other side still waits."""
@@ -148,17 +152,17 @@ class _Report:
                 return False
             fd, self._fd = self._fd, -1
             try:
-                os.write(fd, protocol.encode(message))
+                os.write(fd, self._encode(message))
             except OSError:
-                pass  # the other side is gone
+                self.unheard = True
             if before_close:
                 before_close()
             os.close(fd)
             return True
 
 
-class _NoReport(_Report):
-    """The report in the foreground, which has no reader."""
+class _NoReport(Report):
+    """In the foreground nobody waits."""
 
     def __init__(self) -> None:
         super().__init__(-1)
@@ -171,7 +175,7 @@ class _NoReport(_Report):
 class Server:
     """One mount being served. See the module for its threads."""
 
-    def __init__(self, spec: MountSpec, report: _Report | None = None) -> None:
+    def __init__(self, spec: MountSpec, report: Report | None = None) -> None:
         self.spec = spec
         self.started = 0
         self.socket = ""
@@ -325,6 +329,9 @@ class Server:
             return
         self._listens.wait()
         self._report.send({"pid": os.getpid(), "socket": self.socket}, self._let_go)
+        if self._report.unheard:  # who asked was killed meanwhile: nobody will unmount it
+            mountpoint.detach(self.spec.mountpoint, force=True)
+            return
         if self._chronicle is not None:
             self._chronicle.begin()
 
