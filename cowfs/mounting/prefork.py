@@ -286,7 +286,7 @@ def _serve(spec: MountSpec, cwd: str, report: int, errors: int) -> NoReturn:
     try:
         os.chdir(cwd)
     except OSError:
-        pass  # all paths of a wish are absolute; this is where a diagnostic would look
+        pass  # all paths of a request are absolute; relative ones occur only in diagnostics
     show(f"cowfs server {spec.mountpoint}")
     server.serve(spec, server.Report(report))
 

@@ -102,7 +102,7 @@ def start(spec: MountSpec) -> Started:
 
 
 def serve(spec: MountSpec, report: Report) -> NoReturn:
-    """Be the server of a wish; this process, forked for it, ends here."""
+    """Run the server of a request; this process, forked for it, ends here."""
     code = 1
     try:
         os.setsid()
@@ -131,7 +131,7 @@ def parse_report(line: bytes) -> Started:
 
 
 class Report:
-    """The one message from a starting server to whoever waits for it. The first to speak wins; any thread may.
+    """The one message from a starting server to its waiting maker. Any thread may send it; the first one counts.
 
     Args:
         fd: a pipe or socket, whose ownership passes over.
