@@ -16,7 +16,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -45,8 +45,8 @@ __all__ = [
     "is_attached",
     "is_bound",
     "remount",
+    "serve",
     "size_of",
-    "spec_of",
     "used",
 ]
 
@@ -265,7 +265,7 @@ def device(directory: str, wish: Wish) -> tuple[str, int]:
     os.makedirs(at, mode=0o700, exist_ok=True)
     while os.path.ismount(at):  # of a process that was killed
         mounts.umount(at, mounts.MNT_DETACH)
-    handle = _patiently(lambda: client.spawn(spec_of(directory, wish)))
+    handle = serve(directory, wish)
     try:
         path, fd = loop.attach(f"{at}/{DISK}", readonly=not wish.upper, name=_name(directory))
     finally:
@@ -279,8 +279,20 @@ def device(directory: str, wish: Wish) -> tuple[str, int]:
     return path, fd
 
 
-def spec_of(directory: str, wish: Wish) -> MountSpec:
-    """Our mount of a layer's chain."""
+def serve(directory: str, wish: Wish) -> client.MountHandle:
+    """Mount a layer's chain at :data:`SERVED` by our server; one that is about to end has the layer for a moment still."""
+    spec = _spec(directory, wish)
+    end = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            return client.spawn(spec)
+        except FailedPrecondition:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.02)
+
+
+def _spec(directory: str, wish: Wish) -> MountSpec:
     return MountSpec(
         layers=tuple(wish.lowers)[::-1],
         mountpoint=f"{directory}/{SERVED}",
@@ -295,18 +307,6 @@ def spec_of(directory: str, wish: Wish) -> MountSpec:
         label=f"image of {os.path.basename(directory)}",
         checked=True,
     )
-
-
-def _patiently(act: Callable[[], client.MountHandle]) -> client.MountHandle:
-    """Start a server; one that is about to end has the layer for a moment still."""
-    end = time.monotonic() + _PATIENCE
-    while True:
-        try:
-            return act()
-        except FailedPrecondition:
-            if time.monotonic() > end:
-                raise
-            time.sleep(0.02)
 
 
 def detach(directory: str, *, lazily: bool = False) -> bool:

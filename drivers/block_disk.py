@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from cowfs.errors import InvalidArgument
-from cowfs.mounting import client
 from cowfs.sys import mounts, trees
 
 from . import block_device, block_image
@@ -52,7 +51,7 @@ def handed_out(directory: str, wish: block_device.Wish, size: int) -> Iterator[t
     finally:
         os.close(fd)
     _wait(directory)
-    handle = client.spawn(block_device.spec_of(directory, wish))
+    handle = block_device.serve(directory, wish)
     try:
         fd = os.open(f"{at}/{DISK}", os.O_RDONLY | os.O_CLOEXEC)
         try:
