@@ -17,7 +17,8 @@ from cowfs.sys.files import data_ranges
 if TYPE_CHECKING:
     from typing import BinaryIO
 
-    from cowfs.store.store import Store
+    from cowfs.driver.interface import Driver
+    from cowfs.index.database import Row
 
 __all__ = ["FORMATS", "DiskCounts", "export_disk"]
 
@@ -38,20 +39,19 @@ class DiskCounts:
     written: int
 
 
-def export_disk(store: Store, name: str, target: BinaryIO, *, format: str, size: str | int | None) -> DiskCounts:
+def export_disk(driver: Driver, row: Row, target: BinaryIO, *, format: str, size: str | int | None) -> DiskCounts:
     """:meth:`cowfs.Store.export_disk`."""
     if format not in FORMATS:
         raise InvalidArgument(f"no disk format {format!r}", remedy=" or ".join(FORMATS))
-    row = store.resolve(name)
     if row.kind is not Kind.COMMITTED:
         raise InvalidArgument(f"{row.name!r} is not committed", remedy="use commit or snapshot first")
     wanted = 0 if size is None else parse_size(size)
-    with staged(store.driver, new_id()) as scratch:
+    with staged(driver, new_id()) as scratch:
         try:
-            with store.driver.disk(row.id, scratch.staged, wanted) as (fd, whole):
+            with driver.disk(row.id, scratch.staged, wanted) as (fd, whole):
                 written = _write(target, format, fd, whole)
         finally:
-            store.driver.remove(scratch.staged)
+            driver.remove(scratch.staged)
     return DiskCounts(size=whole, written=written)
 
 

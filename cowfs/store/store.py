@@ -98,4 +98,4 @@ class Store(BlockVerbs, SquashVerbs, RunVerbs, HouseVerbs, FileVerbs, EventVerbs
         """
         from cowfs.store.disks import export_disk
 
-        return export_disk(self, name, target, format=format, size=size)
+        return export_disk(self.driver, self.resolve(name), target, format=format, size=size)
