@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def _needs_daemon() -> None:
     try:
-        import h11  # noqa: F401  only to say which package is missing
+        import h11  # noqa: F401  only to name a missing package
     except ImportError:
         raise Unsupported("the service needs the package h11", remedy="pip install 'cowfs-storage[daemon]'") from None
 

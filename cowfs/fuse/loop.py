@@ -38,6 +38,7 @@ from cowfs.fuse.codec import ProtocolError
 from cowfs.fuse.deferred import Errands
 from cowfs.fuse.handlers.data import Data
 from cowfs.fuse.notify import Notifier
+from cowfs.fuse.patience import Patience
 from cowfs.fuse.timing import Timing, looked_into
 from cowfs.fuse.trace import traced
 from cowfs.fuse.workers import HELD_OPCODES
@@ -95,6 +96,7 @@ class SessionOptions:
         max_nodes: how many nodes the kernel may keep before it is asked to forget some; None: no bound.
         workers: threads for what must not be waited for.
         most_jobs: how many jobs may wait for them, each with two descriptors of its own.
+        patience: seconds that a write waits for room on the host (:mod:`cowfs.fuse.patience`); 0: it fails at once.
     """
 
     max_write: int = 1 << 20
@@ -104,6 +106,7 @@ class SessionOptions:
     max_nodes: int | None = None
     workers: int = 4
     most_jobs: int = 256
+    patience: float = 0.0
 
 
 class Session:
@@ -314,6 +317,10 @@ class Session:
         self._low, self._high = codec.bounds(agreement.max_write, setxattr_ext=adapter.setxattr_ext)
         table = adapter.table()
         table[abi.INTERRUPT] = self._errands.interrupt
+        if self.options.patience:
+            patience = Patience(self.options.patience, self.post, self.dispatch)
+            for opcode in (abi.WRITE, abi.FALLOCATE):
+                table[opcode] = patience.around(opcode, table[opcode])
         self._handlers = [table.get(opcode, _enosys) for opcode in range(abi.OPCODE_END)]
         if self.options.trace is not None:
             trace, ext = self.options.trace, adapter.setxattr_ext

@@ -87,6 +87,7 @@ def make_session(spec: MountSpec, view: View, target: str) -> Session | Portable
             trace=sys.stderr if spec.trace else None,
             max_nodes=spec.max_nodes,
             most_jobs=view.share.jobs,
+            patience=spec.patience,
         ),
     )
 

@@ -1,8 +1,8 @@
 """Counting the upper layer of a mount that has no limit, while the mount goes on.
 
 A view with a limit keeps its count. One without keeps none, so whoever asks makes a walk, and the walk must not hold up
-anybody: it is made in the thread of the connection that asks, over descriptors of its own, with a pause after every hundred names. Who
-asks meanwhile waits for the walk that is under way.
+anybody: it is made in the thread of the connection that asks, over descriptors of its own, with a pause after every
+hundred names. A request meanwhile waits for the running walk.
 
 Threads: :class:`Counter` is called from connections' threads, and asks the loop thread only for the upper layer.
 """

@@ -71,6 +71,7 @@ class MountSpec:
         form: of the layers' xattrs (:data:`cowfs.format.whiteout.FORMS`); ``auto``: what this user can have.
         row: bytes a block: a written file of a lower layer gets a redirect file (docs/row.md); 0: it is copied up.
         volatile: sync nothing, and mark the work directory so; ``fsync=False``: the same without the mark.
+        patience: seconds that a write waits for room on the host before it fails.
         options: mount(8) words (``nodev``, ``noexec``...).
         subtype: the type shown is ``fuse.SUBTYPE``.
         log: file for diagnostics; "": one in the run directory, or standard error in the foreground.
@@ -105,6 +106,7 @@ class MountSpec:
     allow_other: bool | None = None
     io: str = "cached"
     frontend: str = "kernel"
+    patience: float = 0.0
     options: tuple[str, ...] = ()
     source: str = "cowfs"
     subtype: str = "cowfs"

@@ -51,9 +51,9 @@ def become_root() -> None:
 
 
 def move_root(path: str) -> None:
-    """Make ``path``, a mount point, the root of this mount namespace, and have nothing else in it any more.
+    """Make ``path``, a mount point, the root of this mount namespace, and take every other mount off it.
 
-    Unlike after chroot(2) there is nothing outside that a program with privilege could climb to. Source: pivot_root(2),
+    After this, unlike after chroot(2), a program with privilege finds nothing outside to climb to. Source: pivot_root(2),
     NOTES ("." as both arguments).
 
     Raises:
@@ -68,7 +68,7 @@ def move_root(path: str) -> None:
             raise
         mount(
             ".", "/", "", MS_MOVE
-        )  # in a chroot, whose root is no mount point; who leaves this root is in that chroot
+        )  # in a chroot the root is no mount point; a program that leaves this root is in that chroot
         os.chroot(".")
     os.chdir("/")
 

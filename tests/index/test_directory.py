@@ -90,11 +90,19 @@ def _directory(name: bytes, ref: Ref, **more: object) -> Pair:
     return encode(name, Entry(0o40755, ref=ref, nlink=0, **more))  # type: ignore[arg-type]
 
 
+def _any(number: int, size: int) -> Pair:
+    """A file, a name of a file with several, or a directory with or without such names below it."""
+    name = b"%d" % number
+    if number % 7 == 0:
+        return _directory(name, Ref(bytes([number % 251, size]) * 16, bytes([size]) * 32, number % 3 == 0))
+    return _file(name, size, link=(1, 7), nlink=2) if number % 11 == 0 else _file(name, size)
+
+
 @given(st.data(), st.sampled_from([0, 3, 1000, directory.CHUNK_ABOVE, directory.CHUNK_ABOVE + 1, 4000]))
 @settings(max_examples=60, deadline=None)
 def test_edits_give_what_writing_from_nothing_gives(data: st.DataObject, count: int) -> None:
     pending = Pending()
-    pairs = {name: _file(name) for name in (b"%d" % number for number in range(count))}
+    pairs = {b"%d" % number: _any(number, 1) for number in range(count)}
     ref = write(pending, pairs)
     for _ in range(4):
         edits: dict[bytes, Pair | None] = {}
@@ -102,7 +110,7 @@ def test_edits_give_what_writing_from_nothing_gives(data: st.DataObject, count: 
         put = data.draw(st.booleans())
         for number in range(start, start + length):
             name = b"%d" % number
-            edits[name] = _file(name, data.draw(st.integers(1, 3)) if length < 9 else 2) if put else None
+            edits[name] = _any(number, data.draw(st.integers(1, 3)) if length < 9 else 2) if put else None
         for name, pair in edits.items():
             if pair is None:
                 pairs.pop(name, None)

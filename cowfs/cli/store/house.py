@@ -1,4 +1,4 @@
-"""`cowfs prune`, `rename`, `copy`, `doctor` and `logs`: keeping house."""
+"""`cowfs prune`, `rename`, `copy`, `doctor` and `logs`."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def _copy(args: argparse.Namespace) -> int:
     fsync = config.fsync()
     with open_store(args, create=False) as store, Bars(args) as bars:
         for name in args.names:
-            store.resolve(name)  # one that is not there makes no store
+            store.resolve(name)  # a missing snapshot makes no store
         if args.to.startswith("ssh://"):
             from cowfs.cli.store.send import copy_over_ssh
 
@@ -179,7 +179,7 @@ def _logs(args: argparse.Namespace) -> int:
 
 
 def _write_lines(args: argparse.Namespace, lines: list[bytes]) -> None:
-    """Lines as they are; or each as an object."""
+    """Print lines as they are, or each as an object."""
     if args.json:
         told = ({"line": line.rstrip(b"\n").decode("utf-8", "surrogateescape")} for line in lines)
         print_items(told, "lines" if args.json == "array" and args.follow else args.json)

@@ -2,7 +2,7 @@
 
 Rules: a verb is called in its connection's thread, gets the served mount and its arguments
 (a record beside it, read by :mod:`cowfs.mounting.verbs.arguments`), and returns what the answer's "ok" holds, or raises a
-:class:`~cowfs.errors.CowfsError`. Whatever touches the view goes through
+:class:`~cowfs.errors.CowfsError`. Every access to the view goes through
 :meth:`ServedMount.call <cowfs.mounting.served.ServedMount.call>`.
 
 A verb may also *stream*: a generator that yields what the asker is told meanwhile, and returns the answer. It runs for as long as
