@@ -36,7 +36,7 @@ MAX_LAYERS = 10_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sent:
-    """What :meth:`cowfs.Store.send` sent.
+    """The outcome of :meth:`cowfs.Store.send`.
 
     Attributes:
         layers: names, here, of the layers that were sent, bottom first.
@@ -181,7 +181,7 @@ def chain_ids(diff_ids: Sequence[str]) -> list[str]:
 
 
 def _identity(chain_id: str) -> bytes:
-    """What tells a receiver of blocks that its tree is the one they were taken against."""
+    """Tells a receiver of blocks that its tree is the one they were taken against."""
     return bytes.fromhex(chain_id.removeprefix("sha256:"))
 
 
@@ -382,7 +382,7 @@ class _Snapshot:
 
 
 class _Layer:
-    """What a stream says of a layer, checked."""
+    """One layer as a stream describes it, checked."""
 
     def __init__(self, told: object) -> None:
         if not isinstance(told, dict):

@@ -19,7 +19,7 @@ The answers of a receiver that is asked, in a stream of the other direction with
 =====  =============================================================================================
 
 A ``tar`` is the layer's archive (OCI image-spec, layer.md), ``blocks`` a block-level difference from the layer beneath
-(:mod:`cowfs.diff.blocks`). Whichever way a layer travels, its diff id says what it must be.
+(:mod:`cowfs.diff.blocks`). The diff id says what a layer must be, by either way.
 
 Hostile input: frames are bounded, their order is checked, and JSON is bounded in size and depth.
 """

@@ -1,7 +1,7 @@
 """`cowfs send` and `receive`, and `copy --to ssh://...`: snapshots to the store of another host.
 
-Strategy. Over ssh the other side is ``cowfs receive --ask``, which says of each snapshot what it has; so only what it lacks is sent. What it
-writes to standard error is its own errors: the last one is ours, everything else (host keys, banners) is passed on.
+Strategy. Over ssh the other side is ``cowfs receive --ask``, which says of each snapshot what it has; so only missing layers are sent. Its
+standard error: its last error is ours, everything else (host keys, banners) is passed on.
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 class _Said(threading.Thread):
-    """What the other side writes to standard error: errors of cowfs are kept, the rest is passed on."""
+    """The standard error of the other side: errors of cowfs are kept, the rest is passed on."""
 
     def __init__(self, pipe: IO[bytes] | None) -> None:
         super().__init__(name="cowfs-ssh", daemon=True)
@@ -210,7 +210,7 @@ class _Said(threading.Thread):
 
 
 def _other_side(error: BaseException | None, host: str, process: subprocess.Popen[bytes], said: _Said) -> BaseException:
-    """What went wrong, where the other side ended, as its own message says; else the error that was seen here."""
+    """The error of the other side where it ended, as its own message says; else the one that was seen here."""
     _end(process)
     said.join()
     if said.error:
