@@ -236,6 +236,7 @@ def receive(
     progress: Progress | None,
 ) -> list[str]:
     """As :meth:`cowfs.Store.receive`."""
+    store.index.meta("uuid")  # a closed store refuses before anything is read
     stream = StreamIn(pipe)
     out = StreamOut(answers) if answers is not None else None
     copied: list[str] = []
