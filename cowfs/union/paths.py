@@ -201,6 +201,7 @@ class Paths:
         """A file object over a file of the tree, which is read and written in pieces.
 
         Args:
+            path: the file; its directory must exist.
             mode, buffering, encoding, errors, newline: as for the built-in ``open``, but that the default is ``rb``, and UTF-8 in text.
             permissions: of a file that is made.
 
@@ -217,7 +218,10 @@ class Paths:
         )  # fmt: skip
 
     def opened(self, path: Path, mode: str, permissions: int = 0o644) -> NodeData:
-        """A file's bytes, opened in a mode of ``open`` without ``b`` and ``t``; errors as of :meth:`open`."""
+        """The bytes of the file ``path``, opened in a ``mode`` of ``open`` without ``b`` and ``t``; a new file gets ``permissions``.
+
+        Raises OSError as :meth:`open`.
+        """
         return NodeData(self.view, self._opened(path, mode, permissions))
 
     def _opened(self, path: Path, mode: str, permissions: int) -> Node:
