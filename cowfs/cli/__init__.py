@@ -124,10 +124,22 @@ def _store_keep() -> Commands:
     return keep.COMMANDS
 
 
+def _store_send() -> Commands:
+    from cowfs.cli.store import send
+
+    return send.COMMANDS
+
+
 def _service() -> Commands:
     from cowfs.cli import service
 
     return service.COMMANDS
+
+
+def _podman() -> Commands:
+    from cowfs.cli import podman
+
+    return podman.COMMANDS
 
 
 def _stats() -> Commands:
@@ -186,6 +198,8 @@ VERBS: dict[str, Verb] = {
     "tag": Verb(_store_snapshots, "give a snapshot a tag", _SNAPSHOTS),
     "rename": Verb(_store_house, "give a key, name or tag another one", _SNAPSHOTS),
     "copy": Verb(_store_house, "copy snapshots to another store", _SNAPSHOTS),
+    "send": Verb(_store_send, "write snapshots to a pipe, for another store", _SNAPSHOTS),
+    "receive": Verb(_store_send, "bring in what send wrote", _SNAPSHOTS),
     "images": Verb(_store_look, "list tags with layers and size", _SNAPSHOTS),
     "apply": Verb(_store_io, "unpack a layer archive into a snapshot", _SNAPSHOTS),
     "export": Verb(_store_io, "write a snapshot out as image, tree or layer", _SNAPSHOTS),
@@ -202,6 +216,7 @@ VERBS: dict[str, Verb] = {
     "prune": Verb(_store_house, "remove snapshots that nothing needs", _STORE),
     "doctor": Verb(_store_house, "what this host and user can do, and how to get the rest", _STORE),
     "serve": Verb(_service, "serve the store to Docker's clients", _SERVICE),
+    "podman": Verb(_podman, "let podman and buildah mount fast, by the mount service", _SERVICE),
     "tls": Verb(_service, "certificates to try the TLS door with", _SERVICE),
     "stats": Verb(_stats, "what mounts and containers use, and what their servers do", _SERVICE),
     "top": Verb(_top, "what mounts and containers do now, the busiest first", _SERVICE),

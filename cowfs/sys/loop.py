@@ -17,12 +17,16 @@ from cowfs.sys.files import fs_name
 
 __all__ = [
     "attach",
+    "device_at",
     "device_of",
     "ext4_mount",
     "ext4_mounted",
     "ext4_reserve",
     "grow",
     "image_mount",
+    "is_direct",
+    "is_readonly",
+    "name_of",
     "why_not",
     "why_not_ext4",
 ]
@@ -51,11 +55,12 @@ def why_not() -> str:
     return ""
 
 
-def attach(image: str, *, readonly: bool = False) -> tuple[str, int]:
+def attach(image: str, *, readonly: bool = False, name: str = "") -> tuple[str, int]:
     """A loop device over a file, read and written without the page cache where the file's host can do that.
 
     Args:
         readonly: the device is only read; the file may then be named by a link, such as one in /proc.
+        name: what :func:`name_of` tells of it, at most 63 bytes; "" for the file's path.
 
     Returns:
         (its path, a descriptor of it). The device stays until the descriptor is closed and its file system unmounted.
@@ -71,7 +76,7 @@ def attach(image: str, *, readonly: bool = False) -> tuple[str, int]:
                 path = f"/dev/loop{fcntl.ioctl(control, _CTL_GET_FREE)}"
                 device = os.open(path, os.O_CLOEXEC | (os.O_RDONLY if readonly else os.O_RDWR))
                 try:
-                    _configure(device, backing, image, _READ_ONLY if readonly else 0)
+                    _configure(device, backing, name or image, _READ_ONLY if readonly else 0)
                     return path, device
                 except OSError as error:
                     os.close(device)
@@ -83,8 +88,8 @@ def attach(image: str, *, readonly: bool = False) -> tuple[str, int]:
         os.close(backing)
 
 
-def _configure(device: int, backing: int, image: str, more: int) -> None:
-    name = os.fsencode(image)[-63:]
+def _configure(device: int, backing: int, called: str, more: int) -> None:
+    name = os.fsencode(called)[-63:]
     for flags in (_AUTOCLEAR | _DIRECT_IO | more, _AUTOCLEAR | more):
         info = _INFO.pack(0, 0, 0, 0, 0, 0, 0, 0, flags, name, b"", b"", 0, 0)
         try:
@@ -93,6 +98,42 @@ def _configure(device: int, backing: int, image: str, more: int) -> None:
         except OSError as error:
             if error.errno != errno.EINVAL or not flags & _DIRECT_IO:
                 raise
+
+
+def name_of(device: str) -> str | None:
+    """The name that a loop device was given at :func:`attach`; None where it has no file (any more)."""
+    try:
+        fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        name: bytes = _INFO.unpack(fcntl.ioctl(fd, _GET_STATUS64, bytes(_INFO.size)))[9]
+    except OSError:
+        return None
+    finally:
+        os.close(fd)
+    return os.fsdecode(name.rstrip(b"\0"))
+
+
+def device_at(place: str) -> str:
+    """The device that a mounted file system is on."""
+    there = os.stat(place).st_dev
+    return "/dev/" + os.path.basename(os.path.realpath(f"/sys/dev/block/{os.major(there)}:{os.minor(there)}"))
+
+
+def is_readonly(device: str) -> bool:
+    """Whether nobody can write to a loop device."""
+    return _told(device, "ro") == "1"
+
+
+def is_direct(device: str) -> bool:
+    """Whether a loop device's file is read and written without the page cache; its host may not do that."""
+    return _told(device, "loop/dio") == "1"
+
+
+def _told(device: str, attribute: str) -> str:
+    with open(f"/sys/block/{os.path.basename(device)}/{attribute}", encoding="ascii") as file:
+        return file.read().strip()
 
 
 def device_of(image: str) -> str | None:
