@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import errno
 import os
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from cowfs._record import record
 from cowfs.union import from_index, hardlinks, holding, quota, stored
 from cowfs.union.layers import Layer, Source
 from cowfs.union.meta import Meta
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from cowfs.union.core import Core
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Stale:
     """Ids and names that a front end's caches must forget after a rollback.
 

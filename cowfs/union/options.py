@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Protocol
 
+from cowfs._record import record
 from cowfs.model import Limit
 
 IdRange = tuple[int, int, int]  # (inside the layers, shown outside, count)
@@ -41,7 +41,7 @@ class TreeIndex(Protocol):
         """The names of a directory record."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Options:
     """Options of a :class:`~cowfs.union.view.View`.
 
