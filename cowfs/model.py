@@ -1,4 +1,4 @@
-"""The records that cross module borders. All frozen, all plain data, none does I/O.
+"""The records that cross module borders. Each one is frozen, plain data without I/O.
 
 Sizes are bytes, counts are inodes, times are integer nanoseconds since 1970 (negative before).
 Paths inside a tree are ``bytes`` without a leading slash, because file names are bytes.
@@ -71,7 +71,7 @@ class Info:
 
 @record(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """What one layer holds itself; parents are not counted.
+    """The space that one layer takes itself; its parents are not counted.
 
     Attributes:
         bytes: file data in 4 KiB units, plus what directories, xattrs, long links and the rest take (docs/mounts.md, Limits).
@@ -93,7 +93,7 @@ class Limit:
         return self.bytes is not None or self.inodes is not None
 
     def over(self, base: Usage) -> Limit:
-        """The limit on all that a tree holds, when ``base`` of it does not count (or, negative, something elsewhere does).
+        """The limit on a whole tree of which ``base`` does not count (or, negative, something elsewhere does).
 
         With a base at least 1 of each: a mount's options cannot say 0.
         """
@@ -122,10 +122,10 @@ class Change:
         path: relative, ``b""`` is the root.
         kind: ``added``, ``changed`` or ``deleted``.
         type: ``file``, ``dir``, ``symlink``, ``fifo``, ``socket``, ``char`` or ``block``
-            (of the object that is there now; of the one that was, when deleted).
+            (of the present object; of the former one, when deleted).
         size: bytes, of regular files; 0 otherwise.
-        what: for ``changed``: any of ``content mode owner mtime xattrs type links``; the last where the name is no longer
-            one file with the same other names of both trees.
+        what: for ``changed``: any of ``content mode owner mtime xattrs type links``; ``links`` means that the names of
+            the same file differ between the two trees.
     """
 
     path: bytes
@@ -148,7 +148,7 @@ class FileInfo:
         rdev: of devices, as :func:`os.makedev` gives it.
         nlink: names of the file within the tree.
         target: of a symbolic link.
-        file: names of one tree with several links are one file where this agrees.
+        file: equal for all names of one file with several links; distinct files differ.
     """
 
     path: bytes
@@ -187,7 +187,7 @@ class Event:
 
 @record(frozen=True, slots=True)
 class Timed:
-    """Requests of one kind whose time was taken.
+    """The timed requests of one kind.
 
     Attributes:
         count: how many. seconds: of all of them together. longest: seconds of the longest.
@@ -200,16 +200,17 @@ class Timed:
 
 @record(frozen=True, slots=True, kw_only=True)
 class Statistics:
-    """What a mount's server has counted since it began.
+    """The figures that a mount's server has counted since it began.
 
     Attributes:
         usage: None while a big upper layer without a limit is being counted. limit: bytes and inodes, None for none.
         requests: of the kernel, by opcode name. nodes: files and directories in memory.
-        timed: by opcode name; requests during the last ``timed_seconds`` in which somebody asked for statistics. A time is what the
-            server's loop spent; what its workers do (copies of big files, fsync) is not in it.
-        hits, misses: of those, requests about names that were answered from memory, and that needed a look into layers or index.
-        copied_files, copied_bytes: files whose data was copied up. copied_attributes: those that were copied up without data.
-        redirected_files, redirected_blocks: redirect files made, and blocks that they got.
+        timed: by opcode name; requests during the last ``timed_seconds`` in which somebody asked for statistics. A time
+            is that of the server's loop; work in other threads (copies of big files, fsync) is not included.
+        hits, misses: among the timed requests about names: those answered from memory, and those that needed a layer or
+            the index.
+        copied_files, copied_bytes: files whose data was copied up. copied_attributes: files that were copied up without data.
+        redirected_files, redirected_blocks: redirect files made, and blocks written to them.
         directories_read: directories whose names were read from layers or index.
     """
 

@@ -1,4 +1,4 @@
-"""What is built is what is in the tree, and what is installed can be used."""
+"""A build holds the files of the tree, and an installation works."""
 
 from __future__ import annotations
 

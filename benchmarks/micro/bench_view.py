@@ -34,7 +34,7 @@ def view(layers: list[str]) -> Iterator[View]:
 
 
 def test_known_names(benchmark: Any, view: View) -> None:
-    """Names whose nodes are there already."""
+    """Look-ups of names that have nodes."""
     lib = view.lookup(view.root, b"lib")
     assert isinstance(lib, Dir)
     names = [b"file-%06d" % at for at in range(NAMES)]

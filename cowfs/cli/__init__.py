@@ -1,6 +1,6 @@
 """The command `cowfs`: the only place that prints, and the only one that reads the user's environment.
 
-Strategy: one table of verbs. Only the verb that was asked for is imported and gets a parser (so `cowfs mount` starts
+Strategy: one table of verbs. Only the requested verb is imported and gets a parser (so `cowfs mount` starts
 fast); `--help` needs the table alone, `completion` and the tests walk all of it. Errors become one line on standard
 error and the exit status of their class here, at one of the two edges where errors are translated (the other is the
 FUSE session).
@@ -124,10 +124,22 @@ def _store_keep() -> Commands:
     return keep.COMMANDS
 
 
+def _store_send() -> Commands:
+    from cowfs.cli.store import send
+
+    return send.COMMANDS
+
+
 def _service() -> Commands:
     from cowfs.cli import service
 
     return service.COMMANDS
+
+
+def _podman() -> Commands:
+    from cowfs.cli import podman
+
+    return podman.COMMANDS
 
 
 def _stats() -> Commands:
@@ -186,6 +198,8 @@ VERBS: dict[str, Verb] = {
     "tag": Verb(_store_snapshots, "give a snapshot a tag", _SNAPSHOTS),
     "rename": Verb(_store_house, "give a key, name or tag another one", _SNAPSHOTS),
     "copy": Verb(_store_house, "copy snapshots to another store", _SNAPSHOTS),
+    "send": Verb(_store_send, "write snapshots to a pipe, for another store", _SNAPSHOTS),
+    "receive": Verb(_store_send, "bring in what send wrote", _SNAPSHOTS),
     "images": Verb(_store_look, "list tags with layers and size", _SNAPSHOTS),
     "apply": Verb(_store_io, "unpack a layer archive into a snapshot", _SNAPSHOTS),
     "export": Verb(_store_io, "write a snapshot out as image, tree or layer", _SNAPSHOTS),
@@ -202,6 +216,7 @@ VERBS: dict[str, Verb] = {
     "prune": Verb(_store_house, "remove snapshots that nothing needs", _STORE),
     "doctor": Verb(_store_house, "what this host and user can do, and how to get the rest", _STORE),
     "serve": Verb(_service, "serve the store to Docker's clients", _SERVICE),
+    "podman": Verb(_podman, "let podman and buildah mount fast, by the mount service", _SERVICE),
     "tls": Verb(_service, "certificates to try the TLS door with", _SERVICE),
     "stats": Verb(_stats, "what mounts and containers use, and what their servers do", _SERVICE),
     "top": Verb(_top, "what mounts and containers do now, the busiest first", _SERVICE),
@@ -239,7 +254,7 @@ def parser_of(name: str) -> argparse.ArgumentParser:
             self.exit(2, f"{self.prog}: {message} (see: {self.prog} --help)\n")
 
     def formatter(prog: str) -> argparse.HelpFormatter:
-        """The terminal is measured (an import of 2 ms) only for somebody who reads."""
+        """Measure the terminal (an import of 2 ms) only when help is printed."""
         width = None if {"-h", "--help", "help"} & set(sys.argv) else 80
         return argparse.RawDescriptionHelpFormatter(prog, width=width)
 
@@ -258,7 +273,7 @@ def parser_of(name: str) -> argparse.ArgumentParser:
 
 
 def overview() -> str:
-    """What `cowfs --help` prints."""
+    """The text of `cowfs --help`."""
     lines = [
         "usage: cowfs VERB [arguments]     (cowfs VERB --help tells more, with examples)",
         "",
@@ -279,7 +294,7 @@ def overview() -> str:
 
 
 def verb_first(arguments: Sequence[str]) -> list[str]:
-    """Put the options of a store behind the verb, when somebody wrote them before it.
+    """Move the options of a store that stand before the verb behind it.
 
     >>> verb_first(["--root", "store", "--json", "ls", "-l"])
     ['ls', '--root', 'store', '--json', '-l']
@@ -317,13 +332,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def say(text: str, code: int = 0) -> int:
-    """Print; the exit status."""
+    """Print, and return the exit status."""
     sys.stdout.write(text)
     return code
 
 
 class _Closed(io.TextIOWrapper):
-    """A standard output that the caller closed: a verb that prints nothing does not notice."""
+    """A standard output that the caller closed, which matters only to a verb that prints."""
 
     def __init__(self) -> None:
         super().__init__(io.BytesIO())
@@ -337,7 +352,7 @@ class _Closed(io.TextIOWrapper):
 
 
 def fill_streams() -> None:
-    """Nothing that is opened later may get a closed standard stream's number: whatever is printed would be written there."""
+    """Occupy the numbers of closed standard streams, so that no file opened later gets one, and printed text with it."""
     for fd in range(3):
         try:
             os.fstat(fd)
@@ -371,7 +386,7 @@ def _run(name: str, arguments: list[str]) -> int:
 
 
 def guarded(run: Callable[[], int], program: str = "cowfs") -> int:
-    """Run, and turn every error that is foreseen into one line and an exit status."""
+    """Run a verb, and turn every foreseen error into one line and an exit status."""
     from cowfs.errors import CowfsError
 
     try:
@@ -383,7 +398,7 @@ def guarded(run: Callable[[], int], program: str = "cowfs") -> int:
         _trace()
         return complain(program, str(error), error.exit_code)
     except BrokenPipeError:
-        # The reader (head, less) has seen enough. Standard output must not complain again at exit.
+        # The reader (head, less) has seen enough. Keep the flush at exit from failing again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141
     except KeyboardInterrupt:
@@ -396,7 +411,7 @@ def guarded(run: Callable[[], int], program: str = "cowfs") -> int:
 
 
 def _trace() -> None:
-    """Of -D: where an error came from. Call inside ``except``."""
+    """For -D: the origin of an error. Call inside ``except``."""
     if "logging" in sys.modules:
         from cowfs._log import Part
 
@@ -404,7 +419,7 @@ def _trace() -> None:
 
 
 def _flush() -> None:
-    """What standard output did not take, it must not be given once more at exit."""
+    """Drop the text that standard output did not take, so that it is not written again at exit."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:
@@ -415,7 +430,7 @@ def _flush() -> None:
 
 
 def _full_output(error: OSError) -> str:
-    """The file that standard output goes to, where an error for want of room names no other."""
+    """The file behind standard output, if an error for want of room names no other."""
     if error.errno not in (errno.ENOSPC, errno.EDQUOT) or error.strerror != os.strerror(error.errno):
         return ""
     try:

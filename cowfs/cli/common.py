@@ -1,6 +1,7 @@
-"""The options that every verb has: -q, -v, -D, --progress; and what they do before the verb runs.
+"""The options that every verb has: -q, -v, -D, --progress; and their effect before the verb runs.
 
-Strategy: a verb's parser gets those that it does not have itself. A verb whose arguments already use one of the letters keeps its meaning.
+Strategy: a verb's parser gets those options that it lacks. A verb whose arguments already use one of the letters
+keeps its meaning.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ COMMON = (
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Give a verb's parser the options that it lacks; serve and bench log in a way of their own, df has lines of its own to add."""
+    """Give a verb's parser those common options that it lacks."""
     from argparse import ArgumentError
 
     own = []

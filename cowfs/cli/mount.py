@@ -140,7 +140,7 @@ def _spec(args: argparse.Namespace) -> MountSpec:
 
 
 def _mount_key(args: argparse.Namespace) -> int:
-    """A snapshot of the store. Its limit is the one it was prepared with."""
+    """Mount a snapshot of the store with the limit from its record."""
     from cowfs.cli.store.args import open_store
     from cowfs.mounting.mountpoint import resolve
 
@@ -171,13 +171,13 @@ def _mount_key(args: argparse.Namespace) -> int:
                 "log": os.path.abspath(args.log) if args.log else "",
             }
             if store.served_by(args.key, args.mount_type, args.limit_engine, more) == "kernel":
-                del more["foreground"]  # there is no server to be there
+                del more["foreground"]  # a kernel mount has no server
                 handle = store.mount(args.key, args.paths[0], mount_type="kernel", **more)
                 return _by_kernel(handle.mountpoint, args.json)
             if not args.foreground:
                 held.enter_context(store.layers_stay(args.key))
             spec = store.spec(args.key, resolve(args.paths[0]), **more)
-        return serve(spec, as_json=args.json)  # the store is closed: a database is not taken along into another process
+        return serve(spec, as_json=args.json)  # close the store: a database connection must not cross a fork
 
 
 def _mount(args: argparse.Namespace) -> int:
@@ -194,7 +194,7 @@ def _mount(args: argparse.Namespace) -> int:
 
 
 def _by_kernel(mountpoint: str, as_json: str) -> int:
-    """Tell of a mount that has no server."""
+    """Report a mount that has no server."""
     if as_json:
         from cowfs.cli.output import print_json
 
@@ -203,7 +203,7 @@ def _by_kernel(mountpoint: str, as_json: str) -> int:
 
 
 def serve(spec: MountSpec, *, as_json: str = "") -> int:
-    """Start the server of a wish, in the background unless the wish says foreground. Returns the exit status."""
+    """Start the server of a mount request, in the background unless the request says foreground. Returns the exit status."""
     gc.disable()  # a start leaves nothing to collect; the server turns it on before it serves
     try:
         from cowfs.mounting import server
@@ -302,7 +302,7 @@ def _limit(args: argparse.Namespace) -> int:
 
 
 def _container(args: argparse.Namespace) -> str | None:
-    """The key of the container of a name or id, if the store has it."""
+    """The key of the container with a name or id, if the store has it."""
     from cowfs.cli.store.args import open_store
     from cowfs.errors import NotFound
     from cowfs.service.containers.known import key_of

@@ -1,4 +1,4 @@
-"""How the command prints: tables for people, JSON for programs, and file names that cannot harm a terminal."""
+"""Printing: tables for people, JSON for programs, and file names that cannot harm a terminal."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TEMPLATE = "template:"
 
 
 def note(args: argparse.Namespace, text: str) -> None:
-    """A line on standard error that is no error; -q leaves it out."""
+    """Print a note on standard error; -q leaves it out."""
     if not args.quiet:
         print(text, file=sys.stderr)
 
@@ -77,7 +77,7 @@ def _b64(text: str) -> str:
 
 
 def print_items(items: Iterable[Mapping[str, Any]], how: str) -> None:
-    """Objects as they come: ``lines``, one a line; else one JSON array."""
+    """Print objects as they arrive: with ``lines`` one a line, else one JSON array."""
     if how.startswith(TEMPLATE):
         for item in items:
             print(rendered(how[len(TEMPLATE) :], item))
@@ -121,7 +121,7 @@ _AGES = (("d", 86_400), ("h", 3600), ("m", 60), ("s", 1))
 
 
 def age_of(nanoseconds: int) -> str:
-    """How long ago a time was, for people: its largest unit."""
+    """The age of a time for people, in its largest unit."""
     import time
 
     seconds = max(0, time.time_ns() - nanoseconds) // 1_000_000_000
@@ -134,10 +134,10 @@ def age_of(nanoseconds: int) -> str:
 def rendered(template: str, item: Mapping[str, Any]) -> str:
     """An object by a template: ``{name}``, ``{usage.bytes:size}``, ``{created:age}``, ``{created:time}``, and Python's own format specs.
 
-    ``\\t``, ``\\n`` and ``\\0`` mean what they mean to printf(1). What there is not, or is null, is a dash; a list has commas.
+    ``\\t``, ``\\n`` and ``\\0`` are as in printf(1). A missing or null value is a dash; a list has commas.
 
     Raises:
-        InvalidArgument: a field that there is not, or a format that does not fit.
+        InvalidArgument: an unknown field, or a format that does not fit.
     """
     from string import Formatter
 
@@ -228,7 +228,7 @@ def change_line(change: Change) -> str:
 
 
 class Tree:
-    """Changes summed up by directory, for ``--stat``: counts of each kind and bytes of files that are there."""
+    """Changes summed up by directory, for ``--stat``: counts of each kind and the bytes of present files."""
 
     def __init__(self) -> None:
         self.counts = {"added": 0, "changed": 0, "deleted": 0}

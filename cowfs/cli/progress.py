@@ -1,11 +1,11 @@
-"""How far a verb is, told on standard error: ``--progress auto|bar|plain|json|none``.
+"""The progress of a verb, on standard error: ``--progress auto|bar|plain|json|none``.
 
 Rules.
 
-1. Nothing is told before a verb has taken a second; where nobody sits at a terminal, not before five, and then every five seconds.
-2. A verb that cannot count tells how long it has been at work.
-3. ``bar`` is drawn by rich where that is installed (the extra ``progress``), else as one line of our own.
-4. ``json``: an object a line, from the beginning: ``{"what", "done", "total", "seconds"}``; ``total`` is null where it is not known. The last
+1. Nothing is printed before a verb has taken a second; without a terminal, not before five, and then every five
+seconds. 2. A verb that cannot count shows its time so far. 3. ``bar`` is drawn by rich if that is installed (the extra
+``progress``), else as one plain line. 4. ``json``: an object a line, from the beginning: ``{"what", "done", "total",
+"seconds"}``; ``total`` is null if unknown. The last
    one has ``"end": true``, also when the verb failed.
 """
 
@@ -27,13 +27,13 @@ _EVERY = {"bar": 0.1, "plain": 1.0, "json": 0.2, "auto": 5.0}
 
 
 class Bars:
-    """Tells the progress of one verb; a context manager, and a function ``(what, done, total)``.
+    """Prints the progress of one verb; a context manager, and a function ``(what, done, total)``.
 
     Args:
-        args: what the verb was given: ``progress``, ``quiet``.
-        label: what is told while nothing is counted; "" where the verb counts from its beginning.
+        args: the verb's arguments: ``progress``, ``quiet``.
+        label: the text while nothing is counted; "" if the verb counts from its beginning.
 
-    Threads: may be called from several; what is told comes from a thread of its own, which ends with the block.
+    Threads: may be called from several; a thread of its own, which ends with the block, prints.
     """
 
     def __init__(self, args: argparse.Namespace, label: str = "") -> None:
@@ -53,7 +53,7 @@ class Bars:
         self._rich: Any = None
 
     def __call__(self, what: str, done: int, total: int) -> None:
-        """``total`` is 0 where it is not known; bytes or counts alike."""
+        """``total`` is 0 if unknown; both are bytes, or counts."""
         if self.on:
             with self._lock:
                 self._parts[what] = (done, total)
@@ -76,7 +76,7 @@ class Bars:
         elif self._how == "json":
             self._line(end=True)
 
-    # -- the thread that tells
+    # -- the printing thread
 
     def _tell(self) -> None:
         wait = _FIRST[self._how]
@@ -88,7 +88,7 @@ class Bars:
                 self._line()
 
     def _sums(self) -> tuple[str, int, int]:
-        """(what is worked at, done, total) of all parts together."""
+        """(the part at work, done, total) of all parts together."""
         with self._lock:
             parts = dict(self._parts)
         if not parts:
@@ -144,7 +144,7 @@ class Bars:
         try:
             os.write(2, text.encode("utf-8", "backslashreplace"))
         except OSError:
-            pass  # a reader that went away does not stop the verb
+            pass  # a closed standard error does not stop the verb
 
 
 class _Rich:

@@ -1,6 +1,6 @@
 """docs/cli.md, written from the parsers: ``python -m cowfs.cli.reference > docs/cli.md``.
 
-Strategy: as the completion scripts, from the one table of verbs; tests/cli compares the file with what this writes.
+Strategy: as the completion scripts, from the one table of verbs; tests/cli compares the file with the output.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _usage(name: str, actions: list[argparse.Action]) -> str:
 
 
 def actions_of(name: str) -> list[argparse.Action]:
-    """The options and arguments of a verb's parser, in order; argparse itself keeps them to itself."""
+    """The options and arguments of a verb's parser, in order; argparse has no public way to them."""
     return parser_of(name)._actions
 
 

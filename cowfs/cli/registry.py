@@ -53,10 +53,10 @@ def _transfer(args: argparse.Namespace, *, push: bool) -> int:
 
 
 def _tell(args: argparse.Namespace, lines: Iterable[Any]) -> int:
-    """Bars while it goes on, the last words at the end.
+    """Show bars during a transfer, and its result at the end.
 
     Raises:
-        CowfsError: what the last line says.
+        CowfsError: the error in the last line.
     """
     digest = ""
     with Bars(args) as bars:

@@ -1,4 +1,4 @@
-"""`cowfs mounts`, `diff` and `usage`: what is there."""
+"""`cowfs mounts`, `diff` and `usage`."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def _usage(args: argparse.Namespace) -> int:
 
 
 def _is_of_a_store(args: argparse.Namespace) -> bool:
-    """Whether the kernel serves a store's snapshot at the mount point; then the arguments name that."""
+    """Whether the kernel serves a store's snapshot at the mount point; if so, the arguments get its key and store."""
     from cowfs.mounting import client, mountpoint
 
     where = mountpoint.resolve(args.mountpoint)

@@ -1,7 +1,8 @@
-"""`cowfs top`: what mounts and containers do now, the busiest first; a screen that is drawn again.
+"""`cowfs top`: the present work of mounts and containers, the busiest first, on a screen that is redrawn.
 
-Strategy: a frame is made of two looks of :mod:`cowfs.cli.stats` by a function without a terminal (:func:`frame`); the rest reads keys. The screen
-of before comes back at the end (the terminal's alternate screen, ECMA-48 control functions as xterm has them).
+Strategy: a frame is made of two looks of :mod:`cowfs.cli.stats` by a function without a terminal (:func:`frame`); the
+rest reads keys. The screen of before comes back at the end (the terminal's alternate screen, ECMA-48 control functions
+as xterm has them).
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ ORDERS: dict[str, tuple[str, Callable[[Line], Any]]] = {
 
 
 def lines(before: Sequence[Look], now: Sequence[Look], order: str) -> list[Line]:
-    """What there is, sorted by the key of an order; those that tie by name."""
+    """The records, sorted by the key of an order, ties by name."""
     known = {look.mountpoint: look for look in before}
     found = []
     for look in now:

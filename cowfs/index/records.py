@@ -1,4 +1,4 @@
-"""What the index says of one snapshot and of one image's name, and the statements that read them."""
+"""The records of one snapshot and of one image's name, and the statements that read them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Row:
     parent_name: str | None
 
     def info(self) -> Info:
-        """What users see of it."""
+        """The public record of the snapshot."""
         return Info(
             name=self.name,
             kind=self.kind,
@@ -120,7 +120,7 @@ def row_of(values: tuple) -> Row:  # type: ignore[type-arg]
 
 
 def layers(connection: sqlite3.Connection) -> list[tuple[int, int | None, str, str, int | None]]:
-    """(number, parent's number, name, kind, bytes of its own; None until committed) of all snapshots, in one look."""
+    """(number, parent's number, name, kind, bytes of its own; None until committed) of all snapshots, by one query."""
     return connection.execute("SELECT num, parent, name, kind, bytes FROM snapshots ORDER BY num").fetchall()
 
 

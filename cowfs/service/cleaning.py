@@ -31,7 +31,7 @@ class Cleaner:
         self._left.set()
 
     def close(self) -> None:
-        """End the thread, after what it is deleting. What is left is deleted by the next one."""
+        """End the thread, after what it is deleting. The next sweep deletes the rest."""
         self._ending.set()
         self._left.set()
         self._thread.join(60.0)

@@ -1,7 +1,7 @@
-"""What a daemon can be told: one table, from which flags, environment, TOML file and ``--print-config`` all come.
+"""The options of a daemon: one table behind flags, environment, TOML file and ``--print-config``.
 
 Rule: a flag beats the environment (``COWFS_SERVE_NAME``), that the file, that the default. A list is taken whole from the
-first place that has it. What is marked ``live`` can change by SIGHUP.
+first place that has it. Options marked ``live`` can change by SIGHUP.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class Options:
     )
 
     def changed_live(self, new: Options) -> tuple[Options, list[str]]:
-        """These options with what may change while running taken from others; and the names of what may not but differs."""
+        """These options with the live ones taken from others; and the names of the other options that differ."""
         from dataclasses import replace
 
         live, fixed = {}, []
@@ -147,7 +147,7 @@ def read(arguments: argparse.Namespace, environ: Mapping[str, str]) -> Options:
 
     Raises:
         NotFound: the file named by ``--config`` is not there.
-        InvalidArgument: an option that there is not, or a value of the wrong type; the message names the place.
+        InvalidArgument: an unknown option, or a value of the wrong type; the message names the place.
     """
     found: dict[str, Any] = {}
     kinds = get_type_hints(Options)
@@ -223,7 +223,7 @@ def _check(options: Options) -> None:
 
 
 def as_toml(options: Options) -> str:
-    """A file that says what these options say, with a comment on each."""
+    """The text of a file with these options, with a comment on each."""
     lines = ["# cowfs serve --config FILE: each option with the value that it has now."]
     for each in fields(options):
         value = getattr(options, each.name)

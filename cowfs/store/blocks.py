@@ -38,7 +38,9 @@ class Blocks:
         self._lookup = lookup
         self._scanning = scanning
 
-    def export_blocks(self, name: str, target: BinaryIO, *, base: str | None = None) -> blocks.Counts:
+    def export_blocks(
+        self, name: str, target: BinaryIO, *, base: str | None = None, identity: bytes | None = None
+    ) -> blocks.Counts:
         """As :meth:`cowfs.Store.export_blocks`."""
         from cowfs.diff import blocks
 
@@ -59,14 +61,14 @@ class Blocks:
         )
         with self._view(before) as a, self._view(after) as b:
             try:
-                return blocks.produce(a, b, changes, target, base=self.identity(before))
+                return blocks.produce(a, b, changes, target, base=identity or self.identity(before))
             except BrokenPipeError:
                 raise
             except OSError as error:
                 raise CowfsError(f"export of {name!r} stopped: {error.strerror}") from None
 
     @names_full
-    def apply_blocks(self, key: str, stream: BinaryIO) -> blocks.Counts:
+    def apply_blocks(self, key: str, stream: BinaryIO, *, identity: bytes | None = None) -> blocks.Counts:
         """As :meth:`cowfs.Store.apply_blocks`."""
         from cowfs.diff import blocks
 
@@ -86,7 +88,7 @@ class Blocks:
                 options=self._options(row.limit if not self.context.driver.capabilities.whole else Limit()),
             )
             try:
-                counts = blocks.apply(view, stream, base=self.identity(parent))
+                counts = blocks.apply(view, stream, base=identity or self.identity(parent))
             except OSError as error:
                 raise CowfsError(f"the difference cannot be applied to {key!r}: {error.strerror}") from None
             finally:

@@ -14,6 +14,7 @@ import contextlib
 import os
 from typing import TYPE_CHECKING
 
+from cowfs.driver.interface import Driver
 from cowfs.errors import NotFound
 from cowfs.index.database import Row
 from cowfs.model import Info, Kind, Mount
@@ -46,6 +47,8 @@ class Engines:
             all(self._is_plain(one) for one in parents)
             and (row.kind is Kind.VIEW or bool(plan.why_not_kernel) or self._is_plain(id) or self._mark_plain(row))
         )
+        if type(self.context.driver).mounts is not Driver.mounts:  # it has records of its own
+            return self._plans.records(row, "fuse" if plan.why_not_kernel else "kernel")
         record = plan.record(None if plain else "fuse", plain=True)
         self._plans.hand_limit(row, by_server=record.type.startswith("fuse."))
         return (record,)

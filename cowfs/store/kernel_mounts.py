@@ -6,6 +6,7 @@ import os
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
+from cowfs.driver.interface import Driver
 from cowfs.driver.plan import MountPlan
 from cowfs.errors import FailedPrecondition, InvalidArgument, Unsupported
 from cowfs.format.mount_options import split_layers, unescape
@@ -82,6 +83,11 @@ class KernelMounts:
                 record = plan.record("kernel")
             elif plan.row and row.parent is None and not plan.why_not_image:  # nothing beneath could be redirected
                 record = plan.kernel()
+            elif (
+                type(self.context.driver).plan is not Driver.plan
+            ):  # trees are there for a plan, and longer for a record
+                self._plans.hand_limit(row, by_server=False)
+                record = self._plans.plan(row).record("kernel")
             else:
                 (record,) = self._plans.records(row, "kernel")
         except Unsupported as error:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from cowfs.store.compacting import Compacting
     from cowfs.store.copying import Copying
     from cowfs.store.describing import Describing
+    from cowfs.store.disks import Disks
     from cowfs.store.engines import Engines
     from cowfs.store.events import Events
     from cowfs.store.exporting import Exporting
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from cowfs.store.restacking import Restacking
     from cowfs.store.running import Running
     from cowfs.store.scanning import Scanning
+    from cowfs.store.sending import Receiving, Sending
     from cowfs.store.snapshots import Snapshots
     from cowfs.store.squash import Squashing
     from cowfs.store.switching import Switching
@@ -260,6 +262,34 @@ class Services:
         from cowfs.store.blocks import Blocks
 
         return Blocks(self.context, self.reading, self.lookup, self.scanning)
+
+    @_made
+    def disks(self) -> Disks:
+        from cowfs.store.disks import Disks
+
+        return Disks(self.context, self.reading)
+
+    @_made
+    def sending(self) -> Sending:
+        from cowfs.store.sending import Sending
+
+        return Sending(self.context, self.reading, self.archived, self.naming, self.exporting, self.blocks)
+
+    @_made
+    def receiving(self) -> Receiving:
+        from cowfs.store.sending import Receiving
+
+        return Receiving(
+            self.context,
+            self.reading,
+            self.naming,
+            self.snapshots,
+            self.committing,
+            self.limits,
+            self.applying,
+            self.exporting,
+            self.blocks,
+        )
 
     @_made
     def house(self) -> House:

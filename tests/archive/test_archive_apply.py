@@ -34,7 +34,7 @@ def _opaque(path: Path, form: str = "trusted") -> bytes | None:
         return None
 
 
-# What members become ---------------------------------------------------------------------------
+# Members become files --------------------------------------------------------------------------
 
 
 def test_every_type_with_its_attributes(space: Path) -> None:

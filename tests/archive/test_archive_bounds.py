@@ -1,4 +1,4 @@
-"""What an archive makes a host write is bounded, whatever its own size; names of attributes and times survive or are refused."""
+"""The writes that an archive causes are bounded, whatever its own size; names of attributes and times survive or are refused."""
 
 from __future__ import annotations
 

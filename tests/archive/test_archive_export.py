@@ -234,7 +234,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error(space: Path, monkeypat
         _export(space / "one")
 
 
-# What only the merged tree knows -------------------------------------------------------------------
+# Layers that need the merged tree ------------------------------------------------------------------
 
 
 @pytest.mark.root
@@ -527,7 +527,7 @@ def _archives(draw: st.DrawFn) -> bytes:
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=_archives())
 def test_export_of_apply_is_a_fixed_point(space: Path, data: bytes) -> None:
-    """Whatever an archive says, its layer's export applies to the same layer and exports to the same bytes."""
+    """For any archive, its layer's export applies to the same layer and exports to the same bytes."""
     one, two = space / "one", space / "two"
     for path in (one, two):
         shutil.rmtree(path, ignore_errors=True)

@@ -58,7 +58,7 @@ def test_one_path_is_a_stack(run_directory: Path, stack: Path, mnt: Path) -> Non
 
 
 def test_errors_keep_their_class(run_directory: Path, layers: list[str], mnt: Path, space: Path) -> None:
-    """What goes wrong in the server is raised here, as the class that it is, with its remedy."""
+    """An error in the server is raised here, in its own class, with its remedy."""
     with pytest.raises(cowfs.NotFound, match="nowhere"):
         cowfs.mount([space / "nowhere"], mnt, readonly=True)
     with pytest.raises(cowfs.InvalidArgument, match="twice"):

@@ -348,7 +348,7 @@ def test_mount_point_may_be_a_symbolic_link_and_relative(cowfs: Run, stack: Path
 
 
 def test_verbs_act_on_this_mount_namespace_only(cowfs: Run, stack: Path, mnt: Path, space: Path) -> None:
-    """What is mounted in another namespace at the same path is neither listed, nor asked, nor unmounted, unless asked for."""
+    """A mount of another namespace at the same path is neither listed, nor asked, nor unmounted, except on request."""
     script = f"{sys.executable} -m cowfs mount {stack} {mnt} && echo mounted && exec sleep 60"
     with subprocess.Popen(
         ["unshare", "-m", "--propagation", "unchanged", "sh", "-c", script],

@@ -209,7 +209,7 @@ def test_a_damaged_archive_is_named_without_its_bytes(store: Cowfs, space: Path)
 
 
 def test_remedies_name_options_of_the_command(store: Cowfs, space: Path) -> None:
-    """What a user can type, not what a program would write."""
+    """Input of a user, not of a program."""
     import re
 
     from cowfs import __file__ as package

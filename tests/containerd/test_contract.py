@@ -1,4 +1,5 @@
-"""What containerd asks of a snapshotter, through gRPC, with the mounts really mounted; by each driver, without a limit and with one.
+"""The contract of a containerd snapshotter, through gRPC, with the mounts really mounted; by each driver, without a
+limit and with one.
 
 Where a test says "containerd", its conformance suite (core/snapshots/testsuite) or the comments of its interface say so.
 """

@@ -81,7 +81,8 @@ def test_random_data_at_the_limit(fs: hostfs.HostFs, row: int, request: pytest.F
 
 
 def walk(upper: Path) -> tuple[int, int]:
-    """What a walk finds: by another's words on tmpfs, elsewhere (where SEEK_DATA does not show reserved room) by our own."""
+    """The use found by a walk: on tmpfs by an independent one, elsewhere (where SEEK_DATA does not show reserved room)
+    by cowfs's own."""
     if limits.host_of(str(upper)) == "tmpfs":
         return limits.measure(upper, allocated=True)
     layer = Layer(os.fsencode(upper), 0, Descriptors())

@@ -1,4 +1,5 @@
-"""What a server outlives: trees of any depth, xattrs that fill the host's room, long names, no thread or memory to be had, a stop."""
+"""Hardships that a server outlives: trees of any depth, xattrs that fill the host's room, long names, no thread or
+memory to be had, a stop."""
 
 from __future__ import annotations
 
@@ -231,7 +232,7 @@ def test_a_server_that_is_stopped(space: Path) -> None:
 
 
 def test_a_large_directory_that_is_listed_while_it_changes(space: Path, request: pytest.FixtureRequest) -> None:
-    """What stays is listed exactly once (--steps: a hundredth of the names)."""
+    """Every name that stays is listed exactly once (--steps: a hundredth of the names)."""
     lower, count = space / "lower", request.config.getoption("steps")
     (lower / "d").mkdir(parents=True)
     fd = os.open(lower / "d", os.O_RDONLY)

@@ -1,4 +1,4 @@
-"""What a hostile command can do in `cowfs run`: it is tried. As root, and as an ordinary user in a user namespace.
+"""The attempts of a hostile command in `cowfs run`. As root, and as an ordinary user in a user namespace.
 
 docs/security.md says the same in words, and what is not isolated.
 """
@@ -50,7 +50,7 @@ class Runner:
         return done
 
     def inside(self, script: str, *options: object) -> str:
-        """What a shell prints in a fresh snapshot, errors included."""
+        """The output of a shell in a fresh snapshot, errors included."""
         done = self.cowfs("run", "box", "--rm", *options, "--", "/bin/sh", "-c", script)
         assert "Traceback" not in done.stderr, done.stderr
         return done.stdout + done.stderr

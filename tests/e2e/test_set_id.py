@@ -110,7 +110,7 @@ def dress(case: Case, path: Path) -> None:
 
 
 def outcome(case: Case, path: Path, head: int) -> str:
-    """What the writer got, and what the program becomes for somebody who runs it afterwards."""
+    """The writer's result, and the rights of the program when another user runs it afterwards."""
     os.stat(path)  # the kernel knows the bits
     fd = -1
     if case.opened == OPENED[1]:

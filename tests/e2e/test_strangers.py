@@ -247,7 +247,7 @@ def make_store(space: Path, driver: str) -> Path:
 
 @pytest.mark.parametrize("driver", ["overlay", "vfs", "row"])
 def test_every_file_of_a_store(space: Path, driver: str) -> None:
-    """Whatever is there instead: each verb ends, with an answer or with one line."""
+    """Each verb ends, with an answer or with one line, for any object in a note's place."""
     pristine = make_store(space, driver)
     names = [path.relative_to(pristine) for path in store_files(pristine)]
     assert any(path.name == "index.db" for path in names)

@@ -72,7 +72,7 @@ class Served:
         assert self.session.ready.wait(10)
         os.statvfs(path)
         self._before: dict[str, int] = {}
-        # What the kernel asks once a mount and then never again.
+        # Have the kernel send the requests that come only once a mount.
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         os.close(fd)
 

@@ -153,7 +153,7 @@ class Life:
             assert not (self.home / id).exists()
 
     def kill(self) -> None:
-        """What is mounted is counted once by the next service, which knows nothing of the Gets before it."""
+        """The next service, which knows nothing of the Gets before it, counts each mount once."""
         self.plugin.stop(signal.SIGKILL)
         self.plugin.start()
         self.gets = {id: min(gets, 1) for id, gets in self.gets.items()}

@@ -27,7 +27,7 @@ def _open(data: bytes, **options: Any) -> ImageSource:
     return open_image(io.BytesIO(data), **options)
 
 
-# What is read --------------------------------------------------------------------------------------
+# Accepted sources ----------------------------------------------------------------------------------
 
 
 @pytest.mark.root
@@ -213,7 +213,7 @@ def test_two_names_of_one_image_are_one_image() -> None:
             source.pick()
 
 
-# What is refused -----------------------------------------------------------------------------------
+# Refused sources -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What a source is: images are told from trees by what they hold, and ``form`` decides where that does not tell."""
+"""The kind of a source: its content tells images from trees, and ``form`` decides where the content does not."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def mounted(space: Path, can_mount: None) -> Iterator[cowfs.MountHandle]:
 
 
 def exchange(path: str, line: bytes) -> list[dict[str, Any]]:
-    """What a server says to a line, as often as it speaks within a second."""
+    """The answers of a server to a line within a second."""
     found = []
     with protocol.connect(path) as sock:
         sock.sendall(line)

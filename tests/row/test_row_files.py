@@ -259,7 +259,7 @@ class RedirectFile(RuleBasedStateMachine):
     @precondition(lambda self: self.stack.twin is not None)
     @rule(steps=st.integers(1, 8))
     def go_on_with_twin(self, steps: int) -> None:
-        """What is copied may have changed since it was read out where it is."""
+        """A copy may have changed since its place was read."""
         stack, twin = self.stack, self.stack.twin
         assert twin is not None
         for _ in range(steps):

@@ -1,4 +1,4 @@
-"""Who makes redirect files: the caller that assembles a view hands the implementation in; union has none."""
+"""The maker of redirect files: the caller that assembles a view hands the implementation in; union has none."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def user_python() -> str | None:
 
 
 def status_of(cowfs: Run, mnt: Path) -> dict[str, object]:
-    """What `cowfs mounts --json` says of one mount point."""
+    """The entry of `cowfs mounts --json` for one mount point."""
     found = [entry for entry in json.loads(cowfs("mounts", "--json").stdout) if entry["mountpoint"] == str(mnt)]
     assert len(found) == 1, found
     status: dict[str, object] = found[0]

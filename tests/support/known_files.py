@@ -24,7 +24,7 @@ KEEP, PUNCH, ZERO = 1, 2, 16
 
 
 class Files:
-    """What the files are: bytes, kept beside the mount by what each operation said it did."""
+    """The files as bytes in memory, kept beside the mount by the result of each operation."""
 
     def __init__(self, where: Callable[[], Path], seed: int) -> None:
         self.where = where

@@ -1,10 +1,8 @@
 """The implementations under test behind one call.
 
-``plain``    no union at all: the merged tree copied to a directory. What POSIX on this host
-             really says; a test of semantics that fails here is a wrong test.
-``overlay``  the kernel's overlayfs: the peer, and the judge of the on-disk format.
-``kernel``   cowfs, its own FUSE front end.
-``fusepy``   cowfs, the front end over libfuse2.
+``plain``    no union at all: the merged tree copied to a directory. The behaviour of POSIX on this host; a test of
+semantics that fails here is a wrong test. ``overlay``  the kernel's overlayfs: the peer, and the judge of the on-disk
+format. ``kernel``   cowfs, its own FUSE front end. ``fusepy``   cowfs, the front end over libfuse2.
 
 All take layers **bottom first**, as ``cowfs.mount`` does.
 """

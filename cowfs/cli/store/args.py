@@ -1,4 +1,4 @@
-"""What the verbs over a store share: its options, opening it, paging."""
+"""The common part of the verbs over a store: its options, opening it, paging."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def template(text: str) -> str:
 
 
 class Places:
-    """Where the snapshots of a store are mounted, by what their servers and mountinfo say; no server is asked.
+    """The mount points of a store's snapshots, from mountinfo and the records of servers, without asking a server.
 
     Args:
         root: the store's directory.
@@ -68,7 +68,7 @@ class Places:
         self._by_kernel: dict[str, str] | None = None
 
     def of(self, id: str) -> str | None:
-        """The mount point of a layer, None where there is none that is known."""
+        """The mount point of a layer; None if unknown."""
         from cowfs.mounting import notice
 
         for told in notice.found([f"{self._root}/layers/{id}"]):
@@ -103,7 +103,7 @@ def open_store(args: argparse.Namespace, *, create: bool = True) -> Store:
 
 
 def look_at_store(args: argparse.Namespace) -> Look:
-    """The store that the options or the environment name, for looking at what its index knows."""
+    """The store that the options or the environment name, to read its index only."""
     from cowfs.store.look import Look
 
     root = config.root(args.root)
@@ -111,10 +111,10 @@ def look_at_store(args: argparse.Namespace) -> Look:
 
 
 def check_new(name: str, what: str = "name") -> str:
-    """A key or name that the command may make: it can be given to it again.
+    """A key or name that the command may make, since a later command can name it.
 
     Raises:
-        InvalidArgument: it would be taken for something else, or does not print on one line.
+        InvalidArgument: it would be taken for something else, or does not fit on one line.
     """
     from cowfs.store.names import check_name
 
@@ -165,7 +165,7 @@ def set_labels(pairs: list[str]) -> dict[str, str]:
 
 @contextmanager
 def paged() -> Iterator[Callable[[str], None]]:
-    """A function that prints lines: through a pager when standard output is a terminal and one is there."""
+    """A function that prints lines: through a pager if standard output is a terminal and a pager is installed."""
     pager = os.environ.get("PAGER") or "less"
     if not sys.stdout.isatty() or pager == "cat":
         yield print

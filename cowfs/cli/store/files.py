@@ -41,11 +41,11 @@ class Place(NamedTuple):
 
 
 def place_in(store: Store, text: str, *, need_path: bool = True) -> Place:
-    """What NAME:PATH means, or (unless a path is needed) NAME alone.
+    """Parse NAME:PATH, or (unless a path is needed) NAME alone.
 
     Raises:
         InvalidArgument: there is no colon.
-        NotFound: the store knows no such name.
+        NotFound: the store has no such name.
     """
     if not need_path and _known(store, text):
         return Place(text, "/")
@@ -118,7 +118,7 @@ def _cp(args: argparse.Namespace) -> int:
 
 
 def _counted(bars: Bars, counts: list[int]) -> Callable[[int, int], object]:
-    """What is told how far a copy is; bytes and objects are kept in ``counts``, too."""
+    """The function for the progress of a copy; it keeps bytes and objects in ``counts``, too."""
 
     def progress(done: int, objects: int) -> None:
         counts[:] = done, objects
@@ -158,10 +158,10 @@ def _is_dir(store: Store, name: str, path: str) -> bool:
 
 
 def _landing(source: str, target: str, is_dir: Callable[[str], bool]) -> str:
-    """Where a source comes to lie, as cp(1) has it: in a directory that is there, else under the target's own name.
+    """The destination of a source, as in cp(1): inside an existing directory, else under the target's own name.
 
     Raises:
-        NotFound: the target names a directory that is not there.
+        NotFound: the target's directory does not exist.
     """
     if not is_dir(target):
         if target.endswith("/"):
@@ -308,7 +308,7 @@ def _depth(path: bytes, top: bytes) -> int:
 
 
 def _tests(args: argparse.Namespace) -> list[Callable[[FileInfo], bool]]:
-    """The tests that were asked for; all must hold."""
+    """The tests of the arguments; all must hold."""
     tests: list[Callable[[FileInfo], bool]] = []
     if args.name is not None:
         name = os.fsencode(args.name)
@@ -407,7 +407,7 @@ def _du(args: argparse.Namespace) -> int:
 
 
 def _sums(store: Store, place: Place, depth: int) -> tuple[dict[bytes, tuple[int, int]], bytes]:
-    """Bytes and objects below each directory down to a depth; a file with several names counts where it is met first."""
+    """Bytes and objects below each directory down to a depth; a file with several names counts at the first one found."""
     sums: dict[bytes, tuple[int, int]] = {}
     seen: set[object] = set()
     top: bytes | None = None

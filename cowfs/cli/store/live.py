@@ -1,4 +1,4 @@
-"""`cowfs snapshot`, `rollback`, `squash` and `fork`: snapshots of what is being written."""
+"""`cowfs snapshot`, `rollback`, `squash` and `fork`: snapshots of active snapshots."""
 
 from __future__ import annotations
 

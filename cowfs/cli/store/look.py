@@ -1,4 +1,4 @@
-"""`cowfs ls`, `tree`, `log`, `stat` and `images`: what there is, by the index alone."""
+"""`cowfs ls`, `tree`, `log`, `stat` and `images`: the content of the store, by the index alone."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def _ls(args: argparse.Namespace) -> int:
 
 
 def _described(store: Look, filters: list[str]) -> Iterator[dict[str, Any]]:
-    """All that is known of each snapshot without asking a server."""
+    """All fields of each snapshot that need no server."""
     tags: dict[str, list[str]] = {}
     for tag in store.tags():
         tags.setdefault(tag.target, []).append(tag.name)

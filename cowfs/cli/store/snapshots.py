@@ -1,4 +1,4 @@
-"""`cowfs prepare`, `view`, `commit`, `rm`, `label` and `tag`: what changes which snapshots there are."""
+"""`cowfs prepare`, `view`, `commit`, `rm`, `label` and `tag`: the verbs that make, change and remove snapshots."""
 
 from __future__ import annotations
 

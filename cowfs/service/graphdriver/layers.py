@@ -199,12 +199,12 @@ class Layers:
         return bool(id) and self._store.index.find(_key(id)) is not None
 
     def status(self) -> list[tuple[str, str]]:
-        """What ``docker info`` shows."""
+        """The entries for ``docker info``."""
         told = [("Store", self._store.root), ("Driver", self._store.driver.name)]
         return told + [(f"Default {name}", value) for name, value in sorted(self._default.items())]
 
     def metadata(self, id: str) -> dict[str, str]:
-        """What ``docker inspect`` shows. Raises NotFound."""
+        """The entries for ``docker inspect``. Raises NotFound."""
         row = self._store.index.get(_key(id))
         told = {"Store": self._store.root, "Key": row.name, "Directory": self._store.driver.directory(row.id)}
         limits = {"Size": row.limit.bytes, "Inodes": row.limit.inodes}

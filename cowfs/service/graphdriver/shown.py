@@ -3,10 +3,10 @@
 Rules:
 
 1. A tree is shown at ``HOME/ID``; HOME is dockerd's (``/var/lib/docker/cowfs``), which its containers' users may enter.
-2. Gets are counted here, and nowhere else. What is mounted already when it is first asked for counts as one Get: of this service before
-   it was killed, or of the dockerd before this one.
-3. A mount whose server was killed counts as none; the next Get makes a new one.
-4. The kernel mounts what has no limit, by a record for engines; our server what has one, and everything where users are mapped.
+2. Gets are counted here, and nowhere else. A mount that exists before its first Get counts as one Get: of this service
+before it was killed, or of the dockerd before this one. 3. A mount whose server was killed counts as none; the next Get
+makes a new one. 4. The kernel mounts what has no limit, by a record for engines; our server what has one, and
+everything where users are mapped.
 
 Threads: the callers', each with the turn of its layer (:class:`~cowfs.service.graphdriver.layers.Layers`).
 """
@@ -107,7 +107,7 @@ class Shown:
             self.hide(os.fsdecode(target[len(inside) :]))
 
     def synced(self, id: str) -> None:
-        """What was written through our server's mount of a layer is in its directory now."""
+        """Bring the writes through a server's mount of a layer into its directory."""
         place = self.place(id)
         entry = mountpoint.find(place)
         if entry is not None and entry.fstype in mountpoint.TYPES and not mountpoint.is_dead(place, entry):

@@ -10,9 +10,12 @@ if TYPE_CHECKING:
     from typing import BinaryIO
 
     from cowfs import archive, images
+    from cowfs.archive import ApplyOptions
     from cowfs.diff import blocks
     from cowfs.store.applying import Progress
     from cowfs.store.copying import Receiver
+    from cowfs.store.disks import DiskCounts
+    from cowfs.store.sending import Sent
     from cowfs.store.services import Services
 
 __all__ = ["ArchiveVerbs"]
@@ -220,27 +223,31 @@ class ArchiveVerbs:
             root, driver, options=options, labels=labels, progress=progress, told=told
         )
 
-    def export_blocks(self, name: str, target: BinaryIO, *, base: str | None = None) -> blocks.Counts:
+    def export_blocks(
+        self, name: str, target: BinaryIO, *, base: str | None = None, identity: bytes | None = None
+    ) -> blocks.Counts:
         """Write what a committed snapshot changed, block by block.
 
         Args:
             name: a committed snapshot, or a tag.
             target: a stream; a pipe will do.
             base: the committed snapshot that it is for; default: the parent.
+            identity: 32 bytes that tell the tree it is for; default: a digest of names, attributes, sizes and times.
 
         Raises:
             NotFound: no such snapshot.
             InvalidArgument: not committed.
             CowfsError: a file cannot be read.
         """
-        return self.services.blocks.export_blocks(name, target, base=base)
+        return self.services.blocks.export_blocks(name, target, base=base, identity=identity)
 
-    def apply_blocks(self, key: str, stream: BinaryIO) -> blocks.Counts:
+    def apply_blocks(self, key: str, stream: BinaryIO, *, identity: bytes | None = None) -> blocks.Counts:
         """Make the changes of a block-level difference in an active snapshot.
 
         Args:
             key: an active snapshot that nobody has mounted, fresh from the tree that the stream was made against.
             stream: what :meth:`export_blocks` wrote; a pipe will do.
+            identity: as given there; default: the digest of the parent's tree.
 
         Raises:
             NotFound: no such key.
@@ -248,7 +255,7 @@ class ArchiveVerbs:
             Corrupt, InvalidArgument: the stream is damaged or hostile. Part of it may have been applied.
             LimitExceeded: the snapshot's limit; likewise.
         """
-        return self.services.blocks.apply_blocks(key, stream)
+        return self.services.blocks.apply_blocks(key, stream, identity=identity)
 
     def copy_to(self, name: str, other: Receiver, *, progress: Progress | None = None) -> list[str]:
         """Copy a committed snapshot with its ancestors to another store, layer by layer; layers that it has are not copied again.
@@ -269,3 +276,86 @@ class ArchiveVerbs:
             CowfsError, OSError: of either store; layers that were copied whole stay.
         """
         return self.services.copying.copy_to(name, other, progress=progress)
+
+    def send(
+        self,
+        names: Sequence[str],
+        pipe: BinaryIO,
+        *,
+        since: str | None = None,
+        answers: BinaryIO | None = None,
+        progress: Progress | None = None,
+    ) -> Sent:
+        """Write committed snapshots with their ancestors to a pipe, for :meth:`receive` of another store.
+
+        Of a ``row`` store the layers that no archive made are sent as the blocks that changed. The format is :mod:`cowfs.store.stream`.
+
+        Args:
+            names: committed snapshots, or tags.
+            pipe: where the stream goes; binary.
+            since: an ancestor of them all that the other store has: it, and what is beneath it, are left out.
+            answers: what the receiver answers (its ``answers``): then only what it lacks is sent.
+            progress: told how far it is.
+
+        Returns:
+            The layers that were sent.
+
+        Raises:
+            NotFound: no such snapshot or tag.
+            InvalidArgument: not committed, or ``since`` is no ancestor.
+            Corrupt: the answers are cut short or damaged.
+            OSError: the pipe cannot be written; BrokenPipeError where the receiver ended.
+        """
+        return self.services.sending.send(names, pipe, since=since, answers=answers, progress=progress)
+
+    def receive(
+        self,
+        pipe: BinaryIO,
+        *,
+        answers: BinaryIO | None = None,
+        options: ApplyOptions | None = None,
+        progress: Progress | None = None,
+    ) -> list[str]:
+        """Bring in what :meth:`send` wrote. Each layer is checked against its diff id; those that came whole stay when the rest fails.
+
+        Names are kept where they are free here, else a layer is named by its chain id. A tag is a tag here, too, with its configuration.
+
+        Args:
+            pipe: the stream; binary.
+            answers: where to say what is here already, for a sender that asks.
+            options: bounds for each layer, and what to do without privilege.
+            progress: told how far it is.
+
+        Returns:
+            Names of the layers that were new, bottom first.
+
+        Raises:
+            InvalidArgument: no such stream, a hostile layer, or a name that is another tree's here.
+            Corrupt: the stream is cut short or damaged, or a layer is not what it says.
+            FailedPrecondition: it stands on a layer that is not here.
+            OSError: no room, and so on.
+        """
+        return self.services.receiving.receive(pipe, answers=answers, options=options, progress=progress)
+
+    def export_disk(
+        self, name: str, target: BinaryIO, *, format: str = "raw", size: str | int | None = None
+    ) -> DiskCounts:
+        """Write a committed snapshot as a disk for a virtual machine: one file system, without partitions, that has the tree for its root.
+
+        Only of the driver ``block``; the file system has a UUID of its own each time.
+
+        Args:
+            name: a committed snapshot, or a tag.
+            target: a stream; a file gets holes, and a pipe will do.
+            format: ``raw`` or ``qcow2`` (version 3).
+            size: of the disk, bytes or "20G"; default: as large as the store's images are.
+
+        Returns:
+            Its size, and the bytes written.
+
+        Raises:
+            NotFound: no such snapshot.
+            InvalidArgument: not committed, no such format, or a size that it cannot have.
+            Unsupported: the driver keeps no images.
+        """
+        return self.services.disks.export_disk(name, target, format=format, size=size)
