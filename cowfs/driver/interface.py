@@ -121,7 +121,7 @@ class Probe:
     """Whether a driver can run on this host, as this user, in this directory.
 
     Attributes:
-        usable: whether whether it can.
+        usable: whether it can.
         rank: how good a choice it is among usable ones; higher is better.
         reasons: one clause each, for people: what was found, or what is missing.
     """
@@ -306,7 +306,8 @@ class Driver(ABC):
         """The mount of a layer over its parents, in mount(8)'s words: the rendered :meth:`plan`.
 
         Args:
-            mount_type: ``kernel`` or ``fuse`` where the caller insists.
+            id, parents, readonly, limit: as for :meth:`plan`.
+            mount_type: ``kernel`` or ``fuse``; None: the driver's choice.
 
         Raises:
             Unsupported: this host, user or driver cannot do the type asked for.
@@ -333,6 +334,24 @@ class Driver(ABC):
             CowfsError: the server says why not.
         """
         raise Unsupported(f"the driver {self.name} takes no snapshots of layers in use")
+
+    @contextmanager
+    def disk(self, id: str, scratch: str, size: int) -> Iterator[tuple[int, int]]:
+        """A frozen layer as a disk: a file system with its tree as the root directory, for a virtual machine.
+
+        Args:
+            scratch: the id of a layer whose directory is there, and empty; the caller removes it.
+            size: bytes; 0: what the driver's images have.
+
+        Yields:
+            A descriptor that can be read and sought for data, and the disk's size in bytes.
+
+        Raises:
+            Unsupported: the driver keeps no images.
+            InvalidArgument: a size that it cannot have.
+        """
+        raise Unsupported(f"the driver {self.name} keeps no disk images", remedy="cowfs migrate --to block")
+        yield
 
     def publish(self, staged: str, id: str) -> None:
         """Give a layer another of its names, in one step: the final one, or the one for deletion.
@@ -394,7 +413,16 @@ class Driver(ABC):
         return Usage(bytes=bytes, inodes=inodes), tuple(sums)
 
     def note(self, id: str, held: Usage, sums: Sequence[int] = ()) -> None:
-        """Note the use of a layer's tree, and the parts that it was summed from. A walk restores a lost note."""
+        """Note the use of a layer's tree. A walk restores a lost note.
+
+        Args:
+            id: a layer that is about to be frozen.
+            held: the use of its tree.
+            sums: the parts that it was summed from (:class:`cowfs.union.measure.Sums`), if known.
+
+        Raises:
+            OSError: the note cannot be written.
+        """
         text = " ".join(map(str, (held.bytes, held.inodes, *sums))) + "\n"
         atomic.write_file(f"{self.directory(id)}/{HELD}", text.encode(), durable=False)
 

@@ -142,12 +142,16 @@ def copy_attributes(src: int, dst: int, st: os.stat_result) -> None:
 
 
 def copy_tree(source: str | bytes, target: str | bytes) -> None:
-    """Copy all that is in one directory into another, empty one, with the directory's attributes.
+    """Copy the content of a directory into another, empty one, with the directory's attributes.
+
+    Args:
+        source: a directory; links in it are copied, not followed.
+        target: an existing, empty directory.
 
     Raises:
         OSError: an object could not be copied in full.
     """
-    links: dict[int, int] = {}  # an an inode with several names -> O_PATH descriptor of its copy
+    links: dict[int, int] = {}  # an inode with several names -> O_PATH descriptor of its copy
     stack: list[tuple[int, int, list[bytes], bytes]] = []
     try:
         src = os.open(source, _DIR)
