@@ -29,11 +29,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from cowfs._log import Part
+from cowfs._record import replace
 from cowfs.errors import CowfsError
 from cowfs.mounting import mountpoint, protocol
 from cowfs.mounting.assemble import explain, make_session, make_view, name_process, raise_file_limit, refused
@@ -290,6 +290,7 @@ class Server:
     def _close(self) -> None:
         """Close everything but the process itself, in the order in which others may rely on it."""
         self._ending.set()
+        gc.disable()  # SQLite writes to the shared memory of an index when its last connection goes: SIGBUS on a full host
         if self._view_open:
             self.view.close()
         if self._stack_open:
