@@ -25,7 +25,7 @@ import resource
 import select
 from collections.abc import Callable
 
-from cowfs.sys import namespaces, process
+from cowfs.sys import host, namespaces, process
 
 __all__ = ["Client", "Unequal"]
 
@@ -89,6 +89,7 @@ class Client:
                     raise Unequal(f"{fact.__name__}: {theirs!r} is not {ours!r}")
         except OSError as error:
             raise Unequal(str(error)) from None
+        host.forget()
         if not self.is_alive():
             raise Unequal("the client is gone")
         for fd in (self._theirs, self._ours, self._alive, root, here):

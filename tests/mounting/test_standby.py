@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import resource
@@ -462,6 +463,37 @@ print(json.dumps([facts("self"), facts(pid), os.listdir("mnt"), pid]))
     finally:
         for name in ("proc", "run", "usr", "lib", "lib64", "etc", "tmp", "dev"):
             namespace.umount(str(jail / name), namespace.MNT_DETACH)
+
+
+def test_nothing_is_remembered_of_the_services_own_rights(tree: Path, service: Service) -> None:
+    """A user namespace has no ``trusted.*`` and makes no devices; a server that thought otherwise failed at the first deletion."""
+    script = f"""
+import os, subprocess, sys
+subprocess.run(sys.argv[1:], check=True)
+mnt = {str(tree / "mnt")!r}
+os.unlink(mnt + "/who"); os.symlink("a", mnt + "/link"); os.mkdir(mnt + "/d"); os.rename(mnt + "/d", mnt + "/e")
+open(mnt + "/f", "w").write("x")
+print(sorted(os.listdir(mnt)))
+subprocess.run(["umount", mnt], check=True)
+"""
+    words = ["unshare", "-U", "-r", "-m", sys.executable, "-c", script, *CLIENT, *options(tree)]
+    done = subprocess.run(words, env=environment(), cwd="/", capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "['e', 'f', 'link'] 0o104755\n"
+    assert os.getxattr(tree / "up/e", "user.overlay.opaque") == b"y"
+    assert service.end() == ""
+
+
+def test_only_what_stays_true_is_cached_for_good() -> None:
+    """A child of the service becomes another process's equal: a fact about rights is ``host.remembered``, and forgotten then."""
+    found = {
+        f"{path.relative_to(ROOT)}: {line.strip()}"
+        for folder in ("sys", "format", "union", "fuse", "row", "mounting")
+        for path in (ROOT / "cowfs" / folder).rglob("*.py")
+        for before, line in itertools.pairwise(path.read_text().splitlines())
+        if before.startswith(("@functools.cache", "@functools.lru_cache", "@cache", "@lru_cache"))
+    }
+    assert found == {"cowfs/row/map.py: def boot_id() -> bytes:", "cowfs/sys/process.py: def boot_id() -> str:"}
 
 
 def test_a_process_with_fewer_rights_gets_no_more(tree: Path, service: Service) -> None:
