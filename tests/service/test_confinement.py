@@ -280,9 +280,9 @@ def test_the_filter_is_one_that_crun_takes(space: Path) -> None:
     spec["linux"]["seccomp"] = filter_of((), DEFAULT)
     spec["process"] |= {"args": ["/busybox", "grep", "^Seccomp:", "/proc/self/status"], "terminal": False}
     (bundle / "config.json").write_text(json.dumps(spec))
+    # crun refuses control groups of both versions side by side; in a mount namespace of its own it sees the second alone.
+    script = f"mount -t cgroup2 none /sys/fs/cgroup; exec crun --cgroup-manager=disabled run seccomp-{os.getpid()}"
     done = subprocess.run(
-        ["crun", "--cgroup-manager=disabled", "run", f"seccomp-{os.getpid()}"], cwd=bundle, capture_output=True, text=True, check=False,
+        ["unshare", "-m", "--propagation", "private", "sh", "-c", script], cwd=bundle, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    if "cgroup" in done.stderr:
-        pytest.skip(f"crun refuses this host's control groups: {done.stderr.strip()}")
     assert done.stdout.split() == ["Seccomp:", "2"], done.stderr
