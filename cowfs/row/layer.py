@@ -1,4 +1,4 @@
-"""A row layer as a whole, without a view: seal it, find what is wrong with it, find its redirect files.
+"""A row layer as a whole, without a view: sealing it, checking it, finding its redirect files.
 
 Every redirect file has its map and every map its file. A file without its map has lost data: that is damage. A map
 without its file is garbage, left by a process that was killed between two steps.
@@ -10,7 +10,7 @@ import errno
 import os
 from collections.abc import Iterator
 
-from cowfs.format.redirect import ROOT_MARK, Ref
+from cowfs.format.redirect import ROOT_MARK, Ref, is_marked
 from cowfs.format.whiteout import Form
 from cowfs.row import map as row_map
 from cowfs.sys import files, xattr
@@ -19,16 +19,11 @@ from cowfs.union.layers import MAP_DIR
 _DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
-def is_marked(root_fd: int, form: Form) -> bool:
-    """Whether a layer may hold redirect files."""
-    return xattr.try_get(root_fd, b"", form.row) is not None
-
-
 def open_maps(root_fd: int) -> int:
-    """Open the directory of a layer's maps. It lies beside the layer's root, so it must be of the same hand.
+    """Open the directory of a layer's maps. It lies beside the layer's root, so it must have the same owner.
 
-    Beside a layer in a directory where others may write, like /tmp, anybody could have put it there; beside the root of a mounted
-    image is somebody else's directory.
+    In a directory where other users may write, like /tmp, any user could have made it; beside the root of a mounted
+    image it would be another directory.
 
     Raises:
         OSError: ENOENT; EIO for a symbolic link or anything else that is no directory; EPERM for one that is another user's,
@@ -67,7 +62,7 @@ def mark(layer: str | bytes, form: Form) -> None:
 
 
 def seal(layer: str | bytes, *, form: Form, durable: bool = True) -> None:
-    """A layer will not be written any more: make its maps true for good. May be repeated.
+    """Make the maps of a layer valid for good, after its last write. May be repeated.
 
     Args:
         layer: its tree's directory.
@@ -165,7 +160,7 @@ def inspect(layer: str | bytes, form: Form) -> tuple[list[str], list[bytes]]:
 
 
 def collect(layer: str | bytes, form: Form) -> int:
-    """Remove maps that belong to no file, of a layer that nobody has mounted. Returns how many that were."""
+    """Remove the maps without a file in an unmounted layer. Returns their number."""
     _, spare = inspect(layer, form)
     if spare:
         root = os.open(layer, _DIR)

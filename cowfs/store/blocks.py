@@ -12,6 +12,7 @@ from cowfs.index import compare
 from cowfs.index.database import Row
 from cowfs.index.directory import Pending, decode, entries, join
 from cowfs.model import Kind, Limit
+from cowfs.row.view import View
 from cowfs.store import layers
 from cowfs.store.compacting import CompactionVerbs
 from cowfs.store.reserve import names_full
@@ -28,13 +29,16 @@ _EMPTY = bytes(32)
 class BlockVerbs(CompactionVerbs):
     """export_blocks and apply_blocks."""
 
-    def export_blocks(self, name: str, target: BinaryIO, *, base: str | None = None) -> blocks.Counts:
+    def export_blocks(
+        self, name: str, target: BinaryIO, *, base: str | None = None, identity: bytes | None = None
+    ) -> blocks.Counts:
         """Write what a committed snapshot changed, block by block.
 
         Args:
             name: a committed snapshot, or a tag.
             target: a stream; a pipe will do.
             base: the committed snapshot that it is for; default: the parent.
+            identity: 32 bytes that tell the tree it is for; default: a digest of names, attributes, sizes and times.
 
         Raises:
             NotFound: no such snapshot.
@@ -58,19 +62,20 @@ class BlockVerbs(CompactionVerbs):
         changes = (change for change, _ in compare.changes_with_links(pending, old, self._tree(after, pending), same))
         with self._reading(before) as a, self._reading(after) as b:
             try:
-                return blocks.produce(a, b, changes, target, base=self._identity(before))
+                return blocks.produce(a, b, changes, target, base=identity or self._identity(before))
             except BrokenPipeError:
                 raise
             except OSError as error:
                 raise CowfsError(f"export of {name!r} stopped: {error.strerror}") from None
 
     @names_full
-    def apply_blocks(self, key: str, stream: BinaryIO) -> blocks.Counts:
+    def apply_blocks(self, key: str, stream: BinaryIO, *, identity: bytes | None = None) -> blocks.Counts:
         """Make the changes of a block-level difference in an active snapshot.
 
         Args:
             key: an active snapshot that nobody has mounted, fresh from the tree that the stream was made against.
             stream: what :meth:`export_blocks` wrote; a pipe will do.
+            identity: as given there; default: the digest of the parent's tree.
 
         Raises:
             NotFound: no such key.
@@ -89,14 +94,14 @@ class BlockVerbs(CompactionVerbs):
                 if self.driver.capabilities.whole
                 else [self.driver.tree(id) for _, id in self.index.chain(row.parent)]
             )
-            view = union.View(
+            view = View(
                 below or [f"{self.root}/empty"],
                 self.driver.tree(row.id),
                 self.driver.work(row.id),
                 options=self._options(row.limit if not self.driver.capabilities.whole else Limit()),
             )
             try:
-                counts = blocks.apply(view, stream, base=self._identity(parent))
+                counts = blocks.apply(view, stream, base=identity or self._identity(parent))
             except OSError as error:
                 raise CowfsError(f"the difference cannot be applied to {key!r}: {error.strerror}") from None
             finally:
@@ -136,7 +141,7 @@ class BlockVerbs(CompactionVerbs):
         return digest.digest()
 
     @contextlib.contextmanager
-    def _reading(self, row: Row | None) -> Iterator[union.View]:
+    def _reading(self, row: Row | None) -> Iterator[View]:
         """The view of a committed tree; without one, of an empty directory."""
         stack = [self.driver.tree(id) for _, id in self.index.chain(row.num)] if row is not None else []
         if self.driver.capabilities.whole:
@@ -144,7 +149,7 @@ class BlockVerbs(CompactionVerbs):
         with contextlib.ExitStack() as held:
             if self.driver.capabilities.whole and row is not None:
                 held.enter_context(self.driver.open_tree(row.id))
-            view = union.View(
+            view = View(
                 stack or [f"{self.root}/empty"], options=union.Options(form=self.driver.form.name, readonly=True)
             )
             held.callback(view.close)

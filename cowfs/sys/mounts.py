@@ -6,9 +6,13 @@ import ctypes
 import errno
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from cowfs._record import record
 from cowfs.sys._libc import check, libc, syscall
+
+if TYPE_CHECKING:
+    from _typeshed import StrOrBytesPath
 
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_SYNCHRONOUS, MS_REMOUNT = 1, 2, 4, 8, 16, 32
 MS_DIRSYNC, MS_NOSYMFOLLOW, MS_NOATIME, MS_NODIRATIME = 128, 256, 1024, 2048
@@ -47,7 +51,7 @@ _MOVE_MOUNT_F_EMPTY_PATH = 4
 _MOUNT_ATTR_RDONLY = 1
 
 
-def mount(source: str, target: str | bytes, fstype: str, flags: int = 0, data: str = "") -> None:
+def mount(source: str, target: StrOrBytesPath, fstype: str, flags: int = 0, data: str = "") -> None:
     """mount(2)."""
     check(
         libc.mount(
@@ -61,20 +65,20 @@ def mount(source: str, target: str | bytes, fstype: str, flags: int = 0, data: s
     )
 
 
-def umount(target: str | bytes, flags: int = 0) -> None:
+def umount(target: StrOrBytesPath, flags: int = 0) -> None:
     """umount2(2)."""
     check(libc.umount2(os.fsencode(target), flags), target)
 
 
 def overlay_mount(
-    target: str | bytes,
-    lowers: Sequence[str | bytes | int],
-    upper: str | bytes | None = None,
-    work: str | bytes | None = None,
+    target: StrOrBytesPath,
+    lowers: Sequence[StrOrBytesPath | int],
+    upper: StrOrBytesPath | None = None,
+    work: StrOrBytesPath | None = None,
     options: Iterable[str] = (),
     *,
     readonly: bool = False,
-    data: Sequence[str | bytes] = (),
+    data: Sequence[StrOrBytesPath] = (),
     source: str = "overlay",
 ) -> None:
     """Mount the kernel's overlayfs by descriptors, so that any number of layers fits.
@@ -127,23 +131,25 @@ def overlay_mount(
 
 
 def image_mount(image: str | bytes, devices: Sequence[str | bytes] = ()) -> int:
-    """Mount an EROFS image from its file, read-only and without a place: a descriptor of its root.
+    """Mount an EROFS image from its file, read-only, attached nowhere, and return a descriptor of its root.
 
-    The mount lasts as long as the descriptor, or what was mounted upon it, does. Devices are read past the host's page cache where the
-    kernel can do that (``directio``, Linux 6.12): requests to several files then wait for the disk together, and no page is kept twice.
+    The mount lasts as long as the descriptor and the mounts made of it. Devices are read past the host's page
+    cache where the kernel can do that (``directio``, Linux 6.12): requests to several files then wait for the disk
+    together, and no page is kept twice.
 
     Args:
         image: the file, on a host file system whose files can be read page by page (not tmpfs, not overlayfs).
         devices: files of the image's devices, the first one first.
 
     Raises:
-        OSError: ENOTBLK: the host file system cannot do that; ENODEV: the kernel has no EROFS; EINVAL: no image of its.
+        OSError: ENOTBLK: the host file system cannot do that; ENODEV: the kernel has no EROFS; EINVAL: the file is no
+            EROFS image.
     """
     if devices:
         try:
             return _image_mount(image, devices, (b"ro", b"directio"))
         except OSError as error:
-            if error.errno != errno.EINVAL:  # no such option
+            if error.errno != errno.EINVAL:  # the kernel lacks the option
                 raise
     return _image_mount(image, devices, (b"ro",))
 
@@ -154,11 +160,12 @@ def _image_mount(image: str | bytes, devices: Sequence[str | bytes], flags: Sequ
 
 
 def detached_mount(fstype: bytes, words: Iterable[tuple[bytes, bytes | None]], *, readonly: bool = False) -> int:
-    """Mount a file system without a place: a descriptor of its root, with which it goes, or with what was mounted upon it.
+    """Mount a file system, attached nowhere, and return a descriptor of its root; it lasts as long as the descriptor
+    and the mounts made of it.
 
     Args:
-        words: its options in order, with their values; None for one that has none.
-        readonly: the mount is.
+        words: its options in order, with their values; None for an option without value.
+        readonly: whether the mount is read-only.
 
     Raises:
         OSError: as mount(2).
@@ -174,7 +181,8 @@ def detached_mount(fstype: bytes, words: Iterable[tuple[bytes, bytes | None]], *
 
 
 def tmpfs_mount(size: int | None, inodes: int | None) -> int:
-    """Mount a new tmpfs without a place: a descriptor of its root, with which it goes, or with what was mounted upon it.
+    """Mount a new tmpfs, attached nowhere, and return a descriptor of its root; it lasts as long as the descriptor and
+    the mounts made of it.
 
     Args:
         size: bytes; None: the kernel's default, half of the memory.
@@ -190,7 +198,7 @@ def tmpfs_mount(size: int | None, inodes: int | None) -> int:
 
 
 def make_private() -> None:
-    """Let no mount made from now on show outside this mount namespace (mount --make-rprivate /).
+    """Hide every mount made from now on from other mount namespaces (mount --make-rprivate /).
 
     In a chroot "/" is no mount point, so there the mounts that can be seen are made private one by one.
     """
@@ -204,7 +212,7 @@ def make_private() -> None:
 
 
 def remount_bind(target: str, flags: int) -> None:
-    """Give one mount more of the flags MS_RDONLY, MS_NOSUID, MS_NODEV and MS_NOEXEC, and leave it those that it has.
+    """Add some of the flags MS_RDONLY, MS_NOSUID, MS_NODEV and MS_NOEXEC to one mount, which keeps those that it has.
 
     Raises:
         OSError: as mount(2).
@@ -216,7 +224,7 @@ def remount_bind(target: str, flags: int) -> None:
     mount("none", target, "", MS_REMOUNT | MS_BIND | kept | flags | (MS_RELATIME if now & os.ST_RELATIME else 0))
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class MountInfo:
     """One line of /proc/PID/mountinfo (proc(5)), octal escapes undone."""
 
@@ -239,11 +247,17 @@ def _unescape(text: bytes) -> bytes:
     return text
 
 
-def mountinfo(pid: int | str = "self") -> list[MountInfo]:
-    """All mounts of a process's mount namespace, in the kernel's order."""
+def mountinfo(pid: int | str = "self", *, having: tuple[bytes, ...] = ()) -> list[MountInfo]:
+    """All mounts of a process's mount namespace, in the kernel's order.
+
+    Args:
+        having: leave out the mounts whose line holds none of these, which are then not taken apart.
+    """
     found = []
     with open(f"/proc/{pid}/mountinfo", "rb") as file:
         for line in file:
+            if having and not any(part in line for part in having):
+                continue
             fields = line.rstrip(b"\n").split(b" ")
             dash = fields.index(b"-", 6)
             found.append(

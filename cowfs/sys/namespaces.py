@@ -13,6 +13,7 @@ from cowfs.sys.mounts import MNT_DETACH, MS_MOVE, mount, umount
 
 CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWPID = 0x20000, 0x10000000, 0x20000000
 CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWNET = 0x4000000, 0x8000000, 0x40000000
+CLONE_NEWCGROUP = 0x2000000
 
 _PIVOT_ROOT = {"x86_64": 155}.get(os.uname().machine, 41)  # pivot_root(2); 41 in the common table
 _SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8913, 0x8914, 1
@@ -37,6 +38,15 @@ def join(pid: int, kind: str) -> None:
         os.close(fd)
 
 
+def join_all(pidfd: int, flags: int) -> None:
+    """Move this process into those namespaces of another one that ``flags`` names, all or none (setns(2) with a pidfd, Linux 5.8).
+
+    Raises:
+        OSError: EPERM; ESRCH, the process has ended; EINVAL, an older kernel, or more than one thread with CLONE_NEWUSER.
+    """
+    check(libc.setns(pidfd, flags))
+
+
 def become_root() -> None:
     """Enter a user namespace in which this user is root, with a mount namespace of its own.
 
@@ -51,9 +61,9 @@ def become_root() -> None:
 
 
 def move_root(path: str) -> None:
-    """Make ``path``, a mount point, the root of this mount namespace, and have nothing else in it any more.
+    """Make ``path``, a mount point, the root of this mount namespace, and take every other mount off it.
 
-    Unlike after chroot(2) there is nothing outside that a program with privilege could climb to. Source: pivot_root(2),
+    After this, unlike after chroot(2), a program with privilege finds nothing outside to climb to. Source: pivot_root(2),
     NOTES ("." as both arguments).
 
     Raises:
@@ -68,7 +78,7 @@ def move_root(path: str) -> None:
             raise
         mount(
             ".", "/", "", MS_MOVE
-        )  # in a chroot, whose root is no mount point; who leaves this root is in that chroot
+        )  # in a chroot the root is no mount point; a program that leaves this root is in that chroot
         os.chroot(".")
     os.chdir("/")
 

@@ -1,13 +1,13 @@
-"""Where the command of `cowfs run` finds itself: only its snapshot, a fresh /proc, a few devices, and no way out.
+"""The confinement of the command of `cowfs run`: only its snapshot, a fresh /proc, a few devices, and no way out.
 
-Rules, each with what it is against:
+Rules, each with its reason:
 
 1. The snapshot is the root of a mount namespace that holds nothing else (pivot_root, not chroot): root can leave a chroot.
-2. No descriptor of ours is open when the command's working directory is entered: an image may name ``/proc/self/fd/N``.
-3. Of root's privilege remains what containers keep; devices in the snapshot are not opened, and what of /proc concerns the
-   host is read-only or covered: it would write to disks, memory, core_pattern or sysrq.
-4. A session of its own, with a terminal of its own if any: kill(0) reaches no process group outside, TIOCSTI types nothing there.
-5. Process 1 cannot be looked into: /proc/1/exe is the host's interpreter.
+2. No descriptor of cowfs is open when the command's working directory is entered: an image may name ``/proc/self/fd/N``.
+3. Root keeps the capabilities that containers keep; devices in the snapshot cannot be opened, and the host's part of
+/proc is read-only or covered; otherwise it would write to disks, memory, core_pattern or sysrq. 4. A session of its
+own, with a terminal of its own if any: kill(0) reaches no process group outside, TIOCSTI types nothing there. 5.
+Process 1 cannot be looked into: /proc/1/exe is the host's interpreter.
 
 ``--privileged`` leaves out rule 3. docs/security.md says what is not isolated at all.
 """
@@ -33,7 +33,7 @@ _SAFE = mounts.MS_NOSUID | mounts.MS_NODEV | mounts.MS_NOEXEC
 
 
 def enter(target: str, *, privileged: bool) -> None:
-    """Make the tree mounted at ``target`` the world of this process, the first of a new pid namespace.
+    """Confine this process, the first of a new pid namespace, to the tree mounted at ``target``.
 
     Raises:
         OSError: of a mount.
@@ -71,9 +71,7 @@ def _furnish(target: str, *, privileged: bool) -> None:
         "devpts", f"{dev}/pts", "devpts", mounts.MS_NOSUID | mounts.MS_NOEXEC, "newinstance,ptmxmode=666,mode=620"
     )
     if not privileged:
-        mounts.remount_bind(
-            dev, _SAFE
-        )  # a node made here is none that can be opened; those above are mounts of their own
+        mounts.remount_bind(dev, _SAFE)  # a node made here cannot be opened; those above are separate mounts
 
 
 def _protect(proc: str) -> None:
@@ -91,11 +89,11 @@ def _protect(proc: str) -> None:
 
 
 def start(terminal: int | None, *, privileged: bool, network: bool) -> None:
-    """The last of this process before it becomes the command.
+    """Drop privilege and set up the terminal, just before this process becomes the command.
 
     Args:
         terminal: a pseudo-terminal that takes the place of those standard streams that are a terminal.
-        network: whether the network is the host's.
+        network: whether the command has the host's network.
 
     Raises:
         OSError: EPERM, privilege cannot be dropped.

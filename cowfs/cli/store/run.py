@@ -1,9 +1,9 @@
-"""`cowfs run`: a fresh snapshot, mounted where only one command sees it.
+"""`cowfs run`: one command in a fresh snapshot, whose mount only the command sees.
 
 Strategy. The process moves to a mount namespace of its own (as an ordinary user, to a user namespace in which it
 is root), mounts the snapshot there with the usual server, and starts the command in new namespaces, in which there is
-nothing but the snapshot (:mod:`cowfs.cli.store.confine`). Whatever happens, the namespaces end with their last
-process, and so does the mount.
+nothing but the snapshot (:mod:`cowfs.cli.store.confine`). In any case the namespaces end with their last process, and
+so does the mount.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from cowfs.cli import Command
+from cowfs.cli import Command, common
 from cowfs.cli.store.args import add_store, check_new, open_store
 from cowfs.cli.store.terminal import Terminal
 from cowfs.errors import CowfsError, FailedPrecondition, InvalidArgument, Unsupported
@@ -60,12 +60,12 @@ def _configure_run(parser: argparse.ArgumentParser) -> None:
     _split_command(parser)
 
 
-_FLAGS = {"--rm", "--privileged", "-q", "--quiet", "-h", "--help"}
+_FLAGS = {"--rm", "--privileged", "-h", "--help", *common.FLAGS}
 """Options of run and sh that take no value."""
 
 
 def _split_command(parser: argparse.ArgumentParser) -> None:
-    """What follows ``--``, or the word behind the first one that is no option, is the command's, whatever it looks like."""
+    """The words from ``--`` on, or behind the first word that is no option, belong to the command, options or not."""
     known = parser.parse_known_args
 
     def parse_known_args(arguments: list[str], namespace: object = None) -> tuple[argparse.Namespace, list[str]]:
@@ -78,7 +78,7 @@ def _split_command(parser: argparse.ArgumentParser) -> None:
 
 
 def _command_at(arguments: list[str]) -> int:
-    """Where the command begins, or the ``--`` before it; the number of words where there is none.
+    """The position of the command, or of the ``--`` before it; the number of words if there is none.
 
     >>> _command_at(["--size", "1G", "base", "ls", "-l"]), _command_at(["base", "--rm", "--", "sh"]), _command_at(["base"])
     (3, 2, 1)
@@ -99,7 +99,7 @@ def _command_at(arguments: list[str]) -> int:
 
 
 class _Stopped(KeyboardInterrupt):
-    """A signal came before there was a command to pass it on to."""
+    """A signal came before the command began."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -112,7 +112,7 @@ def _stop(number: int, frame: object) -> NoReturn:
 
 @contextmanager
 def _held() -> Iterator[None]:
-    """No signal is answered in the block; those that come wait for its end."""
+    """Hold back all signals until the end of the block."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED)
     try:
         yield
@@ -157,7 +157,7 @@ def _run_in_snapshot(args: argparse.Namespace) -> int:
 
 
 def _tell(args: argparse.Namespace, what: dict[str, object]) -> None:
-    """How it ended, to the descriptor that was asked for."""
+    """Write the exit status to the descriptor in the arguments."""
     if args.status_fd is not None:
         import json
 
@@ -217,7 +217,7 @@ def _config(store: Store, parent: str) -> dict[str, Any]:
 
 
 def _can_be_passed(word: object) -> bool:
-    """Whether an image's word can be an argument, a variable or a path: not every string of JSON can."""
+    """Whether a string of an image's configuration can be an argument, a variable or a path."""
     if not isinstance(word, str) or "\0" in word:
         return False
     try:
@@ -238,14 +238,15 @@ def _environment(config: dict[str, Any], given: list[str]) -> dict[str, str]:
 
 
 class Beside(NamedTuple):
-    """A mount of the snapshot: its server, and where it is in the server's mount namespace."""
+    """A mount of the snapshot: its server, and its path in the server's mount namespace."""
 
     pid: int
     mountpoint: str
 
 
 class _Start(NamedTuple):
-    """What is started, and how: ``network`` means the host's, ``timeout`` is in seconds, ``beside`` a mount that is there already."""
+    """The command and its environment: ``network`` means the host's, ``timeout`` is in seconds, ``beside`` is an
+    existing mount."""
 
     command: list[str]
     environment: dict[str, str]
@@ -257,7 +258,7 @@ class _Start(NamedTuple):
 
 
 def _in_namespace(store: Store, key: str, start: _Start) -> int:
-    """Mount, run and unmount in a child, since namespaces are for good; the exit status.
+    """Mount, run and unmount in a child, since a process cannot leave its new namespaces. Returns the exit status.
 
     Raises:
         _Stopped: by a signal, before the command began.
@@ -316,7 +317,7 @@ def _in_namespace(store: Store, key: str, start: _Start) -> int:
 
 
 def _pass_on(pid: int, handlers: Mapping[int, Any]) -> None:
-    """Pass signals on to a process, which is in another session: a terminal's come to us alone."""
+    """Pass signals on to a process of another session, which a terminal's signals do not reach."""
 
     def send(number: int, frame: object) -> None:
         with suppress(ProcessLookupError):
@@ -330,7 +331,7 @@ def _pass_on(pid: int, handlers: Mapping[int, Any]) -> None:
 def _guarded_child(
     writing: int, begins: int, store: Store, key: str, target: str, start: _Start, terminal: int | None
 ) -> int:
-    """The child; its problem, if it has one, goes to the pipe. Returns the exit status, whatever happens."""
+    """The child; an error goes to the pipe. Returns the exit status in any case."""
     try:
         os.setsid()
         return _child(store, key, target, start, begins, terminal)
@@ -371,7 +372,9 @@ def _child(store: Store, key: str, target: str, start: _Start, begins: int, term
             store.mount(key, target)
         else:
             mounts.mount(start.beside.mountpoint, target, "", mounts.MS_BIND)
-        signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED)  # ... and from here on the command's first process hears
+        signal.pthread_sigmask(
+            signal.SIG_BLOCK, _FORWARDED
+        )  # ... and from here on the command's first process gets them
         for number in signal.sigpending() & set(_FORWARDED):
             raise _Stopped(number)
         namespaces.unshare(namespaces.CLONE_NEWPID | namespaces.CLONE_NEWIPC | namespaces.CLONE_NEWUTS)
@@ -394,7 +397,7 @@ def _child(store: Store, key: str, target: str, start: _Start, begins: int, term
             _, status = os.waitpid(pid, 0)
     finally:
         signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED)
-        if start.beside is None:  # else the mount goes on, and ours ends with our namespace
+        if start.beside is None:  # else the mount goes on, and this one ends with its namespace
             _unmount(target)
     return TIMED_OUT if ended_by_us else _status(status)
 
@@ -405,7 +408,8 @@ TIMED_OUT = 124
 
 @contextmanager
 def _bounded(pid: int, timeout: float | None) -> Iterator[list[bool]]:
-    """End process 1 of the command's namespace, and all in it with it, after a time or with our parent; the list is then not empty."""
+    """End process 1 of the command's namespace, and with it all others in it, after a time or with this process's
+    parent; the list is then not empty."""
     ended: list[bool] = []
 
     def end(number: int, frame: object) -> None:
@@ -431,7 +435,7 @@ def _join(pid: int) -> None:
 
 
 def _unmount(target: str) -> None:
-    """Unmount, if it came to a mount."""
+    """Unmount, if there is a mount."""
     from cowfs.mounting import client, mountpoint
 
     if mountpoint.find(target) is not None:
@@ -455,12 +459,12 @@ def _init(target: str, start: _Start, begins: int, terminal: int | None) -> int:
         os.close(terminal)
 
     def pass_on(number: int, frame: object) -> None:
-        with suppress(ProcessLookupError):  # it has just ended, of the same signal perhaps
+        with suppress(ProcessLookupError):  # the process has just ended, perhaps by the same signal
             os.kill(pid, number)
 
     for number in _FORWARDED:
         signal.signal(number, pass_on)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)  # those that came until now are passed on, too
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)  # pass on the signals held back until now, too
     while True:
         try:
             ended, status = os.waitpid(-1, 0)
@@ -471,7 +475,7 @@ def _init(target: str, start: _Start, begins: int, terminal: int | None) -> int:
 
 
 def _become(start: _Start, terminal: int | None) -> NoReturn:
-    """Turn this process into the command; the descriptor that tells it has begun closes with that."""
+    """Turn this process into the command; that closes the descriptor whose end means that it has begun."""
     from cowfs.cli.store import confine
 
     command = start.command
@@ -530,7 +534,7 @@ def _sh(args: argparse.Namespace) -> int:
 
 
 def _beside(store: Store, key: str) -> Beside | None:
-    """Where the snapshot is mounted already.
+    """The existing mount of a snapshot.
 
     Raises:
         FailedPrecondition: a committed snapshot.

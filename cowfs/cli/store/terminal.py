@@ -1,8 +1,8 @@
-"""A terminal of its own for the command of `cowfs run`, and what carries keys and text between it and the user's.
+"""A terminal of its own for the command of `cowfs run`, and the transfer of keys and text between it and the user's.
 
-Strategy: the user's terminal stays as it is until the command has started, so that Ctrl-C until then ends us; from then on it is
-raw, and every key goes to the pseudo-terminal, whose line discipline makes signals of them for the command's own process
-groups. Size changes are handed on. At the end the user's terminal is as it was.
+Strategy: the user's terminal stays as it is until the command has started, so that Ctrl-C until then ends cowfs; from
+then on it is raw, and every key goes to the pseudo-terminal, whose line discipline turns it into signals for the
+command's own process groups. Changes of size are passed on. At the end the user's terminal is restored.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _PIECE = 1 << 16
 
 
 class Terminal:
-    """A pseudo-terminal; ``slave`` is for the command, the rest for us.
+    """A pseudo-terminal; ``slave`` is for the command, the rest for cowfs.
 
     Raises:
         OSError: the host has no pseudo-terminal to give.
@@ -37,7 +37,7 @@ class Terminal:
 
     @classmethod
     def wanted(cls) -> Terminal | None:
-        """One where the user sits at a terminal, else None."""
+        """A pseudo-terminal if a standard stream is a terminal, else None."""
         return cls() if _at_terminal() else None
 
     def _resize(self, *_: object) -> None:
@@ -45,22 +45,22 @@ class Terminal:
             termios.tcsetwinsize(self.master, termios.tcgetwinsize(0))
 
     def close_slave(self) -> None:
-        """The command has it."""
+        """Close this process's copy of the command's side."""
         os.close(self.slave)
 
     def started(self) -> None:
-        """The command runs: from now on it gets every key."""
-        with suppress(termios.error):  # a terminal that hung up meanwhile
+        """Make the user's terminal raw: from now on the command gets every key."""
+        with suppress(termios.error):  # the terminal may have hung up
             self._before = termios.tcgetattr(0)
             tty.setraw(0, termios.TCSADRAIN)
         self._resize()
         signal.signal(signal.SIGWINCH, self._resize)
 
     def carry(self, told: int, begun: int) -> bytes:
-        """Carry both ways until ``told`` ends; what came from there.
+        """Carry text both ways until ``told`` ends, and return the data from there.
 
         Args:
-            told: descriptor on which a problem may be told, and whose end means the end of all.
+            told: descriptor for an error message; its end means the end of the command.
             begun: descriptor whose end means that the command has started.
         """
         problem, watched = b"", {told, begun, self.master}
@@ -105,7 +105,7 @@ class Terminal:
         return True
 
     def close(self) -> None:
-        """Leave the user's terminal as it was."""
+        """Restore the user's terminal."""
         if self._before is not None:
             signal.signal(signal.SIGWINCH, signal.SIG_DFL)
             with suppress(termios.error):

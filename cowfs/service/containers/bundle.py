@@ -1,4 +1,4 @@
-"""The OCI bundle of a container: what the runtime is told (OCI runtime-spec, config.md), from Docker's configuration.
+"""The OCI bundle of a container: the runtime's configuration (OCI runtime-spec, config.md), from Docker's.
 
 What cannot be given is refused before (:mod:`.checking`).
 """
@@ -52,7 +52,7 @@ def signal_number(text: str) -> int:
     """A signal's number from its name, with or without SIG, or its number.
 
     Raises:
-        ApiError: 400: there is none.
+        ApiError: 400: no such signal.
     """
     if text.isdigit() and 0 < int(text) < 65:
         return int(text)
@@ -66,7 +66,7 @@ def bind_mounts(host: HostConfig) -> list[dict[str, Any]]:
     """The runtime's form of ``-v``, ``--mount`` and ``--tmpfs``, and of whether a source is made if missing (``make``); without volumes.
 
     Raises:
-        ApiError: what cannot be read.
+        ApiError: a malformed volume or mount.
     """
     found: list[dict[str, Any]] = []
     for text in host.Binds or ():
@@ -93,13 +93,13 @@ def bind_mounts(host: HostConfig) -> list[dict[str, Any]]:
 
 
 def wanted_volumes(host: HostConfig, plain: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The volumes that are asked for: ``name`` ("" for one without a name), ``target``, ``readonly``, ``copy`` and ``labels``.
+    """The requested volumes: ``name`` ("" for one without a name), ``target``, ``readonly``, ``copy`` and ``labels``.
 
     Args:
         plain: targets that get a volume unless something else is mounted there: of ``-v /path``, and of the image's VOLUME.
 
     Raises:
-        ApiError: what cannot be read.
+        ApiError: a malformed volume or mount.
     """
     found: list[dict[str, Any]] = []
     for text in host.Binds or ():
@@ -202,14 +202,14 @@ def merge(config: ContainerConfig, image: Image) -> dict[str, Any]:
 
 
 def _health(asked: Mapping[str, Any] | None, base: Any) -> dict[str, Any] | None:
-    """The check of request and image: what the request does not say is the image's."""
+    """The check of request and image: missing fields of the request are the image's."""
     if not isinstance(base, dict) or (asked and asked.get("Test") == ["NONE"]):
         return dict(asked) if asked else None
     return {**base, **{key: value for key, value in (asked or {}).items() if value}}
 
 
 def init_program() -> str:
-    """A program that collects orphans and passes signals on, and needs nothing of a container's tree; "" where there is none."""
+    """A program that collects orphans and passes signals on, and needs no file of a container's tree; "" if there is none."""
     for name in ("docker-init", "tini-static", "tini"):
         found = shutil.which(name)
         if found and _is_static(found):
@@ -257,7 +257,7 @@ def specification(
     """The document that the runtime reads.
 
     Args:
-        rootfs: where the container's tree is mounted.
+        rootfs: the mount point of the container's tree.
         config: merged of request and image. raw_host: ``host`` as it was sent.
         files: target in the container -> file of the host, bound over it (hosts, hostname, resolv.conf).
         volumes: further mounts, in the runtime's form.
