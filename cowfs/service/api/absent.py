@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from cowfs.errors import NotFound
 from cowfs.service.api.routing import Route, filters_of
-from cowfs.service.errors import ApiError
+from cowfs.service.errors import ApiError, not_offered
 from cowfs.service.http import Exchange, Reply, json_reply
 
 if TYPE_CHECKING:
@@ -87,6 +87,10 @@ def _network(service: Service, exchange: Exchange, name: str) -> Reply:
     return json_reply(told)
 
 
+def _network_creation(service: Service, exchange: Exchange) -> Reply:
+    raise not_offered("networks other than none and host")
+
+
 def _network_removal(service: Service, exchange: Exchange, name: str) -> Reply:
     if name in NETWORKS:
         raise ApiError(403, f"{name} is a pre-defined network and cannot be removed")
@@ -109,6 +113,7 @@ ROUTES = (
     Route("GET", "/networks", _networks),
     Route("GET", "/networks/{name}", _network),
     Route("DELETE", "/networks/{name}", _network_removal),
+    Route("POST", "/networks/create", _network_creation),
     Route("POST", "/networks/prune", _prune_nothing),
     Route("GET", "/plugins", _plugins),
     Route("GET", "/plugins/{name:*}/json", _plugin),
