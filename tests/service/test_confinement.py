@@ -1,4 +1,4 @@
-"""What root in a container may do: the filter of system calls, capabilities, devices; and nothing that was asked for is left out in silence."""
+"""The rights of root in a container: the filter of system calls, capabilities, devices; and nothing that was asked for is left out in silence."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ CALLS = {
     "socket(AF_UNIX)": (41, 1, 1, 0),
     "personality(ask)": (135, 0xFFFFFFFF),
 }
-"""What a program tries -> its number and arguments (x86-64)."""
+"""An attempt of a program -> the number of the call and its arguments (x86-64)."""
 
 
 def answers(daemon: Daemon, *options: str) -> dict[str, int]:

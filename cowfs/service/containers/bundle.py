@@ -1,6 +1,6 @@
 """The OCI bundle of a container: the runtime's configuration (OCI runtime-spec, config.md), from Docker's.
 
-What cannot be given is refused before (:mod:`.checking`).
+Impossible requests are refused before (:mod:`.checking`).
 """
 
 from __future__ import annotations
@@ -315,7 +315,7 @@ def specification(
 
 
 def hidden_paths(host: HostConfig) -> tuple[list[str], list[str]]:
-    """What of /proc and /sys a container does not see, and what it cannot write."""
+    """The places in /proc and /sys that a container does not see, and those that it cannot write."""
     usual = ((), ()) if host.Privileged else (MASKED, READONLY)
     # --security-opt systempaths=unconfined asks for none
     masked = usual[0] if host.MaskedPaths is None else host.MaskedPaths

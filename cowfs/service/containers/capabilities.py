@@ -1,4 +1,4 @@
-"""What root may do in a container: Docker's list, as ``--cap-add``, ``--cap-drop`` and ``--privileged`` change it (capabilities(7))."""
+"""The capabilities of root in a container: Docker's list, as ``--cap-add``, ``--cap-drop`` and ``--privileged`` change it (capabilities(7))."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DEFAULT = (
     "CAP_SETUID", "CAP_SETFCAP", "CAP_SETPCAP", "CAP_NET_BIND_SERVICE", "CAP_SYS_CHROOT", "CAP_KILL",
     "CAP_AUDIT_WRITE",
 )  # fmt: skip
-"""What root in a container may do when nothing else is asked for."""
+"""The capabilities of root in a container without options."""
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""What a container cannot have is refused when it is created, with a sentence; nothing that was asked for is left out in silence."""
+"""Requests that no container here can have are refused at its creation, with a sentence; nothing is left out silently."""
 
 from __future__ import annotations
 

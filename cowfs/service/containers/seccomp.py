@@ -86,7 +86,7 @@ _PLAIN = {
     """,
     "the system": "getrandom sysinfo uname riscv_hwprobe",
 }  # fmt: skip
-"""What every container may call, whatever its arguments."""
+"""Calls of every container, with any arguments."""
 
 _BY_ARCHITECTURE = {
     "amd64 x32": "arch_prctl", "amd64 x32 x86": "modify_ldt", "ppc64le": "sync_file_range2 swapcontext",
@@ -106,7 +106,7 @@ _BY_CAPABILITY = {
     "CAP_SYS_NICE": "get_mempolicy mbind set_mempolicy set_mempolicy_home_node", "CAP_SYSLOG": "syslog", "CAP_BPF": "bpf",
     "CAP_PERFMON": "perf_event_open",
 }  # fmt: skip
-"""What is as mighty as a capability needs it."""
+"""Calls that are as mighty as a capability need it."""
 
 
 def _rule(names: str, arg: tuple[int, int, str] | None = None, **conditions: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What changes in a container that is there: limits of its control groups, its restart policy, the limit of its tree."""
+"""Changes of a container that is there: limits of its control groups, its restart policy, the limit of its tree."""
 
 from __future__ import annotations
 
