@@ -129,6 +129,7 @@ BY_STRING = {
     "cowfs/__init__.py",
     "cowfs/_lazy.py",
     "cowfs/cli/bench.py",
+    "cowfs/cli/standby.py",
     "cowfs/driver/registry.py",
     "benchmarks/lab/suite.py",
 }

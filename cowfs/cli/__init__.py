@@ -130,6 +130,12 @@ def _service() -> Commands:
     return service.COMMANDS
 
 
+def _podman() -> Commands:
+    from cowfs.cli import podman
+
+    return podman.COMMANDS
+
+
 def _stats() -> Commands:
     from cowfs.cli import stats
 
@@ -202,6 +208,7 @@ VERBS: dict[str, Verb] = {
     "prune": Verb(_store_house, "remove snapshots that nothing needs", _STORE),
     "doctor": Verb(_store_house, "what this host and user can do, and how to get the rest", _STORE),
     "serve": Verb(_service, "serve the store to Docker's clients", _SERVICE),
+    "podman": Verb(_podman, "let podman and buildah mount fast, by the mount service", _SERVICE),
     "tls": Verb(_service, "certificates to try the TLS door with", _SERVICE),
     "stats": Verb(_stats, "what mounts and containers use, and what their servers do", _SERVICE),
     "top": Verb(_top, "what mounts and containers do now, the busiest first", _SERVICE),

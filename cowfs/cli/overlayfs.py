@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from cowfs.cli import fill_streams, guarded, say
+from cowfs.cli import complain, fill_streams, guarded, say
 from cowfs.errors import InvalidArgument, Unsupported
 from cowfs.format.mount_options import split_layers, split_options, unescape
 
@@ -358,17 +358,47 @@ def remount(found: dict[str, Any]) -> int:
     return 0
 
 
-def run(argv: Sequence[str]) -> int:
+def run(argv: Sequence[str], serve: Callable[[MountSpec], int]) -> int:
     """Mount. Returns the exit status."""
-    from cowfs.cli.mount import serve
-
     if any("remount" in split_options(argument.removeprefix("-o")) for argument in argv):
         return remount(parse(argv))
     return serve(spec_of(argv))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of the command. Returns the exit status."""
+def handed_over(argv: Sequence[str], answers: int) -> int | None:
+    """The command in a child of the mount service, which becomes the mount's server and tells the exit status on ``answers``.
+
+    Returns:
+        the exit status of what mounts nothing; None: that is to be done where the user is (in the foreground).
+    """
+    from cowfs.mounting import protocol, server
+
+    def told(message: dict[str, Any]) -> bytes:
+        if "error" not in message:
+            return b"0\n"
+        error = protocol.error_from(message["error"])
+        return b"%d\n" % complain(PROGRAM, str(error), error.exit_code)
+
+    def serve(spec: MountSpec) -> int:
+        if spec.foreground:
+            return _DECLINED
+        return server.serve(spec, server.Report(answers, told))
+
+    status = main(argv, serve)
+    return None if status == _DECLINED else status
+
+
+_DECLINED = -1
+
+
+def _serve(spec: MountSpec) -> int:
+    from cowfs.cli.mount import serve
+
+    return serve(spec)
+
+
+def main(argv: Sequence[str] | None = None, serve: Callable[[MountSpec], int] = _serve) -> int:
+    """The command, once it is clear that it is done here. Returns the exit status."""
     fill_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if any(argument in ("-h", "--help") for argument in arguments):
@@ -377,7 +407,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from cowfs import __version__
 
         return guarded(lambda: say(f"{PROGRAM}: version {__version__}\n"), PROGRAM)
-    return guarded(lambda: run(arguments), PROGRAM)
+    return guarded(lambda: run(arguments, serve), PROGRAM)
 
 
 if __name__ == "__main__":

@@ -32,9 +32,20 @@ def _configure_serve(parser: argparse.ArgumentParser) -> None:
     add("--print-config", action="store_true", help="print a TOML file with all options as they are now, and end")
     add("--install", action="store_true", help="write systemd units for a service with socket activation, and end")
     add("--force", action="store_true", help="of --install: overwrite units that are there")
+    add(
+        "--mounts",
+        nargs="?",
+        const="",
+        metavar="SOCKET",
+        help="be this user's mount service instead: cowfs-overlayfs, of podman and buildah, hands its work to it",
+    )
 
 
 def _serve(args: argparse.Namespace) -> int:
+    if args.mounts is not None and not args.install:
+        from cowfs.cli import standby
+
+        standby.start(args.mounts)
     _needs_daemon()
     from cowfs.service.daemon import main_service
 

@@ -121,7 +121,7 @@ class Probe:
     """Whether a driver can run on this host, as this user, in this directory.
 
     Attributes:
-        usable: whether whether it can.
+        usable: whether it can.
         rank: how good a choice it is among usable ones; higher is better.
         reasons: one clause each, for people: what was found, or what is missing.
     """

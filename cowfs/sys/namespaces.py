@@ -13,6 +13,7 @@ from cowfs.sys.mounts import MNT_DETACH, MS_MOVE, mount, umount
 
 CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWPID = 0x20000, 0x10000000, 0x20000000
 CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWNET = 0x4000000, 0x8000000, 0x40000000
+CLONE_NEWCGROUP = 0x2000000
 
 _PIVOT_ROOT = {"x86_64": 155}.get(os.uname().machine, 41)  # pivot_root(2); 41 in the common table
 _SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8913, 0x8914, 1
@@ -35,6 +36,15 @@ def join(pid: int, kind: str) -> None:
         check(libc.setns(fd, 0))
     finally:
         os.close(fd)
+
+
+def join_all(pidfd: int, flags: int) -> None:
+    """Move this process into those namespaces of another one that ``flags`` names, all or none (setns(2) with a pidfd, Linux 5.8).
+
+    Raises:
+        OSError: EPERM; ESRCH, the process has ended; EINVAL, an older kernel, or more than one thread with CLONE_NEWUSER.
+    """
+    check(libc.setns(pidfd, flags))
 
 
 def become_root() -> None:

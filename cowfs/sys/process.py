@@ -10,7 +10,7 @@ import signal
 
 from cowfs.sys._libc import check, libc
 
-__all__ = ["become_subreaper", "boot_id", "end_with_parent", "is_ending", "start_time", "wait"]
+__all__ = ["become_subreaper", "boot_id", "end_with_parent", "is_ending", "make_dumpable", "start_time", "wait"]
 
 
 @functools.cache
@@ -72,7 +72,7 @@ def wait(pid: int, timeout: float) -> None:
         os.close(fd)
 
 
-_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER = 1, 4, 36  # linux/prctl.h
 
 
 def end_with_parent(parent: int, number: int) -> None:
@@ -89,3 +89,8 @@ def end_with_parent(parent: int, number: int) -> None:
 def become_subreaper() -> None:
     """Become the parent of descendants whose own parent ends (prctl(2), PR_SET_CHILD_SUBREAPER)."""
     check(libc.prctl(_PR_SET_CHILD_SUBREAPER, ctypes.c_ulong(1), 0, 0, 0))
+
+
+def make_dumpable() -> None:
+    """Have this process's /proc entries belong to its user, as they do unless it changed its credentials (prctl(2), PR_SET_DUMPABLE)."""
+    check(libc.prctl(_PR_SET_DUMPABLE, ctypes.c_ulong(1), 0, 0, 0))

@@ -18,7 +18,7 @@ from cowfs.errors import InvalidArgument
 __all__ = ["Counts", "Nothing", "read"]
 
 _T = TypeVar("_T")
-#: what a message says beside the arguments
+#: the fields of a message beside the arguments
 _ENVELOPE = frozenset({"verb", "version", "stream"})
 Counts = dict[str, int]
 """``bytes`` and ``inodes``."""
@@ -33,7 +33,7 @@ def read(kind: type[_T], message: Mapping[str, Any]) -> _T:
     """The arguments in a message.
 
     Raises:
-        InvalidArgument: one is not known, not there, or of another type.
+        InvalidArgument: one is unknown, missing, or of another type.
     """
     verb, hints = message.get("verb"), get_type_hints(kind)
     given = {name: value for name, value in message.items() if name not in _ENVELOPE}
