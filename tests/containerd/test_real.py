@@ -8,6 +8,7 @@ Debian's 1.6, or what ``COWFS_CONTAINERD_BIN`` has; 2.x is built so (some minute
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import signal
@@ -191,6 +192,36 @@ def test_namespaces_are_apart(engine: Containerd, tmp_path: Path) -> None:
         "the other's stays"
     )
     engine.ctr("image", "rm", "--sync", IMAGE, namespace="other")
+    nothing_left(engine, 0)
+
+
+def test_mapped_users(engine: Containerd) -> None:
+    """The mount shows mapped owners; the layers keep the container's own (with 1.6, ctr makes a copy with other owners)."""
+    options = ["--uidmap", "0:100000:65536", "--gidmap", "0:100000:65536", "--remap-labels"]
+    before = len(engine.snapshotter.names())
+    words = "stat -c %u:%g /bin/busybox /data; touch /data/x; chown 5:6 /data/x; stat -c %u:%g /data/x; sleep 1000"
+    command = ["run", "-d", "--snapshotter", "cowfs", *options, IMAGE, "one", "sh", "-c", words]
+    engine.ctr(*command)
+    numbers = itertools.count()
+
+    def owners() -> list[str]:
+        told = ["stat", "-c", "%u:%g", "/bin/busybox", "/data/x"]
+        return engine.ctr("tasks", "exec", "--exec-id", f"e{next(numbers)}", "one", *told).stdout.splitlines()
+
+    wait_for(lambda: owners() == ["0:0", "5:6"], "the container's own ids")
+    if engine.has_capabilities():
+        assert len(engine.snapshotter.names()) == before + 1, "no copy of the image with other owners"
+        (mount,) = os.listdir(engine.snapshotter.run_dir / "held")
+        outside = os.stat(engine.snapshotter.run_dir / "held" / mount / "data" / "x")
+        assert (outside.st_uid, outside.st_gid) == (100005, 100006)
+        inside = os.stat(engine.snapshotter.root / "layers" / mount / "fs" / "data" / "x")
+        assert (inside.st_uid, inside.st_gid) == (5, 6)
+    engine.ctr("tasks", "rm", "-f", "one")
+    engine.ctr("containers", "rm", "one")
+    for name in keys(engine):
+        if "remap" in name or not name.startswith("sha256:"):
+            engine.ctr("snapshots", "--snapshotter", "cowfs", "rm", name, check=False)
+    engine.ctr("image", "rm", "--sync", IMAGE)
     nothing_left(engine, 0)
 
 

@@ -96,6 +96,7 @@ disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.images", 
 [proxy_plugins.cowfs]
   type = "snapshot"
   address = "{snapshotter}"
+  {capabilities}
 """
 
 CONFIG_2 = """\
@@ -135,7 +136,18 @@ class Containerd:
         version = 2 if told.stdout.split()[2].startswith(("1.", "v1.")) else 3
         text = CONFIG + (CONFIG_2 if version == 3 else "")
         snapshotter = self.snapshotter
-        return text.format(base=self.base, snapshotter=snapshotter.socket, root=snapshotter.root, version=version)
+        known = 'capabilities = ["remap-ids"]' if self.has_capabilities() else ""
+        return text.format(
+            base=self.base, snapshotter=snapshotter.socket, root=snapshotter.root, version=version, capabilities=known
+        )
+
+    @staticmethod
+    def has_capabilities() -> bool:
+        """Whether a proxy plugin can have some: from 1.7 on."""
+        told = subprocess.run(
+            ["containerd", "--version"], check=True, capture_output=True, text=True, env=environment()
+        )
+        return not told.stdout.split()[2].lstrip("v").startswith(("1.5", "1.6"))
 
     def stop(self, number: int = signal.SIGTERM) -> None:
         process, self.process = self.process, None

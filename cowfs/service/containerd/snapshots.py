@@ -13,19 +13,21 @@ and parent: AlreadyExists. So namespaces of containerd share unpacked layers. 5.
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from cowfs.errors import AlreadyExists, CowfsError, InvalidArgument
 from cowfs.model import Info, Kind, Limit, Mount, Usage
+from cowfs.mounting.request import IdMap
 from cowfs.service.cleaning import Cleaner
 from cowfs.service.containerd import filters as filter_language
 from cowfs.service.containerd.held import PAUSE, Held
 from cowfs.service.logs import log
 from cowfs.store import Store
 
-__all__ = ["MAX_INODES", "MAX_SIZE", "PREFIX", "REF", "Snapshots"]
+__all__ = ["GID_MAP", "MAX_INODES", "MAX_SIZE", "PREFIX", "REF", "UID_MAP", "Snapshots"]
 
 PREFIX = "containerd: "
 REF = "containerd.io/snapshot.ref"
@@ -33,7 +35,12 @@ MAX_SIZE = "containerd.io/snapshot/max-size"
 MAX_INODES = "containerd.io/snapshot/cowfs-max-inodes"
 """containerd passes on labels that begin with ``containerd.io/snapshot/``."""
 
+UID_MAP = "containerd.io/snapshot/uidmapping"
+GID_MAP = "containerd.io/snapshot/gidmapping"
+"""Ranges ``CONTAINER:HOST:COUNT``, with commas between (containerd, internal/userns/idmap.go)."""
+
 _EXTRACT = "extract-"
+_RANGE = re.compile(r"([0-9]{1,10}):([0-9]{1,10}):([0-9]{1,10})")
 
 
 class Snapshots:
@@ -70,6 +77,7 @@ class Snapshots:
             InvalidArgument: a bad key, label or limit; a parent that is not committed.
         """
         kept = _kept(labels)
+        _maps(kept)
         if kept.get(REF):
             self._refuse_known(kept[REF], parent)
         self._store.prepare(_own(key), _own(parent) or None, labels=kept, **self._limit(key, kept))
@@ -77,7 +85,9 @@ class Snapshots:
 
     def view(self, key: str, parent: str, labels: Mapping[str, str]) -> tuple[Mount, ...]:
         """Make a read-only snapshot, and return its mounts; errors as for :meth:`prepare`."""
-        self._store.view(_own(key), _own(parent) or None, labels=_kept(labels))
+        kept = _kept(labels)
+        _maps(kept)
+        self._store.view(_own(key), _own(parent) or None, labels=kept)
         return self._mounts_of_new(key)
 
     def _mounts_of_new(self, key: str) -> tuple[Mount, ...]:
@@ -107,9 +117,10 @@ class Snapshots:
             FailedPrecondition: a committed snapshot.
         """
         (record,) = self._store.engine_mounts(_own(key))
-        if not record.type.startswith("fuse."):
+        uid_map, gid_map = _maps(self._store.index.get(_own(key)).labels)
+        if not record.type.startswith("fuse.") and not uid_map and not gid_map:
             return (record,)
-        place = self.held.mount(_own(key))
+        place = self.held.mount(_own(key), uid_map, gid_map)
         return (Mount(type="bind", source=place, options=("ro" if "ro" in record.options else "rw", "rbind")),)
 
     def commit(self, name: str, key: str, labels: Mapping[str, str], parent: str = "") -> None:
@@ -214,6 +225,23 @@ def _own(key: str) -> str:
         InvalidArgument: in the store, for a key that cannot be kept.
     """
     return PREFIX + key if key else ""
+
+
+def _maps(labels: Mapping[str, str]) -> tuple[IdMap, IdMap]:
+    """The maps of users and groups that labels ask for, () for none.
+
+    Raises:
+        InvalidArgument: one that cannot be read.
+    """
+
+    def read(name: str) -> IdMap:
+        text = labels.get(name, "")
+        found = [_RANGE.fullmatch(part) for part in text.split(",")] if text else []
+        if not all(found):
+            raise InvalidArgument(f"the label {name} is {text!r}", remedy="CONTAINER:HOST:COUNT, as in 0:100000:65536")
+        return tuple((int(one[1]), int(one[2]), int(one[3])) for one in found if one is not None)
+
+    return read(UID_MAP), read(GID_MAP)
 
 
 def _shown(info: Info) -> Info:
