@@ -16,6 +16,9 @@ __all__ = ["Store"]
 
 
 if TYPE_CHECKING:
+    from typing import BinaryIO
+
+    from cowfs.store.disks import DiskCounts
     from cowfs.store.migrating import Migrated, Progress
 
 
@@ -71,3 +74,28 @@ class Store(BlockVerbs, SquashVerbs, RunVerbs, HouseVerbs, FileVerbs, EventVerbs
         from cowfs.store import migrating
 
         return migrating.migrate(cls, root, driver, target, cut_times=cut_times, fsync=fsync, progress=progress)
+
+    def export_disk(
+        self, name: str, target: BinaryIO, *, format: str = "raw", size: str | int | None = None
+    ) -> DiskCounts:
+        """Write a committed snapshot as a disk for a virtual machine: one file system, without partitions, that has the tree for its root.
+
+        Only of the driver ``block``; the file system has a UUID of its own each time.
+
+        Args:
+            name: a committed snapshot, or a tag.
+            target: a stream; a file gets holes, and a pipe will do.
+            format: ``raw`` or ``qcow2`` (version 3).
+            size: of the disk, bytes or "20G"; default: as large as the store's images are.
+
+        Returns:
+            Its size, and the bytes written.
+
+        Raises:
+            NotFound: no such snapshot.
+            InvalidArgument: not committed, no such format, or a size that it cannot have.
+            Unsupported: the driver keeps no images.
+        """
+        from cowfs.store.disks import export_disk
+
+        return export_disk(self.driver, self.resolve(name), target, format=format, size=size)
