@@ -12,13 +12,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 
 from cowfs.driver.interface import Driver
-from cowfs.errors import NotFound
+from cowfs.driver.roots import copy_root
+from cowfs.errors import FailedPrecondition, InvalidArgument, NotFound, Unsupported
 from cowfs.index.database import Row
 from cowfs.model import Info, Kind, Mount
-from cowfs.store.layers import PLAIN, is_locked, kernel_mount_of
+from cowfs.store.layers import PLAIN, hold, is_locked, kernel_mount_of
 from cowfs.store.live import LiveVerbs
+from cowfs.store.snapshots import MAX_DEPTH
 
 __all__ = ["EngineVerbs"]
 
@@ -61,6 +64,47 @@ class EngineVerbs(LiveVerbs):
         with contextlib.suppress(FileExistsError):
             os.close(os.open(f"{self.driver.directory(row.id)}/{PLAIN}", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
         return True
+
+    def rebase(self, key: str, parent: str) -> Info:
+        """Put an active snapshot that stands on nothing upon another: what its layer holds is then what it changes there.
+
+        For layers that were unpacked apart from each other, with whiteouts in the overlay format (:mod:`cowfs.format.whiteout`). The
+        root directory gets the attributes of the parent's, unless it has others than those of an empty layer.
+
+        Args:
+            key: an active snapshot that nobody has mounted.
+            parent: a committed snapshot, or a tag.
+
+        Raises:
+            NotFound: no such key, or no such parent.
+            FailedPrecondition: not active, mounted, or it stands on another.
+            InvalidArgument: a parent that is not committed, or with too many layers beneath.
+            Unsupported: the driver keeps whole trees, or deltas in another form.
+            Corrupt: the parent is in quarantine.
+        """
+        why = self.why_not_rebase()
+        if why:
+            raise Unsupported(f"no layer can be put upon another: {why}")
+        row = self._active(key)
+        with hold(self.driver, row, "rebase"):
+            row, above = self._active(key, row.num), self._parent(parent)
+            if row.parent is not None:
+                raise FailedPrecondition(f"{key!r} stands on {row.parent_name!r} already")
+            if above.depth + 2 > MAX_DEPTH:
+                raise InvalidArgument(f"{parent!r} has too many layers, {MAX_DEPTH} are allowed", remedy="cowfs squash")
+            root = os.stat(self.driver.tree(row.id))
+            if (stat.S_IMODE(root.st_mode), root.st_uid, root.st_gid) == (0o755, 0, 0):
+                copy_root(self.driver, above.id, row.id)
+            with self.index.write() as change:
+                row, above = self._active(key, row.num), self._parent(above.name, above.num)
+                change.stand_on(row.num, (above.num, above.depth), base=row.base, shares_limit=row.shares_limit)
+        return self.index.get(key).info()
+
+    def why_not_rebase(self) -> str:
+        """Why :meth:`rebase` is not possible in this store; "" where it is."""
+        if self.driver.capabilities.whole:
+            return f"the driver {self.driver.name} keeps whole trees"
+        return f"the driver {self.driver.name} has another form of whiteouts" if self.driver.form.dotwh else ""
 
     def at(self, path: str | os.PathLike[str]) -> Info:
         """Find the snapshot that a directory of the host belongs to: its layer's, or a mount point of it.

@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from support import registry
 from support.archives import directory, member, tar
 from support.containerd import Containerd, Snapshotter, check, environment, image_of_busybox
 from support.daemon import wait_for
@@ -193,6 +194,26 @@ def test_namespaces_are_apart(engine: Containerd, tmp_path: Path) -> None:
     )
     engine.ctr("image", "rm", "--sync", IMAGE, namespace="other")
     nothing_left(engine, 0)
+
+
+def test_layers_are_pulled_and_unpacked_at_once(engine: Containerd, tmp_path: Path) -> None:
+    """containerd 2.2 and later unpacks layers apart from each other and puts them upon each other at commit."""
+    process, address = registry.start(tmp_path, "registry")
+    try:
+        name = f"{address}/bb:1"
+        engine.ctr("images", "tag", IMAGE, name)
+        engine.ctr("images", "push", "--plain-http", name)
+        engine.ctr("images", "rm", "--sync", name, IMAGE)
+        wait_for(lambda: collect(engine) and _lasting(engine.snapshotter) == 0, "the layers to go")
+        engine.ctr("images", "pull", "--plain-http", "--snapshotter", "cowfs", name)
+    finally:
+        process.terminate()
+        process.wait()
+    if engine.has_capabilities():
+        assert " is put upon default/" in engine.snapshotter.log
+    words = ["run", "--rm", "--snapshotter", "cowfs", name, "one", "sh", "-c", "ls /data; cat /data/second"]
+    assert engine.ctr(*words).stdout == "second\nof the second layer\n"
+    nothing_left(engine)
 
 
 def test_mapped_users(engine: Containerd) -> None:

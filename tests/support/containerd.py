@@ -102,6 +102,8 @@ disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.images", 
 CONFIG_2 = """\
   [proxy_plugins.cowfs.exports]
     root = "{root}"
+[plugins."io.containerd.transfer.v1.local"]
+  max_concurrent_unpacks = 3
 [[plugins."io.containerd.transfer.v1.local".unpack_config]]
   platform = "linux/amd64"
   snapshotter = "cowfs"
@@ -136,7 +138,7 @@ class Containerd:
         version = 2 if told.stdout.split()[2].startswith(("1.", "v1.")) else 3
         text = CONFIG + (CONFIG_2 if version == 3 else "")
         snapshotter = self.snapshotter
-        known = 'capabilities = ["remap-ids"]' if self.has_capabilities() else ""
+        known = 'capabilities = ["remap-ids", "rebase"]' if self.has_capabilities() else ""
         return text.format(
             base=self.base, snapshotter=snapshotter.socket, root=snapshotter.root, version=version, capabilities=known
         )

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 from pathlib import Path
 from typing import Any, Self
@@ -24,22 +27,24 @@ class PluginService(Daemon):
     def doors(self) -> list[str]:
         return [f"--docker-plugin=unix://{PLUGINS}/cowfs.sock", "-D"]
 
-    def ask(self, name: str, **fields: Any) -> dict[str, Any]:
+    @staticmethod
+    def ask(name: str, **fields: Any) -> dict[str, Any]:
         """One request of a plugin; its answer."""
-        import http.client
-        import json
-        import socket
+        return ask(name, **fields)
 
-        connection = http.client.HTTPConnection("localhost", timeout=120)
-        with socket.socket(socket.AF_UNIX) as sock:
-            sock.settimeout(120)
-            sock.connect(f"{PLUGINS}/cowfs.sock")
-            connection.sock = sock
-            connection.request("POST", f"/{name}", json.dumps(fields), {"content-type": "application/json"})
-            answer = connection.getresponse()
-            told = json.loads(answer.read())
-            assert isinstance(told, dict)
-            return {**told, "status": answer.status}
+
+def ask(name: str, **fields: Any) -> dict[str, Any]:
+    """One request to the plugin that is there; its answer, with the status of HTTP."""
+    connection = http.client.HTTPConnection("localhost", timeout=120)
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(120)
+        sock.connect(f"{PLUGINS}/cowfs.sock")
+        connection.sock = sock
+        connection.request("POST", f"/{name}", json.dumps(fields), {"content-type": "application/json"})
+        answer = connection.getresponse()
+        told = json.loads(answer.read())
+        assert isinstance(told, dict)
+        return {**told, "status": answer.status}
 
 
 class Dockerd:

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from cowfs.errors import AlreadyExists, CowfsError, InvalidArgument
+from cowfs.index.database import Row
 from cowfs.model import Info, Kind, Limit, Mount, Usage
 from cowfs.mounting.request import IdMap
 from cowfs.service.cleaning import Cleaner
@@ -35,6 +36,7 @@ MAX_SIZE = "containerd.io/snapshot/max-size"
 MAX_INODES = "containerd.io/snapshot/cowfs-max-inodes"
 """containerd passes on labels that begin with ``containerd.io/snapshot/``."""
 
+PARENT = "containerd.io/snapshot/parent-chain-id"
 UID_MAP = "containerd.io/snapshot/uidmapping"
 GID_MAP = "containerd.io/snapshot/gidmapping"
 """Ranges ``CONTAINER:HOST:COUNT``, with commas between (containerd, internal/userns/idmap.go)."""
@@ -104,7 +106,7 @@ class Snapshots:
                 raise AlreadyExists(f"the snapshot {ref!r} is there, as {info.name!r}")
 
     def _limit(self, key: str, labels: Mapping[str, str]) -> dict[str, str]:
-        if key.rpartition("/")[2].startswith(_EXTRACT):
+        if _is_extract(key):
             return {}
         own = {"size": labels.get(MAX_SIZE), "inodes": labels.get(MAX_INODES)}
         return {**self._default, **{name: value for name, value in own.items() if value}}
@@ -117,11 +119,24 @@ class Snapshots:
             FailedPrecondition: a committed snapshot.
         """
         (record,) = self._store.engine_mounts(_own(key))
-        uid_map, gid_map = _maps(self._store.index.get(_own(key)).labels)
+        row = self._store.index.get(_own(key))
+        if self._is_apart(row):
+            return (Mount(type="overlay", source="overlay", options=(f"upperdir={self._store.driver.tree(row.id)}",)),)
+        uid_map, gid_map = _maps(row.labels)
         if not record.type.startswith("fuse.") and not uid_map and not gid_map:
             return (record,)
         place = self.held.mount(_own(key), uid_map, gid_map)
         return (Mount(type="bind", source=place, options=("ro" if "ro" in record.options else "rw", "rbind")),)
+
+    def _is_apart(self, row: Row) -> bool:
+        """Whether a layer is unpacked apart from its parent."""
+        return (
+            row.kind is Kind.ACTIVE
+            and row.parent is None
+            and _is_extract(row.name.removeprefix(PREFIX))
+            and PARENT in row.labels
+            and not self._store.why_not_rebase()
+        )
 
     def commit(self, name: str, key: str, labels: Mapping[str, str], parent: str = "") -> None:
         """Make an active snapshot immutable.
@@ -136,10 +151,16 @@ class Snapshots:
             InvalidArgument: another parent.
         """
         row = self._store.index.get(_own(key))
-        if parent and row.parent_name != _own(parent):
-            raise InvalidArgument(
-                f"{key!r} does not stand on {parent!r}", remedy="do not tell containerd that cowfs can rebase"
-            )
+        if parent and row.parent is None:
+            if _is_extract(key) and not self._is_apart(row) and not self._store.why_not_rebase():
+                raise InvalidArgument(
+                    f"{key!r} was unpacked without whiteouts: it cannot be put upon {parent!r}",
+                    remedy="do not tell this containerd that cowfs can rebase",
+                )
+            log.debug("%s is put upon %s", key, parent)
+            self._store.rebase(_own(key), _own(parent))
+        elif parent and row.parent_name != _own(parent):
+            raise InvalidArgument(f"{key!r} stands on another snapshot than {parent!r}")
         self._store.commit(_own(key), _own(name), labels=_kept(labels), replace_labels=True, mounted=True)
         self.held.release(row.id)
 
@@ -216,6 +237,10 @@ class Snapshots:
                 self.held.look()
             except (CowfsError, OSError) as error:
                 log.warning("mounts that nobody uses: %s", error)
+
+
+def _is_extract(key: str) -> bool:
+    return key.rpartition("/")[2].startswith(_EXTRACT)
 
 
 def _own(key: str) -> str:
