@@ -324,7 +324,7 @@ class BlockDriver(Driver):
                 os.unlink(mark)
             else:
                 atomic.write_file(mark, f"{limit.bytes}\n".encode(), durable=self.fsync)
-        if not os.path.ismount(self._place(id)):
+        if not block_device.is_mounted(self._place(id)):
             return
         with self._turn(id), self._unused(id) as mine:
             if mine and not block_device.is_bound(self.directory(id)) and block_device.detach(self.directory(id)):
@@ -506,11 +506,12 @@ def _options(path: str, given: dict[str, Any]) -> dict[str, Any]:
     if found["filesystem"] not in KINDS:
         raise InvalidArgument(f"no images of {found['filesystem']!r}", remedy=f"one of {', '.join(KINDS)}")
     kind = KINDS[found["filesystem"]]
-    found["size"] = parse_size(found["size"], least=1) & -(1 << 20)
+    found["size"] = parse_size(found["size"], least=1)
     if not kind.least <= found["size"] <= block_image.DEVICE:
         raise InvalidArgument(
             f"no {kind.name} of {found['size']} bytes", remedy=f"from {kind.least} to {block_image.DEVICE}"
         )
+    found["size"] &= -(1 << 20)
     found["block"] = parse_size(found["block"])
     try:
         check_block(found["block"])

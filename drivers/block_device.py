@@ -44,6 +44,7 @@ __all__ = [
     "furnish",
     "is_attached",
     "is_bound",
+    "is_mounted",
     "remount",
     "serve",
     "size_of",
@@ -220,18 +221,30 @@ def _name(directory: str) -> str:
     return f"cowfs-block {there.st_dev}:{there.st_ino}"
 
 
+def is_mounted(place: str) -> bool:
+    """Whether something is mounted at a place, also where that does not answer (EIO of a file system, ENOTCONN of a server)."""
+    try:
+        there = os.lstat(place)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return there.st_dev != os.lstat(os.path.dirname(place)).st_dev
+
+
 def is_attached(directory: str) -> bool:
     """Whether a layer's file system is mounted and its server there; a mount whose server is gone is taken away."""
     place = f"{directory}/mnt"
-    if not os.path.ismount(place):
+    if not is_mounted(place):
         return False
-    if blockfs.is_alive(loop.device_at(place)):
-        root = os.open(place, _TREE)
-        try:
-            blockfs.thaw(root)  # of a snapshot that was killed
-        finally:
-            os.close(root)
-        return True
+    with suppress(OSError):
+        if blockfs.is_alive(loop.device_at(place)):
+            root = os.open(place, _TREE)
+            try:
+                blockfs.thaw(root)  # of a snapshot that was killed
+            finally:
+                os.close(root)
+            return True
     mounts.umount(place, mounts.MNT_DETACH)
     return False
 
@@ -263,7 +276,7 @@ def device(directory: str, wish: Wish) -> tuple[str, int]:
     """Make a loop device over the image: (its path, a descriptor that holds it)."""
     at = f"{directory}/{SERVED}"
     os.makedirs(at, mode=0o700, exist_ok=True)
-    while os.path.ismount(at):  # of a process that was killed
+    while is_mounted(at):  # of a process that was killed
         mounts.umount(at, mounts.MNT_DETACH)
     handle = serve(directory, wish)
     try:
@@ -316,9 +329,9 @@ def detach(directory: str, *, lazily: bool = False) -> bool:
         lazily: also where files are open; those stay.
     """
     place = f"{directory}/mnt"
-    while os.path.ismount(f"{directory}/{SERVED}"):
+    while is_mounted(f"{directory}/{SERVED}"):
         mounts.umount(f"{directory}/{SERVED}", mounts.MNT_DETACH)
-    while os.path.ismount(place):
+    while is_mounted(place):
         try:
             if not lazily:
                 check_room(place)
@@ -333,9 +346,12 @@ def detach(directory: str, *, lazily: bool = False) -> bool:
 def is_bound(directory: str) -> bool:
     """Whether a layer's file system is mounted elsewhere, too, in this mount namespace."""
     place = f"{directory}/mnt"
-    there = os.stat(place).st_dev
+    try:
+        there = os.stat(place).st_dev
+    except OSError:
+        return False  # it does not answer any more
     device, own = f"{os.major(there)}:{os.minor(there)}", os.fsencode(os.path.realpath(place))
-    return os.path.ismount(place) and any(one.dev == device and one.target != own for one in mounts.mountinfo())
+    return is_mounted(place) and any(one.dev == device and one.target != own for one in mounts.mountinfo())
 
 
 def check_room(place: str) -> None:
@@ -346,8 +362,11 @@ def check_room(place: str) -> None:
     Raises:
         OSError: ENOSPC.
     """
-    if os.statvfs(place).f_flag & os.ST_RDONLY:
-        return
+    try:
+        if os.statvfs(place).f_flag & os.ST_RDONLY:
+            return
+    except OSError:
+        return  # it does not answer any more
     host = os.statvfs(os.path.dirname(place))
     free = host.f_bfree * host.f_frsize
     if free < blockfs.unwritten(loop.device_at(place)) + _MARGIN:
