@@ -14,20 +14,16 @@ import random
 import signal
 import subprocess
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from support import registry
 from support.archives import directory, member, tar
-from support.containerd import Containerd, Snapshotter, check, environment, image_of_busybox
+from support.containerd import IMAGE, LIMIT, Containerd, collect, environment, image_of_busybox, lasting, nothing_left
 from support.daemon import wait_for
 
 pytestmark = pytest.mark.skipif(not os.path.exists("/dev/fuse") or os.geteuid() != 0, reason="needs /dev/fuse and root")
-
-LIMIT = "containerd.io/snapshot/max-size"
-IMAGE = "docker.io/library/bb:1"
 
 
 @pytest.fixture
@@ -51,45 +47,6 @@ def keys(engine: Containerd, namespace: str = "default") -> list[str]:
 def again(engine: Containerd, *arguments: str) -> None:
     """A command that must succeed once containerd has found the service again, which it waits for in growing pauses."""
     wait_for(lambda: engine.ctr(*arguments, check=False).returncode == 0, " ".join(arguments))
-
-
-def collect(engine: Containerd) -> bool:
-    """Have containerd's garbage collector look at the snapshotter: it does so only after a removal, and forgets one that failed."""
-    words = ["snapshots", "--snapshotter", "cowfs"]
-    made = engine.ctr(*words, "prepare", "gone", check=False).returncode == 0
-    return engine.ctr(*words, "rm", "gone", check=False).returncode == 0 and made
-
-
-def _lasting(snapshotter: Snapshotter) -> int:
-    return len(
-        [name for name in snapshotter.names() if not name.endswith("/gone")]
-    )  # 2.x removes that one when it likes
-
-
-def nothing_left(engine: Containerd, layers: int = 2) -> None:
-    """No container, no mount, no file of one; the store is whole."""
-    snapshotter = engine.snapshotter
-    wait_for(lambda: collect(engine) and _lasting(snapshotter) == layers, "the snapshots of containers to go")
-
-    def last_one_gone() -> bool:
-        """containerd collects after a removal only, and may have been at it when the last one came."""
-        for _ in range(50):
-            if len(snapshotter.names()) == layers:
-                return True
-            time.sleep(0.1)
-        collect(engine)
-        return False
-
-    wait_for(last_one_gone, "the last one to go")
-    wait_for(lambda: not [each for each in os.listdir(snapshotter.root) if each.startswith("rm-")], "their files to go")
-    wait_for(lambda: os.listdir(snapshotter.run_dir / "held") == [], "held mounts to go")
-    assert len(os.listdir(snapshotter.root / "layers")) == layers
-    with open("/proc/self/mounts", encoding="utf-8") as file:
-        left = [line for line in file if str(snapshotter.base) in line]
-    assert not left
-    engine.stop()
-    assert snapshotter.stop() == 0
-    assert check(snapshotter.root) == []
 
 
 def test_import_run_exec_and_remove(engine: Containerd) -> None:
@@ -204,7 +161,7 @@ def test_layers_are_pulled_and_unpacked_at_once(engine: Containerd, tmp_path: Pa
         engine.ctr("images", "tag", IMAGE, name)
         engine.ctr("images", "push", "--plain-http", name)
         engine.ctr("images", "rm", "--sync", name, IMAGE)
-        wait_for(lambda: collect(engine) and _lasting(engine.snapshotter) == 0, "the layers to go")
+        wait_for(lambda: collect(engine) and lasting(engine.snapshotter) == 0, "the layers to go")
         engine.ctr("images", "pull", "--plain-http", "--snapshotter", "cowfs", name)
     finally:
         process.terminate()
