@@ -59,6 +59,7 @@ class MountVerbs(KernelMountVerbs, ABC):
         max_nodes: int | None = None,
         log: str | os.PathLike[str] | None = None,
         trace: bool = False,
+        owner: int = 0,
     ) -> LiveHandle | KernelMount:
         """Mount a snapshot; returns when the mount answers, some 0.1 s later (a kernel mount of row layers makes an image first).
 
@@ -82,6 +83,7 @@ class MountVerbs(KernelMountVerbs, ABC):
             max_nodes: bound on cached nodes in the server; default: none.
             log: file for the server's diagnostics; default: one in the run directory.
             trace: write one line a request to the log.
+            owner: number of a process with whose end, however it ends, the mount ends as well; 0: none.
 
             Those from ``volatile`` on are of the FUSE mount; a kernel mount takes nodev, nosuid, noexec and ro of the options.
 
@@ -111,6 +113,7 @@ class MountVerbs(KernelMountVerbs, ABC):
                 "max_nodes": max_nodes,
                 "log": log or "",
                 "trace": trace,
+                "owner": owner,
             }
             if self.served_by(key, mount_type, limit_engine, more) == "kernel":
                 return self._mount_by_kernel(key, where, readonly, more)
@@ -215,12 +218,13 @@ class MountVerbs(KernelMountVerbs, ABC):
         max_nodes: int | None = None,
         log: str | os.PathLike[str] | None = None,
         trace: bool = False,
+        owner: int = 0,
     ) -> MountSpec:
         """What :meth:`mount` asks our server for. Nothing is mounted or changed.
 
         Args:
-            key, readonly, volatile, allow_other, io, frontend, uid_map, gid_map, options, max_nodes, log, trace: as for
-                :meth:`mount`.
+            key, readonly, volatile, allow_other, io, frontend, uid_map, gid_map, options, max_nodes, log, trace, owner: as
+                for :meth:`mount`.
             target: the mount point, absolute and without symbolic links.
             foreground: the caller will be the server itself.
 
@@ -260,6 +264,7 @@ class MountVerbs(KernelMountVerbs, ABC):
             max_nodes=max_nodes,
             log=os.path.abspath(log) if log else "",
             trace=trace,
+            owner=owner,
         )
 
     @contextmanager

@@ -1,51 +1,42 @@
 """Running commands in snapshots from a program: `cowfs run` as a function.
 
-Strategy: the command is started by a process of its own, ``python -m cowfs run``, so the namespaces are not the caller's, threads
-do not meet a fork, and a caller that is killed takes nothing along. How it ended comes over a pipe of its own: an exit status is the
-command's, whatever it is, and an error of cowfs is raised here as what it is.
+Strategy: the command is started by a process of its own, ``python -m cowfs.store.run_process``, so the namespaces are not the caller's, threads
+do not meet a fork, and nothing of what is asked for shows in ps. How it ended comes over a pipe of its own: an exit status is the
+command's, whatever it is, and an error of cowfs is raised here as what it is. Another pipe, which nobody writes to, ends with the caller: then
+the command ends, and its snapshot goes.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import secrets
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+import threading
+from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import IO, TYPE_CHECKING
 
-from cowfs.errors import (
-    AlreadyExists,
-    Corrupt,
-    CowfsError,
-    FailedPrecondition,
-    InvalidArgument,
-    LimitExceeded,
-    NotFound,
-    Unsupported,
-)
+from cowfs.errors import CowfsError, NotFound
 from cowfs.model import Change, Usage
+from cowfs.sandbox.process import Ended, error_of
 from cowfs.store.house import RUN_KEY
 from cowfs.store.live import LiveVerbs
 
 if TYPE_CHECKING:
     from cowfs.mounting.client import MountHandle
     from cowfs.mounting.kernel import KernelMount
+    from cowfs.sandbox.request import BindLike
 
 __all__ = ["RunResult", "RunVerbs"]
 
-TIMED_OUT = 124
 _GRACE = 10.0
 """Seconds that a command has to end by itself when its caller was interrupted."""
-_KINDS: dict[str, type[CowfsError]] = {
-    kind.__name__: kind
-    for kind in (AlreadyExists, Corrupt, FailedPrecondition, InvalidArgument, LimitExceeded, NotFound, Unsupported)
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,9 +47,11 @@ class RunResult:
         key: the snapshot that it ran in; gone unless it was kept.
         returncode: its exit status; 128 and the number of the signal that ended it; 124 when its time was over.
         timed_out: whether its time was over.
-        stdout, stderr: what it wrote, empty unless captured.
+        stdout, stderr: what it wrote, empty unless captured; at a terminal all is in ``stdout``.
         usage: what the snapshot held when it had ended.
         changes: what it changed, in path order.
+        cpu_seconds: processor time of it and of its children that were waited for.
+        peak_memory: bytes that the largest of these had in memory at once.
     """
 
     key: str
@@ -68,10 +61,12 @@ class RunResult:
     stderr: bytes
     usage: Usage
     changes: tuple[Change, ...]
+    cpu_seconds: float = 0.0
+    peak_memory: int = 0
 
 
 class RunVerbs(LiveVerbs):
-    """run and temporary."""
+    """run and temporary, and the same for asyncio."""
 
     def run(
         self,
@@ -80,121 +75,157 @@ class RunVerbs(LiveVerbs):
         *,
         size: str | int | None = None,
         inodes: str | int | None = None,
-        network: str = "host",
+        network: str = "none",
+        binds: Sequence[BindLike] = (),
         env: Mapping[str, str] | None = None,
+        user: str | int | None = None,
         workdir: str | None = None,
         privileged: bool = False,
+        tty: bool = False,
         timeout: float | None = None,
         input: bytes | None = None,
         stdin: int | IO[bytes] | None = subprocess.DEVNULL,
         capture: bool = True,
         key: str | None = None,
         keep: bool = False,
+        mount_type: str | None = None,
     ) -> RunResult:
-        """Run a command in a fresh snapshot, in namespaces of its own, and wait for its end.
+        """Run a command in a fresh snapshot, in a sandbox, and wait for its end.
 
-        Threads: any; it blocks. In asyncio: ``await asyncio.to_thread(store.run, ...)``. What is isolated and what is not:
-        docs/security.md.
+        Isolated are files, processes, signals, the terminal, the network, privilege, devices, System V IPC, the host's name, and, with
+        ``size`` and ``inodes``, disk space. Not isolated are the kernel itself, memory, processor and number of processes, and what
+        ``binds``, ``network="host"`` and the standard streams hand in: docs/security.md. When the caller ends, however it ends,
+        the command and all that it started end, too.
+
+        Threads: any; it blocks. In asyncio: :meth:`run_async`.
 
         Args:
             parent: a committed snapshot, or a tag.
-            argv: the command; default: what the image says, else a shell.
+            argv: the command; default: the image's, else a shell.
             size, inodes: the limit of the snapshot, as for :meth:`prepare`.
-            network: ``host`` or ``none``.
+            network: ``none``: only a loopback interface of its own; ``host``: the host's.
+            binds: files and directories of the host that it sees: ``"SOURCE:TARGET"``, ``"SOURCE:TARGET:ro"``, or tuples of these.
             env: variables beside those of the image.
-            workdir: where it starts; default: what the image says, else ``/``.
-            privileged: keep all privilege, devices and /proc.
+            user: ``USER[:GROUP]``, names in the snapshot or numbers; default: the image's, else root. An ordinary user has one id:
+                whoever it is in there, files are this user's.
+            workdir: where it starts; default: the image's, else ``/``.
+            privileged: keep all privilege, devices and /proc, and every system call.
+            tty: give it a terminal of its own; what it writes there is in ``stdout``.
             timeout: seconds, after which it and all that it started are ended.
             input: its standard input; else ``stdin``, as for :class:`subprocess.Popen`.
             capture: keep what it writes; else it goes to the caller's standard output and error.
             key: the snapshot's key; default: one that is made up.
             keep: leave the snapshot there, for :meth:`commit` or :meth:`diff`.
+            mount_type: ``fuse`` or ``kernel``; default: as an ordinary user without a limit the kernel's, where it can; else ``fuse``.
 
         Raises:
-            NotFound: no such snapshot.
-            InvalidArgument: a bad limit, network, timeout or variable.
+            NotFound: no such snapshot, or no such source of a bind.
+            InvalidArgument: a bad limit, network, timeout, variable, bind or user.
             AlreadyExists: the key is taken.
             Unsupported: this host or user can make no namespaces or mounts.
         """
-        made = key or f"{RUN_KEY}{secrets.token_hex(4)}"
-        reading, writing = os.pipe()
-        pipe = subprocess.PIPE if capture else None
-        began = time.monotonic()
-        try:
-            try:
-                words = self._words(
-                    parent, argv, made, size, inodes, network, env or {}, workdir, privileged, timeout, writing
-                )
-                process = subprocess.Popen(
-                    words,
-                    stdin=subprocess.PIPE if input is not None else stdin,
-                    stdout=pipe,
-                    stderr=pipe,
-                    pass_fds=[writing],
-                    env={**os.environ, "COWFS_FSYNC": "1" if self.driver.fsync else "0"},
-                )
-            finally:
-                os.close(writing)
-            with process:
-                out, said = _communicate(process, input)
-            with open(reading, "rb", closefd=False) as told:
-                how = told.read()
-        finally:
-            os.close(reading)
-        late = timeout is not None and time.monotonic() - began >= timeout
-        return self._result(made, how, process.returncode, out or b"", said or b"", late=late, keep=keep)
+        job = self._job(
+            parent,
+            argv,
+            size,
+            inodes,
+            network,
+            binds,
+            env,
+            user,
+            workdir,
+            privileged,
+            tty,
+            timeout,
+            key,
+            keep,
+            mount_type,
+        )
+        return job.run(input, stdin, capture=capture)
 
-    def _words(
+    def run_async(
+        self,
+        parent: str,
+        argv: Sequence[str] = (),
+        *,
+        size: str | int | None = None,
+        inodes: str | int | None = None,
+        network: str = "none",
+        binds: Sequence[BindLike] = (),
+        env: Mapping[str, str] | None = None,
+        user: str | int | None = None,
+        workdir: str | None = None,
+        privileged: bool = False,
+        tty: bool = False,
+        timeout: float | None = None,
+        input: bytes | None = None,
+        stdin: int | IO[bytes] | None = subprocess.DEVNULL,
+        capture: bool = True,
+        key: str | None = None,
+        keep: bool = False,
+        mount_type: str | None = None,
+    ) -> Awaitable[RunResult]:
+        """:meth:`run` for asyncio: ``await store.run_async(...)``. It waits in a thread of its own, one for each command.
+
+        When the task that waits is cancelled, the command and all that it started end, and the snapshot goes, before the
+        cancellation goes on.
+
+        Args:
+            parent, argv, size, inodes, network, binds, env, user, workdir, privileged, tty, timeout, input, stdin, capture, key, keep,
+                mount_type: as for :meth:`run`.
+
+        Raises:
+            NotFound, InvalidArgument, AlreadyExists, Unsupported: as :meth:`run`.
+        """
+        job = self._job(
+            parent,
+            argv,
+            size,
+            inodes,
+            network,
+            binds,
+            env,
+            user,
+            workdir,
+            privileged,
+            tty,
+            timeout,
+            key,
+            keep,
+            mount_type,
+        )
+        return _in_thread(job, partial(job.run, input, stdin, capture=capture))
+
+    def _job(
         self,
         parent: str,
         argv: Sequence[str],
-        key: str,
         size: str | int | None,
         inodes: str | int | None,
         network: str,
-        env: Mapping[str, str],
+        binds: Sequence[BindLike],
+        env: Mapping[str, str] | None,
+        user: str | int | None,
         workdir: str | None,
         privileged: bool,
+        tty: bool,
         timeout: float | None,
-        status: int,
-    ) -> list[str]:
-        self.resolve(parent)
-        words = [
-            sys.executable,
-            "-P",
-            "-m",
-            "cowfs",
-            "run",
-            f"--root={self.root}",
-            f"--key={key}",
-            "--quiet",
-            f"--status-fd={status}",
-        ]
-        given = {"size": size, "inodes": inodes, "network": network, "workdir": workdir, "timeout": timeout}
-        words += [f"--{name}={value}" for name, value in given.items() if value is not None]
-        words += [f"--env={name}={value}" for name, value in env.items()]
-        return [*words, *(["--privileged"] if privileged else []), parent, "--", *argv]
+        key: str | None,
+        keep: bool,
+        mount_type: str | None,
+    ) -> _Job:
+        from cowfs.store.sandboxes import make_request
 
-    def _result(self, key: str, how: bytes, code: int, out: bytes, said: bytes, *, late: bool, keep: bool) -> RunResult:
-        told = json.loads(how) if how else {}
-        if "error" in told:  # a snapshot that it had made is gone again
-            raise _KINDS.get(told["error"], CowfsError)(told["message"], remedy=told["remedy"])
-        if "status" not in told:
-            last = said.decode(errors="replace").strip().rpartition("\n")[2].removeprefix("cowfs: ")
-            raise CowfsError(last or f"cowfs run ended with status {code}", remedy=f"its snapshot may be there: {key}")
-        try:
-            return RunResult(
-                key=key,
-                returncode=told["status"],
-                timed_out=late and told["status"] == TIMED_OUT,
-                stdout=out,
-                stderr=said,
-                usage=self.usage(key),
-                changes=tuple(self.diff(key)),
-            )
-        finally:
-            if not keep:
-                self.remove(key)
+        request = make_request(
+            self, parent, argv, network=network, binds=binds, env=env or {}, user=user, workdir=workdir,
+            privileged=privileged, timeout=timeout, terminal=tty,
+        )  # fmt: skip
+        made = key or f"{RUN_KEY}{secrets.token_hex(4)}"
+        wish = {
+            "root": self.root, "fsync": self.driver.fsync, "parent": parent, "key": made, "size": size, "inodes": inodes,
+            "keep": keep, "mount_type": mount_type, "request": request.to_json(),
+        }  # fmt: skip
+        return _Job(self, made, wish, keep=keep)
 
     @contextmanager
     def temporary(
@@ -210,6 +241,9 @@ class RunVerbs(LiveVerbs):
         allow_other: bool | None = None,
     ) -> Iterator[MountHandle | KernelMount]:
         """A fresh snapshot, mounted for the block and removed with all that was written at its end.
+
+        When this process is killed in the block, a mount by cowfs's own server ends with it; the snapshot is left for
+        :meth:`prune`.
 
         Args:
             parent: a committed snapshot, or a tag; None: an empty tree.
@@ -235,6 +269,7 @@ class RunVerbs(LiveVerbs):
                 limit_engine=limit_engine,
                 volatile=volatile,
                 allow_other=allow_other,
+                owner=0 if mount_type == "kernel" or limit_engine in ("loop", "auto") else os.getpid(),
             ) as handle:
                 yield handle
         finally:
@@ -243,15 +278,163 @@ class RunVerbs(LiveVerbs):
             if made is not None:
                 os.rmdir(made)
 
+    @asynccontextmanager
+    async def temporary_async(
+        self,
+        parent: str | None = None,
+        *,
+        size: str | int | None = None,
+        inodes: str | int | None = None,
+        target: str | os.PathLike[str] | None = None,
+        mount_type: str | None = None,
+        limit_engine: str | None = None,
+        volatile: bool = False,
+        allow_other: bool | None = None,
+    ) -> AsyncIterator[MountHandle | KernelMount]:
+        """:meth:`temporary` for asyncio: ``async with store.temporary_async(...) as mount``. Mounting and removing are done in threads.
 
-def _communicate(process: subprocess.Popen[bytes], input: bytes | None) -> tuple[bytes | None, bytes | None]:
-    """As :meth:`subprocess.Popen.communicate`; the command ends with whoever breaks it off."""
-    try:
-        return process.communicate(input)
-    except BaseException:
-        process.terminate()
+        Args:
+            parent, size, inodes, target, mount_type, limit_engine, volatile, allow_other: as for :meth:`temporary`.
+
+        Yields:
+            The mount.
+
+        Raises:
+            NotFound, InvalidArgument, Unsupported, FailedPrecondition: as :meth:`temporary`.
+        """
+        made = self.temporary(
+            parent, size=size, inodes=inodes, target=target, mount_type=mount_type, limit_engine=limit_engine,
+            volatile=volatile, allow_other=allow_other,
+        )  # fmt: skip
+        entering = asyncio.ensure_future(asyncio.to_thread(made.__enter__))
         try:
-            process.wait(_GRACE)
-        except subprocess.TimeoutExpired:
-            process.kill()
+            handle = await asyncio.shield(entering)
+        except asyncio.CancelledError:
+            with suppress(CowfsError, OSError):
+                await entering
+                await asyncio.to_thread(made.__exit__, None, None, None)
+            raise
+        try:
+            yield handle
+        finally:
+            leaving = asyncio.ensure_future(asyncio.to_thread(made.__exit__, None, None, None))
+            try:
+                await asyncio.shield(leaving)
+            except asyncio.CancelledError:
+                await leaving
+                raise
+
+
+async def _in_thread(job: _Job, function: partial[RunResult]) -> RunResult:
+    """Run a job in a thread of its own, not of the loop's few, and end it when this task is cancelled."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[RunResult] = loop.create_future()
+
+    def work() -> None:
+        try:
+            result = function()
+        except BaseException as error:  # noqa: BLE001  told to who waits
+            loop.call_soon_threadsafe(done.set_exception, error)
+        else:
+            loop.call_soon_threadsafe(done.set_result, result)
+
+    threading.Thread(target=work, name="cowfs-run", daemon=True).start()
+    try:
+        return await asyncio.shield(done)
+    except asyncio.CancelledError:
+        job.cancel()
+        with suppress(Exception):
+            await done
         raise
+
+
+class _Job:
+    """A command that is run once. :meth:`cancel` may be called from any thread."""
+
+    def __init__(self, store: RunVerbs, key: str, wish: Mapping[str, object], *, keep: bool) -> None:
+        self._store = store
+        self._key = key
+        self._wish = wish
+        self._keep = keep
+        self._lock = threading.Lock()
+        self._life = -1  # guarded by _lock: the writing end of the pipe that ends with us; -1: none, -2: cancelled
+
+    def cancel(self) -> None:
+        """End the command; :meth:`run` then ends, too."""
+        with self._lock:
+            if self._life >= 0:
+                os.close(self._life)
+            self._life = -2
+
+    def run(self, input: bytes | None, stdin: int | IO[bytes] | None, *, capture: bool) -> RunResult:
+        """Run it, and wait."""
+        told, tells = os.pipe()
+        lives, life = os.pipe()
+        asked, asks = os.pipe()
+        with self._lock:
+            cancelled, self._life = self._life == -2, life
+        if cancelled:
+            self.cancel()
+        pipe = subprocess.PIPE if capture else None
+        try:
+            try:
+                process = subprocess.Popen(
+                    [sys.executable, "-P", "-m", "cowfs.store.run_process", str(asked), str(tells), str(lives)],
+                    stdin=subprocess.PIPE if input is not None else stdin,
+                    stdout=pipe,
+                    stderr=pipe,
+                    pass_fds=[asked, tells, lives],
+                )
+            finally:
+                for fd in (asked, tells, lives):
+                    os.close(fd)
+            with process, suppress(BrokenPipeError), open(asks, "wb") as wish:
+                wish.write(json.dumps(self._wish).encode())
+                wish.close()
+                out, said = self._communicate(process, input)
+            with open(told, "rb", closefd=False) as file:
+                how = file.read()
+        finally:
+            self.cancel()
+            os.close(told)
+        return self._result(how, process.returncode, out or b"", said or b"")
+
+    def _communicate(self, process: subprocess.Popen[bytes], input: bytes | None) -> tuple[bytes | None, bytes | None]:
+        """As :meth:`subprocess.Popen.communicate`; the command ends with whoever breaks it off."""
+        try:
+            return process.communicate(input)
+        except BaseException:
+            process.terminate()
+            try:
+                process.wait(_GRACE)
+            except subprocess.TimeoutExpired:
+                self.cancel()
+                process.wait()
+            raise
+
+    def _result(self, how: bytes, code: int, out: bytes, said: bytes) -> RunResult:
+        told = json.loads(how) if how else {}
+        if "error" in told:  # a snapshot that it had made is gone again
+            raise error_of(told)
+        if "status" not in told:
+            last = said.decode(errors="replace").strip().rpartition("\n")[2].removeprefix("cowfs: ")
+            raise CowfsError(
+                last or f"the sandbox's process ended with status {code}",
+                remedy=f"its snapshot may be there: {self._key}",
+            )
+        ended = Ended(**told)
+        try:
+            return RunResult(
+                key=self._key,
+                returncode=ended.status,
+                timed_out=ended.timed_out,
+                stdout=out,
+                stderr=said,
+                usage=self._store.usage(self._key),
+                changes=tuple(self._store.diff(self._key)),
+                cpu_seconds=ended.cpu_seconds,
+                peak_memory=ended.peak_memory,
+            )
+        finally:
+            if not self._keep:
+                self._store.remove(self._key)

@@ -15,7 +15,7 @@ from support.command import one_line, run_module
 from support.images import FULL_NAME, REF_NAME, Layout, config, digest, docker
 
 from cowfs.archive import ApplyOptions
-from cowfs.cli.store.run import _config
+from cowfs.store.sandboxes import _config
 from cowfs.errors import AlreadyExists, InvalidArgument, LimitExceeded
 from cowfs.images import open_image
 from cowfs.store import Store

@@ -13,12 +13,16 @@ import select
 import signal
 import termios
 import tty
+from collections.abc import Container
 from contextlib import suppress
 from typing import Any
 
 __all__ = ["Terminal"]
 
-_PIECE = 1 << 16
+_PIECE = 1 << 12  # a terminal's queue takes no more at once
+_SIZE = (24, 80)
+"""Rows and columns where the user has no terminal."""
+_END_OF_FILE = b"\x04"
 
 
 class Terminal:
@@ -31,14 +35,20 @@ class Terminal:
     def __init__(self) -> None:
         self.master, self.slave = os.openpty()
         self._before: list[Any] | None = None
-        self._keys = True  # whether the user's side can still be read
-        termios.tcsetattr(self.slave, termios.TCSANOW, termios.tcgetattr(0))
-        self._resize()
+        self._ours = _at_terminal()
+        self._keys = False  # whether the user's side can be read
+        self._typed = b""  # keys that the command's side has no room for yet
+        os.set_blocking(self.master, False)
+        if self._ours:
+            termios.tcsetattr(self.slave, termios.TCSANOW, termios.tcgetattr(0))
+            self._resize()
+        else:
+            termios.tcsetwinsize(self.master, _SIZE)
 
     @classmethod
-    def wanted(cls) -> Terminal | None:
-        """One where the user sits at a terminal, else None."""
-        return cls() if _at_terminal() else None
+    def wanted(cls, asked: bool | None) -> Terminal | None:
+        """One where it was asked for, or where nobody said anything and the user sits at a terminal; else None."""
+        return cls() if asked or (asked is None and _at_terminal()) else None
 
     def _resize(self, *_: object) -> None:
         with suppress(OSError, termios.error):
@@ -50,58 +60,68 @@ class Terminal:
 
     def started(self) -> None:
         """The command runs: from now on it gets every key."""
+        self._keys = True
+        if not self._ours:
+            return
         with suppress(termios.error):  # a terminal that hung up meanwhile
             self._before = termios.tcgetattr(0)
             tty.setraw(0, termios.TCSADRAIN)
         self._resize()
         signal.signal(signal.SIGWINCH, self._resize)
 
-    def carry(self, told: int, begun: int) -> bytes:
-        """Carry both ways until ``told`` ends; what came from there.
+    def keys(self) -> list[int]:
+        """The descriptor on which keys are waited for, while there can be any."""
+        return [0] if self._keys and not self._typed else []
+
+    def typed(self) -> list[int]:
+        """The descriptor that keys wait to be written to, where some do."""
+        return [self.master] if self._typed else []
+
+    def carry(self, ready: Container[int]) -> bool:
+        """Carry keys and text that are there; False when the command's side is closed for good.
 
         Args:
-            told: descriptor on which a problem may be told, and whose end means the end of all.
-            begun: descriptor whose end means that the command has started.
+            ready: descriptors that can be read.
         """
-        problem, watched = b"", {told, begun, self.master}
-        while told in watched:
-            ready, _, _ = select.select([*watched, *([0] if self._before and self._keys else [])], [], [])
-            if begun in ready:
-                watched.discard(begun)
-                self.started()
-            if 0 in ready:
-                self._take_keys()
-            if self.master in ready and not self._show():
-                watched.discard(self.master)
-            if told in ready:
-                part = os.read(told, _PIECE)
-                problem += part
-                if not part:
-                    watched.discard(told)
-        while self.master in watched and select.select([self.master], [], [], 0)[0] and self._show():
-            pass
-        return problem
+        if 0 in ready and self._keys:
+            self._take_keys()
+        return self.master not in ready or self._show()
+
+    def drain(self) -> None:
+        """Show what is left."""
+        while select.select([self.master], [], [], 0)[0] and self._show():
+            continue
 
     def _take_keys(self) -> None:
         try:
             keys = os.read(0, _PIECE)
         except OSError:
             keys = b""
-        self._keys = bool(keys)
-        while keys:
-            keys = keys[os.write(self.master, keys) :]
+        if not keys:  # the end of a file or pipe is told as a terminal does it
+            self._keys = False
+            keys = b"" if self._ours else _END_OF_FILE
+        self._typed = keys
+        self.write()
+
+    def write(self) -> None:
+        """Hand on as many of the keys as there is room for."""
+        with suppress(BlockingIOError):
+            while self._typed:
+                self._typed = self._typed[os.write(self.master, self._typed) :]
 
     def _show(self) -> bool:
         """Text to the user; False when the other side is closed for good."""
         try:
             text = os.read(self.master, _PIECE)
+        except BlockingIOError:
+            return True
         except OSError as error:
             if error.errno != errno.EIO:
                 raise
             return False
         with suppress(OSError):
             while text:
-                text = text[os.write(1 if os.isatty(1) else 0, text) :]
+                text = text[os.write(1 if os.isatty(1) or not self._ours else 0, text) :]
         return True
 
     def close(self) -> None:
