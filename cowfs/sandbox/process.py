@@ -117,9 +117,11 @@ def held() -> Iterator[None]:
 
 def open_streams() -> None:
     """Open /dev/null for each standard stream that is closed: else the next file that is opened would become the command's."""
-    while (fd := os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)) < 3:
-        os.set_inheritable(fd, True)
-    os.close(fd)
+    for fd in range(3):
+        try:
+            os.set_inheritable(fd, True)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number
 
 
 def telling(error: CowfsError) -> dict[str, object]:

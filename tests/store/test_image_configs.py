@@ -15,10 +15,10 @@ from support.command import one_line, run_module
 from support.images import FULL_NAME, REF_NAME, Layout, config, digest, docker
 
 from cowfs.archive import ApplyOptions
-from cowfs.store.sandboxes import _config
 from cowfs.errors import AlreadyExists, InvalidArgument, LimitExceeded
 from cowfs.images import open_image
 from cowfs.store import Store
+from cowfs.store.sandboxes import _config
 
 DATA = Path(__file__).parent.parent / "data"
 ONE, TWO, THREE = tar(directory("./"), member("a", b"1")), tar(member("b", b"2")), tar(member("c", b"3"))
