@@ -10,8 +10,6 @@ Strategy: importing the package costs nothing. Every public name is imported fro
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 __version__ = "0.1.0"
 
 # Public name -> module that defines it. One table, used by __getattr__, __dir__ and the tests.
@@ -38,7 +36,7 @@ _EXPORTS = {
     "Store": "cowfs.store",
     "run": "cowfs.store.shortcuts",
     "Options": "cowfs.union",
-    "View": "cowfs.union",
+    "View": "cowfs.row.view",
     "Paths": "cowfs.union.paths",
     "attach": "cowfs.mounting.client",
     "mount": "cowfs.mounting.client",
@@ -48,6 +46,7 @@ _EXPORTS = {
 
 __all__ = ["__version__", *sorted(_EXPORTS)]
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from cowfs.errors import (
         AlreadyExists as AlreadyExists,
@@ -77,19 +76,12 @@ if TYPE_CHECKING:
         mounts as mounts,
         umount as umount,
     )
+    from cowfs.row.view import View as View
     from cowfs.store import Store as Store
     from cowfs.store.running import RunResult as RunResult
     from cowfs.store.shortcuts import run as run
-    from cowfs.union import Options as Options, View as View
-    from cowfs.union.filedata import Redirects
+    from cowfs.union import Options as Options
     from cowfs.union.paths import Paths as Paths
-
-
-def redirects_of(view: View) -> Redirects | None:
-    """What makes the redirect files of every view (:mod:`cowfs.union.redirecting`)."""
-    from cowfs.row.redirects import rows_of
-
-    return rows_of(view)
 
 
 def __getattr__(name: str) -> object:

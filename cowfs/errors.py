@@ -1,4 +1,4 @@
-"""The error tree: what went wrong, as classes a caller can act on.
+"""The error tree: kinds of failure, as classes a caller can act on.
 
     CowfsError
     ├── NotFound             a snapshot, tag, mount or file that is not there
@@ -9,7 +9,7 @@
     ├── Corrupt              what is on disk contradicts its own records
     └── Unsupported          the host lacks something; the message says what
 
-Strategy: below this line (``cowfs.sys``, ``cowfs.union``, ``cowfs.fuse``) failures are plain
+Strategy: below the store (``cowfs.sys``, ``cowfs.union``, ``cowfs.fuse``) failures are plain
 :class:`OSError` with an errno, since that is what a file system answers. Above it they are
 :class:`CowfsError`. The two edges that translate are the FUSE session and the command.
 """
@@ -17,7 +17,10 @@ Strategy: below this line (``cowfs.sys``, ``cowfs.union``, ``cowfs.fuse``) failu
 from __future__ import annotations
 
 import errno as _errno
-from typing import ClassVar
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import ClassVar
 
 __all__ = [
     "AlreadyExists",
@@ -66,7 +69,7 @@ def _rebuilt(kind: type[CowfsError], message: str) -> CowfsError:
 
 
 class NotFound(CowfsError):
-    """What was named does not exist."""
+    """The name or path that was given does not exist."""
 
     exit_code = 3
     errno = _errno.ENOENT
@@ -101,7 +104,7 @@ class LimitExceeded(CowfsError):
 
 
 class Corrupt(CowfsError):
-    """What is on disk contradicts its own records."""
+    """The data on disk contradicts its own records."""
 
     exit_code = 7
     errno = _errno.EIO

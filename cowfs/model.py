@@ -1,4 +1,4 @@
-"""The records that cross module borders. All frozen, all plain data, none does I/O.
+"""The records that cross module borders. Each one is frozen, plain data without I/O.
 
 Sizes are bytes, counts are inodes, times are integer nanoseconds since 1970 (negative before).
 Paths inside a tree are ``bytes`` without a leading slash, because file names are bytes.
@@ -7,13 +7,16 @@ Paths inside a tree are ``bytes`` without a leading slash, because file names ar
 from __future__ import annotations
 
 import enum
-import re
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TypeGuard
 
+from cowfs._record import field, record
 from cowfs.errors import InvalidArgument
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import re
+    from typing import TypeGuard
 
 __all__ = [
     "SMALLEST_LIMIT",
@@ -54,7 +57,7 @@ class Kind(enum.Enum):
     COMMITTED = "committed"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Info:
     """One snapshot as the index knows it."""
 
@@ -66,9 +69,9 @@ class Info:
     updated: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """What one layer holds itself; parents are not counted.
+    """The space that one layer takes itself; its parents are not counted.
 
     Attributes:
         bytes: file data in 4 KiB units, plus what directories, xattrs, long links and the rest take (docs/mounts.md, Limits).
@@ -79,7 +82,7 @@ class Usage:
     inodes: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Limit:
     """An upper bound on :class:`Usage`; ``None`` means unlimited."""
 
@@ -90,7 +93,7 @@ class Limit:
         return self.bytes is not None or self.inodes is not None
 
     def over(self, base: Usage) -> Limit:
-        """The limit on all that a tree holds, when ``base`` of it does not count (or, negative, something elsewhere does).
+        """The limit on a whole tree of which ``base`` does not count (or, negative, something elsewhere does).
 
         With a base at least 1 of each: a mount's options cannot say 0.
         """
@@ -102,7 +105,7 @@ class Limit:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Mount:
     """How something would be mounted: data, not an action (mount(8)'s three words)."""
 
@@ -111,7 +114,7 @@ class Mount:
     options: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Change:
     """One path that an upper layer adds, changes or deletes.
 
@@ -119,10 +122,10 @@ class Change:
         path: relative, ``b""`` is the root.
         kind: ``added``, ``changed`` or ``deleted``.
         type: ``file``, ``dir``, ``symlink``, ``fifo``, ``socket``, ``char`` or ``block``
-            (of the object that is there now; of the one that was, when deleted).
+            (of the present object; of the former one, when deleted).
         size: bytes, of regular files; 0 otherwise.
-        what: for ``changed``: any of ``content mode owner mtime xattrs type links``; the last where the name is no longer
-            one file with the same other names of both trees.
+        what: for ``changed``: any of ``content mode owner mtime xattrs type links``; ``links`` means that the names of
+            the same file differ between the two trees.
     """
 
     path: bytes
@@ -132,7 +135,7 @@ class Change:
     what: frozenset[str] = frozenset()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class FileInfo:
     """One object in a snapshot's tree.
 
@@ -145,7 +148,7 @@ class FileInfo:
         rdev: of devices, as :func:`os.makedev` gives it.
         nlink: names of the file within the tree.
         target: of a symbolic link.
-        file: names of one tree with several links are one file where this agrees.
+        file: equal for all names of one file with several links; distinct files differ.
     """
 
     path: bytes
@@ -161,7 +164,7 @@ class FileInfo:
     file: object = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Event:
     """Something that happened to the store, its mounts or its containers.
 
@@ -182,9 +185,9 @@ class Event:
     attributes: Mapping[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Timed:
-    """Requests of one kind whose time was taken.
+    """The timed requests of one kind.
 
     Attributes:
         count: how many. seconds: of all of them together. longest: seconds of the longest.
@@ -195,18 +198,19 @@ class Timed:
     longest: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Statistics:
-    """What a mount's server has counted since it began.
+    """The figures that a mount's server has counted since it began.
 
     Attributes:
         usage: None while a big upper layer without a limit is being counted. limit: bytes and inodes, None for none.
         requests: of the kernel, by opcode name. nodes: files and directories in memory.
-        timed: by opcode name; requests during the last ``timed_seconds`` in which somebody asked for statistics. A time is what the
-            server's loop spent; what its workers do (copies of big files, fsync) is not in it.
-        hits, misses: of those, requests about names that were answered from memory, and that needed a look into layers or index.
-        copied_files, copied_bytes: files whose data was copied up. copied_attributes: those that were copied up without data.
-        redirected_files, redirected_blocks: redirect files made, and blocks that they got.
+        timed: by opcode name; requests during the last ``timed_seconds`` in which somebody asked for statistics. A time
+            is that of the server's loop; work in other threads (copies of big files, fsync) is not included.
+        hits, misses: among the timed requests about names: those answered from memory, and those that needed a layer or
+            the index.
+        copied_files, copied_bytes: files whose data was copied up. copied_attributes: files that were copied up without data.
+        redirected_files, redirected_blocks: redirect files made, and blocks written to them.
         directories_read: directories whose names were read from layers or index.
     """
 
@@ -227,8 +231,8 @@ class Statistics:
 
 
 _UNITS = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50}
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgtp]?)(?:i?b|(?<=[kmgtp])i)?\s*", re.IGNORECASE | re.ASCII)
-_COUNT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmg]?)\s*", re.IGNORECASE | re.ASCII)
+_SIZE = r"\s*(\d+(?:\.\d+)?)\s*([kmgtp]?)(?:i?b|(?<=[kmgtp])i)?\s*"
+_COUNT = r"\s*(\d+(?:\.\d+)?)\s*([kmg]?)\s*"
 SMALLEST_LIMIT = 4096
 """Bytes: one unit of what a limit counts. Less than that allows nothing."""
 
@@ -245,7 +249,7 @@ def parse_size(text: str | int, *, least: int = 1) -> int:
     >>> parse_size("2G"), parse_size("1.5k"), parse_size("2Gi"), parse_size(7)
     (2147483648, 1536, 2147483648, 7)
     """
-    match = _SIZE.fullmatch(text) if isinstance(text, str) else None
+    match = _matched(_SIZE, text)
     value = _amount(match, 1 << _UNITS[match[2].lower()]) if match else text if _is_count(text) else 0
     if value <= 0 or value >= 1 << 63:
         raise InvalidArgument(f"not a size: {text!r}", remedy="write bytes or 512M, 2G, 1.5T")
@@ -266,12 +270,20 @@ def parse_count(text: str | int) -> int:
     >>> parse_count("100k")
     100000
     """
-    match = _COUNT.fullmatch(text) if isinstance(text, str) else None
+    match = _matched(_COUNT, text)
     scale = 1000 ** ("kmg".find(match[2].lower()) + 1 if match[2] else 0) if match else 1
     value = _amount(match, scale) if match else text if _is_count(text) else 0
     if value <= 0 or value >= 1 << 63:
         raise InvalidArgument(f"not a count: {text!r}", remedy="write a whole number or 100k, 2M")
     return int(value)
+
+
+def _matched(pattern: str, text: str | int) -> re.Match[str] | None:
+    if not isinstance(text, str):
+        return None
+    import re
+
+    return re.fullmatch(pattern, text, re.IGNORECASE | re.ASCII)
 
 
 def _is_count(value: object) -> TypeGuard[int]:

@@ -1,11 +1,12 @@
-"""The aufs backend: a layer is what changed, as archives have it and as aufs kept it: ``.wh.NAME`` deletes, ``.wh..wh..opq`` hides.
+"""The aufs backend: a layer is a delta in the form of archives and of aufs: ``.wh.NAME`` deletes, ``.wh..wh..opq`` hides.
 
-Strategy: a layer of it is an unpacked layer archive, to be read by whatever knows those. It comes to be like one of the
-overlay backend, of the form for ordinary users, and when it is frozen its whiteouts become names (:mod:`cowfs.format.aufs`). Layers
-taken over from an old host's ``aufs/diff`` are layers of it as they are. No kernel mounts them; cowfs's own server does.
+Strategy: a layer is an unpacked layer archive, readable by any tool for archives. It begins as a layer of the overlay
+backend, of the form for ordinary users, and at the freeze its whiteouts become names (:mod:`cowfs.format.aufs`).
+Layers of an old host's ``aufs/diff`` can be used unchanged. No kernel mounts them; cowfs's own
+server does.
 
-The form knows no redirects and no metacopies: to rename a directory of a lower layer copies what is in it, and to change a file's mode copies
-its data. No mount shows a name that begins with ``.wh.``, and nobody can make one.
+The form knows no redirects and no metacopies: to rename a directory of a lower layer copies what is in it, and to
+change a file's mode copies its data. No mount shows a name that begins with ``.wh.``, and nobody can make one.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class AufsDriver(Driver):
 
     @classmethod
     def probe(cls, root: str) -> Probe:
-        """Usable where a mount's uppers are: whiteouts, and the xattrs of ordinary users."""
+        """Usable on a host for uppers: one with whiteouts and the xattrs of ordinary users."""
         name, reason = deltas.why_not(root, AUFS)
         if reason:
             return Probe(usable=False, reasons=(reason,))
@@ -51,11 +52,11 @@ class AufsDriver(Driver):
         return Usage()
 
     def freeze(self, id: str) -> None:
-        """Have names say what is deleted, and empty the work directory."""
+        """Turn whiteouts into names, and empty the work directory."""
         self.settle(id)
         trees.empty_tree(self.work(id))
 
     def settle(self, id: str) -> None:
-        """Have names say what is deleted. A mount that goes on knows both."""
+        """Turn whiteouts into names. A mount that goes on reads both."""
         with self.open_tree(id) as fd:
             aufs.keep_by_names(fd, self.form)

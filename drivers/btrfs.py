@@ -1,4 +1,4 @@
-"""The btrfs backend: a layer is a subvolume, made as a snapshot of its parent's in constant time, whatever it holds.
+"""The btrfs backend: a layer is a subvolume, a snapshot of its parent's subvolume made in constant time, whatever its size.
 
 Strategy: the layer's directory has one subvolume, ``vol``, with the tree (``fs``) and the work directory of its mounts
 (``work``) in it: a server renames between the two, which the kernel does within one subvolume only. Each layer is an entire
@@ -6,10 +6,11 @@ tree: the kernel mounts it by a bind, and it is read, backed up and repaired wit
 read-only when the first child is made of it. Subvolumes are made and deleted by ioctl(2) (:mod:`cowfs.sys.btrfs`); the
 kernel wants CAP_SYS_ADMIN for deleting one.
 
-Limits: in kernel mounts by btrfs's quotas, simple ones (Linux 6.7) where the file system has none yet: a subvolume is charged what it
-wrote, its metadata included, and nothing of its parent. Where the kernel or the file system has classic ones, the bound is
-on what a subvolume holds alone, which a snapshot of it makes less. The file system begins to count when the first limit is
-asked for. A quota counts no inodes: with a limit on them, as in a FUSE mount, cowfs's server holds all limits.
+Limits: in kernel mounts by btrfs's quotas, simple ones (Linux 6.7) where the file system has none yet: a subvolume is
+charged for its own writes, metadata included, and not for its parent's. Where the kernel or the file system has classic
+ones, the bound is on what a subvolume holds alone, which a snapshot of it makes less. The file system begins to count
+when the first limit is asked for. A quota counts no inodes: with a limit on them, as in a FUSE mount, cowfs's server
+holds all limits.
 
 Order: ``vol`` is made in the staged directory and deleted in the one that is being removed, so a process that is killed
 leaves a directory that the store's sweep deletes, with or without a subvolume.
@@ -134,7 +135,7 @@ class BtrfsDriver(Driver):
 
     @contextmanager
     def changes(self, id: str, parent: str) -> Iterator[Changes | None]:
-        """From the send stream between the parent and a snapshot of the layer that is there for as long as it takes."""
+        """Read the send stream between the parent and a temporary snapshot of the layer."""
         with (
             _opened(self.directory(id)) as directory,
             _opened(f"{self.directory(id)}/vol") as volume,
@@ -142,7 +143,7 @@ class BtrfsDriver(Driver):
         ):
             try:
                 paths = self._sent(id, directory, volume, before)
-            except (OSError, ValueError):  # no room, no subvolume, paths too long: then all is read
+            except (OSError, ValueError):  # no room, no subvolume, paths too long: the store then reads the whole layer
                 paths = None
 
             def names(inode: int) -> list[bytes]:
@@ -153,7 +154,7 @@ class BtrfsDriver(Driver):
 
     def _sent(self, id: str, directory: int, volume: int, before: int) -> dict[bytes, bool] | None:
         _destroy(directory, self.directory(id), _SENT)  # of a process that was killed
-        if btrfs.has_inner(volume) or btrfs.has_inner(before):  # no stream tells of what is in them
+        if btrfs.has_inner(volume) or btrfs.has_inner(before):  # the stream has nothing of their content
             return None
         if not btrfs.readonly(before):
             btrfs.set_readonly(before)
@@ -185,7 +186,7 @@ class BtrfsDriver(Driver):
             btrfs.limit(volume, btrfs.subvolume_id(volume), limit.bytes, exclusive=kind == "classic")
 
     def explain(self) -> dict[str, str]:
-        """Who holds limits."""
+        """The kind of quota that holds limits."""
         with _opened(self.root) as fd:
             kind = btrfs.quota_kind(fd)
         if kind is None:
@@ -214,7 +215,7 @@ def _opened(path: str) -> Iterator[int]:
 
 
 def _destroy(directory: int, path: str, name: bytes) -> None:
-    """Delete a subvolume of a layer's directory, if there is one; others that users made in it go with it."""
+    """Delete a subvolume of a layer's directory, if there is one; subvolumes that users made in it go with it."""
     try:
         btrfs.destroy(directory, name)
     except FileNotFoundError:
@@ -232,7 +233,7 @@ def _destroy(directory: int, path: str, name: bytes) -> None:
 def _try_subvolumes(root: str) -> None:
     """Make a subvolume and a snapshot, and delete both. Raises OSError."""
     with tempfile.TemporaryDirectory(prefix="new-probe-", dir=root) as place, _opened(place) as fd:
-        locks.lock(fd, wait=True)  # no sweep of another process takes it away
+        locks.lock(fd, wait=True)  # so that no sweep of another process removes it
         btrfs.create(fd, b"one")
         try:
             with _opened(f"{place}/one") as one:
@@ -243,11 +244,11 @@ def _try_subvolumes(root: str) -> None:
 
 
 class _Place:
-    """A name of the layer: what is known of what it names, and the names below it.
+    """A name in the layer: the known changes of its object, and the names below it.
 
     Attributes:
-        touched: something about it changed.
-        whole: it came here, so all below it did.
+        touched: whether the object changed.
+        whole: whether the object is new here, and so all below it.
     """
 
     __slots__ = ("below", "touched", "whole")
@@ -258,9 +259,9 @@ class _Place:
 
 
 def changed_paths(stream: Iterable[btrfs.Command]) -> dict[bytes, bool] | None:
-    """The paths that a send stream touches, below ``fs``, as they are called in the end: path -> whether it came there.
+    """The paths that a send stream touches, below ``fs``, by their final names: path -> whether the object is new there.
 
-    The paths of a command are as what came before it has left them. So what was noted moves with each rename.
+    The paths of a command are those after the commands before it. So the notes move with each rename.
 
     Returns:
         None where there are too many.
@@ -295,7 +296,7 @@ _MAKES = frozenset({"mkdir", "mkfile", "mknod", "mkfifo", "mksock", "symlink", "
 
 
 def _move(find: Callable[[bytes], _Place], old: bytes, new: bytes) -> None:
-    """Note a rename: what was known of the old place is true of the new one, and the old name is gone."""
+    """Note a rename: the notes of the old place move to the new one, and the old name is gone."""
     source = find(old)
     target = find(new)
     target.below, source.below = source.below, {}

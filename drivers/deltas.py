@@ -1,4 +1,4 @@
-"""What backends with delta layers in the overlay format share: whether a host can hold one, and making an empty one."""
+"""The common part of backends with delta layers in the overlay format: probing a host, and making an empty layer."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ __all__ = ["create", "why_not"]
 
 
 def why_not(root: str, form: Form) -> tuple[str, str]:
-    """(the file system's name, why it cannot hold layers of this form; "" when it can)."""
+    """(the file system's name, the reason why it cannot hold layers of this form; "" if it can)."""
     import tempfile
 
     with tempfile.TemporaryDirectory(prefix="new-probe-", dir=root) as place:
         fd = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            locks.lock(fd, wait=True)  # no sweep of another process takes it away
+            locks.lock(fd, wait=True)  # so that no sweep of another process removes it
             name = files.fs_name(fd)
             try:
                 xattr.setx(fd, b"", form.opaque, b"y")

@@ -1,4 +1,4 @@
-"""The overlay backend: a layer is what changed, in the kernel overlayfs's own format.
+"""The overlay backend: a layer is a delta in the kernel overlayfs's own format.
 
 Strategy: ``create`` makes empty directories, so its cost does not depend on the parent. Layers are
 mounted by the kernel's overlayfs where this host and user may and no limit is asked for (the

@@ -1,8 +1,8 @@
 """The row backend: redirect-on-write. The first write to a big file stores only the blocks that were written.
 
 Strategy: layers are those of the overlay backend, but a file that was only partly written is a *redirect file*: a
-sparse file that holds the written blocks at their own offsets, and a map beside the layer that says which those are
-(docs/row.md; :mod:`cowfs.row.redirects`). The kernel's overlayfs does not know them, so mounts are the FUSE mount, or the kernel's
+sparse file that holds the written blocks at their own offsets, and a map beside the layer that lists them (docs/row.md;
+:mod:`cowfs.row.redirects`). The kernel's overlayfs does not know them, so mounts are the FUSE mount, or the kernel's
 through an image of the chain, which the store makes.
 
 Choose it for images, databases and other big files that change in places. For many small files the overlay backend is
@@ -92,7 +92,7 @@ class RowDriver(Driver):
         row_layer.seal(self.tree(id), form=self.form, durable=self.fsync)
 
     def check(self, id: str) -> list[str]:
-        """Every redirect file has its map. Walks the layer."""
+        """Check that every redirect file has its map. Walks the layer."""
         found = super().check(id)
         if found:
             return found

@@ -4,7 +4,7 @@ Strategy: ``create`` copies the parent (sharing extents where the host can refli
 a bind mount of the copy. A layer can be read, backed up and repaired with nothing but a shell.
 
 Limits: a plain directory has none, so with one the mount is the FUSE mount over an empty layer.
-What was copied is not the layer's own: the store adds it to the limit that the mount is given.
+Copied data is not the layer's own: the store adds its use to the limit of the mount.
 """
 
 from __future__ import annotations

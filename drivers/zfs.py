@@ -1,20 +1,22 @@
-"""The zfs backend: a layer is a dataset, made as a clone of its parent's in constant time, whatever it holds.
+"""The zfs backend: a layer is a dataset, a clone of its parent's dataset made in constant time, whatever its size.
 
-Strategy: the store's directory is on a dataset; layer ID is the dataset ``cowfs-ID`` below that one, with the tree (``fs``) and the
-work directory of its mounts (``work``) in it. A parent has one snapshot, ``@cowfs``, made for its first child; its children are clones of that.
-Everything goes through the programs ``zfs`` and, for probing, ``zpool``: OpenZFS and zfs-fuse both have them, and only what both can
-do is asked of them (zfs-fuse 0.7 has no ``zfs diff``, no property ``written``, no ``list -p``).
+Strategy: the store's directory is on a dataset; layer ID is the dataset ``cowfs-ID`` below that one, with the tree
+(``fs``) and the work directory of its mounts (``work``) in it. A parent has one snapshot, ``@cowfs``, made for its
+first child; its children are clones of that. Everything goes through the programs ``zfs`` and, for probing, ``zpool``:
+OpenZFS and zfs-fuse both have them, and only their common options are used (zfs-fuse 0.7 has no ``zfs diff``, no
+property ``written``, no ``list -p``).
 
-Mounts: a dataset is mounted at ``vol`` in the layer's directory when its tree is wanted, and stays: up to :data:`_IDLE` trees that nobody
-uses are left mounted. A tree that was planned for a mount (:meth:`ZfsDriver.plan`) stays until its layer is removed. A mount goes
-with its directory when that is renamed; the property ``mountpoint`` is set anew before the next mount. zfs-fuse mounts in the namespace of its daemon.
+Mounts: a dataset is mounted at ``vol`` in the layer's directory when its tree is wanted, and stays: up to :data:`_IDLE`
+trees that nobody uses are left mounted. A tree that was planned for a mount (:meth:`ZfsDriver.plan`) stays until its
+layer is removed. A mount goes with its directory when that is renamed; the property ``mountpoint`` is set anew before
+the next mount. zfs-fuse mounts in the namespace of its daemon.
 
 Order: the layer's directory is there before its dataset and goes after it, and the dataset is named after the final id from the
 start. So a process that is killed leaves a directory, with or without a dataset, that the store's sweep deletes. The program
 that it was waiting for holds the layer's lock until it has ended, so a sweep comes after it.
 
-Locks of a layer, files in its directory: ``zfs-turn``, exclusive, by whoever mounts, unmounts, makes or destroys; ``zfs-use``, shared, by
-whoever reads the tree.
+Locks of a layer, files in its directory: ``zfs-turn``, held exclusively while its dataset is mounted, unmounted, made
+or destroyed; ``zfs-use``, shared, while the tree is read.
 """
 
 from __future__ import annotations
@@ -76,7 +78,7 @@ class ZfsDriver(Driver):
 
     @cached_property
     def capabilities(self) -> Capabilities:
-        """Whole layers that share all blocks with their parents; what the pool's files cannot have is probed."""
+        """Whole layers that share all blocks with their parents; the abilities of the pool's files are probed."""
         return Capabilities(
             whole=True,
             live=False,
@@ -117,7 +119,7 @@ class ZfsDriver(Driver):
 
     @contextmanager
     def open_tree(self, id: str) -> Iterator[int]:
-        """Mounts the dataset, if it is not."""
+        """Mount the dataset, if it is not mounted."""
         with self._used(id), super().open_tree(id) as fd:
             yield fd
 
@@ -129,9 +131,9 @@ class ZfsDriver(Driver):
         readonly: bool = False,
         limit: Limit = Limit(),  # noqa: B008 - frozen
     ) -> MountPlan:
-        """Has the trees mounted for good."""
+        """Mount the trees of a plan, which stay mounted."""
         for one in (id, *parents[:1]) if readonly else (id,):
-            if os.path.isdir(self.directory(one)):  # "cowfs info" asks about layers that there are not
+            if os.path.isdir(self.directory(one)):  # "cowfs info" asks about layers that do not exist
                 with self._used(one):
                     _touch(f"{self.directory(one)}/{_KEEP}")
         return super().plan(id, parents, readonly=readonly, limit=limit)
@@ -168,13 +170,13 @@ class ZfsDriver(Driver):
         return Usage()
 
     def _snapshot(self, id: str) -> None:
-        """See to it that a frozen layer has its snapshot."""
+        """Make the snapshot of a frozen layer, if it has none."""
         with self._used(id), self._turn(id) as turn:
             mark = f"{self.directory(id)}/{_MADE}"
             if os.path.exists(mark):
                 return
             trees.empty_tree(self.work(id))
-            _sync(self.tree(id))  # what was written through maps
+            _sync(self.tree(id))  # bring writes through maps to the disk
             done = _zfs("snapshot", self._name(id) + _SNAPSHOT, hold=turn)
             if "already exists" not in done.stderr:
                 _must(done)
@@ -193,7 +195,7 @@ class ZfsDriver(Driver):
                 os.unlink(mark)
 
     def explain(self) -> dict[str, str]:
-        """Who holds limits, and what the pool cannot."""
+        """The holder of limits, and the abilities that the pool lacks."""
         can = self.capabilities
         lacks = [] if can.xattrs else ["xattrs"]
         lacks += ["fractions of seconds"] if can.time_step else []
@@ -201,7 +203,7 @@ class ZfsDriver(Driver):
         return {**told, "files without": ", ".join(lacks)} if lacks else told
 
     def freeze(self, id: str) -> None:
-        """Empty the work directory, which only a writer fills. Nobody mounts the tree by its plan any more."""
+        """Empty the work directory, which only a writer fills. The tree is not mounted by its plan any more."""
         with self.open_tree(id):
             if os.listdir(self.work(id)):
                 trees.empty_tree(self.work(id))
@@ -211,7 +213,7 @@ class ZfsDriver(Driver):
     def remove(self, id: str) -> None:
         """Destroy the dataset, and the directory that stands for it.
 
-        zfs destroys no dataset that somebody has a file open in. Such a layer keeps its directory, and the next sweep of the store removes it.
+        zfs destroys no dataset with an open file. Such a layer keeps its directory, and the next sweep of the store removes it.
         """
         if not os.path.isdir(self.directory(id)):
             return
@@ -221,7 +223,7 @@ class ZfsDriver(Driver):
         super().remove(id)
 
     def _destroy(self, id: str, turn: int) -> bool:
-        """Destroy the dataset; whether it is gone."""
+        """Destroy the dataset. Returns whether it is gone."""
         end = time.monotonic() + _PATIENCE
         while True:
             done = _zfs("destroy", "-r", self._name(id), hold=turn)
@@ -247,7 +249,7 @@ class ZfsDriver(Driver):
         return found
 
     def check(self, id: str) -> list[str]:
-        """The dataset is there, and the tree in it."""
+        """Check that the dataset exists, with the tree in it."""
         if not os.path.isdir(self.directory(id)):
             return [f"layer {id} is gone: {self.directory(id)}"]
         done = _zfs("list", "-H", "-o", "name", self._name(id))
@@ -263,7 +265,7 @@ class ZfsDriver(Driver):
 
     @contextmanager
     def _turn(self, id: str) -> Iterator[int]:
-        """Nobody else mounts, unmounts, makes or destroys this layer's dataset meanwhile; yields the lock's descriptor."""
+        """Hold the lock for mounting, unmounting, making and destroying this layer's dataset; yields its descriptor."""
         fd = os.open(f"{self.directory(id)}/{_TURN}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             locks.lock(fd, wait=True)
@@ -273,7 +275,7 @@ class ZfsDriver(Driver):
 
     @contextmanager
     def _used(self, id: str) -> Iterator[None]:
-        """The dataset is mounted, and nobody unmounts it meanwhile.
+        """Hold the dataset mounted for the block.
 
         Raises:
             FileNotFoundError: the layer is gone.
@@ -291,7 +293,7 @@ class ZfsDriver(Driver):
             os.close(fd)
 
     def _mount(self, id: str, turn: int) -> None:
-        """Mount the dataset, whose turn this is."""
+        """Mount the dataset; the caller holds its lock."""
         place, name = self._place(id), self._name(id)
         if os.path.ismount(place):
             return
@@ -319,7 +321,7 @@ class ZfsDriver(Driver):
             time.sleep(0.01)
 
     def _unmount_idle(self) -> None:
-        """Unmount trees that nobody uses, unless they are few."""
+        """Unmount unused trees, unless they are few."""
         start, end = os.fsencode(f"{self.root}/layers/"), b"/" + os.fsencode(_VOLUME)
         found = [one.target for one in mounts.mountinfo() if one.target.startswith(start) and one.target.endswith(end)]
         if len(found) <= _IDLE:
@@ -343,7 +345,7 @@ def _zfs(*arguments: str, hold: int | None = None) -> subprocess.CompletedProces
     """Run ``zfs``.
 
     Args:
-        hold: a descriptor that the program keeps open until it ends, whatever becomes of us.
+        hold: a descriptor that the program keeps open until it ends, even if this process is killed.
 
     Raises:
         Unsupported: it is not installed.
@@ -364,13 +366,13 @@ def _zfs(*arguments: str, hold: int | None = None) -> subprocess.CompletedProces
 
 
 def _said(done: subprocess.CompletedProcess[str]) -> str:
-    """The first line of what a program complained of."""
+    """The first line of a program's error output."""
     lines = done.stderr.strip().splitlines()
     return lines[0] if lines else f"exit code {done.returncode}"
 
 
 def _must(done: subprocess.CompletedProcess[str]) -> None:
-    """Raise an OSError with what ``zfs`` said, if it failed."""
+    """Raise an OSError with the message of ``zfs``, if it failed."""
     if done.returncode:
         said = _said(done)
         code = errno.EIO
@@ -380,7 +382,7 @@ def _must(done: subprocess.CompletedProcess[str]) -> None:
 
 
 def _dataset_at(path: str) -> str | None:
-    """The dataset that a path is on, as mountinfo says; None where it is on another file system."""
+    """The dataset of a path, by mountinfo; None on another file system."""
     device = os.stat(path).st_dev
     wanted = f"{os.major(device)}:{os.minor(device)}"
     for entry in mounts.mountinfo():
@@ -390,7 +392,7 @@ def _dataset_at(path: str) -> str | None:
 
 
 def _bare(id: str) -> str:
-    """The id that a layer has in the end."""
+    """The final id of a layer."""
     return id.removeprefix("new-").removeprefix("rm-")
 
 
@@ -415,7 +417,7 @@ def _whole_seconds(root: str) -> bool:
 
 
 def _detach(place: str) -> bool:
-    """Unmount what is mounted there; whether it is unmounted. Not lazily: zfs-fuse hangs when the last file is closed then."""
+    """Unmount a dataset. Returns whether it is unmounted. Not lazily: zfs-fuse hangs when the last file is closed then."""
     try:
         while os.path.ismount(place):
             mounts.umount(place)

@@ -2,8 +2,9 @@
 
     python examples/sandbox.py STORE BASE KEPT 'command one' 'command two' ...
 
-Each command runs in a fork of BASE, with a limit and without network. What the first one (in the order given) that succeeds has made
-becomes the snapshot KEPT; the others are dropped. docs/security.md says what `cowfs run` isolates, and what not.
+Each command runs in a fork of BASE, with a limit and without network. The result of the first one (in the order given)
+that succeeds becomes the snapshot KEPT; the others are dropped. docs/security.md says what `cowfs run` isolates, and
+what not.
 """
 
 import secrets
@@ -20,7 +21,7 @@ LIMIT = ("--size", "64M", "--inodes", "10k")
 
 @dataclass
 class Attempt:
-    """What came of one command.
+    """The result of one command.
 
     Attributes:
         key: the active snapshot that it wrote in.

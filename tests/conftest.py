@@ -1,8 +1,8 @@
 """Fixtures for tests of real mounts.
 
 The whole pytest process moves to a mount namespace of its own before the first test
-(``support.namespace``), so no mount can leak to the machine. What still could leak is checked
-at the end: server processes and loop devices.
+(``support.namespace``), so no mount can leak to the machine. Server processes and loop devices could still leak; they
+are checked at the end.
 """
 
 from __future__ import annotations

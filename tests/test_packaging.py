@@ -1,4 +1,4 @@
-"""What is built is what is in the tree, and what is installed can be used."""
+"""A build holds the files of the tree, and an installation works."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ def test_the_source_archive_can_be_tested_and_documented(source_archive: set[str
 
 def test_links_of_the_readme_can_be_made_absolute() -> None:
     """For the index page: no link of the result is relative."""
-    command = [sys.executable, ROOT / ".ci" / "index-readme", "https://example.org/x"]
+    command = [sys.executable, str(ROOT / ".ci" / "index-readme"), "https://example.org/x"]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     links = re.findall(r"\]\(([^)\s]+)\)", text)
     assert links

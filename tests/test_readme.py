@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ README = (ROOT / "README.md").read_text()
 
 
 @pytest.fixture
-def place(space: Path, can_mount: None) -> Path:
+def place(space: Path, can_mount: None) -> Iterator[Path]:
     """A directory with layers/, the two commands in PATH, and /mnt/rootfs."""
     Layer(space / "layers/00-base").file("etc/motd", b"hello\n")
     Layer(space / "layers/10-python").file("usr/bin/python", b"py", 0o755)
@@ -29,7 +30,7 @@ def place(space: Path, can_mount: None) -> Path:
         (programs / name).chmod(0o755)
     namespace.mount("tmpfs", "/mnt", "tmpfs")
     os.mkdir("/mnt/rootfs")
-    yield space  # type: ignore[misc]
+    yield space
     run_module("cowfs", "umount", "--force", "/mnt/rootfs")
     namespace.umount("/mnt", namespace.MNT_DETACH)
 

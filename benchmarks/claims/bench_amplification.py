@@ -1,9 +1,9 @@
 """Claim: row hands at most 1.1 bytes to write calls for each byte the application wrote, its map included.
 
 1 % of the 4 KiB blocks of a lower file are overwritten in random order, then fsync. File level: the server's wchar
-(/proc/PID/io: all bytes given to write calls, copy_file_range included, and the replies on /dev/fuse, which are taken
-off: 24 bytes a WRITE at least). Device: sectors written to the loop device, after sync. Stored: growth of the store
-for one write of 4 KiB.
+(/proc/PID/io: all bytes given to write calls, copy_file_range included, minus the replies on /dev/fuse, at least 24
+bytes a WRITE). Device: sectors written to the loop device, after sync. Stored: growth of the store for one write of 4
+KiB.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Claim: a verb that only looks answers within 2.5 times of Python's own start.
 
-What a shell prompt, a completion or a script pays for each call. Every command is a process of its own, its output
-thrown away; Python's bare start (``python -c pass``) is measured between them. tests/cli/test_cli_modules.py holds the
+This is the price of each call in a shell prompt, a completion or a script. Every command is a process of its own, its output
+thrown away; Python's bare start (``python -c pass``) is measured between them. tests/cli/test_cli_modules.py tests the
 cause, the modules that each verb imports, without a clock.
 """
 
@@ -19,7 +19,7 @@ from ..lab.peers import cowfs_env
 from ..lab.stores import COW, opened
 
 PYTHON = "python -c pass"
-LOOKING = ("cowfs --version", "cowfs --help", "cowfs ls", "cowfs stat base", "cowfs diff base")
+LOOKING = ("cowfs --version", "cowfs --help", "cowfs ls", "cowfs stat base", "cowfs diff base", "cowfs df")
 PEERS = ("podman --version", "buildah --version", "git --version")
 
 
@@ -31,7 +31,7 @@ def measure(lab: Lab) -> None:
     with opened(lab, COW, 1 << 30) as opened_:
         opened_.base("base", _fill)
         env = {**cowfs_env(), "COWFS_ROOT": str(opened_.root)}
-        env.pop("PYTHONDONTWRITEBYTECODE", None)  # as it is where cowfs is installed
+        env.pop("PYTHONDONTWRITEBYTECODE", None)  # as in an installed cowfs
         for _, name in lab.rounds(lab.wanted((PYTHON, *LOOKING, *PEERS)), 8 * lab.profile.rounds):
             with lab.trying(name):
                 program, *words = name.split()

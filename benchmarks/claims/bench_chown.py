@@ -1,7 +1,7 @@
 """Claim: chown -R over a lower tree copies no data (a metadata-only copy-up), as the kernel does with metacopy=on.
 
-Data: what SEEK_DATA finds in the upper afterwards. Storage is beside it: a metadata-only copy takes an inode and, where
-its xattrs do not fit into that, a block.
+Data: the bytes that SEEK_DATA finds in the upper afterwards. Storage is a second figure: a metadata-only copy takes an
+inode and, where its xattrs do not fit into that, a block.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def measure(lab: Lab) -> None:
 
 
 def data_bytes(root: Path) -> int:
-    """Bytes of file data under a directory, without holes: what SEEK_DATA and SEEK_HOLE tell, each inode once."""
+    """Bytes of file data under a directory, without holes (SEEK_DATA and SEEK_HOLE), each inode once."""
     seen: set[int] = set()
     total = 0
     for base, _, files in os.walk(root):

@@ -1,13 +1,13 @@
 """Claim: the first 4 KiB written to a file of a lower layer costs the same whatever the file's size, with row.
 
 Copy-on-write copies the file first. Timed: open for writing, one pwrite of 4 KiB at a seeded aligned offset, close;
-fsync is left out everywhere. Twice: with the file's pages in the host's memory, which is the best that can happen to who
-copies ("latency"), and with all caches dropped before ("cold"), as when a sandbox starts on a host that did not just read
-its image. vfs has paid before, in prepare: another metric counts that too.
+fsync is left out everywhere. Twice: with the file's pages in the host's memory, the best case for a copy ("latency"),
+and with all caches dropped before ("cold"), as when a sandbox starts on a host that did not just read its image. vfs
+copies earlier, in prepare: another metric includes that.
 
-What is compared: every union file system has its upper layer on an ext4 of its own and the lower layer on the work
-folder's file system, so nobody can reflink. Reflinking hosts (xfs, btrfs) and a btrfs subvolume snapshot stand beside. The
-kernel's overlayfs syncs what it copied up, fuse-overlayfs does not: of its copy nothing has reached the disk yet.
+Conditions: every union file system has its upper layer on an ext4 of its own and the lower layer on the work folder's
+file system, so none can reflink. Reflinking hosts (xfs, btrfs) and a btrfs subvolume snapshot stand beside. The
+kernel's overlayfs syncs its copy, fuse-overlayfs does not: its copy has not reached the disk yet.
 """
 
 from __future__ import annotations

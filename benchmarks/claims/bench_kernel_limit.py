@@ -1,8 +1,9 @@
-"""Claim: a kernel mount with a limit (an ext4 image of the limit's size for an upper) costs what one without a limit does.
+"""Claim: a kernel mount with a limit (an ext4 image of the limit's size for an upper) costs the same as one without a limit.
 
-All on the file system of the work folder, so that the image is one loop device above the disk and no more. Every sample has a fresh snapshot of
-one small base; the image is made before the clock starts ("mount" is what that takes). untar, cp -a, rm -rf of small files; dd with fsync, and cat with an empty
-page cache; fio as in its own claim. Against the same store mounted by the kernel without a limit, and by cowfs's own server with one.
+All on the file system of the work folder, so that the image is one loop device above the disk and no more. Every sample
+has a fresh snapshot of one small base; the image is made before the clock starts ("mount" is the time for that). untar,
+cp -a, rm -rf of small files; dd with fsync, and cat with an empty page cache; fio as in its own claim. Against the same
+store mounted by the kernel without a limit, and by cowfs's own server with one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Claim: with 128 layers a look-up and a listing cost what they cost with 2, once the directory was seen.
+"""Claim: with 128 layers a look-up and a listing cost the same as with 2, once the directory was seen.
 
 Look-up: a missing name in a directory that all layers have. Listing: of that directory, after a change in it (so that
 the kernel's cached listing is void and the server must answer). x is the number of layers.

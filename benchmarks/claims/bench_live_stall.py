@@ -1,8 +1,8 @@
-"""Claim: a snapshot of a live mount holds its writers up for at most 50 ms (median), whatever they write.
+"""Claim: a snapshot of a live mount holds up its writers for at most 50 ms (median).
 
 A child writes 4 KiB blocks at random offsets of a 4 MiB file, which the driver overlay copies after each snapshot, without a
-pause, and notes when it went on after more than a millisecond. Meanwhile snapshots are made. The stall is the longest of
-those pauses that falls into the time from asking for the snapshot to having it.
+pause, and notes the time after each pause of more than a millisecond. Meanwhile snapshots are made. The stall is the
+longest of those pauses during the making of a snapshot.
 """
 
 from __future__ import annotations

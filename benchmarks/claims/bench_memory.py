@@ -2,8 +2,8 @@
 
 Resident memory (VmRSS) of the server process: after the mount's first answer, after a walk over N files, after the
 kernel was made to forget them (drop_caches), and after the same walk again. Bytes a node are the growth by the first
-walk over the number of nodes (files and directories). Growth again: what the second walk, after everything was
-forgotten, stands above the first.
+walk over the number of nodes (files and directories). Growth again: the memory after the second walk, after everything
+was forgotten, minus that after the first.
 """
 
 from __future__ import annotations

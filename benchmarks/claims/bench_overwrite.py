@@ -3,11 +3,11 @@
 1 %, 10 % and 100 % of a lower file's blocks are overwritten in random order; then the file is read as a whole and at
 random places, through a fresh mount with all caches dropped, and as a whole once more through another fresh mount, with
 the layers in the host's memory ("warm"). "plain" is an untouched file of the same size in the same mount of the same
-store: what the mount itself costs is on both sides. So the ratios are the price of the redirects alone; what a mount
-costs against the bare host is the claim "sequential".
+store: both sides include the cost of the mount itself. So the ratios are the price of the redirects alone; the claim
+"sequential" compares a mount with the bare host.
 
 The disk is a loop device that passes requests on as they come: one that goes through the page cache handles one after
-the other, which no disk does, and the scattered blocks are what then waits.
+the other, unlike any disk, and the scattered blocks would wait for that.
 """
 
 from __future__ import annotations

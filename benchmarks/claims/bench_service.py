@@ -1,9 +1,9 @@
 """Claim: a container by the service starts as soon as by dockerd or podman, in a daemon that stays small.
 
-`docker run --rm` of a trivial command, by the same docker command where there is one: the service, Debian's dockerd with
-overlay2, and podman; the same image of one layer, on a file system of each one's own, with no network. Beside it what the daemon holds in memory
-at rest and for each container that runs, events that arrive when somebody changes the store as fast as possible, and how long
-`system df` takes in a store of many snapshots. Durable as each has it.
+`docker run --rm` of a trivial command, by the same docker command where possible: the service, Debian's dockerd with
+overlay2, and podman; the same image of one layer, on a file system of each one's own, with no network. Further figures:
+the daemon's memory at rest and for each running container, the events that arrive while a process changes the store as
+fast as possible, and the time of `system df` in a store of many snapshots. Each engine has its default durability.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ IMAGE = "trivial"
 
 
 class Engine:
-    """Something that runs containers.
+    """A container engine.
 
     Attributes:
         words: the command before its verb. pids: of the daemon's processes; none for podman.
@@ -191,7 +191,7 @@ def _at_rest(lab: Lab, name: str, engine: Engine) -> None:
 
 
 def _containers(lab: Lab, name: str, engine: Engine) -> None:
-    """Memory that a container which runs and does nothing takes: in the daemon, and in all processes that it brings."""
+    """The memory of an idle container: in the daemon, and in all its processes."""
     count = 4 * lab.profile.rounds
     more = ["--ulimit", LIMITS, "--ulimit", "nproc=4096:4096"] if not engine.pids else []
     before, there = sum(map(rss, engine.pids)), _processes()
@@ -208,7 +208,7 @@ def _processes() -> set[int]:
 
 
 def _proportional(pid: int) -> int:
-    """Bytes of a process, what it shares divided among those who share it (proc(5), smaps_rollup: Pss)."""
+    """Bytes of a process, with shared ones divided among the sharers (proc(5), smaps_rollup: Pss)."""
     try:
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
             if line.startswith("Pss:"):
@@ -246,7 +246,7 @@ def _figures(lab: Lab, short: Path) -> None:
         _wait_for(at, process, log)
         lab.note(f"system df: {count} snapshots, 100 images")
         for _ in range(4 * lab.profile.rounds):
-            store.record_event("bench", "change", "")  # something was written since: nothing that was kept may be used
+            store.record_event("bench", "change", "")  # a write came since, so no kept result may be used
             lab.record("system df", SERVICE, timed(lambda: _get(at, "/system/df")))
         for _ in range(lab.profile.rounds):
             _events(lab, store, at)

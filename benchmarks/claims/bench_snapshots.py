@@ -1,8 +1,8 @@
-"""Claim: making, removing and rolling back a snapshot costs the same whatever number exists.
+"""Claim: making, removing and rolling back a snapshot costs the same for any number of snapshots.
 
-x is how many snapshots the store holds besides (siblings of one base). "create" and "roll back" are of a live mount
-where the driver has that; "commit" is prepare, one small file written, commit. The last metric has the number of
-files changed since the last snapshot on its axis.
+x is how many snapshots the store holds besides (siblings of one base). "create" and "roll back" use a live mount if the
+driver can; "commit" is prepare, one small file written, commit. The last metric has the number of files changed since
+the last snapshot on its axis.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Claim: unpacking a layer into the store takes at most twice GNU tar's time, index and digests included.
 
-The same tar for everybody. cowfs: `Store.apply`, which also takes the digest of the archive and of every file and keeps
+All have the same tar. cowfs: `Store.apply`, which also takes the digest of the archive and of every file and keeps
 the headers; and import, which commits too. umoci: `raw unpack`-like `umoci unpack` of an image with this one layer.
 Export is of the committed layer, against `tar -c` of the same tree. fsync is off everywhere (none of the peers has it).
 """

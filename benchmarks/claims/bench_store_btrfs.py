@@ -1,8 +1,9 @@
-"""Claim: on btrfs, commit costs what changed, and a fork costs nothing that is in the base; beside the overlay driver on the same file system.
+"""Claim: on btrfs, the cost of commit is that of the change, and a fork's does not depend on the base; beside the
+overlay driver on the same file system.
 
-A tree of 100,000 files in directories of a hundred, of which ten are changed and committed; forks of it; removal of a fork. Written
-straight into the layer: no mount is timed. The commit of the driver btrfs holds the ten files' way to the disk, which a snapshot of a
-subvolume brings with it.
+A tree of 100,000 files in directories of a hundred, of which ten are changed and committed; forks of it; removal of a
+fork. Written straight into the layer: no mount is timed. The commit of the driver btrfs holds the ten files' way to the
+disk, which a snapshot of a subvolume brings with it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Claim: a thousand sandboxes of one base take constant time each and next to no disk while idle.
 
-Durable as users have it (fsync on). "prepare" is timed for each; its place in the row is on the axis. "disk" is what the
-file system counts more for all of them, divided by their number.
+Durable as users have it (fsync on). "prepare" is timed for each; its place in the row is on the axis. "disk" is the
+growth of the file system's use by all of them, divided by their number.
 """
 
 from __future__ import annotations

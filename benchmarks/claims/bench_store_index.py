@@ -1,4 +1,4 @@
-"""Claim: commit and diff cost what changed, not what there is.
+"""Claim: the cost of commit and diff is that of the change, not of the tree.
 
 A tree of 100,000 files in directories of a hundred, and one directory of 100,000 entries: ten files or one are
 changed, committed, and compared with the parent and with a sibling. Written straight into the layer: no mount is timed.

@@ -1,4 +1,4 @@
-"""Claim: walking and stat-ing a tree again costs what the kernel's own overlay costs, for nothing is asked.
+"""Claim: walking and stat-ing a tree again costs the same as with the kernel's own overlay, since the server gets no request.
 
 `find` with a format that needs every inode's attributes, over all mounts at once, each walked once before. The client
 is GNU find, so that the language of the client is not measured.

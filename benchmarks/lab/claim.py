@@ -1,8 +1,8 @@
-"""What a claim, a metric, a bar and a result are: records only, free of any measuring.
+"""The records of a claim, a metric, a bar and a result, without any measuring.
 
-A claim has *metrics* (what is measured, in which unit), *subjects* (who is measured) and *bars* (what must come
-out). A sample is one number for (metric, subject, x), where x is the position on the metric's axis (a file size, a
-chain depth) or None. A bar compares medians: the subject's against a peer's, or against a fixed bound.
+A claim has *metrics* (the measured quantities with their units), *subjects* (the measured systems) and *bars* (the
+demanded results). A sample is one number for (metric, subject, x), where x is the position on the metric's axis (a file
+size, a chain depth) or None. A bar compares medians: the subject's against a peer's, or against a fixed bound.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Claim:
 
 @dataclass(slots=True)
 class Result:
-    """What one run of a claim gave. ``skipped`` maps a subject to the reason why it has no samples."""
+    """The results of one run of a claim. ``skipped`` maps a subject to the reason why it has no samples."""
 
     claim: str
     samples: dict[Key, list[float]] = field(default_factory=dict)

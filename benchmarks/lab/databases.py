@@ -1,4 +1,4 @@
-"""Where the database claims put their data: every subject as a context that yields a writable folder over a base.
+"""The data folders of the database claims: every subject as a context that yields a writable folder over a base.
 
 Stores commit the base as a snapshot; peers have it as a lower layer; "plain" is a copy on the same kind of fresh
 ext4.

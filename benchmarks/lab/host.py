@@ -1,4 +1,4 @@
-"""What the results were measured on: read from the system, never guessed. Every result file carries it."""
+"""The host of a measurement: read from the system, never guessed. Every result file carries it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def version_of(*argv: str) -> str:
 
 
 def filesystem_of(path: Path) -> str:
-    """Type and source of the file system that holds ``path``, as mountinfo tells."""
+    """Type and source of the file system that holds ``path``, from mountinfo."""
     best, answer = -1, "unknown"
     real = os.path.realpath(path)
     for line in Path("/proc/self/mountinfo").read_text().splitlines():

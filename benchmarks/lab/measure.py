@@ -1,4 +1,4 @@
-"""Where measuring happens: the private mount namespace, the work folder, fresh file systems, the interleaving clock.
+"""The place of measuring: the private mount namespace, the work folder, fresh file systems, the interleaving clock.
 
 Ownership: a `Lab` owns every mount, loop device and process made through it and gives all of them back in
 ``close()``; each is registered before it is made, so an exception half-way leaves nothing. Killed benchmarks leave
@@ -86,7 +86,7 @@ def drop_caches(what: int = 3) -> None:
 
 
 def cache_drops() -> int:
-    """How often the kernel's caches were dropped on this host since it started, by anybody."""
+    """The number of times that the kernel's caches were dropped on this host since its boot, by any process."""
     rows = dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines())
     return int(rows.get("drop_pagecache", 0)) + int(rows.get("drop_slab", 0))
 
@@ -217,7 +217,7 @@ class Lab:
 
     @contextlib.contextmanager
     def trying(self, subject: str) -> Iterator[None]:
-        """What fails inside is that subject's reason, and the others go on."""
+        """A failure inside becomes that subject's reason, and the others go on."""
         try:
             yield
         except (SkipSubject, CowfsError, OSError, RuntimeError, subprocess.SubprocessError) as why:
@@ -288,7 +288,7 @@ class Lab:
                 made: list[str | Path] = ["losetup", "--find", "--show", "--direct-io=on", image]
                 device = subprocess.run(made, check=True, capture_output=True, text=True).stdout.strip()
                 options = options.removeprefix("loop,")
-            # xfs allocates ahead of a growing file and gives it back when it likes: not in what is measured here
+            # xfs allocates ahead of a growing file and gives the room back later, which would blur the figures
             try:
                 run(["mount", "-o", options, device, where])
             finally:
@@ -358,7 +358,7 @@ def is_mounted(path: Path) -> bool:
 
 
 def unmount(path: Path) -> None:
-    """Unmounts, waiting a little for whoever still holds a file there, lazily in the end: it is gone afterwards."""
+    """Unmounts, after a short wait for users of the mount, lazily in the end: it is gone afterwards."""
     for _ in range(40):
         done = subprocess.run(["umount", "--", path], capture_output=True, text=True, check=False)
         if done.returncode == 0 or not is_mounted(path):

@@ -1,4 +1,4 @@
-"""Who is compared: one record a union file system, each mounted over the same layers by its own command.
+"""The compared file systems: one record each, mounted over the same layers by its own command.
 
 Strategy: a `Peer` knows its command line and nothing else; `mounted` starts it in the foreground as our child (so
 that its memory can be read and its end is certain), waits until the mount shows in mountinfo and answers, and
@@ -26,7 +26,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stack:
-    """What to mount: lowers bottom first; upper and work on one file system, or None for a read-only mount."""
+    """The directories of a mount: lowers bottom first; upper and work on one file system, or None for a read-only mount."""
 
     lowers: tuple[Path, ...]
     upper: Path | None = None

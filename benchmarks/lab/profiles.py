@@ -1,6 +1,6 @@
-"""How much is measured: the sizes of everything, as one table. No other module holds a size of its own.
+"""The sizes of a run, in one table. No other module holds a size of its own.
 
-``full`` is what the claims in README.md are about; ``quick`` ends within three minutes and shows the same shapes
+``full`` is the profile of the claims in README.md; ``quick`` ends within three minutes and shows the same shapes
 on smaller inputs; ``tiny`` only proves that each benchmark runs.
 """
 
@@ -32,7 +32,7 @@ class Profile:
     fio_seconds: int
     layers: int  # of the deep stack that is compared with two layers
     depths: tuple[int, ...]  # chain lengths
-    snapshots: tuple[int, ...]  # how many snapshots exist when one more is made
+    snapshots: tuple[int, ...]  # the number of snapshots that exist when one more is made
     sandboxes: int
     sandbox_big: int  # bytes of the file of which each sandbox changes 1 %
     transactions: int  # sqlite

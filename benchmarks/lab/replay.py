@@ -1,9 +1,9 @@
-"""How interleaved samples reach pytest-benchmark, which itself measures one subject after another.
+"""Replay of interleaved samples into pytest-benchmark, which itself measures one subject after another.
 
 A claim is measured once a session, interleaved; then each (metric, subject, x) is one test that plays its samples
 back: a clock that moves only by the recorded samples is the benchmark's timer (a documented option of
 pytest-benchmark), so its table, statistics and JSON are about the real samples. Metrics that are no times go to
-``extra_info`` and are shown as "seconds" of that unit, which the test's name says.
+``extra_info`` and are shown as "seconds"; the test's name has their unit.
 """
 
 from __future__ import annotations

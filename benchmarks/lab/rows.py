@@ -1,4 +1,4 @@
-"""Results as rows of texts: what the terminal and the report show."""
+"""Results as rows of texts, for the terminal and the report."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def times(ratio: float) -> str:
 
 
 def bar_text(verdict: Verdict) -> str:
-    """What the bar asks, in words: ``<= 1.25x overlayfs``."""
+    """The demand of a bar, in words: ``<= 1.25x overlayfs``."""
     bar = verdict.bar
     relative = bar.against is not None or bar.against_x is not None or bar.against_metric is not None
     parts = []

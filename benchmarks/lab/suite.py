@@ -189,7 +189,7 @@ def _render(folder: Path) -> int:
 
 
 def run_options(options: argparse.Namespace, prog: str) -> int:
-    """Does what parsed options say; returns the exit status."""
+    """Carries out parsed options; returns the exit status."""
     known = claims()
     if options.list:
         for claim in known.values():

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from cowfs.union import Dir, View
+from cowfs.row.view import View
+from cowfs.union import Dir
 
 NAMES = 2_000
 
@@ -33,7 +34,7 @@ def view(layers: list[str]) -> Iterator[View]:
 
 
 def test_known_names(benchmark: Any, view: View) -> None:
-    """Names whose nodes are there already."""
+    """Look-ups of names that have nodes."""
     lib = view.lookup(view.root, b"lib")
     assert isinstance(lib, Dir)
     names = [b"file-%06d" % at for at in range(NAMES)]

@@ -40,7 +40,7 @@ def apply_layer(
     Args:
         stream: read from front to end, never sought: a pipe will do.
         target: the directory, a path or an open descriptor. For the overlay forms it is usually
-            empty; what is there already counts as older than the archive.
+            empty; its content counts as older than the archive.
         form: ``trusted`` or ``user``: an overlay layer with whiteouts in that form; ``plain``: a full
             tree, on which whiteouts delete.
         lower: the tree below the layer. Gives parents missing in the archive their attributes,
@@ -48,11 +48,11 @@ def apply_layer(
         log: gets the header log, with which :func:`cowfs.archive.rebuild` reproduces the archive.
         on_file: called with (path, sha256 in hex) for regular files as they are written; a path may come
             twice, the last one counts. Without it no file is hashed. Sparse files that are mostly holes are left out.
-        on_inode: called with (inode number, sha256 in hex) for regular files, "" for those that are not hashed; what is
-            said last of an inode is true of it, whatever its names.
+        on_inode: called with (inode number, sha256 in hex) for regular files, "" for those that are not hashed; the
+            last call for an inode counts, whatever its names.
         progress: called with (bytes read of ``stream``, members done) about once a MiB and at the end.
         tee: gets the stream's bytes as they were read, to keep the blob.
-        diff_id, blob_digest: what the digests must be (``sha256:...``).
+        diff_id, blob_digest: the expected digests (``sha256:...``).
         budget: bytes that several archives may make together, beside ``options.max_bytes`` for this one.
 
     Raises:

@@ -1,11 +1,10 @@
-"""Owner, mode, extended attributes and times of what an extraction made.
+"""The owner, mode, extended attributes and times of extracted objects.
 
-Rule 1: set in the order in which the kernel lets none undo another: owner (clears set-id bits
+Rule 1: the order is such that no step undoes another: owner (clears set-id bits
 and capabilities), mode, attributes (an ACL changes the mode), times.
 Rule 2: the overlay's own attributes and the owner override are never taken from an archive.
-Rule 3: what this process may not set is an error, or follows ``ApplyOptions.owners``; it is never
-passed over without a word.
-Rule 4: the kernel cuts a time to what the file system can store and says nothing: times out of
+Rule 3: an attribute that this process may not set is an error, or follows ``ApplyOptions.owners``; it is never dropped silently.
+Rule 4: the kernel silently cuts a time to the range of the file system: times out of
 the range that all can store are read back, and fractions of a second until one was kept to the nanosecond.
 """
 
@@ -25,7 +24,7 @@ from cowfs.sys import xattr
 
 __all__ = ["PLAIN_END", "SET_ID", "Attributes", "drop_acls", "drop_xattr", "is_smuggled"]
 
-PLAIN_END = (1 << 31) * header.NANO  # from the epoch to here every file system keeps a time
+PLAIN_END = (1 << 31) * header.NANO  # every file system keeps a time from the epoch to here
 SET_ID = stat.S_ISUID | stat.S_ISGID
 _VALUE_MAX, _LIST_MAX = 65536, 65536 - 1024  # xattr(7); past the second listxattr(2) fails for everybody
 _DENIED = frozenset({errno.EPERM, errno.EACCES, errno.EINVAL})
@@ -36,7 +35,7 @@ _SMUGGLED = (b"trusted.overlay.", b"user.overlay.", b"user.fuseoverlayfs.", b"se
 
 
 class Attributes:
-    """What may be set here, and how.
+    """The attributes that may be set here, and how.
 
     Attributes:
         uid, gid: of this process, so of every object just made.
@@ -69,7 +68,7 @@ class Attributes:
         self, fd: int, uid: int, gid: int, mode: int, kind: str, attributes: dict[bytes, bytes], *,
         regroup: bool = False,
     ) -> None:  # fmt: skip
-        """Owner, mode and extended attributes of an open file or directory; ``regroup``: the owner may not be ours."""
+        """Owner, mode and extended attributes of an open file or directory; ``regroup``: the owner may be another user."""
         if self._owners == "xattr":
             reach = 0o700 if kind == "dir" else 0o600
             os.chmod(fd, (mode & 0o777) | reach)
@@ -86,7 +85,7 @@ class Attributes:
         os.fchmod(fd, mode if kept else mode & ~SET_ID)
 
     def chown(self, fd: int, uid: int, gid: int) -> bool:
-        """True when the owner is as asked; False when it may stay as it is."""
+        """True when the owner is set; False when it may stay as it is."""
         try:
             os.fchown(fd, uid, gid)
         except OSError as error:
@@ -145,7 +144,7 @@ class Attributes:
         return not 0 <= mtime < PLAIN_END or (not self._fine and mtime % header.NANO != 0)
 
     def check_time(self, fd: int, mtime: int) -> None:
-        """The kernel cuts a time to what the file system can store without saying so."""
+        """Set times again where the kernel silently cut them to the range of the file system."""
         self._same_time(os.fstat(fd), mtime)
 
     def _same_time(self, st: os.stat_result, mtime: int) -> None:

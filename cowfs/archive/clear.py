@@ -1,4 +1,4 @@
-"""Removing what is in the way, by descriptors: a name leads one step down and never through a link."""
+"""Removing objects that are in the way, by descriptors: a name leads one step down and never through a link."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def lstat(dirfd: int, name: bytes) -> os.stat_result | None:
-    """The name's own attributes, None where there is nothing."""
+    """The attributes of a name itself, None if it does not exist."""
     try:
         return os.stat(name, dir_fd=dirfd, follow_symlinks=False)
     except FileNotFoundError:
@@ -25,9 +25,9 @@ def remove_tree(
     """Remove a directory and all in it; one descriptor a level.
 
     Args:
-        path: what ``name`` is called in the layer.
-        farewell: called with (directory descriptor, name, path, attributes) before each object that is no
-            directory goes.
+        path: the path of ``name`` in the layer.
+        farewell: called with (directory descriptor, name, path, attributes) before the removal of each object that is
+            no directory.
     """
     stack: list[tuple[int, bytes, bytes, list[bytes]]] = []
 

@@ -8,7 +8,7 @@ reading release the interpreter lock, so both cores work. Writing is the mirror 
 Threads: :class:`Unpacker` and :class:`Packer` own one daemon thread each. The queue is the only
 thing both sides touch; digests and totals are read by the caller after the thread has ended.
 
-Sources: OCI image-spec ``layer.md`` and ``descriptor.md`` (what is hashed).
+Sources: OCI image-spec ``layer.md`` and ``descriptor.md`` (the bytes to hash).
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class Source(ABC):
             yield memoryview(self._chunk)[start:stop]
 
     def skip(self, count: int) -> int:
-        """Drop ``count`` bytes; returns how many there were."""
+        """Drop ``count`` bytes; returns the number of bytes dropped."""
         done = 0
         for piece in self.pieces(count):
             done += len(piece)
@@ -107,7 +107,7 @@ class Source(ABC):
 
 
 class _Stop(Exception):
-    """Ends the thread: the caller went away."""
+    """End the thread, since the caller has gone."""
 
 
 class Unpacker(Source):
@@ -277,7 +277,7 @@ class _ParallelGzip:
     def flush(self) -> bytes:
         done = self._head + b"".join(job.result() for job in self._jobs)
         self.stop()
-        # an empty last block, then what RFC 1952 wants behind it
+        # an empty last block, then the trailer of RFC 1952
         return done + b"\x03\0" + struct.pack("<II", self._crc, self._size & 0xFFFFFFFF)
 
     def stop(self) -> None:
@@ -304,7 +304,7 @@ class Packer:
         compression: a key of :data:`COMPRESSIONS`. level: the compressor's own scale.
 
     Attributes (valid after :meth:`close`):
-        size, diff_id: of what was written. blob_size, blob_digest: of what reached ``out``.
+        size, diff_id: of the bytes written. blob_size, blob_digest: of the bytes that reached ``out``.
     """
 
     def __init__(self, out: BinaryIO, compression: str = "none", level: int | None = None) -> None:
@@ -337,7 +337,7 @@ class Packer:
                 self._error = error
 
     def _compress(self, data: bytes) -> None:
-        """Feed the encoder in chunks of one size: what comes out must not depend on how the data came."""
+        """Feed the encoder in chunks of one size: the output must not depend on the cuts of the input."""
         data = self._rest + data
         whole = len(data) - len(data) % CHUNK
         for start in range(0, whole, CHUNK):
@@ -377,7 +377,7 @@ class Packer:
             self._parts, self._pending = [], 0
 
     def close(self) -> None:
-        """Flush everything to ``out`` (which stays open). Raises what writing raised."""
+        """Flush everything to ``out`` (which stays open). Raises the errors of writing."""
         self._push()
         self._queue.put(None)
         self._thread.join()

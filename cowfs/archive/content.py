@@ -70,7 +70,7 @@ class _Hasher:
                 done.append((key, running.hexdigest()))
 
     def finish(self) -> None:
-        """Everything added is done."""
+        """Wait until every added digest is done."""
         self.stop()
         self._hash(self._batch)
         self._batch = []
@@ -120,7 +120,7 @@ class Content:
         return os.fstat(fd).st_ino if self._on_inode is not None else 0, path
 
     def _long(self, fd: int, path: bytes) -> None:
-        """Data that does not lie in one chunk."""
+        """Write data that lies in several chunks."""
         hasher = self._hasher
         running = hashlib.sha256() if hasher is not None else None
         for piece in self._reader.data():
@@ -143,7 +143,7 @@ class Content:
                 piece = piece[len(part) :]
                 length -= len(part)
                 write(fd, part)
-        for _ in pieces:  # nothing is left but the check that nothing is missing
+        for _ in pieces:  # only the check of the length is left
             pass
         os.truncate(fd, member.size)
         if self._hasher is not None:
@@ -151,7 +151,7 @@ class Content:
             self.tell(fd, path, _digest_of(fd) if mostly_data else "")
 
     def tell(self, fd: int, path: bytes, digest: str) -> None:
-        """Report a digest that is known, "" for one that is not; in its turn."""
+        """Report a digest, "" if there is none, in archive order."""
         if self._hasher is not None:
             self._hasher.add(_Known(digest), None, self._key(fd, path))
 
@@ -188,7 +188,7 @@ class _Known:
 
 
 def write(fd: int, data: memoryview) -> None:
-    """All of it: a short write is followed by the one that says why."""
+    """Write all of it: the write after a short one raises the cause."""
     done = os.write(fd, data)
     while done < len(data):
         done += os.write(fd, data[done:])

@@ -28,7 +28,7 @@ except ImportError:
 __all__ = ["CHUNK", "SNIFF", "decoder_for", "gunzip", "have_zstd", "zstandard"]
 
 CHUNK = 256 << 10
-MAX_WINDOW = 64 << 20  # what a zstd or xz stream may ask us to keep in memory
+MAX_WINDOW = 64 << 20  # the most memory that a zstd or xz stream may ask for
 
 Read = Callable[[int], bytes]
 

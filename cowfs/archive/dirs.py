@@ -33,7 +33,7 @@ class Dir:
         fd: owned by the cache, closed when it leaves. path: canonical, ``b""`` for the root.
         atime, mtime: nanoseconds, set when it leaves. mode: set when it leaves, if not None.
         inherits: new entries get group or ACL from it, so both must be set anew on each.
-        sealed: whatever lies below in lower layers is hidden (opaque, or new in place of something else).
+        sealed: lower layers are hidden below it (opaque, or new in place of something else).
     """
 
     __slots__ = ("atime", "fd", "inherits", "mode", "mtime", "path", "sealed")
@@ -51,12 +51,11 @@ class Dirs:
     Args:
         root_fd: the layer directory; stays the caller's.
         create: makes (or clears the way for) the directory ``name`` in its parent and returns
-            it opened; called with (parent, name, path) where none can be opened.
+            it opened; called with (parent, name, path) when no directory can be opened.
         check_acl: look at existing directories for a default ACL.
         capacity: open descriptors at most.
 
-    Who holds a :class:`Dir` may use it until the second directory after it is got or found: the one
-    got last and the one kept last never leave.
+    The holder of a :class:`Dir` may use it until the second directory after it is got or found: the last two never leave.
     """
 
     def __init__(
@@ -109,7 +108,7 @@ class Dirs:
             fd = open_beneath(self.root.fd, path, _OPEN)
         except OSError as error:
             if error.errno == errno.EACCES:
-                return None  # the walk can open it with the owner's rights
+                return None  # the walk can open it by the owner's rights
             if error.errno not in _BEHIND:
                 raise
             return None
@@ -123,14 +122,14 @@ class Dirs:
             rest, _, name = rest.rpartition(b"/")
             missing.append(name)
             here = self._open.get(rest) if rest else self.root
-        # the deepest open ancestor, then down; what is opened on the way stays in the cache
+        # the deepest open ancestor, then down; directories opened on the way stay in the cache
         for name in reversed(missing):
             below = here.path + b"/" + name if here.path else name
             here = self.keep(self.open_child(here, name, below) or self._create(here, name, below))
         return here
 
     def open_child(self, parent: Dir, name: bytes, path: bytes) -> Dir | None:
-        """An existing sub-directory, not yet in the cache; None where the name is missing or something else."""
+        """An existing sub-directory, not yet in the cache; None if the name is missing or no directory."""
         try:
             fd = os.open(name, _OPEN, dir_fd=parent.fd)
         except OSError as error:
@@ -142,7 +141,7 @@ class Dirs:
         return self._adopt(fd, path)
 
     def _open_closed(self, parent: Dir, name: bytes, path: bytes) -> Dir:
-        """A directory of ours whose mode keeps its owner out."""
+        """Open a directory of this user whose mode keeps its owner out."""
         handle = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=parent.fd)
         try:
             mode = stat.S_IMODE(os.fstat(handle).st_mode)

@@ -1,14 +1,14 @@
-"""Members become files: the only writer of archive content.
+"""Extraction of members into files: the only writer of archive content.
 
 Strategy. One handler a member type, in a table. A handler creates its object exclusively
-(O_EXCL and its likes never follow a link and never open what is there); only when that says
-"exists" does it look at what is in the way. Owner, mode, attributes and times are then set
-through the new descriptor (:mod:`cowfs.archive.attributes`).
+(O_EXCL and its likes never follow a link and never open what is there); only if the object exists already does it look
+at the one in the way. Owner, mode, attributes and times are then set through the new descriptor
+(:mod:`cowfs.archive.attributes`).
 
-"In the way" has three cases. Something this archive wrote: the later member wins, its
-predecessor's data goes to the header log. Something that was there before (a full tree, a
-non-empty upper): removed, as the layer says. A whiteout: it goes, and a directory in its place
-is opaque. Which is which is known from a set of path hashes; a target that started empty needs none.
+An object in the way is one of three. If this archive wrote it, the later member wins, and its predecessor's data goes
+to the header log. If it was there before (a full tree, a non-empty upper), it is removed, as the layer demands. If it
+is a whiteout, it goes, and a directory in its place is opaque. A set of path hashes tells the first two apart; a target
+that started empty needs none.
 
 Rule 1: nothing in the archive names anything outside the target: see :mod:`cowfs.archive.dirs`.
 Rule 2: the overlay's whiteout device is never taken from an archive.
@@ -40,7 +40,7 @@ __all__ = ["Extractor"]
 
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_UNIT = 4096  # what a host takes at least for a directory, or for a piece of a sparse file
+_UNIT = 4096  # the least room on a host for a directory, or for a piece of a sparse file
 
 _KINDS = {header.CHAR: stat.S_IFCHR, header.BLOCKDEV: stat.S_IFBLK, header.FIFO: stat.S_IFIFO}
 
@@ -56,9 +56,9 @@ class Extractor:
             links to files of it.
         log: gets the data that the finished layer no longer has.
         on_file: called with (path, sha256 hex) of each regular file whose data was hashed on the way.
-        on_inode: called with (inode number, sha256 hex) of each regular file, "" where it was not hashed: what
-            is said last of an inode is true of it, whatever its names.
-        budget: charged with what reaches the disk and is not in the archive.
+        on_inode: called with (inode number, sha256 hex) of each regular file, "" where it was not hashed: the last call
+            for an inode counts, whatever its names.
+        budget: charged with the data on disk that is not in the archive.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Extractor:
         self._uid, self._gid = self._attr.uid, self._attr.gid
         self._owners = options.owners
         self._written = Written(target)
-        self._older = not self._written.all  # the target may hold what was there before
+        self._older = not self._written.all  # the target may hold older objects
         self._displaced = Displaced(log, reader, self._written)
         self.dirs = Dirs(target, self._implied, check_acl=self._older)
         self._head: bytes | None = None  # the directory of the member before, as the archive spells it,
@@ -101,7 +101,7 @@ class Extractor:
                 raise
 
     def extract(self, member: Member) -> None:
-        """Write one member. The data it does not read is skipped by the reader.
+        """Write one member. The reader skips its unread data.
 
         Raises:
             CowfsError: the member is refused; the message names it.
@@ -148,7 +148,7 @@ class Extractor:
             raise OSError(error.errno, error.strerror, self.label(member)) from error
 
     def _ordinary(self, path: bytes) -> tuple[Meaning, bytes]:
-        """A name of a whole tree, whatever it would mean in a layer."""
+        """A name of a whole tree, taken literally."""
         if WHITEOUT_PREFIX in path and any(part.startswith(WHITEOUT_PREFIX) for part in path.split(b"/")):
             self.reserved += 1
             if self._log is not None:
@@ -156,7 +156,7 @@ class Extractor:
         return Meaning.ENTRY, path
 
     def finish(self) -> None:
-        """Nothing more comes: directory times are set, the last digests told."""
+        """Finish: set the times of directories and report the last digests."""
         self._content.finish()
         self.dirs.finish()
 
@@ -167,7 +167,7 @@ class Extractor:
 
     @staticmethod
     def label(member: Member) -> str:
-        """How error messages call a member."""
+        """The name of a member in error messages."""
         return f"archive entry {member.ordinal} {show(member.name)}"
 
     # For guests ---------------------------------------------------------------------------------
@@ -189,11 +189,11 @@ class Extractor:
             os.close(fd)
 
     def bring_other(self, member: Member, home: Dir, name: bytes, path: bytes) -> None:
-        """Make a link, a FIFO or a device as if the archive had it."""
+        """Make a link, a FIFO or a device as for a member of the archive."""
         _HANDLERS[member.type](self, member, home, name, path)
 
     def written(self, path: bytes) -> None:
-        """What is at this path now is not older than the archive."""
+        """Record that the object at this path is not older than the archive."""
         self._written.add(path)
 
     # Whiteouts --------------------------------------------------------------------------------
@@ -231,7 +231,7 @@ class Extractor:
         if self._is_whiteout(st):
             return
         if self._written.has(path):
-            # A whiteout concerns lower layers only (layer.md): the new entry stays, what is below goes.
+            # A whiteout concerns lower layers only (layer.md): the new entry stays, the lower ones go.
             if stat.S_ISDIR(st.st_mode):
                 self._opaque(path)
             return
@@ -264,7 +264,7 @@ class Extractor:
                 os.removexattr(found.fd, self._form.redirect)
 
     def _remove_older(self, path: bytes) -> None:
-        """Remove what this archive did not write, at any depth below what it did."""
+        """Remove every object that this archive did not write, at any depth."""
         pending = [path]
         while pending:
             path = pending.pop()
@@ -280,10 +280,10 @@ class Extractor:
                 elif stat.S_ISDIR(st.st_mode):
                     pending.append(child)
 
-    # What is in the way -----------------------------------------------------------------------
+    # Objects in the way ------------------------------------------------------------------------
 
     def _note(self, path: bytes) -> None:
-        """This path and the directories above it are the archive's from now on."""
+        """Record that this path and the directories above it are the archive's from now on."""
         if self._guests:
             self._guests.adopt(path)
         self._written.add_way(path)
@@ -311,11 +311,11 @@ class Extractor:
     # Directories ------------------------------------------------------------------------------
 
     def _charge(self, count: int) -> None:
-        """Bytes that reach the disk and are not in the archive count for its bound, too."""
+        """Count bytes that reach the disk and are not in the archive, since they count for its bound, too."""
         self._budget.spend(count)
 
     def _make_dir(self, parent: Dir, name: bytes, path: bytes) -> Dir:
-        """A new directory, whatever was there before (but not a directory)."""
+        """Make a new directory, in place of any other object."""
         sealed = False
         try:
             os.mkdir(name, 0o700, dir_fd=parent.fd)
@@ -335,7 +335,7 @@ class Extractor:
         return made
 
     def _implied(self, parent: Dir, name: bytes, path: bytes) -> Dir:
-        """A directory that the archive does not list before its contents."""
+        """Make a directory that the archive does not list before its contents."""
         st = lstat(parent.fd, name)
         if st is not None and not self._is_whiteout(st) and self._written.has(path):
             kind = "symbolic link" if stat.S_ISLNK(st.st_mode) else "file"
@@ -352,7 +352,8 @@ class Extractor:
         return made
 
     def _set_implied(self, made: Dir) -> None:
-        """As in the layer below; where that has no such directory 0755, root's (ours without privilege), of the epoch."""
+        """Set a directory's attributes as in the layer below; without one there: 0755, root's (this user's without
+        privilege), of the epoch."""
         st = None
         if self._lower is not None and not self._hidden(made):
             st = self._lower.stat(made.path)
@@ -370,7 +371,7 @@ class Extractor:
         made.atime = made.mtime = mtime
 
     def _hidden(self, made: Dir) -> bool:
-        """Whether lower layers are hidden there: it or a directory above it is opaque."""
+        """Whether lower layers are hidden below a directory: it or one above it is opaque."""
         if made.sealed:
             return True
         if self._form is None:
@@ -384,7 +385,7 @@ class Extractor:
         return False
 
     def hides(self, path: bytes) -> bool:
-        """Whether this layer hides what the layers beneath have at a path."""
+        """Whether this layer hides a path of the layers beneath."""
         while path:
             path, _, name = path.rpartition(b"/")
             home = self.dirs.find(path)
@@ -392,13 +393,14 @@ class Extractor:
                 continue
             st = lstat(home.fd, name)
             if st is not None and not stat.S_ISDIR(st.st_mode):
-                return True  # a whiteout, or a file where a directory was
+                return True  # a whiteout, or a file in place of a directory
             if home.sealed or (self._form is not None and whiteout.opaque_value(home.fd, self._form) == b"y"):
                 return True
         return False
 
     def _held(self, found: Dir, mode: int) -> None:
-        """Without privilege a directory that its owner may not write is closed only when it leaves."""
+        """Set a directory's mode; without privilege, a mode that its owner may not write is set when the directory
+        leaves the cache."""
         if self._uid and mode & 0o700 != 0o700 and self._owners != "xattr":
             found.mode = stat.S_IMODE(os.fstat(found.fd).st_mode)
             os.chmod(found.fd, found.mode | 0o700)
@@ -548,7 +550,7 @@ class Extractor:
                     ) from None
                 self.skipped += 1
                 return
-        # opening a FIFO or a device has effects of its own: only names here, an O_PATH handle for the mode
+        # opening a FIFO or a device has effects: work by name, and by an O_PATH handle for the mode
         handle = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent.fd)
         try:
             kept = True
@@ -561,7 +563,7 @@ class Extractor:
         self._attr.name_times(parent.fd, name, member)
 
     def _stand_in(self, member: Member, parent: Dir, name: bytes, path: bytes) -> None:
-        """What a user cannot make, as an empty file that says what it stands for."""
+        """Make an empty file that stands for an object that a user cannot make."""
         try:
             fd = os.open(name, _CREATE, 0o600, dir_fd=parent.fd)
         except FileExistsError:

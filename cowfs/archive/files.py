@@ -1,7 +1,8 @@
 """A plain tar into a tree by path (``cowfs cp - KEY:DIR``), as tar(1) unpacks it in a chroot.
 
-Nothing in it deletes: names that begin with ``.wh.`` are names. What is there is replaced, directories are merged. A link that is
-there, or that the archive brings, is followed inside the tree's root where it stands for a directory on the way, and nowhere else.
+No member deletes: names that begin with ``.wh.`` are ordinary. Existing objects are replaced, directories are merged. A
+link, old or from the archive, is followed inside the tree's root where it stands for a directory on the way, and
+nowhere else.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def unpack_files(
         where: the directory, canonical.
         owners: as for :func:`cowfs.union.transfer.copy`.
         options: its bounds are those of a stranger's archive.
-        progress: told (bytes read, members) so far.
+        progress: called with (bytes read, members) so far.
 
     Raises:
         InvalidArgument: not a tar, a damaged or hostile one; the message names the entry.
@@ -104,7 +105,7 @@ class _Unpacking:
                 had = None
             if had is None:
                 target.mkdir(at)
-            self._directories[at] = st, xattrs  # later: a directory may not let us write in it
+            self._directories[at] = st, xattrs  # later: its mode may forbid writing in it
             return
         if had is not None and stat.S_ISDIR(had.mode):
             raise InvalidArgument("it would replace a directory that is there", remedy="remove that first")
@@ -149,7 +150,7 @@ class _Unpacking:
         return at
 
     def _pieces(self, member: Member) -> Iterator[tuple[int, bytes]]:
-        """A file's data with offsets; a sparse one's at the places that its map says."""
+        """A file's data with offsets; those of a sparse file are from its map."""
         spans = [0, member.size] if member.segments is None else list(member.segments)
         at, left = 0, 0
         for piece in self._reader.data():

@@ -1,8 +1,8 @@
 """Objects of lower layers that an archive's hard links bring into a layer.
 
 A layer that holds changes only cannot link to a file beneath it: the file becomes a part of the layer, at its own place and under all
-the names that it has beneath. Such an object is a *guest*: as far as whiteouts go it still lies beneath, so that a layer means the
-same tree whatever driver keeps it. With the first entry of the archive at its path, or below it, it is the archive's.
+the names that it has beneath. Such an object is a *guest*: for whiteouts it still lies beneath, so that a layer means
+the same tree with every driver. The first entry of the archive at its path, or below it, makes it the archive's.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ _TYPES = {
 
 
 class Layer(Protocol):
-    """The layer being written, as far as its guests go (:class:`cowfs.archive.extract.Extractor`)."""
+    """The interface of the layer being written, for its guests (:class:`cowfs.archive.extract.Extractor`)."""
 
     dirs: Dirs
 
     def hides(self, path: bytes) -> bool:
-        """Whether the layer hides what the layers beneath have at a path."""
+        """Whether the layer hides a path of the layers beneath."""
 
     def written(self, path: bytes) -> None:
-        """What is at this path now is not older than the archive."""
+        """Record that the object at this path is not older than the archive."""
 
     def bring_file(self, home: Dir, name: bytes, path: bytes, st: LowerStat, lower: Tree) -> None:
         """Copy a regular file of the layers beneath."""
@@ -68,13 +68,13 @@ class Guests:
         return bool(self._paths)
 
     def adopt(self, path: bytes) -> None:
-        """The archive has an entry at this path: it and the directories above it are the archive's."""
+        """Note an entry of the archive at this path: it and the directories above it are the archive's."""
         while path:
             self._paths.discard(path)
             path = path.rpartition(b"/")[0]
 
     def dismiss(self, path: bytes, *, itself: bool) -> None:
-        """Guests below a path, and the one there if ``itself``, go as what lies beneath goes."""
+        """Remove the guests below a path, and the one at it if ``itself``, as a whiteout hides the lower objects."""
         if not self._paths:
             return
         below = path + b"/" if path else b""
@@ -94,10 +94,10 @@ class Guests:
                 os.unlink(name, dir_fd=home.fd)
 
     def bring(self, member: Member, path: bytes) -> Dir:
-        """Bring in the object beneath that a hard link of the archive names; its directory in the layer.
+        """Bring in the lower object that a hard link of the archive names, and return its directory in the layer.
 
         Raises:
-            InvalidArgument: there is none, it is a directory, or the layer deletes it.
+            InvalidArgument: there is no such object, it is a directory, or the layer deletes it.
         """
         lower = self._lower
         st = lower.stat(path) if lower is not None else None
@@ -123,7 +123,7 @@ class Guests:
         return self._layer.dirs.get(path.rpartition(b"/")[0])
 
     def _home(self, path: bytes) -> tuple[Dir, bytes]:
-        """(the directory that a guest goes to, its name there); directories that are made for it are guests, too."""
+        """(the directory of a guest, its name there); directories made for it are guests, too."""
         parent_path, _, name = path.rpartition(b"/")
         above = parent_path
         while above and self._layer.dirs.find(above) is None:
@@ -147,7 +147,7 @@ class Guests:
         return found
 
     def _names(self, path: bytes, st: LowerStat, lower: Tree) -> list[bytes]:
-        """All names that a file has beneath, itself among them; the tree is read for them once."""
+        """All names of a lower file, this one among them; the tree is read once for them."""
         if st.nlink <= 1 or st.ident is None:
             return [path]
         if self._groups is None:

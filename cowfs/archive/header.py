@@ -2,9 +2,9 @@
 
 Strategy. One 512-byte block is unpacked by one ``struct`` call; the fields that repeat from
 member to member (mode, owner) are looked up in a small cache of already converted ones; the
-checksum is compared through Adler-32, whose low half is a byte sum taken in C. What a plain
-block cannot say comes from the blocks before it, merged by the reader: PAX records, GNU long
-names. Numbers are strict: a field that is neither octal nor base-256 is an error, never zero.
+checksum is compared through Adler-32, whose low half is a byte sum taken in C. PAX records and GNU long names, in the
+blocks before it, extend a plain block; the reader merges them. Numbers are strict: a field that is neither octal nor
+base-256 is an error, never zero.
 
 Sources: POSIX.1-2018 ``pax`` (ustar and pax interchange formats); GNU tar manual, "Basic Tar
 Format" and "Storing Sparse Files"; OCI image-spec ``layer.md``.
@@ -40,7 +40,7 @@ NANO = 1_000_000_000
 
 # name mode uid gid size mtime chksum typeflag linkname magic version uname gname devmajor devminor prefix
 _FIELDS = struct.Struct("100s8s8s8s12s12s8sc100s6s2s32s32s8s8s155s12x")
-# the same for reading: mode, uid and gid in one piece, which repeats; what most members do not use left in the block
+# the same for reading: mode, uid and gid in one piece, which repeats; fields that most members leave empty stay in the block
 _PARTS = struct.Struct("100s24s12s12s8sc100s8s80x155s12x")
 assert _FIELDS.size == _PARTS.size == BLOCK
 
@@ -54,13 +54,13 @@ REGULAR = b"0"
 REGULAR_ALIASES = frozenset({b"0", b"\0", b"7"})
 
 MAX_ID = 0xFFFF_FFFE  # 0xFFFFFFFF means "leave it" to chown(2)
-_MAX_MAJOR, _MAX_MINOR = 0xFFF, 0xF_FFFF  # what the kernel's device numbers hold
+_MAX_MAJOR, _MAX_MINOR = 0xFFF, 0xF_FFFF  # the bound of the kernel's device numbers
 
 Segments = array  # of "q": offset, length, offset, length ... in file order
 
 
 class NoHeader(InvalidArgument):
-    """A block that is no header at all: nothing in it means anything, its name neither."""
+    """A block that is no header at all: no field of it has a meaning."""
 
 
 class Member:
@@ -92,7 +92,7 @@ class Member:
     xattrs: dict[bytes, bytes] | None = None
     segments: array[int] | None = None
     ordinal: int = 0
-    extended: bool = False  # something came from outside plain octal fields: ranges must be checked
+    extended: bool = False  # a value did not come from plain octal fields: check ranges
 
 
 _ENDS = (0, 32)
@@ -134,7 +134,7 @@ def _text(field: bytes) -> bytes:
 
 
 def _checksum_ok(block: bytes, field: bytes) -> bool:
-    """The checksum with all its historical spellings."""
+    """Check the checksum in all its historical spellings."""
     try:
         stated = int(field.split(b"\0", 1)[0], 8)
     except ValueError:
@@ -198,7 +198,7 @@ def parse_block(block: bytes) -> Member:
 
 
 def check_ranges(member: Member) -> None:
-    """Numbers that no file can have are refused here, after every extension was merged.
+    """Refuse numbers that no file can have, after every extension was merged.
 
     Raises:
         InvalidArgument: a size, owner or device number out of range.
@@ -348,7 +348,7 @@ _heads: dict[tuple[int, int, int], bytes] = {}  # (mode, uid, gid) -> the fields
 
 
 def _plain_block(name: bytes, kind: bytes, mode: int, uid: int, gid: int, size: int, seconds: int) -> bytes:
-    """What :func:`_block` gives for a member without link, device and prefix, put together from parts that repeat."""
+    """The result of :func:`_block` for a member without link, device and prefix, built from repeating parts."""
     owner = _heads.get((mode, uid, gid))
     if owner is None:
         if len(_heads) > 4096:
@@ -367,7 +367,7 @@ def encode(
     device: tuple[int, int] | None = None, xattrs: Mapping[bytes, bytes] | None = None,
     extra: Iterable[tuple[bytes, bytes]] = (),
 ) -> bytes:  # fmt: skip
-    """The header of one member: a ustar block, with a PAX header before it only where ustar cannot say it.
+    """The header of one member: a ustar block, with a PAX header before it only for values beyond ustar.
 
     Args:
         name: the member's path; a directory's ends with ``/``.
@@ -431,10 +431,10 @@ def iter_segments(segments: array[int]) -> Iterator[tuple[int, int]]:
 
 
 def check_segments(segments: array[int], size: int, stored: int) -> None:
-    """A sparse map must ascend, stay inside the file and add up to the data that follows.
+    """Check that a sparse map ascends, stays inside the file and adds up to the data that follows.
 
     Raises:
-        InvalidArgument: it does not.
+        InvalidArgument: the map does not.
     """
     end = total = 0
     for offset, length in iter_segments(segments):

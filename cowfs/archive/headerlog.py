@@ -1,15 +1,15 @@
-"""Everything of an archive that its files do not hold, kept beside the layer.
+"""The parts of an archive that its files do not hold, kept beside the layer.
 
-Strategy. A layer that came from an archive must leave as the same bytes, whatever wrote it. The
+Strategy. The export of a layer that came from an archive has the same bytes, whichever program wrote them. The
 log is the archive with the file data taken out: headers, padding and end blocks, compressed.
-Read back by the same :class:`~cowfs.archive.reader.Reader`, each header says itself which file's
-data belongs behind it, so no second format describes the first. Only data that the layer does
-not have any more (a file listed twice, a whiteout with contents) is kept too, in a section of its own.
+Read back by the same :class:`~cowfs.archive.reader.Reader`, each header names the file whose data belongs behind it, so
+no second format describes the first. Only data that the layer does not have any more (a file listed twice, a whiteout
+with contents) is kept too, in a section of its own.
 
 The file: ``MAGIC``, a gzip stream of the stripped archive, a gzip stream of saved data
 (records of ``RECORD``, path, data), a JSON trailer, and ``TAIL`` (length of the trailer, magic).
 
-:func:`rebuild` verifies the digest of what it wrote: a layer that was changed since is Corrupt.
+:func:`rebuild` verifies the digest of its output: a layer that was changed since is Corrupt.
 
 The idea of keeping the stripped archive is tar-split's (vbatts/tar-split), the format is not.
 """
@@ -56,7 +56,7 @@ class LogWriter:
         self.raw = self._headers.write
 
     def saved(self, path: bytes, ordinal: int, pieces: Iterable[bytes | memoryview]) -> None:
-        """Keep data that the finished layer will not have at ``path``.
+        """Keep data of ``path`` that the finished layer will lack.
 
         Args:
             ordinal: the member that displaced it; or, for data that never reached a file, its own.
@@ -81,7 +81,7 @@ class LogWriter:
         spool.seek(end)
 
     def give_up(self) -> None:
-        """This archive cannot be reproduced: its layer will be exported like one made here."""
+        """Give up the log: the layer will be exported like one made here."""
         self._saved = _MAX_SAVED + 1
 
     def close(self, *, diff_id: str, size: int, entries: int) -> int:
@@ -118,7 +118,7 @@ class LogWriter:
 
 
 def read_trailer(log: BinaryIO) -> dict[str, Any]:
-    """diff_id, size, entries ... of a seekable log. Raises Corrupt when it is not one, or cut short."""
+    """The trailer of a seekable log: diff_id, size, entries and so on. Raises Corrupt if it is no log, or cut short."""
     try:
         if log.seek(0) or log.read(len(MAGIC)) != MAGIC:
             raise Corrupt("not a header log")
@@ -168,10 +168,10 @@ def rebuild(log: BinaryIO, layer: int, out: BinaryIO, *, compression: str = "non
         compression: "none", "gzip" or "zstd" around it (the original compression is not kept).
 
     Returns:
-        (sha256 digest, bytes) of what reached ``out``.
+        (sha256 digest, bytes) of the bytes that reached ``out``.
 
     Raises:
-        Corrupt: the log is damaged, or the layer no longer holds what it held; ``out`` is then worthless.
+        Corrupt: the log is damaged, or the layer has changed; ``out`` is then worthless.
     """
     trailer = read_trailer(log)
     if not trailer.get("complete"):
@@ -191,7 +191,7 @@ def rebuild(log: BinaryIO, layer: int, out: BinaryIO, *, compression: str = "non
                 path = canonical(member.name, max_path=_BIG, max_depth=_BIG, whiteouts=True)
                 what, _ = meaning(path)
                 if what is Meaning.ENTRY:
-                    # what a member wrote is displaced by the next one after it that displaced anything there
+                    # the data of a member is displaced by the next member that displaced any at its path
                     found = next((item for item in kept.get(path, ()) if item[0] > member.ordinal), None)
                 else:
                     found = next((item for item in kept.get(member.name, ()) if item[0] == member.ordinal), None)
@@ -247,7 +247,7 @@ class _Files:
         self._dir = -1
 
     def open(self, path: bytes) -> int:
-        """Nothing is followed. Raises Corrupt where there is no such file."""
+        """Open a file without following links. Raises Corrupt if there is none."""
         parent, _, name = path.rpartition(b"/")
         try:
             if parent != self._path:
@@ -282,7 +282,7 @@ def _copy_file(files: _Files, path: bytes, member: header.Member, packer: Packer
 
 
 def _copy(fd: int, base: int, length: int, member: header.Member, packer: Packer) -> None:
-    """The member's stored bytes out of the file's: all of it, or the segments of a sparse one."""
+    """Write the stored bytes of a member from its file: all of it, or the segments of a sparse one."""
     if (member.segments is None and member.stored != length) or (member.size > length and member.segments is not None):
         raise Corrupt(f"layer file {show(member.name)} is not as long as the archive held")
     ranges = [(0, length)] if member.segments is None else header.iter_segments(member.segments)

@@ -1,4 +1,4 @@
-"""Members of an exported archive: what to write is decided elsewhere, how it is written is here.
+"""The encoding of members of an exported archive; other modules choose the members.
 
 Rule: nothing that differs from host to host reaches the archive: no inode or device numbers, user
 names, access times, order of a directory on disk; nor holes, unless they were asked for.
@@ -87,7 +87,7 @@ class MemberWriter:
             self._progress(self._packer.size, self.entries)
 
     def mark(self, path: bytes) -> None:
-        """A whiteout or an opaque mark: an empty file of no one and no time."""
+        """A whiteout or an opaque mark: an empty file of user 0, mode 0 and time 0."""
         self._put(path, header.REGULAR, 0, 0, 0, 0, 0)
 
     def linked(self, path: bytes, ident: object, st_mode: int, uid: int, gid: int, mtime: int) -> bool:
@@ -105,7 +105,7 @@ class MemberWriter:
         size = st.st_size
         segments = [(start, end - start) for start, end in data_ranges(fd, size)]
         if not segments or sum(segments[-1]) < size:
-            segments.append((size, 0))  # how the format says that the file ends in a hole
+            segments.append((size, 0))  # the format's sign that the file ends in a hole
         listed = header.sparse_map(segments)
         stored = sum(length for _, length in segments)
         mode, uid, gid = owner
@@ -201,7 +201,7 @@ def write_object(writer: MemberWriter, tree: Tree, path: bytes) -> LowerStat | N
 
 
 def write_tree(writer: MemberWriter, tree: Tree, top: bytes, *, opaque: bool = False) -> None:
-    """``top`` and all below it; with an opaque mark in it when it must hide what lower layers have there."""
+    """``top`` and all below it; with an opaque mark in it when it must hide the lower layers there."""
     stack: list[tuple[bytes, bool]] = [(top, opaque)]
     while stack:
         path, mark = stack.pop()

@@ -1,4 +1,4 @@
-"""What a member's name means: a place in the layer, a whiteout, an opaque mark, or nothing good.
+"""The meaning of a member's name: a place in the layer, a whiteout, an opaque mark, or an error.
 
 Rule 1: a name becomes a path without ``.``, ``//`` and leading ``/`` (absolute names are taken
 as relative, as every tar does), and a ``..`` anywhere is refused, not resolved.
@@ -70,7 +70,7 @@ def canonical(name: bytes, *, max_path: int, max_depth: int, whiteouts: bool = F
 
 
 def meaning(path: bytes) -> tuple[Meaning, bytes]:
-    """What a canonical path stands for, and the path it concerns.
+    """The kind of entry that a canonical path stands for, and the path that it concerns.
 
     Returns:
         (ENTRY, path); (WHITEOUT, the path it hides); (OPAQUE, the directory); (SKIP, path).

@@ -1,4 +1,4 @@
-"""What an archive may ask for, and what came of it: the records around apply and export."""
+"""The options and results of apply and export."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class ApplyOptions:
     """Bounds for an archive from a stranger, and what to do without privilege.
 
     Attributes:
-        max_bytes: of the uncompressed archive (of an image's layers together), and of what else it makes this host write: directories that it does
-            not list, files of lower layers that it links to. Default 64 GiB.
-        max_entries: members, and the directories that they need and the archive does not list. Default 1,000,000.
+        max_bytes: of the uncompressed archive (of an image's layers together), and of other data that the host writes
+            for it: directories that it does not list, files of lower layers that it links to. Default 64 GiB.
+        max_entries: members, and directories for them that the archive does not list. Default 1,000,000.
         max_file: length of one file in bytes, holes included. Default 1 TiB.
         max_path: bytes of a name. max_depth: directories it may go down.
         max_header: bytes of one PAX header or long name.
@@ -54,7 +54,7 @@ class ApplyOptions:
 
 
 class Budget:
-    """What archives may still make this host write, together.
+    """The bytes that several archives together may still write on this host.
 
     Args:
         max_bytes: as in :class:`ApplyOptions`.
@@ -76,15 +76,15 @@ class Budget:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Applied:
-    """What an applied archive was.
+    """The figures of an applied archive.
 
     Attributes:
         diff_id: ``sha256:`` and the digest of the uncompressed archive. size: its bytes.
-        blob_digest, blob_size: the same of the stream as it came. compression: how it came.
-        entries: members read. whiteouts: names hidden, opaque directories among them. reserved: names that would
-            have deleted and were taken as they are (without ``ApplyOptions.whiteouts``). root: it has an entry for its root.
-        dropped: extended attributes that were not restored, name to count: the overlay's own names, and
-            what this host or user cannot set (with ``owners`` other than ``fail``).
+        blob_digest, blob_size: the same of the stream as received. compression: of the stream.
+        entries: members read. whiteouts: names hidden, opaque directories among them. reserved: whiteout names that
+            were taken literally (without ``ApplyOptions.whiteouts``). root: whether it has an entry for its root.
+        dropped: extended attributes that were not restored, name to count: the overlay's own names, and those that this
+            host or user cannot set (with ``owners`` other than ``fail``).
         skipped: members left out (devices without privilege under ``owners="ignore"``, aufs book-keeping).
         log_size: bytes of the header log that was written, 0 without one.
     """
@@ -105,7 +105,7 @@ class Applied:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exported:
-    """What an export wrote.
+    """The figures of an export.
 
     Attributes:
         diff_id, size: of the uncompressed tar. digest, blob_size: of the bytes written.

@@ -1,9 +1,9 @@
 """Members of a tar stream, one after the other, with all extensions merged in.
 
 Strategy. The reader takes blocks from a :class:`~cowfs.archive.compress.Source` and shows every
-byte that is not file data to ``raw`` in order; what ``raw`` saw is the archive with the data
-taken out. Reading *that* back with ``stripped=True`` gives the same members again, which is how
-:mod:`cowfs.archive.headerlog` reproduces an archive byte for byte without a format of its own.
+byte that is not file data to ``raw`` in order; the bytes in ``raw`` are the archive without its data. Reading *that*
+back with ``stripped=True`` gives the same members again, which is how :mod:`cowfs.archive.headerlog` reproduces an
+archive byte for byte without a format of its own.
 
 The dialects: ustar, PAX (POSIX.1-2018), GNU (long names ``L``/``K``, base-256 numbers, sparse in
 the old form and PAX forms 0.0, 0.1, 1.0), star's and version 7's headers.
@@ -28,11 +28,11 @@ __all__ = ["Reader", "blame"]
 
 _MAX_SEGMENTS = 1 << 20
 _MAX_TRAILER = 1 << 30
-_PLAIN_PAX = frozenset({b"mtime", b"atime", b"uid", b"gid"})  # what a global header may set
+_PLAIN_PAX = frozenset({b"mtime", b"atime", b"uid", b"gid"})  # the keys that a global header may set
 
 
 def blame(error: CowfsError, ordinal: int, name: bytes) -> CowfsError:
-    """The same error, naming the archive entry it is about."""
+    """The same error with the name of its archive entry."""
     return type(error)(f"archive entry {ordinal} {show(name)}: {error.message}", remedy=error.remedy)
 
 
@@ -109,7 +109,7 @@ class Reader:
         )
 
     def whole(self) -> memoryview | None:
-        """All of the current member's stored bytes at once, when they are at hand; else None, and nothing is taken."""
+        """All of the current member's stored bytes at once, if they are at hand; else None, and the stream does not advance."""
         piece = self._source.at_hand(self._left)
         if piece is not None:
             self._left = 0
@@ -200,7 +200,7 @@ class Reader:
         return member
 
     def _refuse_cut(self, block: bytes | bytearray | memoryview, extended: bool) -> None:
-        """Raise InvalidArgument where the archive ends in a header, or behind an extension that no entry follows."""
+        """Raise InvalidArgument if the archive ends in a header, or behind an extension without an entry."""
         if bytes(block).strip(b"\0"):
             raise InvalidArgument(
                 f"archive is truncated in the header after entry {self.entries}",
@@ -210,7 +210,7 @@ class Reader:
             raise InvalidArgument(f"archive is truncated after the extension of entry {self.entries + 1}")
 
     def _trailer(self) -> None:
-        """After a zero block: another one, then anything (kept for the record), or the end."""
+        """Read on after a zero block: another one, then any bytes (kept in the log), or the end."""
         if not self._trailing:
             return
         block = self._source.take(BLOCK)
@@ -252,7 +252,7 @@ class Reader:
                 raise InvalidArgument(f"global PAX header sets {show(key)} for every entry")
 
     def _merge(self, member: Member, records: list[tuple[bytes, bytes]]) -> bool:
-        """Apply PAX records, passing over those of no concern here; True when they describe a sparse file."""
+        """Apply PAX records, ignoring those without effect here; True when they describe a sparse file."""
         sparse: list[tuple[bytes, bytes]] = []
         for key, value in records:
             if key == b"path":

@@ -1,11 +1,11 @@
 """The walk over a layer directory that is being exported.
 
 Strategy. By open descriptors, depth first, names sorted as bytes, whiteouts before their siblings.
-What an overlay layer says about lower layers by reference (a renamed directory, a metadata-only
-copy) an archive cannot say; there the merged tree is read instead, through the caller's
-:class:`~cowfs.archive.options.Tree`: a renamed directory is written whole, behind an opaque mark.
+An archive cannot hold references to lower layers (a renamed directory, a metadata-only copy), as an overlay layer does;
+there the merged tree is read instead, through the caller's :class:`~cowfs.archive.options.Tree`: a renamed directory is
+written whole, behind an opaque mark.
 
-Rule 1: an object is what its descriptor says (fstat after open); a name that changes between is an
+Rule 1: an object's attributes are those of its descriptor (fstat after open); a name that changes in between is an
 error, never a different object. Rule 2: no link is followed, no FIFO or device is opened for reading.
 """
 
@@ -210,7 +210,7 @@ class LayerWalk:
         if self._override and own and OVERRIDE_XATTR in own:
             uid, gid, mode, kind, rdev = overridden(own[OVERRIDE_XATTR], kind, path)
         elif self._override and kind == header.SYMLINK and uid == self._maker:
-            uid = gid = 0  # a link carries no attribute of ours; nearly all are root's, and it has no effect
+            uid = gid = 0  # a link has no override attribute, and its owner has no effect
         size = st.st_size if kind == header.REGULAR else 0
         self._writer.header(
             path, kind, mode, uid, gid, size, st.st_mtime_ns, linkname=linkname, rdev=rdev, xattrs=xattrs

@@ -1,4 +1,4 @@
-"""Which paths of a target an archive wrote, and the data of its files that a later member takes away."""
+"""The paths of a target that an archive wrote, and the data of its files that a later member removes."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class Written:
         return self.all or hash(path) in self._hashes
 
     def add(self, path: bytes) -> None:
-        """This path is the archive's from now on."""
+        """Record that this path is the archive's from now on."""
         if not self.all:
             self._hashes.add(hash(path))
 
     def add_way(self, path: bytes) -> None:
-        """This path and the directories above it are the archive's from now on."""
+        """Record that this path and the directories above it are the archive's from now on."""
         if self.all:
             return
         hashes = self._hashes
@@ -57,12 +57,12 @@ class Displaced:
         self._saved = 0
 
     def save(self, dirfd: int, name: bytes, path: bytes, st: os.stat_result, ordinal: int) -> None:
-        """A file goes away because of member ``ordinal``."""
+        """Save the data of a file that member ``ordinal`` removes."""
         if self._log is None or not stat.S_ISREG(st.st_mode) or not st.st_size or not self._written.has(path):
             return
         self._saved += st.st_size
         if self._saved > 4 * self._reader.offset + (256 << 20):
-            self._log.give_up()  # the same holes, again and again
+            self._log.give_up()  # the same holes repeat
             return
         if st.st_size > _MOSTLY_HOLES and st.st_blocks * 512 < st.st_size // 2:
             self._log.give_up()  # holes as large as these are not worth a copy

@@ -1,6 +1,6 @@
 """The command `cowfs`: the only place that prints, and the only one that reads the user's environment.
 
-Strategy: one table of verbs. Only the verb that was asked for is imported and gets a parser (so `cowfs mount` starts
+Strategy: one table of verbs. Only the requested verb is imported and gets a parser (so `cowfs mount` starts
 fast); `--help` needs the table alone, `completion` and the tests walk all of it. Errors become one line on standard
 error and the exit status of their class here, at one of the two edges where errors are translated (the other is the
 FUSE session).
@@ -11,19 +11,24 @@ A verb's module has a dict ``COMMANDS``: verb -> :class:`Command`.
 from __future__ import annotations
 
 import errno
+import gc
 import io
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple, TextIO
 
+from cowfs._record import record
+
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
+    from typing import BinaryIO, TextIO
 
 __all__ = ["VERBS", "Command", "Verb", "fill_streams", "main", "parser_of", "say"]
 
 
-class Command(NamedTuple):
+@record(frozen=True, slots=True)
+class Command:
     """A verb: how its arguments look, what it does (returns the exit status), and examples for its --help."""
 
     configure: Callable[[argparse.ArgumentParser], None]
@@ -32,7 +37,8 @@ class Command(NamedTuple):
     examples: tuple[str, ...]
 
 
-class Verb(NamedTuple):
+@record(frozen=True, slots=True)
+class Verb:
     """A line of the table: what is known of a verb without importing it."""
 
     load: Callable[[], Commands]
@@ -124,10 +130,22 @@ def _service() -> Commands:
     return service.COMMANDS
 
 
+def _podman() -> Commands:
+    from cowfs.cli import podman
+
+    return podman.COMMANDS
+
+
 def _stats() -> Commands:
     from cowfs.cli import stats
 
     return stats.COMMANDS
+
+
+def _top() -> Commands:
+    from cowfs.cli import top
+
+    return top.COMMANDS
 
 
 def _bench() -> Commands:
@@ -190,8 +208,10 @@ VERBS: dict[str, Verb] = {
     "prune": Verb(_store_house, "remove snapshots that nothing needs", _STORE),
     "doctor": Verb(_store_house, "what this host and user can do, and how to get the rest", _STORE),
     "serve": Verb(_service, "serve the store to Docker's clients", _SERVICE),
+    "podman": Verb(_podman, "let podman and buildah mount fast, by the mount service", _SERVICE),
     "tls": Verb(_service, "certificates to try the TLS door with", _SERVICE),
     "stats": Verb(_stats, "what mounts and containers use, and what their servers do", _SERVICE),
+    "top": Verb(_top, "what mounts and containers do now, the busiest first", _SERVICE),
     "events": Verb(_service, "what happens to the store, mounts and containers", _SERVICE),
     "bench": Verb(_bench, "measure against other file systems, on your own disk", _ABOUT),
     "completion": Verb(_completion, "completion for bash, zsh or fish", _ABOUT),
@@ -199,7 +219,10 @@ VERBS: dict[str, Verb] = {
 
 
 #: options that may stand before the verb, and whether a value follows
-_BEFORE = {"--root": True, "--driver": True, "--json": False, "--jsonl": False}
+_BEFORE = {
+    **dict.fromkeys(("--root", "--driver", "--format", "--progress"), True),
+    **dict.fromkeys(("--json", "--jsonl", "-q", "--quiet", "-v", "--verbose", "-D", "--debug"), False),
+}
 
 
 def is_path(argument: str) -> bool:
@@ -216,12 +239,14 @@ def parser_of(name: str) -> argparse.ArgumentParser:
     """A verb's parser: one line for a bad argument, examples below its help."""
     import argparse
 
+    from cowfs.cli import common
+
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> None:  # type: ignore[override]
             self.exit(2, f"{self.prog}: {message} (see: {self.prog} --help)\n")
 
     def formatter(prog: str) -> argparse.HelpFormatter:
-        """The terminal is measured (an import of 2 ms) only for somebody who reads."""
+        """Measure the terminal (an import of 2 ms) only when help is printed."""
         width = None if {"-h", "--help", "help"} & set(sys.argv) else 80
         return argparse.RawDescriptionHelpFormatter(prog, width=width)
 
@@ -234,12 +259,13 @@ def parser_of(name: str) -> argparse.ArgumentParser:
         formatter_class=formatter,
     )
     command.configure(parser)
+    common.add(parser)
     parser.set_defaults(run=command.run)
     return parser
 
 
 def overview() -> str:
-    """What `cowfs --help` prints."""
+    """The text of `cowfs --help`."""
     lines = [
         "usage: cowfs VERB [arguments]     (cowfs VERB --help tells more, with examples)",
         "",
@@ -260,7 +286,7 @@ def overview() -> str:
 
 
 def verb_first(arguments: Sequence[str]) -> list[str]:
-    """Put the options of a store behind the verb, when somebody wrote them before it.
+    """Move the options of a store that stand before the verb behind it.
 
     >>> verb_first(["--root", "store", "--json", "ls", "-l"])
     ['ls', '--root', 'store', '--json', '-l']
@@ -298,13 +324,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def say(text: str, code: int = 0) -> int:
-    """Print; the exit status."""
+    """Print, and return the exit status."""
     sys.stdout.write(text)
     return code
 
 
 class _Closed(io.TextIOWrapper):
-    """A standard output that the caller closed: a verb that prints nothing does not notice."""
+    """A standard output that the caller closed, which matters only to a verb that prints."""
 
     def __init__(self) -> None:
         super().__init__(io.BytesIO())
@@ -318,7 +344,7 @@ class _Closed(io.TextIOWrapper):
 
 
 def fill_streams() -> None:
-    """Nothing that is opened later may get a closed standard stream's number: whatever is printed would be written there."""
+    """Occupy the numbers of closed standard streams, so that no file opened later gets one, and printed text with it."""
     for fd in range(3):
         try:
             os.fstat(fd)
@@ -334,18 +360,25 @@ def fill_streams() -> None:
 
 
 def _run(name: str, arguments: list[str]) -> int:
-    parser = parser_of(name)
+    from cowfs.cli import common
+
+    gc.disable()  # imports leave nothing to collect
+    try:
+        parser = parser_of(name)
+    finally:
+        gc.enable()
     options, rest = parser.parse_known_args(arguments)
     if rest and name in ("run", "sh"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:  # arguments on both sides of an option, or ones that are not known
         options = parser.parse_intermixed_args(arguments)
+    common.begin(options)
     code: int = options.run(options)
     return code
 
 
 def guarded(run: Callable[[], int], program: str = "cowfs") -> int:
-    """Run, and turn every error that is foreseen into one line and an exit status."""
+    """Run a verb, and turn every foreseen error into one line and an exit status."""
     from cowfs.errors import CowfsError
 
     try:
@@ -354,21 +387,31 @@ def guarded(run: Callable[[], int], program: str = "cowfs") -> int:
         finally:
             _flush()
     except CowfsError as error:
+        _trace()
         return complain(program, str(error), error.exit_code)
     except BrokenPipeError:
-        # The reader (head, less) has seen enough. Standard output must not complain again at exit.
+        # The reader (head, less) has seen enough. Keep the flush at exit from failing again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141
     except KeyboardInterrupt:
         return 130
     except OSError as error:
+        _trace()
         where = os.fsdecode(error.filename) + ": " if isinstance(error.filename, str | bytes) else ""
         return complain(program, f"{where or _full_output(error)}{error.strerror or error}", 1)
     return code
 
 
+def _trace() -> None:
+    """For -D: the origin of an error. Call inside ``except``."""
+    if "logging" in sys.modules:
+        from cowfs._log import Part
+
+        Part("cowfs.cli").trace("the error came from here")
+
+
 def _flush() -> None:
-    """What standard output did not take, it must not be given once more at exit."""
+    """Drop the text that standard output did not take, so that it is not written again at exit."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:
@@ -379,7 +422,7 @@ def _flush() -> None:
 
 
 def _full_output(error: OSError) -> str:
-    """The file that standard output goes to, where an error for want of room names no other."""
+    """The file behind standard output, if an error for want of room names no other."""
     if error.errno not in (errno.ENOSPC, errno.EDQUOT) or error.strerror != os.strerror(error.errno):
         return ""
     try:

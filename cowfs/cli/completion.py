@@ -17,7 +17,7 @@ from cowfs.cli.reference import actions_of
 
 
 class Option(NamedTuple):
-    """One option: its spellings, what it says of itself, and its value: None, words, or "any"."""
+    """One option: its spellings, its help, and its value: None, words, or "any"."""
 
     names: tuple[str, ...]
     help: str

@@ -1,26 +1,30 @@
-"""The user's and the host's configuration file of the command: what options and environment leave open.
+"""The user's and the host's configuration file of the command: the defaults behind options and environment.
 
-Which one holds, the first that says something: an option, the environment (``COWFS_ROOT``, ``COWFS_FSYNC``), the user's file
-(``$XDG_CONFIG_HOME/cowfs.toml``, ``~/.config/cowfs.toml``), the host's (``/etc/cowfs.toml``). ``COWFS_CONFIG`` names one file in place of both.
-The library reads none of them.
+The first of these with a value counts: an option, the environment (``COWFS_ROOT``, ``COWFS_FSYNC``), the user's file
+(``$XDG_CONFIG_HOME/cowfs.toml``, ``~/.config/cowfs.toml``), the host's (``/etc/cowfs.toml``). ``COWFS_CONFIG`` names
+one file in place of both. The library reads none of them.
 """
 
 from __future__ import annotations
 
 import os
-from typing import Any
 
 from cowfs.errors import InvalidArgument, NotFound
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 __all__ = ["KEYS", "fsync", "root", "settings"]
 
 HOST = "/etc/cowfs.toml"
 KEYS: dict[str, type] = {"root": str, "fsync": bool}
-"""What a file may say: ``root``, the store, an absolute path or one that begins with ``~``; ``fsync``, off for stores whose loss does not matter."""
+"""The keys of a file: ``root``, the store, an absolute path or one that begins with ``~``; ``fsync``, off for stores
+whose loss does not matter."""
 
 
 def _files() -> list[str]:
-    """The files that are asked, the one that counts less first."""
+    """The configuration files, the less important first."""
     named = os.environ.get("COWFS_CONFIG")
     if named:
         return [named]
@@ -29,11 +33,11 @@ def _files() -> list[str]:
 
 
 def settings() -> dict[str, Any]:
-    """What the files say, checked.
+    """The values of the files, checked.
 
     Raises:
-        InvalidArgument: a file is no TOML, or says what there is not; the message names it.
-        NotFound: the file that COWFS_CONFIG names.
+        InvalidArgument: a file is no TOML, or has an unknown key or value; the message names it.
+        NotFound: the file in COWFS_CONFIG is missing.
     """
     found: dict[str, Any] = {}
     for path in _files():
@@ -68,7 +72,7 @@ def settings() -> dict[str, Any]:
 
 
 def root(option: str | None) -> str | None:
-    """The store that is meant; None: the default one."""
+    """The root of the configured store; None: the default one."""
     named = option or os.environ.get("COWFS_ROOT")
     if named:
         return named
@@ -77,6 +81,6 @@ def root(option: str | None) -> str | None:
 
 
 def fsync() -> bool:
-    """Whether what is done must survive a loss of power."""
+    """Whether changes must survive a loss of power."""
     said = os.environ.get("COWFS_FSYNC")
     return said != "0" if said is not None else bool(settings().get("fsync", True))

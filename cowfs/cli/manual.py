@@ -98,7 +98,7 @@ def pages() -> dict[str, str]:
 
 
 def main(arguments: list[str]) -> int:
-    """Write all pages into the directory that is named, which is made; the exit status."""
+    """Write all pages into the named directory, which is made if missing, and return the exit status."""
     if len(arguments) != 1 or arguments[0].startswith("-"):
         sys.stderr.write("usage: python -m cowfs.cli.manual DIRECTORY\n")
         return 2

@@ -5,6 +5,7 @@ Strategy: `mount` forks the server from this very process once the arguments are
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from contextlib import ExitStack
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 
 def _configure_mount(parser: argparse.ArgumentParser) -> None:
+    from cowfs.cli.store.args import add_json
+
     add = parser.add_argument
     add(
         "paths",
@@ -77,7 +80,7 @@ def _configure_mount(parser: argparse.ArgumentParser) -> None:
     add("-f", "--foreground", action="store_true", help="serve from this process; diagnostics on standard error")
     add("--trace", action="store_true", help="one line a request, in the log (with -f on standard error)")
     add("--log", metavar="FILE", help="file for diagnostics and trace")
-    add("--json", action="store_const", const="array", default="", help="print mount point, process and control socket")
+    add_json(parser)
 
 
 def parse_map(texts: list[str]) -> IdMap:
@@ -137,7 +140,7 @@ def _spec(args: argparse.Namespace) -> MountSpec:
 
 
 def _mount_key(args: argparse.Namespace) -> int:
-    """A snapshot of the store. Its limit is the one it was prepared with."""
+    """Mount a snapshot of the store with the limit from its record."""
     from cowfs.cli.store.args import open_store
     from cowfs.mounting.mountpoint import resolve
 
@@ -168,13 +171,13 @@ def _mount_key(args: argparse.Namespace) -> int:
                 "log": os.path.abspath(args.log) if args.log else "",
             }
             if store.served_by(args.key, args.mount_type, args.limit_engine, more) == "kernel":
-                del more["foreground"]  # there is no server to be there
-                store.mount(args.key, args.paths[0], mount_type="kernel", **more)
-                return 0
+                del more["foreground"]  # a kernel mount has no server
+                handle = store.mount(args.key, args.paths[0], mount_type="kernel", **more)
+                return _by_kernel(handle.mountpoint, args.json)
             if not args.foreground:
                 held.enter_context(store.layers_stay(args.key))
             spec = store.spec(args.key, resolve(args.paths[0]), **more)
-        return serve(spec, as_json=args.json)  # the store is closed: a database is not taken along into another process
+        return serve(spec, as_json=args.json)  # close the store: a database connection must not cross a fork
 
 
 def _mount(args: argparse.Namespace) -> int:
@@ -186,21 +189,34 @@ def _mount(args: argparse.Namespace) -> int:
 
         if not kernel.why_not_in_memory(spec):
             kernel.mount_in_memory(spec)
-            return 0
+            return _by_kernel(spec.mountpoint, args.json)
     return serve(spec, as_json=args.json)
 
 
-def serve(spec: MountSpec, *, as_json: str = "") -> int:
-    """Start the server of a wish, in the background unless the wish says foreground. Returns the exit status."""
-    from cowfs.mounting import server
-
-    if spec.foreground:
-        return server.Server(spec).run()
-    started = server.start(spec)
+def _by_kernel(mountpoint: str, as_json: str) -> int:
+    """Report a mount that has no server."""
     if as_json:
-        import json
+        from cowfs.cli.output import print_json
 
-        print(json.dumps({"mountpoint": spec.mountpoint, **started._asdict()}))
+        print_json({"mountpoint": mountpoint, "pid": None, "socket": None}, as_json)
+    return 0
+
+
+def serve(spec: MountSpec, *, as_json: str = "") -> int:
+    """Start the server of a mount request, in the background unless the request says foreground. Returns the exit status."""
+    gc.disable()  # a start leaves nothing to collect; the server turns it on before it serves
+    try:
+        from cowfs.mounting import server
+
+        if spec.foreground:
+            return server.Server(spec).run()
+        started = server.start(spec)
+    finally:
+        gc.enable()
+    if as_json:
+        from cowfs.cli.output import print_json
+
+        print_json({"mountpoint": spec.mountpoint, **started._asdict()}, as_json)
     return 0
 
 
@@ -208,14 +224,19 @@ def serve(spec: MountSpec, *, as_json: str = "") -> int:
 
 
 def _configure_umount(parser: argparse.ArgumentParser) -> None:
+    from cowfs.cli.store.args import add_json
+
     add = parser.add_argument
     add("mountpoints", nargs="*", metavar="MNT", help="mount points")
     add("-l", "--lazy", action="store_true", help="off the tree now; the server ends with the last user")
     add("--force", action="store_true", help="cut the connection to a server that hangs")
     add("-a", "--all", action="store_true", help="all mounts of cowfs in this mount namespace")
+    add_json(parser)
 
 
 def _umount(args: argparse.Namespace) -> int:
+    from cowfs.cli.output import print_json
+    from cowfs.cli.progress import Bars
     from cowfs.mounting import client
 
     targets = list(args.mountpoints)
@@ -224,14 +245,21 @@ def _umount(args: argparse.Namespace) -> int:
     elif not targets:
         raise InvalidArgument("which mount point?", remedy="cowfs umount MNT; cowfs mounts lists them")
     code = 0
-    for target in targets:
-        try:
-            client.umount(target, lazy=args.lazy, force=args.force)
-        except CowfsError as error:
-            if len(targets) == 1:
-                raise
-            sys.stderr.write(f"cowfs: {error}\n")
-            code = error.exit_code
+    told: list[dict[str, Any]] = []
+    with Bars(args) as bars:
+        for at, target in enumerate(targets):
+            bars(f"umount {target}" if len(targets) == 1 else "umount", at, 0 if len(targets) == 1 else len(targets))
+            try:
+                client.umount(target, lazy=args.lazy, force=args.force)
+                told.append({"mountpoint": target, "unmounted": True, "error": None})
+            except CowfsError as error:
+                if len(targets) == 1:
+                    raise
+                sys.stderr.write(f"cowfs: {error}\n")
+                code = error.exit_code
+                told.append({"mountpoint": target, "unmounted": False, "error": str(error)})
+    if args.json:
+        print_json(told, args.json)
     return code
 
 
@@ -274,7 +302,7 @@ def _limit(args: argparse.Namespace) -> int:
 
 
 def _container(args: argparse.Namespace) -> str | None:
-    """The key of the container of a name or id, if the store has it."""
+    """The key of the container with a name or id, if the store has it."""
     from cowfs.cli.store.args import open_store
     from cowfs.errors import NotFound
     from cowfs.service.containers.known import key_of

@@ -1,48 +1,94 @@
-"""How the command prints: tables for people, JSON for programs, and file names that cannot harm a terminal."""
+"""Printing: tables for people, JSON for programs, and file names that cannot harm a terminal."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 from cowfs.errors import InvalidArgument
 from cowfs.model import Change, format_size
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+    from typing import Any
 
 TEMPLATE = "template:"
 """How a way to print begins that is a template, not ``array`` or ``lines``."""
 
 
+def note(args: argparse.Namespace, text: str) -> None:
+    """Print a note on standard error; -q leaves it out."""
+    if not args.quiet:
+        print(text, file=sys.stderr)
+
+
 def print_json(value: Any, how: str = "array") -> None:
-    """One JSON document; of a list with ``how`` of ``lines`` one object a line. Names that are not UTF-8 keep their bytes as surrogates (\\udcXX)."""
+    """One JSON document; of a list with ``how`` of ``lines`` one object a line.
+
+    Names that are not UTF-8 keep their bytes as surrogates (\\udcXX), and are there exactly as ``KEY_b64``, too.
+    """
     if how.startswith(TEMPLATE):
         for item in value if isinstance(value, list) else [value]:
             print(rendered(how[len(TEMPLATE) :], item))
         return
-    import json
-
     if how == "lines":
         for item in value if isinstance(value, list) else [value]:
-            print(json.dumps(item))
+            print(dumped(item))
     else:
-        print(json.dumps(value, indent=2 if sys.stdout.isatty() else None))
+        print(dumped(value, indent=2 if sys.stdout.isatty() else None))
+
+
+def dumped(value: Any, indent: int | None = None) -> str:
+    r"""A JSON document; a string that is no UTF-8 also exactly, its bytes as ``KEY_b64``.
+
+    >>> dumped({"upper": "/\udcff", "layers": ["a"]})
+    '{"upper": "/\\udcff", "upper_b64": "L/8=", "layers": ["a"]}'
+    """
+    import json
+
+    text = json.dumps(value, indent=indent)
+    return json.dumps(_exact(value), indent=indent) if "\\udc" in text else text
+
+
+def _exact(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_exact(item) for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    made: dict[str, Any] = {}
+    for key, item in value.items():
+        made[key] = _exact(item)
+        texts = item if isinstance(item, list | tuple) else [item]
+        if any(isinstance(text, str) and _is_bytes(text) for text in texts) and f"{key}_b64" not in value:
+            coded = [_b64(text) if isinstance(text, str) else text for text in texts]
+            made[f"{key}_b64"] = coded if isinstance(item, list | tuple) else coded[0]
+    return made
+
+
+def _is_bytes(text: str) -> bool:
+    return any("\udc80" <= char <= "\udcff" for char in text)
+
+
+def _b64(text: str) -> str:
+    from base64 import b64encode
+
+    return b64encode(text.encode("utf-8", "surrogateescape")).decode()
 
 
 def print_items(items: Iterable[Mapping[str, Any]], how: str) -> None:
-    """Objects as they come: ``lines``, one a line; else one JSON array."""
+    """Print objects as they arrive: with ``lines`` one a line, else one JSON array."""
     if how.startswith(TEMPLATE):
         for item in items:
             print(rendered(how[len(TEMPLATE) :], item))
         return
-    import json
-
     if how == "lines":
         for item in items:
-            print(json.dumps(item))
+            print(dumped(item))
         return
     before = "["
     for item in items:
-        print(before, json.dumps(item), sep="\n", end="")
+        print(before, dumped(item), sep="\n", end="")
         before = ","
     print("[]" if before == "[" else "\n]")
 
@@ -54,11 +100,7 @@ def path_fields(key: str, path: bytes) -> dict[str, str]:
     ({'path': 'a'}, '/w==')
     """
     text = path.decode("utf-8", "surrogateescape")
-    if text.isprintable() or not any("\udc80" <= char <= "\udcff" for char in text):
-        return {key: text}
-    from base64 import b64encode
-
-    return {key: text, f"{key}_b64": b64encode(path).decode()}
+    return {key: text, f"{key}_b64": _b64(text)} if not text.isprintable() and _is_bytes(text) else {key: text}
 
 
 def print_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -79,7 +121,7 @@ _AGES = (("d", 86_400), ("h", 3600), ("m", 60), ("s", 1))
 
 
 def age_of(nanoseconds: int) -> str:
-    """How long ago a time was, for people: its largest unit."""
+    """The age of a time for people, in its largest unit."""
     import time
 
     seconds = max(0, time.time_ns() - nanoseconds) // 1_000_000_000
@@ -92,10 +134,10 @@ def age_of(nanoseconds: int) -> str:
 def rendered(template: str, item: Mapping[str, Any]) -> str:
     """An object by a template: ``{name}``, ``{usage.bytes:size}``, ``{created:age}``, ``{created:time}``, and Python's own format specs.
 
-    ``\\t``, ``\\n`` and ``\\0`` mean what they mean to printf(1). What there is not, or is null, is a dash; a list has commas.
+    ``\\t``, ``\\n`` and ``\\0`` are as in printf(1). A missing or null value is a dash; a list has commas.
 
     Raises:
-        InvalidArgument: a field that there is not, or a format that does not fit.
+        InvalidArgument: an unknown field, or a format that does not fit.
     """
     from string import Formatter
 
@@ -186,7 +228,7 @@ def change_line(change: Change) -> str:
 
 
 class Tree:
-    """Changes summed up by directory, for ``--stat``: counts of each kind and bytes of files that are there."""
+    """Changes summed up by directory, for ``--stat``: counts of each kind and the bytes of present files."""
 
     def __init__(self) -> None:
         self.counts = {"added": 0, "changed": 0, "deleted": 0}

@@ -1,8 +1,8 @@
 """`cowfs-overlayfs`: the command line of fuse-overlayfs, for container engines and for mount(8).
 
-Strategy: two tables say what each option means; what is in neither is named on standard error and ignored, as
-fuse-overlayfs does. Everything beyond the parsing is the mount that `cowfs mount` makes, with two differences: nothing is
-recorded beside the upper, since the engine keeps its own records, and no upperdir means read-only.
+Strategy: two tables define the options; an unknown one is reported on standard error and ignored, as by fuse-overlayfs.
+Everything beyond the parsing is the mount that `cowfs mount` makes, with two differences: nothing is recorded beside
+the upper, since the engine keeps its own records, and no upperdir means read-only.
 
 Forms seen in practice, all understood: ``PROGRAM -o OPTIONS TARGET`` (podman, buildah), ``PROGRAM SOURCE TARGET -o
 OPTIONS`` (mount helpers, containerd), ``-oOPTIONS``, several ``-o``, ``a,,b,``, paths with ``\\:`` ``\\,`` ``\\\\``, and
@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from cowfs.cli import fill_streams, guarded, say
+from cowfs.cli import complain, fill_streams, guarded, say
 from cowfs.errors import InvalidArgument, Unsupported
 from cowfs.format.mount_options import split_layers, split_options, unescape
 
@@ -125,7 +125,7 @@ def _block(text: str) -> int:
     return size
 
 
-# Option -> fields of the wish. "lowers" and "squash_to_root" are sorted out afterwards.
+# Option -> fields of the wish. "lowers" and "squash_to_root" are resolved afterwards.
 _MEANING: dict[str, Callable[[str], dict[str, Any]]] = {
     "lowerdir": lambda text: {"lowers": split_layers(text)},
     "upperdir": lambda text: {"upper": unescape(text)},
@@ -152,7 +152,7 @@ _MEANING: dict[str, Callable[[str], dict[str, Any]]] = {
     "remount": lambda text: {"remount": True},
 }
 
-# Accepted without effect: the mount always behaves so, or the word is for somebody else.
+# Accepted without effect: the mount always behaves so, or the word is for another program.
 _IGNORED = frozenset(
     [
         "allow_root",
@@ -219,10 +219,10 @@ _IGNORED = frozenset(
 
 
 def parse(argv: Sequence[str]) -> dict[str, Any]:
-    """What a command line asks for: fields of a :class:`~cowfs.mounting.request.MountSpec`, before paths are made absolute.
+    """The request of a command line: fields of a :class:`~cowfs.mounting.request.MountSpec`, before paths are made absolute.
 
     Raises:
-        InvalidArgument: a value that cannot be understood, or something needed is missing.
+        InvalidArgument: a bad value, or a missing option.
     """
     from cowfs.sys.mounts import OPTION_FLAGS
 
@@ -264,10 +264,10 @@ def _warn(what: str) -> None:
 
 
 def spec_of(argv: Sequence[str]) -> MountSpec:
-    """The wish of a command line.
+    """The mount request of a command line.
 
     Raises:
-        InvalidArgument, Unsupported: it cannot be understood or served.
+        InvalidArgument, Unsupported: the request is malformed, or cannot be served.
     """
     from cowfs.mounting import mountpoint
     from cowfs.mounting.request import MountSpec
@@ -294,6 +294,8 @@ def spec_of(argv: Sequence[str]) -> MountSpec:
         raise InvalidArgument("an upperdir needs a workdir", remedy="on the same file system: -o workdir=DIR")
     layers = tuple(os.path.abspath(lower) for lower in reversed(lowers))
     upper = os.path.abspath(upper) if upper else None
+    for directory in [upper] if upper else layers:
+        _have_there(directory, readonly=not upper or readonly)
     if not found.get("override_xattr"):
         found["override_xattr"] = _detected_override([upper, *layers] if upper else layers)
     return MountSpec(
@@ -310,8 +312,20 @@ def spec_of(argv: Sequence[str]) -> MountSpec:
     )
 
 
+def _have_there(directory: str, *, readonly: bool) -> None:
+    """A layer of a store whose driver makes it a directory when it is wanted, as the driver's record of the mount says, is made one."""
+    root, between, inside = directory.rpartition("/layers/")
+    id = inside.partition("/")[0]
+    if not between or os.path.isdir(directory) or not os.path.isdir(f"{root}/layers/{id}"):
+        return
+    from cowfs.store import Store
+
+    with Store.open(root) as store:
+        store.driver.mounts(id, [], readonly=readonly, mount_type="kernel")
+
+
 def _detected_override(directories: Sequence[str]) -> str:
-    """The xattr that says who owns a layer's root, where a layer was written with one (podman's force_mask)."""
+    """The xattr with the owner of a layer's root, if the layer was written with one (podman's force_mask)."""
     for directory in directories:
         for name in (OVERRIDE_XATTR[2], OVERRIDE_XATTR[1]):
             try:
@@ -323,7 +337,7 @@ def _detected_override(directories: Sequence[str]) -> str:
 
 
 def remount(found: dict[str, Any]) -> int:
-    """`mount -o remount,ro MNT`: other flags for a mount that is there; its server goes on. Returns the exit status.
+    """`mount -o remount,ro MNT`: set other flags on an existing mount; its server goes on. Returns the exit status.
 
     As in mount(2), flags that are not given are cleared; mount(8) adds those that the mount has.
     """
@@ -344,17 +358,47 @@ def remount(found: dict[str, Any]) -> int:
     return 0
 
 
-def run(argv: Sequence[str]) -> int:
+def run(argv: Sequence[str], serve: Callable[[MountSpec], int]) -> int:
     """Mount. Returns the exit status."""
-    from cowfs.cli.mount import serve
-
     if any("remount" in split_options(argument.removeprefix("-o")) for argument in argv):
         return remount(parse(argv))
     return serve(spec_of(argv))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of the command. Returns the exit status."""
+def handed_over(argv: Sequence[str], answers: int) -> int | None:
+    """The command in a child of the mount service, which becomes the mount's server and tells the exit status on ``answers``.
+
+    Returns:
+        the exit status of what mounts nothing; None: that is to be done where the user is (in the foreground).
+    """
+    from cowfs.mounting import protocol, server
+
+    def told(message: dict[str, Any]) -> bytes:
+        if "error" not in message:
+            return b"0\n"
+        error = protocol.error_from(message["error"])
+        return b"%d\n" % complain(PROGRAM, str(error), error.exit_code)
+
+    def serve(spec: MountSpec) -> int:
+        if spec.foreground:
+            return _DECLINED
+        return server.serve(spec, server.Report(answers, told))
+
+    status = main(argv, serve)
+    return None if status == _DECLINED else status
+
+
+_DECLINED = -1
+
+
+def _serve(spec: MountSpec) -> int:
+    from cowfs.cli.mount import serve
+
+    return serve(spec)
+
+
+def main(argv: Sequence[str] | None = None, serve: Callable[[MountSpec], int] = _serve) -> int:
+    """The command, once it is clear that it is done here. Returns the exit status."""
     fill_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if any(argument in ("-h", "--help") for argument in arguments):
@@ -363,7 +407,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from cowfs import __version__
 
         return guarded(lambda: say(f"{PROGRAM}: version {__version__}\n"), PROGRAM)
-    return guarded(lambda: run(arguments), PROGRAM)
+    return guarded(lambda: run(arguments, serve), PROGRAM)
 
 
 if __name__ == "__main__":

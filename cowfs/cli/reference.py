@@ -1,6 +1,6 @@
 """docs/cli.md, written from the parsers: ``python -m cowfs.cli.reference > docs/cli.md``.
 
-Strategy: as the completion scripts, from the one table of verbs; tests/cli compares the file with what this writes.
+Strategy: as the completion scripts, from the one table of verbs; tests/cli compares the file with the output.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import argparse
 import sys
 
 from cowfs.cli import VERBS, command_of, parser_of
+from cowfs.cli.common import COMMON, HOW
 
 HEAD = """\
 # The command
@@ -18,6 +19,17 @@ HEAD = """\
 Arguments that start with `/`, `./` or `../` are paths; others name snapshots in the store where a verb takes either.
 The store is the one that `--root` names, else `$COWFS_ROOT`, else `root` of `~/.config/cowfs.toml` or `/etc/cowfs.toml`, else `/var/lib/cowfs` as
 root and the user's data directory otherwise. Those files may also say `fsync = false`, as `COWFS_FSYNC=0` does; `COWFS_CONFIG` names one in place of both.
+
+Every verb has these options, before or behind it:
+
+| option | meaning |
+|---|---|
+COMMON
+`--json` prints what a verb tells as JSON: a list as an array of objects, one thing as an object; `--jsonl` prints an object a line, whatever the verb;
+`--format` a line for each object by a template of its fields, as `'{name}\\t{created:age}\\t{usage.bytes:size}'` (`:size`, `:age`, `:time`, and
+Python's own format specs). A name that is not UTF-8 is there exactly as `KEY_b64`, too. `--progress json` writes an object a line to standard error:
+`what`, `done`, `total` (null where it is not known), `seconds`, and `end` in the last one.
+
 Errors are one line on standard error (what, where, how to mend it) and an exit status:
 
 | status | meaning |
@@ -55,7 +67,7 @@ def _usage(name: str, actions: list[argparse.Action]) -> str:
 
 
 def actions_of(name: str) -> list[argparse.Action]:
-    """The options and arguments of a verb's parser, in order; argparse itself keeps them to itself."""
+    """The options and arguments of a verb's parser, in order; argparse has no public way to them."""
     return parser_of(name)._actions
 
 
@@ -64,7 +76,7 @@ def _verb(name: str) -> str:
     lines = [f"### {name}", "", "```", _usage(name, actions), "```", "", command.description.replace("\n", " "), ""]
     rows = []
     for action in actions:
-        if action.dest == "help" or action.help == argparse.SUPPRESS:
+        if action.dest == "help" or action.help in (argparse.SUPPRESS, *(text for _, text in COMMON)):
             continue
         value = ""
         if action.option_strings and action.nargs != 0:
@@ -80,7 +92,11 @@ def _verb(name: str) -> str:
 
 def reference() -> str:
     """The whole page."""
-    parts = [HEAD + "".join(f"| {code} | {text} |\n" for code, text in STATUSES)]
+    common = ""
+    for names, text in COMMON:
+        value = f"={'|'.join(HOW)}" if names == ("--progress",) else ""
+        common += f"| `{_cell(', '.join(names) + value)}` | {_cell(text)} |\n"
+    parts = [HEAD.replace("COMMON\n", common + "\n") + "".join(f"| {code} | {text} |\n" for code, text in STATUSES)]
     for group in dict.fromkeys(verb.group for verb in VERBS.values()):
         parts.append(f"## {group}\n")
         parts += [_verb(name) for name, verb in VERBS.items() if verb.group == group]

@@ -7,7 +7,9 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from cowfs.cli import Command
-from cowfs.cli.store.args import Bars, add_store, open_store
+from cowfs.cli.output import print_json
+from cowfs.cli.progress import Bars
+from cowfs.cli.store.args import add_store, open_store
 from cowfs.errors import CowfsError, FailedPrecondition
 
 if TYPE_CHECKING:
@@ -24,12 +26,12 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 def _configure_pull(parser: argparse.ArgumentParser) -> None:
     _configure(parser)
     parser.add_argument("--platform", metavar="OS/ARCH", help="which of several images (default: this machine's)")
-    add_store(parser, json=False)
+    add_store(parser)
 
 
 def _configure_push(parser: argparse.ArgumentParser) -> None:
     _configure(parser)
-    add_store(parser, json=False)
+    add_store(parser)
 
 
 def _transfer(args: argparse.Namespace, *, push: bool) -> int:
@@ -47,17 +49,17 @@ def _transfer(args: argparse.Namespace, *, push: bool) -> int:
             lines: Iterable[Any] = transfers.push(args.name, credentials=credentials)
         else:
             lines = transfers.pull(args.name, platform=args.platform, credentials=credentials)
-        return _tell(lines, quiet=args.quiet)
+        return _tell(args, lines)
 
 
-def _tell(lines: Iterable[Any], *, quiet: bool) -> int:
-    """Bars while it goes on, the last words at the end.
+def _tell(args: argparse.Namespace, lines: Iterable[Any]) -> int:
+    """Show bars during a transfer, and its result at the end.
 
     Raises:
-        CowfsError: what the last line says.
+        CowfsError: the error in the last line.
     """
     digest = ""
-    with Bars() as bars:
+    with Bars(args) as bars:
         for line in lines:
             if line is None:
                 continue
@@ -70,11 +72,14 @@ def _tell(lines: Iterable[Any], *, quiet: bool) -> int:
             status = line.get("status", "")
             if status.startswith("Digest: "):
                 digest = status.removeprefix("Digest: ")
-            elif status.startswith("Status: ") and not quiet:
+            elif status.startswith("Status: ") and not args.quiet and not args.json:
                 print(status.removeprefix("Status: "))
     if not digest:
         raise CowfsError("the registry gave no digest")
-    print(digest)
+    if args.json:
+        print_json({"name": args.name, "digest": digest}, args.json)
+    else:
+        print(digest)
     sys.stdout.flush()
     return 0
 

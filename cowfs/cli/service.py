@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import TYPE_CHECKING
 
 from cowfs.cli import Command
-from cowfs.cli.store.args import add_store, open_store
+from cowfs.cli.output import print_json
+from cowfs.cli.store.args import add_json, add_store, open_store
 from cowfs.errors import InvalidArgument, Unsupported
 
 if TYPE_CHECKING:
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 
 def _needs_daemon() -> None:
     try:
-        import h11  # noqa: F401  only to say which package is missing
+        import h11  # noqa: F401  only to name a missing package
     except ImportError:
         raise Unsupported("the service needs the package h11", remedy="pip install 'cowfs-storage[daemon]'") from None
 
@@ -30,9 +32,20 @@ def _configure_serve(parser: argparse.ArgumentParser) -> None:
     add("--print-config", action="store_true", help="print a TOML file with all options as they are now, and end")
     add("--install", action="store_true", help="write systemd units for a service with socket activation, and end")
     add("--force", action="store_true", help="of --install: overwrite units that are there")
+    add(
+        "--mounts",
+        nargs="?",
+        const="",
+        metavar="SOCKET",
+        help="be this user's mount service instead: cowfs-overlayfs, of podman and buildah, hands its work to it",
+    )
 
 
 def _serve(args: argparse.Namespace) -> int:
+    if args.mounts is not None and not args.install:
+        from cowfs.cli import standby
+
+        standby.start(args.mounts)
     _needs_daemon()
     from cowfs.service.daemon import main_service
 
@@ -45,6 +58,7 @@ def _configure_tls(parser: argparse.ArgumentParser) -> None:
     add("directory", metavar="DIR", help="where; it gets ca.pem, server-cert.pem, server-key.pem, cert.pem, key.pem")
     add("--name", action="append", default=[], metavar="HOST", help="name or address of the server; repeated")
     add("--days", type=int, default=365, metavar="N", help="how long the certificates are valid (default: 365)")
+    add_json(parser)
 
 
 def _tls(args: argparse.Namespace) -> int:
@@ -57,6 +71,10 @@ def _tls(args: argparse.Namespace) -> int:
     names = args.name or list(dict.fromkeys([socket.gethostname(), "localhost", "127.0.0.1", "::1"]))
     where = os.path.abspath(args.directory)
     make_certificates(where, names, days=args.days)
+    if args.json:
+        files = {name: f"{where}/{name}.pem" for name in ("ca", "server-cert", "server-key", "cert", "key")}
+        print_json({"directory": where, "names": names, **files}, args.json)
+        return 0
     print(f"cowfs serve -H tcp://0.0.0.0:2376 --tlsverify --tlscacert={where}/ca.pem \\")
     print(f"    --tlscert={where}/server-cert.pem --tlskey={where}/server-key.pem")
     print(f"DOCKER_CERT_PATH={where} docker -H tcp://{names[0]}:2376 --tlsverify version")
@@ -80,11 +98,17 @@ def _events(args: argparse.Namespace) -> int:
             raise InvalidArgument(f"not a filter: {pair!r}", remedy="type=, event= or actor=")
         wanted.setdefault(key, []).append(value)
     since, until = _time(args.since), _time(args.until)
+    from dataclasses import asdict
+
     with open_store(args, create=False) as store:
         for event in store.events(since=since, until=until, follow=args.follow or args.since is None):
             told = {"type": event.type, "event": event.action, "actor": event.actor}
             if event.type == "log" or all(told[key] in values for key, values in wanted.items()):
-                print(_json(event) if args.json else _line(event), flush=True)
+                if args.json:
+                    print_json(asdict(event), "lines" if args.json == "array" else args.json)
+                else:
+                    print(_line(event))
+                sys.stdout.flush()
     return 0
 
 
@@ -123,13 +147,6 @@ def _line(event: Event) -> str:
     return shown(f"{when} {event.type} {event.action} {event.actor}".rstrip() + (f" ({told})" if told else ""))
 
 
-def _json(event: Event) -> str:
-    import json
-    from dataclasses import asdict
-
-    return json.dumps(asdict(event))
-
-
 COMMANDS = {
     "serve": Command(
         _configure_serve,
@@ -161,8 +178,6 @@ COMMANDS = {
 
 def daemon_main() -> int:
     """Entry point of ``cowfsd``: ``cowfs serve`` by another name."""
-    import sys
-
     from cowfs.cli import main
 
     return main(["serve", *sys.argv[1:]])

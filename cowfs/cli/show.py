@@ -1,9 +1,8 @@
-"""`cowfs mounts`, `diff` and `usage`: what is there."""
+"""`cowfs mounts`, `diff` and `usage`."""
 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
 
 from cowfs.cli import Command, is_path
 from cowfs.cli.output import (
@@ -17,9 +16,10 @@ from cowfs.cli.output import (
     shown,
     size_or,
 )
-from cowfs.cli.store.args import add_store, known_in_store, look_at_store, open_store
+from cowfs.cli.store.args import add_store, known_in_store, look_at_store, open_store, template
 from cowfs.errors import InvalidArgument, NotFound
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterator
@@ -124,7 +124,7 @@ def _usage(args: argparse.Namespace) -> int:
 
 
 def _is_of_a_store(args: argparse.Namespace) -> bool:
-    """Whether the kernel serves a store's snapshot at the mount point; then the arguments name that."""
+    """Whether the kernel serves a store's snapshot at the mount point; if so, the arguments get its key and store."""
     from cowfs.mounting import client, mountpoint
 
     where = mountpoint.resolve(args.mountpoint)
@@ -204,6 +204,9 @@ def _configure_diff(parser: argparse.ArgumentParser) -> None:
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_const", const="array", default="", help="as JSON: an array of objects")
     form.add_argument("--jsonl", action="store_const", const="lines", dest="json", help="as JSON, an object a line")
+    form.add_argument(
+        "--format", dest="json", metavar="TEMPLATE", type=template, help="each change by a template of its JSON fields"
+    )
     form.add_argument("--stat", action="store_true", help="sums by directory, as a tree")
     add("--depth", type=int, default=3, metavar="N", help="levels of the --stat tree (default: 3)")
     add("-q", "--quiet", action="store_true", help="print nothing; exit with 1 when there is a change, else 0")

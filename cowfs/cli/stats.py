@@ -1,7 +1,7 @@
-"""`cowfs stats`: what mounts and containers use, and what their servers do, alike; no daemon is needed.
+"""`cowfs stats`: the use of mounts and containers, and the work of their servers, without a daemon.
 
-Strategy. A look is a list of records. Rates are differences of two looks; so the first line waits for a second one. A container's processor, memory,
-processes and block I/O are of its control group, a mount's of its server process.
+Strategy. A sample is a list of records. Rates are differences of two samples, so the first line waits for a second sample. A
+container's processor, memory, processes and block I/O are of its control group, a mount's of its server process.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ class Look:
 
     Attributes:
         name: of a container, else the key, else the mount point. container: id, or "".
-        cpu: seconds used. memory: bytes. pids: processes and threads. read, written: bytes of block devices. None where the host does not say.
+        cpu: seconds used. memory: bytes. pids: processes and threads. read, written: bytes of block devices. None if
+            the host does not tell.
         at: seconds of the monotonic clock.
     """
 
@@ -53,10 +54,10 @@ class Look:
 
 
 def looks(wanted: list[str]) -> list[Look]:
-    """All mounts here, and those of containers wherever they are; or those that are wanted.
+    """All mounts of this namespace, and those of containers in any; or the given ones.
 
     Raises:
-        NotFound: one that is wanted is not mounted.
+        NotFound: a given one is not mounted.
     """
     from cowfs.mounting import client
 
@@ -87,7 +88,7 @@ def _begins(id: str, reference: str) -> bool:
 
 
 def _container_of(status: MountStatus) -> tuple[str, str]:
-    """(id, name) of the container whose tree a mount is; ("", "") of others."""
+    """(id, name) of the container of a mount; ("", "") of others."""
     from cowfs.service.containers.known import name_of
 
     kind, slash, id = status.label.partition("/")
@@ -105,7 +106,7 @@ def _look(status: MountStatus, id: str, name: str) -> Look | None:
     try:
         counted = MountHandle(status.mountpoint, status.pid or 0, status.socket).statistics(timed=True)
     except CowfsError:
-        counted = Statistics(usage=status.usage, limit=status.limit)  # an older server, or one that just ended
+        counted = Statistics(usage=status.usage, limit=status.limit)  # an older server, or one that has just ended
     if id:
         figures = cgroups.read(f"{cgroups.PREFIX}/{id}")
         cpu = None if figures.cpu is None else figures.cpu / 1e9
@@ -223,10 +224,10 @@ def _stats(args: argparse.Namespace) -> int:
         except NotFound:
             if args.no_stream:
                 raise
-            return 0  # what was looked at is gone
+            return 0  # the mount is gone
         pairs = [(before.get(look.mountpoint, look), look) for look in now]
         if args.json:
-            print_json([document(*pair) for pair in pairs])
+            print_json([document(*pair) for pair in pairs], args.json)
         else:
             if terminal and not args.no_stream:
                 sys.stdout.write("\x1b[H\x1b[J")

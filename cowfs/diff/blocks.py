@@ -1,4 +1,4 @@
-"""Block-level differences: what makes one tree into another, where a changed block travels as one block.
+"""Block-level differences: the changes that turn one tree into another; a changed block travels as one block.
 
 Strategy: the paths that differ are given (:func:`cowfs.index.compare.compare` knows them from the index). For a file that both
 trees have, ranges that come from the same place of the same stored file are equal without being read; of two redirect
@@ -8,7 +8,7 @@ Format (docs/row.md, "Block-level differences"). A stream; numbers are little en
 0, block size, digest of the tree that it applies to (zeros: the empty tree). Then frames ``<cI`` kind, length, payload:
 
 =====  =====================================================================
-``M``  one path, JSON: what it is from now on (:func:`_meta`)
+``M``  one path, JSON: its new state (:func:`_meta`)
 ``D``  u64 offset, bytes: data of the path before
 ``Z``  u64 offset, u64 length: zeros
 ``E``  the end: SHA-256 of all bytes before this frame
@@ -57,7 +57,7 @@ Range = tuple[int, int]
 
 @dataclass(slots=True)
 class Counts:
-    """What a stream held.
+    """The figures of a stream.
 
     Attributes:
         paths: paths that differ.
@@ -93,11 +93,11 @@ class _Out:
 
 
 def produce(before: View, after: View, changes: Iterable[Change], stream: BinaryIO, *, base: bytes) -> Counts:
-    """Write what makes ``before`` into ``after``.
+    """Write the changes that turn ``before`` into ``after``.
 
     Args:
         changes: the paths that differ, in path order.
-        base: what identifies the tree that the stream applies to, 32 bytes.
+        base: the digest of the tree that the stream applies to, 32 bytes.
 
     Raises:
         OSError: a file cannot be read, or the stream cannot be written.
@@ -160,7 +160,7 @@ def _send(before: View, old: Node | None, after: View, new: Node, out: _Out) -> 
 
 
 def _differing(data: bytes, there: bytes) -> Iterator[Range]:
-    """Runs of blocks that are not the same; what ``there`` lacks counts as zeros."""
+    """Runs of blocks that differ; blocks missing in ``there`` count as zeros."""
     if data == there:
         return
     start, was_zero = -1, False
@@ -184,7 +184,7 @@ def _differing(data: bytes, there: bytes) -> Iterator[Range]:
 
 
 def _maybe_different(before: View, old: Node | None, after: View, new: Node, size: int) -> list[Range]:
-    """Block-aligned ranges of ``new`` that cannot be told to be equal without reading."""
+    """Block-aligned ranges of ``new`` whose equality is unknown without reading."""
     theirs = _places(before, old) if old is not None else []
     found: list[Range] = []
     index = 0
@@ -209,7 +209,7 @@ def _maybe_different(before: View, old: Node | None, after: View, new: Node, siz
 
 
 def _places(view: View, node: Node) -> list[tuple[int, int, object]]:
-    """(start, end, which stored file has it): equal places at equal offsets hold equal bytes."""
+    """(start, end, the stored file): equal files at equal offsets hold equal bytes."""
     size = view.size(node)
     if not size:
         return []
@@ -239,7 +239,7 @@ def _read(view: View, node: Node, offset: int, length: int) -> bytes:
 
 
 class _In:
-    """Frames out of a stream, checked for their size, with the digest of what came before."""
+    """Frames out of a stream, checked for their size, with the digest of the frames before."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
@@ -281,13 +281,13 @@ class _In:
 
 
 def apply(view: View, stream: BinaryIO, *, base: bytes) -> Counts:
-    """Make in a view what a stream says.
+    """Apply a stream to a view.
 
     Args:
         base: the digest of the view's tree; must be the one that the stream applies to.
 
     Raises:
-        FailedPrecondition: it applies to another tree; nothing was changed.
+        FailedPrecondition: the stream applies to another tree; the view is unchanged.
         Corrupt, InvalidArgument: the stream is damaged or hostile; part of it may have been applied.
         OSError: ENOSPC and so on, likewise.
     """
@@ -331,7 +331,7 @@ class _Target:
         self._directories: list[tuple[bytes, dict[str, Any]]] = []
 
     def path(self, meta: dict[str, Any]) -> None:
-        """Begin with a path; the one before is complete."""
+        """Begin with a path, and complete the one before."""
         self._finish()
         path = _bytes(meta["path"])
         try:
@@ -430,7 +430,7 @@ class _Target:
             self._view.forget(node.id, 1)
 
     def end(self) -> None:
-        """The last path is complete, and with it the directories."""
+        """Complete the last path, and with it the directories."""
         self._finish()
         for path, meta in reversed(self._directories):
             node = find(self._view, path)
@@ -466,7 +466,7 @@ def _place(view: View, path: bytes) -> tuple[Dir, bytes]:
 
 
 def _remove(view: View, node: Node) -> None:
-    """Remove a tree; deeper than Python's stack, too."""
+    """Remove a tree, even one deeper than Python's stack."""
     stack = [node]
     while stack:
         here = stack[-1]

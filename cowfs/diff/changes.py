@@ -1,9 +1,9 @@
-"""What an upper layer changes in the tree beneath it, exactly.
+"""The exact changes of an upper layer against the tree beneath it.
 
-Strategy: two read-only views, one of the lowers, one of upper and lowers together, are gone down side by side. The views
-know every encoding of "deleted", "moved" and "only its attributes", so nothing of that is said again here. The cost is
-that of the upper: while a directory merely merges with the same one beneath it, only the names that the upper holds
-are looked at. Below a directory that the upper made opaque or moved, all names of both sides are.
+Strategy: two read-only views, one of the lowers, one of upper and lowers together, are gone down side by side. The
+views know every encoding of "deleted", "moved" and "only its attributes", so this module needs none. The cost is that
+of the upper: while a directory merely merges with the same one beneath it, only the names that the upper holds are
+looked at. Below a directory that the upper made opaque or moved, all names of both sides are.
 
 Rules (those of :func:`cowfs.index.compare.compare`, which answers the same question from the index):
 
@@ -12,7 +12,7 @@ Rules (those of :func:`cowfs.index.compare.compare`, which answers the same ques
    became something else, or the reverse, is one change of type; what was in it is not listed as deleted.
 3. A file counts as changed in content only when its bytes differ: those of equal size are compared, unless both views
    say that the data is the same inode (a chmod that copied no data).
-4. A rename is a deletion and an addition, since that is what a layer can say.
+4. A rename is a deletion and an addition, since a layer has no other record of it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from cowfs.index.compare import different_attributes
 from cowfs.model import TYPE_NAMES, Change
 
 if TYPE_CHECKING:
-    from cowfs.union import Options, View
+    from cowfs.row.view import View
+    from cowfs.union import Options
     from cowfs.union.node import Dir, Node
 
 __all__ = ["changes", "view_options"]
@@ -37,7 +38,7 @@ _CHUNK = 1 << 20
 
 
 def view_options(details: Mapping[str, Any]) -> Options:
-    """The options that decide what a tree looks like, from a mount's details or a wish as a mapping."""
+    """The options that decide about the content of a tree, from the mapping of a mount's details or request."""
     from cowfs.union import Options
 
     def ranges(name: str) -> tuple[tuple[int, int, int], ...]:
@@ -54,7 +55,7 @@ def view_options(details: Mapping[str, Any]) -> Options:
 
 
 def changes(upper: str, layers: Sequence[str], *, options: Options | None = None) -> Iterator[Change]:
-    """What ``upper`` adds, changes and deletes.
+    """The changes of ``upper``: additions, changes and deletions.
 
     Args:
         upper: the writable layer's directory; may be mounted meanwhile, then changes made during the walk may be missed.
@@ -65,7 +66,8 @@ def changes(upper: str, layers: Sequence[str], *, options: Options | None = None
         NotFound, InvalidArgument: a directory that is missing or unfit (at once, not at the first change).
         CowfsError: an I/O error during the walk.
     """
-    from cowfs.union import Options, View
+    from cowfs.row.view import View
+    from cowfs.union import Options
 
     if isinstance(layers, str | bytes | os.PathLike):
         raise InvalidArgument(f"layers are a sequence of directories, not one path: {layers!r}", remedy="[path]")
@@ -138,7 +140,7 @@ class _Walk:
     def _below(
         self, path: bytes, before: Dir | None, after: Dir, plain: bool
     ) -> Iterator[tuple[bytes, Node | None, Node | None, bool]]:
-        """Names to look at in a directory: (path, node beneath, node now, whether both stand on the same place)."""
+        """Names to look at in a directory: (path, node beneath, node now, whether both have the same lower directory)."""
         plain = plain and before is not None and self._merges(after)
         names = self._upper_names(after) if plain else set(self._names(self.merged, after))
         if not plain and before is not None:
@@ -150,7 +152,7 @@ class _Walk:
             yield base + name, old, new, plain
 
     def _merges(self, after: Dir) -> bool:
-        """Whether the upper has this directory and it simply lies over the same one beneath."""
+        """Whether the upper has this directory and merges it with the same one beneath."""
         source = after.sources[0]
         if source.layer is not self.upper_layer:
             return False

@@ -1,4 +1,4 @@
-"""Backends: :mod:`interface` says in an essay what a driver is, :mod:`registry` finds those that are installed."""
+"""Backends: :mod:`interface` has the interface of a driver with an essay, :mod:`registry` finds the installed drivers."""
 
 from typing import TYPE_CHECKING
 

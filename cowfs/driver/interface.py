@@ -1,15 +1,15 @@
-"""What a backend is, and the words it is described with.
+"""The interface of a backend, and the words that describe one.
 
 A store keeps *snapshots*; each owns one *layer*, a directory that one driver fills and reads.
-The store decides which layers there are, what they are called, which is whose parent, and in
-which order things reach the disk. The driver knows only how a layer *holds* a tree. It is given
-ids and never sees a key, a name, a tag or the index, so a driver is a few small functions.
+The store decides about layers, their names, their parents, and the order in which things reach the disk. The driver
+knows only how a layer *holds* a tree. It is given ids and never sees a key, a name, a tag or the index, so a driver is
+a few small functions.
 
 Words. An **id** names a layer's directory and survives the commit. **parents** are ids, nearest
 first. The layer being written is *active*; :meth:`Driver.freeze` makes it *frozen*, which is for
 good. A **plan** says which directories a mount is made of (:class:`~cowfs.driver.plan.MountPlan`),
-a **mount** the same in mount(8)'s words: data, a driver never mounts. A **delta** layer holds what changed against its parents, a **whole** layer the
-entire tree.
+a **mount** the same in mount(8)'s words: data, a driver never mounts. A **delta** layer holds what changed against its
+parents, a **whole** layer the entire tree.
 
 On disk. Layer ``ID`` is ``ROOT/layers/ID``. While it is being made it is ``ROOT/new-ID``, while
 it is being deleted ``ROOT/rm-ID``; the store has the driver move it (:meth:`Driver.publish`), and hands the driver the
@@ -88,7 +88,7 @@ HELD = "cowfs-held"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Capabilities:
-    """The kind of a driver's layers in one store, on this host, for this user. The store asks nothing else about it.
+    """The kind of a driver's layers in one store, on this host, for this user. The store knows nothing else about them.
 
     Attributes:
         whole: each layer is an entire tree; otherwise it is a delta in the overlay format.
@@ -121,7 +121,7 @@ class Probe:
     """Whether a driver can run on this host, as this user, in this directory.
 
     Attributes:
-        usable: it can.
+        usable: whether it can.
         rank: how good a choice it is among usable ones; higher is better.
         reasons: one clause each, for people: what was found, or what is missing.
     """
@@ -133,11 +133,12 @@ class Probe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Changes:
-    """What is different in a whole layer from the layer that it was made of. Too much may be named, never too little.
+    """The differences of a whole layer from the layer that it was made of. The record may name too much, never too little.
 
     Attributes:
-        paths: path in the layer's tree (``b""``: its root) -> whether everything below it is to be looked at. Named are names that
-            came, went, or mean another object, and each object whose attributes or data were changed, by one of its names at least.
+        paths: path in the layer's tree (``b""``: its root) -> whether everything below it is to be looked at. It has
+            each name that came, went, or means another object, and at least one name of each object whose attributes or
+            data were changed.
         names: all paths in the layer's tree of one inode that has several.
     """
 
@@ -179,7 +180,7 @@ class Driver(ABC):
     def probe(cls, root: str) -> Probe:
         """Whether this driver can keep a store below ``root`` (which exists). Changes nothing.
 
-        A driver that says nothing can run everywhere, and is chosen only by name or where nothing else can.
+        A driver without this method can run everywhere; it is chosen by name, or where no other driver can run.
         """
         return Probe(usable=True, reasons=("it needs nothing of the host",))
 
@@ -201,7 +202,8 @@ class Driver(ABC):
         """The layer's directory, also while it is being made or deleted.
 
         Raises:
-            Corrupt: ``id`` is no name in a directory. An index may come from elsewhere, and would have us delete what it likes.
+            Corrupt: ``id`` is no name in a directory. An index may come from a stranger, and could name any directory
+                for deletion.
         """
         if not id or id.startswith(".") or "/" in id or "\0" in id:
             raise Corrupt(f"the index names a layer {id!r}", remedy="restore it from a backup")
@@ -212,12 +214,12 @@ class Driver(ABC):
         return f"{self.directory(id)}/fs"
 
     def work(self, id: str) -> str:
-        """The work directory of its mounts."""
+        """The work directory of the layer's mounts."""
         return f"{self.directory(id)}/work"
 
     @contextmanager
     def open_tree(self, id: str) -> Iterator[int]:
-        """A descriptor of the directory that :meth:`tree` names, which until the block ends is there by that path, too.
+        """A descriptor of the directory that :meth:`tree` names; until the block ends the path leads there, too.
 
         A driver whose layers are no plain directories mounts here.
 
@@ -237,12 +239,12 @@ class Driver(ABC):
         """Make the layer's directory and fill it.
 
         Args:
-            id: what :meth:`directory` maps to a path that exists and is empty.
+            id: the layer's id; :meth:`directory` is an existing, empty directory.
             parents: frozen layers, nearest first.
-            limit: what mounts of it must keep to; counted without what is returned.
+            limit: the limit for mounts of the layer, without the use that is returned.
 
         Returns:
-            What was copied from the parents, which later does not count as the layer's own.
+            The use of the data copied from the parents, which later does not count as the layer's own.
 
         Raises:
             Unsupported: the limit cannot be held.
@@ -256,14 +258,14 @@ class Driver(ABC):
         readonly: bool = False,
         limit: Limit = Limit(),  # noqa: B008 - frozen
     ) -> MountPlan:
-        """Which directories a mount of a layer is made of, and what the mount must keep to.
+        """The directories that make up a mount of a layer, and the limit that the mount must keep.
 
-        They are there when this returns, until the layer is removed or the host starts anew.
+        The directories exist when this returns, until the layer is removed or the host reboots.
 
         Args:
             parents: nearest first. A view of a whole layer shows the nearest, an active whole layer none.
             readonly: for a view.
-            limit: the one given to :meth:`create`, with what was copied.
+            limit: the limit given to :meth:`create`, plus the use of the copied data.
         """
         can = self.capabilities
         beneath = parents if not can.whole else parents[:1] if readonly else ()
@@ -301,7 +303,7 @@ class Driver(ABC):
         limit: Limit = Limit(),  # noqa: B008 - frozen
         mount_type: str | None = None,
     ) -> tuple[Mount, ...]:
-        """How to mount a layer over its parents, in mount(8)'s words: :meth:`plan`, rendered.
+        """The mount of a layer over its parents, in mount(8)'s words: the rendered :meth:`plan`.
 
         Args:
             mount_type: ``kernel`` or ``fuse`` where the caller insists.
@@ -312,18 +314,19 @@ class Driver(ABC):
         return (self.plan(id, parents, readonly=readonly, limit=limit).record(mount_type),)
 
     def freeze(self, id: str) -> None:  # noqa: B027 - a driver may have nothing to do
-        """Nothing will be written any more; drop what only a writer needs."""
+        """Make the layer read-only for good; drop everything that only a writer needs."""
 
     def settle(self, id: str) -> None:  # noqa: B027 - likewise
-        """The layer became a lower one of a mount that goes on; make what was written hold, and leave the rest alone."""
+        """Make the written data of a layer durable after the layer became a lower one of a mount that goes on."""
 
     def snapshot(self, id: str, target: str, ask: Callable[..., dict[str, Any]] | None) -> None:
-        """Make a layer that holds what an active one holds at one instant, whoever writes in it. Only of drivers with ``snapshots``.
+        """Make a layer with the content of an active one at one instant, even while programs write in it. Only of
+        drivers with ``snapshots``.
 
         Args:
             id: the active layer.
-            target: the new one's id; its directory is there, and empty.
-            ask: puts a verb of its control socket to the server that has the layer mounted; None where none has.
+            target: the new layer's id; its directory exists and is empty.
+            ask: sends a verb to the control socket of the server that has the layer mounted; None if no server has.
 
         Raises:
             Unsupported: the driver takes no snapshots.
@@ -332,11 +335,11 @@ class Driver(ABC):
         raise Unsupported(f"the driver {self.name} takes no snapshots of layers in use")
 
     def publish(self, staged: str, id: str) -> None:
-        """Give a layer another of its names, in one step: the final one, or the one that it is deleted by.
+        """Give a layer another of its names, in one step: the final one, or the one for deletion.
 
         Args:
             staged: the id that it has (``new-ID``, say).
-            id: the id that it gets; nothing has it.
+            id: the new id, which is free.
 
         Raises:
             FileNotFoundError: the layer is gone.
@@ -344,13 +347,13 @@ class Driver(ABC):
         os.rename(self.directory(staged), self.directory(id))
 
     def remove(self, id: str) -> None:
-        """Delete the layer's directory; one that is gone is fine. Called when nobody has the layer in use."""
+        """Delete the layer's directory; a missing one is no error. The store calls this while the layer is not in use."""
         trees.remove_tree(self.directory(id))
 
     def usage(self, id: str) -> Usage:
-        """What the layer's tree holds now, by a walk (the store keeps the result of a frozen one).
+        """The use of the layer's tree now, by a walk (the store keeps the result for a frozen layer).
 
-        Also what ``create`` returns of a layer that it filled.
+        ``create`` returns the same for a layer that it filled.
         """
         from cowfs.union.layers import Descriptors, Layer
         from cowfs.union.quota import measure
@@ -364,14 +367,14 @@ class Driver(ABC):
 
     @contextmanager
     def changes(self, id: str, parent: str) -> Iterator[Changes | None]:
-        """What changed in an active whole layer since it was made of its parent; None where that is not known.
+        """The changes in an active whole layer since it was made of its parent; None if unknown.
 
-        Nobody writes in the layer until the block ends. A driver that cannot tell need not have this: all of the layer is read then.
+        Nobody writes in the layer until the block ends. Without this method the store reads the whole layer.
         """
         yield None
 
     def held(self, id: str) -> Usage:
-        """What the tree of a frozen whole layer holds, what was copied included: as it was noted, else by :meth:`usage`."""
+        """The use of the tree of a frozen whole layer, copied data included: from its note, else by :meth:`usage`."""
         noted = self.noted(id)
         if noted is not None:
             return noted[0]
@@ -380,7 +383,7 @@ class Driver(ABC):
         return usage
 
     def noted(self, id: str) -> tuple[Usage, tuple[int, ...]] | None:
-        """What :meth:`note` noted, if it did."""
+        """The figures of :meth:`note`, if there are any."""
         try:
             text = read_small(f"{self.directory(id)}/{HELD}", limit=500).decode("ascii", "replace")
         except FileNotFoundError:
@@ -391,18 +394,18 @@ class Driver(ABC):
         return Usage(bytes=bytes, inodes=inodes), tuple(sums)
 
     def note(self, id: str, held: Usage, sums: Sequence[int] = ()) -> None:
-        """Note what the tree of a layer holds, and the parts that this was counted of. A note that is lost is found again by a walk."""
+        """Note the use of a layer's tree, and the parts that it was summed from. A walk restores a lost note."""
         text = " ".join(map(str, (held.bytes, held.inodes, *sums))) + "\n"
         atomic.write_file(f"{self.directory(id)}/{HELD}", text.encode(), durable=False)
 
     def limit(self, id: str, limit: Limit) -> None:
-        """Hold an active layer to a limit, whoever writes in it, in place of the one before.
+        """Hold an active layer to a limit for every writer, in place of the limit before.
 
-        The store asks it of drivers with ``own_limit``, and before a mount is made or described: with the snapshot's limit if the kernel
-        mounts, with none if cowfs's server does, which holds it itself.
+        The store asks it of drivers with ``own_limit``, and before a mount is made or described: with the snapshot's
+        limit if the kernel mounts, with none if cowfs's server does, which holds it itself.
 
         Args:
-            limit: on what the layer holds itself, without what was copied; ``Limit()`` for none.
+            limit: on the layer's own data, without the copied data; ``Limit()`` for none.
 
         Raises:
             Unsupported: this host cannot hold it.
@@ -411,7 +414,7 @@ class Driver(ABC):
             raise Unsupported(f"the driver {self.name} holds no limit itself")
 
     def strays(self) -> list[str]:
-        """Ids of layers of which there is something, but no directory; ``gc`` gives them one and has them removed.
+        """Ids of layers that have remains but no directory; ``gc`` gives them a directory and has them removed.
 
         Only a driver that keeps layers elsewhere than in their directories has any.
         """
@@ -422,7 +425,7 @@ class Driver(ABC):
         return {}
 
     def check(self, id: str) -> list[str]:
-        """What is wrong with a layer, one line each; quick: no walk."""
+        """The damage of a layer, one line for each fault, found quickly, without a walk."""
         if not os.path.isdir(self.directory(id)):
             return [f"layer {id} is gone: {self.directory(id)}"]
         if not os.path.isdir(self.tree(id)):
@@ -430,7 +433,7 @@ class Driver(ABC):
         return []
 
     def close(self) -> None:  # noqa: B027 - likewise
-        """Let go of whatever is open. Idempotent."""
+        """Close every descriptor. Idempotent."""
 
 
 def _can_reflink(root: str) -> bool:

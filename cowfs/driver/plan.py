@@ -1,8 +1,8 @@
-"""How a layer is mounted over its parents: one record, :class:`MountPlan`, and its renderings.
+"""The mount of a layer over its parents: one record, :class:`MountPlan`, and its renderings.
 
-Strategy: a driver says once which directories a mount is made of (:meth:`cowfs.driver.Driver.plan`). What each engine
-wants to hear follows from that alone: a record in mount(8)'s words for cowfs's own server, for the kernel's overlayfs,
-or for a bind. Nothing is mounted here.
+Strategy: a driver states once the directories of a mount (:meth:`cowfs.driver.Driver.plan`). The words for each engine
+follow from that alone: a record in mount(8)'s words for cowfs's own server, for the kernel's overlayfs, or for a bind.
+Nothing is mounted here.
 
 A record whose options do not fit into mount(2)'s page becomes the FUSE one, which reads any number of layers, unless
 the kernel's was asked for by name (fsconfig(2) takes it). Source of the options: the kernel's
@@ -34,13 +34,13 @@ class MountPlan:
             nothing is beneath it.
         work: the work directory beside the upper.
         empty: an empty directory, the lower one of an engine that must have one.
-        readonly: nobody may write.
+        readonly: whether the mount is read-only.
         limit: what the upper may hold.
         trusted: the layers have ``trusted.overlay.*`` attributes, otherwise ``user.overlay.*``.
         row: bytes a block of redirect files that a writing mount makes; 0: it makes none.
         form: of the layers, where it is not what the user of the mount has; "" where it is.
-        why_not_kernel: why the kernel does not mount these directories; "" where it does.
-        why_not_image: why it does not mount the upper over an image of what is beneath either; "" where it does.
+        why_not_kernel: the reason why the kernel cannot mount these directories; "" if it can.
+        why_not_image: the reason why it cannot mount the upper over an image of the lower layers either; "" if it can.
     """
 
     lowers: tuple[str, ...]
@@ -57,7 +57,7 @@ class MountPlan:
 
     @property
     def read(self) -> tuple[str, ...]:
-        """Directories that are shown and only read, topmost first."""
+        """The directories that a mount shows and only reads, topmost first."""
         return self.lowers or ((self.upper,) if self.readonly else ())
 
     def record(self, mount_type: str | None = None, *, plain: bool = False) -> Mount:

@@ -34,7 +34,7 @@ def _points() -> dict[str, EntryPoint]:
 
 
 def _point(name: str) -> EntryPoint | None:
-    """The entry point of a name: cowfs's own distribution first, since looking through all of them takes 40 ms."""
+    """The entry point of a name. cowfs's own distribution comes first, since a search through all distributions takes 40 ms."""
     from importlib.metadata import PackageNotFoundError, distribution
 
     try:
@@ -52,7 +52,7 @@ def names() -> list[str]:
 
 
 def where(found: type[Driver]) -> str:
-    """What an entry point would say of a class; a store keeps it beside the driver's name."""
+    """The value of an entry point for a class; a store keeps it beside the driver's name."""
     return f"{found.__module__}:{found.__qualname__}"
 
 
@@ -60,8 +60,9 @@ def load(name: str, known: str | None = None) -> type[Driver]:
     """The class of a driver.
 
     Args:
-        known: what :func:`where` said of it before: for cowfs's own drivers, importing that spares the look through
-            what is installed, which takes longer than most verbs. Where it does not hold, the entry points decide.
+        known: an earlier result of :func:`where`: importing cowfs's own drivers by it spares the search through the
+            installed distributions, which takes longer than most verbs. If it is no longer true, the entry points
+            decide.
 
     Raises:
         NotFound: no such driver is installed.
@@ -89,7 +90,7 @@ def load(name: str, known: str | None = None) -> type[Driver]:
 
 
 def choose(root: str) -> tuple[type[Driver], dict[str, Probe]]:
-    """The best driver that can run below ``root``, and what each one said.
+    """The best driver that can run below ``root``, and the answer of each one.
 
     Raises:
         Unsupported: none can; the message says why, driver by driver.

@@ -46,7 +46,7 @@ EXTENDED: Final = 1  # bit 0 of the format: the inode has 64 bytes
 CHUNK_BITS_MASK: Final = 0x1F
 CHUNK_INDEXES: Final = 0x20
 
-#: (index, prefix) of xattr names, longest prefix first; what has none cannot be in an image
+#: (index, prefix) of xattr names, longest prefix first; an xattr with none of them cannot be in an image
 PREFIXES: Final = (
     (3, b"system.posix_acl_default"),
     (2, b"system.posix_acl_access"),
@@ -80,7 +80,7 @@ def join_name(index: int, rest: bytes) -> bytes:
 
 
 def encode_rdev(major: int, minor: int) -> int:
-    """A device number as an inode has it: the kernel's ``new_encode_dev``."""
+    """A device number in the form of an inode: the kernel's ``new_encode_dev``."""
     return (minor & 0xFF) | (major << 8) | ((minor & ~0xFF) << 12)
 
 

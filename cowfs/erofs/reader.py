@@ -1,6 +1,6 @@
 """Reads an image back: the same records that :mod:`~cowfs.erofs.writer` was given. For ``check``, and for tests.
 
-Everything that the image says is checked before it is believed: a damaged one is :class:`~cowfs.errors.Corrupt`, never a read
+Every field of the image is checked before use: a damaged image is :class:`~cowfs.errors.Corrupt`, never a read
 outside of it or a loop.
 """
 
@@ -21,7 +21,7 @@ __all__ = ["Image"]
 
 
 class _Raw(NamedTuple):
-    """The fixed part of an inode, and where what follows it begins."""
+    """The fixed part of an inode, and the offset of the data behind it."""
 
     data: int
     xattrs: int
@@ -42,9 +42,9 @@ class Image:
         fd: the file; it stays the caller's.
 
     Attributes:
-        inodes: how many its superblock names.
+        inodes: the number that its superblock has.
         devices: the files that its maps refer to.
-        end: bytes that belong to it; a file may have more behind.
+        end: the image's length in bytes; the file may be longer.
         uuid: 16 bytes.
 
     Raises:

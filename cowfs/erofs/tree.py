@@ -1,4 +1,4 @@
-"""The records that an image is made of: whoever has a tree gives it as a :class:`Source`."""
+"""The records that make up an image; a :class:`Source` gives them."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ class Inode:
 
     Attributes:
         mode: type and permission bits as in ``st_mode``.
-        size: of a regular file; others have what their content makes.
+        size: of a regular file; the size of other types follows from their content.
         mtime_ns: nanoseconds since 1970, may be negative.
-        nlink: names of it; of a directory 2 and its sub-directories.
+        nlink: the number of its names; of a directory 2 plus its sub-directories.
         rdev: (major, minor) of a device.
         target: of a symbolic link.
         xattrs: full names and values.
         link: equal for all names of one file, and for nothing else; None where there is one name.
-        data: of a regular file; None: all of it is a hole (the data is somewhere else, or there is none).
+        data: of a regular file; None: the whole file is a hole (its data is elsewhere, or it has none).
     """
 
     mode: int

@@ -1,7 +1,7 @@
 """Writes an image, in one pass over a tree, from the root down.
 
 Strategy. An entry of a directory holds the number, and so the place, of the object that it names, and ``..`` that of the
-parent; so places are given before anything is written. When a directory is visited, it has its place already; its entries
+parent; so places are assigned before anything is written. When a directory is visited, it has its place already; its entries
 get theirs one after another, non-directories are written as they come, and directories wait on a stack with the size of their
 own entries, for which only their names are needed. Then the directory itself is written.
 
@@ -45,7 +45,7 @@ _FILE_TYPES = {
 
 
 class Written(NamedTuple):
-    """What :func:`write_image` wrote: inodes, and bytes of the file."""
+    """The result of :func:`write_image`: the number of inodes, and the bytes of the file."""
 
     inodes: int
     size: int
@@ -179,7 +179,7 @@ class _Writer:
     # -- directories ------------------------------------------------------------------------------
 
     def _wait(self, inode: Inode, key: Any, parent: int | None, *, inline: bool = True) -> int:
-        """Give a directory its place, and let it wait; its number."""
+        """Assign a place to a directory, queue it, and return its number."""
         shape = _shape(self.source.names(key))
         xattrs = self._xattrs(inode)
         head = INODE.size + len(xattrs)
@@ -217,7 +217,7 @@ class _Writer:
     # -- everything else --------------------------------------------------------------------------
 
     def _leaf(self, inode: Inode) -> int:
-        """Write an object that is no directory, unless another name of it was; its number."""
+        """Write an object that is no directory, unless it was written by another name, and return its number."""
         if inode.link is not None:
             known = self.links.get(inode.link)
             if known is not None:
@@ -258,7 +258,7 @@ class _Writer:
         return at
 
     def _chunk(self, it: Chunk, size: int) -> tuple[int, int]:
-        """(device, block) of a chunk; what is given as bytes is put into the image, which is device 0."""
+        """(device, block) of a chunk; bytes are put into the image itself, which is device 0."""
         if it is None:
             return 0, layout.NOWHERE
         if isinstance(it, tuple):

@@ -1,13 +1,16 @@
-"""Layers as aufs keeps them, and as archives have them: names that begin with ``.wh.`` say what is deleted.
+"""Layers in the form of aufs and of archives: names that begin with ``.wh.`` stand for deletions.
 
 Rules (aufs manual, "Whiteout"; OCI image-spec, layer.md):
 
-* ``.wh.NAME``, an empty file, hides NAME of the layers beneath. Beside a NAME of the same layer it hides what that would merge with.
+* ``.wh.NAME``, an empty file, hides NAME of the layers beneath. Beside a NAME of the same layer it hides what that
+  would merge with.
 * ``.wh..wh..opq`` in a directory hides all that the layers beneath have there.
-* Other names that begin with ``.wh..wh.`` are aufs's own, at a branch's root: ``.wh..wh.aufs``, ``.wh..wh.plnk/``, ``.wh..wh.orph/``. They are no part of the tree.
+* Other names that begin with ``.wh..wh.`` are aufs's own, at a branch's root: ``.wh..wh.aufs``, ``.wh..wh.plnk/``,
+  ``.wh..wh.orph/``. They are no part of the tree.
 
-A mount writes overlayfs's marks, since what is hidden while it goes on must be so in one step; :func:`keep_by_names` turns them into names in a
-layer that nobody writes any more. A name of more than 251 bytes has no such name, and keeps its whiteout.
+A mount writes overlayfs's marks, since it must hide a name in one step; :func:`keep_by_names`
+turns them into names in a layer that nobody writes any more. A name of more than 251 bytes has no such name, and keeps
+its whiteout.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from cowfs.sys import files, xattr
 __all__ = ["OWN", "keep_by_names"]
 
 OWN = frozenset({b".wh..wh.aufs", b".wh..wh.plnk", b".wh..wh.orph"})
-"""What aufs itself makes at the root of a branch."""
+"""The entries that aufs itself makes at the root of a branch."""
 
 _MODE = 0o444
 _NAME_MAX = 255
@@ -32,10 +35,10 @@ _DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 def keep_by_names(root: int, form: Form) -> int:
     """Turn overlayfs's whiteouts and marks of opaque directories below ``root`` into names. May be repeated, also after a kill.
 
-    A directory has its times afterwards that it had before.
+    Directories keep their times.
 
     Returns:
-        How many there were.
+        The number of whiteouts and marks.
 
     Raises:
         OSError: of the host.

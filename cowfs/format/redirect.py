@@ -1,4 +1,4 @@
-"""The *reference* of a redirect file: the xattr that says what the file stands on (docs/row.md).
+"""The *reference* of a redirect file: the xattr that names the file's base (docs/row.md).
 
 Layout, little endian: ``<BBHQQQ`` version, log2 of the block size, flags, map id, base_end, st_blocks of the base; then the
 base's path in the merged tree of the layers beneath, without leading slash.
@@ -11,7 +11,10 @@ import os
 import struct
 from dataclasses import dataclass, replace
 
-__all__ = ["MAX_BLOCK", "MIN_BLOCK", "ROOT_MARK", "VERSION", "Ref", "bad", "check_block"]
+from cowfs.format.whiteout import Form
+from cowfs.sys import xattr
+
+__all__ = ["MAX_BLOCK", "MIN_BLOCK", "ROOT_MARK", "VERSION", "Ref", "bad", "check_block", "is_marked"]
 
 VERSION = 1
 MIN_BLOCK, MAX_BLOCK = 4096, 1 << 20
@@ -24,8 +27,13 @@ _HAS_MAP = 1  # flag
 
 
 def bad(what: str, name: bytes) -> OSError:
-    """The error for a record that is not as it is written."""
+    """The error for a damaged record."""
     return OSError(errno.EIO, f"bad redirect file: {what}", name)
+
+
+def is_marked(root_fd: int, form: Form) -> bool:
+    """Whether a layer, by its root's descriptor, may hold redirect files."""
+    return xattr.try_get(root_fd, b"", form.row) is not None
 
 
 def check_block(size: int) -> int:
@@ -37,7 +45,7 @@ def check_block(size: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Ref:
-    """What a redirect file stands on.
+    """The base of a redirect file, and its map.
 
     Attributes:
         map_id: names the map; 64 random bits.
@@ -85,11 +93,11 @@ class Ref:
         return cls(map_id, shift, base_end, blocks, path, bool(flags & _HAS_MAP))
 
     def ending(self, base_end: int) -> Ref:
-        """The same with less of the base."""
+        """The same reference with less of the base."""
         return replace(self, base_end=base_end)
 
     def mapped(self) -> Ref:
-        """The same with a map."""
+        """The same reference with a map."""
         return replace(self, has_map=True)
 
     @property

@@ -35,7 +35,7 @@ class Form:
     name: str
     prefix: bytes
     redirects: bool  # redirect and metacopy are honoured
-    dotwh: bool = False  # names .wh.NAME are whiteouts, too, and nobody may make one
+    dotwh: bool = False  # names .wh.NAME are whiteouts, too, and cannot be made by users
     opaque: bytes = field(init=False)
     redirect: bytes = field(init=False)
     metacopy: bytes = field(init=False)
@@ -80,7 +80,7 @@ _OWN = {
     "whiteout": b"whiteout",
     # cowfs's own; the kernel hides and ignores them, as it does every name under its prefix
     "exempt": b"cowfs.exempt",  # a directory copied up only to hold whiteouts: not counted
-    "prealloc": b"cowfs.prealloc",  # blocks past the end were asked for, not speculation
+    "prealloc": b"cowfs.prealloc",  # blocks past the end were reserved on request, not by speculation
     "row": b"cowfs.row",  # a redirect file: blocks and map
 }
 
@@ -120,7 +120,7 @@ def opaque_value(fd: int, form: Form) -> bytes:
 
 
 def exists(dirfd: int, name: bytes) -> bool:
-    """Whether a directory has a name; none that is too long for the host."""
+    """Whether a directory has a name; False for names that are too long for the host."""
     try:
         os.stat(name, dir_fd=dirfd, follow_symlinks=False)
     except OSError as error:
@@ -141,13 +141,13 @@ def make(dirfd: int, name: bytes) -> None:
 
 
 def make_nested(dirfd: int, name: bytes, form: Form) -> None:
-    """Create a whiteout where nobody may make a device 0/0, because the host is an overlay itself."""
+    """Create a whiteout on a host that allows no device 0/0, because it is an overlay itself."""
     os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=dirfd))
     xattr.setx(dirfd, name, form.whiteout, b"y")
 
 
 def allow_nested(fd: int, form: Form) -> None:
-    """Mark a directory: it may hold whiteouts of :func:`make_nested`. One that is opaque needs none."""
+    """Mark a directory: it may hold whiteouts of :func:`make_nested`. An opaque directory needs no mark."""
     if not xattr.try_get(fd, b"", form.opaque):
         xattr.setx(fd, b"", form.opaque, b"x")
 

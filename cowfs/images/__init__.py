@@ -1,7 +1,8 @@
 """Container images in and out: OCI layouts, docker-archives, root filesystem tars, directories.
 
 :mod:`digests` (no files), :mod:`files` (a directory or a tar, opened by name), :mod:`layouts`
-(documents into descriptions), :mod:`platforms` (which of several), :mod:`reading` (what is this source?), :mod:`writing`. What a layer's tar says is :mod:`cowfs.archive`'s business.
+(documents into descriptions), :mod:`platforms` (the choice among several), :mod:`reading` (the kind of a source),
+:mod:`writing`. The content of a layer's tar is :mod:`cowfs.archive`'s business.
 """
 
 from typing import TYPE_CHECKING

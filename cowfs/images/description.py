@@ -1,4 +1,4 @@
-"""What an image is, whatever it came from."""
+"""The description of an image, the same for every kind of source."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Layer:
     """One layer of an image.
 
     Attributes:
-        diff_id: digest of the uncompressed tar; None where the source does not say (a root filesystem).
-        digest: of the stream that :meth:`open` gives; None where the source does not say.
-        size: bytes of that stream, None where unknown. media_type: as the manifest has it.
+        diff_id: digest of the uncompressed tar; None if the source has none (a root filesystem).
+        digest: of the stream that :meth:`open` gives; None if the source has none. size: bytes of that stream, None
+            where unknown. media_type: as the manifest has it.
         whole: a tree of its own, in which names that begin with ``.wh.`` are ordinary.
     """
 

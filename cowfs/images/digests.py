@@ -77,7 +77,7 @@ def _number(text: str) -> float:
 
 
 def parse_any(data: bytes, what: str) -> Any:
-    """A JSON value in UTF-8 (RFC 8259: no byte order mark, no numbers past what a double holds). Raises InvalidArgument."""
+    """A JSON value in UTF-8 (RFC 8259: no byte order mark, no numbers beyond a double). Raises InvalidArgument."""
     if data.startswith(codecs.BOM_UTF8):
         raise InvalidArgument(f"{what} is not JSON: it begins with a byte order mark")
     try:
@@ -97,7 +97,7 @@ def parse_json(data: bytes, what: str) -> dict[str, Any]:
 
 
 def as_json(value: Any) -> bytes:
-    """A JSON document, the same for the same value. What UTF-8 cannot hold (a lone surrogate) stays escaped."""
+    """A JSON document, the same for the same value. Characters that UTF-8 cannot hold (lone surrogates) stay escaped."""
     text = json.dumps(value, separators=(",", ":"), sort_keys=True, ensure_ascii=False)
     try:
         return text.encode()
@@ -124,9 +124,9 @@ def make_config(diff_ids: Sequence[str], base: bytes | None = None, *, kept: int
     """An image configuration that lists ``diff_ids``.
 
     Args:
-        base: a configuration whose other fields are kept. Its history is for people: it gets a step for each layer
-            above, and steps without a layer any more are marked as such.
-        kept: how many of the layers are those of ``base``; default: as many as it lists, if it lists them.
+        base: a configuration whose other fields are kept. Its history, which is for people, gets a step for each
+            further layer, and steps that lost their layer are marked as empty.
+        kept: the number of layers that are those of ``base``; default: all that it lists, if they are the same.
         fields: set at the top level (``created="2026-...Z"``, ``config={...}``).
 
     Returns:

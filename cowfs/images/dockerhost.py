@@ -1,20 +1,22 @@
 """The images of an old Docker host, read from its directory: storage drivers ``aufs`` and ``overlay2``.
 
 Strategy. Docker keeps an image's configuration and, by chain id, for each layer the name of its directory and a *tar-split*: the layer's archive without
-the data of its files, which are in the directory. So the very archive can be put together again, and everything that follows from it (diff ids, digests,
-what an export gives) stays as it was. A layer whose directory does not hold those files any more is taken as the directory is, under a digest of its own.
+the data of its files, which are in the directory. So the very archive can be put together again, and everything derived
+from it (diff ids, digests, exports) stays the same. A layer whose directory no longer holds those files is read from
+the directory as it is, under a digest of its own.
 
-What is where (moby ``layer/filestore.go``, ``image/fs.go``, ``reference/store.go``; ``vbatts/tar-split``, ``tar/storage``):
+Layout (moby ``layer/filestore.go``, ``image/fs.go``, ``reference/store.go``; ``vbatts/tar-split``, ``tar/storage``):
 
 ==============================================  =======================================================================
 ``image/DRIVER/repositories.json``              names -> image ids
 ``image/DRIVER/imagedb/content/sha256/ID``      configurations
 ``image/DRIVER/layerdb/sha256/CHAIN/``          ``cache-id``, ``diff``, ``parent``, ``tar-split.json.gz``
 ``aufs/diff/CACHE``, ``aufs/layers/CACHE``      a layer; its ancestors' cache ids, nearest first
-``overlay2/CACHE/diff``, ``overlay2/CACHE/lower``  a layer; its ancestors as ``l/SHORT``, links to ``../CACHE/diff``, nearest first
+``overlay2/CACHE/diff``, ``overlay2/CACHE/lower``  a layer; its ancestors as ``l/SHORT``, links to ``../CACHE/diff``,
+nearest first
 ==============================================  =======================================================================
 
-What is damaged is told, one line each, and left out; the rest comes.
+Damaged parts are reported, one line each, and left out; the rest is read.
 """
 
 from __future__ import annotations
@@ -60,7 +62,7 @@ class DockerHost:
     Args:
         root: the directory.
         driver: one of :data:`DRIVERS`.
-        tell: called with one line for each thing that is damaged or missing.
+        tell: called with one line for each damaged or missing part.
 
     Raises:
         NotFound: it has no images of that driver.
@@ -72,7 +74,7 @@ class DockerHost:
         self._root, self._driver, self._tell = root, driver, tell
         self._where: dict[
             Callable[[], BinaryIO], str
-        ] = {}  # of the layers that were given: how they are opened -> their directory
+        ] = {}  # of the layers returned: the function that opens one -> its directory
         self._db = os.path.join(root, "image", driver)
         if not os.path.isdir(os.path.join(self._db, "imagedb", "content", "sha256")):
             there = [name for name in DRIVERS if os.path.isdir(os.path.join(root, "image", name))]
@@ -84,7 +86,7 @@ class DockerHost:
             )
 
     def images(self) -> Iterator[Image]:
-        """All images, as far as they are whole, with the names they have here."""
+        """All whole images, with their names on this host."""
         names = self._names()
         folder = os.path.join(self._db, "imagedb", "content", "sha256")
         for id in sorted(os.listdir(folder)):
@@ -135,7 +137,7 @@ class DockerHost:
             NotFound: a layer has no directory.
         """
         caches = [self._cache_id(chain_id) for chain_id in chain]
-        for at in range(len(chain) - 1, 0, -1):  # a layer's own record is lost: one above it knows
+        for at in range(len(chain) - 1, 0, -1):  # a layer's own record is lost: a layer above it has the id
             cache = caches[at]
             if cache is not None and caches[at - 1] is None:
                 above = self._ancestors(cache)
@@ -166,7 +168,7 @@ class DockerHost:
         return os.path.join(self._root, *parts)
 
     def _ancestors(self, cache: str) -> list[str]:
-        """Cache ids of what is beneath a layer, nearest first; none where that is not known either."""
+        """Cache ids of the layers beneath a layer, nearest first; none if unknown."""
         top = os.path.join(self._root, self._driver)
         try:
             if self._driver == "aufs":
@@ -194,7 +196,7 @@ class DockerHost:
         return Layer(diff_id=diff_id, digest=diff_id, size=None, media_type=LAYER_TAR, opener=opener)
 
     def as_it_is(self, layer: Layer) -> Layer:
-        """A layer as its directory holds it now, whatever its archive was."""
+        """A layer read from its directory as it is now, instead of its archive."""
         return self._directory(self._where[layer.opener])
 
     def _directory(self, where: str) -> Layer:
@@ -204,7 +206,7 @@ class DockerHost:
         return Layer(diff_id=None, digest=None, size=None, media_type=LAYER_TAR, opener=opener)
 
     def faults(self, layer: Layer) -> list[str]:
-        """What is wrong with a layer's files, one line each; none where its archive can be put together again."""
+        """The damage of a layer's files, one line each; none if its archive can be put together again."""
         if layer.diff_id is None:
             return []
         try:
@@ -230,7 +232,7 @@ class _Together(io.RawIOBase):
 
     Attributes:
         where: the directory.
-        patient: go on where a file is missing or another, with zeros in its place; ``faults`` says which.
+        patient: replace a missing or changed file by zeros and go on; ``faults`` lists them.
     """
 
     def __init__(self, split: str, where: str) -> None:

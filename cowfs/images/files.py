@@ -1,4 +1,4 @@
-"""Where an image's files are: in a directory or inside a tar, opened by name either way.
+"""The files of an image, in a directory or inside a tar, opened by name either way.
 
 Strategy. A tar is indexed once by its headers (data is sought over, not read); a member is then a
 window on the archive's own file, so layers are streamed, and streamed again, without unpacking.
@@ -49,7 +49,7 @@ class Files(Protocol):
         """A small file. Raises NotFound, LimitExceeded past 4 MiB."""
 
     def signs(self) -> bool:
-        """Whether there are names that only an image has: layers by digest, layers of an old ``docker save``."""
+        """Whether some names occur only in images: layers by digest, layers of an old ``docker save``."""
 
     def close(self) -> None: ...
 
@@ -59,7 +59,7 @@ _DIGEST_NAME = re.compile(r"[0-9a-f]{64}\.(tar|json)", re.ASCII)
 
 
 def has_signs(names: Collection[str]) -> bool:
-    """Whether names are those of an image: blobs or layers by digest."""
+    """Whether some of the names are an image's: blobs or layers by digest."""
     listed = "manifest.json" in names or "repositories" in names
     return any(_LAYER_NAME.fullmatch(name) or (listed and _DIGEST_NAME.fullmatch(name)) for name in names)
 
@@ -109,8 +109,8 @@ def _read_small(files: Files, name: str) -> bytes:
 
 
 class DirFiles:
-    """Files below a directory. Symbolic links are followed where a layout's files are (Bazel makes layouts of links): a
-    blob is only what its digest says. Elsewhere they are not."""
+    """Files below a directory. Symbolic links are followed only within a layout (Bazel makes layouts of links), since a
+    blob is verified by its digest."""
 
     def __init__(self, path: str | bytes) -> None:
         self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -222,7 +222,7 @@ class TarFiles:
 
     Args:
         file: an open, seekable file; owned and closed here.
-        stop: asked about each name; when it says so, the rest is not looked at and :attr:`whole` is False.
+        stop: called with each name; True ends the index there and makes :attr:`whole` False.
 
     Attributes:
         whole: every member is known.
@@ -258,14 +258,14 @@ class TarFiles:
             reader.pass_over()
 
     def _link(self, name: str, member: header.Member) -> None:
-        """Old ``docker save`` writes a layer that is there already as a link to it."""
+        """Follow a link: old ``docker save`` writes a layer that it has already as a link."""
         target = member.linkname
         if member.type == header.SYMLINK:
             parts = os.fsencode(name).split(b"/")[:-1]
             for part in target.split(b"/"):
                 if part == b"..":
                     if not parts:
-                        return  # out of the archive: to nothing
+                        return  # a link out of the archive leads to nothing
                     parts.pop()
                 elif part not in (b"", b"."):
                     parts.append(part)

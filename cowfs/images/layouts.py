@@ -1,7 +1,7 @@
 """OCI layouts and docker-archives: documents into descriptions.
 
-Strategy. What a source lists is known from its first document; everything else is read when it is asked for, so that
-an image of another platform may be absent, damaged or of a kind that is not known here.
+Strategy. The list of a source is its first document; every other document is read on demand, so that an image of
+another platform may be absent, damaged or of an unknown kind.
 
 Rule 1: every document is verified against the digest and size that named it before it is read.
 Rule 2: a digest becomes a file name, and a name from a document one beneath the source, only through
@@ -46,13 +46,13 @@ _AS_TREE = "--as rootfs takes it as a tree"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Listed:
-    """An image, or an index of several, as a source lists it: nothing of it was read yet.
+    """An image, or an index of several, as a source lists it, not read yet.
 
     Attributes:
-        key: equal for two names of the same. tags: names that the source gives it. aliases: other names to ask by.
-        platform: where the list says it.
-        inside: of an index: what it lists. describe: the platform, read from the configuration.
-        read: the image; None for what turns out to be something else.
+        key: equal for two names of the same image. tags: its names in the source. aliases: other names for it.
+        platform: if the list has it.
+        inside: of an index: its entries. describe: the platform, read from the configuration.
+        read: reads the image; None for a document of another kind.
     """
 
     key: str
@@ -64,7 +64,7 @@ class Listed:
     read: Callable[[], Image | None]
 
     def platforms_known(self) -> Platform | None:
-        """From the list, or else from the configuration."""
+        """The platform from the list, or else from the configuration."""
         return self.platform or self.describe()
 
 
@@ -72,10 +72,10 @@ def kind_of(files: Files, signs: bool) -> str | None:
     """``oci``, ``docker``, ``both`` (a new ``docker save``), or None for neither.
 
     Args:
-        signs: whether there are names that only an image has: then it is one, whatever its documents say.
+        signs: whether some names occur only in images; the source then is an image, even with bad documents.
 
     Raises:
-        InvalidArgument: it looks like an image, and is none that can be read.
+        InvalidArgument: the source looks like an image, but cannot be read.
     """
     docker = _is_docker(files) if files.has("manifest.json") else False
     if files.has("oci-layout") and (signs or _is_layout(files)):
@@ -102,7 +102,7 @@ def _is_layout(files: Files) -> bool:
 
 def _is_docker(files: Files) -> bool | None:
     """Whether ``manifest.json`` is a docker-archive's: a list of objects with ``Config``; many trees have such a file.
-    None where it cannot be read."""
+    None if unreadable."""
     try:
         entries = parse_any(files.read("manifest.json"), "manifest.json")
     except CowfsError:
@@ -113,7 +113,7 @@ def _is_docker(files: Files) -> bool | None:
 
 
 def listed_in(kind: str, files: Files) -> list[list[Listed]]:
-    """What is there of :func:`kind_of`'s kind: lists, the first of which that has what is asked for counts.
+    """The lists of a source of :func:`kind_of`'s kind; the first list with the wanted image counts.
 
     Raises:
         InvalidArgument: there is no image in the source.
@@ -178,7 +178,7 @@ def _index(
 def _listed(
     files: Files, descriptor: dict[str, Any], tags: tuple[str, ...], aliases: tuple[str, ...], depth: int
 ) -> Listed | None:
-    """What a descriptor of an index names; None for what is no image."""
+    """The image that a descriptor of an index names; None for other artifacts."""
     media = descriptor.get("mediaType")
     annotations = descriptor.get("annotations")
     annotations = annotations if isinstance(annotations, dict) else {}
@@ -208,7 +208,7 @@ _NO_PLATFORM = Platform("unknown", "unknown")
 
 
 def _oci_config(files: Files, descriptor: dict[str, Any]) -> tuple[dict[str, Any], bytes] | None:
-    """Manifest and configuration; None for what is no image (attestations and other artifacts)."""
+    """Manifest and configuration; None for attestations and other artifacts."""
     manifest = parse_json(_document(files, descriptor, "manifest"), "manifest")
     config = manifest.get("config")
     if not isinstance(config, dict) or config.get("mediaType") not in _CONFIG_TYPES:
@@ -242,7 +242,7 @@ def _oci_image(files: Files, descriptor: dict[str, Any], tags: tuple[str, ...]) 
 
 
 def _image(config: bytes, layers: Sequence[Layer], tags: tuple[str, ...]) -> Image:
-    """One without layers is kept as one with an empty layer: an archive of no bytes."""
+    """Give an image without layers one empty layer: an archive of no bytes."""
     nothing = digest_of(b"")
     return Image(
         config=config,

@@ -1,8 +1,8 @@
-"""Platforms: how they are written, and which of an index's is picked.
+"""Platforms: their notation, and the choice among those of an index.
 
 Rules, those of containerd's ``platforms`` package: names are brought to one form (``x86_64`` is ``amd64``, ``arm`` alone
-is ``arm/v7``, ``arm64/v8`` is ``arm64``). What is asked for is followed by what runs there, too: older variants, best
-first; and where nothing was asked for, by the 32-bit architecture that this machine's processor knows.
+is ``arm/v7``, ``arm64/v8`` is ``arm64``). The wanted platform is followed by compatible ones: older variants, best
+first; and, if no platform was given, the 32-bit architecture of this machine's processor.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Platform:
 
     @classmethod
     def of(cls, document: Any) -> Platform | None:
-        """Of an image configuration, or the ``platform`` of a descriptor; None where it does not say."""
+        """Of an image configuration, or the ``platform`` of a descriptor; None if it has none."""
         if not isinstance(document, dict):
             return None
         system, architecture, variant = (document.get(key) for key in ("os", "architecture", "variant"))
@@ -45,7 +45,7 @@ class Platform:
 
     @classmethod
     def named(cls, system: str, architecture: str, variant: str = "") -> Platform:
-        """From any spelling of its parts."""
+        """A platform from any spelling of its parts."""
         architecture, usual = _SPELLINGS.get(architecture.lower(), (architecture.lower(), ""))
         variant = variant.lower() or usual
         if architecture.startswith("arm") and variant.isdigit():
@@ -57,7 +57,7 @@ class Platform:
 
 
 def here() -> Platform:
-    """This machine's."""
+    """This machine's platform."""
     variant = {"armv6l": "v6", "armv7l": "v7"}.get(os.uname().machine, "")
     return Platform.named("linux", platform_here(), variant)
 
@@ -80,7 +80,7 @@ def parse_platform(text: str) -> Platform:
 
 
 def ranking(wanted: Platform, *, asked: bool) -> list[Platform]:
-    """Platforms whose programs run on ``wanted``, best first; ``asked``: of its own architecture only.
+    """Platforms whose programs run on ``wanted``, best first; ``asked``: only those of its own architecture.
 
     >>> [str(each) for each in ranking(parse_platform("linux/arm/v7"), asked=True)]
     ['linux/arm/v7', 'linux/arm/v6', 'linux/arm/v5']

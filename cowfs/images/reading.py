@@ -1,14 +1,14 @@
 """Images in: an OCI layout, a docker-archive, a root filesystem's tar, a directory.
 
 Strategy. All four become one neutral description: a configuration, and layers that can be opened
-as streams. What the source lists is read when it is opened; of an image's small documents (manifest, configuration)
-only those of the one that is picked, their digests verified; a layer's digests are verified by whoever streams it
-(:func:`cowfs.archive.apply_layer` takes both), since only that reads it whole.
+as streams. The list of a source is read when it is opened; the small documents (manifest, configuration) only of the
+picked image, with verified digests. The reader of a layer's stream verifies its digests
+(:func:`cowfs.archive.apply_layer` takes both), since only it reads the whole layer.
 
-What a source is, is told from the inside (:func:`cowfs.images.layouts.kind_of`): a layout has ``oci-layout`` and
-``index.json``, a docker-archive a ``manifest.json`` that lists images. A tar in a file is looked at by its headers. One that
-comes through a pipe, or compressed, is a root filesystem as soon as it has a name that no archive of images has; else it
-is written to a file without a name first, and looked at there. Nothing of it is kept in memory meanwhile.
+The content of a source decides about its kind (:func:`cowfs.images.layouts.kind_of`): a layout has ``oci-layout`` and
+``index.json``, a docker-archive a ``manifest.json`` that lists images. A tar in a file is examined by its headers. A
+piped or compressed tar is a root filesystem as soon as it has a name that no archive of images has; otherwise it is
+written to a file without a name first, and examined there, so that memory holds none of it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ __all__ = ["Form", "ImageSource", "exporting", "open_image"]
 
 Form = Literal["image", "rootfs", "layer"]
 
-# What may be at the top of an OCI layout tar or of a docker-archive, whoever wrote it.
+# The names at the top of an OCI layout tar or of a docker-archive, by any writer.
 _IMAGE_NAME = re.compile(
     rb"oci-layout|repositories|blobs(/.*)?|[^/]+\.(json|tar|tar\.gz|tgz)|(sha256:)?[0-9a-f]{64}(/.*)?", re.DOTALL
 )
@@ -65,19 +65,18 @@ class ImageSource:
 
     @property
     def images(self) -> tuple[Image, ...]:
-        """All images that the source lists, each with all its names. Raises what reading one of them raises."""
+        """All images that the source lists, each with all its names. Raises the errors of reading one."""
         return _merged(each.read() for each in _leaves(self._lists[0], None))
 
     def pick(self, tag: str | None = None, *, platform: str | None = None) -> Image:
-        """The one image meant by a tag and a platform; nothing else is read.
+        """The one image of a tag and a platform; no other is read.
 
         Args:
             tag: a name that the source has, or its part behind the last ``:`` or ``/``. Without it there must be one image.
-            platform: ``os/architecture`` or ``os/architecture/variant``. Where it is not given and there are several,
-                the one that suits this machine.
+            platform: ``os/architecture`` or ``os/architecture/variant``. Without it, the best one of several for this machine.
 
         Raises:
-            NotFound: there is none, the message lists what there is; or a part of it is missing. InvalidArgument:
+            NotFound: there is none (the message lists the images), or a part of it is missing. InvalidArgument:
                 several fit, or it is damaged.
         """
         wanted = parse_platform(platform) if platform is not None else None
@@ -102,7 +101,7 @@ class ImageSource:
         )
 
     def look(self) -> None:
-        """Read the image that is the only one. Raises what is wrong with it."""
+        """Read the image that is the only one. Raises its faults."""
         if len(self._lists) == 1 and len(self._lists[0]) == 1:
             failures: list[CowfsError] = []
             leaves = _leaves(self._lists[0], failures)
@@ -112,7 +111,7 @@ class ImageSource:
                 leaves[0].read()
 
     def _one_of(self, fitting: list[Listed]) -> Image:
-        """Of several that fit: they may be one image with several names."""
+        """The one image of several that fit, which may be one with several names."""
         try:
             images = _merged(each.read() for each in fitting)
         except CowfsError:
@@ -146,7 +145,7 @@ def _shown(words: Sequence[str]) -> str:
 
 
 def _asked(listed: Sequence[Listed], tag: str | None) -> list[Listed]:
-    """Those that a tag means: the whole name, else its last part."""
+    """The images of a tag: by the whole name, else by its last part."""
     if tag is None:
         return list(listed)
     for means in (lambda name: name == tag, lambda name: name.endswith((":" + tag, "/" + tag))):
@@ -157,7 +156,7 @@ def _asked(listed: Sequence[Listed], tag: str | None) -> list[Listed]:
 
 
 def _leaves(listed: Sequence[Listed], failures: list[CowfsError] | None) -> list[Listed]:
-    """Images, those of indexes in the place of these; each once. An index that cannot be read is a failure, or raised."""
+    """The images, with indexes replaced by their images, each once. An unreadable index becomes a failure, or is raised."""
     found: list[Listed] = []
     for each in listed:
         if each.inside is None:
@@ -173,7 +172,7 @@ def _leaves(listed: Sequence[Listed], failures: list[CowfsError] | None) -> list
 
 
 def _fitting(listed: Sequence[Listed], wanted: Platform | None, failures: list[CowfsError]) -> list[Listed]:
-    """Those that suit a platform, the best of each name; what is named twice, once."""
+    """The images that suit a platform, the best of each name, each once."""
     groups: dict[tuple[str, ...], list[Listed]] = {}
     for each in listed:
         groups.setdefault(each.tags, []).append(each)
@@ -218,11 +217,11 @@ def open_image(
 
     Args:
         source: a path, or a binary stream read from where it is (a pipe will do).
-        form: what it is, where looking at it is not to decide: ``image``; ``rootfs``, a whole tree; ``layer``, the tar of
-            one, in which names that begin with ``.wh.`` delete.
-        spool_dir: where a compressed or piped archive of images is put while it is read
+        form: the kind of the source, instead of the one found by its content: ``image``; ``rootfs``, a whole tree;
+            ``layer``, the tar of one, in which names that begin with ``.wh.`` delete.
+        spool_dir: the directory for a compressed or piped archive of images while it is read
             (a temporary file without a name); the default is the system's.
-        max_bytes: that may be put there.
+        max_bytes: the most bytes to put there.
 
     Raises:
         InvalidArgument: neither image nor tar, or a damaged one. Corrupt: a digest does not match.
@@ -252,7 +251,7 @@ def open_image(
 
 
 def _source_of(files: DirFiles | TarFiles, form: Form | None) -> ImageSource | None:
-    """An opened source, None for what is no image. One that is all there is, is read at once: its faults are told now."""
+    """An opened source, None for other data. A single image is read at once, so that its faults are raised now."""
     kind = kind_of(files, files.signs())
     if kind is None:
         if form == "image":
@@ -263,11 +262,11 @@ def _source_of(files: DirFiles | TarFiles, form: Form | None) -> ImageSource | N
     return opened
 
 
-# Streams: what is inside? ---------------------------------------------------------------------
+# Streams: finding their kind -------------------------------------------------------------------
 
 
 class _Spooling:
-    """Where to put an archive while it is looked at, and how much of it."""
+    """The directory for an archive while it is examined, and the most bytes of it."""
 
     def __init__(self, folder: str | None, max_bytes: int) -> None:
         self.folder, self._left = folder, max_bytes
@@ -294,7 +293,7 @@ class _Spooling:
 
 
 class _Head:
-    """A stream that keeps what was read of it, to be read again: a little in memory, the rest in a file without a name."""
+    """A stream that keeps the bytes read, to be read again: a little in memory, the rest in a file without a name."""
 
     def __init__(self, stream: BinaryIO, spooling: _Spooling) -> None:
         self._stream, self._spooling = stream, spooling
@@ -348,7 +347,7 @@ def _open_stream(stream: BinaryIO, form: Form | None, spooling: _Spooling, *, ow
 
 
 def _open_file(file: BinaryIO, form: Form | None, spooling: _Spooling) -> ImageSource:
-    """A regular file: it can be read as often as one likes."""
+    """A regular file: it can be read any number of times."""
     size = os.fstat(file.fileno()).st_size
 
     def opener() -> BinaryIO:
@@ -369,7 +368,7 @@ def _open_file(file: BinaryIO, form: Form | None, spooling: _Spooling) -> ImageS
 
 
 def _archive(file: BinaryIO, form: Form | None) -> ImageSource | None:
-    """An uncompressed archive in a file: of images, or None. The file is the source's in the first case."""
+    """The images of an uncompressed archive in a file, or None. The source owns the file in the first case."""
     sign = 0
 
     def stop(member: header.Member, path: bytes) -> bool:
@@ -383,7 +382,7 @@ def _archive(file: BinaryIO, form: Form | None) -> ImageSource | None:
 
 
 def _spooled(spool: BinaryIO, form: Form | None, close: Callable[[], None]) -> ImageSource:
-    """What was put into a file of ours, because it may be an archive of images."""
+    """The source of a temporary file, which may be an archive of images."""
     close()
     try:
         found = _archive(spool, form)
@@ -397,7 +396,7 @@ def _spooled(spool: BinaryIO, form: Form | None, close: Callable[[], None]) -> I
 
 
 def _may_be_image(chunks: Iterator[bytes]) -> bool:
-    """Read headers until a name decides; an archive of images has few kinds of names, and plain files in the first place."""
+    """Read headers until a name decides: an archive of images has few kinds of names, and mostly plain files."""
     undecided = 0
     reader = Reader(_Pulled(chunks), trailer=False)
     for member in reader:
@@ -441,7 +440,7 @@ def _rootfs(
 
 
 class _Joined(io.RawIOBase):
-    """What was read already, then the rest."""
+    """The bytes that were read already, then the rest."""
 
     def __init__(self, seen: BinaryIO, stream: BinaryIO) -> None:
         super().__init__()
@@ -478,7 +477,7 @@ def exporting(path: str, *, form: str) -> BinaryIO:
 
 
 class _Exporting(io.RawIOBase):
-    """A pipe out of an export that runs on its own thread; it ends when either side does."""
+    """A pipe out of an export that runs on its own thread; it ends with either side."""
 
     def __init__(self, path: str, *, reserved: bool, form: str = "plain") -> None:
         super().__init__()

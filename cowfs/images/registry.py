@@ -1,13 +1,13 @@
 """Images from and to a registry: the distribution API, spoken with the standard library alone.
 
-Strategy. A pull resolves a name to a manifest and describes the image with layers that are downloaded when they are opened: so
-what the store has already is never fetched, and the store unpacks several at once while others still come. A download goes to a
-file without a name, goes on where it was cut (``Range``), and is given to nobody before its digest was verified. A push sends what
-the registry lacks.
+Strategy. A pull resolves a name to a manifest and describes the image with layers that are downloaded when they are
+opened: so layers that the store has are never fetched, and the store unpacks several at once while others are still
+downloaded. A download goes to a file without a name, goes on where it was cut (``Range``), and is not used before its
+digest was verified. A push sends only missing parts.
 
 Rules:
 
-1. Every document and layer is named by a digest and verified against it; what a registry says by header is not trusted.
+1. Every document and layer is named by a digest and verified against it; the headers of a registry are not trusted.
 2. Credentials go to the registry and to the token service that it names over the same protection, never to where it redirects.
 3. Plain HTTP, or TLS that is not verified, is spoken only to this machine and to registries that the user names as insecure.
 
@@ -33,12 +33,15 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 from urllib.parse import quote, urlencode, urljoin, urlsplit
 
+from cowfs._log import Part
 from cowfs.errors import Corrupt, CowfsError, FailedPrecondition, InvalidArgument, NotFound
 from cowfs.images.description import Image, Layer
 from cowfs.images.digests import check_digest, diff_ids_of, digest_of, parse_json, platform_here
 from cowfs.images.writing import OutImage
 
 __all__ = ["Credentials", "Pulled", "Registry", "credentials_for", "is_here"]
+
+_log = Part("cowfs.images")
 
 INDEX_TYPES = (
     "application/vnd.oci.image.index.v1+json", "application/vnd.docker.distribution.manifest.list.v2+json",
@@ -68,7 +71,8 @@ class Credentials:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pulled:
-    """What a name meant: the image (its layers are downloaded when they are opened), and the digest of its manifest or index."""
+    """The result of resolving a name: the image (its layers are downloaded when they are opened), and the digest of its
+    manifest or index."""
 
     image: Image
     digest: str
@@ -87,7 +91,7 @@ def is_here(host: str) -> bool:
 
 
 def credentials_for(host: str, config: str | None = None) -> Credentials | None:
-    """What ``~/.docker/config.json`` (or ``$DOCKER_CONFIG``) has for a registry, credential helpers among it.
+    """The credentials for a registry in ``~/.docker/config.json`` (or ``$DOCKER_CONFIG``), by credential helpers, too.
 
     Args:
         config: the file; default: the user's.
@@ -173,7 +177,7 @@ class Registry:
     Args:
         host: name and port. insecure: see the third rule. credentials: of the user.
         spool: directory for downloads; they are files without a name there.
-        progress: told how far each layer is.
+        progress: called with the progress of each layer.
 
     Threads: any.
     """
@@ -201,7 +205,7 @@ class Registry:
     # -- pull -------------------------------------------------------------------------------------
 
     def pull(self, repository: str, reference: str, *, platform: str | None = None) -> Pulled:
-        """What a tag or a digest means.
+        """Resolve a tag or a digest.
 
         Args:
             platform: ``os/architecture``; default: this machine's.
@@ -277,7 +281,7 @@ class Registry:
         """A blob as an open file, whose digest is verified; the caller closes it.
 
         Raises:
-            Corrupt: it has another digest, or another size. FailedPrecondition: it was cut too often.
+            Corrupt: it has another digest, or another size. FailedPrecondition: the download was cut too often.
         """
         spool = tempfile.TemporaryFile(dir=self._spool, prefix="cowfs-blob-")  # noqa: SIM115  the caller closes it
         try:
@@ -318,7 +322,7 @@ class Registry:
     # -- push -------------------------------------------------------------------------------------
 
     def push(self, repository: str, tag: str, image: OutImage) -> str:
-        """Send an image; the digest of its manifest.
+        """Send an image, and return the digest of its manifest.
 
         Raises:
             FailedPrecondition: not allowed, or the registry does not answer.
@@ -378,7 +382,7 @@ class Registry:
         """Whether the registry takes the credentials.
 
         Raises:
-            FailedPrecondition: it does not.
+            FailedPrecondition: it refuses them.
         """
         with self._ask("GET", "/v2/", "") as answer:
             self._check(answer, 200)
@@ -461,6 +465,7 @@ class Registry:
         try:
             connection.request(method, target, body=body, headers={"User-Agent": "cowfs", **headers})
             response = connection.getresponse()
+            _log.debug("%s %s%s: %d", method, parts.hostname, parts.path, response.status)  # a query may be a ticket
         except (OSError, http.client.HTTPException, socket.gaierror) as error:
             connection.close()
             said = getattr(error, "strerror", None) or getattr(error, "reason", None) or error
@@ -511,7 +516,7 @@ class Registry:
 
 
 class _Counted:
-    """A file that is sent, and tells how far it is."""
+    """A file to send, which reports its progress."""
 
     def __init__(self, source: BinaryIO, told: Callable[[int], object]) -> None:
         self._source, self._told, self._done = source, told, 0

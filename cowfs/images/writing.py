@@ -35,10 +35,10 @@ class OutLayer:
     """A layer to be written.
 
     Attributes:
-        diff_id: what its uncompressed tar must hash to.
+        diff_id: the expected digest of its uncompressed tar.
         write: called with (stream, compression); writes the layer's tar to the stream, compressed
-            that way (:func:`cowfs.archive.rebuild` and :func:`cowfs.archive.export_layer` do). Returns the
-            diff id it saw if it differs from what it was told, which is then refused, or anything else.
+            that way (:func:`cowfs.archive.rebuild` and :func:`cowfs.archive.export_layer` do). May return the real diff
+            id: one that differs from ``diff_id`` is refused; other results are ignored.
     """
 
     diff_id: str
@@ -254,10 +254,10 @@ def write_oci(
 
     Args:
         target: a path, or a stream for the tar form.
-        directory: make a layout directory instead of a tar. One that is a layout already gets the
-            images added (a name that it has already moves); any other existing target must be an empty directory.
+        directory: make a layout directory instead of a tar. An existing layout gets the images added (an existing name
+            moves); any other existing target must be an empty directory.
         compression: of the layers: ``gzip``, ``zstd`` or ``none``.
-        spool_dir: where layers wait for their digest when a tar is written.
+        spool_dir: the directory for layers that wait for their digest when a tar is written.
 
     Raises:
         AlreadyExists: a directory with something else in it. Corrupt: a layer is not what its diff id says.

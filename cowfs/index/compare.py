@@ -1,13 +1,13 @@
-"""What differs between any two trees of the index, without looking at a file.
+"""The differences of any two trees of the index, found without reading a file.
 
-Strategy: go down both trees together and only where content digests (or, where there are hard links, records) differ; within a directory
-only entries whose packed content halves differ are unpacked. Two files that agree in all the
-index knows, but are different objects without a digest, are put to the caller's ``same_data``.
+Strategy: go down both trees together and only where content digests (or, where there are hard links, records) differ;
+within a directory only entries whose packed content halves differ are unpacked. The caller's ``same_data`` decides
+about two files that agree in all fields of the index, but are different objects without a digest.
 
-Hard links. Which names are one file is a part of a tree. Of the names that both trees have, those whose set of fellow names
-is another one now have changed (``links``); names that were added or deleted tell of themselves. Such sets are only looked
-for when a name with several links differs, by a pass over the differing names; where a file has further names that do not
-differ, which a renamed directory brings about, all names of the tree are read.
+Hard links. The grouping of names into files is a part of a tree. A name that both trees have has changed (``links``) if
+its file's set of names differs between them; added and deleted names have changes of their own. A pass over the
+differing names compares such sets, only when a name with several links differs; if a file has further names that do not
+differ, as after the rename of a directory, all names of the tree are read.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ Steps = Iterator[tuple[bytes, bytes, bytes, Pair | None, Pair | None]]
 def compare(
     records: Records, old: Pair | None, new: Pair | None, same_data: SameData | None = None
 ) -> Iterator[Change]:
-    """What differs between two trees given by their root entries, in path order.
+    """The differences of two trees given by their root entries, in path order.
 
     Args:
         records: the index.
         old, new: root entries; None is a tree with nothing in it.
-        same_data: asked about two files that agree in all else while a digest is missing;
-            without it they count as equal (size, mtime and the rest decide).
+        same_data: called with two files that agree in all else while a digest is missing; without it such files count
+            as equal (by size, mtime and so on).
 
     Yields:
         One :class:`Change` a path. A deleted directory is one change; an added one is a change
@@ -52,13 +52,13 @@ def compare(
 def changes_with_links(
     records: Records, old: Pair | None, new: Pair | None, same_data: SameData | None = None
 ) -> list[tuple[Change, File | None]]:
-    """As :func:`compare`, with every name of each file that a change leaves with several.
+    """As :func:`compare`, with every name of each changed file that has several names.
 
-    So whatever is made of the result can make the file under all its names. Further names, which did not change, are
-    changes with an empty ``what``.
+    So a changeset made of the result has the file under all its names. Names that did not change are changes with an
+    empty ``what``.
 
     Returns:
-        (change, the file that the path is then if that has several names), in path order.
+        (change, the new file of the path if that has several names), in path order.
     """
     found: list[tuple[Change, File | None]] = []
     there: dict[bytes, File] = {}
@@ -129,7 +129,7 @@ def _compare(
 
 
 def _torn(records: Records, old: Pair | None, new: Pair | None) -> set[bytes]:
-    """Names of both trees that were linked to others of both, or are now, and are not the same ones now."""
+    """Names of both trees whose links to other names of both trees have changed."""
     sides: tuple[dict[bytes, object], dict[bytes, object]] = ({}, {})
     met: tuple[dict[object, int], dict[object, int]] = ({}, {})
     links: dict[object, int] = {}
@@ -147,7 +147,9 @@ def _torn(records: Records, old: Pair | None, new: Pair | None) -> set[bytes]:
     common = sides[0].keys() & sides[1].keys()
     moved = {file for path in common if sides[0][path] != sides[1][path] for file in (sides[0][path], sides[1][path])}
     if any(seen[file] < links[file] for seen in met for file in seen.keys() & moved):
-        everywhere = [_linked_names(records, root, moved) for root in (old, new)]  # it has names that do not differ
+        everywhere = [
+            _linked_names(records, root, moved) for root in (old, new)
+        ]  # the file has names that do not differ
         both = everywhere[0].keys() | sides[0].keys(), everywhere[1].keys() | sides[1].keys()
         for names, side in zip(everywhere, sides, strict=True):
             for path, file in names.items():
@@ -198,7 +200,7 @@ def _below(records: Records, path: bytes, old_base: bytes, new_base: bytes, old:
 
 
 class Attributes(Protocol):
-    """What :func:`different_attributes` looks at: ``mode`` with its type, times in nanoseconds."""
+    """The attributes that :func:`different_attributes` compares: ``mode`` with its type, times in nanoseconds."""
 
     @property
     def mode(self) -> int: ...
@@ -211,7 +213,7 @@ class Attributes(Protocol):
 
 
 def different_attributes(a: Attributes, b: Attributes) -> set[str]:
-    """Which of a change's words (``Change.what``) two objects' attributes give: type, mode, owner, mtime."""
+    """The words of a change (``Change.what``) for the attributes of two objects: type, mode, owner, mtime."""
     pairs = {
         "type": (stat.S_IFMT(a.mode), stat.S_IFMT(b.mode)),
         "mode": (a.mode & 0o7777, b.mode & 0o7777),

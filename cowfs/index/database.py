@@ -1,11 +1,11 @@
-"""The index: which snapshots there are, and which file of each lives where.
+"""The index: the records of snapshots, and the place of each file.
 
 Strategy. One SQLite file in WAL mode, used by many processes and threads at once. A reader never
-waits. A writer takes the write lock with BEGIN IMMEDIATE, so that no transaction ever fails half
-way for want of it, and holds it for a few statements and renames: whatever takes long (copying,
-unpacking, reading a layer, packing records) is done before.
+waits. A writer takes the write lock with BEGIN IMMEDIATE, so that no transaction fails half way for want of it, and
+holds it for a few statements and renames: long work (copying, unpacking, reading a layer, packing records) is done
+before.
 
-The index only says what is so; the order of files against records is the store's.
+The index only records states; the store decides about the order of files against records.
 
 Threads: each thread has its own connection, made when first used and again after a fork.
 """
@@ -20,7 +20,6 @@ import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from cowfs.errors import Corrupt, CowfsError, FailedPrecondition, NotFound, Unsupported
 from cowfs.index import events, records, schema
@@ -29,6 +28,7 @@ from cowfs.index.records import CHAIN, INFO, KINDS, ROW, Row, Tag, labels_of, ro
 from cowfs.model import Event, Info, Usage
 from cowfs.sys.faults import point
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from cowfs.index.transaction import Transaction
 
@@ -45,7 +45,7 @@ _NO_ROOM = {
     sqlite3.SQLITE_READONLY: errno.EROFS,
     sqlite3.SQLITE_PERM: errno.EROFS,
 }
-"""What SQLite says where it cannot write, and the errno of it where the file system takes a file all the same."""
+"""SQLite's errors for a file that it cannot write, and the errno of each where the file system takes a file all the same."""
 
 """SQL that turns format N into N + 1, by N. Format 1 is schema.sql as it first was."""
 
@@ -54,7 +54,7 @@ _NO_ROOM = {
 
 
 def _is_text(name: str) -> bool:
-    """Whether SQLite can be asked for it; a lone surrogate (bytes that were not UTF-8) is nobody's name."""
+    """Whether SQLite can look up a name; no snapshot has one with a lone surrogate (bytes that were not UTF-8)."""
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -73,11 +73,11 @@ class Index:
     """The index file of one store.
 
     Args:
-        path: the file; made when ``create`` is set and it is not there.
+        path: the file; made if it is missing and ``create`` is set.
         fsync: whether a committed transaction must survive a power loss.
 
     Raises:
-        NotFound: no such file, and ``create`` is not set.
+        NotFound: the file is missing, and ``create`` is not set.
         Corrupt: the file is not an index, or is damaged.
         Unsupported: a newer cowfs wrote it.
     """
@@ -120,7 +120,7 @@ class Index:
 
     @property
     def refused(self) -> int:
-        """Why this thread's connection can write nothing: EROFS, ENOSPC or EDQUOT; 0 when it can."""
+        """The errno of every write by this thread's connection: EROFS, ENOSPC or EDQUOT; 0 if it can write."""
         with self._errors():
             return self._connection().refused
 
@@ -132,7 +132,7 @@ class Index:
 
     @staticmethod
     def _complete(connection: Connection) -> None:
-        """Let an index that cannot be migrated look as if it had been; temporary names come before the file's own."""
+        """Make an index that cannot be migrated look migrated, by temporary views that hide its tables."""
         lacking = schema.LACKING.get(int(connection.execute("PRAGMA user_version").fetchone()[0]))
         if lacking is None:
             return
@@ -143,7 +143,7 @@ class Index:
             connection.execute("CREATE TEMP TABLE configs (digest TEXT PRIMARY KEY, data TEXT NOT NULL)")
 
     def close(self) -> None:
-        """Close every thread's connection. Idempotent; the index cannot be used any more."""
+        """Close every thread's connection. Idempotent; the index is of no use afterwards."""
         self._closed = True
         with self._lock:
             connections = list(self._open)
@@ -206,7 +206,7 @@ class Index:
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
-        """Say in cowfs's words what SQLite says in its own."""
+        """Translate SQLite errors into cowfs errors."""
         try:
             yield
         except sqlite3.IntegrityError:
@@ -233,9 +233,9 @@ class Index:
 
     @contextmanager
     def write(self) -> Iterator[Transaction]:
-        """One transaction that writes: the whole of it happens, or nothing.
+        """One writing transaction: all of it happens, or nothing.
 
-        Reads of this index in the same thread see what the transaction wrote.
+        Reads of this index in the same thread see the transaction's writes.
         """
         from cowfs.index.transaction import Transaction
 
@@ -278,7 +278,7 @@ class Index:
         return None if row is None else str(row[0])
 
     def set_meta(self, key: str, value: str) -> str:
-        """Settle a fact once; whoever comes second gets the first one's value."""
+        """Set a fact once; a second caller gets the first one's value."""
         with self.write():
             connection = self._connection()
             connection.execute("INSERT OR IGNORE INTO meta VALUES (?, ?)", (key, value))
@@ -298,7 +298,7 @@ class Index:
         """The snapshot with this key or name.
 
         Raises:
-            NotFound: there is none.
+            NotFound: there is no such snapshot.
         """
         row = self.find(name)
         if row is None:
@@ -306,7 +306,7 @@ class Index:
         return row
 
     def by_num(self, num: int) -> Row:
-        """The snapshot with this number, which must be there."""
+        """The snapshot with this number, which must exist."""
         with self._errors():
             row = self._connection().execute(ROW + "WHERE s.num = ?", (num,)).fetchone()
         if row is None:
@@ -318,7 +318,7 @@ class Index:
         return list(self._rows("s.chain_id = ? AND s.parent IS ? AND s.damage IS NULL", (chain_id, parent)))
 
     def beginning(self, text: str) -> list[Row]:
-        """Two snapshots at most whose names begin so."""
+        """At most two snapshots whose names begin with a prefix."""
         if not _is_text(text):
             return []
         return list(self._rows("s.name >= ? AND s.name < ?", (text, text[:-1] + chr(ord(text[-1]) + 1)), page=512))[:2]
@@ -332,7 +332,7 @@ class Index:
         return next(self._rows("s.id = ?", (id,)), None)
 
     def rows(self) -> Iterator[Row]:
-        """All snapshots in the order of their making, read in pages: one that is removed meanwhile may be missing."""
+        """All snapshots in the order of their making, read in pages: a snapshot removed meanwhile may be missing."""
         return self._rows("1")
 
     def rows_on(self, num: int) -> list[Row]:
@@ -360,7 +360,7 @@ class Index:
             after = found[-1][0]
 
     def infos(self, *, page: int = 2048) -> Iterator[Info]:
-        """What users see of all snapshots, in the order of their making, in pages as :meth:`rows`."""
+        """The public records of all snapshots, in the order of their making, in pages as :meth:`rows`."""
         after = -1
         while True:
             with self._errors():
@@ -397,7 +397,7 @@ class Index:
         """A directory record's bytes (:class:`cowfs.index.directory.Records`).
 
         Raises:
-            Corrupt: it is not there.
+            Corrupt: the record is missing.
         """
         with self._errors():
             row = self._connection().execute("SELECT data FROM records WHERE digest = ?", (digest,)).fetchone()
@@ -412,21 +412,21 @@ class Index:
 
     @property
     def spool(self) -> str | None:
-        """Where files without a name may be made: beside the index; None (the host's own place) where nothing can be written."""
+        """The directory for files without a name: that of the index; None (the host's own) if it is not writable."""
         root = os.path.dirname(self.path)
         return None if self.refused else root
 
     def record_children(self, digest: bytes) -> bytes | None:
-        """The digests of the records that a directory record points at, one after another; None where it is not there."""
+        """The digests of the records that a directory record points at, concatenated; None if the record is missing."""
         with self._errors():
             row = self._connection().execute("SELECT children FROM records WHERE digest = ?", (digest,)).fetchone()
         return None if row is None else bytes(row[0])
 
     def sweep(self) -> int:
-        """Delete the records that no snapshot's tree reaches; how many there were.
+        """Delete the records that no snapshot's tree reaches, and return their number.
 
-        Reachable ones are found without the write lock; what snapshots made since then reach is added under it, in each of
-        many short transactions, so that others wait for none of them long and the log stays small.
+        Reachable records are found without the write lock; those of snapshots made since then are added under it, in
+        each of many short transactions, so that other writers never wait long and the log stays small.
         """
         marked: set[bytes] = set()
         with self.read():
@@ -439,7 +439,7 @@ class Index:
         for at in range(0, len(unused), SWEPT) or (0,):
             with self.write() as change:
                 others = self.changes() >> 40
-                if others != seen >> 40:  # somebody else wrote meanwhile
+                if others != seen >> 40:  # another connection wrote meanwhile
                     self._mark(marked)
                     seen = others << 40
                 now = [digest for digest in unused[at : at + SWEPT] if digest not in marked]
@@ -452,7 +452,7 @@ class Index:
         return deleted
 
     def unreached(self) -> int:
-        """How many records :meth:`sweep` would delete now."""
+        """The number of records that :meth:`sweep` would delete now."""
         marked: set[bytes] = set()
         with self.read():
             self._mark(marked)
@@ -475,7 +475,7 @@ class Index:
                 todo += [below[at : at + 32] for at in range(0, len(below), 32)]
 
     def reserve(self) -> int:
-        """A number for a snapshot that is to be inserted later under it; never given twice."""
+        """Reserve a number for a snapshot that will be inserted later; a number is never used twice."""
         with self.write():
             connection = self._connection()
             bump = "UPDATE sqlite_sequence SET seq = seq + 1 WHERE name = 'snapshots' RETURNING seq"
@@ -488,14 +488,14 @@ class Index:
     # --------------------------------------------------------- configurations
 
     def config_of(self, num: int) -> str | None:
-        """The configuration of the image that a snapshot was made from, where it is remembered."""
+        """The configuration of the image that a snapshot was made from; None if unknown."""
         query = "SELECT c.data FROM snapshots AS s JOIN configs AS c ON c.digest = s.config WHERE s.num = ?"
         with self._errors():
             row = self._connection().execute(query, (num,)).fetchone()
         return None if row is None else str(row[0])
 
     def diff_form(self, num: int) -> int | None:
-        """Which form of export gave a snapshot's diff id; None where an archive did, or an older cowfs."""
+        """The form of the export that gave a snapshot's diff id; None for the diff id of an archive, or of an older cowfs."""
         with self._errors():
             row = self._connection().execute("SELECT diff_form FROM snapshots WHERE num = ?", (num,)).fetchone()
         return None if row is None else row[0]
@@ -549,7 +549,7 @@ class Index:
             return events.ends(self._connection())
 
     def changes(self) -> int:
-        """A number that differs from the last one when somebody wrote meanwhile, seen from this thread."""
+        """A number, for this thread, that changes with every write by any connection."""
         with self._errors():
             connection = self._connection()
             return int(connection.execute("PRAGMA data_version").fetchone()[0]) << 40 | connection.total_changes
@@ -572,7 +572,7 @@ class Index:
             return {id for (id,) in self._connection().execute("SELECT id FROM snapshots")}
 
     def counts(self) -> dict[str, int]:
-        """How many snapshots there are, by kind."""
+        """The number of snapshots, by kind."""
         with self._errors():
             return dict(self._connection().execute("SELECT kind, count(*) FROM snapshots GROUP BY kind").fetchall())
 
@@ -594,7 +594,7 @@ class Index:
         return Usage(bytes=size, inodes=inodes)
 
     def damage_of_file(self) -> list[str]:
-        """Sentences of SQLite about damage of the file itself, ten at most; empty when it is sound."""
+        """SQLite's messages about damage of the file itself, ten at most; empty when it is sound."""
         with self._errors():
             lines = [line for (line,) in self._connection().execute("PRAGMA quick_check(10)")]
         return [line for line in lines if line != "ok"]

@@ -1,4 +1,4 @@
-"""Directory records: what a committed snapshot's tree is made of in the index.
+"""Directory records: the tree of a committed snapshot in the index.
 
 Strategy. A record is one directory's entries, packed, and named by the SHA-256 of its bytes,
 as git names trees; a sub-directory is the digest of its record. So a directory that did not
@@ -8,19 +8,20 @@ differ.
 
 Each entry is a pair of packed strings, sorted by name within the record:
 
-``content``   what a user sees: name, type, mode, owner, size, mtime, device, link target,
+``content``   the visible part: name, type, mode, owner, size, mtime, device, link target,
               xattrs, the file's digest, a sub-directory's *content* digest.
-``storage``   where it is: the layer with the data, the path there when it is another one, the
+``storage``   the place: the layer with the data, the path there when it is another one, the
               inode number and blocks shown, a sub-directory's *storage* digest.
 
-The content digest of a directory is taken over the first halves only, so equal trees are equal
-wherever they came from; the storage digest names the record. A file whose digest is not known
-has its (layer, inode number) in the first half instead: content digests that are equal then
-never lie, and a comparison that finds them different looks at the files themselves.
+The content digest of a directory is taken over the first halves only, so equal trees have equal digests, whatever their
+origin; the storage digest names the record. A file without a known digest has its (layer, inode number) in the first
+half instead: equal content digests then still mean equal trees, and a comparison that finds different ones reads the
+files themselves.
 
 Links. Every name of a file with several has, in its second half, the layer and real inode number of that file
-(:attr:`Entry.link`): names of a tree are one file when these agree, and never otherwise. A directory says whether there are
-such names below it (:attr:`Ref.links`): two directories of equal content hold the same tree at once if one of them has none.
+(:attr:`Entry.link`): two names of a tree are one file exactly when these agree. A directory's entry records whether
+there are such names below it (:attr:`Ref.links`): two directories of equal content hold the same tree at once if one of
+them has none.
 
 Paths. The *implied* path of an entry is its directory's base and its name. A file's data, and a
 directory itself, are at the implied path of their layer unless the entry gives a path; a
@@ -28,20 +29,20 @@ directory's base is its implied path unless the entry gives a base. A renamed di
 lower layer is therefore one entry with a base, over the old record.
 
 Big directories. Past ``CHUNK_ABOVE`` entries a record is a list of chunks, cut where
-``crc32(name)`` is a multiple of ``CHUNK_SIZE``: boundaries depend on the names alone, so equal
-directories have equal chunks whatever their history, and one change rewrites one chunk.
+``crc32(name)`` is a multiple of ``CHUNK_SIZE``: boundaries depend on the names alone, so equal directories have equal
+chunks, and one change rewrites one chunk.
 
 On disk a leaf is: ``E``, the number of entries n, the bytes of all content halves; n lengths of
-content halves, n of names, n of storage halves; the content halves; the storage halves. With the
-lengths in front it is taken apart by slicing alone. A list is: ``L``, the number of chunks, the chunks.
-Integers are little-endian. Mtime is seconds and nanoseconds apart, so no time wraps.
+content halves, n of names, n of storage halves; the content halves; the storage halves. With the lengths in front a
+reader only slices. A list is: ``L``, the number of chunks, the chunks. Integers are little-endian. Mtime is seconds and
+nanoseconds apart, so no time wraps.
 """
 
 from __future__ import annotations
 
 import struct
 import zlib
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import NamedTuple, Protocol
@@ -85,33 +86,35 @@ _MANY = 1 << 31  # of a chunk's number of entries: Ref.links
 
 
 class Records(Protocol):
-    """Where records come from: the index, or a set of them not yet stored."""
+    """A source of records: the index, or a set of records not yet stored."""
 
     def record(self, digest: bytes) -> bytes:
         """The bytes named by a storage digest.
 
         Raises:
-            Corrupt: the index does not have it.
+            Corrupt: the index does not have the record.
         """
         ...
 
     @property
     def spool(self) -> str | None:
-        """Where files without a name may be made; ``None`` for the host's own place."""
+        """The directory for files without a name; ``None`` for the host's own."""
         ...
 
 
 class Pending:
-    """Records made but not stored yet, over those that are.
+    """Records that are not stored yet, over the stored ones.
 
-    Threads: belongs to one verb, in one thread.
+    Threads: one verb, in one thread, owns it.
     """
 
     __slots__ = ("_below", "new", "spool")
 
     def __init__(self, below: Records | None = None) -> None:
         self._below = below
-        self.spool: str | None = below.spool if below is not None else None  # where a file may be made for many of them
+        self.spool: str | None = (
+            below.spool if below is not None else None
+        )  # the directory for a file, when they are many
         self.new: Spill = Spill(self.spool)  # digest -> (digests it points at, data)
 
     def record(self, digest: bytes) -> bytes:
@@ -129,13 +132,17 @@ class Pending:
         return EMPTY
 
     def add(self, data: bytes, children: bytes) -> bytes:
-        """Keep a new record; ``children`` are the digests it points at, one after another."""
+        """Keep a new record; ``children`` are the concatenated digests of the records below it."""
         digest = _sha256(data)
         self.new[digest] = (children, data)
         return digest
 
 
 # ------------------------------------------------------------ one directory
+
+
+_KIND_AT = 2  # in a first half: the byte with the file type
+_WITHOUT_LINKS = bytes(flags for flags in range(256) if not flags & ANY_LINK)
 
 
 class _Chunk(NamedTuple):
@@ -176,17 +183,64 @@ def _chunks(data: bytes) -> list[_Chunk]:
 
 
 def _leaf(pending: Pending, names: Sequence[bytes], pairs: Mapping[bytes, Pair]) -> tuple[Ref, int]:
-    chosen = [pairs[name] for name in names]
-    count = len(chosen)
-    content = b"".join([pair[0] for pair in chosen])
-    lengths = [len(pair[0]) for pair in chosen]
-    head = _LEAF.pack(b"E", count, len(content)) + struct.pack(f"<{count}I", *lengths)
-    where = struct.pack(f"<{2 * count}H", *map(len, names), *[len(pair[1]) for pair in chosen])
+    contents, storages = zip(*map(pairs.__getitem__, names), strict=True) if names else ((), ())
+    columns = [list(map(len, each)) for each in (contents, names, storages)]
+    return _pack(pending, b"".join(contents), b"".join(storages), *columns)
+
+
+def _splice(pending: Pending, data: bytes, edits: Mapping[bytes, Pair | None]) -> tuple[Ref, int]:
+    """A leaf with some entries put in place or taken away, as :func:`_leaf` makes it; the others are copied in runs, unopened."""
+    _, count, content_length = _LEAF.unpack_from(data)
+    lengths = struct.unpack_from(f"<{count}I{2 * count}H", data, _LEAF.size)
+    start = _LEAF.size + 8 * count
+    ends = list(accumulate(lengths[:count], initial=start))
+    stops = list(accumulate(lengths[2 * count :], initial=start + content_length))
+
+    def name_of(at: int) -> bytes:
+        begin = ends[at] + NAME_AT
+        return data[begin : begin + lengths[count + at]]
+
+    contents: list[bytes] = []
+    storages: list[bytes] = []
+    columns: tuple[list[int], list[int], list[int]] = ([], [], [])  # lengths of content halves, names, storage halves
+    after = 0
+
+    def keep(end: int) -> None:
+        contents.append(data[ends[after] : ends[end]])
+        storages.append(data[stops[after] : stops[end]])
+        for at, column in enumerate(columns):
+            column += lengths[at * count + after : at * count + end]
+
+    for name in sorted(edits):
+        at = bisect_left(range(count), name, lo=after, key=name_of)
+        keep(at)
+        after = at + (at < count and name_of(at) == name)
+        pair = edits[name]
+        if pair is not None:
+            contents.append(pair[0])
+            storages.append(pair[1])
+            for column, length in zip(columns, (len(pair[0]), len(name), len(pair[1])), strict=True):
+                column.append(length)
+    keep(count)
+    return _pack(pending, b"".join(contents), b"".join(storages), *columns)
+
+
+def _pack(
+    pending: Pending, content: bytes, storage: bytes, halves: list[int], names: list[int], storages: list[int]
+) -> tuple[Ref, int]:
+    """A leaf from all content halves, all storage halves, and the lengths of content halves, names and storage halves."""
+    count = len(halves)
+    head = _LEAF.pack(b"E", count, len(content)) + struct.pack(f"<{count}I", *halves)
+    where = struct.pack(f"<{2 * count}H", *names, *storages)
     digest = _sha256(head + content)
-    data = b"".join([head, where, content, *[pair[1] for pair in chosen]])
-    children = b"".join([root_digest(pair[1]) for pair in chosen if pair[0][2] & 0xF0 == 0x40])
-    links = any(pair[1][0] & ANY_LINK for pair in chosen)
-    return Ref(pending.add(data, children), digest, links), count
+    starts = list(accumulate(storages[:-1], initial=0))[:count]
+    kinds = map(content.__getitem__, accumulate(halves[:-1], initial=_KIND_AT))
+    children = b"".join(
+        [root_digest(storage, at) for at, kind in zip(starts, kinds, strict=False) if kind & 0xF0 == 0x40]
+    )
+    flags = bytes(map(storage.__getitem__, starts))
+    links = flags.translate(None, _WITHOUT_LINKS) != b""
+    return Ref(pending.add(b"".join([head, where, content, storage]), children), digest, links), count
 
 
 def _list(pending: Pending, chunks: list[_Chunk]) -> Ref:
@@ -220,7 +274,7 @@ def _cut(pending: Pending, pairs: Mapping[bytes, Pair]) -> list[_Chunk]:
 class Writer:
     """Records a directory from its entries in the order of their names, keeping a chunk or two of them.
 
-    Gives what :func:`write` gives for the same entries.
+    The result is that of :func:`write` for the same entries.
     """
 
     __slots__ = ("_chunks", "_pairs", "_pending")
@@ -239,14 +293,14 @@ class Writer:
             self._pairs = {name: pair}
 
     def done(self) -> Ref:
-        """All of them were given."""
+        """Finish: all entries were added."""
         if not self._chunks:
             return write(self._pending, self._pairs)
         return _list(self._pending, self._chunks + _cut(self._pending, self._pairs))
 
 
 def write(pending: Pending, pairs: Mapping[bytes, Pair]) -> Ref:
-    """Record a directory with these entries."""
+    """Record a directory with some entries."""
     if len(pairs) <= CHUNK_ABOVE:
         return _leaf(pending, sorted(pairs), pairs)[0]
     return _list(pending, _cut(pending, pairs))
@@ -276,10 +330,13 @@ def find(records: Records, storage: bytes, name: bytes) -> Pair | None:
 def edit(pending: Pending, storage: bytes, edits: Mapping[bytes, Pair | None]) -> Ref:
     """The directory with some entries put in place (a pair) or taken away (None).
 
-    Gives what :func:`write` gives for the same entries, at the cost of the chunks touched.
+    The result is that of :func:`write` for the same entries, at the cost of the chunks touched.
     """
     data = pending.record(storage)
     if data[:1] == b"E":
+        ref, count = _splice(pending, data, edits)
+        if count <= CHUNK_ABOVE:
+            return ref
         pairs = _split(data)
         _apply(pairs, edits)
         return write(pending, pairs)
@@ -293,6 +350,10 @@ def edit(pending: Pending, storage: bytes, edits: Mapping[bytes, Pair | None]) -
         mine = touched.get(at)
         if mine is None:
             done.append(chunk)
+            continue
+        if all(name > chunk.first and not _is_boundary(name) for name in mine):  # the cuts stay where they are
+            ref, count = _splice(pending, pending.record(chunk.ref.storage), mine)
+            done.append(_Chunk(chunk.first, count, ref))
             continue
         pairs = _split(pending.record(chunk.ref.storage))
         _apply(pairs, mine)
@@ -342,13 +403,13 @@ def _differ(one: Pair, other: Pair) -> bool:
 
 
 def _without(chunks: list[_Chunk], others: list[_Chunk]) -> list[_Chunk]:
-    """Chunks that hold something that no chunk of the others does."""
+    """Chunks with an entry that no chunk of the other directory has."""
     same = {chunk.ref.content: chunk.ref for chunk in others}
     return [chunk for chunk in chunks if (ref := same.get(chunk.ref.content)) is None or not chunk.ref.shows(ref)]
 
 
 def _differing_leaves(old: bytes, new: bytes) -> Iterator[tuple[bytes, Pair | None, Pair | None]]:
-    """As :func:`differing`, of two small directories without links: only entries that differ are looked at one by one."""
+    """As :func:`differing`, of two small directories without links: only differing entries are compared one by one."""
     old_names, old_contents, old_storages = _parts(old)
     new_names, new_contents, new_storages = _parts(new)
     before, after = set(old_contents), set(new_contents)
@@ -399,7 +460,7 @@ EMPTY = Ref(_EMPTY_DIGEST, _EMPTY_DIGEST)
 
 
 def _sha256(data: bytes) -> bytes:
-    from hashlib import sha256  # a library of its own behind it, and most verbs read records only
+    from hashlib import sha256  # imported late: it loads a library, and most verbs only read records
 
     return sha256(data).digest()
 

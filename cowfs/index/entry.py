@@ -30,10 +30,10 @@ Pair = tuple[bytes, bytes]
 
 
 class Ref(NamedTuple):
-    """A directory: the digest that names its record, and the one that says what is in it.
+    """A directory: the digest that names its record, and the digest of its content.
 
     Attributes:
-        links: whether files with several names are below it, as far as records of before 2026-12 do not hide them.
+        links: whether files with several names are below it, except in records of before 2026-12, which do not tell.
     """
 
     storage: bytes
@@ -41,7 +41,7 @@ class Ref(NamedTuple):
     links: bool = False
 
     def shows(self, other: Ref) -> bool:
-        """Whether both hold one tree for certain."""
+        """Whether both certainly hold the same tree."""
         return self.content == other.content and (self.storage == other.storage or not (self.links or other.links))
 
 
@@ -54,11 +54,11 @@ class Entry(NamedTuple):
         blocks: units of 512 bytes.
         nlink: names of the file within the tree; 0 for a directory.
         layer: number of the layer that holds the data.
-        path: where it is in that layer, when not at the implied path (see the module).
-        base: of a directory: where its files are, when not at the implied path.
-        link: of a file with several names, which file it is: (layer, inode number there). None where records of before
-            2026-12 do not say: see :attr:`file`.
-        digest: SHA-256 of a regular file's data where it is known.
+        path: its path in that layer, if not the implied path (see the module).
+        base: of a directory: the place of its files, if not the implied path.
+        link: of a file with several names, its identity: (layer, inode number there). None in records of before
+            2026-12: see :attr:`file`.
+        digest: SHA-256 of a regular file's data, if known.
         ref: a directory's record.
         flags: belongs to the driver that wrote the layer, six bits.
     """
@@ -84,7 +84,7 @@ class Entry(NamedTuple):
 
     @property
     def file(self) -> tuple[int, int]:
-        """Which file it is: names of one tree with several links that agree in this are one file."""
+        """The file's identity: names of one tree with several links are one file if they agree in this."""
         return self.link or (self.layer, self.ino)
 
     @property
@@ -217,6 +217,6 @@ def ref_of(pair: Pair) -> Ref | None:
     return Ref(storage[_STORE.size : _STORE.size + DIGEST], content[at : at + DIGEST], storage[0] & _LINKS != 0)
 
 
-def root_digest(storage_half: bytes) -> bytes:
-    """The record digest in a directory entry's storage half."""
-    return storage_half[_STORE.size : _STORE.size + DIGEST]
+def root_digest(storage: bytes, at: int = 0) -> bytes:
+    """The record digest in a directory entry's storage half, which begins at ``at``."""
+    return storage[at + _STORE.size : at + _STORE.size + DIGEST]

@@ -1,8 +1,8 @@
-"""The log of events: a bounded table of the index, written in the transaction that does what the event tells.
+"""The log of events: a bounded table of the index, written in the transaction of the change that an event describes.
 
 Rules:
 
-1. An event and its change are one transaction: neither is there without the other, whoever made it and however it ended.
+1. An event and its change are one transaction: neither exists without the other, even after a kill.
 2. Sequence numbers have no gaps. So a reader that finds one knows how many events were deleted before it came.
 3. The newest :data:`KEPT` are kept, give or take :data:`TRIM`.
 
@@ -28,9 +28,12 @@ TRIM = 1024
 def add(
     connection: sqlite3.Connection, type: str, action: str, actor: str, attributes: Mapping[str, str], at: int
 ) -> int:
-    """Add one event inside the open transaction; its sequence number."""
+    """Add one event inside the open transaction, and return its sequence number."""
     import json
 
+    from cowfs._log import Part
+
+    Part("cowfs.store").info("%s %s %s", type, action, actor)
     told = json.dumps(dict(attributes), sort_keys=True) if attributes else "{}"
     row = connection.execute(
         "INSERT INTO events (time, type, action, actor, attributes) VALUES (?, ?, ?, ?, ?)",
@@ -61,7 +64,7 @@ def read(connection: sqlite3.Connection, after: int, count: int) -> list[Event]:
 
 
 def before(connection: sqlite3.Connection, time: int) -> int:
-    """The last sequence number such that it and all before it are earlier than a time; clocks may have gone backwards."""
+    """The last sequence number that is, like all before it, earlier than a time; the clock may have gone backwards."""
     row = connection.execute("SELECT seq FROM events WHERE time >= ? ORDER BY seq LIMIT 1", (time,)).fetchone()
     return int(row[0]) - 1 if row is not None else ends(connection)[1]
 

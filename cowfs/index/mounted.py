@@ -28,14 +28,14 @@ class Handle(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """One entry as the merged view wants it (``cowfs.union.options.Entry``).
+    """One entry in the form for the merged view (``cowfs.union.options.Entry``).
 
     Attributes:
         type: as in readdir(3), DT_*.
-        layer: place in the stack, 0 at the bottom; of a directory: the topmost that has it.
-        path: where it is there; None at the path that users see.
+        layer: place in the stack, 0 at the bottom; of a directory: the topmost layer that has it.
+        path: its path in that layer; None for the path that users see.
         record: a directory's own record.
-        file: which file it is (:attr:`cowfs.index.directory.Entry.file`).
+        file: the file's identity (:attr:`cowfs.index.directory.Entry.file`).
     """
 
     type: int
@@ -58,7 +58,7 @@ class Seen(NamedTuple):
 
 
 class _Names(Mapping[bytes, Seen]):
-    """A directory's entries, each unpacked when it is asked for."""
+    """A directory's entries, each unpacked on demand."""
 
     __slots__ = ("_handle", "_layers", "_pairs")
 
@@ -126,11 +126,11 @@ class IndexTree:
 
     @property
     def records(self) -> Records:
-        """Where the records come from."""
+        """The source of the records."""
         return self._records
 
     def root(self) -> Handle:
-        """The root directory, to be given to :meth:`entries`."""
+        """The root directory, an argument for :meth:`entries`."""
         entry = decode(self._root)
         assert entry.ref is not None
         return Handle(entry.ref.storage, b"", entry.base or b"")

@@ -1,13 +1,13 @@
-"""What the index says of one snapshot and of one image's name, and the statements that read them."""
+"""The records of one snapshot and of one image's name, and the statements that read them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
+from cowfs._record import field, record
 from cowfs.model import Info, Kind, Limit, Usage
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     import sqlite3
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["CHAIN", "INFO", "KINDS", "ROW", "Row", "Tag", "held", "labels_of", "layers", "row_of"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Row:
     """One snapshot as the index keeps it; the columns are described in schema.sql."""
 
@@ -40,7 +40,7 @@ class Row:
     parent_name: str | None
 
     def info(self) -> Info:
-        """What users see of it."""
+        """The public record of the snapshot."""
         return Info(
             name=self.name,
             kind=self.kind,
@@ -51,7 +51,7 @@ class Row:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Tag:
     """A name for an image: the top snapshot of its chain, and its configuration (JSON, "" for a plain tree)."""
 
@@ -120,7 +120,7 @@ def row_of(values: tuple) -> Row:  # type: ignore[type-arg]
 
 
 def layers(connection: sqlite3.Connection) -> list[tuple[int, int | None, str, str, int | None]]:
-    """(number, parent's number, name, kind, bytes of its own; None until committed) of all snapshots, in one look."""
+    """(number, parent's number, name, kind, bytes of its own; None until committed) of all snapshots, by one query."""
     return connection.execute("SELECT num, parent, name, kind, bytes FROM snapshots ORDER BY num").fetchall()
 
 

@@ -1,12 +1,13 @@
-"""Reading only what changed in a whole layer, where its driver can tell (:meth:`cowfs.driver.Driver.changes`).
+"""Reading only the changes of a whole layer, if its driver knows them (:meth:`cowfs.driver.Driver.changes`).
 
-Strategy: the scan of :mod:`cowfs.index.scan`, but in a directory that the parent has in the same place only the names are read that
-were told. What was told may be too much, never too little. The records come out as those of a full scan do, which the tests compare.
+Strategy: the scan of :mod:`cowfs.index.scan`, but in a directory that the parent has in the same place, only the names
+that the driver gave are read. The driver may give too many names, never too few. The resulting records are those of a
+full scan, which the tests compare.
 
-Files with several names: all of them are read as soon as one is, since only together do they say which file they are. The
-driver finds them by the inode; then the scan is made again.
+Files with several names: all names of a file are read as soon as one is, since only together do they identify the file.
+The driver finds them by the inode; then the scan is made again.
 
-What the tree holds is the parent's, without what was at those names, and with what is there now.
+The use of the tree is the parent's, minus the former objects of those names, plus the present ones.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ _ROUNDS = 16
 
 
 class CannotTellError(Exception):
-    """What changed is not known well enough: all has to be read."""
+    """The changes are not known well enough: the whole layer has to be read."""
 
 
 class _Told:
-    """The names to be read, by directory, and the directories that are read whole."""
+    """The names to read, by directory, and the directories to read whole."""
 
     def __init__(self, paths: Mapping[bytes, bool]) -> None:
         self.names: dict[bytes, set[bytes]] = {}
@@ -54,7 +55,7 @@ class _Told:
 
 
 class _Changed(Full):
-    """A whole layer, of which only what was told is read.
+    """A whole layer, of which only the given names are read.
 
     Attributes:
         partly: the directories that were not read whole.
@@ -116,13 +117,13 @@ def scan_changes(
     same: SameAsParent,
     known: KnownDigest | None = None,
 ) -> Scanned:
-    """Read a whole layer over its parent's tree where something changed; ``usage`` is that of the whole tree.
+    """Read the changed parts of a whole layer over its parent's tree; ``usage`` is that of the whole tree.
 
     Args:
         root_fd, old_fd: the layer's root directory, and the parent's.
-        paths: path -> whether all below it is to be read, as :meth:`cowfs.driver.Driver.changes` says.
+        paths: path -> whether all below it is to be read, from :meth:`cowfs.driver.Driver.changes`.
         names: the paths of an inode of the layer that has several.
-        sums: what the parent's tree holds.
+        sums: the use of the parent's tree.
         num, form, base, records, same, known: as for :func:`cowfs.index.scan.scan_full`.
 
     Raises:
@@ -138,7 +139,7 @@ def scan_changes(
         torn = scan.torn()
         try:
             more = [path for inode, seen in scan.linked.items() for path in names(inode) if path not in seen]
-        except OSError as error:  # more names than can be told
+        except OSError as error:  # more names than the driver can give
             raise CannotTellError from error
         if not torn - own and not more:
             break
@@ -155,7 +156,7 @@ def scan_changes(
 
 
 def _count_before(old_fd: int, form: Form, partly: set[bytes], told: _Told) -> Sums:
-    """What was in the parent's tree where the scan has looked."""
+    """The use of the parent's tree at the places that the scan has read."""
     tally = Tally(files.fs_name(old_fd), form)
     tally.root(old_fd)
     seen: set[int] = set()

@@ -1,8 +1,7 @@
-"""Reading a layer into directory records: what commit does, and the diff of an active snapshot.
+"""Reading a layer into directory records, for commit and for the diff of an active snapshot.
 
-Strategy. The records of the parent are the start; a layer's directory is a set of edits on one
-of them. So only directories that the layer has are read, and the cost is that of the change.
-Two kinds of layer:
+Strategy. The records of the parent come first; a layer's directory is a set of edits on one of them. So only
+directories that the layer has are read, and the cost is that of the change. Two kinds of layer:
 
 * *delta* (:func:`scan_delta`): the kernel's overlay format. A whiteout is a removal, an opaque
   directory starts from nothing, a redirect starts from another record, a metacopy keeps the
@@ -10,7 +9,7 @@ Two kinds of layer:
 * *full* (:func:`scan_full`): a whole tree, of which all is read; an entry that agrees with the
   parent's in everything is the parent's, so unchanged directories share their records here too.
 
-Directories are walked with a stack of our own: hostile trees are deeper than Python's stack.
+Directories are walked with an explicit stack: hostile trees are deeper than Python's stack.
 Everything is opened relative to the directory before it, without following links. Of a deep
 path only the last ``KEEP_OPEN`` descriptors stay open; the others are found again by "..".
 """
@@ -54,7 +53,7 @@ KNOWS_LINKS = 0x20
 """In the flags of a root entry: the tree was recorded with what its files with several names are (since 2026-12)."""
 _DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FLUSH = 4096  # entries of a new directory that are kept before they are recorded
-_MANY = 64  # names of a big directory that are cheaper looked up together than one by one
+_MANY = 64  # from this many names of a big directory, one look-up of all is cheaper than one for each
 
 KnownDigest = Callable[[bytes, os.stat_result], bytes | None]
 """SHA-256 of a file's data where it is known: (path in the layer, its stat)."""
@@ -69,11 +68,11 @@ class Scanned:
 
     Attributes:
         root: the root entry of the merged tree.
-        usage: what the layer holds itself.
+        usage: the layer's own use.
         pending: the records that are new.
-        latest: the latest ctime in the layer, nanoseconds: when it was last changed in any way.
-        held: of a whole layer, all that its tree holds; None of a delta.
-        sums: the same in parts, on hosts where that can be said.
+        latest: the latest ctime in the layer, nanoseconds: the time of its last change.
+        held: of a whole layer, the use of its tree; None of a delta.
+        sums: the same in parts, on hosts that tell them.
     """
 
     root: Pair
@@ -85,7 +84,7 @@ class Scanned:
 
 
 def locate(records: Records, root: Pair | None, path: bytes) -> tuple[Pair | None, bytes]:
-    """The entry at a path of a merged tree, and where its data, or its files, are: (pair, path)."""
+    """The entry at a path of a merged tree, and the path of its data, or of its files: (pair, path)."""
     pair, base = root, b""
     if pair is not None:
         base = decode(pair).base or b""
@@ -107,10 +106,10 @@ class Frame:
     """One directory being read.
 
     Attributes:
-        path: its path in the layer, which is where users see it.
+        path: its path in the layer, and for users.
         below: the parent's record it starts from, or EMPTY.
-        base: where that record's files are; ``path`` when it starts from nothing.
-        edits: what this layer does to it.
+        base: the path of that record's files; ``path`` if it starts from nothing.
+        edits: this layer's changes of it.
     """
 
     __slots__ = (
@@ -126,7 +125,7 @@ class Frame:
         self.entry = entry
         self.below = below
         self.base = base
-        self.implied = implied  # where it is, and its files are, when its entry says nothing
+        self.implied = implied  # the place of it and of its files, if its entry has none
         self.edits: dict[bytes, Pair | None] = {}
         self.writer: Writer | None = None  # of a directory that starts from nothing
         self.nested = False
@@ -145,7 +144,7 @@ class Frame:
         return self.cache.get(name)
 
     def place(self, name: bytes, actual: bytes) -> bytes | None:
-        """What an entry's path says, given where it really is."""
+        """The path field of an entry, for its real path."""
         return None if join(self.base, name) == actual else actual
 
 
@@ -211,11 +210,11 @@ class _Scan(ABC):
 
     @abstractmethod
     def enter(self, above: Frame | None, name: bytes, fd: int) -> Frame:
-        """Begin a directory that the layer has, open as ``fd``; None above: the root."""
+        """Begin a directory that the layer has, open as ``fd``; no frame above: the root."""
 
     @abstractmethod
     def file(self, frame: Frame, name: bytes, st: os.stat_result) -> None:
-        """Take what is no directory."""
+        """Take an object that is no directory."""
 
     def leave(self, frame: Frame) -> Pair:
         if frame.below == EMPTY:
@@ -236,7 +235,7 @@ class _Scan(ABC):
         return encode(frame.name, entry)
 
     def flush(self, frame: Frame, writer: Writer) -> None:
-        """Record what a new directory has so far, in the order of its names."""
+        """Record the entries of a new directory so far, in the order of its names."""
         for name, pair in frame.edits.items():
             if pair is not None:
                 writer.add(name, pair)
@@ -260,7 +259,7 @@ class _Scan(ABC):
         if frame.below == EMPTY and len(names) > _FLUSH:
             names.sort()
             frame.writer = Writer(self.pending)
-        for mark in marks:  # of a name that this layer has, too, it hides what is beneath
+        for mark in marks:  # a whiteout beside the name in this layer hides the lower objects
             target = whiteout.wh_target(mark)
             if target is not None:
                 self.tally.hide(mark)
@@ -305,7 +304,7 @@ class _Scan(ABC):
 
 
 def _hides_by_name(above: Frame | None, name: bytes, fd: int) -> bool:
-    """Whether names say that a directory hides all that is beneath it: one in it, or one beside it."""
+    """Whether a name in a directory, or beside it, makes it hide all that is beneath it."""
     beside = above is not None and name in above.edits and above.edits[name] is None
     return beside or whiteout.exists(fd, whiteout.WH_OPAQUE)
 
@@ -345,7 +344,7 @@ class _Delta(_Scan):
                     ino = entry.ino
             if below == EMPTY:
                 base = path
-        if below == EMPTY and above is not None and form.origin in stored:  # a copy of one that a squash took away
+        if below == EMPTY and above is not None and form.origin in stored:  # a copy of one that a squash removed
             ino = self._number(stored[form.origin]) or ino
         frame = Frame(fd, name, path, _directory(st, self.num, self.visible(stored), ino), below, base, implied)
         frame.nested = opaque == b"x"
@@ -391,7 +390,7 @@ class _Delta(_Scan):
         frame.edits[name] = encode(name, entry)
 
     def _data_of(self, frame: Frame, name: bytes, redirect: bytes | None) -> tuple[Entry, bytes] | None:
-        """The parent's entry whose data a file of this layer shows, and where that is; None where there is none."""
+        """The parent's entry whose data a file of this layer shows, and its path; None if there is none."""
         if redirect is None:
             pair, place = frame.lower(self.pending, name), join(frame.base, name)
         elif redirect.startswith(b"/"):
@@ -404,7 +403,7 @@ class _Delta(_Scan):
         return data, data.path or place
 
     def _origin(self, frame: Frame, name: bytes, st: os.stat_result, value: bytes) -> int:
-        """The inode number that a copied-up object keeps: that of the lower one, the same under all its names."""
+        """The inode number of a copied-up object: that of the lower one, the same under all its names."""
         number = self._number(value)
         if (
             number is None and not self.decodes and st.st_nlink == 1
@@ -417,7 +416,7 @@ class _Delta(_Scan):
         return number or st.st_ino
 
     def _number(self, origin: bytes) -> int | None:
-        """The number of the file that an ``origin`` names, if it is there: a number that was given again does not count."""
+        """The inode number of the file that an ``origin`` names, if it exists; a reused number does not count."""
         handle = handle_of(origin)
         if handle is None or not self.decodes:
             return None
@@ -438,8 +437,8 @@ class _Delta(_Scan):
 class Full(_Scan):
     """A whole tree, compared with its parent's entry by entry.
 
-    A file with several names keeps the parent's entries only if all its names were one file there, too, and the same. A pass
-    that finds others (:meth:`torn`) is made again, with these in ``own``.
+    A file with several names keeps the parent's entries only if all its names were one and the same file there, too. A
+    pass that finds other files (:meth:`torn`) is repeated, with these in ``own``.
     """
 
     same: SameAsParent
@@ -449,17 +448,15 @@ class Full(_Scan):
     ) -> None:
         super().__init__(root_fd, num, form, base, records, known)
         self.own: set[int] = set()
-        self._files: dict[
-            int, set[tuple[int, int]]
-        ] = {}  # inode with several names -> the files that their entries say
+        self._files: dict[int, set[tuple[int, int]]] = {}  # inode with several names -> the files of their entries
         self._inodes: dict[tuple[int, int], int] = {}  # file -> an inode that has an entry of it
 
     def torn(self) -> set[int]:
-        """Inodes whose names would be more than one file, or a part of one."""
+        """Inodes whose names would become several files, or a part of one."""
         return {inode for inode, files in self._files.items() if len(files) > 1}
 
     def _file_of(self, inode: int, before: Entry | None) -> bool:
-        """Note which file a name of an inode will be; whether that is the parent's, ``before``."""
+        """Note the file of a name of an inode. Returns whether that is the parent's, ``before``."""
         keeps = before is not None and inode not in self.own
         file = before.file if before is not None and keeps else (self.num, inode)
         said = self._files.setdefault(inode, set())
@@ -488,7 +485,7 @@ class Full(_Scan):
         return frame
 
     def list(self, above: Frame | None, frame: Frame) -> None:
-        """Say which names of a directory are to be read, and which of the parent's are gone."""
+        """Find the names of a directory to read, and the parent's names that are gone."""
         found = self.listed(frame)
         if frame.below != EMPTY:
             frame.many = True
@@ -553,7 +550,7 @@ def scan_delta(
         records: the index.
         known: digests of files that are known already.
         names: inode -> its names, for files that have further names outside the layer, which are about to go.
-        links: record which names are one file; without, the records are those of before 2026-12.
+        links: record the identity of files with several names; without, the records are those of before 2026-12.
 
     Raises:
         Corrupt: a metacopy has no data beneath it, or the parent's records are incomplete.
@@ -578,7 +575,7 @@ def scan_full(
     """Read a layer that is a whole tree; ``usage`` is that of the whole tree.
 
     Args:
-        same: asked about files that agree with the parent's in all attributes.
+        same: called with files that agree with the parent's in all attributes.
         links: as for :func:`scan_delta`.
 
     Raises:

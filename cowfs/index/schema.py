@@ -9,7 +9,7 @@ __all__ = ["APPLICATION_ID", "FORMAT", "LACKING", "MIGRATIONS", "first_schema"]
 APPLICATION_ID = 0x636F7766  # "cowf"
 
 MIGRATIONS: dict[int, str] = {
-    # Format 1 had no such column: sharing a limit was told from the numbers, which a live snapshot's child has alone.
+    # Format 1 had no such column: the numbers showed that a limit was shared, since only a live snapshot's child has such.
     1: """
 ALTER TABLE snapshots ADD COLUMN shares_limit INTEGER NOT NULL DEFAULT 0;
 UPDATE snapshots SET shares_limit = 1 WHERE EXISTS (

@@ -1,4 +1,4 @@
-"""A mapping of byte strings that moves to a file once it is large: what a verb makes before it may store it.
+"""A mapping of byte strings that moves to a file once it is large, for records that a verb may not store yet.
 
 Rule: the file has no name (O_TMPFILE where the host has it), so a killed process leaves nothing.
 """
@@ -29,7 +29,7 @@ class Spill(MutableMapping[bytes, Two]):
     """Pairs of byte strings by key. Threads: one at a time.
 
     Args:
-        directory: where the file is made, if one is needed; None: the host's temporary directory.
+        directory: the directory of the file, if one is needed; None: the host's temporary directory.
     """
 
     __slots__ = ("_directory", "_end", "_file", "_held", "_size")
@@ -53,7 +53,7 @@ class Spill(MutableMapping[bytes, Two]):
         if self._file is None:
             import tempfile
 
-            self._file = tempfile.TemporaryFile(dir=self._directory, buffering=0)  # noqa: SIM115  (lives as long as we do)
+            self._file = tempfile.TemporaryFile(dir=self._directory, buffering=0)  # noqa: SIM115  (lives as long as this object)
         place = _Place(self._end, len(first), len(second))
         left = memoryview(first + second)
         while left:
@@ -75,7 +75,7 @@ class Spill(MutableMapping[bytes, Two]):
 
         assert self._file is not None
         former, self._directory = self._file, None
-        self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  (lives as long as we do)
+        self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  (lives as long as this object)
         former.seek(0)
         with former:
             shutil.copyfileobj(former, self._file)

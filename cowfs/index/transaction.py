@@ -1,7 +1,7 @@
 """One write transaction of the index: every change that a verb may make has a name here.
 
 Rule: the connection is private. A verb of the store reads through :class:`~cowfs.index.database.Index` (inside the transaction
-its own writes are seen) and writes through these methods; the whole of it happens, or nothing.
+its own writes are seen) and writes through these methods; all of it happens, or nothing.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ class NameTaken(AlreadyExists):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Committed:
-    """The part of a record that a committed snapshot has, and an active one has not.
+    """The part of a record that only a committed snapshot has.
 
     Attributes:
         usage: of its own layer.
         root: the two digests of its tree's root.
         records: the directory records of the tree that the index may lack.
-        diff_id: ``sha256:...`` of the uncompressed archive that the layer is, where it is one.
+        diff_id: ``sha256:...`` of the layer's uncompressed archive, if the layer is one.
         chain_id: OCI image-spec, config.md, "Layer ChainID".
     """
 
@@ -50,7 +50,7 @@ class Committed:
 
 
 def _digest(config: str) -> str:
-    from hashlib import sha256  # a library of its own behind it, and most verbs read
+    from hashlib import sha256  # imported late: it loads a library, and most verbs only read
 
     return f"sha256:{sha256(config.encode()).hexdigest()}"
 
@@ -91,8 +91,8 @@ class Transaction:
             parent: (number, depth) of the snapshot beneath.
             labels: kept with it.
             limit: on its own layer.
-            base: use that is not counted for the limit (it may be negative: counted though other layers hold it).
-            shares_limit: the parent was made of it while it was active: one limit is on both.
+            base: use that does not count for the limit (a negative one counts, though other layers hold it).
+            shares_limit: the parent was made of it while it was active, so one limit covers both.
             created: nanoseconds since 1970; now by default.
             num: a number that was reserved.
             config: the configuration of the image that it is made from (JSON).
@@ -176,14 +176,15 @@ class Transaction:
         self._set(num, {"labels": _labels(labels), "created": created, "updated": updated})
 
     def set_archive(self, num: int, diff_id: str, chain_id: str | None, *, form: int) -> None:
-        """Keep the digest of the archive that an export in this form gave; a chain id only where there is none."""
+        """Keep the digest of the archive that an export in this form gave; the chain id only if there is none yet."""
         self._connection.execute(
             "UPDATE snapshots SET diff_id = ?, chain_id = coalesce(chain_id, ?), diff_form = ? WHERE num = ?",
             (diff_id, chain_id, form, num),
         )
 
     def forget_archive(self, num: int) -> None:
-        """A layer is not the archive whose digest it has: neither it nor what stands on it is a layer of that image."""
+        """Drop the digest of a layer that is not the archive with that digest: neither it nor its descendants are
+        layers of that image."""
         self._set(num, {"diff_id": None, "diff_form": None})
         self._connection.execute(
             "WITH RECURSIVE above (num) AS (SELECT ? UNION SELECT s.num FROM snapshots AS s JOIN above ON s.parent = above.num)"
@@ -201,7 +202,7 @@ class Transaction:
         self.record_event("store", "quarantine" if why else "release", self._name_of(num), {"why": why} if why else {})
 
     def set_limit(self, num: int, limit: Limit) -> None:
-        """What an active snapshot may hold from now on."""
+        """Set the limit of an active snapshot."""
         self._set(num, {"limit_bytes": limit.bytes, "limit_inodes": limit.inodes, "updated": time.time_ns()})
         told = {"size": limit.bytes, "inodes": limit.inodes}
         self.record_event(
@@ -212,7 +213,7 @@ class Transaction:
         )
 
     def set_base(self, num: int, base: Usage) -> None:
-        """Set what a snapshot does not count for its limit."""
+        """Set the use of a snapshot that does not count for its limit."""
         self._set(num, {"base_bytes": base.bytes, "base_inodes": base.inodes})
 
     def stand_on(
@@ -231,7 +232,7 @@ class Transaction:
         self._set(num, values)
 
     def replace_layer(self, num: int, *, id: str, parent: int | None, usage: Usage, shares_limit: bool) -> None:
-        """Record that a snapshot's layer now holds its parent's as well: what its archive was is no longer known."""
+        """Record that a snapshot's layer now holds its parent's as well, and is the layer of no archive any more."""
         self._set(
             num,
             {
@@ -246,7 +247,7 @@ class Transaction:
         )
 
     def lower(self, num: int, root: Pair | None) -> None:
-        """Record that one layer fewer is beneath a snapshot, and the root of its tree as it is recorded then."""
+        """Record that one layer fewer is beneath a snapshot, and the new record of its tree's root."""
         content, storage = root if root is not None else (None, None)
         self._connection.execute(
             "UPDATE snapshots SET depth = depth - 1, root_content = ?, root_storage = ? WHERE num = ?",
@@ -281,7 +282,7 @@ class Transaction:
         self.add_records(new)
 
     def remove_records(self, digests: Iterable[bytes]) -> None:
-        """Delete directory records that nothing points at."""
+        """Delete unreferenced directory records."""
         self._connection.executemany("DELETE FROM records WHERE digest = ?", ((digest,) for digest in digests))
 
     # -- configurations and tags ------------------------------------------------------------------
@@ -292,7 +293,7 @@ class Transaction:
         return digest
 
     def drop_configs(self) -> None:
-        """Delete the configurations that no snapshot remembers."""
+        """Delete the configurations that no snapshot has."""
         self._connection.execute(
             "DELETE FROM configs WHERE digest NOT IN (SELECT config FROM snapshots WHERE config IS NOT NULL)"
         )
@@ -314,7 +315,7 @@ class Transaction:
     def record_event(
         self, type: str, action: str, actor: str, attributes: Mapping[str, str] | None = None, *, at: int | None = None
     ) -> int:
-        """Add to the log of events what this transaction does; the event's sequence number.
+        """Add an event of this transaction to the log, and return its sequence number.
 
         Args:
             type, action, actor, attributes: as in :class:`cowfs.model.Event`.

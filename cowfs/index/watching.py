@@ -1,4 +1,4 @@
-"""Whether anybody wrote to an index, as one number for all threads of a process."""
+"""Changes of an index by any process, as one number for all threads of a process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["Watcher"]
 
 
 class Watcher:
-    """A connection that only looks: SQLite tells it whether another one, of this process or not, has committed since.
+    """A connection that only watches: SQLite tells it whether another connection, of this process or not, has committed since.
 
     Source: SQLite, PRAGMA data_version.
 
@@ -39,11 +39,13 @@ class Watcher:
             return self._turn, int(self._connection.execute("PRAGMA data_version").fetchone()[0])
 
     def close(self) -> None:
-        """Close the connection; the next question opens another one."""
+        """Close the connection; the next call opens another one."""
         with self._lock:
             self._drop()
 
     def _drop(self) -> None:
-        if self._connection is not None and self._pid == os.getpid():  # a child of fork leaves its parent's alone
+        if (
+            self._connection is not None and self._pid == os.getpid()
+        ):  # a forked child leaves its parent's connection alone
             self._connection.close()
         self._connection = None

@@ -1,6 +1,6 @@
 """Inside a mount's server process: the view of a snapshot, its lower tree from the index.
 
-Strategy: the server is told a directory (the layer's tree) and finds everything else from there:
+Strategy: the server gets a directory (the layer's tree) and finds everything else from there:
 the store two levels up, the row by the id in the path, the parent's tree in the row. So a
 store that was moved still mounts, and the lower layers are never scanned.
 """
@@ -16,12 +16,14 @@ from cowfs.errors import NotFound
 from cowfs.index.database import Index, Row
 from cowfs.index.mounted import IndexTree
 from cowfs.model import Limit
-from cowfs.union import View, quota
+from cowfs.row.view import View
+from cowfs.union import quota
 
 if TYPE_CHECKING:
     from cowfs.mounting.resources import Stack
     from cowfs.union import Options
     from cowfs.union.options import TreeIndex
+    from cowfs.union.view import View as Merged
 
 __all__ = ["count_from_now", "keep_limit", "view"]
 
@@ -31,7 +33,7 @@ def view(stack: Stack, options: Options) -> View:
 
     Raises:
         NotFound: the index does not know the layer.
-        OSError: as :class:`cowfs.union.View`.
+        OSError: as :class:`cowfs.View`.
     """
     assert stack.upper is not None
     index, row = row_of(stack.upper)
@@ -45,10 +47,10 @@ def view(stack: Stack, options: Options) -> View:
     return made
 
 
-def _count(view: View, row: Row) -> None:
-    """Count what a snapshot's layer holds for its limit, from now on.
+def _count(view: Merged, row: Row) -> None:
+    """Begin to count the use of a snapshot's layer for its limit.
 
-    Of a whole layer, what was copied is neither use nor limit; what live snapshots beneath hold counts, too.
+    For a whole layer, copied data counts neither as use nor for the limit; the use of live snapshots beneath counts, too.
     """
     space = quota.Space(view)
     space.offset(-(row.base.bytes // quota.UNIT), -row.base.inodes)
@@ -91,8 +93,8 @@ def keep_limit(upper: str, limit: Limit) -> None:
         index.close()
 
 
-def count_from_now(view: View, upper: str) -> None:
-    """Have a view that had no limit count as one that was mounted with one."""
+def count_from_now(view: Merged, upper: str) -> None:
+    """Make a view that was mounted without a limit count as one with a limit."""
     index, row = row_of(upper)
     index.close()
     _count(view, row)

@@ -1,26 +1,28 @@
 """The server process of one mount: its start, its control socket, its end.
 
 Strategy: one process a mount, and everything that belongs to the mount is in it: the locks, the merged view, the FUSE
-session, the control socket. So it can be killed at any moment and leaves nothing that the next mount does not clear.
+session, the control socket. So it can be killed at any moment, and the next mount clears its remains.
 
-Start. :func:`start` forks; the child checks, locks, mounts, and reports through a pipe once a stat of the mount point was
-answered, or what went wrong. Only then does it let go of the standard streams. The command forks itself (fast). The
-library's caller may be threaded, so it has a process of one thread that forks servers for it (:mod:`cowfs.mounting.prefork`).
+Start. :func:`start` forks; the child checks, locks, mounts, and reports through a pipe, either the answer to a stat of
+the mount point or the error. Only then does it close the standard streams. The command forks itself (fast). The
+library's caller may be threaded, so it has a process of one thread that forks servers for it
+(:mod:`cowfs.mounting.prefork`).
 
 Threads:
 - main: the session's loop; sole owner of the view.
-- control: accepts connections and hears signals (by the wake-up descriptor, never in a handler). It answers no request
+- control: accepts connections and handles signals (by the wake-up descriptor, never in a handler). It answers no request
   of the kernel and holds no lock that answering needs, so it may unmount.
 - one for each question on the control socket, for as long as its answer takes (:mod:`cowfs.mounting.control`).
 - ready: asks the kernel for the mount point once, then reports and ends.
 - owner: where the mount belongs to a process, waits for its end and unmounts.
 
-End. An unmount (by a verb, a signal, somebody's umount) only takes the mount off the tree. The kernel then ends the
+End. An unmount (by a verb, a signal, any umount) only takes the mount off the tree. The kernel then ends the
 session, and the main thread closes everything in one place.
 """
 
 from __future__ import annotations
 
+import gc
 import os
 import select
 import signal
@@ -33,6 +35,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
+from cowfs._log import Part
 from cowfs.errors import CowfsError
 from cowfs.mounting import mountpoint, protocol
 from cowfs.mounting.assemble import explain, make_session, make_view, name_process, raise_file_limit, refused
@@ -49,9 +52,11 @@ if TYPE_CHECKING:
     from cowfs.fuse.portable import PortableSession
     from cowfs.union import View
 
-__all__ = ["Server", "Started", "parse_report", "serve", "start"]
+__all__ = ["Report", "Server", "Started", "parse_report", "serve", "start"]
 
-_FLUSH_SECONDS = 10.0  # how long SIGTERM waits for dirty pages
+_log = Part("cowfs.mounting")
+
+_FLUSH_SECONDS = 10.0  # seconds that SIGTERM waits for dirty pages
 
 
 class Started(NamedTuple):
@@ -68,43 +73,42 @@ class Started(NamedTuple):
 def start(spec: MountSpec) -> Started:
     """Fork a server for ``spec`` and wait until the mount answers.
 
-    For a process that has one thread and ends soon: it hears no SIGINT any more once the mount is there.
+    For a process that has one thread and ends soon: it ignores SIGINT once the mount is made.
 
     Raises:
         CowfsError: as raised in the server; then nothing is mounted and the server is gone.
     """
+    _log.info("mount %s: layers %s, upper %s", spec.mountpoint, ":".join(reversed(spec.layers)), spec.upper or "none")
     reading, writing = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
     if pid == 0:
         os.close(reading)
-        serve(spec, writing)
+        serve(spec, Report(writing))
     os.close(writing)
     try:
         with open(reading, "rb") as pipe:
             line = pipe.read()
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # too late for second thoughts: the mount is there, and we end
-    except BaseException:  # interrupted while waiting: what was started goes, too
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # too late to interrupt: the mount is made, and this process ends
+    except BaseException:  # interrupted while waiting: end the started server, too
         os.kill(pid, signal.SIGTERM)
-        os.waitpid(pid, 0)  # it may just have mounted
+        os.waitpid(pid, 0)  # the server may just have mounted
         raise
     if not line:
         _, status = os.waitpid(pid, 0)
         raise CowfsError(f"the server ended before the mount answered (status {os.waitstatus_to_exitcode(status)})")
-    return parse_report(line)
+    started = parse_report(line)
+    _log.info("mount %s: served by process %d", spec.mountpoint, started.pid)
+    return started
 
 
-def serve(spec: MountSpec, report: int) -> NoReturn:
-    """Be the server of a wish; this process, forked for it, ends here.
-
-    Args:
-        report: a pipe, whose ownership passes over.
-    """
+def serve(spec: MountSpec, report: Report) -> NoReturn:
+    """Run the server of a request; this process, forked for it, ends here."""
     code = 1
     try:
         os.setsid()
-        code = Server(spec, _Report(report)).run()
+        code = Server(spec, report).run()
     except BaseException:  # noqa: BLE001  (never return into the caller's code)
         import traceback
 
@@ -128,30 +132,38 @@ def parse_report(line: bytes) -> Started:
     return Started(message["pid"], message["socket"])
 
 
-class _Report:
-    """The one message from a starting server to whoever waits for it. The first to speak wins; any thread may."""
+class Report:
+    """The one message from a starting server to its waiting maker. Any thread may send it; the first one counts.
 
-    def __init__(self, fd: int) -> None:
+    Args:
+        fd: a pipe or socket, whose ownership passes over.
+        encode: the bytes of a message: ``{"pid", "socket"}`` once the mount answers, or ``{"error"}``.
+    """
+
+    def __init__(self, fd: int, encode: Callable[[dict[str, Any]], bytes] = protocol.encode) -> None:
         self._fd = fd
+        self._encode = encode
         self._lock = threading.Lock()
+        self.unheard = False
+        """Whether nobody waited any more."""
 
     def send(self, message: dict[str, Any], before_close: Callable[[], None] | None = None) -> bool:
-        """Send, unless something was sent. ``before_close`` runs while the other side still waits."""
+        """Send, unless a message was sent. ``before_close`` runs while the other side still waits."""
         with self._lock:
             if self._fd < 0:
                 return False
             fd, self._fd = self._fd, -1
             try:
-                os.write(fd, protocol.encode(message))
+                os.write(fd, self._encode(message))
             except OSError:
-                pass  # nobody waits any more
+                self.unheard = True
             if before_close:
                 before_close()
             os.close(fd)
             return True
 
 
-class _NoReport(_Report):
+class _NoReport(Report):
     """In the foreground nobody waits."""
 
     def __init__(self) -> None:
@@ -165,7 +177,7 @@ class _NoReport(_Report):
 class Server:
     """One mount being served. See the module for its threads."""
 
-    def __init__(self, spec: MountSpec, report: _Report | None = None) -> None:
+    def __init__(self, spec: MountSpec, report: Report | None = None) -> None:
         self.spec = spec
         self.started = 0
         self.socket = ""
@@ -182,7 +194,7 @@ class Server:
         self._socket_inode = 0
         self._listens = threading.Event()
         self._ending = threading.Event()
-        self._problem: CowfsError | None = None  # what the kernel refused; set by the ready thread before it unmounts
+        self._problem: CowfsError | None = None  # the refusal of the kernel; set by the ready thread before it unmounts
         self._control = Control(self, self._terminate)
 
     def call(self, function: Callable[[], Any]) -> Any:
@@ -190,7 +202,7 @@ class Server:
         return self.session.call(function)
 
     def now(self, **changes: Any) -> None:
-        """The mount is other than it was asked to be: fields of the spec and their new values."""
+        """Record changes of the mount: fields of the spec and their new values."""
         self.spec = replace(self.spec, **changes)
 
     def pause(self, seconds: float) -> bool:
@@ -198,7 +210,7 @@ class Server:
         return self._ending.wait(seconds)
 
     def facts(self) -> dict[str, Any]:
-        """Facts that are known only now that it runs."""
+        """Facts that are known only while the server runs."""
         return {
             "pid": os.getpid(),
             "socket": self.socket,
@@ -265,6 +277,7 @@ class Server:
                 raise CowfsError("no thread can be started", remedy="look at the limits of processes and memory")
             if self._owner is not None and not Thread(self._end_with_owner, "cowfs-owner").start():
                 raise CowfsError("no thread can be started", remedy="look at the limits of processes and memory")
+            gc.enable()  # a start does not need it
             self.session.run()
         except BaseException as error:
             try:
@@ -282,7 +295,7 @@ class Server:
         return 0
 
     def _close(self) -> None:
-        """Everything but the process itself, in the order in which others may rely on it."""
+        """Close everything but the process itself, in the order in which others may rely on it."""
         self._ending.set()
         if self._view_open:
             self.view.close()
@@ -294,7 +307,7 @@ class Server:
             try:
                 if (
                     os.stat(self.socket).st_ino == self._socket_inode
-                ):  # else another mount's, which has our device number now
+                ):  # else it belongs to another mount, which has this device number now
                     os.unlink(self.socket)
             except OSError:
                 pass
@@ -307,7 +320,7 @@ class Server:
                 pass
         if self.socket:
             protocol.leave_run_directory(os.path.dirname(self.socket))
-        self._control.wait(2.0)  # who asked for the unmount still waits for its answer
+        self._control.wait(2.0)  # the client of the unmount still waits for its answer
 
     # -- ready -----------------------------------------------------------------------------------------------------
 
@@ -316,18 +329,21 @@ class Server:
         try:
             os.stat(self.spec.mountpoint)
         except OSError:
-            return  # the main thread knows why, and says so
+            return  # the main thread knows the reason, and reports it
         self._problem = refused(self.session, self.spec)
         if self._problem is not None:
             mountpoint.detach(self.spec.mountpoint, force=True)
             return
         self._listens.wait()
         self._report.send({"pid": os.getpid(), "socket": self.socket}, self._let_go)
+        if self._report.unheard:  # who asked was killed meanwhile: nobody will unmount it
+            mountpoint.detach(self.spec.mountpoint, force=True)
+            return
         if self._chronicle is not None:
             self._chronicle.begin()
 
     def _let_go(self) -> None:
-        """Leave the standard streams of whoever started us; diagnostics go to the log from here on."""
+        """Close the standard streams of the starting process; diagnostics go to the log from here on."""
         null = os.open("/dev/null", os.O_RDWR)
         os.dup2(null, 0)
         os.dup2(null, 1)
@@ -359,7 +375,7 @@ class Server:
         self.socket = os.path.join(protocol.run_directory(), name + protocol.SUFFIX)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            unfinished = f"{self.socket}.{os.getpid()}"  # nobody may find a socket that does not listen yet
+            unfinished = f"{self.socket}.{os.getpid()}"  # no client may find a socket that does not listen yet
             before = os.umask(0o177)
             try:
                 with protocol.short(unfinished) as address:
@@ -378,13 +394,13 @@ class Server:
         self._listens.set()
 
     def _hear(self) -> None:
-        """Have signals told to the control thread; main thread only.
+        """Pass signals to the control thread; main thread only.
 
-        Before there is a mount: a signal then waits in the socket until the control thread runs, and never ends half a start.
+        Called before the mount: a signal then waits in the socket until the control thread runs, and never ends half a start.
         """
         signal.set_wakeup_fd(self._control.signals, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: None)  # the wake-up descriptor tells the control thread
+            signal.signal(number, lambda *_: None)  # the wake-up descriptor wakes the control thread
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         if self.spec.foreground:
             signal.signal(signal.SIGHUP, lambda *_: None)
@@ -397,15 +413,15 @@ class Server:
         self._control.run(self._listener, self._ending)
 
     def _terminate(self) -> None:
-        """SIGTERM: write back what maps hold, unmount; when somebody is inside, unmount all the same."""
+        """Handle SIGTERM: write back the data of maps, then unmount, lazily if the mount is in use."""
         flush = Thread(partial(mountpoint.hand_over, self.spec.mountpoint), "cowfs-flush")
         if flush.start():
             flush.join(_FLUSH_SECONDS)
         try:
             mountpoint.detach(self.spec.mountpoint)
-        except Exception:  # noqa: BLE001  (whatever it is, the mount must end)
+        except Exception:  # noqa: BLE001  (the mount must end in any case)
             try:
                 mountpoint.detach(self.spec.mountpoint, lazy=True)
             except Exception:  # noqa: BLE001
-                pass  # taken off by somebody else, or beyond us: the end of the session ends the mount
+                pass  # unmounted by another process, or impossible here: the end of the session ends the mount
             self.session.stop()

@@ -236,8 +236,8 @@ def compact_layer(
     Raises:
         OSError: as :func:`compact`.
     """
+    from cowfs.row.view import View
     from cowfs.union.options import Options
-    from cowfs.union.view import View
 
     view = View(lowers, layer, work, options=Options(form=form, volatile=not durable))
     try:

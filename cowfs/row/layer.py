@@ -10,18 +10,13 @@ import errno
 import os
 from collections.abc import Iterator
 
-from cowfs.format.redirect import ROOT_MARK, Ref
+from cowfs.format.redirect import ROOT_MARK, Ref, is_marked
 from cowfs.format.whiteout import Form
 from cowfs.row import map as row_map
 from cowfs.sys import files, xattr
 from cowfs.union.layers import MAP_DIR
 
 _DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-
-
-def is_marked(root_fd: int, form: Form) -> bool:
-    """Whether a layer may hold redirect files."""
-    return xattr.try_get(root_fd, b"", form.row) is not None
 
 
 def open_maps(root_fd: int) -> int:

@@ -23,12 +23,12 @@ import stat
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from cowfs.format.redirect import ROOT_MARK, Ref, check_block
+from cowfs.format.redirect import ROOT_MARK, Ref, check_block, is_marked
 from cowfs.row import absorbing, map as row_map
 from cowfs.row.chain import Chain, Level, lay
 from cowfs.row.extents import Extents
 from cowfs.row.file import RowFile
-from cowfs.row.layer import is_marked, open_maps
+from cowfs.row.layer import open_maps
 from cowfs.row.map import Loaded, Log
 from cowfs.row.readahead import Pilot
 from cowfs.row.writeback import Syncer
@@ -501,13 +501,3 @@ class Rows(Redirects):
 
 def _no_map(ref: Ref, name: bytes) -> OSError:
     return OSError(errno.EIO, f"the map {ref.map_name.decode()} of a redirect file is missing", name)
-
-
-def rows_of(view: Core) -> Rows | None:
-    """The redirect files of a view that may have some: by option, or because a layer is marked."""
-    if view.options.row:
-        return Rows(view)
-    looked_at = view.stack.layers[
-        view.stack.indexed_layers :
-    ]  # an index comes from a store, which knows whether its layers have any
-    return Rows(view) if any(is_marked(layer.root.open(), view.form) for layer in looked_at) else None

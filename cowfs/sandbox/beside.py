@@ -127,7 +127,7 @@ def _differs(here: str, kind: str) -> bool:
 
 
 def user(running: Running, asked: str) -> users.User:
-    """Who a command in a sandbox that this process has entered runs as.
+    """The user of a command in a sandbox that this process has entered.
 
     Raises:
         InvalidArgument: there is no such user.

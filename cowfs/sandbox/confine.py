@@ -3,7 +3,7 @@
 Rules, each with what it is against:
 
 1. The root is that of a mount namespace that holds nothing else (pivot_root, not chroot): root can leave a chroot.
-2. The tree is a stranger's. What is mounted upon it is made beforehand, without a place, and gets its place once the tree is the root
+2. The tree is a stranger's. All that is mounted upon it is made beforehand, without a place, and gets its place once the tree is the root
    already: a link in it, wherever it points, leads to itself. A /proc, /dev or /sys that is missing, or is a link, stays what it is; links
    of /proc, which lead to descriptors, are followed by nothing here, and /proc comes last.
 3. No descriptor of ours is open when the command's working directory is entered: an image may name ``/proc/self/fd/N``.
@@ -50,7 +50,7 @@ _SHARED_MEMORY = b"64m"
 
 
 class _Furniture:
-    """What a sandbox gets beside its root, mounted without a place. Owner of descriptors, until it is closed."""
+    """The mounts of a sandbox beside its root, made without a place. Owner of descriptors, until it is closed."""
 
     def __init__(self, request: Request) -> None:
         self._open = ExitStack()
@@ -118,7 +118,7 @@ def enter(target: str, request: Request) -> users.User:
     """Make the tree mounted at ``target`` the world of this process, the first of a new pid namespace.
 
     Returns:
-        Who the command runs as.
+        The user of the command.
 
     Raises:
         OSError: of a mount.

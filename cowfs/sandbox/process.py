@@ -9,7 +9,7 @@ Rule 1. The caller's namespaces stay as they are: everything that is for good ha
 Rule 2. A process that ends, however it ends, takes those below it along: the first one gets SIGKILL with its keeper, the whole pid
 namespace ends with the first one, and the keeper ends the first one when the caller is gone. Mounts live in the keeper's mount namespace,
 so they are gone with its last process; nothing is mounted where others see it.
-Rule 3. What fails before the command has started is an error of cowfs, told through a pipe as what it is; from then on there are statuses only.
+Rule 3. A failure before the command has started is an error of cowfs, told through a pipe as what it is; from then on there are statuses only.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def error_of(told: Mapping[str, Any]) -> CowfsError:
 
 
 class _Pipes(NamedTuple):
-    """What the processes tell each other. ``told``: how it ended; ``begun``: ends when the command has started."""
+    """The pipes between the processes. ``told``: how it ended; ``begun``: ends when the command has started."""
 
     told: int
     begun: int

@@ -1,4 +1,4 @@
-"""What is asked of a sandbox: the command, who it runs as, and what of the host it sees. Checked here, before anything is made."""
+"""The request for a sandbox: the command, its user, and the part of the host that it sees. Checked here, before anything is made."""
 
 from __future__ import annotations
 

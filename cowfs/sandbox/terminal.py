@@ -1,8 +1,8 @@
-"""A terminal of its own for the command of `cowfs run`, and what carries keys and text between it and the user's.
+"""A terminal of its own for the command of `cowfs run`, and the transfer of keys and text between it and the user's.
 
-Strategy: the user's terminal stays as it is until the command has started, so that Ctrl-C until then ends us; from then on it is
-raw, and every key goes to the pseudo-terminal, whose line discipline makes signals of them for the command's own process
-groups. Size changes are handed on. At the end the user's terminal is as it was.
+Strategy: the user's terminal stays as it is until the command has started, so that Ctrl-C until then ends cowfs; from
+then on it is raw, and every key goes to the pseudo-terminal, whose line discipline turns it into signals for the
+command's own process groups. Changes of size are passed on. At the end the user's terminal is restored.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _END_OF_FILE = b"\x04"
 
 
 class Terminal:
-    """A pseudo-terminal; ``slave`` is for the command, the rest for us.
+    """A pseudo-terminal; ``slave`` is for the command, the rest for cowfs.
 
     Raises:
         OSError: the host has no pseudo-terminal to give.
@@ -55,7 +55,7 @@ class Terminal:
             termios.tcsetwinsize(self.master, termios.tcgetwinsize(0))
 
     def close_slave(self) -> None:
-        """The command has it."""
+        """Close this process's copy of the command's side."""
         os.close(self.slave)
 
     def started(self) -> None:
@@ -125,7 +125,7 @@ class Terminal:
         return True
 
     def close(self) -> None:
-        """Leave the user's terminal as it was."""
+        """Restore the user's terminal."""
         if self._before is not None:
             signal.signal(signal.SIGWINCH, signal.SIG_DFL)
             with suppress(termios.error):

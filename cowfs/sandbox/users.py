@@ -1,6 +1,6 @@
 """Users and groups of a container, from its own ``/etc/passwd`` and ``/etc/group``.
 
-Rule: these files are a stranger's. They are opened beneath the container's root without following any link, only if they are
+Rule: a stranger owns these files. They are opened beneath the container's root without following any link, only if they are
 regular files, and no more than a mebibyte of them is read (CVE-2024-9676 and its kind).
 """
 
@@ -20,7 +20,7 @@ MAX = 1 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class User:
-    """Who a process runs as."""
+    """The user and groups of a process."""
 
     uid: int
     gid: int
@@ -54,7 +54,7 @@ def find(root: int, text: str, more: list[str]) -> User:
     Args:
         root: descriptor of the container's root directory.
         text: names or numbers; "" is root.
-        more: groups to be in beside.
+        more: further groups.
 
     Raises:
         InvalidArgument: no such user or group there.

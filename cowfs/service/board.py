@@ -1,8 +1,8 @@
-"""The contents of the page at ``/ui/``: figures of containers over time, snapshots, layers of images; made while somebody looks.
+"""The contents of the page at ``/ui/``: figures of containers over time, snapshots, layers of images; made while a page is open.
 
-Strategy. To ask every container's server takes time, so it is not done in an exchange: one thread looks at all of them in rounds, from the
-first request on until nobody has asked for a minute, and an exchange gets what the last rounds found. A round rests for longer than it
-took, so that looking never takes more than a quarter of one processor.
+Strategy. Asking every container's server takes time, so no exchange does it: one thread asks all of them in rounds,
+from the first request on until there was none for a minute, and an exchange gets the results of the last rounds. Each
+round is followed by a longer rest, so that the rounds never take more than a quarter of one processor.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PAGE = 200
 
 
 class Board:
-    """See the module.
+    """The maker of figures; see the module.
 
     Threads: any; :meth:`_rounds` in its own.
     """
@@ -55,7 +55,7 @@ class Board:
     # -- rounds -----------------------------------------------------------------------------------
 
     def _look(self) -> int:
-        """See that rounds are made; the number of the last one. The first one is waited for, for a moment."""
+        """Keep the rounds going, and return the number of the last one; wait a moment for the first one."""
         with self._changed:
             self._asked = time.monotonic()
             if not self._running:
@@ -111,7 +111,7 @@ class Board:
             **{name: found[name] for name in WORK if name in found},
         }
 
-    # -- what is told -----------------------------------------------------------------------------
+    # -- documents -------------------------------------------------------------------------------
 
     def overview(self, after: int) -> dict[str, Any]:
         """Host, store, drivers, containers; and the rounds behind ``after``."""
@@ -158,7 +158,7 @@ class Board:
         return told | (figures or {})
 
     def _probed(self) -> list[dict[str, Any]]:
-        """Each installed driver, whether it can run here and why; found out once."""
+        """Each installed driver, whether it can run here and why; probed once."""
         if self._drivers is None:
             store, found = self._service.store, []
             for name in registry.names():
@@ -172,7 +172,7 @@ class Board:
         return self._drivers
 
     def snapshots(self, parent: str, skip: int) -> dict[str, Any]:
-        """The snapshots that stand on one (or, for "", on nothing), the newest first, a page of them.
+        """The children of a snapshot (for "", the snapshots without a parent), the newest first, a page of them.
 
         Raises:
             NotFound: no such snapshot.
@@ -193,7 +193,7 @@ class Board:
         }
 
     def images(self) -> list[dict[str, Any]]:
-        """Images with their layers, topmost first; of each layer by how many images it is used."""
+        """Images with their layers, topmost first; with the number of images that use each layer."""
         service = self._service
         layers = {num: (parent, name, size or 0) for num, parent, name, _, size in service.store.index.layers()}
         numbers = {name: num for num, (_, name, _) in layers.items()}

@@ -1,12 +1,13 @@
-"""Requests that a browser makes: on behalf of which page, and whether it may.
+"""Requests of browsers: the page behind a request, and its rights.
 
-A browser carries requests of any page that somebody looks at, so a page elsewhere could speak to this service through it. Rules:
+A browser sends requests of any open page, so a foreign page could reach this service through it. Rules:
 
-1. The page must be ours: no foreign ``Origin``, no ``Sec-Fetch-Site`` that is another site's (Fetch standard, "Origin" header; W3C Fetch
-   Metadata). There is no wildcard, and nothing answers a preflight. Only the document ``/ui/`` itself can be reached by a link.
-2. The name in ``Host`` must be ours, at a plain TCP door for every request: a page whose name was pointed at this machine later
-   (DNS rebinding) has an origin that agrees with its Host, and over plain HTTP a browser sends nothing else that tells. With TLS
-   the certificate proves the name; a unix socket is out of a browser's reach.
+1. The page must be this service's: no foreign ``Origin``, no ``Sec-Fetch-Site`` that is another site's (Fetch standard, "Origin"
+   header; W3C Fetch Metadata). There is no wildcard, and no preflight is answered. Only the document ``/ui/`` itself
+   can be reached by a link.
+2. The name in ``Host`` must be this service's, at a plain TCP door for every request: a page whose name was rebound to
+   this machine (DNS rebinding) has an origin that agrees with its Host, and over plain HTTP a browser sends no other
+   sign of it. With TLS the certificate proves the name; a browser cannot reach a unix socket.
 3. A page can only look, unless ``--ui-actions``.
 """
 
@@ -69,5 +70,5 @@ def _is_own_name(host: str, options: Options) -> bool:
 
 @functools.cache
 def _full_name() -> str:
-    """This host's name with its domain; asked once, since whoever resolves names may be slow."""
+    """This host's name with its domain; resolved once, since a name server may be slow."""
     return socket.getfqdn().lower()

@@ -32,11 +32,11 @@ def make_certificates(directory: str, names: Sequence[str], *, days: float = 365
         days: how long the certificates are valid; below zero they have expired (for tests).
 
     Raises:
-        AlreadyExists: one of the files is there: a key is never overwritten.
+        AlreadyExists: one of the files exists: a key is never overwritten.
         Unsupported: the package ``cryptography`` is missing.
     """
     try:
-        import cryptography  # noqa: F401  only to say which package is missing
+        import cryptography  # noqa: F401  only to name a missing package
     except ImportError:
         raise Unsupported(
             "certificates are made by the package cryptography", remedy="pip install 'cowfs-storage[daemon]'"

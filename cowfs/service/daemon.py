@@ -1,6 +1,6 @@
-"""The daemon: options become a store, doors and a table of routes; signals become what they ask for.
+"""The daemon: it turns options into a store, doors and a table of routes, and handles signals.
 
-Strategy. :class:`Service` holds what the handlers share and has no thread. :func:`run` is the life of the process: one
+Strategy. :class:`Service` is the shared state of the handlers and has no thread. :func:`run` is the life of the process: one
 instance for a store (a lock on a file in it), doors before the first line of the log says that they are open, the loop of
 the doors in a thread, signals in the main thread.
 """
@@ -42,7 +42,7 @@ from cowfs.service.api import (
 from cowfs.service.api.routing import Route, Table
 from cowfs.service.board import Board
 from cowfs.service.containers.manager import Containers
-from cowfs.service.doors import Door, Loop, open_doors
+from cowfs.service.doors import Door, Loop, open_door, open_doors
 from cowfs.service.errors import status_of
 from cowfs.service.http import Exchange, Reply, json_reply
 from cowfs.service.images import Images
@@ -77,10 +77,10 @@ def tables() -> Table:
 
 
 class Service:
-    """What all exchanges share.
+    """The shared state of all exchanges.
 
     Attributes:
-        store: open. options: as they are now. debug: whether each exchange is told.
+        store: open. options: the present ones. debug: whether each exchange is logged.
         default_limit: ``size`` and ``inodes`` of ``--storage-opt``, as text.
         images, containers: the parts behind the routes.
     """
@@ -107,7 +107,7 @@ class Service:
     # -- exchanges --------------------------------------------------------------------------------
 
     def handle(self, exchange: Exchange) -> Reply:
-        """Answer a request; every error becomes an answer here."""
+        """Answer a request, with every error as an answer."""
         token = exchange_id.set(exchange.id)
         began = time.monotonic()
         try:
@@ -123,7 +123,7 @@ class Service:
                 where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
                 log.warning("%s %s: %s%s", exchange.method, exchange.path, where, error.strerror or error)
                 reply = json_reply({"message": f"{where}{error.strerror or error}"}, 500)
-            except Exception:  # noqa: BLE001  a fault of ours costs this exchange, and its traceback goes to the log alone
+            except Exception:  # noqa: BLE001  a fault of cowfs costs this exchange, and its traceback goes to the log alone
                 log.exception("%s %s failed", exchange.method, exchange.path)
                 reply = json_reply(
                     {"message": f"an internal error; the log tells more about exchange {exchange.id}"}, 500
@@ -140,7 +140,7 @@ class Service:
         finally:
             exchange_id.reset(token)
 
-    # -- what the routes about the host tell ------------------------------------------------------
+    # -- facts about the host ---------------------------------------------------------------------
 
     def runtime_program(self) -> str:
         """The OCI runtime: of the options, else runc, else crun; "" where there is none."""
@@ -160,11 +160,11 @@ class Service:
         return self._runtime
 
     def security_options(self) -> list[str]:
-        """As Docker's info names them."""
+        """The names in Docker's info."""
         return []
 
     def warnings(self) -> list[str]:
-        """What is amiss on this host or in the options."""
+        """Warnings about this host and the options."""
         found = []
         if self.options.insecure and not self.options.tlsverify:
             found.append("WARNING: a TCP door is open to anybody who can reach it (--insecure)")
@@ -255,13 +255,13 @@ def only_instance(store: Store) -> Iterator[None]:
 
 
 def run(options: Options, reread: Callable[[], Options]) -> int:
-    """Serve until a signal ends it; the exit status.
+    """Serve until a signal ends it, and return the exit status.
 
     Args:
         reread: gives the options anew, for SIGHUP.
 
     Raises:
-        CowfsError: it cannot start.
+        CowfsError: the daemon cannot start.
     """
     logs.set_up(level="debug" if options.debug else options.log_level, format=options.log_format)
     run_dir = options.run_dir or default_run_dir()
@@ -272,8 +272,10 @@ def run(options: Options, reread: Callable[[], Options]) -> int:
         with ExitStack() as held:
             if options.containerd:
                 held.enter_context(_containerd(service))
+            if options.docker_plugin:
+                held.enter_context(_docker_plugin(service))
             doors: list[Door] = []
-            if options.host or not options.containerd:
+            if options.host or not _of_engines(options):
                 service.containers.take_over()
                 service.containers.spawner.warm_up()
                 doors = open_doors(options, os.path.join(run_dir, "docker.sock"))
@@ -284,9 +286,40 @@ def run(options: Options, reread: Callable[[], Options]) -> int:
             return _serve(service, doors, reread)
 
 
+def _of_engines(options: Options) -> list[str]:
+    """The doors for engines."""
+    return [door for door in (options.containerd, options.docker_plugin) if door]
+
+
+@contextmanager
+def _docker_plugin(service: Service) -> Iterator[None]:
+    """Be a graph driver plugin of dockerd meanwhile.
+
+    Raises:
+        CowfsError: it cannot listen.
+    """
+    from cowfs.service.graphdriver.layers import Layers
+    from cowfs.service.graphdriver.plugin import Plugin
+
+    state = os.path.join(service.folder, "docker-plugin.json")
+    layers = Layers(service.store, state, service.default_limit)
+    try:
+        door = open_door(service.options.docker_plugin, "--docker-plugin")
+        loop = Loop([door], Plugin(layers).handle, _new_id, service.options.max_connections)
+        thread = threading.Thread(target=loop.run, name="cowfs-docker-plugin", daemon=True)
+        thread.start()
+        log.info("listening on %s (docker plugin)", door.name)
+        try:
+            yield
+        finally:
+            loop.stop()
+    finally:
+        layers.close()
+
+
 @contextmanager
 def _containerd(service: Service) -> Iterator[None]:
-    """Be a snapshotter of containerd meanwhile.
+    """Serve as a snapshotter of containerd for the block.
 
     Raises:
         Unsupported: grpcio or protobuf is missing.
@@ -329,7 +362,7 @@ def _serve(service: Service, doors: list[Door], reread: Callable[[], Options]) -
         )
     for door in doors:
         log.info("listening on %s%s", door.name, " (TLS)" if door.context else "")
-    names = [door.name for door in doors] + ([options.containerd] if options.containerd else [])
+    names = [door.name for door in doors] + _of_engines(options)
     systemd.notify("READY=1\nSTATUS=" + ", ".join(names))
     try:
         while all(_signal(service, number, reread) for number in signals.recv(64)):
@@ -347,7 +380,7 @@ def _serve(service: Service, doors: list[Door], reread: Callable[[], Options]) -
 
 
 def _catch_signals() -> socket.socket:
-    """A socket that gets a byte with the number of each signal: a wait for it can miss none, unlike one for a queue."""
+    """A socket that gets a byte with the number of each signal: waiting for it misses no signal, unlike waiting for a queue."""
     receiving, sending = socket.socketpair()
     sending.setblocking(False)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
@@ -357,7 +390,7 @@ def _catch_signals() -> socket.socket:
 
 
 def _signal(service: Service, number: int, reread: Callable[[], Options]) -> bool:
-    """Do what a signal asks for; False when it is to end."""
+    """Handle a signal. Returns False for one that ends the daemon."""
     if number == signal.SIGHUP:
         _reload(service, reread)
     elif number == signal.SIGUSR1:

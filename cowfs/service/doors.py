@@ -1,9 +1,9 @@
-"""Doors: where clients come in, and the loop that waits at all of them.
+"""Doors: the listening sockets for clients, and the loop that waits at all of them.
 
-Strategy. One thread waits for everything that is idle: listening sockets and connections between two requests. What
-becomes readable goes to a thread of its own until it is idle again; so a thousand idle clients cost a thousand
-descriptors and no thread. A TLS connection has one more thread for its whole life (:mod:`cowfs.service.tls`), which hands
-the plain end of a socketpair in here as if it had been accepted.
+Strategy. One thread waits for everything that is idle: listening sockets and connections between two requests. A
+readable connection goes to a thread of its own until it is idle again; so a thousand idle clients cost a thousand
+descriptors and no thread. A TLS connection has one more thread for its whole life (:mod:`cowfs.service.tls`), which
+hands the plain end of a socketpair in here as if it had been accepted.
 
 Threads: :class:`Loop` is driven by the thread in :meth:`Loop.run`; :meth:`Loop.stop` may be called from any.
 """
@@ -32,7 +32,7 @@ from cowfs.service.logs import log
 from cowfs.service.options import Options
 from cowfs.sys.threads import Thread
 
-__all__ = ["Door", "Loop", "answers", "open_doors"]
+__all__ = ["Door", "Loop", "answers", "open_door", "open_doors"]
 
 PLAIN_PORT, TLS_PORT = 2375, 2376
 _UCRED = struct.Struct("3i")
@@ -43,7 +43,7 @@ class Door:
     """One listening socket.
 
     Attributes:
-        name: as a client would write it (``unix:///run/cowfs/docker.sock``).
+        name: in a client's spelling (``unix:///run/cowfs/docker.sock``).
         context: of TLS, or None for plain. path: of a unix socket that goes when the door is closed, or "".
         inode: of that socket.
     """
@@ -55,7 +55,7 @@ class Door:
     inode: int = 0
 
     def close(self) -> None:
-        """Close it, and remove the socket's file if it is still ours."""
+        """Close the door, and remove the socket's file if it is still this daemon's."""
         if self.path:
             try:
                 if os.lstat(self.path).st_ino == self.inode:
@@ -69,8 +69,8 @@ def open_doors(options: Options, default: str) -> list[Door]:
     """Open all doors of the options, or the default one; none stays open when one fails.
 
     Raises:
-        InvalidArgument: an address that cannot be read, or a door that would let anybody in.
-        FailedPrecondition: somebody else has it.
+        InvalidArgument: a malformed address, or a door open to everybody.
+        FailedPrecondition: another process listens there.
     """
     context = None
     if options.tls or options.tlsverify:
@@ -88,6 +88,23 @@ def open_doors(options: Options, default: str) -> list[Door]:
     return doors
 
 
+def open_door(text: str, option: str) -> Door:
+    """Open the unix socket that an engine uses, for its owner alone.
+
+    Args:
+        text: unix:///PATH.
+        option: that says so, for messages.
+
+    Raises:
+        InvalidArgument: no unix socket, or none that can be listened at.
+        FailedPrecondition: somebody else has it.
+    """
+    path = text.removeprefix("unix://")
+    if not path.startswith("/"):
+        raise InvalidArgument(f"{option} {text}: not the address of a unix socket", remedy=f"{option} unix:///PATH")
+    return _unix(path, "", option)
+
+
 def _open(text: str, options: Options, context: ssl.SSLContext | None) -> list[Door]:
     scheme, colon, rest = text.partition("://")
     if not colon:
@@ -103,7 +120,7 @@ def _open(text: str, options: Options, context: ssl.SSLContext | None) -> list[D
     return [_tcp(text, rest, options, context)]
 
 
-def _unix(path: str, group: str) -> Door:
+def _unix(path: str, group: str, option: str = "-H") -> Door:
     gid = -1
     if group:
         try:
@@ -114,9 +131,11 @@ def _unix(path: str, group: str) -> Door:
     try:
         os.makedirs(directory, mode=0o755 if group else 0o700, exist_ok=True)
         if answers(path):
-            raise FailedPrecondition(f"another process listens at {path}", remedy="end it, or choose another place: -H")
+            raise FailedPrecondition(
+                f"another process listens at {path}", remedy=f"end it, or choose another place: {option}"
+            )
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        # Made under another name, with its mode and group, and renamed: no client ever sees it open to others.
+        # The socket is made under another name, with its mode and group, and renamed, so that it is never open to others.
         fresh = f"{path}.{os.getpid()}"
         if os.path.lexists(fresh):
             os.unlink(fresh)
@@ -132,12 +151,12 @@ def _unix(path: str, group: str) -> Door:
         sock.listen(1024)
         os.rename(fresh, path)
     except OSError as error:
-        raise InvalidArgument(f"-H unix://{path}: {error.strerror or error}") from None
+        raise InvalidArgument(f"{option} unix://{path}: {error.strerror or error}") from None
     return Door(name=f"unix://{path}", sock=sock, path=path, inode=os.stat(path).st_ino)
 
 
 def answers(path: str) -> bool:
-    """Whether somebody listens at a unix socket."""
+    """Whether a process listens at a unix socket."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as sock:
         sock.settimeout(2.0)
         try:
@@ -219,7 +238,7 @@ class Loop:
 
     @property
     def connections(self) -> int:
-        """Connections that are open now; those taken over count to their end as long as TLS relays them."""
+        """Connections that are open now; taken-over ones count as long as TLS relays them."""
         return self._open
 
     def run(self) -> None:
@@ -263,7 +282,7 @@ class Loop:
         try:
             os.write(self._wake_out, b"x")
         except BlockingIOError:
-            pass  # it is awake already
+            pass  # the loop is awake already
 
     def _accept(self, door: Door) -> None:
         for _ in range(64):

@@ -1,4 +1,4 @@
-"""Errors as the API tells them: a status of HTTP and one sentence."""
+"""The API's form of errors: a status of HTTP and one sentence."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["ApiError", "NotModified", "not_offered", "status_of"]
 
 
 class ApiError(CowfsError):
-    """An answer that is no success, with a status that no class of cowfs has."""
+    """An error answer with a status that no class of cowfs has."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -24,7 +24,7 @@ class ApiError(CowfsError):
 
 
 class NotModified(ApiError):
-    """Done already: status 304, without a body."""
+    """Nothing to do: status 304, without a body."""
 
     def __init__(self) -> None:
         super().__init__(304, "")
@@ -41,12 +41,12 @@ _STATUS: tuple[tuple[type[CowfsError], int], ...] = (
 
 
 def status_of(error: CowfsError) -> int:
-    """The status that an error is answered with."""
+    """The HTTP status of an error."""
     if isinstance(error, ApiError):
         return error.status
     return next((status for kind, status in _STATUS if isinstance(error, kind)), 500)
 
 
 def not_offered(what: str) -> ApiError:
-    """501 with a sentence."""
+    """A 501 error with a sentence."""
     return ApiError(501, f"cowfs does not offer {what}")

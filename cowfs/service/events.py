@@ -26,12 +26,12 @@ _followers: list[object] = []
 
 
 def listeners() -> int:
-    """How many clients follow the events now."""
+    """The number of clients that follow the events."""
     return len(_followers)
 
 
 def when(text: str, name: str) -> int | None:
-    """Nanoseconds since 1970 of a time as clients send it: seconds, with or without a fraction; None for "" and 0.
+    """Nanoseconds since 1970 of a client's time: seconds, with or without a fraction; None for "" and 0.
 
     Raises:
         ApiError: 400: no number.
@@ -48,7 +48,7 @@ def when(text: str, name: str) -> int | None:
 
 
 class Wanted:
-    """Which events a client asked for: one of the values of each filter must fit (Docker's rule)."""
+    """The filters of a client for events: one of the values of each filter must match (Docker's rule)."""
 
     def __init__(self, filters: Mapping[str, list[str]]) -> None:
         self._filters = filters
@@ -73,7 +73,7 @@ def _fits(name: str, value: str, event: Event) -> bool:
     if name in ("container", "snapshot", "mount", "volume"):
         named = event.attributes.get("name") == value or event.actor.startswith(value)
         return event.type == name and named
-    return False  # of a kind that never happens here
+    return False  # of a kind that never occurs here
 
 
 def _same_image(asked: str, there: str) -> bool:
@@ -101,9 +101,9 @@ def document(event: Event) -> dict[str, Any]:
 
 
 def follow(store: Store, since: int | None, until: int | None, wanted: Wanted) -> Iterator[list[dict[str, Any]]]:
-    """Events as documents, as many at once as there are, and none as a sign of life, until a time or the client ends it.
+    """Events as documents, in batches, with an empty batch as a sign of life, until a time or the client ends it.
 
-    The place in the log is settled before this returns, so nothing that happens after is missed.
+    The position in the log is fixed before this returns, so no later event is missed.
     """
     first, last = store.index.event_range()
     at = max(store.index.event_at(since), first - 1) if since is not None else last

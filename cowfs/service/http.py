@@ -1,13 +1,13 @@
-"""HTTP/1.1 on one connection: h11 does the protocol, this does the waiting.
+"""HTTP/1.1 on one connection, with h11 for the protocol.
 
 Rules:
 
-1. Everything a client can make us keep is bounded: a head of 64 KiB, a JSON document of 4 MiB, ten seconds for a head, a
+1. Everything kept for a client is bounded: a head of 64 KiB, a JSON document of 4 MiB, ten seconds for a head, a
    minute for each part of a body, five minutes of idleness. Streams (an image, an archive) are never held.
 2. An answer is a value: :class:`Reply` with bytes, or with an iterator of parts, or with a function that takes the socket
    over (``Upgrade: tcp``). The engine writes it; a handler never sees the socket.
-3. A stream yields ``b""`` at least twice a second when it has nothing to say: so the engine sees that its client left.
-4. After a takeover the socket is the taker's, with the bytes that came early; either side may close its half.
+3. A stream without data yields ``b""`` at least twice a second, so that the engine notices that its client left.
+4. After a takeover the handler owns the socket, with the bytes that came early; either side may close its half.
 
 Threads: a :class:`Connection` belongs to one thread at a time.
 """
@@ -57,7 +57,7 @@ class Reply:
     Attributes:
         status: of HTTP. headers: beside those that the engine makes. type: of the content, "" where there is none.
         body: bytes; or parts that are written as they come (chunked), whose headers are written before the first one.
-        take: instead of a body: called with the socket and the bytes that came early, owns both.
+        take: instead of a body: a function of the socket and the bytes that came early, the owner of both.
     """
 
     status: int = 200
@@ -73,7 +73,7 @@ def json_reply(value: Any, status: int = 200, headers: Mapping[str, str] | None 
 
 
 def empty(status: int = 204) -> Reply:
-    """Done, and nothing to tell."""
+    """A success without content."""
     return Reply(status=status, type="")
 
 
@@ -126,10 +126,10 @@ class Exchange:
     """One request.
 
     Attributes:
-        id: of this exchange, in every line of the log that belongs to it.
+        id: of this exchange, for its lines of the log.
         path: decoded, without the query. query: the last value of each name, queries: all. headers: by lower-case name.
-        peer: who asks, as far as the door knows.
-        named: the name in Host proves nothing and is to be checked: the request came over TCP without TLS.
+        peer: the client, as far as the door knows it.
+        named: whether the name in Host has to be checked: the request came over TCP without TLS.
     """
 
     id: str
@@ -201,7 +201,7 @@ class Connection:
     # -- what the loop of the doors calls ---------------------------------------------------------
 
     def serve(self, handle: Handler, new_id: Callable[[], str]) -> bool:
-        """Serve what has come; True when the connection waits for its next request, else it is closed or taken over."""
+        """Serve a request. Returns True when the connection waits for its next one, else it is closed or taken over."""
         try:
             while True:
                 exchange = self._read_head(new_id)
@@ -220,7 +220,7 @@ class Connection:
             self._complain(error.status, error.message)
         except (OSError, h11.LocalProtocolError):
             pass  # the client left; or the answer cannot be completed any more
-        except CowfsError as error:  # in the middle of a stream: whoever reads it sees that it was cut
+        except CowfsError as error:  # in the middle of a stream: its reader sees the cut
             log.warning("a stream to %s was cut: %s", self.peer, error)
         self.close()
         return False
@@ -232,13 +232,13 @@ class Connection:
     # -- reading ----------------------------------------------------------------------------------
 
     def _receive(self) -> None:
-        """Feed the parser what comes next; an end of the stream is fed, too."""
+        """Feed the parser the next bytes, or the end of the stream."""
         left = PART_SECONDS if self._deadline is None else self._deadline - time.monotonic()
         if left <= 0:
             raise ApiError(408, "the request took too long")
         self.sock.settimeout(left)
         try:
-            # a head is read in small pieces: h11 bounds only what is not complete yet
+            # a head is read in small pieces: h11 bounds only incomplete ones
             data = self.sock.recv(CHUNK if self._deadline is None else HEAD_CHUNK)
         except TimeoutError:
             raise ApiError(408, "the request took too long") from None
@@ -339,7 +339,7 @@ class Connection:
         if exchange.wants_upgrade:
             upgrade = [("content-type", reply.type), ("connection", "Upgrade"), ("upgrade", "tcp"), *headers]
             self._send(h11.InformationalResponse(status_code=101, headers=upgrade, reason=b"UPGRADED"))
-        else:  # an older client reads what follows the head as it is
+        else:  # an older client reads a raw body
             self.sock.settimeout(PART_SECONDS)
             self.sock.sendall(f"HTTP/1.1 200 OK\r\nContent-Type: {reply.type}\r\n\r\n".encode())
         early = self._h11.trailing_data[0]
@@ -347,7 +347,7 @@ class Connection:
         reply.take(self.sock, early)
 
     def _ready_again(self) -> bool:
-        """Whether another request may follow on this connection; what is left of this one's body is read away."""
+        """Whether another request may follow on this connection; the rest of this one's body is read first."""
         drained = 0
         while self._h11.their_state is h11.SEND_BODY and drained <= MAX_DRAIN:
             if self._h11.they_are_waiting_for_100_continue:
@@ -362,7 +362,7 @@ class Connection:
         return False
 
     def _complain(self, status: int, message: str) -> None:
-        """Answer a request that could not be read."""
+        """Answer a malformed request."""
         if self._h11.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             return
         data = json.dumps({"message": message}).encode() + b"\n"
@@ -376,7 +376,7 @@ class Connection:
             pass
 
     def _linger(self) -> None:
-        """Read a little of what a client still sends: closing at once would make its kernel drop our answer (RST)."""
+        """Read a little of a client's remaining data: closing at once would make its kernel drop the answer (RST)."""
         self.sock.settimeout(0.5)
         end = time.monotonic() + 1.0
         read = 0

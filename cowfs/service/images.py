@@ -1,11 +1,11 @@
-"""Images as Docker's clients see them, over the tags and snapshots of the store.
+"""Images for Docker's clients, over the tags and snapshots of the store.
 
 Strategy. An image is a configuration and the snapshot that it belongs to; its id is the configuration's digest. The store keeps
 both with each tag, so the list of images is the list of tags, grouped by id. An image without a name has a tag that is its own
-id (``sha256:...``): the store keeps what is tagged, and so a name that moves on leaves a dangling image behind, as clients
-expect. What a registry calls it by digest is a tag too (``name@sha256:...``).
+id (``sha256:...``): the store keeps tagged snapshots, so a name that moves on leaves a dangling image behind, as
+clients expect. A registry's name by digest is a tag too (``name@sha256:...``).
 
-Threads: any. What was read of the index is kept until somebody writes to it.
+Threads: any. Results from the index are kept until the next write to it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ class Image:
 
     Attributes:
         id: ``sha256:...`` of the configuration. document: the configuration, byte for byte.
-        snapshot: its top snapshot. tags: familiar names. digests: names by digest. anchored: it has a tag that is its id.
+        snapshot: its top snapshot. tags: familiar names. digests: names by digest. anchored: whether it
+            has a tag that is its id.
         tagged: when it was tagged last, nanoseconds since 1970.
     """
 
@@ -61,7 +62,7 @@ class Image:
 
     @property
     def run_config(self) -> Mapping[str, Any]:
-        """Its member ``config``: what a container of it runs."""
+        """Its member ``config``: the process of its containers."""
         found = self.config.get("config")
         return found if isinstance(found, dict) else {}
 
@@ -72,7 +73,7 @@ class Image:
 
     @property
     def created(self) -> int:
-        """Nanoseconds since 1970; 0 where the configuration does not say."""
+        """The creation time, nanoseconds since 1970; 0 if the configuration has none."""
         return nanoseconds(str(self.config.get("created") or ""))
 
     @property
@@ -83,7 +84,7 @@ class Image:
 
     @property
     def name(self) -> str:
-        """What people call it: its first name, else its id."""
+        """The name for people: its first name, else its id."""
         return self.tags[0] if self.tags else self.id
 
 
@@ -101,7 +102,7 @@ def _id_of(document: str) -> str:
 
 
 def nanoseconds(text: str) -> int:
-    """Nanoseconds since 1970 of a time in RFC 3339's form; 0 for "" and for what is none.
+    """Nanoseconds since 1970 of a time in RFC 3339's form; 0 for "" and for malformed ones.
 
     >>> nanoseconds("1970-01-01T00:00:01.5Z")
     1500000000
@@ -128,7 +129,7 @@ def rfc3339(when: int) -> str:
 
 @dataclass(slots=True)
 class _Known:
-    """What the index said at one moment."""
+    """The images of the index at one moment."""
 
     version: tuple[int, int]
     images: list[Image]
@@ -151,18 +152,18 @@ class Images:
         self._documents: dict[tuple[str, tuple[int, ...]], str] = {}
 
     def close(self) -> None:
-        """Let go of the index."""
+        """Close the connection to the index."""
         self._watcher.close()
 
-    # -- looking ----------------------------------------------------------------------------------
+    # -- reading ----------------------------------------------------------------------------------
 
     def all(self) -> list[Image]:
         """All images, the newest first."""
         return self._look().images
 
     def _look(self) -> _Known:
-        """What the index says now: read anew only when somebody has written to it since."""
-        version = self._watcher.version()  # before anything is read: what changes meanwhile is seen the next time
+        """The present images: read anew only after a write to the index."""
+        version = self._watcher.version()  # before anything is read: later changes are seen the next time
         known = self._known
         if known is None or known.version != version:
             known = self._known = _Known(version, self._read())
@@ -194,14 +195,14 @@ class Images:
         return [image.id for image in self.all()]
 
     def name_of(self, id: str, name: str) -> str:
-        """What to call the image of a container: by the name that it was asked for, if that still means it, else its id."""
+        """The name of a container's image: the requested one, if it still means that image, else its id."""
         try:
             return name if self.get(name).id == id else id
         except (NotFound, ApiError):
             return id
 
     def _document_of(self, name: str) -> str:
-        """The configuration of a tree that came without one: made once, for a chain of layers says what it is."""
+        """The configuration of a tree that came without one: made once for each chain of layers."""
         row = self._store.resolve(name)
         key = row.id, tuple(num for num, _ in self._store.index.chain(row.num))
         if key not in self._documents:
@@ -212,7 +213,7 @@ class Images:
         """The image of a name, an id, or the beginning of an id.
 
         Raises:
-            NotFound: there is none; ApiError: 400: no name at all.
+            NotFound: there is none; ApiError: 400: a malformed name.
         """
         every = self.all()
         short = _PREFIX.fullmatch(reference)
@@ -232,14 +233,16 @@ class Images:
         raise NotFound(f"No such image: {reference}")
 
     def sizes(self) -> tuple[dict[str, int], dict[str, int], int]:
-        """By image id: bytes of all its layers, and of those that another image has, too; and bytes of all layers once."""
+        """By image id: the bytes of all its layers, and of those shared with another image; and the bytes of all
+        layers, each once."""
         known = self._look()
         if known.sizes is None:
             known.sizes = self._add_up(known.images)
         return known.sizes
 
     def _add_up(self, images: list[Image]) -> tuple[dict[str, int], dict[str, int], int]:
-        """One pass down the tree of snapshots and one up: what a deep chain costs does not depend on how many images stand on it."""
+        """One pass down the tree of snapshots and one up: the cost of a deep chain does not depend on the number of
+        images on it."""
         rows, number = self._store.index.held()
         size, above = {num: held for num, _, held in rows}, {num: parent for num, parent, _ in rows}
         order = [num for num, _, _ in rows]
@@ -295,7 +298,7 @@ class Images:
     # -- making -----------------------------------------------------------------------------------
 
     def keep(self, top: str, document: str, names: Iterable[str], action: str) -> str:
-        """Name an image, or anchor it where it gets no name; an image that loses its last name to it is anchored; its id.
+        """Name an image, or anchor it if it gets no name, and return its id. An image that loses its last name to it is anchored.
 
         Args:
             top: its snapshot. document: its configuration. names: familiar. action: the event's: load, import, pull...
@@ -314,7 +317,7 @@ class Images:
         self._store.record_event("image", action, id, {"name": name, "image": id})
 
     def _leave_behind(self, name: str, new_id: str) -> None:
-        """Anchor the image that has a name now, if it would be left without one."""
+        """Anchor the present image of a name, if it would be left without one."""
         for image in self.all():
             mine = [stored for stored in image.stored if references.familiar(stored) == name]
             if mine and image.id != new_id:
@@ -340,7 +343,7 @@ class Images:
                     yield f"Loaded image ID: {id}\n"
 
     def import_tree(self, stream: BinaryIO, name: str, changes: Iterable[str], message: str) -> str:
-        """Make an image of one layer of a root file system's tar; its id."""
+        """Make an image of one layer of a root file system's tar, and return its id."""
         with formats.open_image(stream, form="rootfs", spool_dir=self._store.root) as opened:
             (image,) = opened.images
             top, _ = self._store.import_opened(image)
@@ -362,7 +365,7 @@ class Images:
         formats.write_docker(out, _together(outs), spool_dir=self._store.root)
 
     def as_output(self, image: Image, names: Iterable[str] = ()) -> formats.OutImage:
-        """An image as an archive or a registry gets it."""
+        """An image in the form for archives and registries."""
         made = self._store.image(image.stored[0])
         if image.diff_ids == [layer.diff_id for layer in made.layers]:
             return formats.OutImage(config=image.document.encode(), layers=made.layers, tags=list(names))
@@ -383,7 +386,7 @@ class Images:
         """Remove a name, and with the last one the image.
 
         Returns:
-            What was untagged and deleted, as Docker tells it.
+            The untagged names and deleted images, in Docker's form.
 
         Raises:
             NotFound: no such image. FailedPrecondition: a container uses it, or several names and no ``force``.
@@ -431,7 +434,7 @@ class Images:
 
     def _delete(self, image: Image, stored: Iterable[str], users: list[tuple[str, bool]]) -> list[dict[str, str]]:
         told = [{"Untagged": references.familiar(name)} for name in stored if not _ID.fullmatch(name)]
-        if users:  # containers go on with it; it is dangling now
+        if users:  # its containers go on; it is dangling now
             self._store.tag(image.id, image.snapshot, config=image.document)
             for name in stored:
                 if name != image.id:
@@ -463,7 +466,7 @@ class Images:
         """Remove images that no container uses: those without a name, or all.
 
         Returns:
-            What was untagged and deleted, and how many bytes that freed.
+            The untagged names and deleted images, and the bytes freed.
         """
         used = {id for id, _, _ in self._users()}
         before = self._store.totals().committed.bytes
@@ -524,7 +527,7 @@ def changed(config: Mapping[str, Any], changes: Iterable[str]) -> dict[str, Any]
     """A container's configuration with instructions of a Dockerfile applied (``--change`` of commit and import).
 
     Raises:
-        ApiError: 400: an instruction that is not possible here.
+        ApiError: 400: an unsupported instruction.
     """
     made = dict(config)
     for line in changes:

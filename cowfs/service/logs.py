@@ -1,7 +1,7 @@
 """The daemon's log: one record a line, as text or JSON, with the id of the exchange in each line that belongs to one.
 
-Strategy: the standard library's logging with one handler; the exchange's id is a context variable, so that no function has to pass
-it on. Rule: a line never holds a header, a body or an environment variable, for these are where secrets are.
+Strategy: the standard library's logging with one handler; the exchange's id is a context variable, so that no function
+has to pass it on. Rule: a line never holds a header, a body or an environment variable, since these may hold secrets.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class _Json(logging.Formatter):
 
 
 def set_up(*, level: str = "info", format: str = "text", stream: TextIO | None = None) -> None:
-    """Set the log up, or change it.
+    """Set up or change the log.
 
     Args:
         level: one of :data:`LEVELS`.

@@ -1,6 +1,6 @@
-"""``/metrics`` for Prometheus: figures of the store, of containers and of the daemon, made when they are asked for.
+"""``/metrics`` for Prometheus: figures of the store, of containers and of the daemon, made on request.
 
-Names and units follow Prometheus's conventions (base units, ``_total`` for counters), as ``promtool check metrics`` holds them.
+Names and units follow Prometheus's conventions (base units, ``_total`` for counters), as checked by ``promtool check metrics``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class _Collector:
-    """Makes all families of one look."""
+    """Make all metric families of one scrape."""
 
     def __init__(self, service: Service) -> None:
         from prometheus_client import core
@@ -144,7 +144,7 @@ def _moved(figures: cgroups.Figures, operation: str) -> int:
 
 
 def exposition(service: Service) -> bytes:
-    """What ``/metrics`` answers.
+    """The answer of ``/metrics``.
 
     Raises:
         Unsupported: the package ``prometheus_client`` is missing.

@@ -1,7 +1,7 @@
-"""What a daemon can be told: one table, from which flags, environment, TOML file and ``--print-config`` all come.
+"""The options of a daemon: one table behind flags, environment, TOML file and ``--print-config``.
 
 Rule: a flag beats the environment (``COWFS_SERVE_NAME``), that the file, that the default. A list is taken whole from the
-first place that has it. What is marked ``live`` can change by SIGHUP.
+first place that has it. Options marked ``live`` can change by SIGHUP.
 """
 
 from __future__ import annotations
@@ -20,9 +20,15 @@ __all__ = ["Options", "add_arguments", "as_toml", "read"]
 DEFAULT_FILE = "/etc/cowfs/serve.toml"
 PREFIX = "COWFS_SERVE_"
 
+PLUGIN = "unix:///run/docker/plugins/cowfs.sock"
+"""Where dockerd looks for the plugin that it calls cowfs."""
 
-def _option(default: Any, help: str, *, flags: Sequence[str] = (), live: bool = False, metavar: str = "") -> Any:
-    told = {"help": help, "flags": tuple(flags), "live": live, "metavar": metavar}
+
+def _option(
+    default: Any, help: str, *, flags: Sequence[str] = (), live: bool = False, metavar: str = "", alone: str = ""
+) -> Any:
+    """A field. ``alone``: the value of a flag that is given without one."""
+    told = {"help": help, "flags": tuple(flags), "live": live, "metavar": metavar, "alone": alone}
     if isinstance(default, tuple):
         return field(default=default, metadata=told)
     return field(default=default, metadata=told)
@@ -65,6 +71,12 @@ class Options:
         "be a snapshotter of containerd at unix:///PATH (needs cowfs-storage[containerd]); without -H there is no other door",
         metavar="DOOR",
     )
+    docker_plugin: str = _option(
+        "",
+        f"be a graph driver plugin of dockerd 20.10 to 27 at unix:///PATH (default: {PLUGIN}); without -H there is no other door",
+        metavar="DOOR",
+        alone=PLUGIN,
+    )
     label: tuple[str, ...] = _option((), "shown by info; repeated", live=True, metavar="K=V")
     max_connections: int = _option(2048, "connections at once, of all doors", metavar="N")
     pidfile: str = _option("", "file that gets the process id", flags=("-p",), metavar="FILE")
@@ -83,7 +95,7 @@ class Options:
     )
 
     def changed_live(self, new: Options) -> tuple[Options, list[str]]:
-        """These options with what may change while running taken from others; and the names of what may not but differs."""
+        """These options with the live ones taken from others; and the names of the other options that differ."""
         from dataclasses import replace
 
         live, fixed = {}, []
@@ -111,6 +123,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             )  # fmt: skip
         elif kinds[each.name] is int:
             parser.add_argument(*names, type=int, default=None, dest=each.name, metavar=metavar, help=help_text)
+        elif each.metadata["alone"]:
+            parser.add_argument(
+                *names,
+                nargs="?",
+                const=each.metadata["alone"],
+                default=None,
+                dest=each.name,
+                metavar=metavar,
+                help=help_text,
+            )
         elif kinds[each.name] is str:
             parser.add_argument(*names, default=None, dest=each.name, metavar=metavar, help=help_text)
         else:
@@ -125,7 +147,7 @@ def read(arguments: argparse.Namespace, environ: Mapping[str, str]) -> Options:
 
     Raises:
         NotFound: the file named by ``--config`` is not there.
-        InvalidArgument: an option that there is not, or a value of the wrong type; the message names the place.
+        InvalidArgument: an unknown option, or a value of the wrong type; the message names the place.
     """
     found: dict[str, Any] = {}
     kinds = get_type_hints(Options)
@@ -201,7 +223,7 @@ def _check(options: Options) -> None:
 
 
 def as_toml(options: Options) -> str:
-    """A file that says what these options say, with a comment on each."""
+    """The text of a file with these options, with a comment on each."""
     lines = ["# cowfs serve --config FILE: each option with the value that it has now."]
     for each in fields(options):
         value = getattr(options, each.name)

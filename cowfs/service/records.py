@@ -1,4 +1,4 @@
-"""Contracts of the API: typed records for what clients send and what they get.
+"""Contracts of the API: typed records for requests and answers.
 
 Strategy. A record is a frozen dataclass whose fields have the names of Docker's API (moby's ``api/swagger.yaml``), so
 that a document and its record can be compared by eye. One decoder turns a JSON object into a record and checks every type by

@@ -1,4 +1,4 @@
-"""Names of images: ``[registry/]repository[:tag][@digest]``, and the short form that people write and see.
+"""Names of images: ``[registry/]repository[:tag][@digest]``, and the short form for people.
 
 Rule: the store keeps the familiar form (``debian:12`` for ``docker.io/library/debian:12``), so that one image has one name
 whether the command or a client of the API gave it. Source of the grammar: the distribution project's reference format.
@@ -56,7 +56,7 @@ def parse(text: str) -> Reference:
     """Take a name apart.
 
     Raises:
-        ApiError: 400: it is none.
+        ApiError: 400: it is malformed.
 
     >>> parse("debian").familiar, parse("docker.io/library/debian:12").familiar, parse("localhost:5000/a/b").familiar
     ('debian:latest', 'debian:12', 'localhost:5000/a/b:latest')

@@ -29,7 +29,7 @@ def credentials_of(header: str) -> Credentials | None:
     """Credentials from ``X-Registry-Auth``: JSON in base64 (URL-safe), as Docker's clients send it; None for none.
 
     Raises:
-        ApiError: 400: it cannot be read (its content is not told).
+        ApiError: 400: it is malformed (its content is not shown).
     """
     if not header:
         return None
@@ -68,7 +68,7 @@ class Transfers:
         self._mirrors, self._insecure = mirrors, insecure
 
     def _registries(self, reference: Reference, credentials: Credentials | None, tell: Tell) -> list[Registry]:
-        """Where to ask, in order: mirrors of docker.io get no credentials of its users."""
+        """The registries to ask, in order; mirrors of docker.io get no credentials of its users."""
 
         def progress(digest: str, what: str, done: int, total: int) -> None:
             tell({"status": what, "progressDetail": {"current": done, "total": total}, "id": digest[7:19]})
@@ -98,10 +98,10 @@ class Transfers:
     # -- pull -------------------------------------------------------------------------------------
 
     def pull(self, name: str, *, platform: str | None = None, credentials: Credentials | None = None) -> Iterator[Any]:
-        """Pull an image; what the name means is found before this returns, the lines tell of the rest.
+        """Pull an image; the name is resolved before this returns, the lines report the rest.
 
         Raises:
-            NotFound, FailedPrecondition, ApiError: there is no such image, or no way to it.
+            NotFound, FailedPrecondition, ApiError: there is no such image, or the registry cannot be reached.
         """
         reference = parse(name)
         lines = _Lines()
@@ -168,7 +168,7 @@ class Transfers:
         """Whether a registry takes credentials.
 
         Raises:
-            ApiError: 401: it does not; FailedPrecondition: it does not answer.
+            ApiError: 401: it refuses them; FailedPrecondition: it does not answer.
         """
         try:
             Registry(host, insecure=host in self._insecure, credentials=credentials).check_login()
@@ -179,7 +179,7 @@ class Transfers:
 
 
 class _Lines:
-    """Lines that a worker tells, as an iterator; None is a sign of life, an error becomes the last line."""
+    """The lines of a worker, as an iterator; None is a sign of life, an error becomes the last line."""
 
     def __init__(self) -> None:
         self._queue: queue.Queue[Any] = queue.Queue(1000)
@@ -190,7 +190,7 @@ class _Lines:
             try:
                 self._queue.put(line, timeout=60)
             except queue.Full:
-                self._left.set()  # nobody reads: the work goes on without being told
+                self._left.set()  # without a reader the work goes on unreported
 
     def run(self, work: Callable[[], object]) -> Iterator[Any]:
         def worker() -> None:

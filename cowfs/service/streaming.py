@@ -1,4 +1,4 @@
-"""Between code that writes to a file or reads from one, and answers and requests that are streams."""
+"""Adapters between code that writes to a file or reads from one, and streams of answers and requests."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ CHUNK = 256 << 10
 
 
 def written(write: Callable[[BinaryIO], object], name: str = "cowfs-writer") -> Iterator[bytes]:
-    """What a function writes, as parts, while it writes: a pipe bounds how far it is ahead.
+    """The output of a function, in parts, while it writes; a pipe bounds its lead.
 
-    The function runs in a thread. It gets EPIPE when nobody reads on; an error that it raises is raised here, behind what it
-    wrote.
+    The function runs in a thread. It gets EPIPE when the reader stops; its error is raised here, after its output.
     """
     reading, writing = os.pipe2(os.O_CLOEXEC)
     failed: list[BaseException] = []

@@ -1,4 +1,4 @@
-"""systemd's side: the sockets that it passes, the state that it is told (sd_listen_fds(3), sd_notify(3)), and units."""
+"""systemd's side: the sockets that it passes (sd_listen_fds(3)), the state reported to it (sd_notify(3)), and units."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def listening() -> list[socket.socket]:
     """The listening sockets that were passed to this process; the environment is cleared of them.
 
     Raises:
-        InvalidArgument: none were.
+        InvalidArgument: there is none.
     """
     pid, count = os.environ.pop("LISTEN_PID", ""), os.environ.pop("LISTEN_FDS", "")
     os.environ.pop("LISTEN_FDNAMES", None)
@@ -32,7 +32,7 @@ def listening() -> list[socket.socket]:
 
 
 def notify(state: str) -> None:
-    """Tell systemd, when it wants to know: ``READY=1``, ``RELOADING=1``, ``STOPPING=1``..."""
+    """Notify systemd, if it asks for it: ``READY=1``, ``RELOADING=1``, ``STOPPING=1``..."""
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return
@@ -40,7 +40,7 @@ def notify(state: str) -> None:
         try:
             sock.sendto(state.encode(), "\0" + address[1:] if address.startswith("@") else address)
         except OSError:
-            pass  # it is a courtesy
+            pass  # the notification is optional
 
 
 SOCKET = """\
@@ -91,10 +91,10 @@ Also=cowfs.socket
 
 
 def install(directory: str = "/etc/systemd/system", *, force: bool = False) -> list[str]:
-    """Write the units; their paths.
+    """Write the units, and return their paths.
 
     Raises:
-        AlreadyExists: a unit is there, with something else in it, and ``force`` is off.
+        AlreadyExists: a different unit exists, and ``force`` is off.
     """
     command = os.path.join(os.path.dirname(os.path.abspath(sys.argv[0])), "cowfs")
     if not os.access(command, os.X_OK):

@@ -2,7 +2,7 @@
 
 Strategy. OpenSSL's state of a connection is touched by this loop's thread alone, through memory buffers (two threads on one
 SSLSocket crash and deadlock CPython). The other end of the pair goes to the HTTP engine, or later to a container's
-supervisor, which need not know of TLS: they see a plain socket whose halves close one by one. A closed half travels as
+supervisor, which know nothing of TLS: they have a plain socket whose halves close one by one. A closed half travels as
 TLS's ``close_notify`` (RFC 8446, 6.1) in either direction.
 """
 
@@ -27,7 +27,7 @@ def server_context(*, cert: str, key: str, ca: str | None, verify: bool) -> ssl.
     """The context of a door.
 
     Raises:
-        InvalidArgument: a file cannot be read, or key and certificate do not belong together.
+        InvalidArgument: a file is unreadable, or key and certificate do not belong together.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -75,7 +75,7 @@ def handshake(raw: socket.socket, context: ssl.SSLContext) -> tuple[ssl.SSLObjec
             continue
         except ssl.SSLError:
             try:
-                _flush(raw, outgoing, end)  # the alert that says why
+                _flush(raw, outgoing, end)  # the alert with the reason
             except OSError:
                 pass
             raise
@@ -126,7 +126,7 @@ class _Relay:
             pass
 
     def _is_over(self) -> bool:
-        """Our side has said all and the client has it; or the client is gone and our side knows."""
+        """Whether this side has sent everything to the client, or the client is gone and this side knows."""
         return self.told_client and not self.to_raw and (self.client_ended or self.plain_gone())
 
     def plain_gone(self) -> bool:
@@ -160,7 +160,7 @@ class _Relay:
             self._encrypt()
         elif plain_ready & (select.POLLHUP | select.POLLERR) and self.plain_ended:
             self.to_plain.clear()
-            self.client_ended = True  # nobody is there who would read it
+            self.client_ended = True  # there is no reader
         if plain_ready & select.POLLOUT and self.to_plain:
             del self.to_plain[: self.plain.send(self.to_plain)]
         if raw_ready & select.POLLOUT and self.to_raw:

@@ -2,11 +2,12 @@
 
 Rules:
 
-1. A volume is a directory ``STORE/service/volumes/NAME`` with a record beside its data (``_data``). It is there from the rename that puts the finished
-   directory in its place, and gone from the rename that takes it away; what else lies there is left over and deleted at the next start.
-2. Uses of a volume are told by the records of containers alone: there is no count that a killed daemon could leave wrong.
-3. The first container that mounts an empty volume fills it with what its image has there, owner, mode and times among it, as Docker does (unless
-   ``nocopy``). The path is resolved as if the container's root were the root; nothing runs in the tree meanwhile.
+1. A volume is a directory ``STORE/service/volumes/NAME`` with a record beside its data (``_data``). It exists from the
+rename that puts the finished directory in its place to the rename that takes it away; other directories there are left
+over and deleted at the next start. 2. The records of containers alone tell the uses of a volume: there is no count that
+a killed daemon could leave wrong. 3. The first container that mounts an empty volume fills it from its image's
+   directory at that path, with owner, mode and times, as Docker does (unless ``nocopy``). The path is resolved as if
+   the container's root were the root; nothing runs in the tree meanwhile.
 
 Threads: any; :attr:`Volumes.lock` is held while volumes are made, filled and removed, and while a container that names them is.
 """
@@ -64,7 +65,7 @@ class Volume:
         return ANONYMOUS in self.labels
 
     def described(self) -> dict[str, Any]:
-        """As the API shows it."""
+        """The volume in the API's form."""
         return {
             "Name": self.name, "Driver": "local", "Mountpoint": self.data, "CreatedAt": rfc3339(self.created),
             "Labels": dict(self.labels) or None, "Options": None, "Scope": "local",
@@ -75,7 +76,7 @@ class Volumes:
     """The volumes of a store.
 
     Args:
-        folder: where they are. users: gives (volume's name, container's id) for each use.
+        folder: the directory of the volumes. users: gives (volume's name, container's id) for each use.
     """
 
     def __init__(self, store: Store, folder: str, users: Callable[[], Iterable[tuple[str, str]]]) -> None:
@@ -102,7 +103,7 @@ class Volumes:
                 try:
                     found.append(self.get(name))
                 except NotFound:
-                    continue  # it goes at this moment
+                    continue  # it is being removed
         return found
 
     def get(self, name: str) -> Volume:
@@ -124,15 +125,15 @@ class Volumes:
             raise NotFound(f"get {name}: no such volume") from None
 
     def path_of(self, name: str) -> str:
-        """Where the data of a volume is, or would be."""
+        """The path of a volume's data, existing or not."""
         return os.path.join(self.folder, name, _DATA)
 
     def used_by(self, name: str) -> list[str]:
-        """Ids of the containers that name it."""
+        """The ids of the containers that name a volume."""
         return [container for volume, container in self._users() if volume == name]
 
     def size(self, volume: Volume) -> int:
-        """Bytes of its files on the host (st_blocks), each inode once."""
+        """The bytes of a volume's files on the host (st_blocks), each inode once."""
         seen, total = set(), 0
         for base, names, files in os.walk(volume.data):
             for name in [*names, *files]:
@@ -150,7 +151,7 @@ class Volumes:
     def create(
         self, name: str = "", *, driver: str = "", options: Mapping[str, str] | None = None, labels: Mapping[str, str] | None = None
     ) -> Volume:  # fmt: skip
-        """The volume of a name, made if it is not there.
+        """The volume of a name, made if missing.
 
         Raises:
             ApiError: 400 for a bad name, 501 for a driver or options.
@@ -185,10 +186,10 @@ class Volumes:
         return made
 
     def remove(self, name: str, *, force: bool = False) -> None:
-        """Remove one.
+        """Remove a volume.
 
         Args:
-            force: it is no error when there is none.
+            force: a missing one is no error.
 
         Raises:
             NotFound: there is none. FailedPrecondition: a container names it.
@@ -209,7 +210,7 @@ class Volumes:
         self.tell(name, "destroy", driver="local")
 
     def drop(self, names: Iterable[str]) -> None:
-        """Remove those that nobody names any more: what a container that went had for itself."""
+        """Remove unused volumes that were made for one container, after its removal."""
         for name in names:
             try:
                 self.remove(name, force=True)
@@ -235,11 +236,11 @@ class Volumes:
         return found
 
     def drop_of(self, container: str) -> None:
-        """Remove what was made for a container that did not come to be."""
+        """Remove the volumes made for a container whose creation failed."""
         self.drop([each.name for each in self.all() if each.labels.get(OWNER) == container])
 
     def prune(self, fits: Callable[[Volume], bool]) -> tuple[list[str], int]:
-        """Remove those that fit and that no container names; their names, and the bytes that they held."""
+        """Remove the unused volumes that match the filters, and return their names and the bytes freed."""
         done, freed = [], 0
         for volume in self.all():
             if not fits(volume):
@@ -260,7 +261,7 @@ class Volumes:
     # -- filling ----------------------------------------------------------------------------------
 
     def fill(self, volume: Volume, root: int, path: str) -> None:
-        """Give an empty volume what a container's tree has at a path.
+        """Fill an empty volume from a path of a container's tree.
 
         Args:
             root: a descriptor of the tree's root directory.
@@ -274,9 +275,7 @@ class Volumes:
                 return  # the image has no directory there
             new = os.path.join(os.path.dirname(volume.data), f".new-{secrets.token_hex(8)}")
             try:
-                alone = (
-                    len(self.used_by(volume.name)) < 2
-                )  # else somebody may have the directory mounted: it stays the same one
+                alone = len(self.used_by(volume.name)) < 2  # else the directory may be mounted: it stays the same one
                 target = new if alone else volume.data
                 if alone:
                     os.mkdir(new, 0o755)
@@ -289,7 +288,7 @@ class Volumes:
 
 
 def _copy(source: int, target: str) -> None:
-    """Copy what is in a directory, and its own attributes, with everything that the host can keep."""
+    """Copy the content of a directory, and its own attributes, with everything that the host can keep."""
     words = ["cp", "-a", "--no-target-directory", f"/proc/self/fd/{source}/.", target]
     done = subprocess.run(words, pass_fds=[source], capture_output=True, text=True, check=False)
     if done.returncode:

@@ -3,8 +3,7 @@
 :class:`Store` is imported when it is first asked for: a mount's server needs only :mod:`cowfs.mounting.index_view`.
 """
 
-from typing import TYPE_CHECKING
-
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from cowfs.store.store import Store
 

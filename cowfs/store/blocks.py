@@ -12,6 +12,7 @@ from cowfs.index import compare
 from cowfs.index.database import Row
 from cowfs.index.directory import Pending, decode, entries, join
 from cowfs.model import Kind, Limit
+from cowfs.row.view import View
 from cowfs.store import layers
 from cowfs.store.compacting import CompactionVerbs
 from cowfs.store.reserve import names_full
@@ -89,7 +90,7 @@ class BlockVerbs(CompactionVerbs):
                 if self.driver.capabilities.whole
                 else [self.driver.tree(id) for _, id in self.index.chain(row.parent)]
             )
-            view = union.View(
+            view = View(
                 below or [f"{self.root}/empty"],
                 self.driver.tree(row.id),
                 self.driver.work(row.id),
@@ -136,7 +137,7 @@ class BlockVerbs(CompactionVerbs):
         return digest.digest()
 
     @contextlib.contextmanager
-    def _reading(self, row: Row | None) -> Iterator[union.View]:
+    def _reading(self, row: Row | None) -> Iterator[View]:
         """The view of a committed tree; without one, of an empty directory."""
         stack = [self.driver.tree(id) for _, id in self.index.chain(row.num)] if row is not None else []
         if self.driver.capabilities.whole:
@@ -144,7 +145,7 @@ class BlockVerbs(CompactionVerbs):
         with contextlib.ExitStack() as held:
             if self.driver.capabilities.whole and row is not None:
                 held.enter_context(self.driver.open_tree(row.id))
-            view = union.View(
+            view = View(
                 stack or [f"{self.root}/empty"], options=union.Options(form=self.driver.form.name, readonly=True)
             )
             held.callback(view.close)

@@ -22,12 +22,13 @@ from cowfs.driver.interface import Driver
 from cowfs.errors import Corrupt, Unsupported
 from cowfs.index.database import Row
 from cowfs.index.directory import Entry, Pair, Ref, children_of, decode, entries, join, root_digest
-from cowfs.model import Kind, Usage
+from cowfs.model import Kind
 from cowfs.store import kernel_image, limit_loop
 from cowfs.store.layers import KeptDigests, SameData, file_digest
 from cowfs.store.mounts import MountVerbs
 from cowfs.store.reserve import names_full
 from cowfs.store.staging import NEW, RM, orphans, sweep
+from cowfs.store.totals import Totals, sum_up
 
 __all__ = ["Collected", "Problem", "Report", "Totals", "UpkeepVerbs"]
 
@@ -84,25 +85,6 @@ class Report:
         ]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Totals:
-    """What the store holds, from the records alone.
-
-    Attributes:
-        committed, active: usage of the layers of each kind; views hold nothing. Of active ones
-            that are not mounted only ``count`` is known without a walk.
-        reclaimable: of committed ones that have neither tag nor child.
-        count: snapshots by kind.
-        host_bytes, host_free: size of the host file system and what it has free, bytes.
-    """
-
-    committed: Usage
-    reclaimable: Usage
-    count: dict[str, int]
-    host_bytes: int
-    host_free: int
-
-
 class UpkeepVerbs(MountVerbs):
     """gc, check and what the store is made of."""
 
@@ -130,16 +112,7 @@ class UpkeepVerbs(MountVerbs):
             FailedPrecondition: the store is closed.
             OSError: a layer cannot be read.
         """
-        with self.index.read():
-            count, used, free = self.index.counts(), self.index.used(), self.index.reclaimable()
-        host = os.statvfs(self.root)
-        return Totals(
-            committed=used,
-            reclaimable=free,
-            count=count,
-            host_bytes=host.f_blocks * host.f_frsize,
-            host_free=host.f_bavail * host.f_frsize,
-        )
+        return sum_up(self.root, self.index)
 
     @names_full
     def check(self, *, content: bool = False, repair: bool = False, progress: Progress | None = None) -> Report:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 
+from cowfs.driver.interface import Driver
 from cowfs.errors import NotFound
 from cowfs.index.database import Row
 from cowfs.model import Info, Kind, Mount
@@ -43,6 +44,8 @@ class EngineVerbs(LiveVerbs):
             all(self._is_plain(one) for one in parents)
             and (row.kind is Kind.VIEW or bool(plan.why_not_kernel) or self._is_plain(id) or self._mark_plain(row))
         )
+        if type(self.driver).mounts is not Driver.mounts:  # it has records of its own
+            return self._mounts(row, "fuse" if plan.why_not_kernel else "kernel")
         record = plan.record(None if plain else "fuse", plain=True)
         self._hand_limit(row, by_server=record.type.startswith("fuse."))
         return (record,)

@@ -26,16 +26,16 @@ from cowfs.erofs.layout import BLOCK, BLOCK_BITS, CHUNK_BITS_MASK
 from cowfs.erofs.reader import Image
 from cowfs.erofs.tree import Chunk, Device, Map
 from cowfs.errors import Corrupt, Unsupported
+from cowfs.format.redirect import is_marked
 from cowfs.format.whiteout import Form
 from cowfs.row.extents import ZEROS, Extents
 from cowfs.row.file import RowFile
-from cowfs.row.layer import is_marked
 from cowfs.sys import files, xattr
 
 if TYPE_CHECKING:
+    from cowfs.row.view import View
     from cowfs.union.layers import Source
     from cowfs.union.node import Node
-    from cowfs.union.view import View
 
 __all__ = ["Blocks", "Place", "opened_devices", "paths_of"]
 
@@ -157,7 +157,8 @@ class Blocks:
             Corrupt: its map, or a file of its chain, is missing or damaged.
             Unsupported: an image cannot hold it.
         """
-        from cowfs.union import Dir, Options, View
+        from cowfs.row.view import View
+        from cowfs.union import Dir, Options
 
         if self._view is None:
             self._view = View(self._trees, options=Options(form=self._form.name, readonly=True))

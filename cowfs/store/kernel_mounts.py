@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from contextlib import ExitStack
 
+from cowfs.driver.interface import Driver
 from cowfs.driver.plan import MountPlan
 from cowfs.errors import FailedPrecondition, InvalidArgument, Unsupported
 from cowfs.format.mount_options import split_layers, unescape
@@ -72,6 +73,9 @@ class KernelMountVerbs(LookVerbs):
                 record = plan.record("kernel")
             elif plan.row and row.parent is None and not plan.why_not_image:  # nothing beneath could be redirected
                 record = plan.kernel()
+            elif type(self.driver).plan is not Driver.plan:  # trees are there for a plan, and longer for a record
+                self._hand_limit(row, by_server=False)
+                record = self._plan(row).record("kernel")
             else:
                 (record,) = self._mounts(row, "kernel")
         except Unsupported as error:

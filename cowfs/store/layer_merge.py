@@ -26,8 +26,9 @@ from cowfs.errors import Unsupported
 from cowfs.index.compare import File
 from cowfs.model import Change
 from cowfs.row.file import RowFile
+from cowfs.row.view import View
 from cowfs.sys import files, xattr
-from cowfs.union import Options, View, copyup, create, hardlinks, stored
+from cowfs.union import Options, copyup, create, hardlinks, stored
 from cowfs.union.attr import unpack
 from cowfs.union.node import DT_LNK, DT_REG, PLAIN, Dir, Node
 from cowfs.union.paths import find

@@ -149,7 +149,7 @@ def kernel_mounts_of(tree: str) -> Iterator[MountInfo]:
     device = f"{os.major(wanted.st_dev)}:{os.minor(wanted.st_dev)}"
     raw = os.fsencode(tree)
     own = b"cowfs:" + os.path.basename(os.path.dirname(raw))  # a view has no upper: its source says whose it is
-    for entry in mountinfo():
+    for entry in mountinfo(having=(b" overlay ", b"/fs ")):
         if entry.fstype == "overlay":
             if b"upperdir=" + raw in entry.super_options.split(b",") or entry.source == own:
                 yield entry
@@ -301,7 +301,8 @@ class _Redirected(LayerFile):
     """A redirect file, read through the layers beneath it."""
 
     def __init__(self, trees: list[str], path: bytes, form: str) -> None:
-        from cowfs.union import Dir, Node, Options, View
+        from cowfs.row.view import View
+        from cowfs.union import Dir, Node, Options
 
         self._view = View(trees, options=Options(form=form, readonly=True))
         node: Node = self._view.root

@@ -6,19 +6,21 @@ The whole store is opened when the first verb of it is asked for.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Self
 
 from cowfs.index.database import Index, Row
 from cowfs.store.opening import INDEX, default_root, make_root
 from cowfs.store.reading import Reading, must_read
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from typing import Self
 
     from cowfs.index.compare import SameData
     from cowfs.index.directory import Entry
     from cowfs.model import Change, Usage
     from cowfs.store.store import Store
+    from cowfs.store.totals import Totals
 
 __all__ = ["Look"]
 
@@ -84,6 +86,12 @@ class Look(Reading):
         """As :meth:`cowfs.Store.usage`."""
         usage = self.resolve(name).usage
         return usage if usage is not None else self.store().usage(name)
+
+    def totals(self) -> Totals:
+        """As :meth:`cowfs.Store.totals`."""
+        from cowfs.store.totals import sum_up
+
+        return sum_up(self.root, self.index)
 
     def diff(self, a: str, b: str | None = None) -> Iterator[Change]:
         """As :meth:`cowfs.Store.diff`: of committed snapshots without the driver, unless the bytes of files must be compared."""

@@ -32,6 +32,7 @@ from cowfs.index.directory import Pending, decode, lookup
 from cowfs.index.records import Tag
 from cowfs.index.transaction import Committed
 from cowfs.model import Change, Kind, Usage
+from cowfs.row.view import View
 from cowfs.store import layers
 from cowfs.store.key_lock import turn
 from cowfs.store.layer_merge import copy_changes
@@ -44,7 +45,7 @@ from cowfs.store.staging import Staged, staged
 from cowfs.sys import atomic, files, trees
 from cowfs.sys.faults import point
 from cowfs.sys.mounts import mountinfo
-from cowfs.union import Options, View
+from cowfs.union import Options
 
 if TYPE_CHECKING:
     from cowfs.index.scan import KnownDigest, Scanned

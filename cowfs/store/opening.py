@@ -10,11 +10,11 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from cowfs.errors import Corrupt, InvalidArgument, NotFound, Unsupported
 from cowfs.sys import host
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from cowfs.driver.interface import Driver
 

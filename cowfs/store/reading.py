@@ -7,12 +7,11 @@ made, swept or counted again, and no lock is taken. Where more is needed than th
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from cowfs.errors import InvalidArgument, NotFound, Unsupported
 from cowfs.index.database import Index, Row, Tag
 from cowfs.sys import host
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 

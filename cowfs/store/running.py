@@ -17,7 +17,13 @@ import sys
 import tempfile
 import threading
 from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    asynccontextmanager,
+    contextmanager,
+    suppress,
+)
 from dataclasses import dataclass
 from functools import partial
 from typing import IO, TYPE_CHECKING
@@ -278,8 +284,7 @@ class RunVerbs(LiveVerbs):
             if made is not None:
                 os.rmdir(made)
 
-    @asynccontextmanager
-    async def temporary_async(
+    def temporary_async(
         self,
         parent: str | None = None,
         *,
@@ -290,7 +295,7 @@ class RunVerbs(LiveVerbs):
         limit_engine: str | None = None,
         volatile: bool = False,
         allow_other: bool | None = None,
-    ) -> AsyncIterator[MountHandle | KernelMount]:
+    ) -> AbstractAsyncContextManager[MountHandle | KernelMount]:
         """:meth:`temporary` for asyncio: ``async with store.temporary_async(...) as mount``. Mounting and removing are done in threads.
 
         Args:
@@ -302,27 +307,37 @@ class RunVerbs(LiveVerbs):
         Raises:
             NotFound, InvalidArgument, Unsupported, FailedPrecondition: as :meth:`temporary`.
         """
-        made = self.temporary(
-            parent, size=size, inodes=inodes, target=target, mount_type=mount_type, limit_engine=limit_engine,
-            volatile=volatile, allow_other=allow_other,
+        assert self.driver  # a closed store refuses now rather than later
+        return _temporary_in_threads(
+            self.temporary(
+                parent, size=size, inodes=inodes, target=target, mount_type=mount_type, limit_engine=limit_engine,
+                volatile=volatile, allow_other=allow_other,
+            )
         )  # fmt: skip
-        entering = asyncio.ensure_future(asyncio.to_thread(made.__enter__))
+
+
+@asynccontextmanager
+async def _temporary_in_threads(
+    made: AbstractContextManager[MountHandle | KernelMount],
+) -> AsyncIterator[MountHandle | KernelMount]:
+    """A context manager, entered and left in threads. A task that is cancelled meanwhile leaves it first."""
+    entering = asyncio.ensure_future(asyncio.to_thread(made.__enter__))
+    try:
+        handle = await asyncio.shield(entering)
+    except asyncio.CancelledError:
+        with suppress(CowfsError, OSError):
+            await entering
+            await asyncio.to_thread(made.__exit__, None, None, None)
+        raise
+    try:
+        yield handle
+    finally:
+        leaving = asyncio.ensure_future(asyncio.to_thread(made.__exit__, None, None, None))
         try:
-            handle = await asyncio.shield(entering)
+            await asyncio.shield(leaving)
         except asyncio.CancelledError:
-            with suppress(CowfsError, OSError):
-                await entering
-                await asyncio.to_thread(made.__exit__, None, None, None)
+            await leaving
             raise
-        try:
-            yield handle
-        finally:
-            leaving = asyncio.ensure_future(asyncio.to_thread(made.__exit__, None, None, None))
-            try:
-                await asyncio.shield(leaving)
-            except asyncio.CancelledError:
-                await leaving
-                raise
 
 
 async def _in_thread(job: _Job, function: partial[RunResult]) -> RunResult:

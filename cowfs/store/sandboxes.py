@@ -22,7 +22,7 @@ from cowfs.sandbox.request import PATH, BindLike, Request, binds_of, check_netwo
 from cowfs.sys import host
 
 if TYPE_CHECKING:
-    from cowfs.store.running import RunVerbs
+    from cowfs.store.live import LiveVerbs
 
 __all__ = ["MOUNT_TYPES", "make_request", "run_beside", "run_in"]
 
@@ -32,7 +32,7 @@ _NOTE = notice.PREFIX + "sandbox"
 
 
 def make_request(
-    store: RunVerbs,
+    store: LiveVerbs,
     name: str,
     argv: Sequence[str],
     *,
@@ -83,7 +83,7 @@ def make_request(
     )
 
 
-def _config(store: RunVerbs, name: str) -> dict[str, Any]:
+def _config(store: LiveVerbs, name: str) -> dict[str, Any]:
     """The ``config`` of an image (OCI image-spec, config.md), {} where there is none."""
     from cowfs.images.digests import parse_json
 
@@ -122,7 +122,7 @@ def _variables(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def run_in(
-    store: RunVerbs, key: str, request: Request, *, mount_type: str | None = None, life: int | None = None
+    store: LiveVerbs, key: str, request: Request, *, mount_type: str | None = None, life: int | None = None
 ) -> process.Ended:
     """Run a command in a sandbox on a snapshot that is not mounted. The calling process has one thread.
 
@@ -151,7 +151,7 @@ def run_in(
     return process.run(request, tree, _directory(), note=_note(store, row.id), life=life)
 
 
-def _mount_by_kernel(store: RunVerbs, key: str, target: str, mounted: ExitStack, *, insist: bool) -> bool:
+def _mount_by_kernel(store: LiveVerbs, key: str, target: str, mounted: ExitStack, *, insist: bool) -> bool:
     """Mount in this namespace by the kernel; whether it could.
 
     Args:
@@ -176,7 +176,7 @@ def _mount_by_kernel(store: RunVerbs, key: str, target: str, mounted: ExitStack,
     return True
 
 
-def run_beside(store: RunVerbs, key: str, request: Request) -> process.Ended:
+def run_beside(store: LiveVerbs, key: str, request: Request) -> process.Ended:
     """Run a command in a snapshot that is there: in the sandbox that runs on it, in one of its own beside its mount, or as :func:`run_in`.
 
     Args:
@@ -209,5 +209,5 @@ def _directory() -> str:
     return made
 
 
-def _note(store: RunVerbs, id: str) -> str:
+def _note(store: LiveVerbs, id: str) -> str:
     return f"{store.driver.directory(id)}/{_NOTE}"

@@ -342,7 +342,8 @@ class SquashVerbs(LiveVerbs):
         return _marked(mark)
 
     def _absorb_here(self, child: Row, lowers: list[str]) -> Usage:
-        from cowfs.union import Options, View
+        from cowfs.row.view import View
+        from cowfs.union import Options
         from cowfs.union.absorb import absorb
 
         driver = self.driver

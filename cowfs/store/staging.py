@@ -32,6 +32,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
+from cowfs._log import Part
 from cowfs.driver.interface import Driver
 from cowfs.index.database import Index
 from cowfs.store.reserve import FULL
@@ -42,6 +43,8 @@ from cowfs.sys.mounts import mountinfo
 from cowfs.sys.regular import read_small
 
 __all__ = ["Staged", "discard", "finish", "leftovers", "orphans", "read_note", "staged", "sweep"]
+
+_log = Part("cowfs.store")
 
 NEW, RM = "new-", "rm-"
 SQUASH = "squash-"
@@ -240,6 +243,7 @@ def sweep(driver: Driver, index: Index, *, everything: bool = False) -> list[str
             with index.write():
                 doomed, more = _doom(driver, index, held, most, everything, looked)
             for name in doomed:
+                _log.info("delete %s, left by a process that was killed", name)
                 driver.remove(name)
         found += doomed
         if not more:

@@ -11,11 +11,11 @@ _syscall = libc.syscall
 _syscall.restype = ctypes.c_long
 
 
-def check(result: int, name: bytes | str | None = None) -> int:
+def check(result: int, name: bytes | str | os.PathLike[str] | os.PathLike[bytes] | None = None) -> int:
     """``result`` unless it is -1: then OSError with the thread's errno."""
     if result == -1:
         number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number), name)
+        raise OSError(number, os.strerror(number), os.fspath(name) if name is not None else None)
     return result
 
 

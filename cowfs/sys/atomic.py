@@ -16,7 +16,7 @@ __all__ = ["create_file", "fsync_directory", "replacing", "write_file"]
 
 @contextmanager
 def replacing(path: str, *, mode: int = 0o600, durable: bool = True) -> Iterator[BinaryIO]:
-    """A file to be written in the block, which then has the name ``path``, in place of what had it.
+    """A file to write within the block; at its end it takes the name ``path`` in place of any other file.
 
     Args:
         path: its final name.
@@ -24,7 +24,7 @@ def replacing(path: str, *, mode: int = 0o600, durable: bool = True) -> Iterator
         durable: it is on the disk when the block has ended.
 
     Raises:
-        OSError: of writing; nothing is left then, and what had the name still has it.
+        OSError: of writing; the temporary file is gone then, and the old file keeps the name.
     """
     temporary = f"{path}.new-{os.getpid()}"
     with suppress(FileNotFoundError):
@@ -47,13 +47,13 @@ def replacing(path: str, *, mode: int = 0o600, durable: bool = True) -> Iterator
 
 
 def write_file(path: str, data: bytes, *, mode: int = 0o600, durable: bool = True) -> None:
-    """Write a whole file in place of what has its name, as :func:`replacing`."""
+    """Write a whole file in place of any other of its name, as :func:`replacing`."""
     with replacing(path, mode=mode, durable=durable) as file:
         file.write(data)
 
 
 def create_file(path: str, data: bytes, *, mode: int = 0o600, durable: bool = True) -> None:
-    """Write a whole file whose name nothing has.
+    """Write a whole file under a name that is free.
 
     Raises:
         FileExistsError: something has the name.
@@ -69,7 +69,7 @@ def create_file(path: str, data: bytes, *, mode: int = 0o600, durable: bool = Tr
 
 
 def fsync_directory(path: str) -> None:
-    """Make the names in a directory durable."""
+    """Bring the names in a directory to the disk (fsync(2))."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)

@@ -1,7 +1,7 @@
-"""btrfs: subvolumes, quotas, what changed between two of them. By ioctl(2) alone: no program, no library.
+"""btrfs: subvolumes, their quotas, and the changes between two of them. By ioctl(2) alone: no program, no library.
 
 Source of numbers and structs: Linux ``include/uapi/linux/btrfs.h``, ``btrfs_tree.h``, and ``fs/btrfs/send.h`` for the stream.
-All need CAP_SYS_ADMIN but creating a subvolume or snapshot, and deleting one's own where the mount allows it.
+All calls need CAP_SYS_ADMIN, except creating a subvolume or snapshot, and deleting one's own where the mount allows it.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def readonly(fd: int) -> bool:
 
 
 def has_inner(fd: int) -> bool:
-    """Whether other subvolumes are in a subvolume (``BTRFS_IOC_GET_SUBVOL_ROOTREF``; of a snapshot they are not a part)."""
+    """Whether other subvolumes are in a subvolume (``BTRFS_IOC_GET_SUBVOL_ROOTREF``); a snapshot leaves them out."""
     return bool(_ask(fd, _ROOTREFS, bytes(4096))[_ROOTREFS_COUNT])
 
 
@@ -169,14 +169,15 @@ def paths_of(fd: int, inode: int) -> list[bytes]:
 
 
 class Held(NamedTuple):
-    """What a subvolume takes, bytes: with what it shares with others, and alone. Simple quotas count its own writes only, in both."""
+    """The space of a subvolume, bytes: including extents shared with others, and exclusively its own. Simple quotas
+    count its own writes only, in both."""
 
     referenced: int
     exclusive: int
 
 
 def enable_quota(fd: int) -> str:
-    """Have a file system count: ``simple`` (Linux 6.7: what each subvolume wrote) or ``classic`` (what each refers to).
+    """Begin to count on a file system: ``simple`` (Linux 6.7: what each subvolume wrote) or ``classic`` (what each refers to).
 
     Returns:
         The kind that is in force, also if somebody else chose it before.
@@ -210,7 +211,7 @@ def limit(fd: int, subvolume: int, size: int | None, *, exclusive: bool = False)
         fd: any object of the file system.
         subvolume: its number.
         size: bytes; None takes the bound away.
-        exclusive: bound what it alone takes instead of all that it refers to.
+        exclusive: bound its exclusive space instead of all that it refers to.
 
     Raises:
         OSError: EINVAL or ENOTCONN where quotas are off.
@@ -222,7 +223,7 @@ def limit(fd: int, subvolume: int, size: int | None, *, exclusive: bool = False)
 
 
 def used(fd: int, subvolume: int) -> Held | None:
-    """What a subvolume takes as the quota counts it (a commit of the file system brings it up to date); None without one."""
+    """The space of a subvolume as the quota counts it (up to date after a commit of the file system); None without a quota."""
     for offset, data in _search(fd, _INFO_KEY, subvolume, subvolume):
         if offset == subvolume:
             _, referenced, _, exclusive, _ = _QGROUP_INFO.unpack_from(data)
@@ -295,9 +296,9 @@ class Command(NamedTuple):
 
 
 def send(fd: int, parent: int) -> Iterator[Command]:
-    """What makes the subvolume ``fd`` of the subvolume numbered ``parent``: names, modes, owners, times, xattrs, and which
-    ranges of which files were written, without their data. A renamed directory is a ``rename``, a renamed file a ``link`` and an
-    ``unlink``.
+    """The commands that turn the subvolume numbered ``parent`` into the subvolume ``fd``: names, modes, owners, times,
+    xattrs, and which ranges of which files were written, without their data. A renamed directory is a ``rename``, a
+    renamed file a ``link`` and an ``unlink``.
 
     Both are read-only. The kernel compares the two trees: the cost is that of the difference.
 
@@ -325,7 +326,7 @@ def send(fd: int, parent: int) -> Iterator[Command]:
             except ValueError:
                 if not failure:
                     raise
-            while stream.read(1 << 16):  # so that the kernel ends, whatever was said
+            while stream.read(1 << 16):  # so that the kernel's side ends in any case
                 pass
     finally:
         thread.join()

@@ -1,4 +1,4 @@
-"""What a program that is about to be started may never do: capabilities(7), as far as dropping them goes."""
+"""Dropping capabilities(7) for good before a program is started."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from cowfs.sys._libc import check, libc
 __all__ = ["CONTAINER", "NET_RAW", "drop_all_but", "no_new_privileges", "undumpable"]
 
 NET_RAW: Final = 13
-#: What root in a container keeps by default, at Docker, podman and here: CHOWN, DAC_OVERRIDE, FOWNER, FSETID, KILL, SETGID, SETUID,
-#: SETPCAP, NET_BIND_SERVICE, NET_RAW, SYS_CHROOT, MKNOD, AUDIT_WRITE, SETFCAP (include/uapi/linux/capability.h).
+#: The capabilities that root in a container keeps by default, with Docker, podman and cowfs: CHOWN, DAC_OVERRIDE,
+#: FOWNER, FSETID, KILL, SETGID, SETUID, SETPCAP, NET_BIND_SERVICE, NET_RAW, SYS_CHROOT, MKNOD, AUDIT_WRITE, SETFCAP
+#: (include/uapi/linux/capability.h).
 CONTAINER: Final = frozenset((0, 1, 3, 4, 5, 6, 7, 8, 10, NET_RAW, 18, 27, 29, 31))
 
 _PR_SET_DUMPABLE, _PR_CAPBSET_READ, _PR_CAPBSET_DROP, _PR_CAP_AMBIENT, _CLEAR_ALL = 4, 23, 24, 47, 4
@@ -50,7 +51,7 @@ def drop_all_but(kept: Collection[int]) -> None:
 
 
 def undumpable() -> None:
-    """Close this process's /proc/PID to everybody who has not CAP_SYS_PTRACE where its program was started."""
+    """Close this process's /proc/PID to every process without CAP_SYS_PTRACE in the namespace where its program was started."""
     _prctl(_PR_SET_DUMPABLE, 0)
 
 

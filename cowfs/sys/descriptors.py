@@ -1,10 +1,10 @@
-"""How a server shares out its descriptors.
+"""The shares of a server's descriptors.
 
-Strategy. A process may have so many descriptors (RLIMIT_NOFILE); past that nothing opens any more, the control socket
-included. So every use has a share, and what was opened longest ago is closed to stay within it and opened again when
-next needed. What cannot be opened again, an unlinked file that a program holds, is held by its descriptor up to
-a share, and beyond it by a name in the work directory (:func:`cowfs.union.holding.hold`). A reserve belongs to nobody: control
-connections, jobs of the workers, and the descriptors that one operation needs for its own length.
+Strategy. A process may have a bounded number of descriptors (RLIMIT_NOFILE); past it every open fails, the control
+socket's included. So every use has a share: the descriptor opened longest ago is closed to stay within it, and opened
+again when it is next needed. An unlinked file that a program holds cannot be opened again: its descriptor holds it up
+to a share, and beyond that a name in the work directory does (:func:`cowfs.union.holding.hold`). A reserve belongs to
+nobody: control connections, jobs of the workers, and the descriptors that one operation needs for its own length.
 
 Each user of a share closes between operations only, since one may hold several.
 """
@@ -15,16 +15,16 @@ import os
 import resource
 from typing import Final, NamedTuple
 
-#: descriptors that a share never goes below, however few there are
+#: the smallest share, however few descriptors there are
 LEAST: Final = 4
-#: more than this many of one kind gain nothing
+#: the largest share: more of one kind gain nothing
 MOST: Final = 4096
 #: for control connections, jobs and the operation at hand
 RESERVE: Final = 40
 
 
 class Shares(NamedTuple):
-    """How many descriptors each use may have.
+    """The number of descriptors that each use may have.
 
     Attributes:
         directories: directories of layers.
@@ -46,10 +46,10 @@ class Shares(NamedTuple):
 
 
 def share_out(budget: int | None = None) -> Shares:
-    """Share out what this process may have besides what it has open now.
+    """Share out the descriptors that this process may still open.
 
     Args:
-        budget: that many for directories and as many for files, for callers who know better.
+        budget: the share of directories, and that of files, in place of the computed ones.
     """
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     rest = (1 << 20) if soft == resource.RLIM_INFINITY else soft - _in_use() - RESERVE

@@ -117,14 +117,14 @@ _ACLS = ("system.posix_acl_default", "system.posix_acl_access")
 
 
 def make_plain(fd: int, mode: int) -> None:
-    """Take from a directory what it inherited: ACLs and setgid, which it would hand on to all that is made in it (acl(5)).
+    """Remove the ACLs and the setgid bit that a directory inherited, and would hand on to its entries (acl(5)).
 
     Args:
         fd: of a directory that belongs to this process's user.
         mode: the permission bits that it gets.
 
     Raises:
-        OSError: it is not ours to change.
+        OSError: this process may not change it.
     """
     for name in _ACLS:
         try:
@@ -136,7 +136,7 @@ def make_plain(fd: int, mode: int) -> None:
 
 
 def make_directory(path: str, mode: int = 0o700) -> None:
-    """mkdir(2) of a directory with exactly this mode, whatever umask, ACL and setgid bit are about.
+    """mkdir(2) of a directory with exactly this mode, whatever the umask, and the ACL and setgid bit of its parent.
 
     Raises:
         OSError: as mkdir(2).
@@ -186,7 +186,7 @@ _sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctype
 def begin_writing(fd: int, offset: int, length: int) -> None:
     """Have the kernel begin to write dirty pages of a range, without waiting for them; a hint that cannot fail.
 
-    Source: sync_file_range(2), SYNC_FILE_RANGE_WRITE. What goes wrong is fsync's to report.
+    Source: sync_file_range(2), SYNC_FILE_RANGE_WRITE. fsync(2) reports errors of writing.
     """
     _sync_file_range(fd, offset, length, _SYNC_FILE_RANGE_WRITE)
 
@@ -286,7 +286,7 @@ def _copy_chunk(src_fd: int, dst_fd: int, start: int, count: int) -> int:
 
 
 def cached_pages(fd: int, start: int, end: int) -> int | None:
-    """How many pages in the bytes [start, end) the page cache or swap has; ``None`` before Linux 6.5. On tmpfs, all that there are.
+    """How many pages in the bytes [start, end) the page cache or swap has; ``None`` before Linux 6.5. On tmpfs every page counts.
 
     Source: mm/filemap.c, cachestat(2).
     """
@@ -303,7 +303,7 @@ def cached_pages(fd: int, start: int, end: int) -> int | None:
 
 
 def extents(fd: int, *, sync: bool = False) -> list[tuple[int, int, int]] | None:
-    """What FIEMAP says is allocated: (start, end, flags) in bytes; ``None`` where it has no say.
+    """The allocated extents by FIEMAP: (start, end, flags) in bytes; ``None`` where the file system has no FIEMAP.
 
     Unless ``sync``, nothing is flushed, and delayed allocations are reported with FIEMAP_EXTENT_DELALLOC.
     Source: Documentation/filesystems/fiemap.rst.

@@ -1,4 +1,4 @@
-"""What this process may do here: privilege, capabilities, user namespace."""
+"""The rights of this process on this host: privilege, capabilities, user namespace."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def init_userns() -> bool:
 
 
 def outer_uid() -> int:
-    """This process's effective user id outside of its user namespace; the same one where that cannot be told."""
+    """This process's effective user id outside of its user namespace; the id inside where that is unknown."""
     uid = os.geteuid()
     try:
         with open("/proc/self/uid_map", encoding="ascii") as file:

@@ -1,8 +1,9 @@
-"""Advisory locks, of files and directories: who is asked, who waits, who holds one.
+"""Advisory locks of files and directories: taking one, waiting for one, finding its holder.
 
-Rules: a lock belongs to an open file description, so it ends with its last descriptor, however the process ends, and works between
-threads. flock(2) for whole files; an open file description's lock (fcntl(2), F_OFD_SETLK) for one byte of a file that many share.
-A lock that cannot be had is an answer (False, None), never an error; a file system without locks is one (OSError).
+Rules: a lock belongs to an open file description, so it ends with its last descriptor, however the process ends, and
+works between threads. flock(2) for whole files; an open file description's lock (fcntl(2), F_OFD_SETLK) for one byte of
+a file that many share. A lock that another process holds is an answer (False, None), never an error; a file system
+without locks is an OSError.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ _FLOCK = struct.Struct("@hhqqi4x")  # struct flock of 64-bit Linux
 
 
 def lock(fd: int, *, shared: bool = False, wait: bool = False) -> bool:
-    """Take the lock of an open file or directory; whether it could be had.
+    """Take the lock of an open file or directory. Returns whether it was free.
 
     Args:
         fd: a descriptor; the lock is held until its last duplicate is closed.
-        shared: with others that take it so.
-        wait: for as long as it takes; the answer is True then.
+        shared: share the lock with others that take it so.
+        wait: wait as long as it takes; the answer is True then.
 
     Raises:
         OSError: the file system has no locks.
@@ -36,7 +37,7 @@ def lock(fd: int, *, shared: bool = False, wait: bool = False) -> bool:
 
 
 def open_locked(path: str, *, flags: int = _DIRECTORY, shared: bool = False, wait: bool = False) -> int | None:
-    """A descriptor of a directory (or file, by ``flags``) that holds its lock; None while somebody else does.
+    """A descriptor of a directory (or file, by ``flags``) that holds its lock; None while another process holds the lock.
 
     Raises:
         OSError: it cannot be opened, or its file system has no locks.
@@ -53,7 +54,7 @@ def open_locked(path: str, *, flags: int = _DIRECTORY, shared: bool = False, wai
 
 
 def lock_byte(fd: int, offset: int) -> bool:
-    """Take the lock of one byte of a file that is open for writing; whether it could be had."""
+    """Take the lock of one byte of a file that is open for writing. Returns whether it was free."""
     try:
         fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, offset, 1, 0))
     except (BlockingIOError, PermissionError):  # EAGAIN or EACCES (fcntl(2))
@@ -62,12 +63,12 @@ def lock_byte(fd: int, offset: int) -> bool:
 
 
 def unlock_bytes(fd: int) -> None:
-    """Give up every lock of a byte that was taken by this open file description, also where a forked process has a copy of it."""
+    """Release every byte lock of this open file description, also for a forked process that has a copy of it."""
     fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, 0, 0, 0))
 
 
 def holder(fd: int) -> int | None:
-    """The process that holds a flock on this inode, from /proc/locks (proc(5)), or None where that does not tell.
+    """The process that holds a flock on this inode, from /proc/locks (proc(5)), or None if unknown.
 
     The device is not compared: btrfs shows another one there than stat(2) does.
     """

@@ -1,6 +1,6 @@
-"""Loop devices over image files (loop(4), linux/loop.h), and the ext4 file systems in them as far as their size goes.
+"""Loop devices over image files (loop(4), linux/loop.h), and the size of the ext4 file systems in them.
 
-A device made here is taken down by the kernel with its last user (LO_FLAGS_AUTOCLEAR): an unmount, whoever does it, leaves nothing.
+A device made here is removed by the kernel with its last user (LO_FLAGS_AUTOCLEAR): no unmount leaves one behind.
 """
 
 from __future__ import annotations
@@ -17,12 +17,16 @@ from cowfs.sys.files import fs_name
 
 __all__ = [
     "attach",
+    "device_at",
     "device_of",
     "ext4_mount",
     "ext4_mounted",
     "ext4_reserve",
     "grow",
     "image_mount",
+    "is_direct",
+    "is_readonly",
+    "name_of",
     "why_not",
     "why_not_ext4",
 ]
@@ -36,14 +40,14 @@ assert (_INFO.size, _HEAD.size) == (232, 8)
 
 
 def why_not_ext4() -> str:
-    """Why this process mounts no ext4 from a file; "" where nothing speaks against it."""
+    """The reason why this process cannot mount an ext4 from a file; "" if it can."""
     if not os.access("/sys/fs/ext4", os.W_OK) and not os.path.isdir("/sys/module/ext4"):
         return "this kernel has no ext4"
     return why_not()
 
 
 def why_not() -> str:
-    """Why this process makes no loop devices; "" where nothing speaks against it."""
+    """The reason why this process cannot make loop devices; "" if it can."""
     if not os.path.exists("/dev/loop-control"):
         return "there are no loop devices here (/dev/loop-control)"
     if not os.access("/dev/loop-control", os.R_OK | os.W_OK):
@@ -51,14 +55,15 @@ def why_not() -> str:
     return ""
 
 
-def attach(image: str, *, readonly: bool = False) -> tuple[str, int]:
+def attach(image: str, *, readonly: bool = False, name: str = "") -> tuple[str, int]:
     """A loop device over a file, read and written without the page cache where the file's host can do that.
 
     Args:
-        readonly: nothing is written; then the file may be named by a link, as those in /proc are.
+        readonly: the device is only read; the file may then be named by a link, such as one in /proc.
+        name: what :func:`name_of` tells of it, at most 63 bytes; "" for the file's path.
 
     Returns:
-        (its path, a descriptor of it: it stays until that and what was mounted of it is closed).
+        (its path, a descriptor of it). The device stays until the descriptor is closed and its file system unmounted.
 
     Raises:
         OSError: no device, or what the kernel said.
@@ -71,11 +76,11 @@ def attach(image: str, *, readonly: bool = False) -> tuple[str, int]:
                 path = f"/dev/loop{fcntl.ioctl(control, _CTL_GET_FREE)}"
                 device = os.open(path, os.O_CLOEXEC | (os.O_RDONLY if readonly else os.O_RDWR))
                 try:
-                    _configure(device, backing, image, _READ_ONLY if readonly else 0)
+                    _configure(device, backing, name or image, _READ_ONLY if readonly else 0)
                     return path, device
                 except OSError as error:
                     os.close(device)
-                    if error.errno != errno.EBUSY:  # somebody else was given the same one, and was faster
+                    if error.errno != errno.EBUSY:  # another process was given the same device, and was faster
                         raise
         finally:
             os.close(control)
@@ -83,8 +88,8 @@ def attach(image: str, *, readonly: bool = False) -> tuple[str, int]:
         os.close(backing)
 
 
-def _configure(device: int, backing: int, image: str, more: int) -> None:
-    name = os.fsencode(image)[-63:]
+def _configure(device: int, backing: int, called: str, more: int) -> None:
+    name = os.fsencode(called)[-63:]
     for flags in (_AUTOCLEAR | _DIRECT_IO | more, _AUTOCLEAR | more):
         info = _INFO.pack(0, 0, 0, 0, 0, 0, 0, 0, flags, name, b"", b"", 0, 0)
         try:
@@ -93,6 +98,42 @@ def _configure(device: int, backing: int, image: str, more: int) -> None:
         except OSError as error:
             if error.errno != errno.EINVAL or not flags & _DIRECT_IO:
                 raise
+
+
+def name_of(device: str) -> str | None:
+    """The name that a loop device was given at :func:`attach`; None where it has no file (any more)."""
+    try:
+        fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        name: bytes = _INFO.unpack(fcntl.ioctl(fd, _GET_STATUS64, bytes(_INFO.size)))[9]
+    except OSError:
+        return None
+    finally:
+        os.close(fd)
+    return os.fsdecode(name.rstrip(b"\0"))
+
+
+def device_at(place: str) -> str:
+    """The device that a mounted file system is on."""
+    there = os.stat(place).st_dev
+    return "/dev/" + os.path.basename(os.path.realpath(f"/sys/dev/block/{os.major(there)}:{os.minor(there)}"))
+
+
+def is_readonly(device: str) -> bool:
+    """Whether nobody can write to a loop device."""
+    return _told(device, "ro") == "1"
+
+
+def is_direct(device: str) -> bool:
+    """Whether a loop device's file is read and written without the page cache; its host may not do that."""
+    return _told(device, "loop/dio") == "1"
+
+
+def _told(device: str, attribute: str) -> str:
+    with open(f"/sys/block/{os.path.basename(device)}/{attribute}", encoding="ascii") as file:
+        return file.read().strip()
 
 
 def device_of(image: str) -> str | None:
@@ -131,9 +172,10 @@ def ext4_mounted(device: str) -> bool:
 
 
 def ext4_mount(device: str, *, readonly: bool = False) -> int:
-    """Mount the ext4 of a device without a place; a descriptor of its root. One that is mounted already is the same file system.
+    """Mount the ext4 of a device, attached nowhere, and return a descriptor of its root. A device that is mounted
+    already gives the same file system.
 
-    Tables of inodes are not written in advance (``noinit_itable``): they would take room on the host that nobody uses.
+    Tables of inodes are not written in advance (``noinit_itable``): they would take unused room on the host.
 
     Raises:
         OSError: as mount(2); EBUSY: mounted already, and with another ``readonly``.
@@ -143,7 +185,7 @@ def ext4_mount(device: str, *, readonly: bool = False) -> int:
 
 
 def ext4_reserve(device: str, blocks: int) -> None:
-    """Withhold free blocks from everybody, root included; what is used already stays.
+    """Withhold free blocks from every user, root included; used blocks stay used.
 
     Source: the kernel's Documentation/ABI/testing/sysfs-fs-ext4, ``reserved_clusters``. It lasts until the unmount.
 
@@ -178,10 +220,11 @@ def grow(image: str, device: str, root: int, size: int) -> None:
 
 
 def image_mount(image: str, devices: Sequence[str]) -> int:
-    """Mount an EROFS image from its file, and where the kernel or the file's host cannot do that, through a loop device.
+    """Mount an EROFS image from its file, or through a loop device where the kernel or the file's host cannot do that.
 
-    An image with devices is mounted from files only: read from block devices, a block that follows one of another device at the next
-    address is taken from that one (Linux 6.18, iomap joins requests by their sectors), and our blocks have their addresses in all devices.
+    An image with devices is mounted from files only: read from block devices, a block that follows one of another
+    device at the next address is taken from that one (Linux 6.18, iomap joins requests by their sectors), and our
+    blocks have their addresses in all devices.
 
     Args:
         image, devices: as for :func:`cowfs.sys.mounts.image_mount`.
@@ -192,7 +235,7 @@ def image_mount(image: str, devices: Sequence[str]) -> int:
     try:
         return mounts.image_mount(image, devices)
     except OSError as error:
-        # A block device was wanted.
+        # The kernel wants a block device.
         if devices or error.errno not in (errno.ENOTBLK, errno.EOPNOTSUPP) or why_not():
             raise
     path, fd = attach(image, readonly=True)
@@ -203,7 +246,7 @@ def image_mount(image: str, devices: Sequence[str]) -> int:
 
 
 def why_no_images(place: str, *, devices: bool = False) -> str:
-    """Why the kernel mounts no EROFS images from files below ``place``; "" where nothing speaks against it.
+    """The reason why the kernel mounts no EROFS images from files below ``place``; "" if it does.
 
     Args:
         devices: images with devices (:func:`image_mount`).
@@ -219,7 +262,7 @@ def why_no_images(place: str, *, devices: bool = False) -> str:
         os.close(fd)
     if host == "fuse" or (devices and host in ("tmpfs", "overlay")):
         return f"images cannot be mounted from files of {host}"
-    if host in ("tmpfs", "overlay"):  # nor there, but through a loop device
+    if host in ("tmpfs", "overlay"):  # nor there, but a loop device works
         why = why_not()
         return f"images cannot be mounted from files of {host}, and {why}" if why else ""
     return ""

@@ -8,8 +8,12 @@ import os
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from cowfs.sys._libc import check, libc, syscall
+
+if TYPE_CHECKING:
+    from _typeshed import StrOrBytesPath
 
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_SYNCHRONOUS, MS_REMOUNT = 1, 2, 4, 8, 16, 32
 MS_DIRSYNC, MS_NOSYMFOLLOW, MS_NOATIME, MS_NODIRATIME = 128, 256, 1024, 2048
@@ -51,7 +55,7 @@ ATTR_RDONLY, ATTR_NOSUID, ATTR_NODEV, ATTR_NOEXEC = 1, 2, 4, 8
 _MOUNT_ATTR = struct.Struct("<QQQQ")  # struct mount_attr: attr_set, attr_clr, propagation, userns_fd
 
 
-def mount(source: str, target: str | bytes, fstype: str, flags: int = 0, data: str = "") -> None:
+def mount(source: str, target: StrOrBytesPath, fstype: str, flags: int = 0, data: str = "") -> None:
     """mount(2)."""
     check(
         libc.mount(
@@ -65,20 +69,20 @@ def mount(source: str, target: str | bytes, fstype: str, flags: int = 0, data: s
     )
 
 
-def umount(target: str | bytes, flags: int = 0) -> None:
+def umount(target: StrOrBytesPath, flags: int = 0) -> None:
     """umount2(2)."""
     check(libc.umount2(os.fsencode(target), flags), target)
 
 
 def overlay_mount(
-    target: str | bytes,
-    lowers: Sequence[str | bytes | int],
-    upper: str | bytes | None = None,
-    work: str | bytes | None = None,
+    target: StrOrBytesPath,
+    lowers: Sequence[StrOrBytesPath | int],
+    upper: StrOrBytesPath | None = None,
+    work: StrOrBytesPath | None = None,
     options: Iterable[str] = (),
     *,
     readonly: bool = False,
-    data: Sequence[str | bytes] = (),
+    data: Sequence[StrOrBytesPath] = (),
     source: str = "overlay",
 ) -> None:
     """Mount the kernel's overlayfs by descriptors, so that any number of layers fits.
@@ -131,23 +135,25 @@ def overlay_mount(
 
 
 def image_mount(image: str | bytes, devices: Sequence[str | bytes] = ()) -> int:
-    """Mount an EROFS image from its file, read-only and without a place: a descriptor of its root.
+    """Mount an EROFS image from its file, read-only, attached nowhere, and return a descriptor of its root.
 
-    The mount lasts as long as the descriptor, or what was mounted upon it, does. Devices are read past the host's page cache where the
-    kernel can do that (``directio``, Linux 6.12): requests to several files then wait for the disk together, and no page is kept twice.
+    The mount lasts as long as the descriptor and the mounts made of it. Devices are read past the host's page
+    cache where the kernel can do that (``directio``, Linux 6.12): requests to several files then wait for the disk
+    together, and no page is kept twice.
 
     Args:
         image: the file, on a host file system whose files can be read page by page (not tmpfs, not overlayfs).
         devices: files of the image's devices, the first one first.
 
     Raises:
-        OSError: ENOTBLK: the host file system cannot do that; ENODEV: the kernel has no EROFS; EINVAL: no image of its.
+        OSError: ENOTBLK: the host file system cannot do that; ENODEV: the kernel has no EROFS; EINVAL: the file is no
+            EROFS image.
     """
     if devices:
         try:
             return _image_mount(image, devices, (b"ro", b"directio"))
         except OSError as error:
-            if error.errno != errno.EINVAL:  # no such option
+            if error.errno != errno.EINVAL:  # the kernel lacks the option
                 raise
     return _image_mount(image, devices, (b"ro",))
 
@@ -223,7 +229,8 @@ def attach(fd: int, target: int) -> None:
 
 
 def tmpfs_mount(size: int | None, inodes: int | None) -> int:
-    """Mount a new tmpfs without a place: a descriptor of its root, with which it goes, or with what was mounted upon it.
+    """Mount a new tmpfs, attached nowhere, and return a descriptor of its root; it lasts as long as the descriptor and
+    the mounts made of it.
 
     Args:
         size: bytes; None: the kernel's default, half of the memory.
@@ -239,7 +246,7 @@ def tmpfs_mount(size: int | None, inodes: int | None) -> int:
 
 
 def make_private() -> None:
-    """Let no mount made from now on show outside this mount namespace (mount --make-rprivate /).
+    """Hide every mount made from now on from other mount namespaces (mount --make-rprivate /).
 
     In a chroot "/" is no mount point, so there the mounts that can be seen are made private one by one.
     """
@@ -253,7 +260,7 @@ def make_private() -> None:
 
 
 def remount_bind(target: str, flags: int) -> None:
-    """Give one mount more of the flags MS_RDONLY, MS_NOSUID, MS_NODEV and MS_NOEXEC, and leave it those that it has.
+    """Add some of the flags MS_RDONLY, MS_NOSUID, MS_NODEV and MS_NOEXEC to one mount, which keeps those that it has.
 
     Raises:
         OSError: as mount(2).
@@ -288,11 +295,17 @@ def _unescape(text: bytes) -> bytes:
     return text
 
 
-def mountinfo(pid: int | str = "self") -> list[MountInfo]:
-    """All mounts of a process's mount namespace, in the kernel's order."""
+def mountinfo(pid: int | str = "self", *, having: tuple[bytes, ...] = ()) -> list[MountInfo]:
+    """All mounts of a process's mount namespace, in the kernel's order.
+
+    Args:
+        having: leave out the mounts whose line holds none of these, which are then not taken apart.
+    """
     found = []
     with open(f"/proc/{pid}/mountinfo", "rb") as file:
         for line in file:
+            if having and not any(part in line for part in having):
+                continue
             fields = line.rstrip(b"\n").split(b" ")
             dash = fields.index(b"-", 6)
             found.append(

@@ -47,6 +47,15 @@ def join_by(fd: int) -> None:
     check(libc.setns(fd, 0))
 
 
+def join_all(pidfd: int, flags: int) -> None:
+    """Move this process into those namespaces of another one that ``flags`` names, all or none (setns(2) with a pidfd, Linux 5.8).
+
+    Raises:
+        OSError: EPERM; ESRCH, the process has ended; EINVAL, an older kernel, or more than one thread with CLONE_NEWUSER.
+    """
+    check(libc.setns(pidfd, flags))
+
+
 def become_root() -> None:
     """Enter a user namespace in which this user is root, with a mount namespace of its own.
 
@@ -110,9 +119,9 @@ def become(uid: int, gid: int, own: int) -> None:
 
 
 def move_root(path: str) -> None:
-    """Make ``path``, a mount point, the root of this mount namespace, and have nothing else in it any more.
+    """Make ``path``, a mount point, the root of this mount namespace, and take every other mount off it.
 
-    Unlike after chroot(2) there is nothing outside that a program with privilege could climb to. Source: pivot_root(2),
+    After this, unlike after chroot(2), a program with privilege finds nothing outside to climb to. Source: pivot_root(2),
     NOTES ("." as both arguments).
 
     Raises:
@@ -127,7 +136,7 @@ def move_root(path: str) -> None:
             raise
         mount(
             ".", "/", "", MS_MOVE
-        )  # in a chroot, whose root is no mount point; who leaves this root is in that chroot
+        )  # in a chroot the root is no mount point; a program that leaves this root is in that chroot
         os.chroot(".")
     os.chdir("/")
 

@@ -1,4 +1,4 @@
-"""Identities that outlive a number: of this boot, and of a process."""
+"""Identities of this boot and of a process, which never repeat as process numbers do."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import signal
 
 from cowfs.sys._libc import check, libc
 
-__all__ = ["become_subreaper", "boot_id", "end_with_parent", "is_ending", "start_time", "wait"]
+__all__ = ["become_subreaper", "boot_id", "end_with_parent", "is_ending", "make_dumpable", "start_time", "wait"]
 
 
 @functools.cache
 def boot_id() -> str:
-    """This boot's identity, a UUID in text (random(4), /proc/sys/kernel/random/boot_id); "" where it is not to be had."""
+    """This boot's identity, a UUID in text (random(4), /proc/sys/kernel/random/boot_id); "" if unknown."""
     try:
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
             return file.read().strip()
@@ -24,9 +24,9 @@ def boot_id() -> str:
 
 
 def start_time(pid: int) -> int | None:
-    """When a process began, in clock ticks since boot (proc(5), stat, field 22), or None: no such process.
+    """The start time of a process, in clock ticks since boot (proc(5), stat, field 22); None if there is no such process.
 
-    A number and this together name one process: numbers are given again.
+    The process number and this time together identify one process, since numbers are used again.
     """
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
@@ -39,8 +39,8 @@ _PF_EXITING = 0x4  # linux/sched.h
 
 
 def is_ending(pid: int) -> bool:
-    """Whether a process is about to end and runs no line of its program any more, or is gone: after SIGKILL it has its
-    descriptors until its last thread stopped.
+    """Whether a process is gone, or is about to end and runs no line of its program any more. After SIGKILL a process
+    keeps its descriptors until its last thread has stopped.
 
     Source: proc(5): stat, fields 3 and 9; status, SigPnd.
     """
@@ -59,7 +59,7 @@ def is_ending(pid: int) -> bool:
 
 
 def wait(pid: int, timeout: float) -> None:
-    """Wait until a process, anybody's child, has ended; seconds at most."""
+    """Wait until a process, child or not, has ended, for some seconds at most."""
     try:
         fd = os.pidfd_open(pid)
     except OSError:
@@ -72,14 +72,14 @@ def wait(pid: int, timeout: float) -> None:
         os.close(fd)
 
 
-_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER = 1, 4, 36  # linux/prctl.h
 
 
 def end_with_parent(parent: int, number: int) -> None:
-    """Get a signal when the parent ends, however it ends (prctl(2), PR_SET_PDEATHSIG); one's own children do not.
+    """Get a signal when the parent ends, however it ends (prctl(2), PR_SET_PDEATHSIG); its own children do not.
 
     Args:
-        parent: its process id as seen from here: if it has ended already, the signal comes now. 0 where it is in another namespace.
+        parent: its process id as seen from here, 0 if it is in another namespace; if it has ended already, the signal comes now.
     """
     check(libc.prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(number), 0, 0, 0))
     if os.getppid() != parent:
@@ -89,3 +89,8 @@ def end_with_parent(parent: int, number: int) -> None:
 def become_subreaper() -> None:
     """Become the parent of descendants whose own parent ends (prctl(2), PR_SET_CHILD_SUBREAPER)."""
     check(libc.prctl(_PR_SET_CHILD_SUBREAPER, ctypes.c_ulong(1), 0, 0, 0))
+
+
+def make_dumpable() -> None:
+    """Have this process's /proc entries belong to its user, as they do unless it changed its credentials (prctl(2), PR_SET_DUMPABLE)."""
+    check(libc.prctl(_PR_SET_DUMPABLE, ctypes.c_ulong(1), 0, 0, 0))

@@ -1,9 +1,9 @@
-"""Files of our own that lie where a stranger may have put something else under their name.
+"""Opening cowfs's own files in places where a stranger may have put something else under their names.
 
-A layer, a store or an upper that came from elsewhere may have a FIFO, a device, a symbolic link or a sparse file of any size where
-we expect a small file: opening the first would wait for ever, the others lead out, or fill the memory. Rules: the
-object is looked at before it is opened, so that no device is ever opened; opening never waits and follows nothing; what
-was opened is looked at again; and who reads says how much it may be.
+A layer, a store or an upper that came from elsewhere may have a FIFO, a device, a symbolic link or a sparse file of any
+size in place of a small file: opening a FIFO would wait for ever, a link leads outside, a sparse file fills the memory.
+Rules: the object is examined before it is opened, so that no device is ever opened; opening never waits and follows no
+link; the open object is examined again; and the reader gives a bound on its size.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import stat
 
 __all__ = ["SMALL", "open_regular", "read_small"]
 
-#: Bytes that a note of ours may have at most. The longest are records of mounts, with the paths of their layers.
+#: The most bytes that a note of cowfs may have. The longest are records of mounts, with the paths of their layers.
 SMALL = 16 << 20
 
 _SAFE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
@@ -24,7 +24,7 @@ def open_regular(path: str | bytes, flags: int = os.O_RDONLY, *, dir_fd: int | N
     """Open an existing regular file and nothing else.
 
     Args:
-        flags: how; O_CREAT and O_TRUNC are for files that may be taken as they are, and not for this.
+        flags: of open(2), without O_CREAT and O_TRUNC.
         dir_fd: directory that ``path`` is relative to.
 
     Returns:
@@ -49,7 +49,7 @@ def _check(st: os.stat_result, path: str | bytes) -> None:
 
 
 def read_small(path: str | bytes, *, dir_fd: int | None = None, limit: int = SMALL) -> bytes:
-    """All of a small regular file.
+    """The whole content of a small regular file.
 
     Raises:
         OSError: as :func:`open_regular`; EFBIG for more than ``limit`` bytes.

@@ -1,8 +1,8 @@
-"""Threads that can be had, or not.
+"""Starting threads on a host that may have none to give.
 
-``threading.Thread.start`` raises when the system has no thread to give, but waits without end for one that was given and had no
-memory to begin with (seen under RLIMIT_AS). A server must do neither: whoever wants a thread here is told that there
-is none, and has another way or tries again later.
+``threading.Thread.start`` raises when the system has no thread to give, but waits without end for a thread that has no
+memory to begin with (seen under RLIMIT_AS). A server must do neither: :meth:`Thread.start` reports that there is no
+thread, and the caller goes another way or tries again later.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Final
 
 __all__ = ["Thread"]
 
-#: seconds that a thread may take to begin, and for which no other is tried after one did not
+#: seconds that a thread may take to begin; after a failure no other is tried for as long
 _BEGIN: Final = 2.0
 _AGAIN: Final = 5.0
 
@@ -23,10 +23,10 @@ _not_before = 0.0  # monotonic time
 
 
 class Thread:
-    """A function that runs in a thread of its own once :meth:`start` said so. It ends with the process.
+    """A function that :meth:`start` runs in a thread of its own. It ends with the process.
 
     Args:
-        name: what :func:`threading.current_thread` says in it.
+        name: the thread's name.
     """
 
     __slots__ = ("_begun", "_claim", "_ended", "_function", "_name")
@@ -35,11 +35,11 @@ class Thread:
         self._function = function
         self._name = name
         self._begun = _thread.allocate_lock()
-        self._claim = _thread.allocate_lock()  # whoever gets it decides whether the function runs
+        self._claim = _thread.allocate_lock()  # its holder decides whether the function runs
         self._ended = _thread.allocate_lock()
 
     def start(self) -> bool:
-        """Start it; whether that was possible. Once only, unless it was not."""
+        """Start the thread. Returns whether that was possible; only after a failure may it be called again."""
         global _not_before
         if time.monotonic() < _not_before:
             return False
@@ -57,10 +57,10 @@ class Thread:
 
     def _run(self) -> None:
         if not self._claim.acquire(blocking=False):
-            return  # so late that nobody counts on it any more
+            return  # too late: the caller has gone another way
         self._begun.release()
         with contextlib.suppress(MemoryError):
-            import threading  # a command that starts no thread does without
+            import threading  # imported late: a command that starts no thread needs none of it
 
             threading.current_thread().name = self._name
         try:
@@ -69,7 +69,7 @@ class Thread:
             self._ended.release()
 
     def join(self, timeout: float = -1) -> bool:
-        """Wait until it has ended, seconds; whether it has."""
+        """Wait for the end of the thread, for some seconds at most. Returns whether it has ended."""
         if not self._ended.acquire(timeout=timeout):
             return False
         self._ended.release()

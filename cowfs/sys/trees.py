@@ -1,4 +1,4 @@
-"""Whole trees of our own: copy one, remove one.
+"""Copying and removing whole trees that belong to cowfs.
 
 Rules: every step is relative to a directory descriptor and follows no link; depth costs memory,
 not stack; only the last ``KEEP_OPEN`` descriptors of a path stay open. A copy keeps all that a
@@ -21,7 +21,7 @@ _DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def remove_tree(path: str | bytes) -> None:
-    """Delete a directory and all in it; what is gone already, or goes meanwhile, is fine.
+    """Delete a directory and all in it; entries that are gone, or go meanwhile, are no error.
 
     Raises:
         OSError: something could not be deleted.
@@ -41,7 +41,7 @@ def remove_tree(path: str | bytes) -> None:
 
 
 def remove_entry(dirfd: int, name: bytes) -> None:
-    """Delete a name of an open directory, whatever it is, with all that is in it.
+    """Delete an entry of an open directory, of any type, with all that is in it.
 
     Raises:
         OSError: something could not be deleted.
@@ -51,7 +51,7 @@ def remove_entry(dirfd: int, name: bytes) -> None:
         return
     except FileNotFoundError:
         return
-    except (IsADirectoryError, PermissionError):  # EPERM is what some hosts say of directories
+    except (IsADirectoryError, PermissionError):  # some hosts answer EPERM for directories
         if not stat.S_ISDIR(os.stat(name, dir_fd=dirfd, follow_symlinks=False).st_mode):
             raise
     top = _open_own(dirfd, name)
@@ -147,11 +147,11 @@ def copy_tree(source: str | bytes, target: str | bytes) -> None:
     Raises:
         OSError: an object could not be copied in full.
     """
-    links: dict[int, int] = {}  # inode with several names -> O_PATH descriptor of its copy
+    links: dict[int, int] = {}  # an inode with several names -> O_PATH descriptor of its copy
     stack: list[tuple[int, int, list[bytes], bytes]] = []
     try:
         src = os.open(source, _DIR)
-        stack.append((src, -1, [], b""))  # what is open is in the stack at once, so that it is closed whatever comes
+        stack.append((src, -1, [], b""))  # an open descriptor is on the stack at once, so that it is closed in any case
         dst = os.open(target, _DIR)
         stack[0] = (src, dst, [], b"")
         stack[0][2].extend(_copy_files(src, dst, links))
@@ -276,7 +276,7 @@ def _stats(fd: int, below: list[bytes]) -> Iterator[os.stat_result]:
 
 
 def sync_tree(path: str | bytes) -> None:
-    """Everything below a path is on the disk when this returns (syncfs(2): the whole file system)."""
+    """Bring everything below a path to the disk (syncfs(2): the whole file system)."""
     fd = os.open(path, _DIR)
     try:
         files.syncfs(fd)

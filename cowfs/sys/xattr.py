@@ -1,10 +1,9 @@
 """Extended attributes of a name in a directory, never following a symbolic link.
 
 The *at forms of the xattr calls exist only since Linux 6.13, so names go through
-``/proc/self/fd/DIRFD/NAME``: the magic link ends at the open directory whatever happened to its
-path, and the last component is not followed. With ``name == b""`` the descriptor's own object
-is meant, also for O_PATH descriptors, of symbolic links too; with ``name is None`` an ordinary descriptor's, the
-quick way.
+``/proc/self/fd/DIRFD/NAME``: the magic link ends at the open directory even if its path has changed, and the last
+component is not followed. With ``name == b""`` the descriptor's own object is meant, also for O_PATH descriptors, those
+of symbolic links included; ``name is None`` means the object of an ordinary descriptor, which is quicker.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import os
 import stat
 from collections.abc import Callable
 
-# What "no such attribute", "no attributes here" and "not for this namespace" look like.
+# The errnos of "no such attribute", "no attributes here" and "not for this namespace".
 _NONE = frozenset({errno.ENODATA, errno.EOPNOTSUPP, errno.EPERM})
 ABSENT = _NONE | {errno.EACCES}
 
@@ -28,7 +27,7 @@ try:
         removexattr as _removexattr,
         setxattr as _setxattr,
     )
-except ImportError:  # Python was built where sys/xattr.h was not
+except ImportError:  # Python was built without sys/xattr.h
     from cowfs.sys._xattr_package import (
         CREATE as CREATE,
         REPLACE as REPLACE,
@@ -40,7 +39,7 @@ except ImportError:  # Python was built where sys/xattr.h was not
 
 
 # getxattrat(2) of Linux 6.13, asked for sizes only: most questions here end in "no such attribute", and this is the
-# cheap way to hear that (half the time of the path through /proc). The lock of the interpreter is kept meanwhile.
+# cheap way to hear that (half the time of the path through /proc). The call keeps the interpreter's lock.
 _GETXATTRAT, _AT_SYMLINK_NOFOLLOW, _AT_FDCWD = 464, 0x100, -100
 _ask = ctypes.PyDLL(None, use_errno=True).syscall
 _ask.restype = ctypes.c_long
@@ -52,7 +51,7 @@ _SIZE_ONLY = ctypes.addressof(_size_only)
 
 
 def _can_ask() -> bool:
-    """Whether there is such a call: old kernels answer ENOSYS, some sandboxes EPERM."""
+    """Whether the kernel has the call: old kernels answer ENOSYS, some sandboxes EPERM."""
     if _ask(_GETXATTRAT, _AT_FDCWD, b"/", _AT_SYMLINK_NOFOLLOW, b"user.cowfs.none", _SIZE_ONLY, 16) >= 0:
         return True
     return ctypes.get_errno() in (errno.ENODATA, errno.EOPNOTSUPP)
@@ -62,7 +61,7 @@ _CAN_ASK = _can_ask()
 
 
 def at(dirfd: int, name: bytes | None) -> bytes | int:
-    """The path under /proc that names ``name`` in the open directory ``dirfd``; a descriptor for itself."""
+    """The path under /proc that names ``name`` in the open directory ``dirfd``; a descriptor stands for itself."""
     if name is None:
         return dirfd
     return b"/proc/self/fd/%d/%b" % (dirfd, name) if name else b"/proc/self/fd/%d" % dirfd
@@ -76,8 +75,8 @@ def get(dirfd: int, name: bytes | None, attribute: bytes | str) -> bytes:
 def try_get(dirfd: int, name: bytes | None, attribute: bytes | str) -> bytes | None:
     """The value, or ``None`` where the object or its file system does not have it.
 
-    A user.* attribute of an object that its owner may not read is no less there: the owner reads it with the mode lifted.
-    Of a stranger's such object nothing is known, so it counts as absent.
+    A user.* attribute of an object that its owner may not read exists all the same: the owner reads it with the mode lifted.
+    On a stranger's unreadable object it counts as absent, since nothing can be known.
     """
     if (
         _CAN_ASK
@@ -141,16 +140,16 @@ _READ, _WRITE = 0o400, 0o200
 def _lifted(
     error: OSError, where: bytes | int, name: bytes | None, access: Callable[[], None], bit: int = _WRITE
 ) -> bool:
-    """Do what an owner's own mode forbids (user.* takes the permission ``bit``), with the mode lifted meanwhile.
+    """Call a function that the owner's own mode forbids (user.* takes the permission ``bit``), with the mode lifted meanwhile.
 
-    Returns whether it was done; a server without privilege keeps its marks on files that their owner may not read or write.
+    Returns whether it was called; a server without privilege keeps its marks on files that their owner may not read or write.
     """
     if error.errno != errno.EACCES:
         return False
     st = os.stat(where, follow_symlinks=not name)
     if st.st_uid != os.geteuid() or st.st_mode & bit or not (stat.S_ISREG(st.st_mode) or stat.S_ISDIR(st.st_mode)):
         return False
-    if name and isinstance(where, bytes):  # chmod(2) follows a link that is put there meanwhile: a descriptor does not
+    if name and isinstance(where, bytes):  # chmod(2) would follow a link put there meanwhile; a descriptor does not
         fd = os.open(where, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             return _lifted(error, b"/proc/self/fd/%d" % fd, None, access, bit)
@@ -165,7 +164,7 @@ def _lifted(
 
 
 def drop(dirfd: int, name: bytes | None, attribute: bytes | str) -> None:
-    """Make sure that the object does not have it. Raises OSError for any reason but that it had not."""
+    """Remove the attribute if the object has it. Raises OSError for any failure but its absence."""
     try:
         remove(dirfd, name, attribute)
     except OSError as error:

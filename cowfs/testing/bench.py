@@ -1,4 +1,4 @@
-"""The bench that both halves of the conformance suite stand on: a store, its mounts, and a small tree with one of everything."""
+"""The common part of both halves of the conformance suite: a store, its mounts, and a small tree with one object of each type."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Bench:
 
     @pytest.fixture
     def place(self, tmp_path: Path) -> Path | Iterator[Path]:
-        """Where stores and mount points are made."""
+        """The directory of stores and mount points."""
         return tmp_path
 
     @pytest.fixture
@@ -63,7 +63,7 @@ class Bench:
             yield target
 
     def layer(self, store: Store, name: str, parent: str | None, change: Callable[[Path], object], **more: Any) -> str:
-        """A committed snapshot that differs from its parent by what ``change`` does to the mounted tree."""
+        """Commit a snapshot that differs from its parent by the effect of ``change`` on the mounted tree."""
         store.prepare(f"make-{name}", parent)
         with self.at(store, f"make-{name}", **more) as tree:
             change(tree)
@@ -82,7 +82,7 @@ class Bench:
             store.remove(key)
 
     def base(self, store: Store) -> str:
-        """A small tree with one of everything."""
+        """A small tree with one object of each type."""
 
         def fill(tree: Path) -> None:
             (tree / "dir" / "sub").mkdir(parents=True)

@@ -52,11 +52,12 @@ class Promises(Bench):
             pytest.skip("this driver, or this host, copies data or nothing")
         where = []
         for name in ("base", "child"):
-            fd = os.open(f"{store.driver.tree(store.index.get(name).id)}/big", os.O_RDONLY)
-            try:
-                where.append(files.extents(fd, sync=True))
-            finally:
-                os.close(fd)
+            with store.driver.open_tree(store.index.get(name).id) as tree:
+                fd = os.open("big", os.O_RDONLY, dir_fd=tree)
+                try:
+                    where.append(files.extents(fd, sync=True))
+                finally:
+                    os.close(fd)
         if where[0] is None:
             pytest.skip("this file system does not tell where its data is")
         assert where[0]

@@ -113,7 +113,7 @@ class DriverSuite(Promises):
         with self.seen(store, third) as tree:
             assert not os.path.lexists(tree / "file")
             if store.driver.capabilities.whole or store.driver.form.redirects:
-                assert os.stat(tree / "dir" / "file").st_nlink == 1  # the user form cannot say so without the data
+                assert os.stat(tree / "dir" / "file").st_nlink == 1  # the user form cannot record that without the data
             assert sorted(os.listdir(tree)) == ["dir", "fifo", "link", "other"]
 
     def test_a_directory_removed_and_made_again_is_empty(self, store: Store) -> None:
@@ -302,7 +302,7 @@ class DriverSuite(Promises):
         def change(tree: Path) -> None:
             before = os.stat(tree / "a")
             (tree / "a").write_text("AAAA")
-            os.utime(tree / "a", ns=(before.st_atime_ns, before.st_mtime_ns))  # hides behind an old time
+            os.utime(tree / "a", ns=(before.st_atime_ns, before.st_mtime_ns))  # the change hides behind an old time
             os.chmod(tree / "b", 0o600)
 
         found = {

@@ -1,4 +1,4 @@
-"""What two trees must agree on: all that a user sees, but access times and what directories count.
+"""Comparison of two trees in all that a user sees, except access times and the sizes and link counts of directories.
 
 Compared: names, types, modes, owners, mtime to the nanosecond, xattrs, devices, link targets,
 sizes and link counts of all but directories, content, and which names are one file.
@@ -15,7 +15,7 @@ __all__ = ["Seen", "differences", "tree_of"]
 
 
 class Seen(NamedTuple):
-    """One name of a tree; ``content`` is a file's digest or a link's target, ``twin`` the first name of one file."""
+    """One name of a tree; ``content`` is a file's digest or a link's target, ``twin`` the first name of the same file."""
 
     mode: int
     uid: int
@@ -30,7 +30,7 @@ class Seen(NamedTuple):
 
 
 def tree_of(top: str | os.PathLike[str], *, times: bool = True) -> dict[str, Seen]:
-    """Read a tree: path relative to ``top`` ("." is the top itself) to what is seen there."""
+    """Read a tree: path relative to ``top`` ("." is the top itself) -> the object there."""
     found: dict[str, Seen] = {}
     twins: dict[tuple[int, int], str] = {}
     todo = ["."]
@@ -67,7 +67,7 @@ def _listed(path: str) -> list[str]:
 
 
 def differences(one: dict[str, Seen], other: dict[str, Seen]) -> list[str]:
-    """Where two trees differ, one line each; empty when they are equal."""
+    """The differences of two trees, one line each; empty when they are equal."""
     lines = [f"only in the first: {path}" for path in sorted(one.keys() - other.keys())]
     lines += [f"only in the second: {path}" for path in sorted(other.keys() - one.keys())]
     for path in sorted(one.keys() & other.keys()):

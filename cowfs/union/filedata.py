@@ -6,8 +6,8 @@
 ``cowfs.row.file.RowFile``   in several files, block by block: a redirect file
 ===========================  ==================================================================================
 
-:class:`Redirects` is what a view asks of the implementation of redirect files as a whole. Which one that is says
-:mod:`cowfs.union.redirecting`; a view without any treats every file as plain or lower.
+:class:`Redirects` is the interface of the implementation of redirect files as a whole. The caller that assembles a view hands it in
+(:mod:`cowfs.union.redirecting`); every file of a view without any is plain or lower.
 
 Threads: the view's thread owns all of it; a job is run once, in any thread.
 """

@@ -5,7 +5,7 @@
 Two things must follow: the root (every layer has one) and the directories that renames had moved: the path
 in the merged lower tree, which ``redirect`` names, is from now on the path they have now.
 
-*Rollback* drops the layers above a frozen one. Whatever they held is gone: their files' nodes are struck out, so that
+*Rollback* drops the layers above a frozen one. Their content is gone: their files' nodes are struck out, so that
 descriptors on them answer ESTALE instead of old offsets on other data, and directories that also exist below are read
 again. Files that the dropped layers did not touch keep their nodes, open descriptors and cached pages.
 

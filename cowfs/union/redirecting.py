@@ -1,22 +1,45 @@
-"""Which implementation of redirect files views use: union reads and writes layers that hold some, and knows none itself.
+"""The redirect files of a view: whether its stack may hold some, and who makes them.
 
-The package that has one (``cowfs.row``) is above this one. The package ``cowfs`` itself is above both, is always loaded before
-them, and puts them together: its ``redirects_of`` is asked here, not imported, since it imports this package.
+A redirect file keeps only the blocks that were written (docs/row.md). The package ``cowfs.row`` has the implementation and stands
+above this one, so the caller that assembles a view hands it in; :class:`cowfs.row.view.View` does.
 """
 
 from __future__ import annotations
 
-import sys
+import errno
+from collections.abc import Callable
 from typing import TYPE_CHECKING
+
+from cowfs.format.redirect import is_marked
 
 if TYPE_CHECKING:
     from cowfs.union.core import Core
     from cowfs.union.filedata import Redirects
 
+    #: makes the redirect files of a view whose layers are open
+    RedirectsMaker = Callable[[Core], Redirects]
+
 __all__ = ["redirects_of"]
 
 
-def redirects_of(view: Core) -> Redirects | None:
-    """The redirect files of a view whose layers are open, if it may have some; ``None`` for any other."""
-    made: Redirects | None = sys.modules["cowfs"].redirects_of(view)
-    return made
+def redirects_of(view: Core, make: RedirectsMaker | None) -> Redirects | None:
+    """The redirect files of a view, or None where its stack holds none.
+
+    A stack may hold some by option, or because a layer is marked. A layer that an index describes is not looked at: the store
+    that keeps the index sets the option.
+
+    Args:
+        view: its layers are open.
+        make: makes the redirect files of a view.
+
+    Raises:
+        OSError: EOPNOTSUPP where the stack may hold some and there is no ``make``; what reading a layer's mark ran into.
+    """
+    stack = view.stack
+    if not view.options.row and not any(
+        is_marked(layer.root.open(), view.form) for layer in stack.layers[stack.indexed_layers :]
+    ):
+        return None
+    if make is None:
+        raise OSError(errno.EOPNOTSUPP, "the layers hold redirect files, which only cowfs.View reads")
+    return make(view)

@@ -37,6 +37,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from cowfs.errors import InvalidArgument
 from cowfs.format.whiteout import choose_form, opaque_value
@@ -72,6 +73,9 @@ from cowfs.union.table import ROOT_ID, NodeTable
 from cowfs.union.work import Work
 from cowfs.union.workdir import WorkDir
 
+if TYPE_CHECKING:
+    from cowfs.union.redirecting import RedirectsMaker
+
 __all__ = ["View"]
 
 _FILE = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
@@ -87,11 +91,12 @@ class View(Core):
         upper: the writable layer's directory; ``None`` makes the view read-only.
         work: an empty directory on the same file system as ``upper``.
         options: see :class:`~cowfs.union.options.Options`.
+        redirects: makes the view's redirect files, should its stack hold some (:class:`cowfs.row.view.View` hands it in).
 
     Raises:
         InvalidArgument: ``lowers`` is one path, not a sequence.
         OSError: a directory is missing or unreadable; ENOTDIR; EXDEV when ``work`` is on another
-            file system than ``upper``.
+            file system than ``upper``; EOPNOTSUPP when layers hold redirect files and there is no ``redirects``.
 
     >>> import pathlib, tempfile
     >>> base = tempfile.mkdtemp()
@@ -107,11 +112,12 @@ class View(Core):
 
     def __init__(
         self,
-        lowers: Sequence[str | bytes],
-        upper: str | bytes | None = None,
-        work: str | bytes | None = None,
+        lowers: Sequence[str | bytes | os.PathLike[str]],
+        upper: str | bytes | os.PathLike[str] | None = None,
+        work: str | bytes | os.PathLike[str] | None = None,
         *,
         options: Options | None = None,
+        redirects: RedirectsMaker | None = None,
     ) -> None:
         if isinstance(lowers, str | bytes | os.PathLike):
             raise InvalidArgument(f"layers are a sequence of directories, not one path: {lowers!r}", remedy="[path]")
@@ -147,7 +153,7 @@ class View(Core):
                 raise OSError(errno.EINVAL, "no layers")
             self.owners = make_owners(options)
             self.inodes = Inodes(self.stack.layers)
-            self.rows = redirects_of(self)
+            self.rows = redirects_of(self, redirects)
             self.monotonic = files.fs_name(self.stack.layers[-1].root.fd) in _MONOTONIC
             self.root = self._make_root()
             if options.limit and not self.readonly:

@@ -7,6 +7,7 @@ import os
 import stat
 import tarfile
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from support import trees
@@ -33,7 +34,7 @@ def _opaque(path: Path, form: str = "trusted") -> bytes | None:
         return None
 
 
-# What members become ---------------------------------------------------------------------------
+# Members become files --------------------------------------------------------------------------
 
 
 def test_every_type_with_its_attributes(space: Path) -> None:
@@ -165,7 +166,7 @@ def test_extended_attributes_of_every_kind(space: Path) -> None:
 
 
 @pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
-def test_long_names_in_every_dialect(space: Path, format: int) -> None:
+def test_long_names_in_every_dialect(space: Path, format: Literal[0, 1, 2]) -> None:
     deep = "/".join(["directory" * 5] * 4) if format != tarfile.USTAR_FORMAT else "/".join(["d" * 40] * 5)
     target = "t" * (99 if format == tarfile.USTAR_FORMAT else 3000)
     apply(tar(member(deep + "/f", b"1", format=format), symlink("l", target, format=format)), space / "layer")
@@ -336,9 +337,9 @@ def test_a_layer_means_the_same_on_the_kernels_overlay_and_on_a_full_tree(space:
     finally:
         namespace.umount(str(merged))
     ignore = {"ctime", "same_as", "nlink"}
-    for path in set(left) & set(right):
-        if left[path].mtime > 1e18 and right[path].mtime > 1e18:  # made while the test ran
-            left[path] = right[path] if left[path].content == right[path].content else left[path]
+    for name in set(left) & set(right):
+        if left[name].mtime > 1e18 and right[name].mtime > 1e18:  # made while the test ran
+            left[name] = right[name] if left[name].content == right[name].content else left[name]
     trees.assert_same(left, right, ignore=ignore, names=("overlay", "plain"))
 
 

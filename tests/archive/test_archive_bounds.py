@@ -1,11 +1,13 @@
-"""What an archive makes a host write is bounded, whatever its own size; names of attributes and times survive or are refused."""
+"""The writes that an archive causes are bounded, whatever its own size; names of attributes and times survive or are refused."""
 
 from __future__ import annotations
 
 import io
 import os
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -36,7 +38,7 @@ def used(path: Path) -> int:
     )
 
 
-def over(lower: Path, upper: Path, data: bytes, **options: int) -> None:
+def over(lower: Path, upper: Path, data: bytes, **options: Any) -> None:
     fd = os.open(lower, os.O_RDONLY | os.O_DIRECTORY)
     try:
         upper.mkdir()
@@ -76,7 +78,7 @@ def test_all_the_hard_links_together_count(space: Path) -> None:
 @pytest.mark.parametrize(
     ("bound", "message"), [({"max_bytes": 1 << 20}, "max-size"), ({"max_entries": 1000}, "max-entries")]
 )
-def test_directories_that_are_not_listed_count(space: Path, bound: dict[str, int], message: str) -> None:
+def test_directories_that_are_not_listed_count(space: Path, bound: dict[str, Any], message: str) -> None:
     """1.5 KiB of archive would make 500 directories, 2 MiB."""
     names = ["/".join([f"{number}", *["d"] * 500]) for number in range(10)]
     data = tar(*(member(name) for name in names))
@@ -187,7 +189,7 @@ def test_overlays_own_attributes_are_not_smuggled_in_escaped(space: Path) -> Non
 
 
 @pytest.fixture
-def whole_seconds(tmp_path: Path, can_mount: None) -> Path:
+def whole_seconds(tmp_path: Path, can_mount: None) -> Iterator[Path]:
     """ext4 with inodes of 128 bytes: it keeps whole seconds, to 2038."""
     image, where = tmp_path / "image", tmp_path / "mnt"
     where.mkdir()
@@ -195,7 +197,7 @@ def whole_seconds(tmp_path: Path, can_mount: None) -> Path:
         file.truncate(16 << 20)
     subprocess.run(["mkfs.ext4", "-q", "-I", "128", image], check=True, stderr=subprocess.DEVNULL)
     subprocess.run(["mount", "-o", "loop", image, where], check=True)
-    yield where  # type: ignore[misc]
+    yield where
     subprocess.run(["umount", where], check=True)
 
 

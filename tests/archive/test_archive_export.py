@@ -11,6 +11,7 @@ import subprocess
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
@@ -233,7 +234,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error(space: Path, monkeypat
         _export(space / "one")
 
 
-# What only the merged tree knows -------------------------------------------------------------------
+# Layers that need the merged tree ------------------------------------------------------------------
 
 
 @pytest.mark.root
@@ -499,7 +500,7 @@ def _archives(draw: st.DrawFn) -> bytes:
     parts = []
     for _ in range(draw(st.integers(0, 12))):
         path, kind = draw(PATHS), draw(KINDS)
-        fields = {
+        fields: dict[str, Any] = {
             "mode": draw(st.sampled_from([0o644, 0o755, 0o4755, 0o2755, 0o1777, 0])),
             "uid": draw(st.sampled_from([0, 1, 1000, 3_000_000])),
             "gid": draw(st.sampled_from([0, 7])),
@@ -526,7 +527,7 @@ def _archives(draw: st.DrawFn) -> bytes:
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=_archives())
 def test_export_of_apply_is_a_fixed_point(space: Path, data: bytes) -> None:
-    """Whatever an archive says, its layer's export applies to the same layer and exports to the same bytes."""
+    """For any archive, its layer's export applies to the same layer and exports to the same bytes."""
     one, two = space / "one", space / "two"
     for path in (one, two):
         shutil.rmtree(path, ignore_errors=True)

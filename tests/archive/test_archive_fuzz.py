@@ -193,7 +193,7 @@ def test_rubbish(space: Path, data: bytes, magic: bytes) -> None:
 
 
 if __name__ == "__main__":  # pragma: no cover
-    import atheris  # type: ignore[import-not-found]
+    import atheris
 
     base = Path(tempfile.mkdtemp())
     atheris.instrument_all()

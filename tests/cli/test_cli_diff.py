@@ -114,7 +114,7 @@ def test_order_is_that_of_paths(base: Layer, space: Path) -> None:
 
 
 def test_layers_are_bottom_first(base: Layer, space: Path) -> None:
-    """What the upper is compared with is the merged tree: a middle layer's whiteout counts."""
+    """The upper is compared with the merged tree: a middle layer's whiteout counts."""
     middle = Layer(space / "middle").whiteout("etc/passwd")
     upper = Layer(space / "upper").file("etc/passwd", b"new\n").whiteout("etc/group")
     assert found(upper.path, base.path, middle.path) == ["D /etc/group", "A /etc/passwd"]

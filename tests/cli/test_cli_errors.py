@@ -51,7 +51,7 @@ def _other_filesystem(b: Bench) -> list[object]:
     return [b.stack, b.mnt, "--upper", b.space / "up", "--work", where / "work"]
 
 
-# What is wrong -> (arguments, words that the line must contain, exit status).
+# The fault -> (arguments, words that the line must contain, exit status).
 CASES: dict[str, tuple[Callable[[Bench], list[object]], tuple[str, ...], int]] = {
     "no arguments": (lambda b: [], ("cowfs mount LAYERS MNT",), 2),
     "no mount point": (lambda b: [b.stack], ("mount point",), 2),

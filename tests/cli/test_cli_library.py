@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support import users
@@ -26,6 +27,7 @@ def test_block_mounts_and_unmounts(run_directory: Path, layers: list[str], mnt: 
     """Usage, limit, diff and counters of a live mount; gone at the end of the block, with everything of it."""
     others = set(run_directory.iterdir())  # a daemon of another test may have its directories here
     with cowfs.mount(layers, mnt, upper=space / "up", size="1M", inodes="1k") as m:
+        assert isinstance(m, cowfs.MountHandle)
         assert os.path.ismount(mnt)
         assert set(run_directory.iterdir()) > others
         before = m.usage()
@@ -56,7 +58,7 @@ def test_one_path_is_a_stack(run_directory: Path, stack: Path, mnt: Path) -> Non
 
 
 def test_errors_keep_their_class(run_directory: Path, layers: list[str], mnt: Path, space: Path) -> None:
-    """What goes wrong in the server is raised here, as the class that it is, with its remedy."""
+    """An error in the server is raised here, in its own class, with its remedy."""
     with pytest.raises(cowfs.NotFound, match="nowhere"):
         cowfs.mount([space / "nowhere"], mnt, readonly=True)
     with pytest.raises(cowfs.InvalidArgument, match="twice"):
@@ -67,6 +69,7 @@ def test_errors_keep_their_class(run_directory: Path, layers: list[str], mnt: Pa
             cowfs.mount(layers, space / "mnt2", upper=space / "up")
         assert "--ephemeral" in caught.value.remedy
     with cowfs.mount(layers, mnt, readonly=True) as m:
+        assert isinstance(m, cowfs.MountHandle)
         with pytest.raises(cowfs.FailedPrecondition):
             m.diff()
         with pytest.raises(cowfs.FailedPrecondition):
@@ -108,6 +111,7 @@ def test_attach(run_directory: Path, layers: list[str], mnt: Path) -> None:
     with pytest.raises(cowfs.NotFound):
         cowfs.attach(mnt)
     with cowfs.mount(layers, mnt, readonly=True) as m:
+        assert isinstance(m, cowfs.MountHandle)
         again = cowfs.attach(str(mnt))
         assert (again.pid, again.socket, again.mountpoint) == (m.pid, m.socket, m.mountpoint)
         os.kill(m.pid, signal.SIGKILL)
@@ -124,6 +128,7 @@ def test_attach(run_directory: Path, layers: list[str], mnt: Path) -> None:
 
 def test_busy_mount_stays(run_directory: Path, layers: list[str], mnt: Path) -> None:
     m = cowfs.mount(layers, mnt, readonly=True)
+    assert isinstance(m, cowfs.MountHandle)
     with open(mnt / "app/main") as inside:
         with subprocess.Popen(["sleep", "60"], cwd=mnt) as sleeper:
             with pytest.raises(cowfs.FailedPrecondition, match="busy"):
@@ -136,6 +141,7 @@ def test_busy_mount_stays(run_directory: Path, layers: list[str], mnt: Path) -> 
 def test_server_knows_its_verbs(run_directory: Path, layers: list[str], mnt: Path) -> None:
     """The socket is its owner's alone; nonsense on it is answered with an error and harms nothing."""
     with cowfs.mount(layers, mnt, readonly=True) as m:
+        assert isinstance(m, cowfs.MountHandle)
         assert os.stat(m.socket).st_mode & 0o777 == 0o600
         with pytest.raises(cowfs.InvalidArgument, match="no such verb"):
             m.ask("frobnicate")
@@ -145,7 +151,8 @@ def test_server_knows_its_verbs(run_directory: Path, layers: list[str], mnt: Pat
                 assert "error" in protocol.decode(protocol.read_line(sock))
         with protocol.connect(m.socket) as sock:
             sock.sendall(b'{"verb": ')  # and gone
-        for value in (0, -1, "x", 1.5, []):
+        wrong: tuple[Any, ...] = (0, -1, "x", 1.5, [])
+        for value in wrong:
             with pytest.raises((cowfs.InvalidArgument, cowfs.FailedPrecondition)):
                 m.ask("limit", bytes=value)
         assert m.status().alive
@@ -153,6 +160,7 @@ def test_server_knows_its_verbs(run_directory: Path, layers: list[str], mnt: Pat
 
 def test_a_dead_servers_socket_is_swept(run_directory: Path, layers: list[str], mnt: Path) -> None:
     m = cowfs.mount(layers, mnt, readonly=True)
+    assert isinstance(m, cowfs.MountHandle)
     os.kill(m.pid, signal.SIGKILL)
     while True:
         try:
@@ -211,7 +219,8 @@ def test_errors_travel_whole() -> None:
     for kind in (cowfs.NotFound, cowfs.LimitExceeded, cowfs.Unsupported):
         back = protocol.error_from(protocol.error_to(kind("what", remedy="how")))
         assert (type(back), back.message, back.remedy) == (kind, "what", "how")
-    for data in ({"type": "os", "message": "m"}, {"type": "CowfsError"}, [], None, {"type": "__doc__"}):
+    strange: tuple[Any, ...] = ({"type": "os", "message": "m"}, {"type": "CowfsError"}, [], None, {"type": "__doc__"})
+    for data in strange:
         assert type(protocol.error_from(data)) is cowfs.CowfsError
 
 

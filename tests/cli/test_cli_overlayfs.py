@@ -15,6 +15,7 @@ from support.layers import Layer
 
 from cowfs.cli import overlayfs
 from cowfs.errors import CowfsError
+from cowfs.format.mount_options import split_options
 
 
 def run(*arguments: object, code: int = 0, **more: object) -> subprocess.CompletedProcess[str]:
@@ -87,7 +88,7 @@ def test_mount_by_type(tree: Path, mnt: Path, tmp_path: Path) -> None:
     program.chmod(0o755)
     if not any(os.path.exists(f"/sbin/mount.{name}") for name in ("fuse", "fuse3")):
         pytest.skip("no /sbin/mount.fuse here (package fuse3)")
-    command = ["mount", "-t", "fuse.cowfs-overlayfs", "none", mnt, "-o", f"lowerdir={tree / 'base'}"]
+    command = ["mount", "-t", "fuse.cowfs-overlayfs", "none", str(mnt), "-o", f"lowerdir={tree / 'base'}"]
     namespace.bind(str(tmp_path), "/usr/local/sbin")
     try:
         done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=60)
@@ -276,7 +277,7 @@ def test_later_options_win() -> None:
 @pytest.mark.parametrize("text", ["a\\", "\\", "a,\\,b", ",,,", "lowerdir=", 'context="'])
 def test_split_never_fails(text: str) -> None:
     """Any text splits into options that hold no free comma."""
-    for option in overlayfs.split_options(text):
+    for option in split_options(text):
         assert option
         assert "," not in option.replace("\\,", "")
 

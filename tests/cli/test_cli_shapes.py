@@ -1,4 +1,4 @@
-"""What the listing verbs show: columns, one JSON shape, templates, short digests."""
+"""The output of the listing verbs: columns, one JSON shape, templates, short digests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What containerd asks of a snapshotter, through gRPC, with the mounts really mounted; by each driver, without a limit and with one.
+"""The contract of a containerd snapshotter, through gRPC, with the mounts really mounted; by each driver, without a
+limit and with one.
 
 Where a test says "containerd", its conformance suite (core/snapshots/testsuite) or the comments of its interface say so.
 """
@@ -390,10 +391,10 @@ def test_a_killed_mount_server_is_replaced_by_the_next_mounts(make_snapshotter: 
     layer(snapshotter, "base", "", text("f", "x"))
     snapshotter.call("Prepare", key="a", parent="base")
     (place,) = (snapshotter.run_dir / "held").iterdir()
-    from cowfs.mounting import client
+    from cowfs.mounting import client, mountpoint
 
     os.kill(client.attach(place).pid, 9)
-    wait_for(lambda: client.mountpoint.is_dead(str(place)), "the server to end")
+    wait_for(lambda: mountpoint.is_dead(str(place)), "the server to end")
     with mounted(snapshotter, snapshotter.call("Mounts", key="a")) as root:
         assert (root / "f").read_text() == "x"
 
@@ -467,7 +468,7 @@ def test_a_second_service_at_the_same_door_is_refused(make_snapshotter: Callable
         ("tcp://127.0.0.1:1", 2),
         ("unix:///" + "x" * 110, 2),
     ):
-        words = ["serve", "--root", one.base / "other", "--run-dir", one.base / "r2", "--containerd", address]
+        words = ["serve", "--root", f"{one.base}/other", "--run-dir", f"{one.base}/r2", "--containerd", address]
         done = subprocess.run(
             [sys.executable, "-m", "cowfs", *words], check=False, capture_output=True, text=True, timeout=60
         )

@@ -17,6 +17,7 @@ from support.command import run_module
 from support.hostfs import HostFs
 
 from cowfs.errors import FailedPrecondition, Unsupported
+from cowfs.model import Usage
 from cowfs.store import Store
 from cowfs.sys import btrfs, faults
 from cowfs.testing import DriverSuite
@@ -89,7 +90,9 @@ def test_another_file_system_is_refused_in_one_line(space: Path, fs: HostFs) -> 
         assert store.driver.name == "overlay"
 
 
-def test_constant_time_says_the_layers_of_one_tree_share_all_extents(fs: HostFs) -> None:
+def test_constant_time_says_the_layers_of_one_tree_share_all_extents(
+    fs: HostFs, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A parent is walked once to know what it holds: never with a note of its commit."""
     with Store.open(fs.fresh("held") / "store", driver="btrfs", fsync=False) as store:
         store.prepare("a")
@@ -103,8 +106,13 @@ def test_constant_time_says_the_layers_of_one_tree_share_all_extents(fs: HostFs)
         assert noted == store.usage("A")
         os.unlink(f"{store.driver.directory(id)}/cowfs-held")
         assert store.driver.held(id) == noted
-        walked = []
-        store.driver.usage = lambda id: walked.append(id)  # type: ignore[method-assign]
+        walked: list[str] = []
+
+        def usage(id: str) -> Usage:
+            walked.append(id)
+            return Usage()
+
+        monkeypatch.setattr(store.driver, "usage", usage)
         store.fork("A", "b", "c")
         assert walked == []
 

@@ -1,4 +1,4 @@
-"""What the btrfs driver says has changed in a layer is what a scan of all of it finds, and costs only that much."""
+"""The changes of a layer from the btrfs driver are those that a full scan finds, at the cost of the changes alone."""
 
 from __future__ import annotations
 

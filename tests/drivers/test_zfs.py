@@ -210,10 +210,10 @@ def test_an_archive_that_was_changed_within_its_second_is_not_believed(store: St
         if edit:
             (tree_path(store, "a") / "file").write_text("bbbb")
             os.utime(tree_path(store, "a") / "file", (0, 0))
-        info = store.commit("a", f"A{number}")
-        assert (store.index.get(info.name).diff_id == applied.diff_id) != edit
+        made = store.commit("a", f"A{number}")
+        assert (store.index.get(made.name).diff_id == applied.diff_id) != edit
     (change,) = (change for change in store.diff("A0", "A1") if change.path)
-    assert (change.path, change.what) == (b"file", {"content"})
+    assert (change.path, change.what) == (b"file", frozenset({"content"}))
 
 
 def test_what_is_open_is_removed_by_a_later_sweep(store: Store, pool: Path) -> None:

@@ -89,7 +89,8 @@ class Place:
         end = time.monotonic() + 20
         while True:
             try:
-                return cowfs.umount(str(self.target))
+                cowfs.umount(str(self.target))
+                return
             except (OSError, cowfs.CowfsError):
                 if time.monotonic() > end:
                     raise

@@ -1,4 +1,4 @@
-"""What a new object gets from a default ACL, the umask, a setgid directory and its maker: as on the host, in every combination.
+"""The attributes of a new object by default ACL, umask, setgid directory and maker: as on the host, in every combination.
 
 And what nobody must get: an ACL or a group that the work directory, or a directory above an upper or a store, would hand on.
 """

@@ -1,4 +1,4 @@
-"""What goes wrong outside: killed servers, full, read-only and failing hosts.
+"""Faults from outside: killed servers, full, read-only and failing hosts.
 
 Promises tested: what was fsynced before a kill is there after it; a remount works and leaves nothing
 in the work directory; a host that refuses gives its own errno, and nothing that was there is lost.
@@ -95,7 +95,7 @@ def wait_dead(target: Path, pid: int) -> None:
 
 
 def check_after_kill(target: Path, journal: Path) -> None:
-    """What the journal calls durable is there, whole."""
+    """Every file that the journal calls durable exists, whole."""
     durable: dict[str, tuple[int, int]] = {}
     for line in journal.read_bytes().splitlines():
         words = line.decode().split()
@@ -264,7 +264,7 @@ def broken_host(base: Path, breaking: Callable[[Path], None]) -> Iterator[tuple[
 
 
 def abort(host: Path) -> None:
-    """What ext4 does on an error it cannot live with: the file system is read-only from now on."""
+    """Make ext4 behave as after a fatal error: read-only from now on."""
     namespace.mount("none", str(host), None, namespace.MS_REMOUNT, "abort")
 
 

@@ -21,7 +21,7 @@ def handles(mnt: Path) -> dict[str, tuple[int, bytes]]:
 
 
 def look(mnt: Path, known: dict[str, tuple[int, bytes]]) -> dict[str, str]:
-    """What each handle leads to: the content of a file, or ESTALE."""
+    """The result of opening each handle: the content of a file, or ESTALE."""
     found = {}
     top = os.open(mnt, os.O_RDONLY)
     try:

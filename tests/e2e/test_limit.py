@@ -23,8 +23,8 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize
 from support import hostfs, layers, limits, mounts, posix, stacks, trees, users
+from support.equality import Equality, Failure, Run, concrete, existing, run_machine
 from support.posix import fails, read, write
-from test_equality import Equality, Failure, Run, concrete, existing, run_machine
 
 MIB = 1 << 20
 UNIT = limits.UNIT
@@ -94,9 +94,9 @@ def test_dd_gets_enospc_at_the_limit_within_a_block(fs: hostfs.HostFs) -> None:
         after = os.statvfs(m.path)
         assert after.f_bavail == 0
         assert m.handle.usage().bytes == 64 * MIB
-        assert limits.measure(m.upper) == (64 * MIB, 1)
+        assert limits.measure(m.changes) == (64 * MIB, 1)
         if fs.name == "tmpfs":
-            assert limits.disk_usage(m.upper) == 64 * MIB
+            assert limits.disk_usage(m.changes) == 64 * MIB
         assert read(m.path / "old") == b"x" * 10_000
         os.unlink(m.path / "big")
         assert settled_usage(m.handle, lambda: (0, 0)) == (0, 0)
@@ -131,8 +131,8 @@ def test_df_agrees_with_a_scan_throughout(fs: hostfs.HostFs) -> None:
         ]
         for number, step in enumerate(steps):
             step()
-            expected = limits.measure(m.upper)
-            assert settled_usage(m.handle, lambda: limits.measure(m.upper)) == expected, f"after step {number}"
+            expected = limits.measure(m.changes)
+            assert settled_usage(m.handle, lambda: limits.measure(m.changes)) == expected, f"after step {number}"
             status = os.statvfs(p)
             assert (status.f_blocks - status.f_bfree) * status.f_frsize == expected[0], f"after step {number}"
     shutil.rmtree(base)
@@ -266,9 +266,9 @@ def test_a_store_through_a_map_never_passes_the_limit(space: Path) -> None:
         view.close()
         os.close(fd)
         assert m.handle.usage().bytes <= 1 * MIB
-        assert limits.measure(m.upper)[0] <= 1 * MIB
+        assert limits.measure(m.changes)[0] <= 1 * MIB
         assert read(m.path / "safe") == b"s" * 500_000
-        assert m.handle.usage().bytes == limits.measure(m.upper)[0]
+        assert m.handle.usage().bytes == limits.measure(m.changes)[0]
 
 
 def test_the_limit_can_be_changed_while_mounted(space: Path) -> None:
@@ -314,7 +314,7 @@ def test_parallel_writers_share_exactly_the_limit(fs: hostfs.HostFs) -> None:
         outputs = [writer.communicate()[0] for writer in writers]
         assert [writer.returncode for writer in writers] == [0] * 4
         assert sum(int(text) for text in outputs) == 16 * MIB
-        assert m.handle.usage().bytes == 16 * MIB == limits.measure(m.upper)[0]
+        assert m.handle.usage().bytes == 16 * MIB == limits.measure(m.changes)[0]
         assert sum(os.stat(m.path / f"f{i}").st_size for i in range(4)) == 16 * MIB
     shutil.rmtree(base)
 
@@ -477,7 +477,7 @@ class LimitRun(Run):
     def compare(self) -> None:
         self.ours.close()
         os.sync()
-        expected = limits.measure(self.mounted.upper, allocated=True)
+        expected = limits.measure(self.mounted.changes, allocated=True)
         found = settled_usage(self.mounted.handle, lambda: expected, 1.0)
         assert found == expected, f"the mount counts {found}, the scan {expected}\n{self.story()}"
         status = os.statvfs(self.mounted.path)
@@ -485,7 +485,7 @@ class LimitRun(Run):
         assert status.f_files - status.f_ffree == expected[1]
 
     def remount(self) -> None:
-        expected = limits.measure(self.mounted.upper, allocated=True)
+        expected = limits.measure(self.mounted.changes, allocated=True)
         self.stack.close()
         with mounts.mounted("kernel", self.lowers, self.base, size=self.size, inodes=self.inodes) as again:
             usage = again.handle.usage()
@@ -494,6 +494,8 @@ class LimitRun(Run):
 
 @pytest.mark.slow
 def test_random_operations_never_pass_the_limit(space: Path, request: pytest.FixtureRequest) -> None:
-    machine = type("Machine", (LimitMachine,), {"base": space})
-    run_machine(machine, request.config.getoption("--steps") // 10, request.config.getoption("--seed") + 10)
-    assert machine.refused >= 5, "the limit was hardly ever reached"
+    class Machine(LimitMachine):
+        base = space
+
+    run_machine(Machine, request.config.getoption("--steps") // 10, request.config.getoption("--seed") + 10)
+    assert Machine.refused >= 5, "the limit was hardly ever reached"

@@ -45,7 +45,7 @@ def acl(users: int) -> bytes:
     return struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
 
 
-def small_xattrs(p: Path) -> Iterator[Callable[[], Any]]:
+def small_xattrs(p: Path) -> Iterator[Callable[..., Any]]:
     for number in range(MANY):
         path = p / f"{number}"
         yield lambda path=path: path.touch()
@@ -53,7 +53,7 @@ def small_xattrs(p: Path) -> Iterator[Callable[[], Any]]:
             yield lambda path=path, size=size: os.setxattr(path, f"user.{size}", os.urandom(size))
 
 
-def large_xattrs(p: Path) -> Iterator[Callable[[], Any]]:
+def large_xattrs(p: Path) -> Iterator[Callable[..., Any]]:
     for number in range(MANY):
         path = p / f"{number}"
         yield lambda path=path: path.touch()
@@ -61,7 +61,7 @@ def large_xattrs(p: Path) -> Iterator[Callable[[], Any]]:
             yield lambda path=path, size=size: os.setxattr(path, f"user.{size}", os.urandom(size))
 
 
-def many_xattrs(p: Path) -> Iterator[Callable[[], Any]]:
+def many_xattrs(p: Path) -> Iterator[Callable[..., Any]]:
     for number in range(8):
         path = p / f"{number}"
         yield lambda path=path: path.touch()
@@ -69,7 +69,7 @@ def many_xattrs(p: Path) -> Iterator[Callable[[], Any]]:
             yield lambda path=path, count=count: os.setxattr(path, f"user.{count:06}" + "k" * 100, os.urandom(300))
 
 
-def inherited_acls(p: Path) -> Iterator[Callable[[], Any]]:
+def inherited_acls(p: Path) -> Iterator[Callable[..., Any]]:
     for users in (4, 12, 40, 300):
         top = p / f"{users}"
         yield lambda top=top: top.mkdir()
@@ -79,23 +79,23 @@ def inherited_acls(p: Path) -> Iterator[Callable[[], Any]]:
             yield lambda top=top, number=number: (top / f"d{number}").mkdir()
 
 
-def symlinks(p: Path) -> Iterator[Callable[[], Any]]:
+def symlinks(p: Path) -> Iterator[Callable[..., Any]]:
     for number in range(MANY):
         yield lambda number=number: os.symlink("x" * (30, 59, 60, 200, 1000, 4000)[number % 6], p / f"s{number}")
 
 
-def hard_links(p: Path) -> Iterator[Callable[[], Any]]:
+def hard_links(p: Path) -> Iterator[Callable[..., Any]]:
     yield (p / "one").touch
     for number in range(MANY):
         yield lambda number=number: os.link(p / "one", p / (f"{number:06}" + "n" * 240))
 
 
-def files(p: Path) -> Iterator[Callable[[], Any]]:
+def files(p: Path) -> Iterator[Callable[..., Any]]:
     for number in range(MANY):
         yield lambda number=number: (p / f"{number:06}{'e' * (number % 200)}").touch()
 
 
-def grown_directories(p: Path) -> Iterator[Callable[[], Any]]:
+def grown_directories(p: Path) -> Iterator[Callable[..., Any]]:
     """Filled, then emptied: some hosts never take back a directory's blocks."""
     for number in range(60):
         top = p / f"{number}"
@@ -106,38 +106,38 @@ def grown_directories(p: Path) -> Iterator[Callable[[], Any]]:
             yield lambda top=top, name=name: (top / (f"{name:04}" + "n" * 200)).unlink(missing_ok=True)
 
 
-def directories(p: Path) -> Iterator[Callable[[], Any]]:
+def directories(p: Path) -> Iterator[Callable[..., Any]]:
     for number in range(MANY):
         yield lambda number=number: (p / f"{number}").mkdir()
 
 
-def whiteouts(p: Path) -> Iterator[Callable[[], Any]]:
+def whiteouts(p: Path) -> Iterator[Callable[..., Any]]:
     for name in sorted(os.listdir(p / "flat")):
         yield (p / "flat" / name).unlink
 
 
-def parents_for_whiteouts(p: Path) -> Iterator[Callable[[], Any]]:
+def parents_for_whiteouts(p: Path) -> Iterator[Callable[..., Any]]:
     for name in sorted(os.listdir(p / "tree")):
         yield (p / "tree" / name / "file").unlink
 
 
-def moved_files(p: Path) -> Iterator[Callable[[], Any]]:
+def moved_files(p: Path) -> Iterator[Callable[..., Any]]:
     (p / "here").mkdir()
     for name in sorted(os.listdir(p / "flat")):
         yield lambda name=name: os.rename(p / "flat" / name, p / "here" / name)
 
 
-def changed_modes(p: Path) -> Iterator[Callable[[], Any]]:
+def changed_modes(p: Path) -> Iterator[Callable[..., Any]]:
     for name in sorted(os.listdir(p / "tree")):
         yield lambda name=name: os.chmod(p / "tree" / name / "file", 0o600)
 
 
-def data(p: Path) -> Iterator[Callable[[], Any]]:
+def data(p: Path) -> Iterator[Callable[..., Any]]:
     for number in range(MANY):
         yield lambda number=number: (p / f"{number}").write_bytes(os.urandom(1 + 700 * (number % 9)))
 
 
-def maps(p: Path) -> Iterator[Callable[[], Any]]:
+def maps(p: Path) -> Iterator[Callable[..., Any]]:
     """One byte of each file: a block of data, and a map."""
     for name in sorted(os.listdir(p / "big")):
         for place in (0, 9000):

@@ -1,4 +1,4 @@
-"""What earlier versions of cowfs made still opens: stores, active snapshots and uppers of ``tests/data``."""
+"""Data of earlier versions of cowfs still opens: stores, active snapshots and uppers of ``tests/data``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="its layers have trust
 
 @pytest.fixture
 def old(space: Path, can_mount: None) -> Path:
-    """What version 0.1 left, unpacked."""
+    """The data of version 0.1, unpacked."""
     command = ["tar", "--zstd", "--xattrs", "--xattrs-include=*", "--acls", "-xf", str(DATA), "-C", str(space)]
     subprocess.run(command, check=True)
     (space / "mnt").mkdir()

@@ -188,7 +188,7 @@ def test_punching_a_hole_zeroes_it(d: Path) -> None:
 @tree(lambda d: write(d / "f", PATTERN))
 @pytest.mark.parametrize("mode", ["ZERO", "COLLAPSE", "INSERT"])
 def test_other_modes_of_fallocate_work_or_are_refused_whole(d: Path, mode: str) -> None:
-    """What the host does not know is EOPNOTSUPP with nothing changed; what it knows is right."""
+    """A mode that the host lacks is EOPNOTSUPP with nothing changed; the others work."""
     fd = opened(d / "f")
     flag = getattr(posix, f"FALLOC_{mode}")
     result = error_of(posix.fallocate, fd, flag, 4096, 4096)

@@ -162,10 +162,10 @@ def test_symlink_targets_of_4095_bytes(d: Path) -> None:
 def test_symlink_loops_are_eloop(d: Path) -> None:
     os.symlink("b", d / "a")
     os.symlink("a", d / "b")
-    for call in (os.stat, os.listdir):
-        fails(errno.ELOOP, call, d / "a")
-    for call in (os.mkdir, os.unlink, os.rmdir):
-        fails(errno.ELOOP, call, d / "a" / "x")
+    for look in (os.stat, os.listdir):
+        fails(errno.ELOOP, look, d / "a")
+    for change in (os.mkdir, os.unlink, os.rmdir):
+        fails(errno.ELOOP, change, d / "a" / "x")
     fails(errno.ELOOP, os.open, d / "a", os.O_RDONLY)
     fails(errno.ELOOP, os.open, d / "a", os.O_RDONLY | os.O_NOFOLLOW)
 

@@ -1,4 +1,4 @@
-"""Who may do what, and what setuid, setgid, sticky bits and ACLs do when things change."""
+"""Permissions, and the effect of changes on setuid, setgid, sticky bits and ACLs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What a server outlives: trees of any depth, xattrs that fill the host's room, long names, no thread or memory to be had, a stop."""
+"""Hardships that a server outlives: trees of any depth, xattrs that fill the host's room, long names, no thread or
+memory to be had, a stop."""
 
 from __future__ import annotations
 
@@ -19,8 +20,9 @@ from support import bounded, command, deep, hostfs, mounts
 
 import cowfs
 from cowfs.row.file import RowFile
+from cowfs.row.view import View
 from cowfs.sys import trees
-from cowfs.union import Options, View
+from cowfs.union import Options
 from cowfs.union.paths import Paths
 
 pytestmark = pytest.mark.usefixtures("can_mount")
@@ -230,7 +232,7 @@ def test_a_server_that_is_stopped(space: Path) -> None:
 
 
 def test_a_large_directory_that_is_listed_while_it_changes(space: Path, request: pytest.FixtureRequest) -> None:
-    """What stays is listed exactly once (--steps: a hundredth of the names)."""
+    """Every name that stays is listed exactly once (--steps: a hundredth of the names)."""
     lower, count = space / "lower", request.config.getoption("steps")
     (lower / "d").mkdir(parents=True)
     fd = os.open(lower / "d", os.O_RDONLY)
@@ -375,6 +377,7 @@ def test_a_mount_right_after_its_server_was_killed(space: Path) -> None:
     (space / "mnt").mkdir()
     for number in range(20):
         mount = cowfs.mount([space / "lower"], space / "mnt", upper=space / "upper")
+        assert isinstance(mount, cowfs.MountHandle)
         for name in range(20):
             (space / f"mnt/{name}").write_bytes(b"x" * number)
         os.kill(mount.pid, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""What a hostile command can do in `cowfs run`: it is tried. As root, and as an ordinary user in a user namespace.
+"""The attempts of a hostile command in `cowfs run`. As root, and as an ordinary user in a user namespace.
 
 docs/security.md says the same in words, and what is not isolated.
 """

@@ -110,7 +110,7 @@ def dress(case: Case, path: Path) -> None:
 
 
 def outcome(case: Case, path: Path, head: int) -> str:
-    """What the writer got, and what the program becomes for somebody who runs it afterwards."""
+    """The writer's result, and the rights of the program when another user runs it afterwards."""
     os.stat(path)  # the kernel knows the bits
     fd = -1
     if case.opened == OPENED[1]:
@@ -147,10 +147,11 @@ def outcome(case: Case, path: Path, head: int) -> str:
 
 @contextmanager
 def mounted(front: str, lower: Path, base: Path) -> Iterator[Path]:
-    options: dict[str, Any] = {
+    fronts: dict[str, dict[str, Any]] = {
         "limited": {"size": "1G"}, "row": {"row": 4096}, "passthrough": {"io": "passthrough"},
         "fusepy": {"frontend": "fusepy"},
-    }.get(front, {})  # fmt: skip
+    }  # fmt: skip
+    options = fronts.get(front, {})
     with ExitStack() as stack:
         where = base / "mnt"
         where.mkdir()

@@ -109,7 +109,7 @@ def test_the_map_of_a_redirect_file(space: Path, thing: Callable[[Path], None]) 
         told, data = first_byte(space / "mnt/f")
         assert (told, data) == ((0, b"L") if thing in (huge, huge_behind_a_header) else (errno.EIO, b""))
         assert os.listdir(space / "mnt") == ["f"]
-        assert handle.pid is not None
+        assert isinstance(handle, cowfs.MountHandle)
         assert peak(handle.pid) < 200 << 20
 
 
@@ -148,7 +148,7 @@ def test_the_directory_of_maps_beside_a_layer(space: Path, kind: Callable[[Path]
             assert told.value.errno in (errno.EIO, errno.EPERM)
             with pytest.raises(OSError, match=r"Input/output|not permitted"), (space / "mnt/f").open("r+b") as file:
                 file.write(b"x")
-            assert handle.pid is not None
+            assert isinstance(handle, cowfs.MountHandle)
         assert os.listdir(name.parent) == [name.name]
         assert name.read_bytes() == held
     finally:
@@ -247,7 +247,7 @@ def make_store(space: Path, driver: str) -> Path:
 
 @pytest.mark.parametrize("driver", ["overlay", "vfs", "row"])
 def test_every_file_of_a_store(space: Path, driver: str) -> None:
-    """Whatever is there instead: each verb ends, with an answer or with one line."""
+    """Each verb ends, with an answer or with one line, for any object in a note's place."""
     pristine = make_store(space, driver)
     names = [path.relative_to(pristine) for path in store_files(pristine)]
     assert any(path.name == "index.db" for path in names)

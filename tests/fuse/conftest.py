@@ -18,14 +18,14 @@ from typing import Any
 
 import pytest
 from _pytest.runner import runtestprotocol
-from memory_view import MemoryView
+from support.memory_view import MemoryView
 
 from cowfs.fuse import Session, SessionOptions, mount_fuse
 from cowfs.sys import mounts
 from cowfs.union import View
 
 # vfork(2) would hold this process's interpreter, which must answer, while a child changes into the mount.
-subprocess._USE_VFORK = False
+subprocess._USE_VFORK = False  # type: ignore[misc]  # typeshed declares it final; there is no other switch
 
 
 def drops() -> list[str]:
@@ -72,7 +72,7 @@ class Served:
         assert self.session.ready.wait(10)
         os.statvfs(path)
         self._before: dict[str, int] = {}
-        # What the kernel asks once a mount and then never again.
+        # Have the kernel send the requests that come only once a mount.
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         os.close(fd)
 
@@ -180,7 +180,7 @@ def union(serve: Any, layers: Path) -> Any:
 
     def start(*, readonly: bool = False, **options: Any) -> Served:
         upper = None if readonly else layers / "upper"
-        view = View([bytes(layers / "lower")], upper and bytes(upper), upper and bytes(layers / "work"))
+        view = View([layers / "lower"], upper, upper and layers / "work")
         served: Served = serve(view, **options)
         return served
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import re
 import struct
+from typing import Any
 
 import pytest
 from hypothesis import given, strategies as st
@@ -27,7 +28,7 @@ def values(layout: struct.Struct) -> st.SearchStrategy[tuple[object, ...]]:
     """Values that fit each field of a struct."""
     kinds = {"Q": U64, "q": st.integers(-(2**63), 2**63 - 1), "I": U32, "i": st.integers(-(2**31), 2**31 - 1),
              "H": st.integers(0, 65535)}  # fmt: skip
-    fields = []
+    fields: list[st.SearchStrategy[Any]] = []
     digits = ""
     for char in layout.format[1:]:
         if char.isdigit():

@@ -135,7 +135,7 @@ exec setpriv --reuid {uid} --regid {uid} --clear-groups {sys.executable} -c "$1"
 SERVE = """
 import os, sys, tempfile, threading
 sys.path.insert(0, {here!r})
-from memory_view import MemoryView
+from support.memory_view import MemoryView
 from cowfs.fuse import Session, mount_fuse
 from cowfs.sys import mounts
 path = tempfile.mkdtemp()
@@ -158,7 +158,7 @@ os.rmdir(path)
 def test_an_ordinary_user_mounts_by_fusermount3(can_mount: None) -> None:
     if not Path("/usr/bin/fusermount3").exists():
         pytest.skip("no fusermount3 (package fuse3)")
-    done = as_user(SERVE.format(here=str(Path(__file__).parent)))
+    done = as_user(SERVE.format(here=str(Path(__file__).parents[1])))
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
         "['d'] 1000",
@@ -169,7 +169,7 @@ def test_an_ordinary_user_mounts_by_fusermount3(can_mount: None) -> None:
 
 
 def test_a_user_namespace_s_root_mounts_directly(can_mount: None) -> None:
-    code = SERVE.format(here=str(Path(__file__).parent)).replace(
+    code = SERVE.format(here=str(Path(__file__).parents[1])).replace(
         'subprocess.run(["fusermount3", "-u", path], check=True)', "mounts.umount(path)"
     )
     # The interpreter of the tests may lie where a user namespace's root, who is nobody outside, cannot reach it.

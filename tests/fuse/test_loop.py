@@ -16,7 +16,7 @@ import time
 from typing import Any
 
 import pytest
-from memory_view import MemoryView
+from support.memory_view import MemoryView
 
 from cowfs.fuse import Session, abi, codec
 from cowfs.sys import mounts

@@ -6,6 +6,7 @@ import errno
 import os
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def exchange(one: str, other: str) -> None:
     files.rename2(-100, os.fsencode(one), -100, os.fsencode(other), files.RENAME_EXCHANGE)
 
 
-CHANGES: dict[str, Callable[[Any], None]] = {
+CHANGES: dict[str, Callable[[Any], object]] = {
     "write": append,
     "truncate": lambda mnt: os.truncate(mnt / "big", SIZE - 1),
     "chmod": lambda mnt: os.chmod(mnt / "big", 0o600),
@@ -84,7 +85,7 @@ CHANGES: dict[str, Callable[[Any], None]] = {
 METADATA = ("chmod", "utime", "setxattr", "link", "rename", "exchange")
 
 
-def run(mnt: Any, change: Callable[[Any], None]) -> threading.Thread:
+def run(mnt: Any, change: Callable[[Any], object]) -> threading.Thread:
     thread = threading.Thread(target=change, args=(mnt,), daemon=True)
     thread.start()
     return thread
@@ -193,7 +194,7 @@ def test_a_copy_that_fails_unforeseen_publishes_nothing(
 def test_two_writers_of_one_file_copy_it_once(mounted: Any, slow: Any) -> None:
     mnt = mounted("trusted")
     fds = [os.open(mnt / "big", os.O_RDWR) for _ in range(2)]
-    writers = [run(mnt, lambda _, fd=fd, at=at: os.pwrite(fd, b"new", at)) for at, fd in enumerate(fds)]
+    writers = [run(mnt, partial(lambda fd, at, _: os.pwrite(fd, b"new", at), fd, at)) for at, fd in enumerate(fds)]
     assert slow.entered.wait(10)
     slow.leave.set()
     for writer in writers:

@@ -18,8 +18,8 @@ def need(mnt: Any, minor: int, what: str) -> None:
 
 
 def test_data_changed_behind_the_kernel_s_back_is_seen_after_inval_inode(mnt: Any) -> None:
-    with open(mnt / "f", "wb") as file:
-        file.write(b"before")
+    with open(mnt / "f", "wb") as out:
+        out.write(b"before")
     node = mnt.node("f")
     with open(mnt / "f", "rb") as file:
         file.read()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from memory_view import MemoryView
+from support.memory_view import MemoryView
 
 from cowfs.errors import FailedPrecondition, InvalidArgument, NotFound
 from cowfs.fuse import abi
@@ -188,6 +188,7 @@ def test_nodes_that_nobody_holds_are_dropped_once_there_are_many(
         view.mkdir(view.root, b"%d" % index, 0o755, 0, 0, 0)
     held = operations("opendir", "/7")
     operations("getattr", "/", None)
+    assert view.root.children is not None
     assert set(view.nodes) == {1, view.root.children[b"7"].id}
     operations("releasedir", "/7", held)
 

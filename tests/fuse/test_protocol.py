@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from memory_view import MemoryView
+from support.memory_view import MemoryView
 
 from cowfs.fuse import Session, abi, codec
 from cowfs.union.bound import Awaited

@@ -1,7 +1,8 @@
-"""What each small operation asks of the server, exactly. Times vary from run to run; these counts do not.
+"""The exact requests of each small operation. Times vary from run to run; these counts do not.
 
 The tables are the promise of the front end: nothing is asked for warm reads, listings and stats, and nothing is
-ever opened or released. (They hold while the kernel keeps what it knows: see ``pytest_runtest_call`` in conftest.) A row is (what is done, in a mount whose file was used before or not, requests).
+ever opened or released. (They hold while the kernel keeps what it knows: see ``pytest_runtest_call`` in conftest.) A
+row is (what is done, in a mount whose file was used before or not, requests).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 
-Step = Callable[[Any], None]
+Step = Callable[[Any], object]
 
 
 def read_all(name: str) -> Step:

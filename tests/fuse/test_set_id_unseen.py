@@ -78,7 +78,7 @@ def test_root_who_writes_leaves_the_bits(tool: Any, way: str) -> None:
 
 
 def test_writes_that_clear_bits_go_on_beside_a_map_that_is_written(tool: Any) -> None:
-    """What tells the kernel of the new mode never waits for pages that the kernel wants written first."""
+    """The notification of the new mode never waits for pages that the kernel wants written first."""
     mnt, head = tool
     dirty = subprocess.Popen(
         ["python3", "-c", f"import mmap, os\nm = mmap.mmap(os.open('f', os.O_RDWR), 0)\nprint('x', flush=True)\n"

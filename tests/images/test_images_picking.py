@@ -130,7 +130,7 @@ def test_the_platform_of_a_flat_index_is_read_from_the_configuration_where_it_do
         assert picked(opened, "linux/arm64") == "linux/arm64"
 
 
-# What is missing elsewhere -------------------------------------------------------------------------
+# Images with missing parts -------------------------------------------------------------------------
 
 
 def gone(layout: Layout, number: int) -> None:

@@ -10,103 +10,24 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import pytest
 from hypothesis import given, strategies as st
 from support import trees
 from support.archives import OneByOne, directory, hardlink, member, symlink, tar
+from support.small_images import DOCKER, LAYER, OCI, TOP, Oci, apply_all, digest_of, docker_archive
 
 from cowfs.archive import apply_layer
 from cowfs.errors import Corrupt, CowfsError, InvalidArgument, LimitExceeded, NotFound, Unsupported
 from cowfs.images import ImageSource, chain_ids, check_digest, make_config, open_image
-
-DATA = Path(__file__).parent.parent / "data"
-OCI, DOCKER = DATA / "small-oci.tar", DATA / "small-docker.tar"
-LAYER = tar(directory("./"), member("f", b"hello"))
-TOP = tar(member(".wh.f"), member("g", b"top"))
-
-
-def _digest(data: bytes) -> str:
-    return "sha256:" + hashlib.sha256(data).hexdigest()
-
-
-def _apply_all(source: ImageSource, target: Path) -> None:
-    target.mkdir()
-    for layer in source.pick().layers:
-        with layer.open() as stream:
-            apply_layer(stream, str(target), form="plain", diff_id=layer.diff_id, blob_digest=layer.digest)
 
 
 def _open(data: bytes, **options: Any) -> ImageSource:
     return open_image(io.BytesIO(data), **options)
 
 
-# Building small ones ------------------------------------------------------------------------------
-
-
-class Oci:
-    """An OCI layout in memory: blobs by digest, to be written as a tar or a directory."""
-
-    def __init__(self, layers: list[bytes], *, tag: str | None = "app:1", config: dict[str, Any] | None = None) -> None:
-        self.blobs: dict[str, bytes] = {}
-        wanted = {"rootfs": {"type": "layers", "diff_ids": [_digest(layer) for layer in layers]}}
-        described = {"architecture": "amd64", "os": "linux", **wanted, **(config or {})}
-        self.config = json.dumps(described).encode()
-        self.manifest = {
-            "schemaVersion": 2,
-            "config": {"mediaType": "application/vnd.oci.image.config.v1+json", **self.put(self.config)},
-            "layers": [
-                {"mediaType": "application/vnd.oci.image.layer.v1.tar+gzip", **self.put(gzip.compress(layer, mtime=0))}
-                for layer in layers
-            ],
-        }
-        self.annotations = {"org.opencontainers.image.ref.name": tag} if tag else {}
-        self.extra: dict[str, bytes] = {}
-        self.manifests: list[dict[str, Any]] | None = None
-
-    def put(self, data: bytes) -> dict[str, Any]:
-        self.blobs[_digest(data)] = data
-        return {"digest": _digest(data), "size": len(data)}
-
-    def descriptor(self) -> dict[str, Any]:
-        return {
-            "mediaType": "application/vnd.oci.image.manifest.v1+json",
-            **self.put(json.dumps(self.manifest).encode()),
-            "annotations": self.annotations,
-        }
-
-    def files(self) -> dict[str, bytes]:
-        manifests = self.manifests if self.manifests is not None else [self.descriptor()]
-        return {
-            "oci-layout": b'{"imageLayoutVersion":"1.0.0"}',
-            "index.json": json.dumps({"schemaVersion": 2, "manifests": manifests}).encode(),
-            **{"blobs/sha256/" + digest[7:]: data for digest, data in self.blobs.items()},
-            **self.extra,
-        }
-
-    def tar(self) -> bytes:
-        return tar(*(member(name, data) for name, data in self.files().items()))
-
-    def write(self, target: Path) -> Path:
-        for name, data in self.files().items():
-            path = target / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(data)
-        return target
-
-
-def _docker(layers: list[tuple[str, bytes]], *extra: bytes, tags: list[str] | None = None, **changes: Any) -> bytes:
-    config = make_config([_digest(data) for _, data in layers])
-    name = hashlib.sha256(config).hexdigest() + ".json"
-    entry = {"Config": name, "RepoTags": tags or ["app:1"], "Layers": [name for name, _ in layers], **changes}
-    return tar(
-        *(member(name, data) for name, data in layers if data is not None), *extra,
-        member(name, config), member("manifest.json", json.dumps([entry]).encode()),
-    )  # fmt: skip
-
-
-# What is read --------------------------------------------------------------------------------------
+# Accepted sources ----------------------------------------------------------------------------------
 
 
 @pytest.mark.root
@@ -120,7 +41,7 @@ def test_an_image_that_buildah_made(space: Path, path: Path) -> None:
         assert json.loads(image.config)["config"]["Env"] == ["PATH=/bin"]
         assert image.config_digest == "sha256:9c33d969275253f462e75d433ce358a90b9551c9f65a6bcfd068744db262313d"
         assert image.chain == chain_ids([str(layer.diff_id) for layer in image.layers])
-        _apply_all(source, space / "tree")
+        apply_all(source, space / "tree")
     tree = trees.snapshot(space / "tree")
     assert "dir/b" not in tree
     assert sorted(path for path in tree if path.startswith("opq")) == ["opq", "opq/z"]
@@ -142,7 +63,7 @@ def test_every_container_of_one_image_gives_the_same_tree(space: Path) -> None:
     found = []
     for name, way in ways.items():
         with open_image(way, spool_dir=str(space)) as source:
-            _apply_all(source, space / f"tree-{name}")
+            apply_all(source, space / f"tree-{name}")
         found.append(trees.snapshot(space / f"tree-{name}"))
     for other in found[1:]:
         trees.assert_same(found[0], other)
@@ -166,9 +87,9 @@ OTHER_ID = "cd" * 32
 @pytest.mark.parametrize(
     "data",
     [
-        _docker([(f"{OLD_ID}/layer.tar", LAYER), (f"{OTHER_ID}/layer.tar", TOP)]),
-        _docker([(hashlib.sha256(LAYER).hexdigest() + ".tar", LAYER), (hashlib.sha256(TOP).hexdigest() + ".tar", TOP)]),
-        _docker([("blobs/sha256/" + hashlib.sha256(LAYER).hexdigest(), LAYER),
+        docker_archive([(f"{OLD_ID}/layer.tar", LAYER), (f"{OTHER_ID}/layer.tar", TOP)]),
+        docker_archive([(hashlib.sha256(LAYER).hexdigest() + ".tar", LAYER), (hashlib.sha256(TOP).hexdigest() + ".tar", TOP)]),
+        docker_archive([("blobs/sha256/" + hashlib.sha256(LAYER).hexdigest(), LAYER),
                  ("blobs/sha256/" + hashlib.sha256(TOP).hexdigest(), TOP)],
                 member("oci-layout", b'{"imageLayoutVersion":"1.0.0"}'), member("index.json", b'{"manifests":[]}')),
     ],
@@ -179,7 +100,7 @@ def test_each_layout_of_docker_archives(data: bytes) -> None:
         assert source.kind == "docker"
         image = source.pick("app:1")
         assert [layer.open().read() for layer in image.layers] == [LAYER, TOP]
-        assert image.chain[-1] == chain_ids([_digest(LAYER), _digest(TOP)])[1]
+        assert image.chain[-1] == chain_ids([digest_of(LAYER), digest_of(TOP)])[1]
 
 
 def test_an_old_docker_archive_links_a_layer_that_it_has_already() -> None:
@@ -187,7 +108,7 @@ def test_an_old_docker_archive_links_a_layer_that_it_has_already() -> None:
         member(f"{OLD_ID}/layer.tar", LAYER), symlink(f"{OTHER_ID}/layer.tar", f"../{OLD_ID}/layer.tar"),
         hardlink("third.tar", f"{OLD_ID}/layer.tar"),
     ]  # fmt: skip
-    config = make_config([_digest(LAYER)] * 3)
+    config = make_config([digest_of(LAYER)] * 3)
     entry = {
         "Config": "c.json",
         "RepoTags": None,
@@ -203,7 +124,7 @@ def test_an_old_docker_archive_links_a_layer_that_it_has_already() -> None:
 def test_a_root_filesystem_is_one_layer(space: Path, pack: Any) -> None:
     data = tar(directory("./"), directory("etc"), member("etc/passwd", b"x"))
     (space / "root.tar").write_bytes(pack(data))
-    for way in (space / "root.tar", io.BytesIO(pack(data)), OneByOne(pack(data))):
+    for way in (space / "root.tar", io.BytesIO(pack(data)), cast(BinaryIO, OneByOne(pack(data)))):
         target = space / f"t{id(way)}"
         target.mkdir()
         with open_image(way) as source:
@@ -211,7 +132,7 @@ def test_a_root_filesystem_is_one_layer(space: Path, pack: Any) -> None:
             [layer] = source.pick().layers
             assert layer.diff_id is None
             done = apply_layer(layer.open(), str(target), form="plain")
-            assert done.diff_id == _digest(data)
+            assert done.diff_id == digest_of(data)
             if isinstance(way, Path):
                 assert layer.open().read(10) == pack(data)[:10]
             else:
@@ -231,7 +152,7 @@ def test_a_directory_is_one_layer_and_the_same_each_time(space: Path) -> None:
         (space / "copy").mkdir()
         first = apply_layer(layer.open(), str(space / "copy"), form="plain")
         with layer.open() as stream:
-            assert _digest(b"".join(iter(lambda: stream.read(65536), b""))) == first.diff_id
+            assert digest_of(b"".join(iter(lambda: stream.read(65536), b""))) == first.diff_id
         with layer.open() as stream:
             stream.read(5)  # given up early: the exporting thread ends with the pipe
     trees.assert_same(trees.snapshot(root), trees.snapshot(space / "copy"))
@@ -292,7 +213,7 @@ def test_two_names_of_one_image_are_one_image() -> None:
             source.pick()
 
 
-# What is refused -----------------------------------------------------------------------------------
+# Refused sources -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -358,7 +279,7 @@ def test_a_layer_that_is_not_what_its_digest_says_is_refused_when_it_is_read(spa
     data = oci.blobs[digest]
     oci.blobs[digest] = swapped + bytes(len(data) - len(swapped))
     with _open(oci.tar()) as source, pytest.raises(Corrupt, match="diff id"):
-        _apply_all(source, space / "tree")
+        apply_all(source, space / "tree")
 
 
 @pytest.mark.parametrize(
@@ -406,11 +327,11 @@ def test_layouts_that_are_refused(change: Any, error: type[CowfsError], message:
 )  # fmt: skip
 def test_docker_archives_that_are_refused(changes: dict[str, Any], error: type[CowfsError], message: str) -> None:
     with pytest.raises(error, match=message):
-        _open(_docker([("a.tar", LAYER)], **changes))
+        _open(docker_archive([("a.tar", LAYER)], **changes))
 
 
 def test_a_docker_configuration_that_is_not_what_its_name_says_is_refused() -> None:
-    config = make_config([_digest(LAYER)])
+    config = make_config([digest_of(LAYER)])
     entry = {"Config": "0" * 64 + ".json", "Layers": ["a.tar"]}
     with pytest.raises(Corrupt, match="digest"):
         _open(
@@ -428,13 +349,13 @@ def test_links_out_of_a_docker_archive_lead_nowhere() -> None:
         symlink("a.tar", "/etc/passwd"),
         hardlink("a.tar", "/etc/passwd"),
     ):
-        data = _docker([("a.tar", LAYER)])
+        data = docker_archive([("a.tar", LAYER)])
         config_and_manifest = data[len(member("a.tar", LAYER)) :]
         with pytest.raises(CowfsError, match=r"out of the archive|no file"):
             _open(link + config_and_manifest)
     loop = symlink("a.tar", "b.tar") + symlink("b.tar", "a.tar")
     with pytest.raises(NotFound, match="no file"):
-        _open(loop + _docker([("a.tar", LAYER)])[len(member("a.tar", LAYER)) :])
+        _open(loop + docker_archive([("a.tar", LAYER)])[len(member("a.tar", LAYER)) :])
 
 
 @pytest.mark.root
@@ -464,13 +385,13 @@ def test_links_in_a_layout_directory_are_followed_to_files_that_have_the_digest(
         shutil.move(layout / name, space / name)
         (layout / name).symlink_to(space / name)
     with open_image(layout) as source:
-        _apply_all(source, space / "tree")
+        apply_all(source, space / "tree")
     assert (space / "tree" / "f").read_bytes() == b"hello"
 
 
 @pytest.mark.root
 def test_links_in_a_docker_archive_directory_are_not_followed(space: Path) -> None:
-    (space / "a.tar").write_bytes(_docker([("layer.tar", LAYER)]))
+    (space / "a.tar").write_bytes(docker_archive([("layer.tar", LAYER)]))
     archive = space / "archive"
     archive.mkdir()
     subprocess.run(["tar", "-xf", space / "a.tar", "-C", archive], check=True)
@@ -501,12 +422,12 @@ def test_a_root_filesystem_that_starts_like_an_image_is_one_all_the_same() -> No
         data = tar(*parts)
         with _open(data) as source:
             assert source.kind == "rootfs"
-            assert _digest(source.pick().layers[0].open().read(len(data) + 1)) == _digest(data)
+            assert digest_of(source.pick().layers[0].open().read(len(data) + 1)) == digest_of(data)
 
 
 def test_names_as_other_writers_of_docker_archives_choose_them() -> None:
     """jib, kaniko and bazel: no hexadecimal names, compressed layers."""
-    config = make_config([_digest(LAYER)])
+    config = make_config([digest_of(LAYER)])
     entry = {"Config": "config.json", "RepoTags": ["x:1"], "Layers": ["a.tar.gz"]}
     data = tar(
         member("a.tar.gz", gzip.compress(LAYER)),
@@ -515,7 +436,7 @@ def test_names_as_other_writers_of_docker_archives_choose_them() -> None:
     )
     with _open(data) as source:
         assert source.kind == "docker"
-        assert source.pick("x:1").layers[0].diff_id == _digest(LAYER)
+        assert source.pick("x:1").layers[0].diff_id == digest_of(LAYER)
 
 
 @given(st.data())
@@ -534,8 +455,8 @@ def test_any_damage_is_a_clear_error(data: st.DataObject) -> None:
 
 def test_chain_ids_are_as_the_specification_says() -> None:
     a, b, c = ("sha256:" + letter * 64 for letter in "abc")
-    ab = _digest(f"{a} {b}".encode())
-    assert chain_ids([a, b, c]) == [a, ab, _digest(f"{ab} {c}".encode())]
+    ab = digest_of(f"{a} {b}".encode())
+    assert chain_ids([a, b, c]) == [a, ab, digest_of(f"{ab} {c}".encode())]
     assert chain_ids([]) == []
 
 

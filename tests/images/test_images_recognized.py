@@ -1,4 +1,4 @@
-"""What a source is: images are told from trees by what they hold, and ``form`` decides where that does not tell."""
+"""The kind of a source: its content tells images from trees, and ``form`` decides where the content does not."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import io
 import json
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import pytest
 from support.archives import OneByOne, directory, member, symlink, tar
@@ -151,7 +151,7 @@ def test_what_is_put_aside_is_bounded(space: Path) -> None:
 
 @pytest.mark.parametrize("zeros", [512, 1024, 10240])
 def test_an_archive_of_zeros_is_an_empty_tree(zeros: int) -> None:
-    with open_image(OneByOne(bytes(zeros))) as opened:
+    with open_image(cast(BinaryIO, OneByOne(bytes(zeros)))) as opened:
         assert opened.kind == "rootfs"
 
 

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 import pytest
 from support import trees
-from test_images_reading import DOCKER, LAYER, OCI, TOP, _apply_all, _digest
+from support.small_images import DOCKER, LAYER, OCI, TOP, apply_all, digest_of
 
 from cowfs.archive import apply_layer, export_layer, rebuild
 from cowfs.archive.compress import Packer
@@ -30,12 +30,12 @@ def _from_bytes(data: bytes) -> OutLayer:
         packer.close()
         return packer
 
-    return OutLayer(diff_id=_digest(data), write=write)
+    return OutLayer(diff_id=digest_of(data), write=write)
 
 
 def _image(*layers: bytes, tags: Sequence[str] = ("app:1",)) -> OutImage:
     return OutImage(
-        config=make_config([_digest(layer) for layer in layers]),
+        config=make_config([digest_of(layer) for layer in layers]),
         layers=[_from_bytes(layer) for layer in layers],
         tags=tags,
     )
@@ -110,7 +110,7 @@ def test_umoci_unpacks_our_layout_to_the_tree_that_apply_makes(space: Path, unpa
     write_oci(str(space / "layout"), [unpacked], directory=True)
     _run(umoci, "unpack", "--image", f"{space}/layout:small:1", str(space / "bundle"))
     with open_image(space / "layout") as source:
-        _apply_all(source, space / "tree")
+        apply_all(source, space / "tree")
     trees.assert_same(
         trees.snapshot(space / "bundle" / "rootfs"), trees.snapshot(space / "tree"), names=("umoci", "cowfs")
     )
@@ -125,7 +125,7 @@ def test_what_umoci_writes_is_read_to_the_tree_that_umoci_makes(space: Path) -> 
     _run(umoci, "new", "--image", f"{layout}:a")
     _run(umoci, "unpack", "--image", f"{layout}:a", f"{space}/b1")
     with open_image(OCI) as source:
-        _apply_all(source, space / "tree")
+        apply_all(source, space / "tree")
     _run("cp", "-a", f"{space}/tree/.", f"{space}/b1/rootfs/")
     _run(umoci, "repack", "--image", f"{layout}:a", f"{space}/b1")
     _run(umoci, "unpack", "--image", f"{layout}:a", f"{space}/b2")
@@ -138,7 +138,7 @@ def test_what_umoci_writes_is_read_to_the_tree_that_umoci_makes(space: Path) -> 
     _run(umoci, "repack", "--image", f"{layout}:a", f"{space}/b2")
     _run(umoci, "unpack", "--image", f"{layout}:a", f"{space}/b3")
     with open_image(layout) as source:
-        _apply_all(source, space / "ours")
+        apply_all(source, space / "ours")
     trees.assert_same(trees.snapshot(space / "b3" / "rootfs"), trees.snapshot(space / "ours"), names=("umoci", "cowfs"))
 
 
@@ -165,7 +165,7 @@ def test_podman_and_buildah_load_what_we_write(space: Path, unpacked: OutImage, 
         )
         assert len(listed) == 1
         identity = str(listed[0].get("id") or listed[0].get("Id"))
-        assert _digest(unpacked.config)[7:].startswith(identity)
+        assert digest_of(unpacked.config)[7:].startswith(identity)
         assert any("small:1" in name for name in listed[0].get("names") or listed[0].get("Names"))
     finally:
         subprocess.run([tool, *place, "rmi", "-af"], capture_output=True, check=False)
@@ -185,7 +185,7 @@ def test_a_round_trip_through_every_format_keeps_chain_and_configuration(space: 
             assert image.chain == chain
             assert image.config == unpacked.config
             assert image.tags == ("small:1",)
-            _apply_all(source, space / f"tree-{name}")
+            apply_all(source, space / f"tree-{name}")
     for name in ("b.tar", "c"):
         trees.assert_same(trees.snapshot(space / "tree-a.tar"), trees.snapshot(space / f"tree-{name}"))
 
@@ -229,7 +229,7 @@ def test_images_are_added_to_a_layout_that_is_there(tmp_path: Path) -> None:
     write_oci(layout, [_image(TOP, tags=["app:1"])], directory=True)  # the name moves
     with open_image(layout) as source:
         assert sorted(image.tags for image in source.images) == [("app:1",), ("app:2",)]
-        assert source.pick("app:1").layers[0].diff_id == _digest(TOP)
+        assert source.pick("app:1").layers[0].diff_id == digest_of(TOP)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     with pytest.raises(AlreadyExists, match="something else"):
@@ -238,8 +238,8 @@ def test_images_are_added_to_a_layout_that_is_there(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("write", [write_oci, write_docker])
 def test_a_layer_that_is_not_what_it_should_be_leaves_nothing(tmp_path: Path, write: Any) -> None:
-    lying = OutLayer(diff_id=_digest(LAYER), write=_from_bytes(TOP).write)
-    image = OutImage(config=make_config([_digest(LAYER)]), layers=[lying])
+    lying = OutLayer(diff_id=digest_of(LAYER), write=_from_bytes(TOP).write)
+    image = OutImage(config=make_config([digest_of(LAYER)]), layers=[lying])
     with pytest.raises(Corrupt, match="diff id"):
         write(str(tmp_path / "out.tar"), [image])
     assert os.listdir(tmp_path) == []
@@ -256,7 +256,7 @@ def test_an_error_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
         out.write(b"some")
         raise OSError(28, "No space left on device")
 
-    image = OutImage(config=make_config([_digest(LAYER)]), layers=[OutLayer(diff_id=_digest(LAYER), write=fail)])
+    image = OutImage(config=make_config([digest_of(LAYER)]), layers=[OutLayer(diff_id=digest_of(LAYER), write=fail)])
     with pytest.raises(OSError, match="No space"):
         write_oci(str(target), [image])
     assert target.read_bytes() == b"old"
@@ -284,7 +284,7 @@ def test_layers_made_here_are_written_too(space: Path) -> None:
         return export_layer(str(layer), out, compression=compression)
 
     image = OutImage(
-        config=make_config([_digest(LAYER), diff_id]),
+        config=make_config([digest_of(LAYER), diff_id]),
         layers=[_from_bytes(LAYER), OutLayer(diff_id=diff_id, write=write)],
     )
     out = io.BytesIO()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -88,11 +90,19 @@ def _directory(name: bytes, ref: Ref, **more: object) -> Pair:
     return encode(name, Entry(0o40755, ref=ref, nlink=0, **more))  # type: ignore[arg-type]
 
 
+def _any(number: int, size: int) -> Pair:
+    """A file, a name of a file with several, or a directory with or without such names below it."""
+    name = b"%d" % number
+    if number % 7 == 0:
+        return _directory(name, Ref(bytes([number % 251, size]) * 16, bytes([size]) * 32, number % 3 == 0))
+    return _file(name, size, link=(1, 7), nlink=2) if number % 11 == 0 else _file(name, size)
+
+
 @given(st.data(), st.sampled_from([0, 3, 1000, directory.CHUNK_ABOVE, directory.CHUNK_ABOVE + 1, 4000]))
 @settings(max_examples=60, deadline=None)
 def test_edits_give_what_writing_from_nothing_gives(data: st.DataObject, count: int) -> None:
     pending = Pending()
-    pairs = {name: _file(name) for name in (b"%d" % number for number in range(count))}
+    pairs = {b"%d" % number: _any(number, 1) for number in range(count)}
     ref = write(pending, pairs)
     for _ in range(4):
         edits: dict[bytes, Pair | None] = {}
@@ -100,7 +110,7 @@ def test_edits_give_what_writing_from_nothing_gives(data: st.DataObject, count: 
         put = data.draw(st.booleans())
         for number in range(start, start + length):
             name = b"%d" % number
-            edits[name] = _file(name, data.draw(st.integers(1, 3)) if length < 9 else 2) if put else None
+            edits[name] = _any(number, data.draw(st.integers(1, 3)) if length < 9 else 2) if put else None
         for name, pair in edits.items():
             if pair is None:
                 pairs.pop(name, None)
@@ -125,7 +135,7 @@ def test_a_big_directory_is_cut_and_one_change_rewrites_one_chunk() -> None:
 
 def test_content_digests_are_equal_wherever_the_data_is() -> None:
     pending = Pending()
-    known = {"digest": b"d" * 32}
+    known: dict[str, Any] = {"digest": b"d" * 32}
     one = write(pending, {b"f": encode(b"f", Entry(0o100644, size=1, layer=1, ino=5, **known))})
     other = write(
         pending, {b"f": encode(b"f", Entry(0o100644, size=1, layer=2, ino=9, path=b"else", blocks=8, **known))}
@@ -138,7 +148,7 @@ def test_content_digests_are_equal_wherever_the_data_is() -> None:
 
 def _linked(pending: Pending, layer: int, groups: str) -> Ref:
     """sub/a to sub/d, files of one content, and one more directory without links; the letters say which are one file."""
-    known = {"digest": b"d" * 32, "nlink": 2}
+    known: dict[str, Any] = {"digest": b"d" * 32, "nlink": 2}
     inner = write(
         pending,
         {
@@ -165,14 +175,15 @@ def test_big_directories_that_differ_only_in_what_is_linked_differ() -> None:
     pending = Pending()
     names = [b"%05d" % n for n in range(3000)]
     trees = []
-    for pairs in (lambda n: n // 2, lambda n: 3000 + n // 4 * 2 + n % 2):
-        known = {"digest": b"d" * 32, "nlink": 2}
+    groupings: list[Callable[[int], int]] = [lambda n: n // 2, lambda n: 3000 + n // 4 * 2 + n % 2]
+    for pairs in groupings:
+        known: dict[str, Any] = {"digest": b"d" * 32, "nlink": 2}
         entries = {
             name: encode(name, Entry(0o100644, size=1, layer=1, ino=1, link=(1, pairs(n)), **known))
             for n, name in enumerate(names)
         }
         trees.append(_directory(b"", write(pending, entries)))
-    assert len(list(compare(pending, *trees))) == 3000
+    assert len(list(compare(pending, trees[0], trees[1]))) == 3000
     assert list(compare(pending, trees[0], trees[0])) == []
 
 

@@ -1,4 +1,4 @@
-"""Whoever looks at a mount without a limit stops nobody: its upper layer is counted beside the loop."""
+"""A look at the use of a mount without a limit delays no operation: its upper layer is counted beside the loop."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.users import command_as, hand_over
@@ -114,8 +115,9 @@ def test_the_command(stack: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_what_the_kernel_cannot_do_is_the_servers(stack: Path) -> None:
     """An owner map, redirect files, an option of FUSE: the same mount, served, with its upper on a tmpfs."""
     mnt = stack / "mnt"
-    for more in ({"uid_map": ((0, 1000, 1),)}, {"row": "4k"}, {"options": "noatime"}):
-        with cowfs.mount(str(stack / "layers"), mnt, ephemeral=True, memory=True, size=MIB, **more) as handle:  # type: ignore[arg-type]
+    wishes: tuple[dict[str, Any], ...] = ({"uid_map": ((0, 1000, 1),)}, {"row": "4k"}, {"options": "noatime"})
+    for more in wishes:
+        with cowfs.mount(str(stack / "layers"), mnt, ephemeral=True, memory=True, size=MIB, **more) as handle:
             assert not isinstance(handle, KernelMount)
             assert device(mnt) == "fuse.cowfs"
             upper = handle.status().upper

@@ -45,18 +45,22 @@ def test_a_nursery_without_a_wish_ends_and_its_servers_go_on(stack: Path, monkey
     prefork.close()
     monkeypatch.setattr(prefork, "IDLE", 0.01)
     with cowfs.mount(stack / "layers", stack / "one", readonly=True) as one:
+        assert isinstance(one, cowfs.MountHandle)
         end = time.monotonic() + 20
         while _parent(one.pid) != 1 and time.monotonic() < end:
             time.sleep(0.01)
         assert (stack / "one" / "hello").read_bytes() == b"hello"
         with cowfs.mount(stack / "layers", stack / "two", readonly=True) as two:
+            assert isinstance(two, cowfs.MountHandle)
             assert two.pid != one.pid
 
 
 def test_two_mounts_have_servers_of_one_nursery(stack: Path, patient: None) -> None:
     """Which ends when it is let go, while the servers go on."""
     with cowfs.mount(stack / "layers", stack / "one", readonly=True) as one:
+        assert isinstance(one, cowfs.MountHandle)
         with cowfs.mount(stack / "layers", stack / "two", readonly=True) as two:
+            assert isinstance(two, cowfs.MountHandle)
             mother = _parent(one.pid)
             assert mother == _parent(two.pid)
             assert str(stack / "one").encode() in Path(f"/proc/{one.pid}/cmdline").read_bytes()
@@ -70,9 +74,11 @@ def test_two_mounts_have_servers_of_one_nursery(stack: Path, patient: None) -> N
 
 def test_a_killed_nursery_is_replaced(stack: Path, patient: None) -> None:
     with cowfs.mount(stack / "layers", stack / "one", readonly=True) as one:
+        assert isinstance(one, cowfs.MountHandle)
         mother = _parent(one.pid)
     os.kill(mother, signal.SIGKILL)
     with cowfs.mount(stack / "layers", stack / "one", readonly=True) as one:
+        assert isinstance(one, cowfs.MountHandle)
         assert _parent(one.pid) != mother
 
 

@@ -15,6 +15,7 @@ import pytest
 
 import cowfs
 from cowfs.fuse import abi
+from cowfs.fuse.handlers.names import Handler
 from cowfs.fuse.timing import Timing
 from cowfs.model import Event, Limit
 from cowfs.store import Store
@@ -50,6 +51,7 @@ def test_copies_and_redirects_are_counted(store: Store, target: Path, can_mount:
     """The same change: one driver copies a file of 1 MiB, the other stores two blocks of it."""
     store.prepare("key", "base")
     with store.mount("key", target) as mounted:
+        assert isinstance(mounted, cowfs.MountHandle)
         assert mounted.statistics().copied_files == mounted.statistics().redirected_files == 0
         with open(target / "big", "r+b") as file:
             file.seek(4096 * 10 + 100)
@@ -66,6 +68,7 @@ def test_copies_and_redirects_are_counted(store: Store, target: Path, can_mount:
 def test_hits_and_times_are_taken_only_while_somebody_looks(store: Store, target: Path, can_mount: None) -> None:
     store.prepare("key", "base")
     with store.mount("key", target) as mounted:
+        assert isinstance(mounted, cowfs.MountHandle)
         os.stat(target / "small")
         assert mounted.statistics().timed == {}
         os.stat(target / "many")
@@ -84,13 +87,12 @@ def test_hits_and_times_are_taken_only_while_somebody_looks(store: Store, target
 
 def test_the_plain_handlers_come_back() -> None:
     """After a while without a question no request is timed any more; figures are kept, and go on when somebody asks again."""
-    handlers = [lambda buf, n, unique, nodeid: b"reply"] * abi.OPCODE_END
+    handlers: list[Handler] = [lambda buf, n, unique, nodeid: b"reply"] * abi.OPCODE_END
     plain = list(handlers)
     looked = iter([1, 1, 1, 2])
     timing = Timing(handlers, lambda: next(looked))
-    table = handlers
     timing.watch()
-    assert table is handlers and handlers != plain
+    assert handlers != plain
     for _ in range(2):
         assert handlers[abi.LOOKUP](memoryview(b""), 0, 1, 1) == b"reply"
     timing._until = 0
@@ -106,7 +108,7 @@ def test_a_handler_that_raises_is_timed() -> None:
     def fails(buf: memoryview, n: int, unique: int, nodeid: int) -> bytes:
         raise OSError(errno.ENOENT, "no")
 
-    handlers = [fails] * abi.OPCODE_END
+    handlers: list[Handler] = [fails] * abi.OPCODE_END
     timing = Timing(handlers, lambda: 0)
     timing.watch()
     with pytest.raises(OSError):
@@ -177,6 +179,7 @@ def test_the_end_is_told_before_the_layer_is_free(store: Store, target: Path, ca
 def test_a_limit_that_is_reached_or_changed_is_told(store: Store, target: Path, can_mount: None) -> None:
     store.prepare("key", "base", size="2M")
     with store.mount("key", target) as mounted:
+        assert isinstance(mounted, cowfs.MountHandle)
         for _ in range(3):
             with pytest.raises(OSError) as caught, open(target / "new", "wb", buffering=0) as file:
                 for _ in range(40):

@@ -14,7 +14,9 @@ from cowfs.row import chain, readahead
 from cowfs.row.chain import Chain
 from cowfs.row.extents import Extents
 from cowfs.row.readahead import Hints, plan
-from cowfs.union import Options, View
+from cowfs.row.redirects import Rows
+from cowfs.row.view import View
+from cowfs.union import Options
 from cowfs.union.node import Node
 
 STEP = 128 << 10
@@ -55,7 +57,7 @@ def cold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Node
         raise BlockingIOError
 
     monkeypatch.setattr(Chain, "_read_run", read_run)
-    assert view.rows is not None
+    assert isinstance(view.rows, Rows)
     recorder = Recorder()
     view.rows.pilot.close()
     monkeypatch.setattr(view.rows, "pilot", recorder)
@@ -115,7 +117,9 @@ def test_a_stream_read_in_other_threads_asks_ahead_once_one_of_them_waited(
     monkeypatch.setattr(chain, "_at_once", lambda fd, part, offset: 0 if waits else os.preadv(fd, [part], offset))
     buffer = memoryview(bytearray(STEP))
     for offset in (0, STEP):
-        assert node.data.stream(offset, STEP)(buffer) == STEP
+        read = node.data.stream(offset, STEP)
+        assert read is not None
+        assert read(buffer) == STEP
     assert [pieces[0][0] for pieces in recorder.asked] == ([STEP] if waits else [])
 
 

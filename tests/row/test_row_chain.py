@@ -15,8 +15,10 @@ from cowfs.format.whiteout import choose_form
 from cowfs.model import Limit
 from cowfs.row import compact as row_compact, layer as row_layer, map as row_map
 from cowfs.row.file import RowFile
+from cowfs.row.redirects import Rows
+from cowfs.row.view import View
 from cowfs.sys import files, xattr
-from cowfs.union import Options, View
+from cowfs.union import Options
 from cowfs.union.paths import Paths
 from cowfs.union.quota import measure
 
@@ -195,15 +197,16 @@ def test_a_file_that_was_forgotten_before_its_sync_goes_on_with_the_same_map(sta
     paths = stack.open()
     view = stack.view
     assert view is not None
-    assert view.rows is not None
+    assert isinstance(view.rows, Rows)
     for block in (3, 5, 7):
         paths.write_at("big", block * BLOCK, b"new")
         view.drop(paths.node("big"))
     view.rows.syncer.sync()
     paths.write_at("big", 9 * BLOCK, b"new")
     view.rows.syncer.sync()
-    ref = paths.node("big").data.ref
-    loaded = row_map.read(view.rows.map_dir(view.need_upper()), ref)
+    data = paths.node("big").data
+    assert isinstance(data, RowFile) and data.ref is not None
+    loaded = row_map.read(view.rows.map_dir(view.need_upper()), data.ref)
     assert loaded.ranges == [(3, 4), (5, 6), (7, 8), (9, 10)]
     assert loaded.synced == loaded.end
 

@@ -22,8 +22,9 @@ from cowfs.format.whiteout import choose_form
 from cowfs.model import Limit, Usage
 from cowfs.row import layer as row_layer, map as row_map, rewrite, writeback
 from cowfs.row.file import RowFile
+from cowfs.row.view import View
 from cowfs.sys import files
-from cowfs.union import Options, View, live
+from cowfs.union import Options, live
 from cowfs.union.node import PLAIN, Node
 from cowfs.union.quota import measure
 
@@ -258,7 +259,7 @@ class RedirectFile(RuleBasedStateMachine):
     @precondition(lambda self: self.stack.twin is not None)
     @rule(steps=st.integers(1, 8))
     def go_on_with_twin(self, steps: int) -> None:
-        """What is copied may have changed since it was read out where it is."""
+        """A copy may have changed since its place was read."""
         stack, twin = self.stack, self.stack.twin
         assert twin is not None
         for _ in range(steps):
@@ -429,4 +430,4 @@ def _profile(request: pytest.FixtureRequest, share: int) -> settings:
 def test_equals_a_bytearray(host: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through writes, cuts, holes, links, kills, power cuts and new layers, a file reads as the model says."""
     monkeypatch.setattr(RedirectFile, "where", host)
-    run_state_machine_as_test(RedirectFile, settings=_profile(request, 4))  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(RedirectFile, settings=_profile(request, 4))

@@ -1,4 +1,4 @@
-"""What slow, broken and hostile clients can do: cost their own connection, and no more."""
+"""Slow, broken and hostile clients cost their own connection, and no more."""
 
 from __future__ import annotations
 

@@ -259,7 +259,7 @@ def test_two_loads_of_one_image_at_once(daemon: Daemon) -> None:
 
 
 def test_sizes_follow_every_change_of_the_store(engine: Daemon) -> None:
-    """What is kept of the index is never older than the last commit, whoever made it; deep chains are counted once."""
+    """Cached results of the index are never older than the last commit of any process; deep chains are counted once."""
     for number in range(3):
         engine.docker(
             "run",

@@ -35,7 +35,7 @@ def make_registry(space: Path) -> Iterator[Callable[..., str]]:
     program = shutil.which("docker-registry")
     if program is None:
         pytest.skip("no registry here (Debian: docker-registry; CI has it)")
-    processes = []
+    processes: list[subprocess.Popen[bytes]] = []
 
     def make(password: str = "") -> str:
         address = f"127.0.0.1:{free_port()}"

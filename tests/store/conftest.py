@@ -9,8 +9,9 @@ import pytest
 from support.hostfs import HostFs
 
 from cowfs.model import Kind
+from cowfs.row.view import View
 from cowfs.store import Store
-from cowfs.union import Options, View
+from cowfs.union import Options
 
 
 @pytest.fixture(params=["overlay", "vfs"])
@@ -35,7 +36,9 @@ def store(space: Path, driver: str) -> Iterator[Store]:
 
 def tree_path(store: Store, key: str) -> Path:
     """The directory that holds an active snapshot's changes: writing there is what a mount does in the end."""
-    return Path(store.driver.tree(store.index.get(key).id))
+    row = store.index.get(key)
+    store.driver.plan(row.id, [], readonly=row.kind is Kind.COMMITTED)  # a driver may have to make it a directory first
+    return Path(store.driver.tree(row.id))
 
 
 BIG = bytes(range(1, 251)) * 400

@@ -11,11 +11,12 @@ import pytest
 
 from cowfs.errors import CowfsError
 from cowfs.mounting.volatile import check_volatile
+from cowfs.row.view import View
 from cowfs.store import Store
 from cowfs.store.live import _read_note
 from cowfs.store.staging import SQUASH, spared
 from cowfs.sys import files, xattr
-from cowfs.union import Options, View, absorb
+from cowfs.union import Options, absorb
 from cowfs.union.paths import Paths
 
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="the trusted form needs root")

@@ -30,7 +30,7 @@ LIMITS = "settle."  # test_limit_loop kills there
 """Points of the verbs on live mounts, which have tests of their own."""
 
 
-@pytest.fixture(params=["overlay", "vfs", "row", "btrfs"])
+@pytest.fixture(params=["overlay", "vfs", "row", "btrfs", "block"])
 def driver(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -13,10 +13,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from support.trees import assert_same, snapshot
 
 from cowfs.errors import FailedPrecondition, InvalidArgument, NotFound
 from cowfs.store import Store
-from tests.support.trees import assert_same, snapshot
 
 ROOT = os.geteuid() == 0
 HOW = [

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support.trees import assert_same, snapshot
 
 from cowfs.store import Store
-from tests.support.trees import assert_same, snapshot
 
 Cowfs = Callable[..., "subprocess.CompletedProcess[bytes]"]
 

@@ -27,7 +27,7 @@ VERBS = {
 }
 
 
-@pytest.fixture(params=["overlay", "vfs", "row", "btrfs"])
+@pytest.fixture(params=["overlay", "vfs", "row", "btrfs", "block"])
 def driver(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -70,7 +70,7 @@ def test_a_full_disk_loses_nothing(
     if driver == "btrfs":
         place = hostfs.make_image("btrfs", small, size=40 << 20)
     else:
-        place = hostfs.make_tmpfs(small, size="8m")
+        place = hostfs.make_tmpfs(small, size="16m" if driver == "block" else "8m")
     with Store.open(place / "store", driver=driver, fsync=False) as store:
         store.prepare("k")
         (tree_path(store, "k") / "file").write_text("base")

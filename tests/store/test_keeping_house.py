@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 from support.command import environment, run_module
+from support.trees import assert_same, snapshot
 
 from cowfs.errors import AlreadyExists, CowfsError, FailedPrecondition, InvalidArgument, NotFound
 from cowfs.store import Store
-from tests.support.trees import assert_same, snapshot
 
 ROOT = os.geteuid() == 0
 

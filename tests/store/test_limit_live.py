@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 from pathlib import Path
 
 import pytest
+from support.known_files import LIMIT, UNIT, Files, kill
 
 from cowfs.errors import FailedPrecondition
 from cowfs.store import Store
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "e2e"))
-from test_limit_data import LIMIT, UNIT, Files, kill
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ from cowfs.testing.trees import Seen, differences, tree_of
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="makes devices and trusted xattrs")
 
 PAIRS = {
-    "tmpfs": [("overlay", "vfs"), ("vfs", "overlay"), ("overlay", "aufs"), ("aufs", "vfs"), ("aufs", "row"), ("overlay", "row"), ("row", "overlay"), ("row", "vfs"), ("vfs", "row")],
+    "tmpfs": [("overlay", "vfs"), ("vfs", "overlay"), ("overlay", "aufs"), ("aufs", "vfs"), ("aufs", "row"), ("overlay", "row"), ("row", "overlay"), ("row", "vfs"), ("vfs", "row"), ("overlay", "block"), ("block", "row")],
     "btrfs": [("overlay", "btrfs"), ("btrfs", "row"), ("btrfs", "vfs"), ("row", "btrfs")],
     "xfs": [("vfs", "row")],
     "ext4": [("row", "overlay")],

@@ -1,4 +1,4 @@
-"""What tests of real mounts are built from; nothing here is mocked.
+"""The building blocks of tests of real mounts; nothing here is mocked.
 
 ===============  ==========================================================================
 module           concept

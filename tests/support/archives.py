@@ -12,7 +12,7 @@ import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cowfs.archive import Applied, apply_layer
 
@@ -35,7 +35,7 @@ def member(
     pax: Mapping[str, str] | None = None,
     device: tuple[int, int] = (0, 0),
     size: int | None = None,
-    format: int = tarfile.PAX_FORMAT,
+    format: Literal[0, 1, 2] = tarfile.PAX_FORMAT,
 ) -> bytes:
     """One member as ``tarfile`` writes it, with its data padded; ``size`` overrides the header's."""
     info = tarfile.TarInfo(os.fsdecode(name))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from . import users
 
@@ -22,12 +23,13 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "COLUMNS": "120"}
 
 
-def run_module(module: str, *arguments: object, **more: object) -> subprocess.CompletedProcess[str]:
+def run_module(module: str, *arguments: object, **more: Any) -> subprocess.CompletedProcess[str]:
     """Run ``python -m module arguments``; text output, at most a minute."""
-    return subprocess.run(
-        [sys.executable, "-m", module, *map(str, arguments)],
-        **{"capture_output": True, "text": True, "timeout": 60, "env": environment(), **more},  # type: ignore[call-overload]
+    options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 60, "env": environment(), **more}
+    done: subprocess.CompletedProcess[str] = subprocess.run(
+        [sys.executable, "-m", module, *map(str, arguments)], **options
     )
+    return done
 
 
 def user_python() -> str | None:
@@ -44,7 +46,7 @@ def user_python() -> str | None:
 
 
 def status_of(cowfs: Run, mnt: Path) -> dict[str, object]:
-    """What `cowfs mounts --json` says of one mount point."""
+    """The entry of `cowfs mounts --json` for one mount point."""
     found = [entry for entry in json.loads(cowfs("mounts", "--json").stdout) if entry["mountpoint"] == str(mnt)]
     assert len(found) == 1, found
     status: dict[str, object] = found[0]

@@ -106,7 +106,7 @@ CONFIG_2 = """\
   snapshotter = "cowfs"
   differ = "walking"
 """
-"""What containerd 2.x has beside: where the snapshots are, and who unpacks what is imported or pulled."""
+"""The additional settings of containerd 2.x: the place of the snapshots, and the unpacker of imported and pulled images."""
 
 
 class Containerd:
@@ -189,7 +189,7 @@ def image_of_busybox(more: bytes | None = None) -> bytes:
 
 
 def check(root: Path) -> list[str]:
-    """What ``cowfs check`` says of a store that nobody serves."""
+    """The output of ``cowfs check`` for a store without a server."""
     done = subprocess.run(
         [sys.executable, "-m", "cowfs", "check", "--root", root, "--json"], check=False, capture_output=True, text=True
     )

@@ -120,11 +120,11 @@ class Daemon:
         return told
 
     def out(self, *arguments: str, **options: Any) -> str:
-        """What the docker command prints, without the white space at its ends."""
+        """The output of the docker command, without white space at its ends."""
         return self.docker(*arguments, **options).stdout.strip()
 
     def json(self, *arguments: str) -> Any:
-        """What the docker command prints, as one JSON document."""
+        """The output of the docker command, as one JSON document."""
         return json.loads(self.out(*arguments))
 
     def cowfs(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:

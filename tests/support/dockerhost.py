@@ -26,7 +26,7 @@ def tar(*entries: tuple[str, str, object]) -> bytes:
     with tarfile.open(fileobj=made, mode="w", format=tarfile.PAX_FORMAT) as out:
         for name, kind, content in entries:
             info = tarfile.TarInfo(name)
-            info.mtime, info.mode = 1_600_000_000.25, 0o755 if kind == "dir" else 0o640  # type: ignore[assignment]
+            info.mtime, info.mode = 1_600_000_000.25, 0o755 if kind == "dir" else 0o640
             data = content if isinstance(content, bytes) else b""
             if kind == "file":
                 info.size, info.uid = len(data), 12

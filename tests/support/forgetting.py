@@ -13,6 +13,7 @@ import random
 import shutil
 import stat
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -343,7 +344,7 @@ class Pair:
 
     def same(self, name: str, *arguments: Any) -> None:
         """An operation has the same result on both sides."""
-        results = [_outcome(lambda side=side: getattr(side, name)(*arguments)) for side in (self.plain, self.ours)]
+        results = [_outcome(partial(getattr(side, name), *arguments)) for side in (self.plain, self.ours)]
         plain, ours = results if self.counted else map(without_count, results)
         assert plain == ours, self.story(f"{name} {arguments}: plain {plain}, view {ours}")
 

@@ -129,7 +129,7 @@ def play(make: Run, steps: Iterator[list[Any]] | list[list[Any]], done: list[lis
 
 
 def _log_of(error: Exception) -> str:
-    """What a server wrote before it said "see FILE"."""
+    """The log of a server that a message "see FILE" names."""
     log = str(error).rpartition("; see ")[2]
     return Path(log).read_text() if log.endswith(".log") and os.path.exists(log) else ""
 
@@ -141,7 +141,7 @@ def drawn(machine: Machine, seed: int, count: int) -> Iterator[list[Any]]:
 
 
 def kind_of(wrong: str) -> str:
-    """What two failures of one cause have in common: the verb, and the first words of the message without numbers."""
+    """The common part of two failures of one cause: the verb, and the first words of the message without numbers."""
     step, _, message = wrong.partition("]: ")
     return re.sub(r"[0-9]+", "N", f"{step.split(',')[0]} {' '.join(message.split()[:2])}")
 

@@ -36,7 +36,7 @@ KEY = "k"
 
 
 class Object(NamedTuple):
-    """What one name shows. ``group``: the first of the inode's names; ``links``: how many it has."""
+    """The visible object of one name. ``group``: the first of the inode's names; ``links``: how many it has."""
 
     mode: int
     uid: int
@@ -76,7 +76,8 @@ def read_tree(top: str) -> tuple[Tree, Times]:
             path = f"{here}/{entry.name}" if here else entry.name
             st = os.lstat(entry.path)
             times[path] = st.st_mtime_ns
-            content, xattrs = b"", ()
+            content = b""
+            xattrs: tuple[tuple[str, bytes], ...] = ()
             if stat.S_ISDIR(st.st_mode):
                 pending.append(path)
             elif stat.S_ISREG(st.st_mode):
@@ -381,7 +382,7 @@ class Machine:
         self.same(without_links(expected), without_links(untarred(out)), f"tar of {name}")
 
     def finish(self) -> None:
-        """What is looked at once a history is over: everything, the layers as archives, and the store's own check."""
+        """The final checks of a history: the whole tree, the layers as archives, and the store's own check."""
         self.compare()
         for name in self.trees:
             self.reread(name)
@@ -449,7 +450,7 @@ def shown(each: Object | None) -> str:
 
 
 def without_links(tree: Tree) -> Tree:
-    """What an archive holds of a tree: the names of an inode, not their count."""
+    """The part of a tree that an archive holds: the names of an inode, not their count."""
     return {path: each._replace(links=0) for path, each in tree.items()}
 
 

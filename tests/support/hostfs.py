@@ -2,7 +2,7 @@
 
 One small image a filesystem and pytest session, sparse, attached by ``mount -o loop`` (the
 kernel detaches the loop device with the last unmount). Every test gets a fresh directory in
-it, removed after the test. What cannot be had here is a skip that names what is missing.
+it, removed after the test. A missing file system is a skip that names it.
 """
 
 from __future__ import annotations

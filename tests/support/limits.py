@@ -133,7 +133,7 @@ def measure(upper: str | os.PathLike[str], *, form: str = "trusted", allocated: 
 
 
 def disk_usage(upper: Path) -> int:
-    """What ``du`` counts for files (tmpfs gives directories nothing), each inode once, in bytes."""
+    """The use of files as in ``du`` (directories of tmpfs use nothing), each inode once, in bytes."""
     seen: set[int] = set()
     total = 0
     for at, _, files in os.walk(upper):

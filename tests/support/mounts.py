@@ -1,10 +1,8 @@
 """The implementations under test behind one call.
 
-``plain``    no union at all: the merged tree copied to a directory. What POSIX on this host
-             really says; a test of semantics that fails here is a wrong test.
-``overlay``  the kernel's overlayfs: the peer, and the judge of the on-disk format.
-``kernel``   cowfs, its own FUSE front end.
-``fusepy``   cowfs, the front end over libfuse2.
+``plain``    no union at all: the merged tree copied to a directory. The behaviour of POSIX on this host; a test of
+semantics that fails here is a wrong test. ``overlay``  the kernel's overlayfs: the peer, and the judge of the on-disk
+format. ``kernel``   cowfs, its own FUSE front end. ``fusepy``   cowfs, the front end over libfuse2.
 
 All take layers **bottom first**, as ``cowfs.mount`` does.
 """
@@ -40,6 +38,12 @@ class Mounted:
     work: Path | None
     handle: Any = None
     extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def changes(self) -> Path:
+        """The upper layer of a writable mount."""
+        assert self.upper is not None
+        return self.upper
 
 
 def overlay_mount(

@@ -9,6 +9,7 @@ import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,14 +34,16 @@ class Runner:
         words = [self.python, "-m", "cowfs", *map(str, arguments)]
         return words if self.who == "root" else command_as(words)
 
-    def cowfs(self, *arguments: object, **more: object) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            self.command(*arguments),
-            **{"capture_output": True, "text": True, "timeout": 60, "env": self.environment, "cwd": "/", "stdin": subprocess.DEVNULL, **more},  # type: ignore[call-overload]
-        )  # fmt: skip
+    def cowfs(self, *arguments: object, **more: Any) -> subprocess.CompletedProcess[str]:
+        options: dict[str, Any] = {
+            "capture_output": True, "text": True, "timeout": 60, "env": self.environment, "cwd": "/",
+            "stdin": subprocess.DEVNULL, **more,
+        }  # fmt: skip
+        done: subprocess.CompletedProcess[str] = subprocess.run(self.command(*arguments), **options)
+        return done
 
     def inside(self, script: str, *options: object) -> str:
-        """What a shell prints in a fresh snapshot, errors included."""
+        """The output of a shell in a fresh snapshot, errors included."""
         done = self.cowfs("run", "box", "--rm", *options, "--", "/bin/sh", "-c", script)
         assert "Traceback" not in done.stderr, done.stderr
         return done.stdout + done.stderr

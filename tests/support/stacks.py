@@ -17,7 +17,7 @@ NAMES = ("a", "b", "c", "d", "e", "long-name-" + "x" * 30)
 
 
 class _Merged:
-    """What the layers so far show: path -> kind."""
+    """The tree of the layers so far: path -> kind."""
 
     def __init__(self) -> None:
         self.kinds: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""What a tree is: everything that two trees must agree on.
+"""The model of a tree: everything that two trees must agree on.
 
 ``snapshot`` reads a directory tree through plain system calls into one record a name;
 ``differences`` tells in words where two of them differ. Compared, as semantics.md says: names,

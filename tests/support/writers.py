@@ -75,7 +75,7 @@ def in_child(who: Who, job: Callable[[], None]) -> int:
 
 
 def output_of(who: Who, *command: str) -> str:
-    """What a command prints, run as ``who``."""
+    """The output of a command, run as ``who``."""
     reader, writer = os.pipe()
 
     def job() -> None:
@@ -186,7 +186,7 @@ WAYS: dict[str, Callable[[int, int], None]] = {
     "nothing": _nothing,
     "chown nothing": _chown_nothing,
 }
-"""What each does with a descriptor open for writing and the number of bytes that must stay."""
+"""Each program gets a descriptor open for writing and the number of bytes that must stay."""
 
 
 def change(way: str, path: Path, head: int, fd: int = -1) -> None:

@@ -43,11 +43,11 @@ def pool(base: Path, name: str = "cowfstest", size: int = 512 << 20) -> Iterator
         image = base / f"{name}.pool"
         with image.open("wb") as file:
             file.truncate(size)
-        place = base / name
-        run("zpool", "create", "-m", str(place), name, str(image))
-        os.chmod(place, 0o755)
-        yield place
-        clear(place)
+        pool = base / name
+        run("zpool", "create", "-m", str(pool), name, str(image))
+        os.chmod(pool, 0o755)
+        yield pool
+        clear(pool)
     finally:
         server.send_signal(signal.SIGKILL)  # it waits for lazily unmounted file systems for ever otherwise
         server.wait()

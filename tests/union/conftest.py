@@ -17,7 +17,8 @@ import pytest
 from support import mounts, namespace
 from support.layers import Layer
 
-from cowfs.union import Options, View
+from cowfs.row.view import View
+from cowfs.union import Options
 from cowfs.union.paths import Paths
 
 

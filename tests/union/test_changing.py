@@ -1,4 +1,4 @@
-"""What a change does: copy-up, whiteouts, rename, hard links, metacopy; read back by cowfs and by the kernel."""
+"""The effects of changes: copy-up, whiteouts, rename, hard links, metacopy; read back by cowfs and by the kernel."""
 
 from __future__ import annotations
 

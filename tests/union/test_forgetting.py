@@ -12,7 +12,8 @@ import pytest
 from support import mounts, stacks
 from support.forgetting import InView, Pair
 
-from cowfs.union import Options, View
+from cowfs.row.view import View
+from cowfs.union import Options
 
 if TYPE_CHECKING:
     from .conftest import Stack

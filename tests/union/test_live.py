@@ -58,7 +58,7 @@ class Bench:
         return View(self.lowers, self.upper, self.work, options=self.options)
 
     def reopened(self) -> Tree:
-        """What a view made anew of the same directories shows."""
+        """The tree of a new view of the same directories."""
         self.view.close()
         self.view = self.open()
         return tree_of(self.view)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from cowfs.union import View
+from cowfs.union.node import Dir
 from cowfs.union.prefetch import FILES, ReadAhead
 
 
@@ -29,6 +30,7 @@ def view(tmp_path: Path) -> Iterator[View]:
 def test_the_second_wait_in_a_directory_asks_for_the_files_that_follow(view: View) -> None:
     """Regular files only, by name, from every layer, at most FILES entries; links and pipes are passed over."""
     directory = view.lookup(view.root, b"d")
+    assert isinstance(directory, Dir)
     ahead = ReadAhead()
     first, second = view.lookup(directory, b"f00"), view.lookup(directory, b"f30")
     assert ahead.cold(first) == 0
@@ -39,6 +41,7 @@ def test_the_second_wait_in_a_directory_asks_for_the_files_that_follow(view: Vie
 
 def test_waits_in_different_directories_ask_for_nothing(view: View) -> None:
     directory = view.lookup(view.root, b"d")
+    assert isinstance(directory, Dir)
     node = view.lookup(directory, b"f01")
     ahead = ReadAhead()
     assert ahead.cold(node) == 0
@@ -48,6 +51,7 @@ def test_waits_in_different_directories_ask_for_nothing(view: View) -> None:
 
 def test_a_file_that_vanished_is_passed_over(view: View, tmp_path: Path) -> None:
     directory = view.lookup(view.root, b"d")
+    assert isinstance(directory, Dir)
     node = view.lookup(directory, b"f57")
     (tmp_path / "top/d/f58").unlink()
     ahead = ReadAhead()

@@ -1,4 +1,4 @@
-"""What a stack of layers shows: look-up and listing, whiteouts, opaque directories, redirects, metacopy."""
+"""The tree of a stack of layers: look-up and listing, whiteouts, opaque directories, redirects, metacopy."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ class Ours:
 def walk(tree: Kernel | Ours) -> dict[str, object]:
     """Path -> type, contents and whether it is listed; "failed" where the tree cannot say. Every name is looked up.
 
-    What is listed and cannot be looked up is left out: the kernel lists whiteouts of directories that nothing merges with.
+    A listed name that cannot be looked up is left out: the kernel lists whiteouts of directories that nothing merges with.
     """
     out: dict[str, object] = {}
     pending = [("", True)]
@@ -180,7 +180,8 @@ def test_a_metacopy_of_the_lowest_layer_is_no_file_of_zeros(trusted: Stack) -> N
 
 @pytest.mark.parametrize("last", [False, True])
 def test_an_absolute_redirect_leads_out_of_an_opaque_directory(trusted: Stack, last: bool) -> None:
-    """What is opaque hides what is beneath it, and not what a redirect further down the same path names (ovl_check_redirect)."""
+    """An opaque directory hides the objects beneath it, but not the target of a redirect further down the same path
+    (ovl_check_redirect)."""
     for redirect in (None, b"/d", b"/a/b" if last else b"/a/b/c"):
         layer = trusted.add()
         if redirect is None:

@@ -1,4 +1,4 @@
-"""What the verbs over a store share: its options, opening it, paging, progress bars."""
+"""The common part of the verbs over a store: its options, opening it, paging."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
 
 from cowfs.cli import config
 from cowfs.errors import InvalidArgument
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
+    from typing import Any
 
     from cowfs.model import Info
     from cowfs.store import Store
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 ROOT = "COWFS_ROOT"
 
 
-def add_store(parser: argparse.ArgumentParser, *, json: bool = True, template: bool = True) -> None:
+def add_store(parser: argparse.ArgumentParser, *, json: bool = True, form: bool = True) -> None:
     """``--root``, ``--driver``, ``--json``, ``--jsonl`` and ``--format``."""
     add = parser.add_argument
     add(
@@ -30,32 +31,33 @@ def add_store(parser: argparse.ArgumentParser, *, json: bool = True, template: b
     )
     add("--driver", default="auto", metavar="NAME", help="its backend, when the store is new (default: the best here)")
     if json:
-        add_json(parser, template=template)
+        add_json(parser, form=form)
 
 
-def add_json(parser: argparse.ArgumentParser, *, template: bool = True) -> None:
+def add_json(parser: argparse.ArgumentParser, *, form: bool = True) -> None:
     """``--json``, ``--jsonl`` and ``--format``: ``args.json`` is ``array``, ``lines`` or a template, empty without them."""
     add = parser.add_argument
     add("--json", action="store_const", const="array", default="", help="as JSON; a list is an array of objects")
     add("--jsonl", action="store_const", const="lines", dest="json", help="as JSON, an object a line")
-    if template:
+    if form:
         add(
             "--format",
             dest="json",
             metavar="TEMPLATE",
-            type=_template,
+            type=template,
             help="each object by a template of its JSON fields: '{name} {created:age}'",
         )
 
 
-def _template(text: str) -> str:
+def template(text: str) -> str:
+    """A way to print, of an argument of --format."""
     from cowfs.cli.output import TEMPLATE
 
     return TEMPLATE + text
 
 
 class Places:
-    """Where the snapshots of a store are mounted, by what their servers and mountinfo say; no server is asked.
+    """The mount points of a store's snapshots, from mountinfo and the records of servers, without asking a server.
 
     Args:
         root: the store's directory.
@@ -66,7 +68,7 @@ class Places:
         self._by_kernel: dict[str, str] | None = None
 
     def of(self, id: str) -> str | None:
-        """The mount point of a layer, None where there is none that is known."""
+        """The mount point of a layer; None if unknown."""
         from cowfs.mounting import notice
 
         for told in notice.found([f"{self._root}/layers/{id}"]):
@@ -101,7 +103,7 @@ def open_store(args: argparse.Namespace, *, create: bool = True) -> Store:
 
 
 def look_at_store(args: argparse.Namespace) -> Look:
-    """The store that the options or the environment name, for looking at what its index knows."""
+    """The store that the options or the environment name, to read its index only."""
     from cowfs.store.look import Look
 
     root = config.root(args.root)
@@ -109,10 +111,10 @@ def look_at_store(args: argparse.Namespace) -> Look:
 
 
 def check_new(name: str, what: str = "name") -> str:
-    """A key or name that the command may make: it can be given to it again.
+    """A key or name that the command may make, since a later command can name it.
 
     Raises:
-        InvalidArgument: it would be taken for something else, or does not print on one line.
+        InvalidArgument: it would be taken for something else, or does not fit on one line.
     """
     from cowfs.store.names import check_name
 
@@ -163,7 +165,7 @@ def set_labels(pairs: list[str]) -> dict[str, str]:
 
 @contextmanager
 def paged() -> Iterator[Callable[[str], None]]:
-    """A function that prints lines: through a pager when standard output is a terminal and one is there."""
+    """A function that prints lines: through a pager if standard output is a terminal and a pager is installed."""
     pager = os.environ.get("PAGER") or "less"
     if not sys.stdout.isatty() or pager == "cat":
         yield print
@@ -186,56 +188,6 @@ def paged() -> Iterator[Callable[[str], None]]:
             pipe.close()
         except BrokenPipeError:
             pass  # the reader quit
-
-
-class Bars:
-    """One line of progress on standard error, when that is a terminal; quiet otherwise.
-
-    Threads: may be called from several.
-    """
-
-    def __init__(self) -> None:
-        self.on = sys.stderr.isatty()
-        self._parts: dict[str, tuple[int, int]] = {}
-        self._next = 0.0
-        self._shown = False
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        """``total`` is 0 where it is not known; bytes or counts alike."""
-        if not self.on:
-            return
-        self._parts[what] = (done, total)
-        now = time.monotonic()
-        if now < self._next:
-            return
-        self._next = now + 0.1
-        self._draw()
-
-    def _draw(self) -> None:
-        import shutil
-
-        from cowfs.model import format_size
-
-        known = [part for part in self._parts.values() if part[1]]
-        done, total = sum(part[0] for part in known), sum(part[1] for part in known)
-        label = next(reversed(self._parts)) if len(self._parts) == 1 else f"{len(self._parts)} layers"
-        if total:
-            share = min(1.0, done / total)
-            bar = "#" * round(share * 30)
-            text = f"{label:.30} [{bar:<30}] {share:4.0%} {format_size(done) if total > 4096 else done}"
-        else:
-            text = f"{label:.30} {format_size(sum(part[0] for part in self._parts.values()))}"
-        sys.stderr.write("\r\x1b[K" + text[: shutil.get_terminal_size().columns - 1])
-        sys.stderr.flush()
-        self._shown = True
-
-    def __enter__(self) -> Bars:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._shown:
-            sys.stderr.write("\r\x1b[K")
-            sys.stderr.flush()
 
 
 def when(nanoseconds: int) -> str:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from cowfs.cli import Command
 from cowfs.cli.output import print_json
-from cowfs.cli.store.args import Bars, add_store, open_store
+from cowfs.cli.progress import Bars
+from cowfs.cli.store.args import add_store, open_store
 from cowfs.errors import InvalidArgument
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def _compact(args: argparse.Namespace) -> int:
     from cowfs.model import format_size
 
     share = _share(args.share)
-    with open_store(args, create=False) as store, Bars() as bars:
+    with open_store(args, create=False) as store, Bars(args) as bars:
         done = store.compact(args.key, share=share, on_progress=lambda path, done, todo: bars(path, done, done + todo))
     if args.json:
         print_json(asdict(done), args.json)

@@ -14,8 +14,9 @@ import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cowfs.cli import Command, is_path
-from cowfs.cli.output import path_fields, print_items, shown
-from cowfs.cli.store.args import Bars, add_json, add_store, open_store
+from cowfs.cli.output import path_fields, print_items, print_json, shown
+from cowfs.cli.progress import Bars
+from cowfs.cli.store.args import add_json, add_store, open_store
 from cowfs.errors import InvalidArgument, NotFound
 from cowfs.model import format_size, parse_size
 
@@ -40,11 +41,11 @@ class Place(NamedTuple):
 
 
 def place_in(store: Store, text: str, *, need_path: bool = True) -> Place:
-    """What NAME:PATH means, or (unless a path is needed) NAME alone.
+    """Parse NAME:PATH, or (unless a path is needed) NAME alone.
 
     Raises:
         InvalidArgument: there is no colon.
-        NotFound: the store knows no such name.
+        NotFound: the store has no such name.
     """
     if not need_path and _known(store, text):
         return Place(text, "/")
@@ -90,7 +91,7 @@ def _configure_cp(parser: argparse.ArgumentParser) -> None:
     add("source", metavar="SOURCE", help="NAME:PATH, a path of the host, or - for a tar; /. behind it: what is in it")
     add("target", metavar="TARGET", help="likewise; into a directory that is there, under the name that it has")
     add("-a", "--archive", action="store_true", help="keep owners, set-id bits and all extended attributes")
-    add_store(parser, json=False)
+    add_store(parser)
 
 
 def _cp(args: argparse.Namespace) -> int:
@@ -99,8 +100,9 @@ def _cp(args: argparse.Namespace) -> int:
         raise InvalidArgument("neither of them is in a snapshot", remedy="write one as NAME:PATH")
     if "-" in (args.source, args.target) and all(inside):
         raise InvalidArgument("- is a tar, and takes the place of the host's path")
-    with open_store(args, create=False) as store, Bars() as bars:
-        progress = _progress(bars)
+    with open_store(args, create=False) as store, Bars(args) as bars:
+        done = [0, 0]
+        progress = _counted(bars, done)
         if all(inside):
             source, target = place_in(store, args.source), place_in(store, args.target)
             path = _landing(source.path, target.path, lambda path: _is_dir(store, target.name, path))
@@ -109,14 +111,23 @@ def _cp(args: argparse.Namespace) -> int:
             _copy_out(args, store, progress)
         else:
             _copy_in(args, store, progress)
+    if args.json and args.target != "-":
+        told = {"source": args.source, "target": args.target, "bytes": done[0], "objects": done[1]}
+        print_json(told, args.json)
     return 0
 
 
-def _progress(bars: Bars) -> Callable[[int, int], object] | None:
-    return (lambda done, objects: bars(f"{objects} objects", done, 0)) if bars.on else None
+def _counted(bars: Bars, counts: list[int]) -> Callable[[int, int], object]:
+    """The function for the progress of a copy; it keeps bytes and objects in ``counts``, too."""
+
+    def progress(done: int, objects: int) -> None:
+        counts[:] = done, objects
+        bars("copied", done, 0)
+
+    return progress
 
 
-def _copy_out(args: argparse.Namespace, store: Store, progress: Callable[[int, int], object] | None) -> None:
+def _copy_out(args: argparse.Namespace, store: Store, progress: Callable[[int, int], object]) -> None:
     place = place_in(store, args.source)
     if args.target == "-":
         if sys.stdout.isatty():
@@ -128,7 +139,7 @@ def _copy_out(args: argparse.Namespace, store: Store, progress: Callable[[int, i
     store.copy_out(place.name, place.path, target, owners=args.archive, progress=progress)
 
 
-def _copy_in(args: argparse.Namespace, store: Store, progress: Callable[[int, int], object] | None) -> None:
+def _copy_in(args: argparse.Namespace, store: Store, progress: Callable[[int, int], object]) -> None:
     place = place_in(store, args.target)
     if args.source == "-":
         store.copy_in_tar(place.name, sys.stdin.buffer, place.path, progress=progress)
@@ -147,10 +158,10 @@ def _is_dir(store: Store, name: str, path: str) -> bool:
 
 
 def _landing(source: str, target: str, is_dir: Callable[[str], bool]) -> str:
-    """Where a source comes to lie, as cp(1) has it: in a directory that is there, else under the target's own name.
+    """The destination of a source, as in cp(1): inside an existing directory, else under the target's own name.
 
     Raises:
-        NotFound: the target names a directory that is not there.
+        NotFound: the target's directory does not exist.
     """
     if not is_dir(target):
         if target.endswith("/"):
@@ -297,7 +308,7 @@ def _depth(path: bytes, top: bytes) -> int:
 
 
 def _tests(args: argparse.Namespace) -> list[Callable[[FileInfo], bool]]:
-    """The tests that were asked for; all must hold."""
+    """The tests of the arguments; all must hold."""
     tests: list[Callable[[FileInfo], bool]] = []
     if args.name is not None:
         name = os.fsencode(args.name)
@@ -396,7 +407,7 @@ def _du(args: argparse.Namespace) -> int:
 
 
 def _sums(store: Store, place: Place, depth: int) -> tuple[dict[bytes, tuple[int, int]], bytes]:
-    """Bytes and objects below each directory down to a depth; a file with several names counts where it is met first."""
+    """Bytes and objects below each directory down to a depth; a file with several names counts at the first one found."""
     sums: dict[bytes, tuple[int, int]] = {}
     seen: set[object] = set()
     top: bytes | None = None

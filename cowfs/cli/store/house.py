@@ -1,4 +1,4 @@
-"""`cowfs prune`, `rename`, `copy`, `doctor` and `logs`: keeping house."""
+"""`cowfs prune`, `rename`, `copy`, `doctor` and `logs`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import sys
 from typing import TYPE_CHECKING
 
 from cowfs.cli import Command, config
-from cowfs.cli.output import print_items, print_json, print_table, shown
-from cowfs.cli.store.args import Bars, add_json, add_store, check_new, open_store
+from cowfs.cli.output import note, print_items, print_json, print_table, shown
+from cowfs.cli.progress import Bars
+from cowfs.cli.store.args import add_json, add_store, check_new, open_store
 from cowfs.errors import FailedPrecondition, InvalidArgument, NotFound
 from cowfs.model import format_size
 
@@ -50,7 +51,7 @@ def _configure_prune(parser: argparse.ArgumentParser) -> None:
 
 
 def _prune(args: argparse.Namespace) -> int:
-    with open_store(args, create=False) as store:
+    with open_store(args, create=False) as store, Bars(args, "prune"):
         done = store.prune(args.filters, every=args.all, older=age(args.older), keep=args.keep, dry_run=args.dry_run)
     if args.json:
         told = {"removed": list(done.names), "bytes": done.bytes, "dry_run": args.dry_run,
@@ -60,11 +61,9 @@ def _prune(args: argparse.Namespace) -> int:
     for name in done.names:
         print(shown(name))
     for name, why in done.kept:
-        print(f"cowfs prune: left {shown(name)}: {shown(why)}", file=sys.stderr)
-    print(
-        f"{'would remove' if args.dry_run else 'removed'} {len(done.names)} snapshots, {format_size(done.bytes)}",
-        file=sys.stderr,
-    )
+        note(args, f"cowfs prune: left {shown(name)}: {shown(why)}")
+    verb = "would remove" if args.dry_run else "removed"
+    note(args, f"{verb} {len(done.names)} snapshots, {format_size(done.bytes)}")
     return 0
 
 
@@ -74,13 +73,15 @@ def _prune(args: argparse.Namespace) -> int:
 def _configure_rename(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("old", metavar="OLD", help="a key that is not mounted, a name or a tag")
     parser.add_argument("new", metavar="NEW", help="what it is called from now on")
-    add_store(parser, json=False)
+    add_store(parser)
 
 
 def _rename(args: argparse.Namespace) -> int:
     check_new(args.new)
     with open_store(args, create=False) as store:
         store.rename(args.old, args.new)
+    if args.json:
+        print_json({"old": args.old, "name": args.new}, args.json)
     return 0
 
 
@@ -97,9 +98,9 @@ def _copy(args: argparse.Namespace) -> int:
 
     copied: list[str] = []
     fsync = config.fsync()
-    with open_store(args, create=False) as store, Bars() as bars:
+    with open_store(args, create=False) as store, Bars(args) as bars:
         for name in args.names:
-            store.resolve(name)  # one that is not there makes no store
+            store.resolve(name)  # a missing directory makes no store
         with Store.open(args.to, driver=args.to_driver, fsync=fsync) as other:
             for name in args.names:
                 copied += store.copy_to(name, other, progress=bars if bars.on else None)
@@ -127,7 +128,7 @@ def _doctor(args: argparse.Namespace) -> int:
     missing = any(one.state == "missing" for one in found)
     if args.json:
         print_items((one._asdict() for one in found), args.json)
-    else:
+    elif not args.quiet:
         print_table(("", "ABOUT", "FOUND"), [(one.state, one.about, shown(one.what)) for one in found])
         remedies = [one for one in found if one.remedy]
         if remedies:
@@ -145,7 +146,7 @@ def _configure_logs(parser: argparse.ArgumentParser) -> None:
     add("mount", metavar="MNT|KEY", help="a mount point, or a snapshot of the store that is mounted")
     add("-n", "--lines", type=int, metavar="N", help="the last N lines only")
     add("-f", "--follow", action="store_true", help="go on with what is written from now on, until the mount ends")
-    add_store(parser, json=False)
+    add_store(parser)
 
 
 def _logs(args: argparse.Namespace) -> int:
@@ -156,15 +157,23 @@ def _logs(args: argparse.Namespace) -> int:
         file = open(path, "rb")  # noqa: SIM115  closed by the with below
     except FileNotFoundError:
         raise NotFound(f"the log {path} is gone") from None
-    out = sys.stdout.buffer
     with file:
         lines = file.read().splitlines(keepends=True)
-        kept = lines if args.lines is None else lines[max(0, len(lines) - max(0, args.lines)) :]
-        out.writelines(kept)
-        out.flush()
+        _write_lines(args, lines if args.lines is None else lines[max(0, len(lines) - max(0, args.lines)) :])
         if args.follow:
             _follow(args, file)
     return 0
+
+
+def _write_lines(args: argparse.Namespace, lines: list[bytes]) -> None:
+    """Print lines as they are, or each as an object."""
+    if args.json:
+        told = ({"line": line.rstrip(b"\n").decode("utf-8", "surrogateescape")} for line in lines)
+        print_items(told, "lines" if args.json == "array" and args.follow else args.json)
+        sys.stdout.flush()
+        return
+    sys.stdout.buffer.writelines(lines)
+    sys.stdout.buffer.flush()
 
 
 def _log_of(args: argparse.Namespace) -> str:
@@ -188,8 +197,7 @@ def _follow(args: argparse.Namespace, file: object) -> None:
     while True:
         piece = stream.read()
         if piece:
-            sys.stdout.buffer.write(piece)
-            sys.stdout.buffer.flush()
+            _write_lines(args, piece.splitlines(keepends=True))
             continue
         try:
             _log_of(args)

@@ -7,8 +7,9 @@ import sys
 from typing import TYPE_CHECKING, BinaryIO
 
 from cowfs.cli import Command
-from cowfs.cli.output import print_json, shown
-from cowfs.cli.store.args import Bars, add_store, open_store, set_labels
+from cowfs.cli.output import note, print_json, shown
+from cowfs.cli.progress import Bars
+from cowfs.cli.store.args import add_store, open_store, set_labels
 from cowfs.errors import InvalidArgument, NotFound
 from cowfs.sys.atomic import replacing
 
@@ -71,14 +72,14 @@ def _import_host(args: argparse.Namespace, root: str, driver: str) -> int:
     refused = [name for name in ("source", "name", "tag", "platform", "form") if getattr(args, name)]
     if refused or (args.from_docker_aufs and args.from_docker_overlay2):
         raise InvalidArgument(f"--from-docker-{driver} brings over all images", remedy="leave out what chooses one")
-    with open_store(args) as store, Bars() as bars:
+    with open_store(args) as store, Bars(args) as bars:
         tops, faults = store.import_docker_host(
             root, driver, options=_bounds(args), labels=set_labels(args.label), progress=bars if bars.on else None,
-            told=lambda line: print(f"cowfs: note: {shown(line)}", file=sys.stderr),
+            told=lambda line: note(args, f"cowfs: note: {shown(line)}"),
         )  # fmt: skip
         tags = {top: [tag.name for tag in store.tags() if tag.target == top] for top in tops}
     if args.json:
-        print_json([{"name": top, "tags": names} for top, names in tags.items()])
+        print_json([{"name": top, "tags": names} for top, names in tags.items()], args.json)
     else:
         for top, names in tags.items():
             print(shown(" ".join([top, *names])))
@@ -91,11 +92,11 @@ def _import(args: argparse.Namespace) -> int:
             return _import_host(args, root, driver)
     if args.source is None:
         raise InvalidArgument("nothing to import is named", remedy="cowfs import SOURCE; - is a pipe")
-    with open_store(args) as store, Bars() as bars:
+    with open_store(args) as store, Bars(args) as bars:
         top = store.import_image(
             _source(args.source), args.name, tag=args.tag, platform=args.platform, form=args.form,
             options=_bounds(args), labels=set_labels(args.label), progress=bars if bars.on else None,
-            told=lambda line: print(f"cowfs: note: {shown(line)}", file=sys.stderr),
+            told=lambda line: note(args, f"cowfs: note: {shown(line)}"),
         )  # fmt: skip
         tags = [tag.name for tag in store.tags() if tag.target == top]
     if args.json:
@@ -116,7 +117,7 @@ def _configure_apply(parser: argparse.ArgumentParser) -> None:
 
 
 def _apply(args: argparse.Namespace) -> int:
-    with open_store(args, create=False) as store, Bars() as bars:
+    with open_store(args, create=False) as store, Bars(args) as bars:
         source = _source(args.tar)
         try:
             stream = open(source, "rb") if isinstance(source, str) else source  # noqa: SIM115  (closed by the with below)
@@ -166,13 +167,13 @@ def _configure_export(parser: argparse.ArgumentParser) -> None:
         help="only the blocks that changed, for 'cowfs apply --blocks' in another store",
     )
     add("--base", metavar="NAME", help="with --blocks: against this snapshot (default: the parent)")
-    add_store(parser, template=False)
+    add_store(parser, form=False)
 
 
 def _export(args: argparse.Namespace) -> int:
     if args.file == "-" and sys.stdout.isatty():
         raise InvalidArgument("an archive does not go to a terminal", remedy="redirect it, or name a file")
-    with open_store(args, create=False) as store, Bars() as bars:
+    with open_store(args, create=False) as store, Bars(args) as bars:
         progress = bars if bars.on else None
         if args.blocks:
             return _export_blocks(args, store)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from cowfs.cli import Command, config
 from cowfs.cli.output import print_json, print_table, shown, size_or
-from cowfs.cli.store.args import Bars, add_json, add_store, open_store
+from cowfs.cli.store.args import add_json, add_store, look_at_store, open_store
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
+    from typing import Any
 
-    from cowfs.store import Store
+    from cowfs.store.look import Look
 
 
 def _configure_init(parser: argparse.ArgumentParser) -> None:
@@ -76,7 +76,7 @@ def _configure_df(parser: argparse.ArgumentParser) -> None:
 
 
 def _df(args: argparse.Namespace) -> int:
-    with open_store(args, create=False) as store:
+    with look_at_store(args) as store:
         totals = store.totals()
         each = _each(store) if args.verbose else []
     if args.json:
@@ -111,7 +111,7 @@ def _df(args: argparse.Namespace) -> int:
     return 0
 
 
-def _each(store: Store) -> list[dict[str, Any]]:
+def _each(store: Look) -> list[dict[str, Any]]:
     """Own: its layer. Shared: its ancestors' layers. Reclaimable: its layer, when neither child nor tag needs it."""
     below: dict[int, int] = {}
     told = []
@@ -140,7 +140,9 @@ def _configure_check(parser: argparse.ArgumentParser) -> None:
 
 
 def _check(args: argparse.Namespace) -> int:
-    with open_store(args, create=False) as store, Bars() as bars:
+    from cowfs.cli.progress import Bars
+
+    with open_store(args, create=False) as store, Bars(args) as bars:
         report = store.check(content=args.content, repair=args.repair, progress=bars if bars.on else None)
         quarantined = store.quarantined()
     if args.json:
@@ -187,7 +189,9 @@ def _configure_gc(parser: argparse.ArgumentParser) -> None:
 def _gc(args: argparse.Namespace) -> int:
     if args.dry_run:
         return _garbage(args)
-    with open_store(args, create=False) as store:
+    from cowfs.cli.progress import Bars
+
+    with open_store(args, create=False) as store, Bars(args, "gc"):
         done = store.gc()
     if args.json:
         print_json({"directories": list(done.directories), "records": done.records}, args.json)
@@ -210,10 +214,11 @@ def _configure_migrate(parser: argparse.ArgumentParser) -> None:
 
 
 def _migrate(args: argparse.Namespace) -> int:
+    from cowfs.cli.progress import Bars
     from cowfs.store import Store
 
     root = config.root(args.root)
-    with Bars() as bars:
+    with Bars(args) as bars:
         made = Store.migrate(
             root,
             args.to,

@@ -1,4 +1,4 @@
-"""`cowfs snapshot`, `rollback`, `squash` and `fork`: snapshots of what is being written."""
+"""`cowfs snapshot`, `rollback`, `squash` and `fork`: snapshots of active snapshots."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from cowfs.cli import Command
 from cowfs.cli.output import print_json, shown
+from cowfs.cli.progress import Bars
 from cowfs.cli.store.args import add_store, check_new, info_as_json, open_store, set_labels
 from cowfs.cli.store.snapshots import mount_as_json
 
@@ -32,7 +33,9 @@ def _configure_snapshot(parser: argparse.ArgumentParser) -> None:
 def _snapshot(args: argparse.Namespace) -> int:
     check_new(args.name)
     with open_store(args, create=False) as store:
-        return _print_info(store.snapshot(args.key, args.name, labels=set_labels(args.label)), as_json=args.json)
+        with Bars(args, f"snapshot {args.key}"):
+            info = store.snapshot(args.key, args.name, labels=set_labels(args.label))
+        return _print_info(info, as_json=args.json)
 
 
 def _configure_rollback(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +50,9 @@ def _rollback(args: argparse.Namespace) -> int:
     if args.keep is not None:
         check_new(args.keep)
     with open_store(args, create=False) as store:
-        return _print_info(store.rollback(args.key, args.name, keep=args.keep), as_json=args.json)
+        with Bars(args, f"rollback {args.key}"):
+            info = store.rollback(args.key, args.name, keep=args.keep)
+        return _print_info(info, as_json=args.json)
 
 
 def _configure_squash(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +64,7 @@ def _configure_squash(parser: argparse.ArgumentParser) -> None:
 
 
 def _squash(args: argparse.Namespace) -> int:
-    with open_store(args, create=False) as store:
+    with open_store(args, create=False) as store, Bars(args, f"squash {args.name}"):
         info = store.squash(args.name, dry_run=args.dry_run)
     if args.dry_run and not args.json:
         print(shown(info.name))
@@ -78,10 +83,11 @@ def _configure_fork(parser: argparse.ArgumentParser) -> None:
 def _fork(args: argparse.Namespace) -> int:
     for key in args.keys:
         check_new(key, "key")
-    with open_store(args, create=False) as store:
+    with open_store(args, create=False) as store, Bars(args, f"fork {args.name}"):
         made = store.fork(args.name, *args.keys, size=args.size, inodes=args.inodes)
     if args.json:
-        print_json({key: [mount_as_json(mount) for mount in mounts] for key, mounts in made.items()}, args.json)
+        told = [{"key": key, "mounts": [mount_as_json(mount) for mount in mounts]} for key, mounts in made.items()]
+        print_json(told, args.json)
     return 0
 
 

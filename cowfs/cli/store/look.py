@@ -1,16 +1,16 @@
-"""`cowfs ls`, `tree`, `log`, `stat` and `images`: what there is, by the index alone."""
+"""`cowfs ls`, `tree`, `log`, `stat` and `images`: the content of the store, by the index alone."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
 
 from cowfs.cli import Command
 from cowfs.cli.output import age_of, print_items, print_json, print_table, shown, size_or, table_lines
 from cowfs.cli.store.args import Places, add_store, info_as_json, look_at_store, paged, when
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Iterator
+    from typing import Any
 
     from cowfs.model import Info
     from cowfs.store.look import Look
@@ -104,7 +104,7 @@ def _ls(args: argparse.Namespace) -> int:
 
 
 def _described(store: Look, filters: list[str]) -> Iterator[dict[str, Any]]:
-    """All that is known of each snapshot without asking a server."""
+    """All fields of each snapshot that need no server."""
     tags: dict[str, list[str]] = {}
     for tag in store.tags():
         tags.setdefault(tag.target, []).append(tag.name)
@@ -202,6 +202,9 @@ def _log(args: argparse.Namespace) -> int:
             return 0
         with paged() as line:
             for info in chain:
+                if args.quiet:
+                    line(shown(info.name))
+                    continue
                 row = store.index.get(info.name)
                 used = f"{size_or(row.usage.bytes)}, {row.usage.inodes} inodes" if row.usage else info.kind.value
                 line(f"{when(info.created)}  {used:<28} {shown(info.name)}")

@@ -83,13 +83,27 @@ def _add_sandbox(parser: argparse.ArgumentParser) -> None:
 
 
 _FLAGS = frozenset(
-    ("--rm", "--keep", "--privileged", "-q", "--quiet", "-i", "--interactive", "-t", "--tty", "-h", "--help")
+    (
+        "--rm",
+        "--keep",
+        "--privileged",
+        "-q",
+        "--quiet",
+        "-D",
+        "--debug",
+        "-i",
+        "--interactive",
+        "-t",
+        "--tty",
+        "-h",
+        "--help",
+    )
 )
 """Options of run and sh that take no value."""
 
 
 def _split_command(parser: argparse.ArgumentParser) -> None:
-    """What follows ``--``, or the word behind the first one that is no option, is the command's, whatever it looks like."""
+    """The words from ``--`` on, or behind the first word that is no option, belong to the command, options or not."""
     known = parser.parse_known_args
 
     def parse_known_args(arguments: list[str], namespace: object = None) -> tuple[argparse.Namespace, list[str]]:

@@ -1,4 +1,4 @@
-"""`cowfs prepare`, `view`, `commit`, `rm`, `label` and `tag`: what changes which snapshots there are."""
+"""`cowfs prepare`, `view`, `commit`, `rm`, `label` and `tag`: the verbs that make, change and remove snapshots."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from cowfs.cli import Command
 from cowfs.cli.output import print_json, shown
+from cowfs.cli.progress import Bars
 from cowfs.cli.store.args import add_store, check_new, info_as_json, label_pairs, open_store, set_labels
 from cowfs.errors import InvalidArgument
 
@@ -57,7 +58,7 @@ def _configure_prepare(parser: argparse.ArgumentParser) -> None:
 
 def _prepare(args: argparse.Namespace) -> int:
     check_new(args.key, "key")
-    with open_store(args, create=args.parent is None) as store:
+    with open_store(args, create=args.parent is None) as store, Bars(args, f"prepare {args.key}"):
         mounts = store.prepare(
             args.key, args.parent, size=args.size, inodes=args.inodes, labels=set_labels(args.label),
             mount_type=args.mount_type,
@@ -77,7 +78,7 @@ def _configure_view(parser: argparse.ArgumentParser) -> None:
 
 def _view(args: argparse.Namespace) -> int:
     check_new(args.key, "key")
-    with open_store(args, create=args.parent is None) as store:
+    with open_store(args, create=args.parent is None) as store, Bars(args, f"view {args.key}"):
         mounts = store.view(args.key, args.parent, labels=set_labels(args.label), mount_type=args.mount_type)
     _print_mounts(mounts, as_json=args.json)
     return 0
@@ -97,10 +98,11 @@ def _configure_commit(parser: argparse.ArgumentParser) -> None:
 def _commit(args: argparse.Namespace) -> int:
     check_new(args.name)
     with open_store(args, create=False) as store:
-        info = store.commit(
-            args.key, args.name, labels=set_labels(args.label), digests=args.digests, compact=args.compact,
-            kernel_image=args.kernel_image,
-        )  # fmt: skip
+        with Bars(args, f"commit {args.key}"):
+            info = store.commit(
+                args.key, args.name, labels=set_labels(args.label), digests=args.digests, compact=args.compact,
+                kernel_image=args.kernel_image,
+            )  # fmt: skip
         if args.json:
             print_json({**info_as_json(info), "usage": _usage(store, info.name)}, args.json)
     return 0
@@ -116,11 +118,12 @@ def _configure_rm(parser: argparse.ArgumentParser) -> None:
 
 def _rm(args: argparse.Namespace) -> int:
     removed = []
-    with open_store(args, create=False) as store:
-        for name in args.names:
+    with open_store(args, create=False) as store, Bars(args, "rm") as bars:
+        for at, name in enumerate(args.names):
+            bars(f"rm {name}" if len(args.names) == 1 else "rm", at, 0 if len(args.names) == 1 else len(args.names))
             removed += (store.removable if args.dry_run else store.remove)(name, chain=args.chain)
     if args.json:
-        print_json(removed, args.json)
+        print_json([{"name": name} for name in removed], args.json)
     else:
         for name in removed:
             print(shown(name))
@@ -158,6 +161,8 @@ def _tag(args: argparse.Namespace) -> int:
     with open_store(args, create=False) as store:
         if args.delete:
             store.untag(args.tag)
+            if args.json:
+                print_json({"name": args.tag, "target": None}, args.json)
             return 0
         tag = store.tag(args.tag, args.target)
     if args.json:

@@ -1,4 +1,4 @@
-"""Routes of containers: make, look, start, end, remove."""
+"""Routes of containers: create, list, inspect, start, stop, remove."""
 
 from __future__ import annotations
 
@@ -224,7 +224,7 @@ def _host(service: Service, container: Container) -> dict[str, Any]:
 
 
 def options_of(asked: Mapping[str, str], limit: Limit) -> dict[str, str]:
-    """The limit as ``--storage-opt`` has it: as it was asked for, unless it was changed since."""
+    """The limit in the form of ``--storage-opt``: as requested, unless it was changed since."""
     told = {}
     for key, now, parse in (("size", limit.bytes, parse_size), ("inodes", limit.inodes, parse_count)):
         if now is not None:
@@ -291,7 +291,7 @@ def _remove(service: Service, exchange: Exchange, name: str) -> Reply:
 
 
 def _wait(service: Service, exchange: Exchange, name: str) -> Reply:
-    """The headers go at once: clients start the container only when they have them."""
+    """Send the headers at once: clients start the container only when they have them."""
     container = service.containers.get(name)
     condition = exchange.query.get("condition") or "not-running"
     if condition not in ("not-running", "next-exit", "removed"):

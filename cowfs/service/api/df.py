@@ -1,4 +1,5 @@
-"""``GET /system/df``: what images and containers hold, and how much of it could be had back; from records, without a walk; only volumes are walked."""
+"""``GET /system/df``: the space of images and containers, and the reclaimable part of it, from records; only volumes
+are walked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page at ``/ui/``: its files, and the documents that it reads. It reads events, and acts, by Docker's own routes."""
+"""The page at ``/ui/``: its files, and the documents that it reads. The page reads events, and acts, by Docker's own routes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _TYPES = {
 }
 
 _HEADERS = {
-    # Content Security Policy 3: nothing from elsewhere, nothing written into the document, no frame around it.
+    # Content Security Policy 3: no resources of other origins, no inline scripts or styles, no frame around the page.
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self';"
     " base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'",
     "referrer-policy": "no-referrer",

@@ -18,7 +18,7 @@ AUTH = "x-registry-auth"
 
 
 def transfers(service: Service) -> Transfers:
-    """The way to registries, by the options as they are now."""
+    """The transfers to and from registries, by the present options."""
     options = service.options
     return Transfers(service.store, service.images, mirrors=options.registry_mirror, insecure=options.insecure_registry)
 

@@ -1,4 +1,4 @@
-"""From a request to its handler: one table over all modules of the API.
+"""The routing of requests to handlers: one table over all modules of the API.
 
 Rule: a handler takes (service, exchange, the path's arguments) and returns a :class:`~cowfs.service.http.Reply` or raises
 a CowfsError; it does no more than translate.
@@ -49,7 +49,7 @@ def _number(text: str) -> tuple[int, int]:
 
 
 def version_of(exchange: Exchange) -> tuple[int, int]:
-    """The version of the API that a request asks for; the newest where it does not say."""
+    """The version of the API in a request; the newest if it has none."""
     match = _VERSION.match(exchange.path)
     return (int(match[1]), int(match[2])) if match else _number(MAX_VERSION)
 
@@ -61,10 +61,10 @@ class Table:
         self._routes = [(each.methods.split(), _compile(each.pattern), each) for each in routes]
 
     def dispatch(self, service: Service, exchange: Exchange) -> Reply:
-        """Have a request handled.
+        """Handle a request by its route.
 
         Raises:
-            CowfsError: as the handler; ApiError: 400 for a version that is not spoken, 405, 501.
+            CowfsError: as the handler; ApiError: 400 for an unknown version, 405, 501.
         """
         path = exchange.path
         match = _VERSION.match(path)
@@ -130,7 +130,7 @@ def filters_of(exchange: Exchange, known: Iterable[str]) -> Mapping[str, list[st
     """The ``filters`` of a query: a JSON object of lists, or (as older clients send it) of objects whose keys are the values.
 
     Raises:
-        ApiError: 400: it cannot be read, or has a filter that there is not.
+        ApiError: 400: it is malformed, or has an unknown filter.
     """
     text = exchange.query.get("filters", "")
     if not text:

@@ -36,7 +36,7 @@ def _streams(exchange: Exchange) -> list[int]:
 
 
 def _keys(exchange: Exchange) -> bytes:
-    """Bytes of the keys that detach: ``ctrl-p,ctrl-q`` or letters."""
+    """The bytes of the detach keys: ``ctrl-p,ctrl-q`` or letters."""
     text = exchange.query.get("detachKeys", "")
     made = b""
     for word in text.split(",") if text else ():
@@ -106,7 +106,7 @@ def _logs(service: Service, exchange: Exchange, name: str) -> Reply:
 
 
 def _has_output(container: Container) -> bool:
-    """Whether more may come: it runs, or its last output is being written."""
+    """Whether more output may come: the container runs, or its last output is being written."""
     return container.running or container.watcher is not None
 
 
@@ -146,7 +146,7 @@ def _exec_start(service: Service, exchange: Exchange, id: str) -> Reply:
     def take(sock: socket.socket, early: bytes) -> None:
         try:
             process = service.containers.execs.process(made, console)
-        except CowfsError as error:  # as Docker does: a client that upgrades hears of it on its stream
+        except CowfsError as error:  # as Docker does: a client that upgrades gets the error on its stream
             made.code = 126  # before the stream ends: the client asks for it then
             with sock:
                 text = f"{error}\r\n".encode()

@@ -1,4 +1,4 @@
-"""Routes about what a container holds: copying in and out, commit, export, statistics."""
+"""Routes about the content of a container: copying in and out, commit, export, statistics."""
 
 from __future__ import annotations
 

@@ -9,9 +9,9 @@ r"""containerd's filter language, to the letter (containerd, pkg/filters: the gr
     quoted    := a string in double quotes with Go's escapes; the value of "~=" also in slashes or bars
 
 White space before a token is skipped, behind a value it is an error. All selectors of a filter must match, of several filters
-one. A field alone asks whether it is there, which ``name`` and ``parent`` always are. A field that is not there is the empty string
-for ``!=`` and ``~=``, and equals nothing. A pattern that cannot be compiled matches nothing. Patterns are Python's, which differ from RE2
-in what containerd's clients do not use (``\pL``, ``\z``).
+one. A field alone tests its presence; ``name`` and ``parent`` are always present. A missing field is the empty string
+for ``!=`` and ``~=``, and equals nothing. A pattern that cannot be compiled matches nothing. Patterns are Python's,
+which differ from RE2 in parts that containerd's clients do not use (``\pL``, ``\z``).
 
 The store's own filters (:mod:`cowfs.store.filters`) are stricter, for people.
 """
@@ -46,7 +46,7 @@ class _Token(NamedTuple):
 
 
 class _Scanner:
-    """The tokens of one filter. After an operator, what is no token of another kind is a value."""
+    """The tokens of one filter. After an operator, text that is no token of another kind is a value."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -65,7 +65,7 @@ class _Scanner:
         """The next token.
 
         Raises:
-            InvalidArgument: there is none that begins so.
+            InvalidArgument: no token begins so.
         """
         found = _SPACE.match(self.text, self.at)
         at = self.at = found.end() if found else self.at
@@ -143,7 +143,7 @@ def _escaped(match: re.Match[str], quote: str) -> bytes | None:
 
 
 def _field_of(info: Info, path: tuple[str, ...]) -> str | None:
-    """A field of a snapshot; None where it is not there."""
+    """A field of a snapshot; None if it is missing."""
     head, rest = path[0], ".".join(path[1:])
     values: Mapping[str, str] = {"name": info.name, "parent": info.parent or "", "kind": info.kind.value}
     return info.labels.get(rest) if head == "labels" else values.get(head)
@@ -207,7 +207,7 @@ def parse_all(filters: Iterable[str]) -> Filter:
     """One test for several filters, of which one must match; none match everything.
 
     Raises:
-        InvalidArgument: one cannot be read.
+        InvalidArgument: one is malformed.
     """
     made = [_parse(text) for text in filters]
     return lambda info: not made or any(one(info) for one in made)

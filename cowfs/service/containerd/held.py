@@ -1,15 +1,16 @@
 """Mounts that the service holds, for an engine to bind: those of snapshots that the kernel does not mount.
 
-Strategy. A snapshot with a limit is mounted once, by a server of its own as any mount of cowfs, in a directory of the service,
-and the engine is told to bind it. So it starts in milliseconds, a second user (a diff of a running container) gets the same file system, and the
-server outlives a restart of the service. The service and the engine must be in one mount namespace.
+Strategy. A snapshot with a limit is mounted once, by a server of its own as any mount of cowfs, in a directory of the
+service, and the engine gets a bind mount of it. So it starts in milliseconds, a second user (a diff of a running
+container) gets the same file system, and the server outlives a restart of the service. The service and the engine must
+be in one mount namespace.
 
-The directory ``RUN/held/ID`` is named after the layer. It goes, whatever the engine does meanwhile:
+The directory ``RUN/held/ID`` is named after the layer. It is unmounted, whatever the engine does meanwhile:
 
-* when the snapshot is committed or removed: off the tree at once; what the engine has bound goes on until it unmounts that;
-* when nothing but this directory has shown the mount for two looks, :data:`PAUSE` seconds apart, and nobody asked for it since: a
-  stopped container has no server. The next :meth:`Held.mount` makes it anew. A bind of a directory that is gone fails with ENOENT, so nobody
-  writes past the limit.
+* when the snapshot is committed or removed: lazily and at once; the engine's bind goes on until it is unmounted;
+* when only this directory has shown the mount at two checks, :data:`PAUSE` seconds apart, and no request for it came
+  since: a stopped container has no server. The next :meth:`Held.mount` makes it anew. A bind of a missing directory
+  fails with ENOENT, so no write passes the limit.
 
 Threads: :meth:`Held.mount` and :meth:`Held.release` may be called from any; :meth:`Held.look` from one.
 """
@@ -36,7 +37,7 @@ class Held:
     """The held mounts of a service.
 
     Args:
-        directory: where they are; made here.
+        directory: the directory of the mounts; made here.
     """
 
     def __init__(self, store: Store, directory: str) -> None:
@@ -45,14 +46,14 @@ class Held:
         os.makedirs(directory, mode=0o700, exist_ok=True)
         self._turns = [threading.Lock() for _ in range(_TURNS)]  # one at a time for each id; two ids may share one
         self._lock = threading.Lock()
-        self._asked: set[str] = set()  # guarded by _lock: ids asked for since the last look
-        self._idle: set[str] = set()  # only in look: ids that nobody used at the last one
+        self._asked: set[str] = set()  # guarded by _lock: ids requested since the last check
+        self._idle: set[str] = set()  # only in look: ids that were unused at the last check
 
     def _turn(self, id: str) -> threading.Lock:
         return self._turns[hash(id) % _TURNS]
 
     def place(self, id: str) -> str:
-        """Where the mount of a layer is held."""
+        """The path of the held mount of a layer."""
         return os.path.join(self.directory, id)
 
     def mount(self, key: str) -> str:
@@ -60,7 +61,7 @@ class Held:
 
         Raises:
             NotFound: no such key.
-            FailedPrecondition: it is mounted where this process cannot see it.
+            FailedPrecondition: it is mounted in a namespace that this process cannot see.
         """
         id = self._store.index.get(key).id
         place = self.place(id)
@@ -79,7 +80,7 @@ class Held:
             return place
 
     def _seen(self, key: str, where: str) -> str:
-        """A place where a mounted snapshot can be seen: its mount point, or a bind of it."""
+        """A path of a mounted snapshot: its mount point, or a bind of it."""
         if os.path.ismount(where):
             return where
         device = protocol.device_of(self._store.handle(key).socket)
@@ -91,7 +92,7 @@ class Held:
         )
 
     def release(self, id: str) -> None:
-        """Take a held mount off the tree; whoever has bound it keeps it. One that is not there is fine."""
+        """Unmount a held mount lazily; binds of it go on. A missing one is no error."""
         if os.path.lexists(self.place(id)):
             with self._turn(id):
                 self._detach(self.place(id))
@@ -113,7 +114,7 @@ class Held:
             pass  # still mounted, or gone
 
     def look(self) -> list[str]:
-        """Unmount what only its directory has shown at this look and the one before; the ids."""
+        """Unmount the mounts that only their directory has shown at this check and the one before, and return their ids."""
         with self._lock:
             asked, self._asked = self._asked, set()
         uses: Counter[str] = Counter()

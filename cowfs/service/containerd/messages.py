@@ -1,8 +1,8 @@
 """The messages of containerd's snapshots service, made from one table through protobuf's descriptor pool.
 
 Strategy: field numbers and types are public facts (containerd, api/services/snapshots/v1/snapshots.proto and
-api/types/mount.proto); no file of others is kept here, none is generated, and no compiler is needed. What a newer containerd
-adds is skipped by protobuf as an unknown field.
+api/types/mount.proto); the repository has no copied or generated file, and needs no compiler. Protobuf skips the
+additions of a newer containerd as unknown fields.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The door for containerd: gRPC at a unix socket.
 
 Strategy: handlers translate between messages and :class:`~cowfs.service.containerd.snapshots.Snapshots`; each runs in a thread of a
-pool. A CowfsError becomes the status code that containerd's errdefs translates back; a fault of ours costs one call, and its
-traceback goes to the log alone.
+pool. A CowfsError becomes the status code that containerd's errdefs translates back; a fault of cowfs costs one call,
+and its traceback goes to the log alone.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class SnapshotsServer:
         address: ``unix:///PATH``.
 
     Raises:
-        InvalidArgument: the address is none, or cannot be listened at.
+        InvalidArgument: the address is malformed, or listening there is impossible.
         FailedPrecondition: another process listens there.
     """
 
@@ -104,7 +104,7 @@ class SnapshotsServer:
         self._server.start()
 
     def stop(self, patience: float = 5.0) -> None:
-        """Finish the calls at work, and remove the socket's file if it is still ours."""
+        """Finish the running calls, and remove the socket's file if it is still this server's."""
         self._server.stop(patience).wait()
         try:
             if self._inode and os.lstat(self._path).st_ino == self._inode:

@@ -2,24 +2,24 @@
 
 Rules, from containerd's core/snapshots/snapshotter.go and its conformance suite:
 
-1. Only what came through here is seen here: containerd's garbage collector removes every snapshot that is listed and that it does
-   not know. So each key is kept with :data:`PREFIX`, which no tag can have.
-2. Commit and Remove succeed while the snapshot is mounted; containerd unmounts later.
-3. Labels given to Commit are all that the snapshot has then. One with an empty value is none.
-4. A snapshot prepared with the label :data:`REF` is there already if a committed one has the same label and parent: AlreadyExists.
-   So several namespaces of containerd share what one has unpacked.
-5. A limit is for what a container writes: :data:`MAX_SIZE` (bytes), :data:`MAX_INODES`, or else the default. Keys that begin with ``extract-`` are layers
-   being unpacked, and have none.
+1. Only snapshots made here are listed here: containerd's garbage collector removes every listed snapshot that it does
+not know. So each key is kept with :data:`PREFIX`, which no tag can have. 2. Commit and Remove succeed while the
+snapshot is mounted; containerd unmounts later. 3. Labels given to Commit replace all others. A label with an empty
+value is none. 4. A snapshot prepared with the label :data:`REF` exists already if a committed one has the same label
+and parent: AlreadyExists. So namespaces of containerd share unpacked layers. 5. A limit is for the writes of a container:
+:data:`MAX_SIZE` (bytes), :data:`MAX_INODES`, or else the default. Keys that
+   begin with ``extract-`` are layers being unpacked, and have none.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from cowfs.errors import AlreadyExists, CowfsError, InvalidArgument
 from cowfs.model import Info, Kind, Limit, Mount, Usage
+from cowfs.service.cleaning import Cleaner
 from cowfs.service.containerd import filters as filter_language
 from cowfs.service.containerd.held import PAUSE, Held
 from cowfs.service.logs import log
@@ -34,7 +34,6 @@ MAX_INODES = "containerd.io/snapshot/cowfs-max-inodes"
 """containerd passes on labels that begin with ``containerd.io/snapshot/``."""
 
 _EXTRACT = "extract-"
-_AGAIN = 5.0  # seconds until files of removed snapshots are looked at again
 
 
 class Snapshots:
@@ -49,29 +48,24 @@ class Snapshots:
         self._store = store
         self._default = default
         self.held = Held(store, directory)
-        self._left = threading.Event()
+        self._cleaner = Cleaner(store)
         self._ending = threading.Event()
-        self._threads = [
-            threading.Thread(target=self._clean_up, name="cowfs-cleanup", daemon=True),
-            threading.Thread(target=self._look, name="cowfs-held", daemon=True),
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._thread = threading.Thread(target=self._look, name="cowfs-held", daemon=True)
+        self._thread.start()
 
     def close(self) -> None:
         """End the threads. Mounts stay."""
         self._ending.set()
-        self._left.set()
-        for thread in self._threads:
-            thread.join(60.0)
+        self._thread.join(60.0)
+        self._cleaner.close()
 
     # -- making -----------------------------------------------------------------------------------------------------------
 
     def prepare(self, key: str, parent: str, labels: Mapping[str, str]) -> tuple[Mount, ...]:
-        """A writable snapshot, and how to mount it.
+        """Make a writable snapshot, and return its mounts.
 
         Raises:
-            AlreadyExists: the key is taken, or what :data:`REF` names is there.
+            AlreadyExists: the key is taken, or the snapshot of :data:`REF` exists.
             NotFound: no such parent.
             InvalidArgument: a bad key, label or limit; a parent that is not committed.
         """
@@ -82,12 +76,12 @@ class Snapshots:
         return self._mounts_of_new(key)
 
     def view(self, key: str, parent: str, labels: Mapping[str, str]) -> tuple[Mount, ...]:
-        """A read-only snapshot; errors as for :meth:`prepare`."""
+        """Make a read-only snapshot, and return its mounts; errors as for :meth:`prepare`."""
         self._store.view(_own(key), _own(parent) or None, labels=_kept(labels))
         return self._mounts_of_new(key)
 
     def _mounts_of_new(self, key: str) -> tuple[Mount, ...]:
-        """The mounts of a snapshot that was just made, which goes again when it cannot be mounted."""
+        """The mounts of a snapshot that was just made; it is removed if it cannot be mounted."""
         try:
             return self.mounts(key)
         except BaseException:
@@ -106,7 +100,7 @@ class Snapshots:
         return {**self._default, **{name: value for name, value in own.items() if value}}
 
     def mounts(self, key: str) -> tuple[Mount, ...]:
-        """How to mount an active snapshot or a view: a record of the kernel, or a bind of a mount that is held.
+        """The mounts of an active snapshot or a view: a record of the kernel, or a bind of a mount that is held.
 
         Raises:
             NotFound: no such key.
@@ -122,7 +116,7 @@ class Snapshots:
         """Make an active snapshot immutable.
 
         Args:
-            parent: the one that it must stand on, "" for whichever it stands on.
+            parent: the parent that it must have, "" for any.
 
         Raises:
             AlreadyExists: the name is taken.
@@ -139,7 +133,7 @@ class Snapshots:
         self.held.release(row.id)
 
     def remove(self, key: str) -> None:
-        """Remove a snapshot at once; its files go in a moment, or when they are unmounted.
+        """Remove a snapshot at once; its files are deleted soon, or once they are unmounted.
 
         Raises:
             NotFound: no such key.
@@ -148,9 +142,9 @@ class Snapshots:
         row = self._store.index.get(_own(key))
         self._store.remove(_own(key), mounted=True, defer=True)
         self.held.release(row.id)
-        self._left.set()
+        self._cleaner.wake()
 
-    # -- looking ----------------------------------------------------------------------------------------------------------
+    # -- reading ----------------------------------------------------------------------------------------------------------
 
     def stat(self, key: str) -> Info:
         """One snapshot. Raises NotFound."""
@@ -160,19 +154,19 @@ class Snapshots:
         return (_shown(info) for info in self._store.walk() if info.name.startswith(PREFIX))
 
     def walk(self, filters: Iterable[str]) -> Iterator[Info]:
-        """Those that a filter matches (:mod:`filters`). Raises InvalidArgument for one that cannot be read."""
+        """The snapshots that match the filters (:mod:`filters`). Raises InvalidArgument for a malformed filter."""
         wanted = filter_language.parse_all(filters)
         return filter(wanted, self._infos())
 
     def usage(self, key: str) -> Usage:
-        """What a snapshot holds itself. Raises NotFound."""
+        """The use of a snapshot's own layer. Raises NotFound."""
         return self._store.usage(self._store.index.get(_own(key)).name)
 
     def update(self, name: str, labels: Mapping[str, str], paths: Iterable[str]) -> Info:
         """Change labels. A new limit holds at once, mounted or not.
 
         Args:
-            paths: ``labels``, or ``labels.KEY`` for one of them; none: all that can change.
+            paths: ``labels``, or ``labels.KEY`` for one of them; none: all that are mutable.
 
         Raises:
             NotFound: no such snapshot.
@@ -200,31 +194,21 @@ class Snapshots:
             self._store.limit(_own(name), size=now.get("size"), inodes=now.get("inodes"))
 
     def cleanup(self) -> None:
-        """Delete the files of removed snapshots that no mount uses any more."""
+        """Delete the files of removed snapshots, except those still in use by a mount."""
         self._store.cleanup()
 
     # -- threads ----------------------------------------------------------------------------------------------------------
 
-    def _clean_up(self) -> None:
-        while not self._ending.is_set():
-            self._left.wait(_AGAIN)
-            self._left.clear()
-            _tell_errors(self._store.cleanup, "files of removed snapshots")
-
     def _look(self) -> None:
         while not self._ending.wait(PAUSE):
-            _tell_errors(self.held.look, "mounts that nobody uses")
-
-
-def _tell_errors(act: Callable[[], object], what: str) -> None:
-    try:
-        act()
-    except (CowfsError, OSError) as error:
-        log.warning("%s: %s", what, error)
+            try:
+                self.held.look()
+            except (CowfsError, OSError) as error:
+                log.warning("mounts that nobody uses: %s", error)
 
 
 def _own(key: str) -> str:
-    """The key or name in the store; "" stays, since it is none.
+    """The key or name in the store; "" for "".
 
     Raises:
         InvalidArgument: in the store, for a key that cannot be kept.

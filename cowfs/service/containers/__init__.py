@@ -1,5 +1,5 @@
 """Containers: a snapshot of the store, an OCI bundle that runc or crun runs, and a supervisor that outlives the daemon.
 
-Reading order: ``container`` (what is recorded), ``manager`` (the verbs), ``supervisor`` and ``streams`` (the process that holds input,
-output and exit status), ``bundle`` (what the runtime is told).
+Reading order: ``container`` (the record), ``manager`` (the verbs), ``supervisor`` and ``streams`` (the process that holds input,
+output and exit status), ``bundle`` (the runtime's configuration).
 """

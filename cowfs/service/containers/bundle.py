@@ -1,6 +1,6 @@
-"""The OCI bundle of a container: what the runtime is told (OCI runtime-spec, config.md), from Docker's configuration.
+"""The OCI bundle of a container: the runtime's configuration (OCI runtime-spec, config.md), from Docker's.
 
-Rule: what cannot be given is refused when the container is created, with a sentence; nothing is left out in silence.
+Rule: an impossible request is refused when the container is created, with a sentence; nothing is left out silently.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ CAPABILITIES = (
     "CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FSETID", "CAP_FOWNER", "CAP_MKNOD", "CAP_NET_RAW", "CAP_SETGID", "CAP_SETUID",
     "CAP_SETFCAP", "CAP_SETPCAP", "CAP_NET_BIND_SERVICE", "CAP_SYS_CHROOT", "CAP_KILL", "CAP_AUDIT_WRITE",
 )  # fmt: skip
-"""What root in a container may do by default: Docker's list."""
+"""The default capabilities of root in a container: Docker's list."""
 
 ALL_CAPABILITIES = (
     *CAPABILITIES, "CAP_AUDIT_CONTROL", "CAP_AUDIT_READ", "CAP_BLOCK_SUSPEND", "CAP_BPF", "CAP_CHECKPOINT_RESTORE",
@@ -57,7 +57,7 @@ RLIMITS = {
 
 
 def check(config: ContainerConfig) -> None:
-    """Refuse what no container here can have.
+    """Refuse settings that no container here can have.
 
     Raises:
         ApiError: 501 with a sentence, or 400.
@@ -106,7 +106,7 @@ def signal_number(text: str) -> int:
     """A signal's number from its name, with or without SIG, or its number.
 
     Raises:
-        ApiError: 400: there is none.
+        ApiError: 400: no such signal.
     """
     if text.isdigit() and 0 < int(text) < 65:
         return int(text)
@@ -120,7 +120,7 @@ def bind_mounts(host: HostConfig) -> list[dict[str, Any]]:
     """The runtime's form of ``-v``, ``--mount`` and ``--tmpfs``, and of whether a source is made if missing (``make``); without volumes.
 
     Raises:
-        ApiError: what cannot be read.
+        ApiError: a malformed volume or mount.
     """
     found: list[dict[str, Any]] = []
     for text in host.Binds or ():
@@ -147,13 +147,13 @@ def bind_mounts(host: HostConfig) -> list[dict[str, Any]]:
 
 
 def wanted_volumes(host: HostConfig, plain: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The volumes that are asked for: ``name`` ("" for one without a name), ``target``, ``readonly``, ``copy`` and ``labels``.
+    """The requested volumes: ``name`` ("" for one without a name), ``target``, ``readonly``, ``copy`` and ``labels``.
 
     Args:
         plain: targets that get a volume unless something else is mounted there: of ``-v /path``, and of the image's VOLUME.
 
     Raises:
-        ApiError: what cannot be read.
+        ApiError: a malformed volume or mount.
     """
     found: list[dict[str, Any]] = []
     for text in host.Binds or ():
@@ -282,14 +282,14 @@ def merge(config: ContainerConfig, image: Image) -> dict[str, Any]:
 
 
 def _health(asked: Mapping[str, Any] | None, base: Any) -> dict[str, Any] | None:
-    """The check of request and image: what the request does not say is the image's."""
+    """The check of request and image: missing fields of the request are the image's."""
     if not isinstance(base, dict) or (asked and asked.get("Test") == ["NONE"]):
         return dict(asked) if asked else None
     return {**base, **{key: value for key, value in (asked or {}).items() if value}}
 
 
 def init_program() -> str:
-    """A program that collects orphans and passes signals on, and needs nothing of a container's tree; "" where there is none."""
+    """A program that collects orphans and passes signals on, and needs no file of a container's tree; "" if there is none."""
     for name in ("docker-init", "tini-static", "tini"):
         found = shutil.which(name)
         if found and _is_static(found):
@@ -361,7 +361,7 @@ def specification(
     """The document that the runtime reads.
 
     Args:
-        rootfs: where the container's tree is mounted.
+        rootfs: the mount point of the container's tree.
         config: merged of request and image. raw_host: ``host`` as it was sent.
         files: target in the container -> file of the host, bound over it (hosts, hostname, resolv.conf).
         volumes: further mounts, in the runtime's form.

@@ -1,7 +1,6 @@
-"""What the kernel accounts for a container, from control groups of version 1 and 2.
+"""The kernel's accounts of a container, from control groups of version 1 and 2.
 
-Sources: Documentation/admin-guide/cgroup-v1/ and cgroup-v2.rst. Figures that a host does not have are left out (None): there
-is no guess.
+Sources: Documentation/admin-guide/cgroup-v1/ and cgroup-v2.rst. Figures that a host does not have are None.
 """
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ PREFIX = "/cowfs"
 
 @dataclass(slots=True)
 class Figures:
-    """One look at a group. Times are nanoseconds, sizes bytes.
+    """One sample of a group. Times are nanoseconds, sizes bytes.
 
     Attributes:
-        cpu, cpu_user, cpu_system: used by all of it. throttled: (periods, throttled periods, time).
+        cpu, cpu_user, cpu_system: time of all processes. throttled:  (periods, throttled periods, time).
         memory, memory_max, memory_limit: in use, the highest use, the bound. memory_stat: the kernel's own names.
         pids, pids_limit: processes and threads.
         blkio: (major, minor, operation, bytes).
@@ -60,7 +59,7 @@ def directories(path: str) -> dict[str, str]:
 
 
 def read(path: str) -> Figures:
-    """Look at a group."""
+    """Take a sample of a group."""
     where = directories(path)
     return _read_2(where[""]) if "" in where else _read_1(where)
 

@@ -1,4 +1,4 @@
-"""``docker commit``: what a container changed becomes a layer over its image."""
+"""``docker commit``: a container's changes become a layer over its image."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def commit(
     changes: Iterable[str],
     pause: bool,
 ) -> str:
-    """Make an image of a container; its id.
+    """Make an image of a container, and return its id.
 
-    The layer is written as an archive and applied over the image's own top: so what every container has (the mount
-    points of its init snapshot) is not in it.
+    The layer is written as an archive and applied over the image's own top: so the common part of containers (the mount
+    points of the init snapshot) is not in it.
 
     Args:
         name: the image's, or "". pause: stop its processes meanwhile.
@@ -63,7 +63,7 @@ def commit(
 
 
 def _apply(store: Store, parent: str, spool: Any) -> str:
-    """The layer as a committed snapshot over the image, by its chain id; one that is there already is taken."""
+    """The layer as a committed snapshot over the image, by its chain id; an existing one is used."""
     key = f"commit/{secrets.token_hex(8)}"
     store.prepare(key, parent)
     try:

@@ -1,4 +1,4 @@
-"""One container: what is recorded of it, and how its state is told.
+"""One container: its record, and the words for its state.
 
 Two files in its folder, each with one writer: ``container.json`` by the daemon, ``run.json`` by the supervisor. Both are replaced
 as a whole, so a reader sees one state or the next.
@@ -36,7 +36,7 @@ SETTLE_SECONDS = 60.0
 
 @dataclass(slots=True)
 class Exec:
-    """One more process, asked for or running."""
+    """One further process of a container, requested or running."""
 
     id: str
     container: str
@@ -53,15 +53,16 @@ class Container:
     Attributes:
         id: 64 hexadecimal digits. folder: its files. bundle: of the runtime, gone after a restart of the host.
         name: without a slash. created: nanoseconds since 1970.
-        image, image_name: the image's id, and what the request called it. snapshot: the image's top snapshot.
+        image, image_name: the image's id, and its name in the request. snapshot: the image's top snapshot.
         config, host: as the API shows them, merged of request and image.
-        volumes: those that it mounts: ``name``, ``target``, ``readonly``, ``copy``, and ``own``: it was made for this container alone.
-        stopped: a verb ended its last run. restarts: by its policy, since somebody started it. restarting, delay: it waits for one;
-            guarded by changed. found: by a new daemon, which has not looked at its policy yet.
-        health: of this run, where it has a check.
-        run: what the supervisor wrote; {} before the first start. paused, error: see the API.
+        volumes: those that it mounts: ``name``, ``target``, ``readonly``, ``copy``, and ``own``: whether it was made for this container alone.
+        stopped: whether a verb ended its last run. restarts: number by its policy, since a verb started it. restarting,
+            delay: whether and how long it waits for one; guarded by changed. found: by a new daemon, which has not
+                applied its policy yet.
+        health: of this run, if it has a check.
+        run: the supervisor's record; {} before the first start. paused, error: see the API.
         lock: held while a verb changes the state. changed: notified at each end of its process, and at its removal.
-        ends: how often its process has ended, seen by this daemon. settled: the last end is cleaned up after.
+        ends: the number of ends of its process seen by this daemon. settled: whether the clean-up of the last end is done.
         watcher: the thread that watches its supervisor, while there is one.
     """
 
@@ -100,7 +101,7 @@ class Container:
     # -- files ------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Record it."""
+        """Write the record."""
         names = (
             "id",
             "name",
@@ -121,10 +122,10 @@ class Container:
 
     @classmethod
     def load(cls, folder: str, bundle: str, *, durable: bool) -> Container:
-        """Read it.
+        """Read the record.
 
         Raises:
-            OSError, ValueError: it cannot be read.
+            OSError, ValueError: the record is unreadable.
         """
         with open(os.path.join(folder, RECORD_FILE), "rb") as file:
             made = cls(folder=folder, bundle=bundle, durable=durable, **json.load(file))
@@ -132,7 +133,7 @@ class Container:
         return made
 
     def read_run(self) -> None:
-        """Read what the supervisor wrote last."""
+        """Read the supervisor's latest record."""
         try:
             with open(os.path.join(self.folder, RUN_FILE), "rb") as file:
                 self.run = json.load(file)
@@ -143,17 +144,17 @@ class Container:
 
     @property
     def key(self) -> str:
-        """Of its snapshot in the store."""
+        """The key of its snapshot in the store."""
         return f"container/{self.id}"
 
     @property
     def socket(self) -> str:
-        """Of its supervisor."""
+        """The socket of its supervisor."""
         return os.path.join(os.path.dirname(self.bundle), f"{self.id[:12]}.sock")
 
     @property
     def rootfs(self) -> str:
-        """Where its snapshot is mounted while it runs."""
+        """The mount point of its snapshot while it runs."""
         return os.path.join(self.bundle, "rootfs")
 
     @property
@@ -180,7 +181,7 @@ class Container:
 
     @property
     def attributes(self) -> dict[str, str]:
-        """Of its events."""
+        """The attributes of its events."""
         return {**{key: str(value) for key, value in self.labels.items()}, "image": self.image_name, "name": self.name}
 
     # -- state ------------------------------------------------------------------------------------
@@ -210,13 +211,13 @@ class Container:
 
     @property
     def code(self) -> int:
-        """The exit status; of one that could not be started Docker's 127."""
+        """The exit status; 127, as in Docker, if it could not be started."""
         if "finished" in self.run:
             return int(self.run["code"])
         return 127 if self.error and not self.running else 0
 
     def describe(self) -> str:
-        """What ``docker ps`` shows as the status."""
+        """The status in ``docker ps``."""
         now = time.time_ns()
         if self.running:
             more = f" ({_HEALTH[self.health.status]})" if self.health is not None else ""
@@ -228,24 +229,24 @@ class Container:
         return "Exited (127)" if self.error else "Created"
 
     def wait(self, done: Callable[[], bool], seconds: float) -> bool:
-        """Wait until something is so, or the time is over; whether it is so."""
+        """Wait until a condition holds, or the time is over. Returns whether it holds."""
         with self.changed:
             return self.changed.wait_for(done, seconds)
 
     def must_run(self) -> None:
-        """Raises FailedPrecondition: it does not run, or is paused."""
+        """Raises FailedPrecondition: the container does not run, or is paused."""
         if not self.running:
             raise FailedPrecondition(f"container {self.id} is not running")
         if self.paused:
             raise FailedPrecondition(f"container {self.id} is paused, unpause the container before exec")
 
     def wait_settled(self) -> None:
-        """Raises FailedPrecondition: its last run is not cleaned up after in a minute."""
+        """Wait for the clean-up of the last run. Raises FailedPrecondition after a minute."""
         if not self.settled.wait(SETTLE_SECONDS):
             raise FailedPrecondition(f"container {self.id[:12]} has not let go of its last run yet")
 
     def tell(self) -> None:
-        """Wake those who wait."""
+        """Wake the waiting threads."""
         with self.changed:
             self.changed.notify_all()
 

@@ -1,12 +1,12 @@
 """``docker cp``: files of a container as a tar, and a tar into a container.
 
-Rules (the tree is a stranger's, who may change it while it is walked: CVE-2018-15664 and its kind):
+Rules (a stranger owns the tree, and may change it during the walk: CVE-2018-15664 and its kind):
 
-1. The path that was asked for is resolved as if the container's root were the root (openat2(2), RESOLVE_IN_ROOT); from there on no
-   link is followed, and each step is relative to a descriptor.
+1. The requested path is resolved as if the container's root were the root (openat2(2), RESOLVE_IN_ROOT); from
+   there on no link is followed, and each step is relative to a descriptor.
 2. A tar coming in makes directories, regular files, links and FIFOs, each by name in the descriptor of its parent directory; a
    name that leads out, a device and a hard link out of what was unpacked are refused.
-3. ``tarfile`` parses and formats headers. It never opens, makes or extracts a file here.
+3. ``tarfile`` parses and formats headers. It never opens, makes or extracts a file.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _split(path: str) -> tuple[bytes, bytes]:
 
 
 def _find(root: int, path: str) -> tuple[int, bytes]:
-    """A descriptor (O_PATH) of what a path names, a link itself, and its last name; the caller closes it.
+    """A descriptor (O_PATH) of the object of a path, links not followed, and its last name; the caller closes it.
 
     Raises:
         NotFound: there is nothing.
@@ -87,7 +87,7 @@ def path_stat(root: int, path: str) -> str:
 
 
 def pack(root: int, path: str, out: BinaryIO) -> None:
-    """Write what a path names, with all beneath it, as a tar whose first name is the path's last one.
+    """Write the object of a path, with all beneath it, as a tar whose first name is the path's last one.
 
     Raises:
         NotFound: there is nothing.
@@ -114,7 +114,7 @@ def _add(tar: tarfile.TarFile, fd: int, name: str, seen: dict[tuple[int, int], s
                 try:
                     below = os.open(inner, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
                 except FileNotFoundError:
-                    continue  # it went while we were walking
+                    continue  # it vanished during the walk
                 try:
                     _add(tar, below, f"{name}/{inner}", seen)
                 finally:
@@ -145,7 +145,7 @@ def _add(tar: tarfile.TarFile, fd: int, name: str, seen: dict[tuple[int, int], s
 
 
 class _Exactly:
-    """So many bytes of a file that may change meanwhile: what is missing is zeros."""
+    """A fixed number of bytes of a file that may shrink meanwhile; missing bytes are zeros."""
 
     def __init__(self, file: BinaryIO, size: int) -> None:
         self._file, self._left = file, size
@@ -234,7 +234,7 @@ def _make_parents(target: int, directory: bytes) -> int:
 
 
 def _clear(parent: int, name: bytes, member: tarfile.TarInfo, keep_kind: bool) -> bool:
-    """Make room for an entry; False when it is a directory that is there already."""
+    """Make room for an entry; False for a directory that exists already."""
     try:
         st = os.stat(name, dir_fd=parent, follow_symlinks=False)
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""What a new container gets: a snapshot over its image's furnished one, and a record."""
+"""The making of a container: a snapshot over its image's furnished one, and a record."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Maker:
     """Makes containers.
 
     Args:
-        folder: where records are kept. run_dir: where bundles are.
+        folder: of the records. run_dir: of the bundles.
     """
 
     def __init__(self, service: Service, folder: str, run_dir: str) -> None:
@@ -49,7 +49,7 @@ class Maker:
         """Make the snapshot and the record of a container. Arguments are those of ``Containers.create``, with the id and the name.
 
         Raises:
-            ApiError: 400: an unknown storage option. CowfsError, OSError: neither is left.
+            ApiError: 400: an unknown storage option. CowfsError, OSError: neither snapshot nor record is left.
         """
         host = encode(config.HostConfig)
         if not host["NetworkMode"]:
@@ -87,7 +87,7 @@ class Maker:
         return made
 
     def _volumes(self, id: str, merged: Mapping[str, Any], config: ContainerConfig) -> list[dict[str, Any]]:
-        """The volumes of a new container, made where they are not there; one that is made without a name has the container's label."""
+        """The volumes of a new container, made if missing; a new one without a name has the container's label."""
         found = []
         for wanted in bundle.wanted_volumes(config.HostConfig, merged["Volumes"] or {}):
             labels = {**wanted.pop("labels"), **({} if wanted["name"] else {OWNER: id})}
@@ -96,7 +96,8 @@ class Maker:
         return found
 
     def _init_of(self, image: Image) -> str:
-        """The snapshot between an image and its containers: what every container has, so that no container's changes show it."""
+        """The snapshot between an image and its containers: it has the common files of containers, so that no
+        container's changes show them."""
         name = init_name(image.snapshot)
         if self._store.exists(name):
             return name

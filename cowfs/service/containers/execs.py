@@ -24,7 +24,7 @@ __all__ = ["Execs"]
 
 
 class Execs:
-    """The further processes of all containers, those that ended among them until their container goes.
+    """The further processes of all containers; ended ones are kept as long as their container.
 
     Threads: any.
     """
@@ -35,12 +35,12 @@ class Execs:
         self._execs: dict[str, Exec] = {}  # guarded by _lock
 
     def found(self, id: str, container: Container, pid: int | None, code: int | None) -> None:
-        """Take over one that a supervisor tells of."""
+        """Take over a process that a supervisor reports."""
         with self._lock:
             self._execs.setdefault(id, Exec(id, container.id, ExecConfig(), pid, code, code is None))
 
     def ended(self, id: str, code: int) -> None:
-        """Its process has ended."""
+        """Record the end of a process."""
         with self._lock:
             made = self._execs.get(id)
         if made is not None:
@@ -51,7 +51,8 @@ class Execs:
                 pass  # it has just been removed
 
     def settle(self, made: Exec) -> None:
-        """Hear of its end now, if it has ended: whoever saw the end of its stream may ask before the thread that watches has heard."""
+        """Learn of the end of a process now, if it has ended: a client that saw the end of its stream may ask before
+        the watching thread knows."""
         if not made.running:
             return
         try:
@@ -63,18 +64,18 @@ class Execs:
             self.ended(made.id, code)
 
     def drop(self, made: Exec) -> None:
-        """Know it no more."""
+        """Forget a process."""
         with self._lock:
             self._execs.pop(made.id, None)
 
     def forget(self, container: Container) -> None:
-        """The container is gone."""
+        """Forget the processes of a removed container."""
         with self._lock:
             for id in [id for id, each in self._execs.items() if each.container == container.id]:
                 del self._execs[id]
 
     def new(self, container: Container, config: ExecConfig) -> Exec:
-        """Ask for one more process; it begins with :meth:`start`.
+        """Register one more process; it begins with :meth:`start`.
 
         Raises:
             FailedPrecondition: the container does not run, or is paused.
@@ -103,10 +104,10 @@ class Execs:
         return found
 
     def process(self, made: Exec, console: list[int] | None) -> dict[str, Any]:
-        """The runtime's form of a process that is asked for.
+        """The runtime's form of a requested process.
 
         Args:
-            console: rows and columns of its terminal, where the start says them.
+            console: rows and columns of its terminal, if the start gives them.
 
         Raises:
             FailedPrecondition: the container does not run. InvalidArgument: no such user in it.
@@ -137,11 +138,11 @@ class Execs:
 
         Args:
             process: of :meth:`process`.
-            forget: the supervisor tells its end, and knows it no more.
+            forget: the supervisor reports its end, and forgets it.
 
         Raises:
             FailedPrecondition: the container does not run any more. ApiError: the process cannot be started (both only
-                without a client: it hears of it on its stream, and by the status).
+                without a client, which gets the error on its stream, and by the status).
         """
         container = self._containers.get(made.container)
         config: ExecConfig = made.config

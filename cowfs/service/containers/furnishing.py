@@ -27,7 +27,7 @@ _PLACES = (
 
 
 def furnish(tree: Paths) -> None:
-    """Make what the runtime mounts over, where an image has it not: so no container's changes show it."""
+    """Make the mount points that an image lacks, so that no container's changes show them."""
     for path, is_directory in _PLACES:
         try:
             if tree.exists(path):
@@ -37,11 +37,11 @@ def furnish(tree: Paths) -> None:
             else:
                 tree.write_bytes(path, b"", mode=0o755 if path == ".dockerenv" else 0o644)
         except (FileNotFoundError, NotADirectoryError):
-            pass  # the image has something else than a directory above it: the runtime will say so
+            pass  # the image has no directory above it: the runtime will report that
 
 
 def network_files(container: Container, host: HostConfig) -> dict[str, str]:
-    """Contents of the files that tell a container its name and where names are found, by their place in it."""
+    """The contents of the files for a container's name and name servers, by their path in it."""
     hostname = container.hostname
     lines = ["127.0.0.1\tlocalhost", "::1\tlocalhost ip6-localhost ip6-loopback", f"127.0.1.1\t{hostname}"]
     if host.NetworkMode == "host":
@@ -80,7 +80,7 @@ def _read(path: str) -> str:
 
 
 def write_bundle(container: Container, volumes: Iterable[Mapping[str, Any]]) -> None:
-    """Write what the runtime reads of a container whose tree is mounted; missing sources of ``-v`` are made.
+    """Write the runtime's files of a container whose tree is mounted; missing sources of ``-v`` are made.
 
     Args:
         volumes: mounts of volumes, in the runtime's form.

@@ -1,10 +1,11 @@
-"""Health checks: a command that is run in a container again and again, and what its status says.
+"""Health checks: a command that runs in a container again and again, and the health by its exit status.
 
 Rules (Docker's, moby ``daemon/health.go``):
 
-1. Healthy after one success. Unhealthy after so many failures in a row as ``Retries`` says. In the start period failures do not count, until the first success.
-2. A check that takes longer than its timeout is killed and has failed. None is made while the container is paused.
-3. The daemon makes the checks. A new one begins again at ``starting``: what its predecessor saw is not kept.
+1. Healthy after one success. Unhealthy after ``Retries`` failures in a row. In the start period
+failures do not count, until the first success. 2. A check that takes longer than its timeout is killed and has failed.
+None is made while the container is paused. 3. The daemon makes the checks. A new daemon begins again at ``starting``,
+without the results of its predecessor.
 
 Threads: one for each running container that has a check.
 """
@@ -42,7 +43,7 @@ _TIMED_OUT = -1
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """A check as a container's configuration says it; times in seconds."""
+    """A check from a container's configuration; times in seconds."""
 
     command: tuple[str, ...]
     interval: float
@@ -54,10 +55,11 @@ class Check:
 
 @dataclass(slots=True)
 class Health:
-    """The health of one run of a container, as far as it was seen.
+    """The observed health of one run of a container.
 
     Attributes:
-        status: ``starting``, ``healthy`` or ``unhealthy``. streak: failures in a row. log: the last checks, as the API shows them.
+        status: ``starting``, ``healthy`` or ``unhealthy``. streak: failures in a row. log: the last checks, as the API
+            shows them.
     """
 
     status: str = "starting"
@@ -65,7 +67,7 @@ class Health:
     log: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=KEPT))
 
     def described(self) -> dict[str, Any]:
-        """As the API shows it."""
+        """The health in the API's form."""
         return {"Status": self.status, "FailingStreak": self.streak, "Log": list(self.log)}
 
 
@@ -73,7 +75,7 @@ def check_of(config: Mapping[str, Any]) -> Check | None:
     """The check of a configuration; None where there is none.
 
     Raises:
-        ApiError: 400: it cannot be read.
+        ApiError: 400: it is malformed.
     """
     told = config.get("Healthcheck") or {}
     test = told.get("Test") or []
@@ -110,11 +112,11 @@ class Monitors:
         self._closed = threading.Event()
 
     def close(self) -> None:
-        """Make no more checks."""
+        """Stop all checks."""
         self._closed.set()
 
     def begin(self, container: Container) -> None:
-        """A container runs."""
+        """Begin the checks of a container that has started."""
         check = check_of(container.config)
         container.health = None if check is None else Health()
         if check is not None:
@@ -137,7 +139,7 @@ class Monitors:
             at = time.time_ns()
             try:
                 code, output = self._probe(container, check)
-            except (CowfsError, OSError) as error:  # it ended meanwhile, or cannot run one more process
+            except (CowfsError, OSError) as error:  # the container ended meanwhile, or cannot run one more process
                 code, output = 1, str(error)
             if is_over():
                 return

@@ -1,4 +1,4 @@
-"""The containers of a store as whoever has no daemon sees them: from their records."""
+"""The containers of a store by their records, for programs without a daemon."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ MAX_LINE = 16 << 10
 
 _NAMES = {STDOUT: "stdout", STDERR: "stderr"}
 _NUMBERS = {name: number for number, name in _NAMES.items()}
-PAUSE = 0.05  # seconds between two looks of a follower
+PAUSE = 0.05  # seconds between two reads of a follower
 
 
 class Writer:
@@ -31,7 +31,7 @@ class Writer:
 
     Args:
         path: the file.
-        max_size: bytes after which a new file begins; 0: never.
+        max_size: bytes before a new file begins; 0: no bound.
         max_file: how many files are kept.
     """
 
@@ -42,7 +42,7 @@ class Writer:
         self._partial: dict[int, bytes] = {}
 
     def write(self, stream: int, data: bytes) -> None:
-        """Keep output; a last line without its end waits for it."""
+        """Write output; a last line without its end waits for it."""
         data = self._partial.pop(stream, b"") + data
         lines = []
         start = 0
@@ -57,7 +57,7 @@ class Writer:
         self._keep(stream, lines)
 
     def close(self) -> None:
-        """Keep what waits for its end, and close."""
+        """Write the unfinished line, and close."""
         for stream, data in self._partial.items():
             self._keep(stream, [data])
         os.close(self._fd)
@@ -116,8 +116,8 @@ def read(
 
     Args:
         path: the file; older ones (``.1`` and so on) come first.
-        tail: the last so many lines only.
-        follow: go on until ``running`` says no.
+        tail: the number of lines at the end to give, instead of all.
+        follow: go on until ``running`` gives False.
     """
     files = [each for each in (f"{path}.{number}" for number in range(99, 0, -1)) if os.path.exists(each)]
     try:
@@ -175,7 +175,7 @@ def _is_replaced(fd: int, path: str) -> bool:
 
 
 def _last(lines: list[bytes], count: int) -> list[bytes]:
-    """The entries of the last so many lines of output."""
+    """The entries of the last lines of output."""
     if count <= 0:
         return []
     left = count

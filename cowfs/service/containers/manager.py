@@ -2,12 +2,11 @@
 
 Rules:
 
-1. The state is in files: a record by the daemon, a run by the supervisor (:mod:`.container`), the tree in the store. What is kept
-   here is what they say. So a new daemon finds everything (:meth:`Containers.take_over`), and what a killed one left
-   half done is garbage that is known by its label.
-2. A container's lock is held by a verb that changes its state, never while waiting for its process to end.
-3. The tree of a running container is mounted at ``rootfs`` in its bundle, by a server of its own; it is unmounted when the supervisor
-   has let go.
+1. The state is in files: a record by the daemon, a run by the supervisor (:mod:`.container`), the tree in the store.
+Memory only mirrors them. So a new daemon finds everything (:meth:`Containers.take_over`), and half-done work of a
+killed one is garbage with a known label. 2. A container's lock is held by a verb that changes its state, never while
+waiting for its process to end. 3. The tree of a running container is mounted at ``rootfs`` in its bundle, by a server
+of its own; it is unmounted after the supervisor's end.
 
 Threads: any; one for each container whose supervisor lives (it watches for the end).
 """
@@ -62,7 +61,7 @@ class Containers:
     """The containers of a daemon.
 
     Args:
-        service: whose images, options and runtime are used.
+        service: the owner of images, options and runtime.
     """
 
     def __init__(self, service: Service) -> None:
@@ -92,7 +91,7 @@ class Containers:
     # -- a new daemon -----------------------------------------------------------------------------
 
     def take_over(self) -> None:
-        """Find the containers that there are, watch those that run, and clean up after a daemon that was killed."""
+        """Find the existing containers, watch the running ones, and clean up after a killed daemon."""
         for id in sorted(os.listdir(self.folder)):
             folder = os.path.join(self.folder, id)
             try:
@@ -118,7 +117,7 @@ class Containers:
                 self._settle(each)
 
     def close(self) -> None:
-        """Let go; the containers go on."""
+        """Close; the containers go on."""
         self.restarts.close()
         self.monitors.close()
         self.spawner.close()
@@ -132,7 +131,7 @@ class Containers:
         except CowfsError as error:
             log.warning("%s stays: %s", key, error)
 
-    # -- looking ----------------------------------------------------------------------------------
+    # -- reading ----------------------------------------------------------------------------------
 
     def all(self) -> list[Container]:
         """All containers, the newest first."""
@@ -147,7 +146,7 @@ class Containers:
         return self._register.get(reference)
 
     def states(self) -> dict[str, int]:
-        """How many containers there are, by state."""
+        """The number of containers, by state."""
         found: dict[str, int] = {}
         for each in self.all():
             found[each.status] = found.get(each.status, 0) + 1
@@ -158,7 +157,7 @@ class Containers:
         return [(each.image, each.id, each.running) for each in self.all()]
 
     def size(self, container: Container) -> int:
-        """Bytes that a container holds itself."""
+        """The bytes of a container's own layer."""
         try:
             return self._store.usage(container.key).bytes
         except (CowfsError, OSError):
@@ -170,10 +169,10 @@ class Containers:
         """Make a container: a writable snapshot over its image, and a record.
 
         Args:
-            config: the request. raw: the same as it was sent. name: "" for one that is made up.
+            config: the request. raw: the same as received. name: "" for a generated one.
 
         Raises:
-            NotFound: no such image. AlreadyExists: the name is taken. ApiError: what cannot be offered.
+            NotFound: no such image. AlreadyExists: the name is taken. ApiError: a setting that is not supported.
         """
         bundle.check(config)
         if not config.Image:
@@ -184,7 +183,7 @@ class Containers:
             raise ApiError(400, "no command specified")
         id = secrets.token_hex(32)
         name = self._register.reserve(name, id)
-        with self._service.volumes.lock:  # nobody removes its volumes before it is known to use them
+        with self._service.volumes.lock:  # keep its volumes from removal until their use is recorded
             try:
                 made = self._maker.make(id, name, image, config, merged, raw)
             except BaseException:
@@ -204,7 +203,7 @@ class Containers:
             again: by its restart policy, which goes on counting.
 
         Raises:
-            NotModified: it runs already. ApiError: the runtime says why not.
+            NotModified: it runs already. ApiError: the runtime failed, with its message.
         """
         if not again:
             self.restarts.cancel(container)
@@ -227,7 +226,7 @@ class Containers:
             if "ok" not in answer:
                 self._refused(container, answer["error"])
             with container.changed:
-                # One that was short has ended already, and the thread that watches knows more than this answer.
+                # A short process has ended already, and the watching thread knows more than this answer.
                 if container.run.get("started") != answer["ok"]["started"]:
                     container.run = answer["ok"]
             container.paused, container.error, container.stopped = False, "", False
@@ -266,7 +265,7 @@ class Containers:
     # -- the supervisor ---------------------------------------------------------------------------
 
     def _supervise(self, container: Container) -> None:
-        """See that there is a supervisor, and a thread that watches it."""
+        """Start a supervisor, if there is none, and a thread that watches it."""
         if container.watcher is not None:
             return
         runtime = self._service.runtime_program()
@@ -278,7 +277,7 @@ class Containers:
             raise CowfsError(f"the supervisor of container {container.id[:12]} ended at once")
 
     def _watch(self, container: Container) -> bool:
-        """Watch the supervisor, if there is one; what it tells first is taken over before this returns."""
+        """Watch the supervisor, if there is one; its first report is taken over before this returns."""
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
             sock.connect(container.socket)
@@ -319,7 +318,7 @@ class Containers:
             container.changed.notify_all()
 
     def _settle(self, container: Container) -> None:
-        """Clean up after the end of a supervisor: one that ended well, or one that was killed."""
+        """Clean up after the end of a supervisor: an ordinary one, or a killed one."""
         try:
             if container.running:
                 self._lost(container)
@@ -344,7 +343,7 @@ class Containers:
         container.found = False
 
     def _lost(self, container: Container) -> None:
-        """A container whose supervisor is gone has lost its streams and its status: it is ended."""
+        """End a container whose supervisor is gone: its streams and its status are lost."""
         if container.process_lives():
             log.warning("container %s has lost its supervisor and is ended", container.name)
             send_signal(container, signal.SIGKILL)
@@ -366,7 +365,7 @@ class Containers:
     # -- attach, exec -----------------------------------------------------------------------------
 
     def prepare_attach(self, container: Container) -> None:
-        """See that there is a supervisor to attach to."""
+        """Start a supervisor to attach to, if there is none."""
         with container.lock:
             if not container.running:
                 container.wait_settled()  # else it would be the one of the last run, which is ending
@@ -405,7 +404,7 @@ class Containers:
         """Ask a container's process to end, and kill it when it has not after a while.
 
         Args:
-            seconds: how long it may take; below zero: as long as it likes; default: its own, or ten.
+            seconds: the time for it; below zero: unbounded; default: its own, or ten.
 
         Raises:
             NotModified: it does not run.
@@ -428,7 +427,7 @@ class Containers:
         self.tell(container, "stop")
 
     def _ends_waiting(self, container: Container) -> bool:
-        """End the waiting of one that does not run for its restart; False when it runs by now.
+        """Cancel the pending restart of a stopped container. Returns False if it runs by now.
 
         Raises:
             NotModified: it neither runs nor waits.
@@ -457,7 +456,7 @@ class Containers:
             self.unpause(container)
 
     def pause(self, container: Container) -> None:
-        """Freeze its processes.
+        """Freeze the container's processes.
 
         Raises:
             FailedPrecondition: it does not run, or is paused.
@@ -473,7 +472,7 @@ class Containers:
         self.tell(container, "pause")
 
     def unpause(self, container: Container) -> None:
-        """Let them go on.
+        """Thaw the container's processes.
 
         Raises:
             FailedPrecondition: it is not paused.
@@ -489,7 +488,7 @@ class Containers:
     # -- change, remove ---------------------------------------------------------------------------
 
     def rename(self, container: Container, name: str) -> None:
-        """Give it another name.
+        """Rename the container.
 
         Raises:
             AlreadyExists: the name is taken.
@@ -532,7 +531,7 @@ class Containers:
         self.tell(container, "update")
 
     def set_limit(self, container: Container, changes: Mapping[str, str | None]) -> None:
-        """Change the limit of its tree, running or not.
+        """Change the limit of the container's tree, running or not.
 
         Args:
             changes: ``size`` and ``inodes``; None for no limit.
@@ -548,10 +547,10 @@ class Containers:
         self.tell(container, "update")
 
     def remove(self, container: Container, *, force: bool = False, volumes: bool = False) -> None:
-        """Remove it, with its tree.
+        """Remove the container, with its tree.
 
         Args:
-            volumes: remove those, too, that were made for it without a name; one of ``--rm`` takes them along anyway.
+            volumes: also remove its volumes without a name; a container of ``--rm`` always removes them.
 
         Raises:
             FailedPrecondition: it runs, and ``force`` is off.

@@ -1,4 +1,4 @@
-"""Names for containers that got none."""
+"""Generated names of containers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SECOND = ("alder", "birch", "cedar", "dune", "ember", "fjord", "grove", "heron"
 
 
 def made_up(taken: Container[str]) -> str:
-    """A name of two words that nothing has; with a number when many are taken."""
+    """A free name of two words; with a number when many are taken."""
     chance = random.SystemRandom()
     for attempt in range(10_000):
         name = f"{chance.choice(_FIRST)}_{chance.choice(_SECOND)}" + (

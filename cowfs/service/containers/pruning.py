@@ -1,4 +1,4 @@
-"""Removing what nobody runs."""
+"""Removing stopped containers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["prune"]
 
 
 def prune(containers: Containers, fits: Callable[[Container], bool]) -> tuple[list[str], int]:
-    """Remove those that do not run; their ids, and the bytes that they held."""
+    """Remove the stopped containers, and return their ids and the bytes freed."""
     done, freed = [], 0
     for each in containers.all():
         if each.running or each.removing or not fits(each):

@@ -32,7 +32,7 @@ class Ulimit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Restart:
-    """When a container is started again."""
+    """The restart policy of a container."""
 
     Name: str = ""
     MaximumRetryCount: int = 0
@@ -40,7 +40,7 @@ class Restart:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogConfig:
-    """Where output goes."""
+    """The log driver and its options."""
 
     Type: str = ""
     Config: dict[str, str] | None = None
@@ -48,7 +48,7 @@ class LogConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostConfig:
-    """What the host gives a container."""
+    """The host's part of a container's configuration."""
 
     AutoRemove: bool = False
     Binds: list[str] | None = None
@@ -103,7 +103,7 @@ class HostConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ContainerConfig:
-    """What runs in a container: the body of a create request, with the host's part."""
+    """The body of a create request: the container's process, with the host's part."""
 
     Hostname: str = ""
     Domainname: str = ""
@@ -148,7 +148,7 @@ class ExecConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Update:
-    """What may change in a container that is there."""
+    """The mutable settings of an existing container."""
 
     Memory: int = 0
     MemorySwap: int = 0

@@ -1,4 +1,4 @@
-"""Which containers there are, by id and by name.
+"""The existing containers, by id and by name.
 
 Threads: any; one lock guards both.
 """
@@ -20,7 +20,7 @@ _NAME = re.compile(r"/?[a-zA-Z0-9][a-zA-Z0-9_.-]+")
 
 
 class Register:
-    """The containers of a daemon; a name belongs to one of them at a time, from before it is made."""
+    """The containers of a daemon; a name belongs to one container at a time, from before its making."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -35,19 +35,19 @@ class Register:
             return iter(list(self._all.values()))
 
     def add(self, container: Container) -> None:
-        """A container is there."""
+        """Add a container."""
         with self._lock:
             self._all[container.id] = container
             self._names[container.name] = container.id
 
     def drop(self, container: Container) -> None:
-        """A container is gone, and its name free."""
+        """Remove a container, and free its name."""
         with self._lock:
             self._all.pop(container.id, None)
             self._names.pop(container.name, None)
 
     def release(self, name: str) -> None:
-        """A name is free again."""
+        """Free a name."""
         with self._lock:
             self._names.pop(name, None)
 
@@ -70,7 +70,7 @@ class Register:
         return fitting[0]
 
     def reserve(self, name: str, id: str) -> str:
-        """Take a name for an id; "": one that is made up. Returns the name.
+        """Take a name, "" for a generated one, for an id. Returns the name.
 
         Raises:
             AlreadyExists: another container has it. ApiError: 400: not a name.

@@ -1,12 +1,13 @@
-"""Restart policies: whether a container that ended is started again, and when.
+"""Restart policies: when a container that ended is started again.
 
 Rules (Docker's, moby ``restartmanager``):
 
 1. A verb that stops or kills a container ends its restarts until it is started again.
 2. The first restart waits a tenth of a second; each one after a run of less than ten seconds twice as long, up to a minute.
-3. A new daemon starts ``always`` whatever was before, ``unless-stopped`` unless a verb ended it, ``on-failure`` after a status that is not 0.
+3. A new daemon starts ``always`` in any case, ``unless-stopped`` unless a verb ended it, ``on-failure`` after a
+status that is not 0.
 
-A restart that waits is a thread that sleeps; nothing about it is kept but how often the container was restarted.
+A pending restart is a sleeping thread; only the number of restarts is recorded.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ FIRST, LONGEST = 0.1, 60.0
 
 
 def check_policy(host: HostConfig) -> None:
-    """Raises ApiError: 400: no such policy, or one that cannot be."""
+    """Check a policy. Raises ApiError: 400: an unknown or contradictory one."""
     policy = host.RestartPolicy
     if policy.Name not in ("", "no", "always", "unless-stopped", "on-failure"):
         raise ApiError(400, f"invalid restart policy: unknown policy '{policy.Name}'; use one of 'no', 'always', 'on-failure', or 'unless-stopped'")  # fmt: skip
@@ -46,7 +47,7 @@ class Restarts:
     """Starts containers again.
 
     Args:
-        start: starts one that still waits for it, as :meth:`Containers.start`.
+        start: starts a container that still waits for it, as :meth:`Containers.start`.
     """
 
     def __init__(self, start: Callable[[Container], None]) -> None:
@@ -54,11 +55,11 @@ class Restarts:
         self._closed = threading.Event()
 
     def close(self) -> None:
-        """Start nothing any more."""
+        """Stop all restarts."""
         self._closed.set()
 
     def ended(self, container: Container) -> None:
-        """A container has ended, or was found ended by a new daemon: start it again, if its policy says so."""
+        """Start a container again after its end, if its policy says so; also one that a new daemon found ended."""
         if self._closed.is_set() or not self._wanted(container):
             return
         delay = self._delay(container)
@@ -88,11 +89,11 @@ class Restarts:
 
     def _later(self, container: Container, delay: float) -> None:
         if container.wait(lambda: not container.restarting or self._closed.is_set(), delay):
-            return  # somebody stopped, started or removed it meanwhile
+            return  # a verb stopped, started or removed it meanwhile
         try:
             self._start(container)
         except NotModified:
-            pass  # somebody was faster
+            pass  # another thread was faster
         except (CowfsError, OSError) as error:
             log.warning("container %s is not started again: %s", container.name, error)
         finally:
@@ -100,14 +101,14 @@ class Restarts:
 
     @staticmethod
     def ends_by_verb(container: Container) -> None:
-        """Somebody ends it: its policy does not start it again."""
+        """Suspend the policy of a container that a verb ends."""
         with container.lock:
             container.stopped = True
             container.save()
 
     @staticmethod
     def cancel(container: Container) -> bool:
-        """Start it no more; whether a restart was waiting."""
+        """Cancel a pending restart. Returns whether there was one."""
         with container.changed:
             was, container.restarting = container.restarting, False
             container.changed.notify_all()

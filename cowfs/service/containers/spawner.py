@@ -1,8 +1,9 @@
-"""Supervisors are forked from one process of one thread that has imported everything they need.
+"""Supervisors are forked from one process with one thread, which has imported all their modules.
 
 Strategy. The daemon has threads and cannot fork; a fresh interpreter for each container would cost more time and memory than the
-container itself. So the daemon starts this process once, and sends it a wish for each container: four bytes of length
-and a JSON document; one byte comes back when the supervisor listens. It ends with the daemon; the supervisors that it forked do not.
+container itself. So the daemon starts this process once, and sends it a request for each container: four bytes of length
+and a JSON document; one byte comes back when the supervisor listens. It ends with the daemon; the supervisors that it
+forked do not.
 """
 
 from __future__ import annotations
@@ -41,10 +42,10 @@ class Spawner:
                 self._socket = _open()
 
     def spawn(self, wish: dict[str, Any]) -> None:
-        """Have a supervisor forked; it listens when this returns.
+        """Fork a supervisor; it listens when this returns.
 
         Raises:
-            CowfsError: it could not be.
+            CowfsError: the fork or its start failed.
         """
         data = json.dumps(wish).encode()
         with self._lock:
@@ -57,7 +58,7 @@ class Spawner:
                         return
                 except OSError:
                     pass
-                self._socket.close()  # it is gone, or failed: a fresh one may do better
+                self._socket.close()  # it is gone, or failed: try a fresh one
                 self._socket = None
         raise CowfsError("no supervisor could be started")
 
@@ -88,7 +89,7 @@ def _open() -> socket.socket:
 
 
 def main() -> NoReturn:
-    """The process's side: fork, so that the daemon has no child to wait for; then a supervisor for each wish."""
+    """The process's side: fork, so that the daemon has no child to wait for; then a supervisor for each request."""
     if os.fork():
         os._exit(0)
     os.setsid()

@@ -1,4 +1,4 @@
-"""Statistics of a container in Docker's form, and what only cowfs knows beside: bytes and inodes used and left, requests."""
+"""Statistics of a container in Docker's form, and the figures of cowfs: bytes and inodes used and left, requests."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def storage(store: Store, container: Container) -> dict[str, Any]:
     try:
         limit = store.limit(container.key)
     except NotFound:
-        limit = Limit()  # it is gone meanwhile
+        limit = Limit()  # the container is gone meanwhile
     told: dict[str, Any] = {
         "limit_bytes": limit.bytes, "limit_inodes": limit.inodes, "bytes": None, "inodes": None, "requests": {},
     }  # fmt: skip
@@ -43,7 +43,7 @@ def storage(store: Store, container: Container) -> dict[str, Any]:
         try:
             found = store.handle(container.key).statistics()
             told |= {
-                "bytes": found.usage.bytes if found.usage is not None else None,  # it is being counted still
+                "bytes": found.usage.bytes if found.usage is not None else None,  # the count has not finished
                 "inodes": found.usage.inodes if found.usage is not None else None,
                 "limit_bytes": found.limit.bytes,
                 "limit_inodes": found.limit.inodes,
@@ -76,7 +76,7 @@ def _cpu(figures: cgroups.Figures, system: int) -> dict[str, Any]:
 
 
 def sample(store: Store, container: Container, before: dict[str, Any] | None) -> dict[str, Any]:
-    """One document; ``before``: the one that it follows."""
+    """One document; ``before``: the document before it."""
     head: dict[str, Any] = {
         "id": container.id,
         "name": f"/{container.name}",
@@ -146,7 +146,7 @@ def _networks(container: Container) -> dict[str, Any]:
 
 
 def one(store: Store, container: Container, *, two_looks: bool) -> dict[str, Any]:
-    """One document; with ``two_looks`` a second after a first one, so that it tells the processor's load."""
+    """One document; with ``two_looks`` a second after a first one, so that it has the processor's load."""
     first = sample(store, container, None)
     if not two_looks or not container.running:
         return first

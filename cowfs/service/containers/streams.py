@@ -2,11 +2,11 @@
 
 Rules:
 
-1. Nothing is lost: while a client is slow, no more is read from the process (as a pipe would do), and at its end what
-   is left in pipe and terminal is read first.
-2. A client is a socket. Without a terminal its output comes in frames of eight bytes of head and data (the stream's number,
+1. No output is lost: while a client is slow, no more is read from the process (as with a pipe), and at its end the rest
+in pipe and terminal is read first. 2. A client is a socket. Without a terminal its output comes in frames of eight
+bytes of head and data (the stream's number,
    three zeros, the length, big-endian: Docker's API, "Stream format"), with one it comes as it is.
-3. A client that closes its sending half has said all of the input; its output goes on.
+3. A client that closes its sending half ends its input; its output goes on.
 
 Threads: everything here belongs to the loop of :mod:`cowfs.service.containers.supervisor`.
 """
@@ -43,7 +43,7 @@ def frame(stream: int, data: bytes) -> bytes:
 
 
 class Log(Protocol):
-    """Where output is kept."""
+    """The log of output."""
 
     def write(self, stream: int, data: bytes) -> None: ...
 
@@ -53,7 +53,7 @@ class Client:
 
     Args:
         sock: owned from now on; not blocking.
-        wants: the streams that it wants.
+        wants: the streams for it.
         early: input that came with the request.
         keys: bytes that detach it, where there is a terminal.
     """
@@ -65,13 +65,13 @@ class Client:
         self.early = early
         self.out = bytearray()
         self.reading = True
-        self.closing = False  # once what waits is sent
+        self.closing = False  # once the pending output is sent
         self.detached = False
         self._keys = keys
         self._held = b""
 
     def without_keys(self, data: bytes) -> bytes:
-        """Input without what detaches; :attr:`detached` is set when the keys were pressed one after the other."""
+        """The input without the detach keys; :attr:`detached` is set after the whole sequence."""
         if not self._keys:
             return data
         data = self._held + data
@@ -91,7 +91,7 @@ class Streams:
     Args:
         selector: of the loop; callbacks are its data.
         terminal: whether the process has one.
-        log: where output goes beside clients; None for none.
+        log: the log of output; None for none.
         stdin_once: the end of a client's input is the end of the process's.
         on_end: called when all output was read and all clients have it.
     """
@@ -142,7 +142,7 @@ class Streams:
             fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("HHHH", height, width, 0, 0))
 
     def process_ended(self) -> None:
-        """The process is gone: read what is left, and end."""
+        """End the streams of an ended process: read the rest of its output."""
         self._ended = True
         for fd in list(self._outputs):
             self._read_rest(fd)
@@ -161,7 +161,7 @@ class Streams:
         self._drop_output(fd)
 
     def fail(self, message: str) -> None:
-        """The process could not be started: tell the clients, and end."""
+        """End the streams of a process that did not start, with a message for the clients."""
         self._output(STDERR, message.encode() + (b"\r\n" if self.terminal else b"\n"))
         self._ended = True
         self._finish()
@@ -189,7 +189,7 @@ class Streams:
     # -- clients ----------------------------------------------------------------------------------
 
     def attach(self, client: Client) -> None:
-        """Let a client take part."""
+        """Attach a client."""
         self.clients.append(client)
         if STDIN not in client.wants:
             client.early = b""
@@ -216,7 +216,7 @@ class Streams:
         self.clients.remove(client)
 
     def drop_gone(self) -> None:
-        """Let go of clients that left before the process began: until then nothing is read from them."""
+        """Close clients that left before the process began, since their input is not read until then."""
         if self._started or self._ended:
             return
         for client in list(self.clients):
@@ -233,7 +233,7 @@ class Streams:
     # -- the loop ---------------------------------------------------------------------------------
 
     def update(self) -> None:
-        """Register what is to be waited for, by what is full and what is empty now."""
+        """Register the descriptors to wait for, by the fill of the buffers."""
         for client in list(self.clients):
             self._send(client)
         if self._ended and not self.clients and not self._outputs:
@@ -340,10 +340,11 @@ def _nothing() -> None:
 
 
 def _close(sock: socket.socket) -> None:
-    """Close a client's socket. Input that nobody reads any more is read away first: else its end of the stream is ECONNRESET (unix(7))."""
+    """Close a client's socket. Read its remaining input first, else the client gets ECONNRESET at the end of the stream
+    (unix(7))."""
     try:
         sock.shutdown(socket.SHUT_WR)
-        for _ in range(64):  # as much as a socket holds
+        for _ in range(64):  # the capacity of a socket
             if not sock.recv(65536, socket.MSG_DONTWAIT):
                 break
     except OSError:

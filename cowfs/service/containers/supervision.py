@@ -24,7 +24,7 @@ def ask(container: Container, message: dict[str, Any], fd: int | None = None) ->
     """One verb of the supervisor.
 
     Raises:
-        FailedPrecondition: it is gone.
+        FailedPrecondition: the supervisor is gone.
     """
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as sock:
@@ -45,7 +45,7 @@ def ask(container: Container, message: dict[str, Any], fd: int | None = None) ->
 
 
 def wish(container: Container, runtime: str, runtime_root: str, store: str) -> dict[str, Any]:
-    """The wish that the supervisor of a container gets (:class:`cowfs.service.containers.supervisor.Supervisor`)."""
+    """The request for the supervisor of a container (:class:`cowfs.service.containers.supervisor.Supervisor`)."""
     options = container.host_config.LogConfig.Config or {}
     return {
         "id": container.id,
@@ -70,7 +70,7 @@ def hand_over(container: Container, sock: socket.socket, early: bytes, streams: 
     """Pass a client's socket to the supervisor. The socket is closed here in any case.
 
     Args:
-        early: bytes that came before. streams: those that the client wants. keys: that detach it.
+        early: bytes that came before. streams: those for the client. keys: its detach keys.
     """
     with sock:
         message = {
@@ -86,7 +86,7 @@ def hand_over(container: Container, sock: socket.socket, early: bytes, streams: 
 
 
 def dismiss(container: Container) -> None:
-    """End a supervisor that waits for a start which will not come."""
+    """End a supervisor whose container will not be started."""
     try:
         ask(container, {"verb": "quit"})
     except FailedPrecondition:
@@ -97,7 +97,7 @@ class Runtime:
     """The OCI runtime, with the state of this daemon's containers.
 
     Args:
-        program: gives its path. root: where it keeps its state.
+        program: gives its path. root: the directory of its state.
     """
 
     def __init__(self, program: Callable[[], str], root: str) -> None:
@@ -105,10 +105,10 @@ class Runtime:
         self.root = root
 
     def __call__(self, *words: str, check: bool = True, input: str | None = None) -> str:
-        """Run the OCI runtime; what it prints.
+        """Run the OCI runtime, and return its output.
 
         Raises:
-            ApiError: 500 with what it complains about.
+            ApiError: 500 with its error message.
         """
         done = subprocess.run(
             [self._program(), "--root", self.root, *words],
@@ -124,10 +124,10 @@ class Runtime:
         return done.stdout
 
     def sweep(self, run_dir: str, known: set[str]) -> None:
-        """Delete what containers that are gone have left in the run directory.
+        """Delete the remains of removed containers in the run directory.
 
         Args:
-            known: the first twelve characters of the ids of those that there are.
+            known: the first twelve characters of the ids of the existing ones.
         """
         for name in os.listdir(run_dir):
             path = os.path.join(run_dir, name)

@@ -2,14 +2,14 @@
 
 Strategy. One thread, one loop. It has the OCI runtime make the container, is the parent of its processes (a child subreaper,
 prctl(2)), so their exit statuses are its own to collect, and holds their pipes and terminals. Clients' sockets are passed to it
-(SCM_RIGHTS): so a stream does not go through the daemon and goes on when that is killed. What it knows is in ``run.json``
-in the container's folder, replaced as a whole; so whoever comes later can read it.
+(SCM_RIGHTS): so a stream does not go through the daemon and goes on when that is killed. Its state is in ``run.json``
+in the container's folder, replaced as a whole, for later readers.
 
-What is said on its socket, by the daemon only: one line of JSON with a verb, perhaps with one descriptor; one line back.
+The protocol on its socket, with the daemon only: one line of JSON with a verb, perhaps with one descriptor; one line back.
 ``watch`` keeps the connection and gets a line for each end of a process.
 
-Life: begun when somebody attaches or starts the container; ends with the container, or when it was not started
-and no daemon is connected any more, or no client waits for the start.
+Life: it begins with the first attach or start of the container; it ends with the container, or, if that was never
+started, with the last connection of a daemon or client.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _MAX_LINE = 1 << 20
 
 
 class _Process:
-    """A process of the container: its streams, and what is known of it."""
+    """A process of the container: its streams and its state."""
 
     def __init__(self, streams: Streams, terminal: bool) -> None:
         self.streams = streams
@@ -52,7 +52,7 @@ class _Process:
 
 
 class _Connection:
-    """Somebody on our socket."""
+    """A connection on the supervisor's socket."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
@@ -76,7 +76,7 @@ class Supervisor:
         self.connections: list[_Connection] = []
         self.watchers: list[socket.socket] = []
         self.children: dict[int, Callable[[int], None]] = {}
-        self.early_exits: dict[int, int] = {}  # statuses of processes that nobody asked for yet
+        self.early_exits: dict[int, int] = {}  # statuses of processes that are not known yet
         self.main = _Process(self._streams(wish["terminal"], True, self._main_ended), wish["terminal"])
         self.execs: dict[str, _Process] = {}
         self.sizes: dict[str, tuple[int, int]] = {}  # of terminals of execs that were not started yet; the last few
@@ -106,7 +106,7 @@ class Supervisor:
     # -- the loop ---------------------------------------------------------------------------------
 
     def loop(self) -> None:
-        """Until the container has ended and all is told, or nobody cares any more."""
+        """Run until the container has ended and every client has its output, or the supervisor is no longer needed."""
         wake_in, wake_out = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
@@ -148,9 +148,7 @@ class Supervisor:
             code = 128 - code if code < 0 else code
             callback = self.children.pop(pid, None)
             if callback is None:
-                self.early_exits[pid] = (
-                    code  # perhaps a process that the runtime is just telling us of; perhaps an orphan
-                )
+                self.early_exits[pid] = code  # perhaps a process that the runtime is about to report; perhaps an orphan
             else:
                 callback(code)
 
@@ -195,7 +193,7 @@ class Supervisor:
         fds, connection.fds = connection.fds, []
         self._leave(connection)
         verb = self.VERBS.get(message.pop("verb"))
-        if verb is None:  # of a newer daemon, which then does without
+        if verb is None:  # of a newer daemon, which then goes without
             self._answer(connection.sock, {"error": "no such verb"})
             return
         verb(self, connection.sock, message, fds)
@@ -218,7 +216,7 @@ class Supervisor:
     # -- verbs ------------------------------------------------------------------------------------
 
     def verb_watch(self, sock: socket.socket, message: dict[str, Any], fds: list[int]) -> None:
-        """Keep the connection: it gets a line for each process that ends. First: what is so now."""
+        """Keep the connection: it gets a line for each process that ends. The first line is the present state."""
         self._tell(
             sock,
             {
@@ -273,7 +271,7 @@ class Supervisor:
         self._answer(sock, {"ok": True})
 
     def verb_start(self, sock: socket.socket, message: dict[str, Any], fds: list[int]) -> None:
-        """Have the runtime make and start the container; answers when it runs."""
+        """Make and start the container by the runtime, and answer when it runs."""
         self.started = True
         command = ["run", "--detach", "--bundle", self.wish["bundle"]]
 
@@ -291,7 +289,7 @@ class Supervisor:
         self._spawn(self.main, command, [self.wish["id"]], self.wish["open_stdin"], done)
 
     def verb_quit(self, sock: socket.socket, message: dict[str, Any], fds: list[int]) -> None:
-        """End, unless the container was started: it is removed."""
+        """End, unless the container was started, since it is removed."""
         if not self.started:
             for client in self.main.streams.clients:
                 client.sock.close()
@@ -304,7 +302,9 @@ class Supervisor:
         forget = bool(message.get("forget"))
         process = _Process(self._streams(terminal, False, lambda: self._exec_ended(id, forget)), terminal)
         self.execs[id] = process
-        if id in self.sizes:  # the runtime makes the terminal in that size: the process may look before we have it
+        if (
+            id in self.sizes
+        ):  # the runtime makes the terminal in that size: the process may read it before the supervisor has the terminal
             width, height = self.sizes.pop(id)
             message["process"]["consoleSize"] = {"height": height, "width": width}
             process.streams.resize(width, height)
@@ -429,7 +429,7 @@ class Supervisor:
         self.main.streams.process_ended()
 
     def _main_ended(self) -> None:
-        """All output is read, and the clients have it."""
+        """Finish a process whose output is read and passed on."""
         if self._log is not None:
             self._log.close()
         self._runtime("delete", "--force", self.wish["id"])
@@ -464,7 +464,7 @@ class Supervisor:
         write_file(path, json.dumps(self.run).encode(), durable=self.wish["durable"] and "finished" in self.run)
 
     def _record(self, code: int) -> None:
-        """Tell the end in the store's log of events: nobody else may be there to do it."""
+        """Record the end in the store's log of events, since no daemon may be running."""
         from cowfs.errors import CowfsError
         from cowfs.index.database import Index
 
@@ -515,7 +515,7 @@ def _complaint(path: str) -> str:
 
 
 def main(wish: dict[str, Any], listening: socket.socket) -> NoReturn:
-    """The life of the process, which was forked for it."""
+    """The main function of the forked process."""
     from cowfs.sys.process import become_subreaper
 
     become_subreaper()

@@ -1,4 +1,4 @@
-"""The trees of containers: mounted while they run, or while somebody copies; and what was changed in them."""
+"""The trees of containers, mounted while they run or during a copy, and the changes in them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from cowfs.errors import CowfsError, FailedPrecondition, NotFound
+from cowfs.service import changes
 from cowfs.service.containers.container import Container
 from cowfs.service.logs import log
 from cowfs.sys import files
@@ -18,7 +19,7 @@ __all__ = ["Trees"]
 
 
 class Trees:
-    """See the module.
+    """The trees of a daemon's containers.
 
     Threads: any; a container's lock is held while its tree is mounted and unmounted.
     """
@@ -27,7 +28,7 @@ class Trees:
         self._store = store
 
     def mount(self, container: Container) -> None:
-        """Mount it at ``rootfs`` in the bundle, also when a killed daemon has left it mounted."""
+        """Mount a tree at ``rootfs`` in the bundle; one that a killed daemon left mounted is used."""
         os.makedirs(container.rootfs, mode=0o700, exist_ok=True)
         where = self._store.mounted_at(container.key)
         if where is not None:
@@ -37,7 +38,7 @@ class Trees:
         self._store.mount(container.key, container.rootfs, options=("dev", "suid"))
 
     def unmount(self, container: Container) -> None:
-        """Unmount it, if it is mounted."""
+        """Unmount a tree, if it is mounted."""
         try:
             self._store.unmount(container.key)
         except NotFound:
@@ -51,11 +52,11 @@ class Trees:
 
     @staticmethod
     def is_mounted(container: Container) -> bool:
-        """Whether it is mounted."""
+        """Whether a tree is mounted."""
         return os.path.ismount(container.rootfs) if os.path.isdir(container.rootfs) else False
 
     def synced(self, container: Container) -> None:
-        """What processes wrote through the mount is in the layer now."""
+        """Bring writes through the mount into the layer."""
         if not self.is_mounted(container):
             return
         fd = os.open(container.rootfs, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -67,21 +68,10 @@ class Trees:
     def changes(self, container: Container) -> Iterator[tuple[str, int]]:
         """Paths that a container changed (0), added (1) and deleted (2), in order, the directories above them among them."""
         self.synced(container)
-        told: dict[str, int] = {}
-        kinds = {"changed": 0, "added": 1, "deleted": 2}
-        for change in self._store.diff(container.key):
-            if not change.path:
-                continue
-            path = "/" + os.fsdecode(change.path)
-            above = os.path.dirname(path)
-            while above != "/" and above not in told:
-                told[above] = 0
-                above = os.path.dirname(above)
-            told[path] = kinds[change.kind]
-        yield from sorted(told.items())
+        return changes.changes(self._store, container.key)
 
     def mounted(self, container: Container) -> _Mounted:
-        """A context in which the container's tree is mounted at ``rootfs``, whether it runs or not."""
+        """Have the container's tree mounted at ``rootfs`` for the block, running or not."""
         return _Mounted(self, container)
 
 
@@ -97,7 +87,7 @@ class _Mounted:
             if not container.running:
                 container.wait_settled()
                 self._trees.mount(container)
-                container.lock.acquire()  # nobody starts or removes it meanwhile
+                container.lock.acquire()  # the lock keeps it from being started or removed meanwhile
                 self._mine = True
         self._root = os.open(container.rootfs, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         return self._root

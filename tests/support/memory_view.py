@@ -177,7 +177,7 @@ class MemoryView:
         self.nodes[dir.parent.id] = dir.parent
         return dir.parent
 
-    def listing(self, dir: MemNode, cookie: int) -> Iterator[tuple[bytes, int]]:
+    def listing(self, dir: MemNode, cookie: int = 0) -> Iterator[tuple[bytes, int]]:
         entries = [(1, b"."), (2, b"..")]
         entries += sorted((dir.cookies[name], name) for name in self._children(dir))
         for at, name in entries:
@@ -204,10 +204,10 @@ class MemoryView:
     def _make(self, mode: int, uid: int, gid: int, umask: int, rdev: int = 0) -> MemNode:
         return MemNode(next(self._ids), stat.S_IFMT(mode) | mode & 0o7777 & ~umask, uid, gid, rdev)
 
-    def mknod(self, dir: MemNode, name: bytes, mode: int, rdev: int, uid: int, gid: int, umask: int) -> MemNode:
+    def mknod(self, dir: MemNode, name: bytes, mode: int, rdev: int, uid: int, gid: int, umask: int = 0) -> MemNode:
         return self._add(dir, name, self._make(mode, uid, gid, umask, rdev))
 
-    def mkdir(self, dir: MemNode, name: bytes, mode: int, uid: int, gid: int, umask: int) -> MemNode:
+    def mkdir(self, dir: MemNode, name: bytes, mode: int, uid: int, gid: int, umask: int = 0) -> MemNode:
         return self._add(dir, name, self._make(stat.S_IFDIR | mode, uid, gid, umask))
 
     def symlink(self, dir: MemNode, name: bytes, target: bytes, uid: int, gid: int) -> MemNode:
@@ -221,7 +221,7 @@ class MemoryView:
         node.attr = None
         return node
 
-    def tmpfile(self, dir: MemNode, mode: int, uid: int, gid: int, umask: int) -> MemNode:
+    def tmpfile(self, dir: MemNode, mode: int, uid: int, gid: int, umask: int = 0) -> MemNode:
         node = self._make(stat.S_IFREG | mode, uid, gid, umask)
         node.nlink = 0
         self.nodes[node.id] = node
@@ -244,7 +244,7 @@ class MemoryView:
         dir.nlink -= 1
         self._touch(dir)
 
-    def rename(self, dir: MemNode, name: bytes, dir2: MemNode, name2: bytes, flags: int) -> None:
+    def rename(self, dir: MemNode, name: bytes, dir2: MemNode, name2: bytes, flags: int = 0) -> None:
         node = self.lookup(dir, name)
         if flags:
             raise fail(errno.EINVAL)
@@ -288,7 +288,7 @@ class MemoryView:
     def listxattr(self, node: MemNode) -> list[bytes]:
         return list(node.xattrs)
 
-    def setxattr(self, node: MemNode, name: bytes, value: bytes, flags: int) -> None:
+    def setxattr(self, node: MemNode, name: bytes, value: bytes, flags: int = 0) -> None:
         if flags & os.XATTR_CREATE and name in node.xattrs:
             raise fail(errno.EEXIST)
         node.xattrs[name] = value

@@ -1,0 +1,344 @@
+"""The block driver passes the conformance suite, with images of ext4 and XFS, and keeps what only it promises."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from support.hostfs import HostFs
+
+from cowfs.errors import FailedPrecondition
+from cowfs.model import Kind
+from cowfs.store import Store
+from cowfs.sys import blockfs, loop
+from cowfs.testing import DriverSuite
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="images are mounted by root")
+
+
+@pytest.fixture
+def place(fs: HostFs, can_mount: None) -> Iterator[Path]:
+    path = fs.fresh("store")
+    yield path
+    with open("/proc/self/mounts", encoding="utf-8") as file:
+        found = [line.split()[1] for line in file if line.split()[1].startswith(f"{path}/")]
+    for target in sorted(found, reverse=True):
+        os.system(f"umount -l '{target}'")
+
+
+class Suite(DriverSuite):
+    driver = "block"
+    chain_length = 12
+    filesystem = "ext4"
+
+    @pytest.fixture
+    def place(self, place: Path) -> Path:
+        if not shutil.which(f"mkfs.{self.filesystem}", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"):
+            pytest.skip(f"mkfs.{self.filesystem} is not installed")
+        return place
+
+
+@pytest.mark.parametrize("fs", ["tmpfs", "ext4"], indirect=True)
+class TestExt4(Suite):
+    pass
+
+
+@pytest.mark.parametrize("fs", ["tmpfs"], indirect=True)
+class TestXfs(Suite):
+    filesystem = "xfs"
+    options: ClassVar[dict[str, Any]] = {"filesystem": "xfs", "size": "1g"}
+
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def store(place: Path) -> Iterator[Store]:
+    with Store.open(place / "store", driver="block", fsync=False) as store:
+        yield store
+
+
+@pytest.fixture
+def mnt(place: Path) -> Path:
+    path = place / "mnt"
+    path.mkdir()
+    return path
+
+
+on_tmpfs = pytest.mark.parametrize("fs", ["tmpfs"], indirect=True)
+
+
+def allocated(store: Store) -> int:
+    """Bytes that the store takes of its host."""
+    found = 0
+    for directory, _, names in os.walk(store.root):
+        if f"{directory}/".startswith(f"{store.root}/block/"):
+            found += sum(os.lstat(os.path.join(directory, name)).st_blocks * 512 for name in names)
+    return found
+
+
+def attached(store: Store) -> list[str]:
+    """Mounts and loop devices that there are of the store."""
+    with open("/proc/self/mounts", encoding="utf-8") as file:
+        mounts = [line.split()[1] for line in file if line.split()[1].startswith(f"{store.root}/")]
+    ours = {f"{there.st_dev}:{there.st_ino}" for there in map(os.stat, Path(store.root, "layers").iterdir())}
+    names = [loop.name_of(f"/dev/{path.name}") for path in Path("/sys/block").glob("loop*") if (path / "loop").exists()]
+    return mounts + [name for name in names if name is not None and name.removeprefix("cowfs-block ") in ours]
+
+
+def nothing_attached(store: Store) -> bool:
+    """A device goes a moment after its mount."""
+    end = time.monotonic() + 20
+    while attached(store):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def server_of(store: Store, key: str) -> int:
+    """The process that serves a layer's image."""
+    from cowfs.mounting import protocol
+    from cowfs_drivers.block_device import Served
+
+    served = Served.of(store.driver.directory(store.index.get(key).id))
+    assert served is not None
+    return int(protocol.ask(served.socket, "info")["pid"])
+
+
+@on_tmpfs
+def test_nothing_is_attached_but_what_is_in_use(store: Store, mnt: Path) -> None:
+    store.prepare("a")
+    assert attached(store) == []  # neither prepare nor its records want the tree
+    with store.mount("a", mnt, mount_type="kernel"):
+        assert attached(store)
+    with Store.open(store.root):  # whoever closes the store unmounts what is not in use any more
+        pass
+    store.gc()
+    assert nothing_attached(store)
+    store.commit("a", "A")
+    store.view("v", "A")
+    with store.mount("v", mnt):
+        with Store.open(store.root) as other:
+            other.gc()
+        assert attached(store)
+    store.gc()
+    assert store.check(content=True).problems == []
+    assert nothing_attached(store)
+
+
+@on_tmpfs
+def test_a_record_is_mounted_by_the_helper(store: Store, mnt: Path) -> None:
+    """Its directories are there only once it is mounted."""
+    (record,) = store.prepare("a")
+    assert record.type == "fuse.cowfs-overlayfs"
+    assert attached(store) == []
+    subprocess.run(["cowfs-overlayfs", "-o", ",".join(record.options), str(mnt)], check=True, env=_path())
+    try:
+        (mnt / "file").write_text("by the helper")
+    finally:
+        subprocess.run(["umount", mnt], check=True)
+    assert store.stat("a").kind is Kind.ACTIVE
+    with store.mount("a", mnt, mount_type="kernel"):
+        assert (mnt / "file").read_text() == "by the helper"
+
+
+def _path() -> dict[str, str]:
+    import sys
+
+    return {**os.environ, "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
+
+
+@on_tmpfs
+def test_the_device_is_read_past_the_page_cache(store: Store, mnt: Path) -> None:
+    store.prepare("a")
+    with store.mount("a", mnt, mount_type="kernel"):
+        assert loop.is_direct(loop.device_at(os.fspath(mnt)))
+
+
+@on_tmpfs
+def test_only_changed_blocks_take_room(store: Store, mnt: Path) -> None:
+    store.prepare("base")
+    with store.mount("base", mnt, mount_type="kernel"):
+        (mnt / "big").write_bytes(os.urandom(32 * MIB))
+    store.commit("base", "B")
+    before = allocated(store)
+    store.prepare("a", "B")
+    with store.mount("a", mnt, mount_type="kernel"):
+        fd = os.open(mnt / "big", os.O_RDWR)
+        os.pwrite(fd, b"x" * 4096, 16 * MIB)
+        os.close(fd)
+    store.commit("a", "A")
+    assert allocated(store) - before < MIB
+    assert [change.path for change in store.diff("A")] == [b"big"]
+
+
+@on_tmpfs
+def test_what_is_deleted_is_free_on_the_host(store: Store, mnt: Path) -> None:
+    store.prepare("a")
+    with store.mount("a", mnt, mount_type="kernel"):
+        (mnt / "big").write_bytes(os.urandom(32 * MIB))
+        os.sync()
+        full = allocated(store)
+        (mnt / "big").unlink()
+    store.commit("a", "A")
+    assert allocated(store) < full - 30 * MIB
+
+
+@on_tmpfs
+@pytest.mark.parametrize("mount_type", ["kernel", "fuse"])
+def test_a_snapshot_under_writers_is_of_one_instant(store: Store, mnt: Path, mount_type: str) -> None:
+    """Two files are written in turn; no snapshot shows the second ahead of the first, or far behind."""
+    store.prepare("a")
+    with store.mount("a", mnt, mount_type=mount_type):
+        script = (
+            "import os\n"
+            "fds = [os.open(name, os.O_RDWR | os.O_CREAT) for name in ('one', 'two')]\n"
+            "n = 0\n"
+            "while True:\n"
+            "    n += 1\n"
+            "    for fd in fds: os.pwrite(fd, b'%08d' % n, 0)\n"
+            "    os.fsync(fds[0])\n"
+        )
+        with subprocess.Popen(["python3", "-c", script], cwd=mnt) as writer:
+            try:
+                while not (mnt / "two").exists() or (mnt / "two").stat().st_size < 8:
+                    time.sleep(0.01)
+                for number in range(6):
+                    store.snapshot("a", f"s{number}")
+            finally:
+                writer.kill()
+        last = int((mnt / "one").read_text())
+    seen = []
+    for number in range(6):
+        store.view(f"v{number}", f"s{number}")
+        with store.mount(f"v{number}", mnt, mount_type="kernel"):
+            one, two = (int((mnt / name).read_text()) for name in ("one", "two"))
+            assert one - 1 <= two <= one
+            seen.append(one)
+    assert seen == sorted(seen)
+    assert seen[-1] <= last
+    assert store.check(content=True).problems == []
+
+
+@on_tmpfs
+def test_a_killed_server_loses_no_more_than_a_pulled_disk(store: Store, mnt: Path) -> None:
+    store.prepare("a")
+    made = store.mount("a", mnt, mount_type="kernel")
+    (mnt / "synced").write_bytes(b"s" * MIB)
+    fd = os.open(mnt / "synced", os.O_RDWR)
+    os.fsync(fd)
+    os.close(fd)
+    os.kill(server_of(store, "a"), signal.SIGKILL)
+    with pytest.raises(OSError):
+        while True:
+            (mnt / "later").write_bytes(os.urandom(MIB))
+            os.sync()
+            with (mnt / "later").open("rb") as file:
+                os.fsync(file.fileno())
+    made.unmount()
+    with store.mount("a", mnt, mount_type="kernel"):
+        assert (mnt / "synced").read_bytes() == b"s" * MIB
+        (mnt / "goes").write_text("on")
+    store.commit("a", "A")
+    assert store.check(content=True).problems == []
+    assert nothing_attached(store)
+
+
+@on_tmpfs
+def test_a_snapshot_killed_while_the_file_system_was_frozen_is_taken_back(store: Store, mnt: Path) -> None:
+    """The next verb thaws it, and the next snapshot has the server switch."""
+    store.prepare("a")
+    with store.mount("a", mnt, mount_type="kernel"):
+        (mnt / "before").write_text("1")
+        os.sync()
+        pid = os.fork()
+        if pid == 0:
+            from cowfs_drivers.block_device import Served
+
+            Served.switch = lambda self, upper, work: os.kill(os.getpid(), signal.SIGKILL)
+            try:
+                with Store.open(store.root, fsync=False) as child:
+                    child.snapshot("a", "never")
+            finally:
+                os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+        assert store.usage("a").inodes >= 1
+        (mnt / "after").write_text("2")
+        assert not store.exists("never")
+        store.snapshot("a", "first")
+        (mnt / "last").write_text("3")
+    store.gc()
+    store.view("v", "first")
+    with store.mount("v", mnt, mount_type="kernel"):
+        assert sorted(os.listdir(mnt)) == ["after", "before"]
+    with store.mount("a", mnt, mount_type="kernel"):
+        assert sorted(os.listdir(mnt)) == ["after", "before", "last"]
+    assert store.check(content=True).problems == []
+
+
+@on_tmpfs
+@pytest.mark.parametrize("size", [2 * MIB, 20 * MIB])
+def test_the_size_of_a_kernel_mount_is_exact(store: Store, mnt: Path, size: int) -> None:
+    store.prepare("base")
+    with store.mount("base", mnt, mount_type="kernel"):
+        (mnt / "inherited").write_bytes(b"i" * MIB)
+    store.commit("base", "B")
+    store.prepare("a", "B", size=size)
+    with store.mount("a", mnt, mount_type="kernel"):
+        told = os.statvfs(mnt)
+        assert size - 64 * 4096 <= told.f_bavail * told.f_frsize <= size
+        fd = os.open(mnt / "big", os.O_WRONLY | os.O_CREAT)
+        written = 0
+        with pytest.raises(OSError) as caught:
+            while True:
+                written += os.write(fd, b"b" * 65536)
+        os.close(fd)
+        assert caught.value.errno == errno.ENOSPC
+        assert size - MIB // 2 <= written <= size
+        store.limit("a", size=2 * size)
+        (mnt / "more").write_bytes(b"m" * (size - MIB // 2))
+        store.limit("a", size=size)
+        with pytest.raises(OSError, match="No space left"):
+            (mnt / "none").write_bytes(b"n" * MIB)
+    with pytest.raises(FailedPrecondition), store.mount("a", mnt, mount_type="kernel"):
+        store.limit("a", inodes=5)
+
+
+@on_tmpfs
+def test_a_size_beyond_the_file_system_makes_it_larger(place: Path, mnt: Path) -> None:
+    with Store.open(place / "store", driver="block", fsync=False, size="64m") as store:
+        store.prepare("base")
+        store.commit("base", "B")
+        store.prepare("a", "B", size="200m")
+        with store.mount("a", mnt, mount_type="kernel"):
+            told = os.statvfs(mnt)
+            assert 199 * MIB <= told.f_bavail * told.f_frsize <= 200 * MIB
+            (mnt / "big").write_bytes(b"b" * 150 * MIB)
+        store.commit("a", "A")
+        assert store.check(content=True).problems == []
+
+
+@on_tmpfs
+def test_an_xfs_grows_while_it_is_mounted(place: Path, mnt: Path) -> None:
+    if not shutil.which("mkfs.xfs", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"):
+        pytest.skip("mkfs.xfs is not installed")
+    with Store.open(place / "store", driver="block", fsync=False, filesystem="xfs", size="400m") as store:
+        store.prepare("a")
+        with store.mount("a", mnt, mount_type="kernel"):
+            root = os.open(mnt, os.O_RDONLY)
+            before = os.fstatvfs(root).f_blocks
+            blockfs.grow_xfs(root, (800 * MIB) // 4096)
+            assert os.fstatvfs(root).f_blocks > before * 3 // 2
+            os.close(root)
+            (mnt / "file").write_text("x")
+        store.commit("a", "A")
+        assert store.check(content=True).problems == []

@@ -1,0 +1,156 @@
+"""A private dockerd on ``cowfs serve --docker-plugin``."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any, Self
+
+import pytest
+
+from .containerd import unmount_below
+from .daemon import Daemon, docker_environment, wait_for
+
+PLUGINS = Path("/run/docker/plugins")
+
+
+class PluginService(Daemon):
+    """A daemon whose only door is dockerd's."""
+
+    def doors(self) -> list[str]:
+        return [f"--docker-plugin=unix://{PLUGINS}/cowfs.sock", "-D"]
+
+    def ask(self, name: str, **fields: Any) -> dict[str, Any]:
+        """One request of a plugin; its answer."""
+        import http.client
+        import json
+        import socket
+
+        connection = http.client.HTTPConnection("localhost", timeout=120)
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.settimeout(120)
+            sock.connect(f"{PLUGINS}/cowfs.sock")
+            connection.sock = sock
+            connection.request("POST", f"/{name}", json.dumps(fields), {"content-type": "application/json"})
+            answer = connection.getresponse()
+            told = json.loads(answer.read())
+            assert isinstance(told, dict)
+            return {**told, "status": answer.status}
+
+
+class Dockerd:
+    """Real dockerd, with a data directory, a containerd and a socket of its own.
+
+    Attributes:
+        base: its directory. plugin: what stores its layers.
+    """
+
+    def __init__(self, base: Path, plugin: PluginService, *arguments: str) -> None:
+        self.base = base
+        self.plugin = plugin
+        self.arguments = arguments
+        self.log_file = base / "log"
+        self.process: subprocess.Popen[bytes] | None = None
+        self.containerd: subprocess.Popen[bytes] | None = None
+
+    @property
+    def log(self) -> str:
+        return self.log_file.read_text(errors="replace") if self.log_file.exists() else ""
+
+    @property
+    def home(self) -> Path:
+        """Where its layers are mounted; beside the plain one, that of mapped users."""
+        places = [self.base / "data" / "cowfs", self.base / "data" / "100000.100000" / "cowfs"]
+        return next((place for place in places if place.exists()), places[0])
+
+    def start(self) -> Self:
+        """Start it, and wait until it answers. Its containerd outlives it, as on a host."""
+        self.base.mkdir(exist_ok=True)
+        if self.containerd is None:
+            self._start_containerd()
+        command = [
+            "dockerd", "--experimental", "-s", "cowfs", "--data-root", str(self.base / "data"), "--exec-root",
+            str(self.base / "exec"), "-p", str(self.base / "pid"), "-H", f"unix://{self.base}/d.sock", "--bridge=none",
+            "--iptables=false", "--ip6tables=false", "--default-ulimit", "nofile=4096:4096", "--containerd", f"{self.base}/c.sock", *self.arguments,
+        ]  # fmt: skip
+        (self.base / "pid").unlink(missing_ok=True)
+        environment = {**os.environ, "DOCKERD_DEPRECATED_GRAPHDRIVER_PLUGINS": "1"}
+        with open(self.log_file, "ab") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        process = self.process
+        wait_for(lambda: process.poll() is not None or self.docker("version", check=False).returncode == 0, "dockerd")
+        assert process.poll() is None, self.log[-4000:]
+        return self
+
+    def _start_containerd(self) -> None:
+        config = self.base / "containerd.toml"
+        config.write_text(
+            f'version = 2\nroot = "{self.base}/c-root"\nstate = "{self.base}/c-state"\n'
+            f'disabled_plugins = ["io.containerd.grpc.v1.cri"]\n[grpc]\n  address = "{self.base}/c.sock"\n'
+        )
+        with open(self.base / "c-log", "wb") as log:
+            self.containerd = subprocess.Popen(["containerd", "-c", config], stdout=log, stderr=log)
+        wait_for((self.base / "c.sock").exists, "containerd")
+
+    def stop(self, number: int = signal.SIGTERM) -> None:
+        process, self.process = self.process, None
+        if process is not None:
+            process.send_signal(number)
+            process.wait(120)
+
+    def docker(self, *words: object, check: bool = True, **more: Any) -> subprocess.CompletedProcess[str]:
+        """Run the docker command."""
+        done = subprocess.run(
+            ["docker", *map(str, words)],
+            env={**docker_environment(f"unix://{self.base}/d.sock", self.base), "DOCKER_BUILDKIT": "0"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+            **more,
+        )
+        assert not check or done.returncode == 0, (
+            f"{done.args}: {done.stdout}{done.stderr}\n{self.log[-3000:]}\n{self.plugin.log[-3000:]}"
+        )
+        return done
+
+    def run(self, *words: object, **more: Any) -> subprocess.CompletedProcess[str]:
+        """``docker run --rm`` of the image bb:1."""
+        return self.docker("run", "--rm", "--network=none", *words, **more)
+
+    def out(self, *words: object, **more: Any) -> str:
+        return self.docker(*words, **more).stdout.strip()
+
+    def clean_up(self) -> None:
+        """End it, its containers and its mounts."""
+        if self.process is not None and self.process.poll() is None:
+            ids = self.docker("ps", "-aq", check=False).stdout.split()
+            if ids:
+                self.docker("rm", "-f", *ids, check=False)
+        self.stop()
+        if self.containerd is not None:
+            self.containerd.terminate()
+            self.containerd.wait(60)
+        unmount_below(self.base)
+        shutil.rmtree(self.base, ignore_errors=True)
+
+
+def private_plugins() -> None:
+    """An empty directory where dockerd looks for plugins, for this mount namespace."""
+    PLUGINS.mkdir(parents=True, exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=0755", "plugins", PLUGINS], check=True)
+
+
+def needs_dockerd() -> None:
+    """Skip where there is none that has graph driver plugins."""
+    for program in ("dockerd", "docker", "containerd", "runc"):
+        if shutil.which(program) is None:
+            pytest.skip(f"no {program} here (Debian: docker.io; CI has it)")
+    told = subprocess.run(["dockerd", "--version"], capture_output=True, text=True, check=True).stdout
+    if not 20 <= int(told.split("version ")[1].split(".")[0]) <= 27:
+        pytest.skip("dockerd has no graph driver plugins any more: " + told.strip())
+    if os.geteuid():
+        pytest.skip("dockerd needs root")

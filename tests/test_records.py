@@ -1,0 +1,100 @@
+"""Records made without the module dataclasses are what it would have made."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+import pickle
+import subprocess
+import sys
+from collections.abc import Mapping
+
+import pytest
+from hypothesis import given, strategies as st
+
+from cowfs import _record, model
+from cowfs.index import records
+
+RECORDS = [
+    value
+    for module in (model, records)
+    for value in vars(module).values()
+    if isinstance(value, type) and value.__module__ == module.__name__ and "__dataclass_fields__" in vars(value)
+]
+
+
+def real(cls: type) -> type:
+    """The dataclass of the same fields."""
+    made = [
+        (each.name, each.type, dataclasses.field(default=each.default, default_factory=each.default_factory))
+        for each in dataclasses.fields(cls)
+    ]
+    keywords = not cls.__match_args__  # type: ignore[attr-defined]
+    return dataclasses.make_dataclass(cls.__name__, made, frozen=True, slots=True, kw_only=keywords)
+
+
+@pytest.mark.parametrize("cls", RECORDS, ids=lambda cls: cls.__name__)
+def test_a_record_is_the_dataclass_of_its_fields(cls: type) -> None:
+    twin = real(cls)
+    given_ = {
+        each.name: each.name
+        for each in dataclasses.fields(cls)
+        if each.default is dataclasses.MISSING and each.default_factory is dataclasses.MISSING
+    }
+    mine, its = cls(**given_), twin(**given_)
+    assert repr(mine) == repr(its)
+    assert dataclasses.asdict(mine) == dataclasses.asdict(its)
+    assert list(inspect.signature(cls).parameters) == list(inspect.signature(twin).parameters)
+    assert cls.__match_args__ == twin.__match_args__  # type: ignore[attr-defined]
+    bad: list[dict[str, object]] = [{**given_, "nothing": 1}, *([{}] if given_ else [])]
+    for wrong in bad:
+        with pytest.raises(TypeError):
+            cls(**wrong)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(mine, cls.__slots__[0], 1)  # type: ignore[attr-defined]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        delattr(mine, cls.__slots__[0])  # type: ignore[attr-defined]
+    assert not hasattr(mine, "__dict__")
+    for other in (copy.copy(mine), copy.deepcopy(mine), pickle.loads(pickle.dumps(mine)), dataclasses.replace(mine)):
+        assert other == mine
+        assert other is not mine
+    assert mine != its
+    first = cls.__slots__[0]  # type: ignore[attr-defined]
+    changed = dataclasses.replace(mine, **{first: "else"})
+    assert (getattr(changed, first), changed == mine) == ("else", False)
+
+
+@_record.record(frozen=True, slots=True)
+class Sample:
+    """Positional, with both kinds of defaults."""
+
+    a: int
+    b: str = "b"
+    c: Mapping[str, int] = _record.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Real:
+    a: int
+    b: str = "b"
+    c: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+
+@given(st.integers(), st.text(), st.integers(), st.text())
+def test_they_compare_and_hash_as_dataclasses_do(a: int, b: str, c: int, d: str) -> None:
+    assert (Sample(a, b) == Sample(c, d)) == (Real(a, b) == Real(c, d))
+    hashable = model.Usage(bytes=a, inodes=c)
+    assert hash(hashable) == hash((a, c))
+    assert Sample(a).c is not Sample(a).c
+    match Sample(a, b):
+        case Sample(x, y):
+            assert (x, y) == (a, b)
+    with pytest.raises(TypeError):
+        hash(Sample(a))  # a dict in it
+
+
+def test_the_model_imports_neither_dataclasses_nor_typing() -> None:
+    program = "import sys, cowfs.model, cowfs.index.records; print({'dataclasses', 'typing', 'inspect', 're'} & set(sys.modules))"
+    command = [sys.executable, "-I", "-S", "-c", f"import sys; sys.path[:0] = {sys.path[1:]!r}; {program}"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout in ("set()\n", "{'re'}\n")
