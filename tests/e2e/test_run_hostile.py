@@ -207,17 +207,20 @@ def test_users(runner: Runner) -> None:
     assert runner.cowfs("run", "--rm", "users", "/bin/id", "-u").stdout == "0\n"
 
 
-@pytest.mark.parametrize(
-    "attempt",
-    [
-        "unshare -U true", "unshare -m true", "unshare -n true", "mount -t tmpfs x /tmp", "chroot / mount -t proc x /proc", "mknod /tmp/b b 8 0 && cat /tmp/b",
-        "echo 1 > /sys/kernel/uevent_helper", "echo x > /proc/self/attr/current", "date -s 2000-01-01", "swapoff -a", "insmod /bin/sh", "dmesg",
-        "setpriv --nnp true && su -c true", "/proc/self/exe --version && false", "/bin/busybox nsenter -t 1 -m true",
-    ],
+ATTEMPTS = (
+    "unshare -U true", "unshare -m true", "unshare -n true", "mount -t tmpfs x /tmp", "chroot / mount -t proc x /proc",
+    "mknod /tmp/b b 8 0 && cat /tmp/b", "echo 1 > /sys/kernel/uevent_helper", "echo x > /proc/self/attr/current", "date -s 2000-01-01; date | grep ' 2000'",
+    "swapoff -a", "insmod /bin/sh", "dmesg", "nsenter -t 1 -m true", "/proc/self/exe --help | grep -i python",
 )  # fmt: skip
-def test_the_kernel_is_left_alone(runner: Runner, attempt: str) -> None:
-    done = runner.cowfs("run", "--rm", "box", "/bin/busybox", "sh", "-c", f"for a in unshare date swapoff insmod dmesg su setpriv; do ln -s busybox /bin/$a; done; ({attempt}) > /dev/null 2>&1 && echo it went through")  # fmt: skip
-    assert done.stdout == "", done
+
+
+def test_the_kernel_is_left_alone(runner: Runner) -> None:
+    """None of the attempts succeeds."""
+    links = "for a in unshare date swapoff insmod dmesg nsenter; do ln -s busybox /bin/$a; done"
+    tries = "; ".join(f"({attempt}) > /dev/null 2>&1 && echo '{number}'" for number, attempt in enumerate(ATTEMPTS))
+    done = runner.cowfs("run", "--rm", "box", "/bin/busybox", "sh", "-c", f"{links}; {tries}; echo end")
+    assert [ATTEMPTS[int(word)] for word in done.stdout.split()[:-1]] == []
+    assert done.stdout.endswith("end\n")
 
 
 def test_the_interpreter_of_the_host_cannot_be_started(runner: Runner) -> None:
