@@ -310,16 +310,13 @@ def test_a_command_comes_into_a_sandbox_that_runs(runner: Runner, outside: Path)
     assert runner.cowfs("stat", "inside").returncode == 3
 
 
-@pytest.mark.parametrize("victim", ["keeper", "first", "all", "server"])
+@pytest.mark.parametrize("victim", ["keeper", "first", "all"])
 def test_a_kill_at_any_place_leaves_nothing(runner: Runner, victim: str) -> None:
-    """kill -9 of the process in between, of process 1, of all at once, of the mount's server: processes and mounts go, the key can be removed."""
-    if victim == "server" and runner.who == "user":
-        pytest.skip("the kernel has no server")
+    """kill -9 of the process in between, of process 1, of all at once: processes and mounts go, the key can be removed."""
     mark = f"33{os.getpid()}{len(victim)}"
     before = Path("/proc/self/mountinfo").read_text()
-    options = [] if victim != "server" else ["--mount-type", "fuse"]
     with subprocess.Popen(
-        runner.command("run", "--key", "slain", *options, "box", "/bin/sh", "-c", f"echo up; sleep {mark}; true"),
+        runner.command("run", "--key", "slain", "box", "/bin/sh", "-c", f"echo up; sleep {mark}; true"),
         env=runner.environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd="/",
     ) as running:  # fmt: skip
         assert running.stdout is not None
@@ -329,7 +326,7 @@ def test_a_kill_at_any_place_leaves_nothing(runner: Runner, victim: str) -> None
                 time.sleep(0.01)
             chain = ancestors(running_with(mark)[0], running.pid)
             servers = others_with(chain[-2])
-            victims = {"keeper": chain[-2:-1], "first": chain[-3:-2], "all": chain, "server": servers}[victim]
+            victims = {"keeper": chain[-2:-1], "first": chain[-3:-2], "all": chain}[victim]
             assert victims
             for pid in victims:
                 os.kill(pid, signal.SIGKILL)
