@@ -17,9 +17,9 @@ from __future__ import annotations
 import errno
 import os
 import struct
-from dataclasses import dataclass
 from typing import Final
 
+from cowfs._record import record
 from cowfs.fuse import abi
 
 Reply = bytes | tuple[bytes | memoryview, ...]
@@ -37,7 +37,7 @@ class ProtocolError(Exception):
     """The bytes are not a FUSE request at all; the session cannot go on."""
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Shape:
     """The layout behind the header of one opcode's requests.
 
@@ -188,7 +188,7 @@ def name_and_data(buf: memoryview, start: int, end: int, size: int) -> tuple[byt
     return first, buf[middle:end]
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Request:
     """One request, whole. ``fields`` are those of the opcode's struct; ``data`` is a view of the buffer."""
 

@@ -7,9 +7,9 @@ past the server (``passthrough``). Other features are not requested, for the rea
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final
 
+from cowfs._record import record
 from cowfs.errors import Unsupported
 from cowfs.fuse import abi
 from cowfs.fuse.codec import ProtocolError
@@ -73,7 +73,7 @@ assert WANTED.keys() | UNWANTED.keys() == abi.INIT_FLAGS.keys()
 assert not WANTED.keys() & UNWANTED.keys()
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Agreement:
     """The features that both sides agreed on."""
 

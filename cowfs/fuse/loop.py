@@ -28,10 +28,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, TextIO, TypeVar
 
+from cowfs._record import record
 from cowfs.errors import CowfsError, FailedPrecondition, Unsupported
 from cowfs.fuse import abi, codec, device, handshake, log
 from cowfs.fuse.codec import ProtocolError
@@ -84,7 +84,7 @@ HANDED_OVER: Final = frozenset((abi.FSYNC, abi.FSYNCDIR, abi.SYNCFS))
 _SHORT: Final = (errno.EMFILE, errno.ENFILE)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class SessionOptions:
     """The options of a session.
 

@@ -10,8 +10,8 @@ import errno
 import os
 import re
 import stat
-from dataclasses import asdict, dataclass, fields
 
+from cowfs._record import record
 from cowfs.errors import FailedPrecondition, InvalidArgument, NotFound
 
 __all__ = ["INDEXED", "IdMap", "MountSpec", "check_directory", "find_layers", "refuse_layer"]
@@ -52,7 +52,7 @@ INDEXED = "cowfs.mounting.index_view:view"
 IdMap = tuple[tuple[int, int, int], ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class MountSpec:
     """One wanted mount. All paths absolute.
 
@@ -121,11 +121,14 @@ class MountSpec:
     checked: bool = False
 
     def to_json(self) -> dict[str, object]:
+        from dataclasses import asdict
+
         return asdict(self)
 
     @classmethod
     def from_json(cls, data: dict[str, object]) -> MountSpec:
         """Inverse of :meth:`to_json`; lists become tuples."""
+        from dataclasses import fields
 
         def frozen(value: object) -> object:
             return tuple(frozen(item) for item in value) if isinstance(value, list | tuple) else value

@@ -14,8 +14,8 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 
+from cowfs._record import replace
 from cowfs.errors import FailedPrecondition, InvalidArgument, NotFound
 from cowfs.model import Limit
 from cowfs.mounting import notice

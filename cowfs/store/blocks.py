@@ -29,13 +29,16 @@ _EMPTY = bytes(32)
 class BlockVerbs(CompactionVerbs):
     """export_blocks and apply_blocks."""
 
-    def export_blocks(self, name: str, target: BinaryIO, *, base: str | None = None) -> blocks.Counts:
+    def export_blocks(
+        self, name: str, target: BinaryIO, *, base: str | None = None, identity: bytes | None = None
+    ) -> blocks.Counts:
         """Write what a committed snapshot changed, block by block.
 
         Args:
             name: a committed snapshot, or a tag.
             target: a stream; a pipe will do.
             base: the committed snapshot that it is for; default: the parent.
+            identity: 32 bytes that tell the tree it is for; default: a digest of names, attributes, sizes and times.
 
         Raises:
             NotFound: no such snapshot.
@@ -59,19 +62,20 @@ class BlockVerbs(CompactionVerbs):
         changes = (change for change, _ in compare.changes_with_links(pending, old, self._tree(after, pending), same))
         with self._reading(before) as a, self._reading(after) as b:
             try:
-                return blocks.produce(a, b, changes, target, base=self._identity(before))
+                return blocks.produce(a, b, changes, target, base=identity or self._identity(before))
             except BrokenPipeError:
                 raise
             except OSError as error:
                 raise CowfsError(f"export of {name!r} stopped: {error.strerror}") from None
 
     @names_full
-    def apply_blocks(self, key: str, stream: BinaryIO) -> blocks.Counts:
+    def apply_blocks(self, key: str, stream: BinaryIO, *, identity: bytes | None = None) -> blocks.Counts:
         """Make the changes of a block-level difference in an active snapshot.
 
         Args:
             key: an active snapshot that nobody has mounted, fresh from the tree that the stream was made against.
             stream: what :meth:`export_blocks` wrote; a pipe will do.
+            identity: as given there; default: the digest of the parent's tree.
 
         Raises:
             NotFound: no such key.
@@ -97,7 +101,7 @@ class BlockVerbs(CompactionVerbs):
                 options=self._options(row.limit if not self.driver.capabilities.whole else Limit()),
             )
             try:
-                counts = blocks.apply(view, stream, base=self._identity(parent))
+                counts = blocks.apply(view, stream, base=identity or self._identity(parent))
             except OSError as error:
                 raise CowfsError(f"the difference cannot be applied to {key!r}: {error.strerror}") from None
             finally:

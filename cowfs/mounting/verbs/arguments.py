@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import types
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
+from cowfs._record import record
 from cowfs.errors import InvalidArgument
 
 __all__ = ["Counts", "Nothing", "read"]
@@ -24,7 +24,7 @@ Counts = dict[str, int]
 """``bytes`` and ``inodes``."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Nothing:
     """No arguments."""
 
@@ -35,6 +35,8 @@ def read(kind: type[_T], message: Mapping[str, Any]) -> _T:
     Raises:
         InvalidArgument: one is unknown, missing, or of another type.
     """
+    from dataclasses import MISSING, fields
+
     verb, hints = message.get("verb"), get_type_hints(kind)
     given = {name: value for name, value in message.items() if name not in _ENVELOPE}
     for name, value in given.items():

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
 from types import EllipsisType
 from typing import Any
 
+from cowfs._record import record
 from cowfs.errors import FailedPrecondition, InvalidArgument
 from cowfs.model import Limit
 from cowfs.mounting import mountpoint
@@ -19,7 +19,7 @@ __all__ = ["counted"]
 _PATIENCE = 1.0  # seconds that a status waits for a count
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Limits:
     """``limit``: bytes and a count, None for none; omitted ones stay."""
 
@@ -27,7 +27,7 @@ class Limits:
     inodes: int | EllipsisType | None = ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Umount:
     """``umount``: lazily, even in use."""
 
@@ -43,6 +43,8 @@ def _alive(server: ServedMount, arguments: Nothing) -> dict[str, Any]:
 @verb("info", Nothing)
 def _info(server: ServedMount, arguments: Nothing) -> dict[str, Any]:
     """Everything about the mount, use and limit included."""
+    from dataclasses import asdict
+
     return {**asdict(server.spec), **server.facts(), **counted(server)}
 
 

@@ -12,8 +12,7 @@ waits only by :meth:`ServedMount.pause <cowfs.mounting.served.ServedMount.pause>
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from cowfs.mounting.served import ServedMount
 
@@ -24,8 +23,7 @@ Stream = Generator[Answer, None, Answer]
 _A = TypeVar("_A")
 
 
-@dataclass(slots=True)
-class Verb:
+class Verb(NamedTuple):
     """One verb.
 
     Attributes:
