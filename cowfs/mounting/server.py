@@ -297,6 +297,7 @@ class Server:
     def _close(self) -> None:
         """Close everything but the process itself, in the order in which others may rely on it."""
         self._ending.set()
+        gc.disable()  # SQLite writes to the shared memory of an index when its last connection goes: SIGBUS on a full host
         if self._view_open:
             self.view.close()
         if self._stack_open:

@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 
     from cowfs.driver.interface import Driver
     from cowfs.index.database import Row
+    from cowfs.store.context import Context
+    from cowfs.store.reading import Reading
 
-__all__ = ["FORMATS", "DiskCounts", "export_disk"]
+__all__ = ["FORMATS", "DiskCounts", "Disks"]
 
 FORMATS = ("raw", "qcow2")
 _PIECE = 1 << 20
@@ -39,8 +41,21 @@ class DiskCounts:
     written: int
 
 
-def export_disk(driver: Driver, row: Row, target: BinaryIO, *, format: str, size: str | int | None) -> DiskCounts:
-    """:meth:`cowfs.Store.export_disk`."""
+class Disks:
+    """Disks of committed snapshots."""
+
+    def __init__(self, context: Context, reading: Reading) -> None:
+        self.context = context
+        self._reading = reading
+
+    def export_disk(
+        self, name: str, target: BinaryIO, *, format: str = "raw", size: str | int | None = None
+    ) -> DiskCounts:
+        """As :meth:`cowfs.Store.export_disk`."""
+        return _export(self.context.driver, self._reading.resolve(name), target, format=format, size=size)
+
+
+def _export(driver: Driver, row: Row, target: BinaryIO, *, format: str, size: str | int | None) -> DiskCounts:
     if format not in FORMATS:
         raise InvalidArgument(f"no disk format {format!r}", remedy=" or ".join(FORMATS))
     if row.kind is not Kind.COMMITTED:

@@ -31,15 +31,19 @@ from typing import IO, TYPE_CHECKING
 from cowfs.errors import CowfsError, NotFound
 from cowfs.model import Change, Usage
 from cowfs.sandbox.process import Ended, error_of
-from cowfs.store.house import RUN_KEY
-from cowfs.store.live import LiveVerbs
+from cowfs.store.names import RUN_KEY
 
 if TYPE_CHECKING:
     from cowfs.mounting.client import MountHandle
     from cowfs.mounting.kernel import KernelMount
     from cowfs.sandbox.request import BindLike
+    from cowfs.store.context import Context
+    from cowfs.store.mounts import Mounting
+    from cowfs.store.naming import Naming
+    from cowfs.store.queries import Queries
+    from cowfs.store.snapshots import Snapshots
 
-__all__ = ["RunResult", "RunVerbs"]
+__all__ = ["Job", "RunResult", "Running"]
 
 _GRACE = 10.0
 """Seconds that a command has to end by itself when its caller was interrupted."""
@@ -71,141 +75,46 @@ class RunResult:
     peak_memory: int = 0
 
 
-class RunVerbs(LiveVerbs):
-    """run and temporary, and the same for asyncio."""
+class Running:
+    """Commands in fresh snapshots, and mounts that end with a block."""
 
-    def run(
+    def __init__(
         self,
-        parent: str,
-        argv: Sequence[str] = (),
-        *,
-        size: str | int | None = None,
-        inodes: str | int | None = None,
-        network: str = "none",
-        binds: Sequence[BindLike] = (),
-        env: Mapping[str, str] | None = None,
-        user: str | int | None = None,
-        workdir: str | None = None,
-        privileged: bool = False,
-        tty: bool = False,
-        timeout: float | None = None,
-        input: bytes | None = None,
-        stdin: int | IO[bytes] | None = subprocess.DEVNULL,
-        capture: bool = True,
-        key: str | None = None,
-        keep: bool = False,
-        mount_type: str | None = None,
-    ) -> RunResult:
-        """Run a command in a fresh snapshot, in a sandbox, and wait for its end.
+        context: Context,
+        naming: Naming,
+        queries: Queries,
+        snapshots: Snapshots,
+        mounting: Mounting,
+    ) -> None:
+        self.context = context
+        self._naming = naming
+        self._queries = queries
+        self._snapshots = snapshots
+        self._mounting = mounting
 
-        Isolated are files, processes, signals, the terminal, the network, privilege, devices, System V IPC, the host's name, and, with
-        ``size`` and ``inodes``, disk space. Not isolated are the kernel itself, memory, processor and number of processes, and what
-        ``binds``, ``network="host"`` and the standard streams hand in: docs/security.md. When the caller ends, however it ends,
-        the command and all that it started end, too.
+    def ended(self, key: str, how: Ended, out: bytes, said: bytes, *, keep: bool) -> RunResult:
+        """The result of a command that has ended; its snapshot goes unless it is kept."""
+        try:
+            return RunResult(
+                key=key,
+                returncode=how.status,
+                timed_out=how.timed_out,
+                stdout=out,
+                stderr=said,
+                usage=self._queries.usage(key),
+                changes=tuple(self._queries.diff(key)),
+                cpu_seconds=how.cpu_seconds,
+                peak_memory=how.peak_memory,
+            )
+        finally:
+            if not keep:
+                self._snapshots.remove(key)
 
-        Threads: any; it blocks. In asyncio: :meth:`run_async`.
-
-        Args:
-            parent: a committed snapshot, or a tag.
-            argv: the command; default: the image's, else a shell.
-            size, inodes: the limit of the snapshot, as for :meth:`prepare`.
-            network: ``none``: only a loopback interface of its own; ``host``: the host's.
-            binds: files and directories of the host that it sees: ``"SOURCE:TARGET"``, ``"SOURCE:TARGET:ro"``, or tuples of these.
-            env: variables beside those of the image.
-            user: ``USER[:GROUP]``, names in the snapshot or numbers; default: the image's, else root. An ordinary user has one id:
-                whoever it is in there, files are this user's.
-            workdir: where it starts; default: the image's, else ``/``.
-            privileged: keep all privilege, devices and /proc, and every system call.
-            tty: give it a terminal of its own; what it writes there is in ``stdout``.
-            timeout: seconds, after which it and all that it started are ended.
-            input: its standard input; else ``stdin``, as for :class:`subprocess.Popen`.
-            capture: keep what it writes; else it goes to the caller's standard output and error.
-            key: the snapshot's key; default: one that is made up.
-            keep: leave the snapshot there, for :meth:`commit` or :meth:`diff`.
-            mount_type: ``fuse`` or ``kernel``; default: as an ordinary user without a limit the kernel's, where it can; else ``fuse``.
-
-        Raises:
-            NotFound: no such snapshot, or no such source of a bind.
-            InvalidArgument: a bad limit, network, timeout, variable, bind or user.
-            AlreadyExists: the key is taken.
-            Unsupported: this host or user can make no namespaces or mounts.
-        """
-        job = self._job(
-            parent,
-            argv,
-            size,
-            inodes,
-            network,
-            binds,
-            env,
-            user,
-            workdir,
-            privileged,
-            tty,
-            timeout,
-            key,
-            keep,
-            mount_type,
-        )
-        return job.run(input, stdin, capture=capture)
-
-    def run_async(
-        self,
-        parent: str,
-        argv: Sequence[str] = (),
-        *,
-        size: str | int | None = None,
-        inodes: str | int | None = None,
-        network: str = "none",
-        binds: Sequence[BindLike] = (),
-        env: Mapping[str, str] | None = None,
-        user: str | int | None = None,
-        workdir: str | None = None,
-        privileged: bool = False,
-        tty: bool = False,
-        timeout: float | None = None,
-        input: bytes | None = None,
-        stdin: int | IO[bytes] | None = subprocess.DEVNULL,
-        capture: bool = True,
-        key: str | None = None,
-        keep: bool = False,
-        mount_type: str | None = None,
-    ) -> Awaitable[RunResult]:
-        """:meth:`run` for asyncio: ``await store.run_async(...)``. It waits in a thread of its own, one for each command.
-
-        When the task that waits is cancelled, the command and all that it started end, and the snapshot goes, before the
-        cancellation goes on.
-
-        Args:
-            parent, argv, size, inodes, network, binds, env, user, workdir, privileged, tty, timeout, input, stdin, capture, key, keep,
-                mount_type: as for :meth:`run`.
-
-        Raises:
-            NotFound, InvalidArgument, AlreadyExists, Unsupported: as :meth:`run`.
-        """
-        job = self._job(
-            parent,
-            argv,
-            size,
-            inodes,
-            network,
-            binds,
-            env,
-            user,
-            workdir,
-            privileged,
-            tty,
-            timeout,
-            key,
-            keep,
-            mount_type,
-        )
-        return _in_thread(job, partial(job.run, input, stdin, capture=capture))
-
-    def _job(
+    def job(
         self,
         parent: str,
         argv: Sequence[str],
+        *,
         size: str | int | None,
         inodes: str | int | None,
         network: str,
@@ -219,19 +128,20 @@ class RunVerbs(LiveVerbs):
         key: str | None,
         keep: bool,
         mount_type: str | None,
-    ) -> _Job:
+    ) -> Job:
+        """A command that :meth:`cowfs.Store.run` is asked for, checked and not yet started."""
         from cowfs.store.sandboxes import make_request
 
         request = make_request(
-            self, parent, argv, network=network, binds=binds, env=env or {}, user=user, workdir=workdir,
+            self._naming.config(parent), parent, argv, network=network, binds=binds, env=env or {}, user=user, workdir=workdir,
             privileged=privileged, timeout=timeout, terminal=tty,
         )  # fmt: skip
         made = key or f"{RUN_KEY}{secrets.token_hex(4)}"
         wish = {
-            "root": self.root, "fsync": self.driver.fsync, "parent": parent, "key": made, "size": size, "inodes": inodes,
+            "root": self.context.root, "fsync": self.context.driver.fsync, "parent": parent, "key": made, "size": size, "inodes": inodes,
             "keep": keep, "mount_type": mount_type, "request": request.to_json(),
         }  # fmt: skip
-        return _Job(self, made, wish, keep=keep)
+        return Job(self, made, wish, keep=keep)
 
     @contextmanager
     def temporary(
@@ -246,29 +156,12 @@ class RunVerbs(LiveVerbs):
         volatile: bool = False,
         allow_other: bool | None = None,
     ) -> Iterator[MountHandle | KernelMount]:
-        """A fresh snapshot, mounted for the block and removed with all that was written at its end.
-
-        When this process is killed in the block, a mount by cowfs's own server ends with it; the snapshot is left for
-        :meth:`prune`.
-
-        Args:
-            parent: a committed snapshot, or a tag; None: an empty tree.
-            size, inodes: its limit, as for :meth:`prepare`.
-            target: where; default: a directory of its own.
-            mount_type, limit_engine, volatile, allow_other: as for :meth:`mount`.
-
-        Yields:
-            The mount: ``mountpoint`` is where its files are.
-
-        Raises:
-            NotFound, InvalidArgument, Unsupported: as :meth:`prepare` and :meth:`mount`.
-            FailedPrecondition: at the end, when something still uses the mount.
-        """
+        """As :meth:`cowfs.Store.temporary`."""
         key = f"{RUN_KEY}{secrets.token_hex(4)}"
-        self.prepare(key, parent, size=size, inodes=inodes)
+        self._snapshots.prepare(key, parent, size=size, inodes=inodes)
         made = tempfile.mkdtemp(prefix="cowfs-") if target is None else None
         try:
-            with self.mount(
+            with self._mounting.mount(
                 key,
                 made or os.fspath(target or ""),
                 mount_type=mount_type,
@@ -280,7 +173,7 @@ class RunVerbs(LiveVerbs):
                 yield handle
         finally:
             with suppress(NotFound):
-                self.remove(key)
+                self._snapshots.remove(key)
             if made is not None:
                 os.rmdir(made)
 
@@ -296,18 +189,8 @@ class RunVerbs(LiveVerbs):
         volatile: bool = False,
         allow_other: bool | None = None,
     ) -> AbstractAsyncContextManager[MountHandle | KernelMount]:
-        """:meth:`temporary` for asyncio: ``async with store.temporary_async(...) as mount``. Mounting and removing are done in threads.
-
-        Args:
-            parent, size, inodes, target, mount_type, limit_engine, volatile, allow_other: as for :meth:`temporary`.
-
-        Yields:
-            The mount.
-
-        Raises:
-            NotFound, InvalidArgument, Unsupported, FailedPrecondition: as :meth:`temporary`.
-        """
-        assert self.driver  # a closed store refuses now rather than later
+        """As :meth:`cowfs.Store.temporary_async`."""
+        assert self.context.driver  # a closed store refuses now rather than later
         return _temporary_in_threads(
             self.temporary(
                 parent, size=size, inodes=inodes, target=target, mount_type=mount_type, limit_engine=limit_engine,
@@ -340,7 +223,7 @@ async def _temporary_in_threads(
             raise
 
 
-async def _in_thread(job: _Job, function: partial[RunResult]) -> RunResult:
+async def _in_thread(job: Job, function: partial[RunResult]) -> RunResult:
     """Run a job in a thread of its own, not of the loop's few, and end it when this task is cancelled."""
     loop = asyncio.get_running_loop()
     done: asyncio.Future[RunResult] = loop.create_future()
@@ -363,11 +246,11 @@ async def _in_thread(job: _Job, function: partial[RunResult]) -> RunResult:
         raise
 
 
-class _Job:
+class Job:
     """A command that is run once. :meth:`cancel` may be called from any thread."""
 
-    def __init__(self, store: RunVerbs, key: str, wish: Mapping[str, object], *, keep: bool) -> None:
-        self._store = store
+    def __init__(self, running: Running, key: str, wish: Mapping[str, object], *, keep: bool) -> None:
+        self._running = running
         self._key = key
         self._wish = wish
         self._keep = keep
@@ -414,6 +297,10 @@ class _Job:
             os.close(told)
         return self._result(how, process.returncode, out or b"", said or b"")
 
+    def run_async(self, input: bytes | None, stdin: int | IO[bytes] | None, *, capture: bool) -> Awaitable[RunResult]:
+        """Run it in a thread of its own; the task that waits may be cancelled."""
+        return _in_thread(self, partial(self.run, input, stdin, capture=capture))
+
     def _communicate(self, process: subprocess.Popen[bytes], input: bytes | None) -> tuple[bytes | None, bytes | None]:
         """As :meth:`subprocess.Popen.communicate`; the command ends with whoever breaks it off."""
         try:
@@ -438,18 +325,4 @@ class _Job:
                 remedy=f"its snapshot may be there: {self._key}",
             )
         ended = Ended(**told)
-        try:
-            return RunResult(
-                key=self._key,
-                returncode=ended.status,
-                timed_out=ended.timed_out,
-                stdout=out,
-                stderr=said,
-                usage=self._store.usage(self._key),
-                changes=tuple(self._store.diff(self._key)),
-                cpu_seconds=ended.cpu_seconds,
-                peak_memory=ended.peak_memory,
-            )
-        finally:
-            if not self._keep:
-                self._store.remove(self._key)
+        return self._running.ended(self._key, ended, out, said, keep=self._keep)

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from cowfs.errors import FailedPrecondition, InvalidArgument, Unsupported
 from cowfs.model import Kind
@@ -22,9 +22,39 @@ from cowfs.sandbox.request import PATH, BindLike, Request, binds_of, check_netwo
 from cowfs.sys import host
 
 if TYPE_CHECKING:
-    from cowfs.store.live import LiveVerbs
+    from types import TracebackType
+
+    from cowfs.driver.interface import Driver
+    from cowfs.index.database import Row
+    from cowfs.mounting.kernel import KernelMount
+    from cowfs.store.handle import LiveHandle
 
 __all__ = ["MOUNT_TYPES", "make_request", "run_beside", "run_in"]
+
+
+class HasMounts(Protocol):
+    """A store, as far as sandboxes ask it; see :class:`cowfs.Store`."""
+
+    root: str
+
+    @property
+    def driver(self) -> Driver: ...
+
+    @classmethod
+    def open(cls, root: str, *, create: bool, fsync: bool) -> Self: ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None: ...
+
+    def resolve(self, name: str) -> Row: ...
+
+    def mount_of(self, key: str) -> tuple[int, str] | None: ...
+
+    def mount(self, key: str, target: str, *, mount_type: str, owner: int = 0) -> LiveHandle | KernelMount: ...
+
 
 MOUNT_TYPES = (None, "fuse", "kernel")
 _NOTE = notice.PREFIX + "sandbox"
@@ -32,7 +62,7 @@ _NOTE = notice.PREFIX + "sandbox"
 
 
 def make_request(
-    store: LiveVerbs,
+    config: str,
     name: str,
     argv: Sequence[str],
     *,
@@ -49,6 +79,7 @@ def make_request(
     """What is asked for, completed by what the snapshot's image says.
 
     Args:
+        config: the configuration of its image, JSON text; "" for none.
         name: the snapshot.
         default: the command where ``argv`` is empty; None: the image's, else a shell.
 
@@ -56,12 +87,12 @@ def make_request(
         NotFound: no such snapshot, or a bind's source is missing.
         InvalidArgument: what cannot be done.
     """
-    config = _config(store, name)
+    settings = _config(config, name)
     if default is None:
-        default = [*(config.get("Entrypoint") or ()), *(config.get("Cmd") or ())] or ["/bin/sh"]
+        default = [*(settings.get("Entrypoint") or ()), *(settings.get("Cmd") or ())] or ["/bin/sh"]
     command = [os.fspath(word) for word in argv] or list(default)
-    where = workdir or config.get("WorkingDir") or "/"
-    who = config.get("User") or "" if user is None else str(user)
+    where = workdir or settings.get("WorkingDir") or "/"
+    who = settings.get("User") or "" if user is None else str(user)
     for word in (*command, where, who):
         if not _can_be_passed(word):
             raise InvalidArgument(f"{word!r} cannot be passed to a command", remedy="text without NUL")
@@ -72,7 +103,7 @@ def make_request(
             raise InvalidArgument(f"not a variable: {key!r}", remedy="a name without = and a text, both without NUL")
     return Request(
         command=command,
-        environment={"PATH": PATH, "TERM": os.environ.get("TERM", "dumb"), **_variables(config), **env},
+        environment={"PATH": PATH, "TERM": os.environ.get("TERM", "dumb"), **_variables(settings), **env},
         workdir=where,
         network=check_network(network),
         privileged=privileged,
@@ -83,11 +114,10 @@ def make_request(
     )
 
 
-def _config(store: LiveVerbs, name: str) -> dict[str, Any]:
+def _config(document: str, name: str) -> dict[str, Any]:
     """The ``config`` of an image (OCI image-spec, config.md), {} where there is none."""
     from cowfs.images.digests import parse_json
 
-    document = store.config(name)
     found = parse_json(document.encode(), f"the configuration of {name!r}").get("config") if document else None
     config = found if isinstance(found, dict) else {}
     for key in ("Entrypoint", "Cmd", "Env"):
@@ -122,7 +152,7 @@ def _variables(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def run_in(
-    store: LiveVerbs, key: str, request: Request, *, mount_type: str | None = None, life: int | None = None
+    store: HasMounts, key: str, request: Request, *, mount_type: str | None = None, life: int | None = None
 ) -> process.Ended:
     """Run a command in a sandbox on a snapshot that is not mounted. The calling process has one thread.
 
@@ -151,7 +181,7 @@ def run_in(
     return process.run(request, tree, _directory(), note=_note(store, row.id), life=life)
 
 
-def _mount_by_kernel(store: LiveVerbs, key: str, target: str, mounted: ExitStack, *, insist: bool) -> bool:
+def _mount_by_kernel(store: HasMounts, key: str, target: str, mounted: ExitStack, *, insist: bool) -> bool:
     """Mount in this namespace by the kernel; whether it could.
 
     Args:
@@ -176,7 +206,7 @@ def _mount_by_kernel(store: LiveVerbs, key: str, target: str, mounted: ExitStack
     return True
 
 
-def run_beside(store: LiveVerbs, key: str, request: Request) -> process.Ended:
+def run_beside(store: HasMounts, key: str, request: Request) -> process.Ended:
     """Run a command in a snapshot that is there: in the sandbox that runs on it, in one of its own beside its mount, or as :func:`run_in`.
 
     Args:
@@ -209,5 +239,5 @@ def _directory() -> str:
     return made
 
 
-def _note(store: LiveVerbs, id: str) -> str:
+def _note(store: HasMounts, id: str) -> str:
     return f"{store.driver.directory(id)}/{_NOTE}"

@@ -13,23 +13,31 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, cast
 
 from cowfs import archive, images
 from cowfs.errors import AlreadyExists, Corrupt, FailedPrecondition, InvalidArgument
 from cowfs.model import Kind
-from cowfs.store.importing import present
+from cowfs.store.archived import present
 from cowfs.store.names import check_labels, check_name, new_id
 from cowfs.store.stream import LayerIn, LayerOut, StreamIn, StreamOut
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Sequence
 
-    from cowfs.driver.interface import Driver
-    from cowfs.index.database import Index, Row
-    from cowfs.store.applying import Progress
+    from cowfs.index.database import Row
+    from cowfs.store.applying import Applying, Progress
+    from cowfs.store.archived import Archived
+    from cowfs.store.blocks import Blocks
+    from cowfs.store.committing import Committing
+    from cowfs.store.context import Context
+    from cowfs.store.exporting import Exporting
+    from cowfs.store.limits import Limits
+    from cowfs.store.naming import Naming
+    from cowfs.store.reading import Reading
+    from cowfs.store.snapshots import Snapshots
 
-__all__ = ["Receiver", "Sending", "Sent", "Source", "receive"]
+__all__ = ["Receiving", "Sending", "Sent"]
 
 MAX_LAYERS = 10_000
 
@@ -47,56 +55,36 @@ class Sent:
     copied: tuple[str, ...] | None
 
 
-class ExportBlocks(Protocol):
-    """As :meth:`cowfs.Store.export_blocks`."""
-
-    def __call__(self, name: str, target: BinaryIO, *, identity: bytes | None = None) -> object: ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
-    """A store that sends, as far as that asks it.
-
-    Attributes:
-        index: its index. by_blocks: whether its layers may hold redirect files.
-        resolve, config: as :meth:`cowfs.Store.resolve`, :meth:`cowfs.Store.config`.
-        diff_ids: of a snapshot's chain, bottom first.
-        is_archived: whether a layer leaves as the archive that it came from.
-        write_layer: writes its archive; (layer, target, compression, progress) to diff id.
-        export_blocks: as :meth:`cowfs.Store.export_blocks`.
-    """
-
-    index: Index
-    by_blocks: bool
-    resolve: Callable[[str], Row]
-    config: Callable[[str], str]
-    diff_ids: Callable[[Row], list[str]]
-    is_archived: Callable[[Row], bool]
-    write_layer: Callable[[Row, BinaryIO, str, Progress | None], str]
-    export_blocks: ExportBlocks
-
-
 class Sending:
-    """send.
+    """Snapshots on their way out."""
 
-    Args:
-        source: whose snapshots are sent.
-    """
-
-    def __init__(self, source: Source) -> None:
-        self._source = source
+    def __init__(
+        self,
+        context: Context,
+        reading: Reading,
+        archived: Archived,
+        naming: Naming,
+        exporting: Exporting,
+        blocks: Blocks,
+    ) -> None:
+        self.context = context
+        self._reading = reading
+        self._archived = archived
+        self._naming = naming
+        self._exporting = exporting
+        self._blocks = blocks
 
     def send(
         self,
         names: Sequence[str],
         pipe: BinaryIO,
         *,
-        since: str | None,
-        answers: BinaryIO | None,
-        progress: Progress | None,
+        since: str | None = None,
+        answers: BinaryIO | None = None,
+        progress: Progress | None = None,
     ) -> Sent:
         """As :meth:`cowfs.Store.send`."""
-        rows = [self._source.resolve(name) for name in names]
+        rows = [self._reading.resolve(name) for name in names]
         for name, row in zip(names, rows, strict=True):
             if row.kind is not Kind.COMMITTED:
                 raise InvalidArgument(f"{name!r} is not committed", remedy="commit it, or use snapshot")
@@ -105,8 +93,8 @@ class Sending:
         told: StreamIn | None = None
         sent: list[str] = []
         for name, row in zip(names, rows, strict=True):
-            chain = [self._source.index.by_num(num) for num, _ in reversed(self._source.index.chain(row.num))]
-            diff_ids = self._source.diff_ids(row)
+            chain = [self.context.index.by_num(num) for num, _ in reversed(self.context.index.chain(row.num))]
+            diff_ids = self._exporting.diff_ids(row)
             below = chain_ids(diff_ids)
             out.document(b"N", self._described(name, row, chain, diff_ids))
             first = left_out
@@ -128,29 +116,29 @@ class Sending:
         """How many layers the other side is said to have."""
         if since is None:
             return 0
-        base = self._source.resolve(since)
+        base = self._reading.resolve(since)
         for row in rows:
-            if base.num not in [num for num, _ in self._source.index.chain(row.num)]:
+            if base.num not in [num for num, _ in self.context.index.chain(row.num)]:
                 raise InvalidArgument(f"{since!r} is no ancestor of {row.name!r}", remedy="'cowfs log' lists them")
-        return len(self._source.index.chain(base.num))
+        return len(self.context.index.chain(base.num))
 
     def _described(self, name: str, row: Row, chain: Sequence[Row], diff_ids: Sequence[str]) -> dict[str, Any]:
         layers = [
             {"name": each.name, "diff_id": diff_id, "labels": dict(each.labels)}
             for each, diff_id in zip(chain, diff_ids, strict=True)
         ]
-        return {"name": name, "layers": layers, "config": self._source.config(name) if name != row.name else None}
+        return {"name": name, "layers": layers, "config": self._naming.config(name) if name != row.name else None}
 
     def _layer(self, out: StreamOut, row: Row, at: int, chain_id: str, progress: Progress | None) -> None:
-        by_blocks = self._source.by_blocks and at > 0 and not self._source.is_archived(row)
+        by_blocks = bool(self.context.driver.capabilities.row) and at > 0 and not self._archived.is_archived(row)
         size = row.usage.bytes if row.usage is not None else 0
         out.document(b"L", {"at": at, "form": "blocks" if by_blocks else "tar", "size": size})
         data = LayerOut(out)
         told = _Told(data, progress, row.name, size)
         if by_blocks:
-            self._source.export_blocks(row.name, cast("BinaryIO", told), identity=_identity(chain_id))
+            self._blocks.export_blocks(row.name, cast("BinaryIO", told), identity=_identity(chain_id))
         else:
-            self._source.write_layer(row, cast("BinaryIO", told), "none", None)
+            self._exporting.write_layer(row, cast("BinaryIO", told), "none", None)
         data.finish()
 
 
@@ -195,59 +183,59 @@ def _count(told: dict[str, Any], most: int) -> int:
 # -- receiving ---------------------------------------------------------------------------------------------------------
 
 
-class Receiver(Protocol):
-    """A store that receives, as far as that asks it; see :class:`cowfs.Store`."""
+class _Parts(NamedTuple):
+    """The services that bring in a layer."""
 
-    root: str
-    index: Index
-
-    @property
-    def driver(self) -> Driver: ...
-
-    def exists(self, name: str) -> bool: ...
-
-    def prepare(
-        self, key: str, parent: str | None = None, *, size: int | None = None, inodes: int | None = None
-    ) -> object: ...
-
-    def limit(self, key: str, *, size: int | None = None, inodes: int | None = None) -> object: ...
-
-    def apply(
-        self, key: str, stream: BinaryIO, *, options: archive.ApplyOptions | None = None, diff_id: str | None = None
-    ) -> object: ...
-
-    def apply_blocks(self, key: str, stream: BinaryIO, *, identity: bytes | None = None) -> object: ...
-
-    def export(self, name: str, target: BinaryIO, *, format: str = "oci") -> str: ...
-
-    def commit(self, key: str, name: str, *, labels: Mapping[str, str] | None = None) -> object: ...
-
-    def remove(self, name: str) -> object: ...
-
-    def tag(self, name: str, target: str, *, config: str | None = None) -> object: ...
+    context: Context
+    reading: Reading
+    naming: Naming
+    snapshots: Snapshots
+    committing: Committing
+    limits: Limits
+    applying: Applying
+    exporting: Exporting
+    blocks: Blocks
 
 
-def receive(
-    store: Receiver,
-    pipe: BinaryIO,
-    *,
-    answers: BinaryIO | None,
-    options: archive.ApplyOptions | None,
-    progress: Progress | None,
-) -> list[str]:
-    """As :meth:`cowfs.Store.receive`."""
-    store.index.meta("uuid")  # a closed store refuses before anything is read
-    stream = StreamIn(pipe)
-    out = StreamOut(answers) if answers is not None else None
-    copied: list[str] = []
-    while True:
-        kind, payload = stream.next(b"NZ")
-        if kind == b"Z":
-            break
-        _Snapshot(store, stream, payload, options or archive.ApplyOptions(), progress).take(out, copied)
-    if out is not None:
-        out.document(b"R", {"copied": copied})
-    return copied
+class Receiving:
+    """Snapshots on their way in."""
+
+    def __init__(
+        self,
+        context: Context,
+        reading: Reading,
+        naming: Naming,
+        snapshots: Snapshots,
+        committing: Committing,
+        limits: Limits,
+        applying: Applying,
+        exporting: Exporting,
+        blocks: Blocks,
+    ) -> None:
+        self.context = context
+        self._parts = _Parts(context, reading, naming, snapshots, committing, limits, applying, exporting, blocks)
+
+    def receive(
+        self,
+        pipe: BinaryIO,
+        *,
+        answers: BinaryIO | None = None,
+        options: archive.ApplyOptions | None = None,
+        progress: Progress | None = None,
+    ) -> list[str]:
+        """As :meth:`cowfs.Store.receive`."""
+        self.context.index.meta("uuid")  # a closed store refuses before anything is read
+        stream = StreamIn(pipe)
+        out = StreamOut(answers) if answers is not None else None
+        copied: list[str] = []
+        while True:
+            kind, payload = stream.next(b"NZ")
+            if kind == b"Z":
+                break
+            _Snapshot(self._parts, stream, payload, options or archive.ApplyOptions(), progress).take(out, copied)
+        if out is not None:
+            out.document(b"R", {"copied": copied})
+        return copied
 
 
 class _Snapshot:
@@ -259,13 +247,13 @@ class _Snapshot:
 
     def __init__(
         self,
-        store: Receiver,
+        parts: _Parts,
         stream: StreamIn,
         payload: bytes,
         options: archive.ApplyOptions,
         progress: Progress | None,
     ) -> None:
-        self._store = store
+        self._parts = parts
         self._stream = stream
         self._options = options
         self._progress = progress
@@ -314,7 +302,7 @@ class _Snapshot:
         self._call_it(have[-1])
 
     def _present(self, layer: _Layer, parent: Row | None) -> Row | None:
-        return present(cast("Any", self._store), parent, layer.chain_id, layer.diff_id, self._options.owners)
+        return present(self._parts.context, parent, layer.chain_id, layer.diff_id, self._options.owners)
 
     def _place(self, told: dict[str, Any], before: int | None) -> int:
         at = told.get("at")
@@ -325,44 +313,44 @@ class _Snapshot:
         return at
 
     def _layer(self, told: dict[str, Any], layer: _Layer, parent: Row | None, copied: list[str]) -> Row:
-        store, name = self._store, self._free_name(layer)
+        parts, name = self._parts, self._free_name(layer)
         form, size = told.get("form"), told.get("size")
         if form not in ("tar", "blocks") or (form == "blocks" and parent is None):
             raise Corrupt(f"the stream of snapshots holds a layer of the form {str(form)[:40]!r}")
         key = f"receive-{new_id()}"
         most = (self._options.max_bytes, self._options.max_entries) if form == "blocks" else (None, None)
-        store.prepare(key, parent.name if parent is not None else None, size=most[0], inodes=most[1])
+        parts.snapshots.prepare(key, parent.name if parent is not None else None, size=most[0], inodes=most[1])
         try:
             data = LayerIn(self._stream)
             counted = _Counted(data, self._progress, layer.name, size if isinstance(size, int) and size > 0 else 0)
             if form == "tar":
-                store.apply(key, cast("BinaryIO", counted), options=self._options, diff_id=layer.diff_id)
+                parts.applying.apply(key, cast("BinaryIO", counted), options=self._options, diff_id=layer.diff_id)
             else:
-                store.apply_blocks(key, cast("BinaryIO", counted), identity=_identity(layer.below))
+                parts.blocks.apply_blocks(key, cast("BinaryIO", counted), identity=_identity(layer.below))
             data.finish()
             if form == "blocks":
                 with open(os.devnull, "wb") as nowhere:
-                    if store.export(key, nowhere, format="layer") != layer.diff_id:
+                    if parts.exporting.export(key, nowhere, format="layer") != layer.diff_id:
                         raise Corrupt(f"the layer {name!r} is not {layer.diff_id}, which the stream says it is")
-                store.limit(key, size=None, inodes=None)  # of the options; an archive is held to them itself
-            store.commit(key, name, labels=layer.labels)
+                parts.limits.limit(key, size=None, inodes=None)  # of the options; an archive is held to them itself
+            parts.committing.commit(key, name, labels=layer.labels)
         except BaseException as error:
-            if store.exists(key):
-                store.remove(key)
+            if parts.reading.exists(key):
+                parts.snapshots.remove(key)
             row = self._present(layer, parent) if isinstance(error, AlreadyExists) else None
             if row is None:
                 raise
             return row  # somebody else brought it meanwhile
-        row = store.index.get(name)
+        row = parts.context.index.get(name)
         if form == "blocks" and (parent is None or parent.chain_id is not None):
-            with store.index.write() as change:
+            with parts.context.index.write() as change:
                 change.set_archive(row.num, layer.diff_id, layer.chain_id, form=archive.FORM)
         copied.append(name)
-        return store.index.get(name)
+        return parts.context.index.get(name)
 
     def _free_name(self, layer: _Layer) -> str:
         """The name that it has there, where it is free here and no digest; else its chain id."""
-        index = self._store.index
+        index = self._parts.context.index
         if (
             not layer.name
             or layer.name.startswith("sha256:")
@@ -373,13 +361,14 @@ class _Snapshot:
         return layer.name
 
     def _call_it(self, top: Row) -> None:
-        found = self._store.index.find(self._name)
+        found = self._parts.context.index.find(self._name)
         if found is not None and found.num != top.num:
             raise InvalidArgument(
-                f"{self._name!r} is another snapshot in {self._store.root}", remedy=f"its tree is {top.name!r} here"
+                f"{self._name!r} is another snapshot in {self._parts.context.root}",
+                remedy=f"its tree is {top.name!r} here",
             )
         if found is None and not self._name.startswith("sha256:"):
-            self._store.tag(self._name, top.name, config=self._config)
+            self._parts.naming.tag(self._name, top.name, config=self._config)
 
 
 class _Layer:

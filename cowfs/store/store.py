@@ -1,32 +1,33 @@
-"""The class that users import, put together from its groups of verbs."""
+"""The class that users import: the life of a store, and its verbs.
+
+Rule: the verbs' signatures and documentation are in :mod:`cowfs.store.verbs`, by topic, and each is one call of a service
+(:mod:`cowfs.store.services`). Nothing here or there decides anything, and no verb calls another.
+"""
 
 from __future__ import annotations
 
-import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
-from cowfs.store.blocks import BlockVerbs
-from cowfs.store.events import EventVerbs
-from cowfs.store.files import FileVerbs
-from cowfs.store.house import HouseVerbs
-from cowfs.store.running import RunVerbs
-from cowfs.store.squash import SquashVerbs
+from cowfs.store.services import Services
+from cowfs.store.verbs.archives import ArchiveVerbs
+from cowfs.store.verbs.files import FileVerbs
+from cowfs.store.verbs.keeping import KeepingVerbs
+from cowfs.store.verbs.mounts import MountVerbs
+from cowfs.store.verbs.reading import ReadingVerbs
+from cowfs.store.verbs.running import RunVerbs
+from cowfs.store.verbs.snapshots import SnapshotVerbs
+
+if TYPE_CHECKING:
+    import os
+    from types import TracebackType
+
+    from cowfs.driver.interface import Driver
+    from cowfs.store.migrating import Migrated, Progress
 
 __all__ = ["Store"]
 
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from typing import BinaryIO
-
-    from cowfs.archive import ApplyOptions
-    from cowfs.store.applying import Progress
-    from cowfs.store.disks import DiskCounts
-    from cowfs.store.migrating import Migrated, Progress as Migration
-    from cowfs.store.sending import Sent
-
-
-class Store(BlockVerbs, SquashVerbs, RunVerbs, HouseVerbs, FileVerbs, EventVerbs):
+class Store(SnapshotVerbs, MountVerbs, RunVerbs, ReadingVerbs, ArchiveVerbs, FileVerbs, KeepingVerbs):
     """A store of snapshots in one directory. Make it with :meth:`open`.
 
     >>> with Store.open("store") as store:
@@ -43,81 +44,71 @@ class Store(BlockVerbs, SquashVerbs, RunVerbs, HouseVerbs, FileVerbs, EventVerbs
 
     A kill at any moment leaves a verb done or not begun, or finished by the next :meth:`open` (docs/internals/crash-safety.md).
     A closed store refuses every verb with FailedPrecondition.
+
+    Attributes:
+        root: the store's directory, absolute.
+        index: the index.
+        reserve: the room that is kept for deletions.
+        why: why this driver: what each one that is installed said, by name; empty when the store
+            had one already.
+        services: the parts that do the work (:mod:`cowfs.store.services`). They are no part of the interface that is kept.
     """
 
-    def send(
-        self,
-        names: Sequence[str],
-        pipe: BinaryIO,
-        *,
-        since: str | None = None,
-        answers: BinaryIO | None = None,
-        progress: Progress | None = None,
-    ) -> Sent:
-        """Write committed snapshots with their ancestors to a pipe, for :meth:`receive` of another store.
+    def __init__(self, services: Services) -> None:
+        self.services = services
+        context = services.context
+        self.root, self.index, self.reserve, self.why = context.root, context.index, context.reserve, context.why
 
-        Of a ``row`` store the layers that no archive made are sent as the blocks that changed. The format is :mod:`cowfs.store.stream`.
+    @property
+    def driver(self) -> Driver:
+        """The backend. Raises FailedPrecondition once the store is closed."""
+        return self.services.context.driver
+
+    @classmethod
+    def open(
+        cls,
+        root: str | os.PathLike[str] | None = None,
+        *,
+        driver: str = "auto",
+        create: bool = True,
+        fsync: bool = True,
+        **options: str | int | bool | None,
+    ) -> Self:
+        """Open the store in a directory, making it on first use.
+
+        What a killed process left half done is finished or taken back, which may take as long as the verb did.
 
         Args:
-            names: committed snapshots, or tags.
-            pipe: where the stream goes; binary.
-            since: an ancestor of them all that the other store has: it, and what is beneath it, are left out.
-            answers: what the receiver answers (its ``answers``): then only what it lacks is sent.
-            progress: told how far it is.
-
-        Returns:
-            The layers that were sent.
+            root: the directory; default: :func:`default_root`.
+            driver: ``auto`` takes the driver that the store has, else the best one for this host.
+            create: whether to make a store that is not there.
+            fsync: off: a power loss may undo the latest verbs (not damage the store).
+            options: the driver's own, as its class documents them; of cowfs's drivers only row has one: ``block``, bytes a block
+                of new redirect files, a power of two from 4 KiB to 1 MiB ("64K").
 
         Raises:
-            NotFound: no such snapshot or tag.
-            InvalidArgument: not committed, or ``since`` is no ancestor.
-            Corrupt: the answers are cut short or damaged.
-            OSError: the pipe cannot be written; BrokenPipeError where the receiver ended.
+            NotFound: no store there and ``create`` is off, or no such driver.
+            InvalidArgument: the directory holds something else, or the store has another driver.
+            Unsupported: no driver can run here, or a newer cowfs made the store.
+            Corrupt: the index is damaged.
         """
-        from cowfs.store.sending import Sending, Source
+        return cls(Services.open(root, driver=driver, create=create, fsync=fsync, options=options))
 
-        source = Source(
-            index=self.index,
-            by_blocks=bool(self.driver.capabilities.row),
-            resolve=self.resolve,
-            config=self.config,
-            diff_ids=self._diff_ids,
-            is_archived=self._is_archived,
-            write_layer=self._write_layer,
-            export_blocks=self.export_blocks,
-        )
-        return Sending(source).send(names, pipe, since=since, answers=answers, progress=progress)
-
-    def receive(
-        self,
-        pipe: BinaryIO,
-        *,
-        answers: BinaryIO | None = None,
-        options: ApplyOptions | None = None,
-        progress: Progress | None = None,
-    ) -> list[str]:
-        """Bring in what :meth:`send` wrote. Each layer is checked against its diff id; those that came whole stay when the rest fails.
-
-        Names are kept where they are free here, else a layer is named by its chain id. A tag is a tag here, too, with its configuration.
-
-        Args:
-            pipe: the stream; binary.
-            answers: where to say what is here already, for a sender that asks.
-            options: bounds for each layer, and what to do without privilege.
-            progress: told how far it is.
-
-        Returns:
-            Names of the layers that were new, bottom first.
+    def close(self) -> None:
+        """Let go of the index and the driver. Idempotent; every other verb refuses from now on. Mounts go on.
 
         Raises:
-            InvalidArgument: no such stream, a hostile layer, or a name that is another tree's here.
-            Corrupt: the stream is cut short or damaged, or a layer is not what it says.
-            FailedPrecondition: it stands on a layer that is not here.
-            OSError: no room, and so on.
+            OSError: the driver cannot write what it keeps.
         """
-        from cowfs.store.sending import receive
+        self.services.context.close()
 
-        return receive(self, pipe, answers=answers, options=options, progress=progress)
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
 
     @classmethod
     def migrate(
@@ -128,7 +119,7 @@ class Store(BlockVerbs, SquashVerbs, RunVerbs, HouseVerbs, FileVerbs, EventVerbs
         *,
         cut_times: bool = False,
         fsync: bool = True,
-        progress: Migration | None = None,
+        progress: Progress | None = None,
     ) -> Migrated:
         """Move a store to another driver: all snapshots, tags, labels, configurations, limits and times.
 
@@ -151,29 +142,4 @@ class Store(BlockVerbs, SquashVerbs, RunVerbs, HouseVerbs, FileVerbs, EventVerbs
         """
         from cowfs.store import migrating
 
-        return migrating.migrate(cls, root, driver, target, cut_times=cut_times, fsync=fsync, progress=progress)
-
-    def export_disk(
-        self, name: str, target: BinaryIO, *, format: str = "raw", size: str | int | None = None
-    ) -> DiskCounts:
-        """Write a committed snapshot as a disk for a virtual machine: one file system, without partitions, that has the tree for its root.
-
-        Only of the driver ``block``; the file system has a UUID of its own each time.
-
-        Args:
-            name: a committed snapshot, or a tag.
-            target: a stream; a file gets holes, and a pipe will do.
-            format: ``raw`` or ``qcow2`` (version 3).
-            size: of the disk, bytes or "20G"; default: as large as the store's images are.
-
-        Returns:
-            Its size, and the bytes written.
-
-        Raises:
-            NotFound: no such snapshot.
-            InvalidArgument: not committed, no such format, or a size that it cannot have.
-            Unsupported: the driver keeps no images.
-        """
-        from cowfs.store.disks import export_disk
-
-        return export_disk(self.driver, self.resolve(name), target, format=format, size=size)
+        return migrating.migrate(root, driver, target, cut_times=cut_times, fsync=fsync, progress=progress)

@@ -315,7 +315,7 @@ def test_run_takes_the_configuration_of_the_image_that_a_snapshot_was_made_from(
     run_module("cowfs", "prepare", "w", "prod", *root, check=True)
     run_module("cowfs", "commit", "w", "child", *root, check=True)
     with Store.open(space / "store") as store:
-        assert _config(store, "child")["Env"] == ["A=prod"]
+        assert _config(store.config("child"), "child")["Env"] == ["A=prod"]
 
 
 def test_the_layers_of_an_image_count_together(store: Store, space: Path) -> None:

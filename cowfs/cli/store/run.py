@@ -158,7 +158,7 @@ def _request(
     from cowfs.store.sandboxes import make_request
 
     return make_request(
-        store, name, args.command, default=default, network=args.network, binds=args.bind, env=pairs_of(args.env), user=args.user,
+        store.config(name), name, args.command, default=default, network=args.network, binds=args.bind, env=pairs_of(args.env), user=args.user,
         workdir=args.workdir, privileged=args.privileged, timeout=timeout, terminal=True if args.tty else None,
     )  # fmt: skip
 

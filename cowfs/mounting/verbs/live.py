@@ -8,7 +8,7 @@ Order, for the first two:
 3. after a rollback: tell the kernel what is stale, from the notifier's thread.
 
 The *mark* (a file in the new layer's directory) is made before anything is written to the new layer. So a half-done
-snapshot shows by it whether the new layer may hold data (:mod:`cowfs.store.live`).
+snapshot shows by it whether the new layer may hold data (:mod:`cowfs.store.switching`).
 
 Threads: called in a connection's thread of the control socket, never in the loop.
 """
