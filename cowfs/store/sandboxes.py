@@ -76,7 +76,7 @@ def make_request(
     timeout: float | None,
     terminal: bool | None,
 ) -> Request:
-    """What is asked for, completed by what the snapshot's image says.
+    """The request, completed by the configuration of the snapshot's image.
 
     Args:
         config: the configuration of its image, JSON text; "" for none.

@@ -5,8 +5,6 @@ from __future__ import annotations
 import http.client
 import http.server
 import json
-import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -15,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.daemon import DATA, Daemon, wait_for
+from support import registry as registry_server
+from support.daemon import DATA, Daemon
 
 from cowfs.errors import Corrupt, FailedPrecondition
 from cowfs.images.registry import Credentials, Registry, credentials_for
@@ -23,23 +22,13 @@ from cowfs.images.registry import Credentials, Registry, credentials_for
 ID = "sha256:9c33d969275253f462e75d433ce358a90b9551c9f65a6bcfd068744db262313d"
 
 
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
 @pytest.fixture
 def make_registry(space: Path) -> Iterator[Callable[..., str]]:
     """A function that starts a registry: its address."""
-    program = shutil.which("docker-registry")
-    if program is None:
-        pytest.skip("no registry here (Debian: docker-registry; CI has it)")
     processes: list[subprocess.Popen[bytes]] = []
 
     def make(password: str = "") -> str:
-        address = f"127.0.0.1:{free_port()}"
-        text = f"version: 0.1\nstorage:\n  filesystem:\n    rootdirectory: {space}/registry-{len(processes)}\nhttp:\n  addr: {address}\n"
+        text = ""
         if password:
             script = "import crypt, sys; print('user:' + crypt.crypt(sys.argv[1], crypt.mksalt(crypt.METHOD_BLOWFISH, rounds=16)))"
             done = subprocess.run(
@@ -48,27 +37,15 @@ def make_registry(space: Path) -> Iterator[Callable[..., str]]:
             if done.returncode:
                 pytest.skip("no bcrypt here to make a password file with")
             (space / "htpasswd").write_text(done.stdout)
-            text += f"auth:\n  htpasswd:\n    realm: test\n    path: {space}/htpasswd\n"
-        config = space / f"registry-{len(processes)}.yml"
-        config.write_text(text)
-        with open(space / "registry.log", "ab") as log:
-            processes.append(subprocess.Popen([program, "serve", str(config)], stdout=log, stderr=log))
-        wait_for(lambda: _listens(address), "the registry")
+            text = f"auth:\n  htpasswd:\n    realm: test\n    path: {space}/htpasswd\n"
+        process, address = registry_server.start(space, f"registry-{len(processes)}", text)
+        processes.append(process)
         return address
 
     yield make
     for each in processes:
         each.terminate()
         each.wait()
-
-
-def _listens(address: str) -> bool:
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host, int(port)), 5).close()
-    except OSError:
-        return False
-    return True
 
 
 def pushed(daemon: Daemon, address: str, name: str = "a/small:1") -> str:
@@ -115,7 +92,7 @@ def _events(daemon: Daemon) -> list[str]:
 def test_what_is_not_there(daemon: Daemon, make_registry: Callable[..., str]) -> None:
     address = make_registry()
     assert "not found" in daemon.docker("pull", f"{address}/no/such:1", check=False).stderr
-    nobody = f"127.0.0.1:{free_port()}"
+    nobody = "127.0.0.1:1"
     assert "does not answer" in daemon.docker("pull", f"{nobody}/x", check=False).stderr
     assert "must be lowercase" in daemon.docker("pull", f"{address}/Upper", check=False).stderr
     assert daemon.docker("push", f"{address}/nothing:1", check=False).returncode == 1
