@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import cowfs
 
@@ -49,7 +50,7 @@ def attempt(store: cowfs.Store, base: str, command: str) -> Attempt:
 def best_of(store: cowfs.Store, base: str, kept: str, commands: Iterable[str]) -> list[Attempt]:
     """Try all commands at once; the first in order that succeeded is committed as ``kept``, the others are dropped."""
     with ThreadPoolExecutor() as pool:
-        attempts = list(pool.map(lambda command: attempt(store, base, command), commands))
+        attempts = list(pool.map(partial(attempt, store, base), commands))
     best = next((each for each in attempts if each.status == 0), None)
     for each in attempts:
         if each is best:

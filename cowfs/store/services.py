@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from cowfs.store.naming import Naming
     from cowfs.store.plans import Plans
     from cowfs.store.queries import Queries
+    from cowfs.store.rebasing import Rebasing
     from cowfs.store.restacking import Restacking
     from cowfs.store.running import Running
     from cowfs.store.scanning import Scanning
@@ -210,6 +211,12 @@ class Services:
         from cowfs.store.engines import Engines
 
         return Engines(self.context, self.lookup, self.plans)
+
+    @_made
+    def rebasing(self) -> Rebasing:
+        from cowfs.store.rebasing import Rebasing
+
+        return Rebasing(self.context, self.lookup)
 
     @_made
     def kernel_mounts(self) -> KernelMounts:

@@ -35,12 +35,11 @@ def listens(address: str) -> bool:
     return True
 
 
-@contextlib.contextmanager
-def start_registry(space: Path, auth: str = "", name: str = "registry") -> Iterator[str]:
-    """A registry: its address.
+def start(space: Path, name: str, more: str = "") -> tuple[subprocess.Popen[bytes], str]:
+    """Start Debian's docker-registry, without TLS, at a port of this host; (its process, ADDR:PORT).
 
     Args:
-        auth: further lines of its configuration. name: of its files in ``space``.
+        space: the place of its data. name: of the files there. more: lines of its configuration.
     """
     program = shutil.which("docker-registry")
     if program is None:
@@ -48,12 +47,19 @@ def start_registry(space: Path, auth: str = "", name: str = "registry") -> Itera
     address = f"127.0.0.1:{free_port()}"
     config = space / f"{name}.yml"
     config.write_text(
-        f"version: 0.1\nstorage:\n  filesystem:\n    rootdirectory: {space}/{name}\nhttp:\n  addr: {address}\n{auth}"
+        f"version: 0.1\nstorage:\n  filesystem:\n    rootdirectory: {space}/{name}\nhttp:\n  addr: {address}\n{more}"
     )
-    with open(space / f"{name}.log", "ab") as log:
+    with open(space / "registry.log", "ab") as log:
         process = subprocess.Popen([program, "serve", str(config)], stdout=log, stderr=log)
+    wait_for(lambda: listens(address), "the registry")
+    return process, address
+
+
+@contextlib.contextmanager
+def start_registry(space: Path, more: str = "", name: str = "registry") -> Iterator[str]:
+    """A registry that ends with the block: its address. Arguments are those of :func:`start`."""
+    process, address = start(space, name, more)
     try:
-        wait_for(lambda: listens(address), "the registry")
         yield address
     finally:
         process.terminate()
