@@ -1,30 +1,31 @@
-"""What this host and user can do with cowfs, and how to get what is missing (``cowfs doctor``).
+"""The abilities of this host and user for cowfs, with remedies for missing ones (``cowfs doctor``).
 
-Rule: every question is asked of the host itself, by doing what cowfs would do where that leaves nothing behind; nothing is changed.
-A finding that is not fine has its remedy.
+Rule: every finding comes from trying on the host itself, in ways that leave nothing behind. Each fault has its remedy.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Literal, NamedTuple
 
 from cowfs.driver import registry
 from cowfs.errors import CowfsError
-from cowfs.sys import files, host, loop
+from cowfs.sys import files, host, landlock, loop, mounts, namespaces, seccomp
 
-__all__ = ["Finding", "State", "examine"]
+__all__ = ["Finding", "State", "examine", "how_runs_mount"]
 
 State = Literal["ok", "note", "missing"]
 """``missing``: something that cowfs is for cannot be done; ``note``: something goes slower, or not at all, that not everybody needs."""
 
 
 class Finding(NamedTuple):
-    """One thing that was looked at."""
+    """One finding."""
 
     about: str
     state: State
@@ -33,11 +34,12 @@ class Finding(NamedTuple):
 
 
 def examine(root: str) -> Iterator[Finding]:
-    """Look at everything; ``root`` is where the store is, or would be."""
+    """Examine everything; ``root`` is the store's directory, existing or not."""
     yield _kernel()
     yield from _mounting()
     yield from _namespaces()
-    yield _overlay()
+    yield from _confinement()
+    yield _overlay(root)
     yield from _place(root)
     yield from _drivers(root)
     yield _descriptors()
@@ -53,7 +55,7 @@ def _kernel() -> Finding:
 
 
 def _mounting() -> Iterator[Finding]:
-    """Who opens /dev/fuse, and who mounts."""
+    """The rights to open /dev/fuse and to mount."""
     helper = shutil.which("fusermount3")
     try:
         os.close(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
@@ -103,7 +105,7 @@ def _allow_other() -> Finding:
 
 
 def _namespaces() -> Iterator[Finding]:
-    """What ``cowfs run`` needs."""
+    """The needs of ``cowfs run``."""
     if host.has_cap(host.CAP_SYS_ADMIN):
         yield Finding("namespaces", "ok", "this user may make them")
         return
@@ -125,6 +127,19 @@ def _namespaces() -> Iterator[Finding]:
         else:
             yield Finding(path, "note", f"has no range for {name}: files of other owners cannot be made",
                           f"usermod --add-{path[5:]}s 100000-165535 {name}, or import with --owners xattr")  # fmt: skip
+
+
+def _confinement() -> Iterator[Finding]:
+    """The walls around the commands of ``cowfs run``."""
+    why = seccomp.why_not()
+    yield Finding("seccomp", "missing" if why else "ok", why or "system calls that concern the host are refused in cowfs run",
+                  "apt-get install libseccomp2" if why else "")  # fmt: skip
+    version = landlock.version()
+    if version:
+        yield Finding("landlock", "ok", f"version {version}")
+    else:
+        yield Finding("landlock", "note", "is off: cowfs run does without this second wall",
+                      "Linux 5.19 or later, with landlock among the names in lsm=")  # fmt: skip
 
 
 def _user_name() -> str:
@@ -152,7 +167,7 @@ def _number(path: str) -> int | None:
         return None
 
 
-def _overlay() -> Finding:
+def _overlay(root: str) -> Finding:
     """The kernel's overlayfs, for kernel mounts."""
     try:
         with open("/proc/filesystems", encoding="ascii", errors="replace") as file:
@@ -162,19 +177,75 @@ def _overlay() -> Finding:
     if "overlay" not in known:
         return Finding("overlayfs", "note", "the kernel has none loaded: no mounts of type kernel", "modprobe overlay")
     if not host.has_cap(host.CAP_SYS_ADMIN):
-        return Finding("overlayfs", "note", "mounts of type kernel are for root", "run as root for them")
+        why = why_no_overlay(_existing(root))
+        if why:
+            return Finding(
+                "overlayfs", "note", f"cowfs run has no kernel mounts for this user: {why}",
+                "Linux 5.11, user namespaces, and a store on ext4, xfs or btrfs",
+            )  # fmt: skip
+        return Finding(
+            "overlayfs", "ok", "cowfs run without a limit has kernel mounts in a user namespace; others are for root"
+        )
     return Finding("overlayfs", "ok", "mounts of type kernel can be made")
 
 
+def why_no_overlay(place: str) -> str:
+    """Why an ordinary user has no kernel mount in a user namespace, of layers in a directory that is there; "" where he has: it is tried."""
+    try:
+        made = tempfile.mkdtemp(prefix="cowfs-doctor-", dir=place)
+    except OSError as error:
+        return f"nothing can be made in {place}: {error.strerror}"
+    try:
+        words = [sys.executable, "-P", "-c", _TRY_OVERLAY, made]
+        done = subprocess.run(words, capture_output=True, text=True, errors="replace", check=False)
+        return done.stdout.strip() or (
+            "" if done.returncode == 0 else f"the attempt ended with status {done.returncode}"
+        )
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+_TRY_OVERLAY = "import sys; from cowfs.store.doctor import try_overlay; print(try_overlay(sys.argv[1]))"
+
+
+def how_runs_mount(root: str) -> str:
+    """Which mounts ``cowfs run`` has here as this user, for people."""
+    if host.has_cap(host.CAP_SYS_ADMIN):
+        return "cowfs's own server; with --mount-type kernel the kernel's overlayfs"
+    why = why_no_overlay(root)
+    if why:
+        return f"cowfs's own server ({why})"
+    return "the kernel's overlayfs in a user namespace; with a limit cowfs's own server"
+
+
+def try_overlay(place: str) -> str:
+    """Mount an overlay in a user namespace: why not, or "". For a process that ends then."""
+    try:
+        namespaces.become_root()
+        mounts.make_private()
+    except OSError as error:
+        return f"no user namespace can be made: {error.strerror}"
+    try:
+        for name in ("lower", "upper", "work", "at"):
+            os.mkdir(f"{place}/{name}")
+        mounts.overlay_mount(f"{place}/at", [f"{place}/lower"], f"{place}/upper", f"{place}/work", ("userxattr",))
+        os.mkdir(f"{place}/at/made")
+        mounts.umount(f"{place}/at", mounts.MNT_DETACH)
+        os.chmod(f"{place}/work/work", 0o700)
+    except OSError as error:
+        return f"the kernel's overlayfs: {error.strerror}"
+    return ""
+
+
 def _existing(path: str) -> str:
-    """The nearest directory above a place that is there."""
+    """The nearest existing directory above a place."""
     while not os.path.isdir(path):
         path = os.path.dirname(path) or "/"
     return path
 
 
 def _place(root: str) -> Iterator[Finding]:
-    """The file system that the store is on."""
+    """The file system of the store."""
     place = _existing(root)
     if not os.access(place, os.W_OK):
         yield Finding(
@@ -241,7 +312,7 @@ def _descriptors() -> Finding:
 
 
 def _programs() -> Iterator[Finding]:
-    """What the service needs beside."""
+    """The further needs of the service."""
     runtime = shutil.which("crun") or shutil.which("runc")
     yield Finding("containers", "ok" if runtime else "note", runtime or "cowfs serve has no runtime to start containers with",
                   "" if runtime else "apt-get install crun")  # fmt: skip

@@ -1,11 +1,12 @@
-"""The services of a store, and who needs whom: the one place where they are put together.
+"""The services of a store and their dependencies: the one place where they are put together.
 
 Each service is a class of its own module with its own rules, over the :class:`~cowfs.store.context.Context`; others that it needs
-are arguments of its constructor, so this table is also the order: a service names only those above it. None inherits from another,
-none knows :class:`cowfs.Store`, and none keeps state of its own: whatever outlives a call is in the store's directory, its index
-or its driver. docs/internals/store.md has them as a table.
+are arguments of its constructor, so this table is also the order: a service names only those above it. None inherits
+from another, none knows :class:`cowfs.Store`, and none keeps state of its own: lasting state is in the store's
+directory, its index or its driver. docs/internals/store.md has them as a table.
 
-A service is made, and its module imported, when it is first asked for: a program that only prepares and commits imports no archives.
+A service is made, and its module imported, on first use: a program that only prepares and commits imports
+no archives.
 
 Threads: any. Two that ask for a service at the same time may get two of it, which are the same, since neither keeps anything.
 """
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from cowfs.store.naming import Naming
     from cowfs.store.plans import Plans
     from cowfs.store.queries import Queries
+    from cowfs.store.rebasing import Rebasing
     from cowfs.store.restacking import Restacking
     from cowfs.store.running import Running
     from cowfs.store.scanning import Scanning
@@ -61,7 +63,7 @@ _T = TypeVar("_T")
 
 
 class _made(Generic[_T]):
-    """A service that is made when it is first asked for, and kept."""
+    """A service that is made on first use, and kept."""
 
     def __init__(self, make: Callable[[Services], _T]) -> None:
         self._make = make
@@ -211,6 +213,12 @@ class Services:
         return Engines(self.context, self.lookup, self.plans)
 
     @_made
+    def rebasing(self) -> Rebasing:
+        from cowfs.store.rebasing import Rebasing
+
+        return Rebasing(self.context, self.lookup)
+
+    @_made
     def kernel_mounts(self) -> KernelMounts:
         from cowfs.store.kernel_mounts import KernelMounts
 
@@ -313,7 +321,7 @@ class Services:
     def running(self) -> Running:
         from cowfs.store.running import Running
 
-        return Running(self.context, self.reading, self.queries, self.snapshots, self.mounting)
+        return Running(self.context, self.naming, self.queries, self.snapshots, self.mounting)
 
     @_made
     def files(self) -> Files:

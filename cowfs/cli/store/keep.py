@@ -52,10 +52,13 @@ def _init(args: argparse.Namespace) -> int:
 
 
 def _info(args: argparse.Namespace) -> int:
+    from cowfs.store.doctor import how_runs_mount
+
     with open_store(args, create=False) as store:
         told: dict[str, Any] = store.describe()
         told["alternatives"] = store.alternatives()
         told["not possible"] = store.alternatives(possible=False)
+        told["runs"] = how_runs_mount(store.root)
         totals = store.totals()
     told["snapshots"] = totals.count
     if args.json:
@@ -72,6 +75,7 @@ def _info(args: argparse.Namespace) -> int:
         ("mounts", told["mounts"]),
         ("mount records", f"{told['records']} (without a limit)"),
         ("kernel mounts", told["kernel mounts"]),
+        ("cowfs run", told["runs"]),
         ("limits", told["limits"]),
         ("snapshots", ", ".join(f"{count.get(kind, 0)} {kind}" for kind in ("committed", "active", "view"))),
     ]
