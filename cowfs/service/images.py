@@ -225,6 +225,7 @@ class Images:
                 raise ApiError(400, f"{reference} is the beginning of {len(fitting)} ids")
         if not reference.startswith("sha256:"):
             wanted = references.parse(reference)
+            reference = wanted.familiar
             for image in every:
                 if wanted.familiar in image.tags or (
                     wanted.digest and f"{wanted.name}@{wanted.digest}" in image.digests
@@ -351,7 +352,7 @@ class Images:
         now = rfc3339(time.time_ns())
         config = parse_json(base, "configuration") | {"created": now}
         config["config"] = changed({}, changes)
-        config["history"] = [{"created": now, "comment": message or "imported"}]
+        config["history"] = [{"created": now, "comment": message or "Imported from -"}]
         return self.keep(top, _compact(config), [name] if name else [], "import")
 
     def save(self, wanted: Iterable[str], out: BinaryIO) -> None:

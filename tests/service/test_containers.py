@@ -118,7 +118,7 @@ def test_attach_to_a_running_one(engine: Daemon) -> None:
 def test_exec(engine: Daemon) -> None:
     engine.docker("run", "-d", "--name", "host", "bb", "sleep", "1000")
     assert engine.out("exec", "-e", "A=b", "-w", "/tmp", "host", "sh", "-c", "echo $A $PWD $FROM") == "b /tmp image"
-    assert engine.out("exec", "-u", "app", "host", "id") == "uid=1000(app) gid=1000(app) groups=2000(extra)"
+    assert engine.out("exec", "-u", "app", "host", "id") == "uid=1000(app) gid=1000(app) groups=1000(app),2000(extra)"
     assert engine.docker("exec", "-i", "host", "cat", input=b"in\n").stdout == "in\n"
     assert engine.docker("exec", "host", "sh", "-c", "exit 5", check=False).returncode == 5
     missing = engine.docker("exec", "host", "nope", check=False)

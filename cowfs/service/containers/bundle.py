@@ -187,9 +187,13 @@ def merge(config: ContainerConfig, image: Image) -> dict[str, Any]:
             made["Cmd"] = base.get("Cmd")
     elif made["Entrypoint"] == [""]:
         made["Entrypoint"] = None
-    pairs = dict(str(pair).partition("=")[::2] for pair in base.get("Env") or ())
     removed = [pair for pair in config.Env or () if "=" not in pair]
-    pairs |= dict(pair.partition("=")[::2] for pair in config.Env or () if "=" in pair)
+    asked = dict(pair.partition("=")[::2] for pair in config.Env or () if "=" in pair)
+    pairs = asked | {
+        key: value
+        for key, value in (str(pair).partition("=")[::2] for pair in base.get("Env") or ())
+        if key not in asked
+    }
     made["Env"] = [f"{key}={value}" for key, value in pairs.items() if key not in removed]
     made["Labels"] = {**image.labels, **(config.Labels or {})}
     for key in ("User", "WorkingDir", "StopSignal"):
@@ -265,7 +269,7 @@ def specification(
     capabilities = granted(host)
     process: dict[str, Any] = {
         "terminal": bool(config.get("Tty")),
-        "user": {"uid": user.uid, "gid": user.gid, "additionalGids": list(user.groups)},
+        "user": _user(user),
         "args": [*([INIT, "--"] if host.Init else []), *arguments_of(config)],
         "env": environment(config, hostname, user.home),
         "cwd": config.get("WorkingDir") or "/",
@@ -320,6 +324,12 @@ def hidden_paths(host: HostConfig) -> tuple[list[str], list[str]]:
     # --security-opt systempaths=unconfined asks for none
     masked = usual[0] if host.MaskedPaths is None else host.MaskedPaths
     return list(masked), list(usual[1] if host.ReadonlyPaths is None else host.ReadonlyPaths)
+
+
+def _user(user: User) -> dict[str, Any]:
+    # Its own group is named among the others, too: else a file that denies this group something would not (CVE-2022-36109).
+    groups = list(dict.fromkeys([user.gid, *user.groups]))
+    return {"uid": user.uid, "gid": user.gid, "additionalGids": groups}
 
 
 def _unlimited(value: int) -> int:
@@ -381,7 +391,7 @@ def exec_process(
     known |= {pair.partition("=")[0]: pair for pair in config.Env or () if "=" in pair}
     process: dict[str, Any] = {
         "terminal": config.Tty,
-        "user": {"uid": user.uid, "gid": user.gid, "additionalGids": list(user.groups)},
+        "user": _user(user),
         "args": config.Cmd,
         "env": list(known.values()),
         "cwd": config.WorkingDir or container.get("WorkingDir") or "/",

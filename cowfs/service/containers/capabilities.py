@@ -44,12 +44,12 @@ def granted(host: HostConfig) -> list[str]:
     """
     if host.Privileged:
         return list(possible())
-    added, dropped = _names(host.CapAdd), _names(host.CapDrop)
+    added, dropped = _names("CapAdd", host.CapAdd), _names("CapDrop", host.CapDrop)
     left = () if "ALL" in map(str.upper, host.CapDrop or ()) else DEFAULT
     return sorted((set(left) - set(dropped)) | set(added))
 
 
-def _names(values: list[str] | None) -> list[str]:
+def _names(option: str, values: list[str] | None) -> list[str]:
     found: list[str] = []
     for value in values or ():
         name = value.upper()
@@ -58,6 +58,6 @@ def _names(values: list[str] | None) -> list[str]:
             continue
         name = name if name.startswith("CAP_") else f"CAP_{name}"
         if name not in ALL:
-            raise ApiError(400, f"invalid capability: {value!r}")
+            raise ApiError(400, f'invalid {option}: unknown capability: "{name}"')
         found.append(name)
     return found

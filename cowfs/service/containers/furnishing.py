@@ -107,7 +107,9 @@ def write_bundle(container: Container, volumes: Iterable[Mapping[str, Any]]) -> 
             if not os.path.exists(each["source"]) and each["make"]:
                 os.makedirs(each["source"])
             elif not os.path.exists(each["source"]):
-                raise ApiError(400, f"invalid mount config: bind source path does not exist: {each['source']}")
+                raise ApiError(
+                    400, f'invalid mount config for type "bind": bind source path does not exist: {each["source"]}'
+                )
     spec = bundle.specification(
         id=container.id,
         rootfs=container.rootfs,
