@@ -1,9 +1,6 @@
 """BuildKit's own daemon with its containerd worker on the snapshotter: RUN steps, a cache mount, a second build from the cache.
 
-BuildKit is in no package of Debian; where ``COWFS_CONTAINERD_BIN`` (test_real.py) has buildkitd and buildctl, it is tested. They are built in a
-module of their own (``go install`` refuses theirs):
-
-    go mod init x && go get github.com/moby/buildkit/cmd/{buildkitd,buildctl}@latest && go build -o DIR github.com/moby/buildkit/cmd/{buildkitd,buildctl}
+BuildKit is in no package of Debian; where ``COWFS_CONTAINERD_BIN`` (test_real.py) has buildkitd and buildctl, it is tested. ``.ci/engines`` builds them.
 """
 
 from __future__ import annotations

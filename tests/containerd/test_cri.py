@@ -1,8 +1,6 @@
 """Kubernetes' side: pods by crictl through containerd's CRI plugin, with limits by annotation.
 
-crictl is in no package of Debian; where ``COWFS_CONTAINERD_BIN`` (test_real.py) or the PATH has it, it is used:
-
-    go install sigs.k8s.io/cri-tools/cmd/crictl@latest
+crictl is in no package of Debian; where ``COWFS_CONTAINERD_BIN`` (test_real.py) or the PATH has it, it is used. ``.ci/engines`` builds it.
 
 Pods here have the host's network: no CNI plugin is needed.
 """

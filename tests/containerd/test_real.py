@@ -1,9 +1,6 @@
 """Real containerd on the snapshotter: images, containers, limits, kills; nothing is left, and the store is whole.
 
-Debian's 1.6, or what ``COWFS_CONTAINERD_BIN`` has; 2.x is built so (some minutes; ``go`` must be there):
-
-    export GOBIN=/tmp/containerd2
-    go install -tags "no_btrfs no_cri" github.com/containerd/containerd/v2/cmd/{containerd,ctr,containerd-shim-runc-v2}@v2.4.2
+Debian's 1.6, or what is in the directory ``COWFS_CONTAINERD_BIN``; ``.ci/engines`` builds 2.x.
 """
 
 from __future__ import annotations
