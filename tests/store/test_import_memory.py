@@ -15,6 +15,7 @@ import sys
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,10 @@ def pax_names(count: int) -> Iterator[bytes]:
         yield member(f"blobs/sha256/{number:064x}/" + "n" * 200 + "/" + "m" * 200)
 
 
+def _layout(kind: str, where: str) -> bytes:
+    return layout_with(json_of(kind), where)
+
+
 SOURCES: dict[str, Callable[[], bytes]] = {
     "zeros, compressed": lambda: bomb(),
     "a file of zeros, compressed": lambda: bomb(first=member("f", size=399 * MIB)),
@@ -178,7 +183,7 @@ SOURCES: dict[str, Callable[[], bytes]] = {
     "a sparse map": lambda: member("x", b"1000000\n" + b"0\n0\n" * 500_000, pax={
         "GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": "x", "GNU.sparse.realsize": "1"}),
     "names of an image": lambda: b"".join(pax_names(60_000)) + END,
-    **{f"{kind} in {where}": (lambda kind=kind, where=where: layout_with(json_of(kind), where))
+    **{f"{kind} in {where}": partial(_layout, kind, where)
        for kind in ("lists", "objects", "fields", "nested", "numbers") for where in ("config", "index")},
     "a manifest.json of lists": lambda: tar(member("manifest.json", json_of("lists"))),
     "a manifest.json of objects": lambda: tar(member("manifest.json", json_of("fields"))),
