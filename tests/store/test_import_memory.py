@@ -10,6 +10,7 @@ import gzip
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -197,7 +198,9 @@ def test_sources_that_would_be_large(space: Path, what: str) -> None:
         path = space / name
         path.write_bytes(content)
         status, said = run_import(space, str(path), "--max-size", "64M")
-        assert len(said.splitlines()) <= 1 or "note:" in said
+        # A loaded machine needs more than five seconds for a source, and then the import reports its progress.
+        lines = [line for line in said.splitlines() if not re.fullmatch(r".*: (\d+%, )?[^,]+, \d+ s", line)]
+        assert len(lines) <= 1 or "note:" in said
         with open(path, "rb") as file:
             piped = run_import(space, "-", "--max-size", "64M", stdin=file)
         assert bool(piped[0]) == bool(status) or "max-size" in piped[1] + said, (said, piped)
