@@ -28,6 +28,7 @@ from cowfs.errors import CowfsError, FailedPrecondition, InvalidArgument, Unsupp
 from cowfs.mounting import prefork
 from cowfs.service import browsers, logs, systemd
 from cowfs.service.api import (
+    absent,
     containers as containers_api,
     df,
     images as images_api,
@@ -41,6 +42,8 @@ from cowfs.service.api import (
 )
 from cowfs.service.api.routing import Route, Table
 from cowfs.service.board import Board
+from cowfs.service.containers import seccomp
+from cowfs.service.containers.limits import is_unified
 from cowfs.service.containers.manager import Containers
 from cowfs.service.doors import Door, Loop, open_door, open_doors
 from cowfs.service.errors import status_of
@@ -63,6 +66,7 @@ def tables() -> Table:
     """The routes of all parts of the API."""
     routes: list[Route] = [
         *system.ROUTES,
+        *absent.ROUTES,
         *registry.ROUTES,
         *monitoring.ROUTES,
         *page.ROUTES,
@@ -161,7 +165,8 @@ class Service:
 
     def security_options(self) -> list[str]:
         """The names in Docker's info."""
-        return []
+        found = ["name=seccomp,profile=builtin"] if seccomp.is_possible() else []
+        return found + (["name=cgroupns"] if is_unified() else [])
 
     def warnings(self) -> list[str]:
         """Warnings about this host and the options."""
@@ -191,8 +196,10 @@ class Service:
 
 def _pairs(texts: tuple[str, ...]) -> Iterator[tuple[str, str]]:
     for text in texts:
-        key, _, value = text.partition("=")
-        yield key.strip(), value.strip()
+        pairs = text.split(",") if text.partition("=")[0].strip() in _LIMITS else [text]  # size=10G,inodes=100k
+        for pair in pairs:
+            key, _, value = pair.partition("=")
+            yield key.strip(), value.strip()
 
 
 # ---------------------------------------------------------------------------------------------------------------
