@@ -79,7 +79,7 @@ def enter() -> None:
         os.waitpid(pid, 0)
     if problem != "+":
         raise Unsupported(problem, remedy="cowfs doctor says how")
-    host.init_userns.cache_clear()
+    host.forget()
     os.setresgid(0, 0, 0)
     os.setgroups([])
     os.setresuid(0, 0, 0)
