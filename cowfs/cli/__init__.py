@@ -5,7 +5,7 @@ fast); `--help` needs the table alone, `completion` and the tests walk all of it
 error and the exit status of their class here, at one of the two edges where errors are translated (the other is the
 FUSE session).
 
-A verb's module has a dict ``COMMANDS``: verb -> :class:`Command`.
+A verb's module has a dict ``COMMANDS``: verb -> :class:`cowfs.cli.common.Command`. None imports this one: who prints the whole table is given it.
 """
 
 from __future__ import annotations
@@ -24,17 +24,9 @@ if TYPE_CHECKING:
     import argparse
     from typing import BinaryIO, TextIO
 
-__all__ = ["VERBS", "Command", "Verb", "fill_streams", "main", "parser_of", "say"]
+    from cowfs.cli.common import Command, Commands
 
-
-@record(frozen=True, slots=True)
-class Command:
-    """A verb: how its arguments look, what it does (returns the exit status), and examples for its --help."""
-
-    configure: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], int]
-    description: str
-    examples: tuple[str, ...]
+__all__ = ["VERBS", "Verb", "fill_streams", "main", "parser_of", "say"]
 
 
 @record(frozen=True, slots=True)
@@ -44,9 +36,6 @@ class Verb:
     load: Callable[[], Commands]
     summary: str
     group: str
-
-
-Commands = dict[str, Command]
 
 
 # Each group of verbs is imported by a function of its own, so that readers and tools see who imports whom.
@@ -125,9 +114,9 @@ def _store_keep() -> Commands:
 
 
 def _service() -> Commands:
-    from cowfs.cli import service
+    from cowfs.cli import serve
 
-    return service.COMMANDS
+    return serve.COMMANDS
 
 
 def _podman() -> Commands:
@@ -157,7 +146,7 @@ def _bench() -> Commands:
 def _completion() -> Commands:
     from cowfs.cli import completion
 
-    return completion.COMMANDS
+    return completion.commands({name: verb.summary for name, verb in VERBS.items()}, parser_of)
 
 
 _MOUNTS, _SNAPSHOTS, _FILES, _STORE, _SERVICE, _ABOUT = "Mounts", "Snapshots", "Files", "Store", "Service", "About"
@@ -225,11 +214,6 @@ _BEFORE = {
 }
 
 
-def is_path(argument: str) -> bool:
-    """Whether an argument is a path; others name snapshots in the store."""
-    return argument.startswith(("/", "./", "../")) or argument in (".", "..")
-
-
 def command_of(name: str) -> Command:
     """Import a verb."""
     return VERBS[name].load()[name]
@@ -237,31 +221,9 @@ def command_of(name: str) -> Command:
 
 def parser_of(name: str) -> argparse.ArgumentParser:
     """A verb's parser: one line for a bad argument, examples below its help."""
-    import argparse
-
     from cowfs.cli import common
 
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> None:  # type: ignore[override]
-            self.exit(2, f"{self.prog}: {message} (see: {self.prog} --help)\n")
-
-    def formatter(prog: str) -> argparse.HelpFormatter:
-        """Measure the terminal (an import of 2 ms) only when help is printed."""
-        width = None if {"-h", "--help", "help"} & set(sys.argv) else 80
-        return argparse.RawDescriptionHelpFormatter(prog, width=width)
-
-    command = command_of(name)
-    examples = "".join(f"  {line}\n" for line in command.examples)
-    parser = Parser(
-        prog=f"cowfs {name}",
-        description=command.description,
-        epilog=f"examples:\n{examples}" if examples else None,
-        formatter_class=formatter,
-    )
-    command.configure(parser)
-    common.add(parser)
-    parser.set_defaults(run=command.run)
-    return parser
+    return common.parser(name, command_of(name))
 
 
 def overview() -> str:

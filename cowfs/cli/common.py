@@ -1,4 +1,4 @@
-"""The options that every verb has: -q, -v, -D, --progress; and their effect before the verb runs.
+"""A verb of the command, its parser, and the options that every verb has: -q, -v, -D, --progress; and their effect before it runs.
 
 Strategy: a verb's parser gets those options that it lacks. A verb whose arguments already use one of the letters
 keeps its meaning.
@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import sys
 
+from cowfs._record import record
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Callable
 
-__all__ = ["COMMON", "FLAGS", "HOW", "add", "begin"]
+__all__ = ["COMMON", "FLAGS", "HOW", "Command", "Commands", "add", "begin", "is_path", "parser"]
 
 HOW = ("auto", "bar", "plain", "json", "none")
 """The ways of --progress; :mod:`cowfs.cli.progress` says what they are."""
@@ -27,6 +30,50 @@ COMMON = (
     (("--progress",), "how far it is, on standard error (default: a bar at a terminal, else a line every five seconds)"),
 )  # fmt: skip
 """Spellings and help, in the order of the documents."""
+
+
+@record(frozen=True, slots=True)
+class Command:
+    """A verb: how its arguments look, what it does (returns the exit status), and examples for its --help."""
+
+    configure: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+    description: str
+    examples: tuple[str, ...]
+
+
+Commands = dict[str, Command]
+
+
+def is_path(argument: str) -> bool:
+    """Whether an argument is a path; others name snapshots in the store."""
+    return argument.startswith(("/", "./", "../")) or argument in (".", "..")
+
+
+def parser(name: str, command: Command) -> argparse.ArgumentParser:
+    """A verb's parser: one line for a bad argument, examples below its help."""
+    import argparse
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> None:  # type: ignore[override]
+            self.exit(2, f"{self.prog}: {message} (see: {self.prog} --help)\n")
+
+    def formatter(prog: str) -> argparse.HelpFormatter:
+        """Measure the terminal (an import of 2 ms) only when help is printed."""
+        width = None if {"-h", "--help", "help"} & set(sys.argv) else 80
+        return argparse.RawDescriptionHelpFormatter(prog, width=width)
+
+    examples = "".join(f"  {line}\n" for line in command.examples)
+    made = Parser(
+        prog=f"cowfs {name}",
+        description=command.description,
+        epilog=f"examples:\n{examples}" if examples else None,
+        formatter_class=formatter,
+    )
+    command.configure(made)
+    add(made)
+    made.set_defaults(run=command.run)
+    return made
 
 
 def add(parser: argparse.ArgumentParser) -> None:

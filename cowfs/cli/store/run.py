@@ -17,7 +17,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from cowfs.cli import Command, common
+from cowfs.cli import common
+from cowfs.cli.common import Command
 from cowfs.cli.store.args import add_store, check_new, open_store
 from cowfs.cli.store.terminal import Terminal
 from cowfs.errors import CowfsError, FailedPrecondition, InvalidArgument, Unsupported
