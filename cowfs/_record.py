@@ -7,11 +7,11 @@ by :mod:`dataclasses` when somebody asks for it, so ``asdict``, ``replace``, ``f
 
 from __future__ import annotations
 
-__all__ = ["field", "record"]
+__all__ = ["field", "record", "replace"]
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from dataclasses import dataclass as record, field
+    from dataclasses import dataclass as record, field, replace
     from typing import Any
 else:
 
@@ -48,6 +48,10 @@ else:
             twin = dataclasses.make_dataclass(owner.__name__, described, frozen=True, kw_only=True)
             owner.__dataclass_fields__ = twin.__dataclass_fields__
             return owner.__dataclass_fields__
+
+    def replace(of, /, **changes):
+        """As :func:`dataclasses.replace`, of a record."""
+        return of.__replace__(**changes)
 
     def record(*, frozen, slots, kw_only=False):
         """As :func:`dataclasses.dataclass` with these arguments, of which the first two must be true."""

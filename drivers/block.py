@@ -36,7 +36,7 @@ from cowfs.row import layer as row_layer
 from cowfs.sys import atomic, blockfs, files, host, locks, loop, trees
 from cowfs.sys.regular import read_small
 
-from . import block_device, block_image, deltas
+from . import block_device, block_disk, block_image, deltas
 from .block_image import BLOCK, KINDS
 from .block_pool import Pool
 
@@ -260,6 +260,13 @@ class BlockDriver(Driver):
         atomic.write_file(f"{made}/{_USED}", f"{used}\n".encode(), durable=False)
         _touch(f"{made}/{_FROZEN}")
 
+    @contextmanager
+    def disk(self, id: str, scratch: str, size: int) -> Iterator[tuple[int, int]]:
+        """A child in which the tree is the file system's root directory."""
+        self.create(scratch, [id], Limit())
+        with block_disk.handed_out(self.directory(scratch), self._wish(scratch, frozen=False), size) as disk:
+            yield disk
+
     def freeze(self, id: str) -> None:
         """Empty the work directory, leave a clean file system, and mark the layer."""
         with self._used(id, writing=not os.path.exists(f"{self.directory(id)}/{_FROZEN}")):
@@ -317,7 +324,7 @@ class BlockDriver(Driver):
                 os.unlink(mark)
             else:
                 atomic.write_file(mark, f"{limit.bytes}\n".encode(), durable=self.fsync)
-        if not os.path.ismount(self._place(id)):
+        if not block_device.is_mounted(self._place(id)):
             return
         with self._turn(id), self._unused(id) as mine:
             if mine and not block_device.is_bound(self.directory(id)) and block_device.detach(self.directory(id)):
@@ -420,18 +427,7 @@ class BlockDriver(Driver):
                     block_device.remount(self._place(id), readonly=False)
                 return
             block_device.detach(directory)  # a freeze that was taken back
-        chain = self._pool.chain(self._pool.top(directory))
-        discard = bool(self._options["discard"])
-        wish = block_device.Wish(
-            kind=self._kind(id),
-            lowers=[self._pool.tree(one) for one in (chain if frozen else chain[1:])],
-            upper="" if frozen else self._pool.tree(chain[0]),
-            work="" if frozen else self._pool.work(chain[0]),
-            block=int(self._options["block"]),
-            form=self.form.name,
-            fsync=self.fsync,
-            discard=discard,
-        )
+        wish = self._wish(id, frozen=frozen)
         block_device.attach(directory, wish)
         if frozen:
             return
@@ -442,6 +438,21 @@ class BlockDriver(Driver):
                 raise
             block_device.attach(directory, replace(wish, blocks=error.blocks))
             self._hold(id)
+
+    def _wish(self, id: str, *, frozen: bool) -> block_device.Wish:
+        """The layer's image, to be mounted."""
+        chain = self._pool.chain(self._pool.top(self.directory(id)))
+        discard = bool(self._options["discard"])
+        return block_device.Wish(
+            kind=self._kind(id),
+            lowers=[self._pool.tree(one) for one in (chain if frozen else chain[1:])],
+            upper="" if frozen else self._pool.tree(chain[0]),
+            work="" if frozen else self._pool.work(chain[0]),
+            block=int(self._options["block"]),
+            form=self.form.name,
+            fsync=self.fsync,
+            discard=discard,
+        )
 
     def _unmount_idle(self, id: str) -> None:
         """Unmount a tree that nobody uses and no mount was planned for."""
@@ -495,11 +506,12 @@ def _options(path: str, given: dict[str, Any]) -> dict[str, Any]:
     if found["filesystem"] not in KINDS:
         raise InvalidArgument(f"no images of {found['filesystem']!r}", remedy=f"one of {', '.join(KINDS)}")
     kind = KINDS[found["filesystem"]]
-    found["size"] = parse_size(found["size"], least=1) & -(1 << 20)
+    found["size"] = parse_size(found["size"], least=1)
     if not kind.least <= found["size"] <= block_image.DEVICE:
         raise InvalidArgument(
             f"no {kind.name} of {found['size']} bytes", remedy=f"from {kind.least} to {block_image.DEVICE}"
         )
+    found["size"] &= -(1 << 20)
     found["block"] = parse_size(found["block"])
     try:
         check_block(found["block"])

@@ -16,7 +16,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -40,10 +40,14 @@ __all__ = [
     "bound",
     "check_room",
     "detach",
+    "device",
     "furnish",
     "is_attached",
     "is_bound",
+    "is_mounted",
     "remount",
+    "serve",
+    "size_of",
     "used",
 ]
 
@@ -217,18 +221,30 @@ def _name(directory: str) -> str:
     return f"cowfs-block {there.st_dev}:{there.st_ino}"
 
 
+def is_mounted(place: str) -> bool:
+    """Whether something is mounted at a place, also where that does not answer (EIO of a file system, ENOTCONN of a server)."""
+    try:
+        there = os.lstat(place)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return there.st_dev != os.lstat(os.path.dirname(place)).st_dev
+
+
 def is_attached(directory: str) -> bool:
     """Whether a layer's file system is mounted and its server there; a mount whose server is gone is taken away."""
     place = f"{directory}/mnt"
-    if not os.path.ismount(place):
+    if not is_mounted(place):
         return False
-    if blockfs.is_alive(loop.device_at(place)):
-        root = os.open(place, _TREE)
-        try:
-            blockfs.thaw(root)  # of a snapshot that was killed
-        finally:
-            os.close(root)
-        return True
+    with suppress(OSError):
+        if blockfs.is_alive(loop.device_at(place)):
+            root = os.open(place, _TREE)
+            try:
+                blockfs.thaw(root)  # of a snapshot that was killed
+            finally:
+                os.close(root)
+            return True
     mounts.umount(place, mounts.MNT_DETACH)
     return False
 
@@ -247,24 +263,52 @@ def attach(directory: str, wish: Wish) -> None:
             wish.kind, served.device, place, readonly=loop.is_readonly(served.device), discard=wish.discard
         )
         return
-    device, fd = _device(directory, wish)
+    path, fd = device(directory, wish)
     try:
         if wish.blocks:
-            block_image.grow_at_rest(wish.kind, device, wish.blocks)
-        block_image.mount(wish.kind, device, place, readonly=not wish.upper, discard=wish.discard)
+            block_image.grow_at_rest(wish.kind, path, wish.blocks)
+        block_image.mount(wish.kind, path, place, readonly=not wish.upper, discard=wish.discard)
     finally:
         os.close(fd)
 
 
-def _device(directory: str, wish: Wish) -> tuple[str, int]:
-    """A loop device over the image, and a descriptor that holds it."""
+def device(directory: str, wish: Wish) -> tuple[str, int]:
+    """Make a loop device over the image: (its path, a descriptor that holds it)."""
     at = f"{directory}/{SERVED}"
     os.makedirs(at, mode=0o700, exist_ok=True)
-    while os.path.ismount(at):  # of a process that was killed
+    while is_mounted(at):  # of a process that was killed
         mounts.umount(at, mounts.MNT_DETACH)
-    spec = MountSpec(
+    handle = serve(directory, wish)
+    try:
+        path, fd = loop.attach(f"{at}/{DISK}", readonly=not wish.upper, name=_name(directory))
+    finally:
+        mounts.umount(at, mounts.MNT_DETACH)
+    note = {"device": path, "socket": handle.socket}
+    try:
+        atomic.write_file(f"{directory}/{_NOTE}", json.dumps(note).encode(), durable=False)
+    except BaseException:
+        os.close(fd)
+        raise
+    return path, fd
+
+
+def serve(directory: str, wish: Wish) -> client.MountHandle:
+    """Mount a layer's chain at :data:`SERVED` by our server; one that is about to end has the layer for a moment still."""
+    spec = _spec(directory, wish)
+    end = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            return client.spawn(spec)
+        except FailedPrecondition:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.02)
+
+
+def _spec(directory: str, wish: Wish) -> MountSpec:
+    return MountSpec(
         layers=tuple(wish.lowers)[::-1],
-        mountpoint=at,
+        mountpoint=f"{directory}/{SERVED}",
         upper=wish.upper or None,
         work=wish.work or None,
         record=False,
@@ -276,30 +320,6 @@ def _device(directory: str, wish: Wish) -> tuple[str, int]:
         label=f"image of {os.path.basename(directory)}",
         checked=True,
     )
-    handle = _patiently(lambda: client.spawn(spec))
-    try:
-        device, fd = loop.attach(f"{at}/{DISK}", readonly=not wish.upper, name=_name(directory))
-    finally:
-        mounts.umount(at, mounts.MNT_DETACH)
-    note = {"device": device, "socket": handle.socket}
-    try:
-        atomic.write_file(f"{directory}/{_NOTE}", json.dumps(note).encode(), durable=False)
-    except BaseException:
-        os.close(fd)
-        raise
-    return device, fd
-
-
-def _patiently(act: Callable[[], client.MountHandle]) -> client.MountHandle:
-    """Start a server; one that is about to end has the layer for a moment still."""
-    end = time.monotonic() + _PATIENCE
-    while True:
-        try:
-            return act()
-        except FailedPrecondition:
-            if time.monotonic() > end:
-                raise
-            time.sleep(0.02)
 
 
 def detach(directory: str, *, lazily: bool = False) -> bool:
@@ -309,9 +329,9 @@ def detach(directory: str, *, lazily: bool = False) -> bool:
         lazily: also where files are open; those stay.
     """
     place = f"{directory}/mnt"
-    while os.path.ismount(f"{directory}/{SERVED}"):
+    while is_mounted(f"{directory}/{SERVED}"):
         mounts.umount(f"{directory}/{SERVED}", mounts.MNT_DETACH)
-    while os.path.ismount(place):
+    while is_mounted(place):
         try:
             if not lazily:
                 check_room(place)
@@ -326,9 +346,12 @@ def detach(directory: str, *, lazily: bool = False) -> bool:
 def is_bound(directory: str) -> bool:
     """Whether a layer's file system is mounted elsewhere, too, in this mount namespace."""
     place = f"{directory}/mnt"
-    there = os.stat(place).st_dev
+    try:
+        there = os.stat(place).st_dev
+    except OSError:
+        return False  # it does not answer any more
     device, own = f"{os.major(there)}:{os.minor(there)}", os.fsencode(os.path.realpath(place))
-    return os.path.ismount(place) and any(one.dev == device and one.target != own for one in mounts.mountinfo())
+    return is_mounted(place) and any(one.dev == device and one.target != own for one in mounts.mountinfo())
 
 
 def check_room(place: str) -> None:
@@ -339,8 +362,11 @@ def check_room(place: str) -> None:
     Raises:
         OSError: ENOSPC.
     """
-    if os.statvfs(place).f_flag & os.ST_RDONLY:
-        return
+    try:
+        if os.statvfs(place).f_flag & os.ST_RDONLY:
+            return
+    except OSError:
+        return  # it does not answer any more
     host = os.statvfs(os.path.dirname(place))
     free = host.f_bfree * host.f_frsize
     if free < blockfs.unwritten(loop.device_at(place)) + _MARGIN:
@@ -385,7 +411,7 @@ def bound(kind: Kind, device: str, place: str, base: int, wanted: int | None) ->
         room = os.fstatvfs(root).f_blocks - base
         if wanted is not None and room < wanted:
             more = wanted - room
-            size = _size(device, kind) + more + more // 12 + 1024
+            size = size_of(device, kind) + more + more // 12 + 1024
             size = min(size, block_image.DEVICE // BLOCK)
             try:
                 block_image.grow(kind, root, size)
@@ -398,7 +424,7 @@ def bound(kind: Kind, device: str, place: str, base: int, wanted: int | None) ->
         os.close(root)
 
 
-def _size(device: str, kind: Kind) -> int:
+def size_of(device: str, kind: Kind) -> int:
     """Blocks of the file system on a device: of ext4's superblock, or XFS's (both say so in their first 4 KiB)."""
     with open(device, "rb") as file:
         head = file.read(BLOCK)

@@ -5,7 +5,9 @@ Sources: mkfs.ext4(8), mkfs.xfs(8), ext4(5), xfs(5), and of the ioctls :mod:`cow
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -77,8 +79,11 @@ def program(name: str) -> str | None:
     return shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
 
 
-def run(*command: str, package: str) -> None:
+def run(*command: str, package: str, fine: tuple[int, ...] = (0,)) -> None:
     """Run a program to its end.
+
+    Args:
+        fine: exit codes of a success.
 
     Raises:
         Unsupported: it is not installed.
@@ -96,9 +101,12 @@ def run(*command: str, package: str) -> None:
         errors="replace",
         env={**os.environ, "LC_ALL": "C"},
     )
-    if done.returncode:
+    if done.returncode not in fine:
         lines = (done.stderr or done.stdout).strip().splitlines()
-        raise OSError(5, f"{command[0]}: {lines[-1] if lines else f'exit code {done.returncode}'}")
+        told = [line for line in lines if not re.match(rf"{command[0]} [0-9.]+ \\(", line)] or [
+            f"exit code {done.returncode}"
+        ]
+        raise OSError(errno.EIO, f"{command[0]}: {told[0].removeprefix(f'{command[0]}: ')}")
 
 
 def make(kind: Kind, disk: str, size: int) -> None:

@@ -14,11 +14,17 @@ import pytest
 from hypothesis import given, strategies as st
 
 from cowfs import _record, model
+from cowfs.format import redirect
+from cowfs.fuse import codec, handshake, loop
 from cowfs.index import records
+from cowfs.mounting import request
+from cowfs.mounting.verbs import basic
+from cowfs.sys import mounts
+from cowfs.union import live, options
 
 RECORDS = [
     value
-    for module in (model, records)
+    for module in (model, records, basic, codec, handshake, live, loop, mounts, options, redirect, request)
     for value in vars(module).values()
     if isinstance(value, type) and value.__module__ == module.__name__ and "__dataclass_fields__" in vars(value)
 ]

@@ -113,6 +113,12 @@ def _store_keep() -> Commands:
     return keep.COMMANDS
 
 
+def _store_send() -> Commands:
+    from cowfs.cli.store import send
+
+    return send.COMMANDS
+
+
 def _service() -> Commands:
     from cowfs.cli import serve
 
@@ -181,6 +187,8 @@ VERBS: dict[str, Verb] = {
     "tag": Verb(_store_snapshots, "give a snapshot a tag", _SNAPSHOTS),
     "rename": Verb(_store_house, "give a key, name or tag another one", _SNAPSHOTS),
     "copy": Verb(_store_house, "copy snapshots to another store", _SNAPSHOTS),
+    "send": Verb(_store_send, "write snapshots to a pipe, for another store", _SNAPSHOTS),
+    "receive": Verb(_store_send, "bring in what send wrote", _SNAPSHOTS),
     "images": Verb(_store_look, "list tags with layers and size", _SNAPSHOTS),
     "apply": Verb(_store_io, "unpack a layer archive into a snapshot", _SNAPSHOTS),
     "export": Verb(_store_io, "write a snapshot out as image, tree or layer", _SNAPSHOTS),

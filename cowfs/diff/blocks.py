@@ -343,14 +343,14 @@ class _Target:
         view, here = self._view, find(self._view, path)
         if meta["kind"] == "deleted":
             if here is not None and path:
-                _remove(view, here)
+                _remove(view, path, here)
             return
         mode = int(meta["mode"])
         keep = here is not None and (
             (isinstance(here, Dir) and stat.S_ISDIR(mode)) or (here.type == DT_REG and meta.get("patch") is True)
         )
         if here is not None and not keep:
-            _remove(view, here)
+            _remove(view, path, here)
         if "link" in meta:
             twin = find(view, _bytes(meta["link"]))
             if twin is None:
@@ -465,24 +465,24 @@ def _place(view: View, path: bytes) -> tuple[Dir, bytes]:
     return parent, name
 
 
-def _remove(view: View, node: Node) -> None:
-    """Remove a tree, even one deeper than Python's stack."""
-    stack = [node]
+def _remove(view: View, path: bytes, node: Node) -> None:
+    """Remove what has a path, a tree deeper than Python's stack, too. A file with several names loses the one that is meant."""
+    if not isinstance(node, Dir):
+        view.unlink(*_place(view, path))
+        return
+    stack: list[Dir] = [node]
     while stack:
         here = stack[-1]
         assert here.parent is not None
-        if isinstance(here, Dir):
-            inner = next(iter(here.children if here.children is not None else view.load(here)), None)
-            child = view.child(here, inner) if inner is not None else None
-            if child is not None and inner is not None:
-                if isinstance(child, Dir):
-                    stack.append(child)
-                else:
-                    view.unlink(here, inner)
-                continue
-            view.rmdir(here.parent, here.name)
-        else:
-            view.unlink(here.parent, here.name)
+        inner = next(iter(here.children if here.children is not None else view.load(here)), None)
+        child = view.child(here, inner) if inner is not None else None
+        if child is not None and inner is not None:
+            if isinstance(child, Dir):
+                stack.append(child)
+            else:
+                view.unlink(here, inner)
+            continue
+        view.rmdir(here.parent, here.name)
         stack.pop()
 
 

@@ -121,7 +121,7 @@ class Probe:
     """Whether a driver can run on this host, as this user, in this directory.
 
     Attributes:
-        usable: whether whether it can.
+        usable: whether it can.
         rank: how good a choice it is among usable ones; higher is better.
         reasons: one clause each, for people: what was found, or what is missing.
     """
@@ -333,6 +333,24 @@ class Driver(ABC):
             CowfsError: the server says why not.
         """
         raise Unsupported(f"the driver {self.name} takes no snapshots of layers in use")
+
+    @contextmanager
+    def disk(self, id: str, scratch: str, size: int) -> Iterator[tuple[int, int]]:
+        """A frozen layer as a disk: a file system with its tree as the root directory, for a virtual machine.
+
+        Args:
+            scratch: the id of a layer whose directory is there, and empty; the caller removes it.
+            size: bytes; 0: what the driver's images have.
+
+        Yields:
+            A descriptor that can be read and sought for data, and the disk's size in bytes.
+
+        Raises:
+            Unsupported: the driver keeps no images.
+            InvalidArgument: a size that it cannot have.
+        """
+        raise Unsupported(f"the driver {self.name} keeps no disk images", remedy="cowfs migrate --to block")
+        yield
 
     def publish(self, staged: str, id: str) -> None:
         """Give a layer another of its names, in one step: the final one, or the one for deletion.

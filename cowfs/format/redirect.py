@@ -9,8 +9,8 @@ from __future__ import annotations
 import errno
 import os
 import struct
-from dataclasses import dataclass, replace
 
+from cowfs._record import record, replace
 from cowfs.format.whiteout import Form
 from cowfs.sys import xattr
 
@@ -43,7 +43,7 @@ def check_block(size: int) -> int:
     return size.bit_length() - 1
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Ref:
     """The base of a redirect file, and its map.
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from dataclasses import dataclass, field
+from typing import Final
 
 from cowfs.sys import host, xattr
 
@@ -28,30 +28,55 @@ WHITEOUT_MODE = stat.S_IFCHR
 WHITEOUT_RDEV = 0
 
 
-@dataclass(frozen=True, slots=True)
 class Form:
-    """One of the kernel's two xattr prefixes and what the kernel supports under it."""
+    """One of the kernel's two xattr prefixes and what the kernel supports under it.
 
-    name: str
-    prefix: bytes
-    redirects: bool  # redirect and metacopy are honoured
-    dotwh: bool = False  # names .wh.NAME are whiteouts, too, and cannot be made by users
-    opaque: bytes = field(init=False)
-    redirect: bytes = field(init=False)
-    metacopy: bytes = field(init=False)
-    origin: bytes = field(init=False)
-    impure: bytes = field(init=False)
-    whiteout: bytes = field(init=False)
-    exempt: bytes = field(init=False)
-    prealloc: bytes = field(init=False)
-    row: bytes = field(init=False)
-    constant: frozenset[bytes] = field(init=False)  # marks whose value is always the same
+    Attributes:
+        redirects: whether redirect and metacopy are honoured.
+        dotwh: whether names ``.wh.NAME`` are whiteouts, too, and nobody may make one.
+        constant: the marks whose value is always the same.
+    """
 
-    def __post_init__(self) -> None:
-        for own, suffix in _OWN.items():
-            object.__setattr__(self, own, self.prefix + suffix)
-        marks = (self.opaque, self.metacopy, self.impure, self.whiteout, self.exempt, self.prealloc)
-        object.__setattr__(self, "constant", frozenset(marks))
+    __slots__ = (
+        "constant",
+        "dotwh",
+        "exempt",
+        "impure",
+        "metacopy",
+        "name",
+        "opaque",
+        "origin",
+        "prealloc",
+        "prefix",
+        "redirect",
+        "redirects",
+        "row",
+        "whiteout",
+    )
+
+    def __init__(self, name: str, prefix: bytes, redirects: bool, *, dotwh: bool = False) -> None:
+        self.name: Final = name
+        self.prefix: Final = prefix
+        self.redirects: Final = redirects
+        self.dotwh: Final = dotwh
+        self.opaque: Final = prefix + b"opaque"
+        self.redirect: Final = prefix + b"redirect"
+        self.metacopy: Final = prefix + b"metacopy"
+        self.origin: Final = prefix + b"origin"
+        self.impure: Final = prefix + b"impure"
+        self.whiteout: Final = prefix + b"whiteout"
+        # cowfs's own; the kernel hides and ignores them, as it does every name under its prefix
+        self.exempt: Final = prefix + b"cowfs.exempt"  # a directory copied up only to hold whiteouts: not counted
+        self.prealloc: Final = (
+            prefix + b"cowfs.prealloc"
+        )  # blocks past the end were reserved on request, not by speculation
+        self.row: Final = prefix + b"cowfs.row"  # a redirect file: blocks and map
+        self.constant: Final = frozenset(
+            (self.opaque, self.metacopy, self.impure, self.whiteout, self.exempt, self.prealloc)
+        )
+
+    def __repr__(self) -> str:
+        return f"Form({self.name!r})"
 
     def is_own(self, attribute: bytes) -> bool:
         """Whether the merged tree hides this stored name."""
@@ -70,19 +95,6 @@ class Form:
         rest = stored[len(self.prefix) :]
         return self.prefix + rest[8:] if rest.startswith(b"overlay.") else None
 
-
-_OWN = {
-    "opaque": b"opaque",
-    "redirect": b"redirect",
-    "metacopy": b"metacopy",
-    "origin": b"origin",
-    "impure": b"impure",
-    "whiteout": b"whiteout",
-    # cowfs's own; the kernel hides and ignores them, as it does every name under its prefix
-    "exempt": b"cowfs.exempt",  # a directory copied up only to hold whiteouts: not counted
-    "prealloc": b"cowfs.prealloc",  # blocks past the end were reserved on request, not by speculation
-    "row": b"cowfs.row",  # a redirect file: blocks and map
-}
 
 TRUSTED = Form("trusted", b"trusted.overlay.", True)
 USER = Form("user", b"user.overlay.", False)

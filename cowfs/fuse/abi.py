@@ -95,7 +95,7 @@ COPY_FILE_RANGE_64: Final = 53
 OPCODE_END: Final = 54
 
 #: Opcode -> name; ``""`` where the protocol has no such opcode.
-NO_REPLY: Final = frozenset((FORGET, BATCH_FORGET, INTERRUPT))  # nobody waits for an answer to these
+NO_REPLY: Final = frozenset((FORGET, BATCH_FORGET, INTERRUPT))  # these get no answer
 NAMES: Final[list[str]] = [""] * OPCODE_END
 for _name, _opcode in OPCODES.items():
     assert globals()[_name] == _opcode, _name

@@ -1,12 +1,11 @@
-"""The thread behind a request: what the few requests mean whose header does not say it.
+"""The thread behind a request, for the few requests whose header does not tell their meaning.
 
-A request names the thread that waits for its answer by number, so the thread is there, blocked in its system call, for as
-long as the request is not answered; what /proc says of it meanwhile cannot change. A number that cannot be seen from
-here (another pid namespace, no /proc, a thread of the kernel) leaves a question open: each function says what it returns
-then.
+A request has the number of the thread that waits for its answer, so the thread exists, blocked in its system call,
+until the answer, and its entries in /proc cannot change meanwhile. A number without an entry (another pid namespace, no
+/proc, a thread of the kernel) leaves a question open: each function documents its result for that.
 
 Reading ``/proc/TID/syscall`` takes a lock that execve(2) holds: only since Linux 5.10 is that lock taken after the other
-threads of the program have ended, so that none of them can be waiting for us. Before, it is not read.
+threads of the program have ended, so that none of them can be waiting for this server. On older kernels the file is not read.
 
 Source: proc_pid_syscall(5), proc_pid_status(5), capabilities(7) (CAP_FSETID), inode(7) (S_ISUID, S_ISGID).
 """
@@ -47,19 +46,19 @@ _CHOWNS: Final = _chowns()
 
 
 def in_chown(pid: int) -> bool | None:
-    """Whether a thread is in chown(2) or its kin; ``None`` when that cannot be seen."""
+    """Whether a thread is in chown(2) or its kin; ``None`` if unknown."""
     if not pid or not _CHOWNS:
         return None
     try:
         with open(f"/proc/{pid}/syscall", "rb") as file:
             first = file.read(64).split()[0]
         return int(first) in _CHOWNS
-    except (OSError, IndexError, ValueError):  # ValueError: "running", which a thread that waits for us is not
+    except (OSError, IndexError, ValueError):  # ValueError: "running", which a waiting thread is not
         return None
 
 
 def _status(pid: int) -> dict[bytes, list[bytes]]:
-    """The fields of ``/proc/PID/status``; empty when it cannot be seen."""
+    """The fields of ``/proc/PID/status``; empty if there is no such entry."""
     if not pid:
         return {}
     try:
@@ -70,14 +69,14 @@ def _status(pid: int) -> dict[bytes, list[bytes]]:
 
 
 def groups(pid: int) -> frozenset[int]:
-    """Supplementary groups of a thread; none when it cannot be seen."""
+    """Supplementary groups of a thread; none if there is no such entry."""
     return frozenset(map(int, _status(pid).get(b"Groups", ())))
 
 
 def keeps_set_id(uid: int, pid: int) -> bool:
-    """Whether what a thread writes leaves set-id bits alone: it has CAP_FSETID in the initial user namespace.
+    """Whether writes of a thread leave set-id bits alone, by CAP_FSETID in the initial user namespace.
 
-    Where it cannot be seen, root (``uid`` 0) is taken to have it, and nobody else.
+    Without an entry in /proc, only root (``uid`` 0) counts as having it.
     """
     held = _status(pid).get(b"CapEff")
     if not held:

@@ -1,12 +1,12 @@
-"""Bytes in, bytes out: what a request holds and how a reply is laid out. No I/O, no state.
+"""Bytes in, bytes out: the layout of requests and replies. No I/O, no state.
 
-Strategy: a table says for each opcode what follows the header (one struct, then names, then data). From it come
-the shortest and longest valid length, which the session checks before it calls a handler, and :func:`parse`, which
-reads any request whole (the trace and the tests use it). The handlers of the hot operations unpack their one struct
+Strategy: a table has the layout behind the header for each opcode (one struct, then names, then data). It gives the
+shortest and longest valid length, which the session checks before it calls a handler, and :func:`parse`, which reads
+any request whole (the trace and the tests use it). The handlers of the hot operations unpack their one struct
 themselves, since each call costs as much as the unpacking; they rely on the length check and on :func:`name`.
 
 Requests of the kernel are checked all the same: a frame that contradicts its own length is a :class:`ProtocolError`
-(the session ends, for nothing behind it can be trusted), a body that contradicts its opcode is ``EINVAL``.
+(the session ends, since no later byte can be trusted), a body that contradicts its opcode is ``EINVAL``.
 
 Buffers: everything that takes ``buf`` takes a memoryview of one whole request and keeps nothing of it, except that
 :attr:`Request.data` is a view into it. Replies are ``bytes``, or a tuple of buffers for ``writev``.
@@ -17,9 +17,9 @@ from __future__ import annotations
 import errno
 import os
 import struct
-from dataclasses import dataclass
 from typing import Final
 
+from cowfs._record import record
 from cowfs.fuse import abi
 
 Reply = bytes | tuple[bytes | memoryview, ...]
@@ -37,7 +37,7 @@ class ProtocolError(Exception):
     """The bytes are not a FUSE request at all; the session cannot go on."""
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Shape:
     """The layout behind the header of one opcode's requests.
 
@@ -56,7 +56,7 @@ class Shape:
 
 
 _NOTHING = Shape()
-#: Opcode -> shape. An opcode that is not here is answered ENOSYS without being read.
+#: Opcode -> shape. A missing opcode is answered ENOSYS without being read.
 SHAPES: Final[dict[int, Shape]] = {
     abi.LOOKUP: Shape(names=1),
     abi.FORGET: Shape(abi.FORGET_IN),
@@ -112,7 +112,7 @@ SHAPES: Final[dict[int, Shape]] = {
 def bounds(max_write: int, *, setxattr_ext: bool = True) -> tuple[list[int], list[int]]:
     """Shortest and longest valid request length in bytes, header included, by opcode.
 
-    ``max_write`` bounds data; ``setxattr_ext`` tells which form of SETXATTR was negotiated.
+    ``max_write`` bounds data; ``setxattr_ext``: whether the long form of SETXATTR was negotiated.
     """
     low = [HEADER_SIZE] * abi.OPCODE_END
     high = [1 << 32] * abi.OPCODE_END
@@ -188,7 +188,7 @@ def name_and_data(buf: memoryview, start: int, end: int, size: int) -> tuple[byt
     return first, buf[middle:end]
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Request:
     """One request, whole. ``fields`` are those of the opcode's struct; ``data`` is a view of the buffer."""
 
@@ -287,13 +287,13 @@ def ok(unique: int) -> bytes:
 
 
 def error(unique: int, code: int) -> bytes:
-    """Failure with errno ``code``; anything that is no errno becomes EIO, as the kernel would close on it."""
+    """Failure with errno ``code``; a number that is no errno becomes EIO, since the kernel would end the connection."""
     return abi.OUT_HEADER.pack(16, -code if 0 < code < 512 else -errno.EIO, unique)
 
 
 def failure(unique: int, raised: OSError) -> bytes:
-    """The reply for an OSError. ENOSYS becomes EOPNOTSUPP: it would tell the kernel never to ask that opcode again,
-    and for fsync to take that as success."""
+    """The reply for an OSError. ENOSYS becomes EOPNOTSUPP: the kernel would never send that opcode again, and take it
+    as success for fsync."""
     code = raised.errno or errno.EIO
     return error(unique, errno.EOPNOTSUPP if code == errno.ENOSYS else code)
 
@@ -319,7 +319,7 @@ def attributes(unique: int, attr: bytes) -> bytes:
 
 
 def looked_up(opcode: int, reply: Reply) -> list[int]:
-    """Node ids whose look-up count a reply raised: those to take back when the kernel did not get it."""
+    """Node ids whose look-up count a reply raised: they are lowered again if the kernel did not get it."""
     whole = reply if isinstance(reply, bytes) else b"".join(reply)
     if len(whole) < 16 or abi.OUT_HEADER.unpack_from(whole)[1]:
         return []
@@ -360,13 +360,13 @@ def notify_inval_entry(parent: int, entry_name: bytes) -> bytes:
 
 
 def notify_delete(parent: int, child: int, entry_name: bytes) -> bytes:
-    """Drop one name as deleted: those who watch it are told (inotify), which INVAL_ENTRY does not do."""
+    """Drop one name as deleted: watchers (inotify) are notified, unlike with INVAL_ENTRY."""
     body = abi.NOTIFY_DELETE_OUT.pack(parent, child, len(entry_name), 0)
     return _notification(abi.NOTIFY_DELETE, body + entry_name + b"\0")
 
 
 def notify_prune(nodeids: list[int]) -> bytes:
-    """Ask the kernel to forget nodes that nobody uses (7.45)."""
+    """Ask the kernel to forget unused nodes (7.45)."""
     body = abi.NOTIFY_PRUNE_OUT.pack(len(nodeids), 0, 0)
     return _notification(abi.NOTIFY_PRUNE, body + struct.pack(f"<{len(nodeids)}Q", *nodeids))
 

@@ -1,12 +1,12 @@
-"""Errands: requests whose answer takes long, from the worker that runs them to what they held back.
+"""Deferred requests: those with a slow answer, from their run on a worker to the requests that they held back.
 
-Strategy: the handlers hand over what they must not wait for (:class:`cowfs.fuse.handlers.data.Host` is this module's face to
+Strategy: the handlers hand over slow work (:class:`cowfs.fuse.handlers.data.Host` is this module's face to
 them); :mod:`cowfs.fuse.workers` has the threads and the rules of order. The life of such a request ends here:
 
-* a **copy-up** runs on a worker, is published in the loop, and then its request is served again, as if it came just now;
+* a **copy-up** runs on a worker, is published in the loop, and then its request is served again, like a new one;
   if it failed, that is the request's answer, and the next one in the queue tries again;
-* a **look** (cold read) and what goes **aside** (fsync) are answered by the worker itself;
-* a waiting process that was **killed** is let go: the copy it caused is cancelled, a queued request is answered EINTR.
+* a **look** (cold read) and a job **aside** (fsync) are answered by the worker itself;
+* the wait of a **killed** process ends: the copy it caused is cancelled, a queued request is answered EINTR.
   Other signals interrupt nothing, because programs do not expect EINTR of a file.
 
 Ownership: everything here belongs to the loop thread, but for the jobs themselves.
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class Owner(Protocol):
-    """The session, as far as it is asked here."""
+    """The interface of the session for this module."""
 
     view: Tree
 
@@ -42,7 +42,7 @@ class Owner(Protocol):
 
 
 class Errands:
-    """The errands of one session, which it asks to reply, to dispatch and to post."""
+    """The deferred requests of one session, which replies, dispatches and posts for them."""
 
     def __init__(self, session: Owner, workers: int, most_jobs: int) -> None:
         self.gates = Gates()
@@ -92,12 +92,12 @@ class Errands:
         self.workers.submit(run)
 
     def look(self, nodeid: int, unique: int, job: Callable[[], codec.Reply]) -> None:
-        """Run ``job`` on a worker as a shared job of the node, and send what it returns."""
+        """Run ``job`` on a worker as a shared job of the node, and send its result."""
         gate = self.gates.enter(nodeid, exclusive=False)
 
         def run() -> None:
             self._answer(unique, job)
-            # the loop need not be woken for a gate that holds nothing back: it looks at its mail before each request
+            # a gate that holds nothing back need not wake the loop, which reads its mail before each request
             self._session.post(lambda: self._left(nodeid, exclusive=False), wake=lambda: bool(gate.queue))
 
         self.workers.submit(run)
@@ -111,7 +111,7 @@ class Errands:
         return True
 
     def aside(self, unique: int, job: Callable[[], codec.Reply]) -> None:
-        """Run ``job`` on a worker and send what it returns; nothing waits for it."""
+        """Run ``job`` on a worker and send its result, without holding back other requests."""
         self.workers.submit(lambda: self._answer(unique, job))
 
     def attributes_changed(self, nodeid: int) -> None:
@@ -123,7 +123,7 @@ class Errands:
         self._session.drop_attributes(nodeid)
 
     def meanwhile(self, job: Callable[[], None]) -> None:
-        """Run ``job`` on a worker; nobody waits for it."""
+        """Run ``job`` on a worker, without a reply."""
         self.workers.submit(job)
 
     def _answer(self, unique: int, job: Callable[[], codec.Reply]) -> None:
@@ -143,8 +143,8 @@ class Errands:
             self._session.dispatch(request)
 
     def interrupt(self, buf: memoryview, n: int, unique: int, nodeid: int) -> None:
-        """A process that waits got a signal. Only one that was killed is let go: programs do not expect EINTR of
-        a file. A request that is already being answered needs nothing."""
+        """Handle a signal to a waiting process. Only the wait of a killed one ends, since programs do not expect EINTR
+        of a file. A request that is already being answered needs nothing."""
         (target,) = abi.INTERRUPT_IN.unpack_from(buf, 40)
         job = self._jobs.get(target)
         if job is not None:
@@ -156,7 +156,7 @@ class Errands:
         self.check_watched()
 
     def check_watched(self) -> None:
-        """Let go those of the interrupted whose process is dying."""
+        """End the waits of interrupted requests whose process is dying."""
         for unique, pid in list(self.watched.items()):
             if not _killed(pid):
                 continue

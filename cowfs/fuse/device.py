@@ -3,10 +3,10 @@
 Strategy: as root (also of a user namespace) mount(2) is tried first, since it needs no helper and takes any option;
 where the kernel says EPERM, and for ordinary users, the set-uid helper ``fusermount3`` mounts and hands the
 descriptor over a socket (``_FUSE_COMMFD``, as libfuse's mount does). ``default_permissions`` is always on: without
-opens nobody but the kernel could check a reader.
+opens only the kernel can check a reader.
 
-Everything that can be wrong on the host is found here, before a server exists, and raised as a CowfsError whose
-message says what and where, and whose remedy says what to do.
+Every fault of the host is found here, before a server exists, and raised as a CowfsError with a message (what and
+where) and a remedy.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from cowfs.errors import FailedPrecondition, InvalidArgument, NotFound, Unsuppor
 from cowfs.sys import mounts
 
 DEVICE: Final = "/dev/fuse"
-#: mount(8) words that mean something to user space only, or are always on here; accepted and dropped.
+#: mount(8) words for user space only, and words that are always on here; accepted and dropped.
 IGNORED: Final = frozenset(("defaults", "default_permissions", "auto", "noauto", "user", "nouser", "_netdev", "nofail"))
-#: Words that fusermount3 takes (it refuses what it does not know).
+#: Words that fusermount3 takes (it refuses unknown ones).
 _HELPER_WORDS: Final = frozenset(("ro", "rw", "nodev", "dev", "nosuid", "suid", "noexec", "exec", "sync", "async",
                                   "dirsync", "noatime", "atime"))  # fmt: skip
 
@@ -38,7 +38,7 @@ def mount_fuse(
     """Mount an empty FUSE file system and return its connection's descriptor.
 
     Args:
-        mountpoint: an existing directory that nothing of ours is served from. A dead FUSE mount found there
+        mountpoint: an existing directory that cowfs does not serve from. A dead FUSE mount found there
             (its server was killed: ENOTCONN) is taken off first.
         options: words of mount(8): ``ro``, ``nodev``, ``nosuid``, ``noexec``, ``noatime``...; unknown ones are
             an error.
@@ -79,7 +79,7 @@ def open_device(path: str = DEVICE) -> int:
     """Open the FUSE device.
 
     Raises:
-        Unsupported: it is missing or not ours to open.
+        Unsupported: it is missing or closed to this user.
     """
     try:
         return os.open(path, os.O_RDWR | os.O_CLOEXEC)
@@ -113,7 +113,7 @@ def widen_read_ahead(fd: int, size: int) -> None:
 
 
 def check_target(target: str) -> None:
-    """See that ``target`` can be mounted on; take dead mounts off. Raises as :func:`mount_fuse`."""
+    """Check that ``target`` can be mounted on; unmount dead mounts. Raises as :func:`mount_fuse`."""
     for _ in range(16):
         try:
             found = os.stat(target)
@@ -131,7 +131,7 @@ def check_target(target: str) -> None:
 
 
 def clear_dead(target: str) -> None:
-    """Take off the dead FUSE mount at ``target``.
+    """Unmount the dead FUSE mount at ``target``.
 
     Raises:
         FailedPrecondition: not permitted.
@@ -199,7 +199,7 @@ def _mount_by_helper(target: str, words: Sequence[str], allow_other: bool, sourc
     helper = _which("fusermount3") or _which("fusermount")
     if helper is None:
         raise Unsupported(f"{target}: mounting needs root or fusermount3", remedy="apt-get install fuse3")
-    os.close(open_device())  # so that the reason is ours to tell
+    os.close(open_device())  # so that cowfs can report the reason
     passed = ["default_permissions", f"fsname={_escaped(source)}", f"subtype={subtype}"]
     passed += [word for word in words if word in _HELPER_WORDS]
     if allow_other:

@@ -1,15 +1,15 @@
-"""INIT: which features of the kernel are asked for, each with its reason.
+"""INIT: the requested features of the kernel, each with its reason.
 
 Strategy: one table, three kinds of session. ``always`` features come with every session; the others depend on how
 data travels: through the page cache without opens (``cached``), the same with writes held back (``writeback``), or
-past the server (``passthrough``). Features that are not in the table are not asked for, and the second table says why.
+past the server (``passthrough``). Other features are not requested, for the reasons in the second table.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final
 
+from cowfs._record import record
 from cowfs.errors import Unsupported
 from cowfs.fuse import abi
 from cowfs.fuse.codec import ProtocolError
@@ -26,7 +26,7 @@ WANTED: Final[dict[str, tuple[frozenset[str], str]]] = {
     "DONT_MASK": (_ALL, "with default ACLs the umask must not be applied: the view decides"),
     "HAS_IOCTL_DIR": (_ALL, "ioctls on directories are answered ENOTTY like those on files"),
     "DO_READDIRPLUS": (_ALL, "a listing brings nodes and attributes along"),
-    # with it the kernel says EIO for a direct write that is taken in part, at a limit (fs/fuse/file.c, fuse_get_res_by_io)
+    # with it the kernel answers EIO to a direct write that is taken in part, at a limit (fs/fuse/file.c, fuse_get_res_by_io)
     "ASYNC_DIO": (frozenset((PASSTHROUGH,)), "direct I/O may have several requests under way"),
     "NO_OPEN_SUPPORT": (_NO_OPEN, "OPEN, CREATE and RELEASE vanish after one ENOSYS"),
     "NO_OPENDIR_SUPPORT": (_ALL, "OPENDIR vanishes likewise, and listings are cached"),
@@ -73,14 +73,14 @@ assert WANTED.keys() | UNWANTED.keys() == abi.INIT_FLAGS.keys()
 assert not WANTED.keys() & UNWANTED.keys()
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Agreement:
-    """The features that both sides said yes to."""
+    """The features that both sides agreed on."""
 
     minor: int
     flags: int
     max_write: int
-    #: "cached", "writeback" or "passthrough": what was asked for, or "cached" where the kernel has less.
+    #: "cached", "writeback" or "passthrough": the requested one, or "cached" if the kernel has less.
     mode: str
 
     def has(self, feature: str) -> bool:

@@ -1,5 +1,5 @@
-"""The logger of this package, ``cowfs.fuse``. It is imported when something must be said for the first time: most
-servers never do, and a mount is to answer within a fifth of a second, Python's start included."""
+"""The logger of this package, ``cowfs.fuse``. It is imported with the first message: most servers have none, and a
+mount should answer within a fifth of a second, Python's start included."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from typing import Any
 
 
 def warning(message: str, *arguments: object) -> None:
-    """Something odd that harms nobody."""
+    """Log a harmless oddity."""
     _logger().warning(message, *arguments)
 
 
 def error(message: str, *arguments: object) -> None:
-    """Something that went wrong, without a traceback."""
+    """Log an error without a traceback."""
     _logger().error(message, *arguments)
 
 
 def exception(message: str, *arguments: object) -> None:
-    """A bug; call inside ``except``: the traceback is logged."""
+    """Log a bug with its traceback; call inside ``except``."""
     _logger().exception(message, *arguments)
 
 
 def no_memory(message: str, *arguments: object) -> None:
-    """Memory ran out; nothing is raised, and nothing said where there is none even for that."""
+    """Log a lack of memory; never raises, and logs nothing if memory is short even for that."""
     try:
         _logger().error(message + ": out of memory", *arguments)
     except MemoryError:

@@ -9,7 +9,7 @@ Threads:
     loop      runs :meth:`Session.run`; owns the view, the gates and every handler.
     workers   run copy-ups, fsyncs and cold reads; talk to the loop by :meth:`post`, and write replies themselves
               (one write(2) is one reply, so the device needs no lock).
-    notifier  writes invalidations (``cowfs.fuse.notify`` says why not the loop).
+    notifier  writes invalidations (``cowfs.fuse.notify`` has the reason).
     others    use :meth:`call`, :meth:`post`, :meth:`stop`, :attr:`counters` and :attr:`notifier` only.
 
 Errors: OSError from a handler is the answer. Anything else is a bug: its traceback is logged, the request is answered
@@ -28,10 +28,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, TextIO, TypeVar
 
+from cowfs._record import record
 from cowfs.errors import CowfsError, FailedPrecondition, Unsupported
 from cowfs.fuse import abi, codec, device, handshake, log
 from cowfs.fuse.codec import ProtocolError
@@ -60,21 +60,21 @@ TRIES: Final = 20
 #: then holds against us); so for this many requests the loop does not yield, and tries less, before it sleeps.
 CROWDED_NS: Final = 200_000
 CROWDED_REQUESTS: Final = 256
-#: Each time that yielding was tried again in vain, twice as many, up to these.
+#: Each vain attempt to yield again doubles the number, up to this one.
 CROWDED_MOST: Final = 16384
 CROWDED_TRIES: Final = 3
 #: Bytes the kernel reads ahead: a quarter of the requests of its default, and not yet much for a fault in a map.
 READ_AHEAD: Final = 512 << 10
-#: Seconds between two looks at whether a waiting process was killed.
+#: Seconds between two checks for killed waiting processes.
 INTERRUPT_TICK: Final = 0.1
 #: Seconds a thread may keep the interpreter while another waits for it. The loop answers in ~10 us, so the default
 #: of 5 ms would be an age for it.
 SWITCH_INTERVAL: Final = 0.0005
 #: Young garbage is collected as ever, the oldest generation never: it is the view's nodes, which reference counts free,
-#: and to look through 100,000 of them takes 90 ms, in which nobody is answered.
+#: and a look through 100,000 of them takes 90 ms without an answer.
 NEVER: Final = 1 << 30
 
-#: Requests after which one that waits for what the kernel forgets is answered even though others keep coming.
+#: Requests after which a request that waits for pending FORGETs is answered even though others keep coming.
 PATIENCE: Final = 64
 
 _SAID_MOST: Final = 1000
@@ -84,18 +84,18 @@ HANDED_OVER: Final = frozenset((abi.FSYNC, abi.FSYNCDIR, abi.SYNCFS))
 _SHORT: Final = (errno.EMFILE, errno.ENFILE)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class SessionOptions:
-    """How a session is run.
+    """The options of a session.
 
     Attributes:
         max_write: largest READ and WRITE, bytes; a multiple of 4096 up to 1 MiB.
         io: "cached" (no opens, the page cache in front) or "passthrough" (data goes past the server; root only).
         writeback: with ``io="cached"``: gather small writes in the page cache. No limit can be exact then.
-        trace: where one line a request goes, or None.
-        max_nodes: how many nodes the kernel may keep before it is asked to forget some; None: no bound.
-        workers: threads for what must not be waited for.
-        most_jobs: how many jobs may wait for them, each with two descriptors of its own.
+        trace: the file for one line a request, or None.
+        max_nodes: the nodes that the kernel may keep before it is asked to forget some; None: no bound.
+        workers: threads for slow work.
+        most_jobs: the jobs that may wait for them, each with two descriptors of its own.
         patience: seconds that a write waits for room on the host (:mod:`cowfs.fuse.patience`); 0: it fails at once.
     """
 
@@ -143,7 +143,7 @@ class Session:
         self._thread: int | None = None
         self._prune_mark = 0
         self._handlers: list[Handler] = []
-        self._awaiting: list[Callable[[], None]] = []  # what bound.Awaited put off; the loop's
+        self._awaiting: list[Callable[[], None]] = []  # requests deferred by bound.Awaited; the loop's
         self._low: list[int] = []
         self._high: list[int] = []
 
@@ -155,10 +155,10 @@ class Session:
         return {abi.NAMES[opcode]: count for opcode, count in enumerate(self._counts) if count}
 
     def post(self, fn: Callable[[], None], wake: Callable[[], bool] | None = None) -> None:
-        """Have ``fn`` run in the loop thread, between two requests. Any thread; does not wait.
+        """Queue ``fn`` for the loop thread, between two requests. Any thread; does not wait.
 
         Args:
-            wake: asked once ``fn`` is in the loop's mail: whether a sleeping loop must see it before the next request.
+            wake: called once ``fn`` is in the loop's mail: whether a sleeping loop must run it before the next request.
         """
         self._mail.append(fn)
         if wake is not None and not wake():
@@ -226,7 +226,7 @@ class Session:
 
         Raises:
             Unsupported: the kernel is too old, or cannot do what the options ask for.
-            ProtocolError: it sent what is no request.
+            ProtocolError: the kernel sent a malformed request.
             OSError: the device failed otherwise than by unmount.
         """
         self._thread = threading.get_ident()
@@ -357,7 +357,7 @@ class Session:
                 if error.errno in _GONE:
                     return
                 if error.errno in (errno.ENOENT, errno.EINTR):
-                    continue  # the request was withdrawn while it was copied
+                    continue  # the request was interrupted while it was copied
                 raise
             if n is None:
                 if awaiting:
@@ -414,7 +414,7 @@ class Session:
                 reply = self._bug(opcode, unique)
             if reply is None:
                 if opcode in HANDED_OVER:
-                    tries = 0  # the worker needs the interpreter, and who waits for it asks nothing meanwhile
+                    tries = 0  # the worker needs the interpreter, and its client sends nothing meanwhile
                 continue
             try:
                 if reply.__class__ is bytes:
@@ -427,8 +427,7 @@ class Session:
     def _failure(
         self, opcode: int, unique: int, error: OSError, request: memoryview | None = None
     ) -> codec.Reply | None:
-        """The reply that an OSError stands for. Where descriptors were short, all that can be are closed, and ``request``
-        is served once more."""
+        """The reply to an OSError. After a lack of descriptors, all idle ones are closed, and ``request`` is served once more."""
         if opcode in abi.NO_REPLY:
             log.warning("%s: %s", abi.NAMES[opcode], error)
             return None
@@ -439,7 +438,7 @@ class Session:
         return codec.failure(unique, error)
 
     def _bug(self, opcode: int, unique: int) -> bytes | None:
-        """The reply to a request whose handler failed unforeseen; call inside ``except``."""
+        """The reply to a request after an unforeseen error; call inside ``except``."""
         code = self.report(f"{abi.NAMES[opcode]} failed: answered EIO")
         return None if opcode in abi.NO_REPLY else codec.error(unique, code)
 
@@ -459,7 +458,7 @@ class Session:
             self._unsent(opcode, reply, error)
 
     def _unsent(self, opcode: int, reply: codec.Reply, error: OSError) -> None:
-        """The kernel did not take a reply: nobody waits for it any more (ENOENT), so its look-ups do not count."""
+        """Take back the look-ups of a reply that the kernel did not accept, since its request is gone (ENOENT)."""
         if error.errno in _GONE:
             return
         if error.errno != errno.ENOENT:
@@ -483,7 +482,7 @@ class Session:
             self.reply(unique, opcode, reply)
 
     def _put_off(self, request: bytes) -> None:
-        """Serve a request again, and for good, once everything that the kernel has forgotten by now was read."""
+        """Serve a request again, for the last time, once all FORGETs that the kernel has sent by now are handled."""
 
         def again() -> None:
             _, opcode, _, nodeid = abi.HEAD.unpack_from(request)
@@ -493,7 +492,7 @@ class Session:
         self._awaiting.append(again)
 
     def _answer_awaiting(self) -> None:
-        """The device had nothing more (or enough came since): now it counts."""
+        """Serve the requests that waited for FORGETs: the device is empty, or enough requests came since."""
         put_off = self._awaiting[:]
         self._awaiting.clear()
         self.view.wait_for_forgets(False)
@@ -527,7 +526,7 @@ class Session:
                 self._sleepless()
 
     def _sleepless(self) -> None:
-        """Take note of a wake-up."""
+        """Consume a wake-up."""
         try:
             os.eventfd_read(self._wake)
         except BlockingIOError:
@@ -536,7 +535,7 @@ class Session:
     def report(self, what: str = "an unforeseen error outside of any request") -> int:
         """Log an unforeseen error and return the errno that answers its request; call inside ``except``. Any thread.
 
-        A :class:`~cowfs.errors.CowfsError` tells of damage beneath the view, as of its index: one line, once. A lack of memory
+        A :class:`~cowfs.errors.CowfsError` means damage beneath the view, as of its index: one line, once. A lack of memory
         is one line, too. Anything else is a bug: its traceback.
         """
         error = sys.exception()
@@ -566,8 +565,7 @@ class Session:
     def _prune(self) -> int:
         """Past ``max_nodes``: ask the kernel to forget the nodes it has known longest, children before parents.
 
-        Returns the number of nodes at which to look again: what was asked for comes back as forgets a little later,
-        and what is in use stays.
+        Returns the number of nodes for the next check: the FORGETs come a little later, and nodes in use stay.
         """
         limit = self.options.max_nodes or 0
         nodes = self.view.nodes
@@ -585,6 +583,6 @@ class Session:
 
 
 def _enosys(buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply:
-    """The reply to opcodes without a handler: OPEN, OPENDIR, CREATE, FLUSH, STATX, ACCESS, locks... The kernel asks once and then
-    does without."""
+    """The reply to opcodes without a handler: OPEN, OPENDIR, CREATE, FLUSH, STATX, ACCESS, locks... The kernel asks
+    once and then goes without."""
     return codec.error(unique, errno.ENOSYS)

@@ -1,10 +1,10 @@
-"""Telling the kernel to forget: invalidations, sent from a thread of their own.
+"""Invalidations of the kernel's caches, sent from a thread of their own.
 
 Rule: a notification is never written by a thread that answers requests, nor by one that holds a lock which
 answering needs. The kernel may wait for a request to be answered before the write returns (INVAL_INODE waits for
 the write-back of a dirty mapped page): sent from the serving loop it hangs server and writer for good.
 
-Anyone may call :class:`Notifier`'s methods from any thread; they only queue.
+:class:`Notifier`'s methods only queue, and may be called from any thread.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Notifier:
     """Queue of notifications for one connection, and the thread that writes them.
 
     ``unsupported`` holds the notify codes that the kernel refused: it is filled as they are tried. ``sent`` counts
-    by code what the kernel took, including what it answered with ENOENT, "nothing of that is cached".
+    accepted notifications by code, those answered with ENOENT ("nothing of that is cached") included.
     """
 
     def __init__(self, fd: int) -> None:
@@ -43,11 +43,11 @@ class Notifier:
         self.send(codec.notify_inval_entry(parent, name))
 
     def delete(self, parent: int, child: int, name: bytes) -> None:
-        """Drop one name and tell those who watch that it was deleted."""
+        """Drop one name, and notify watchers of its deletion."""
         self.send(codec.notify_delete(parent, child, name))
 
     def prune(self, nodeids: Sequence[int]) -> None:
-        """Ask the kernel to forget these nodes if nobody uses them (Linux 6.18)."""
+        """Ask the kernel to forget these nodes if they are unused (Linux 6.18)."""
         for start in range(0, len(nodeids), abi.PRUNE_BATCH):
             self.send(codec.notify_prune(list(nodeids[start : start + abi.PRUNE_BATCH])))
 
@@ -61,7 +61,7 @@ class Notifier:
         self._start()
 
     def _start(self) -> bool:
-        """Have the thread run; no where there is no room for one: the next message tries again."""
+        """Start the thread, if it does not run. Returns False if that failed; the next message tries again."""
         if self._thread is None:
             with self._lock:
                 if self._thread is None:
@@ -72,7 +72,7 @@ class Notifier:
         return True
 
     def flush(self, timeout: float | None = None) -> bool:
-        """Wait until all that was queued before is with the kernel; False after ``timeout`` seconds.
+        """Wait until all messages queued before are sent to the kernel; False after ``timeout`` seconds.
 
         Not from the loop thread: the kernel may need it to answer first.
         """

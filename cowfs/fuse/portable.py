@@ -11,8 +11,8 @@ Strategy:
   through fusepy as Latin-1, which maps every byte to a character and back.
 * Open files are handles: a handle holds a look-up of its node.
 * **Unlinked files that are open.** libfuse would rename them to ``.fuse_hidden*``, where everybody sees them. It asks
-  for that rename; what is done instead is to unlink the file, keep its node, and answer for the hidden name from a table
-  until libfuse removes it. So the link count is right, no name shows, and its directory can be removed.
+  for that rename; instead, the file is unlinked, its node kept, and the hidden name answered from a table until libfuse
+  removes it. So the link count is right, no name shows, and its directory can be removed.
 * Hard links are different inodes to the kernel here, since libfuse has a node for each path. Attributes are therefore
   never kept by the kernel (``attr_timeout=0``), and data is dropped at each open.
 """
@@ -45,7 +45,7 @@ _ENCODING: Final = "latin-1"
 _HIDDEN: Final = re.compile(rb"\.fuse_hidden[0-9a-f]{16}\Z")
 _UTIME_NOW: Final = (1 << 30) - 1
 _UTIME_OMIT: Final = (1 << 30) - 2
-#: Nodes that nobody holds are dropped once the view has this many: here nobody else says when.
+#: Unused nodes are dropped once the view has this many, since libfuse sends no forgets here.
 _KEEP_NODES: Final = 50_000
 #: Words that libfuse 2 takes as mount options.
 _WORDS: Final = frozenset(
@@ -65,11 +65,11 @@ class PortableSession:
     Args:
         mountpoint, options, allow_other, source, subtype: as for :func:`cowfs.fuse.mount_fuse`.
         view: the merged view.
-        trace: where one line an operation goes, or None.
+        trace: the file for one line an operation, or None.
 
     Raises:
         Unsupported: no fusepy or no libfuse 2 on this host.
-        CowfsError: as :func:`cowfs.fuse.mount_fuse` for a mount point or option that cannot be.
+        CowfsError: as :func:`cowfs.fuse.mount_fuse` for a bad mount point or option.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class PortableSession:
         self.notifier = NoNotifier()
         self.trace = trace
         self._fuse = _load()
-        self._lock = threading.RLock()  # whoever holds it owns the view
+        self._lock = threading.RLock()  # its holder owns the view
         self._counts: dict[str, int] = {}
         self._ended = False
         self._said = ""  # the last line of damage that was logged
@@ -134,7 +134,7 @@ class PortableSession:
             return fn()
 
     def post(self, fn: Callable[[], None]) -> None:
-        """The same, without a result."""
+        """Run ``fn`` as :meth:`call` does, without a result."""
         self.call(fn)
 
     def stop(self) -> None:
@@ -148,7 +148,7 @@ class PortableSession:
         """Mount, and serve until the file system is unmounted.
 
         Raises:
-            FailedPrecondition: libfuse could not mount (it has said why on standard error).
+            FailedPrecondition: libfuse could not mount (its message is on standard error).
         """
         operations = Operations(self)
         try:
@@ -169,7 +169,7 @@ class PortableSession:
                 self._ended = True
 
     def _report(self, error: Exception, label: str) -> int:
-        """Log what failed unforeseen; the errno of the answer. As :meth:`cowfs.fuse.loop.Session.report`."""
+        """Log an unforeseen error, and return the errno of the answer. As :meth:`cowfs.fuse.loop.Session.report`."""
         if not isinstance(error, CowfsError):
             log.exception("%s failed: answered EIO", label)
             return errno.EIO
@@ -218,7 +218,7 @@ class NoNotifier:
 
 
 def _load() -> Any:
-    """fusepy's FUSE class, made to hand on time stamps as libfuse has them."""
+    """fusepy's FUSE class, changed to pass on time stamps unrounded."""
     try:
         import fuse
     except ImportError as error:
@@ -228,8 +228,8 @@ def _load() -> Any:
     except OSError as error:
         raise Unsupported(f"the fusepy front end needs libfuse 2: {error}", remedy="apt-get install libfuse2") from None
 
-    # fusepy describes libfuse's table of operations up to ioctl; libfuse 2.9.1 has five more. FUSE.__init__ goes by the
-    # module's name for it.
+    # fusepy describes libfuse's table of operations up to ioctl; libfuse 2.9.1 has five more. FUSE.__init__ looks it up
+    # by its name in the module.
     if not any(field[0] == "fallocate" for field in fuse.fuse_operations._fields_):
         handle = ctypes.POINTER(fuse.fuse_file_info)
         fallocate = ctypes.CFUNCTYPE(
@@ -240,7 +240,7 @@ def _load() -> Any:
         fuse.fuse_operations = type("fuse_operations", (ctypes.Structure,), {"_fields_": fields})
 
     class Fuse(fuse.FUSE):
-        """With fallocate, and ``utimens`` with UTIME_NOW and UTIME_OMIT, which fusepy folds into the number."""
+        """fusepy's class with fallocate, and ``utimens`` with UTIME_NOW and UTIME_OMIT, which fusepy folds into the number."""
 
         def utimens(self, path: bytes, buf: Any) -> Any:
             times: Any = ("now", "now")
@@ -318,7 +318,7 @@ class Operations:
         return handle
 
     def _sweep(self) -> None:
-        """Drop nodes that nobody holds, once there are many."""
+        """Drop unused nodes, once there are many."""
         view = self._view
         if len(view.nodes) > _KEEP_NODES:
             for id in list(view.nodes):

@@ -1,10 +1,10 @@
-"""How long requests take, measured while somebody looks.
+"""The duration of requests, measured on demand.
 
-Strategy. A clock in front of and behind each request would cost every mount something for ever. So the loop's table of handlers is
-filled with timed ones when somebody asks, in place, and the first request after :data:`WATCH` seconds without a question puts the plain ones
-back: a mount that nobody looks at pays nothing.
+Strategy. Reading a clock before and after each request would slow down every mount. So a call of :meth:`Timing.watch`
+replaces the loop's handlers by timed ones, in place, and the first request after :data:`WATCH` seconds without a call
+puts the plain ones back: an unwatched mount pays nothing.
 
-A time is that of the loop: what a worker does for a request (a copy-up, an fsync) is not in it.
+A time is that of the loop: the work of workers for a request (a copy-up, an fsync) is not included.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _ASKING: Final = frozenset((abi.LOOKUP, abi.READDIR, abi.READDIRPLUS))
 
 
 class Timing:
-    """Figures of the requests that were timed so far.
+    """The figures of the timed requests so far.
 
     Owner: the loop's thread.
 
     Args:
-        handlers: the loop's table. looked: a number that grows when layers or index are looked into.
+        handlers: the loop's table. looked: gives a number that grows with each read of layers or index.
     """
 
     def __init__(self, handlers: list[Handler], looked: Callable[[], int]) -> None:
@@ -46,10 +46,11 @@ class Timing:
         self.hits = self.misses = 0
 
     def watch(self) -> dict[str, Any]:
-        """Time requests for the next while; the figures so far.
+        """Time requests for the next seconds, and return the figures so far.
 
         Returns:
-            seconds: how long requests were timed so far. requests: name of an opcode -> [count, seconds of all, seconds of the longest].
+            seconds: the time span of the measurement. requests: name of an opcode -> [count, seconds of all, seconds
+                of the longest].
             hits, misses: requests about names that were answered from memory, and that were not.
         """
         now = time.monotonic()
@@ -108,5 +109,5 @@ class Timing:
 
 
 def looked_into(view: Tree) -> Callable[[], int]:
-    """A number that grows when a view looks into its layers or its index for a name or a directory."""
+    """A number that grows with each read of a view's layers or index for a name or a directory."""
     return lambda: len(view.nodes) + view.work.directories_read

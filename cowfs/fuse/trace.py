@@ -1,4 +1,4 @@
-"""One line a request, for --trace: its number, the request, how it was answered, and in how many microseconds."""
+"""One line a request, for --trace: its number, the request, the answer, and its time in microseconds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["traced"]
 
 
 def traced(handler: Handler, trace: TextIO, *, setxattr_ext: bool) -> Handler:
-    """A handler that writes a line for each request that it served.
+    """Wrap a handler so that it writes a line for each request.
 
     Args:
         setxattr_ext: SETXATTR has the longer form (FUSE_SETXATTR_EXT was agreed on).

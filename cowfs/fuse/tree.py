@@ -1,9 +1,9 @@
-"""The tree that a session serves: what is asked of it, and nothing else.
+"""The interface of the tree that a session serves.
 
 :class:`cowfs.union.View` is one; the tests have another one in memory. Nodes are the tree's own objects: the session hands their
 ``id`` out, counts look-ups in ``nlookup`` and reads the attributes named at :class:`Tree`.
 
-Threads: the session's loop makes every call, but for :meth:`Stage.run` and the jobs that are said to be for any thread.
+Threads: the session's loop makes every call, except :meth:`Stage.run` and the jobs marked for any thread.
 
 Errors: OSError with the errno that the system call of that name documents, and :class:`cowfs.union.bound.Awaited`.
 """
@@ -39,13 +39,13 @@ class Stage(Protocol):
         """Whether it is quick enough to be run at once."""
 
     def run(self) -> None:
-        """Copy; any thread. Never raises: :meth:`Tree.publish` says what went wrong."""
+        """Copy; any thread. Never raises: :meth:`Tree.publish` raises its error."""
 
     def fail(self, error: OSError) -> None:
-        """The copy cannot be published: what :meth:`Tree.publish` will raise."""
+        """Mark the copy as failed: :meth:`Tree.publish` will raise the error."""
 
     def cancel(self) -> None:
-        """Nobody waits for the copy any more; any thread."""
+        """Cancel the copy; any thread."""
 
 
 class Work(Protocol):
@@ -62,10 +62,10 @@ class Tree(Protocol):
         root: the node of the root.
         readonly: every change is EROFS.
         limit: the bound in force.
-        space: not None while what is written is counted.
+        space: not None while the use is counted.
         form: its ``redirects`` says whether attributes change without a copy of the data.
         options: its ``noxattrs`` says that every xattr call is ENOTSUP.
-        must_sync: whether what is written must be on the disk at once.
+        must_sync: whether writes must be durable at once.
         NOW: "the present time", for :meth:`setattr`.
     """
 
@@ -100,7 +100,7 @@ class Tree(Protocol):
     def work(self) -> Work: ...
 
     def wait_for_forgets(self, on: bool) -> None:
-        """Say whether the session can wait for what the kernel is about to forget."""
+        """Tell the tree whether the session can wait for pending FORGETs."""
 
     def trim(self) -> None:
         """Close descriptors above the share; between requests."""
@@ -192,7 +192,7 @@ class Tree(Protocol):
     def copy_range(self, src: Node, soff: int, dst: Node, doff: int, length: int, /) -> int: ...
 
     def data_fd(self, node: Node, write: bool, /) -> int:
-        """The node's own descriptor of its data (not to be closed). Raises EOPNOTSUPP where none shows it."""
+        """The node's own descriptor of its data (not to be closed). Raises EOPNOTSUPP if no single descriptor has the data."""
 
     def in_upper(self, node: Node, /) -> bool:
         """Whether the node's attributes can change without a copy."""
@@ -204,16 +204,16 @@ class Tree(Protocol):
         """The copy that must be made before the data changes (``keep``: bytes that are still wanted), or None."""
 
     def publish(self, stage: Any, /) -> None:
-        """Put a copy that was run in its place. Raises what it ran into."""
+        """Put a copy that was run in its place. Raises its error."""
 
     def reader(self, node: Node, offset: int, length: int, *, streams: bool) -> Callable[[memoryview], int] | None:
-        """A read for any thread; None where :meth:`data_fd` will do."""
+        """A read for any thread; None if :meth:`data_fd` suffices."""
 
     def fsync_fd(self, node: Node, /) -> int | None:
-        """A new descriptor to fsync and close in any thread; None when there is nothing to do."""
+        """A new descriptor to fsync and close in any thread; None if there is nothing to sync."""
 
     def sync_job(self, node: Node, /) -> Callable[[bool], None] | None:
-        """fsync(2) for any thread (True: fdatasync(2) will do), where a descriptor is not enough."""
+        """fsync(2) for any thread (True: fdatasync(2) will do), if a descriptor is not enough."""
 
     def sync_all_job(self) -> Callable[[], None] | None:
         """The part of syncfs(2) to be done before the host's, for any thread."""

@@ -1,19 +1,18 @@
-"""Work that must not be waited for runs elsewhere: worker threads, and the gates that keep each node's requests in order.
+"""Worker threads for slow work, and the gates that keep each node's requests in order.
 
 Strategy: the loop thread owns the view and answers nearly everything itself. Three things may take long: copying a
-file up, fsync, and a large read that is not in the page cache. They run on a worker, and only the node concerned
-feels it:
+file up, fsync, and a large read that is not in the page cache. They run on a worker, and only requests for the same node wait:
 
 * An **exclusive** job (copy-up) stands for a change of the node's data. Until it is done, every later request that
   needs the node's data waits in a queue, in order.
-* A **shared** job (cold read) only looks. Other reads go on beside it; the first request that would change the
-  data waits for it, and what comes after that one waits behind it.
-* fsync covers what was written before it came, so it waits behind a queue but holds nothing back.
+* A **shared** job (cold read) only reads. Other reads go on beside it; the first request that would change the data
+  waits for it, and later requests wait behind that one.
+* fsync covers the writes before it, so it waits behind a queue but holds nothing back.
 
 All other requests, and all other nodes, never wait.
 
 Ownership: :class:`Gates` belongs to the loop thread alone. :class:`Workers` may be fed from the loop thread only; a
-job runs in one worker, and what it has to say to the loop it sends through ``Session.post``.
+job runs in one worker, and reports to the loop through ``Session.post``.
 """
 
 from __future__ import annotations
@@ -43,8 +42,8 @@ class Workers:
     """A few threads that run jobs; started when first needed, ended by :meth:`close`.
 
     Args:
-        limit: how many threads there may be.
-        most: how many jobs may wait, each with descriptors of its own; whoever brings one more runs it.
+        limit: the most threads.
+        most: the most waiting jobs, each with descriptors of its own; the caller runs any further one.
     """
 
     def __init__(self, limit: int, on_error: Callable[[], object], most: int = 256) -> None:
@@ -64,7 +63,7 @@ class Workers:
             thread = Thread(self._run, f"cowfs-worker-{len(self._threads)}")
             if thread.start():
                 self._threads.append(thread)
-            elif not self._threads:  # no room for one: then without
+            elif not self._threads:  # no room for a thread: go on without it
                 self._do(job)
                 return
         self._jobs.put(job)
@@ -95,7 +94,7 @@ class Workers:
 
 
 class Gate:
-    """The requests that are under way for one node."""
+    """The running and waiting requests of one node."""
 
     __slots__ = ("exclusive", "queue", "shared")
 
@@ -136,7 +135,7 @@ class Gates:
         return gate
 
     def leave(self, nodeid: int, *, exclusive: bool, first: bytes | None = None) -> None:
-        """A job ended. ``first`` is a request to be served before all that wait."""
+        """Record the end of a job. ``first`` is a request to serve before all waiting ones."""
         gate = self.nodes[nodeid]
         if exclusive:
             gate.exclusive = False
@@ -146,7 +145,7 @@ class Gates:
             gate.queue.appendleft(first)
 
     def next(self, nodeid: int) -> bytes | None:
-        """The next waiting request of the node that may go on now; None when none may (an idle gate vanishes)."""
+        """The next waiting request of the node that may go on now; None if none may (an idle gate is removed)."""
         gate = self.nodes.get(nodeid)
         if gate is None or gate.exclusive:
             return None
@@ -159,7 +158,7 @@ class Gates:
         return gate.queue.popleft()
 
     def withdraw(self, unique: int) -> bytes | None:
-        """Take the waiting request ``unique`` out of its queue (it was interrupted); None when it does not wait."""
+        """Take the waiting request ``unique`` out of its queue (it was interrupted); None if it does not wait."""
         for gate in self.nodes.values():
             for request in gate.queue:
                 if abi.HEAD.unpack_from(request)[2] == unique:

@@ -1,4 +1,4 @@
-"""Records made of a server's answers."""
+"""Conversion of a server's answers into records."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["statistics_of"]
 
 
 def statistics_of(found: dict[str, Any]) -> Statistics:
-    """Statistics as a server tells them."""
+    """The statistics in a server's answer."""
     taken = found["timed"] or {"seconds": 0.0, "requests": {}, "hits": 0, "misses": 0}
     return Statistics(
         usage=Usage(**found["usage"]) if found["usage"] is not None else None,

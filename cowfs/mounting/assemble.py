@@ -20,10 +20,10 @@ __all__ = ["explain", "make_session", "make_view", "name_process", "raise_file_l
 
 
 def make_view(stack: Stack) -> View:
-    """The view that a wish asks for.
+    """Build the view of a mount request.
 
     Raises:
-        OSError: what the layers' file systems said.
+        OSError: an error of the layers' file systems.
     """
     from cowfs.row.view import View
     from cowfs.union import Options
@@ -53,14 +53,14 @@ def make_view(stack: Stack) -> View:
 
 
 def can_pass_through() -> bool:
-    """The kernel takes backing files only from those who could mount anything (fs/fuse/backing.c)."""
+    """Whether the kernel accepts backing files from this process: only with the right to mount anything (fs/fuse/backing.c)."""
     from cowfs.sys import host
 
     return host.init_userns() and host.has_cap(host.CAP_SYS_ADMIN)
 
 
 def make_session(spec: MountSpec, view: View, target: str) -> Session | PortableSession:
-    """Mount and make the session that serves it, with the front end that was asked for."""
+    """Mount, and make the session that serves the mount with the front end of the request."""
     from cowfs.fuse import mount_fuse
     from cowfs.fuse.loop import Session, SessionOptions
 
@@ -93,7 +93,7 @@ def make_session(spec: MountSpec, view: View, target: str) -> Session | Portable
 
 
 def refused(session: Session | PortableSession, spec: MountSpec) -> CowfsError | None:
-    """The error for a feature that was asked for and that the kernel did not agree to, or None. Only once the session is ready."""
+    """The error for a requested feature that the kernel refused, or None. Valid only once the session is ready."""
     agreement = session.agreement
     if agreement is not None and spec.io == "passthrough" and agreement.mode != spec.io:
         return Unsupported(
@@ -104,7 +104,7 @@ def refused(session: Session | PortableSession, spec: MountSpec) -> CowfsError |
 
 
 def raise_file_limit() -> None:
-    """As many descriptors as the hard limit allows."""
+    """Raise the limit on descriptors to the hard one."""
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -122,7 +122,7 @@ def name_process() -> None:
 
 
 def explain(error: BaseException, spec: MountSpec) -> CowfsError | None:
-    """A start's failure as one line, or None when it is nobody's fault but ours."""
+    """The failure of a start as one line, or None for a fault of cowfs."""
     if isinstance(error, CowfsError):
         return error
     from cowfs.fuse.codec import ProtocolError

@@ -2,10 +2,12 @@
 
 Rules:
 
-1. The server records it, whoever mounts and unmounts, and however. One that is killed records no end.
-2. Nobody waits for it who waits for the mount; the end is recorded before the layer is let go, so that who finds it free finds the event.
-3. An event that cannot be recorded is dropped, with a line in the server's log: the mount is what counts. So is one for which there is hardly room:
-   SQLite shares memory with other processes in a file, and a process that touches a page of it that the host cannot hold any more is killed (SIGBUS).
+1. The server records each event, for every way to mount and unmount. A killed server records no end.
+2. No caller that waits for the mount waits for the log; the end is recorded before the layer is unlocked, so that a
+process that finds the layer free also finds the event. 3. An event that cannot be recorded is dropped, with a line in
+   the server's log, since the mount matters more. So is an event for which there is hardly room: SQLite shares memory
+   with other processes in a file, and a process that touches a page of it that the host cannot hold any more is killed
+   (SIGBUS).
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ PART: Final = 16
 
 
 class Chronicle:
-    """The events of one mount; of one that no store made, nothing."""
+    """The events of one mount; a mount without a store has none."""
 
     def __init__(self, spec: MountSpec, stack: Stack) -> None:
         root = os.path.dirname(stack.upper or "").rpartition("/layers/")[0] if spec.factory else ""
@@ -45,22 +47,22 @@ class Chronicle:
         self._again = 0.0  # the view's thread
 
     def begin(self) -> None:
-        """The mount answers."""
+        """Record that the mount answers."""
         with self._lock:
             if self._ended:
-                return  # it was gone before anybody could be told
+                return  # the mount was gone before its start was recorded
             self._begun = True
             self._record("mount", "mount", {"mountpoint": self._mountpoint, "pid": str(os.getpid())})
 
     def end(self) -> None:
-        """The mount is gone."""
+        """Record that the mount is gone."""
         with self._lock:
             self._ended = True
             if self._begun:
                 self._record("mount", "unmount", {"mountpoint": self._mountpoint, "pid": str(os.getpid())})
 
     def reached(self) -> None:
-        """Something was refused since it would pass the limit. In the view's thread: it does not wait."""
+        """Record that the limit refused a change. Called in the view's thread, so it does not wait."""
         now = time.monotonic()
         if self._index and now >= self._again:
             self._again = now + QUIET
@@ -77,10 +79,10 @@ class Chronicle:
             if host.f_bavail * host.f_frsize < room or (host.f_files and not host.f_favail):
                 log.warning("the event %s %s is not recorded: no room", type, action)
                 return
-            index = Index(self._index, fsync=False)  # a mount does not outlive the host either
+            index = Index(self._index, fsync=False)  # a mount does not survive the host either
             try:
                 if index.refused:
-                    return  # a store that can only be read
+                    return  # a read-only store
                 with index.write() as change:
                     change.record_event(type, action, self._key, attributes)
             finally:

@@ -1,4 +1,4 @@
-"""Mounts as the library sees them: make one, find those that are there, talk to one, take one away.
+"""The library's side of mounts: making, finding, asking and unmounting them.
 
 >>> import cowfs
 >>> with cowfs.mount(["layers/base", "layers/python"], "/mnt/rootfs", size="2G") as m:  # doctest: +SKIP
@@ -7,7 +7,7 @@
 [b'hello']
 
 Strategy: a :class:`MountHandle` holds no more than a mount point and a socket's path; the mount lives in a process of its
-own (:mod:`cowfs.mounting.server`) and outlives its maker unless unmounted. Every method asks that process anew.
+own (:mod:`cowfs.mounting.server`) and outlives its maker unless unmounted. Every method asks that process.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _log = Part("cowfs.mounting")
 
 _ELSEWHERE = "cowfs mounts lists what is here, with --everywhere also what is in other mount namespaces"
 _NOTHING, _NO_LIMIT = Usage(), Limit()
-COUNTING = 3600.0  # seconds that counting a big upper layer may take
+COUNTING = 3600.0  # seconds for the count of a big upper layer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,16 +46,16 @@ class MountStatus:
     """One mount of cowfs, as it is now.
 
     Attributes:
-        mountpoint: where.
-        alive: whether its server is there; of a dead one only ``mountpoint`` (and perhaps ``socket``) is known.
-        answers: whether a server that is there answered in time; of one that did not, no more is known either.
+        mountpoint: its path.
+        alive: whether its server exists; for a dead one only ``mountpoint`` (and perhaps ``socket``) is known.
+        answers: whether the server answered in time; for one that did not, the same holds.
         layers: bottom first.
         upper: the writable directory, or None.
         usage, limit: bytes and inodes; ``usage`` is None while a big upper layer without a limit is being counted.
         pid: the server, as this process's pid namespace numbers it; None where it has no number here.
         here: whether it is a mount of this process's mount namespace.
         started: nanoseconds since 1970.
-        details: everything else that the server tells.
+        details: the rest of the server's answer.
     """
 
     mountpoint: str
@@ -100,10 +100,10 @@ class MountHandle:
         try:
             self.unmount()
         except NotFound:
-            pass  # somebody was faster
+            pass  # another process was faster
 
     def ask(self, verb: str, **arguments: Any) -> dict[str, Any]:
-        """One verb of the server's table (the record beside each in :mod:`cowfs.mounting.verbs` says what it takes).
+        """One verb of the server's table (with the arguments of its record in :mod:`cowfs.mounting.verbs`).
 
         Raises:
             CowfsError: as the server raised it; FailedPrecondition when it is gone.
@@ -111,7 +111,7 @@ class MountHandle:
         return protocol.ask(self.socket, verb, **arguments)
 
     def status(self) -> MountStatus:
-        """The mount as `cowfs mounts` shows it."""
+        """The status of the mount, as in `cowfs mounts`."""
         return _status(self.mountpoint, self.socket, self.ask("info"))
 
     def usage(self) -> Usage:
@@ -143,7 +143,7 @@ class MountHandle:
         return dict(self.ask("counters")["counters"])
 
     def statistics(self, *, timed: bool = False) -> Statistics:
-        """All that the server counts.
+        """All figures of the server.
 
         Args:
             timed: from now on, and for half a minute, it also takes the time of requests, which makes them a little slower.
@@ -228,11 +228,12 @@ def mount(
     Args:
         layers: directories, bottom first; or one path: a directory whose sub-directories are the layers.
         mountpoint: an existing directory.
-        upper: where changes go (made if missing); default: kept in ``.cowfs`` beside the layers, used again next time.
+        upper: the directory for changes (made if missing); default: kept in ``.cowfs`` beside the layers, used again next time.
         work: same file system as ``upper``; default: beside it.
         readonly: no changes; an ``upper`` given is the topmost layer.
         ephemeral: changes are dropped at unmount.
-        memory: and until then they are in memory: as root by the kernel's overlayfs over a tmpfs of the limit's size.
+        memory: keep the changes of an ephemeral mount in memory: as root by the kernel's overlayfs over a tmpfs of the
+            limit's size.
         size, inodes: the limit: bytes or "2G"; a count or "100k".
         volatile: sync nothing; after a crash of the host the upper cannot be used.
         allow_other: whether other users may enter; default: as root yes.
@@ -281,7 +282,7 @@ def mount(
 
 
 def spawn(spec: MountSpec) -> MountHandle:
-    """Have a server started for a wish, in a process of its own.
+    """Start a server for a mount request, in a process of its own.
 
     Raises:
         CowfsError: as :func:`mount`.
@@ -297,7 +298,7 @@ def spawn(spec: MountSpec) -> MountHandle:
 
 
 def attach(target: PathLike) -> MountHandle:
-    """The handle of a mount that is there.
+    """The handle of an existing mount.
 
     Raises:
         NotFound: no mount of cowfs there.
@@ -373,7 +374,7 @@ def mounts(*, everywhere: bool = False) -> list[MountStatus]:
 
 
 def _sweep(path: str) -> None:
-    """Remove the socket and log of a server that was killed; a mount that it left is listed from mountinfo."""
+    """Remove the socket and log of a killed server; its mount, if any, is listed from mountinfo."""
     import contextlib
 
     try:
@@ -390,12 +391,13 @@ def _sweep(path: str) -> None:
 
 
 def kernel_mounts() -> list[MountStatus]:
-    """Mounts of ours in this mount namespace that the kernel serves. No server is asked."""
+    """The mounts of cowfs in this mount namespace that the kernel serves. No server is asked."""
     return [_kernel_status(entry) for entry in mountpoint.kernel_mounts()]
 
 
 def _kernel_status(entry: MountInfo) -> MountStatus:
-    """The status of a mount that the kernel serves, as mountinfo tells it; ``store`` is the directory of its store, "" where there is none."""
+    """The status of a mount that the kernel serves, from mountinfo; ``store`` is the directory of its store, "" if
+    there is none."""
     values: dict[str, str] = {}
     for option in entry.super_options.split(b","):
         name, _, value = option.partition(b"=")
@@ -417,7 +419,7 @@ def _kernel_status(entry: MountInfo) -> MountStatus:
 
 
 def _lives(path: str) -> bool:
-    """Whether somebody listens at a socket; nothing is asked, so a server that hangs does not matter."""
+    """Whether a server listens at a socket. No verb is sent, so a hanging server does no harm."""
     try:
         protocol.connect(path, 1.0).close()
     except ConnectionRefusedError:

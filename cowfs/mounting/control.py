@@ -1,8 +1,8 @@
 """The answering side of a mount's control socket; the asking side, and the protocol, are :mod:`cowfs.mounting.protocol`.
 
-Strategy: one thread listens, collects questions, and hands each whole line to a thread of its own. A connection that says nothing
-costs a descriptor and no thread. Their number is bounded: where it is reached, the longest silent one is closed once it
-had some seconds to speak, and until then new clients wait in the socket's queue.
+Strategy: one thread listens, collects questions, and hands each whole line to a thread of its own. A silent connection
+costs a descriptor and no thread. Their number is bounded: past it, the longest silent one is closed some seconds after
+its begin, and until then new clients wait in the socket's queue.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Control"]
 
-_PATIENCE: Final = 2.0  # seconds that a connection has to speak, where others wait for its place
-_SENDING: Final = 10.0  # seconds that a client has to take its answer
+_PATIENCE: Final = 2.0  # seconds for a connection's message, while others wait for its place
+_SENDING: Final = 10.0  # seconds for a client to take its answer
 _MOST_CONNECTIONS: Final = 32
 _MOST_ANSWERS: Final = 16
 """Questions with a thread of their own; more are answered by the thread that listens."""
@@ -40,8 +40,8 @@ class _Client:
     """One connection that is not being answered.
 
     Attributes:
-        since: monotonic time since when it has said nothing.
-        asked: whether it was answered before; it may wait for the server's end.
+        since: monotonic time since its last message.
+        asked: whether it got an answer before; it may wait for the server's end.
     """
 
     __slots__ = ("asked", "parts", "since", "size", "sock")
@@ -54,10 +54,10 @@ class _Client:
         self.size = 0
 
     def read(self) -> bytes | None:
-        """The question, without its newline; None while there is more to come.
+        """The question, without its newline; None while it is incomplete.
 
         Raises:
-            OSError: the other side stopped, or says more than a question may have.
+            OSError: the other side stopped, or the message is too long.
         """
         try:
             part = self.sock.recv(1 << 16, socket.MSG_DONTWAIT)
@@ -77,17 +77,17 @@ class Control:
     """The connections of one server. :meth:`run` is a thread's; the others may be called by any.
 
     Args:
-        terminate: what SIGTERM and SIGINT ask for.
+        terminate: called for SIGTERM and SIGINT.
     """
 
     def __init__(self, server: ServedMount, terminate: Callable[[], None]) -> None:
         self._server = server
         self._terminate = terminate
-        self._ours, self._theirs = socket.socketpair()  # signal numbers, and 0: somebody is back
+        self._ours, self._theirs = socket.socketpair()  # signal numbers, and 0: a connection is back
         for end in (self._ours, self._theirs):
             end.setblocking(False)
         self._clients: dict[int, _Client] = {}  # by descriptor; the control thread's
-        self._back: list[_Client] = []  # answered, to be listened to again
+        self._back: list[_Client] = []  # answered, to be watched again
         self._answers = threading.Condition()
         self._answering = 0  # questions taken whose answer is not sent yet; guarded by _answers
         self._threads = 0  # guarded by _answers
@@ -98,18 +98,18 @@ class Control:
         return self._theirs.fileno()
 
     def wait(self, timeout: float) -> None:
-        """Until every question that was taken is answered, seconds at most."""
+        """Wait until every accepted question is answered, for some seconds at most."""
         with self._answers:
             self._answers.wait_for(lambda: self._answering == 0, timeout=timeout)
 
     def run(self, listener: socket.socket, ending: threading.Event) -> None:
-        """Hear signals and answer clients until the server ends."""
+        """Handle signals and answer clients until the server ends."""
         poll = select.poll()
         poll.register(self._ours, select.POLLIN)
         while not ending.is_set():
             try:
                 self._turn(poll, listener)
-            except Exception as error:  # noqa: BLE001  (a mount nobody can speak to must be killed: it goes on, and says so)
+            except Exception as error:  # noqa: BLE001  (a mount without a control thread could only be killed: log the error and go on)
                 from cowfs.fuse import log
 
                 log.no_memory("the control thread goes on: %s", type(error).__name__)
@@ -146,7 +146,7 @@ class Control:
     def _accept(self, poll: select.poll, listener: socket.socket) -> None:
         try:
             sock, _ = listener.accept()
-        except OSError:  # gone already, or no descriptor left
+        except OSError:  # the client is gone, or no descriptor is left
             time.sleep(0.05)
             return
         sock.settimeout(_SENDING)
@@ -172,7 +172,7 @@ class Control:
         try:
             poll.unregister(fd)
         except KeyError:
-            pass  # it is not listened to now
+            pass  # the loop does not watch it now
 
     def _hear(self, poll: select.poll, client: _Client) -> None:
         try:
@@ -197,7 +197,7 @@ class Control:
 
     @staticmethod
     def _apart(function: Callable[[], None], name: str) -> None:
-        """Run something in a thread of its own; here and now where none can be started."""
+        """Run a function in a thread of its own, or in this one if no thread can be started."""
         if not Thread(function, name).start():
             function()
 
@@ -209,7 +209,7 @@ class Control:
                 self._threads -= 1
 
     def _answer(self, client: _Client, line: bytes, *, apart: bool = True) -> None:
-        """Answer one question, and listen to its client again. ``apart``: in a thread that may take its time."""
+        """Answer one question, and watch its client again. ``apart``: this is a thread of its own, which may wait."""
         try:
             with closing(self._dispatch(line, apart)) as answers:
                 for answer in answers:
@@ -223,14 +223,14 @@ class Control:
             try:
                 os.write(self._theirs.fileno(), b"\0")
             except BlockingIOError:
-                pass  # full: the control thread will look
+                pass  # full: the control thread looks anyway
         finally:
             with self._answers:
                 self._answering -= 1
                 self._answers.notify_all()
 
     def _dispatch(self, line: bytes, apart: bool) -> Generator[dict[str, Any], None, None]:
-        """The lines of an answer: {"more": ...} as often as there is news, where that is asked for; then one "ok" or "error"."""
+        """The lines of an answer: for a stream, one {"more": ...} for each piece of news; then one "ok" or "error"."""
         try:
             message = protocol.decode(line)
         except (ValueError, RecursionError):
@@ -249,7 +249,7 @@ class Control:
             yield {"error": protocol.error_to(error)}
         except OSError as error:
             yield {"error": protocol.error_to(CowfsError(f"{message['verb']}: {error.strerror or error}"))}
-        except Exception:  # noqa: BLE001  (a bug in one verb must not end the mount; it is logged and said)
+        except Exception:  # noqa: BLE001  (a bug in one verb must not end the mount; it is logged and reported)
             import traceback
 
             traceback.print_exc()
@@ -257,7 +257,7 @@ class Control:
             yield {"error": protocol.error_to(CowfsError(f"unforeseen error in {message['verb']}; see {where}"))}
 
     def _streamed(self, stream: Stream) -> Generator[dict[str, Any], None, None]:
-        """A stream does not hold up the end of the server: nobody waits for its next line."""
+        """Count an answer as finished; a stream does not delay the end of the server."""
         with self._answers:
             self._answering -= 1
             self._answers.notify_all()
@@ -276,13 +276,13 @@ class Control:
 
 
 def _verb_of(message: dict[str, Any]) -> Verb:
-    """The verb that a message asks for.
+    """The verb of a message.
 
     Raises:
-        Unsupported: it is of a later version of the protocol.
+        Unsupported: the message has a later version of the protocol.
         InvalidArgument: there is no such verb.
     """
-    version = message.get("version", 0)  # before there were versions none was said
+    version = message.get("version", 0)  # version 0 had no such field
     if not isinstance(version, int) or version > protocol.VERSION:
         raise Unsupported(
             f"this mount's server speaks version {protocol.VERSION} of the protocol, not {version!r}",

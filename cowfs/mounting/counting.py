@@ -1,8 +1,8 @@
 """Counting the upper layer of a mount that has no limit, while the mount goes on.
 
-A view with a limit keeps its count. One without keeps none, so whoever asks makes a walk, and the walk must not hold up
-anybody: it is made in the thread of the connection that asks, over descriptors of its own, with a pause after every
-hundred names. A request meanwhile waits for the running walk.
+A view with a limit keeps its count. A view without a limit keeps none, so a request for the use needs a walk, which
+must not delay other requests: the thread of the asking connection makes it, over descriptors of its own, with a pause
+after every hundred names. A request meanwhile waits for the running walk.
 
 Threads: :class:`Counter` is called from connections' threads, and asks the loop thread only for the upper layer.
 """
@@ -45,7 +45,7 @@ class Counter:
         """Use of the upper layer.
 
         Args:
-            patience: seconds to wait at most for a walk; the result is then what the last walk found, if there was one.
+            patience: seconds to wait at most for a walk; the result is then that of the last walk, if there was one.
 
         Raises:
             OSError: the upper layer cannot be read.
@@ -67,7 +67,7 @@ class Counter:
             wanted = self._done + 1
             if self._walking:
                 os.close(root)
-                wanted += 1 if patience is None else 0  # what is under way may have begun before what is asked about
+                wanted += 1 if patience is None else 0  # a running walk may have begun before the changes in question
             else:
                 self._start(root)
             end = None if patience is None else time.monotonic() + patience
@@ -88,7 +88,7 @@ class Counter:
     def _start(self, root: int) -> None:
         self._walking = True
         if not Thread(partial(self._walk, root), "cowfs-count").start():
-            self._walk(root)  # here, while those who ask wait; the lock is reentrant
+            self._walk(root)  # in this thread, while other requests wait; the lock is reentrant
 
     def _walk(self, root: int) -> None:
         found: Usage | None = None

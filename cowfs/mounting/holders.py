@@ -1,7 +1,7 @@
 """The users of a directory: flock(2) on it, /proc/locks, and the kernel's overlay mounts, which take no lock.
 
-A server holds its locks a little longer than its mount lives: umount(2) returns before the server has heard of it. So
-whoever wants a lock waits for a server whose mount is gone, and for nobody else: :func:`take`.
+A server holds its locks a little longer than its mount lives: umount(2) returns before the server knows of it. So
+:func:`take` waits for a server whose mount is gone, and for no other holder.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _PAUSE = 0.01
 
 
 class Holder(NamedTuple):
-    """The holder of a lock: a process (None: not known), and the notice of the mount that it serves, where it left one."""
+    """The holder of a lock: a process (None: unknown), and the notice of the mount that it serves, if it left one."""
 
     pid: int | None
     notice: Notice | None
@@ -39,11 +39,11 @@ class Holder(NamedTuple):
 
 
 def take(fd: int, places: Iterable[str], *, shared: bool = False, grace: float = 0.0) -> Holder | None:
-    """Take the lock of an open directory: None when it could be had, else who has it.
+    """Take the lock of an open directory: None if it was free, else its holder.
 
     Args:
         fd: of the directory; the lock is held until it is closed.
-        places: directories where the holder's notice may be.
+        places: directories with the holder's possible notice.
         grace: seconds to wait for a holder that left no notice.
     """
     from cowfs.mounting import notice
@@ -56,7 +56,7 @@ def take(fd: int, places: Iterable[str], *, shared: bool = False, grace: float =
         if told:
             patience = 0.0 if any(map(_is_mounted, told)) else ENDING
         if time.monotonic() - begin >= patience:
-            if locks.lock(fd, shared=shared):  # it ended while it was asked
+            if locks.lock(fd, shared=shared):  # it ended during the question
                 return None
             return Holder(pid, told[0] if told else None)
         time.sleep(_PAUSE)
@@ -78,7 +78,7 @@ def _is_mounted(told: Notice) -> bool:
     except (FileNotFoundError, ConnectionRefusedError):
         return False
     except (OSError, CowfsError, KeyError):
-        return _is_in_mountinfo(told)  # it hangs, or does not know the verb
+        return _is_in_mountinfo(told)  # the server hangs, or does not know the verb
 
 
 def _is_in_mountinfo(told: Notice) -> bool:
@@ -97,7 +97,7 @@ def lock(directory: str, *, shared: bool) -> int:
     """A descriptor that holds the lock of a directory until it is closed; waits for a server that is ending.
 
     Raises:
-        FailedPrecondition: somebody else holds it; the message names the process, and its mount where it is known.
+        FailedPrecondition: another process holds it; the message names the process, and its mount if known.
     """
     from cowfs.mounting.upper_state import record_places
 
@@ -121,17 +121,17 @@ def lock(directory: str, *, shared: bool) -> int:
 
 
 def share(upper: str, *, mounts_only: bool) -> tuple[int, bool]:
-    """For a read-only mount of an upper layer: a descriptor that holds its lock with others who read, or, beside somebody who
-    writes there, none; and whether somebody writes.
+    """For a read-only mount of an upper layer: a descriptor that shares its lock with other readers, or None beside a
+    writer; and whether there is a writer.
 
-    A writer is asked to hand over first what it has not written yet. Its later writes may show or not, as where the kernel
-    mounts an overlay over a layer that changes.
+    A writer is first asked to write back its dirty data. Its later writes may be visible or not, as under an overlay
+    mount of the kernel over a changing layer.
 
     Args:
-        mounts_only: who writes must be a mount, not a verb that is at work.
+        mounts_only: the writer must be a mount, not a running verb.
 
     Raises:
-        FailedPrecondition: it is none.
+        FailedPrecondition: the writer is no mount.
     """
     from cowfs.mounting.upper_state import record_places
 
@@ -157,7 +157,7 @@ def _have_synced(upper: str, holder: Holder) -> None:
 
     if holder.notice is not None:
         socket = holder.notice.socket
-    else:  # it could leave none: an engine's layer has no place for it
+    else:  # it left no notice: an engine's layer has no place for one
         answers = protocol.ask_all(protocol.sockets(), "info")
         socket = next(
             (path for path, told in answers if not isinstance(told, OSError) and told.get("upper") == upper), ""
@@ -177,7 +177,8 @@ def _sync_at(mountpoint: str) -> None:
 
 
 def refuse_kernel_mount(upper: str) -> None:
-    """The kernel lets any number of mounts share an upper, and each then corrupts the other's view.
+    """Refuse an upper that a kernel mount uses: the kernel lets any number of mounts share an upper, and each then
+    corrupts the other's view.
 
     Raises:
         FailedPrecondition: an overlay mount of this namespace has it.

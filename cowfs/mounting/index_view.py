@@ -1,6 +1,6 @@
 """Inside a mount's server process: the view of a snapshot, its lower tree from the index.
 
-Strategy: the server is told a directory (the layer's tree) and finds everything else from there:
+Strategy: the server gets a directory (the layer's tree) and finds everything else from there:
 the store two levels up, the row by the id in the path, the parent's tree in the row. So a
 store that was moved still mounts, and the lower layers are never scanned.
 """
@@ -48,9 +48,9 @@ def view(stack: Stack, options: Options) -> View:
 
 
 def _count(view: Merged, row: Row) -> None:
-    """Count what a snapshot's layer holds for its limit, from now on.
+    """Begin to count the use of a snapshot's layer for its limit.
 
-    Of a whole layer, what was copied is neither use nor limit; what live snapshots beneath hold counts, too.
+    For a whole layer, copied data counts neither as use nor for the limit; the use of live snapshots beneath counts, too.
     """
     space = quota.Space(view)
     space.offset(-(row.base.bytes // quota.UNIT), -row.base.inodes)
@@ -94,7 +94,7 @@ def keep_limit(upper: str, limit: Limit) -> None:
 
 
 def count_from_now(view: Merged, upper: str) -> None:
-    """Have a view that had no limit count as one that was mounted with one."""
+    """Make a view that was mounted without a limit count as one with a limit."""
     index, row = row_of(upper)
     index.close()
     _count(view, row)

@@ -1,8 +1,8 @@
-"""Mounts that the kernel serves: a handle, and the one that needs no store: over an upper in memory.
+"""Mounts that the kernel serves: their handle, and the mount over an upper in memory, which needs no store.
 
-Strategy of a mount in memory: the kernel's overlayfs over the layers, and over a tmpfs of the limit's size, which is mounted nowhere else.
-So what was written goes with the mount, whoever unmounts it. Where the kernel cannot do what is asked for, or this user may not ask it, cowfs's own
-server has its upper on a tmpfs that is there already.
+Strategy of a mount in memory: the kernel's overlayfs over the layers, and over a tmpfs of the limit's size, which is
+mounted nowhere else. So the written data goes with the mount, whoever unmounts it. If the kernel or this user cannot do
+that, cowfs's own server puts the upper on an existing tmpfs.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ _OWN_INODES = 5
 
 _LEAST_INODES = 8
 _ASKED = ("uid_map", "gid_map", "row", "io", "frontend", "foreground", "trace", "log", "max_nodes", "options")
-_BY_CALLER = frozenset({"readonly", "allow_other"})  # others may enter a mount of the kernel in any case
+_BY_CALLER = frozenset({"readonly", "allow_other"})  # other users may enter a mount of the kernel in any case
 
 
 @dataclass(frozen=True, slots=True)
 class KernelMount:
-    """A mount that the kernel serves. There is no server, so there is nobody to ask.
+    """A mount that the kernel serves. It has no server, and no control socket.
 
     Attributes:
         mountpoint: absolute path.
@@ -77,7 +77,7 @@ class KernelMount:
             raise FailedPrecondition(f"cannot unmount {self.mountpoint}: {error.strerror}") from None
 
     def nobody(self, *args: object, **kwargs: object) -> NoReturn:
-        """Refuse what only a server can do.
+        """Refuse a method that needs a server.
 
         Raises:
             FailedPrecondition: always.
@@ -91,7 +91,7 @@ class KernelMount:
 
 
 def why_not(more: Mapping[str, Any]) -> str:
-    """Why a mount of the kernel is not made as it is asked for; "" where it is.
+    """The reason why the kernel cannot mount as requested; "" if it can.
 
     Args:
         more: fields of a :class:`~cowfs.mounting.request.MountSpec`; ``options`` may be one text.
@@ -108,13 +108,13 @@ def why_not(more: Mapping[str, Any]) -> str:
 
 
 def words_of(options: str | Iterable[str]) -> tuple[str, ...]:
-    """mount(8)'s words without those that say nothing."""
+    """mount(8)'s words without the default ones."""
     words = options.split(",") if isinstance(options, str) else options
     return tuple(word for word in words if word not in ("", "rw", "defaults"))
 
 
 def add_flags(mountpoint: str, options: str | Iterable[str]) -> None:
-    """Give a mount of the kernel the flags that mount(8)'s words mean.
+    """Set the flags of mount(8)'s words on a mount of the kernel.
 
     Raises:
         OSError: as mount(2).
@@ -127,7 +127,7 @@ def add_flags(mountpoint: str, options: str | Iterable[str]) -> None:
 
 
 def why_not_in_memory(spec: MountSpec) -> str:
-    """Why the kernel does not serve a mount in memory as it is asked for; "" where it does."""
+    """The reason why the kernel cannot serve a mount in memory as requested; "" if it can."""
     if not (host.init_userns() and host.has_cap(host.CAP_SYS_ADMIN)):
         return "only root mounts with the kernel's overlayfs"
     if spec.inodes is not None and spec.inodes < _LEAST_INODES:
@@ -173,7 +173,7 @@ def mount_in_memory(spec: MountSpec) -> KernelMount:
 
 
 def folder_in_memory() -> str:
-    """Where a server has an upper in memory.
+    """The directory for a server's upper in memory.
 
     Raises:
         InvalidArgument: there is no such place.

@@ -1,7 +1,7 @@
-"""The directory that a mount goes over: looking at it safely, clearing a dead mount from it, taking a mount off it.
+"""The directory that a mount goes over: examining it safely, clearing a dead mount from it, unmounting it.
 
-Rule: a mount whose server is gone or hangs must never be looked into. Everything is decided from mountinfo; stat(2) of a
-mount point happens only where the answer may be an error, and never waits for a server that we start ourselves.
+Rule: a mount whose server is gone or hangs must never be entered. Decisions come from mountinfo; stat(2) of a mount
+point happens only where the answer may be an error, and never waits for a server that this process starts.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from cowfs.sys.threads import Thread
 
 __all__ = ["busy_processes", "cowfs_mounts", "detach", "find", "hand_over", "is_dead", "listens", "prepare", "resolve"]
 
-_LOOK = 5.0  # seconds that a look at a mount point may take
+_LOOK = 5.0  # seconds for a stat of a mount point
 
 TYPES = ("fuse.cowfs", "fuse.cowfs-overlayfs")
 
@@ -29,7 +29,7 @@ def cowfs_mounts() -> list[MountInfo]:
 
 
 def kernel_mounts() -> list[MountInfo]:
-    """Mounts in this mount namespace that the kernel serves for a store of cowfs: overlays that say so in their source."""
+    """Mounts in this mount namespace that the kernel serves for a store of cowfs: overlays with a store in their source."""
     return [entry for entry in mountinfo() if is_kernel_mount(entry)]
 
 
@@ -58,8 +58,8 @@ def find(path: str) -> MountInfo | None:
 def is_dead(path: str, entry: MountInfo | None = None) -> bool:
     """Whether the FUSE server of what is mounted here is gone (ENOTCONN; ECONNABORTED while it ends).
 
-    A server of ours that listens is not; that is asked first, since it cannot hang. Otherwise statfs(2) tells: stat(2) may
-    answer from the kernel's cache. One that hangs is not dead.
+    A server of cowfs that listens at its socket is not dead; that check comes first, since it cannot hang. Otherwise
+    statfs(2) decides, since stat(2) may answer from the kernel's cache. A hanging server is not dead.
     """
     if entry is not None and listens(entry):
         return False
@@ -72,7 +72,7 @@ def is_dead(path: str, entry: MountInfo | None = None) -> bool:
         except OSError as error:
             dead = error.errno in (errno.ENOTCONN, errno.ECONNABORTED)
 
-    thread = Thread(look, "cowfs-statfs")  # a server that is stopped would keep us for as long as it is
+    thread = Thread(look, "cowfs-statfs")  # a stopped server would block this process
     if thread.start():
         thread.join(_LOOK)
     else:
@@ -81,14 +81,14 @@ def is_dead(path: str, entry: MountInfo | None = None) -> bool:
 
 
 def listens(entry: MountInfo) -> bool:
-    """Whether a server has the control socket of a mount, be it one that does not answer."""
+    """Whether a server, answering or not, has the control socket of a mount."""
     socket = protocol.socket_of(entry.dev)
     if socket is None:
         return False
     try:
         protocol.connect(socket, timeout=1.0).close()
     except (BlockingIOError, TimeoutError):
-        return True  # nobody takes the connections that wait
+        return True  # the queue is full
     except OSError:
         return False
     return True
@@ -100,7 +100,7 @@ def prepare(path: str) -> str:
     Raises:
         NotFound: no such directory.
         InvalidArgument: not a directory.
-        FailedPrecondition: a live mount of cowfs, or somebody else's dead one, is there.
+        FailedPrecondition: a live mount of cowfs, or another program's dead one, is there.
     """
     for _ in range(64):
         try:
@@ -134,13 +134,13 @@ def detach(target: str, *, lazy: bool = False, force: bool = False) -> None:
     """Take the topmost mount off ``target``: umount2(2) where this process may, else fusermount3.
 
     Args:
-        lazy: at once from the tree, in truth when the last user is gone (MNT_DETACH).
+        lazy: off the tree at once, ended with its last user (MNT_DETACH).
         force: cut the connection to a server that hangs or is gone, then as lazy.
 
     Raises:
         FailedPrecondition: busy; the message names processes that are in there.
         NotFound: nothing is mounted there.
-        CowfsError: what the system said.
+        CowfsError: another error of the system.
     """
     flags = UMOUNT_NOFOLLOW | (MNT_DETACH if lazy or force else 0)
     try:
@@ -205,7 +205,7 @@ def _fusermount(target: str, *, lazy: bool) -> None:
 
 
 def busy(target: str) -> FailedPrecondition:
-    """The error for a mount in use, naming who uses it."""
+    """The error for a mount in use, with its users."""
     who = busy_processes(target)
     by = f" (in use by {', '.join(who)})" if who else ""
     return FailedPrecondition(f"{target} is busy{by}", remedy="end those, or: cowfs umount --lazy")
@@ -214,7 +214,7 @@ def busy(target: str) -> FailedPrecondition:
 def busy_processes(target: str, at_most: int = 5) -> list[str]:
     """Up to ``at_most`` processes with a directory, program or file inside a mount, as "pid (name)".
 
-    Only those that this user may look at; nothing inside the mount is touched, /proc tells the paths.
+    Only processes that this user may inspect; the paths come from /proc, without touching the mount.
     """
     found: list[str] = []
     inside = target.rstrip("/") + "/"
@@ -240,11 +240,11 @@ def busy_processes(target: str, at_most: int = 5) -> list[str]:
 
 
 def hand_over(mountpoint: str) -> None:
-    """Have the kernel hand a mount's dirty pages to its server, so that the upper has them; as far as we may."""
+    """Have the kernel hand a mount's dirty pages to its server, so that the upper has them, if this process can."""
     try:
         fd = os.open(mountpoint, os.O_RDONLY | os.O_DIRECTORY)
     except OSError:
-        return  # mounted in another namespace, or not ours to enter; what was written is in the upper already
+        return  # mounted in another namespace, or closed to this user; completed writes are in the upper already
     try:
         syncfs(fd)
     except OSError:

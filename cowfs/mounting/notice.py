@@ -1,11 +1,11 @@
-"""The notice that a mount's server leaves beside its upper layer: which process serves it, where, and where it is asked.
+"""The notice that a mount's server leaves beside its upper layer: its process, mount point and control socket.
 
-So the server of a layer is found by one look at the layer's directory, and no other server is asked.
+So the server of a layer is found by reading the layer's directory, without asking other servers.
 
 Rule 1. A notice is true only while the upper layer is locked; without a lock it is left over, and the next exclusive
 holder of the lock drops it. (Its server cannot: before the lock is free, the end would look like a verb at work; after, the
 notice may be another server's.)
-Rule 2. A mount without a notice works: on a full or read-only host none is left, and who looks for a server asks all of them.
+Rule 2. A mount without a notice works: on a full or read-only host there is none, and a search for a server asks all of them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Notice(NamedTuple):
 
     Attributes:
         socket: its control socket.
-        pid: the process, as it sees itself.
+        pid: the process, by its number in its own pid namespace.
         mountpoint: absolute path in its mount namespace.
         device: of the mount, as mountinfo writes it: "0:48".
         label: a snapshot's key, or "" for a mount that no store made.
@@ -39,10 +39,10 @@ class Notice(NamedTuple):
 
 
 def leave(directory: str, notice: Notice, *, alone: bool) -> str | None:
-    """Leave a notice in a directory; its path, or None where nothing can be written.
+    """Leave a notice in a directory, and return its path, or None if the directory is not writable.
 
     Args:
-        alone: the caller holds the lock exclusively: notices that are there are left over.
+        alone: the caller holds the lock exclusively: existing notices are left over.
     """
     import json
 
@@ -59,7 +59,7 @@ def leave(directory: str, notice: Notice, *, alone: bool) -> str | None:
 
 
 def remove(directory: str, notice: Notice) -> None:
-    """Take away the notice that a server left, which is about to give its locks back."""
+    """Remove the notice of a server that is about to release its locks."""
     with contextlib.suppress(OSError):
         os.unlink(_path(directory, notice))
 
@@ -69,7 +69,7 @@ def _path(directory: str, notice: Notice) -> str:
 
 
 def found(directories: Iterable[str]) -> list[Notice]:
-    """The notices in some directories, those that are left over included."""
+    """The notices in some directories, left over ones included."""
     import json
 
     notices = []

@@ -1,12 +1,12 @@
 """The servers of a library's mounts, forked from one process that has imported everything already.
 
 Strategy. A caller may have threads, so it cannot fork a server itself, and a fresh interpreter takes ten times as long to get
-ready as a mount does. So the first mount of a process starts a *nursery*: a fresh interpreter that imports the server, has one
-thread, and forks a server for each wish that it is sent. It ends when its only client does, and once nobody wished for
-anything for a while, so that a program that mounts now and then keeps no process beside its servers. A nursery inherits its client's
+ready as a mount does. So the first mount of a process starts a *nursery*: a fresh interpreter that imports the server,
+has one thread, and forks a server for each request. It ends with its only client, and after some time without a
+request, so that a program that mounts now and then keeps no process beside its servers. A nursery inherits its client's
 namespaces, credentials and environment once; when those have changed since (:func:`_context`), it is replaced.
 
-On the socket between them: four bytes of length, a JSON document with the wish and the working directory; with the
+On the socket between them: four bytes of length, a JSON document with the request and the working directory; with the
 first byte come two descriptors, the pipe for the report and the client's standard error. On the pipe: the server's pid, a
 newline, and the report of :mod:`cowfs.mounting.server`.
 
@@ -32,11 +32,11 @@ from cowfs.mounting.server import Started, parse_report
 
 __all__ = ["close", "start", "stay"]
 
-#: Seconds without a wish after which a nursery ends.
+#: Seconds without a request after which a nursery ends.
 IDLE = 3.0
 
 _LENGTH = struct.Struct("<I")
-_PAD = " " * 1024  # room for what ps shows of a server
+_PAD = " " * 1024  # room for a server's title in ps
 _NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "user", "uts")
 _CREDENTIALS = (b"Uid:", b"Gid:", b"Groups:", b"Cap", b"NoNewPrivs:", b"Seccomp:")
 
@@ -55,13 +55,13 @@ _nursery: _Nursery | None = None  # guarded by _lock
 
 
 def stay(seconds: float) -> None:
-    """Let a nursery of this process, from the next one on, wait for so many seconds without a wish before it ends."""
+    """Set the seconds without a request after which a nursery of this process ends, from the next one on."""
     global IDLE
     IDLE = seconds
 
 
 def start(spec: MountSpec) -> Started:
-    """Have a server started, and wait until its mount answers.
+    """Start a server, and wait until its mount answers.
 
     Raises:
         CowfsError: as raised in the server; then nothing is mounted and the server is gone.
@@ -79,7 +79,7 @@ def start(spec: MountSpec) -> Started:
             pid = _read_pid(pipe.readline) if sent else 0
             try:
                 report = pipe.read()
-            except BaseException:  # interrupted while waiting: what was started goes, too
+            except BaseException:  # interrupted while waiting: end the started server, too
                 if pid:
                     os.kill(pid, signal.SIGTERM)
                 raise
@@ -97,7 +97,7 @@ def _read_pid(readline: object) -> int:
     assert callable(readline)
     try:
         return int(readline() or 0)
-    except KeyboardInterrupt:  # it is about to come, and has to be stopped
+    except KeyboardInterrupt:  # the pid is about to come, and the server has to be stopped
         pid = int(readline() or 0)
         if pid:
             os.kill(pid, signal.SIGTERM)
@@ -105,7 +105,7 @@ def _read_pid(readline: object) -> int:
 
 
 def _send(spec: MountSpec, report: int, *, fresh: bool) -> bool:
-    """Send a wish to the nursery; False when it is gone."""
+    """Send a request to the nursery; False if it is gone."""
     global _nursery
     message = protocol.encode({"spec": spec.to_json(), "cwd": os.getcwd()})
     with _lock:
@@ -141,7 +141,7 @@ def _close() -> None:
 
 
 def _forget() -> None:
-    """In a forked child: the nursery is the parent's."""
+    """In a forked child: forget the nursery, which is the parent's."""
     global _lock
     _lock = threading.Lock()
     _close()
@@ -168,7 +168,7 @@ def _context() -> object:
         with open(f"{here}/cgroup", "rb") as file:
             groups = file.read()
     except OSError:
-        return object()  # without /proc nobody knows: each mount gets a nursery of its own
+        return object()  # unknown without /proc: each mount gets a nursery of its own
     root = os.stat("/")
     place = (root.st_dev, root.st_ino, os.getpriority(os.PRIO_PROCESS, 0), os.sched_getaffinity(0))
     return credentials, namespaces, groups, place, dict(os.environ), list(sys.path), sys.executable
@@ -181,13 +181,13 @@ def _open() -> socket.socket:
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     path = os.pathsep.join([root, *(place for place in sys.path if place and os.pathsep not in place)])
     try:
-        with theirs:  # without the module site: what it would find is in our path
+        with theirs:  # without the module site: the path is passed on
             done = subprocess.run(
                 [sys.executable, "-S", "-P", "-c", f"from cowfs.mounting.prefork import main; main({IDLE})", _PAD],
                 stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 env={**os.environ, "PYTHONPATH": path},
-                start_new_session=True,  # a Ctrl-C is the client's, who lets go of it then
+                start_new_session=True,  # a Ctrl-C is for the client, which then closes the connection
                 check=False,
             )
     except OSError as error:
@@ -204,15 +204,15 @@ def _open() -> socket.socket:
 
 
 def main(idle: float = IDLE) -> NoReturn:
-    """Fork, so that the client has no child to wait for; then fork a server for each wish.
+    """Fork, so that the client has no child to wait for; then fork a server for each request.
 
-    Until the client is gone, or wished for nothing in ``idle`` seconds.
+    It ends with the client, or after ``idle`` seconds without a request.
     """
     if os.fork():
         os._exit(0)
     os.setsid()
     os.chdir("/")
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the servers
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the servers need no wait(2)
     client = socket.socket(fileno=os.dup(0))
     os.set_inheritable(client.fileno(), False)
     null = os.open(os.devnull, os.O_RDWR)
@@ -238,7 +238,7 @@ def main(idle: float = IDLE) -> NoReturn:
 
 
 def _warm() -> None:
-    """Import what every server needs, once for all of them; where that fails, the server that needs it will say so."""
+    """Import the modules of every server once for all of them; if that fails, the server that needs one reports it."""
     try:
         import cowfs.fuse.handshake
         import cowfs.fuse.loop
@@ -248,7 +248,7 @@ def _warm() -> None:
 
 
 def _warm_index() -> None:
-    """The same for servers of a store's snapshots."""
+    """Import the modules of servers for a store's snapshots."""
     try:
         import cowfs.mounting.index_view  # noqa: F401 - imported here once, for all servers
     except ImportError:
@@ -256,7 +256,7 @@ def _warm_index() -> None:
 
 
 def _freeze() -> None:
-    """Keep every server's garbage collector away from the objects that are there now, so that they stay shared."""
+    """Keep every server's garbage collector away from the present objects, so that their memory stays shared."""
     import gc
 
     gc.collect()
@@ -282,11 +282,11 @@ def _serve(spec: MountSpec, cwd: str, report: int, errors: int) -> NoReturn:
     try:
         os.write(report, b"%d\n" % os.getpid())
     except BrokenPipeError:
-        os._exit(1)  # the client was killed: nobody waits for this mount
+        os._exit(1)  # the client was killed: the mount is no longer wanted
     try:
         os.chdir(cwd)
     except OSError:
-        pass  # all paths of a wish are absolute; this is where a diagnostic would look
+        pass  # all paths of a request are absolute; relative ones occur only in diagnostics
     show(f"cowfs server {spec.mountpoint}")
     server.serve(spec, server.Report(report))
 

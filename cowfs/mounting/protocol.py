@@ -1,10 +1,10 @@
-"""The control socket of a mount's server: where it is, what is said on it, and the asking side.
+"""The control socket of a mount's server: its place, its protocol, and the asking side.
 
 Strategy: one unix stream socket a server, in a directory only its owner can enter. A client sends one line of JSON,
 ``{"verb": "usage", "version": 1, ...arguments}``, and gets one line back: ``{"ok": {...}}`` or ``{"error": {"type", "message",
 "remedy"}}``; then the server may keep the connection until it ends, which is how a client waits for that end. With
 ``"stream": true`` any number of lines ``{"more": {...}}`` come before, from verbs that have news. The answering side is
-:mod:`cowfs.mounting.control`; what each verb takes is a record beside it in :mod:`cowfs.mounting.verbs`.
+:mod:`cowfs.mounting.control`; the arguments of each verb are a record beside it in :mod:`cowfs.mounting.verbs`.
 
 Versions: a server answers messages of its own version and of older ones; 0 had no ``version`` and no streams. A server of version
 0 ignores both words, so a client of any version can ask it, and gets the answer alone.
@@ -42,7 +42,7 @@ SHORT = 2.0
 
 
 def directories() -> list[str]:
-    """Where sockets may be, the preferred place first.
+    """The possible directories of sockets, the preferred one first.
 
     ``/run/cowfs`` as root; ``$XDG_RUNTIME_DIR/cowfs`` otherwise; a private directory below the temporary directory where
     neither can be written (root in a user namespace, a login without a session).
@@ -56,10 +56,10 @@ def directories() -> list[str]:
 
 
 def run_directory() -> str:
-    """The first usable place, made if need be: ours, and closed to others.
+    """The first usable place, made if need be: owned by this user, and closed to others.
 
     Raises:
-        FailedPrecondition: none can be made.
+        FailedPrecondition: there is none, and none can be made.
     """
     for place in directories():
         try:
@@ -116,7 +116,7 @@ def socket_of(device: str) -> str | None:
 
 
 def device_of(path: str) -> str:
-    """The device, as mountinfo writes it ("0:85"), of the mount whose socket this is; no device's where the name does not tell."""
+    """The device, as mountinfo writes it ("0:85"), of the mount whose socket this is; that of no mount for another name."""
     return "0:" + os.path.basename(path).removesuffix(SUFFIX)
 
 
@@ -158,10 +158,10 @@ def short(path: str) -> Iterator[str]:
 def connect(path: str, timeout: float = TIMEOUT) -> socket.socket:
     """A connection to a server.
 
-    A server that was killed listens until the kernel has closed its files: that is waited for.
+    A killed server listens until the kernel has closed its files; the call waits for that.
 
     Raises:
-        OSError: nobody answers there (ECONNREFUSED, ENOENT: the server is gone).
+        OSError: no server answers there (ECONNREFUSED, ENOENT: the server is gone).
     """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     sock.settimeout(timeout)
@@ -186,7 +186,7 @@ def connect(path: str, timeout: float = TIMEOUT) -> socket.socket:
 
 
 def peer(sock: socket.socket) -> int:
-    """The process that listens at the other end of a connection, 0 where this pid namespace does not show it (unix(7))."""
+    """The process that listens at the other end of a connection, 0 if it is outside this pid namespace (unix(7))."""
     pid, _, _ = struct.unpack("iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     return int(pid)
 
@@ -197,7 +197,8 @@ def read_line(sock: socket.socket) -> bytes:
 
 
 def _next_line(sock: socket.socket, rest: bytes) -> tuple[bytes, bytes]:
-    """The next line, without its newline, and what came after it; ``rest`` came before. Where the other side stops, what came.
+    """The next line, without its newline, and the bytes after it; ``rest`` are the bytes received before. If the other
+    side stops, the bytes so far.
 
     Raises:
         OSError: timeout, or more than 64 MiB.
@@ -232,7 +233,7 @@ def talk(sock: socket.socket, verb: str, arguments: dict[str, Any]) -> dict[str,
 
 
 def lines(sock: socket.socket, verb: str, arguments: dict[str, Any]) -> Generator[dict[str, Any], None, dict[str, Any]]:
-    """Ask one verb on an open connection: its news, as they come, and returned at the end its answer. Errors as of :func:`talk`."""
+    """Ask one verb on an open connection: yields its news as they come, and returns its answer. Errors as of :func:`talk`."""
     rest = b""
     try:
         sock.sendall(encode({"verb": verb, "version": VERSION, **arguments}))
@@ -285,7 +286,7 @@ def stream(
 
     Raises:
         CowfsError: as the server raised it, by class.
-        FailedPrecondition: nobody answers at the socket.
+        FailedPrecondition: no server answers at the socket.
     """
     with _connected(path, timeout) as sock:
         return (yield from lines(sock, verb, {**arguments, "stream": True}))
@@ -296,7 +297,7 @@ def ask(path: str, verb: str, *, timeout: float = TIMEOUT, **arguments: Any) -> 
 
     Raises:
         CowfsError: as the server raised it, by class.
-        FailedPrecondition: nobody answers at the socket.
+        FailedPrecondition: no server answers at the socket.
     """
     with _connected(path, timeout) as sock:
         return talk(sock, verb, arguments)
@@ -318,7 +319,7 @@ def ask_all(
 
     Yields:
         (socket, answer), its ``pid`` as this process's pid namespace numbers it (None: not at all), and (socket, TimeoutError) for a server that did not answer in time, (socket, ConnectionError) for one
-        that is gone. Those that answer with an error are left out.
+        that is gone. Servers that answer with an error are left out.
     """
     import selectors
 
@@ -330,7 +331,7 @@ def ask_all(
                 with short(path) as address:
                     sock.connect(address)
                 sock.sendall(encode({"verb": verb, "version": VERSION}))
-            except OSError as error:  # EAGAIN: its queue is full, so it takes nobody in
+            except OSError as error:  # EAGAIN: its queue is full, so it accepts no connection
                 sock.close()
                 yield path, TimeoutError(*error.args) if isinstance(error, BlockingIOError) else error
                 continue
@@ -379,12 +380,12 @@ def _answer(line: bytes) -> dict[str, Any] | None:
 
 
 def is_trusted(path: str) -> bool:
-    """Whether a control socket is in a directory that only this user can have put it in."""
+    """Whether a control socket is in a directory that only this user can write."""
     return _is_private(os.path.dirname(path))
 
 
 def error_to(error: CowfsError) -> dict[str, str]:
-    """An error as it travels."""
+    """The encoding of an error in an answer."""
     return {"type": type(error).__name__, "message": error.message, "remedy": error.remedy}
 
 

@@ -1,7 +1,7 @@
-"""The request for a mount, before anything is checked: plain data, and how layers are found in a directory.
+"""The request for a mount, before any check: plain data, and the search for layers in a directory.
 
 A :class:`MountSpec` is made by the command, by the library or by a store, and sent to the server process, where
-:class:`cowfs.mounting.resources.Stack` makes something of it.
+:class:`cowfs.mounting.resources.Stack` checks it and opens its layers.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import errno
 import os
 import re
 import stat
-from dataclasses import asdict, dataclass, fields
 
+from cowfs._record import record
 from cowfs.errors import FailedPrecondition, InvalidArgument, NotFound
 
 __all__ = ["INDEXED", "IdMap", "MountSpec", "check_directory", "find_layers", "refuse_layer"]
@@ -52,7 +52,7 @@ INDEXED = "cowfs.mounting.index_view:view"
 IdMap = tuple[tuple[int, int, int], ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class MountSpec:
     """One wanted mount. All paths absolute.
 
@@ -68,15 +68,15 @@ class MountSpec:
         size, inodes: the limit; None: the recorded one, or none.
         uid_map, gid_map: ranges (id in the layers, id shown at the mount, count).
         override_xattr: xattr that holds owner and mode (``user.containers.override_stat``), or "".
-        form: of the layers' xattrs (:data:`cowfs.format.whiteout.FORMS`); ``auto``: what this user can have.
+        form: of the layers' xattrs (:data:`cowfs.format.whiteout.FORMS`); ``auto``: the best one for this user.
         row: bytes a block: a written file of a lower layer gets a redirect file (docs/row.md); 0: it is copied up.
         volatile: sync nothing, and mark the work directory so; ``fsync=False``: the same without the mark.
         patience: seconds that a write waits for room on the host before it fails.
         options: mount(8) words (``nodev``, ``noexec``...).
         subtype: the type shown is ``fuse.SUBTYPE``.
         log: file for diagnostics; "": one in the run directory, or standard error in the foreground.
-        factory: what makes the view: :data:`INDEXED`, from a store's index; "": the merged view of the layers.
-        label: what `cowfs mounts` shows beside the mount (a snapshot's key, say).
+        factory: the maker of the view: :data:`INDEXED`, from a store's index; "": the merged view of the layers.
+        label: the label of the mount in `cowfs mounts` (a snapshot's key, say).
         checked: layers, upper and work come from a store, which vouches for them: the checks whose cost grows with
             the number of layers are left out.
     """
@@ -119,11 +119,14 @@ class MountSpec:
     checked: bool = False
 
     def to_json(self) -> dict[str, object]:
+        from dataclasses import asdict
+
         return asdict(self)
 
     @classmethod
     def from_json(cls, data: dict[str, object]) -> MountSpec:
         """Inverse of :meth:`to_json`; lists become tuples."""
+        from dataclasses import fields
 
         def frozen(value: object) -> object:
             return tuple(frozen(item) for item in value) if isinstance(value, list | tuple) else value
@@ -141,7 +144,7 @@ def find_layers(directory: str) -> tuple[str, ...]:
     """The layers in a stack directory: its sub-directories that are not hidden, bottom first.
 
     Raises:
-        NotFound: no such directory, or nothing in it.
+        NotFound: no such directory, or no layer in it.
         InvalidArgument: a file, a directory that looks like a root file system itself, or one that is a layer.
     """
     check_directory(directory, "the stack of layers")
@@ -161,13 +164,13 @@ def find_layers(directory: str) -> tuple[str, ...]:
 
 
 def refuse_layer(directory: str) -> None:
-    """Refuse to keep something of ours in a directory that is a layer itself: it would show in every mount of that layer.
+    """Refuse to keep cowfs's files in a directory that is a layer itself: they would show in every mount of that layer.
 
-    Told by the mark that an overlay leaves on a layer's root, by a store that the directory is a layer of, and by the record of
-    the stack above it.
+    The signs are the mark that an overlay leaves on a layer's root, the store around the layer, and the record of the
+    stack above it.
 
     Raises:
-        InvalidArgument: it is a layer.
+        InvalidArgument: the directory is a layer.
     """
     path = os.path.realpath(directory)
     above, name = os.path.split(path)
@@ -202,10 +205,10 @@ def _is_recorded(path: str, above: str) -> bool:
 
 
 def check_directory(path: str, what: str, *, mode: int = os.R_OK | os.X_OK) -> os.stat_result:
-    """The status of a directory that must be there and usable; ``mode`` as access(2) takes it.
+    """The status of a directory that must exist and be usable; ``mode`` as in access(2).
 
     Raises:
-        NotFound, InvalidArgument, FailedPrecondition: it is not; the message begins with ``what``.
+        NotFound, InvalidArgument, FailedPrecondition: it does not, or is not; the message begins with ``what``.
     """
     try:
         status = os.stat(path)

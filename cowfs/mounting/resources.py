@@ -3,11 +3,10 @@
 Rules:
 
 1. Only the server process holds a :class:`Stack`, and its locks end with it.
-2. Nothing is changed on disk before everything that can be checked was checked, and what was made is undone when the mount
-   then fails.
+2. No change on disk comes before the last check, and all changes are undone if the mount then fails.
 3. Layers are bottom first everywhere but in :attr:`Stack.lowers`, which is topmost first as the kernel's ``lowerdir=``.
 4. One holder an upper: an exclusive flock(2) on the upper directory itself, and on the work directory; shared ones on
-   the layers, so that nobody writes in them meanwhile.
+the layers, which keep writers away.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 
+from cowfs._record import replace
 from cowfs.errors import FailedPrecondition, InvalidArgument, NotFound
 from cowfs.model import Limit
 from cowfs.mounting import notice
@@ -36,10 +35,10 @@ class Stack:
     """The checked and locked parts of one mount. Owned by the server process.
 
     Attributes:
-        spec: the wish.
+        spec: the request.
         lowers: read-only directories, topmost first.
         upper, work: the writable pair, or None.
-        limit: what holds now (given, else recorded).
+        limit: the present one (given, else recorded).
     """
 
     def __init__(self, spec: MountSpec) -> None:
@@ -52,15 +51,15 @@ class Stack:
         self._locks: list[int] = []
         self._ephemeral: str | None = None
         self._notice: Notice | None = None
-        self._alongside = False  # read-only, while somebody else writes in the upper
-        self._made: list[str] = []  # directories that were not there before
+        self._alongside = False  # read-only, beside a writer of the upper
+        self._made: list[str] = []  # directories made by this mount
 
     @classmethod
     def open(cls, spec: MountSpec) -> Stack:
-        """Check, make what is to be made, lock.
+        """Check, make missing directories, lock.
 
         Raises:
-            CowfsError: what is wrong and how to mend it; nothing was changed.
+            CowfsError: the fault and its remedy; the disk is unchanged.
         """
         stack = cls(spec)
         try:
@@ -71,7 +70,7 @@ class Stack:
         return stack
 
     def undo(self) -> None:
-        """Give up before anything was mounted: what :meth:`open` made is removed, and all is closed."""
+        """Give up before the mount: remove the directories that :meth:`open` made, and close everything."""
         while self._made:
             _remove_tree(self._made.pop())
         self.close()
@@ -137,10 +136,10 @@ class Stack:
             seen[identity] = layer
 
     def _hold_layers(self) -> None:
-        """Shared locks on the layers: who writes in one, as an upper, holds it alone.
+        """Take shared locks on the layers: a writer of one, as an upper, holds it alone.
 
-        Not for engines (``record=False``), which read a container's upper while it is mounted. A file system that
-        has no flock for directories is taken at its word.
+        Not for engines (``record=False``), which read a container's upper while it is mounted. A file system without
+        flock for directories is accepted.
         """
         for layer in self.spec.layers:
             try:
@@ -160,7 +159,7 @@ class Stack:
                 )
 
     def _places(self) -> tuple[str, str, str | None]:
-        """Paths of upper, work and the record's directory; nothing is made yet."""
+        """Find the paths of upper, work and the record's directory, without making any."""
         spec = self.spec
         if spec.upper is not None:
             upper = os.path.realpath(spec.upper)
@@ -175,10 +174,10 @@ class Stack:
         return os.path.join(scratch, "upper"), os.path.join(scratch, "work"), scratch if spec.record else None
 
     def _check_own(self, upper: str, work: str) -> None:
-        """Directories that nobody named, but that cowfs keeps beside layers or an upper, must be its own.
+        """Check that directories that cowfs keeps unasked beside layers or an upper are its own.
 
-        A stack from a stranger may come with symbolic links under these names, which would have us write wherever they
-        lead; and in a directory like /tmp somebody else may have made them, who can then exchange what is built there.
+        A stack from a stranger may come with symbolic links under these names, which would direct cowfs's writes
+        anywhere; and in a directory like /tmp another user may have made them, who could then replace their content.
 
         Raises:
             InvalidArgument: one of them is a symbolic link, or another user's, or others may write in it.
@@ -264,7 +263,7 @@ class Stack:
             if tree is not None and path != mountpoint:
                 raise InvalidArgument(f"the mount point {mountpoint} lies inside {tree}", remedy="mount it elsewhere")
         identity = _identity_at(mountpoint)
-        # Over one of its own layers is what fuse-overlayfs is used for, too: the layers stay open by descriptor.
+        # A mount over one of its own layers is allowed, as with fuse-overlayfs: the layers stay open by descriptor.
         for tree in writable if not self.spec.record else (*below, *writable):
             if identity is not None and any(_identity_at(path) == identity for path in _upwards(tree)):
                 raise InvalidArgument(f"the mount point {mountpoint} would hide {tree}", remedy="mount it elsewhere")
@@ -313,7 +312,7 @@ class Stack:
         self._make_directories(scratch)
         fd = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            locks.lock(fd, wait=True)  # nobody sweeps between our mkdir and our lock
+            locks.lock(fd, wait=True)  # no sweep comes between the mkdir and the lock
             _sweep(scratch)
             files.make_directory(base)
             self._ephemeral = base
@@ -322,7 +321,7 @@ class Stack:
             os.close(fd)
 
     def _make_upper(self, upper: str) -> None:
-        """An upper whose root looks as the topmost layer's root does: it is what users of the mount see."""
+        """Make an upper whose root has the attributes of the topmost layer's root, since users of the mount see them."""
         self._make_directories(upper)
         model = os.stat(self.spec.layers[-1])
         if (model.st_uid, model.st_gid) != (os.geteuid(), os.getegid()) and os.geteuid() == 0:
@@ -331,7 +330,7 @@ class Stack:
         os.utime(upper, ns=(model.st_atime_ns, model.st_mtime_ns))
 
     def announce(self, told: Notice) -> None:
-        """Leave the server's notice beside the upper layer, where there is a place for it: a store's layer, or the record's."""
+        """Leave the server's notice beside the upper layer, if there is a place for it: a store's layer, or the record's."""
         self._notice = told
         directory = self._notice_place()
         if directory is not None:
@@ -346,7 +345,7 @@ class Stack:
         return self._place
 
     def announce_at(self, upper: str) -> str | None:
-        """Leave the notice beside a layer of the store that is about to become the upper; its path."""
+        """Leave the notice beside a layer of the store that is about to become the upper, and return its path."""
         return None if self._notice is None else notice.leave(os.path.dirname(upper), self._notice, alone=True)
 
     def lock_more(self, *directories: str) -> list[int]:
@@ -370,13 +369,13 @@ class Stack:
         return taken
 
     def share(self) -> None:
-        """Nobody writes here any more: let others read what was locked."""
+        """Turn the exclusive locks into shared ones, since this mount writes no more."""
         self.spec = replace(self.spec, readonly=True)
         for fd in self._locks:
             locks.lock(fd, shared=True, wait=True)
 
     def switched(self, upper: str, work: str, locks: Sequence[int]) -> None:
-        """The writable pair is another one from now on; the former one is let go."""
+        """Replace the writable pair, and unlock the former one."""
         former = self._notice_place()
         if former is not None:
             notice.drop(former)
@@ -391,7 +390,7 @@ class Stack:
     # -- while mounted -------------------------------------------------------------------------------------------
 
     def commit(self) -> None:
-        """The mount is there: record what it is made of; what was made stays."""
+        """Record the layers of the finished mount; its directories stay."""
         self._made.clear()
         self.record_limit(self.limit)
 
@@ -404,11 +403,11 @@ class Stack:
             if had is not None and layers == [os.path.realpath(layer) for layer in layers_of(self._place, had)]:
                 same = os.path.realpath(os.path.join(self._place, str(had["upper"]))) == self.upper
                 if same and limit_of(had) == (limit or Limit()):
-                    return  # nothing new, and perhaps no room to write it
+                    return  # unchanged, and perhaps there is no room to write
             write_record(self._place, layers, self.upper, limit or Limit())
 
     def close(self) -> None:
-        """Take the notice away, drop an ephemeral upper, then the locks. Idempotent."""
+        """Remove the notice, drop an ephemeral upper, then release the locks. Idempotent."""
         place = self._notice_place() if self._notice is not None else None
         if place is not None and self._notice is not None:
             notice.remove(place, self._notice)
@@ -442,7 +441,7 @@ def _upwards(path: str) -> Iterable[str]:
 
 
 def _sweep(scratch: str) -> None:
-    """Remove the ephemeral uppers of servers that were killed: those whose lock can be had."""
+    """Remove the ephemeral uppers of killed servers: those whose lock is free."""
     for name in os.listdir(scratch):
         if not name.startswith(_EPHEMERAL):
             continue
@@ -462,7 +461,7 @@ def _sweep(scratch: str) -> None:
 
 
 def _remove_tree(path: str) -> None:
-    """rm -r relative to descriptors; directories without permissions are opened up first (they are ours)."""
+    """rm -r relative to descriptors; directories without permissions get them first (this user owns them)."""
     import shutil
 
     def open_up(function: object, name: str, info: object) -> None:

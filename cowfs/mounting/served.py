@@ -1,4 +1,4 @@
-"""One mount that is being served, as a verb of the control socket and the count of the mount see it."""
+"""The interface of a served mount for the verbs of the control socket and the count of the mount."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class Count(Protocol):
 
 
 class ServedMount(Protocol):
-    """One mount, as its server has it.
+    """One mount in its server.
 
     Threads: any may read the attributes and use :meth:`call`; the view belongs to the session's loop.
     """
 
-    log: str  # where it writes what goes wrong
+    log: str  # the file for diagnostics
     stack: Stack
     view: View
     session: Session | PortableSession
@@ -52,4 +52,4 @@ class ServedMount(Protocol):
         """Facts about the mount beside its spec."""
 
     def now(self, **changes: Any) -> None:
-        """The mount is other than it was asked to be: fields of the spec and their new values."""
+        """Record changes of the mount: fields of the spec and their new values."""

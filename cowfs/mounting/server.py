@@ -1,20 +1,21 @@
 """The server process of one mount: its start, its control socket, its end.
 
 Strategy: one process a mount, and everything that belongs to the mount is in it: the locks, the merged view, the FUSE
-session, the control socket. So it can be killed at any moment and leaves nothing that the next mount does not clear.
+session, the control socket. So it can be killed at any moment, and the next mount clears its remains.
 
-Start. :func:`start` forks; the child checks, locks, mounts, and reports through a pipe once a stat of the mount point was
-answered, or what went wrong. Only then does it let go of the standard streams. The command forks itself (fast). The
-library's caller may be threaded, so it has a process of one thread that forks servers for it (:mod:`cowfs.mounting.prefork`).
+Start. :func:`start` forks; the child checks, locks, mounts, and reports through a pipe, either the answer to a stat of
+the mount point or the error. Only then does it close the standard streams. The command forks itself (fast). The
+library's caller may be threaded, so it has a process of one thread that forks servers for it
+(:mod:`cowfs.mounting.prefork`).
 
 Threads:
 - main: the session's loop; sole owner of the view.
-- control: accepts connections and hears signals (by the wake-up descriptor, never in a handler). It answers no request
+- control: accepts connections and handles signals (by the wake-up descriptor, never in a handler). It answers no request
   of the kernel and holds no lock that answering needs, so it may unmount.
 - one for each question on the control socket, for as long as its answer takes (:mod:`cowfs.mounting.control`).
 - ready: asks the kernel for the mount point once, then reports and ends.
 
-End. An unmount (by a verb, a signal, somebody's umount) only takes the mount off the tree. The kernel then ends the
+End. An unmount (by a verb, a signal, any umount) only takes the mount off the tree. The kernel then ends the
 session, and the main thread closes everything in one place.
 """
 
@@ -28,11 +29,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from cowfs._log import Part
+from cowfs._record import replace
 from cowfs.errors import CowfsError
 from cowfs.mounting import mountpoint, protocol
 from cowfs.mounting.assemble import explain, make_session, make_view, name_process, raise_file_limit, refused
@@ -53,7 +54,7 @@ __all__ = ["Report", "Server", "Started", "parse_report", "serve", "start"]
 
 _log = Part("cowfs.mounting")
 
-_FLUSH_SECONDS = 10.0  # how long SIGTERM waits for dirty pages
+_FLUSH_SECONDS = 10.0  # seconds that SIGTERM waits for dirty pages
 
 
 class Started(NamedTuple):
@@ -70,7 +71,7 @@ class Started(NamedTuple):
 def start(spec: MountSpec) -> Started:
     """Fork a server for ``spec`` and wait until the mount answers.
 
-    For a process that has one thread and ends soon: it hears no SIGINT any more once the mount is there.
+    For a process that has one thread and ends soon: it ignores SIGINT once the mount is made.
 
     Raises:
         CowfsError: as raised in the server; then nothing is mounted and the server is gone.
@@ -87,10 +88,10 @@ def start(spec: MountSpec) -> Started:
     try:
         with open(reading, "rb") as pipe:
             line = pipe.read()
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # too late for second thoughts: the mount is there, and we end
-    except BaseException:  # interrupted while waiting: what was started goes, too
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # too late to interrupt: the mount is made, and this process ends
+    except BaseException:  # interrupted while waiting: end the started server, too
         os.kill(pid, signal.SIGTERM)
-        os.waitpid(pid, 0)  # it may just have mounted
+        os.waitpid(pid, 0)  # the server may just have mounted
         raise
     if not line:
         _, status = os.waitpid(pid, 0)
@@ -101,7 +102,7 @@ def start(spec: MountSpec) -> Started:
 
 
 def serve(spec: MountSpec, report: Report) -> NoReturn:
-    """Be the server of a wish; this process, forked for it, ends here."""
+    """Run the server of a request; this process, forked for it, ends here."""
     code = 1
     try:
         os.setsid()
@@ -130,7 +131,7 @@ def parse_report(line: bytes) -> Started:
 
 
 class Report:
-    """The one message from a starting server to whoever waits for it. The first to speak wins; any thread may.
+    """The one message from a starting server to its waiting maker. Any thread may send it; the first one counts.
 
     Args:
         fd: a pipe or socket, whose ownership passes over.
@@ -145,7 +146,7 @@ class Report:
         """Whether nobody waited any more."""
 
     def send(self, message: dict[str, Any], before_close: Callable[[], None] | None = None) -> bool:
-        """Send, unless something was sent. ``before_close`` runs while the other side still waits."""
+        """Send, unless a message was sent. ``before_close`` runs while the other side still waits."""
         with self._lock:
             if self._fd < 0:
                 return False
@@ -190,7 +191,7 @@ class Server:
         self._socket_inode = 0
         self._listens = threading.Event()
         self._ending = threading.Event()
-        self._problem: CowfsError | None = None  # what the kernel refused; set by the ready thread before it unmounts
+        self._problem: CowfsError | None = None  # the refusal of the kernel; set by the ready thread before it unmounts
         self._control = Control(self, self._terminate)
 
     def call(self, function: Callable[[], Any]) -> Any:
@@ -198,7 +199,7 @@ class Server:
         return self.session.call(function)
 
     def now(self, **changes: Any) -> None:
-        """The mount is other than it was asked to be: fields of the spec and their new values."""
+        """Record changes of the mount: fields of the spec and their new values."""
         self.spec = replace(self.spec, **changes)
 
     def pause(self, seconds: float) -> bool:
@@ -206,7 +207,7 @@ class Server:
         return self._ending.wait(seconds)
 
     def facts(self) -> dict[str, Any]:
-        """Facts that are known only now that it runs."""
+        """Facts that are known only while the server runs."""
         return {
             "pid": os.getpid(),
             "socket": self.socket,
@@ -269,7 +270,7 @@ class Server:
         try:
             if not (Thread(self._answer_all, "cowfs-control").start() and Thread(self._ready, "cowfs-ready").start()):
                 raise CowfsError("no thread can be started", remedy="look at the limits of processes and memory")
-            gc.enable()  # a start goes without
+            gc.enable()  # a start does not need it
             self.session.run()
         except BaseException as error:
             try:
@@ -287,8 +288,9 @@ class Server:
         return 0
 
     def _close(self) -> None:
-        """Everything but the process itself, in the order in which others may rely on it."""
+        """Close everything but the process itself, in the order in which others may rely on it."""
         self._ending.set()
+        gc.disable()  # SQLite writes to the shared memory of an index when its last connection goes: SIGBUS on a full host
         if self._view_open:
             self.view.close()
         if self._stack_open:
@@ -299,7 +301,7 @@ class Server:
             try:
                 if (
                     os.stat(self.socket).st_ino == self._socket_inode
-                ):  # else another mount's, which has our device number now
+                ):  # else it belongs to another mount, which has this device number now
                     os.unlink(self.socket)
             except OSError:
                 pass
@@ -312,7 +314,7 @@ class Server:
                 pass
         if self.socket:
             protocol.leave_run_directory(os.path.dirname(self.socket))
-        self._control.wait(2.0)  # who asked for the unmount still waits for its answer
+        self._control.wait(2.0)  # the client of the unmount still waits for its answer
 
     # -- ready -----------------------------------------------------------------------------------------------------
 
@@ -321,7 +323,7 @@ class Server:
         try:
             os.stat(self.spec.mountpoint)
         except OSError:
-            return  # the main thread knows why, and says so
+            return  # the main thread knows the reason, and reports it
         self._problem = refused(self.session, self.spec)
         if self._problem is not None:
             mountpoint.detach(self.spec.mountpoint, force=True)
@@ -335,7 +337,7 @@ class Server:
             self._chronicle.begin()
 
     def _let_go(self) -> None:
-        """Leave the standard streams of whoever started us; diagnostics go to the log from here on."""
+        """Close the standard streams of the starting process; diagnostics go to the log from here on."""
         null = os.open("/dev/null", os.O_RDWR)
         os.dup2(null, 0)
         os.dup2(null, 1)
@@ -360,7 +362,7 @@ class Server:
         self.socket = os.path.join(protocol.run_directory(), name + protocol.SUFFIX)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            unfinished = f"{self.socket}.{os.getpid()}"  # nobody may find a socket that does not listen yet
+            unfinished = f"{self.socket}.{os.getpid()}"  # no client may find a socket that does not listen yet
             before = os.umask(0o177)
             try:
                 with protocol.short(unfinished) as address:
@@ -379,13 +381,13 @@ class Server:
         self._listens.set()
 
     def _hear(self) -> None:
-        """Have signals told to the control thread; main thread only.
+        """Pass signals to the control thread; main thread only.
 
-        Before there is a mount: a signal then waits in the socket until the control thread runs, and never ends half a start.
+        Called before the mount: a signal then waits in the socket until the control thread runs, and never ends half a start.
         """
         signal.set_wakeup_fd(self._control.signals, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: None)  # the wake-up descriptor tells the control thread
+            signal.signal(number, lambda *_: None)  # the wake-up descriptor wakes the control thread
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         if self.spec.foreground:
             signal.signal(signal.SIGHUP, lambda *_: None)
@@ -398,15 +400,15 @@ class Server:
         self._control.run(self._listener, self._ending)
 
     def _terminate(self) -> None:
-        """SIGTERM: write back what maps hold, unmount; when somebody is inside, unmount all the same."""
+        """Handle SIGTERM: write back the data of maps, then unmount, lazily if the mount is in use."""
         flush = Thread(partial(mountpoint.hand_over, self.spec.mountpoint), "cowfs-flush")
         if flush.start():
             flush.join(_FLUSH_SECONDS)
         try:
             mountpoint.detach(self.spec.mountpoint)
-        except Exception:  # noqa: BLE001  (whatever it is, the mount must end)
+        except Exception:  # noqa: BLE001  (the mount must end in any case)
             try:
                 mountpoint.detach(self.spec.mountpoint, lazy=True)
             except Exception:  # noqa: BLE001
-                pass  # taken off by somebody else, or beyond us: the end of the session ends the mount
+                pass  # unmounted by another process, or impossible here: the end of the session ends the mount
             self.session.stop()

@@ -1,4 +1,4 @@
-"""From what a user asks for to the spec of a mount: words become numbers and absolute paths, and what does not fit is refused."""
+"""The spec of a mount from a user's arguments: words become numbers and absolute paths, and unfit arguments are refused."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def make_spec(
     options: Iterable[str] = (),
     **more: Any,
 ) -> MountSpec:
-    """The spec behind :func:`cowfs.mount`: paths made absolute, words for options sorted out, sizes parsed.
+    """The spec behind :func:`cowfs.mount`: paths made absolute, options split into words, sizes parsed.
 
     Raises:
         InvalidArgument, NotFound: as :func:`cowfs.mount`.
@@ -101,7 +101,7 @@ def make_spec(
 
 
 def _scratch(beside: str, ephemeral: bool) -> str:
-    """``LAYERS/.cowfs``; for an ephemeral upper the temporary directory where the layers' cannot be written."""
+    """``LAYERS/.cowfs``; for an ephemeral upper the temporary directory if the layers' is not writable."""
     scratch = os.path.join(beside, HIDDEN)
     if ephemeral and not os.access(scratch if os.path.isdir(scratch) else beside, os.W_OK | os.X_OK):
         import tempfile

@@ -1,4 +1,4 @@
-"""The name on which a mount's server and a store agree for a switch of layers that has begun."""
+"""The mark of a switch of layers that has begun, by which a store learns of it from a mount's server."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ MARK = "cowfs-begun"
 
 
 def leave_mark(path: str, facts: dict[str, Any]) -> None:
-    """Make a mark that says something, whole or not at all.
+    """Make a mark with some content, whole or not at all.
 
     Raises:
-        FileExistsError: there is one.
+        FileExistsError: a mark exists.
     """
     atomic.create_file(path, json.dumps(facts).encode())

@@ -1,4 +1,4 @@
-"""The record beside a kept upper: over which layers it was written, and its limit.
+"""The record beside a kept upper: its layers and its limit.
 
 An upper means nothing without the layers beneath it, so a mount over other layers is refused. Paths are relative to the
 record, so that a stack can be moved as a whole.
@@ -22,7 +22,7 @@ HIDDEN = ".cowfs"
 
 
 def record_places(upper: str) -> tuple[str, ...]:
-    """Directories where the record of an upper may be, the usual one first."""
+    """The possible directories of the record of an upper, the usual one first."""
     parent, name = os.path.split(upper.rstrip("/"))
     return (os.path.join(parent, f".{name}{HIDDEN}"), parent)
 
@@ -31,7 +31,7 @@ def lookup_record(upper: str) -> tuple[tuple[str, ...], Limit] | None:
     """Layers (bottom first) and limit recorded beside an upper directory, or None when there is no record.
 
     Raises:
-        Corrupt: a record that cannot be read.
+        Corrupt: a damaged record.
     """
     upper = os.path.realpath(upper)
     for place in record_places(upper):
@@ -45,7 +45,7 @@ def read_record(place: str) -> dict[str, object] | None:
     """The record in a directory, or None.
 
     Raises:
-        Corrupt: it is damaged.
+        Corrupt: a damaged record.
     """
     import json
 

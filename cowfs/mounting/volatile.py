@@ -1,8 +1,8 @@
 """The mark of a volatile mount, which syncs nothing: after a crash of the host its upper may be incomplete.
 
 The mark is the kernel's (Documentation/filesystems/overlayfs.rst, "Volatile mount"): ``work/incompat/volatile/dirty`` in
-the work directory. The kernel leaves that file empty and refuses the upper from then on. We write the host's boot id in it,
-which tells whether the host can have lost anything since.
+the work directory. The kernel leaves that file empty and refuses the upper from then on. cowfs writes the host's boot
+id in it, which tells whether the host can have lost data since.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ __all__ = ["check_volatile", "mark_volatile"]
 
 
 def check_volatile(work: str, *, volatile: bool, upper: str) -> None:
-    """Honour what an earlier volatile mount left in the work directory.
+    """Honour the mark that an earlier volatile mount left in the work directory.
 
-    A marker of this boot's is harmless: what was written is in the host's cache. A durable mount syncs it and drops the
+    A marker of this boot's is harmless: the writes are in the host's cache. A durable mount syncs it and drops the
     marker. Any other marker means that the host may have lost writes.
 
     Raises:
         FailedPrecondition: the upper was used by a volatile mount that a crash of the host may have damaged.
-        Unsupported: the work directory asks for a feature we do not know.
+        Unsupported: the work directory asks for an unknown feature.
     """
     incompat = os.path.join(work, "work", "incompat")
     try:
@@ -63,7 +63,7 @@ def mark_volatile(work: str) -> None:
     """Write the marker that :func:`check_volatile` and the kernel honour.
 
     Raises:
-        OSError: the work directory holds something else there, such as a symbolic link that leads out of it.
+        OSError: the work directory has another object in its place, such as a symbolic link that leads out of it.
     """
     here = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

@@ -1,7 +1,6 @@
 """Redirect files when the upper layer takes over the layer beneath it (:mod:`cowfs.union.absorb`).
 
-Only the blocks that the layer holds are brought up; all of them where the base could not be named any more once the
-layer is gone.
+Only the blocks that the layer holds are brought up; all of them if the base cannot be named once the layer is gone.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ _PIECE = 1 << 20  # bytes that are filled in one go
 
 
 class Files(Protocol):
-    """The redirect files of a view, as far as they are asked here."""
+    """The interface of a view's redirect files for this module."""
 
     def ref_at(self, where: Source, name: bytes) -> Ref | None: ...
 
@@ -29,7 +28,7 @@ class Files(Protocol):
 
 
 def reference(rows: Files, node: Node, layer: Layer) -> Ref | None:
-    """The reference of the layer's redirect file that a file is or stands on; ``None`` when it is a plain one."""
+    """The reference of the layer's redirect file at or beneath a file; ``None`` for a plain one."""
     file = node.data
     assert isinstance(file, RowFile)
     if node.where is not None and node.where.layer is layer and file.where is not None:
@@ -42,7 +41,7 @@ def reference(rows: Files, node: Node, layer: Layer) -> Ref | None:
 
 
 def stands_on(rows: Files, node: Node, layer: Layer) -> bool:
-    """Whether a file of another layer needs what ``layer``, the topmost lower one, holds."""
+    """Whether a file of another layer needs data of ``layer``, the topmost lower one."""
     file = node.data
     assert isinstance(file, RowFile)
     extents = file.load()
@@ -63,7 +62,7 @@ class RowAbsorbing(Absorbing):
     """One redirect file on its way up.
 
     Args:
-        renames: paths by which the layer refers to what is beneath hold no more.
+        renames: whether the layer renamed directories, so that its paths to lower objects are no longer valid.
     """
 
     def __init__(self, rows: Files, node: Node, layer: Layer, *, renames: bool) -> None:
@@ -76,7 +75,7 @@ class RowAbsorbing(Absorbing):
         named = file.ref is not None and before is not None and before.path == file.ref.path and not renames
         if old.path is not None:
             named = False
-        #: where what shows through the layer's file ends; -1: all is to be the file's own
+        #: the end of the data that shows through the layer's file; -1: all of it becomes the file's own
         self._base_end = before.base_end if before is not None and named else -1
 
     def _file(self) -> RowFile | None:

@@ -49,7 +49,7 @@ class Level:
 
 
 class Owner(Protocol):
-    """All redirect files of a view (:class:`cowfs.row.redirects.Rows`), as one of them sees it.
+    """The interface of all redirect files of a view (:class:`cowfs.row.redirects.Rows`) for one of them.
 
     Attributes:
         copies: a read from more levels than this is not handed to another thread: that takes a descriptor of each.
@@ -61,7 +61,7 @@ class Owner(Protocol):
     copies: int
 
     def resolve(self, file: Chain) -> None:
-        """Give a file its chain: the levels beneath and who holds what."""
+        """Give a file its chain: the levels beneath and the owner of each extent."""
 
     def opening(self, file: Chain) -> None:
         """A level of a file is about to be opened."""
@@ -79,47 +79,47 @@ class Owner(Protocol):
         """A record was appended."""
 
     def close_log(self, file: Chain, log: Log) -> None:
-        """A file lets go of its map."""
+        """Take over the map of a file."""
 
     def drop_map(self, layer: Layer, ref: Ref) -> None:
-        """Remove a map that nothing refers to any more."""
+        """Remove an unreferenced map."""
 
     def make_plain(self, file: Chain) -> None:
-        """A file that shows nothing of its base any more is a plain one."""
+        """Make a file that shows nothing of its base a plain one."""
 
     def replaced(self, file: Chain, fd: int) -> None:
-        """A plain file with the same data, open as ``fd``, has taken the place of a file."""
+        """Switch a file to the plain file, open as ``fd``, that has taken its place."""
 
 
 class Successor(Protocol):
     """The file that is to take another's place (:class:`cowfs.row.rewrite.Twin`)."""
 
     def changed(self, start: int, end: int) -> None:
-        """The file's data in [start, end) is another now."""
+        """Note a change of the file's data in [start, end)."""
 
     def give_up(self) -> None:
-        """It cannot take the place any more."""
+        """Give up the replacement."""
 
 
 class Chain(FileData):
-    """A redirect file and what it stands on, as far as reading goes. Owner: the view's thread.
+    """A redirect file and its base, for reading. Owner: the view's thread.
 
     Attributes:
         node: the node, once there is one.
         layer: the layer with the file, and with its map.
-        where, name: the file in a frozen layer; ``None`` where the node itself says it.
+        where, name: the file in a frozen layer; ``None`` if the node itself has them.
         behind: the metacopy's place when the file stands for one's data, else ``None``.
         ref: its reference; ``None`` for a file that never had a name while it was written.
-        base_end: from here on nothing of the base shows, bytes; never more than ``size``.
+        base_end: the end of the visible part of the base, bytes; never more than ``size``.
         size: st_size.
-        extents: who holds what; ``None`` until the first use.
+        extents: the owner of each extent; ``None`` until the first use.
         levels: the chain beneath, level 0 first; the file itself is level ``len(levels)``.
-        log: the map, once something was written.
+        log: the map, once a block was written.
         older: maps of frozen levels that were not on the disk yet when this one was made.
         loaded: the map as it was read, until it is appended to.
         end_stale: whether ``base_end`` is smaller than the reference on disk says.
         ref_dirty: whether the reference changed since the last fsync.
-        ahead: what was asked for ahead of a reader.
+        ahead: the reading ahead of a reader.
         twin: the file that is to take its place, while it is compacted.
     """
 
@@ -166,7 +166,7 @@ class Chain(FileData):
         self.end_stale = False
         self.ref_dirty = False
 
-    # -- what the view asks --------------------------------------------------------------------
+    # -- for the view --------------------------------------------------------------------------
 
     def bind(self, node: Node) -> None:
         """The node whose data this is."""
@@ -205,7 +205,7 @@ class Chain(FileData):
         return node.fd
 
     def place(self) -> tuple[Source, bytes]:
-        """Where the file itself is."""
+        """The place of the file itself."""
         if self.where is not None:
             return self.where, self.name
         assert self.node.where is not None
@@ -226,11 +226,11 @@ class Chain(FileData):
         return self.rows.pilot
 
     def succeeded_by(self, twin: Successor | None) -> None:
-        """A file is being made that is to take this one's place; ``None``: no more."""
+        """Set the file that is being made to take this one's place, or ``None``."""
         self.twin = twin
 
     def mapped(self) -> None:
-        """There is a map now; the writing side notes it on the disk."""
+        """Note that there is a map now; the writing side records it on the disk."""
 
     def _fd(self, owner: int) -> int:
         levels = self.levels
@@ -252,12 +252,12 @@ class Chain(FileData):
         self.rows.released(self)
 
     def rebase(self) -> None:
-        """The layers beneath are others now, with the same data: read the chain again at the next use."""
+        """Read the chain again at the next use, since the layers beneath were replaced."""
         self.release()
         self.levels, self.extents = [], None
 
     def close(self) -> None:
-        """The node goes: give back everything; the map, too, when the file has no name any more."""
+        """Release everything when the node goes; the map, too, if the file has lost its name."""
         self.release()
         node = self.node
         if node.parent is None and self.ref is not None and self.layer is self.rows.view.upper and self.writable:
@@ -269,7 +269,7 @@ class Chain(FileData):
             self.rows.close_log(self, log)
 
     def stand_for(self, metacopy: Lower) -> None:
-        """This is the file that a metacopy stands for."""
+        """Mark the file as that of a metacopy."""
         self.behind = metacopy
 
     def give_up_log(self) -> Log | None:
@@ -298,7 +298,7 @@ class Chain(FileData):
         return self.extents
 
     def adopt(self, extents: Extents, levels: list[Level], loaded: Loaded) -> None:
-        """Take what :meth:`Rows.resolve` found beneath, and lay the own blocks over it."""
+        """Take the levels from :meth:`Rows.resolve`, and lay the own blocks over them."""
         assert self.ref is not None
         self.levels = levels
         self.base_end = min(self.ref.base_end, self.size)
@@ -308,10 +308,10 @@ class Chain(FileData):
         self.extents = extents
 
     def resume(self) -> None:
-        """There are records to bring to the disk; the writing side does."""
+        """Bring records to the disk; the writing side overrides this."""
 
     def stand_alone(self) -> None:
-        """All of it is its own (a frozen file that was compacted meanwhile)."""
+        """Make all of it its own (a frozen file that was compacted meanwhile)."""
         self.levels, self.base_end, self.extents = [], 0, Extents()
 
     # -- reading ------------------------------------------------------------------------------
@@ -320,7 +320,7 @@ class Chain(FileData):
         """Read into ``buffer``; fewer bytes only at the end of the file.
 
         Raises:
-            OSError: EIO; EAGAIN with ``flags`` RWF_NOWAIT when the disk would be waited for.
+            OSError: EIO; EAGAIN with ``flags`` RWF_NOWAIT if the read would wait for the disk.
         """
         if self.extents is None:
             self.load()
@@ -352,7 +352,7 @@ class Chain(FileData):
         return end - offset
 
     def hints(self, start: int, end: int) -> Hints:
-        """The hints for the host when [start, end) will be read."""
+        """The hints for the host before a read of [start, end)."""
         wanted: dict[int, list[tuple[int, int]]] = {}
         for first, last, owner in plan(list(self.load().runs(start, end))):
             if owner != ZEROS:
@@ -382,7 +382,7 @@ class Chain(FileData):
         return data
 
     def stream(self, offset: int, length: int) -> Callable[[memoryview], int]:
-        """:meth:`reader` for a read that goes on where the last one ended."""
+        """:meth:`reader` for a read in sequence."""
         end = min(offset + length, self.size)
         cold = self.ahead.was_cold()
         if self.ahead.follow(self, offset, end) and cold:
@@ -390,7 +390,7 @@ class Chain(FileData):
         return self.reader(offset, length)
 
     def reader(self, offset: int, length: int) -> Callable[[memoryview], int]:
-        """A read to be run once in any thread, while nobody writes: it fills a buffer and returns how many bytes."""
+        """A read to run once in any thread, without concurrent writes: it fills a buffer and returns the number of bytes."""
         end = min(offset + length, self.size)
         runs = list(self.load().runs(offset, end)) if offset < end else []
         runs = plan(runs) if len(runs) > _FEW else runs
@@ -422,7 +422,7 @@ class Chain(FileData):
         return read
 
     def data_in(self, start: int, end: int) -> list[tuple[int, int]]:
-        """The parts of [start, end) that hold data; what is not named is zeros."""
+        """The parts of [start, end) that hold data; the rest is zeros."""
         found: list[tuple[int, int]] = []
         for at, stop, owner in self.load().runs(start, end):
             fd = self._fd(owner) if owner != ZEROS else -1
@@ -463,7 +463,7 @@ class Chain(FileData):
 
 
 def _from(data: bytearray) -> Callable[[memoryview], int]:
-    """A read of what was read already."""
+    """A read that is done already."""
 
     def read(buffer: memoryview) -> int:
         buffer[: len(data)] = data
@@ -473,10 +473,10 @@ def _from(data: bytearray) -> Callable[[memoryview], int]:
 
 
 def _at_once(fd: int, part: memoryview, offset: int) -> int:
-    """Read what is in memory. Returns how many bytes that were."""
+    """Read the part in memory. Returns the number of bytes."""
     try:
         return os.preadv(fd, [part], offset, _NOWAIT)
-    except OSError:  # nothing, or a host that cannot tell
+    except OSError:  # nothing in memory, or a host that cannot tell
         return 0
 
 

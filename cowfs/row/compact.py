@@ -1,11 +1,11 @@
-"""Compaction: a redirect file of which most was written becomes a plain file again.
+"""Compaction: a mostly rewritten redirect file becomes a plain file again.
 
-Strategy, a file whose blocks lie scattered: write it anew (:mod:`cowfs.row.rewrite`). Any other, and where that does not
-work: fill what still shows the base (each piece is an ordinary write to the own blocks, so a crash leaves a redirect file
-that is right); bring all of it to the disk; then take the reference away, which is one step; then the map. Reading
-and writing go on meanwhile: the view's thread does one small piece at a time, between requests.
+Strategy, a file whose blocks lie scattered: write it anew (:mod:`cowfs.row.rewrite`). Any other, and one that cannot be
+written anew: fill the parts that still show the base (each piece is an ordinary write to the own blocks, so a crash
+leaves a valid redirect file); bring all of it to the disk; then remove the reference, which is one step; then the map.
+Reading and writing go on meanwhile: the view's thread does one small piece at a time, between requests.
 
-Holes stay holes. Filled blocks count against the limit; where that ends, the file stays a redirect file.
+Holes stay holes. Filled blocks count against the limit; if they do not fit, the file stays a redirect file.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from cowfs.union.node import Dir, Node
 if TYPE_CHECKING:
     from cowfs.union.core import Core
 
-#: compact a file when at least this part of it is its own
+#: compact a file if at least this share of it is its own
 SHARE = 0.75
 #: bytes that the view's thread fills in one go
 STEP = 1 << 20
@@ -35,13 +35,13 @@ Call = Callable[[Callable[[], T]], T]
 
 @dataclass(slots=True)
 class Progress:
-    """How far a compaction is.
+    """The progress of a compaction.
 
     Attributes:
         files: redirect files that became plain ones.
-        skipped: redirect files left as they are: too little of them was written, or the limit was reached.
+        skipped: redirect files left as they are: their own share was too small, or the limit was reached.
         done: bytes copied so far.
-        todo: bytes that are still to be copied for the present file.
+        todo: bytes still to copy for the present file.
         path: the present file.
     """
 
@@ -56,8 +56,8 @@ def compact(view: Core, *, share: float = SHARE, call: Call[object] | None = Non
     """Compact the redirect files of a view's upper layer.
 
     Args:
-        share: leave files alone of which less than this part is their own; 0 takes all.
-        call: runs a function in the thread that owns the view and returns what it returns (default: here and now).
+        share: skip files with a smaller share of own blocks; 0 takes all.
+        call: runs a function in the thread that owns the view and returns its result (default: at once, in this thread).
             Everything else runs in the caller's thread.
 
     Yields:
@@ -113,7 +113,7 @@ def compact(view: Core, *, share: float = SHARE, call: Call[object] | None = Non
 def _anew(
     work: _File, run: Callable[[Callable[[], object]], object], told: Progress
 ) -> Generator[Progress, None, bool]:
-    """Write a scattered file anew. Returns whether that was done; else it is as it was."""
+    """Write a scattered file anew. Returns whether that was done; otherwise the file is unchanged."""
     fd: int = run(work.own)  # type: ignore[assignment]
     try:
         if fd < 0 or not rewrite.scattered(fd):
@@ -136,7 +136,7 @@ def _anew(
             if twin.dead:
                 break
     except OSError:
-        return False  # what is wrong with the file itself shows again at once
+        return False  # a fault of the file itself occurs again at once
     finally:
         run(twin.end)
     return False
@@ -152,7 +152,7 @@ class _File:
         self._node: Node | None = None
 
     def begin(self) -> int | None:
-        """How many bytes it lacks; ``None`` when it is not to be compacted (any more)."""
+        """The bytes that it lacks; ``None`` if it is not to be compacted (any more)."""
         node = self._find()
         file = node.data if node is not None else None
         if node is None or not isinstance(file, RowFile) or not file.writable:
@@ -186,7 +186,7 @@ class _File:
         return os.dup(file.own_fd()) if file is not None else -1
 
     def twin(self) -> Twin | None:
-        """Begin to write it anew; ``None`` where that cannot be."""
+        """Begin to write it anew; ``None`` if impossible."""
         file = self._file()
         try:
             return Twin(file) if file is not None and file.ref is not None else None
@@ -199,17 +199,17 @@ class _File:
         return file.missing() if file is not None else 0
 
     def fill(self) -> int:
-        """One step. Returns how many bytes were copied."""
+        """Do one step. Returns the number of bytes copied."""
         file = self._file()
         return file.fill(STEP) if file is not None else 0
 
     def sync(self) -> Callable[[bool], None] | None:
-        """The job that brings it to the disk; for any thread."""
+        """The job that brings the file to the disk; for any thread."""
         file = self._file()
         return file.sync_job() if file is not None else None
 
     def finish(self) -> bool:
-        """Take the reference away. Returns whether it is a plain file now."""
+        """Remove the reference. Returns whether the file is a plain one now."""
         file = self._file()
         if file is None or file.missing():
             return False
@@ -217,7 +217,7 @@ class _File:
         return True
 
     def end(self) -> None:
-        """Let go of it."""
+        """Release the file."""
         if self._node is not None:
             self._view.forget(self._node.id, 1)
             self._node = None
@@ -226,7 +226,7 @@ class _File:
 def compact_layer(
     lowers: list[str], layer: str, work: str, *, form: str = "auto", share: float = SHARE, durable: bool = True
 ) -> Iterator[Progress]:
-    """:func:`compact` for a layer that nobody has mounted.
+    """:func:`compact` for an unmounted layer.
 
     Args:
         lowers: the layers beneath, topmost first.

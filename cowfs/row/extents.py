@@ -1,4 +1,4 @@
-"""Which level of a redirect chain holds which bytes: one flat, sorted list for the whole chain.
+"""The owner of each byte range in a redirect chain: one flat, sorted list for the whole chain.
 
 Strategy: level 0 is the plain file at the bottom, level n the n-th redirect above it. Segments cover
 [0, infinity) without gaps; segment k is ``starts[k]`` to ``starts[k + 1]`` and belongs to
@@ -90,5 +90,5 @@ class Extents:
         return self.owners[index - 1] == owner and (index == len(self.starts) or self.starts[index] >= end)
 
     def share(self, owner: int, end: int) -> int:
-        """How many bytes of [0, end) belong to ``owner``."""
+        """The number of bytes of [0, end) that belong to ``owner``."""
         return sum(stop - start for start, stop, who in self.runs(0, end) if who == owner)

@@ -2,9 +2,9 @@
 
 Strategy. A write goes to the file's own descriptor, at its own offset, and then into the map (:mod:`cowfs.row.map`).
 
-Past the block with ``base_end`` the file stands alone: no map says so and none is needed, so appending costs what it
-costs on a plain file. Before, a block is either the file's own or a lower level's as a whole, with zeros from ``base_end``
-on. A write that covers a block in part reads the rest once and writes all of it, in one pwritev(2).
+Past the block with ``base_end`` the file stands alone, without records in the map, so appending costs the same as on a
+plain file. Before, a block is either the file's own or a lower level's as a whole, with zeros from ``base_end`` on. A
+write that covers a block in part reads the rest once and writes all of it, in one pwritev(2).
 
 Order, for a crash at any point: data, then its record; a shorter size, then the smaller ``base_end``; the smaller
 ``base_end``, then a longer size.
@@ -28,12 +28,12 @@ _PUNCH, _KEEP = files.FALLOC_FL_PUNCH_HOLE, files.FALLOC_FL_KEEP_SIZE
 
 
 class RowFile(Chain):
-    """The data of a redirect file: what a node's ``data`` is. Owner: the view's thread."""
+    """The data of a redirect file, for a node's ``data``. Owner: the view's thread."""
 
     __slots__ = ()
 
     def follow(self, old: Chain) -> None:
-        """This file is written from now on, and the one of a frozen layer before it no more."""
+        """Write to this file from now on, instead of the one of a frozen layer before it."""
         self.older = [log for log in old.older if log.dirty]
         frozen = old.give_up_log()
         if frozen is not None:
@@ -42,7 +42,7 @@ class RowFile(Chain):
             self.rows.close_log(old, frozen)
 
     def begin(self, node: Node, levels: list[Level], extents: Extents, size: int, log: Log | None) -> None:
-        """A file that was just made, which shows all of its base, ``size`` bytes."""
+        """Set up a new file, which shows all of its base, ``size`` bytes."""
         self.bind(node)
         self.levels, self.log = levels, log
         self.size = self.base_end = size
@@ -86,7 +86,7 @@ class RowFile(Chain):
         return fd
 
     def _write_over(self, fd: int, offset: int, data: memoryview | bytes) -> int:
-        """Where the file is its own already."""
+        """Write where all blocks are the file's own."""
         space, node = self.rows.view.space, self.node
         length = len(data)
         before = -1 if space is None else space.stretch(node, fd, offset)
@@ -105,7 +105,7 @@ class RowFile(Chain):
         return done
 
     def _write_new(self, fd: int, offset: int, data: memoryview) -> int:
-        """Where at least one block is a lower level's."""
+        """Write where at least one block is a lower level's."""
         extents, own, alone = self.extents, self.own, self.alone
         assert (extents is not None and self.ref is not None) or self.ref is None
         assert extents is not None
@@ -167,7 +167,7 @@ class RowFile(Chain):
         return self.ref.shift if self.ref is not None else 12
 
     def _afford(self, start: int, stop: int) -> int:
-        """How far a write of [start, stop) may go, in whole blocks below ``alone``; counts its units."""
+        """The allowed end of a write of [start, stop), in whole blocks below ``alone``; counts its units."""
         space = self.rows.view.space
         if space is None:
             return stop
@@ -202,7 +202,7 @@ class RowFile(Chain):
         self._open_log()
 
     def _clean_tail(self) -> None:
-        """After another boot: what a lost record left behind in the block of ``base_end``."""
+        """After another boot: clear the rest of a lost record in the block of ``base_end``."""
         assert self.extents is not None
         start, end = self.base_end, self.alone
         space = self.rows.view.space
@@ -229,7 +229,7 @@ class RowFile(Chain):
         self.end_stale = False
 
     def truncate(self, size: int) -> None:
-        """Set the size. Nothing of the base shows again where it was cut off."""
+        """Set the size. A cut part of the base never shows again."""
         extents = self.load()
         fd = self._ready_to_write()
         space = self.rows.view.space
@@ -295,7 +295,7 @@ class RowFile(Chain):
             self._clear(offset, min(end, self.base_end))
 
     def _clear(self, offset: int, end: int) -> None:
-        """[offset, end), below ``base_end`` and zeros in the own file already, must no longer show the base."""
+        """Hide the base in [offset, end), which is below ``base_end`` and has zeros in the own file already."""
         extents, shift = self.extents, self.shift
         assert extents is not None
         if extents.has_all(offset, end, self.own):
@@ -321,19 +321,19 @@ class RowFile(Chain):
     # -- compaction ----------------------------------------------------------------------------
 
     def missing(self, owners: Container[int] | None = None) -> int:
-        """How many bytes still show a level beneath (one of ``owners``)."""
-        extents = self.load()  # first: before, nothing is known of the base
+        """The number of bytes that still show a level beneath (one of ``owners``)."""
+        extents = self.load()  # first, since the base is unknown before
         if owners is None:
             return self.base_end - extents.share(self.own, self.base_end)
         return sum(stop - start for start, stop, owner in extents.runs(0, self.base_end) if owner in owners)
 
     def fill(self, most: int, owners: Container[int] | None = None) -> int:
-        """Make up to ``most`` bytes of what the levels beneath show the file's own. Returns how many that were.
+        """Copy up to ``most`` visible bytes of the levels beneath into the file. Returns their number.
 
-        The file's times stay. Holes stay holes. Raises ENOSPC at the limit; what was filled is filled.
+        The file's times stay. Holes stay holes. Raises ENOSPC at the limit; bytes copied before stay.
 
         Args:
-            owners: only what these levels show.
+            owners: only the bytes of these levels.
         """
         self.load()
         fd = self._ready_to_write()
@@ -374,7 +374,7 @@ class RowFile(Chain):
         return done
 
     def end_base(self, end: int) -> None:
-        """The base shows no further than ``end``; whole blocks from there on are the file's own already."""
+        """Lower ``base_end`` to ``end``; whole blocks from there on are the file's own already."""
         if end < self.base_end:
             self.base_end = end
             self._store_end()
@@ -395,7 +395,7 @@ class RowFile(Chain):
         return end
 
     def _may_hang(self) -> bool:
-        """Whether the closed map may have records that hang on this boot."""
+        """Whether the closed map may have records that are valid in this boot only."""
         if self.ref is None or not self.ref.has_map or self.extents is None:
             return False
         return self.loaded is None or self.loaded.end > self.loaded.synced
@@ -403,7 +403,7 @@ class RowFile(Chain):
     # -- durability ---------------------------------------------------------------------------
 
     def sync_job(self) -> Callable[[bool], None]:
-        """The work of fsync(2), to be run once in any thread: data, then map. The argument: fdatasync(2) will do.
+        """The work of fsync(2), to run once in any thread: data, then map. The argument: fdatasync(2) will do.
 
         Writes before its layer was frozen belong to it.
         """

@@ -1,4 +1,4 @@
-"""A row layer as a whole, without a view: seal it, find what is wrong with it, find its redirect files.
+"""A row layer as a whole, without a view: sealing it, checking it, finding its redirect files.
 
 Every redirect file has its map and every map its file. A file without its map has lost data: that is damage. A map
 without its file is garbage, left by a process that was killed between two steps.
@@ -20,10 +20,10 @@ _DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def open_maps(root_fd: int) -> int:
-    """Open the directory of a layer's maps. It lies beside the layer's root, so it must be of the same hand.
+    """Open the directory of a layer's maps. It lies beside the layer's root, so it must have the same owner.
 
-    Beside a layer in a directory where others may write, like /tmp, anybody could have put it there; beside the root of a mounted
-    image is somebody else's directory.
+    In a directory where other users may write, like /tmp, any user could have made it; beside the root of a mounted
+    image it would be another directory.
 
     Raises:
         OSError: ENOENT; EIO for a symbolic link or anything else that is no directory; EPERM for one that is another user's,
@@ -62,7 +62,7 @@ def mark(layer: str | bytes, form: Form) -> None:
 
 
 def seal(layer: str | bytes, *, form: Form, durable: bool = True) -> None:
-    """A layer will not be written any more: make its maps true for good. May be repeated.
+    """Make the maps of a layer valid for good, after its last write. May be repeated.
 
     Args:
         layer: its tree's directory.
@@ -160,7 +160,7 @@ def inspect(layer: str | bytes, form: Form) -> tuple[list[str], list[bytes]]:
 
 
 def collect(layer: str | bytes, form: Form) -> int:
-    """Remove maps that belong to no file, of a layer that nobody has mounted. Returns how many that were."""
+    """Remove the maps without a file in an unmounted layer. Returns their number."""
     _, spare = inspect(layer, form)
     if spare:
         root = os.open(layer, _DIR)

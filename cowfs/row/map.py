@@ -1,17 +1,16 @@
 """The *map* of a redirect file, as it is on disk (docs/row.md); its *reference* is :mod:`cowfs.format.redirect`.
 
-A redirect file is a sparse file of the logical size in the upper layer. The **reference**, an xattr on
-it, says what it stands on; the **map**, a file of its own beside the layer, says which blocks are present.
+A redirect file is a sparse file of the logical size in the upper layer. The **reference**, an xattr on it, names its
+base; the **map**, a separate file beside the layer, lists the present blocks.
 
 Rules:
 
 1. Presence is never inferred from holes: a block is present because a record says so, or because it
    lies at or past ``base_end``, from where on the file stands alone.
-2. The map only grows; the order of its records means nothing. The part of the base that still shows must be able to
+2. The map only grows; the order of its records has no meaning. The part of the base that still shows must be able to
    shrink: it is ``base_end`` in the reference, which the host journals together with the file's size.
-3. A record is written after its data was written. So in the boot that wrote it (``boot_id``) it is
-   true, however the process ended. After another boot it is true if a SYNC record written after
-   the data had reached the disk covers it.
+3. A record is written after its data was written. So in the boot that wrote it (``boot_id``) it is valid, however the
+process ended. After another boot it is valid if a SYNC record, written after the data had reached the disk, covers it.
 4. A record whose checksum fails ends the map: it was torn. It is cut off before anything is appended.
 
 Layout, little endian:
@@ -84,9 +83,9 @@ class Loaded:
 
     Attributes:
         ranges: the present blocks, [first, end), sorted and disjoint.
-        end: where the next record goes, bytes.
-        synced: up to where records are known to name durable data, bytes.
-        records: how many WRITE records were read.
+        end: the offset of the next record, bytes.
+        synced: the end of the records of durable data, bytes.
+        records: the number of WRITE records read.
         stale: whether it must be written anew before anything is appended: another boot wrote it.
     """
 
@@ -102,7 +101,7 @@ def parse(data: bytes, shift: int, name: bytes) -> Loaded:
 
     Args:
         data: the whole file.
-        shift: what the reference says.
+        shift: the one in the reference.
 
     Raises:
         OSError: EIO when it is of another version or block size.
@@ -110,7 +109,7 @@ def parse(data: bytes, shift: int, name: bytes) -> Loaded:
     if len(data) < HEAD_SIZE or zlib.crc32(data[: _HEAD.size]) != _CRC.unpack_from(data, _HEAD.size)[0]:
         if data.strip(b"\0"):
             raise bad("map header is damaged", name)
-        return Loaded([], 0, 0, 0, True)  # it never reached the disk, so nothing that it named did
+        return Loaded([], 0, 0, 0, True)  # it never reached the disk, so none of its data did
     magic, version, its_shift, _, its_boot = _HEAD.unpack_from(data)
     if magic != _MAGIC or version != VERSION or its_shift != shift:
         raise bad(f"map of version {version}, block size {1 << its_shift}", name)
@@ -137,7 +136,7 @@ def parse(data: bytes, shift: int, name: bytes) -> Loaded:
 
 
 def merge(ranges: Ranges) -> Ranges:
-    """Sorted and disjoint."""
+    """The ranges, sorted and disjoint."""
     merged: Ranges = []
     last = -1
     for start, end in sorted(ranges):
@@ -181,13 +180,13 @@ def _read_all(dirfd: int, name: bytes) -> bytes:
 class Log:
     """A map open for appending.
 
-    Any thread may call; ``_lock`` orders the records, whose checksums depend on where they stand. So there is never a
-    second one of a map: who wants it again while it waits for its last sync takes it back (``Syncer.take_back``).
+    Any thread may call; ``_lock`` orders the records, whose checksums depend on where they stand. So a map has only
+    one: a caller that wants it again while it waits for its last sync takes it back (``Syncer.take_back``).
 
     Attributes:
         name: the map's file name.
-        failure: an fsync of the data failed. The host has dropped what it could not write (fsync(2), errors), so no
-            later success means anything: nothing is marked any more, and a reboot brings back the old blocks.
+        failure: an fsync of the data failed. The host has dropped the data that it could not write (fsync(2), errors),
+            so later successes have no meaning: no record is marked any more, and a reboot brings back the old blocks.
     """
 
     __slots__ = ("_lock", "end", "failure", "fd", "name", "synced")
@@ -201,7 +200,7 @@ class Log:
         self.failure: OSError | None = None
 
     def fail(self, error: OSError) -> None:
-        """An fsync of the data failed."""
+        """Record that an fsync of the data failed."""
         self.failure = error
 
     @classmethod
@@ -234,20 +233,20 @@ class Log:
 
     @property
     def dirty(self) -> bool:
-        """Whether a record still hangs on this boot."""
+        """Whether a record is valid in this boot only."""
         return self.end > self.synced
 
     def append(self, first: int, end: int) -> None:
-        """Blocks [first, end) are present. Their data has been written.
+        """Record that blocks [first, end) are present; their data has been written.
 
         Raises:
-            OSError: what the host said; then nothing was appended.
+            OSError: of the host; then nothing was appended.
         """
         with self._lock:
             self._add(_writes(self.end, [(first, end)]))
 
     def mark_synced(self, upto: int) -> None:
-        """The data of all records before ``upto`` is on the disk."""
+        """Record that the data of all records before ``upto`` is on the disk."""
         with self._lock:
             if self.fd >= 0 and upto > self.synced and self.failure is None:
                 self._add(_record(self.end, _SYNC, 0, upto))
@@ -318,15 +317,15 @@ def rewrite(dirfd: int, name: bytes, shift: int, ranges: Ranges, *, durable: boo
 
 
 def seal(dirfd: int, sync: Callable[[], None] | None) -> int:
-    """Make every map of a layer that nobody writes true for good, and short.
+    """Make every map of a frozen layer valid for good, and short.
 
     Args:
         dirfd: the open map directory.
-        sync: brings the layer's data to the disk; called at most once, and only when a map hangs on this boot.
-            ``None``: the caller does not care for power cuts.
+        sync: brings the layer's data to the disk; called at most once, and only if a map depends on this boot.
+            ``None``: without durability against power cuts.
 
     Returns:
-        How many maps there are.
+        The number of maps.
 
     Raises:
         OSError: EIO for a damaged map.

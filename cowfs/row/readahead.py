@@ -1,13 +1,13 @@
-"""Reading ahead in a redirect file: what a program that reads in sequence will need next, from all of its levels.
+"""Reading ahead in a redirect file, for programs that read in sequence, in all of its levels.
 
-Strategy. The host reads ahead in a file that is read in sequence. Of a redirect file it sees neither: the levels beneath
-are read around the blocks that were written, and the file itself here a block and there one, each a wait of its own. So,
-once a read in sequence had to wait for the disk, the next megabytes are asked for with POSIX_FADV_WILLNEED: of the level
-that has most of them the whole span, of the others just their segments, all at once, so that the disk has many requests to
-work on. Hints only; what is in memory already costs a look-up in the host's page cache.
+Strategy. The host reads ahead in a file that is read in sequence. It cannot do so for a redirect file: the levels
+beneath are read around the written blocks, and the file itself a block here and there, with a wait for each. So, once a
+read in sequence had to wait for the disk, the next megabytes are requested with POSIX_FADV_WILLNEED: the whole span of
+the level that has most of them, and the segments of the others, all at once, so that the disk has many requests to work
+on. These are only hints; data in memory costs a look-up in the host's page cache.
 
 Threads: a hint may wait (for a queue of the disk, for the host's own extent map), so :class:`Pilot` gives them from a
-thread of its own. The view's thread decides what is asked for, which alone knows the extents.
+thread of its own. The view's thread, which alone knows the extents, chooses them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Hints = list[tuple[int, list[tuple[int, int]]]]
 
 
 def plan(runs: Runs) -> Runs:
-    """In which pieces to read neighbouring segments: the span of the level that has most of them, then the others.
+    """The pieces for reading neighbouring segments: the span of the level that has most of them, then the others.
 
     A later piece lies over an earlier one.
 
@@ -60,11 +60,11 @@ class Pilot:
 
     @property
     def busy(self) -> bool:
-        """Whether it is behind."""
+        """Whether the queue is full."""
         return self._queue.qsize() >= _QUEUE
 
     def give(self, hints: Hints) -> None:
-        """Any thread."""
+        """Queue hints; any thread."""
         if self._thread is None:
             thread = Thread(self._run, "cowfs-row-ahead")
             if not thread.start():
@@ -83,7 +83,7 @@ class Pilot:
                 os.close(fd)
 
     def close(self) -> None:
-        """Finish what was given, and end."""
+        """Finish the queued hints, and end."""
         if self._thread is not None:
             self._queue.put(None)
             self._thread.join()
@@ -91,7 +91,7 @@ class Pilot:
 
 
 class Readable(Protocol):
-    """The file that is read, as far as it is asked here."""
+    """The interface of the file for this module."""
 
     size: int
 
@@ -99,16 +99,16 @@ class Readable(Protocol):
     def pilot(self) -> Pilot: ...
 
     def hints(self, start: int, end: int) -> Hints:
-        """The hints for the host when [start, end) will be read."""
+        """The hints for the host before a read of [start, end)."""
 
 
 class Ahead:
-    """How far ahead one file was asked for. Owner: the view's thread.
+    """The state of reading ahead in one file. Owner: the view's thread.
 
     Attributes:
-        next: where the last read ended.
-        asked: how far was asked for; 0 while nothing is.
-        window: bytes asked for ahead of the reader, the last time.
+        next: the end of the last read.
+        asked: the end of the requested range; 0 if there is none.
+        window: bytes of the last request ahead of the reader.
         cold: a read in another thread had to wait for the disk (set there).
     """
 
@@ -121,16 +121,16 @@ class Ahead:
         self.window = 0
 
     def met_cold(self) -> None:
-        """A read had to wait for the disk; any thread."""
+        """Note that a read had to wait for the disk; any thread."""
         self.cold = True
 
     def was_cold(self) -> bool:
-        """Whether one had to since this was asked last."""
+        """Whether a read had to wait since the last call."""
         cold, self.cold = self.cold, False
         return cold
 
     def follow(self, chain: Readable, offset: int, end: int) -> bool:
-        """[offset, end) is going to be read. Returns whether that goes on where the last read ended."""
+        """Note a read of [offset, end). Returns whether it follows the last one."""
         sequential = self.next <= offset <= max(self.next, self.asked)
         if not sequential:
             self.asked = self.window = 0
@@ -140,7 +140,7 @@ class Ahead:
         return sequential
 
     def wait(self, chain: Readable, offset: int, end: int) -> None:
-        """A read in sequence has to wait for the disk: begin."""
+        """Begin to read ahead, since a read in sequence has to wait for the disk."""
         if not self.asked:
             self.window = end - offset
             self._ask(chain, offset, end)

@@ -1,15 +1,15 @@
 """Redirect-on-write: a written lower file gets a redirect file that stores only the blocks written.
 
 Strategy. The rest of the view knows a redirect file as a node whose ``data`` answers for itself
-(:class:`~cowfs.row.file.RowFile`). Here is what connects the two: finding redirect files when names are looked
-up, following their chains down the layers, making one at the first change, and keeping maps in step with the disk.
+(:class:`~cowfs.row.file.RowFile`). This module connects the two: finding redirect files when names are looked up,
+following their chains down the layers, making one at the first change, and keeping maps in step with the disk.
 
-A layer that may hold redirect files is marked on its root, so a stack is read right whatever the options are; and
-what is written over such a layer is redirected, too.
+A layer that may hold redirect files is marked on its root, so any options read a stack right; and changes over such a
+layer are redirected, too.
 
-Durability. fsync of a file brings its data to the disk, then marks the map, then brings the map there. For what nobody
-syncs a thread does the same every few seconds, so that a file is as safe here as on a host that writes back by
-itself. A volatile view only marks, when it is closed.
+Durability. fsync of a file brings its data to the disk, then marks the map, then brings the map there. For files
+without fsync a thread does the same every few seconds, so that a file is as safe here as on a host with write-back. A
+volatile view only marks, when it is closed.
 
 Threads: the view's thread owns all of it but :class:`~cowfs.row.writeback.Syncer`, which gets descriptors and logs of its own.
 """
@@ -59,7 +59,7 @@ class Rows(Redirects):
         self.view = view
         self.block = view.options.row or DEFAULT_BLOCK
         check_block(self.block)
-        row_map.boot_id()  # read once, before somebody waits for it
+        row_map.boot_id()  # read once, before a request needs it
         self._marked: dict[Layer, bool] = {}
         self._maps: dict[Layer, int] = {}
         self.syncer = Syncer(view.must_sync, view.share.maps)
@@ -142,23 +142,23 @@ class Rows(Redirects):
         return file
 
     def resolve(self, file: Chain) -> None:
-        """Give a file its chain: the levels beneath and who holds what."""
+        """Give a file its chain: the levels beneath and the owner of each extent."""
         assert file.ref is not None
         try:
             own = self._read_map(file.layer, file.ref)
         except FileNotFoundError:
-            if not self._redirected(file):  # it was compacted since it was looked up: all of it is its own
+            if not self._redirected(file):  # it was compacted since the look-up: all of it is its own
                 file.stand_alone()
                 return
             raise _no_map(file.ref, file.node.name) from None
         levels, extents = self._beneath(file.ref, file.layer)
         file.adopt(extents, levels, own)
         if own.end > own.synced and file.writable and not own.stale:
-            file.resume()  # a killed server left records that hang on this boot
+            file.resume()  # a killed server left records that are valid in this boot only
 
     def _redirected(self, file: Chain) -> bool:
         """Whether a file still is a redirect file on the disk."""
-        if file.where is None and file.node.where is None:  # it lost its last name
+        if file.where is None and file.node.where is None:  # it has lost its last name
             return xattr.try_get(file.own_fd(), b"", self.view.form.row) is not None
         return self.ref_at(*file.place()) is not None
 
@@ -227,7 +227,7 @@ class Rows(Redirects):
         """A level of ``file`` is about to be opened."""
         most = self.view.share.levels
         while self._open_levels >= most and self._levels:
-            next(iter(self._levels)).release()  # in the end its own: nobody holds one across two
+            next(iter(self._levels)).release()  # at last its own: no operation holds one across two
         self._levels[file] = self._levels.get(file, 0) + 1
         self._open_levels += 1
 
@@ -282,7 +282,7 @@ class Rows(Redirects):
             self.syncer.add(log, file.own_fd())
 
     def close_log(self, file: Chain, log: Log) -> None:
-        """A file lets go of its map."""
+        """Take over the map of a file."""
         self._logs.pop(file, None)
         if not self.syncer.leave(log):
             log.close()
@@ -291,7 +291,7 @@ class Rows(Redirects):
         return self.syncer.sync
 
     def drop_map(self, layer: Layer, ref: Ref) -> None:
-        """Remove a map that nothing refers to any more; what is left over is garbage."""
+        """Remove an unreferenced map; one left over is garbage."""
         if ref.has_map:
             with contextlib.suppress(OSError):
                 os.unlink(ref.map_name, dir_fd=self.map_dir(layer))
@@ -370,7 +370,7 @@ class Rows(Redirects):
     def _take(
         self, node: Node, file: RowFile, fd: int, levels: list[Level], extents: Extents, size: int, log: Log | None
     ) -> None:
-        """The node's data is ``file`` from now on."""
+        """Make ``file`` the node's data."""
         view, old = self.view, node.data
         if isinstance(old, RowFile):
             old.release()  # they are the new file's levels, too
@@ -388,7 +388,7 @@ class Rows(Redirects):
             node.space = Blocks()
 
     def _convert(self, node: Node, size: int) -> bool:
-        """A metacopy of the upper layer becomes a redirect file where it stands."""
+        """Turn a metacopy of the upper layer into a redirect file in place."""
         view, old = self.view, node.data
         if isinstance(old, RowFile):
             old = old.behind or PLAIN
@@ -429,7 +429,7 @@ class Rows(Redirects):
         if space is not None:
             space.map_written(log.name, log.end)
         self._take(node, RowFile(self, upper, None, b"", ref), fd, levels, extents, size, log)
-        try:  # the map holds from here on, so a failure takes nothing back
+        try:  # the map is valid from here on, so a failure undoes nothing
             xattr.drop(fd, b"", view.form.redirect)
         finally:
             if space is not None:
@@ -437,7 +437,7 @@ class Rows(Redirects):
         return True
 
     def _anonymous(self, node: Node) -> bool:
-        """A lower file that lost its last name is written: it dies with the view, so nothing is recorded."""
+        """Redirect a lower file that has lost its last name; it dies with the view, so it needs no record."""
         view, work = self.view, self.view.stack.workdir
         assert work is not None
         if view.space is not None:
@@ -477,7 +477,7 @@ class Rows(Redirects):
         return absorbing.RowAbsorbing(self, node, layer, renames=renames)
 
     def make_plain(self, file: Chain) -> None:
-        """A file that shows nothing of its base any more is a plain one."""
+        """Make a file that shows nothing of its base a plain one."""
         if file.ref is not None:
             space = self.view.space
             before = space.xattrs(file.own_fd(), None) if space is not None else NOTHING
@@ -487,7 +487,7 @@ class Rows(Redirects):
         self._plain(file)
 
     def replaced(self, file: Chain, fd: int) -> None:
-        """A plain file with the same data, open as ``fd``, has taken the place of a redirect file."""
+        """Switch to the plain file with the same data, open as ``fd``, that has taken the place of a redirect file."""
         self.view.open_files.use(file.node, fd, writable=True)
         self._plain(file)
 

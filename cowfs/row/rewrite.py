@@ -1,13 +1,13 @@
 """Compaction by writing a redirect file anew: for one whose blocks lie scattered, so that it reads like a plain file.
 
-Strategy. Hosts place a written block as if what lies between would follow, and what is filled in later ends up around it: such
-a file reads at half the speed or less for as long as it lives. So its data is copied in order to a fresh file, the *twin*, in the
-work directory; that is brought to the disk, gets the file's attributes, and takes its place by one rename. The redirect file
-stays what it was until then, so a crash costs the twin and nothing else.
+Strategy. Hosts place a written block as if the blocks before it would follow, and put blocks filled in later around it:
+such a file reads at half the speed or less for ever. So its data is copied in order to a fresh file, the *twin*, in the
+work directory; that is brought to the disk, gets the file's attributes, and takes its place by one rename. The redirect
+file stays what it was until then, so a crash costs the twin and nothing else.
 
-Reading and writing go on. Writes to a part that was copied already are noted, and that part is copied again; the twin takes
-the place only when nothing was noted since it was last synced, so what anybody has synced is on the disk there, too.
-A file that is always written faster than that is compacted in place, and so is one with several names, with room reserved by
+Reading and writing go on. Writes to a part that was copied already are noted, and that part is copied again; the twin
+takes the place only if no write was noted since its last sync, so all synced data is on the disk there, too. A file
+that is always written faster than that is compacted in place, and so is one with several names, with room reserved by
 fallocate(2), or that does not fit twice within the limit.
 
 Threads: a :class:`Twin` belongs to the view's thread; a :class:`Piece` and :meth:`Twin.sync` to whoever compacts.
@@ -33,25 +33,25 @@ if TYPE_CHECKING:
 STEP: Final = 1 << 20
 #: a file with more extents than one for so many bytes lies scattered
 PIECE: Final = 1 << 20
-#: so often it is tried to catch up with who writes meanwhile
+#: the number of attempts to catch up with concurrent writers
 ROUNDS: Final = 8
 
 _PUNCH = files.FALLOC_FL_PUNCH_HOLE | files.FALLOC_FL_KEEP_SIZE
 
 
 def scattered(fd: int) -> bool:
-    """Whether a file had better be written anew. Not where the host does not say how it lies, nor with reserved room."""
-    found = files.extents(fd, sync=True)  # what is on its way to the disk looks like reserved room on ext4
+    """Whether writing a file anew pays off; False if the host does not tell its layout, or if it has reserved room."""
+    found = files.extents(fd, sync=True)  # dirty data looks like reserved room on ext4
     if found is None or any(flags & files.FIEMAP_EXTENT_UNWRITTEN for _, _, flags in found):
         return False
     return len(found) > 1 + os.fstat(fd).st_size // PIECE
 
 
 class Piece:
-    """A part of a file to be copied, once, in any thread.
+    """A part of a file to copy, once, in any thread.
 
     Attributes:
-        left: bytes that are to be copied after it.
+        left: bytes still to copy after it.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Piece:
         self.left = left
 
     def copy(self) -> int:
-        """Returns how many bytes of data that were. Raises OSError."""
+        """Copy the part. Returns the number of data bytes. Raises OSError."""
         data = memoryview(bytearray(self._end - self._start))
         self._read(data)
         for start, end in self._ranges:
@@ -76,17 +76,17 @@ class Twin:
     """The fresh file.
 
     Attributes:
-        dead: it cannot take the place any more.
+        dead: whether it can no longer take the place.
     """
 
     def __init__(self, file: RowFile) -> None:
-        """Raises OSError: what the host says to a new file."""
+        """Raises OSError: of making a file."""
         view = file.rows.view
         work = view.stack.workdir
         assert work is not None
         self._file, self._node = file, file.node
         self._view, self._work, self._space = view, work, view.space
-        self._blocks = Blocks()  # what of it is counted
+        self._blocks = Blocks()  # its counted units
         self._at = 0  # before this it is copied...
         self._now: row_map.Ranges = []  # ... but for this, which is copied in this round ...
         self._again: row_map.Ranges = []  # ... and this, in the next
@@ -98,16 +98,16 @@ class Twin:
         file.succeeded_by(self)
 
     def give_up(self) -> None:
-        """It cannot take the place any more."""
+        """Give up the replacement."""
         self.dead = True
 
     def changed(self, start: int, end: int) -> None:
-        """The file's data in [start, end) is another now."""
+        """Note a change of the file's data in [start, end)."""
         if start < self._at:
             self._again = row_map.merge([*self._again, (start, min(end, self._at))])
 
     def next(self) -> Piece | None:
-        """The piece to be copied now; ``None`` when that is all of this round. Raises ENOSPC at the limit."""
+        """The next piece to copy; ``None`` at the end of this round. Raises ENOSPC at the limit."""
         file, size = self._file, self._file.size
         if not self._usable():
             return None
@@ -148,12 +148,12 @@ class Twin:
             space.add(self._blocks.add(first, last))
 
     def sync(self) -> None:
-        """Bring it to the disk; any thread."""
+        """Bring the twin to the disk; any thread."""
         if self._view.must_sync:
             os.fsync(self._fd)
 
     def finish(self) -> bool:
-        """Take the file's place, if nothing changed in this round. Returns whether that was done. Raises OSError."""
+        """Take the file's place, if there was no write in this round. Returns whether that was done. Raises OSError."""
         file, node = self._file, self._node
         if self._again or self._now or self._at < file.size:
             self._now, self._again = row_map.merge(self._now + self._again), []
@@ -190,7 +190,7 @@ class Twin:
         os.utime(fd, ns=(st.st_atime_ns, st.st_mtime_ns))
 
     def end(self) -> None:
-        """Let go of it; unless it took the place, it is gone."""
+        """Close the twin, and delete it unless it took the place."""
         self._file.succeeded_by(None)
         if self._fd < 0:
             return

@@ -1,6 +1,6 @@
 """The view that reads every layer: the merged view of :mod:`cowfs.union`, with redirect files.
 
-This is ``cowfs.View``; whatever assembles a view for a mount, a verb of the store or a comparison makes this one.
+This is ``cowfs.View``; mounts, verbs of the store and comparisons all use it.
 """
 
 from __future__ import annotations

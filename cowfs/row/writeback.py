@@ -1,4 +1,4 @@
-"""Bringing redirect files that nobody syncs to the disk: one thread a view, that sleeps while nothing is dirty."""
+"""Bringing redirect files to the disk without fsync: one thread a view, which sleeps while nothing is dirty."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ class Syncer:
     """Brings dirty files to the disk every few seconds. Its lock guards ``dirty`` only.
 
     Args:
-        durable: whether there is anything to bring to the disk; a volatile view only marks.
-        most: how many files may be dirty before a writer waits.
+        durable: whether files must reach the disk; a volatile view only marks.
+        most: the number of dirty files from which on a writer waits.
     """
 
     def __init__(self, durable: bool, most: int = 4 * _MOST_DIRTY) -> None:
         self.durable = durable
         self._most = most
         self._many = min(_MOST_DIRTY, most // 2)
-        self.dirty: dict[Log, int] = {}  # log -> a descriptor of the data, ours; -1 where none is needed
-        self.orphaned: set[Log] = set()  # to be closed once they are clean
+        self.dirty: dict[Log, int] = {}  # log -> a descriptor of the data, owned here; -1 if none is needed
+        self.orphaned: set[Log] = set()  # to close once they are clean
         self._lock = threading.Lock()
         self._round = threading.Lock()
         self._wake = threading.Event()
@@ -36,7 +36,7 @@ class Syncer:
         self._thread: Thread | None = None
 
     def add(self, log: Log, data_fd: int) -> None:
-        """A record was appended to a map that was clean."""
+        """Add a map that was clean before a record was appended."""
         if not self.durable:
             with self._lock:
                 self.dirty[log] = -1
@@ -52,7 +52,7 @@ class Syncer:
             os.close(fd)
         if self._thread is None:
             thread = Thread(self._run, "cowfs-row-sync")
-            if thread.start():  # else the next one tries again, and writers sync when many are dirty
+            if thread.start():  # else the next call tries again, and writers sync when many are dirty
                 self._thread = thread
         if many or len(self.dirty) == 1:
             self._wake.set()
@@ -61,17 +61,17 @@ class Syncer:
         while not self._ended:
             self._wake.wait(INTERVAL if self.dirty else None)
             if self._wake.is_set() and not self._ended and len(self.dirty) <= self._many:
-                self._wake.clear()  # something is dirty now: give it a while
+                self._wake.clear()  # a file is dirty now: wait a while
                 continue
             self._wake.clear()
             if not self._ended:
                 try:
                     self.sync()
-                except (OSError, MemoryError):  # it is tried again; fsync reports it to whoever asks
+                except (OSError, MemoryError):  # try again; fsync reports the error to its caller
                     self._wake.wait(INTERVAL)
 
     def sync(self, logs: Iterable[Log] | None = None) -> None:
-        """One round, of all or of some; any thread. Raises OSError after all were tried."""
+        """Do one round, of all files or of some; any thread. Raises OSError after all were tried."""
         failure: OSError | None = None
         with self._round:
             with self._lock:
@@ -83,7 +83,7 @@ class Syncer:
                         os.fsync(fd)
                 except OSError as error:
                     failure = error
-                    log.fail(error)  # whoever calls fsync is told
+                    log.fail(error)  # fsync reports it to its caller
                 try:
                     log.mark_synced(upto)
                     if logs is not None:
@@ -105,7 +105,7 @@ class Syncer:
             raise failure
 
     def leave(self, log: Log) -> bool:
-        """Nobody else needs the log any more. Returns whether it will be closed here."""
+        """Leave an unneeded log here. Returns whether it will be closed here."""
         with self._lock:
             if log not in self.dirty:
                 return False
@@ -118,7 +118,7 @@ class Syncer:
             return True
 
     def take_back(self, name: bytes) -> Log | None:
-        """The log of that map, if it was left here and is not clean yet: a second one would not know its end."""
+        """The log of a map, if it was left here and is not clean yet: a second one would not know its end."""
         with self._lock:
             for log in self.orphaned:
                 if log.name == name:
@@ -127,7 +127,7 @@ class Syncer:
         return None
 
     def close(self) -> None:
-        """A last round, and the end of the thread."""
+        """Do a last round, and end the thread."""
         self._ended = True
         self._wake.set()
         if self._thread is not None:

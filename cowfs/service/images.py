@@ -42,8 +42,8 @@ class Image:
 
     Attributes:
         id: ``sha256:...`` of the configuration. document: the configuration, byte for byte.
-        snapshot: its top snapshot. tags: familiar names. digests: names by digest. anchored: whether whether it has a
-            tag that is its id.
+        snapshot: its top snapshot. tags: familiar names. digests: names by digest. anchored: whether it
+            has a tag that is its id.
         tagged: when it was tagged last, nanoseconds since 1970.
     """
 

@@ -1,4 +1,4 @@
-"""The store of snapshots. Start with :mod:`cowfs.store.snapshots`; :mod:`cowfs.store.staging` says what survives a kill.
+"""The store of snapshots. :mod:`cowfs.store.services` is the map of its parts; :mod:`cowfs.store.staging` says what survives a kill.
 
 :class:`Store` is imported when it is first asked for: a mount's server needs only :mod:`cowfs.mounting.index_view`.
 """

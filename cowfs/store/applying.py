@@ -1,9 +1,4 @@
-"""Layer archives into a snapshot, and what is kept of them.
-
-A layer that came from an archive is exported as that archive, byte for byte: its headers are kept beside the layer
-(``cowfs-headers``), and the row has the diff id. A row gets it only if nothing in the layer has changed since: no
-ctime is later than the one of ``cowfs-applied``, which is the very file that was made then.
-"""
+"""Layer archives into a snapshot. :mod:`cowfs.store.archived` has what is kept of them."""
 
 from __future__ import annotations
 
@@ -11,42 +6,33 @@ import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, BinaryIO
 
-from cowfs import archive, images
-from cowfs.index.database import Row
-from cowfs.index.directory import DIGEST, Pair, Records
-from cowfs.store.checking import UpkeepVerbs
+from cowfs import archive
+from cowfs.index.directory import DIGEST
+from cowfs.store.archived import APPLIED, HEADERS, forget
 from cowfs.store.digest_table import ByInode
-from cowfs.store.layers import (
-    UNKNOWN,
-    KeptDigests,
-    SameData,
-    hold,
-    mark_time,
-    marked_time,
-    settle_times,
-    unmark,
-    untouched,
-)
+from cowfs.store.layers import UNKNOWN, KeptDigests, hold, mark_time, settle_times, untouched
 from cowfs.store.reserve import names_full
 from cowfs.sys import xattr
 from cowfs.sys.faults import point
-from cowfs.sys.regular import read_small
 
 if TYPE_CHECKING:
-    from cowfs.index import scan
-    from cowfs.store.content import IndexedTree
+    from cowfs.store.context import Context
+    from cowfs.store.lookup import Lookup
+    from cowfs.store.scanning import Scanning
 
-__all__ = ["APPLIED", "HEADERS", "ArchiveVerbs", "Progress", "counter"]
-
-HEADERS = "cowfs-headers"
-APPLIED = "cowfs-applied"
+__all__ = ["Applying", "Progress", "counter"]
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is (0: not known)."""
 
 
-class ArchiveVerbs(UpkeepVerbs):
-    """apply, and the ids that come of it."""
+class Applying:
+    """Layer archives, unpacked into active snapshots and into layers that are being made."""
+
+    def __init__(self, context: Context, lookup: Lookup, scanning: Scanning) -> None:
+        self.context = context
+        self._lookup = lookup
+        self._scanning = scanning
 
     @names_full
     def apply(
@@ -58,43 +44,27 @@ class ArchiveVerbs(UpkeepVerbs):
         diff_id: str | None = None,
         progress: Progress | None = None,
     ) -> archive.Applied:
-        """Unpack an OCI layer tar into an active snapshot.
-
-        Args:
-            key: an active snapshot that nobody has mounted.
-            stream: the archive, plain or compressed; a pipe will do.
-            options: bounds, and what to do without privilege.
-            diff_id: what its digest must be.
-            progress: told how much was read.
-
-        Raises:
-            NotFound: no such key.
-            FailedPrecondition: not active, or mounted.
-            InvalidArgument: the archive is damaged or hostile; the message names the entry.
-            Corrupt: another digest than asked for.
-
-        After an error the snapshot holds a part of the archive.
-        """
-        row = self._active(key)
-        with hold(self.driver, row, "apply to"):
-            row = self._active(key, row.num)
-            fresh = untouched(self.driver, row.id)
-            _forget(self.driver.directory(row.id))
-            above = self.index.by_num(row.parent) if row.parent is not None else None
-            applied, digests = self._unpack(
-                row.id, stream, self._content_of(above), options, diff_id, counter(progress, key)
+        """As :meth:`cowfs.Store.apply`."""
+        row = self._lookup.active(key)
+        with hold(self.context.driver, row, "apply to"):
+            row = self._lookup.active(key, row.num)
+            fresh = untouched(self.context.driver, row.id)
+            forget(self.context.driver.directory(row.id))
+            above = self.context.index.by_num(row.parent) if row.parent is not None else None
+            applied, digests = self.unpack(
+                row.id, stream, self._scanning.content_of(above), options, diff_id, counter(progress, key)
             )
             point("apply.unpacked")
-            settle_times(self.driver)
-            KeptDigests.save(self.driver, row.id, digests)
+            settle_times(self.context.driver)
+            KeptDigests.save(self.context.driver, row.id, digests)
             if fresh:
-                mark_time(self.driver, f"{self.driver.directory(row.id)}/{APPLIED}", applied.diff_id)
+                mark_time(self.context.driver, f"{self.context.driver.directory(row.id)}/{APPLIED}", applied.diff_id)
             else:
-                _forget(self.driver.directory(row.id))
+                forget(self.context.driver.directory(row.id))
             point("apply.synced")
         return applied
 
-    def _unpack(
+    def unpack(
         self,
         id: str,
         stream: BinaryIO,
@@ -106,7 +76,7 @@ class ArchiveVerbs(UpkeepVerbs):
         budget: archive.Budget | None = None,
     ) -> tuple[archive.Applied, ByInode]:
         """Unpack into a layer; the digests of the files by inode."""
-        directory, tree = self.driver.directory(id), self.driver.tree(id)
+        directory, tree = self.context.driver.directory(id), self.context.driver.tree(id)
         digests = ByInode(DIGEST)
 
         def on_inode(inode: int, digest: str) -> None:
@@ -116,12 +86,12 @@ class ArchiveVerbs(UpkeepVerbs):
             from cowfs.store.owners import mark
 
             mark(directory, options.owners)
-        with self.driver.open_tree(id), open(f"{directory}/{HEADERS}", "w+b") as log:
+        with self.context.driver.open_tree(id), open(f"{directory}/{HEADERS}", "w+b") as log:
             applied = archive.apply_layer(
                 stream,
                 tree,
-                form="plain" if self.driver.capabilities.whole else self.driver.form.name,
-                lower=_RootOnly(tree) if self.driver.capabilities.whole and lower is not None else lower,
+                form="plain" if self.context.driver.capabilities.whole else self.context.driver.form.name,
+                lower=_RootOnly(tree) if self.context.driver.capabilities.whole and lower is not None else lower,
                 options=options,
                 log=log,
                 on_inode=on_inode,
@@ -131,36 +101,9 @@ class ArchiveVerbs(UpkeepVerbs):
                 budget=budget,
             )
             log.flush()
-            if self.driver.fsync:
+            if self.context.driver.fsync:
                 os.fsync(log.fileno())
         return applied, digests
-
-    def _content(self, root: Pair, records: Records) -> IndexedTree:
-        """A tree as archives want to read it."""
-        from cowfs.store.content import IndexedTree
-        from cowfs.store.owners import Recorded
-
-        return IndexedTree(records, root, SameData(self.driver, self.index), Recorded(self.driver, self.index))
-
-    def _content_of(self, row: Row | None) -> IndexedTree | None:
-        return None if row is None or row.root is None else self._content(row.root, self.index)
-
-    def _archive_of(self, row: Row, scanned: scan.Scanned) -> tuple[str | None, str | None]:
-        """(diff id, chain id) of a layer that is exactly what one archive made it."""
-        path = f"{self.driver.directory(row.id)}/{APPLIED}"
-        mark = marked_time(self.driver, path)
-        if mark is None or scanned.latest >= mark:
-            _forget(self.driver.directory(row.id))
-            return None, None
-        diff_id = read_small(path).decode("ascii").strip()
-        return diff_id, self._chain_id(row.parent, diff_id)
-
-    def _chain_id(self, parent: int | None, diff_id: str) -> str | None:
-        """Of a layer over a snapshot; None where that has none itself (OCI image-spec, "Layer ChainID")."""
-        if parent is None:
-            return diff_id
-        above = self.index.by_num(parent).chain_id
-        return None if above is None else images.digest_of(f"{above} {diff_id}".encode())
 
 
 class _RootOnly:
@@ -200,9 +143,3 @@ def counter(progress: Progress | None, what: str, total: int = 0) -> Callable[[i
         return None
     tell = progress
     return lambda done, _entries: tell(what, done, total)
-
-
-def _forget(directory: str) -> None:
-    """The layer is no longer what one archive made it."""
-    for name in (APPLIED, HEADERS):
-        unmark(f"{directory}/{name}")

@@ -14,107 +14,98 @@ from cowfs.index.directory import Pending, decode, entries, join
 from cowfs.model import Kind, Limit
 from cowfs.row.view import View
 from cowfs.store import layers
-from cowfs.store.compacting import CompactionVerbs
 from cowfs.store.reserve import names_full
 from cowfs.sys import trees
 
 if TYPE_CHECKING:
     from cowfs.diff import blocks
+    from cowfs.store.context import Context
+    from cowfs.store.lookup import Lookup
+    from cowfs.store.reading import Reading
+    from cowfs.store.scanning import Scanning
 
-__all__ = ["BlockVerbs"]
+__all__ = ["Blocks"]
 
 _EMPTY = bytes(32)
 
 
-class BlockVerbs(CompactionVerbs):
-    """export_blocks and apply_blocks."""
+class Blocks:
+    """Block-level differences, written out and made."""
 
-    def export_blocks(self, name: str, target: BinaryIO, *, base: str | None = None) -> blocks.Counts:
-        """Write what a committed snapshot changed, block by block.
+    def __init__(self, context: Context, reading: Reading, lookup: Lookup, scanning: Scanning) -> None:
+        self.context = context
+        self._reading = reading
+        self._lookup = lookup
+        self._scanning = scanning
 
-        Args:
-            name: a committed snapshot, or a tag.
-            target: a stream; a pipe will do.
-            base: the committed snapshot that it is for; default: the parent.
-
-        Raises:
-            NotFound: no such snapshot.
-            InvalidArgument: not committed.
-            CowfsError: a file cannot be read.
-        """
+    def export_blocks(
+        self, name: str, target: BinaryIO, *, base: str | None = None, identity: bytes | None = None
+    ) -> blocks.Counts:
+        """As :meth:`cowfs.Store.export_blocks`."""
         from cowfs.diff import blocks
 
-        after = self.resolve(name)
+        after = self._reading.resolve(name)
         before: Row | None = None
         if base is not None:
-            before = self.resolve(base)
+            before = self._reading.resolve(base)
         elif after.parent is not None:
-            before = self.index.by_num(after.parent)
+            before = self.context.index.by_num(after.parent)
         for row in (after, before):
             if row is not None and row.kind is not Kind.COMMITTED:
                 raise InvalidArgument(f"{row.name!r} is not committed", remedy="use commit or snapshot first")
-        pending = Pending(self.index)
-        old = self._tree(before, pending) if before is not None else None
-        same = layers.SameData(self.driver, self.index)
-        changes = (change for change, _ in compare.changes_with_links(pending, old, self._tree(after, pending), same))
-        with self._reading(before) as a, self._reading(after) as b:
+        pending = Pending(self.context.index)
+        old = self._scanning.tree(before, pending) if before is not None else None
+        same = layers.SameData(self.context.driver, self.context.index)
+        changes = (
+            change for change, _ in compare.changes_with_links(pending, old, self._scanning.tree(after, pending), same)
+        )
+        with self._view(before) as a, self._view(after) as b:
             try:
-                return blocks.produce(a, b, changes, target, base=self._identity(before))
+                return blocks.produce(a, b, changes, target, base=identity or self.identity(before))
             except BrokenPipeError:
                 raise
             except OSError as error:
                 raise CowfsError(f"export of {name!r} stopped: {error.strerror}") from None
 
     @names_full
-    def apply_blocks(self, key: str, stream: BinaryIO) -> blocks.Counts:
-        """Make the changes of a block-level difference in an active snapshot.
-
-        Args:
-            key: an active snapshot that nobody has mounted, fresh from the tree that the stream was made against.
-            stream: what :meth:`export_blocks` wrote; a pipe will do.
-
-        Raises:
-            NotFound: no such key.
-            FailedPrecondition: not active, mounted, or of another parent than the stream is for.
-            Corrupt, InvalidArgument: the stream is damaged or hostile. Part of it may have been applied.
-            LimitExceeded: the snapshot's limit; likewise.
-        """
+    def apply_blocks(self, key: str, stream: BinaryIO, *, identity: bytes | None = None) -> blocks.Counts:
+        """As :meth:`cowfs.Store.apply_blocks`."""
         from cowfs.diff import blocks
 
-        row = self._active(key)
-        with layers.hold(self.driver, row, "apply to"):
-            row = self._active(key, row.num)
-            parent = self.index.by_num(row.parent) if row.parent is not None else None
+        row = self._lookup.active(key)
+        with layers.hold(self.context.driver, row, "apply to"):
+            row = self._lookup.active(key, row.num)
+            parent = self.context.index.by_num(row.parent) if row.parent is not None else None
             below = (
                 []
-                if self.driver.capabilities.whole
-                else [self.driver.tree(id) for _, id in self.index.chain(row.parent)]
+                if self.context.driver.capabilities.whole
+                else [self.context.driver.tree(id) for _, id in self.context.index.chain(row.parent)]
             )
             view = View(
-                below or [f"{self.root}/empty"],
-                self.driver.tree(row.id),
-                self.driver.work(row.id),
-                options=self._options(row.limit if not self.driver.capabilities.whole else Limit()),
+                below or [f"{self.context.root}/empty"],
+                self.context.driver.tree(row.id),
+                self.context.driver.work(row.id),
+                options=self._options(row.limit if not self.context.driver.capabilities.whole else Limit()),
             )
             try:
-                counts = blocks.apply(view, stream, base=self._identity(parent))
+                counts = blocks.apply(view, stream, base=identity or self.identity(parent))
             except OSError as error:
                 raise CowfsError(f"the difference cannot be applied to {key!r}: {error.strerror}") from None
             finally:
                 view.close()
-            if self.driver.fsync:
-                trees.sync_tree(self.driver.tree(row.id))
+            if self.context.driver.fsync:
+                trees.sync_tree(self.context.driver.tree(row.id))
         return counts
 
     def _options(self, limit: Limit) -> union.Options:
         return union.Options(
-            form=self.driver.form.name,
-            row=self.driver.capabilities.row or None,
-            volatile=not self.driver.fsync,
+            form=self.context.driver.form.name,
+            row=self.context.driver.capabilities.row or None,
+            volatile=not self.context.driver.fsync,
             limit=limit or None,
         )
 
-    def _identity(self, row: Row | None) -> bytes:
+    def identity(self, row: Row | None) -> bytes:
         """What two stores agree on when they hold the same tree, as far as they know it: 32 bytes.
 
         Content digests are left out, since not every store has them: names, attributes, sizes and times decide.
@@ -124,8 +115,8 @@ class BlockVerbs(CompactionVerbs):
         import hashlib
 
         digest = hashlib.sha256()
-        pending = Pending(self.index)
-        todo = [(b"", self._tree(row, pending))]
+        pending = Pending(self.context.index)
+        todo = [(b"", self._scanning.tree(row, pending))]
         while todo:
             path, pair = todo.pop()
             entry = decode(pair)
@@ -137,16 +128,17 @@ class BlockVerbs(CompactionVerbs):
         return digest.digest()
 
     @contextlib.contextmanager
-    def _reading(self, row: Row | None) -> Iterator[View]:
+    def _view(self, row: Row | None) -> Iterator[View]:
         """The view of a committed tree; without one, of an empty directory."""
-        stack = [self.driver.tree(id) for _, id in self.index.chain(row.num)] if row is not None else []
-        if self.driver.capabilities.whole:
+        stack = [self.context.driver.tree(id) for _, id in self.context.index.chain(row.num)] if row is not None else []
+        if self.context.driver.capabilities.whole:
             stack = stack[:1]
         with contextlib.ExitStack() as held:
-            if self.driver.capabilities.whole and row is not None:
-                held.enter_context(self.driver.open_tree(row.id))
+            if self.context.driver.capabilities.whole and row is not None:
+                held.enter_context(self.context.driver.open_tree(row.id))
             view = View(
-                stack or [f"{self.root}/empty"], options=union.Options(form=self.driver.form.name, readonly=True)
+                stack or [f"{self.context.root}/empty"],
+                options=union.Options(form=self.context.driver.form.name, readonly=True),
             )
             held.callback(view.close)
             yield view

@@ -1,4 +1,4 @@
-"""Looking after a store: what is garbage, what is damaged, and what can be done about it.
+"""Checking a store: what is garbage, what is damaged, and what can be done about it.
 
 Rules:
 
@@ -16,32 +16,30 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from cowfs.driver import registry
-from cowfs.driver.interface import Driver
-from cowfs.errors import Corrupt, Unsupported
+from cowfs import archive
+from cowfs.errors import Corrupt
 from cowfs.index.database import Row
 from cowfs.index.directory import Entry, Pair, Ref, children_of, decode, entries, join, root_digest
 from cowfs.model import Kind
-from cowfs.store import kernel_image, limit_loop
-from cowfs.store.layers import KeptDigests, SameData, file_digest
-from cowfs.store.mounts import MountVerbs
+from cowfs.store import kernel_image
+from cowfs.store.archived import HEADERS
+from cowfs.store.layers import KeptDigests, SameData, file_digest, unmark
 from cowfs.store.reserve import names_full
 from cowfs.store.staging import NEW, RM, orphans, sweep
-from cowfs.store.totals import Totals, sum_up
+from cowfs.sys.regular import open_regular
 
-__all__ = ["Collected", "Problem", "Report", "Totals", "UpkeepVerbs"]
+if TYPE_CHECKING:
+    from cowfs.store.archived import Archived
+    from cowfs.store.context import Context
+    from cowfs.store.exporting import Exporting
+    from cowfs.store.scanning import Scanning
+
+__all__ = ["Checking", "Problem", "Report"]
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Collected:
-    """What gc deleted: directories (relative to the store), and how many records."""
-
-    directories: tuple[str, ...] = ()
-    records: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,55 +83,20 @@ class Report:
         ]
 
 
-class UpkeepVerbs(MountVerbs):
-    """gc, check and what the store is made of."""
+class Checking:
+    """The check of a store, and its repairs."""
 
-    @names_full
-    def gc(self) -> Collected:
-        """Delete the directories and records that nothing records.
-
-        Snapshots are never deleted, whatever their names or tags.
-        """
-        directories = self._freeing(lambda: sweep(self.driver, self.index, everything=True))
-        directories += self._freeing(lambda: kernel_image.sweep(self.driver, self.index))
-        records = self._freeing(self.index.sweep)
-
-        def tell() -> None:
-            with self.index.write() as change:
-                change.record_event("store", "gc", "", {"directories": str(len(directories)), "records": str(records)})
-
-        self._freeing(tell)
-        return Collected(directories=tuple(directories), records=records)
-
-    def totals(self) -> Totals:
-        """Sum up what ``cowfs df`` shows. Only the index is read, but for active snapshots, whose layers are walked.
-
-        Raises:
-            FailedPrecondition: the store is closed.
-            OSError: a layer cannot be read.
-        """
-        return sum_up(self.root, self.index)
+    def __init__(self, context: Context, scanning: Scanning, archived: Archived, exporting: Exporting) -> None:
+        self.context = context
+        self._scanning = scanning
+        self._archived = archived
+        self._exporting = exporting
 
     @names_full
     def check(self, *, content: bool = False, repair: bool = False, progress: Progress | None = None) -> Report:
-        """Verify the store.
-
-        Args:
-            content: also read every file whose digest is known, and list those without one; make archives again whose diff
-                ids are kept, compare whole layers with their records, look for broken links (:mod:`cowfs.store.damage`).
-            repair: delete garbage, rebuild records, record a whole layer as it is, forget a diff id that is wrong, put in
-                quarantine what cannot be helped.
-            progress: told how far it is.
-
-        Returns:
-            The report; an intact store has no ``problems``.
-
-        Raises:
-            Corrupt: the index itself is damaged.
-            OSError: a layer cannot be read.
-        """
+        """As :meth:`cowfs.Store.check`."""
         if repair:
-            return self._freeing(lambda: self._check(content, repair, progress))
+            return self.context.freeing(lambda: self._check(content, repair, progress))
         return self._check(content, repair, progress)
 
     def _check(self, content: bool, repair: bool, progress: Progress | None) -> Report:
@@ -141,7 +104,7 @@ class UpkeepVerbs(MountVerbs):
         self._check_database(report)
         self._check_garbage(report, repair)
         if content:
-            for path, what in kernel_image.damaged(self.driver):
+            for path, what in kernel_image.damaged(self.context.driver):
                 if repair:
                     os.unlink(path)
                 report.problems.append(
@@ -152,7 +115,7 @@ class UpkeepVerbs(MountVerbs):
                         repaired="removed: it is made again" if repair else "",
                     )
                 )
-        rows = list(self.index.rows())
+        rows = list(self.context.index.rows())
         good: dict[bytes, bool] = {}
         bad: dict[int, str] = {}
         for at, row in enumerate(rows):
@@ -177,25 +140,25 @@ class UpkeepVerbs(MountVerbs):
         return report
 
     def _check_database(self, report: Report) -> None:
-        for line in self.index.damage_of_file():
+        for line in self.context.index.damage_of_file():
             report.problems.append(Problem(kind="index", name="", what=f"the index is damaged: {line}"))
 
     def _check_garbage(self, report: Report, repair: bool) -> None:
-        lost = [f"layers/{id}" for id in orphans(self.driver, self.index)]
-        lost += [name for name in os.listdir(self.root) if name.startswith((NEW, RM))]
+        lost = [f"layers/{id}" for id in orphans(self.context.driver, self.context.index)]
+        lost += [name for name in os.listdir(self.context.root) if name.startswith((NEW, RM))]
         if repair and lost:
-            gone = {name.removeprefix(RM) for name in sweep(self.driver, self.index, everything=True)}
+            gone = {name.removeprefix(RM) for name in sweep(self.context.driver, self.context.index, everything=True)}
         else:
             gone = set()
         for name in lost:
-            done = "deleted" if not os.path.lexists(f"{self.root}/{name}") and gone else ""
+            done = "deleted" if not os.path.lexists(f"{self.context.root}/{name}") and gone else ""
             report.problems.append(
                 Problem(kind="garbage", name="", what=f"{name}: no snapshot records this directory", repaired=done)
             )
 
     def _check_row(self, report: Report, row: Row, good: dict[bytes, bool], repair: bool) -> str | None:
         """Check a snapshot's layer and records; why it cannot be used, or None."""
-        found = self.driver.check(row.id)
+        found = self.context.driver.check(row.id)
         for what in found:
             report.problems.append(Problem(kind="layer", name=row.name, what=what))
         if found:
@@ -218,7 +181,7 @@ class UpkeepVerbs(MountVerbs):
         import hashlib
 
         todo = [root]
-        with self.index.read():
+        with self.context.index.read():
             while todo:
                 digest = todo.pop()
                 if digest in good:
@@ -226,12 +189,12 @@ class UpkeepVerbs(MountVerbs):
                         return digest
                     continue
                 try:
-                    data = self.index.record(digest)
+                    data = self.context.index.record(digest)
                 except Corrupt:
                     good[digest] = False
                     return digest
                 report.records += 1
-                children = self.index.record_children(digest)
+                children = self.context.index.record_children(digest)
                 sound = hashlib.sha256(data).digest() == digest
                 below = children_of(data) if sound else []
                 if not sound or (children is not None and children != b"".join(below)):
@@ -245,26 +208,26 @@ class UpkeepVerbs(MountVerbs):
         """Make a snapshot's records anew from its layer; whether they are the ones that the row names."""
         for links in (True, False):  # as cowfs records a tree, and as it did before 2026-12
             try:
-                scanned = self._scan(row, KeptDigests.load(self.driver, row.id), links=links)
+                scanned = self._scanning.scan_row(row, KeptDigests.load(self.context.driver, row.id), links=links)
             except (Corrupt, OSError):
                 return False
             if scanned.root == row.root:
-                with self.index.write() as change:
+                with self.context.index.write() as change:
                     change.replace_records(scanned.pending.new)
                 return True
         return False
 
-    def _check_content(self, report: Report, row: Row, repair: bool) -> None:
+    def _check_layer(self, report: Report, row: Row, repair: bool) -> None:
         from cowfs.store import damage
 
-        parent = self.index.by_num(row.parent).root if row.parent is not None else None
-        data = SameData(self.driver, self.index)
+        parent = self.context.index.by_num(row.parent).root if row.parent is not None else None
+        data = SameData(self.context.driver, self.context.index)
         assert row.root is not None
         root: Pair = row.root
-        if self.driver.capabilities.whole:
+        if self.context.driver.capabilities.whole:
             root = self._check_whole(report, row, parent, repair)
         elif damage.is_old(root):
-            for what in damage.several_with_one_number(self.index, parent, root):
+            for what in damage.several_with_one_number(self.context.index, parent, root):
                 report.problems.append(Problem(kind="links", name=row.name, what=what))
         for path, where, entry in self._own_files(row.num, parent, root):
             report.files += 1
@@ -283,18 +246,43 @@ class UpkeepVerbs(MountVerbs):
                 what = f"{os.fsdecode(path)!r} in layer {row.id} is not what was committed"
                 report.problems.append(Problem(kind="content", name=row.name, what=what))
 
+    def _check_content(self, report: Report, row: Row, repair: bool) -> None:
+        """Verify a layer; and that one that leaves as its archive is that archive."""
+        self._check_layer(report, row, repair)
+        if not self._archived.is_archived(row):
+            return
+        try:
+            with open(os.devnull, "wb") as nowhere:
+                self._exporting.write_layer(row, nowhere, "none", None)
+            left = self._not_deleted(row)
+        except Corrupt as error:
+            why = error.message
+        else:
+            if not left:
+                return
+            more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+            why = f"{os.fsdecode(left[0])!r}{more} should be deleted; import the image again"
+        done = ""
+        if repair:
+            with self.context.index.write() as change:
+                change.forget_archive(row.num)
+            unmark(f"{self.context.driver.directory(row.id)}/{HEADERS}")
+            done = "its diff id is forgotten"
+        what = f"layer {row.id} is not the archive {row.diff_id}: {why}"
+        report.problems.append(Problem(kind="archive", name=row.name, what=what, repaired=done))
+
     def _check_marks(self, report: Report, row: Row) -> None:
         """Writes that a mark hides. Only a user can tell what is to be kept: a repair leaves them."""
         from cowfs.store import damage
 
-        if self.driver.capabilities.whole:
+        if self.context.driver.capabilities.whole:
             return
-        trees = [self.driver.tree(id) for _, id in self.index.chain(row.num)]
+        trees = [self.context.driver.tree(id) for _, id in self.context.index.chain(row.num)]
         try:
-            for path in damage.unseen(trees, self.driver.form):
+            for path in damage.unseen(trees, self.context.driver.form):
                 what = (
                     f"{os.fsdecode(path)!r} holds writes that no mount shows, since a mark could not be removed;"
-                    f" they are in {self.driver.tree(row.id)}"
+                    f" they are in {self.context.driver.tree(row.id)}"
                 )
                 report.problems.append(Problem(kind="content", name=row.name, what=what))
         except OSError as error:
@@ -310,10 +298,10 @@ class UpkeepVerbs(MountVerbs):
         from cowfs.store import damage
 
         assert row.root is not None
-        found = damage.compare_whole(self.driver, self.index, row, parent)
+        found = damage.compare_whole(self.context.driver, self.context.index, row, parent)
         mends = bool(repair and found.lines and found.mendable)
         if mends:
-            with self.index.write() as change:
+            with self.context.index.write() as change:
                 change.add_records(found.scanned.pending.new)
                 change.set_root(row.num, found.scanned.root)
         done = "recorded as it is" if mends else ""
@@ -328,8 +316,8 @@ class UpkeepVerbs(MountVerbs):
         todo: list[tuple[bytes, bytes, Ref | None, Ref]] = [(b"", top.base or b"", before, top.ref)]
         while todo:
             path, base, old_ref, ref = todo.pop()
-            old = entries(self.index, old_ref.storage) if old_ref is not None else {}
-            for name, pair in entries(self.index, ref.storage).items():
+            old = entries(self.context.index, old_ref.storage) if old_ref is not None else {}
+            for name, pair in entries(self.context.index, ref.storage).items():
                 was = old.get(name)
                 if was == pair:
                     continue
@@ -344,9 +332,17 @@ class UpkeepVerbs(MountVerbs):
                 elif entry.layer == num and entry.type == 0o100000 and not entry.flags:
                     yield join(path, name), implied if entry.path is None else entry.path, entry
 
+    def _not_deleted(self, row: Row) -> list[bytes]:
+        """Paths of a snapshot that the archive of its layer deletes. Raises Corrupt."""
+        from cowfs.store import damage
+
+        assert row.root is not None
+        with open(open_regular(f"{self.context.driver.directory(row.id)}/{HEADERS}"), "rb") as log:
+            return sorted(damage.not_deleted(self.context.index, row.root, lambda: archive.member_names(log)))
+
     def _quarantine(self, report: Report, rows: list[Row], bad: dict[int, str]) -> None:
         """Mark what is damaged, unmark what no longer is."""
-        with self.index.write() as change:
+        with self.context.index.write() as change:
             for row in rows:
                 why = bad.get(row.num)
                 if why != row.damage:
@@ -356,88 +352,3 @@ class UpkeepVerbs(MountVerbs):
                 report.problems[at] = Problem(
                     kind=problem.kind, name=problem.name, what=problem.what, repaired="put in quarantine"
                 )
-
-    def quarantined(self) -> list[tuple[str, str]]:
-        """List the snapshots in quarantine: those that :meth:`check` found damaged beyond repair.
-
-        Returns:
-            Pairs (key or name, why).
-
-        Raises:
-            FailedPrecondition: the store is closed.
-        """
-        return [(row.name, row.damage or "") for row in self.index.damaged()]
-
-    def _why_this_driver(self) -> str:
-        try:
-            return "; ".join(self.driver.probe(self.root).reasons)
-        except OSError as error:
-            return f"cannot be tried now: {error.strerror}"
-
-    def describe(self) -> dict[str, str]:
-        """Tell what ``cowfs info`` shows: driver, layer form, host file system, how mounts are made, and why.
-
-        Returns:
-            Texts by what they are about.
-
-        Raises:
-            FailedPrecondition: the store is closed.
-        """
-        from cowfs.model import Limit
-        from cowfs.sys import files
-
-        fd = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            host = files.fs_name(fd)
-        finally:
-            os.close(fd)
-        told = {
-            "root": self.root,
-            "driver": self.driver.name,
-            "why": self._why_this_driver(),
-            "form": self.driver.form.name,
-            "host": host,
-            "uuid": self.index.meta("uuid") or "",
-            "mounts": "fuse.cowfs (cowfs's own server)",
-        }
-        can = self.driver.capabilities
-        if can.whole:
-            told["copies"] = "share extents with the parent" if can.reflink else "take the room of their data"
-        sample = self.driver.mounts("sample", ["below"] if not can.whole else [], limit=Limit())[0]
-        told["records"] = sample.type
-        told["kernel mounts"] = kernel_image.how(self.driver)
-        told["limits"] = _limits(self.driver)
-        told |= self.driver.explain()
-        return told
-
-    def alternatives(self, *, possible: bool = True) -> dict[str, str]:
-        """Look which drivers a store in this place could have instead. Each is asked anew; nothing is changed.
-
-        Args:
-            possible: False: those that it could not have.
-
-        Returns:
-            What each says of this place, by name; for one that is not possible the reason.
-
-        Raises:
-            FailedPrecondition: the store is closed.
-        """
-        try:
-            probes = registry.choose(self.root)[1]
-        except (OSError, Unsupported):
-            return {}
-        return {
-            name: "; ".join(probe.reasons)
-            for name, probe in sorted(probes.items())
-            if probe.usable == possible and name != self.driver.name
-        }
-
-
-def _limits(driver: Driver) -> str:
-    """Which engines hold limits here, for people."""
-    if driver.capabilities.own_limit:
-        return "the driver's own, whoever mounts"
-    why = limit_loop.why_not(driver)
-    return "cowfs's own server; kernel mounts: " + (
-        f"none, {why}" if why else "an ext4 image of the limit's size (loop)"
-    )

@@ -12,65 +12,63 @@ from __future__ import annotations
 
 import contextlib
 import os
+from typing import TYPE_CHECKING
 
 from cowfs.driver.interface import Driver
 from cowfs.errors import NotFound
 from cowfs.index.database import Row
 from cowfs.model import Info, Kind, Mount
 from cowfs.store.layers import PLAIN, is_locked, kernel_mount_of
-from cowfs.store.live import LiveVerbs
+from cowfs.store.lookup import must_be_mountable
 
-__all__ = ["EngineVerbs"]
+if TYPE_CHECKING:
+    from cowfs.store.context import Context
+    from cowfs.store.lookup import Lookup
+    from cowfs.store.plans import Plans
+
+__all__ = ["Engines"]
 
 
-class EngineVerbs(LiveVerbs):
+class Engines:
     """Records for engines; look-up by directory."""
 
+    def __init__(self, context: Context, lookup: Lookup, plans: Plans) -> None:
+        self.context = context
+        self._lookup = lookup
+        self._plans = plans
+
     def engine_mounts(self, key: str) -> tuple[Mount, ...]:
-        """How an engine may mount an active snapshot or a view: records that it may extend with options of its own.
-
-        A bind of the only directory; the kernel's overlayfs; or, where there is a limit or a layer that such a mount could not
-        read, a record of the type ``fuse.cowfs-overlayfs``.
-
-        Raises:
-            NotFound: no such key.
-            FailedPrecondition: a committed snapshot.
-        """
-        row = self._keyed(key)
-        self._mountable(row)
-        id, *parents = [id for _, id in self.index.chain(row.num)]
-        plan = self.driver.plan(id, parents, readonly=row.kind is Kind.VIEW, limit=row.limit.over(row.base))
-        plain = self.driver.capabilities.whole or (
+        """As :meth:`cowfs.Store.engine_mounts`."""
+        row = self._lookup.keyed(key)
+        must_be_mountable(row)
+        id, *parents = [id for _, id in self.context.index.chain(row.num)]
+        plan = self.context.driver.plan(id, parents, readonly=row.kind is Kind.VIEW, limit=row.limit.over(row.base))
+        plain = self.context.driver.capabilities.whole or (
             all(self._is_plain(one) for one in parents)
             and (row.kind is Kind.VIEW or bool(plan.why_not_kernel) or self._is_plain(id) or self._mark_plain(row))
         )
-        if type(self.driver).mounts is not Driver.mounts:  # it has records of its own
-            return self._mounts(row, "fuse" if plan.why_not_kernel else "kernel")
+        if type(self.context.driver).mounts is not Driver.mounts:  # it has records of its own
+            return self._plans.records(row, "fuse" if plan.why_not_kernel else "kernel")
         record = plan.record(None if plain else "fuse", plain=True)
-        self._hand_limit(row, by_server=record.type.startswith("fuse."))
+        self._plans.hand_limit(row, by_server=record.type.startswith("fuse."))
         return (record,)
 
     def _is_plain(self, id: str) -> bool:
-        return os.path.exists(f"{self.driver.directory(id)}/{PLAIN}")
+        return os.path.exists(f"{self.context.driver.directory(id)}/{PLAIN}")
 
     def _mark_plain(self, row: Row) -> bool:
         """Mark a layer in which nobody has written yet; whether that is so."""
-        tree = self.driver.tree(row.id)
-        if os.listdir(tree) or is_locked(self.driver, row) or kernel_mount_of(tree) is not None:
+        tree = self.context.driver.tree(row.id)
+        if os.listdir(tree) or is_locked(self.context.driver, row) or kernel_mount_of(tree) is not None:
             return False
         with contextlib.suppress(FileExistsError):
-            os.close(os.open(f"{self.driver.directory(row.id)}/{PLAIN}", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+            os.close(
+                os.open(f"{self.context.driver.directory(row.id)}/{PLAIN}", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            )
         return True
 
     def at(self, path: str | os.PathLike[str]) -> Info:
-        """Find the snapshot that a directory of the host belongs to: its layer's, or a mount point of it.
-
-        Args:
-            path: any path in the layer or below the mount point.
-
-        Raises:
-            NotFound: it belongs to none of this store.
-        """
+        """As :meth:`cowfs.Store.at`."""
         from cowfs.mounting import mountpoint, protocol
 
         where = os.path.realpath(os.fspath(path))
@@ -82,8 +80,12 @@ class EngineVerbs(LiveVerbs):
         elif entry is not None and entry.fstype == "overlay":
             uppers = [one for one in entry.super_options.split(b",") if one.startswith(b"upperdir=")]
             inside = os.fsdecode(uppers[0].partition(b"=")[2]) if uppers else ""
-        before = os.path.realpath(f"{self.root}/layers") + "/"
-        row = self.index.find_id(inside.removeprefix(before).partition("/")[0]) if inside.startswith(before) else None
+        before = os.path.realpath(f"{self.context.root}/layers") + "/"
+        row = (
+            self.context.index.find_id(inside.removeprefix(before).partition("/")[0])
+            if inside.startswith(before)
+            else None
+        )
         if row is None:
-            raise NotFound(f"{where} belongs to no snapshot of the store {self.root}")
+            raise NotFound(f"{where} belongs to no snapshot of the store {self.context.root}")
         return row.info()

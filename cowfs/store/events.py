@@ -11,19 +11,26 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING
 
 from cowfs.model import Event
-from cowfs.store.snapshots import StoreCore
 
-__all__ = ["EventVerbs"]
+if TYPE_CHECKING:
+    from cowfs.store.context import Context
+
+__all__ = ["Events"]
 
 PAGE = 1000
+
 PAUSE = 0.02
 """Seconds between two looks of a follower."""
 
 
-class EventVerbs(StoreCore):
-    """events, watch."""
+class Events:
+    """The log of events, written, read and followed."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
 
     def events(
         self,
@@ -34,32 +41,18 @@ class EventVerbs(StoreCore):
         follow: bool = False,
         stop: Callable[[], bool] | None = None,
     ) -> Iterator[Event]:
-        """Events, oldest first.
-
-        Args:
-            since: not those earlier than this time, nanoseconds since 1970.
-            until: not those later than this time; a follower ends then.
-            after: not those up to this sequence number.
-            follow: go on with what happens from now on; without ``since`` and ``after`` with nothing else.
-            stop: asked by a follower about fifty times a second; a true answer ends it.
-
-        Yields:
-            Events; ``log lost`` with the attribute ``count`` in place of those that were deleted before they were read.
-
-        Raises:
-            FailedPrecondition: the store is closed.
-        """
-        first, last = self.index.event_range()
+        """As :meth:`cowfs.Store.events`."""
+        first, last = self.context.index.event_range()
         at = after if after is not None else first - 1
         if since is not None:
-            at = max(at, self.index.event_at(since), first - 1)
+            at = max(at, self.context.index.event_at(since), first - 1)
         elif after is None and follow:
             at = last
         return self._events(at, until, follow, stop)
 
     def _events(self, at: int, until: int | None, follow: bool, stop: Callable[[], bool] | None) -> Iterator[Event]:
         while True:
-            seen = self.index.changes()
+            seen = self.context.index.changes()
             for event in self._new(at):
                 if until is not None and event.time > until:
                     if not follow:
@@ -73,13 +66,13 @@ class EventVerbs(StoreCore):
                 if (stop is not None and stop()) or (until is not None and time.time_ns() >= until):
                     yield from (event for event in self._new(at) if until is None or event.time <= until)
                     return
-                if self.index.changes() != seen:
+                if self.context.index.changes() != seen:
                     break
                 time.sleep(PAUSE)
 
     def _new(self, at: int) -> Iterator[Event]:
         while True:
-            found = self.index.events(at, PAGE)
+            found = self.context.index.events(at, PAGE)
             if not found:
                 return
             if found[0].seq != at + 1:
@@ -93,30 +86,12 @@ class EventVerbs(StoreCore):
     def record_event(
         self, type: str, action: str, actor: str, attributes: Mapping[str, str] | None = None, *, at: int | None = None
     ) -> int:
-        """Add an event of something that is no change of the index itself; its sequence number.
-
-        Args:
-            type, action, actor, attributes: as in :class:`cowfs.Event`.
-            at: when it happened, nanoseconds since 1970; now by default.
-
-        Raises:
-            OSError: there is no room for it (ENOSPC, EDQUOT, EROFS).
-        """
-        with self.index.write() as change:
+        """As :meth:`cowfs.Store.record_event`."""
+        with self.context.index.write() as change:
             return change.record_event(type, action, actor, attributes, at=at)
 
     def watch(self, callback: Callable[[Event], object]) -> Callable[[], None]:
-        """Call a function with each event from now on, from a thread of its own (which a fork does not take along).
-
-        Args:
-            callback: gets each :class:`cowfs.Event`; what it raises ends the thread.
-
-        Returns:
-            A function that ends it; after it has returned no call is made any more.
-
-        Raises:
-            FailedPrecondition: the store is closed.
-        """
+        """As :meth:`cowfs.Store.watch`."""
         ended = threading.Event()
         events = self.events(follow=True, stop=ended.is_set)
 

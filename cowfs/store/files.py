@@ -7,7 +7,7 @@ the snapshot                             its files
 =======================================  =====================================================================================
 committed, or a view                     the index says where each is; its bytes come from the layer. Nothing is locked or made.
 active, and mounted                      through that mount, so that its server counts, and what it has in memory is seen
-active, and not mounted                  a view in this process (:meth:`MountVerbs.paths`); in use like a mounted one meanwhile
+active, and not mounted                  a view in this process (:meth:`cowfs.Store.paths`); in use like a mounted one meanwhile
 active, not mounted, used by another     for reading only: its own layer is read, and then as a committed one
 =======================================  =====================================================================================
 
@@ -27,33 +27,49 @@ from cowfs import archive
 from cowfs.errors import FailedPrecondition, InvalidArgument
 from cowfs.index.directory import Pending
 from cowfs.model import TYPE_NAMES, FileInfo, Kind
-from cowfs.store.applying import ArchiveVerbs
 from cowfs.store.content import IndexedTree
 from cowfs.store.layers import LayerFile, kernel_mount_of
 from cowfs.union.tree import DirTree, LowerStat, Tree, resolve
 
 if TYPE_CHECKING:
     from cowfs.index.database import Row
+    from cowfs.store.context import Context
+    from cowfs.store.lookup import Lookup
+    from cowfs.store.mounted import Mounted
+    from cowfs.store.mounts import Mounting
+    from cowfs.store.reading import Reading
+    from cowfs.store.scanning import Scanning
     from cowfs.union.path_file import Data
     from cowfs.union.transfer import Copied, Target
 
-__all__ = ["FileVerbs"]
+__all__ = ["Files"]
 
 Progress = Callable[[int, int], object]
 
 
-class FileVerbs(ArchiveVerbs):
+class Files:
     """Files by path."""
+
+    def __init__(
+        self,
+        context: Context,
+        reading: Reading,
+        lookup: Lookup,
+        scanning: Scanning,
+        mounted: Mounted,
+        mounting: Mounting,
+    ) -> None:
+        self.context = context
+        self._reading = reading
+        self._lookup = lookup
+        self._scanning = scanning
+        self._mounted = mounted
+        self._mounting = mounting
 
     @contextmanager
     def tree(self, name: str) -> Iterator[Tree]:
-        """The tree of any snapshot to read by canonical path (:class:`cowfs.union.tree.Tree`); see the table above.
-
-        Raises:
-            NotFound: no such key, name or tag.
-            Corrupt: it is in quarantine, or records are missing.
-        """
-        row = self.resolve(name)
+        """As :meth:`cowfs.Store.tree`."""
+        row = self._reading.resolve(name)
         if row.kind is not Kind.ACTIVE:
             yield self._indexed(row)
             return
@@ -65,8 +81,8 @@ class FileVerbs(ArchiveVerbs):
             yield tree
 
     def _indexed(self, row: Row) -> IndexedTree:
-        pending = Pending(self.index)
-        return self._content(self._tree(row, pending), pending)
+        pending = Pending(self.context.index)
+        return self._scanning.content(self._scanning.tree(row, pending), pending)
 
     @contextmanager
     def _target(self, row: Row) -> Iterator[Target]:
@@ -78,26 +94,26 @@ class FileVerbs(ArchiveVerbs):
         from cowfs.union.paths import PathsTarget
         from cowfs.union.transfer import DirTarget
 
-        self._active(row.name)
+        self._lookup.active(row.name)
         with ExitStack() as held:
             root = self._mounted_root(row)
             if root is not None:
                 held.callback(os.close, root)
                 yield DirTarget(root)
             else:
-                yield PathsTarget(held.enter_context(self.paths(row.name)))
+                yield PathsTarget(held.enter_context(self._mounting.paths(row.name)))
 
     def _mounted_root(self, row: Row) -> int | None:
         """A descriptor of the root of an active snapshot's mount, in whichever mount namespace; None where it is not mounted."""
         from cowfs.mounting import protocol
 
-        told = self._notice_of(row)
+        told = self._mounted.notice_of(row)
         places: list[str] = []
         device = ""
         if told is not None:
             places = [f"/proc/{told.pid}/root{told.mountpoint}", told.mountpoint]
             device = protocol.device_of(told.socket)
-        elif (where := kernel_mount_of(self.driver.tree(row.id))) is not None:
+        elif (where := kernel_mount_of(self.context.driver.tree(row.id))) is not None:
             places = [where]
         for place in places:
             with suppress(OSError):
@@ -126,27 +142,13 @@ class FileVerbs(ArchiveVerbs):
         errors: str | None = None,
         newline: str | None = None,
     ) -> IO[Any]:
-        """A file object over a file of a snapshot; close it, or use it as a context manager.
-
-        Links are followed inside the snapshot. An active snapshot that is not mounted is in use until the file is closed.
-
-        Args:
-            name: a key, name or tag; for the modes that write, the key of an active snapshot.
-            path: from the root, with or without a leading slash.
-            mode, buffering, encoding, errors, newline: as for the built-in ``open``, but that the default is ``rb``, and UTF-8 in text.
-
-        Raises:
-            NotFound: no such snapshot.
-            FileNotFoundError, IsADirectoryError, FileExistsError, OSError: as ``open``.
-            FailedPrecondition: writing to what is not active, or is in use.
-            ValueError: not a mode.
-        """
+        """As :meth:`cowfs.Store.open_file`."""
         from cowfs.union.path_file import PathFile, wrap
 
         def make(kind: str) -> PathFile:
             with ExitStack() as held:
                 writes = kind != "r"
-                tree = held.enter_context(self._target(self._keyed(name)) if writes else self.tree(name))
+                tree = held.enter_context(self._target(self._lookup.keyed(name)) if writes else self.tree(name))
                 found = resolve(tree, os.fsencode(path), last="x" not in kind)
                 data = _data(tree, found, kind, os.fsdecode(path))
                 return PathFile(data, kind, os.fsdecode(path), held=held.pop_all())
@@ -154,18 +156,7 @@ class FileVerbs(ArchiveVerbs):
         return wrap(make, mode, buffering, encoding, errors, newline)
 
     def walk_files(self, name: str, path: str | bytes = b"", *, depth: int | None = None) -> Iterator[FileInfo]:
-        """What is in a snapshot's tree: the object at ``path`` and all below it, parents first, in sorted order.
-
-        Of a committed snapshot only the index is read. Links at the end of ``path`` and below it are not followed.
-
-        Args:
-            name, path: the snapshot, and where in it.
-            depth: levels below ``path`` at most.
-
-        Raises:
-            NotFound: no such snapshot.
-            FileNotFoundError: nothing at ``path``.
-        """
+        """As :meth:`cowfs.Store.walk_files`."""
         with self.tree(name) as tree:
             top = resolve(tree, os.fsencode(path), last=False)
             todo = [(top, _stat(tree, top, path), 0)]
@@ -182,16 +173,7 @@ class FileVerbs(ArchiveVerbs):
                     todo += reversed(below)
 
     def stat_file(self, name: str, path: str | bytes, *, follow: bool = True) -> FileInfo:
-        """One object of a snapshot's tree.
-
-        Args:
-            name, path: the snapshot, and where in it.
-            follow: links at the end of ``path``, inside the snapshot.
-
-        Raises:
-            NotFound: no such snapshot.
-            FileNotFoundError: nothing at ``path``.
-        """
+        """As :meth:`cowfs.Store.stat_file`."""
         with self.tree(name) as tree:
             found = resolve(tree, os.fsencode(path), last=follow)
             return _file_info(tree, found, _stat(tree, found, path))
@@ -205,19 +187,7 @@ class FileVerbs(ArchiveVerbs):
         owners: bool = False,
         progress: Progress | None = None,
     ) -> Copied:
-        """Copy a file, or a directory with all below it, out of a snapshot to ``target`` on the host, in pieces.
-
-        What is at ``target`` is replaced, directories are merged (one at ``target`` keeps its own attributes); its parent directory must be there.
-
-        Args:
-            name, path: the snapshot, and where in it.
-            owners: keep owners, set-id bits and all extended attributes (needs root); else what is made is the caller's, with ``user.*`` only.
-            progress: told (bytes, objects) so far.
-
-        Raises:
-            NotFound: no such snapshot.
-            OSError: :func:`cowfs.union.transfer.copy`.
-        """
+        """As :meth:`cowfs.Store.copy_out`."""
         from cowfs.union.transfer import DirTarget, copy, host_end
 
         with self.tree(name) as tree, host_end(target) as (fd, own):
@@ -233,23 +203,10 @@ class FileVerbs(ArchiveVerbs):
         owners: bool = False,
         progress: Progress | None = None,
     ) -> Copied:
-        """Copy a file, or a directory with all below it, from the host to ``path`` in an active snapshot; as :meth:`copy_out`.
-
-        Args:
-            name: the key of an active snapshot.
-            source: on the host.
-            path: in the snapshot.
-            owners: keep owners, set-id bits and all extended attributes.
-            progress: told (bytes, objects) so far.
-
-        Raises:
-            NotFound: no such key.
-            FailedPrecondition: it is not active, or another verb uses it.
-            OSError: :func:`cowfs.union.transfer.copy`.
-        """
+        """As :meth:`cowfs.Store.copy_in`."""
         from cowfs.union.transfer import copy, host_end
 
-        with self._target(self._keyed(name)) as target, host_end(source) as (fd, own):
+        with self._target(self._lookup.keyed(name)) as target, host_end(source) as (fd, own):
             where = resolve(target, os.fsencode(path), last=False)
             return copy(DirTree(fd), own, target, where, owners=owners, progress=progress)
 
@@ -263,24 +220,12 @@ class FileVerbs(ArchiveVerbs):
         owners: bool = True,
         progress: Progress | None = None,
     ) -> Copied:
-        """Copy a file, or a directory with all below it, from one snapshot of this store to another, which is active; as :meth:`copy_out`.
-
-        Args:
-            name, path: the snapshot that has it, and where in it.
-            key, target: an active snapshot, and where in it.
-            owners: keep owners, set-id bits and all extended attributes.
-            progress: told (bytes, objects) so far.
-
-        Raises:
-            NotFound: no such snapshot.
-            InvalidArgument: into itself.
-            OSError: :func:`cowfs.union.transfer.copy`.
-        """
+        """As :meth:`cowfs.Store.copy_between`."""
         from cowfs.union.transfer import copy
 
         with ExitStack() as held:
-            to = held.enter_context(self._target(self._keyed(key)))
-            same = self.resolve(name).name == key
+            to = held.enter_context(self._target(self._lookup.keyed(key)))
+            same = self._reading.resolve(name).name == key
             source: Tree = to if same else held.enter_context(self.tree(name))
             top = resolve(source, os.fsencode(path), last=False)
             where = resolve(to, os.fsencode(target), last=False)
@@ -289,19 +234,7 @@ class FileVerbs(ArchiveVerbs):
             return copy(source, top, to, where, owners=owners, progress=progress)
 
     def copy_out_tar(self, name: str, path: str | bytes, out: BinaryIO, *, progress: Progress | None = None) -> None:
-        """Write what is at ``path`` in a snapshot, with all below it, as a tar whose names begin with the last one of ``path``.
-
-        Of the root, or of a path that ends in ``/.``, the names begin in that directory.
-
-        Args:
-            name, path: the snapshot, and where in it.
-            out: where the tar goes, a binary stream.
-            progress: told (bytes, objects) so far.
-
-        Raises:
-            NotFound: no such snapshot.
-            FileNotFoundError: nothing at ``path``.
-        """
+        """As :meth:`cowfs.Store.copy_out_tar`."""
         wanted = os.fsencode(path)
         with self.tree(name) as tree:
             contents = wanted.endswith(b"/.")
@@ -319,23 +252,10 @@ class FileVerbs(ArchiveVerbs):
         owners: bool = True,
         progress: Progress | None = None,
     ) -> Copied:
-        """Unpack a tar, plain or compressed, into a directory of an active snapshot; nothing in it deletes (that is :meth:`apply`).
-
-        Args:
-            key: an active snapshot.
-            stream: the tar, a binary stream.
-            path: a directory in the snapshot.
-            owners: keep owners, set-id bits and all extended attributes.
-            progress: told (bytes, objects) so far.
-
-        Raises:
-            NotFound: no such key.
-            NotADirectoryError, FileNotFoundError: no directory at ``path``.
-            InvalidArgument, LimitExceeded, OSError: :func:`cowfs.archive.files.unpack_files`.
-        """
+        """As :meth:`cowfs.Store.copy_in_tar`."""
         from cowfs.archive.files import unpack_files
 
-        with self._target(self._keyed(key)) as target:
+        with self._target(self._lookup.keyed(key)) as target:
             where = resolve(target, os.fsencode(path))
             if not stat.S_ISDIR(_stat(target, where, path).mode):
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), os.fsdecode(path))
@@ -343,13 +263,8 @@ class FileVerbs(ArchiveVerbs):
 
     @contextmanager
     def writable_tree(self, key: str) -> Iterator[Target]:
-        """The tree of an active snapshot to read and write by canonical path (:class:`cowfs.union.transfer.Target`).
-
-        Raises:
-            NotFound: no such key.
-            FailedPrecondition: it is not active, or another verb uses it.
-        """
-        with self._target(self._keyed(key)) as target:
+        """As :meth:`cowfs.Store.writable_tree`."""
+        with self._target(self._lookup.keyed(key)) as target:
             yield target
 
 

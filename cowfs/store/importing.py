@@ -13,19 +13,18 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from cowfs import archive, images
 from cowfs.errors import AlreadyExists, CowfsError, InvalidArgument, NotFound
 from cowfs.index.database import Row
 from cowfs.index.transaction import Committed, NameTaken
 from cowfs.model import Kind, Limit, Usage
-from cowfs.store.applying import Progress, counter
+from cowfs.store.applying import Applying, Progress, counter
+from cowfs.store.archived import Archived, present
 from cowfs.store.digest_table import ByInode
-from cowfs.store.exporting import ExportVerbs
 from cowfs.store.layers import known_digest, mark_copied
 from cowfs.store.names import check_name, new_id
-from cowfs.store.owners import policy_of
 from cowfs.store.reserve import FULL, names_full
 from cowfs.store.staging import Staged
 from cowfs.sys import files, trees
@@ -36,12 +35,33 @@ if TYPE_CHECKING:
 
     from cowfs.images.dockerhost import DockerHost
     from cowfs.store.content import IndexedTree
+    from cowfs.store.context import Context
+    from cowfs.store.exporting import Exporting
+    from cowfs.store.lookup import Lookup
+    from cowfs.store.naming import Naming
+    from cowfs.store.scanning import Scanning
 
-__all__ = ["ImageVerbs", "present"]
+__all__ = ["Importing"]
 
 
-class ImageVerbs(ExportVerbs):
-    """import."""
+class Importing:
+    """Images, brought in layer by layer."""
+
+    def __init__(
+        self,
+        context: Context,
+        lookup: Lookup,
+        scanning: Scanning,
+        archived: Archived,
+        naming: Naming,
+        applying: Applying,
+        exporting: Exporting,
+    ) -> None:
+        self.context = context
+        self._lookup = lookup
+        self._naming = naming
+        self._exporting = exporting
+        self._parts = _Parts(context, lookup, scanning, archived, applying)
 
     @names_full
     def import_image(
@@ -57,41 +77,19 @@ class ImageVerbs(ExportVerbs):
         progress: Progress | None = None,
         told: Callable[[str], object] | None = None,
     ) -> str:
-        """Bring in an image or a tree: a chain of snapshots named by chain id, and a tag.
-
-        Args:
-            source: an OCI layout (directory or tar), a docker-archive, a root filesystem's tar, or a plain
-                directory; a path or a stream.
-            name: the tag it gets here; default: those that the source has.
-            tag, platform: which image of the source, where it has several (:meth:`cowfs.images.ImageSource.pick`).
-            form: ``image``, ``rootfs`` or ``layer``, where looking at the source is not to decide.
-            options: bounds for its archives.
-            labels: for the snapshots that are new.
-            progress: told how far it is.
-            told: called with a line for each name of the source that was another image's tag here and moved, and for
-                each that cannot be a tag. Default: a warning.
-
-        Returns:
-            The name of its top snapshot.
-
-        Raises:
-            NotFound: no such source, or no such image in it.
-            InvalidArgument: it cannot be read, is hostile, or the tag cannot be one.
-            Corrupt: a digest does not match.
-            AlreadyExists: a snapshot has that name.
-        """
+        """As :meth:`cowfs.Store.import_image`."""
         if name is not None:
             check_name(name, "tag")
-            self._free(name, for_tag=True)
+            self._lookup.must_be_free(name, for_tag=True)
         options = options or archive.ApplyOptions()
         tell = told or _warn
-        with images.open_image(source, form=form, spool_dir=self.root, max_bytes=options.max_bytes) as opened:
+        with images.open_image(source, form=form, spool_dir=self.context.root, max_bytes=options.max_bytes) as opened:
             image = opened.pick(tag, platform=platform)
             tags = [name] if name is not None else [each for each in image.tags if _usable_tag(each, tell)]
             top, config = self._bring_in(image, tags, options, labels or {}, progress)
         for each in tags:
-            had = self.index.tag(each)
-            self.tag(each, top.name, config=config)
+            had = self.context.index.tag(each)
+            self._naming.tag(each, top.name, config=config)
             if name is None and had is not None and (had.target, had.config) != (top.name, config):
                 tell(f"the tag {each!r} was another image's ({had.target}) and names {top.name} now")
         return top.name
@@ -105,24 +103,12 @@ class ImageVerbs(ExportVerbs):
         labels: Mapping[str, str] | None = None,
         progress: Progress | None = None,
     ) -> tuple[str, str]:
-        """Bring in an image of a source that the caller has opened (or described: a registry's).
-
-        Args:
-            image: its layers are opened once each.
-            tags: what it is called here; may be none.
-            options, labels, progress: as for :meth:`import_image`.
-
-        Returns:
-            The name of its top snapshot, and its configuration ("" for a tree that is no archive).
-
-        Raises:
-            InvalidArgument, Corrupt, AlreadyExists: as :meth:`import_image`.
-        """
+        """As :meth:`cowfs.Store.import_opened`."""
         for each in tags:
             check_name(each, "tag")
         top, config = self._bring_in(image, tags, options or archive.ApplyOptions(), labels or {}, progress)
         for each in tags:
-            self.tag(each, top.name, config=config)
+            self._naming.tag(each, top.name, config=config)
         return top.name, config
 
     @names_full
@@ -136,20 +122,7 @@ class ImageVerbs(ExportVerbs):
         progress: Progress | None = None,
         told: Callable[[str], object] | None = None,
     ) -> tuple[list[str], int]:
-        """Bring over the images of an old Docker host, with the names they have there.
-
-        Args:
-            root: Docker's data directory (``/var/lib/docker``), which nobody writes meanwhile.
-            driver: of its layers: ``aufs`` or ``overlay2``.
-            options, labels, progress: as for :meth:`import_image`.
-            told: called with a line for each thing that is damaged, and what becomes of it. Default: a warning.
-
-        Returns:
-            The names of the images' top snapshots, each once, and how many lines were told.
-
-        Raises:
-            NotFound: no images of that driver there.
-        """
+        """As :meth:`cowfs.Store.import_docker_host`."""
         from cowfs.images.dockerhost import DockerHost
 
         count = 0
@@ -189,11 +162,11 @@ class ImageVerbs(ExportVerbs):
     ) -> tuple[Row, str]:
         """The layers as snapshots: the top one, and the configuration that belongs to it."""
         for each in tags:
-            self._free(each, for_tag=True)
+            self._lookup.must_be_free(each, for_tag=True)
         top = self._import_layers(image, options, labels, progress)
         config = image.config.decode()
         if any(layer.diff_id is None for layer in image.layers):
-            config = images.make_config(self._diff_ids(top), image.config).decode() if top.diff_id else ""
+            config = images.make_config(self._exporting.diff_ids(top), image.config).decode() if top.diff_id else ""
         return top, config
 
     def _import_layers(
@@ -205,8 +178,8 @@ class ImageVerbs(ExportVerbs):
     ) -> Row:
         top, start = self._already(image, options.owners)
         budget = archive.Budget(options.max_bytes)
-        jobs = [_Import(self, layer, options, budget, progress) for layer in image.layers[start:]]
-        if self.driver.capabilities.whole or len(jobs) == 1:
+        jobs = [_Import(self._parts, layer, options, budget, progress) for layer in image.layers[start:]]
+        if self.context.driver.capabilities.whole or len(jobs) == 1:
             for job in jobs:
                 with job:
                     job.unpack(top)
@@ -247,23 +220,21 @@ class ImageVerbs(ExportVerbs):
             return None, 0
         top: Row | None = None
         for count, (layer, chain_id) in enumerate(zip(image.layers, image.chain, strict=True)):
-            row = present(self, top, chain_id, layer.diff_id, owners)
+            row = present(self.context, top, chain_id, layer.diff_id, owners)
             if row is None:
                 return top, count
             top = row
         return top, len(image.layers)
 
 
-def present(store: ImageVerbs, parent: Row | None, chain_id: str, diff_id: str | None, owners: str) -> Row | None:
-    """A snapshot that is this layer, by this policy of owners, and has it on the disk.
+class _Parts(NamedTuple):
+    """The services that bring in a layer."""
 
-    After a squash others may still have its chain id.
-    """
-    driver = store.driver
-    for row in store.index.by_chain(chain_id, None if parent is None else parent.num):
-        if row.diff_id == diff_id and policy_of(driver.directory(row.id)) == owners and not driver.check(row.id):
-            return row
-    return None
+    context: Context
+    lookup: Lookup
+    scanning: Scanning
+    archived: Archived
+    applying: Applying
 
 
 class _Import:
@@ -274,13 +245,13 @@ class _Import:
 
     def __init__(
         self,
-        store: ImageVerbs,
+        parts: _Parts,
         layer: images.Layer,
         options: archive.ApplyOptions,
         budget: archive.Budget,
         progress: Progress | None,
     ) -> None:
-        self._store = store
+        self._parts = parts
         self._budget = budget
         self._layer = layer
         self._options = replace(options, whiteouts=False) if layer.whole else options
@@ -313,20 +284,20 @@ class _Import:
 
     def unpack_over(self, below: Future[Row | None]) -> None:
         """Unpack; the parent is waited for only when the archive needs it."""
-        store, driver = self._store, self._store.driver
+        parts, driver = self._parts, self._parts.context.driver
         self._staged = layer = Staged(driver, new_id())
         point("create.made")
         parent = below.result() if below.done() else None
-        chain = [id for _, id in store.index.chain(parent.num)] if parent is not None else []
+        chain = [id for _, id in parts.context.index.chain(parent.num)] if parent is not None else []
         self._copied = driver.create(layer.staged, chain, Limit())
         if driver.capabilities.whole and chain:
             mark_copied(driver, layer.staged, chain[0], only_root=False)
         point("create.filled")
         with self._layer.open() as stream:
-            self._applied, self._digests = store._unpack(
+            self._applied, self._digests = parts.applying.unpack(
                 layer.staged,
                 stream,
-                _Awaited(store, below, self._options.owners)
+                _Awaited(parts.scanning, below, self._options.owners)
                 if parent is not None or not driver.capabilities.whole
                 else None,
                 self._options,
@@ -341,10 +312,11 @@ class _Import:
 
     def commit(self, parent: Row | None, labels: Mapping[str, str]) -> Row:
         """Read it into records and write its row; if somebody else was faster, take theirs."""
-        store, driver, index, layer = self._store, self._store.driver, self._store.index, self._staged
+        parts, layer = self._parts, self._staged
+        driver, index = parts.context.driver, parts.context.index
         assert layer is not None
         diff_id: str | None = self._applied.diff_id
-        chain_id = store._chain_id(parent.num if parent is not None else None, self._applied.diff_id)
+        chain_id = parts.archived.chain_id(parent.num if parent is not None else None, self._applied.diff_id)
         assert chain_id is not None
         name = chain_id
         if self._applied.reserved:  # as a layer the same bytes would mean another tree
@@ -361,7 +333,7 @@ class _Import:
         driver.freeze(layer.staged)
         num = index.reserve()
         digests = self._digests
-        scanned = store._scan_at(
+        scanned = parts.scanning.scan_at(
             layer.staged, num, parent, lambda path, st: known_digest(digests.get(st.st_ino)), self._copied
         )
         if scanned.held is not None:
@@ -373,7 +345,7 @@ class _Import:
         try:
             with index.write() as change:
                 if parent is not None:
-                    store._parent(parent.name, parent.num)
+                    parts.lookup.parent(parent.name, parent.num)
                 change.add_snapshot(
                     num=num,
                     id=layer.id,
@@ -406,8 +378,8 @@ class _Import:
 
     def _there_already(self, parent: Row | None, name: str, chain_id: str | None, diff_id: str | None) -> Row | None:
         if chain_id is not None:
-            return present(self._store, parent, chain_id, diff_id, self._options.owners)
-        row = self._store.index.find(name)
+            return present(self._parts.context, parent, chain_id, diff_id, self._options.owners)
+        row = self._parts.context.index.find(name)
         return row if row is not None and row.kind is Kind.COMMITTED and row.parent is None else None
 
 
@@ -417,11 +389,11 @@ class _Awaited:
     Threads: belongs to the worker that unpacks the layer.
     """
 
-    def __init__(self, store: ImageVerbs, below: Future[Row | None], owners: str) -> None:
+    def __init__(self, scanning: Scanning, below: Future[Row | None], owners: str) -> None:
         # The root is root's, but ours where this user cannot give it away and no attribute records its owner.
         ours = os.geteuid() and owners != "xattr"
         self._uid, self._gid = (os.geteuid(), os.getegid()) if ours else (0, 0)
-        self._store = store
+        self._scanning = scanning
         self._below = below
         self._tree: IndexedTree | None = None
         self._lock = threading.Lock()
@@ -429,7 +401,7 @@ class _Awaited:
     def _get(self) -> IndexedTree | None:
         with self._lock:
             if self._tree is None:
-                self._tree = self._store._content_of(self._below.result())
+                self._tree = self._scanning.content_of(self._below.result())
             return self._tree
 
     def stat(self, path: bytes) -> archive.LowerStat | None:
@@ -499,4 +471,4 @@ def _usable_tag(name: str, tell: Callable[[str], object]) -> bool:
 def _warn(line: str) -> None:
     import warnings
 
-    warnings.warn(line, stacklevel=4)
+    warnings.warn(line, stacklevel=5)

@@ -14,24 +14,33 @@ import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cowfs.index.database import Row
 from cowfs.index.transaction import Committed
 from cowfs.model import Kind, Usage
 from cowfs.store import layers
-from cowfs.store.checking import UpkeepVerbs
 from cowfs.store.names import new_id
 from cowfs.store.staging import staged
 from cowfs.sys.faults import point
 
-__all__ = ["InstantVerbs"]
+if TYPE_CHECKING:
+    from cowfs.store.context import Context
+    from cowfs.store.lookup import Lookup
+    from cowfs.store.scanning import Scanning
+
+__all__ = ["Instant"]
 
 
-class InstantVerbs(UpkeepVerbs):
+class Instant:
     """Live snapshots of layers that the driver copies."""
 
-    def _snapshot_at_once(self, row: Row, name: str, labels: Mapping[str, str], server: dict[str, Any] | None) -> None:
+    def __init__(self, context: Context, lookup: Lookup, scanning: Scanning) -> None:
+        self.context = context
+        self._lookup = lookup
+        self._scanning = scanning
+
+    def snapshot(self, row: Row, name: str, labels: Mapping[str, str], server: dict[str, Any] | None) -> None:
         """Make what an active snapshot holds now a committed one.
 
         Args:
@@ -40,7 +49,7 @@ class InstantVerbs(UpkeepVerbs):
         Raises:
             NameTaken, FailedPrecondition, OSError: nothing has changed.
         """
-        driver, index = self.driver, self.index
+        driver, index = self.context.driver, self.context.index
         parent = index.by_num(row.parent) if row.parent is not None else None
         with ExitStack() as held:
             ask = None
@@ -57,8 +66,8 @@ class InstantVerbs(UpkeepVerbs):
             digests = f"{driver.directory(row.id)}/{layers.KEPT}"
             if os.path.exists(digests):  # by inode and ctime, which are the same in the copy
                 shutil.copyfile(digests, f"{driver.directory(copy.staged)}/{layers.KEPT}")
-            scanned = self._scan_at(
-                copy.staged, row.num, parent, layers.KeptDigests.load(driver, copy.staged), self._copied(row)
+            scanned = self._scanning.scan_at(
+                copy.staged, row.num, parent, layers.KeptDigests.load(driver, copy.staged), self._scanning.copied(row)
             )
             if scanned.held is not None:
                 driver.note(copy.staged, scanned.held, scanned.sums or ())
@@ -66,8 +75,8 @@ class InstantVerbs(UpkeepVerbs):
             beneath = None if parent is None else (parent.num, parent.depth)
             now = Committed(usage=scanned.usage, root=scanned.root, records=scanned.pending.new)
             with index.write() as change:
-                self._active(row.name, row.num)
-                self._free(name)
+                self._lookup.active(row.name, row.num)
+                self._lookup.must_be_free(name)
                 config, limit = index.config_of(row.num), index.by_num(row.num).limit
                 change.stand_on(row.num, beneath, base=row.base, shares_limit=row.shares_limit, id=copy.id)
                 change.commit_active(row.num, name, labels, now)
@@ -88,17 +97,17 @@ class InstantVerbs(UpkeepVerbs):
                 point("create.renamed")
         point("create.committed")
 
-    def _base_at_once(self, row: Row, ancestor: Row) -> tuple[Usage, bool]:
+    def base_at(self, row: Row, ancestor: Row) -> tuple[Usage, bool]:
         """The base of a key that is made anew of an ancestor, and whether they share a limit.
 
         What was copied at prepare, of a snapshot of the key's own; else all that the ancestor holds.
         """
         under = row
-        for num, _ in self.index.chain(row.parent):
+        for num, _ in self.context.index.chain(row.parent):
             if not under.shares_limit:
                 break
-            one = self.index.by_num(num)
+            one = self.context.index.by_num(num)
             if num == ancestor.num:
                 return row.base, True
             under = one
-        return self.driver.held(ancestor.id), False
+        return self.context.driver.held(ancestor.id), False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 from cowfs.driver.interface import Driver
 from cowfs.driver.plan import MountPlan
@@ -13,51 +14,60 @@ from cowfs.index.database import Row
 from cowfs.model import Kind, Mount
 from cowfs.store import limit_loop
 from cowfs.store.layers import hold
-from cowfs.store.queries import LookVerbs
+from cowfs.store.lookup import must_be_mountable
 from cowfs.sys import loop, mounts as sys_mounts
 
-__all__ = ["KernelMountVerbs", "mount_record"]
+if TYPE_CHECKING:
+    from cowfs.store.context import Context
+    from cowfs.store.lookup import Lookup
+    from cowfs.store.plans import Plans
+
+__all__ = ["KernelMounts", "mount_record"]
 
 
-class KernelMountVerbs(LookVerbs):
-    """What mounting by the kernel takes."""
+class KernelMounts:
+    """Mounts by the kernel."""
+
+    def __init__(self, context: Context, lookup: Lookup, plans: Plans) -> None:
+        self.context = context
+        self._lookup = lookup
+        self._plans = plans
 
     def why_not_kernel(self, key: str) -> str:
-        """Why ``mount_type="kernel"`` cannot mount a snapshot here, as this user, as far as can be told; "" where it can.
-
-        Args:
-            key: of an active snapshot or a view.
-
-        Raises:
-            NotFound: no such key.
-        """
-        row = self._keyed(key)
-        plan = self._plan(row)
+        """As :meth:`cowfs.Store.why_not_kernel`."""
+        row = self._lookup.keyed(key)
+        plan = self._plans.plan(row)
         if self._needs_engine(row):
-            return limit_loop.why_not(self.driver) or (
+            return limit_loop.why_not(self.context.driver) or (
                 "" if row.limit.bytes is not None else "it has a limit on inodes alone"
             )
         if not plan.why_not_kernel:
             return ""
-        return plan.why_not_image or loop.why_no_images(self.root, devices=bool(plan.row))
+        return plan.why_not_image or loop.why_no_images(self.context.root, devices=bool(plan.row))
 
     def _needs_engine(self, row: Row) -> bool:
         """Whether a kernel mount of a snapshot needs an engine to be kept to a limit."""
-        return bool(row.limit) and row.kind is Kind.ACTIVE and not self.driver.capabilities.own_limit
+        return bool(row.limit) and row.kind is Kind.ACTIVE and not self.context.driver.capabilities.own_limit
 
-    def _mount_kernel(self, row: Row, where: str) -> None:
-        self._mountable(row)
+    def mount(self, row: Row, where: str) -> None:
+        """Mount an active snapshot or a view by the kernel; one with a limit in an image of the limit's size.
+
+        Raises:
+            FailedPrecondition: in use, or its upper holds what the kernel cannot read.
+            Unsupported: the host, the user or the driver cannot.
+        """
+        must_be_mountable(row)
         limited = self._needs_engine(row)
-        why = limit_loop.why_not(self.driver) if limited else ""
+        why = limit_loop.why_not(self.context.driver) if limited else ""
         if why:
             raise Unsupported(f"a kernel mount with a limit is not possible: {why}", remedy="leave out --mount-type")
-        plan = self._plan(row)
+        plan = self._plans.plan(row)
         with ExitStack() as held:
-            with hold(self.driver, row, "mount", at_rest=not limited):
-                if plan.row and not plan.readonly and not limit_loop.has_image(self.driver, row.id):
+            with hold(self.context.driver, row, "mount", at_rest=not limited):
+                if plan.row and not plan.readonly and not limit_loop.has_image(self.context.driver, row.id):
                     self._refuse_redirects(row, plan.upper)
                 if limited:
-                    plan = held.enter_context(limit_loop.limited(self.driver, row.id, plan))
+                    plan = held.enter_context(limit_loop.limited(self.context.driver, row.id, plan))
             try:
                 self._mount_image(row, plan, where)
             except (
@@ -73,11 +83,13 @@ class KernelMountVerbs(LookVerbs):
                 record = plan.record("kernel")
             elif plan.row and row.parent is None and not plan.why_not_image:  # nothing beneath could be redirected
                 record = plan.kernel()
-            elif type(self.driver).plan is not Driver.plan:  # trees are there for a plan, and longer for a record
-                self._hand_limit(row, by_server=False)
-                record = self._plan(row).record("kernel")
+            elif (
+                type(self.context.driver).plan is not Driver.plan
+            ):  # trees are there for a plan, and longer for a record
+                self._plans.hand_limit(row, by_server=False)
+                record = self._plans.plan(row).record("kernel")
             else:
-                (record,) = self._mounts(row, "kernel")
+                (record,) = self._plans.records(row, "kernel")
         except Unsupported as error:
             if isinstance(no_image, OSError):
                 raise Unsupported(
@@ -97,13 +109,13 @@ class KernelMountVerbs(LookVerbs):
 
         if plan.why_not_image:
             raise Unsupported(f"no image: {plan.why_not_image}")
-        if row.parent is None or self.driver.capabilities.whole or not plan.trusted:
+        if row.parent is None or self.context.driver.capabilities.whole or not plan.trusted:
             raise Unsupported("no image: nothing is beneath it, or its layers are not deltas of the trusted form")
-        path = kernel_image.build(self.driver, self.index, self.index.by_num(row.parent))
+        path = kernel_image.build(self.context.driver, self.context.index, self.context.index.by_num(row.parent))
         with ExitStack() as held:
             devices: list[str] = []
             if plan.row:
-                devices = held.enter_context(kernel_blocks.opened_devices(path, f"{self.root}/layers"))
+                devices = held.enter_context(kernel_blocks.opened_devices(path, f"{self.context.root}/layers"))
             root = loop.image_mount(path, devices)
         try:
             sys_mounts.overlay_mount(
@@ -112,7 +124,7 @@ class KernelMountVerbs(LookVerbs):
                 None if plan.readonly else plan.upper,
                 None if plan.readonly else plan.work,
                 ("index=off", "redirect_dir=on", "metacopy=on"),
-                data=[f"{self.root}/layers"],
+                data=[f"{self.context.root}/layers"],
                 source=f"cowfs:{row.id}",
                 readonly=plan.readonly,
             )
@@ -123,7 +135,7 @@ class KernelMountVerbs(LookVerbs):
         """The kernel would show a redirect file of the upper as the sparse file that it is."""
         from cowfs.row import layer
 
-        for path, _ in layer.redirects(upper, self.driver.form):
+        for path, _ in layer.redirects(upper, self.context.driver.form):
             raise FailedPrecondition(
                 f"{row.name!r} holds redirected blocks of {os.fsdecode(path)!r}, which the kernel cannot read in an upper layer",
                 remedy=f"cowfs compact --share 0 {row.name} makes whole files of them; or commit it and mount what stands on that",

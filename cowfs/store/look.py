@@ -7,25 +7,25 @@ from __future__ import annotations
 
 import os
 
-from cowfs.index.database import Index, Row
+from cowfs.index.database import Index, Row, Tag
 from cowfs.store.opening import INDEX, default_root, make_root
 from cowfs.store.reading import Reading, must_read
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from typing import Self
 
     from cowfs.index.compare import SameData
     from cowfs.index.directory import Entry
-    from cowfs.model import Change, Usage
+    from cowfs.model import Change, Info, Usage
     from cowfs.store.store import Store
     from cowfs.store.totals import Totals
 
 __all__ = ["Look"]
 
 
-class Look(Reading):
+class Look:
     """A store opened for looking. Made by :meth:`open`; a context manager.
 
     Threads: belongs to one.
@@ -33,7 +33,7 @@ class Look(Reading):
 
     def __init__(self, root: str, index: Index, *, driver: str, fsync: bool) -> None:
         self.root = root
-        self.index = index
+        self._reading = Reading(index)
         self._driver = driver
         self._fsync = fsync
         self._store: Store | None = None
@@ -50,7 +50,7 @@ class Look(Reading):
                 index.refused
             ):  # on a full host a connection may have the file to itself: the store must not have another
                 index.close()
-                made.index = made.store().index
+                made._reading = Reading(made.store().index)
                 return made
             form = index.meta("form")
             if form is None or index.meta("driver_class") is None or driver not in ("auto", index.meta("driver")):
@@ -61,6 +61,11 @@ class Look(Reading):
             made.close()
             raise
         return made
+
+    @property
+    def index(self) -> Index:
+        """The index."""
+        return self._reading.index
 
     def store(self) -> Store:
         """The whole store, opened on first use; closed with this."""
@@ -81,6 +86,34 @@ class Look(Reading):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def resolve(self, name: str) -> Row:
+        """As :meth:`cowfs.Store.resolve`."""
+        return self._reading.resolve(name)
+
+    def stat(self, name: str) -> Info:
+        """As :meth:`cowfs.Store.stat`."""
+        return self._reading.stat(name)
+
+    def exists(self, name: str) -> bool:
+        """As :meth:`cowfs.Store.exists`."""
+        return self._reading.exists(name)
+
+    def walk(self, filters: str | Iterable[str] = (), *, reverse: bool = False) -> Iterator[Info]:
+        """As :meth:`cowfs.Store.walk`."""
+        return self._reading.walk(filters, reverse=reverse)
+
+    def walk_rows(self, filters: str | Iterable[str] = ()) -> Iterator[Row]:
+        """As :meth:`cowfs.Store.walk_rows`."""
+        return self._reading.walk_rows(filters)
+
+    def chain(self, name: str) -> list[Info]:
+        """As :meth:`cowfs.Store.chain`."""
+        return self._reading.chain(name)
+
+    def tags(self) -> list[Tag]:
+        """As :meth:`cowfs.Store.tags`."""
+        return self._reading.tags()
 
     def usage(self, name: str) -> Usage:
         """As :meth:`cowfs.Store.usage`."""

@@ -41,6 +41,7 @@ from cowfs.store.names import new_id
 from cowfs.store.opening import INDEX, default_root, must_run
 from cowfs.store.owners import mark, policy_of
 from cowfs.store.reserve import FULL, no_room
+from cowfs.store.services import Services
 from cowfs.store.staging import Staged, staged
 from cowfs.sys import atomic, files, trees
 from cowfs.sys.faults import point
@@ -49,7 +50,6 @@ from cowfs.union import Options
 
 if TYPE_CHECKING:
     from cowfs.index.scan import KnownDigest, Scanned
-    from cowfs.store.importing import ImageVerbs
 
 __all__ = ["SUFFIX", "Migrated", "migrate"]
 
@@ -95,7 +95,6 @@ class Migrated:
 
 
 def migrate(
-    store: type[ImageVerbs],
     root: str | os.PathLike[str] | None,
     to: str,
     target: str | os.PathLike[str] | None,
@@ -114,30 +113,30 @@ def migrate(
                 remedy=_ELSEWHERE,
             )
         _try_exchange(os.path.dirname(path))
-        done = _after_exchange(store, path, place, to, fsync)
+        done = _after_exchange(path, place, to, fsync)
         if done is not None:
             return done
-    with store.open(path, create=False, fsync=fsync) as source, ExitStack() as held:
+    with Services.open(path, create=False, fsync=fsync) as source, ExitStack() as held:
         _refuse(source, to)
         if not held.enter_context(turn(path, _TURN, wait=False)):
             raise FailedPrecondition(f"another process is moving the store {path}", remedy="wait for it")
-        for row in source.index.rows():
+        for row in source.context.index.rows():
             if row.kind is not Kind.COMMITTED:
-                held.enter_context(layers.hold(source.driver, row, "migrate"))
+                held.enter_context(layers.hold(source.context.driver, row, "migrate"))
         if target is None:
             must_run(registry.load(to), path)
-        with store.open(place, driver=to, fsync=fsync) as into:
+        with Services.open(place, driver=to, fsync=fsync) as into:
             try:
                 copied = _Move(source, into, cut_times).run(progress)
             except OSError as error:
                 if error.errno not in FULL:
                     raise
                 raise no_room(error, place) from error
-            count = sum(1 for _ in into.index.rows())
-        before = _facts(source.index)
+            count = sum(1 for _ in into.context.index.rows())
+        before = _facts(source.context.index)
         if target is not None:
             return Migrated(root=place, driver=to, copied=copied, snapshots=count)
-        source.index.close()  # its files are found by their path
+        source.context.index.close()  # its files are found by their path
         point("migrate.copied")
         _exchange(path, place)
         point("migrate.exchanged")
@@ -145,11 +144,11 @@ def migrate(
             if _facts(old) != before:
                 _exchange(path, place)
                 raise FailedPrecondition("the store was changed meanwhile", remedy="end who uses it, and try again")
-    _delete_old(store, path, place, fsync)
+    _delete_old(path, place, fsync)
     return Migrated(root=path, driver=to, copied=copied, snapshots=count)
 
 
-def _refuse(source: ImageVerbs, to: str) -> None:
+def _refuse(source: Services, to: str) -> None:
     """Refuse what cannot be moved.
 
     Raises:
@@ -157,16 +156,16 @@ def _refuse(source: ImageVerbs, to: str) -> None:
         Corrupt: a snapshot is in quarantine.
         FailedPrecondition: the store can only be read.
     """
-    if source.driver.name == to:
-        raise InvalidArgument(f"the store {source.root} has the driver {to} already")
-    damaged = source.index.damaged()
+    if source.context.driver.name == to:
+        raise InvalidArgument(f"the store {source.context.root} has the driver {to} already")
+    damaged = source.context.index.damaged()
     if damaged:
         raise Corrupt(
             f"{damaged[0].name!r} is in quarantine: {damaged[0].damage}",
             remedy="restore the layer and 'cowfs check --repair', or remove it",
         )
-    if source.index.refused:
-        raise FailedPrecondition(f"the store {source.root} can only be read", remedy="run as its owner")
+    if source.context.index.refused:
+        raise FailedPrecondition(f"the store {source.context.root} can only be read", remedy="run as its owner")
 
 
 def _facts(index: Index) -> tuple[list[Row], list[Tag]]:
@@ -204,7 +203,7 @@ def _try_exchange(directory: str) -> None:
             ) from None
 
 
-def _after_exchange(store: type[ImageVerbs], path: str, place: str, to: str, fsync: bool) -> Migrated | None:
+def _after_exchange(path: str, place: str, to: str, fsync: bool) -> Migrated | None:
     """Finish what a killed process had exchanged already; None where it had not."""
     try:
         with _index(place) as old, _index(path) as now:
@@ -213,7 +212,7 @@ def _after_exchange(store: type[ImageVerbs], path: str, place: str, to: str, fsy
     except (CowfsError, FileNotFoundError):
         return None
     if there == to and beside not in (to, None):
-        _delete_old(store, path, place, fsync)
+        _delete_old(path, place, fsync)
         return Migrated(root=path, driver=to, copied=0, snapshots=count)
     if beside not in (to, None):
         raise InvalidArgument(
@@ -223,68 +222,72 @@ def _after_exchange(store: type[ImageVerbs], path: str, place: str, to: str, fsy
     return None
 
 
-def _delete_old(store: type[ImageVerbs], path: str, place: str, fsync: bool) -> None:
+def _delete_old(path: str, place: str, fsync: bool) -> None:
     """Delete the old store, which is at ``place`` now; what is not the store's own in it goes along."""
     for name in os.listdir(place):
         if not name.startswith(_OWN) and not os.path.lexists(f"{path}/{name}"):
             os.rename(f"{place}/{name}", f"{path}/{name}")
     atomic.fsync_directory(path)
     point("migrate.carried")
-    with store.open(place, create=False, fsync=fsync) as old:
+    with Services.open(place, create=False, fsync=fsync) as old:
         for id in os.listdir(f"{place}/layers"):
-            old.driver.remove(id)
+            old.context.driver.remove(id)
     trees.remove_tree(place)
 
 
 class _Move:
     """One attempt to copy a store into another."""
 
-    def __init__(self, source: ImageVerbs, into: ImageVerbs, cut_times: bool) -> None:
+    def __init__(self, source: Services, into: Services, cut_times: bool) -> None:
         self.source, self.into = source, into
         self.cut_times = cut_times
         self.made: dict[int, Row] = {}  # number in the old store -> snapshot in the new one
 
     def run(self, progress: Progress | None) -> int:
         """Copy what is not there yet; how many snapshots that were."""
-        rows = sorted(self.source.index.rows(), key=lambda row: (row.kind is not Kind.COMMITTED, row.depth, row.num))
+        rows = sorted(
+            self.source.context.index.rows(), key=lambda row: (row.kind is not Kind.COMMITTED, row.depth, row.num)
+        )
         self._drop_others(rows)
-        self.into.gc()
+        self.into.house.gc()
         copied = 0
         for at, row in enumerate(rows):
             if progress is not None:
                 progress(row.name, at, len(rows))
-            there = self.into.index.find(row.name)
+            there = self.into.context.index.find(row.name)
             if there is None:
                 self._copy(row)
                 copied += 1
-                there = self.into.index.get(row.name)
+                there = self.into.context.index.get(row.name)
             self.made[row.num] = there
             point("migrate.snapshot")
-        with self.into.index.write() as change:
+        with self.into.context.index.write() as change:
             for row in rows:
                 change.restore(self.made[row.num].num, labels=row.labels, created=row.created, updated=row.updated)
-            for tag in self.source.index.tags():
-                change.set_tag(tag.name, self.into.index.get(tag.target).num, tag.config, created=tag.created)
-            change.record_event("store", "migrate", self.source.driver.name, {"to": self.into.driver.name})
+            for tag in self.source.context.index.tags():
+                change.set_tag(tag.name, self.into.context.index.get(tag.target).num, tag.config, created=tag.created)
+            change.record_event(
+                "store", "migrate", self.source.context.driver.name, {"to": self.into.context.driver.name}
+            )
         return copied
 
     def _drop_others(self, rows: list[Row]) -> None:
         """Remove what is no longer so, and what is active, from an attempt before this one."""
-        for tag in self.into.index.tags():
-            self.into.untag(tag.name)
+        for tag in self.into.context.index.tags():
+            self.into.naming.untag(tag.name)
         wanted = {row.name: row for row in rows if row.kind is Kind.COMMITTED}
-        for there in sorted(self.into.index.rows(), key=lambda row: -row.depth):
+        for there in sorted(self.into.context.index.rows(), key=lambda row: -row.depth):
             row = wanted.get(there.name)
             same = row is not None and (row.created, row.parent_name) == (there.created, there.parent_name)
             if not same or there.kind is not Kind.COMMITTED:
-                self.into.remove(there.name)
+                self.into.snapshots.remove(there.name)
 
     def _copy(self, row: Row) -> None:
         """Copy one snapshot, whose parent is there."""
         source, into = self.source, self.into
-        driver, whole = into.driver, into.driver.capabilities.whole
+        driver, whole = into.context.driver, into.context.driver.capabilities.whole
         parent = self.made[row.parent] if row.parent is not None else None
-        chain = [id for _, id in into.index.chain(parent.num if parent is not None else None)]
+        chain = [id for _, id in into.context.index.chain(parent.num if parent is not None else None)]
         copied = [] if row.kind is Kind.VIEW and whole else chain
         with staged(driver, new_id()) as layer:
             point("create.made")
@@ -292,20 +295,20 @@ class _Move:
             if whole and chain:
                 layers.mark_copied(driver, layer.staged, chain[0], only_root=not copied)
             point("create.filled")
-            policy = policy_of(source.driver.directory(row.id))
+            policy = policy_of(source.context.driver.directory(row.id))
             if policy != "fail":
                 mark(driver.directory(layer.staged), policy)
-            archived = source._is_archived(row) and not driver.capabilities.time_step
+            archived = source.archived.is_archived(row) and not driver.capabilities.time_step
             known: KnownDigest | None = None
             if archived:
                 known = self._unpack(row, parent, layer)
             elif row.kind is not Kind.VIEW:
                 known = self._write(row, chain, layer)
-            num = into.index.reserve()
+            num = into.context.index.reserve()
             committed = None
             if row.kind is Kind.COMMITTED:
                 driver.freeze(layer.staged)
-                scanned = into._scan_at(layer.staged, num, parent, known, base)
+                scanned = into.scanning.scan_at(layer.staged, num, parent, known, base)
                 if scanned.held is not None:
                     driver.note(layer.staged, scanned.held, scanned.sums or ())
                 committed = self._committed(row, scanned, archived)
@@ -313,9 +316,9 @@ class _Move:
                 with driver.open_tree(layer.staged) as fd:
                     files.syncfs(fd)
             point("create.synced")
-            own = Usage() if source.driver.capabilities.whole else row.base
-            form = source.index.diff_form(row.num)
-            with into.index.write() as change:
+            own = Usage() if source.context.driver.capabilities.whole else row.base
+            form = source.context.index.diff_form(row.num)
+            with into.context.index.write() as change:
                 change.add_snapshot(
                     num=num,
                     id=layer.id,
@@ -327,7 +330,7 @@ class _Move:
                     base=Usage(bytes=base.bytes + own.bytes, inodes=base.inodes + own.inodes),
                     shares_limit=row.shares_limit,
                     created=row.created,
-                    config=source.index.config_of(row.num),
+                    config=source.context.index.config_of(row.num),
                     committed=committed,
                 )
                 if committed is not None and committed.diff_id is not None and form is not None:
@@ -338,7 +341,7 @@ class _Move:
         point("create.committed")
 
     def _committed(self, row: Row, scanned: Scanned, archived: bool) -> Committed:
-        is_one = archived or not self.source._is_archived(row)  # else it does not leave as its archive any more
+        is_one = archived or not self.source.archived.is_archived(row)  # else it does not leave as its archive any more
         return Committed(
             usage=scanned.usage,
             root=scanned.root,
@@ -352,12 +355,12 @@ class _Move:
         from cowfs.archive import ApplyOptions
 
         source, into = self.source, self.into
-        policy = policy_of(source.driver.directory(row.id))
-        with tempfile.TemporaryFile(dir=into.root) as spool:
-            source._write_layer(row, spool, "none", None)
+        policy = policy_of(source.context.driver.directory(row.id))
+        with tempfile.TemporaryFile(dir=into.context.root) as spool:
+            source.exporting.write_layer(row, spool, "none", None)
             spool.seek(0)
-            _, digests = into._unpack(
-                layer.staged, spool, into._content_of(parent), ApplyOptions(owners=policy), row.diff_id, None
+            _, digests = into.applying.unpack(
+                layer.staged, spool, into.scanning.content_of(parent), ApplyOptions(owners=policy), row.diff_id, None
             )
         point("apply.unpacked")
         return lambda _, st: known_digest(digests.get(st.st_ino))
@@ -365,25 +368,25 @@ class _Move:
     def _write(self, row: Row, chain: list[str], layer: Staged) -> KnownDigest:
         """Write what a layer changed, as the index has it."""
         source, into = self.source, self.into
-        pending = Pending(source.index)
-        after = source._tree(row, pending)
-        before = source.index.by_num(row.parent).root if row.parent is not None else None
-        same = layers.SameData(source.driver, source.index)
+        pending = Pending(source.context.index)
+        after = source.scanning.tree(row, pending)
+        before = source.context.index.by_num(row.parent).root if row.parent is not None else None
+        same = layers.SameData(source.context.driver, source.context.index)
         changes = list(compare.changes_with_links(pending, before, after, same))
         if not any(change.path == b"" for change, _ in changes):
             changes.insert(0, (Change(path=b"", kind="changed", type="dir"), None))
-        own = [id for _, id in source.index.chain(row.num)]
+        own = [id for _, id in source.context.index.chain(row.num)]
         with ExitStack() as held:
-            lowers = _trees(source, own[:1] if source.driver.capabilities.whole else own, held)
-            form, row_size = source.driver.form.name, source.driver.capabilities.row or None
+            lowers = _trees(source, own[:1] if source.context.driver.capabilities.whole else own, held)
+            form, row_size = source.context.driver.form.name, source.context.driver.capabilities.row or None
             reading = View(lowers, options=Options(form=form, readonly=True, row=row_size))
             held.callback(reading.close)
-            driver = into.driver
+            driver = into.context.driver
             beneath = [] if driver.capabilities.whole else _trees(into, chain, held)
             held.enter_context(driver.open_tree(layer.staged))
             options = Options(form=driver.form.name, volatile=True)
             writing = View(
-                beneath or [f"{into.root}/empty"],
+                beneath or [f"{into.context.root}/empty"],
                 driver.tree(layer.staged),
                 driver.work(layer.staged),
                 options=options,
@@ -407,8 +410,8 @@ class _Move:
         return known
 
 
-def _trees(store: ImageVerbs, ids: list[str], held: ExitStack) -> list[str]:
+def _trees(store: Services, ids: list[str], held: ExitStack) -> list[str]:
     """Where the trees of some layers are, opened until the end."""
     for id in ids:
-        held.enter_context(layers.opened_tree(store.driver, id))
-    return [store.driver.tree(id) for id in ids]
+        held.enter_context(layers.opened_tree(store.context.driver, id))
+    return [store.context.driver.tree(id) for id in ids]

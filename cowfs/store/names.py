@@ -15,7 +15,10 @@ from collections.abc import Mapping
 
 from cowfs.errors import InvalidArgument
 
-__all__ = ["check_key", "check_labels", "check_name", "new_id"]
+__all__ = ["RUN_KEY", "check_key", "check_labels", "check_name", "new_id"]
+
+RUN_KEY = "run-"
+"""How the keys begin that ``cowfs run`` and :meth:`cowfs.Store.run` make up."""
 
 MAX_NAME = 255
 MAX_KEY = 4096  # bytes

@@ -1,8 +1,8 @@
 """What the index alone can tell: a store opened without its driver, for programs that only look.
 
 Strategy: :class:`Reading` has the verbs that read nothing but the index, so that a process which lists snapshots imports no
-driver, no FUSE and no archive. :class:`cowfs.Store` has them, too. :class:`Look` is a store opened for them alone: nothing is
-made, swept or counted again, and no lock is taken. Where more is needed than the index, it opens the whole store.
+driver, no FUSE and no archive. :class:`cowfs.Store` has them, too. :class:`cowfs.store.look.Look` is a store opened for them alone:
+nothing is made, swept or counted again, and no lock is taken. Where more is needed than the index, it opens the whole store.
 """
 
 from __future__ import annotations
@@ -43,23 +43,13 @@ def _parsed(filters: str | Iterable[str]) -> Filter | None:
 
 
 class Reading:
-    """The verbs that read the index alone.
+    """The verbs that read the index alone."""
 
-    Attributes:
-        root: the store's directory, absolute.
-        index: the index.
-    """
-
-    root: str
-    index: Index
+    def __init__(self, index: Index) -> None:
+        self.index = index
 
     def resolve(self, name: str) -> Row:
-        """The row of a snapshot, or of the one that a tag names; a digest may be abbreviated.
-
-        Raises:
-            NotFound: neither.
-            InvalidArgument: several digests begin so.
-        """
+        """As :meth:`cowfs.Store.resolve`."""
         row = self.index.find(name)
         if row is not None:
             return row
@@ -84,47 +74,19 @@ class Reading:
         return found[0] if found else None
 
     def stat(self, name: str) -> Info:
-        """One snapshot.
-
-        Raises:
-            NotFound: no such key, name or tag.
-        """
+        """As :meth:`cowfs.Store.stat`."""
         return self.resolve(name).info()
 
     def exists(self, name: str) -> bool:
-        """Whether a key or name is taken (tags do not count). Only the index is read.
-
-        Args:
-            name: a key or name.
-
-        Raises:
-            FailedPrecondition: the store is closed.
-        """
+        """As :meth:`cowfs.Store.exists`."""
         return self.index.find(name) is not None
 
     def walk(self, filters: str | Iterable[str] = (), *, reverse: bool = False) -> Iterator[Info]:
-        """List all snapshots, in the order of their making. Only the index is read.
-
-        Snapshots made or removed meanwhile may be there or not; no lock is held in between.
-
-        Args:
-            filters: :mod:`cowfs.store.filters`, one or several; one of them must match.
-            reverse: the newest first.
-
-        Raises:
-            InvalidArgument: a filter cannot be read.
-        """
+        """As :meth:`cowfs.Store.walk`."""
         return self._walk(_parsed(filters), reverse)
 
     def walk_rows(self, filters: str | Iterable[str] = ()) -> Iterator[Row]:
-        """List all snapshots with all that the index keeps of each; otherwise :meth:`walk`.
-
-        Args:
-            filters: :mod:`cowfs.store.filters`, one or several; one of them must match.
-
-        Raises:
-            InvalidArgument: a filter cannot be read.
-        """
+        """As :meth:`cowfs.Store.walk_rows`."""
         wanted = _parsed(filters)
         return (row for row in self.index.rows() if wanted is None or wanted(row.info()))
 
@@ -137,20 +99,9 @@ class Reading:
                 yield info
 
     def chain(self, name: str) -> list[Info]:
-        """List a snapshot and its ancestors, nearest first. Only the index is read.
-
-        Args:
-            name: a key, a name or a tag.
-
-        Raises:
-            NotFound: no such snapshot.
-        """
+        """As :meth:`cowfs.Store.chain`."""
         return [self.index.by_num(num).info() for num, _ in self.index.chain(self.resolve(name).num)]
 
     def tags(self) -> list[Tag]:
-        """List all tags, by name. Only the index is read.
-
-        Raises:
-            FailedPrecondition: the store is closed.
-        """
+        """As :meth:`cowfs.Store.tags`."""
         return self.index.tags()

@@ -30,11 +30,17 @@ _TRIES = 4
 
 
 class _Rooted(Protocol):
-    root: str
+    @property
+    def root(self) -> str: ...
+
+
+class _Service(Protocol):
+    @property
+    def context(self) -> _Rooted: ...
 
 
 _P = ParamSpec("_P")
-_S = TypeVar("_S", bound=_Rooted)
+_S = TypeVar("_S", bound=_Service)
 _T = TypeVar("_T")
 
 
@@ -144,6 +150,6 @@ def names_full(verb: Callable[Concatenate[_S, _P], _T]) -> Callable[Concatenate[
         except OSError as error:
             if error.errno not in (errno.EROFS, *FULL) or isinstance(error, NoRoomError):
                 raise
-            raise no_room(error, self.root) from error
+            raise no_room(error, self.context.root) from error
 
     return run

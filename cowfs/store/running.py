@@ -30,18 +30,24 @@ from cowfs.errors import (
     Unsupported,
 )
 from cowfs.model import Change, Usage
-from cowfs.store.house import RUN_KEY
-from cowfs.store.live import LiveVerbs
+from cowfs.store.names import RUN_KEY
 
 if TYPE_CHECKING:
     from cowfs.mounting.client import MountHandle
     from cowfs.mounting.kernel import KernelMount
+    from cowfs.store.context import Context
+    from cowfs.store.mounts import Mounting
+    from cowfs.store.queries import Queries
+    from cowfs.store.reading import Reading
+    from cowfs.store.snapshots import Snapshots
 
-__all__ = ["RunResult", "RunVerbs"]
+__all__ = ["RunResult", "Running"]
 
 TIMED_OUT = 124
+
 _GRACE = 10.0
 """Seconds that a command has to end by itself when its caller was interrupted."""
+
 _KINDS: dict[str, type[CowfsError]] = {
     kind.__name__: kind
     for kind in (AlreadyExists, Corrupt, FailedPrecondition, InvalidArgument, LimitExceeded, NotFound, Unsupported)
@@ -70,8 +76,17 @@ class RunResult:
     changes: tuple[Change, ...]
 
 
-class RunVerbs(LiveVerbs):
-    """run and temporary."""
+class Running:
+    """Commands in fresh snapshots, and mounts that end with a block."""
+
+    def __init__(
+        self, context: Context, reading: Reading, queries: Queries, snapshots: Snapshots, mounting: Mounting
+    ) -> None:
+        self.context = context
+        self._reading = reading
+        self._queries = queries
+        self._snapshots = snapshots
+        self._mounting = mounting
 
     def run(
         self,
@@ -91,31 +106,7 @@ class RunVerbs(LiveVerbs):
         key: str | None = None,
         keep: bool = False,
     ) -> RunResult:
-        """Run a command in a fresh snapshot, in namespaces of its own, and wait for its end.
-
-        Threads: any; it blocks. In asyncio: ``await asyncio.to_thread(store.run, ...)``. What is isolated and what is not:
-        docs/security.md.
-
-        Args:
-            parent: a committed snapshot, or a tag.
-            argv: the command; default: what the image says, else a shell.
-            size, inodes: the limit of the snapshot, as for :meth:`prepare`.
-            network: ``host`` or ``none``.
-            env: variables beside those of the image.
-            workdir: where it starts; default: what the image says, else ``/``.
-            privileged: keep all privilege, devices and /proc.
-            timeout: seconds, after which it and all that it started are ended.
-            input: its standard input; else ``stdin``, as for :class:`subprocess.Popen`.
-            capture: keep what it writes; else it goes to the caller's standard output and error.
-            key: the snapshot's key; default: one that is made up.
-            keep: leave the snapshot there, for :meth:`commit` or :meth:`diff`.
-
-        Raises:
-            NotFound: no such snapshot.
-            InvalidArgument: a bad limit, network, timeout or variable.
-            AlreadyExists: the key is taken.
-            Unsupported: this host or user can make no namespaces or mounts.
-        """
+        """As :meth:`cowfs.Store.run`."""
         made = key or f"{RUN_KEY}{secrets.token_hex(4)}"
         reading, writing = os.pipe()
         pipe = subprocess.PIPE if capture else None
@@ -131,7 +122,7 @@ class RunVerbs(LiveVerbs):
                     stdout=pipe,
                     stderr=pipe,
                     pass_fds=[writing],
-                    env={**os.environ, "COWFS_FSYNC": "1" if self.driver.fsync else "0"},
+                    env={**os.environ, "COWFS_FSYNC": "1" if self.context.driver.fsync else "0"},
                 )
             finally:
                 os.close(writing)
@@ -158,14 +149,14 @@ class RunVerbs(LiveVerbs):
         timeout: float | None,
         status: int,
     ) -> list[str]:
-        self.resolve(parent)
+        self._reading.resolve(parent)
         words = [
             sys.executable,
             "-P",
             "-m",
             "cowfs",
             "run",
-            f"--root={self.root}",
+            f"--root={self.context.root}",
             f"--key={key}",
             "--quiet",
             f"--status-fd={status}",
@@ -189,12 +180,12 @@ class RunVerbs(LiveVerbs):
                 timed_out=late and told["status"] == TIMED_OUT,
                 stdout=out,
                 stderr=said,
-                usage=self.usage(key),
-                changes=tuple(self.diff(key)),
+                usage=self._queries.usage(key),
+                changes=tuple(self._queries.diff(key)),
             )
         finally:
             if not keep:
-                self.remove(key)
+                self._snapshots.remove(key)
 
     @contextmanager
     def temporary(
@@ -209,26 +200,12 @@ class RunVerbs(LiveVerbs):
         volatile: bool = False,
         allow_other: bool | None = None,
     ) -> Iterator[MountHandle | KernelMount]:
-        """A fresh snapshot, mounted for the block and removed with all that was written at its end.
-
-        Args:
-            parent: a committed snapshot, or a tag; None: an empty tree.
-            size, inodes: its limit, as for :meth:`prepare`.
-            target: where; default: a directory of its own.
-            mount_type, limit_engine, volatile, allow_other: as for :meth:`mount`.
-
-        Yields:
-            The mount: ``mountpoint`` is where its files are.
-
-        Raises:
-            NotFound, InvalidArgument, Unsupported: as :meth:`prepare` and :meth:`mount`.
-            FailedPrecondition: at the end, when something still uses the mount.
-        """
+        """As :meth:`cowfs.Store.temporary`."""
         key = f"{RUN_KEY}{secrets.token_hex(4)}"
-        self.prepare(key, parent, size=size, inodes=inodes)
+        self._snapshots.prepare(key, parent, size=size, inodes=inodes)
         made = tempfile.mkdtemp(prefix="cowfs-") if target is None else None
         try:
-            with self.mount(
+            with self._mounting.mount(
                 key,
                 made or os.fspath(target or ""),
                 mount_type=mount_type,
@@ -239,7 +216,7 @@ class RunVerbs(LiveVerbs):
                 yield handle
         finally:
             with suppress(NotFound):
-                self.remove(key)
+                self._snapshots.remove(key)
             if made is not None:
                 os.rmdir(made)
 

@@ -150,6 +150,12 @@ def finish(driver: Driver, id: str) -> None:
     point("remove.emptied")
 
 
+def unlink(path: str) -> None:
+    """Remove a file that may be gone."""
+    with suppress(FileNotFoundError):
+        os.unlink(path)
+
+
 def read_note(path: str) -> dict[str, Any] | None:
     """A note about something that is half done; ``None`` where there is none, or its writer was killed before it was whole.
 

@@ -1,25 +1,32 @@
-"""The class that users import, put together from its groups of verbs."""
+"""The class that users import: the life of a store, and its verbs.
+
+Rule: the verbs' signatures and documentation are in :mod:`cowfs.store.verbs`, by topic, and each is one call of a service
+(:mod:`cowfs.store.services`). Nothing here or there decides anything, and no verb calls another.
+"""
 
 from __future__ import annotations
 
-import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
-from cowfs.store.blocks import BlockVerbs
-from cowfs.store.events import EventVerbs
-from cowfs.store.files import FileVerbs
-from cowfs.store.house import HouseVerbs
-from cowfs.store.running import RunVerbs
-from cowfs.store.squash import SquashVerbs
+from cowfs.store.services import Services
+from cowfs.store.verbs.archives import ArchiveVerbs
+from cowfs.store.verbs.files import FileVerbs
+from cowfs.store.verbs.keeping import KeepingVerbs
+from cowfs.store.verbs.mounts import MountVerbs
+from cowfs.store.verbs.reading import ReadingVerbs
+from cowfs.store.verbs.snapshots import SnapshotVerbs
+
+if TYPE_CHECKING:
+    import os
+    from types import TracebackType
+
+    from cowfs.driver.interface import Driver
+    from cowfs.store.migrating import Migrated, Progress
 
 __all__ = ["Store"]
 
 
-if TYPE_CHECKING:
-    from cowfs.store.migrating import Migrated, Progress
-
-
-class Store(BlockVerbs, SquashVerbs, RunVerbs, HouseVerbs, FileVerbs, EventVerbs):
+class Store(SnapshotVerbs, MountVerbs, ReadingVerbs, ArchiveVerbs, FileVerbs, KeepingVerbs):
     """A store of snapshots in one directory. Make it with :meth:`open`.
 
     >>> with Store.open("store") as store:
@@ -36,7 +43,71 @@ class Store(BlockVerbs, SquashVerbs, RunVerbs, HouseVerbs, FileVerbs, EventVerbs
 
     A kill at any moment leaves a verb done or not begun, or finished by the next :meth:`open` (docs/internals/crash-safety.md).
     A closed store refuses every verb with FailedPrecondition.
+
+    Attributes:
+        root: the store's directory, absolute.
+        index: the index.
+        reserve: the room that is kept for deletions.
+        why: why this driver: what each one that is installed said, by name; empty when the store
+            had one already.
+        services: the parts that do the work (:mod:`cowfs.store.services`). They are no part of the interface that is kept.
     """
+
+    def __init__(self, services: Services) -> None:
+        self.services = services
+        context = services.context
+        self.root, self.index, self.reserve, self.why = context.root, context.index, context.reserve, context.why
+
+    @property
+    def driver(self) -> Driver:
+        """The backend. Raises FailedPrecondition once the store is closed."""
+        return self.services.context.driver
+
+    @classmethod
+    def open(
+        cls,
+        root: str | os.PathLike[str] | None = None,
+        *,
+        driver: str = "auto",
+        create: bool = True,
+        fsync: bool = True,
+        **options: str | int | bool | None,
+    ) -> Self:
+        """Open the store in a directory, making it on first use.
+
+        What a killed process left half done is finished or taken back, which may take as long as the verb did.
+
+        Args:
+            root: the directory; default: :func:`default_root`.
+            driver: ``auto`` takes the driver that the store has, else the best one for this host.
+            create: whether to make a store that is not there.
+            fsync: off: a power loss may undo the latest verbs (not damage the store).
+            options: the driver's own, as its class documents them; of cowfs's drivers only row has one: ``block``, bytes a block
+                of new redirect files, a power of two from 4 KiB to 1 MiB ("64K").
+
+        Raises:
+            NotFound: no store there and ``create`` is off, or no such driver.
+            InvalidArgument: the directory holds something else, or the store has another driver.
+            Unsupported: no driver can run here, or a newer cowfs made the store.
+            Corrupt: the index is damaged.
+        """
+        return cls(Services.open(root, driver=driver, create=create, fsync=fsync, options=options))
+
+    def close(self) -> None:
+        """Let go of the index and the driver. Idempotent; every other verb refuses from now on. Mounts go on.
+
+        Raises:
+            OSError: the driver cannot write what it keeps.
+        """
+        self.services.context.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
 
     @classmethod
     def migrate(
@@ -70,4 +141,4 @@ class Store(BlockVerbs, SquashVerbs, RunVerbs, HouseVerbs, FileVerbs, EventVerbs
         """
         from cowfs.store import migrating
 
-        return migrating.migrate(cls, root, driver, target, cut_times=cut_times, fsync=fsync, progress=progress)
+        return migrating.migrate(root, driver, target, cut_times=cut_times, fsync=fsync, progress=progress)

@@ -23,7 +23,7 @@ def lock(fd: int, *, shared: bool = False, wait: bool = False) -> bool:
 
     Args:
         fd: a descriptor; the lock is held until its last duplicate is closed.
-        shared: share the lock share the lock with others that take it so.
+        shared: share the lock with others that take it so.
         wait: wait as long as it takes; the answer is True then.
 
     Raises:

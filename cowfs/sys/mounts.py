@@ -6,9 +6,9 @@ import ctypes
 import errno
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from cowfs._record import record
 from cowfs.sys._libc import check, libc, syscall
 
 if TYPE_CHECKING:
@@ -224,7 +224,7 @@ def remount_bind(target: str, flags: int) -> None:
     mount("none", target, "", MS_REMOUNT | MS_BIND | kept | flags | (MS_RELATIME if now & os.ST_RELATIME else 0))
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class MountInfo:
     """One line of /proc/PID/mountinfo (proc(5)), octal escapes undone."""
 

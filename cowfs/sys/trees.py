@@ -147,7 +147,7 @@ def copy_tree(source: str | bytes, target: str | bytes) -> None:
     Raises:
         OSError: an object could not be copied in full.
     """
-    links: dict[int, int] = {}  # an an inode with several names -> O_PATH descriptor of its copy
+    links: dict[int, int] = {}  # an inode with several names -> O_PATH descriptor of its copy
     stack: list[tuple[int, int, list[bytes], bytes]] = []
     try:
         src = os.open(source, _DIR)

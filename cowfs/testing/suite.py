@@ -302,9 +302,7 @@ class DriverSuite(Promises):
         def change(tree: Path) -> None:
             before = os.stat(tree / "a")
             (tree / "a").write_text("AAAA")
-            os.utime(
-                tree / "a", ns=(before.st_atime_ns, before.st_mtime_ns)
-            )  # the change the change hides behind an old time
+            os.utime(tree / "a", ns=(before.st_atime_ns, before.st_mtime_ns))  # the change hides behind an old time
             os.chmod(tree / "b", 0o600)
 
         found = {

@@ -1,17 +1,17 @@
-"""The upper layer takes over what the layer right beneath it holds, while the view goes on.
+"""The upper layer takes over the content of the layer right beneath it, while the view goes on.
 
-Strategy. Everything that is still seen of the lower layer is copied up, as if somebody were about to change it, one object
-between two requests; its whiteouts are made again above it, and a directory that shows nothing of the layers beneath
-becomes opaque. Each step is an ordinary copy-up, so the tree is the same before and after each, *with and without* the
-layer beneath. Once nothing of it is seen any more it can be taken away (:func:`cowfs.union.restack.restack`), and wherever
-that does not happen, nothing was lost.
+Strategy. Every visible object of the lower layer is copied up, as before a change, one object between two requests; its
+whiteouts are made again above it, and a directory that shows nothing of the layers beneath becomes opaque. Each step is
+an ordinary copy-up, so the tree is the same before and after each, *with and without* the layer beneath. Once none of
+it is visible any more, it can be taken away (:func:`cowfs.union.restack.restack`); if that does not happen, nothing is
+lost.
 
-Nothing may come to stand on the layer while this runs: what would become a metacopy of one of its files becomes a full
-copy (:meth:`Absorption.before_up`). So one pass over the layer, and one over the upper layer for the metacopies and
-redirect files made before, are enough; the second is repeated when a directory was renamed under it.
+No file may come to depend on the layer while this runs: a copy-up that would be a metacopy of one of its files becomes
+a full copy (:meth:`Absorption.before_up`). So one pass over the layer, and one over the upper layer for the metacopies
+and redirect files made before, are enough; the second is repeated when a directory was renamed under it.
 
-A layer that renamed directories is another matter: paths by which the upper layer refers to what is beneath lead through
-those renames. All that such a directory shows is copied, data included.
+A layer that renamed directories is another matter: paths from the upper layer to lower objects lead through those
+renames. So the whole visible content of such a directory is copied, data included.
 
 Redirect files keep the blocks that lower layers hold: only those of the layer that goes are copied.
 
@@ -50,16 +50,16 @@ _GONE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP})  # moved or remove
 
 
 def absorb(view: Core, call: Call | None = None) -> Usage:
-    """Bring everything that is seen of the topmost lower layer into the upper one.
+    """Bring every visible object of the topmost lower layer into the upper one.
 
     Args:
-        call: runs a function in the thread that owns the view and returns what it returns (default: here and now).
+        call: runs a function in the thread that owns the view and returns its result (default: at once, in this thread).
 
     Returns:
         Bytes and inodes that the upper layer holds more than before.
 
     Raises:
-        OSError: EROFS; ENOSPC, EIO from the host. Copies made until then stay, and are no harm.
+        OSError: EROFS; ENOSPC, EIO from the host. Copies made until then stay, harmlessly.
     """
     run: Call = call or (lambda function: function())
     work: Absorption = run(lambda: Absorption(view))
@@ -108,7 +108,7 @@ class _Apart:
 
 
 def _walk(root: int) -> Iterator[tuple[str, bytes, list[bytes]]]:
-    """The directories of a layer that nobody writes: each with its other names before, and again after, those in it."""
+    """The directories of a frozen layer: each with its other names before, and again after, those in it."""
     stack = [("enter", b"")]
     while stack:
         kind, path = stack.pop()
@@ -154,9 +154,7 @@ def _unfinished(view: Core) -> Iterator[bytes]:
                         stands_on = xattr.try_get(fd, name, form.row) or (
                             form.redirects and xattr.try_get(fd, name, form.metacopy) is not None
                         )
-                    except (
-                        FileNotFoundError
-                    ):  # renamed or removed meanwhile: whoever did that told us (Absorption.moves)
+                    except FileNotFoundError:  # renamed or removed meanwhile, as Absorption.moves shows
                         continue
                     if stands_on:
                         yield inner
@@ -168,9 +166,9 @@ class Absorption:
     """One absorption under way: ``view.moves.leaving`` while it is. Its methods run in the thread that owns the view.
 
     Attributes:
-        layer: the layer that goes.
+        layer: the layer to remove.
         ledger: what was copied.
-        moves: how many directories were renamed meanwhile.
+        moves: the number of directories renamed meanwhile.
     """
 
     def __init__(self, view: Core) -> None:
@@ -185,16 +183,16 @@ class Absorption:
         view.moves.absorbing(self)
 
     def end(self) -> None:
-        """The view is as any other again."""
+        """End the absorption."""
         if self.view.moves.absorbed(self) and self.view.space is not None:
             self.view.space.later(self.ledger)
 
     def renamed(self) -> None:
-        """A directory was renamed."""
+        """Count the rename of a directory."""
         self.moves += 1
 
     def before_up(self, node: Node) -> None:
-        """A file is about to be brought up, renamed or linked: not as something that stands on the layer."""
+        """Copy a file fully before it is copied up, renamed or linked, so that it does not depend on the layer."""
         if node.type == DT_REG and (node.where is not None or node.data is not PLAIN) and self._stands_on(node):
             with aside(self.view, self.ledger):
                 own_data(self.view, node)
@@ -244,8 +242,8 @@ class Absorption:
         return here
 
     def _directory(self, path: bytes) -> tuple[Dir, Source] | None:
-        """The directory that a directory of the layer is part of, and that part; None when it is hidden."""
-        inside = path + b"/" if path else b""  # where a name in it shows, it shows itself, whether it was moved or not
+        """The merged directory of a directory of the layer, and its source; None if it is hidden."""
+        inside = path + b"/" if path else b""  # if a name in it is visible, so is the directory, moved or not
         for candidate in hardlinks.merged_paths(self.view, self.layer, inside + b"-"):
             node = self._at(candidate.rpartition(b"/")[0])
             if isinstance(node, Dir):
@@ -255,11 +253,11 @@ class Absorption:
         return None
 
     def _stands_alone(self, directory: Dir) -> bool:
-        """Whether nothing beneath the layer is a part of it."""
+        """Whether a directory has no source beneath the layer."""
         return directory.record is None and directory.sources[-1].layer.index >= self.layer.index
 
     def enter(self, path: bytes) -> None:
-        """A directory of the layer: have it above, with the layer's whiteouts."""
+        """Bring a directory of the layer up, with the layer's whiteouts."""
         there = self._directory(path)
         if there is None:
             return
@@ -275,7 +273,7 @@ class Absorption:
             if name in children:
                 made = view.child(directory, name)
                 if isinstance(made, Dir) and made.lowpath is None and self._stands_alone(made):
-                    self._seal(made)  # it was made where the layer hides one beneath
+                    self._seal(made)  # it was made over a directory that the layer hides
             elif not (up.whiteouts is not None and name in up.whiteouts):
                 assert view.stack.workdir is not None
                 if not whiteout.exists(up.open(), name):
@@ -286,7 +284,7 @@ class Absorption:
                     up.whiteouts.add(name)
 
     def leave(self, path: bytes) -> None:
-        """All that the layer has in a directory is above."""
+        """Finish a directory whose entries in the layer are all above."""
         there = self._directory(path)
         if there is None or not path:
             return
@@ -295,14 +293,16 @@ class Absorption:
         self.view.drop(there[0])
 
     def _seal(self, directory: Dir) -> None:
-        """Let nothing beneath a directory show any more."""
+        """Make a directory opaque."""
         with aside(self.view, self.ledger):
             up = copyup.up_dir(self.view, directory)
         xattr.setx(up.open(), b"", self.view.form.opaque, b"y")
-        xattr.setx(up.open(), b"", self.view.form.impure, b"y")  # one that merges needs no such mark, and may have none
+        xattr.setx(
+            up.open(), b"", self.view.form.impure, b"y"
+        )  # a merging directory needs no such mark, and must have none
 
     def redirected(self) -> list[bytes]:
-        """Directories that the layer renamed, or that stand on a path through one: all they show is to be copied."""
+        """Directories that the layer renamed, or whose path leads through one: their whole visible content is copied."""
         if not self._renames:
             return []
         view = self.view
@@ -316,7 +316,7 @@ class Absorption:
         return found
 
     def take_all(self, path: bytes) -> None:
-        """Copy everything that a directory shows, and let it show nothing else."""
+        """Copy the whole visible content of a directory, and make it opaque."""
         top = self._at(path)
         if not isinstance(top, Dir) or top is self.view.root:
             return
@@ -339,10 +339,10 @@ class Absorption:
     # -- files ------------------------------------------------------------------------------------
 
     def begin(self, path: bytes, anywhere: bool) -> Any:
-        """A file of the layer, or (not ``anywhere``) of the upper layer: the first step of bringing its data up.
+        """The first step of bringing up the data of a file of the layer, or (not ``anywhere``) of the upper layer.
 
         Returns:
-            None when it is done; a stage to be run and handed to :meth:`publish`; or the next step, to be called.
+            None if it is done; a stage to run and hand to :meth:`publish`; or the next step to call.
         """
         step = None
         for node in self._shown(path) if anywhere else [self._at(path)]:
@@ -383,7 +383,7 @@ class Absorption:
         self.view.drop(node)
 
     def _bring_pieces(self, node: Node) -> Callable[[], Any]:
-        """A redirect file: the blocks that the layer holds, or all of them where its base cannot be named any more."""
+        """Bring up a redirect file: the layer's blocks, or all of them if its base cannot be named any more."""
         assert self.view.rows is not None
         with aside(self.view, self.ledger):
             work = self.view.rows.absorb(node, self.layer, renames=bool(self._renames))

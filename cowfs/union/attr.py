@@ -1,8 +1,8 @@
 """An inode's attributes, packed.
 
-One record of 88 bytes an inode is what a node keeps: a tenth of what a stat result would take.
-The layout is that of the kernel's ``struct fuse_attr`` (include/uapi/linux/fuse.h), so a front
-end may hand it on without unpacking; for everybody else it is just a struct with named offsets.
+A node keeps one record of 88 bytes, a tenth of the size of a stat result.
+The layout is that of the kernel's ``struct fuse_attr`` (include/uapi/linux/fuse.h), so a front end may pass it on
+without unpacking; other code uses it as a struct with named offsets.
 """
 
 from __future__ import annotations

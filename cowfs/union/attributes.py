@@ -23,7 +23,7 @@ from cowfs.union.node import DT_REG, PLAIN, Dir, Node, at
 if TYPE_CHECKING:
     from cowfs.union.core import Core
 
-_LIST_MAX = 65536 - 1024  # bytes of names; what is left is for the layer form's own marks
+_LIST_MAX = 65536 - 1024  # bytes of names; the rest is for the layer form's own marks
 _ACLS = (b"system.posix_acl_access", b"system.posix_acl_default")
 
 
@@ -90,7 +90,7 @@ def _refresh_dir(view: Core, node: Dir) -> bytes:
 
 
 def _xattrs_at(node: Node) -> tuple[int, bytes | None]:
-    """The same for :mod:`~cowfs.sys.xattr`, which is quicker with an ordinary descriptor."""
+    """The arguments for :mod:`~cowfs.sys.xattr`, which is quicker with an ordinary descriptor."""
     return (node.fd, None) if node.wfd and node.data is PLAIN else at(node)
 
 
@@ -142,8 +142,7 @@ def setattr(
 def _setattr_removed(
     view: Core, node: Node, mode: int | None, uid: int | None, gid: int | None, atime: object, mtime: object
 ) -> None:
-    """A removed directory that only lower layers have, and somebody has open: there is no place to keep its attributes
-    but the node, which goes when it is closed."""
+    """Set attributes of an open removed directory of lower layers: their only place is the node, which goes when it is closed."""
     old, stamp = unpack(view.attr(node)), now()
     times = [stamp if new is NOW else was if new is None else int(new)  # type: ignore[call-overload]
              for new, was in ((atime, old.atime_ns), (mtime, old.mtime_ns), (NOW, 0))]  # fmt: skip
@@ -158,7 +157,7 @@ def _setattr_removed(
 
 
 def _check(view: Core, name: bytes) -> bytes:
-    """The stored name of a user's; ENOTSUP where there are none, ENODATA for what must not show."""
+    """The stored name of a user's; ENOTSUP where there are none, ENODATA for hidden ones."""
     if view.options.noxattrs:
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
     return view.form.store_name(name)
@@ -230,7 +229,7 @@ def setxattr(view: Core, node: Node, name: bytes, value: bytes | memoryview, fla
 
 
 def _names(fd: int, real: bytes | None) -> list[bytes] | None:
-    """The names of an inode's xattrs; ``None`` when they are too many to be listed."""
+    """The names of an inode's xattrs; ``None`` if they are too many to list."""
     try:
         return xattr.listx(fd, real)
     except OSError as error:
@@ -246,7 +245,7 @@ def _bound(found: Collection[bytes] | None, stored: bytes) -> None:
 
 
 def removexattr(view: Core, node: Node, name: bytes) -> None:
-    """Remove. Raises ENODATA, EOPNOTSUPP; an ACL that is not there is no failure, as in Linux."""
+    """Remove. Raises ENODATA, EOPNOTSUPP; a missing ACL is no error, as in Linux."""
     stored = _check(view, name)
     view.need_upper()
     try:

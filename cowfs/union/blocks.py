@@ -1,4 +1,4 @@
-"""How much of a file is on the disk, in units of 4 KiB.
+"""The part of a file that is on the disk, in units of 4 KiB.
 
 A file that was only ever written from its start without a gap is *dense*: its count is its size. Any other has a
 :class:`Blocks`, an exact list of ranges. st_blocks is not used where a host adds to it: xfs preallocates, ext4 counts
@@ -18,7 +18,7 @@ _TMPFS_END = 1 << 51  # units: 2^63 bytes
 
 
 def units(size: int) -> int:
-    """How many units hold ``size`` bytes."""
+    """The number of units for ``size`` bytes."""
     return (size + UNIT - 1) // UNIT
 
 
@@ -56,7 +56,7 @@ class Blocks:
         return found
 
     def add(self, start: int, end: int) -> int:
-        """Allocate [start, end). Returns how many units are new."""
+        """Allocate [start, end). Returns the number of new units."""
         if start >= end:
             return 0
         new = sum(b - a for a, b in self.missing(start, end))
@@ -70,7 +70,7 @@ class Blocks:
         return new
 
     def remove(self, start: int, end: int) -> int:
-        """Free [start, end). Returns how many units that gives back."""
+        """Free [start, end). Returns the number of units freed."""
         if start >= end:
             return 0
         first, last = bisect_right(self.ends, start), bisect_left(self.starts, end)

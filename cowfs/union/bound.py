@@ -1,4 +1,4 @@
-"""The bound on a count: what would pass the limit is refused before it is done."""
+"""The bound on a count: a change that would pass the limit is refused before it is made."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ __all__ = ["Awaited", "Bound", "LimitReached"]
 
 
 class LimitReached(OSError):
-    """The limit is reached: ENOSPC, but not of the host."""
+    """ENOSPC of the limit, not of the host."""
 
     def __init__(self) -> None:
         super().__init__(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 class Awaited(LimitReached):
-    """Ask again once everything that is already forgotten was heard of: inodes without a name still hold space.
+    """Retry after all pending FORGETs are handled: unlinked inodes count until then.
 
-    Only raised for a front end that can wait (``wait_for_forgets``); nothing was changed. A kernel sends what it forgets behind
-    requests that wait, so a client that unlinked a file can want its space, or look for it with statfs(2), before the
-    view has it back. ENOSPC for whoever does not ask again.
+    Only raised for a front end that can wait (``wait_for_forgets``); nothing was changed. A kernel sends FORGETs behind
+    waiting requests, so a client that unlinked a file can need its space, or look for it with statfs(2), before the
+    view has it back. It is ENOSPC for a front end that does not retry.
     """
 
 
@@ -44,19 +44,19 @@ class Bound(Tally):
     def __init__(self, fs: str, form: Form) -> None:
         super().__init__(fs, form)
         self.limit = Limit()
-        self._base = self._base_inodes = 0  # what counts although the upper layer does not hold it
+        self._base = self._base_inodes = 0  # use outside the upper layer that counts
         self._excess = 0  # units of rule 3
 
     def _sum(self) -> None:
-        """After a change of what rule 3 counts."""
+        """Update the sum after a change of the use by rule 3."""
         self._excess = self.beyond()
 
     def set_limit(self, limit: Limit) -> None:
-        """The bound from now on."""
+        """Set the bound."""
         self.limit = limit
 
     def offset(self, blocks: int, inodes: int) -> None:
-        """Count (or, negative, do not count) what the upper layer does not hold."""
+        """Add use outside the upper layer (or, negative, exclude use inside it)."""
         self._base += blocks
         self._base_inodes += inodes
 
@@ -108,5 +108,5 @@ class Bound(Tally):
         return Awaited() if self._may_return() else LimitReached()
 
     def _may_return(self) -> bool:
-        """Whether space may come back without anybody's doing."""
+        """Whether space may come back without a request."""
         return False

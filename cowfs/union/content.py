@@ -48,7 +48,7 @@ def readlink(view: Core, node: Node) -> bytes:
 
 
 def _open(view: Core, node: Node) -> int:
-    """Open a regular file's data into ``node.fd``: for writing too where it is the upper's."""
+    """Open a regular file's data into ``node.fd``: also for writing if it is the upper layer's."""
     if node.type != DT_REG:
         raise _no_data(node)
     if node.data is PLAIN and view.in_upper(node) and not view.readonly:
@@ -59,10 +59,10 @@ def _open(view: Core, node: Node) -> int:
 
 
 def pread(view: Core, node: Node, offset: int, buffer: memoryview, flags: int = 0) -> int:
-    """Read into ``buffer``. Returns how many bytes; fewer only at the end of the file.
+    """Read into ``buffer``. Returns the number of bytes; fewer only at the end of the file.
 
     Raises:
-        OSError: EISDIR, EINVAL; EAGAIN with ``flags`` RWF_NOWAIT when the disk would be waited for.
+        OSError: EISDIR, EINVAL; EAGAIN with ``flags`` RWF_NOWAIT if the read would wait for the disk.
     """
     if node.data is not PLAIN and node.data.pieced:
         return node.data.pread(offset, buffer, flags)
@@ -93,7 +93,7 @@ def data_fd(view: Core, node: Node, write: bool) -> int:
 
 
 def make_writable(view: Core, node: Node, keep: int | None = None) -> None:
-    """Copy the data up here and now when it is not in the upper layer."""
+    """Copy the data up at once if it is not in the upper layer."""
     if node.data is PLAIN and (node.where is None or node.where.layer is view.stack.upper):
         if view.readonly:
             view.need_upper()
@@ -135,10 +135,10 @@ def write(view: Core, node: Node, offset: int, data: memoryview | bytes, kill: b
 
 
 def _keeping(view: Core, node: Node, change: Callable[[], int]) -> int:
-    """Change data and leave set-id bits and a file capability as they are, though the host takes them away from us.
+    """Change data and keep set-id bits and a file capability, although the host removes them on a write of this process.
 
-    The kernel removes them before it sends what write(2) wrote, where they are to go; what is still there then was
-    changed through a map, which keeps them.
+    The kernel has them removed before it sends the data of a write(2) that must remove them; bits that exist then
+    belong to a file changed through a map, which keeps them.
     """
     capability = None
     if not node.bare and _may_give_capabilities():
@@ -270,10 +270,10 @@ def lseek(view: Core, node: Node, offset: int, whence: int) -> int:
 
 
 def reader(view: Core, node: Node, offset: int, length: int, *, streams: bool) -> Callable[[memoryview], int] | None:
-    """A read to be run once in any thread, while nobody writes; ``None``: by :func:`data_fd`.
+    """A read to run once in any thread, without concurrent writes; ``None``: by :func:`data_fd`.
 
     Args:
-        streams: the read goes on where the last one ended.
+        streams: whether the read follows the last one.
     """
     return node.data.stream(offset, length) if streams else node.data.reader(offset, length)
 
@@ -355,11 +355,11 @@ def fsync_fd(view: Core, node: Node) -> int | None:
         return None
     view.trim()
     if node.where is not None and node.where.layer is not view.stack.upper:
-        # Written before a live snapshot, perhaps, and not yet on the disk.
+        # The data may be from before a live snapshot, and not yet on the disk.
         return view.open_data(node) if node.where.layer.index >= view.stack.lower_count and node.data is PLAIN else None
     job = node.data.sync_job()
     if job is not None:
-        job(False)  # who cannot wait runs the job elsewhere
+        job(False)  # a caller that cannot wait runs the job elsewhere
         return None
     if node.data is not PLAIN:
         return view.open_own(node)

@@ -1,4 +1,4 @@
-"""Copy-up: the first change of something that only a lower layer has.
+"""Copy-up: the first change of an object that only a lower layer has.
 
 Parents first, then the object. It is built under a temporary name in the work directory, complete
 with owner, mode, xattrs and times, and one rename puts it in place: a crash leaves the tree as
@@ -54,9 +54,9 @@ SMALL = 1 << 20  # bytes: a copy up to this size is made where it is needed
 
 
 def up_dir(view: Core, directory: Dir, *, exempt: bool = False) -> Source:
-    """The directory's part in the upper layer, copied up (parents first) when it has none.
+    """The directory's source in the upper layer, copied up (parents first) if it has none.
 
-    ``exempt``: only a whiteout is going to be put there, so it is not counted against the limit.
+    ``exempt``: it will hold only a whiteout, so it does not count for the limit.
     """
     top = directory.sources[0]
     if top.layer is view.stack.upper:
@@ -71,12 +71,12 @@ def up_dir(view: Core, directory: Dir, *, exempt: bool = False) -> Source:
     above = directory.sources[0]
     for below in reversed(missing):
         above = _up_one(view, below, above, exempt)
-        view.descriptors.trim()  # nobody who calls this holds a descriptor of a Source
+        view.descriptors.trim()  # no caller holds a descriptor of a Source
     return above
 
 
 def _up_one(view: Core, directory: Dir, above: Source, exempt: bool) -> Source:
-    """Copy one directory up, whose parent is there."""
+    """Copy one directory up, whose parent is in the upper layer."""
     work, space = view.stack.workdir, view.space
     assert work is not None
     attr = view.attr(directory)  # before its source changes
@@ -127,7 +127,7 @@ class Stage:
     """A copy of one file's data that is under way.
 
     Life: :func:`writable` makes it (owner thread), :meth:`run` copies (any thread),
-    :func:`publish` puts it in place or raises what went wrong (owner thread).
+    :func:`publish` puts it in place or raises its error (owner thread).
     """
 
     __slots__ = (
@@ -160,15 +160,15 @@ class Stage:
 
     @property
     def small(self) -> bool:
-        """Whether it is quick enough to be run where it is needed."""
+        """Whether it is quick enough to run at once."""
         return self.keep <= SMALL and not (self.sync and self.keep)
 
     def fail(self, error: OSError) -> None:
-        """The copy cannot be published."""
+        """Mark the copy as failed."""
         self.error = error
 
     def cancel(self) -> None:
-        """Nobody waits for the copy any more; any thread."""
+        """Cancel the copy; any thread."""
         self.cancelled = True
 
     def run(self) -> None:
@@ -185,14 +185,14 @@ def writable(view: Core, node: Node, keep: int | None = None, *, plain: bool = F
     """Make ready to change a file's data.
 
     Args:
-        keep: how many bytes of the present data are still wanted (default: all).
+        keep: the bytes of the present data that are still wanted (default: all).
         plain: make no redirect file.
 
     Returns:
         ``None`` when the data is in the upper layer; else the copy that has to be made first.
 
     Raises:
-        OSError: EROFS, ENOSPC, EISDIR, EINVAL for something that has no data.
+        OSError: EROFS, ENOSPC, EISDIR, EINVAL for an object without data.
     """
     if node.data is PLAIN and view.in_upper(node):
         return None
@@ -244,7 +244,7 @@ def _reserve(view: Core, node: Node, src_fd: int, keep: int, *, new_inode: bool)
 
 
 def publish(view: Core, stage: Stage) -> None:
-    """Put a finished copy in place. Raises what the copy raised; then nothing has changed."""
+    """Put a finished copy in place. Raises the error of the copy; then nothing has changed."""
     node = stage.node
     os.close(stage.src_fd)
     try:
@@ -280,7 +280,7 @@ def publish(view: Core, stage: Stage) -> None:
         node.space = None
         # the copy's xattrs are counted by :func:`place`, those of a metacopy were before
         view.space.add(total_of(view.space.count(node)) - stage.reserved)
-    if not stage.temp:  # the data is the file's own from here on, so a failure takes nothing back
+    if not stage.temp:  # the data is the file's own from here on, so a failure undoes nothing
         try:
             xattr.drop(stage.dst_fd, b"", view.form.redirect)
         finally:
@@ -313,12 +313,12 @@ def _fill_metacopy(view: Core, node: Node, stage: Stage) -> None:
     os.utime(fd, ns=stage.times or (meta.atime, meta.mtime))
     if view.must_sync:
         os.fsync(fd)
-    # With this mark the data counts as the lower layer's, also at the next mount: unless it goes, nothing was written.
+    # With this mark the data counts as the lower layer's, also at the next mount: the copy is valid only once the mark is gone.
     xattr.drop(fd, b"", form.metacopy)
 
 
 def _adopt_orphan(view: Core, node: Node, stage: Stage) -> None:
-    """The file lost its last name meanwhile: its copy lives on without one."""
+    """Keep the copy of a file that lost its last name meanwhile, without a name."""
     meta = read_meta(view, node)
     write_meta(stage.work.fd, stage.temp, meta, view)
     if view.space is not None:
@@ -326,7 +326,7 @@ def _adopt_orphan(view: Core, node: Node, stage: Stage) -> None:
 
 
 def place(view: Core, node: Node, temp: bytes, work: WorkDir, *, metacopy: bool, meta: Meta | None = None) -> None:
-    """Give a built copy all its attributes (``meta``, where they were read) and put it under every name the node has."""
+    """Give a built copy all its attributes (``meta``, if they were read) and put it under every name of the node."""
     assert node.parent is not None and node.where is not None
     where = node.where
     others = hardlinks.complete(view, node)
@@ -369,7 +369,7 @@ def place(view: Core, node: Node, temp: bytes, work: WorkDir, *, metacopy: bool,
 
 
 def physical(view: Core, node: Node, where: Source) -> tuple[Source, bytes]:
-    """Where a lower inode itself is: an index knows files by where their data is."""
+    """The place of a lower inode itself; an index has the place of the data."""
     there = node.data.place() if node.data.home is not None else None
     if there is not None and from_index.entry_of(view, node) is not None:
         return there
@@ -434,7 +434,7 @@ def _up_whole(view: Core, node: Node) -> None:
 
 
 def note_place(view: Core, node: Node) -> None:
-    """Before a metacopy gets a name elsewhere: note where its data is found; have the data where that has no room."""
+    """Record the place of a metacopy's data before it gets another name; copy the data if the record has no room."""
     path = node.data.path
     if path is None or not view.form.redirects:
         return
@@ -450,7 +450,7 @@ def note_place(view: Core, node: Node) -> None:
 
 
 def _copy_nameless(view: Core, node: Node) -> None:
-    """Copy an unlinked link, FIFO, socket or device that somebody still holds; the copy has no name either."""
+    """Copy an unlinked link, FIFO, socket or device that is still in use; the copy has no name either."""
     work = view.stack.workdir
     assert work is not None
     meta = read_meta(view, node)

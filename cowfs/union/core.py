@@ -1,8 +1,8 @@
-"""The parts that the operations on a view share, and the questions that one operation asks of another.
+"""The parts that the operations on a view share, and the calls between operations.
 
 The modules of this package hold one concept each, as functions that take the view first. They are written against
-:class:`Core`; :class:`cowfs.union.view.View` puts them together. So no module needs to know in which other one a question is
-answered, and none imports the view.
+:class:`Core`; :class:`cowfs.union.view.View` puts them together. So no module needs to know the module of another
+operation, and none imports the view.
 
 Each part keeps its own invariants, and only its own methods assign its attributes:
 
@@ -50,14 +50,14 @@ class Core(ABC):
 
     Attributes:
         form: the xattrs of the layers.
-        share: how many descriptors each use may have.
+        share: the number of descriptors of each use.
         nodes: the table's, id -> node in use.
         space: the count of the upper layer, while it is kept.
-        rows: the redirect files, where there may be some.
-        patient: the front end can wait for what the kernel is about to forget (:class:`~cowfs.union.bound.Awaited`).
+        rows: the redirect files, if there may be some.
+        patient: whether the front end can wait for pending FORGETs (:class:`~cowfs.union.bound.Awaited`).
         monotonic: the host of the upper layer never gives an inode number twice.
-        work: what the view had to do that costs time.
-        limit_reached: called when something is refused for the limit.
+        work: the costly work that the view did.
+        limit_reached: called when the limit refuses a change.
         root_ino: the inode number shown for the root.
     """
 
@@ -84,7 +84,7 @@ class Core(ABC):
     limit_reached: Callable[[], None] | None
     monotonic: bool
 
-    # -- the parts, to be read ----------------------------------------------------------------------
+    # -- the parts, for reading ---------------------------------------------------------------------
 
     @property
     def upper(self) -> Layer | None:
@@ -103,12 +103,12 @@ class Core(ABC):
 
     @property
     def index(self) -> TreeIndex | None:
-        """The merged tree of the lowest layers, where it is known."""
+        """The merged tree of the lowest layers, if known."""
         return self.stack.index
 
     @property
     def indexed_layers(self) -> int:
-        """How many layers the index covers."""
+        """The number of layers that the index covers."""
         return self.stack.indexed_layers
 
     @property
@@ -124,19 +124,19 @@ class Core(ABC):
         return upper
 
     def wait_for_forgets(self, on: bool) -> None:
-        """Say whether the front end can wait for what the kernel is about to forget."""
+        """Set whether the front end can wait for pending FORGETs."""
         self.patient = on
 
     def on_limit(self, tell: Callable[[], None] | None) -> None:
-        """Call ``tell`` each time that something is refused for the limit, from now on."""
+        """Call ``tell`` each time that the limit refuses a change, from now on."""
         self.limit_reached = tell
 
     def refuse_changes(self) -> None:
-        """Every change is EROFS from now on, for good."""
+        """Make every change EROFS from now on, for good."""
         self.readonly = True
 
     def swap_space(self, space: Space | None) -> Space | None:
-        """Count in ``space`` from now on (None: not at all). Returns what was counted in."""
+        """Count in ``space`` from now on (None: not at all). Returns the count before."""
         before, self.space = self.space, space
         return before
 

@@ -1,10 +1,10 @@
 """Creating and removing names.
 
 A new object over a whiteout is made in the work directory and renamed over it, so that no crash
-brings the deleted one back; a directory made there is opaque. Removing something that a lower
-layer has leaves a whiteout, put in place by one rename.
+brings the deleted one back; a directory made there is opaque. Removing an object that a lower layer has leaves a
+whiteout, put in place by one rename.
 
-An unlinked file stays usable while somebody holds its node (:mod:`cowfs.union.holding`).
+An unlinked file stays usable while its node is held (:mod:`cowfs.union.holding`).
 """
 
 from __future__ import annotations
@@ -94,14 +94,14 @@ def _own(view: Core, parent: Dir, dirfd: int, name: bytes, mode: int, uid: int, 
 
 
 def _final_mode(parent: Dir, st: os.stat_result, mode: int) -> int:
-    """The mode that a new object ends with: what the host made of it under a default ACL, else the one asked for."""
+    """The final mode of a new object: the host's result under a default ACL, else the requested one."""
     if parent.sources[0].default_acl:
         return stat.S_IFMT(mode) | (st.st_mode & 0o777) | (mode & 0o7000)
     return mode
 
 
 def _added(view: Core, parent: Dir, up: Source, name: bytes) -> None:
-    """Keep a listing that is under way in order, and the directory's attributes honest."""
+    """Keep a running listing in order, and the directory's attributes true."""
     parent.attr = None
     order = parent.order
     if order is not None:
@@ -364,7 +364,7 @@ def link(view: Core, node: Node, parent: Dir, name: bytes) -> Node:
     _added(view, parent, up, name)
     if node.where is not None and node.where.impure:
         stored.mark_impure(view, up)
-    if node.parent is None:  # a tmpfile gets its first name, or a file whose known names went one more
+    if node.parent is None:  # a tmpfile gets its first name, or a file whose known names are gone gets one more
         view.table.astray.discard(node)
         holding.unhold(view, node)
         node.where, node.name = up, name
@@ -411,7 +411,8 @@ def unlink(view: Core, parent: Dir, name: bytes) -> None:
 
 
 def unnamed(view: Core, node: Node, held: bytes | None, last: bool) -> None:
-    """The last known name of an upper inode went; ``held`` is what :func:`hold` said, ``last`` that it has no other."""
+    """Handle the loss of the last known name of an upper inode; ``held`` is the result of :func:`hold`, ``last`` that
+    it has no other name."""
     if node.nlookup > 0:
         holding.held(view, node, held)
     if last:
@@ -419,11 +420,11 @@ def unnamed(view: Core, node: Node, held: bytes | None, last: bool) -> None:
     elif node.nlookup > 0:
         view.table.astray.add(node)
     elif view.nodes.pop(node.id, None) is not None:
-        view.open_files.close(node)  # other names exist that nobody has looked at
+        view.open_files.close(node)  # other names exist that were never looked up
 
 
 def _up_for_count(view: Core, node: Node) -> bool:
-    """Copy a lower hard link up under all its names, so that their count is right; no when there is no room."""
+    """Copy a lower hard link up under all its names, so that their count is right. Returns False if there is no room."""
     try:
         copyup.up_meta(view, node, whole=False)
     except OSError as failure:
@@ -434,7 +435,7 @@ def _up_for_count(view: Core, node: Node) -> bool:
 
 
 def gone(view: Core, node: Node) -> None:
-    """The last name went. A node that nobody holds goes with it."""
+    """Handle the loss of the last name; an unused node goes with it."""
     if node.parent is not None:
         return
     if node.nlookup <= 0:
@@ -487,7 +488,7 @@ def rmdir(view: Core, parent: Dir, name: bytes) -> None:
     if children:
         raise error(errno.ENOTEMPTY, name)
     own = view.upper_of(node)
-    attr = view.attr(node)  # now: not all file systems answer fstat(2) for a directory that is gone
+    attr = view.attr(node)  # now: not all file systems answer fstat(2) for a removed directory
     if own is None:
         _hide(view, parent, name)
     else:

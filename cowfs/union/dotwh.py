@@ -19,7 +19,7 @@ __all__ = ["own_whiteouts"]
 def own_whiteouts(view: Core, up: Source, names: dict[bytes, int], deleted: set[bytes]) -> None:
     """Turn the ``.wh.`` names of an upper directory, as an unpacked archive left them, into the layer form's own.
 
-    A name that the same layer also has is opaque where it is a directory, and else hides what is beneath by itself.
+    A name that the same layer also has becomes opaque if it is a directory; other objects hide the lower ones by themselves.
     """
     work, fd = view.stack.workdir, up.open()
     assert work is not None

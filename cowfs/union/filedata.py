@@ -1,4 +1,4 @@
-"""Data of files that the view knows but is not in them: the two halves of the interface to redirect files, and metacopies.
+"""File data outside of the file's own inode: the two halves of the interface to redirect files, and metacopies.
 
 ===========================  ==================================================================================
 ``Plain`` (:mod:`.node`)     in the file's own inode: any file but those below, and every other type of node
@@ -6,8 +6,8 @@
 ``cowfs.row.file.RowFile``   in several files, block by block: a redirect file
 ===========================  ==================================================================================
 
-:class:`Redirects` is the interface of the implementation of redirect files as a whole. The caller that assembles a view hands it in
-(:mod:`cowfs.union.redirecting`); every file of a view without any is plain or lower.
+:class:`Redirects` is the interface of the implementation of redirect files as a whole. The caller that assembles a view
+hands it in (:mod:`cowfs.union.redirecting`); every file of a view without any is plain or lower.
 
 Threads: the view's thread owns all of it; a job is run once, in any thread.
 """
@@ -33,15 +33,15 @@ class Absorbing(ABC):
 
     @abstractmethod
     def step(self) -> bool:
-        """One piece. True: go on; False: all is there."""
+        """Copy one piece. True: go on; False: all is copied."""
 
     @abstractmethod
     def sync_job(self) -> Callable[[bool], None] | None:
-        """After the last piece: what is to be run, in any thread, before :meth:`finish`; ``None``: nothing is left to do."""
+        """After the last piece: the job to run, in any thread, before :meth:`finish`; ``None`` if there is none."""
 
     @abstractmethod
     def finish(self) -> bool:
-        """The data is on the disk. False: more was found to be missing, go on with :meth:`step`."""
+        """Finish, with the data on the disk. False: more is missing, go on with :meth:`step`."""
 
 
 class Lower(FileData):
@@ -90,10 +90,10 @@ class Redirects(ABC):
 
     @abstractmethod
     def redirect(self, node: Node, keep: int | None = None, *, data: bool = True) -> bool:
-        """Have a redirect file in the upper layer for a file that is about to change.
+        """Make a redirect file in the upper layer for a file that is about to change.
 
         Args:
-            keep: how much of the data is still wanted, bytes.
+            keep: the part of the data that is still wanted, bytes.
             data: the data will change; otherwise only attributes or names.
 
         Returns:
@@ -109,27 +109,27 @@ class Redirects(ABC):
 
     @abstractmethod
     def sync_job(self) -> Callable[[], None]:
-        """The part of syncfs(2) that is done here: every dirty file; to be run in any thread."""
+        """The part of syncfs(2) for redirect files: every dirty file; for any thread."""
 
     @abstractmethod
     def own_all(self, node: Node) -> bool:
-        """Have all data of a file with pieced data in the upper layer, and make it a plain one. False where that takes a copy."""
+        """Bring all data of a file with pieced data into the upper layer, and make it a plain one. False if that takes a copy."""
 
     @abstractmethod
     def stands_on(self, node: Node, layer: Layer) -> bool:
-        """Whether a node with pieced data of another layer needs what the topmost lower layer holds."""
+        """Whether a node with pieced data of another layer needs the topmost lower layer."""
 
     @abstractmethod
     def absorb(self, node: Node, layer: Layer, *, renames: bool) -> Absorbing:
         """Begin to bring up the pieced data that the topmost lower layer holds of a node.
 
         Args:
-            renames: the layer renamed directories, so paths by which it refers to what is beneath hold no more.
+            renames: whether the layer renamed directories, so that its paths to lower objects are no longer valid.
         """
 
     @abstractmethod
     def forget(self, layer: Layer) -> None:
-        """A layer has left the view."""
+        """Forget a layer that has left the view."""
 
     @abstractmethod
     def trim_logs(self) -> None:
@@ -137,8 +137,8 @@ class Redirects(ABC):
 
     @abstractmethod
     def give_back(self) -> None:
-        """Close what can be opened again. Only between operations."""
+        """Close every descriptor that can be opened again. Only between operations."""
 
     @abstractmethod
     def close(self) -> None:
-        """Sync what is dirty, mark the maps, close everything."""
+        """Sync dirty files, mark the maps, close everything."""

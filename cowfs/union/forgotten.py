@@ -1,4 +1,4 @@
-"""Which directory a forgotten node was in: 16 bytes a node, so that file handles outlive the node.
+"""The parent directory of each forgotten node, in 16 bytes a node, so that file handles outlive the node.
 
 A dict of ints would take 150 bytes an entry. This is an open-addressing table over two arrays of 64-bit numbers; 0 is a
 free slot, 1 (the root's id, which is never forgotten) one that was freed.
@@ -41,7 +41,7 @@ class Parents:
         return self._count
 
     def _slot(self, id: int) -> int:
-        """Where ``id`` is, or -1."""
+        """The slot of ``id``, or -1."""
         keys = self._keys
         mask = len(keys) - 1
         slot = (id * _SPREAD & _WORD) >> self._shift
@@ -79,7 +79,7 @@ class Parents:
     def reserve(self, count: int) -> None:
         """Have room for so many entries.
 
-        Asked for while nodes are made, so that a storm of forgets neither needs memory nor copies a full table.
+        Called while nodes are made, so that a storm of forgets neither needs memory nor copies a full table.
         """
         if count * 5 > len(self._keys) * 4:
             self._grow(count)

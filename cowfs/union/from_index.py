@@ -44,7 +44,7 @@ def merged_dir(view: Core, queue: Sequence[Source], record: Any, name: bytes) ->
 
 
 def _goes_on(view: Core, search: merge.Search, record: Any) -> tuple[Any, Any]:
-    """(entry, the record that holds it) where a search that found no end goes on in the index; (None, None) for none."""
+    """(entry, the record that holds it) at which an unfinished search goes on in the index; (None, None) if there is none."""
     if search.from_root:
         record = tree(view).root()
     for part in search.parts[:-1]:
@@ -54,7 +54,7 @@ def _goes_on(view: Core, search: merge.Search, record: Any) -> tuple[Any, Any]:
 
 
 def names(view: Core, directory: Dir, below: Sequence[Source]) -> dict[bytes, Node | int]:
-    """The names that a directory's record and the scanned layers in ``below`` merge into, as codes."""
+    """The merged names of a directory's record and the scanned layers in ``below``, as codes."""
     merged: dict[bytes, Node | int] = dict.fromkeys(tree(view).entries(directory.record), -1)
     for source in reversed(scanned(view, below)):
         base = (len(directory.sources) - 1 - directory.sources.index(source)) << 4
@@ -90,7 +90,7 @@ def metacopy_data(view: Core, parent: Dir, position: int, name: bytes, low: byte
 
 
 def path_of(entry: Any, record: Any, name: bytes) -> bytes:
-    """Where an entry of a record is in its layer."""
+    """The place of an entry in its layer."""
     if entry.path is not None:
         return bytes(entry.path)
     return bytes(record.path + b"/" + name) if record.path else name
@@ -147,14 +147,14 @@ def source_at(view: Core, layer: Layer, path: bytes) -> Source:
         found = view.stack.sources.get((layer.index, path)) if path else layer.root
     for below in reversed(missing):
         name = below.rpartition(b"/")[2]
-        if name in (b"", b".", b".."):  # an index may come from elsewhere
+        if name in (b"", b".", b".."):  # an index may come from a stranger
             raise OSError(errno.EIO, "the index has a path that leads out", below)
         found = view.stack.sources[layer.index, below] = found.child(name)
     return found
 
 
 def source_of(view: Core, directory: Dir) -> Source:
-    """Where the index has a directory that is in its tree."""
+    """The place in the index of a directory of its tree."""
     path = directory.record.path
     if not path:
         return view.stack.layers[view.stack.indexed_layers - 1].root
@@ -175,7 +175,7 @@ def make(view: Core, parent: Dir, name: bytes) -> Node | None:
         made.record = entry.record
         made.attr = attr_of(view, made, entry)
         return made
-    if entry.nlink > 1:  # of files in several layers, two may have had one number: one shows another, for good
+    if entry.nlink > 1:  # files of different layers may have had the same number: one then shows another, for good
         ino = view.table.linked.get(entry.file) or (
             ino if view.table.shown.setdefault(ino, entry.file) == entry.file else view.table.fresh_id()
         )
@@ -183,7 +183,7 @@ def make(view: Core, parent: Dir, name: bytes) -> Node | None:
     existing = view.nodes.get(ino)
     if existing is not None or ino <= ROOT_ID or ino in view.table.burnt:
         if existing is not None and entry.nlink > 1 and _is_same(view, existing, layer, entry):
-            if existing.parent is None:  # the names that were known went
+            if existing.parent is None:  # the known names are gone
                 existing.name = name
                 existing.where, data = locate(view, parent, name, entry)
                 if not existing.data.stays:
@@ -204,7 +204,7 @@ def make(view: Core, parent: Dir, name: bytes) -> Node | None:
 
 
 def locate(view: Core, parent: Dir, name: bytes, entry: Any) -> tuple[Source, FileData]:
-    """Where a file of ``parent``'s record is, and what its data is."""
+    """The place of a file of ``parent``'s record, and its data."""
     path = path_of(entry, parent.record, name)
     head, _, real = path.rpartition(b"/")
     where, data = source_at(view, view.stack.layers[entry.layer], head), PLAIN

@@ -1,4 +1,4 @@
-"""Which names a lower inode has.
+"""The names of a lower inode.
 
 The kernel's overlayfs breaks hard links on copy-up: one name gets the copy, the others keep the
 old file. cowfs does not: the copy gets all names. Those that were never looked up are found by one scan
@@ -31,8 +31,8 @@ _HELD = 64  # descriptors that a scan holds at most
 def _apart(layer: Layer) -> Iterator[Source]:
     """The layer's root for a scan with descriptors of its own.
 
-    A scan runs in the middle of an operation, which may hold Sources: those must stay open, and those of a large layer
-    would be more than a process may have.
+    A scan runs in the middle of an operation, which may hold Sources: those must stay open, and a large layer has more
+    of them than a process may have descriptors.
     """
     descriptors = Descriptors(_HELD)
     root = Source(layer, None, b"", descriptors)
@@ -105,7 +105,7 @@ def complete(view: Core, node: Node) -> bool:
 
 
 def find_place(view: Core, node: Node) -> None:
-    """Find the file of a node with the name that is its first one now, in the layer where it is."""
+    """Look up the file of a node by its present first name, in its layer."""
     parent, where = node.parent, node.where
     if parent is None or where is None:
         return
@@ -120,7 +120,7 @@ def find_place(view: Core, node: Node) -> None:
 
 
 def merged_paths(view: Core, layer: Layer, path: bytes) -> list[bytes]:
-    """Where a path of a layer shows in the merged tree: each layer above it may have moved directories."""
+    """The place of a layer's path in the merged tree, after the moved directories of the layers above."""
     paths = [path]
     for above in view.stack.layers[layer.index + 1 :]:
         moves = view.moves.redirects.get(above)
@@ -142,7 +142,7 @@ def _after(path: bytes, moves: list[tuple[bytes, bytes]]) -> list[bytes]:
 
 
 def _walk(view: Core, path: bytes) -> None:
-    """Look up a path, as far as there is one: that gives its node all names on the way."""
+    """Look up a path, as far as it exists, which gives its node all names on the way."""
     here: Node | None = view.root
     for part in path.split(b"/"):
         if not isinstance(here, Dir):

@@ -1,11 +1,11 @@
-"""Files and directories that lost their last name while somebody uses them.
+"""Files and directories that lost their last name while in use.
 
 An unlinked file stays usable while its node is held. A descriptor stands for it; beyond the share of descriptors for such files
 (:mod:`cowfs.sys.descriptors`), and where no descriptor can (a metacopy, whose data is elsewhere), it keeps a
 name in the work directory, which goes with the node. A removed directory is held the same way.
 
-Only the descriptor of a removed directory leads to it: the path may be another directory's by now. So it is either kept
-or the directory is moved; it is never found by its old name again.
+Only the descriptor of a removed directory leads to it, since another directory may have the path by now. So either the
+descriptor is kept, or the directory is moved; it is never opened by its old name again.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from cowfs.union.workdir import WorkDir
 
 _SHORT = (errno.EMFILE, errno.ENFILE)
-#: what link(2) may say where a descriptor does as well
+#: errors of link(2) after which a descriptor does as well
 _NO_LINK = (errno.EMLINK, errno.EPERM, errno.ENOSPC, errno.EDQUOT)
 
 
 def hold(view: Core, node: Node) -> bytes | None:
-    """Before the last known name of an upper inode goes: make sure that the inode can still be reached.
+    """Make sure, before the loss of the last known name of an upper inode, that the inode can still be reached.
 
     Returns:
         A name in the work directory, or ``None`` when a descriptor stands for the inode.
@@ -49,7 +49,7 @@ def hold(view: Core, node: Node) -> bytes | None:
 
 
 def _open(view: Core, node: Node) -> bool:
-    """Have a descriptor that can stand for an inode; no when there is none left."""
+    """Open a descriptor that can stand for an inode. Returns False if there is none left."""
     if node.fd >= 0 and (node.wfd or node.type != DT_REG):
         return True
     assert node.where is not None
@@ -74,7 +74,7 @@ def is_nameless(view: Core, node: Node) -> bool:
 
 
 def held(view: Core, node: Node, name: bytes | None) -> None:
-    """The last known name has gone; ``name`` is what :func:`hold` said."""
+    """Record the loss of the last known name; ``name`` is the result of :func:`hold`."""
     work = view.stack.workdir
     if name is not None:
         assert work is not None
@@ -91,7 +91,7 @@ def _stand_in(node: Node, work: WorkDir, name: bytes) -> None:
 
 
 def hold_tmpfile(view: Core, node: Node, fd: int) -> None:
-    """A file that never had a name, open as ``fd``, is what a node is."""
+    """Set up the node of a file that never had a name, open as ``fd``."""
     if view.open_files.full:
         work = view.stack.workdir
         assert work is not None
@@ -102,7 +102,7 @@ def hold_tmpfile(view: Core, node: Node, fd: int) -> None:
 
 
 def carry_over(old: WorkDir, new: WorkDir) -> None:
-    """The upper layer is frozen: what has a name in its work directory gets one in that of the new upper layer."""
+    """After a freeze: move the held names from the frozen layer's work directory to that of the new upper layer."""
     for node in old.held:
         if node.where is old.source:
             temp = new.temp()
@@ -112,7 +112,7 @@ def carry_over(old: WorkDir, new: WorkDir) -> None:
 
 
 def hold_copy(view: Core, node: Node, work: WorkDir, temp: bytes, fd: int, *, writable: bool) -> None:
-    """A copy in a work directory, open as ``fd``, is what a node without a name is from now on."""
+    """Switch a node without a name to a copy in a work directory, open as ``fd``."""
     hold_made(view, node, work, temp)
     view.open_files.use(node, fd, writable=writable)
 
@@ -129,7 +129,7 @@ def hold_made(view: Core, node: Node, work: WorkDir, temp: bytes) -> None:
 
 
 def unhold(view: Core, node: Node) -> None:
-    """A node is not used any more, or has a name again: remove the one in the work directory."""
+    """Remove the held name of a node that is unused, or has a name again."""
     work = view.stack.workdir
     if work is None:
         return
@@ -150,12 +150,12 @@ def must_move(view: Core, node: Dir) -> bool:
 
 
 def keep(view: Core, own: Source) -> None:
-    """The upper part of a directory in use is about to lose its name: its descriptor stands for it."""
+    """Let a descriptor stand for the upper part of a directory in use, before it loses its name."""
     view.descriptors.keep(own)
 
 
 def moved(view: Core, own: Source, temp: bytes) -> None:
-    """The upper part of a removed directory, or of one that was replaced, is in the work directory now."""
+    """Record that the upper part of a removed or replaced directory is in the work directory now."""
     work = view.stack.workdir
     assert work is not None
     own.parent, own.name = work.source, temp

@@ -61,7 +61,7 @@ class _System(NamedTuple):
 class Inodes:
     """Maps (device, inode) to the number shown. Owner: the view's thread.
 
-    A number is for showing only: which names are one file is told by the real device and inode, always.
+    A number is for showing only: the real device and inode identify a file, always.
     """
 
     __slots__ = ("_can_decode", "_claims", "_index", "_systems")
@@ -70,7 +70,7 @@ class Inodes:
         self._index: dict[int, int] = {}
         self._systems: list[_System] = []
         self._can_decode = True
-        #: number -> (device, inode) of the upper file with several names that has it, whether or not somebody knows it now
+        #: number -> (device, inode) of the upper file with several names that has it, whether it is in use or not
         self._claims: dict[int, tuple[int, int]] = {}
         try:
             for layer in layers:
@@ -105,18 +105,18 @@ class Inodes:
         return ino if index == 0 else (index << _SHIFT) ^ ino
 
     def claim(self, number: int, dev: int, ino: int) -> bool:
-        """Whether an upper file with several names may show a number: another one may have it, by a copied origin."""
+        """Whether an upper file with several names may show a number, since another one may have it by a copied origin."""
         return self._claims.setdefault(number, (dev, ino)) == (dev, ino)
 
     def forget_claims(self) -> None:
-        """Another layer is the upper one now: files copied into it may show what those that they were copied from did."""
+        """Handle a new upper layer: files copied into it may show the numbers of their sources."""
         self._claims.clear()
 
     def from_origin(self, value: bytes, beneath: Iterable[Beneath] = ()) -> int | None:
         """The number shown for the file that an ``origin`` names; ``None`` unless that file is certain.
 
-        It is when every layer's file system with the uuid in it finds one and the same inode by the handle, which
-        holds the inode's generation: a number that was given again does not count.
+        It is when every layer's file system with the uuid in it finds one and the same inode by the handle, which holds
+        the inode's generation: a reused number does not count.
 
         Args:
             value: the xattr.
@@ -159,7 +159,7 @@ class Inodes:
         return st.st_dev, st.st_ino
 
     def _by_path(self, value: bytes, kind: int, handle: bytes, beneath: Iterable[Beneath]) -> int | None:
-        """The number of the file beneath that an origin names, or that was copied from the same one."""
+        """The number of the lower file that an origin names, or that was copied from the same one."""
         for dirfd, name, origin, number in beneath:
             try:
                 if origin == value or files.file_handle(dirfd, name) == (kind, handle):
@@ -171,7 +171,7 @@ class Inodes:
 
 
 def make_origin(dirfd: int, name: bytes, uuid: bytes) -> bytes:
-    """The ``origin`` of a lower file: empty (as the kernel writes it) where there are no handles, or none that stay."""
+    """The ``origin`` of a lower file: empty (as the kernel writes it) if there are no handles, or no lasting ones."""
     try:
         if files.fs_name(dirfd) == "fuse":
             return b""

@@ -1,12 +1,12 @@
-"""Where things really are: layers, and their directories.
+"""The real places of objects: layers, and their directories.
 
 A :class:`Source` is one directory of one layer. Sources form a tree for each layer, apart from
 the merged tree: renaming a directory of the upper layer moves its Source, and the Sources of
 read-only layers never move. Every access to a file is *one name relative to a Source's
 descriptor*, so no path is ever resolved twice and no symbolic link is ever followed.
 
-Descriptors: a Source opens its O_PATH descriptor when first used. Nothing that an operation may hold is closed in its
-middle; :meth:`Descriptors.trim` runs between operations and closes the oldest above the budget
+Descriptors: a Source opens its O_PATH descriptor when first used. No descriptor that an operation may hold is closed in
+its middle; :meth:`Descriptors.trim` runs between operations and closes the oldest above the budget
 (:mod:`cowfs.sys.descriptors`).
 """
 
@@ -19,7 +19,7 @@ from itertools import islice
 _STAY = 16
 #: beside a layer's root: the maps of its redirect files (cowfs.row.map)
 MAP_DIR = b"../map"
-#: How a directory on the way is opened: to be gone through, never to be read.
+#: The flags for a directory on the way, which is passed through and never read.
 WALK = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -29,10 +29,10 @@ class Descriptors:
     Owner: the view's thread.
 
     Attributes:
-        budget: how many may stay open between operations.
-        most_kept: how many removed directories may be reached by a descriptor alone.
-        opened: what is open and can be opened again.
-        kept: removed directories that somebody still holds; their descriptor is all there is.
+        budget: the number that may stay open between operations.
+        most_kept: the number of removed directories held by a descriptor alone.
+        opened: open ones that can be opened again.
+        kept: removed directories that are still in use; only their descriptor leads to them.
     """
 
     __slots__ = ("budget", "kept", "most_kept", "opened")
@@ -51,19 +51,19 @@ class Descriptors:
                 source.close()
 
     def close_all(self) -> None:
-        """Close everything that can be opened again. Only between operations."""
+        """Close every descriptor that can be opened again. Only between operations."""
         for source in list(self.opened):
             source.close()
 
     def keep(self, source: Source) -> None:
-        """A directory is about to lose its name: from now on its descriptor stays until :meth:`Source.close`."""
+        """Keep the descriptor of a directory that is about to lose its name, until :meth:`Source.close`."""
         source.open()
         self.opened.pop(source, None)
         self.kept.add(source)
 
     @property
     def full(self) -> bool:
-        """Whether one more removed directory had better keep a name somewhere."""
+        """Whether one more removed directory should keep a name in the work directory."""
         return len(self.kept) >= self.most_kept
 
 
@@ -134,7 +134,7 @@ class Source:
         return fd if fd >= 0 else self._open()
 
     def _open(self) -> int:
-        """Open what is closed on the way here, from the top down; of a long way only the end stays open."""
+        """Open the closed directories on the way here, from the top down; only the end of a long way stays open."""
         closed = [self]
         above = self.parent
         assert above is not None
@@ -153,7 +153,7 @@ class Source:
         return fd
 
     def adopt(self, fd: int) -> None:
-        """Take over a descriptor that somebody opened for this directory."""
+        """Take over an open descriptor of this directory."""
         self.fd = fd
         self.descriptors.opened[self] = None
 

@@ -1,7 +1,7 @@
-"""Holding and letting go: names of nodes, look-up counts, forgotten nodes.
+"""The lifetime of nodes: their names, look-up counts, forgotten nodes.
 
-The front end counts the ids it hands out. At zero a node is dropped and its names turn back into codes; what stays
-is its parent's id, so that a file handle made earlier (name_to_handle_at(2)) finds it again.
+The front end counts the ids it hands out. At zero a node is dropped and its names turn back into codes; only its
+parent's id stays, so that a file handle made earlier (name_to_handle_at(2)) finds it again.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def bind(view: Core, parent: Dir, name: bytes, node: Node) -> None:
 
 
 def unbind(view: Core, parent: Dir, name: bytes, node: Node) -> bool:
-    """Take a name away from a node. Returns whether it has another that is known."""
+    """Take a name away from a node. Returns whether it has another known name."""
     if parent.children is not None:
         parent.children.pop(name, None)
     parent.live -= 1
@@ -88,7 +88,7 @@ def path(view: Core, node: Node) -> bytes:
 
 
 def low_path(view: Core, directory: Dir) -> bytes:
-    """A directory's path in the merged lower tree (kernel: what ``redirect`` is made of)."""
+    """A directory's path in the merged lower tree (kernel: the base of ``redirect``)."""
     parts = []
     here = directory
     while here is not view.root:
@@ -117,7 +117,7 @@ def forget(view: Core, id: int, count: int) -> None:
 
 
 def drop(view: Core, node: Node) -> None:
-    """Let go of a node that nobody holds, and of parents that were kept for it."""
+    """Drop an unused node, and parents that were kept for it."""
     while node is not view.root and node.nlookup <= 0:
         if node.__class__ is Dir and node.live > 0:
             return
@@ -172,7 +172,7 @@ def _fold(view: Core, parent: Dir, name: bytes, node: Node) -> None:
 
 
 def _bury(view: Core, node: Node) -> None:
-    """The last trace of an unlinked node is gone: give back its space, spend its number."""
+    """Release the space and the number of an unlinked node that is no longer in use."""
     if view.space is not None and view.in_upper(node):
         view.space.release(node)
     view.table.parents.discard(node.id)

@@ -1,8 +1,8 @@
-"""Listing a directory so that it can go on later.
+"""Listing a directory, with cookies to go on later.
 
-There is no open directory anywhere: a listing goes on from a *cookie*, and creates and removes in between must
-neither skip nor repeat what stayed. So a name's cookie is a hash of the name, and names come in the order of their
-cookies. The order is kept only while a listing is under way.
+There is no open directory anywhere: a listing goes on from a *cookie*, and creates and removes in between must neither
+skip nor repeat other names. So a name's cookie is a hash of the name, and names come in the order of their cookies. The
+order is kept only while a listing is under way.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def cookie_of(name: bytes) -> int:
 def listing(view: Core, directory: Dir, cookie: int = 0) -> Iterator[tuple[bytes, int]]:
     """(name, cookie) of the entries after ``cookie``; 0 starts, with ``.`` and ``..`` first.
 
-    A listing that goes on after creates and removes neither skips nor repeats what stayed:
+    A listing that goes on after creates and removes neither skips nor repeats other names:
     the cookie is a hash of the name, and names come in its order.
     """
     if cookie < 1:

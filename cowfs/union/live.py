@@ -1,6 +1,6 @@
 """Snapshots of a live view: the upper layer is frozen, a new one goes on; and back again.
 
-*Freeze* costs nothing per file, since a node is "in the upper layer" exactly when the layer that holds it is
+*Freeze* has no cost per file, since a node is "in the upper layer" exactly when the layer that holds it is
 ``view.stack.upper``: with another layer in that place every node has become a lower one, and its next change copies it up.
 Two things must follow: the root (every layer has one) and the directories that renames had moved: the path
 in the merged lower tree, which ``redirect`` names, is from now on the path they have now.
@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import errno
 import os
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from cowfs._record import record
 from cowfs.union import from_index, hardlinks, holding, quota, stored
 from cowfs.union.layers import Layer, Source
 from cowfs.union.meta import Meta
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from cowfs.union.core import Core
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Stale:
     """Ids and names that a front end's caches must forget after a rollback.
 
@@ -50,10 +50,10 @@ def freeze(view: Core, upper: str | bytes, work: str | bytes) -> Layer:
         work: its work directory.
 
     Returns:
-        The layer that is immutable from now on.
+        The frozen layer.
 
     Raises:
-        OSError: EROFS for a read-only view; ENOTEMPTY, EXDEV for directories that will not do.
+        OSError: EROFS for a read-only view; ENOTEMPTY, EXDEV for unsuitable directories.
             Then nothing has changed.
     """
     frozen, before = view.need_upper(), view.stack.workdir
@@ -102,7 +102,7 @@ def rollback(view: Core, frozen: Layer, upper: str | bytes, work: str | bytes) -
     """Go back to the state in which ``frozen`` was the top layer, with a new, empty upper layer.
 
     Args:
-        frozen: what :func:`freeze` returned, or any lower layer of the view.
+        frozen: the result of :func:`freeze`, or any lower layer of the view.
         upper, work: as for :func:`freeze`.
 
     Returns:
@@ -126,7 +126,7 @@ def rollback(view: Core, frozen: Layer, upper: str | bytes, work: str | bytes) -
         if view.rows is not None:
             view.rows.forget(old)
         old.close()
-    counted = view.swap_space(None)  # all that it counted is gone with the layer
+    counted = view.swap_space(None)  # its count is gone with the layer
     _push(view, layer)
     view.root.attr = None
     if counted is not None:
@@ -177,7 +177,7 @@ def _strike_out(view: Core, dropped: set[Layer]) -> tuple[list[int], list[tuple[
 
 
 def _was_elsewhere(view: Core, directory: Dir, kept: list[Source], dropped: set[Layer]) -> bool:
-    """Whether what is left of a directory had another name, or was in another directory, before the dropped layers."""
+    """Whether the rest of a directory had another name, or another parent, before the dropped layers."""
     top, above = kept[0], directory.parent
     if (
         top.parent is None
@@ -192,14 +192,14 @@ def _was_elsewhere(view: Core, directory: Dir, kept: list[Source], dropped: set[
 
 
 def _strike(view: Core, node: Node) -> None:
-    """A node's id answers ESTALE from now on, and is never given again."""
+    """Make a node's id answer ESTALE from now on; it is never used again."""
     view.table.strike(node)
     node.data.close()
     view.open_files.close(node)
 
 
 def _drop_under_struck(view: Core, stale: list[int]) -> list[tuple[int, bytes]]:
-    """Nodes whose way to the root leads through one that was struck out go, too; returns the names that others lost.
+    """Strike out the nodes whose way to the root leads through one that was struck out; returns the names that others lost.
 
     A file with further names keeps those that lead to the root.
     """
@@ -230,7 +230,7 @@ def _drop_under_struck(view: Core, stale: list[int]) -> list[tuple[int, bytes]]:
 
 
 def _reread(view: Core, directory: Dir) -> list[tuple[int, bytes]]:
-    """Read a directory's names again, keeping the nodes that are still what they name."""
+    """Read a directory's names again, keeping the nodes that still match."""
     before = directory.children or {}
     directory.children = directory.order = directory.attr = None
     now = view.load(directory)

@@ -1,7 +1,7 @@
-"""Finding: from a name to its node.
+"""Look-up: from a name to its node.
 
 A directory's names are read from its layers once and kept as codes (see :mod:`cowfs.union.node`); a code turns into
-a node, with one lstat and at most two xattr reads, when somebody asks for that name.
+a node, with one lstat and at most two xattr reads, when that name is looked up.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def _make(view: Core, parent: Dir, name: bytes, code: int) -> Node | None:
     fd = source.fd if source.fd >= 0 else source.open()
     try:
         st = os.stat(name, dir_fd=fd, follow_symlinks=False)
-    except FileNotFoundError:  # a layer was changed behind our back
+    except FileNotFoundError:  # a layer was changed outside of the view
         parent.children.pop(name, None)  # type: ignore[union-attr]
         return None
     mode = st.st_mode
@@ -125,7 +125,7 @@ def _make(view: Core, parent: Dir, name: bytes, code: int) -> Node | None:
     if source.impure if is_upper else _keeps_origin(view, source.layer):
         origin = xattr.try_get(fd, name, view.form.origin)
         if origin:
-            # what a path tells differs by name: a file with several shows the same number under all of them
+            # paths differ by name, but a file with several names shows the same number under all of them
             beneath = _beneath(view, parent, position + 1, name) if st.st_nlink == 1 else ()
             ino = view.inodes.from_origin(origin, beneath) or ino
     node = bind_inode(view, parent, name, source, st, ino)
@@ -164,7 +164,7 @@ def pack_into(view: Core, node: Node, st: os.stat_result, source: Source, name: 
 
 
 def bind_inode(view: Core, parent: Dir, name: bytes, source: Source, st: os.stat_result, ino: int) -> Node:
-    """The node of inode number ``ino``, new or, for one more hard link, the one there is."""
+    """The node of inode number ``ino``, new or, for one more hard link, the existing one."""
     table = view.table
     first, ino = ino, table.reborn.get(ino, ino)
     real = (st.st_dev, st.st_ino)
@@ -176,7 +176,7 @@ def bind_inode(view: Core, parent: Dir, name: bytes, source: Source, st: os.stat
     if existing is not None or ino <= ROOT_ID or ino in table.burnt or not free:
         nameless = existing is not None and existing.parent is None
         if existing is not None and (nameless or st.st_nlink > 1) and _same(existing, source, st):
-            if nameless:  # its other names were not known until now
+            if nameless:  # its other names were unknown until now
                 table.astray.discard(existing)
                 holding.unhold(view, existing)
                 existing.where, existing.name, existing.attr = source, name, None
@@ -211,7 +211,7 @@ def _same(node: Node, source: Source, st: os.stat_result) -> bool:
 
 
 def _beneath(view: Core, parent: Dir, start: int, name: bytes) -> Iterator[Beneath]:
-    """Where lower layers may have the file that a copy was made of, as far as its path tells."""
+    """The possible places in lower layers of the source of a copy, by its path."""
     origin = view.form.origin
     for source in parent.sources[start:]:
         fd = source.open()
@@ -229,7 +229,7 @@ def _beneath(view: Core, parent: Dir, start: int, name: bytes) -> Iterator[Benea
 
 
 def _keeps_origin(view: Core, layer: Layer) -> bool:
-    """Whether a layer was this mount's, or is a store's: what was copied into it keeps the number it had before."""
+    """Whether a layer was this mount's, or is a store's: files copied into it keep their former numbers."""
     return layer.index >= (view.stack.indexed_layers if view.stack.index is not None else view.stack.plain_layers)
 
 

@@ -6,8 +6,8 @@ Rules (docs/mounts.md, Limits, in the words of users):
 2. *Objects*: one unit for a directory but the root; the units of a symbolic link's target of 60 bytes or more, and of
    each xattr of more than 1,024 bytes.
 3. *Small things*: the other xattrs of an inode, ACLs among them, once they do not fit into it; the maps of redirect
-   files; what directories grew to beyond their first block and never give back on some hosts; on hosts that keep names
-   in a tree of their own (btrfs) the names themselves; the inode where the host makes it when it is needed. The first
+   files; blocks of directories beyond their first, which some hosts never give back; on hosts that keep names
+   in a tree of their own (btrfs) the names themselves; the inode if the host makes inodes on demand. The first
    32 KiB of all that are free.
 4. *Whiteouts* and the directories that were copied up only to hold one (marked ``exempt``): free up to 32 KiB and one
    unit for each that rules 1 to 3 count. Further units count, too.
@@ -41,7 +41,7 @@ _INLINE = 92  # bytes: what ext4 holds in an inode of 256 bytes, the least of th
 _ENTRY = 16  # bytes: what ext4 adds to a small value
 _SHORT_LINK = 60  # bytes: a target that fits into any host's inode
 _ACL = b"system.posix_acl_"
-#: they come and go without anybody's asking, and are small
+#: they come and go by themselves, and are small
 _PASSING = frozenset(
     {b"security.capability", b"security.fuseoverlayfs.override_stat", b"user.containers.override_stat"}
 )
@@ -79,10 +79,10 @@ class Host(NamedTuple):
     Attributes:
         inode: bytes for each.
         name, letter: bytes for each name, and for each of its letters.
-        grows: whether st_blocks of a directory says what its names take.
+        grows: whether st_blocks of a directory shows the use of its names.
         sized: whether its st_size does, which does not count xattrs.
-        certain: up to so many units a file whose st_blocks is its size has no hole: ext4 counts a block of more than four extents,
-            too, and xfs what it reserves behind the end.
+        certain: up to so many units a file whose st_blocks is its size has no hole: ext4 also counts a block for more
+            than four extents, and xfs its preallocation behind the end.
     """
 
     inode: int = 0
@@ -165,7 +165,7 @@ class Sums(NamedTuple):
     inodes: int
 
     def changed(self, less: Sums, more: Sums) -> Sums:
-        """These without ``less`` and with ``more``."""
+        """These parts without ``less`` and with ``more``."""
         return Sums(*(max(0, own - old + new) for own, old, new in zip(self, less, more, strict=True)))
 
 
@@ -176,10 +176,10 @@ class Tally:
     """The sums of one layer.
 
     Attributes:
-        units: what rules 1 and 2 count.
+        units: the units of rules 1 and 2.
         inodes: files, directories and the rest; not those of rule 4.
-        small: units of what rule 3 counts in units: xattrs and maps.
-        names: bytes that names take, where directories do not say it.
+        small: the units of rule 3: xattrs and maps.
+        names: bytes of names, if directories do not show them.
         grown: inode of a directory -> units beyond its first block; their sum is ``growth``.
         hidden: bytes that the names of whiteouts take.
         exempt: units of the directories of rule 4.
@@ -208,13 +208,13 @@ class Tally:
         self.clear()
 
     def clear(self) -> None:
-        """Nothing is there."""
+        """Reset the sums to nothing."""
         self.units = self.inodes = self.small = self.names = self.growth = self.hidden = self.exempt = 0
         self.grown: dict[int, int] = {}
         self.mapped: dict[bytes, int] = {}
 
     def name_cost(self, name: bytes) -> int:
-        """Bytes that a name takes where directories do not say it."""
+        """Bytes of a name, if directories do not show them."""
         host = self.host
         return host.name + host.letter * len(name)
 
@@ -238,18 +238,18 @@ class Tally:
         return max(self.counted(), self.exempt + units(self.hidden) - FREE_WHITEOUTS)
 
     def sums(self) -> Sums | None:
-        """The parts; None where there is more to it: whiteouts, and directories that grow."""
+        """The parts; None if there are whiteouts or growing directories."""
         if self.host.grows or self.hidden or self.exempt or self.mapped:
             return None
         return Sums(self.units, self.small, self.names, self.inodes)
 
     def become(self, sums: Sums) -> None:
-        """Count what the parts come to, and nothing else."""
+        """Set the count to the sum of the parts."""
         self.clear()
         self.units, self.small, self.names, self.inodes = sums
 
     def usage(self) -> Usage:
-        """The same, as users see it."""
+        """The use, in the units for users."""
         return Usage(bytes=self.total() * UNIT, inodes=self.inodes)
 
     def take(self, room: Room) -> None:
@@ -258,7 +258,7 @@ class Tally:
         self.small += room.small
 
     def directory(self, fd: int) -> int:
-        """Look at how many blocks an open directory has; returns its inode."""
+        """Count the blocks of an open directory; returns its inode."""
         st = os.fstat(fd)
         if self.host.grows:
             self.grew(st)
@@ -275,15 +275,15 @@ class Tally:
             self.forget_growth(st.st_ino)
 
     def forget_growth(self, ino: int) -> None:
-        """A directory is gone, or as small as can be."""
+        """Remove the growth of a directory that is gone, or of minimal size."""
         self.growth -= self.grown.pop(ino, 0)
 
     def hide(self, name: bytes) -> None:
-        """A whiteout is there."""
+        """Count a whiteout."""
         self.hidden += self.hidden_cost(name)
 
     def inode(self, fd: int, name: bytes, st: os.stat_result, found: Sizes | None, *, data: bool) -> None:
-        """Count one object (not a whiteout) with its xattrs; ``data``: its data is in this layer."""
+        """Count one object (not a whiteout) with its xattrs; ``data``: whether its data is in this layer."""
         form = self.form
         cost = xattr_room(found, form)
         if stat.S_ISDIR(st.st_mode):
@@ -297,7 +297,7 @@ class Tally:
             if data:
                 whole = units(st.st_size)
                 prealloc = bool(found) and form.prealloc in found  # type: ignore[operator]
-                # st_blocks can be right by chance where it counts more than data
+                # st_blocks can be right by chance if it counts more than data
                 if found or st.st_blocks != whole * 8 or whole > self.host.certain:
                     whole = measure_file(fd, name, st, prealloc, self.fs)
                 self.units += whole
@@ -307,7 +307,7 @@ class Tally:
         self.inodes += 1
 
     def root(self, fd: int) -> None:
-        """Count what belongs to the layer as a whole: its root's xattrs and growth, the maps of its redirect files."""
+        """Count the parts of the layer as a whole: its root's xattrs and growth, the maps of its redirect files."""
         self.take(inode_xattrs(fd, b"", self.form))
         self.directory(fd)
         if xattr.try_get(fd, b"", self.form.row) is not None:
@@ -318,7 +318,7 @@ class Tally:
         try:
             fd = os.open(MAP_DIR, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=root)
         except OSError:
-            return  # a layer without its maps cannot be read either; who reads it says so
+            return  # a layer without its maps cannot be read either; its reader reports that
         try:
             self.directory(fd)
             with os.scandir(fd) as found:
@@ -329,7 +329,7 @@ class Tally:
             os.close(fd)
 
     def map(self, name: bytes, size: int) -> None:
-        """A map has ``size`` bytes; 0 when it is gone."""
+        """Count a map of ``size`` bytes; 0 for a removed one."""
         before = self.mapped.pop(name, 0)
         now = units(size)
         if now:
@@ -344,7 +344,7 @@ def measure(layer: Layer, form: Form, pause: Callable[[], None] | None = None) -
     """Count a layer from the disk: the same measure, by a walk that follows no link.
 
     Args:
-        pause: called after each directory and every hundred names; what vanishes meanwhile is not counted.
+        pause: called after each directory and every hundred names; vanishing objects are not counted.
 
     Raises:
         OSError: a directory cannot be read.
@@ -358,7 +358,7 @@ def walk(layer: Layer, form: Form, pause: Callable[[], None] | None = None) -> T
     tally.root(layer.root.open())
     seen: dict[int, bool] = {}
     pending = [layer.root]
-    opened = []  # a child opens its parent again when need be, so they are closed together
+    opened = []  # a child opens its parent again if need be, so they are closed together
     while pending:
         source = pending.pop()
         if source is not layer.root:
@@ -387,7 +387,7 @@ def walk(layer: Layer, form: Form, pause: Callable[[], None] | None = None) -> T
 
 
 def _count_name(tally: Tally, fd: int, name: bytes, seen: dict[int, bool]) -> bool:
-    """Count what a name in an open directory is; returns whether it is a directory."""
+    """Count the object of a name in an open directory; returns whether it is a directory."""
     form = tally.form
     st = os.stat(name, dir_fd=fd, follow_symlinks=False)
     if whiteout.is_whiteout(st) or (form.dotwh and name.startswith(WH_PREFIX)):
@@ -411,5 +411,5 @@ def _count_name(tally: Tally, fd: int, name: bytes, seen: dict[int, bool]) -> bo
 
 
 def names_cost(tally: Tally, names: Iterable[bytes]) -> int:
-    """Bytes that the names of whiteouts take together."""
+    """The bytes of all whiteouts' names."""
     return sum(map(tally.hidden_cost, names))

@@ -1,15 +1,15 @@
-"""How layers become one tree: which directories merge, which names hide which.
+"""The merging of layers into one tree: which directories merge, which names hide others.
 
 Rules (kernel Documentation/filesystems/overlayfs.rst):
 
 1. A name is looked up from the topmost layer down. A whiteout ends the search; a file ends it;
-   a directory goes on, until one of its layers says *opaque*.
+   a directory goes on, until it is *opaque* in one of its layers.
 2. A directory with ``redirect`` continues under that name in the layers beneath: one component is
    a sibling, a leading slash starts at the root of the layers.
 3. A regular file with ``metacopy`` has only attributes; its data is the first regular file
    beneath that has some, found by the same rules.
 
-Everything here only reads.
+This module only reads.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ def redirect_of(fd: int, name: bytes, form: Form) -> bytes | None:
 
 
 class Search:
-    """Where a name is in one layer after the other, topmost first; iterate for (directory, name there, lstat of it).
+    """A search for a name in one layer after the other, topmost first; iterate for (directory, name there, lstat of it).
 
-    A redirect that the caller met there is told by :meth:`turn`, and changes where the layers beneath are asked. An absolute one is
-    walked down from the root of each layer by itself, as the kernel does (fs/overlayfs/namei.c, ovl_lookup_layer): a layer
-    without the path has no part in it, a whiteout or a file on the way ends the search, an opaque directory on the way ends it
-    behind that layer unless an absolute redirect follows it there (ovl_check_redirect), and a redirect on the way changes the path for
-    the layers beneath. So a look-up takes no more
+    The caller passes a redirect found there to :meth:`turn`, which changes the path in the layers beneath. An
+    absolute one is walked down from the root of each layer by itself, as the kernel does (fs/overlayfs/namei.c,
+    ovl_lookup_layer): a layer without the path has no part in it, a whiteout or a file on the way ends the search, an
+    opaque directory on the way ends it behind that layer unless an absolute redirect follows it there
+    (ovl_check_redirect), and a redirect on the way changes the path for the layers beneath. So a look-up takes no more
     steps than layers times components, whatever the layers say.
 
     Args:
@@ -56,8 +56,8 @@ class Search:
         roots: the layers' roots, topmost first.
 
     Attributes:
-        parts: what is looked up in the layers beneath: a name, or a path beneath their roots (``from_root``).
-        ended: whether nothing further down has a part in it.
+        parts: the path in the layers beneath: a name, or a path beneath their roots (``from_root``).
+        ended: whether no lower layer has a part in it.
     """
 
     __slots__ = ("_form", "_position", "_queue", "_roots", "ended", "from_root", "parts")
@@ -93,12 +93,12 @@ class Search:
         raise StopIteration
 
     def turn(self, redirect: bytes, index: int) -> None:
-        """Go on beneath layer ``index`` as a redirect that was met there says."""
+        """Go on beneath layer ``index`` by a redirect found there."""
         if not redirect.startswith(b"/"):
             self.parts[-1] = redirect
             return
         self.parts, self.from_root = redirect[1:].split(b"/"), True
-        self.ended = False  # an opaque directory on the way does not hold for what an absolute redirect names
+        self.ended = False  # an opaque directory on the way does not hide the target of an absolute redirect
         self._queue, self._position = [root for root in self._roots if root.layer.index < index], 0
 
     def _walk(self, root: Source) -> Source | None:
@@ -125,7 +125,7 @@ class Search:
                     os.close(fd)
                 here, fd = here.child(part), deeper
                 if root.layer.index == 0:
-                    continue  # nothing is beneath
+                    continue  # there is no layer beneath
                 opaque = whiteout.opaque_value(fd, form) == b"y"
                 self.ended = self.ended or ends or opaque
                 redirect = None if opaque else redirect_of(fd, b"", form)
@@ -152,7 +152,7 @@ def merged_dirs(queue: Sequence[Source], name: bytes, form: Form, roots: Sequenc
 
 
 def merged_by(search: Search, form: Form) -> list[Source]:
-    """The directories that a search finds; afterwards it tells where it would have gone on beneath the last layer."""
+    """The directories that a search finds; afterwards it holds its continuation beneath the last layer."""
     found: list[Source] = []
     for source, name, st in search:
         if not stat.S_ISDIR(st.st_mode):
@@ -176,15 +176,15 @@ def merged_by(search: Search, form: Form) -> list[Source]:
 
 
 def may_be_metacopy(layer: Layer, size: int, blocks: int) -> bool:
-    """Whether it must be looked whether a regular file is a metacopy: those of the lowest layer, when they are all hole."""
+    """Whether a regular file has to be checked for a metacopy: in the lowest layer, only one that is all hole."""
     return size > 0 and (layer.index > 0 or not blocks)
 
 
 def is_metacopy(at: Source, name: bytes, form: Form) -> bool:
     """Whether a regular file of a layer has its data further down.
 
-    In the lowest layer that is nowhere; still such a file must not read as zeros. It is asked about only when it holds no block
-    at all, so that ordinary files cost nothing: the callers see to that (:func:`may_be_metacopy`).
+    In the lowest layer there is no data further down; still such a file must not read as zeros. Callers check only
+    files without any block (:func:`may_be_metacopy`), so that ordinary files cost nothing.
     """
     if not form.redirects:
         return False
@@ -202,8 +202,9 @@ def metacopy_data(
     """The data of a regular file ``name`` in ``at`` if it is a metacopy, else ``None``.
 
     ``queue`` holds the parent's sources below ``at``; ``path`` is the name's path in the merged
-    lower tree. The path of the data is the one in the tree right beneath ``at``, which is what a redirect in
-    that layer says, however many layers further down it goes on. A metacopy without data beneath is EIO, as in the kernel.
+    lower tree. The path of the data is the one in the tree right beneath ``at``, which is the value of a redirect in
+    that layer, even if the data is several layers further down. A metacopy without data beneath is EIO, as in the
+    kernel.
     """
     if not is_metacopy(at, name, form):
         return None
@@ -217,7 +218,7 @@ def metacopy_data(
 def data_by(search: Search, path: bytes, form: Form) -> Lower | None:
     """The data at ``path`` that a search finds; ``None`` when no layer of it has any.
 
-    Afterwards the search tells where it would have gone on. Raises EIO where something else is in the data's place.
+    Afterwards the search holds its continuation. Raises EIO if another object is in the data's place.
     """
     for source, name, st in search:
         if not stat.S_ISREG(st.st_mode):
@@ -229,7 +230,7 @@ def data_by(search: Search, path: bytes, form: Form) -> Lower | None:
 
 
 def beneath(at: Source, name: bytes, path: bytes, search: Search, form: Form) -> bytes:
-    """Turn a search as the redirect of the metacopy at ``path`` says; returns the path of the data right beneath ``at``."""
+    """Turn a search by the redirect of the metacopy at ``path``; returns the path of the data right beneath ``at``."""
     redirect = redirect_of(at.open(), name, form)
     if redirect is None:
         return path

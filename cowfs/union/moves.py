@@ -21,10 +21,10 @@ class Leaving(Protocol):
     """The absorption of the topmost lower layer, while it is under way (:mod:`cowfs.union.absorb`)."""
 
     def before_up(self, node: Node) -> None:
-        """A file is about to be brought up, renamed or linked."""
+        """Called before a file is copied up, renamed or linked."""
 
     def renamed(self) -> None:
-        """A directory was renamed."""
+        """Called after the rename of a directory."""
 
 
 class Moves:
@@ -46,12 +46,12 @@ class Moves:
         self.leaving: Leaving | None = None
 
     def forget(self, layer: Layer) -> None:
-        """A layer has left the view."""
+        """Forget a layer that has left the view."""
         self.groups.pop(layer, None)
         self.redirects.pop(layer, None)
 
     def froze(self, layer: Layer | None) -> None:
-        """The upper layer is a lower one now: the paths beneath it are those that directories have."""
+        """Handle a freeze: the lower paths of directories are now their present paths."""
         if layer is not None:
             self.redirects.pop(layer, None)
         for directory in self.moved:
@@ -59,23 +59,23 @@ class Moves:
         self.moved.clear()
 
     def drop(self, directory: Node, upper: Layer | None) -> None:
-        """A directory's node goes; what it was moved from is looked for again when needed."""
+        """Forget a directory whose node goes; its former path is looked up again on demand."""
         if directory in self.moved and upper is not None:
             del self.moved[directory]
             self.redirects.pop(upper, None)
 
     def absorbing(self, leaving: Leaving) -> None:
-        """An absorption has begun."""
+        """Begin an absorption."""
         self.leaving = leaving
 
     def absorbed(self, leaving: Leaving) -> bool:
-        """An absorption has ended. Returns whether it was still under way."""
+        """End an absorption. Returns whether it was still under way."""
         if self.leaving is not leaving:
             return False
         self.leaving = None
         return True
 
     def renamed_directory(self) -> None:
-        """A directory was renamed."""
+        """Record the rename of a directory."""
         if self.leaving is not None:
             self.leaving.renamed()

@@ -1,7 +1,7 @@
-"""Nodes: one object for each file or directory that somebody looked at.
+"""Nodes: one object for each file or directory that was looked up.
 
-A node is found by its ``id``. While nobody holds it (``nlookup`` 0) it is dropped, and its entry in
-the parent's ``children`` turns back into a small integer that says which layer has it: a
+A node is found by its ``id``. Once its ``nlookup`` is 0 it is dropped, and its entry in
+the parent's ``children`` turns back into a small integer with its layer: a
 *code*. So memory follows what is in use, and a listing costs one integer an entry.
 
     code = position << 4 | type
@@ -9,7 +9,7 @@ the parent's ``children`` turns back into a small integer that says which layer 
 ``position`` counts the parent's sources from the bottom (so that copying a directory up, which
 adds a source on top, changes no code) and ``type`` is the DT_* of readdir(3).
 
-A node's ``data`` (:class:`FileData`) says where the data of a regular file is; nobody asks for its class. A kind of one
+A node's ``data`` (:class:`FileData`) locates the data of a regular file; no caller tests its class. A kind of one
 descriptor is read and written through that (``pieced`` is false); a pieced kind answers ``pread`` and ``pwrite`` itself.
 Only data of the upper layer is written: a file of any other kind is copied up, or redirected, before.
 """
@@ -37,7 +37,7 @@ class FileData(ABC):
     """The data of one file.
 
     Attributes:
-        pieced: no single descriptor shows the data; it is read by :meth:`pread`.
+        pieced: no single descriptor has the data; :meth:`pread` reads it.
         stays: the node keeps it for as long as it is in use, whatever is found under its name meanwhile.
     """
 
@@ -54,11 +54,11 @@ class FileData(ABC):
     @property
     @abstractmethod
     def path(self) -> bytes | None:
-        """The path in the merged lower tree that a metacopy's ``redirect`` says; ``None`` for what stands for itself."""
+        """The path in the merged lower tree for a metacopy's ``redirect``; ``None`` for other data."""
 
     @abstractmethod
     def place(self) -> tuple[Source, bytes] | None:
-        """The file that has the data: its directory in a layer, its name; ``None`` where the node says it."""
+        """The file that has the data: its directory in a layer, its name; ``None`` if the node has them."""
 
     @abstractmethod
     def shown(self, st: os.stat_result) -> tuple[int, int]:
@@ -75,10 +75,10 @@ class FileData(ABC):
         """The node whose data this is."""
 
     def close(self) -> None:  # noqa: B027 - most kinds have nothing to do here
-        """The node goes, or its data is other data now: give back descriptors."""
+        """Release descriptors when the node goes, or gets other data."""
 
     def rebase(self) -> None:  # noqa: B027 - most kinds have nothing to do here
-        """The layers beneath are others now, with the same data."""
+        """Handle the replacement of the layers beneath, which have the same data."""
 
     def in_layers(self, layers: set[Layer]) -> bool:
         """Whether any of the data is in one of some layers."""
@@ -99,16 +99,16 @@ class FileData(ABC):
         """Read into ``buffer``; fewer bytes only at the end. Pieced data only.
 
         Raises:
-            OSError: EIO; EAGAIN with ``flags`` RWF_NOWAIT when the disk would be waited for.
+            OSError: EIO; EAGAIN with ``flags`` RWF_NOWAIT if the read would wait for the disk.
         """
         raise _unsupported()
 
     def reader(self, offset: int, length: int) -> Callable[[memoryview], int] | None:
-        """A read to be run once in any thread, while nobody writes; ``None``: by descriptor."""
+        """A read to run once in any thread, without concurrent writes; ``None``: by descriptor."""
         return None
 
     def stream(self, offset: int, length: int) -> Callable[[memoryview], int] | None:
-        """:meth:`reader` for a read that goes on where the last one ended."""
+        """:meth:`reader` for a read in sequence."""
         return None
 
     def lseek(self, offset: int, whence: int) -> int:
@@ -128,12 +128,12 @@ class FileData(ABC):
         raise _unsupported()
 
     def sync_job(self) -> Callable[[bool], None] | None:
-        """fsync(2), to be run once in any thread (True: fdatasync(2) will do); ``None``: by descriptor."""
+        """The work of fsync(2), to run once in any thread (True: fdatasync(2) will do); ``None``: by descriptor."""
         return None
 
 
 class Plain(FileData):
-    """The inode has its data itself. There is one, :data:`PLAIN`."""
+    """Data in the inode itself. The only instance is :data:`PLAIN`."""
 
     __slots__ = ()
 
@@ -164,12 +164,12 @@ class Node:
         where: the layer directory that holds ``name``; ``None`` for an orphan (use ``fd``).
         type: DT_* of readdir(3).
         attr: the packed attributes, or ``None`` when they must be read again.
-        nlookup: how often the front end handed the id out.
+        nlookup: the number of times that the front end handed out the id.
         bare: 1 when it is known to have no capability (the kernel asks at each first write and chown),
             2 when it has no xattr at all, 0 when nothing is known.
         fd: an open descriptor of the data, or -1.
         wfd: whether ``fd`` may be written.
-        data: where the data is (:class:`FileData`); :data:`PLAIN` for all but regular files.
+        data: the place of the data (:class:`FileData`); :data:`PLAIN` for all but regular files.
         space: data units of 4 KiB: int when dense, :class:`~cowfs.union.blocks.Blocks` when not,
             ``None`` when not counted yet.
     """
@@ -215,7 +215,7 @@ class Dir(Node):
     Attributes:
         sources: the layer directories merged here, topmost first.
         children: name -> node or code; ``None`` until first read.
-        live: how many children are nodes that name this directory as their parent.
+        live: the number of children that are nodes with this directory as their parent.
         order: names sorted by cookie while a listing is under way.
         lowpath: its path in the merged lower tree, when a rename made it differ.
         record: its record in a tree index, when the lower tree comes from one.

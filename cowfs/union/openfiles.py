@@ -1,6 +1,6 @@
-"""The descriptors of file data: which nodes have one, and which of them can be closed.
+"""The descriptors of file data: the nodes with one, and the closable ones among them.
 
-A node keeps the descriptor that it was opened with. Those that a name leads to are closed when many others were opened since
+A node keeps the descriptor that it was opened with. Those of files with a name are closed when many others were opened since
 (:mod:`cowfs.sys.descriptors`), at the start of an operation, since one may use several.
 """
 
@@ -19,9 +19,9 @@ class OpenFiles:
     Every node with a descriptor is in exactly one of the two tables.
 
     Attributes:
-        most, most_nameless: what each table may hold between operations.
+        most, most_nameless: the size of each table between operations.
         opened: nodes that a name leads to: closed and opened again at will, oldest first.
-        nameless: nodes whose descriptor is all there is.
+        nameless: nodes that only their descriptor leads to.
     """
 
     __slots__ = ("most", "most_nameless", "nameless", "opened")
@@ -33,7 +33,7 @@ class OpenFiles:
         self.nameless: dict[Node, None] = {}
 
     def add(self, node: Node) -> None:
-        """A node's descriptor was opened, or the way to the node has changed."""
+        """Enter a node whose descriptor was opened, or whose path has changed."""
         if node.where is not None:
             self.nameless.pop(node, None)
             self.opened[node] = None
@@ -42,7 +42,7 @@ class OpenFiles:
             self.nameless[node] = None
 
     def let_go(self, node: Node) -> int:
-        """Take a node's descriptor away from it, for somebody else to close. Returns it, or -1."""
+        """Take a node's descriptor away from it, for the caller to close. Returns it, or -1."""
         fd, node.fd, node.wfd = node.fd, -1, False
         self.opened.pop(node, None)
         self.nameless.pop(node, None)
@@ -54,7 +54,7 @@ class OpenFiles:
             os.close(self.let_go(node))
 
     def use(self, node: Node, fd: int, *, writable: bool) -> None:
-        """A node's data is behind ``fd`` from now on."""
+        """Make ``fd`` the descriptor of a node's data."""
         self.close(node)
         node.fd, node.wfd = fd, writable
         self.add(node)
@@ -67,13 +67,13 @@ class OpenFiles:
                 self.close(node)
 
     def close_all(self) -> None:
-        """Close everything that can be opened again. Only between operations."""
+        """Close every descriptor that can be opened again. Only between operations."""
         for node in list(self.opened):
             self.close(node)
 
     @property
     def full(self) -> bool:
-        """Whether one more file without a name had better get one in the work directory."""
+        """Whether one more file without a name should get one in the work directory."""
         return len(self.nameless) >= self.most_nameless
 
 

@@ -1,11 +1,11 @@
-"""How a view behaves: one frozen record, every field with a default."""
+"""The options of a view: one frozen record, every field with a default."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Protocol
 
+from cowfs._record import record
 from cowfs.model import Limit
 
 IdRange = tuple[int, int, int]  # (inside the layers, shown outside, count)
@@ -25,14 +25,14 @@ class Entry(Protocol):
     rdev: int
     nlink: int
     xattrs: Mapping[bytes, bytes]
-    layer: int  # which layer of the stack holds the data, 0 at the bottom
+    layer: int  # the layer of the stack with the data, 0 at the bottom
     path: bytes | None  # path there, when it is not the merged path
     record: Any  # a directory's own record: opaque, but for ``path``, its path in the index's tree
-    file: Any  # names with several links are one file when this agrees
+    file: Any  # equal for all names of one file with several links
 
 
 class TreeIndex(Protocol):
-    """A merged lower tree that is known already, so that no layer is ever scanned."""
+    """The interface of a known merged lower tree, which makes scans of its layers needless."""
 
     def root(self) -> Any:
         """The record of the root directory."""
@@ -41,7 +41,7 @@ class TreeIndex(Protocol):
         """The names of a directory record."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Options:
     """Options of a :class:`~cowfs.union.view.View`.
 
@@ -49,15 +49,15 @@ class Options:
         form: ``auto``, ``trusted`` or ``user``: the xattr prefix of the layers.
         readonly: refuse every change with EROFS.
         volatile: sync nothing.
-        limit: bound on what the upper layer holds.
+        limit: bound on the use of the upper layer.
         uid_map, gid_map: (id in the layers, id shown, count) ranges; empty is the identity.
         squash_uid, squash_gid: show this owner for everything and record none.
         override_xattr: keep owner and mode in this xattr instead of the inode
             (``user.containers.override_stat``).
         noxattrs: answer every xattr call with ENOTSUP.
         dotwh: names ``.wh.NAME`` in layers are whiteouts; in the upper they are turned into real ones, and none can be made.
-        max_fds: how many directory descriptors to keep.
-        index: the merged lower tree, when it is known.
+        max_fds: the number of directory descriptors to keep.
+        index: the merged lower tree, if known.
         row: block size in bytes: redirect writes of lower files instead of copying them up.
     """
 

@@ -1,4 +1,4 @@
-"""The owner of a file, when it is not simply the inode's.
+"""The owner of a file, if it differs from the inode's.
 
 Three options change that, and combine in this order: an *override* xattr that records owner and
 mode (``user.containers.override_stat``, containers/storage; also ``user.fuseoverlayfs.*``), *maps*
@@ -56,7 +56,7 @@ class Owners:
         self.override = options.override_xattr
 
     def show(self, st: os.stat_result, fd: int, name: bytes) -> tuple[int, int, int]:
-        """(mode, uid, gid) to show for an inode."""
+        """The (mode, uid, gid) to show for an inode."""
         mode, uid, gid = st.st_mode, st.st_uid, st.st_gid
         if self.override is not None and not stat.S_ISLNK(mode):
             value = xattr.try_get(fd, name, self.override)
@@ -86,7 +86,7 @@ class Owners:
         return _placed(uid, self.uids, self.squash_uid), _placed(gid, self.gids, self.squash_gid)
 
     def record(self, fd: int, name: bytes, mode: int, uid: int, gid: int) -> bool:
-        """Store owner and mode in the override xattr. Returns whether that is how it is done."""
+        """Store owner and mode in the override xattr. Returns False without that option."""
         if self.override is None or stat.S_ISLNK(mode):
             return False
         value = f"{uid}:{gid}:{stat.S_IMODE(mode):04o}".encode()
@@ -104,7 +104,7 @@ def _parse_override(value: bytes, mode: int) -> tuple[int, int, int]:
 
 
 def make_owners(options: Options) -> Owners | None:
-    """``None`` when owners are simply what the inodes say: then nothing is spent on them."""
+    """The translation of owners; ``None`` if owners are the inodes', which costs nothing."""
     changed = (
         options.uid_map
         or options.gid_map

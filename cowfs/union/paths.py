@@ -1,7 +1,7 @@
-"""The view by paths: how a program uses a merged tree without mounting it.
+"""The view by paths: a program's access to a merged tree without mounting it.
 
 Paths are ``str`` or ``bytes``, relative to the root of the tree (a leading slash is allowed).
-Symbolic links are never followed: a link is a thing in the tree, not a way through it.
+Symbolic links are never followed: a link is an object of the tree, not a way through it.
 
 >>> import tempfile
 >>> from cowfs.union import View
@@ -286,7 +286,7 @@ class Paths:
     def rmtree(self, path: Path) -> None:
         """Remove a directory with everything in it."""
         directories = [b"/".join(_parts(path))]
-        for above in directories:  # grows meanwhile
+        for above in directories:  # the list grows meanwhile
             for name in self.listdir(above):
                 inner = above + b"/" + name if above else name
                 if stat.S_ISDIR(self.stat(inner).mode):
@@ -346,7 +346,7 @@ class NodeData:
         self._view.setattr(self._node, size=size)
 
     def close(self) -> None:
-        """A node stays; the view closes its descriptors as it needs room for others."""
+        """Nothing to close: the node stays, and the view closes its descriptors by itself."""
 
 
 class PathsTarget:

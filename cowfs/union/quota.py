@@ -1,8 +1,9 @@
-"""The limit: what the upper layer holds, counted by us and not by the host, and refused before it passes.
+"""The limit: the use of the upper layer, counted by cowfs and not by the host; a change that would pass the limit is
+refused beforehand.
 
 The measure is that of :mod:`cowfs.union.measure`. Here it is kept: :class:`Space` starts with one walk and then follows
-every change, so that asking costs nothing. Rule for each change: :meth:`Space.need` before, with the most that it may
-take; then the change; then what it really took, read from the disk where a host decides.
+every change, so that a query costs nothing. Rule for each change: first :meth:`Space.need`, with its largest possible
+use; then the change; then the count of its real use, read from the disk if the host decides about it.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ _ORIGIN = 29  # bytes of the mark that a copy gets (cowfs.union.inodes.make_orig
 
 
 class Counted(Protocol):
-    """The view whose upper layer is counted, as far as the count asks it."""
+    """The interface of the counted view."""
 
     form: Form
     nodes: dict[int, Node]
@@ -68,7 +69,7 @@ class Counted(Protocol):
 
 
 class Space(Bound):
-    """Keeps the count of one view and refuses what would pass the limit.
+    """The count of one view, which refuses changes that would pass the limit.
 
     Owner: the view's thread.
     """
@@ -76,11 +77,11 @@ class Space(Bound):
     __slots__ = ("_later", "_leaving", "_nameless", "view", "written")
 
     def __init__(self, view: Counted, *, empty: bool = False) -> None:
-        """Count what the upper layer holds; ``empty``: start with nothing."""
+        """Count the upper layer; ``empty``: start with nothing."""
         assert view.upper is not None
         super().__init__(files.fs_name(view.upper.root.fd), view.form)
         self.view = view
-        self._later: list[Space] = []  # ledgers of what is there but does not count yet
+        self._later: list[Space] = []  # ledgers of objects that do not count yet
         self._leaving: dict[Node, Room] = {}  # the xattrs of inodes without a name
         self._nameless: set[Node] = set()  # inodes that lost their last name, as far as they are still in use
         self.written: set[bytes] = set()  # maps that may have become longer, from another thread, too
@@ -106,7 +107,7 @@ class Space(Bound):
         return Usage(bytes=(self._base + self.total()) * UNIT, inodes=self._base_inodes + self.inodes)
 
     def freeze(self) -> None:
-        """Freeze the upper layer: its use goes on to count; a new one starts empty."""
+        """Freeze the count of the upper layer, which goes on to count; a new one starts empty."""
         self.look_at_maps()
         nameless = [node for node in self.view.nodes.values() if self.view.is_nameless(node)]
         xattrs = [self._leaving[node] for node in nameless if node in self._leaving]
@@ -125,7 +126,7 @@ class Space(Bound):
         self._later.append(other)
 
     def take_later(self) -> None:
-        """Count what :meth:`later` was told."""
+        """Count the ledgers of :meth:`later`."""
         for other in self._later:
             other.look_at_maps()
             self.take(Room(other.units, other.small))
@@ -140,7 +141,7 @@ class Space(Bound):
         self._sum()
 
     def _settle(self) -> None:
-        """Raise Awaited while what was removed may still be counted."""
+        """Raise Awaited while removed objects may still count."""
         if self._may_return():
             raise Awaited
 
@@ -151,14 +152,14 @@ class Space(Bound):
         return found
 
     def _may_return(self) -> bool:
-        """Whether space may come back without anybody's doing, and the front end has a way to wait for that."""
+        """Whether space may come back without a request, and the front end can wait for it."""
         if not self.view.patient:
             return False
         self._nameless = {node for node in self._nameless if node.parent is None}  # an unlink may have failed
         return bool(self._nameless)
 
     def add(self, blocks: int, inodes: int = 0) -> None:
-        """Count what was done."""
+        """Count a ledger."""
         self.units += blocks
         if inodes:
             self.inodes += inodes
@@ -167,7 +168,7 @@ class Space(Bound):
     # -- names ----------------------------------------------------------------------------------
 
     def named(self, up: Source, name: bytes, blocks: int = 0, inodes: int = 0) -> None:
-        """A directory of the upper layer got a name, of an object that counts so much."""
+        """Count a new name in a directory of the upper layer, and its object."""
         self.units += blocks
         self.inodes += inodes
         host = self.host
@@ -178,12 +179,12 @@ class Space(Bound):
         self._looked(up)
 
     def copied(self, up: Source, name: bytes, room: Room) -> None:
-        """A directory was copied up only for whiteouts; its xattrs take ``room``."""
+        """Count a directory that was copied up only for whiteouts; its xattrs take ``room``."""
         self.exempt += 1 + sum(room)
         self.named(up, name)
 
     def unnamed(self, up: Source, name: bytes) -> None:
-        """A name went."""
+        """Count the removal of a name."""
         self.names -= self.name_cost(name)
         self._looked(up)
 
@@ -196,7 +197,7 @@ class Space(Bound):
         self._excess = self.beyond()
 
     def hid(self, up: Source, name: bytes, *, instead: bool = False) -> None:
-        """A whiteout was put there; ``instead`` of something that the upper layer had."""
+        """Count a whiteout; ``instead``: in place of an object of the upper layer."""
         self.hide(name)
         if instead:
             self.names -= self.name_cost(name)
@@ -204,18 +205,18 @@ class Space(Bound):
         self._sum()
 
     def unhid(self, names: Iterable[bytes]) -> None:
-        """Whiteouts are gone."""
+        """Count the removal of whiteouts."""
         self.hidden -= names_cost(self, names)
         self._sum()
 
     def moved(
         self, source: Source, name: bytes, destination: Source, to_name: bytes, *, leaves: bool, over: bool
     ) -> None:
-        """A rename was done.
+        """Count a rename.
 
         Args:
-            leaves: a whiteout.
-            over: something that the upper layer had (not a whiteout).
+            leaves: whether it leaves a whiteout.
+            over: whether it replaced an object of the upper layer (not a whiteout).
         """
         self.names -= self.name_cost(name)
         if not over:
@@ -236,11 +237,11 @@ class Space(Bound):
         return xattr_room(found, self.form).with_units(link)
 
     def xattrs(self, fd: int, name: bytes | None) -> Room:
-        """Room that an inode's xattrs take now."""
+        """The present room of an inode's xattrs."""
         return inode_xattrs(fd, name, self.form)
 
     def inherited(self, up: Source, *, directory: bool) -> Room:
-        """Room that the ACLs that a new object gets from its directory take, at most."""
+        """The largest room of the ACLs that a new object gets from its directory."""
         length = len(xattr.try_get(up.open(), b"", b"system.posix_acl_default") or b"")
         found = {b"system.posix_acl_access": length}
         if directory:
@@ -261,8 +262,8 @@ class Space(Bound):
         """Set an xattr that counts. Raises ENOSPC.
 
         Args:
-            node: whose it is, if that may have lost its last name.
-            found: the xattrs that there are, where they are known.
+            node: its node, if that may have lost its last name.
+            found: the present xattrs, if known.
         """
         found = sizes(fd, name) if found is None else found
         before = xattr_room(found, self.form)
@@ -274,13 +275,13 @@ class Space(Bound):
             self.grew_by_xattrs(fd, b"")
 
     def grew_by_xattrs(self, dirfd: int, name: bytes) -> None:
-        """Look again at the blocks of a directory that has other xattrs: some hosts count both together."""
+        """Count the blocks of a directory again after a change of its xattrs: some hosts count both together."""
         if self.host.grows and not self.host.sized:
             self.grew(os.stat(name, dir_fd=dirfd, follow_symlinks=False) if name else os.fstat(dirfd))
             self._sum()
 
     def xattrs_changed(self, node: Node | None, more: Room) -> None:
-        """The xattrs of a node came to take so much more."""
+        """Count additional room of a node's xattrs."""
         if not any(more):
             return
         self.take(more)
@@ -290,7 +291,7 @@ class Space(Bound):
             self._leaving[node] = Room(before.large + more.large, before.small + more.small)
 
     def leaving(self, node: Node) -> None:
-        """The last name of an upper inode is about to go: count it while it can still be read."""
+        """Count an upper inode before it loses its last name, while it can still be read."""
 
         self.count(node)
         self._nameless.add(node)
@@ -298,7 +299,7 @@ class Space(Bound):
             self._leaving[node] = room
 
     def counts_now(self, node: Dir) -> None:
-        """A directory that was copied up only for whiteouts is changed: it counts from now on. Raises ENOSPC."""
+        """Begin to count a directory that was copied up only for whiteouts, since it changes. Raises ENOSPC."""
         fd = node.sources[0].open()
         if xattr.try_get(fd, b"", self.form.exempt) is None:
             return
@@ -320,7 +321,7 @@ class Space(Bound):
         return room, 1, 0, hidden, ino
 
     def apply(self, gone: tuple[Room, int, int, int, int]) -> None:
-        """An upper directory is gone."""
+        """Count the removal of an upper directory."""
         room, inodes, exempt, hidden, ino = gone
         self.take(NOTHING.over(room))
         self.inodes -= inodes
@@ -332,7 +333,7 @@ class Space(Bound):
     # -- maps of redirect files -------------------------------------------------------------------
 
     def map_written(self, name: bytes, size: int) -> None:
-        """A map has ``size`` bytes now; it may become a little longer when it is synced."""
+        """Count a map of ``size`` bytes, which may become a little longer when it is synced."""
         self.written.add(name)
         if self.mapped.get(name) != units(size):
             self.map(name, size)
@@ -340,11 +341,11 @@ class Space(Bound):
             self._sum()
 
     def map_room(self, name: bytes, size: int) -> Room:
-        """Room that a map of ``size`` bytes takes more than now."""
+        """The additional room of a map of ``size`` bytes."""
         return Room(0, max(0, units(size) - self.mapped.get(name, 0)))
 
     def map_gone(self, name: bytes) -> None:
-        """A map was removed."""
+        """Count the removal of a map."""
         self.written.discard(name)
         self.map(name, 0)
         self._sum()
@@ -355,7 +356,7 @@ class Space(Bound):
             self.grew(os.fstat(rows.map_dir(self.view.upper)))
 
     def look_at_maps(self) -> None:
-        """Maps are synced in a thread of their own, which makes them longer."""
+        """Count maps again that another thread made longer by syncing them."""
         rows = self.view.rows
         if not self.written or rows is None or self.view.upper is None:
             return
@@ -368,7 +369,7 @@ class Space(Bound):
         self._sum()
 
     def statfs(self, host: os.statvfs_result) -> os.statvfs_result:
-        """statvfs with the limit as the size; available also bounded by what the host has."""
+        """statvfs with the limit as the size; the available space also bounded by the host's."""
         self._settle()
         self.look_at_maps()
         fields = list(host[:10])
@@ -407,7 +408,7 @@ class Space(Bound):
         return space
 
     def grow(self, node: Node, offset: int, length: int) -> int:
-        """How many of ``length`` bytes may be written at ``offset``; counts their units.
+        """The number of ``length`` bytes that may be written at ``offset``; counts their units.
 
         Raises:
             OSError: ENOSPC when not even one byte fits.
@@ -449,10 +450,11 @@ class Space(Bound):
         self.units += new - paid
 
     def stretch(self, node: Node, fd: int, start: int) -> int:
-        """Before a file gets data or its end at ``start``, which may be behind its end.
+        """Prepare a write or a new end at ``start``, which may be behind the file's end.
 
         Returns:
-            The present size for :meth:`stretched`, or -1 when there is nothing to be done: no gap, or a host that keeps it a hole.
+            The present size for :meth:`stretched`, or -1 when there is nothing to be done: no gap, or a host that keeps
+            it a hole.
 
         Raises:
             OSError: ENOSPC: btrfs writes the rest of the last unit, even if that is a hole.
@@ -467,15 +469,15 @@ class Space(Bound):
             space = self._ranges(node)
             if space.missing(size // UNIT, size // UNIT + 1):
                 self.need(1)
-                # taken now, so that it is there and counted whatever comes of the rest
+                # taken now, so that it exists and counts in any case
                 files.fallocate(fd, files.FALLOC_FL_KEEP_SIZE, size // UNIT * UNIT, UNIT)
                 self._count_new(space, size // UNIT, size // UNIT + 1)
         return size
 
     def stretched(self, node: Node, fd: int, size: int, start: int) -> None:
-        """After that: give back what xfs reserved behind the end without being asked.
+        """After the write: give back the preallocation of xfs behind the end.
 
-        It would become a part of the file as this grows; and where other room there was asked for, nobody could tell them apart.
+        It would become a part of the growing file; and it could not be told from requested room there.
         """
         if self.fs != "xfs":
             return
@@ -500,7 +502,7 @@ class Space(Bound):
         self._count_new(space, first, last)
 
     def reserved(self, node: Node, fd: int) -> None:
-        """Room behind a file's end was asked for."""
+        """Record that room behind a file's end was requested."""
         self._ranges(node).reserved = True
         self.stretched(node, fd, 0, 0)
 
@@ -509,7 +511,7 @@ class Space(Bound):
         first, end = units(offset), offset + length
         space = self._ranges(node)
         if space.credit or (end >= size and space.ends[-1:] > [size // UNIT]):
-            self.recount(node)  # of the unit with the file's end, and of room reserved past it, hosts think differently
+            self.recount(node)  # hosts differ about the unit with the file's end, and about room reserved past it
             return
         last = max(units(end), first) if end >= size else end // UNIT
         self.units -= space.remove(first, last)
@@ -538,7 +540,7 @@ class Space(Bound):
         self.units += total_of(self.count(node)) - before
 
     def release(self, node: Node) -> None:
-        """An inode of the upper layer is gone for good."""
+        """Count the final removal of an inode of the upper layer."""
         if node.type == DT_DIR:
             return
         self._nameless.discard(node)
@@ -552,8 +554,8 @@ class Space(Bound):
 
 
 def ledger(view: Counted) -> Space:
-    """A count that starts with nothing and has no limit: what is done with it shows by itself (:meth:`Space.later`)."""
+    """A count that starts with nothing and has no limit, for changes that are counted later (:meth:`Space.later`)."""
     made = Space(view, empty=True)
     if view.space is not None:
-        made.grown = view.space.grown  # what a directory grew by is counted once, by the one or the other
+        made.grown = view.space.grown  # the growth of a directory is counted once, by either
     return made

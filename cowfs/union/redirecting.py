@@ -1,4 +1,4 @@
-"""The redirect files of a view: whether its stack may hold some, and who makes them.
+"""The redirect files of a view: whether its stack may hold some, and their maker.
 
 A redirect file keeps only the blocks that were written (docs/row.md). The package ``cowfs.row`` has the implementation and stands
 above this one, so the caller that assembles a view hands it in; :class:`cowfs.row.view.View` does.
@@ -25,7 +25,7 @@ __all__ = ["redirects_of"]
 def redirects_of(view: Core, make: RedirectsMaker | None) -> Redirects | None:
     """The redirect files of a view, or None where its stack holds none.
 
-    A stack may hold some by option, or because a layer is marked. A layer that an index describes is not looked at: the store
+    A stack may hold some by option, or because a layer is marked. A layer that an index describes is not checked: the store
     that keeps the index sets the option.
 
     Args:
@@ -33,7 +33,7 @@ def redirects_of(view: Core, make: RedirectsMaker | None) -> Redirects | None:
         make: makes the redirect files of a view.
 
     Raises:
-        OSError: EOPNOTSUPP where the stack may hold some and there is no ``make``; what reading a layer's mark ran into.
+        OSError: EOPNOTSUPP if the stack may hold some and there is no ``make``; errors of reading a layer's mark.
     """
     stack = view.stack
     if not view.options.row and not any(

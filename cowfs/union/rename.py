@@ -7,7 +7,7 @@ subtree copied up, in the work directory, before one rename puts it in place.
 
 The lower layers decide what the old place leaves behind: a whiteout if they have the name,
 made by the same system call (RENAME_WHITEOUT). A directory that arrives over a lower name becomes opaque,
-unless its ``redirect`` already says where it goes on.
+unless it has a ``redirect`` already.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def _refuse_mismatch(view: Core, node: Node, other: Node, name: bytes) -> None:
 
 
 def _bring_up(view: Core, node: Node) -> None:
-    """Have the object in the upper layer, ready to stand at another path."""
+    """Bring the object into the upper layer, ready for another path."""
     if isinstance(node, Dir):
         view.moves.renamed_directory()
         if view.form.redirects or (len(node.sources) == 1 and node.record is None and view.upper_of(node)):
@@ -118,8 +118,8 @@ def _bring_up(view: Core, node: Node) -> None:
 
 
 def _mark(view: Core, own: Source, attribute: bytes, value: bytes) -> None:
-    """Set an own xattr that a directory cannot move without. Raises EXDEV where there is no room for it: then it is
-    copied by whoever moves it, as between file systems."""
+    """Set an own xattr that a directory cannot move without. Raises EXDEV if there is no room for it: the moving
+    program then copies the directory, as between file systems."""
     try:
         stored.set_mark(view, own.open(), b"", attribute, value)
     except OSError as failure:
@@ -180,8 +180,8 @@ def _move(view: Core, parent: Dir, name: bytes, node: Node, to: Dir, to_name: by
 def _take_victim(
     view: Core, other: Node | None
 ) -> tuple[bytes | None, bool, bool, tuple[Room, int, int, int, int] | None]:
-    """Before a rename replaces what stands at its name: descriptor held, whether it is the last name, whether that
-    is known, and the room that a directory gives back."""
+    """The state of the object that a rename is about to replace: its held descriptor, whether the name is the last one,
+    whether that is known, and the room that a directory gives back."""
     if other is None:
         return None, False, False, None
     if isinstance(other, Dir):
@@ -211,7 +211,7 @@ def _rename_or_whiteout(view: Core, src_fd: int, name: bytes, dst_fd: int, to_na
 
 
 def _lower_has(view: Core, to: Dir, destination: Source, name: bytes, other: Node | None) -> bool:
-    """Whether removing an upper ``name`` there would show something of a lower layer."""
+    """Whether removing an upper ``name`` there would uncover an object of a lower layer."""
     if destination.shadow and name in destination.shadow:
         return True
     if destination.whiteouts and name in destination.whiteouts:
@@ -220,7 +220,7 @@ def _lower_has(view: Core, to: Dir, destination: Source, name: bytes, other: Nod
 
 
 def _clear_way(view: Core, destination: Source, name: bytes, other: Node | None) -> None:
-    """An empty upper directory that is to be replaced must be empty on the host, too, and can be used while it is held."""
+    """Empty an upper directory on the host before it is replaced; it stays usable while it is held."""
     if not isinstance(other, Dir):
         return
     own = view.upper_of(other)
@@ -245,7 +245,7 @@ def _clear_way(view: Core, destination: Source, name: bytes, other: Node | None)
 
 
 def _prepare_victim(view: Core, other: Node) -> tuple[bytes | None, bool, bool]:
-    """Hold on to a file that loses a name by being replaced."""
+    """Keep a replaced file usable after the loss of its name."""
     if not view.in_upper(other):
         return None, True, other in view.table.names
     last = unpack(view.attr(other)).nlink <= 1
@@ -293,7 +293,7 @@ def _account_names(source: Source, name: bytes, leaves: bool, destination: Sourc
 
 
 def _rebind(view: Core, parent: Dir, name: bytes, node: Node, to: Dir, to_name: bytes, up: Source) -> None:
-    """The node's name has changed."""
+    """Change the node's name."""
     _rename_name(view, parent, name, node, to, to_name, up)
     if not up.impure:
         stored.mark_impure(view, up)
@@ -373,17 +373,17 @@ def _copy_subtree(view: Core, node: Dir) -> None:
     with _held_dirs(view, node) as directories:
         for directory in directories:
             _up_all(view, directory)
-        for directory in reversed(directories):  # inside first
+        for directory in reversed(directories):  # the inner ones first
             _make_opaque(view, directory)
 
 
 @contextlib.contextmanager
 def _held_dirs(view: Core, top: Dir) -> Iterator[list[Dir]]:
-    """A directory and all below it, each before those inside it; they stay while the block lasts, whatever is forgotten."""
+    """A directory and all below it, each before those inside it; they stay for the block, even if forgotten."""
     found = [top]
     top.nlookup += 1
     try:
-        for directory in found:  # grows meanwhile
+        for directory in found:  # the list grows meanwhile
             for child in _children(view, directory):
                 if isinstance(child, Dir):
                     child.nlookup += 1
@@ -433,7 +433,7 @@ def _up_all(view: Core, directory: Dir) -> None:
 
 
 def _make_opaque(view: Core, node: Dir) -> None:
-    """Cut a directory off from the lower layers; its whiteouts are needed no more."""
+    """Cut a directory off from the lower layers; its whiteouts become needless."""
     own = _upper_dir(view, node)
     if len(node.sources) > 1 or node.record is not None:
         stored.mark_impure(view, own)  # merged, it was so without saying

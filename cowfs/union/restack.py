@@ -1,12 +1,12 @@
 """Another stack of layers that shows the same tree, under a view that goes on.
 
 Strategy. The make-up of a stack may change while the tree that it shows does not: two layers are merged into one, or an index
-that knew the lowest five of eight layers now knows them all. Then every node stays: its id, its attributes, whoever has it
-open. Only where it is found changes, and all of that changes here, in one call:
+that knew the lowest five of eight layers now knows them all. Then every node stays, with its id, attributes and open
+handles. Only its place changes, and all places change here, in one call:
 
-1. files without a name that live in a layer that goes are copied, since nobody could find them again;
+1. files without a name in a removed layer are copied, since they could not be found again;
 2. the new layers are opened (those that stay are recognised by their root) and each directory in use is looked up anew,
-   parents first. Nothing has changed so far, and a failure leaves it so;
+   parents first. Nothing has changed so far, also after a failure;
 3. directories get their parts, names their codes, files their place. Data descriptors of layers that go are closed, and
    redirect files read their chain again when they are next used.
 
@@ -37,14 +37,14 @@ Place = tuple[list[Source], Any]
 
 
 def restack(view: Core, lowers: Sequence[str | bytes], index: TreeIndex | None, covered: int) -> None:
-    """Stand the view on other lower layers, which show the same tree as the present ones.
+    """Switch the view to other lower layers, which show the same tree as the present ones.
 
     Args:
         lowers: layer directories, topmost first.
-        index: the merged tree of the lowest ``covered`` of them, where it is known.
+        index: the merged tree of the lowest ``covered`` of them, if known.
 
     Raises:
-        OSError: a layer is missing, or does not show what the present ones do (EIO). Nothing has changed then.
+        OSError: a layer is missing, or shows another tree than the present ones (EIO). Nothing has changed then.
     """
     assert view.stack.upper is not None
     known = {_identity(layer.root.open()): layer for layer in view.stack.layers[:-1]}
@@ -79,13 +79,13 @@ def restack(view: Core, lowers: Sequence[str | bytes], index: TreeIndex | None, 
 
 
 def layers_under(view: Core) -> list[bytes]:
-    """The lower layers as paths that work whatever they are called now, topmost first."""
+    """The lower layers as paths that work after renames, too, topmost first."""
     return [b"/proc/self/fd/%d" % layer.root.open() for layer in reversed(view.stack.layers[:-1])]
 
 
 @contextmanager
 def aside(view: Core, ledger: quota.Space) -> Iterator[None]:
-    """Count what is done meanwhile elsewhere: it is not the users' doing, and no limit holds."""
+    """Count the changes of the block elsewhere: users did not make them, and no limit holds."""
     kept = view.swap_space(ledger)
     try:
         yield
@@ -94,7 +94,7 @@ def aside(view: Core, ledger: quota.Space) -> Iterator[None]:
 
 
 def own_data(view: Core, node: Node) -> None:
-    """Have all of a file's data in the upper layer, whatever its size, now."""
+    """Bring all of a file's data into the upper layer at once, whatever its size."""
     if node.type != DT_REG:
         copyup.up_meta(view, node)
         return
@@ -133,7 +133,7 @@ def _save_nameless(view: Core, dropped: set[Layer]) -> None:
 
 
 def _find_directories(view: Core) -> dict[Dir, Place]:
-    """Where each directory in use is found in the new stack."""
+    """The place of each directory in use in the new stack."""
     roots = list(view.stack.roots)
     record = None
     if view.stack.index is not None:
@@ -145,7 +145,7 @@ def _find_directories(view: Core) -> dict[Dir, Place]:
         here = node
         while isinstance(here, Dir) and here not in places:
             way.append(here)
-            if here.parent is None:  # removed, and still somebody's
+            if here.parent is None:  # removed, and still in use
                 places[here] = None
                 way.pop()
                 break
@@ -191,9 +191,9 @@ def _codes(
 ) -> dict[bytes, Node | int]:
     """The names' codes in terms of the new parts."""
     own = view.upper_of(directory)
-    if directory.record is not None and len(directory.sources) == 1:  # the upper part and the index: no need to look
+    if directory.record is not None and len(directory.sources) == 1:  # the upper part and the index: no check needed
         top = len(before) - 1 if own is not None else -1
-        if own is not None:  # what shows when a name of the upper part goes may be hidden by a whiteout no more
+        if own is not None:  # a whiteout may no longer hide the object beneath a removed name of the upper part
             beneath = from_index.tree(view).entries(directory.record)
             own.shadow = {name for name, item in children.items() if name in beneath and _is_own(view, item, top)}
         return {
@@ -209,7 +209,7 @@ def _codes(
 
 
 def _is_own(view: Core, item: Node | int, top: int) -> bool:
-    """Whether the upper part of a directory has what one of its names says, by the codes of before."""
+    """Whether the upper part of a directory has the object of one of its names, by the former codes."""
     if isinstance(item, Dir):
         return view.upper_of(item) is not None
     return view.in_upper(item) if isinstance(item, Node) else item >= 0 and item >> 4 == top
@@ -219,7 +219,7 @@ def _is_own(view: Core, item: Node | int, top: int) -> bool:
 
 
 def _move_file(view: Core, node: Node, dropped: set[Layer], again: bool) -> None:
-    """``again``: what the index covers has changed. It puts a metacopy where its data is, a scan where it is itself."""
+    """``again``: the index covers other layers now. It has a metacopy at its data's place, a scan at its own."""
     where, data = node.where, node.data
     assert where is not None and node.parent is not None
     if where.layer is not view.stack.upper and (again or where.layer in dropped):
@@ -234,7 +234,7 @@ def _move_file(view: Core, node: Node, dropped: set[Layer], again: bool) -> None
 
 
 def _close(view: Core, node: Node) -> None:
-    """Let go of data in a layer that goes."""
+    """Close data in a removed layer."""
     node.data.close()
     view.open_files.close(node)
     node.data, node.space = PLAIN, None
@@ -252,7 +252,7 @@ def _data(view: Core, node: Node) -> FileData:
 
 
 def _find_again(view: Core, node: Node) -> None:
-    """A file of a layer that goes, in the new ones."""
+    """The place of a removed layer's file in the new ones."""
     parent, name = node.parent, node.name
     assert parent is not None
     before = node.where, node.data

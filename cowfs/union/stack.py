@@ -1,4 +1,4 @@
-"""The layers of a view: which there are, which one is written, and what the index knows of them.
+"""The layers of a view: their order, the written one, and the part that an index covers.
 
 Invariants: ``layers`` and ``roots`` are the same layers in opposite orders; ``upper`` is the topmost of them or ``None``; each
 layer's ``index`` is its place; ``sources`` holds directories of layers that are there.
@@ -25,13 +25,13 @@ class LayerStack:
     Attributes:
         layers: all of them, bottom first.
         roots: their roots, topmost first: where absolute redirects start.
-        upper: the layer that is written, ``None`` where none is.
+        upper: the layer that is written, ``None`` for a read-only view.
         workdir: the work directory beside it.
-        retired: work directories of frozen layers: files that were open may still be in them.
-        index: the merged tree of the lowest layers, where it is known.
-        indexed_layers: how many layers the index covers; those above are scanned.
-        lower_count: how many layers were lower ones when the view was made.
-        plain_layers: how many of the lowest layers show their files' own inode numbers, whatever those were copied from.
+        retired: work directories of frozen layers: files open at the freeze may still be in them.
+        index: the merged tree of the lowest layers, if known.
+        indexed_layers: the number of layers that the index covers; those above are scanned.
+        lower_count: the number of lower layers when the view was made.
+        plain_layers: the number of lowest layers that show their files' own inode numbers, ignoring origins.
         sources: (layer's index, path) -> directory of a layer that an index led to.
     """
 
@@ -52,7 +52,7 @@ class LayerStack:
         self.sources: dict[tuple[int, bytes], Source] = {}
 
     def add(self, layer: Layer, *, upper: bool = False) -> None:
-        """One more layer on top; ``upper``: the one that is written from now on."""
+        """Add a layer on top; ``upper``: the one that is written from now on."""
         layer.index = len(self.layers)
         self.layers.append(layer)
         self.roots.insert(0, layer.root)
@@ -60,7 +60,7 @@ class LayerStack:
             self.upper = layer
 
     def work_in(self, workdir: WorkDir) -> None:
-        """The work directory of the upper layer, now or soon; the one before is kept until its files are closed."""
+        """Set the work directory of the upper layer; the one before is kept until its files are closed."""
         if self.workdir is not None:
             self.retired.append(self.workdir)
         self.workdir = workdir
@@ -76,10 +76,10 @@ class LayerStack:
 
     @contextmanager
     def replaced(self, lowers: Sequence[Layer], index: TreeIndex | None, covered: int) -> Iterator[None]:
-        """Other lower layers, bottom first, under the upper one; as before when the block raises.
+        """Put other lower layers, bottom first, under the upper one; an error in the block restores the former ones.
 
         Args:
-            index: the merged tree of the lowest ``covered`` of them, where it is known.
+            index: the merged tree of the lowest ``covered`` of them, if known.
         """
         assert self.upper is not None
         layers, roots, sources = self.layers[:], self.roots[:], self.sources
@@ -105,7 +105,7 @@ class LayerStack:
             layer.index = number
 
     def own_numbers(self) -> None:
-        """Show every file by the inode number that it was copied from, in all layers, as a store's mounts do."""
+        """Show every file by the inode number that it was copied from, in all layers, as in a store's mounts."""
         self.plain_layers = 0
 
     def close(self) -> None:

@@ -1,8 +1,8 @@
 """Inodes as the layers store them: attributes and xattrs read from one object and given to another.
 
 Rule: owner, xattrs, mode and times are set in the one order that keeps them all (:func:`write_meta`). A mark of the
-overlay is set after the object's own xattrs, which need the room of the inode first; a mark that can be done without
-may find none (:func:`marked`).
+overlay is set after the object's own xattrs, which need the room of the inode first; an optional mark may find no room
+(:func:`marked`).
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 
 # Xattrs that an ordinary user cannot copy: these belong to the host's policy, not to the tree.
 _HOST_ONLY = (b"security.selinux", b"security.ima", b"security.evm")
-# Of an xattr: the host has no room for it; the host does not take it.
+# Errors of an xattr: the host has no room for it; the host does not take it.
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.E2BIG, errno.ERANGE})
 _NO_MARK = _NO_ROOM | {errno.EPERM, errno.EOPNOTSUPP}
 
 
 class NoRoomForMark(OSError):
-    """A copy of attributes alone is not possible: the mark that says so has no room beside the file's own xattrs."""
+    """A metacopy is not possible: its mark has no room beside the file's own xattrs."""
 
     def __init__(self, name: bytes) -> None:
         super().__init__(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
@@ -60,7 +60,7 @@ def read_meta(view: Core, node: Node) -> Meta:
 
 
 def root_meta(view: Core, layer: Layer) -> Meta:
-    """The same of the root as one layer has it."""
+    """The attributes and xattrs of one layer's root."""
     fd = layer.root.open()
     return _meta_of(view, fd, b"", os.fstat(fd))
 
@@ -75,7 +75,7 @@ def write_meta(dirfd: int, name: bytes, meta: Meta, view: Core, marks: Callable[
     """Give a new object owner, xattrs, mode and times, in the order that keeps them all.
 
     chown first (it clears setuid and capabilities), then xattrs, then the mode, then the times. A mode or an ACL without
-    write permission forbids an owner to set user.*, so what else is to be set comes before them.
+    write permission forbids an owner to set user.*, so the other xattrs come before them.
 
     Args:
         marks: sets the overlay's own xattrs: after those of the object, which need the room first.
@@ -116,7 +116,7 @@ def no_room(failure: BaseException) -> bool:
 
 
 def marked(dirfd: int, name: bytes, attribute: bytes, value: bytes) -> bool:
-    """Set an own xattr that can be done without; whether there was room for it.
+    """Set an optional own xattr. Returns whether there was room for it.
 
     Hosts keep xattrs in little room (ext4: one block for all of an inode), which a file of a lower layer may fill with
     its own.
@@ -147,7 +147,7 @@ def kept_times(source: Source) -> Iterator[None]:
 
 
 def mark_impure(view: Core, source: Source) -> None:
-    """Say that entries of an upper directory may carry ``origin`` (kernel: ``impure``)."""
+    """Mark an upper directory whose entries may carry ``origin`` (kernel: ``impure``)."""
     source.impure = True
     if source.marked:
         return
@@ -164,7 +164,7 @@ def mark_impure(view: Core, source: Source) -> None:
 def set_origin(view: Core, dirfd: int, name: bytes, src_fd: int, src_name: bytes, ino: int) -> None:
     """Record which lower inode a copy came from, so that its number ``ino`` stays.
 
-    An index shows the number of the inode that the lower one is itself a copy of, if it is: that is recorded then.
+    If the lower inode is itself a copy, an index shows the number of its source, which is recorded then.
     """
     value = xattr.try_get(src_fd, src_name, view.form.origin)
     number = view.inodes.from_origin(value) if value else None
@@ -181,7 +181,7 @@ def make_like(dirfd: int, name: bytes, meta: Meta, node: Node) -> None:
     """An empty object of the same type: a file with a hole, a link, a device."""
     if stat.S_ISREG(meta.mode):
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        fd = os.open(name, flags, meta.mode & 0o777 | 0o600, dir_fd=dirfd)  # often the mode it is to have
+        fd = os.open(name, flags, meta.mode & 0o777 | 0o600, dir_fd=dirfd)  # often the final mode
         try:
             os.ftruncate(fd, meta.size)
         finally:

@@ -1,4 +1,4 @@
-"""The nodes of a view by id, and what outlives them: which ids were given, to whom, and which are spent.
+"""The nodes of a view by id, and the records that outlive them: used ids, their bearers, and spent ones.
 
 Invariants: an id together with a generation is given once; ``names`` holds nodes with several known names only; a number that
 a rollback took away (``burnt``) is no id again.
@@ -36,7 +36,7 @@ class NodeTable:
         displaced: (device, inode) of a file with several names -> its id, where the number that it would show is another's.
         linked: file of an index with several names -> its id.
         shown: inode number -> which of the files of an index shows it.
-        astray: upper inodes in use whose known names went, while they have others.
+        astray: upper inodes in use whose known names are gone, while they have others.
     """
 
     __slots__ = (
@@ -63,7 +63,7 @@ class NodeTable:
         return self.last
 
     def free(self, id: int) -> bool:
-        """Whether an id may be given."""
+        """Whether an id is free."""
         return id not in self.nodes and id > ROOT_ID and id not in self.burnt
 
     def instead_of(self, id: int, first: int) -> int:
@@ -74,16 +74,16 @@ class NodeTable:
         return fresh
 
     def add(self, node: Node) -> None:
-        """A node is in use from now on."""
+        """Enter a node."""
         node.generation = self.dead.get(node.id, self.era) if self.dead else self.era
         self.nodes[node.id] = node
 
     def spend(self, node: Node) -> None:
-        """A node's file is gone for good: its id stands for another file from now on."""
+        """Retire the id of a file that is gone for good; later bearers get another generation."""
         self.dead[node.id] = node.generation + 1 & GENERATIONS
 
     def strike(self, node: Node) -> None:
-        """A node's id answers ESTALE from now on, and is never given again."""
+        """Make a node's id answer ESTALE from now on; it is never used again."""
         self.nodes.pop(node.id, None)
         self.parents.discard(node.id)
         self.burnt.add(node.id)

@@ -1,14 +1,14 @@
-"""Files in and out of a tree by path, without any mount: what they are copied to, and the copying.
+"""Copying files in and out of a tree by path, without any mount.
 
 Rules:
 
-1. A source is a :class:`~cowfs.union.tree.Tree`; a :class:`Target` is one that can be written, too. So every pair works: a directory
-   of the host, a view, a snapshot.
+1. A source is a :class:`~cowfs.union.tree.Tree`; a :class:`Target` is one that can be written, too. So every pair
+   works: a directory of the host, a view, a snapshot.
 2. No link is followed, in the source or in the target: the caller has resolved both ends (:func:`cowfs.union.tree.resolve`).
 3. Nothing is loaded whole: data goes in pieces, holes stay holes, and depth is a list and no recursion.
 4. A file that could not be written to its end is removed again. Files copied before it stay.
-5. Without ``owners`` what is made belongs to who makes it; then it gets no set-id bit and of the attributes only ``user.*``: they would mean
-   another's rights.
+5. Without ``owners`` new objects belong to their maker; then they get no set-id bit, and of the xattrs only ``user.*``,
+since others would grant another user's rights.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["Copied", "DirTarget", "Target", "copy", "dress", "host_end"]
 
 
 class Copied(NamedTuple):
-    """How much was copied: objects, and bytes of data."""
+    """The amount copied: objects, and bytes of data."""
 
     objects: int
     bytes: int
@@ -38,7 +38,7 @@ class Target(Tree, Protocol):
     """A tree that can be written. Paths are canonical; the parent directory of each is there. Raises OSError."""
 
     def remove(self, path: bytes) -> None:
-        """Remove what is there, with all below it."""
+        """Remove an object, with all below it."""
 
     def mkdir(self, path: bytes) -> None: ...
 

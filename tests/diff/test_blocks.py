@@ -149,7 +149,7 @@ def test_damage_is_found(stores: dict[str, Store], space: Path) -> None:
 def test_no_path_leads_out(stores: dict[str, Store], space: Path, path: str) -> None:
     store = stores["row"]
     store.prepare("got", "base")
-    base = store._identity(store.resolve("base"))
+    base = store.services.blocks.identity(store.resolve("base"))
     meta = blocks._json({"path": path, "kind": "added", "mode": 0o100644, "uid": 0, "gid": 0, "mtime": 0, "size": 3})
     stream = struct.pack("<8sHHI32s", b"COWFSBLK", 1, 0, 4096, base) + struct.pack("<cI", b"M", len(meta)) + meta
     with pytest.raises(CowfsError):

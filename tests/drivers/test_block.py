@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from support import users
+from support.command import run_module
 from support.hostfs import HostFs
 
-from cowfs.errors import FailedPrecondition
+from cowfs.errors import CowfsError, FailedPrecondition
 from cowfs.model import Kind
 from cowfs.store import Store
 from cowfs.sys import blockfs, loop
@@ -342,3 +344,83 @@ def test_an_xfs_grows_while_it_is_mounted(place: Path, mnt: Path) -> None:
             (mnt / "file").write_text("x")
         store.commit("a", "A")
         assert store.check(content=True).problems == []
+
+
+@on_tmpfs
+def test_the_command_gives_options_and_shows_them(place: Path, mnt: Path) -> None:
+    root = ("--root", str(place / "store"))
+    words = ("--driver", "block", "--option", "size=100m", "--option", "discard=off")
+    assert run_module("cowfs", "init", *root, *words).returncode == 0
+    told = run_module("cowfs", "info", *root).stdout
+    assert "images:        ext4 of 104857600 bytes, blocks of 4096, discard off\n" in told
+    assert "limits:        kernel mounts by the file system's size, others by cowfs's server\n" in told
+    run_module("cowfs", "prepare", "a", *root)
+    assert run_module("cowfs", "mount", "--key", "a", mnt, "--mount-type", "kernel", *root).returncode == 0
+    try:
+        assert os.statvfs(mnt).f_blocks * os.statvfs(mnt).f_frsize < 100 * MIB
+        assert f" {mnt}\n" in run_module("cowfs", "ls", *root).stdout
+    finally:
+        subprocess.run(["umount", mnt], check=True)
+    assert f" {mnt}\n" not in run_module("cowfs", "ls", *root).stdout
+
+
+@on_tmpfs
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["size=1k"], "no ext4 of 1024 bytes"),
+        (["size=many"], "many"),
+        (["filesystem=zfs"], "no images of 'zfs'"),
+        (["filesystem=xfs", "size=20m"], "no xfs of 20971520 bytes"),
+        (["discard=maybe"], "discard is on or off, not 'maybe'"),
+        (["block=5"], "block"),
+        (["colour=red"], "has no option colour"),
+        (["size"], "no option of a driver: 'size'"),
+    ],
+)
+def test_bad_options_get_one_line(place: Path, options: list[str], told: str) -> None:
+    words = [word for option in options for word in ("--option", option)]
+    done = run_module("cowfs", "init", "--root", place / "store", "--driver", "block", *words)
+    assert done.returncode != 0
+    assert told in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@on_tmpfs
+def test_what_is_missing_is_told_in_one_line(place: Path, mnt: Path) -> None:
+    with Store.open(place / "store", driver="block", fsync=False) as store:
+        for name in ("one", "two"):
+            store.prepare("a", "one" if name == "two" else None)
+            with store.mount("a", mnt, mount_type="kernel"):
+                (mnt / name).write_bytes(b"1" * MIB)
+            store.commit("a", name)
+        pool = store.driver._pool  # type: ignore[attr-defined]
+        top = pool.top(store.driver.directory(store.index.get("two").id))
+        (entry,) = Path(pool.directory(top), "map").iterdir()
+        kept = entry.read_bytes()
+        entry.unlink()
+        report = store.check()
+        assert [problem.name for problem in report.damage] == ["two"]
+        entry.write_bytes(kept)
+        assert store.check(content=True).problems == []
+        os.rename(pool.directory(top), f"{pool.path}/elsewhere")
+        store.prepare("b", "one")
+        assert [problem.name for problem in store.check().damage] == ["two"]
+        with pytest.raises((CowfsError, OSError)):
+            store.prepare("c", "two")
+        os.rename(f"{pool.path}/elsewhere", pool.directory(top))
+        assert store.check(content=True).problems == []
+        store.prepare("c", "two")
+
+
+def test_an_ordinary_user_gets_one_line(ordinary_user: int, tmp_path: Path) -> None:
+    for above in tmp_path.parents:
+        if "pytest-" in str(above) and not os.stat(above).st_mode & 0o001:
+            above.chmod(0o755)
+    os.chown(tmp_path, ordinary_user, ordinary_user)
+    python, environment = users.interpreter()
+    command = users.command_as([python, "-m", "cowfs", "init", "--root", str(tmp_path / "store"), "--driver", "block"])
+    done = subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert done.stderr.splitlines() == [done.stderr.strip()]
+    assert "loop devices are root's" in done.stderr

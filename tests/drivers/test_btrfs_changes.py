@@ -36,7 +36,7 @@ def both_ways(store: Store, key: str) -> tuple[Scanned, Scanned | None]:
         whole = scan_full(
             fd, num=row.num, form=driver.form, base=parent.root if parent else None, records=store.index, same=same
         )
-        return whole, store._scan_changes(row.id, row.num, parent, fd, same, None)
+        return whole, store.services.scanning.scan_changes(row.id, row.num, parent, fd, same, None)
 
 
 def check_both(store: Store, key: str) -> None:

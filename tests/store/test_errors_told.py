@@ -13,8 +13,8 @@ from cowfs.errors import CowfsError
 from cowfs.mounting.volatile import check_volatile
 from cowfs.row.view import View
 from cowfs.store import Store
-from cowfs.store.live import _read_note
 from cowfs.store.staging import SQUASH, spared
+from cowfs.store.switching import read_switch
 from cowfs.sys import files, xattr
 from cowfs.union import Options, absorb
 from cowfs.union.paths import Paths
@@ -94,16 +94,16 @@ def test_a_note_that_cannot_be_read_is_not_taken_for_none(tmp_path: Path, monkey
     note = tmp_path / f"{SQUASH}1.json"
     note.write_text('{"old": ["7"]}')
     monkeypatch.setattr(os, "open", refusing(os.open, SQUASH, errno.EIO))
-    for read in (lambda: _read_note(str(note)), lambda: spared(str(tmp_path))):
+    for read in (lambda: read_switch(str(note)), lambda: spared(str(tmp_path))):
         with pytest.raises(OSError) as caught:
             read()
         assert caught.value.errno == errno.EIO
     monkeypatch.undo()
     assert spared(str(tmp_path)) == {"7"}
     note.write_text('{"ol')  # its writer was killed
-    assert spared(str(tmp_path)) == set() and _read_note(str(note)) is None
+    assert spared(str(tmp_path)) == set() and read_switch(str(note)) is None
     note.unlink()
-    assert spared(str(tmp_path)) == set() and _read_note(str(note)) is None
+    assert spared(str(tmp_path)) == set() and read_switch(str(note)) is None
 
 
 @root_only

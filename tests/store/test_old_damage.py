@@ -111,7 +111,7 @@ def test_records_of_before_are_rebuilt_as_they_were(space: Path, driver: str) ->
             paths.link("a", "b")
         store.commit("k", "base")
         row = store.index.get("base")
-        before = store._scan(row, links=False)
+        before = store.services.scanning.scan_row(row, links=False)
         assert before.root != row.root
         with store.index.write() as change:
             change.add_records(before.pending.new)

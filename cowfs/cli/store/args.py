@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from cowfs.cli import config
@@ -75,31 +75,52 @@ class Places:
             if os.path.exists(told.socket):
                 return told.mountpoint
         if self._by_kernel is None:
-            self._by_kernel = _kernel_mounts()
+            self._by_kernel = _kernel_mounts(self._root)
         return self._by_kernel.get(id)
 
 
-def _kernel_mounts() -> dict[str, str]:
-    """Layer -> mount point of the kernel's mounts of stores, which have the layer in their source."""
+def _kernel_mounts(root: str) -> dict[str, str]:
+    """Layer -> mount point of the kernel's mounts of a store.
+
+    Overlays have the layer in their source. A bind shows a directory whose path ends as a layer's tree does, or, of drivers that mount
+    a layer's file system in its directory, the tree in the file system that is mounted there.
+    """
     with open("/proc/self/mountinfo", "rb") as file:
-        if b" cowfs:" not in file.read():
-            return {}
+        text = file.read()
+    if b" cowfs:" not in text and b"/fs " not in text:
+        return {}
     from cowfs.sys.mounts import mountinfo
 
-    return {
-        os.fsdecode(one.source)[6:]: os.fsdecode(one.target)
-        for one in mountinfo()
-        if os.fsdecode(one.source).startswith("cowfs:")
+    entries = mountinfo()
+    own = os.fsencode(os.path.realpath(root)) + b"/layers/"
+    by_device = {
+        one.dev: one.target.removeprefix(own).partition(b"/")[0] for one in entries if one.target.startswith(own)
     }
+    import re
+
+    found: dict[bytes, bytes] = {}
+    for one in entries:
+        inside = re.search(rb"/layers/([^/]+)/(?:[^/]+/)?fs$", one.root)
+        if one.source.startswith(b"cowfs:"):
+            found[one.source[6:]] = one.target
+        elif inside:
+            found[inside[1]] = one.target
+        elif one.root == b"/fs" and one.dev in by_device:
+            found[by_device[one.dev]] = one.target
+    return {os.fsdecode(layer): os.fsdecode(target) for layer, target in found.items()}
 
 
-def open_store(args: argparse.Namespace, *, create: bool = True) -> Store:
-    """The store that the options or the environment name."""
+def open_store(args: argparse.Namespace, *, create: bool = True, options: Mapping[str, str] | None = None) -> Store:
+    """The store that the options or the environment name.
+
+    Args:
+        options: of its driver.
+    """
     from cowfs.store import Store
 
     root = config.root(args.root)
     fsync = config.fsync()
-    return Store.open(root, driver=args.driver, create=create, fsync=fsync)
+    return Store.open(root, driver=args.driver, create=create, fsync=fsync, **(options or {}))
 
 
 def look_at_store(args: argparse.Namespace) -> Look:

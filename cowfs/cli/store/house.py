@@ -89,8 +89,16 @@ def _rename(args: argparse.Namespace) -> int:
 def _configure_copy(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("names", nargs="+", metavar="NAME", help="a committed snapshot, or a tag")
-    add("--to", required=True, metavar="STORE", help="the directory of the other store; made when it is not there")
+    add(
+        "--to",
+        required=True,
+        metavar="STORE",
+        help="the directory of the other store, made when it is not there; or ssh://[user@]host[:port]/path",
+    )
     add("--to-driver", default="auto", metavar="NAME", help="its backend, when it is new (default: the best there)")
+    ssh = os.environ.get("COWFS_SSH") or "ssh"
+    add("--ssh", default=ssh, metavar="COMMAND", help="what connects to another host (default: $COWFS_SSH, else ssh)")
+    add("--remote", default="cowfs", metavar="COMMAND", help="how cowfs is called there (default: cowfs)")
     add_store(parser)
 
 
@@ -101,10 +109,15 @@ def _copy(args: argparse.Namespace) -> int:
     fsync = config.fsync()
     with open_store(args, create=False) as store, Bars(args) as bars:
         for name in args.names:
-            store.resolve(name)  # a missing directory makes no store
-        with Store.open(args.to, driver=args.to_driver, fsync=fsync) as other:
-            for name in args.names:
-                copied += store.copy_to(name, other, progress=bars if bars.on else None)
+            store.resolve(name)  # a missing snapshot makes no store
+        if args.to.startswith("ssh://"):
+            from cowfs.cli.store.send import copy_over_ssh
+
+            copied += copy_over_ssh(args, store, bars).copied or ()
+        else:
+            with Store.open(args.to, driver=args.to_driver, fsync=fsync) as other:
+                for name in args.names:
+                    copied += store.copy_to(name, other, progress=bars if bars.on else None)
     if args.json:
         print_json([{"name": name} for name in copied], args.json)
     else:
@@ -225,8 +238,12 @@ COMMANDS = {
         _configure_copy,
         _copy,
         "Copy committed snapshots with their ancestors to another store, whatever its driver; layers that it has are not copied again."
-        " Prints the layers that were copied.",
-        ("cowfs copy base --to /mnt/backup/store", "cowfs copy debian:12 app:1 --to ./store2 --to-driver vfs"),
+        " Over ssh the other host needs cowfs, and only what it lacks is sent. Prints the layers that were copied.",
+        (
+            "cowfs copy base --to /mnt/backup/store",
+            "cowfs copy debian:12 app:1 --to ./store2 --to-driver vfs",
+            "cowfs copy v2 --to ssh://backup/srv/store",
+        ),
     ),
     "doctor": Command(
         _configure_doctor,

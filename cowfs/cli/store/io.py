@@ -166,6 +166,12 @@ def _configure_export(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="only the blocks that changed, for 'cowfs apply --blocks' in another store",
     )
+    add(
+        "--disk",
+        choices=("raw", "qcow2"),
+        help="a disk for a virtual machine: a file system with the tree for its root (driver block)",
+    )
+    add("--size", metavar="SIZE", help="with --disk: of the disk (default: that of the store's images)")
     add("--base", metavar="NAME", help="with --blocks: against this snapshot (default: the parent)")
     add_store(parser, form=False)
 
@@ -177,6 +183,8 @@ def _export(args: argparse.Namespace) -> int:
         progress = bars if bars.on else None
         if args.blocks:
             return _export_blocks(args, store)
+        if args.disk:
+            return _export_disk(args, store)
         target: str | BinaryIO = sys.stdout.buffer if args.file == "-" else os.path.abspath(args.file)
         told = store.export(
             args.name,
@@ -201,6 +209,23 @@ def _export_blocks(args: argparse.Namespace, store: Store) -> int:
     with replacing(args.file, mode=0o644, durable=False) as file:
         counts = store.export_blocks(args.name, file, base=args.base)
     return _told(counts, as_json=args.json)
+
+
+def _export_disk(args: argparse.Namespace, store: Store) -> int:
+    if args.file == "-":
+        store.export_disk(args.name, sys.stdout.buffer, format=args.disk, size=args.size)
+        return 0
+    from dataclasses import asdict
+
+    from cowfs.model import format_size
+
+    with replacing(args.file, mode=0o644, durable=False) as file:
+        told = store.export_disk(args.name, file, format=args.disk, size=args.size)
+    if args.json:
+        print_json({**asdict(told), "file": args.file, "format": args.disk}, args.json)
+    else:
+        print(f"a disk of {format_size(told.size)}, {format_size(told.written)} written")
+    return 0
 
 
 COMMANDS = {
@@ -233,6 +258,7 @@ COMMANDS = {
             "cowfs export app - --format docker | podman load",
             "cowfs export work changes.tar --format layer",
             "cowfs export v2 changed.blocks --blocks --base v1",
+            "cowfs export vm vm.qcow2 --disk qcow2 --size 20G",
         ),
     ),
 }

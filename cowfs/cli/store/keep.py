@@ -6,6 +6,7 @@ from cowfs.cli import config
 from cowfs.cli.common import Command
 from cowfs.cli.output import print_json, print_table, shown, size_or
 from cowfs.cli.store.args import add_json, add_store, look_at_store, open_store
+from cowfs.errors import InvalidArgument
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -15,12 +16,29 @@ if TYPE_CHECKING:
     from cowfs.store.look import Look
 
 
+def _configure_info(parser: argparse.ArgumentParser) -> None:
+    add_store(parser)
+
+
 def _configure_init(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="of the driver, as in block=64k; may be given several times (docs/drivers.md)",
+    )
     add_store(parser)
 
 
 def _init(args: argparse.Namespace) -> int:
-    with open_store(args) as store:
+    options: dict[str, str] = {}
+    for text in args.option:
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier() or name in ("root", "form", "fsync", "driver", "create"):
+            raise InvalidArgument(f"no option of a driver: {text!r}", remedy="--option NAME=VALUE")
+        options[name] = value
+    with open_store(args, options=options) as store:
         told = store.describe()
         probes = {name: {"usable": probe.usable, "reasons": list(probe.reasons)} for name, probe in store.why.items()}
     if args.json:
@@ -58,6 +76,8 @@ def _info(args: argparse.Namespace) -> int:
         ("limits", told["limits"]),
         ("snapshots", ", ".join(f"{count.get(kind, 0)} {kind}" for kind in ("committed", "active", "view"))),
     ]
+    known = {"root", "form", "records", "alternatives", "not possible", *(key for key, _ in lines)}
+    lines += [(key, value) for key, value in told.items() if key not in known]
     for key, value in lines:
         print(f"{key + ':':<15}{value}")
     for name, why in told["alternatives"].items():
@@ -245,8 +265,8 @@ def _garbage(args: argparse.Namespace) -> int:
 
 COMMANDS = {
     "init": Command(_configure_init, _init, "Make a store and say which driver it got, and why.",
-                    ("cowfs init --root /srv/store", "cowfs init --driver vfs")),
-    "info": Command(_configure_init, _info, "Show driver, mount type, host file system, and why they were chosen.",
+                    ("cowfs init --root /srv/store", "cowfs init --driver vfs", "cowfs init --driver block --option filesystem=xfs --option size=100g")),
+    "info": Command(_configure_info, _info, "Show driver, mount type, host file system, and why they were chosen.",
                     ("cowfs info", "cowfs info --json")),
     "df": Command(_configure_df, _df, "Show what the store holds, from its records: no walk.", ("cowfs df", "cowfs df -v")),
     "check": Command(

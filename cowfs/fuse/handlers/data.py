@@ -1,8 +1,8 @@
-"""From requests to the view: reads, writes, space and fsync, and what of it runs on a worker.
+"""The handlers of data requests: reads, writes, space and fsync, partly on workers.
 
-Strategy: the loop thread does what is quick. A read of 64 KiB or more is tried with RWF_NOWAIT first; what is not in
-the page cache goes to a worker, on a descriptor of its own. So does a read that goes on where the last one ended: two
-threads copy more than one (reading and writing release the interpreter's lock). A change of data asks
+Strategy: the loop thread does quick work. A read of 64 KiB or more is tried with RWF_NOWAIT first; a read that is not
+in the page cache goes to a worker, on a descriptor of its own. So does a read that goes on where the last one ended:
+two threads copy more than one (reading and writing release the interpreter's lock). A change of data asks
 ``view.writable`` first; when that says "copy up" and the file is large, the copy runs on a worker and the request comes
 back when it is published.
 
@@ -57,7 +57,7 @@ class Host(Protocol):
         """Run a stage on a worker, publish it, then serve ``request`` again; loop thread."""
 
     def look(self, nodeid: int, unique: int, job: Any) -> None:
-        """Run ``job() -> Reply`` on a worker as a shared job and send what it returns; loop thread."""
+        """Run ``job() -> Reply`` on a worker as a shared job and send its result; loop thread."""
 
     def wait_behind(self, nodeid: int, request: memoryview) -> bool:
         """Queue ``request`` behind the node's copy-up, if one is under way; loop thread."""
@@ -66,7 +66,7 @@ class Host(Protocol):
         """Run ``job() -> Reply`` on a worker without holding anything back; loop thread."""
 
     def meanwhile(self, job: Any) -> None:
-        """Run ``job()`` on a worker; nobody waits for it; loop thread."""
+        """Run ``job()`` on a worker, without a reply; loop thread."""
 
     def attributes_changed(self, nodeid: int) -> None:
         """Have the kernel drop a node's attributes before the request at hand is answered; loop thread."""
@@ -93,7 +93,7 @@ class Data(Adapter):
         self.host = host
         self.max_read = max_read
         self.metacopy = view.form.redirects  # the form that knows redirects knows metacopies, too
-        self.keeps_modes = has_cap(CAP_FSETID)  # else a write may clear set-id bits, and the view looks after them
+        self.keeps_modes = has_cap(CAP_FSETID)  # else a write may clear set-id bits, which the view does
         self.nowait = True
         self._ahead = ReadAhead()
         self._writes = (0, 0, 0)  # of a writer in sequence: node id, its end, up to where the host was told to begin
@@ -200,7 +200,7 @@ class Data(Adapter):
         _fh, offset, whence, _ = abi.LSEEK_IN.unpack_from(buf, 40)
         if whence not in (os.SEEK_DATA, os.SEEK_HOLE):
             raise codec.invalid("whence")
-        if offset >> 63:  # negative: the kernel leaves that to us
+        if offset >> 63:  # negative: the kernel leaves it to the server
             raise OSError(errno.ENXIO, os.strerror(errno.ENXIO))
         where = self.view.lseek(self.view.node(nodeid), offset, whence)
         return codec.payload(unique, abi.LSEEK_OUT.pack(where))
@@ -208,7 +208,7 @@ class Data(Adapter):
     # -- writing ------------------------------------------------------------------------------
 
     def _later(self, node: Any, buf: memoryview, keep: int | None = None) -> bool:
-        """Whether the request must wait for a large copy-up, which then is under way."""
+        """Whether the request must wait for a large copy-up, which this starts."""
         stage = self.view.writable(node, keep)
         if stage is None:
             return False
@@ -254,10 +254,10 @@ class Data(Adapter):
         return _WRITTEN(24, 0, unique, done, 0)
 
     def _write_back(self, node: Any, offset: int, data: memoryview, done: int) -> None:
-        """Write what is left of dirty pages, or raise why that cannot be.
+        """Write the rest of dirty pages, or raise the error that prevents it.
 
-        Nobody writes them again: the kernel takes a short answer for a whole one (fs/fuse/file.c, fuse_writepage_end), and what was
-        stored through a map would be lost without a word.
+        They are not written again: the kernel takes a short answer for a whole one (fs/fuse/file.c,
+        fuse_writepage_end), and stores through a map would be lost silently.
         """
         while done < len(data):
             more = self.view.write(node, offset + done, data[done:])
@@ -266,7 +266,7 @@ class Data(Adapter):
             done += more
 
     def _written(self, node: Any, offset: int, done: int) -> None:
-        """Have the host begin to write a long file that is being written in sequence: less is left for its fsync."""
+        """Have the host begin to write back a file that is written in sequence, so that less is left for its fsync."""
         id, end, begun = self._writes
         if id != node.id or end != offset:
             begun = offset
@@ -312,7 +312,7 @@ class Data(Adapter):
         return self.link(buf, n, unique, nodeid)
 
     def _renamed(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply | None:
-        """RENAME and RENAME2: what gets a name in the upper layer is copied up first; for an exchange that is both."""
+        """RENAME and RENAME2: the object that gets a name in the upper layer is copied up first; for an exchange both are."""
         if abi.HEAD.unpack_from(buf)[1] == abi.RENAME:
             (target,), flags, start, rename = abi.RENAME_IN.unpack_from(buf, 40), 0, 48, self.rename
         else:
@@ -340,8 +340,8 @@ class Data(Adapter):
     def kill_privileges(self, node: Any, buf: memoryview) -> None:
         """Clear the set-id bits that a change of data by this caller clears, on the host and in the kernel's cache.
 
-        Mostly they went before, when the kernel announced the change (:meth:`without_fields`). Those that came back since, or
-        that the kernel did not know of, are forgotten by it before the change is answered: execve(2) believes its cache.
+        Mostly they went before, when the kernel announced the change (:meth:`without_fields`). If bits came back since,
+        or were unknown to the kernel, it forgets the mode before the change is answered: execve(2) believes its cache.
         """
         if self.view.kill_privileges(node) | self.strip(node, buf):
             self.host.attributes_changed(node.id)
@@ -417,5 +417,5 @@ class Data(Adapter):
         return None
 
     def release(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply | None:
-        """Comes without OPEN for files made by O_TMPFILE; there is no handle to give up."""
+        """RELEASE, which comes without OPEN for files made by O_TMPFILE; there is no handle to close."""
         return _OK(16, 0, unique)

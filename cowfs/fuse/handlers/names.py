@@ -1,9 +1,9 @@
-"""From requests to the view: one method an opcode for names and attributes.
+"""The handlers of requests for names and attributes, one method an opcode.
 
 Strategy: a handler takes ``(buf, n, unique, nodeid)``: a view of the request, its length (checked against the
-opcode's shape by the session), and two header fields. It returns a whole reply, or None when there is none or it
-comes later. Failures are raised as OSError; the session turns them into an error reply. Every handler runs in the
-loop thread, which owns the view, and reads what it needs of ``buf`` before it returns: the buffer is used again.
+opcode's shape by the session), and two header fields. It returns a whole reply, or None for a request without reply, or
+with a later one. Failures are raised as OSError; the session turns them into an error reply. Every handler runs in the
+loop thread, which owns the view, and does not use ``buf`` after it returns, since the buffer is used again.
 
 The handlers that a busy mount calls thousands of times a second (look-up, attributes, create, remove, listing) are
 written flat: no helper where three lines do.
@@ -52,7 +52,7 @@ _PADDING = [bytes(-length % 8) for length in range(8)]
 
 
 def _signed(seconds: int) -> int:
-    """Seconds as the kernel means them: two's complement in an unsigned field."""
+    """Signed seconds from the kernel's unsigned field, which has them in two's complement."""
     return seconds - (1 << 64) if seconds >> 63 else seconds
 
 
@@ -68,7 +68,7 @@ class Adapter:
         self.uncapped = (0, 0)  # (node id, process) whose file capabilities the kernel removed just now
 
     def agree(self, agreement: Agreement) -> None:
-        """Take note of the agreement with the kernel."""
+        """Store the agreement with the kernel."""
         self.setxattr_ext = agreement.has("SETXATTR_EXT")
 
     def table(self) -> dict[int, Handler]:
@@ -309,9 +309,9 @@ class Adapter:
         *chown(-1, -1)* moves ctime and clears set-id bits; only the owner and root may make it clear any (chown(2)).
 
         *Data is about to change*, and the kernel has set-id bits in its cache for this writer to lose, or has just removed
-        a file capability. Our reply is what the kernel caches from now on, and the one way to change a mode in its cache
-        before the data changes (a notification only has it ask later, and a program that is being started asks no more).
-        So the bits go here, unless the writer keeps them: then its WRITE says so once more.
+        a file capability. The kernel caches the reply, which is the one way to change a mode in its cache before the
+        data changes (after a notification it only asks later, and a program that is being started asks no more). So the
+        bits go here, unless the writer keeps them: then its WRITE has the flag once more.
         """
         view = self.view
         uid, _, pid = _CALLER(buf, 24)
@@ -347,13 +347,13 @@ class Adapter:
         return not (gid == group or group in caller.groups(pid) or caller.keeps_set_id(uid, pid))
 
     def written_past_us(self, node: Any) -> bool:
-        """Whether writes may come that we do not see, so that this request is all we hear of them."""
+        """Whether writes may bypass the server, so that this request is the only sign of them."""
         return False
 
     def strip(self, node: Any, buf: memoryview) -> bool:
         """Clear a setgid bit that means no program, too, when the caller is outside the file's group (Linux 6.2).
 
-        Returns whether that was so.
+        Returns whether it was cleared.
         """
         fields = abi.ATTR.unpack(self.view.attr(node))
         mode = fields[9]
@@ -366,7 +366,7 @@ class Adapter:
         return True
 
     def keeps(self, node: Any, buf: memoryview) -> bool:
-        """Whether a change of data by this caller leaves the node's mode alone. Some requests do not say it."""
+        """Whether a change of data by this caller leaves the node's mode alone. Some requests have no flag for it."""
         if not abi.ATTR.unpack(node.attr or self.view.attr(node))[9] & _SET_ID:
             return True
         uid, _, pid = _CALLER(buf, 24)
@@ -438,14 +438,14 @@ class Adapter:
         return _OK(16, 0, unique)
 
     def _check_chown(self, node: Any, buf: memoryview) -> None:
-        """A file capability goes before the chown(-1, -1) that takes it away: one that will be refused takes nothing."""
+        """Remove a file capability, which comes before its chown(-1, -1); before a chown that will be refused it stays."""
         uid, _, pid = _CALLER(buf, 24)
         fields = abi.ATTR.unpack(self.view.attr(node))
         if uid and uid != fields[11] and self._would_lose(fields[9], fields[12], buf) and caller.in_chown(pid):
             raise OSError(errno.EPERM, os.strerror(errno.EPERM))
 
     def ioctl(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply:
-        """No ioctl is known here. They are common all the same (isatty at each open of an interpreter), and the
+        """Answer an ioctl; none is known here. They are common all the same (isatty at each open of an interpreter), and the
         kernel asks every time, so the answer must be cheap."""
         return _OK(16, -errno.ENOTTY, unique)
 

@@ -4,9 +4,9 @@ Strategy: here OPEN is answered, since the descriptor of the file below ("backin
 open. The server sees no read and no write of such a file, so no limit can hold: it is for databases on unlimited
 mounts.
 
-Rule 1.  Only files of the upper layer, and all files of a read-only mount, are passed through: what lies in a lower
-         layer may be copied up later, and a backing cannot be exchanged.
-Rule 2.  An inode is open in one mode at a time, "cached" or "passthrough", with one backing; the kernel answers a
+Rule 1.  Only files of the upper layer, and all files of a read-only mount, are passed through: a file of a lower layer
+may be copied up later, and a backing cannot be exchanged. Rule 2.  An inode is open in one mode at a time, "cached" or
+"passthrough", with one backing; the kernel answers a
          second way with EIO. The first opener decides, and it stays so until the last RELEASE.
 Rule 3.  An open for writing copies the file up first (a large one on a worker), so that it can be passed through.
 Rule 4.  Attributes of a file that is passed through are asked of the file below each time, because writes to it are
@@ -37,10 +37,10 @@ _OPEN_REPLY = struct.Struct("<IiQQIi").pack
 
 
 def probe(device: int) -> None:
-    """See that files may be passed through on this connection.
+    """Check that files may be passed through on this connection.
 
     Raises:
-        Unsupported: the kernel does not let us (it wants CAP_SYS_ADMIN outside of any user namespace).
+        Unsupported: the kernel refuses (it wants CAP_SYS_ADMIN outside of any user namespace).
     """
     fd = os.memfd_create("cowfs-passthrough", os.MFD_CLOEXEC)
     try:
@@ -55,7 +55,7 @@ def probe(device: int) -> None:
 
 
 def _open_backing(device: int, fd: int) -> int:
-    # with a mutable buffer, fcntl.ioctl returns what ioctl(2) does: here the id
+    # with a mutable buffer, fcntl.ioctl returns the result of ioctl(2): here the id
     return int(fcntl.ioctl(device, abi.DEV_IOC_BACKING_OPEN, bytearray(abi.BACKING_MAP.pack(fd, 0, 0))))
 
 
@@ -64,13 +64,13 @@ def _close_backing(device: int, backing: int) -> None:
 
 
 class Opened:
-    """How one node is open: ``backing`` is its id with the kernel, 0 for the page cache; ``count`` of opens."""
+    """The open state of one node: ``backing`` is its id with the kernel, 0 for the page cache; ``count`` of opens."""
 
     __slots__ = ("backing", "count", "fd")
 
     def __init__(self, backing: int, fd: int) -> None:
         self.backing = backing
-        self.fd = fd  # the backing file, ours, for attributes; -1 for the page cache
+        self.fd = fd  # the backing file, owned here, for attributes; -1 for the page cache
         self.count = 0
 
 

@@ -1,2 +1,2 @@
-"""The verbs that a mount's server answers: :mod:`basic` (look, limit, unmount), :mod:`live` (snapshot and rollback),
+"""The verbs that a mount's server answers: :mod:`basic` (status, limit, unmount), :mod:`live` (snapshot and rollback),
 :mod:`compact`, :mod:`restack` (other layers beneath)."""

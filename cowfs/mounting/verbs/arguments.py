@@ -10,21 +10,21 @@ from __future__ import annotations
 
 import types
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
+from cowfs._record import record
 from cowfs.errors import InvalidArgument
 
 __all__ = ["Counts", "Nothing", "read"]
 
 _T = TypeVar("_T")
-#: what a message says beside the arguments
+#: the fields of a message beside the arguments
 _ENVELOPE = frozenset({"verb", "version", "stream"})
 Counts = dict[str, int]
 """``bytes`` and ``inodes``."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Nothing:
     """No arguments."""
 
@@ -33,8 +33,10 @@ def read(kind: type[_T], message: Mapping[str, Any]) -> _T:
     """The arguments in a message.
 
     Raises:
-        InvalidArgument: one is not known, not there, or of another type.
+        InvalidArgument: one is unknown, missing, or of another type.
     """
+    from dataclasses import MISSING, fields
+
     verb, hints = message.get("verb"), get_type_hints(kind)
     given = {name: value for name, value in message.items() if name not in _ENVELOPE}
     for name, value in given.items():

@@ -1,12 +1,12 @@
-"""The verbs that every mount has: look, limit, unmount."""
+"""The verbs that every mount has: status, limit, unmount."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
 from types import EllipsisType
 from typing import Any
 
+from cowfs._record import record
 from cowfs.errors import FailedPrecondition, InvalidArgument
 from cowfs.model import Limit
 from cowfs.mounting import mountpoint
@@ -16,33 +16,35 @@ from cowfs.mounting.verbs.table import verb
 
 __all__ = ["counted"]
 
-_PATIENCE = 1.0  # seconds that who only looks waits for a count
+_PATIENCE = 1.0  # seconds that a status waits for a count
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """``limit``: bytes and a count, None for none; what is left out stays."""
+    """``limit``: bytes and a count, None for none; omitted ones stay."""
 
     bytes: int | EllipsisType | None = ...
     inodes: int | EllipsisType | None = ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Umount:
-    """``umount``: at once, whoever is inside."""
+    """``umount``: lazily, even in use."""
 
     lazy: bool = False
 
 
 @verb("alive", Nothing)
 def _alive(server: ServedMount, arguments: Nothing) -> dict[str, Any]:
-    """Whether the mount is still there, or its server about to end. Nothing waits for the loop."""
+    """Whether the mount still exists, or its server is about to end. The answer does not wait for the loop."""
     return {"pid": os.getpid(), "connected": server.session.connected}
 
 
 @verb("info", Nothing)
 def _info(server: ServedMount, arguments: Nothing) -> dict[str, Any]:
     """Everything about the mount, use and limit included."""
+    from dataclasses import asdict
+
     return {**asdict(server.spec), **server.facts(), **counted(server)}
 
 
@@ -64,7 +66,7 @@ def counted(server: ServedMount, patience: float | None = _PATIENCE) -> dict[str
 
 @verb("limit", Limits)
 def _limit(server: ServedMount, arguments: Limits) -> dict[str, Any]:
-    """Change the limit: ``bytes`` and ``inodes``, a number or null for none; what is left out stays."""
+    """Change the limit: ``bytes`` and ``inodes``, a number or null for none; omitted ones stay."""
     if server.stack.upper is None or server.spec.readonly:
         raise FailedPrecondition("a read-only mount has no limit")
     if server.spec.io == "passthrough":
@@ -104,6 +106,6 @@ def _counters(server: ServedMount, arguments: Nothing) -> dict[str, Any]:
 
 @verb("umount", Umount)
 def _umount(server: ServedMount, arguments: Umount) -> dict[str, Any]:
-    """Take the mount off. The connection ends when the server has closed everything."""
+    """Unmount. The connection ends when the server has closed everything."""
     mountpoint.detach(server.spec.mountpoint, lazy=arguments.lazy)
     return {}

@@ -1,10 +1,10 @@
-"""The part of a mount's server in `cowfs compact`: the verb ``compact``.
+"""The verb ``compact``, a mount server's part of `cowfs compact`.
 
-One call works for a short time and tells how far it is; the caller calls again until it hears "finished". So progress
-needs no second channel, and a caller that goes away leaves nothing behind but files that are compacted already.
+One call works for a short time and returns its progress; the caller repeats it until "finished". So progress needs no
+second channel, and a caller that goes away leaves only compacted files behind.
 
 Threads: called in a connection's thread of the control socket. The loop thread does one small piece at a time, between
-requests; what waits for the disk waits here.
+requests; this thread waits for the disk.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ _running: WeakKeyDictionary[ServedMount, Iterator[Progress]] = WeakKeyDictionary
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compact:
-    """``compact``: files of which at least this share is their own, from 0 to 1."""
+    """``compact``: the files whose own blocks are at least this share of them, from 0 to 1."""
 
     share: float | None = None
 
 
 @verb("compact", Compact)
 def _compact(server: ServedMount, arguments: Compact) -> dict[str, Any]:
-    """Go on compacting, or begin: files of which at least ``share`` is their own.
+    """Begin to compact, or go on: the files whose own blocks are at least ``share`` of them.
 
     Returns:
-        files, skipped, done, todo, path: see :class:`~cowfs.row.compact.Progress`; finished: nothing is left to do.
+        files, skipped, done, todo, path: see :class:`~cowfs.row.compact.Progress`; finished: whether all files are done.
     """
     share = SHARE if arguments.share is None else arguments.share
     if not 0 <= share <= 1:
@@ -52,7 +52,7 @@ def _compact(server: ServedMount, arguments: Compact) -> dict[str, Any]:
     told = Progress()
     finished = view.rows is None
     if not finished:
-        with _lock:  # one step at a time, whoever asks
+        with _lock:  # one step at a time for all callers
             steps = _running.pop(server, None) or compact(view, share=share, call=server.call)
             end = time.monotonic() + _SECONDS
             try:
@@ -78,7 +78,7 @@ def _compact(server: ServedMount, arguments: Compact) -> dict[str, Any]:
 
 @streamed("compact", Compact)
 def _stream(server: ServedMount, arguments: Compact) -> Stream:
-    """Compact to the end, with word of it twice a second. Files are compacted one by one: an asker that goes ends it there."""
+    """Compact to the end, with news twice a second. Files are compacted one by one; the departure of the client ends it."""
     while True:
         told = _compact(server, arguments)
         if told["finished"] or server.pause(0):

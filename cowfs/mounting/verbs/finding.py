@@ -1,10 +1,10 @@
-"""From the name of a verb to the function: those that most mounts never need are imported when one is first asked for."""
+"""The function of a verb by its name; verbs that most mounts never need are imported at the first call of one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from cowfs.mounting.verbs import basic  # noqa: F401 - it enters its verbs into the table
+from cowfs.mounting.verbs import basic  # noqa: F401 - it registers its verbs
 from cowfs.mounting.verbs.table import VERBS, Verb
 
 __all__ = ["find_verb", "names"]
@@ -40,7 +40,7 @@ _LATE: dict[str, Callable[[], None]] = {
 
 
 def find_verb(name: str) -> Verb | None:
-    """The verb of a name, imported if it is a late one."""
+    """The verb of a name, imported on demand."""
     if name in _LATE and name not in VERBS:
         _LATE[name]()
     return VERBS.get(name)

@@ -1,14 +1,14 @@
-"""The part of a mount's server in a snapshot of itself, and in the way back: the verbs ``freeze`` and ``rollback``; for
-others who read its upper layer, ``sync``; and ``readonly``, for who commits it.
+"""A mount server's part of a live snapshot and a rollback: the verbs ``freeze`` and ``rollback``; ``sync`` for other
+readers of its upper layer; and ``readonly`` for its commit.
 
 Order, for the first two:
 
-1. syncfs(2) on the mount, from this thread, so that what was stored through maps before is in the upper layer;
+1. syncfs(2) on the mount, from this thread, so that earlier stores through maps are in the upper layer;
 2. in one call of the loop thread, so that no request is being answered: leave the mark in the new layer, switch;
 3. after a rollback: tell the kernel what is stale, from the notifier's thread.
 
-The *mark* (a file in the new layer's directory) is made before anything is written to the new layer. So whoever
-finds a half-done snapshot knows by it whether the new layer may hold something (:mod:`cowfs.store.live`).
+The *mark* (a file in the new layer's directory) is made before anything is written to the new layer. So a half-done
+snapshot shows by it whether the new layer may hold data (:mod:`cowfs.store.switching`).
 
 Threads: called in a connection's thread of the control socket, never in the loop.
 """
@@ -38,14 +38,14 @@ if TYPE_CHECKING:
 __all__ = ["at_once", "can_switch"]
 
 _FLUSH_SECONDS = 10.0
-_PATIENCE_SECONDS = 5.0  # how long a switch waits for a moment without held requests
-_STRICT_SECONDS = 60.0  # ... when any other moment will not do
+_PATIENCE_SECONDS = 5.0  # seconds that a switch waits for a moment without held requests
+_STRICT_SECONDS = 60.0  # ... when no other moment will do
 _BARRIERS, _FEW = 200, 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Switch:
-    """The arguments that ``freeze`` and ``rollback`` share: the new upper layer, and what its directories will be called.
+    """The common arguments of ``freeze`` and ``rollback``: the new upper layer, and the future names of its directories.
 
     Attributes:
         mark: a file that is made at the instant of the switch.
@@ -68,9 +68,9 @@ class Rollback(Switch):
     """``rollback``: to the layer whose tree is ``layer``.
 
     Attributes:
-        base: what counts for the limit although the new layer does not hold it, negative.
-        lowers, num, index: how the view comes to scan what is to be dropped, if it reads it from the index (which it has
-            open: the path is for servers that have not).
+        base: use outside the new layer that counts for the limit, negative.
+        lowers, num, index: the layers to scan while the dropped ones go, if the view reads them from the index
+            (``index`` is a path for servers that do not have it open).
     """
 
     layer: str
@@ -91,7 +91,7 @@ class Subvolume:
 
 @verb("freeze", Freeze)
 def _freeze(server: ServedMount, arguments: Freeze) -> dict[str, Any]:
-    """Freeze the upper layer and go on over ``upper`` and ``work``, whose directory will be called ``final``."""
+    """Freeze the upper layer and go on over ``upper`` and ``work``, whose directory will get the name ``final``."""
 
     def switch() -> None:
         server.view.freeze(arguments.upper, arguments.work)
@@ -125,16 +125,17 @@ def _subvolume(server: ServedMount, arguments: Subvolume) -> dict[str, Any]:
 
 @verb("sync", Nothing)
 def _sync(server: ServedMount, arguments: Nothing) -> dict[str, Any]:
-    """Have in the upper layer what was written until now. Nothing is promised about a loss of power."""
+    """Bring all writes until now into the upper layer, without durability against a loss of power."""
     _write_back(server)
     return {}
 
 
 @verb("readonly", Nothing)
 def _readonly(server: ServedMount, arguments: Nothing) -> dict[str, Any]:
-    """Refuse every change from now on, for good. All writes before are in the upper layer then.
+    """Refuse every change from now on, for good, with all earlier writes in the upper layer.
 
-    A program that has a file open for writing gets EROFS at the next write, fsync or close (the kernel may keep a page until then). The lock of the upper layer is shared from then on.
+    A program that has a file open for writing gets EROFS at the next write, fsync or close (the kernel may keep a page
+    until then). The lock of the upper layer is shared from then on.
     """
     if server.spec.readonly:
         return {}
@@ -143,7 +144,7 @@ def _readonly(server: ServedMount, arguments: Nothing) -> dict[str, Any]:
 
     def act() -> None:
         server.view.refuse_changes()
-        server.view.open_files.close_all()  # some were open for writing
+        server.view.open_files.close_all()  # some files were open for writing
 
     at_once(server, act, strict=True)
     server.now(readonly=True)
@@ -151,7 +152,7 @@ def _readonly(server: ServedMount, arguments: Nothing) -> dict[str, Any]:
     try:  # so that the kernel refuses at once what the view would refuse later
         mounts.mount("", server.spec.mountpoint, "", mounts.MS_REMOUNT | mounts.MS_RDONLY)
     except OSError:
-        pass  # files are open for writing, or this user may not
+        pass  # files are open for writing, or this user may not remount
     return {}
 
 
@@ -160,9 +161,9 @@ def _rollback(server: ServedMount, arguments: Rollback) -> dict[str, Any]:
     """Drop what is above the layer ``layer`` and go on over ``upper`` and ``work``.
 
     Args:
-        base: what counts for the limit although the new layer does not hold it, negative (bytes, inodes).
-        lowers, num, index: how the view comes to scan what is to be dropped (the verb ``restack``), if it reads it from the
-            index.
+        base: use outside the new layer that counts for the limit, negative (bytes, inodes).
+        lowers, num, index: the layers to scan while the dropped ones go (the verb ``restack``), if the view reads them
+            from the index.
     """
     stale: list[Stale] = []
 
@@ -216,12 +217,12 @@ def can_switch(server: ServedMount, *, writing: bool = True) -> None:
 
 
 def at_once(server: ServedMount, act: Callable[[], None], *, strict: bool = False) -> float:
-    """Call ``act`` in the loop thread at a moment when no request waits for a copy-up; how long that took, in seconds.
+    """Call ``act`` in the loop thread at a moment when no request waits for a copy-up, and return its duration in seconds.
 
-    Such a moment is waited for; after some seconds, any will do unless ``strict``.
+    The call waits for such a moment; after some seconds any moment will do, unless ``strict``.
 
     Raises:
-        FailedPrecondition: with ``strict``, there was none for a minute.
+        FailedPrecondition: with ``strict``, there was no such moment for a minute.
     """
     session = server.session
     assert isinstance(session, Session)
@@ -243,7 +244,7 @@ def at_once(server: ServedMount, act: Callable[[], None], *, strict: bool = Fals
 
 
 def _switch(server: ServedMount, arguments: Switch, switch: Callable[[], None]) -> float:
-    """Steps 1 and 2; returns how long the loop was held, in seconds."""
+    """Do steps 1 and 2, and return the time that the loop was held, in seconds."""
     stack = server.stack
     can_switch(server)
     _write_back(server)
@@ -270,11 +271,11 @@ def _switch(server: ServedMount, arguments: Switch, switch: Callable[[], None]) 
 
 
 def _write_back(server: ServedMount) -> None:
-    """Have the server answer every write-back of what was stored through maps before now.
+    """Wait until the server has answered every write-back of stores through maps made until now.
 
     syncfs(2) on a FUSE mount starts the write-back but (since Linux 6.18) does not wait for it. Requests are queued in
-    order, so when one of our own is answered, those before it were read; what exceeds the kernel's bound of background
-    requests comes after, and shows in the connection's count of waiting requests.
+    order, so once a request of this function is answered, those before it were read; requests beyond the kernel's bound
+    of background requests come later, and shows in the connection's count of waiting requests.
     """
     target = server.spec.mountpoint
     fd = os.open(target, os.O_RDONLY | os.O_DIRECTORY)
@@ -282,8 +283,8 @@ def _write_back(server: ServedMount) -> None:
         try:
             syncfs(fd)
         except OSError as error:
-            # Some page was refused at its write-back, now or at any time before: it is lost, and msync, fsync or close say so to
-            # whoever stored it. The snapshot is of the pages that are there.
+            # Some page was refused at its write-back, now or at any time before: it is lost, and msync, fsync or close
+            # of the storing program report it. The snapshot has the remaining pages.
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
                 raise
         connection = f"/sys/fs/fuse/connections/{os.minor(os.fstat(fd).st_dev)}/waiting"
@@ -296,7 +297,7 @@ def _write_back(server: ServedMount) -> None:
                 if int(file.read()) <= _FEW:
                     return
         except OSError:
-            return  # no fusectl here: one barrier has to do
+            return  # no fusectl here: one barrier must suffice
 
 
 def _tell_kernel(server: ServedMount, stale: Stale) -> None:

@@ -1,13 +1,12 @@
-"""Inside a mount's server: other layers beneath, while the mount goes on. The verbs ``restack`` and ``absorb``.
+"""The verbs ``restack`` and ``absorb``: other layers beneath a mount that goes on.
 
-Strategy: who asks says which layers are to be beneath and which snapshot's tree the index is to be read for; the rest
-is found here as :mod:`cowfs.mounting.index_view` finds it at the start. A snapshot's tree covers its own layers; layers above
-those are scanned.
+Strategy: the caller gives the new layers and the snapshot of their tree in the index; the rest is found as by
+:mod:`cowfs.mounting.index_view` at the start. A snapshot's tree covers its own layers; layers above those are scanned.
 
 *restack* is one call of the loop thread, so that no request is being answered. *absorb*, for a squash into the mounted key
-itself, first copies what the layer beneath holds, between requests; when nothing is seen of it any more, one call of the
-loop thread leaves the mark (:data:`cowfs.mounting.switch_mark.MARK`) in that layer's directory and takes it away. From then on the
-upper layer may hold what is only right without it.
+itself, first copies the content of the layer beneath, between requests; once none of it is visible any more, one call
+of the loop thread leaves the mark (:data:`cowfs.mounting.switch_mark.MARK`) in that layer's directory and drops the
+layer. From then on the upper layer may hold objects that are right only without it.
 
 Threads: verbs are called in a connection's thread of the control socket, never in the loop.
 """
@@ -32,7 +31,7 @@ from cowfs.union.absorb import absorb, complete
 from cowfs.union.quota import UNIT
 
 _PASSES = 5
-_one = threading.Lock()  # one take-over at a time, whoever asks: who asked first may be gone
+_one = threading.Lock()  # one take-over at a time: the first caller may be gone
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,8 +41,8 @@ class Restack:
     Attributes:
         lowers: the layers, topmost first.
         num: the snapshot in ``index`` whose tree they are; None: they are scanned.
-        upper: the upper layer that the asker knows of.
-        freed: what counts for the limit no more.
+        upper: the upper layer that the caller knows.
+        freed: use that no longer counts for the limit.
     """
 
     lowers: list[str]
@@ -55,12 +54,12 @@ class Restack:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Absorb:
-    """``absorb``: take over what the topmost of ``lowers`` holds; fields as of :class:`Restack`.
+    """``absorb``: take over the content of the topmost of ``lowers``; fields as of :class:`Restack`.
 
     Attributes:
-        empty: the layer to stand on when none is left.
-        held: what the layer counted for the limit, when it counted.
-        mark: a file that is made, with what was taken over as JSON, at the instant of the switch.
+        empty: the layer to use when none is left.
+        held: the layer's use for the limit, if it counted.
+        mark: a file made at the instant of the switch, with the figures as JSON.
     """
 
     lowers: list[str]
@@ -80,10 +79,11 @@ def _index(server: ServedMount, path: str) -> Index:
 
 @verb("restack", Restack)
 def _restack(server: ServedMount, arguments: Restack) -> dict[str, Any]:
-    """Stand on the layers ``lowers``, with the tree of the snapshot ``num`` of ``index``; they show what the present ones do.
+    """Switch to the layers ``lowers``, with the tree of the snapshot ``num`` of ``index``; they show the same tree as
+    the present ones.
 
     Returns:
-        stalled: how long no request was answered, in seconds.
+        stalled: seconds during which no request was answered.
     """
     can_switch(server, writing=False)
     lowers, num = arguments.lowers, arguments.num
@@ -103,10 +103,10 @@ def _restack(server: ServedMount, arguments: Restack) -> dict[str, Any]:
 
 
 def _same_upper(server: ServedMount, path: str) -> None:
-    """Only in the loop thread: whoever asks knows what the view's upper layer is.
+    """Check, in the loop thread, that the caller knows the view's present upper layer.
 
     Raises:
-        FailedPrecondition: it was switched meanwhile.
+        FailedPrecondition: the upper layer was switched meanwhile.
     """
     assert server.view.upper is not None
     here = os.fstat(server.view.upper.root.open())
@@ -127,14 +127,14 @@ def _explained(server: ServedMount, error: OSError) -> CowfsError:
 
 @verb("absorb", Absorb)
 def _absorb(server: ServedMount, arguments: Absorb) -> dict[str, Any]:
-    """Take over what the topmost of ``lowers`` holds, then stand on the others; ``num`` is the snapshot they belong to.
+    """Take over the content of the topmost of ``lowers``, then switch to the others; ``num`` is their snapshot.
 
     Args:
-        held: what the layer counted for the limit (bytes, inodes), when it counted.
-        mark: a file that is made, with what was taken over as JSON, at the instant of the switch.
+        held: the layer's use for the limit (bytes, inodes), if it counted.
+        mark: a file made at the instant of the switch, with the figures as JSON.
 
     Returns:
-        moved: bytes and inodes that the upper layer holds more; stalled: as above.
+        moved: additional bytes and inodes in the upper layer; stalled: as above.
     """
     can_switch(server, writing=True)
     view, lowers, num = server.view, arguments.lowers, arguments.num
@@ -158,7 +158,7 @@ def _absorb(server: ServedMount, arguments: Absorb) -> dict[str, Any]:
         except BaseException:
             os.unlink(arguments.mark)
             raise
-        held = arguments.held or moved  # what did not count before does not count now
+        held = arguments.held or moved  # the use that did not count before does not count now
         if view.space is not None:
             view.space.take_later()
             view.space.offset(-(held["bytes"] // UNIT), -held["inodes"])

@@ -1,4 +1,4 @@
-"""Under a view that goes on: the layers of a snapshot, read as the store's index knows them."""
+"""Switching a view to the layers of a snapshot, with their tree from the store's index."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The verb ``statistics``: all that a mount's server counts, in one answer."""
+"""The verb ``statistics``: all figures of a mount's server, in one answer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cowfs.mounting.verbs.table import Stream, streamed, verb
 
 __all__: list[str] = []
 
-_LONGEST = 60.0  # seconds: only when it speaks does a stream notice that nobody listens
+_LONGEST = 60.0  # seconds: a stream notices a closed connection only when it sends
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,15 +26,15 @@ class Statistics:
 
 @verb("statistics", Statistics)
 def _statistics(server: ServedMount, arguments: Statistics) -> dict[str, Any]:
-    """Use, limit, requests by kind, work done (:class:`cowfs.union.work.Work`), and the requests that were timed while somebody looked.
+    """Use, limit, requests by kind, work done (:class:`cowfs.union.work.Work`), and the timed requests.
 
     Args:
         timed: whether to time requests from now on; else "timed" is null.
 
     Returns:
         usage, limit: as of the verb ``usage``; usage is null while a big upper layer without a limit is being counted.
-        requests: opcode -> count. nodes: that are in memory. work: see there.
-        timed: see :meth:`cowfs.fuse.timing.Timing.watch`; null also for a front end that cannot.
+        requests: opcode -> count. nodes: nodes in memory. work: see there.
+        timed: see :meth:`cowfs.fuse.timing.Timing.watch`; null for a front end without it.
     """
 
     timed = arguments.timed
@@ -53,7 +53,7 @@ def _statistics(server: ServedMount, arguments: Statistics) -> dict[str, Any]:
 
 @streamed("statistics", Statistics)
 def _stream(server: ServedMount, arguments: Statistics) -> Stream:
-    """The same every ``interval`` seconds, until the asker or the mount is gone."""
+    """Statistics every ``interval`` seconds, until the client or the mount is gone."""
     if not 0 < arguments.interval <= _LONGEST:
         raise InvalidArgument(
             f"not an interval in seconds: {arguments.interval!r}", remedy=f"more than 0, at most {_LONGEST:g}"

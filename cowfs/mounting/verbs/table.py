@@ -1,19 +1,18 @@
-"""The table of verbs: each module of this package enters its own.
+"""The table of verbs: each module of this package registers its own.
 
 Rules: a verb is called in its connection's thread, gets the served mount and its arguments
-(a record beside it, read by :mod:`cowfs.mounting.verbs.arguments`), and returns what the answer's "ok" holds, or raises a
+(a record beside it, read by :mod:`cowfs.mounting.verbs.arguments`), and returns the value of the answer's "ok", or raises a
 :class:`~cowfs.errors.CowfsError`. Every access to the view goes through
 :meth:`ServedMount.call <cowfs.mounting.served.ServedMount.call>`.
 
-A verb may also *stream*: a generator that yields what the asker is told meanwhile, and returns the answer. It runs for as long as
-somebody listens, waits only by :meth:`ServedMount.pause <cowfs.mounting.served.ServedMount.pause>`, and ends with the mount.
+A verb may also *stream*: a generator that yields news, and returns the answer. It runs as long as its client listens,
+waits only by :meth:`ServedMount.pause <cowfs.mounting.served.ServedMount.pause>`, and ends with the mount.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from cowfs.mounting.served import ServedMount
 
@@ -24,14 +23,13 @@ Stream = Generator[Answer, None, Answer]
 _A = TypeVar("_A")
 
 
-@dataclass(slots=True)
-class Verb:
+class Verb(NamedTuple):
     """One verb.
 
     Attributes:
         takes: the record of its arguments.
         run: answers.
-        stream: the same with news meanwhile; None for a verb that has none.
+        stream: the streaming form; None for a verb without news.
     """
 
     takes: type[Any]
@@ -57,7 +55,7 @@ def verb(
 def streamed(
     name: str, takes: type[_A]
 ) -> Callable[[Callable[[ServedMount, _A], Stream]], Callable[[ServedMount, _A], Stream]]:
-    """Register how a verb streams; it is registered already, with the same arguments."""
+    """Register the streaming form of a verb that is registered already, with the same arguments."""
 
     def register(function: Callable[[ServedMount, _A], Stream]) -> Callable[[ServedMount, _A], Stream]:
         assert VERBS[name].takes is takes

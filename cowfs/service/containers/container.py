@@ -55,8 +55,7 @@ class Container:
         name: without a slash. created: nanoseconds since 1970.
         image, image_name: the image's id, and its name in the request. snapshot: the image's top snapshot.
         config, host: as the API shows them, merged of request and image.
-        volumes: those that it mounts: ``name``, ``target``, ``readonly``, ``copy``, and ``own``: whether whether it was
-            made for this container alone.
+        volumes: those that it mounts: ``name``, ``target``, ``readonly``, ``copy``, and ``own``: whether it was made for this container alone.
         stopped: whether a verb ended its last run. restarts: number by its policy, since a verb started it. restarting,
             delay: whether and how long it waits for one; guarded by changed. found: by a new daemon, which has not
                 applied its policy yet.

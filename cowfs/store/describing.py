@@ -1,0 +1,89 @@
+"""The store itself: its driver and host, its totals, and what is in quarantine."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from cowfs.driver import registry
+from cowfs.driver.interface import Driver
+from cowfs.errors import Unsupported
+from cowfs.store import kernel_image, limit_loop
+from cowfs.store.totals import Totals, sum_up
+
+if TYPE_CHECKING:
+    from cowfs.store.context import Context
+
+__all__ = ["Describing"]
+
+
+class Describing:
+    """The store, described. Nothing is changed."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+
+    def totals(self) -> Totals:
+        """As :meth:`cowfs.Store.totals`."""
+        return sum_up(self.context.root, self.context.index)
+
+    def quarantined(self) -> list[tuple[str, str]]:
+        """As :meth:`cowfs.Store.quarantined`."""
+        return [(row.name, row.damage or "") for row in self.context.index.damaged()]
+
+    def describe(self) -> dict[str, str]:
+        """As :meth:`cowfs.Store.describe`."""
+        from cowfs.model import Limit
+        from cowfs.sys import files
+
+        fd = os.open(self.context.root, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            host = files.fs_name(fd)
+        finally:
+            os.close(fd)
+        told = {
+            "root": self.context.root,
+            "driver": self.context.driver.name,
+            "why": self._why_this_driver(),
+            "form": self.context.driver.form.name,
+            "host": host,
+            "uuid": self.context.index.meta("uuid") or "",
+            "mounts": "fuse.cowfs (cowfs's own server)",
+        }
+        can = self.context.driver.capabilities
+        if can.whole:
+            told["copies"] = "share extents with the parent" if can.reflink else "take the room of their data"
+        sample = self.context.driver.mounts("sample", ["below"] if not can.whole else [], limit=Limit())[0]
+        told["records"] = sample.type
+        told["kernel mounts"] = kernel_image.how(self.context.driver)
+        told["limits"] = _limits(self.context.driver)
+        told |= self.context.driver.explain()
+        return told
+
+    def _why_this_driver(self) -> str:
+        try:
+            return "; ".join(self.context.driver.probe(self.context.root).reasons)
+        except OSError as error:
+            return f"cannot be tried now: {error.strerror}"
+
+    def alternatives(self, *, possible: bool = True) -> dict[str, str]:
+        """As :meth:`cowfs.Store.alternatives`."""
+        try:
+            probes = registry.choose(self.context.root)[1]
+        except (OSError, Unsupported):
+            return {}
+        return {
+            name: "; ".join(probe.reasons)
+            for name, probe in sorted(probes.items())
+            if probe.usable == possible and name != self.context.driver.name
+        }
+
+
+def _limits(driver: Driver) -> str:
+    """Which engines hold limits here, for people."""
+    if driver.capabilities.own_limit:
+        return "the driver's own, whoever mounts"
+    why = limit_loop.why_not(driver)
+    return "cowfs's own server; kernel mounts: " + (
+        f"none, {why}" if why else "an ext4 image of the limit's size (loop)"
+    )

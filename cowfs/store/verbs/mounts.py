@@ -1,0 +1,381 @@
+"""The verbs of mounts, and of commands that run in them."""
+
+from __future__ import annotations
+
+import subprocess
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterable, Mapping, Sequence
+    from contextlib import AbstractContextManager
+    from typing import IO, Any
+
+    from cowfs.model import Info, Mount
+    from cowfs.mounting.client import MountHandle
+    from cowfs.mounting.kernel import KernelMount
+    from cowfs.mounting.request import IdMap, MountSpec
+    from cowfs.store.handle import LiveHandle
+    from cowfs.store.running import RunResult
+    from cowfs.store.services import Services
+    from cowfs.union.paths import Paths
+
+__all__ = ["MountVerbs"]
+
+
+class MountVerbs:
+    """The verbs of mounts, and of commands that run in them."""
+
+    services: Services
+
+    def mounts(self, key: str, *, mount_type: str | None = None) -> tuple[Mount, ...]:
+        """How to mount an active snapshot or a view: records, nothing is mounted.
+
+        Args:
+            mount_type: ``kernel`` or ``fuse``; None: the kernel's where host and user may and no
+                limit was asked for, else FUSE.
+
+        Raises:
+            NotFound: no such key.
+            FailedPrecondition: a committed snapshot.
+            Unsupported: the type asked for is not possible.
+        """
+        return self.services.plans.mounts(key, mount_type=mount_type)
+
+    def engine_mounts(self, key: str) -> tuple[Mount, ...]:
+        """How an engine may mount an active snapshot or a view: records that it may extend with options of its own.
+
+        A bind of the only directory; the kernel's overlayfs; or, where there is a limit or a layer that such a mount could not
+        read, a record of the type ``fuse.cowfs-overlayfs``.
+
+        Raises:
+            NotFound: no such key.
+            FailedPrecondition: a committed snapshot.
+        """
+        return self.services.engines.engine_mounts(key)
+
+    def at(self, path: str | os.PathLike[str]) -> Info:
+        """Find the snapshot that a directory of the host belongs to: its layer's, or a mount point of it.
+
+        Args:
+            path: any path in the layer or below the mount point.
+
+        Raises:
+            NotFound: it belongs to none of this store.
+        """
+        return self.services.engines.at(path)
+
+    def why_not_kernel(self, key: str) -> str:
+        """Why ``mount_type="kernel"`` cannot mount a snapshot here, as this user, as far as can be told; "" where it can.
+
+        Args:
+            key: of an active snapshot or a view.
+
+        Raises:
+            NotFound: no such key.
+        """
+        return self.services.kernel_mounts.why_not_kernel(key)
+
+    def mount(
+        self,
+        key: str,
+        target: str | os.PathLike[str],
+        *,
+        mount_type: str | None = None,
+        limit_engine: str | None = None,
+        readonly: bool = False,
+        volatile: bool = False,
+        allow_other: bool | None = None,
+        io: str = "cached",
+        frontend: str = "kernel",
+        uid_map: IdMap = (),
+        gid_map: IdMap = (),
+        options: str | Iterable[str] = (),
+        max_nodes: int | None = None,
+        log: str | os.PathLike[str] | None = None,
+        trace: bool = False,
+    ) -> LiveHandle | KernelMount:
+        """Mount a snapshot; returns when the mount answers, some 0.1 s later (a kernel mount of row layers makes an image first).
+
+        The mount is made in one step: it is there, whole, or the error left nothing. Until the mount ends no other process can
+        mount the key for writing, commit or remove it. The server is a process of its own and outlives the caller.
+
+        Args:
+            key: of an active snapshot or a view; with ``readonly`` also a name or a tag.
+            target: an existing directory.
+            mount_type: ``fuse`` (the default) or ``kernel``.
+            limit_engine: ``fuse``, ``loop`` (a kernel mount) or ``auto``: the kernel's where it can be had, cowfs's own server
+                otherwise; left out: what fits the type (:mod:`cowfs.store.limit_engine`).
+            readonly: nobody may write. An active snapshot may be mounted for writing at the same time: what it holds now is
+                shown, and what is changed there later may show or not.
+            volatile: sync nothing; after a crash of the host the snapshot cannot be used.
+            allow_other: whether other users may enter; default: as root yes.
+            io: "cached" (no requests when warm) or "passthrough" (root only, no limit: for databases).
+            frontend: "kernel" (cowfs's own protocol engine) or "fusepy" (libfuse 2).
+            uid_map, gid_map: ranges (id in the layers, id shown, count).
+            options: mount(8) words: nodev, nosuid, noexec, ro, noatime..., in a sequence or with commas.
+            max_nodes: bound on cached nodes in the server; default: none.
+            log: file for the server's diagnostics; default: one in the run directory.
+            trace: write one line a request to the log.
+
+            Those from ``volatile`` on are of the FUSE mount; a kernel mount takes nodev, nosuid, noexec and ro of the options.
+
+        Returns:
+            A handle; as a context manager it unmounts at the end of the block.
+
+        Raises:
+            NotFound: no such key, or no such directory.
+            FailedPrecondition: a committed snapshot without ``readonly``, or mounted for writing already.
+            Unsupported: the host or user may not mount.
+        """
+        return self.services.mounting.mount(
+            key,
+            target,
+            mount_type=mount_type,
+            limit_engine=limit_engine,
+            readonly=readonly,
+            volatile=volatile,
+            allow_other=allow_other,
+            io=io,
+            frontend=frontend,
+            uid_map=uid_map,
+            gid_map=gid_map,
+            options=options,
+            max_nodes=max_nodes,
+            log=log,
+            trace=trace,
+        )
+
+    def served_by(
+        self, key: str, mount_type: str | None, engine: str | None, more: Mapping[str, Any] | None = None
+    ) -> str | None:
+        """The mount type, ``fuse`` or ``kernel``, of a mount that is asked for with a type, a limit engine, or both.
+
+        Args:
+            key: of an active snapshot or a view.
+            mount_type: ``fuse``, ``kernel`` or None.
+            engine: a limit engine, ``auto`` or None.
+            more: what else is asked of the mount, as of :meth:`mount`: ``auto`` takes what can do that.
+
+        Raises:
+            NotFound: no such key.
+            InvalidArgument: no such engine, one of the other type, or one that needs a limit where there is none.
+        """
+        return self.services.mounting.served_by(key, mount_type, engine, more)
+
+    def layers_stay(self, key: str) -> AbstractContextManager[None]:
+        """Keep every verb from taking a layer of a key away until the block ends, by which time it is mounted.
+
+        A context manager; whoever wants to take one away after that finds the mount.
+
+        Args:
+            key: of the snapshot that is about to be mounted.
+
+        Raises:
+            FailedPrecondition: another verb uses the key.
+        """
+        return self.services.mounting.layers_stay(key)
+
+    def spec(
+        self,
+        key: str,
+        target: str,
+        *,
+        readonly: bool = False,
+        foreground: bool = False,
+        volatile: bool = False,
+        allow_other: bool | None = None,
+        io: str = "cached",
+        frontend: str = "kernel",
+        uid_map: IdMap = (),
+        gid_map: IdMap = (),
+        options: str | Iterable[str] = (),
+        max_nodes: int | None = None,
+        log: str | os.PathLike[str] | None = None,
+        trace: bool = False,
+    ) -> MountSpec:
+        """What :meth:`mount` asks our server for. Nothing is mounted or changed.
+
+        Args:
+            key, readonly, volatile, allow_other, io, frontend, uid_map, gid_map, options, max_nodes, log, trace: as for
+                :meth:`mount`.
+            target: the mount point, absolute and without symbolic links.
+            foreground: the caller will be the server itself.
+
+        Raises:
+            NotFound: no such key.
+            FailedPrecondition: a committed snapshot without ``readonly``, or in use.
+        """
+        return self.services.mounting.spec(
+            key,
+            target,
+            readonly=readonly,
+            foreground=foreground,
+            volatile=volatile,
+            allow_other=allow_other,
+            io=io,
+            frontend=frontend,
+            uid_map=uid_map,
+            gid_map=gid_map,
+            options=options,
+            max_nodes=max_nodes,
+            log=log,
+            trace=trace,
+        )
+
+    def paths(self, key: str) -> AbstractContextManager[Paths]:
+        """A snapshot's tree for reading and writing by path in this process, without any mount.
+
+        The snapshot is in use like a mounted one until the block ends.
+
+        Raises:
+            NotFound: no such key.
+            FailedPrecondition: a committed snapshot, or in use.
+        """
+        return self.services.mounting.paths(key)
+
+    def unmount(self, key: str, *, lazy: bool = False, force: bool = False) -> None:
+        """Unmount a snapshot, wherever it is mounted.
+
+        Args:
+            key: of a mounted snapshot.
+            lazy: take it off now, and let those inside end when they will.
+            force: also when the server does not answer.
+
+        Raises:
+            NotFound: no such key, or it is not mounted.
+            FailedPrecondition: in use; the message names who.
+        """
+        self.services.mounting.unmount(key, lazy=lazy, force=force)
+
+    def handle(self, key: str) -> LiveHandle:
+        """The handle of a snapshot that our server has mounted.
+
+        Args:
+            key: an active snapshot or a view.
+
+        Raises:
+            NotFound: it is not mounted.
+            FailedPrecondition: the kernel has mounted it.
+        """
+        return self.services.mounting.handle(key)
+
+    def mounted_at(self, key: str) -> str | None:
+        """Where a snapshot is mounted, as far as this user can see; None when nowhere. No server is asked.
+
+        Args:
+            key: an active snapshot or a view.
+
+        Raises:
+            NotFound: no such key.
+        """
+        return self.services.mounted.mounted_at(key)
+
+    def mount_of(self, key: str) -> tuple[int, str] | None:
+        """The mount of a snapshot: (number of a process in its namespace, mount point there); None where there is none.
+
+        Args:
+            key: an active snapshot or a view.
+
+        Raises:
+            NotFound: no such key.
+        """
+        return self.services.mounted.mount_of(key)
+
+    def run(
+        self,
+        parent: str,
+        argv: Sequence[str] = (),
+        *,
+        size: str | int | None = None,
+        inodes: str | int | None = None,
+        network: str = "host",
+        env: Mapping[str, str] | None = None,
+        workdir: str | None = None,
+        privileged: bool = False,
+        timeout: float | None = None,
+        input: bytes | None = None,
+        stdin: int | IO[bytes] | None = subprocess.DEVNULL,
+        capture: bool = True,
+        key: str | None = None,
+        keep: bool = False,
+    ) -> RunResult:
+        """Run a command in a fresh snapshot, in namespaces of its own, and wait for its end.
+
+        Threads: any; it blocks. In asyncio: ``await asyncio.to_thread(store.run, ...)``. What is isolated and what is not:
+        docs/security.md.
+
+        Args:
+            parent: a committed snapshot, or a tag.
+            argv: the command; default: what the image says, else a shell.
+            size, inodes: the limit of the snapshot, as for :meth:`prepare`.
+            network: ``host`` or ``none``.
+            env: variables beside those of the image.
+            workdir: where it starts; default: what the image says, else ``/``.
+            privileged: keep all privilege, devices and /proc.
+            timeout: seconds, after which it and all that it started are ended.
+            input: its standard input; else ``stdin``, as for :class:`subprocess.Popen`.
+            capture: keep what it writes; else it goes to the caller's standard output and error.
+            key: the snapshot's key; default: one that is made up.
+            keep: leave the snapshot there, for :meth:`commit` or :meth:`diff`.
+
+        Raises:
+            NotFound: no such snapshot.
+            InvalidArgument: a bad limit, network, timeout or variable.
+            AlreadyExists: the key is taken.
+            Unsupported: this host or user can make no namespaces or mounts.
+        """
+        return self.services.running.run(
+            parent,
+            argv,
+            size=size,
+            inodes=inodes,
+            network=network,
+            env=env,
+            workdir=workdir,
+            privileged=privileged,
+            timeout=timeout,
+            input=input,
+            stdin=stdin,
+            capture=capture,
+            key=key,
+            keep=keep,
+        )
+
+    def temporary(
+        self,
+        parent: str | None = None,
+        *,
+        size: str | int | None = None,
+        inodes: str | int | None = None,
+        target: str | os.PathLike[str] | None = None,
+        mount_type: str | None = None,
+        limit_engine: str | None = None,
+        volatile: bool = False,
+        allow_other: bool | None = None,
+    ) -> AbstractContextManager[MountHandle | KernelMount]:
+        """A fresh snapshot, mounted for the block and removed with all that was written at its end.
+
+        Args:
+            parent: a committed snapshot, or a tag; None: an empty tree.
+            size, inodes: its limit, as for :meth:`prepare`.
+            target: where; default: a directory of its own.
+            mount_type, limit_engine, volatile, allow_other: as for :meth:`mount`.
+
+        Yields:
+            The mount: ``mountpoint`` is where its files are.
+
+        Raises:
+            NotFound, InvalidArgument, Unsupported: as :meth:`prepare` and :meth:`mount`.
+            FailedPrecondition: at the end, when something still uses the mount.
+        """
+        return self.services.running.temporary(
+            parent,
+            size=size,
+            inodes=inodes,
+            target=target,
+            mount_type=mount_type,
+            limit_engine=limit_engine,
+            volatile=volatile,
+            allow_other=allow_other,
+        )

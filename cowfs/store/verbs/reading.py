@@ -1,0 +1,237 @@
+"""The verbs that look: snapshots, tags, usage, changes, events; most read the index alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+
+    from cowfs.index import compare
+    from cowfs.index.database import Row, Tag
+    from cowfs.model import Change, Event, Info, Usage
+    from cowfs.store.services import Services
+    from cowfs.store.totals import Totals
+
+__all__ = ["ReadingVerbs"]
+
+
+class ReadingVerbs:
+    """The verbs that look: snapshots, tags, usage, changes, events; most read the index alone."""
+
+    services: Services
+
+    def resolve(self, name: str) -> Row:
+        """The row of a snapshot, or of the one that a tag names; a digest may be abbreviated.
+
+        Raises:
+            NotFound: neither.
+            InvalidArgument: several digests begin so.
+        """
+        return self.services.reading.resolve(name)
+
+    def stat(self, name: str) -> Info:
+        """One snapshot.
+
+        Raises:
+            NotFound: no such key, name or tag.
+        """
+        return self.services.reading.stat(name)
+
+    def exists(self, name: str) -> bool:
+        """Whether a key or name is taken (tags do not count). Only the index is read.
+
+        Args:
+            name: a key or name.
+
+        Raises:
+            FailedPrecondition: the store is closed.
+        """
+        return self.services.reading.exists(name)
+
+    def walk(self, filters: str | Iterable[str] = (), *, reverse: bool = False) -> Iterator[Info]:
+        """List all snapshots, in the order of their making. Only the index is read.
+
+        Snapshots made or removed meanwhile may be there or not; no lock is held in between.
+
+        Args:
+            filters: :mod:`cowfs.store.filters`, one or several; one of them must match.
+            reverse: the newest first.
+
+        Raises:
+            InvalidArgument: a filter cannot be read.
+        """
+        return self.services.reading.walk(filters, reverse=reverse)
+
+    def walk_rows(self, filters: str | Iterable[str] = ()) -> Iterator[Row]:
+        """List all snapshots with all that the index keeps of each; otherwise :meth:`walk`.
+
+        Args:
+            filters: :mod:`cowfs.store.filters`, one or several; one of them must match.
+
+        Raises:
+            InvalidArgument: a filter cannot be read.
+        """
+        return self.services.reading.walk_rows(filters)
+
+    def chain(self, name: str) -> list[Info]:
+        """List a snapshot and its ancestors, nearest first. Only the index is read.
+
+        Args:
+            name: a key, a name or a tag.
+
+        Raises:
+            NotFound: no such snapshot.
+        """
+        return self.services.reading.chain(name)
+
+    def tags(self) -> list[Tag]:
+        """List all tags, by name. Only the index is read.
+
+        Raises:
+            FailedPrecondition: the store is closed.
+        """
+        return self.services.reading.tags()
+
+    def usage(self, name: str) -> Usage:
+        """What a snapshot holds itself; parents are not counted.
+
+        Of a committed one it is recorded; of a mounted one its server is asked; only that of an
+        active one that is not mounted is counted, in its own layer.
+
+        Raises:
+            NotFound: no such key, name or tag.
+        """
+        return self.services.queries.usage(name)
+
+    def diff(self, a: str, b: str | None = None) -> Iterator[Change]:
+        """What changed from one snapshot to another, in path order.
+
+        Of two committed snapshots, related or not, only the index is read (and two files that agree
+        in all it knows, but are different objects without a digest). An active one's own layer is
+        read first.
+
+        Args:
+            a: a key, name or tag. Alone: what it changed against its parent.
+            b: likewise.
+
+        Raises:
+            NotFound: no such snapshot.
+            Corrupt: records or layers are missing.
+        """
+        return self.services.queries.diff(a, b)
+
+    @property
+    def same_data(self) -> compare.SameData:
+        """Compares the bytes of two files in their layers."""
+        return self.services.scanning.same_data
+
+    def config(self, name: str) -> str:
+        """The configuration of an image: a JSON document (OCI image-spec, config.md) byte for byte, "" for a plain tree.
+
+        Args:
+            name: a tag; or a snapshot, then the one of the image that it was made from.
+
+        Raises:
+            NotFound: no such key, name or tag.
+        """
+        return self.services.naming.config(name)
+
+    def totals(self) -> Totals:
+        """Sum up what ``cowfs df`` shows. Only the index is read, but for active snapshots, whose layers are walked.
+
+        Raises:
+            FailedPrecondition: the store is closed.
+            OSError: a layer cannot be read.
+        """
+        return self.services.describing.totals()
+
+    def quarantined(self) -> list[tuple[str, str]]:
+        """List the snapshots in quarantine: those that :meth:`check` found damaged beyond repair.
+
+        Returns:
+            Pairs (key or name, why).
+
+        Raises:
+            FailedPrecondition: the store is closed.
+        """
+        return self.services.describing.quarantined()
+
+    def describe(self) -> dict[str, str]:
+        """Tell what ``cowfs info`` shows: driver, layer form, host file system, how mounts are made, and why.
+
+        Returns:
+            Texts by what they are about.
+
+        Raises:
+            FailedPrecondition: the store is closed.
+        """
+        return self.services.describing.describe()
+
+    def alternatives(self, *, possible: bool = True) -> dict[str, str]:
+        """Look which drivers a store in this place could have instead. Each is asked anew; nothing is changed.
+
+        Args:
+            possible: False: those that it could not have.
+
+        Returns:
+            What each says of this place, by name; for one that is not possible the reason.
+
+        Raises:
+            FailedPrecondition: the store is closed.
+        """
+        return self.services.describing.alternatives(possible=possible)
+
+    def events(
+        self,
+        *,
+        since: int | None = None,
+        until: int | None = None,
+        after: int | None = None,
+        follow: bool = False,
+        stop: Callable[[], bool] | None = None,
+    ) -> Iterator[Event]:
+        """Events, oldest first.
+
+        Args:
+            since: not those earlier than this time, nanoseconds since 1970.
+            until: not those later than this time; a follower ends then.
+            after: not those up to this sequence number.
+            follow: go on with what happens from now on; without ``since`` and ``after`` with nothing else.
+            stop: asked by a follower about fifty times a second; a true answer ends it.
+
+        Yields:
+            Events; ``log lost`` with the attribute ``count`` in place of those that were deleted before they were read.
+
+        Raises:
+            FailedPrecondition: the store is closed.
+        """
+        return self.services.events.events(since=since, until=until, after=after, follow=follow, stop=stop)
+
+    def record_event(
+        self, type: str, action: str, actor: str, attributes: Mapping[str, str] | None = None, *, at: int | None = None
+    ) -> int:
+        """Add an event of something that is no change of the index itself; its sequence number.
+
+        Args:
+            type, action, actor, attributes: as in :class:`cowfs.Event`.
+            at: when it happened, nanoseconds since 1970; now by default.
+
+        Raises:
+            OSError: there is no room for it (ENOSPC, EDQUOT, EROFS).
+        """
+        return self.services.events.record_event(type, action, actor, attributes, at=at)
+
+    def watch(self, callback: Callable[[Event], object]) -> Callable[[], None]:
+        """Call a function with each event from now on, from a thread of its own (which a fork does not take along).
+
+        Args:
+            callback: gets each :class:`cowfs.Event`; what it raises ends the thread.
+
+        Returns:
+            A function that ends it; after it has returned no call is made any more.
+
+        Raises:
+            FailedPrecondition: the store is closed.
+        """
+        return self.services.events.watch(callback)
