@@ -15,9 +15,8 @@ from typing import Any
 
 from cowfs.errors import InvalidArgument
 from cowfs.service.containers.cgroups import PREFIX
-from cowfs.service.containers.health import check_of
+from cowfs.service.containers.checks import check_of, check_policy
 from cowfs.service.containers.records import ContainerConfig, ExecConfig, HostConfig
-from cowfs.service.containers.restarting import check_policy
 from cowfs.service.containers.users import User
 from cowfs.service.errors import ApiError, not_offered
 from cowfs.service.images import Image

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from cowfs.errors import CowfsError, FailedPrecondition, InvalidArgument, NotFound
 from cowfs.service.containers import bundle
+from cowfs.service.containers.checks import check_policy
 from cowfs.service.containers.container import SETTLE_SECONDS, Container
 from cowfs.service.containers.creating import LABEL, Maker
 from cowfs.service.containers.execs import Execs
@@ -34,7 +35,7 @@ from cowfs.service.containers.furnishing import write_bundle
 from cowfs.service.containers.health import Monitors
 from cowfs.service.containers.records import ContainerConfig, Update
 from cowfs.service.containers.register import Register
-from cowfs.service.containers.restarting import Restarts, check_policy
+from cowfs.service.containers.restarting import Restarts
 from cowfs.service.containers.signals import send_signal
 from cowfs.service.containers.spawner import Spawner
 from cowfs.service.containers.supervision import Runtime, ask, dismiss, hand_over, wish
@@ -46,7 +47,7 @@ from cowfs.service.records import encode
 from cowfs.sys.atomic import write_file
 
 if TYPE_CHECKING:
-    from cowfs.service.daemon import Service
+    from cowfs.service.containers.host import Host
     from cowfs.store import Store
 
 __all__ = ["Containers"]
@@ -64,7 +65,7 @@ class Containers:
         service: the owner of images, options and runtime.
     """
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Host) -> None:
         self._service = service
         self._register = Register()
         self.spawner = Spawner()
