@@ -406,7 +406,6 @@ class Extractor:
             os.chmod(found.fd, found.mode | 0o700)
 
     def make_directory(self, member: Member, parent: Dir, name: bytes, path: bytes) -> None:
-        """A directory, or the attributes of one that is there."""
         found = self.dirs.cached(path) or self.dirs.open_child(parent, name, path)
         old = found is not None
         if found is None:
@@ -449,7 +448,6 @@ class Extractor:
     # Files ------------------------------------------------------------------------------------
 
     def make_regular(self, member: Member, parent: Dir, name: bytes, path: bytes) -> None:
-        """A file with its bytes."""
         try:
             fd = os.open(name, _CREATE, 0o600, dir_fd=parent.fd)
         except FileExistsError:
@@ -475,7 +473,6 @@ class Extractor:
             os.close(fd)
 
     def make_hardlink(self, member: Member, parent: Dir, name: bytes, path: bytes) -> None:
-        """Another name of a file that is there, here or beneath."""
         options = self._options
         source = canonical(member.linkname, max_path=options.max_path, max_depth=options.max_depth)
         if options.whiteouts and meaning(source)[0] is not Meaning.ENTRY:
@@ -512,7 +509,6 @@ class Extractor:
             os.link(source, name, src_dir_fd=home.fd, dst_dir_fd=parent.fd, follow_symlinks=False)
 
     def make_symlink(self, member: Member, parent: Dir, name: bytes, path: bytes) -> None:
-        """A symbolic link."""
         target = member.linkname
         if not target or b"\0" in target:
             raise InvalidArgument("a symbolic link needs a target without NUL")
@@ -529,7 +525,6 @@ class Extractor:
         self._attr.name_times(parent.fd, name, member)
 
     def make_node(self, member: Member, parent: Dir, name: bytes, path: bytes) -> None:
-        """A device or a FIFO."""
         kind = _KINDS[member.type]
         device = os.makedev(*member.device) if kind != stat.S_IFIFO else 0
         if kind == stat.S_IFCHR and device == 0:
