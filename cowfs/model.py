@@ -59,7 +59,15 @@ class Kind(enum.Enum):
 
 @record(frozen=True, slots=True, kw_only=True)
 class Info:
-    """One snapshot as the index knows it."""
+    """One snapshot as the index knows it.
+
+    Attributes:
+        name: its key (active, view) or name (committed).
+        kind: its state.
+        parent: the name of the snapshot beneath; None without one.
+        labels: text by key; keys that begin with ``cowfs.`` are the store's.
+        created, updated: nanoseconds since 1970.
+    """
 
     name: str
     kind: Kind
@@ -84,7 +92,12 @@ class Usage:
 
 @record(frozen=True, slots=True, kw_only=True)
 class Limit:
-    """An upper bound on :class:`Usage`; ``None`` means unlimited."""
+    """An upper bound on :class:`Usage`; false when it bounds nothing.
+
+    Attributes:
+        bytes: of file data and the rest, as :attr:`Usage.bytes`; None: unlimited.
+        inodes: None: unlimited.
+    """
 
     bytes: int | None = None
     inodes: int | None = None
@@ -107,7 +120,13 @@ class Limit:
 
 @record(frozen=True, slots=True, kw_only=True)
 class Mount:
-    """How something would be mounted: data, not an action (mount(8)'s three words)."""
+    """A mount as data, not an action: mount(8)'s three words.
+
+    Attributes:
+        type: ``overlay``, ``bind`` or ``fuse.cowfs-overlayfs``.
+        source: the directory of a bind, else a label.
+        options: one word or ``key=value`` each; paths in them are escaped (:mod:`cowfs.format.mount_options`).
+    """
 
     type: str
     source: str
@@ -143,6 +162,7 @@ class FileInfo:
         path: relative, ``b""`` is the root.
         type: as in :class:`Change`.
         mode: permission bits, set-id and sticky bits with them.
+        uid, gid: the owner's ids in the layer.
         size: bytes, of regular files; 0 otherwise.
         mtime: nanoseconds since 1970.
         rdev: of devices, as :func:`os.makedev` gives it.

@@ -189,14 +189,14 @@ class BlockDriver(Driver):
             base, used = self._pool.top(self.directory(parents[0])), self._note(parents[0], _USED)
         else:
             base = self._empty()
-            used = read_small(f"{self._pool.directory(base)}/{_USED}", limit=200).decode()
+            used = os.readlink(f"{self._pool.directory(base)}/{_USED}")
         os.mkdir(self._place(id), 0o700)
         os.mkdir(f"{directory}/{block_device.SERVED}", 0o700)
-        atomic.write_file(f"{directory}/block-base", used.encode(), durable=False)
-        with self._pool.turn():
-            self._pool.name(self._pool.make(base), directory)
+        block_device.put(f"{directory}/block-base", used)
         held = self.held(parents[0]) if parents else Usage()
-        atomic.write_file(f"{directory}/block-copied", f"{held.bytes} {held.inodes}\n".encode(), durable=self.fsync)
+        block_device.put(f"{directory}/block-copied", f"{held.bytes} {held.inodes}")
+        with self._pool.turn():
+            self._pool.name(self._pool.make(base), directory)  # and what is noted is on the disk with it
         return held
 
     def _empty(self) -> str:
@@ -208,8 +208,8 @@ class BlockDriver(Driver):
             os.mkdir(f"{place}/mnt", 0o700)
             used = block_device.furnish(kind, f"{place}/fs/disk", f"{place}/mnt")
             os.rmdir(f"{place}/mnt")
-            atomic.write_file(f"{place}/{_USED}", f"{used}\n".encode(), durable=False)
-            atomic.write_file(f"{place}/kind", f"{kind.name}\n".encode(), durable=False)
+            block_device.put(f"{place}/{_USED}", str(used))
+            block_device.put(f"{place}/kind", kind.name)
             if self.fsync:
                 trees.sync_tree(place)
 
@@ -221,7 +221,7 @@ class BlockDriver(Driver):
         return Usage(bytes=int(bytes), inodes=int(inodes))
 
     def _note(self, id: str, name: str) -> str:
-        return read_small(f"{self.directory(id)}/{name}", limit=200).decode("ascii", "replace")
+        return os.readlink(f"{self.directory(id)}/{name}")
 
     def snapshot(self, id: str, target: str, ask: Callable[..., dict[str, Any]] | None) -> None:
         """The delta written so far, while the file system is frozen; the layer goes on in a new one."""
@@ -256,8 +256,8 @@ class BlockDriver(Driver):
                 self._pool.name(over, made)
         row_layer.seal(self._pool.tree(over), form=self.form, durable=self.fsync)
         for note in ("block-base", "block-copied"):
-            atomic.write_file(f"{made}/{note}", self._note(id, note).encode(), durable=False)
-        atomic.write_file(f"{made}/{_USED}", f"{used}\n".encode(), durable=False)
+            block_device.put(f"{made}/{note}", self._note(id, note))
+        block_device.put(f"{made}/{_USED}", str(used))
         _touch(f"{made}/{_FROZEN}")
 
     @contextmanager
@@ -299,7 +299,7 @@ class BlockDriver(Driver):
             used = block_device.used(fd)
         finally:
             os.close(fd)
-        atomic.write_file(f"{self.directory(id)}/{_USED}", f"{used}\n".encode(), durable=False)
+        block_device.put(f"{self.directory(id)}/{_USED}", str(used))
         _touch(f"{self.directory(id)}/{_FROZEN}")
 
     def remove(self, id: str) -> None:
@@ -317,13 +317,13 @@ class BlockDriver(Driver):
     def limit(self, id: str, limit: Limit) -> None:
         """Withhold so much of the file system that what is free is what the layer may still take; grown where it is too small."""
         mark = f"{self.directory(id)}/{_LIMIT}"
-        if limit.bytes is None and not os.path.exists(mark):
+        if limit.bytes is None and not os.path.lexists(mark):
             return
         with self._turn(id):
             if limit.bytes is None:
                 os.unlink(mark)
             else:
-                atomic.write_file(mark, f"{limit.bytes}\n".encode(), durable=self.fsync)
+                block_device.put(mark, str(limit.bytes))
         if not block_device.is_mounted(self._place(id)):
             return
         with self._turn(id), self._unused(id) as mine:
@@ -381,7 +381,7 @@ class BlockDriver(Driver):
     def _kind(self, id: str) -> block_image.Kind:
         """The kind of file system in a layer's image, as its base says."""
         base = self._pool.chain(self._pool.top(self.directory(id)))[-1]
-        return KINDS[read_small(f"{self._pool.directory(base)}/kind", limit=20).decode().strip()]
+        return KINDS[os.readlink(f"{self._pool.directory(base)}/kind")]
 
     @contextmanager
     def _turn(self, id: str) -> Iterator[None]:

@@ -45,6 +45,7 @@ __all__ = [
     "is_attached",
     "is_bound",
     "is_mounted",
+    "put",
     "remount",
     "serve",
     "size_of",
@@ -216,6 +217,14 @@ def _is_running(who: list[str]) -> bool:
     return str(process.start_time(int(who[0]))) == who[1]
 
 
+def put(path: str, text: str) -> None:
+    """Note a few words, in place of those before: as the target of a symbolic link, which is on the disk with its directory."""
+    with suppress(FileNotFoundError):
+        os.unlink(f"{path}.new")
+    os.symlink(text, f"{path}.new")
+    os.rename(f"{path}.new", path)
+
+
 def _name(directory: str) -> str:
     there = os.stat(directory)
     return f"cowfs-block {there.st_dev}:{there.st_ino}"
@@ -316,6 +325,7 @@ def _spec(directory: str, wish: Wish) -> MountSpec:
         fsync=wish.fsync,
         form=wish.form,
         row=wish.block if wish.upper else 0,
+        drop_synced=True,
         patience=_PATIENCE_FOR_ROOM,
         label=f"image of {os.path.basename(directory)}",
         checked=True,

@@ -3,7 +3,7 @@
 Strategy: a *delta* is a row layer (docs/row.md) with the one file ``disk``: the blocks that were written over the delta beneath. Deltas
 lie in ``ROOT/block``, each a directory; a layer names its topmost one. So a live snapshot is a new delta: the layer goes on with it, and the
 snapshot names the one before. How often a delta is named is its file's link count: ``ref`` in the delta is linked as ``top`` into each layer that
-begins with it, and as ``below`` into each delta on it. A delta that nothing names is deleted by whoever took the last name away, or, after
+begins with it, and as ``below`` into each delta on it (a symbolic link, whose target is the delta's name: it is on the disk with its directory). A delta that nothing names is deleted by whoever took the last name away, or, after
 a kill, by the next sweep.
 
 Order: a delta is complete before anything names it; a name goes before the delta does. The maker of one holds ``ROOT/block/turn``
@@ -12,6 +12,7 @@ shared until it is named, and the sweep wants that for itself.
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 from collections.abc import Callable, Iterator
@@ -21,7 +22,6 @@ from cowfs.errors import Corrupt
 from cowfs.format.whiteout import Form
 from cowfs.row import layer as row_layer
 from cowfs.sys import atomic, locks, trees
-from cowfs.sys.regular import read_small
 
 __all__ = ["DISK", "Pool"]
 
@@ -82,9 +82,9 @@ class Pool:
         os.mkdir(f"{place}/fs", 0o755)
         os.mkdir(f"{place}/work", 0o700)
         row_layer.mark(f"{place}/fs", self._form)
-        atomic.create_file(f"{place}/ref", f"{found}\n".encode(), durable=self._durable)
+        os.symlink(found, f"{place}/ref")
         if below is not None:
-            os.link(f"{self.directory(below)}/ref", f"{place}/below")
+            os.link(f"{self.directory(below)}/ref", f"{place}/below", follow_symlinks=False)
         if not name:
             self.publish(found)
         return found
@@ -110,7 +110,7 @@ class Pool:
                 self.make(None, name=name)
                 place = self.staged(name)
                 fill(place)
-                os.link(f"{place}/ref", f"{place}/keep")  # it stays
+                os.link(f"{place}/ref", f"{place}/keep", follow_symlinks=False)  # it stays
                 self.publish(name)
         return name
 
@@ -122,7 +122,7 @@ class Pool:
         new = f"{directory}/top.new"
         with suppress(FileNotFoundError):
             os.unlink(new)
-        os.link(f"{self.directory(delta)}/ref", new)
+        os.link(f"{self.directory(delta)}/ref", new, follow_symlinks=False)
         os.rename(new, link)
         if self._durable:
             atomic.fsync_directory(directory)
@@ -169,7 +169,7 @@ class Pool:
         while name is not None:
             place = self.directory(name)
             try:
-                if os.stat(f"{place}/ref").st_nlink > 1:
+                if os.lstat(f"{place}/ref").st_nlink > 1:
                     return
                 os.rename(place, f"{self.path}/{_RM}{name}")
             except FileNotFoundError:
@@ -201,4 +201,9 @@ class Pool:
 
 
 def _read(path: str) -> str:
-    return read_small(path, limit=200).decode("ascii", "replace").strip()
+    try:
+        return os.readlink(path)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        raise Corrupt(f"{path} names no delta", remedy="restore it from a backup") from None

@@ -53,7 +53,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ignored = shutil.ignore_patterns("__pycache__", "*.egg-info", "build")
     for name in [*PACKAGES.values()]:
         shutil.copytree(ROOT / name, copy / name, ignore=ignored)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy / name)
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(base), str(copy)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -76,6 +76,27 @@ def test_wheel_holds_the_tree(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if name.split("/")[0] in PACKAGES}
     assert names == tree_files()
+
+
+def test_the_wheel_brings_the_man_pages(wheel: Path, tmp_path: Path) -> None:
+    """Written from the parsers when it is built; installed, man(1) finds them."""
+    from cowfs.cli.manual import pages
+
+    with zipfile.ZipFile(wheel) as archive:
+        found = {
+            name.rpartition("/")[2]: archive.read(name).decode()
+            for name in archive.namelist()
+            if "/share/man/man1/" in name
+        }
+    assert found == pages()
+    target = tmp_path / "site"
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), str(wheel)]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    assert (target / "share/man/man1/cowfs-mount.1").exists()
+    if shutil.which("man"):
+        env = {**os.environ, "MANPATH": str(target / "share/man"), "LC_ALL": "C.UTF-8", "MANPAGER": "cat"}
+        done = subprocess.run(["man", "1", "cowfs-mount"], env=env, capture_output=True, text=True, check=False)
+        assert "cowfs-mount - mount a stack" in done.stdout or "minimized" in done.stdout
 
 
 def test_installed_wheel_works(wheel: Path, tmp_path: Path) -> None:

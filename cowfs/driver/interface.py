@@ -306,7 +306,8 @@ class Driver(ABC):
         """The mount of a layer over its parents, in mount(8)'s words: the rendered :meth:`plan`.
 
         Args:
-            mount_type: ``kernel`` or ``fuse`` where the caller insists.
+            id, parents, readonly, limit: as for :meth:`plan`.
+            mount_type: ``kernel`` or ``fuse``; None: the driver's choice.
 
         Raises:
             Unsupported: this host, user or driver cannot do the type asked for.
@@ -412,7 +413,16 @@ class Driver(ABC):
         return Usage(bytes=bytes, inodes=inodes), tuple(sums)
 
     def note(self, id: str, held: Usage, sums: Sequence[int] = ()) -> None:
-        """Note the use of a layer's tree, and the parts that it was summed from. A walk restores a lost note."""
+        """Note the use of a layer's tree. A walk restores a lost note.
+
+        Args:
+            id: a layer that is about to be frozen.
+            held: the use of its tree.
+            sums: the parts that it was summed from (:class:`cowfs.union.measure.Sums`), if known.
+
+        Raises:
+            OSError: the note cannot be written.
+        """
         text = " ".join(map(str, (held.bytes, held.inodes, *sums))) + "\n"
         atomic.write_file(f"{self.directory(id)}/{HELD}", text.encode(), durable=False)
 

@@ -101,7 +101,11 @@ class MountPlan:
         return Mount(type="fuse.cowfs-overlayfs", source="cowfs", options=tuple(options))
 
     def kernel(self, *, plain: bool = False) -> Mount:
-        """A mount of the kernel: a bind of the only directory, or its overlayfs over several."""
+        """A mount of the kernel: a bind of the only directory, or its overlayfs over several.
+
+        Args:
+            plain: an overlayfs without metacopies, which no layer may hold then.
+        """
         directories = self.read if self.readonly else (self.upper, *self.lowers)
         if len(directories) == 1:
             return Mount(type="bind", source=directories[0], options=("ro" if self.readonly else "rw", "rbind"))

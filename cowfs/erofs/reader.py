@@ -79,17 +79,17 @@ class Image:
         return self.inode(self._root), self._root
 
     def names(self, key: int) -> Iterator[bytes]:
-        """Names of a directory's entries."""
+        """The names in the directory with the number ``key``, sorted. Raises Corrupt."""
         return (name for name, _ in self._dirents(key))
 
     def entries(self, key: int) -> Iterator[tuple[bytes, Inode, int | None]]:
-        """(name, object, its number if it is a directory) of a directory's entries."""
+        """(name, object, its number if it is a directory) of each entry of the directory ``key``. Raises Corrupt."""
         for name, nid in self._dirents(key):
             inode = self.inode(nid)
             yield name, inode, nid if stat.S_ISDIR(inode.mode) else None
 
     def inode(self, nid: int) -> Inode:
-        """The object with a number."""
+        """The object with the number ``nid``. Raises Corrupt."""
         raw = self._raw(nid)
         kind = stat.S_IFMT(raw.mode)
         target, data, rdev, size = b"", None, (0, 0), 0

@@ -31,6 +31,7 @@ class Inode:
 
     Attributes:
         mode: type and permission bits as in ``st_mode``.
+        uid, gid: the owner's ids.
         size: of a regular file; the size of other types follows from their content.
         mtime_ns: nanoseconds since 1970, may be negative.
         nlink: the number of its names; of a directory 2 plus its sub-directories.
@@ -56,7 +57,7 @@ class Inode:
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A file that holds data for an image: ``blocks`` of 4,096 bytes, and 64 bytes that identify it."""
+    """A file that holds data for an image: its size in ``blocks`` of 4,096 bytes, and a ``tag`` of 64 bytes that identifies it."""
 
     blocks: int
     tag: bytes = b""
@@ -72,4 +73,4 @@ class Source(Protocol):
         """(name, object, its key or None) of each entry, sorted by the bytes of the names; each key is asked twice at most."""
 
     def names(self, key: Any) -> Iterator[bytes]:
-        """The same names in the same order: the size of a directory is needed before its entries are."""
+        """The names of the directory ``key``, in the order of :meth:`entries`; they give its size before its entries are needed."""

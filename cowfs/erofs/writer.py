@@ -45,7 +45,7 @@ _FILE_TYPES = {
 
 
 class Written(NamedTuple):
-    """The result of :func:`write_image`: the number of inodes, and the bytes of the file."""
+    """The result of :func:`write_image`: the number of ``inodes``, and the ``size`` of the file in bytes."""
 
     inodes: int
     size: int

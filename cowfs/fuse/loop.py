@@ -448,7 +448,7 @@ class Session:
             self.reply(unique, opcode, codec.error(unique, errno.EINVAL))
 
     def reply(self, unique: int, opcode: int, reply: codec.Reply) -> None:
-        """Send a reply; any thread (one that carries look-ups: the loop only)."""
+        """Send the ``reply`` of the request ``unique`` with ``opcode``. Any thread; one that carries look-ups: the loop only. Never raises OSError."""
         try:
             if isinstance(reply, bytes):
                 os.write(self._fd, reply)
@@ -537,6 +537,9 @@ class Session:
 
         A :class:`~cowfs.errors.CowfsError` means damage beneath the view, as of its index: one line, once. A lack of memory
         is one line, too. Anything else is a bug: its traceback.
+
+        Args:
+            what: the failed action, for the log.
         """
         error = sys.exception()
         if isinstance(error, MemoryError):
@@ -555,7 +558,10 @@ class Session:
     # -- the kernel's cache -------------------------------------------------------------------
 
     def drop_attributes(self, nodeid: int) -> None:
-        """Have the kernel forget a node's attributes, now; its pages stay. Loop thread, or one that answers nothing."""
+        """Have the kernel forget the attributes of the node ``nodeid``, now; its pages stay.
+
+        Loop thread, or one that answers nothing. Raises OSError, except for a node that the kernel does not know, and at the end of the mount.
+        """
         try:
             os.write(self._fd, codec.notify_inval_inode(nodeid, -1))
         except OSError as error:

@@ -21,6 +21,7 @@ class Layer:
         diff_id: digest of the uncompressed tar; None if the source has none (a root filesystem).
         digest: of the stream that :meth:`open` gives; None if the source has none. size: bytes of that stream, None
             where unknown. media_type: as the manifest has it.
+        opener: opens the stream; use :meth:`open`.
         whole: a tree of its own, in which names that begin with ``.wh.`` are ordinary.
     """
 

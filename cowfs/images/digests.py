@@ -36,6 +36,9 @@ _ARCHITECTURES = {
 def check_digest(text: object, what: str = "digest") -> str:
     """``text`` if it is ``sha256:`` and 64 lower-case hexadecimal digits.
 
+    Args:
+        what: the name of the digest in messages.
+
     Raises:
         Unsupported: a well-formed digest of another algorithm. InvalidArgument: anything else.
     """
@@ -50,12 +53,18 @@ def check_digest(text: object, what: str = "digest") -> str:
 
 
 def digest_of(data: bytes) -> str:
-    """``sha256:...`` of some bytes."""
+    """The digest of ``data``: ``sha256:`` and 64 hexadecimal digits (OCI image-spec ``descriptor.md``, "Digests")."""
     return "sha256:" + hashlib.sha256(data).hexdigest()
 
 
 def chain_ids(diff_ids: Sequence[str]) -> list[str]:
     """The chain id of each layer, bottom first (OCI image-spec ``config.md``, "Layer ChainID").
+
+    Args:
+        diff_ids: of the layers, bottom first.
+
+    Raises:
+        InvalidArgument, Unsupported: as :func:`check_digest`.
 
     >>> chain_ids(["sha256:" + "0" * 64])
     ['sha256:0000000000000000000000000000000000000000000000000000000000000000']
@@ -106,7 +115,7 @@ def as_json(value: Any) -> bytes:
 
 
 def diff_ids_of(config: bytes) -> list[str]:
-    """The diff ids that an image configuration lists, bottom first. Raises InvalidArgument."""
+    """The diff ids in ``config``, an image configuration (JSON), bottom first. Raises InvalidArgument for any other document."""
     rootfs = parse_json(config, "image configuration").get("rootfs")
     listed = rootfs.get("diff_ids") if isinstance(rootfs, dict) else None
     if not isinstance(listed, list):

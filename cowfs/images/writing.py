@@ -281,9 +281,12 @@ def write_docker(target: str | BinaryIO, images: Sequence[OutImage], *, spool_di
     """Write a docker-archive, as ``docker save`` does and ``docker load``, ``podman load`` and skopeo read.
 
     Args:
-        target: a path or a stream. Tags without a version get ``:latest``.
+        target: a path or a stream.
+        images: all of them go into one archive. Tags without a version get ``:latest``.
+        spool_dir: the directory for layers that wait for their digest; default: the host's temporary one.
 
     Raises:
         Corrupt: a layer is not what its diff id says.
+        OSError: of writing; a target that is a path then does not exist.
     """
     _into_file(target, lambda out: _fill_docker(_TarSink(out, spool_dir), images))

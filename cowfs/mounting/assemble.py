@@ -42,6 +42,7 @@ def make_view(stack: Stack) -> View:
         dotwh=spec.dotwh,
         form=spec.form,
         row=spec.row or None,
+        drop_synced=spec.drop_synced,
     )
     if spec.factory:
         if spec.factory != INDEXED:

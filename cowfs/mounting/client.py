@@ -51,10 +51,13 @@ class MountStatus:
         answers: whether the server answered in time; for one that did not, the same holds.
         layers: bottom first.
         upper: the writable directory, or None.
+        readonly: whether every change is EROFS.
         usage, limit: bytes and inodes; ``usage`` is None while a big upper layer without a limit is being counted.
         pid: the server, as this process's pid namespace numbers it; None where it has no number here.
         here: whether it is a mount of this process's mount namespace.
         started: nanoseconds since 1970.
+        socket: the path of its control socket, "" without one.
+        label: a snapshot's key, "" for a mount without a store.
         details: the rest of the server's answer.
     """
 
@@ -111,11 +114,17 @@ class MountHandle:
         return protocol.ask(self.socket, verb, **arguments)
 
     def status(self) -> MountStatus:
-        """The status of the mount, as in `cowfs mounts`."""
+        """The status of the mount, as in `cowfs mounts`. Raises CowfsError: FailedPrecondition when its server is gone."""
         return _status(self.mountpoint, self.socket, self.ask("info"))
 
     def usage(self) -> Usage:
-        """Use of the upper layer: bytes in units of 4 KiB, and inodes."""
+        """The use of the upper layer: bytes in units of 4 KiB, and inodes.
+
+        Without a limit the server walks the layer first, which may take long.
+
+        Raises:
+            FailedPrecondition: the server is gone.
+        """
         return Usage(**self.ask("usage", timeout=COUNTING)["usage"])
 
     def limit(
@@ -139,7 +148,7 @@ class MountHandle:
         return Limit(**answer["limit"])
 
     def counters(self) -> dict[str, int]:
-        """Requests that the kernel made so far, by opcode name."""
+        """Requests that the kernel made so far, by opcode name. Raises CowfsError: FailedPrecondition when the server is gone."""
         return dict(self.ask("counters")["counters"])
 
     def statistics(self, *, timed: bool = False) -> Statistics:
@@ -299,6 +308,9 @@ def spawn(spec: MountSpec) -> MountHandle:
 
 def attach(target: PathLike) -> MountHandle:
     """The handle of an existing mount.
+
+    Args:
+        target: the mount point, in this process's mount namespace.
 
     Raises:
         NotFound: no mount of cowfs there.

@@ -71,6 +71,7 @@ class MountSpec:
         form: of the layers' xattrs (:data:`cowfs.format.whiteout.FORMS`); ``auto``: the best one for this user.
         row: bytes a block: a written file of a lower layer gets a redirect file (docs/row.md); 0: it is copied up.
         volatile: sync nothing, and mark the work directory so; ``fsync=False``: the same without the mark.
+        drop_synced: what redirect files hold is not kept in the host's page cache once it is synced.
         patience: seconds that a write waits for room on the host before it fails.
         options: mount(8) words (``nodev``, ``noexec``...).
         subtype: the type shown is ``fuse.SUBTYPE``.
@@ -106,6 +107,7 @@ class MountSpec:
     allow_other: bool | None = None
     io: str = "cached"
     frontend: str = "kernel"
+    drop_synced: bool = False
     patience: float = 0.0
     options: tuple[str, ...] = ()
     source: str = "cowfs"

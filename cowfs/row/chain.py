@@ -53,12 +53,14 @@ class Owner(Protocol):
 
     Attributes:
         copies: a read from more levels than this is not handed to another thread: that takes a descriptor of each.
+        drop_synced: whether data leaves the host's page cache once it is synced.
     """
 
     view: Core
     pilot: Pilot
     syncer: Syncer
     copies: int
+    drop_synced: bool
 
     def resolve(self, file: Chain) -> None:
         """Give a file its chain: the levels beneath and the owner of each extent."""

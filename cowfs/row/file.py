@@ -417,6 +417,7 @@ class RowFile(Chain):
         fd = os.dup(self.own_fd()) if self.writable or (log is not None and log.dirty) else -1
         upto = log.end if log is not None else 0
         whole, self.ref_dirty = self.ref_dirty, False
+        drop = self.rows.drop_synced
 
         def job(data_only: bool) -> None:
             if older:
@@ -427,6 +428,8 @@ class RowFile(Chain):
                 (os.fdatasync if data_only and not whole else os.fsync)(fd)
                 if log is not None and log.failure is not None:
                     raise log.failure
+                if drop:
+                    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
             except OSError as error:
                 if log is not None:
                     log.fail(error)

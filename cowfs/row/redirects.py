@@ -53,11 +53,13 @@ class Rows(Redirects):
 
     Attributes:
         block: bytes a block in the redirect files made here.
+        drop_synced: whether their data leaves the host's page cache once it is synced.
     """
 
     def __init__(self, view: Core) -> None:
         self.view = view
         self.block = view.options.row or DEFAULT_BLOCK
+        self.drop_synced = view.options.drop_synced
         check_block(self.block)
         row_map.boot_id()  # read once, before a request needs it
         self._marked: dict[Layer, bool] = {}

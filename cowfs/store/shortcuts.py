@@ -18,7 +18,9 @@ def run(
     """Run a command in a fresh snapshot of a store: :meth:`cowfs.Store.run`, with its options and errors.
 
     Args:
-        root: the store's directory; default: where the command's is, but for ``COWFS_ROOT``.
+        parent: a committed snapshot, or a tag.
+        argv: the command and its arguments.
+        root: the store's directory; default: that of the command, except ``COWFS_ROOT``.
     """
     with Store.open(root, create=False) as store:
         return store.run(parent, argv, **options)

@@ -142,7 +142,11 @@ def copy_attributes(src: int, dst: int, st: os.stat_result) -> None:
 
 
 def copy_tree(source: str | bytes, target: str | bytes) -> None:
-    """Copy all that is in one directory into another, empty one, with the directory's attributes.
+    """Copy the content of a directory into another, empty one, with the directory's attributes.
+
+    Args:
+        source: a directory; links in it are copied, not followed.
+        target: an existing, empty directory.
 
     Raises:
         OSError: an object could not be copied in full.

@@ -49,7 +49,15 @@ class Bench:
 
     @contextmanager
     def at(self, store: Store, key: str, *, by: str | None = None) -> Iterator[Path]:
-        """A snapshot mounted, as a path."""
+        """Mount an active snapshot or a view for the block.
+
+        Args:
+            store, key: the snapshot.
+            by: ``records`` or ``fuse``, as :attr:`writes_by`, which is the default.
+
+        Yields:
+            The mount point.
+        """
         target = Path(store.root).parent / "mnt"
         target.mkdir(exist_ok=True)
         how = by or (self.writes_by if host.has_cap(host.CAP_SYS_ADMIN) else "fuse")
@@ -63,7 +71,16 @@ class Bench:
             yield target
 
     def layer(self, store: Store, name: str, parent: str | None, change: Callable[[Path], object], **more: Any) -> str:
-        """Commit a snapshot that differs from its parent by the effect of ``change`` on the mounted tree."""
+        """Commit a snapshot that differs from its parent by the effect of ``change`` on the mounted tree.
+
+        Args:
+            store, name, parent: as for :meth:`cowfs.Store.prepare` and :meth:`cowfs.Store.commit`.
+            change: called with the mount point.
+            more: for :meth:`at`.
+
+        Returns:
+            ``name``.
+        """
         store.prepare(f"make-{name}", parent)
         with self.at(store, f"make-{name}", **more) as tree:
             change(tree)
@@ -72,7 +89,7 @@ class Bench:
 
     @contextmanager
     def seen(self, store: Store, name: str, *, by: str | None = None) -> Iterator[Path]:
-        """A committed snapshot mounted by a view."""
+        """Mount a view of the committed snapshot ``name`` of ``store`` for the block, as :meth:`at`; yields the mount point."""
         key = f"look-{time.monotonic_ns():x}"
         store.view(key, name)
         try:
@@ -82,7 +99,7 @@ class Bench:
             store.remove(key)
 
     def base(self, store: Store) -> str:
-        """A small tree with one object of each type."""
+        """Commit a small tree with one object of each type to ``store``; returns its name."""
 
         def fill(tree: Path) -> None:
             (tree / "dir" / "sub").mkdir(parents=True)

@@ -30,7 +30,12 @@ class Seen(NamedTuple):
 
 
 def tree_of(top: str | os.PathLike[str], *, times: bool = True) -> dict[str, Seen]:
-    """Read a tree: path relative to ``top`` ("." is the top itself) -> the object there."""
+    """Read a tree: path relative to ``top`` ("." is the top itself) -> the object there.
+
+    Args:
+        top: a directory; no link is followed.
+        times: compare modification times, too.
+    """
     found: dict[str, Seen] = {}
     twins: dict[tuple[int, int], str] = {}
     todo = ["."]
@@ -67,7 +72,7 @@ def _listed(path: str) -> list[str]:
 
 
 def differences(one: dict[str, Seen], other: dict[str, Seen]) -> list[str]:
-    """The differences of two trees, one line each; empty when they are equal."""
+    """The differences of two trees (``one`` and ``other``, by :func:`tree_of`), one line each; empty when they are equal."""
     lines = [f"only in the first: {path}" for path in sorted(one.keys() - other.keys())]
     lines += [f"only in the second: {path}" for path in sorted(other.keys() - one.keys())]
     for path in sorted(one.keys() & other.keys()):

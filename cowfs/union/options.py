@@ -59,6 +59,7 @@ class Options:
         max_fds: the number of directory descriptors to keep.
         index: the merged lower tree, if known.
         row: block size in bytes: redirect writes of lower files instead of copying them up.
+        drop_synced: drop a redirect file's own blocks from the host's page cache once they are synced: the reader caches them itself.
     """
 
     form: str = "auto"
@@ -75,3 +76,4 @@ class Options:
     max_fds: int | None = None
     index: TreeIndex | None = None
     row: int | None = None
+    drop_synced: bool = False

@@ -45,9 +45,15 @@ def find(view: View, path: bytes) -> Node | None:
 
 
 class Paths:
-    """Path-level calls on a :class:`~cowfs.union.view.View`; errors are OSError, as in ``os``.
+    """Path-level calls on a :class:`~cowfs.union.view.View`, by the names of ``os``.
 
-    Made objects belong to ``uid`` and ``gid`` (default: this process's).
+    A path names an object of the merged tree; links are never followed. Every call may raise OSError with the errno of the
+    system call of its name: ENOENT, ENOTDIR and ENAMETOOLONG for the path, EIO for a damaged layer, and, if it changes the tree,
+    EROFS (a read-only view) and ENOSPC (the limit, or the host). Times are nanoseconds since 1970, sizes and offsets bytes.
+
+    Args:
+        view: the view; it stays the caller's, and so does its thread.
+        uid, gid: the owner of new objects; default: this process's.
     """
 
     def __init__(self, view: View, *, uid: int | None = None, gid: int | None = None) -> None:
@@ -58,7 +64,7 @@ class Paths:
     # -- finding ------------------------------------------------------------------------------
 
     def node(self, path: Path) -> Node:
-        """The node of a path. Raises ENOENT, ENOTDIR."""
+        """The node of ``path`` (:class:`cowfs.union.Node`). Raises OSError: ENOENT, ENOTDIR."""
         here: Node = self.view.root
         for part in _parts(path):
             here = self.view.lookup(_as_dir(here), part)
@@ -74,7 +80,7 @@ class Paths:
         return _as_dir(here), parts[-1]
 
     def exists(self, path: Path) -> bool:
-        """Whether there is something at ``path``."""
+        """Whether there is an object at ``path``. Raises OSError for other failures than ENOENT and ENOTDIR."""
         try:
             self.node(path)
         except (FileNotFoundError, NotADirectoryError):
@@ -82,16 +88,19 @@ class Paths:
         return True
 
     def stat(self, path: Path) -> Attr:
-        """Attributes (of a link itself)."""
+        """The attributes (:class:`cowfs.union.Attr`) of the object at ``path``, as lstat(2). Raises OSError: ENOENT."""
         return unpack(self.view.attr(self.node(path)))
 
     def listdir(self, path: Path = b"") -> list[bytes]:
-        """Names in a directory, sorted."""
+        """The names in the directory ``path``, sorted, without ``.`` and ``..``. Raises OSError: ENOTDIR."""
         directory = _as_dir(self.node(path))
         return sorted(name for name, _ in self.view.listing(directory) if name not in (b".", b".."))
 
     def walk(self, path: Path = b"") -> Iterator[tuple[bytes, Attr]]:
-        """(path, attributes) of everything beneath, parents first, in sorted order."""
+        """(path, attributes) of every object below ``path``, parents first, names in sorted order.
+
+        Changes during the walk may be visible or not. Raises OSError: ENOTDIR, and ENOENT for an object removed meanwhile.
+        """
         start = b"/".join(_parts(path))
         pending = [(start, iter(self.listdir(start)))]
         while pending:
@@ -109,7 +118,16 @@ class Paths:
     # -- contents -----------------------------------------------------------------------------
 
     def read_bytes(self, path: Path, offset: int = 0, size: int | None = None) -> bytes:
-        """A file's content, or ``size`` bytes of it."""
+        """The content of a regular file.
+
+        Args:
+            path: the file.
+            offset: the first byte.
+            size: bytes to read; None: to the end. Fewer are returned only at the end.
+
+        Raises:
+            OSError: EISDIR or EINVAL for any other type.
+        """
         node = self.node(path)
         if size is None:
             size = max(0, self.view.size(node) - offset)
@@ -123,7 +141,19 @@ class Paths:
         return bytes(buffer[:done])
 
     def write_bytes(self, path: Path, data: bytes, *, mode: int = 0o644) -> int:
-        """Replace a file's content, making the file when there is none. Returns bytes written."""
+        """Replace the content of a regular file, which is made if missing.
+
+        Args:
+            path: the file; its directory must exist.
+            data: the new content.
+            mode: permission bits of a new file, without a umask.
+
+        Returns:
+            The number of bytes written; fewer than ``data`` has only where the limit ends.
+
+        Raises:
+            OSError: ENOSPC if not even one byte fits; EISDIR.
+        """
         parent, name = self._split(path)
         node = self.view.child(parent, name)
         if node is None:
@@ -133,7 +163,18 @@ class Paths:
         return self._write(node, 0, data)
 
     def write_at(self, path: Path, offset: int, data: bytes) -> int:
-        """Overwrite a part of a file. Returns bytes written: fewer only at the limit."""
+        """Overwrite a part of a regular file, or extend it.
+
+        Args:
+            path: the file, which must exist.
+            offset: the place of the first byte of ``data``; a gap behind the end is a hole.
+
+        Returns:
+            The number of bytes written; fewer than ``data`` has only where the limit ends.
+
+        Raises:
+            OSError: ENOSPC if not even one byte fits; EISDIR.
+        """
         return self._write(self.node(path), offset, data)
 
     def _write(self, node: Node, offset: int, data: bytes) -> int:
@@ -143,7 +184,7 @@ class Paths:
         return done
 
     def truncate(self, path: Path, size: int) -> None:
-        """Set a file's size."""
+        """Set the size, in bytes, of the file ``path``; a longer file ends in a hole. Raises OSError: EISDIR, EFBIG, ENOSPC."""
         self.view.setattr(self.node(path), size=size)
 
     def open(
@@ -160,6 +201,7 @@ class Paths:
         """A file object over a file of the tree, which is read and written in pieces.
 
         Args:
+            path: the file; its directory must exist.
             mode, buffering, encoding, errors, newline: as for the built-in ``open``, but that the default is ``rb``, and UTF-8 in text.
             permissions: of a file that is made.
 
@@ -176,7 +218,10 @@ class Paths:
         )  # fmt: skip
 
     def opened(self, path: Path, mode: str, permissions: int = 0o644) -> NodeData:
-        """A file's bytes, opened in a mode of ``open`` without ``b`` and ``t``; errors as of :meth:`open`."""
+        """The bytes of the file ``path``, opened in a ``mode`` of ``open`` without ``b`` and ``t``; a new file gets ``permissions``.
+
+        Raises OSError as :meth:`open`.
+        """
         return NodeData(self.view, self._opened(path, mode, permissions))
 
     def _opened(self, path: Path, mode: str, permissions: int) -> Node:
@@ -206,8 +251,19 @@ class Paths:
     ) -> Copied:
         """Copy a file, or a directory with all below it, from the host to ``path``, in pieces.
 
-        A file at ``path`` is replaced, directories are merged; its parent directory must be there. A link at the end of ``source``
-        is copied itself. ``owners`` and errors: :func:`cowfs.union.transfer.copy`.
+        A file at ``path`` is replaced, directories are merged.
+
+        Args:
+            source: a path of the host; a link at its end is copied itself.
+            path: the destination; its parent directory must exist.
+            owners: keep owners, set-id bits and all xattrs; without, the copy belongs to ``uid`` and ``gid``.
+            progress: called with (bytes, objects) so far.
+
+        Returns:
+            The amount copied.
+
+        Raises:
+            OSError: of either side; a file that could not be written to its end is removed, files copied before it stay.
         """
         from cowfs.union.transfer import copy, host_end
 
@@ -223,7 +279,20 @@ class Paths:
         owners: bool = False,
         progress: Callable[[int, int], object] | None = None,
     ) -> Copied:
-        """Copy a file, or a directory with all below it, to ``target`` on the host, in pieces; as :meth:`copy_in`."""
+        """Copy a file, or a directory with all below it, from ``path`` to the host, in pieces; otherwise as :meth:`copy_in`.
+
+        Args:
+            path: the object to copy; a link at its end is copied itself.
+            target: a path of the host; its parent directory must exist.
+            owners: keep owners, set-id bits and all xattrs; without, the copy belongs to this process's user.
+            progress: called with (bytes, objects) so far.
+
+        Returns:
+            The amount copied.
+
+        Raises:
+            OSError: of either side; the error's file name says which.
+        """
         from cowfs.union.transfer import DirTarget, copy, host_end
 
         top = b"/".join(_parts(path))
@@ -231,18 +300,18 @@ class Paths:
             return copy(PathsTarget(self), top, DirTarget(fd), name, owners=owners, progress=progress)
 
     def readlink(self, path: Path) -> bytes:
-        """A symbolic link's target."""
+        """The target of the symbolic link ``path``. Raises OSError: EINVAL for any other type."""
         return self.view.readlink(self.node(path))
 
     # -- names --------------------------------------------------------------------------------
 
     def mkdir(self, path: Path, mode: int = 0o755) -> None:
-        """Make a directory."""
+        """Make the directory ``path`` with the permission bits ``mode``, without a umask. Raises OSError: EEXIST, ENOSPC."""
         parent, name = self._split(path)
         self.view.mkdir(parent, name, mode, self.uid, self.gid)
 
     def makedirs(self, path: Path, mode: int = 0o755) -> None:
-        """Make a directory and its missing parents."""
+        """Make the directory ``path`` and its missing parents, all with the bits ``mode``. An existing directory is no error. Raises OSError: ENOTDIR, ENOSPC."""
         here = self.view.root
         for part in _parts(path):
             child = self.view.child(here, part)
@@ -252,39 +321,55 @@ class Paths:
             )  # fmt: skip
 
     def mknod(self, path: Path, mode: int, rdev: int = 0) -> None:
-        """Make a file of any type but directory and link."""
+        """Make a regular file, FIFO, socket or device at ``path``.
+
+        Args:
+            path: a free name.
+            mode: the type (``stat.S_IFREG`` and so on) and permission bits.
+            rdev: of a device, as :func:`os.makedev` gives it.
+
+        Raises:
+            OSError: EEXIST, ENOSPC; EPERM for character device 0/0, which is a whiteout.
+        """
         parent, name = self._split(path)
         self.view.mknod(parent, name, mode, rdev, self.uid, self.gid)
 
     def symlink(self, target: Path, path: Path) -> None:
-        """Make a symbolic link at ``path``."""
+        """Make a symbolic link to ``target`` at ``path``. Raises OSError: EEXIST, ENOSPC."""
         parent, name = self._split(path)
         self.view.symlink(parent, name, os.fsencode(target), self.uid, self.gid)
 
     def link(self, old: Path, new: Path) -> None:
-        """Make a hard link."""
+        """Give the file ``old`` one more name, ``new``. Raises OSError: EEXIST, EPERM for a directory, EMLINK, ENOSPC."""
         node = self.node(old)
         parent, name = self._split(new)
         self.view.link(node, parent, name)
 
     def rename(self, old: Path, new: Path, flags: int = 0) -> None:
-        """Rename; ``flags`` as renameat2(2)."""
+        """Rename ``old`` to ``new``, in place of an object there.
+
+        Args:
+            flags: of renameat2(2): 0, RENAME_NOREPLACE (1) or RENAME_EXCHANGE (2).
+
+        Raises:
+            OSError: as renameat2(2); EXDEV only for a directory whose marks the host has no room for.
+        """
         parent, name = self._split(old)
         to, to_name = self._split(new)
         self.view.rename(parent, name, to, to_name, flags)
 
     def unlink(self, path: Path) -> None:
-        """Remove anything but a directory."""
+        """Remove the name ``path`` of any object but a directory. Raises OSError: EISDIR, ENOSPC for a whiteout past the limit."""
         parent, name = self._split(path)
         self.view.unlink(parent, name)
 
     def rmdir(self, path: Path) -> None:
-        """Remove an empty directory."""
+        """Remove the empty directory ``path``. Raises OSError: ENOTEMPTY, ENOTDIR."""
         parent, name = self._split(path)
         self.view.rmdir(parent, name)
 
     def rmtree(self, path: Path) -> None:
-        """Remove a directory with everything in it."""
+        """Remove the directory ``path`` with all below it, deepest first. After an error the rest stays. Raises OSError: ENOTDIR."""
         directories = [b"/".join(_parts(path))]
         for above in directories:  # the list grows meanwhile
             for name in self.listdir(above):
@@ -299,31 +384,40 @@ class Paths:
     # -- attributes ---------------------------------------------------------------------------
 
     def chmod(self, path: Path, mode: int) -> None:
-        """Set permission bits."""
+        """Set the permission bits of ``path`` to ``mode``. Raises OSError: EOPNOTSUPP for a symbolic link."""
         self.view.setattr(self.node(path), mode=mode)
 
     def chown(self, path: Path, uid: int, gid: int) -> None:
-        """Set the owner; -1 leaves one alone."""
+        """Set owner and group of ``path``; -1 for ``uid`` or ``gid`` leaves that one alone. Raises OSError: EOVERFLOW for an id outside the maps."""
         self.view.setattr(self.node(path), uid=None if uid == -1 else uid, gid=None if gid == -1 else gid)
 
     def utime(self, path: Path, *, atime_ns: int | None = None, mtime_ns: int | None = None) -> None:
-        """Set times, ns since 1970."""
+        """Set the times of ``path``: ``atime_ns`` and ``mtime_ns`` are nanoseconds since 1970; None leaves one alone. Raises OSError."""
         self.view.setattr(self.node(path), atime=atime_ns, mtime=mtime_ns)
 
     def getxattr(self, path: Path, name: Path) -> bytes:
-        """The value of an extended attribute."""
+        """The value of the extended attribute ``name`` (with its namespace) of ``path``. Raises OSError: ENODATA, EOPNOTSUPP."""
         return self.view.getxattr(self.node(path), os.fsencode(name))
 
     def setxattr(self, path: Path, name: Path, value: bytes, flags: int = 0) -> None:
-        """Set an extended attribute."""
+        """Set an extended attribute of ``path``.
+
+        Args:
+            name: with its namespace, as ``user.mime``.
+            value: at most 64 KiB.
+            flags: 0, ``os.XATTR_CREATE`` or ``os.XATTR_REPLACE``.
+
+        Raises:
+            OSError: EEXIST, ENODATA by the flags; ENOSPC, EOPNOTSUPP, EPERM.
+        """
         self.view.setxattr(self.node(path), os.fsencode(name), value, flags)
 
     def listxattr(self, path: Path) -> list[bytes]:
-        """The names of the extended attributes."""
+        """The names of the extended attributes of ``path``, without the overlay's own. Raises OSError."""
         return self.view.listxattr(self.node(path))
 
     def removexattr(self, path: Path, name: Path) -> None:
-        """Remove an extended attribute."""
+        """Remove the extended attribute ``name`` of ``path``. Raises OSError: ENODATA, EOPNOTSUPP."""
         self.view.removexattr(self.node(path), os.fsencode(name))
 
 

@@ -20,7 +20,7 @@ from support.hostfs import HostFs
 from cowfs.errors import CowfsError, FailedPrecondition
 from cowfs.model import Kind
 from cowfs.store import Store
-from cowfs.sys import blockfs, loop
+from cowfs.sys import blockfs, files, loop
 from cowfs.testing import DriverSuite
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="images are mounted by root")
@@ -164,6 +164,25 @@ def test_the_device_is_read_past_the_page_cache(store: Store, mnt: Path) -> None
     store.prepare("a")
     with store.mount("a", mnt, mount_type="kernel"):
         assert loop.is_direct(loop.device_at(os.fspath(mnt)))
+
+
+@pytest.mark.parametrize("fs", ["ext4"], indirect=True)
+def test_own_blocks_are_cached_once(place: Path, mnt: Path) -> None:
+    """By the layer's file system; the host's page cache has none of them once they are synced."""
+    with Store.open(place / "store", driver="block") as store:
+        store.prepare("a")
+        with store.mount("a", mnt, mount_type="kernel"):
+            fd = os.open(mnt / "big", os.O_RDWR | os.O_CREAT)
+            os.pwrite(fd, os.urandom(8 * MIB), 0)
+            os.fsync(fd)
+            assert (files.cached_pages(fd, 0, 8 * MIB) or 0) >= 8 * MIB // 4096 - 1
+            os.close(fd)
+            pool = store.driver._pool  # type: ignore[attr-defined]
+            delta = f"{pool.tree(pool.top(store.driver.directory(store.index.get('a').id)))}/disk"
+            fd = os.open(delta, os.O_RDONLY)
+            held = [files.cached_pages(fd, start, end) for start, end in files.data_ranges(fd, os.fstat(fd).st_size)]
+            os.close(fd)
+            assert sum(count or 0 for count in held) < MIB // 4096
 
 
 @on_tmpfs
