@@ -24,6 +24,7 @@ from cowfs.errors import CowfsError, FailedPrecondition, InvalidArgument, Unsupp
 from cowfs.mounting import prefork
 from cowfs.service import browsers, logs, systemd
 from cowfs.service.api import (
+    absent,
     containers as containers_api,
     df,
     images as images_api,
@@ -51,6 +52,7 @@ def tables() -> Table:
     """The routes of all parts of the API."""
     routes: list[Route] = [
         *system.ROUTES,
+        *absent.ROUTES,
         *registry.ROUTES,
         *monitoring.ROUTES,
         *page.ROUTES,

@@ -12,6 +12,8 @@ import time
 from collections.abc import Iterator
 
 from cowfs.service.board import Board
+from cowfs.service.containers import seccomp
+from cowfs.service.containers.limits import is_unified
 from cowfs.service.containers.manager import Containers
 from cowfs.service.doors import Loop
 from cowfs.service.images import Images
@@ -93,7 +95,8 @@ class Service:
 
     def security_options(self) -> list[str]:
         """The names in Docker's info."""
-        return []
+        found = ["name=seccomp,profile=builtin"] if seccomp.is_possible() else []
+        return found + (["name=cgroupns"] if is_unified() else [])
 
     def warnings(self) -> list[str]:
         """Warnings about this host and the options."""
@@ -124,5 +127,7 @@ class Service:
 def pairs(texts: tuple[str, ...]) -> Iterator[tuple[str, str]]:
     """``key=value`` of each text."""
     for text in texts:
-        key, _, value = text.partition("=")
-        yield key.strip(), value.strip()
+        parts = text.split(",") if text.partition("=")[0].strip() in _LIMITS else [text]  # size=10G,inodes=100k
+        for part in parts:
+            key, _, value = part.partition("=")
+            yield key.strip(), value.strip()

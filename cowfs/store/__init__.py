@@ -1,6 +1,7 @@
-"""The store of snapshots. :mod:`cowfs.store.services` is the map of its parts; :mod:`cowfs.store.staging` says what survives a kill.
+"""The store of snapshots. :mod:`cowfs.store.services` is the map of its parts; :mod:`cowfs.store.staging` has the rules
+for a kill.
 
-:class:`Store` is imported when it is first asked for: a mount's server needs only :mod:`cowfs.mounting.index_view`.
+:class:`Store` is imported on first use: a mount's server needs only :mod:`cowfs.mounting.index_view`.
 """
 
 TYPE_CHECKING = False

@@ -1,4 +1,4 @@
-"""Layer archives into a snapshot. :mod:`cowfs.store.archived` has what is kept of them."""
+"""Layer archives into a snapshot. :mod:`cowfs.store.archived` has the records that are kept of them."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ class Applying:
 
 
 class _RootOnly:
-    """Beneath a whole layer there is nothing but what was copied: only its root may be empty and count."""
+    """Count the root of a whole layer, if it is empty: the layer has no lower one, and the rest was copied."""
 
     def __init__(self, tree: str) -> None:
         fd = os.open(tree, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -138,7 +138,7 @@ class _RootOnly:
 
 
 def counter(progress: Progress | None, what: str, total: int = 0) -> Callable[[int, int], object] | None:
-    """A progress function as :mod:`cowfs.archive` calls it."""
+    """A progress function with the arguments of :mod:`cowfs.archive`."""
     if progress is None:
         return None
     tell = progress

@@ -1,4 +1,4 @@
-"""Layers that came from an archive, and leave as it.
+"""Layers that came from an archive, and are exported as it.
 
 A layer that came from an archive is exported as that archive, byte for byte: its headers are kept beside the layer
 (``cowfs-headers``), and the row has the diff id. A row gets it only if nothing in the layer has changed since: no
@@ -37,13 +37,13 @@ class HasLayers(Protocol):
 
 
 class Archived:
-    """The archive that a layer is."""
+    """The archive of a layer."""
 
     def __init__(self, context: Context) -> None:
         self.context = context
 
     def archive_of(self, row: Row, scanned: scan.Scanned) -> tuple[str | None, str | None]:
-        """(diff id, chain id) of a layer that is exactly what one archive made it."""
+        """(diff id, chain id) of a layer that is exactly one archive's."""
         path = f"{self.context.driver.directory(row.id)}/{APPLIED}"
         mark = marked_time(self.context.driver, path)
         if mark is None or scanned.latest >= mark:
@@ -53,14 +53,14 @@ class Archived:
         return diff_id, self.chain_id(row.parent, diff_id)
 
     def chain_id(self, parent: int | None, diff_id: str) -> str | None:
-        """Of a layer over a snapshot; None where that has none itself (OCI image-spec, "Layer ChainID")."""
+        """The chain id of a layer over a snapshot; None if the snapshot has none (OCI image-spec, "Layer ChainID")."""
         if parent is None:
             return diff_id
         above = self.context.index.by_num(parent).chain_id
         return None if above is None else images.digest_of(f"{above} {diff_id}".encode())
 
     def is_archived(self, row: Row) -> bool:
-        """Whether a layer leaves as the archive that it came from."""
+        """Whether a layer is exported as the archive that it came from."""
         if row.kind is not Kind.COMMITTED or row.diff_id is None:
             return False
         try:
@@ -71,15 +71,15 @@ class Archived:
 
 
 def forget(directory: str) -> None:
-    """The layer is no longer what one archive made it."""
+    """Drop the records of a layer that is no longer one archive's."""
     for name in (APPLIED, HEADERS):
         unmark(f"{directory}/{name}")
 
 
 def present(store: HasLayers, parent: Row | None, chain_id: str, diff_id: str | None, owners: str) -> Row | None:
-    """A snapshot that is this layer, by this policy of owners, and has it on the disk.
+    """A snapshot with this layer, by this policy of owners, on the disk.
 
-    After a squash others may still have its chain id.
+    After a squash other snapshots may still have its chain id.
     """
     from cowfs.store.owners import policy_of
 

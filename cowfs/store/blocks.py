@@ -106,7 +106,7 @@ class Blocks:
         )
 
     def identity(self, row: Row | None) -> bytes:
-        """What two stores agree on when they hold the same tree, as far as they know it: 32 bytes.
+        """The identity of a tree, equal in two stores that hold the same tree: 32 bytes.
 
         Content digests are left out, since not every store has them: names, attributes, sizes and times decide.
         """

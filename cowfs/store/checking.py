@@ -1,14 +1,13 @@
-"""Checking a store: what is garbage, what is damaged, and what can be done about it.
+"""Checking a store: garbage, damage, and repairs.
 
 Rules:
 
-1. Garbage is what no row names: directories, and records that no tree reaches. Only garbage is
+1. Garbage are directories without a row, and records that no tree reaches. Only garbage is
    ever deleted.
-2. Damage is reported where it is, with everything that depends on it; intact snapshots stay usable.
-   What differs harmlessly (a time stamp, an inode number after a restore) is not damage.
-3. A repair takes away garbage, rebuilds records from an intact layer where they come out the same,
-   and puts what cannot be helped in quarantine: the row says why, and verbs refuse it. A later
-   repair that finds the layer restored lets it out again.
+2. Damage is reported at its place, with everything that depends on it; intact snapshots stay usable. Harmless
+differences (a time stamp, an inode number after a restore) are not damage. 3. A repair removes garbage, rebuilds
+   records from an intact layer if they come out the same, and puts other damaged snapshots in quarantine: the row has
+   the reason, and verbs refuse them. A later repair that finds the layer restored lets it out again.
 """
 
 from __future__ import annotations
@@ -44,13 +43,13 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """One thing that is wrong.
+    """One fault.
 
     Attributes:
         kind: ``garbage``, ``layer``, ``records``, ``content``, ``archive``, ``links`` or ``index``.
-        name: the snapshot it is about; "" for garbage.
+        name: the faulty snapshot; "" for garbage.
         what: one line.
-        repaired: what was done about it, "" for nothing.
+        repaired: the repair that was made, "" for none.
     """
 
     kind: str
@@ -61,12 +60,12 @@ class Problem:
 
 @dataclass(slots=True)
 class Report:
-    """What check found.
+    """The result of a check.
 
     Attributes:
         problems: in the order found.
-        snapshots, records, files: how many were looked at.
-        undigested: files that no digest is known of, as (snapshot, path); only with ``content``.
+        snapshots, records, files: the numbers examined.
+        undigested: files without a known digest, as (snapshot, path); only with ``content``.
     """
 
     problems: list[Problem] = field(default_factory=list)
@@ -77,7 +76,7 @@ class Report:
 
     @property
     def damage(self) -> list[Problem]:
-        """All problems but garbage, what was mended, and links that the kernel may have broken."""
+        """All problems except garbage, mended ones, and links that the kernel may have broken."""
         return [
             problem for problem in self.problems if problem.kind not in ("garbage", "links") and not problem.repaired
         ]
@@ -157,7 +156,7 @@ class Checking:
             )
 
     def _check_row(self, report: Report, row: Row, good: dict[bytes, bool], repair: bool) -> str | None:
-        """Check a snapshot's layer and records; why it cannot be used, or None."""
+        """Check a snapshot's layer and records, and return the reason why it cannot be used, or None."""
         found = self.context.driver.check(row.id)
         for what in found:
             report.problems.append(Problem(kind="layer", name=row.name, what=what))
@@ -177,7 +176,7 @@ class Checking:
         return what
 
     def _broken_record(self, report: Report, root: bytes, good: dict[bytes, bool]) -> bytes | None:
-        """A record below ``root`` that is missing or not what its digest says; None when all is well."""
+        """A record below ``root`` that is missing or does not match its digest; None if there is none."""
         import hashlib
 
         todo = [root]
@@ -205,7 +204,7 @@ class Checking:
         return None
 
     def _rebuild(self, row: Row) -> bool:
-        """Make a snapshot's records anew from its layer; whether they are the ones that the row names."""
+        """Make a snapshot's records anew from its layer. Returns whether they are those of the row."""
         for links in (True, False):  # as cowfs records a tree, and as it did before 2026-12
             try:
                 scanned = self._scanning.scan_row(row, KeptDigests.load(self.context.driver, row.id), links=links)
@@ -247,7 +246,7 @@ class Checking:
                 report.problems.append(Problem(kind="content", name=row.name, what=what))
 
     def _check_content(self, report: Report, row: Row, repair: bool) -> None:
-        """Verify a layer; and that one that leaves as its archive is that archive."""
+        """Verify a layer, and its archive if it is exported as one."""
         self._check_layer(report, row, repair)
         if not self._archived.is_archived(row):
             return
@@ -272,7 +271,7 @@ class Checking:
         report.problems.append(Problem(kind="archive", name=row.name, what=what, repaired=done))
 
     def _check_marks(self, report: Report, row: Row) -> None:
-        """Writes that a mark hides. Only a user can tell what is to be kept: a repair leaves them."""
+        """Report writes that a mark hides. Only a user can choose the right data: a repair leaves them."""
         from cowfs.store import damage
 
         if self.context.driver.capabilities.whole:
@@ -290,10 +289,10 @@ class Checking:
             report.problems.append(Problem(kind="content", name=row.name, what=what))
 
     def _check_whole(self, report: Report, row: Row, parent: Pair | None, repair: bool) -> Pair:
-        """Compare a whole layer with its records; a repair records what the layer holds, which is what users see.
+        """Compare a whole layer with its records; a repair records the layer's content, which users see.
 
         Returns:
-            The root entry that is recorded now.
+            The recorded root entry.
         """
         from cowfs.store import damage
 
@@ -341,7 +340,7 @@ class Checking:
             return sorted(damage.not_deleted(self.context.index, row.root, lambda: archive.member_names(log)))
 
     def _quarantine(self, report: Report, rows: list[Row], bad: dict[int, str]) -> None:
-        """Mark what is damaged, unmark what no longer is."""
+        """Put damaged snapshots in quarantine, and let intact ones out."""
         with self.context.index.write() as change:
             for row in rows:
                 why = bad.get(row.num)

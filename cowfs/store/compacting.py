@@ -1,6 +1,6 @@
 """Compaction of the redirect files of an active snapshot (driver ``row``), mounted or not.
 
-Only what can still be written is compacted: the records of a committed snapshot say which blocks it holds.
+Only writable layers are compacted: the records of a committed snapshot have its blocks.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ __all__ = ["Compacted", "Compacting", "OnProgress"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compacted:
-    """What a compaction did.
+    """The result of a compaction.
 
     Attributes:
         files: redirect files that are plain files now.
-        skipped: redirect files that were left: too little of them was written, or the limit was reached.
-        bytes: what was copied from the parents.
+        skipped: redirect files left as they are: their own share was too small, or the limit was reached.
+        bytes: bytes copied from the parents.
     """
 
     files: int
@@ -42,7 +42,7 @@ OnProgress = Callable[[str, int, int], None]
 
 
 class Compacting:
-    """Redirect files of active snapshots, made plain ones."""
+    """Compaction of redirect files of active snapshots."""
 
     def __init__(self, context: Context, lookup: Lookup, mounted: Mounted) -> None:
         self.context = context
@@ -73,7 +73,7 @@ class Compacting:
             if on_progress is not None:
                 on_progress(told["path"], told["done"], told["todo"])
 
-        while True:  # once, but for a server of an older cowfs, which tells how far it is by its answer
+        while True:  # once, except for a server of an older cowfs, whose answer has its progress
             news = protocol.stream(server["socket"], "compact", timeout=600.0, share=share)
             while True:
                 try:
@@ -89,7 +89,7 @@ class Compacting:
         from cowfs.row.compact import compact_layer
 
         below = [self.context.driver.tree(id) for _, id in self.context.index.chain(row.parent)]
-        if not below:  # nothing to stand on, so nothing was redirected
+        if not below:  # no lower layer, so no redirect files
             return Compacted(files=0, skipped=0, bytes=0)
         files = skipped = done = 0
         steps = compact_layer(

@@ -1,8 +1,8 @@
-"""A snapshot's tree as archives want to read it: attributes from the index, data from the layers.
+"""A snapshot's tree for archives: attributes from the index, data from the layers.
 
 Strategy: nothing is mounted and no directory is listed. A path is looked up in the records; only a
-regular file's bytes are read, from the layer that the record names. A walk asks for a directory's
-names before it asks for what is in it: listings are kept for that, so each record is read once.
+regular file's bytes are read, from the layer that the record names. A walk asks for a directory's names before its
+entries: listings are kept for that, so each record is read once.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class IndexedTree:
         records: the index, or pending records over it.
         root: the root entry.
         data: opens files in layers.
-        owners: knows who really owns what.
+        owners: gives the real owners.
 
     Threads: one at a time.
     """
@@ -50,7 +50,7 @@ class IndexedTree:
         return found
 
     def _listed(self, path: bytes) -> tuple[Entry | None, bytes] | None:
-        """The entry out of a listing that is kept, None where there is no such listing."""
+        """The entry from a kept listing, None if there is no such listing."""
         parent, _, name = path.rpartition(b"/")
         listing = self._listings.get(parent) if path else None
         if listing is None:
@@ -73,7 +73,7 @@ class IndexedTree:
         return entry, where
 
     def stat(self, path: bytes) -> archive.LowerStat | None:
-        """Attributes, None where there is nothing."""
+        """The attributes of a path, None if it does not exist."""
         entry, _ = self._entry(path)
         if entry is None:
             return None
@@ -114,7 +114,7 @@ class IndexedTree:
         return self._data.open(entry.layer, where) if entry.size else None
 
     def digest(self, path: bytes) -> bytes | None:
-        """The SHA-256 of a regular file's bytes, where the index knows it."""
+        """The SHA-256 of a regular file's bytes, if the index has it."""
         return self._must(path)[0].digest
 
     def data(self, path: bytes) -> Iterator[tuple[int, bytes]]:

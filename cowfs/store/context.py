@@ -1,7 +1,7 @@
-"""What the services of an open store share: its directory, its index, its driver, and whether it was closed.
+"""The shared state of an open store's services: its directory, its index, its driver, and whether it is closed.
 
-Rule: what killed processes left is swept before the first verb, and nobody sweeps while the drivers of a new store try what
-they can do there.
+Rule: remains of killed processes are swept before the first verb, and no sweep runs while the drivers of a new store
+are probed there.
 """
 
 from __future__ import annotations
@@ -36,8 +36,7 @@ class Context:
         root: the store's directory, absolute.
         index: the index.
         reserve: the room that is kept for deletions.
-        why: why this driver: what each one that is installed said, by name; empty when the store
-            had one already.
+        why: the reason for this driver: the answer of each installed one, by name; empty if the store had one already.
 
     Threads: any; the index gives each a connection of its own, and nothing else here changes but by :meth:`close`.
     """
@@ -57,7 +56,7 @@ class Context:
         return self._driver
 
     def freeing(self, delete: Callable[[], _T]) -> _T:
-        """Do what frees room, also on a file system without a free byte; ``delete`` may be called again."""
+        """Call ``delete``, perhaps twice, which frees room, also on a file system without a free byte."""
         return self.reserve.spend(delete, self.index.renew)
 
     @classmethod
@@ -70,10 +69,10 @@ class Context:
         fsync: bool,
         options: Mapping[str, str | int | bool | None],
     ) -> Self:
-        """As :meth:`cowfs.Store.open`, but that nothing is recovered."""
+        """As :meth:`cowfs.Store.open`, without recovery."""
         path = os.path.abspath(os.fspath(root) if root is not None else default_root())
         if driver != "auto":
-            registry.load(driver)  # one that is not there makes no store
+            registry.load(driver)  # a missing directory makes no store
         make_root(path, create)
         try:
             return cls._open(path, driver, create, fsync, options)
@@ -90,7 +89,7 @@ class Context:
             why: Mapping[str, Probe] = {}
             had = index.meta("driver")
             if had is None:
-                with only_one(path):  # nobody sweeps, or chooses another, while the drivers try what they can do here
+                with only_one(path):  # no sweep, and no other choice, while the drivers are probed here
                     had = index.meta("driver")
                     if had is None:
                         if driver == "auto":
@@ -126,7 +125,7 @@ class Context:
         return cls(path, index, made, why)
 
     def close(self) -> None:
-        """Let go of the index and the driver. Idempotent."""
+        """Close the index and the driver. Idempotent."""
         self._closed = True
         self._driver.close()
         self.index.close()

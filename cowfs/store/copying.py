@@ -28,7 +28,7 @@ __all__ = ["Copying", "Receiver"]
 
 
 class Receiver(Protocol):
-    """A store that snapshots are copied to, as far as that asks it; see :class:`cowfs.Store`."""
+    """The interface of a store that snapshots are copied to; see :class:`cowfs.Store`."""
 
     root: str
     index: Index
@@ -107,7 +107,7 @@ class Copying:
             try:
                 with open(writing, "wb") as out:
                     self._exporting.write_layer(row, out, "none", None)
-            except BaseException as error:  # noqa: BLE001  told below, in the caller's thread
+            except BaseException as error:  # noqa: BLE001  raised below, in the caller's thread
                 failed.append(error)
 
         thread = threading.Thread(target=write, name="cowfs-copy", daemon=True)
@@ -126,7 +126,7 @@ class Copying:
             raise failed[0]
 
     def _copy_name(self, name: str, row: Row, other: Receiver, top: Row) -> None:
-        """Make what names the snapshot here name it there."""
+        """Give the copy the names of the snapshot."""
         if name == top.name:
             return
         found = other.index.find(name)

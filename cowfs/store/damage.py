@@ -1,19 +1,21 @@
-"""Damage that older versions of cowfs left in stores, and that only content shows: what ``check --content`` looks for.
+"""Damage by older versions of cowfs that only content shows; ``check --content`` looks for it.
 
-*Whole layers.* Commit took an edit that keeps size and modification time for none (its marks were believed in a copied store),
-and gave names that were exchanged the old entries. The layer is what users see: compared with its records, byte by byte.
+*Whole layers.* Commit missed edits that keep size and modification time (its marks were believed in a copied store),
+and gave exchanged names their old entries. Users see the layer, so it is compared with its records, byte by byte.
 
 *Archives.* A layer that was edited in a copied store got the diff id of the archive that it once came from: the archive is made
 again from the layer, and its digest compared.
 
-*Links.* Squash broke links, or brought a name back: several files that changed in one layer then show one inode number. A
-copy-up by the kernel's overlayfs does that, too, so it is told, and is no damage. Only trees recorded before 2026-12 are looked at.
+*Links.* Squash broke links, or brought a name back: several files that changed in one layer then show one inode number.
+A copy-up by the kernel's overlayfs does that, too, so it is reported, but is no damage. Only trees recorded before
+2026-12 are examined.
 
-*Marks.* A metacopy mark that the host did not remove was left without a word: what was written is in the file, and every mount since then
-shows the file beneath. Data that is there and is not what is shown was written so; that of an interrupted copy is what is shown.
+*Marks.* A metacopy mark that the host did not remove was silently left: the written data is in the file, and every
+mount since then shows the file beneath. Data that differs from the visible data was written so; that of an interrupted
+copy equals it.
 
-*Deletions.* A layer archive that deleted what one of its hard links had led to, or everything by a mark at its root, left that in place
-with overlay and row. What the archive says is compared with what the tree has.
+*Deletions.* A layer archive that deleted the target of one of its hard links, or everything by a mark at its root, left
+it in place with overlay and row. The archive's deletions are compared with the tree.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ _PIECE = 1 << 20
 
 
 def _or_not(same: Callable[P, bool]) -> Callable[P, bool]:
-    """The same question, answered no where a file is gone."""
+    """A comparison of data that is False if a file is gone."""
 
     def answer(*args: P.args, **kwargs: P.kwargs) -> bool:
         try:
@@ -57,11 +59,11 @@ def _or_not(same: Callable[P, bool]) -> Callable[P, bool]:
 
 
 class Whole(NamedTuple):
-    """A whole layer beside its records.
+    """The comparison of a whole layer with its records.
 
     Attributes:
-        lines: what differs, a line each; other times are no difference, nor is a file that has a digest of its own.
-        mendable: whether all of that is what the records took from the parent.
+        lines: the differences, a line each; neither other times nor a file with a digest of its own count.
+        mendable: whether all of them came from the parent's records.
         scanned: the records as they should be.
     """
 
@@ -71,7 +73,7 @@ class Whole(NamedTuple):
 
 
 def compare_whole(driver: Driver, index: Index, row: Row, parent: Pair | None) -> Whole:
-    """Compare a whole layer with its records, byte by byte. Files of other layers that are gone equal nothing."""
+    """Compare a whole layer with its records, byte by byte. Missing files of other layers equal none."""
     assert row.root is not None
     known = layers.KeptDigests.load(driver, row.id)
     with driver.open_tree(row.id) as fd:
@@ -91,14 +93,14 @@ def compare_whole(driver: Driver, index: Index, row: Row, parent: Pair | None) -
         elif entry is not None and entry.digest is not None and change.what <= {"content", "mtime"}:
             with data.open(row.num, change.path) as file:
                 if layers.file_digest(file) == entry.digest:
-                    continue  # it is the parent's file that is another one now
+                    continue  # the parent's file is another one now
         words = ", ".join(sorted(change.what)) or change.kind
         lines.append(f"{os.fsdecode(change.path)!r} in layer {row.id} is not what is recorded of it ({words})")
     return Whole(lines, mendable, found)
 
 
 def is_old(root: Pair) -> bool:
-    """Whether a tree was recorded before records knew which names are one file."""
+    """Whether a tree was recorded before records identified files with several names."""
     return not decode(root).flags & scan.KNOWS_LINKS
 
 
@@ -135,12 +137,12 @@ def not_deleted(records: Records, root: Pair, names: Callable[[], Iterator[bytes
     emptied: set[bytes] = set()
     for path in names():
         what, concerned = meaning(path)
-        # in the tar of a whole tree these are names like any other
+        # in the tar of a whole tree these are ordinary names
         if what in (Meaning.WHITEOUT, Meaning.OPAQUE) and lookup(records, root, path) is None:
             (gone if what is Meaning.WHITEOUT else emptied).add(concerned)
     if not gone and not emptied:
         return
-    own: set[bytes] = set()  # what the archive itself puts there, and the directories above
+    own: set[bytes] = set()  # the archive's own objects, and the directories above
     for path in names():
         what, concerned = meaning(path)
         if what is not Meaning.SKIP:
@@ -174,7 +176,7 @@ def _above(path: bytes) -> Iterator[bytes]:
 
 
 def unseen(trees: Sequence[str], form: Form) -> Iterator[bytes]:
-    """Files of a layer that hold data under a metacopy mark, other than what is shown.
+    """Files of a layer with data under a metacopy mark that differs from the visible data.
 
     Args:
         trees: the layer and those beneath it, topmost first.

@@ -1,4 +1,4 @@
-"""The store itself: its driver and host, its totals, and what is in quarantine."""
+"""The store itself: its driver and host, its totals, and its quarantine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["Describing"]
 
 
 class Describing:
-    """The store, described. Nothing is changed."""
+    """Descriptions of the store, which change nothing."""
 
     def __init__(self, context: Context) -> None:
         self.context = context
@@ -80,7 +80,7 @@ class Describing:
 
 
 def _limits(driver: Driver) -> str:
-    """Which engines hold limits here, for people."""
+    """The engines for limits on this host, for people."""
     if driver.capabilities.own_limit:
         return "the driver's own, whoever mounts"
     why = limit_loop.why_not(driver)

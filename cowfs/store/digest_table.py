@@ -1,6 +1,6 @@
-"""What is known of files by their inode number, for as many files as a layer may have.
+"""A table of values by inode number, for all files of a large layer.
 
-Strategy: a dict takes 150 bytes for each file beside what is kept, ten times what a process may spend on a layer of a million.
+Strategy: a dict takes 150 bytes for each file beside its value, ten times the budget for a layer of a million.
 So records of one length (the number, then the value) lie one after another in a few thousand byte strings, by the low bits
 of the number, and one is found by searching its string: short ones, since neighbouring files have neighbouring numbers.
 """
@@ -24,7 +24,7 @@ class ByInode:
         self._strings: defaultdict[int, bytearray] = defaultdict(bytearray)
 
     def __setitem__(self, inode: int, value: bytes) -> None:
-        """Keep a value; of several for one number the last counts."""
+        """Store a value; the last one for a number counts."""
         if len(value) + 8 != self._width:
             raise ValueError(f"{len(value)} bytes instead of {self._width - 8}")
         self._strings[inode & _BITS] += inode.to_bytes(8, "little") + value
@@ -33,12 +33,12 @@ class ByInode:
         return bool(self._strings)
 
     def get(self, inode: int) -> bytes | None:
-        """The value kept for a number."""
+        """The value of a number."""
         string = self._strings.get(inode & _BITS)
         if string is None:
             return None
         key = inode.to_bytes(8, "little")
         at = string.rfind(key)
-        while at > 0 and at % self._width:  # these bytes in the middle of something else
+        while at > 0 and at % self._width:  # these bytes in the middle of another record
             at = string.rfind(key, 0, at + 7)
         return None if at < 0 else bytes(string[at + 8 : at + self._width])

@@ -1,4 +1,4 @@
-"""Disk images of snapshots, for virtual machines: the driver makes one, here it is written in the form that is asked for."""
+"""Disk images of snapshots, for virtual machines: the driver makes one, this module writes it in the requested form."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _export(driver: Driver, row: Row, target: BinaryIO, *, format: str, size: st
 
 
 def _write(target: BinaryIO, format: str, fd: int, size: int) -> int:
-    """Write a disk that can be read from a descriptor; bytes written."""
+    """Write a disk that can be read from a descriptor, and return the bytes written."""
 
     def read(start: int, count: int) -> bytes:
         return os.pread(fd, count, start).ljust(count, b"\0")

@@ -1,7 +1,6 @@
-"""What this host and user can do with cowfs, and how to get what is missing (``cowfs doctor``).
+"""The abilities of this host and user for cowfs, with remedies for missing ones (``cowfs doctor``).
 
-Rule: every question is asked of the host itself, by doing what cowfs would do where that leaves nothing behind; nothing is changed.
-A finding that is not fine has its remedy.
+Rule: every finding comes from trying on the host itself, in ways that leave nothing behind. Each fault has its remedy.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ State = Literal["ok", "note", "missing"]
 
 
 class Finding(NamedTuple):
-    """One thing that was looked at."""
+    """One finding."""
 
     about: str
     state: State
@@ -33,7 +32,7 @@ class Finding(NamedTuple):
 
 
 def examine(root: str) -> Iterator[Finding]:
-    """Look at everything; ``root`` is where the store is, or would be."""
+    """Examine everything; ``root`` is the store's directory, existing or not."""
     yield _kernel()
     yield from _mounting()
     yield from _namespaces()
@@ -53,7 +52,7 @@ def _kernel() -> Finding:
 
 
 def _mounting() -> Iterator[Finding]:
-    """Who opens /dev/fuse, and who mounts."""
+    """The rights to open /dev/fuse and to mount."""
     helper = shutil.which("fusermount3")
     try:
         os.close(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
@@ -103,7 +102,7 @@ def _allow_other() -> Finding:
 
 
 def _namespaces() -> Iterator[Finding]:
-    """What ``cowfs run`` needs."""
+    """The needs of ``cowfs run``."""
     if host.has_cap(host.CAP_SYS_ADMIN):
         yield Finding("namespaces", "ok", "this user may make them")
         return
@@ -167,14 +166,14 @@ def _overlay() -> Finding:
 
 
 def _existing(path: str) -> str:
-    """The nearest directory above a place that is there."""
+    """The nearest existing directory above a place."""
     while not os.path.isdir(path):
         path = os.path.dirname(path) or "/"
     return path
 
 
 def _place(root: str) -> Iterator[Finding]:
-    """The file system that the store is on."""
+    """The file system of the store."""
     place = _existing(root)
     if not os.access(place, os.W_OK):
         yield Finding(
@@ -241,7 +240,7 @@ def _descriptors() -> Finding:
 
 
 def _programs() -> Iterator[Finding]:
-    """What the service needs beside."""
+    """The further needs of the service."""
     runtime = shutil.which("crun") or shutil.which("runc")
     yield Finding("containers", "ok" if runtime else "note", runtime or "cowfs serve has no runtime to start containers with",
                   "" if runtime else "apt-get install crun")  # fmt: skip

@@ -1,11 +1,11 @@
-"""What container engines ask of a store: records that they may extend, and whose a directory is.
+"""A store's verbs for container engines: records that they may extend, and the snapshot of a directory.
 
 Strategy. An engine carries out a record itself and adds options of its own: BuildKit adds ``redirect_dir=off``, with which the
-kernel refuses ``metacopy=on``. So an engine's records carry no metacopy, and of ``redirect_dir`` the last word counts: directories of
-lower layers can be renamed unless the engine forbids it (redirects are followed anyway, by most kernels' default). A mount without
-metacopy cannot read what one with it may have written. So a layer has a mark, the file ``cowfs-plain`` in its directory, from the
-moment an engine gets the first record of it, empty as it is then, until anything else may write in it. A chain of marked layers is
-the kernel's; any other is a mount of our own server.
+kernel refuses ``metacopy=on``. So an engine's records carry no metacopy, and of ``redirect_dir`` the last word counts:
+directories of lower layers can be renamed unless the engine forbids it (redirects are followed anyway, by most kernels'
+default). A mount without metacopy cannot read what one with it may have written. So a layer has a mark, the file
+``cowfs-plain`` in its directory, from the first record for an engine, when the layer is empty, until another writer may
+use it. The kernel mounts a chain of marked layers; cowfs's own server mounts any other.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Engines:
         return os.path.exists(f"{self.context.driver.directory(id)}/{PLAIN}")
 
     def _mark_plain(self, row: Row) -> bool:
-        """Mark a layer in which nobody has written yet; whether that is so."""
+        """Mark an empty layer. Returns False for a layer with any content."""
         tree = self.context.driver.tree(row.id)
         if os.listdir(tree) or is_locked(self.context.driver, row) or kernel_mount_of(tree) is not None:
             return False

@@ -1,9 +1,9 @@
-"""Events of the store: what the library, the command, mounts and the daemon did, read from the index's log.
+"""Events of the store: the actions of library, command, mounts and daemon, read from the index's log.
 
-Strategy. The log is a table of the index (:mod:`cowfs.index.events`), so a follower needs no process to talk to: it looks
-whether anybody wrote (SQLite's ``data_version``, a read of shared memory) and reads what is new. No event is lost while a
-reader keeps up with the :data:`~cowfs.index.events.KEPT` newest; a reader that does not gets one ``log lost`` event
-with the number of those that it missed.
+Strategy. The log is a table of the index (:mod:`cowfs.index.events`), so a follower needs no server: it checks for
+writes (SQLite's ``data_version``, a read of shared memory) and reads new events. No event is lost while a reader keeps
+up with the :data:`~cowfs.index.events.KEPT` newest; a reader that does not gets one ``log lost`` event with the number
+of those that it missed.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ NO_LAYER = images.digest_of(b"")
 
 
 class Exporting:
-    """Snapshots, written out. A layer that came from an archive leaves as it."""
+    """Exports of snapshots. A layer that came from an archive is written as that archive."""
 
     def __init__(
         self, context: Context, reading: Reading, scanning: Scanning, archived: Archived, naming: Naming
@@ -88,7 +88,8 @@ class Exporting:
         return row.name
 
     def _spool(self, row: Row) -> str | None:
-        """Where a layer waits for its digest: in the store; None (the host's temporary directory) where it has no room."""
+        """The directory for a layer that waits for its digest: in the store; None (the host's temporary one) if that
+        has no room."""
         host = os.statvfs(self.context.root)
         used = [self.context.index.by_num(num).usage for num, _ in self.context.index.chain(row.num)]
         most = max((usage.bytes for usage in used if usage is not None), default=0)
@@ -104,7 +105,7 @@ class Exporting:
         return self._images(name, row)[0]
 
     def _images(self, name: str, row: Row) -> list[images.OutImage]:
-        """The image that a tag names; of a snapshot's own name each image that it is, one for each configuration."""
+        """The image of a tag; for a snapshot's own name its images, one for each configuration."""
         chain = [self.context.index.by_num(num) for num, _ in reversed(self.context.index.chain(row.num))]
         diff_ids = self.diff_ids(row)
         if self.context.index.tag(name) is not None:
@@ -120,7 +121,7 @@ class Exporting:
         base = config.encode() if config else None
         listed = images.diff_ids_of(base) if base is not None else None
         if listed != diff_ids and listed is not None and NO_LAYER not in listed:
-            # an image without layers is kept as a snapshot of nothing, which is no layer of what is made of it
+            # an image without layers is kept as an empty snapshot, which is no layer of derived images
             pairs = [pair for pair in zip(chain, diff_ids, strict=True) if pair[1] != NO_LAYER]
             chain, diff_ids = [each for each, _ in pairs], [diff_id for _, diff_id in pairs]
         document = base if base is not None and listed == diff_ids else None
@@ -136,7 +137,7 @@ class Exporting:
         return images.OutImage(config=document, layers=outs, tags=tags)
 
     def _layers_of(self, chain: list[Row], config: str) -> int:
-        """How many layers of a chain, bottom first, are those of the image that a configuration belongs to."""
+        """The number of layers of a chain, from the bottom, that are those of a configuration's image."""
         for count, row in enumerate(chain):
             if self.context.index.config_of(row.num) == config:
                 return count  # the first that was made from it
@@ -146,7 +147,7 @@ class Exporting:
         return len(chain)
 
     def diff_ids(self, row: Row) -> list[str]:
-        """Diff ids of a chain, bottom first; those not known yet are found by a dry export and kept."""
+        """Diff ids of a chain, bottom first; unknown ones are found by a dry export and kept."""
         found = []
         for num, _ in reversed(self.context.index.chain(row.num)):
             each = self.context.index.by_num(num)
@@ -162,7 +163,7 @@ class Exporting:
                         change.set_archive(num, diff_id, chain_id, form=archive.FORM)
                 except OSError as error:
                     if error.errno not in {errno.EROFS, *FULL}:
-                        raise  # a store that can only be read finds it anew each time
+                        raise  # a read-only store finds it anew each time
             found.append(diff_id)
         return found
 
@@ -172,7 +173,7 @@ class Exporting:
         return archive.export_tree(tree, out, compression=compression, progress=counter(progress, row.name)).diff_id
 
     def write_layer(self, row: Row, out: BinaryIO, compression: str, progress: Progress | None) -> str:
-        """Write what a layer changed as an OCI layer tar: the very archive that it came from, where it still is that one.
+        """Write a layer's changes as an OCI layer tar: the very archive that it came from, if it still matches.
 
         Returns:
             Its diff id.
@@ -190,10 +191,10 @@ class Exporting:
     def _export_changes(
         self, after: Row, before: Row | None, out: BinaryIO, compression: str, progress: Progress | None
     ) -> str:
-        """A layer tar of what changed from ``before`` (default: the parent), the same bytes for the same snapshots.
+        """A layer tar of the changes since ``before`` (default: the parent), the same bytes for the same snapshots.
 
-        A file with several names is in it under all of them, so that no link leads out of the archive: whatever unpacks
-        layers apart from each other (overlay storage does) has no other place to link to.
+        A file with several names is in it under all of them, so that no link leads out of the archive: a tool that
+        unpacks each layer separately (as overlay storage does) has no other place to link to.
         """
         pending = Pending(self.context.index)
         if before is None and after.parent is not None:
@@ -217,17 +218,17 @@ class Exporting:
 
 
 def _root_of(tree: archive.Tree) -> Iterator[Change]:
-    """The root of a layer without a parent, if it is not what an empty layer's is: no comparison names it."""
+    """The root of a layer without a parent, if it differs from an empty layer's: no comparison names it."""
     st = tree.stat(b"")
     if st is not None and ((st.mode, st.uid, st.gid) != (0o40755, 0, 0) or tree.xattrs(b"")):
         yield Change(path=b"", kind="changed", type="dir")
 
 
 def _check_target(path: str, *, directory: bool) -> None:
-    """Say in time that a file cannot be made there.
+    """Check early that a file can be made there.
 
     Raises:
-        NotFound, InvalidArgument: why not.
+        NotFound, InvalidArgument: it cannot.
     """
     if not os.path.isdir(os.path.dirname(path)):
         raise NotFound(f"no such directory: {os.path.dirname(path)}", remedy="make it, or choose another place")

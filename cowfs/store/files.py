@@ -1,6 +1,6 @@
 """Files of snapshots by path, without any mount: reading, walking, copying in and out.
 
-How a snapshot's tree is reached:
+The ways to a snapshot's tree:
 
 =======================================  =====================================================================================
 the snapshot                             its files
@@ -104,7 +104,7 @@ class Files:
                 yield PathsTarget(held.enter_context(self._mounting.paths(row.name)))
 
     def _mounted_root(self, row: Row) -> int | None:
-        """A descriptor of the root of an active snapshot's mount, in whichever mount namespace; None where it is not mounted."""
+        """A descriptor of the root of an active snapshot's mount, in whichever mount namespace; None if it is not mounted."""
         from cowfs.mounting import protocol
 
         told = self._mounted.notice_of(row)
@@ -120,7 +120,7 @@ class Files:
                 fd = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
                 here = os.fstat(fd).st_dev
                 if f"{os.major(here)}:{os.minor(here)}" == device:
-                    return fd  # that mount, and not what somebody has mounted over it
+                    return fd  # that mount, and not one over it
                 if not device[2:].isdigit() and here != os.stat("..", dir_fd=fd).st_dev:
                     return fd
                 os.close(fd)
@@ -297,7 +297,7 @@ class _Below:
 
 
 def _stat(tree: Tree, path: bytes, asked: str | bytes) -> LowerStat:
-    """What is at a canonical path. Raises FileNotFoundError with the path that was asked for."""
+    """The object at a canonical path. Raises FileNotFoundError with that path."""
     st = tree.stat(path)
     if st is None:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fsdecode(asked))

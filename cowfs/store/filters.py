@@ -1,4 +1,4 @@
-"""The filter language of ``walk``: containerd's, since its clients send it.
+"""The filter language of ``walk``, which is containerd's.
 
 A filter is a list of conditions separated by commas, all of which must hold; of several filters
 one must. A condition is a field, or a field, an operator and a value::
@@ -59,10 +59,10 @@ def _condition(text: str, match: re.Match[str]) -> Filter:
 
 
 def parse(filters: Iterable[str]) -> Filter | None:
-    """One test for all filters; None where there is nothing to test.
+    """One test for all filters; None without filters.
 
     Raises:
-        InvalidArgument: a filter cannot be read.
+        InvalidArgument: a malformed filter.
     """
     if isinstance(filters, str):
         filters = [filters]

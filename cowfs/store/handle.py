@@ -1,4 +1,4 @@
-"""What :meth:`cowfs.Store.mount` returns."""
+"""The handle that :meth:`cowfs.Store.mount` returns."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["LiveHandle"]
 
 
 class LiveStore(Protocol):
-    """The store of a mount, as far as its handle asks it; see :class:`cowfs.Store`."""
+    """The interface of a mount's store for its handle; see :class:`cowfs.Store`."""
 
     def snapshot(self, key: str, name: str, *, labels: Mapping[str, str] | None = None) -> Info: ...
 

@@ -1,4 +1,4 @@
-"""Keeping house: garbage, and snapshots that could go."""
+"""Garbage collection, and the removal of needless snapshots."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ OWNED = ("cowfs.service.", "containerd.io/")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Collected:
-    """What gc deleted: directories (relative to the store), and how many records."""
+    """The result of gc: directories deleted (relative to the store), and the number of records."""
 
     directories: tuple[str, ...] = ()
     records: int = 0
@@ -37,12 +37,12 @@ class Collected:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pruned:
-    """What :meth:`House.prune` removed, or would have.
+    """The snapshots that :meth:`House.prune` removed, or would remove.
 
     Attributes:
         names: snapshots, children before parents.
-        bytes: of their layers, as far as it is recorded.
-        kept: those in use by a mount or another verb that were left, with the reason.
+        bytes: of their layers, as recorded.
+        kept: snapshots left because a mount or another verb uses them, with the reason.
     """
 
     names: tuple[str, ...]
@@ -51,7 +51,7 @@ class Pruned:
 
 
 class House:
-    """Garbage, and snapshots that nothing needs: looked for, and deleted."""
+    """Finding and deleting garbage, and needless snapshots."""
 
     def __init__(self, context: Context, reading: Reading, recovery: Recovery, snapshots: Snapshots) -> None:
         self.context = context

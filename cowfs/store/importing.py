@@ -1,10 +1,9 @@
 """Images into the store.
 
-Strategy. A layer of an image becomes one committed snapshot, named by its chain id; what has that chain id already is
-not unpacked again. Layers are unpacked into ``new-*`` directories, several at a time, each without waiting for the
-ones beneath; only what an archive leaves to its parent (the attributes of a directory that it does not list, the data
-of a hard link into it) waits for that. Rows are then written in order, so that whatever happens, a chain in the index
-is complete.
+Strategy. A layer of an image becomes one committed snapshot, named by its chain id; an existing one is not unpacked
+again. Layers are unpacked into ``new-*`` directories, several at a time, each without waiting for the ones beneath;
+only parts that an archive leaves to its parent (the attributes of a directory that it does not list, the data of a hard
+link into it) wait for it. Rows are then written in order, so that a chain in the index is always complete.
 """
 
 from __future__ import annotations
@@ -215,7 +214,7 @@ class Importing:
         return top
 
     def _already(self, image: images.Image, owners: str) -> tuple[Row | None, int]:
-        """The highest layer of an image that is there, and how many are: each on the very layers that it has in the image."""
+        """The highest existing layer of an image, and the number of existing ones, each on the very layers of the image."""
         if any(layer.diff_id is None for layer in image.layers):
             return None, 0
         top: Row | None = None
@@ -269,13 +268,13 @@ class _Import:
         self.close()
 
     def close(self) -> None:
-        """Delete what was not committed."""
+        """Delete uncommitted layers."""
         layer, self._staged = self._staged, None
         if layer is not None:
             layer.close(keep=False)
 
     def unpack(self, parent: Row | None) -> None:
-        """Unpack over a parent that is there."""
+        """Unpack over an existing parent."""
         from concurrent.futures import Future
 
         done: Future[Row | None] = Future()
@@ -311,7 +310,7 @@ class _Import:
         point("apply.unpacked")
 
     def commit(self, parent: Row | None, labels: Mapping[str, str]) -> Row:
-        """Read it into records and write its row; if somebody else was faster, take theirs."""
+        """Read it into records and write its row; if another process was faster, use that row."""
         parts, layer = self._parts, self._staged
         driver, index = parts.context.driver, parts.context.index
         assert layer is not None
@@ -327,7 +326,7 @@ class _Import:
             self.close()
             return there
         if taken:
-            name = f"{name}.{layer.id}"  # what has its name is not this layer any more
+            name = f"{name}.{layer.id}"  # the snapshot of its name is not this layer any more
         if not driver.capabilities.whole and parent is not None and not self._applied.root:
             _inherit_root(driver.tree(parent.id), driver.tree(layer.staged))
         driver.freeze(layer.staged)
@@ -384,13 +383,13 @@ class _Import:
 
 
 class _Awaited:
-    """The tree beneath a layer, waited for when it is first asked something.
+    """The tree beneath a layer, which waits for that layer on first use.
 
     Threads: belongs to the worker that unpacks the layer.
     """
 
     def __init__(self, scanning: Scanning, below: Future[Row | None], owners: str) -> None:
-        # The root is root's, but ours where this user cannot give it away and no attribute records its owner.
+        # The root is root's, or this user's if that cannot give it away and no attribute records its owner.
         ours = os.geteuid() and owners != "xattr"
         self._uid, self._gid = (os.geteuid(), os.getegid()) if ours else (0, 0)
         self._scanning = scanning
@@ -447,7 +446,7 @@ def _inherit_root(below: str, tree: str) -> None:
 
 
 def _mended(there: DockerHost, image: images.Image, what: str, tell: Callable[[str], object]) -> images.Image | None:
-    """The image with its damaged layers as their directories are, each fault told; None where none is damaged."""
+    """The image with damaged layers read from their directories, each fault reported; None if there is no damage."""
     layers = []
     for number, layer in enumerate(image.layers, 1):
         faults = there.faults(layer)

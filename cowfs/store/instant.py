@@ -1,10 +1,11 @@
-"""Live snapshots where the driver copies a layer at one instant (``Capabilities.snapshots``): nobody switches to anything.
+"""Live snapshots with a driver that copies a layer at one instant (``Capabilities.snapshots``), without a switch of layers.
 
-The key goes on in its own layer, mounted or not; the copy becomes the committed snapshot beneath it. One transaction gives the
-record of what was the key to the copy, makes a new record for the key, and names the copy's directory, as ``prepare`` does for
-a new layer. So a kill leaves the state before, and a directory that the next sweep deletes, or the state after.
+The key goes on in its own layer, mounted or not; the copy becomes the committed snapshot beneath it. One transaction
+gives the former record of the key to the copy, makes a new record for the key, and names the copy's directory, as
+``prepare`` does for a new layer. So a kill leaves the state before, and a directory that the next sweep deletes, or the
+state after.
 
-The limit of the key counts what was written since prepare: its base stays.
+The limit of the key counts the writes since prepare: its base stays.
 """
 
 from __future__ import annotations
@@ -41,10 +42,10 @@ class Instant:
         self._scanning = scanning
 
     def snapshot(self, row: Row, name: str, labels: Mapping[str, str], server: dict[str, Any] | None) -> None:
-        """Make what an active snapshot holds now a committed one.
+        """Make the present content of an active snapshot a committed one.
 
         Args:
-            server: what the server says that has it mounted; None where the kernel or nobody has.
+            server: the answer of the server that has it mounted; None if no server has.
 
         Raises:
             NameTaken, FailedPrecondition, OSError: nothing has changed.
@@ -98,9 +99,9 @@ class Instant:
         point("create.committed")
 
     def base_at(self, row: Row, ancestor: Row) -> tuple[Usage, bool]:
-        """The base of a key that is made anew of an ancestor, and whether they share a limit.
+        """The base of a key after a rollback to an ancestor, and whether they share a limit.
 
-        What was copied at prepare, of a snapshot of the key's own; else all that the ancestor holds.
+        For a snapshot of the key itself, the use copied at prepare; else the whole use of the ancestor.
         """
         under = row
         for num, _ in self.context.index.chain(row.parent):

@@ -8,10 +8,11 @@ a file that was written in a few places has a short map.
 Rules:
 
 1. A file whose bytes are all in one file of the chain, and are all that is in it, needs no map: it is shown as any other file.
-2. A map counts whole blocks of 4,096 bytes, and the kernel reads a device by whole blocks (what ends within one is EIO). Where a base
-   was cut off, or the file ends, within a block, that block is put into the image as it is read.
+2. A map counts whole blocks of 4,096 bytes, and the kernel reads a device by whole blocks (a device that ends within
+   one gives EIO). Where a base was cut off, or the file ends, within a block, that block is put into the image as it is
+   read.
 3. The devices' paths, relative to the directory of the layers, stand behind the image's last block. The image's device table has
-   the digest of each, and its size: a mount opens the files that the image was made of, or nothing.
+   the digest of each, and its size: a mount opens exactly the files that the image was made of.
 """
 
 from __future__ import annotations
@@ -50,14 +51,14 @@ class Place(NamedTuple):
 
 
 class _Chunks(Sequence[Chunk]):
-    """The chunks of a redirect file, made from its segments as they are asked for, in order.
+    """The chunks of a redirect file, made from its segments on demand, in order.
 
     Args:
         extents: the segments.
         devices: the device number of each owner.
         size: bytes of the file.
         bits: a chunk has ``4096 << bits`` bytes.
-        parts: the blocks that several owners share, by number; ``bits`` is 0 where there are any.
+        parts: the blocks that several owners share, by number; ``bits`` is 0 if there are any.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class _Chunks(Sequence[Chunk]):
 
 
 class Blocks:
-    """The redirect files of one chain, as an image has them.
+    """The redirect files of one chain, in the form for an image.
 
     Args:
         trees: the layers' trees, topmost first, below ``top``.
@@ -103,7 +104,7 @@ class Blocks:
         form: of their xattrs.
 
     Attributes:
-        devices: what the maps given so far point into.
+        devices: the devices of the maps given so far.
         paths: the same files, relative to ``top``.
     """
 
@@ -134,7 +135,7 @@ class Blocks:
 
         Args:
             place: the tree of its layer, below the directory of the layers.
-            path: where it is in that.
+            path: its path in that tree.
         """
         marked = self._marked.get(place)
         if marked is None:
@@ -151,7 +152,7 @@ class Blocks:
             raise Corrupt(f"{os.fsdecode(path)} is missing in its layer", remedy="run 'cowfs check'") from None
 
     def find(self, shown: bytes) -> Map | Place:
-        """Where the data of a redirect file is, for its path in the merged tree.
+        """The place of a redirect file's data, for its path in the merged tree.
 
         Raises:
             Corrupt: its map, or a file of its chain, is missing or damaged.
@@ -225,7 +226,7 @@ def paths_of(image: Image, fd: int) -> list[bytes]:
     """The files of an image's devices, below the directory of the layers, in order.
 
     Raises:
-        Corrupt: what is behind the image is not what was put there.
+        Corrupt: the list behind the image is damaged.
     """
     if not image.devices:
         return []
@@ -244,7 +245,7 @@ def opened_devices(path: str, top: str) -> Iterator[list[str]]:
         top: the directory of the layers.
 
     Raises:
-        Corrupt: the image is damaged, or a file is not what it was.
+        Corrupt: the image is damaged, or a file has changed.
         OSError: EMFILE: more devices than this process may have open.
     """
     with ExitStack() as held:

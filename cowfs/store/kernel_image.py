@@ -2,12 +2,12 @@
 
 Strategy. The index knows every object of a committed snapshot: type, owner, times, xattrs, and in which layer a file's data is. The image
 holds all of that and no data: each file is a *metacopy* whose redirect names its data, relative to the directory of the layers, which
-the mount gets as a data-only layer (Documentation/filesystems/overlayfs.rst, "Data-only lower layers"). So a chain of 500 layers is
-mounted as one, and nothing is looked for in them.
+the mount gets as a data-only layer (Documentation/filesystems/overlayfs.rst, "Data-only lower layers"). So a chain of
+500 layers is mounted as one, without searches in them.
 
-An image is made on first use, or at commit by option, without a walk; it is kept in ``images-erofs`` under a name that says what it was
-made of: the snapshot's id, and a digest over its tree and the ids of all its layers. Whatever changes one of those (a squash) makes
-another image; ``gc`` removes those that no snapshot has any more. An image can always be made again.
+An image is made on first use, or at commit by option, without a walk; it is kept in ``images-erofs`` under a name of
+its sources: the snapshot's id, and a digest over its tree and the ids of all its layers. A change of one of those (by a
+squash) makes another image; ``gc`` removes images without a snapshot. An image can always be made again.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from cowfs.sys import atomic, loop
 __all__ = ["FOLDER", "build", "check", "path_of", "sweep", "unused"]
 
 FOLDER = "images-erofs"
-_FORMAT = b"2"  # of the name: another one when what is put into images changes
+_FORMAT = b"2"  # of the name: raised when the content of images changes
 
 
 class Key(NamedTuple):
@@ -54,7 +54,7 @@ class IndexedSource:
         places: by layer number, the path of its tree below the directory of the layers.
         top: the directory of the layers.
         form: the xattrs of overlayfs that the image is written for.
-        blocks: where the data of redirect files is; None where the layers have none.
+        blocks: the places of redirect files' data; None if the layers have none.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class IndexedSource:
                 yield name, self._file(entry, implied if entry.path is None else entry.path), None
 
     def _directory(self, entry: Entry) -> Inode:
-        # One link, as a merged directory shows: how many sub-directories there are changes above.
+        # One link, as for a merged directory, since layers above change the number of sub-directories.
         return Inode(
             mode=entry.mode,
             uid=entry.uid,
@@ -160,7 +160,7 @@ class IndexedSource:
         return tuple((self._form.store_name(name), value) for name, value in entry.xattrs)
 
     def _link(self, entry: Entry, path: bytes) -> Hashable:
-        """The real device and inode of a file with several names: the only sure sign that two are one."""
+        """The real device and inode of a file with several names, its only sure identity."""
         place = self._places.get(entry.layer, b"")
         try:
             st = os.stat(b"/".join((self._top, place, path)), follow_symlinks=False)
@@ -176,7 +176,7 @@ def _chain(index: Index, row: Row) -> list[tuple[int, str]]:
 
 
 def path_of(driver: Driver, index: Index, row: Row) -> str:
-    """Where the image of a committed snapshot is, whether or not it is there yet."""
+    """The path of a committed snapshot's image, existing or not."""
     assert row.root is not None
     digest = hashlib.sha256(_FORMAT + row.root[1])
     for num, id in _chain(index, row):
@@ -185,7 +185,7 @@ def path_of(driver: Driver, index: Index, row: Row) -> str:
 
 
 def build(driver: Driver, index: Index, row: Row) -> str:
-    """The path of a committed snapshot's image, made if it is not there.
+    """The path of a committed snapshot's image, made if missing.
 
     Raises:
         Unsupported: the format cannot hold the tree.
@@ -217,7 +217,7 @@ def build(driver: Driver, index: Index, row: Row) -> str:
 
 
 def check(path: str) -> str | None:
-    """What is wrong with an image, read whole; None when nothing is."""
+    """The fault of an image, which is read whole; None for a sound one."""
     with open(path, "rb") as file:
         try:
             image = Image(file.fileno())
@@ -239,7 +239,7 @@ def check(path: str) -> str | None:
 
 
 def damaged(driver: Driver) -> Iterator[tuple[str, str]]:
-    """(path, what is wrong) of the images that cannot be trusted."""
+    """(path, fault) of each damaged image."""
     try:
         names = sorted(os.listdir(f"{driver.root}/{FOLDER}"))
     except FileNotFoundError:
@@ -252,7 +252,7 @@ def damaged(driver: Driver) -> Iterator[tuple[str, str]]:
 
 
 def why_not(driver: Driver) -> str:
-    """Why the kernel mounts no snapshots of a store through images; "" where it does, as far as can be told."""
+    """The reason why the kernel cannot mount snapshots of a store through images; "" if it can, as far as known."""
     if driver.capabilities.whole:
         return "each layer is a whole tree"
     if not driver.form.redirects:
@@ -261,7 +261,7 @@ def why_not(driver: Driver) -> str:
 
 
 def how(driver: Driver) -> str:
-    """How ``mount_type="kernel"`` mounts here, for people; and why, where it is not through an image."""
+    """The way of ``mount_type="kernel"`` on this host, for people, with the reason if it uses no image."""
     why = why_not(driver)
     if driver.capabilities.whole:
         return "a bind of the layer: each is a whole tree"
@@ -274,7 +274,7 @@ def how(driver: Driver) -> str:
 
 
 def unused(driver: Driver, index: Index) -> list[str]:
-    """Images that no snapshot has: their paths, relative to the store."""
+    """The paths of images without a snapshot, relative to the store."""
     try:
         names = os.listdir(f"{driver.root}/{FOLDER}")
     except FileNotFoundError:
@@ -288,7 +288,7 @@ def unused(driver: Driver, index: Index) -> list[str]:
 
 
 def sweep(driver: Driver, index: Index) -> list[str]:
-    """Remove images that no snapshot has; their paths, relative to the store."""
+    """Remove images without a snapshot, and return their paths, relative to the store."""
     gone = unused(driver, index)
     for path in gone:
         os.unlink(f"{driver.root}/{path}")

@@ -46,14 +46,14 @@ class KernelMounts:
         return plan.why_not_image or loop.why_no_images(self.context.root, devices=bool(plan.row))
 
     def _needs_engine(self, row: Row) -> bool:
-        """Whether a kernel mount of a snapshot needs an engine to be kept to a limit."""
+        """Whether a kernel mount of a snapshot needs an engine for its limit."""
         return bool(row.limit) and row.kind is Kind.ACTIVE and not self.context.driver.capabilities.own_limit
 
     def mount(self, row: Row, where: str) -> None:
         """Mount an active snapshot or a view by the kernel; one with a limit in an image of the limit's size.
 
         Raises:
-            FailedPrecondition: in use, or its upper holds what the kernel cannot read.
+            FailedPrecondition: in use, or the kernel cannot read its upper.
             Unsupported: the host, the user or the driver cannot.
         """
         must_be_mountable(row)
@@ -73,19 +73,18 @@ class KernelMounts:
             except (
                 OSError,
                 Unsupported,
-            ) as error:  # what an image cannot hold, or this host cannot mount: layer by layer
+            ) as error:  # the image failed: mount layer by layer
                 self._mount_layers(row, plan, where, error)
 
     def _mount_layers(self, row: Row, plan: MountPlan, where: str, no_image: Exception) -> None:
-        """Mount a snapshot with each layer as a lower one of its own; what no image could be made or mounted for is told."""
+        """Mount a snapshot with each layer as a lower one of its own; ``no_image`` is the failure of the mount through
+        an image."""
         try:
             if self._needs_engine(row):
                 record = plan.record("kernel")
-            elif plan.row and row.parent is None and not plan.why_not_image:  # nothing beneath could be redirected
+            elif plan.row and row.parent is None and not plan.why_not_image:  # no lower file could be redirected
                 record = plan.kernel()
-            elif (
-                type(self.context.driver).plan is not Driver.plan
-            ):  # trees are there for a plan, and longer for a record
+            elif type(self.context.driver).plan is not Driver.plan:  # trees exist for a plan, and longer for a record
                 self._plans.hand_limit(row, by_server=False)
                 record = self._plans.plan(row).record("kernel")
             else:
@@ -102,7 +101,7 @@ class KernelMounts:
         """Mount a snapshot as one lower layer: the image of its parent's metadata, with the layers as data beneath.
 
         Raises:
-            Unsupported: the driver's layers, or this tree, are not mounted so.
+            Unsupported: the driver's layers, or this tree, cannot be mounted so.
             OSError: the host or its kernel cannot.
         """
         from cowfs.store import kernel_blocks, kernel_image
@@ -132,7 +131,7 @@ class KernelMounts:
             os.close(root)
 
     def _refuse_redirects(self, row: Row, upper: str) -> None:
-        """The kernel would show a redirect file of the upper as the sparse file that it is."""
+        """Refuse redirect files in the upper, which the kernel would show as sparse files."""
         from cowfs.row import layer
 
         for path, _ in layer.redirects(upper, self.context.driver.form):
@@ -143,11 +142,11 @@ class KernelMounts:
 
 
 def mount_record(record: Mount, target: str, *, source: str = "overlay") -> None:
-    """Do what a kernel record says, with any number of layers; ``source`` is what the mount shows as its own.
+    """Carry out a kernel record with any number of layers; ``source`` is shown as the mount's source.
 
     Raises:
-        InvalidArgument: not a record that the kernel can do.
-        OSError: what the kernel said.
+        InvalidArgument: not a record for the kernel.
+        OSError: an error of the kernel.
     """
     readonly = "ro" in record.options
     if record.type == "bind":

@@ -4,7 +4,7 @@ Strategy: one file in the store, one byte of it for each key (by a hash of its n
 lock (fcntl(2), F_OFD_SETLK). Such locks end with the process, however it ends, work between threads, and leave nothing behind.
 Two keys that share a byte only wait for each other.
 
-Who wants several takes them in the order of their bytes, so that nobody waits in a circle.
+A process takes several locks in the order of their bytes, so that no circle of waiting arises.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _PATIENCE, _PAUSE = 600.0, 0.02  # seconds
 
 
 def prepare(root: str) -> None:
-    """Make the file while there is room for it."""
+    """Make the lock file early, while there is room for it."""
     if not os.path.exists(f"{root}/{FILE}"):
         os.close(_open(root))
 
@@ -37,13 +37,13 @@ def _open(root: str) -> int:
 
 @contextmanager
 def turn(root: str, *keys: str, wait: bool = True) -> Iterator[bool]:
-    """Be the only one to switch the layers of some keys of the store in ``root``.
+    """Hold the right to switch the layers of some keys of the store in ``root``.
 
     Args:
-        wait: for others; else the block runs with False when it is not our turn.
+        wait: wait for other processes; else the block runs with False if one has the lock.
 
     Raises:
-        FailedPrecondition: others took ten minutes.
+        FailedPrecondition: other processes took ten minutes.
     """
     fd = _open(root)
     try:

@@ -1,15 +1,15 @@
-"""One layer that holds what two hold, over the layers beneath both.
+"""Merging two layers into one, over the layers beneath both.
 
-Strategy: the merged layer is built as any change is, by writing into a merged view over what is beneath; what to write is
-the difference of two trees that the index knows. Nothing that has bytes is copied where it need not be:
+Strategy: the merged layer is built by writing the difference of two trees, which the index knows, into a merged view
+over the lower layers. File data is copied only if need be:
 
 * a plain file, link or device that one of the two layers has is *linked*: it keeps its inode, and so its number;
-* a file of which they only have attributes gets those attributes;
+* a file with attributes only in the two layers gets those attributes;
 * a redirect file whose base is the same file beneath gets the blocks that the two layers hold;
 * anything else is copied.
 
-So the two layers must be left alone, as committed ones are, and a count of links is only right when they are gone
-(:attr:`Merged.names` has what it will be).
+So the two layers must not change, like committed ones, and link counts are right only once they are gone
+(:attr:`Merged.names` has the final counts).
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ _PIECE = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Merged:
-    """What was made.
+    """The result of a merge.
 
     Attributes:
-        names: inode -> how many names it has in the merged layer, for those that other layers have, too.
+        names: inode -> the number of its names in the merged layer, for inodes that other layers have, too.
     """
 
     names: dict[int, int]
@@ -53,10 +53,10 @@ class Merged:
 def write_changes(
     driver: Driver, changes: list[tuple[Change, File | None]], base: list[str], stack: list[str], target: str
 ) -> Merged:
-    """Write into the layer ``target`` over ``base`` what makes it equal to ``stack`` (ids, topmost first).
+    """Write the changes into the layer ``target`` over ``base`` that make it equal to ``stack`` (ids, topmost first).
 
     Args:
-        changes: what differs, with all names of every file that has several (:func:`cowfs.index.compare.changes_with_links`).
+        changes: the differences, with all names of every file that has several (:func:`cowfs.index.compare.changes_with_links`).
         stack: the layers to be merged, then ``base``.
     """
     options = Options(form=driver.form.name, volatile=True, row=driver.capabilities.row or None)
@@ -71,15 +71,15 @@ def write_changes(
 
 
 def copy_changes(source: View, into: View, changes: list[tuple[Change, File | None]], *, time_step: int = 0) -> None:
-    """Write what differs into a view of other layers, in which nothing can be linked; inode numbers are its own.
+    """Write the differences into a view of other layers, without links to the source; inode numbers are new.
 
     Args:
         changes: as for :func:`write_changes`.
-        time_step: nanoseconds that times there are kept to; 0: times are kept as they are, or not looked at.
+        time_step: the precision of times there, nanoseconds; 0: exact, or not checked.
 
     Raises:
         Unsupported: a time would not be kept.
-        OSError: from what the other file system cannot hold.
+        OSError: of the other file system.
     """
     _Copier(source, into, time_step).write(changes)
 
@@ -93,20 +93,20 @@ def _view(view: View) -> Iterator[View]:
 
 
 class _Writer:
-    """Makes changed paths of one view in another.
+    """Writes the changed paths of one view into another.
 
     Args:
-        merged: how many of the source's topmost layers are to be merged.
+        merged: the number of the source's topmost layers to merge.
     """
 
     def __init__(self, source: View, into: View, merged: int) -> None:
         self.source, self.into = source, into
-        source.stack.own_numbers()  # numbers as the store's mounts show them
-        self.linked: dict[File, Node] = {}  # file with several names -> what was made of it
+        source.stack.own_numbers()  # the numbers in the store's mounts
+        self.linked: dict[File, Node] = {}  # file with several names -> its copy
         self._merged = set(source.layers[len(source.layers) - merged :])
 
     def write(self, changes: list[tuple[Change, File | None]]) -> None:
-        """Make them all. Owner of neither view's descriptors afterwards."""
+        """Write all changes. Keeps no descriptor of either view."""
         directories = []
         for change, file in changes:
             here = find(self.into, change.path)
@@ -139,7 +139,7 @@ class _Writer:
     # -- a file that is beneath, too ----------------------------------------------------------------
 
     def _change(self, here: Node, there: Node) -> bool:
-        """Change the file beneath, which has one name, where it stands. Returns whether that could be done."""
+        """Change the lower file, which has one name, in place. Returns whether that was possible."""
         if there.type != DT_REG or here.type != DT_REG or unpack(self.into.attr(here)).nlink != 1:
             return False
         if isinstance(there.data, RowFile) and there.data.layer in self._merged:
@@ -160,7 +160,7 @@ class _Writer:
         return (a.st_dev, a.st_ino) == (b.st_dev, b.st_ino)
 
     def _change_blocks(self, here: Node, there: Node) -> bool:
-        """Give the file beneath the blocks of a redirect file on it."""
+        """Give the lower file the blocks of a redirect file on it."""
         chain = there.data
         assert isinstance(chain, RowFile)
         extents = chain.load()
@@ -187,7 +187,7 @@ class _Writer:
         return len(own) == len(places) and all(self._same_file(a, b) for a, b in zip(own, places, strict=True))
 
     def _copy_span(self, there: Node, here: Node, start: int, stop: int, *, punch: bool) -> None:
-        """Copy [start, stop); its holes are made where something else would show."""
+        """Copy [start, stop); holes are punched over other data."""
         buffer = memoryview(bytearray(_PIECE))
         while start < stop:
             data = min(self._seek(there, start, os.SEEK_DATA, stop), stop)
@@ -257,7 +257,7 @@ class _Writer:
         return made
 
     def _keep_number(self, there: Node, parent: Dir, dirfd: int, name: bytes) -> None:
-        """A copy is known by the inode number of what it is a copy of."""
+        """Give a copy the inode number of its source."""
         if isinstance(there, Dir):
             src, real = there.sources[-1].open(), b""
         elif there.where is not None:
@@ -276,7 +276,7 @@ class _Writer:
 
 
 class _Copier(_Writer):
-    """Makes changed paths of one view in another that shares nothing with it."""
+    """Writes the changed paths of one view into another that shares nothing with it."""
 
     def __init__(self, source: View, into: View, time_step: int) -> None:
         super().__init__(source, into, 0)
@@ -310,7 +310,7 @@ def _place(view: View, path: bytes) -> tuple[Dir, bytes]:
 
 
 def _remove(view: View, parent: Dir, name: bytes) -> None:
-    """Remove a name and all beneath it; further names of what it names stay."""
+    """Remove a name and all beneath it; other names of its files stay."""
     node = view.lookup(parent, name)
     if not isinstance(node, Dir):
         view.unlink(parent, name)

@@ -1,8 +1,7 @@
-"""What the store knows about the files of a layer: who uses it, which digests hold, which data is equal.
+"""The files of a layer: its users, valid digests, equal data.
 
-Strategy: every question is answered relative to the layer's tree, by the fewest system calls, and
-never from the path alone: a digest kept beside a layer counts while inode and ctime (which nobody
-can set) are those of the file it was made for.
+Strategy: every answer is relative to the layer's tree, by the fewest system calls, and never from the path alone: a
+digest kept beside a layer is valid while inode and ctime (which cannot be set) are those of its file.
 """
 
 from __future__ import annotations
@@ -64,19 +63,19 @@ UNKNOWN = bytes(32)
 
 
 def known_digest(value: bytes | None) -> bytes | None:
-    """A digest as it was kept; None for none."""
+    """A digest from its stored form; None for none."""
     return None if value == UNKNOWN else value
 
 
 @contextmanager
 def hold(driver: Driver, row: Row, verb: str, *, missing_ok: bool = False, at_rest: bool = True) -> Iterator[None]:
-    """Be the only user of a layer's tree; a server whose mount is gone is waited for.
+    """Be the only user of a layer's tree, after the end of a server whose mount is gone.
 
     Args:
-        at_rest: whether what a limit engine keeps elsewhere is brought into the tree first.
+        at_rest: whether the content in a limit engine's image is brought into the tree first.
 
     Raises:
-        FailedPrecondition: a mount or another verb uses it; the message says which.
+        FailedPrecondition: a mount or another verb uses it; the message names it.
         Corrupt: the tree is gone.
     """
     tree = driver.tree(row.id)
@@ -135,7 +134,7 @@ def is_locked(driver: Driver, row: Row) -> bool:
 
 
 def kernel_mount_of(tree: str) -> str | None:
-    """Where the kernel has this tree mounted, as an overlay's upper or by a bind; None when nowhere."""
+    """The mount point of this tree in the kernel, as an overlay's upper or by a bind; None if there is none."""
     found = next(kernel_mounts_of(tree), None)
     return None if found is None else os.fsdecode(found.target)
 
@@ -148,7 +147,7 @@ def kernel_mounts_of(tree: str) -> Iterator[MountInfo]:
         return
     device = f"{os.major(wanted.st_dev)}:{os.minor(wanted.st_dev)}"
     raw = os.fsencode(tree)
-    own = b"cowfs:" + os.path.basename(os.path.dirname(raw))  # a view has no upper: its source says whose it is
+    own = b"cowfs:" + os.path.basename(os.path.dirname(raw))  # a view has no upper: its source names the store
     for entry in mountinfo(having=(b" overlay ", b"/fs ")):
         if entry.fstype == "overlay":
             if b"upperdir=" + raw in entry.super_options.split(b",") or entry.source == own:
@@ -160,7 +159,7 @@ def kernel_mounts_of(tree: str) -> Iterator[MountInfo]:
 
 
 def _is_bind_of(entry: MountInfo, wanted: os.stat_result, raw: bytes) -> bool:
-    """Whether a bind mount shows a directory, where neither its device nor its path says so.
+    """Whether a bind mount shows a directory, if neither its device nor its path tells.
 
     The root of a mount is a path from the root of its file system, which may be mounted elsewhere or (btrfs) by one of its
     subvolumes; and stat(2) shows the number of a subvolume, mountinfo that of the file system.
@@ -171,12 +170,12 @@ def _is_bind_of(entry: MountInfo, wanted: os.stat_result, raw: bytes) -> bool:
     try:
         shown = os.stat(entry.target)
     except OSError:
-        return True  # hidden from us; no other store has a layer of this id
+        return True  # hidden from this process; no other store has a layer of this id
     return (shown.st_dev, shown.st_ino) == (wanted.st_dev, wanted.st_ino)
 
 
 def not_plain(driver: Driver, id: str) -> None:
-    """Whoever mounts a layer next may write in it what engines' mounts cannot read."""
+    """Drop the mark for engines' mounts, since the next mount may write data that they cannot read."""
     try:
         os.unlink(f"{driver.directory(id)}/{PLAIN}")
     except FileNotFoundError:
@@ -187,24 +186,24 @@ def not_plain(driver: Driver, id: str) -> None:
 
 
 def mark_copied(driver: Driver, id: str, parent: str, *, only_root: bool) -> None:
-    """Note that a whole layer is as it was copied; of a view, which copies nothing, only the root is."""
+    """Mark a whole layer as unchanged since its copy; for a view, which copies nothing, only its root."""
     if only_root:
         with driver.open_tree(parent) as src, driver.open_tree(id) as dst:
             trees.copy_attributes(src, dst, os.fstat(src))
     frozen = None
-    if driver.capabilities.snapshots and not only_root:  # its times are the parent's, all of before it was committed
+    if driver.capabilities.snapshots and not only_root:  # its times are the parent's, all from before its commit
         with suppress(FileNotFoundError):
             frozen = os.stat(f"{driver.directory(parent)}/{HELD}").st_ctime_ns
     mark_time(driver, f"{driver.directory(id)}/{COPIED}", after=frozen)
 
 
 def settle_times(driver: Driver) -> None:
-    """Wait until what is changed from now on has other times than what was changed before, where times are coarse."""
+    """Wait until later changes get other times than earlier ones, if times are coarse."""
     time.sleep(driver.capabilities.time_step / 1e9)
 
 
 def mark_time(driver: Driver, path: str, text: str = "", *, after: int | None = None) -> None:
-    """Write a small file with a ctime later than that of anything made before, and its seal (:func:`marked_time`).
+    """Write a small file with a ctime later than that of all earlier changes, and its seal (:func:`marked_time`).
 
     File systems stamp with a clock of some milliseconds: this waits for its next tick. Where a layer's times are coarser,
     it does not: a mark is read without its fraction of a step, so all of its second counts as changed (or
@@ -226,9 +225,10 @@ def mark_time(driver: Driver, path: str, text: str = "", *, after: int | None = 
 
 
 def marked_time(driver: Driver, path: str) -> int | None:
-    """The ctime, ns, below which a layer's file was last changed before the mark; None where there is none, or it is not the very file.
+    """The ctime of a mark, ns: files of the layer with an earlier one were last changed before it; None without a mark,
+    or for a copy of one.
 
-    A copied store has copies of its marks, with ctimes of the time of copying: they say nothing of the files beside them.
+    A copied store has copies of its marks, with ctimes of the time of copying: they tell nothing about the files beside them.
     """
     try:
         sealed = read_small(path + SEAL).decode("ascii", "replace")
@@ -252,7 +252,7 @@ def _seal_of(path: str) -> str:
 
 
 def untouched(driver: Driver, id: str) -> bool:
-    """Whether a layer is as its driver made it: empty, or nothing in it changed since it was copied."""
+    """Whether a layer is as its driver made it: empty, or unchanged since its copy."""
     tree = driver.tree(id)
     if not os.listdir(tree):
         return True
@@ -270,7 +270,7 @@ class LayerFile:
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """The size, bytes."""
         return os.fstat(self._fd).st_size
 
     def pread(self, count: int, offset: int) -> bytes:
@@ -293,7 +293,7 @@ class LayerFile:
 
 
 def open_shown(trees: Sequence[str], path: bytes, form: str) -> LayerFile:
-    """A file as a mount of these layers (topmost first) shows it. Raises OSError."""
+    """A file in the merged tree of these layers (topmost first). Raises OSError."""
     return _Redirected(list(trees), path, form)
 
 
@@ -369,7 +369,7 @@ class KeptDigests:
 
     @classmethod
     def load(cls, driver: Driver, id: str, *, compute: bool = False) -> KeptDigests | None:
-        """Those of a layer; None where there is nothing to tell."""
+        """The digests of a layer; None if there are none."""
         known = ByInode(_RECORD.size - 8)
         try:
             with open(open_regular(f"{driver.directory(id)}/{KEPT}"), "rb") as file:
@@ -382,9 +382,9 @@ class KeptDigests:
 
     @staticmethod
     def save(driver: Driver, id: str, digests: ByInode) -> None:
-        """Keep digests, given by inode, after an apply; those kept before stay where the inode is not named.
+        """Keep digests, given by inode, after an apply; earlier digests of other inodes stay.
 
-        The ctimes are taken now, by a walk of the layer.
+        The ctimes are read now, by a walk of the layer.
         """
         with open(f"{driver.directory(id)}/{KEPT}", "ab") as file:
             for st in trees.walk_all(driver.tree(id)):
@@ -408,7 +408,7 @@ class SameData:
         """Open a file of a layer for reading.
 
         Raises:
-            Corrupt: it is gone.
+            Corrupt: the file is missing.
         """
         id = self._ids.get(num)
         if id is None:
@@ -436,8 +436,8 @@ class SameData:
 class Unchanged:
     """Whether a file of a whole layer still has its parent's bytes, all attributes being equal.
 
-    A file with a ctime before the mark that was made after copying (:data:`COPIED`) has not been
-    touched since: nobody can set a ctime. What is not clearly older is compared; all of it, unless marks are to be believed.
+    A file with a ctime before the mark that was made after copying (:data:`COPIED`) has not been changed since, because
+    a ctime cannot be set. Other files are compared; all files, unless marks are trusted.
     """
 
     def __init__(self, driver: Driver, index: Index, id: str, fd: int, *, believe: bool = True) -> None:

@@ -1,8 +1,8 @@
 """Engines that keep a mounted snapshot to its limit, behind one interface.
 
-A limit belongs to the snapshot (:meth:`Store.limit <cowfs.Store.limit>`); the engine is how a mount is kept to it. The default is
-cowfs's own server, which counts every write, for every user and on every host. The others leave the data path to the kernel: a file
-system of the limit's size takes the place of the upper. docs/mounts.md has what each holds how exactly.
+A limit belongs to the snapshot (:meth:`Store.limit <cowfs.Store.limit>`); an engine holds a mount to it. The default is
+cowfs's own server, which counts every write, for every user and on every host. The others leave the data path to the
+kernel: a file system of the limit's size takes the place of the upper. docs/mounts.md has the precision of each.
 
 ===========  =====================================================  ==========================================
 name         mechanism                                              module
@@ -31,16 +31,16 @@ MOUNT_TYPES = {"fuse": "fuse", "loop": "kernel"}
 
 
 class LimitEngine(ABC):
-    """The engine that keeps one mounted snapshot to its limit now."""
+    """The engine that holds one mounted snapshot to its limit now."""
 
     name: ClassVar[str]
 
     @abstractmethod
     def change(self, limit: Limit) -> None:
-        """Give the mount another limit on what the snapshot holds itself.
+        """Give the mount another limit on the snapshot's own use.
 
         Raises:
-            FailedPrecondition: it cannot take this one while it is mounted.
+            FailedPrecondition: it cannot take this limit while mounted.
         """
 
 

@@ -1,19 +1,21 @@
 """The limit engine ``loop``: the upper of a kernel mount is an ext4 file system of the limit's size, in a sparse file.
 
 Strategy. Beside a layer's tree ``fs`` lies ``upper.img``, once it was mounted so: an ext4 with the directories ``fs`` and ``work``. As long as the image
-is there, *it* holds the layer's tree, and ``fs`` beside it is what it was before. The kernel mounts it through a loop device that
-goes with the last mount, and nothing is mounted anywhere but the overlay: a kill or a reboot leaves an image that is as good as an unmounted ext4 is
-after one. Every verb that wants the tree as a directory *settles* it first: what is in the image, which is what changed, is copied
-into a new directory, which takes the place of ``fs`` in one step; then the image is deleted.
+is there, *it* holds the layer's tree, and ``fs`` beside it is the former state. The kernel mounts it through a loop device that
+goes with the last mount, and nothing is mounted anywhere but the overlay: a kill or a reboot leaves the image in the
+state of any ext4 after one. Every verb that wants the tree as a directory *settles* it first: the content of the image,
+which is the change, is copied into a new directory, which takes the place of ``fs`` in one step; then the image is
+deleted.
 
-Exactness. The file system is a little larger than the limit. What is more is withheld from everybody (``reserved_clusters``), so that a
-fresh upper has as much room available as the limit says, to the block, and ``statvfs`` says so. What an upper takes is what ext4 needs for it: data in
-blocks of 4 KiB, directories, extended attributes that do not fit into the inode. Changing the limit is one number while the file system is large enough; it is
-grown otherwise. A number of inodes is held by empty files that take what is too much of them.
+Exactness. The file system is a little larger than the limit. The surplus is withheld from all users
+(``reserved_clusters``), so that a fresh upper has exactly the limit available, to the block, and ``statvfs`` shows it.
+An upper takes the room that ext4 needs for it: data in blocks of 4 KiB, directories, extended attributes that do not
+fit into the inode. Changing the limit is one number while the file system is large enough; it is grown otherwise. Empty
+files take the surplus of inodes.
 
-Crash safety, step by step. An image is made under another name and renamed. To settle: copy into ``fs.new``; exchange it with ``fs``; delete
-the image; delete what was ``fs``. Killed before the exchange, the image still counts, and ``fs.new`` is deleted by the next attempt; after it, the next
-attempt copies the same once more.
+Crash safety, step by step. An image is made under another name and renamed. To settle: copy into ``fs.new``; exchange
+it with ``fs``; delete the image; delete what was ``fs``. Killed before the exchange, the image still counts, and
+``fs.new`` is deleted by the next attempt; after it, the next attempt copies the same once more.
 """
 
 from __future__ import annotations
@@ -50,20 +52,20 @@ IMAGE = "upper.img"
 _BLOCK = 4096
 _NOTE = "user.cowfs.loop"
 _MOST_SPARE = 20_000
-_WORKING = 16  # blocks, and inodes, that overlayfs wants at a mount, to see what its upper can do, and gives back
+_WORKING = 16  # blocks, and inodes, that overlayfs needs at a mount, to probe its upper, and gives back
 _DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _MIB = 1 << 20
 
 
 class _Own(NamedTuple):
-    """What an empty upper takes of its file system: blocks and inodes."""
+    """The blocks and inodes that an empty upper takes of its file system."""
 
     blocks: int
     inodes: int
 
 
 def image_of(driver: Driver, id: str) -> str:
-    """Where a layer's image is, if it has one."""
+    """The path of a layer's image, if it has one."""
     return f"{driver.directory(id)}/{IMAGE}"
 
 
@@ -73,7 +75,7 @@ def has_image(driver: Driver, id: str) -> bool:
 
 
 def is_mounted(driver: Driver, id: str) -> bool:
-    """Whether a layer's image is mounted, in whatever mount namespace; one that is being unmounted is waited for."""
+    """Whether a layer's image is mounted, in whatever mount namespace; waits for a running unmount."""
     for _ in range(100):
         device = loop.device_of(image_of(driver, id))
         if device is None or not loop.ext4_mounted(device):
@@ -87,7 +89,7 @@ def _opened(image: str, *, readonly: bool = False) -> Iterator[tuple[str, int]]:
     """(the loop device, a descriptor of the root) of an image, mounted already or not.
 
     Args:
-        readonly: write nothing to an image that nobody has mounted.
+        readonly: write nothing to an unmounted image.
     """
     with ExitStack() as held:
         yield _mounted(image, held, readonly)
@@ -104,7 +106,7 @@ def _mounted(image: str, held: ExitStack, readonly: bool) -> tuple[str, int]:
         except OSError as error:
             if error.errno not in (errno.ENXIO, errno.EBUSY, errno.ENODEV):
                 raise
-            time.sleep(0.02)  # a device that goes with its last mount went just now
+            time.sleep(0.02)  # the device of the last mount went just now
             continue
         held.callback(os.close, root)
         return device, root
@@ -124,9 +126,9 @@ def opened_image(driver: Driver, id: str) -> Iterator[int]:
 
 @contextmanager
 def settled(driver: Driver, id: str) -> Iterator[None]:
-    """Bring a layer's tree out of its image, which nobody has mounted; whoever holds the layer's lock holds it until the block ends.
+    """Bring a layer's tree out of its unmounted image; the caller holds the layer's lock until the block ends.
 
-    May be repeated; does nothing where there is no image.
+    May be repeated; does nothing without an image.
 
     Raises:
         OSError: ENOSPC: the host has no room for both; the image stays.
@@ -149,11 +151,11 @@ def settled(driver: Driver, id: str) -> Iterator[None]:
     point("settle.copied")
     fd = os.open(new, _DIR)
     try:
-        locks.lock(fd)  # it is to be in use from the moment on that it is the layer's tree
+        locks.lock(fd)  # it must be locked from the moment when it becomes the layer's tree
         files.rename2(files.AT_FDCWD, os.fsencode(new), files.AT_FDCWD, os.fsencode(old), files.RENAME_EXCHANGE)
         point("settle.exchanged")
         if driver.fsync:
-            fsync_directory(driver.directory(id))  # the image goes when the tree surely is the one out of it
+            fsync_directory(driver.directory(id))  # the image goes once its content is surely the tree
         os.unlink(image)
         point("settle.unlinked")
         trees.remove_tree(new)
@@ -163,7 +165,7 @@ def settled(driver: Driver, id: str) -> Iterator[None]:
 
 
 def why_not(driver: Driver) -> str:
-    """Why mounts of a store cannot be kept to a limit so, here and by this user; "" where they can."""
+    """The reason why this engine cannot hold limits for a store, on this host and by this user; "" if it can."""
     if driver.capabilities.whole:
         return f"layers of {driver.name} are whole trees"
     if not driver.form.redirects or not host.has_cap(host.CAP_SYS_ADMIN):
@@ -174,7 +176,7 @@ def why_not(driver: Driver) -> str:
 
 
 def used(driver: Driver, id: str) -> Usage | None:
-    """What a layer whose tree is in an image holds now, as ext4 counts it; None for one without an image."""
+    """The use of a layer whose tree is in an image, as ext4 counts it; None without an image."""
     if not has_image(driver, id):
         return None
     with _opened(image_of(driver, id), readonly=True) as (_, root):
@@ -190,7 +192,7 @@ def limited(driver: Driver, id: str, plan: MountPlan) -> Iterator[MountPlan]:
     """A plan whose upper can take no more than the limit, for as long as the block or a mount made in it lasts.
 
     Raises:
-        Unsupported: this limit cannot be held so.
+        Unsupported: this engine cannot hold the limit.
     """
     image = image_of(driver, id)
     with ExitStack() as held:
@@ -225,7 +227,7 @@ class LoopEngine(LimitEngine):
     """The image of one layer, mounted.
 
     Args:
-        base: what the layer holds that does not count as its own, as in :meth:`cowfs.driver.Driver.create`.
+        base: the use of the layer that does not count as its own, as in :meth:`cowfs.driver.Driver.create`.
     """
 
     name = "loop"
@@ -267,7 +269,7 @@ def _image_size(limit: Limit) -> int:
 
 
 def _make(image: str, tree: str, limit: Limit, *, durable: bool) -> None:
-    """Make an image that holds what is in a tree."""
+    """Make an image with the content of a tree."""
     import subprocess
 
     mkfs = _mkfs()
@@ -290,7 +292,7 @@ def _make(image: str, tree: str, limit: Limit, *, durable: bool) -> None:
             for name, mode in (("fs", 0o755), ("work", 0o700), ("spare", 0o700)):
                 os.mkdir(name, mode, dir_fd=root)
             told = os.fstatvfs(root)
-            # Of its own an upper also has the directory that overlayfs makes in "work".
+            # Each upper also has the directory that overlayfs makes in "work".
             own = _Own(told.f_blocks - told.f_bfree + 1, told.f_files - told.f_ffree + 1)
             os.setxattr(_at(root, "."), _NOTE, b"%d %d" % own)
             trees.copy_tree(tree, _at(root, "fs"))
@@ -326,7 +328,7 @@ def _set(image: str, device: str, root: int, limit: Limit, *, more: int = 0) -> 
     """Make a limit hold in a file system that is mounted.
 
     Args:
-        more: so many blocks and inodes may be used besides, for now.
+        more: additional blocks and inodes that may be used for now.
     """
     if limit.bytes is None:
         raise FailedPrecondition(
@@ -354,7 +356,7 @@ def _grow(image: str, device: str, root: int, missing: int) -> None:
 
 
 def _set_inodes(root: int, own: _Own, limit: Limit, more: int) -> None:
-    """Take what is more than the limit of the inodes that there are, with empty files."""
+    """Take the inodes beyond the limit, with empty files."""
     have = sorted(os.listdir(_at(root, "spare")), key=int)
     total = os.fstatvfs(root).f_files - own.inodes
     wanted = 0 if limit.inodes is None else total - limit.inodes
@@ -372,4 +374,4 @@ def _set_inodes(root: int, own: _Own, limit: Limit, more: int) -> None:
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
-            break  # more are in use than the new limit allows
+            break  # the use is beyond the new limit

@@ -1,4 +1,4 @@
-"""The limit of a snapshot, told and changed, mounted or not; :mod:`cowfs.store.limit_engine` has who holds it."""
+"""Reading and changing the limit of a snapshot, mounted or not; :mod:`cowfs.store.limit_engine` has the engines."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class Limits:
         return None if engine is None else engine.name
 
     def _engine_of(self, row: Row) -> LimitEngine | None:
-        """What keeps an active snapshot to its limit now: the engine of its mount; None where it is not mounted."""
+        """The engine that holds an active snapshot to its limit now; None if it is not mounted."""
         server = self._mounted.server_of(row)
         if server is not None:
             return ServerEngine(server["socket"])

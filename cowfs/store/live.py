@@ -1,4 +1,4 @@
-"""Snapshots of what is being written: snapshot and rollback. :mod:`cowfs.store.switching` has the order of their steps."""
+"""Live snapshots and rollbacks. :mod:`cowfs.store.switching` has the order of their steps."""
 
 from __future__ import annotations
 

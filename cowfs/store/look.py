@@ -1,6 +1,6 @@
-"""A store opened for looking: the command that lists snapshots imports no more than it needs.
+"""A store opened for reading the index: a command that lists snapshots imports no more than it needs.
 
-The whole store is opened when the first verb of it is asked for.
+The whole store is opened for the first verb that needs it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["Look"]
 
 
 class Look:
-    """A store opened for looking. Made by :meth:`open`; a context manager.
+    """A store opened for reading the index. Made by :meth:`open`; a context manager.
 
     Threads: belongs to one.
     """
@@ -40,7 +40,7 @@ class Look:
 
     @classmethod
     def open(cls, root: str | os.PathLike[str] | None = None, *, driver: str = "auto", fsync: bool = True) -> Self:
-        """Open the store in a directory, which must be one; errors as of :meth:`cowfs.Store.open`."""
+        """Open the store in a directory, which must exist; errors as of :meth:`cowfs.Store.open`."""
         path = os.path.abspath(os.fspath(root) if root is not None else default_root())
         make_root(path, create=False)
         index = Index(os.path.join(path, INDEX), fsync=fsync)
@@ -76,7 +76,7 @@ class Look:
         return self._store
 
     def close(self) -> None:
-        """Let go of it. Idempotent."""
+        """Close it. Idempotent."""
         self.index.close()
         if self._store is not None:
             self._store.close()

@@ -1,4 +1,4 @@
-"""Rows by key and name, with the errors that a verb gives where one is not what it must be.
+"""Rows by key and name, with the errors of verbs for unfit ones.
 
 Rule: a check that a verb makes before it begins is made again in the transaction that it ends with; ``num`` is then the row
 that was found first.
@@ -21,17 +21,17 @@ __all__ = ["Lookup", "kind_words", "must_be_mountable", "must_be_sound"]
 
 
 class Lookup:
-    """Find rows, and refuse those that a verb cannot use. Only the index is read, but by :meth:`must_be_whole`."""
+    """Find rows, and refuse those that a verb cannot use. Only :meth:`must_be_whole` reads more than the index."""
 
     def __init__(self, context: Context, reading: Reading) -> None:
         self.context = context
         self._reading = reading
 
     def keyed(self, name: str) -> Row:
-        """The row of a key or name; of a tag its error says so.
+        """The row of a key or name; the error for a tag tells that it is one.
 
         Raises:
-            NotFound: neither.
+            NotFound: no such snapshot.
         """
         row = self.context.index.find(name)
         if row is None and (tag := self.context.index.tag(name)) is not None:
@@ -58,7 +58,7 @@ class Lookup:
         return row
 
     def parent(self, name: str, num: int | None = None) -> Row:
-        """The row of a committed snapshot that another one is to stand on.
+        """The row of a committed snapshot, as a parent of another one.
 
         Raises:
             NotFound: no such name or tag; or it is not ``num`` any more.
@@ -83,7 +83,7 @@ class Lookup:
             raise AlreadyExists(f"{name!r} is a tag", remedy=f"choose another name, or drop it: cowfs rm {name}")
 
     def config_at(self, name: str | None, row: Row | None) -> str:
-        """The configuration of the image that a name means: the tag's, else the one that the snapshot was made from."""
+        """The configuration of the image of a name: the tag's, else the one that the snapshot was made from."""
         if name is None or row is None:
             return ""
         tag = self.context.index.tag(name) if name != row.name else None
@@ -96,7 +96,7 @@ class Lookup:
         return min(tags, key=lambda tag: (tag.created, tag.name)).config if tags else ""
 
     def must_be_whole(self, row: Row) -> None:
-        """A file of a snapshot's layer is missing: say whether it was removed meanwhile, or has lost its layer."""
+        """Raise the error for a missing file of a snapshot's layer: the snapshot was removed meanwhile, or has lost its layer."""
         if self.context.index.get(row.name).num != row.num:
             raise NotFound(f"no snapshot {row.name!r}: it was replaced meanwhile")
         problems = self.context.driver.check(row.id)
@@ -113,12 +113,12 @@ def must_be_sound(row: Row) -> None:
 
 
 def must_be_mountable(row: Row) -> None:
-    """Refuse what cannot be mounted, however it is asked for."""
+    """Refuse a snapshot that cannot be mounted in any way."""
     if row.kind is Kind.COMMITTED:
         raise FailedPrecondition(f"{row.name!r} is committed", remedy="mount a view of it, or mount it read-only")
     must_be_sound(row)
 
 
 def kind_words(kind: Kind) -> str:
-    """A kind of snapshot, as a sentence has it after "is"."""
+    """A kind of snapshot, as the complement of "is" in a sentence."""
     return {Kind.ACTIVE: "active", Kind.VIEW: "a view", Kind.COMMITTED: "committed"}[kind]

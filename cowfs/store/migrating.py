@@ -1,17 +1,18 @@
 """A store with another driver: everything that it holds is copied into a new store, which then takes its place.
 
 Strategy. Snapshots are copied in the order of their depth, each in one transaction, with its name, labels, times, limit and
-configuration; so a new store that a killed process left has some of them whole, and the next attempt goes on from there. A layer that came from an
-archive and leaves as that archive is unpacked again, so its digests stay; any other is written as the difference
-of two trees that the index knows, through a merged view (:mod:`cowfs.store.layer_merge`), which can hold whatever a mount shows. Active
-snapshots are copied anew by every attempt, since they change without a record.
+configuration; so a new store that a killed process left has some of them whole, and the next attempt goes on from
+there. A layer that is exported as its archive is unpacked again from it, so its digests stay; any other is written as
+the difference of two trees that the index knows, through a merged view (:mod:`cowfs.store.layer_merge`), which can hold
+any tree of a mount. Active snapshots are copied anew by every attempt, since they change without a record.
 
-In place. The new store is made beside the old one, as ``ROOT.migrating``; the two directories are exchanged in one step (renameat2(2),
-RENAME_EXCHANGE), and the old one is deleted. A process that is killed before the exchange leaves the old store as it was, one that is killed after it the new one,
-and beside it an old one that the next attempt deletes.
+In place. The new store is made beside the old one, as ``ROOT.migrating``; the two directories are exchanged in one step
+(renameat2(2), RENAME_EXCHANGE), and the old one is deleted. A process that is killed before the exchange leaves the old
+store as it was, one that is killed after it the new one, and beside it an old one that the next attempt deletes.
 
-Active snapshots and views are locked from beginning to end. A snapshot that another process made or removed meanwhile is seen after the exchange, which
-is then undone; a process that has had the old store open all the time must be ended first.
+Active snapshots and views are locked from beginning to end. A snapshot made or removed by another process meanwhile is
+found after the exchange, which is then undone; a process that has had the old store open all the time must be ended
+first.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ _OWN = (
 )
 """The names in a store's directory that are its own start with these; anything else goes along to the new one."""
 
-_TURN = "\0migrate"  # no key is called so
+_TURN = "\0migrate"  # no key has this name
 
 _ELSEWHERE = "name a place for the new store: cowfs migrate --to DRIVER DIR"
 
@@ -79,13 +80,13 @@ Progress = Callable[[str, int, int], object]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Migrated:
-    """What was done.
+    """The result of a migration.
 
     Attributes:
-        root: where the new store is.
+        root: the new store's directory.
         driver: its driver.
-        copied: snapshots that this attempt copied.
-        snapshots: how many there are.
+        copied: the number of snapshots that this attempt copied.
+        snapshots: the number of all snapshots.
     """
 
     root: str
@@ -149,12 +150,12 @@ def migrate(
 
 
 def _refuse(source: Services, to: str) -> None:
-    """Refuse what cannot be moved.
+    """Refuse a store that cannot be moved.
 
     Raises:
         InvalidArgument: it has the driver already.
         Corrupt: a snapshot is in quarantine.
-        FailedPrecondition: the store can only be read.
+        FailedPrecondition: the store is read-only.
     """
     if source.context.driver.name == to:
         raise InvalidArgument(f"the store {source.context.root} has the driver {to} already")
@@ -187,7 +188,7 @@ def _exchange(path: str, place: str) -> None:
 
 
 def _try_exchange(directory: str) -> None:
-    """Exchange two directories, to see whether the file system can.
+    """Check that the file system can exchange two directories.
 
     Raises:
         Unsupported: it cannot.
@@ -204,7 +205,7 @@ def _try_exchange(directory: str) -> None:
 
 
 def _after_exchange(path: str, place: str, to: str, fsync: bool) -> Migrated | None:
-    """Finish what a killed process had exchanged already; None where it had not."""
+    """Finish the exchange of a killed process; None if there was none."""
     try:
         with _index(place) as old, _index(path) as now:
             there, beside = now.meta("driver"), old.meta("driver")
@@ -223,7 +224,7 @@ def _after_exchange(path: str, place: str, to: str, fsync: bool) -> Migrated | N
 
 
 def _delete_old(path: str, place: str, fsync: bool) -> None:
-    """Delete the old store, which is at ``place`` now; what is not the store's own in it goes along."""
+    """Delete the old store, which is at ``place`` now; foreign files in it are deleted, too."""
     for name in os.listdir(place):
         if not name.startswith(_OWN) and not os.path.lexists(f"{path}/{name}"):
             os.rename(f"{place}/{name}", f"{path}/{name}")
@@ -244,7 +245,7 @@ class _Move:
         self.made: dict[int, Row] = {}  # number in the old store -> snapshot in the new one
 
     def run(self, progress: Progress | None) -> int:
-        """Copy what is not there yet; how many snapshots that were."""
+        """Copy the missing snapshots, and return their number."""
         rows = sorted(
             self.source.context.index.rows(), key=lambda row: (row.kind is not Kind.COMMITTED, row.depth, row.num)
         )
@@ -272,7 +273,7 @@ class _Move:
         return copied
 
     def _drop_others(self, rows: list[Row]) -> None:
-        """Remove what is no longer so, and what is active, from an attempt before this one."""
+        """Remove outdated and active snapshots of an earlier attempt."""
         for tag in self.into.context.index.tags():
             self.into.naming.untag(tag.name)
         wanted = {row.name: row for row in rows if row.kind is Kind.COMMITTED}
@@ -283,7 +284,7 @@ class _Move:
                 self.into.snapshots.remove(there.name)
 
     def _copy(self, row: Row) -> None:
-        """Copy one snapshot, whose parent is there."""
+        """Copy one snapshot, whose parent is copied."""
         source, into = self.source, self.into
         driver, whole = into.context.driver, into.context.driver.capabilities.whole
         parent = self.made[row.parent] if row.parent is not None else None
@@ -341,7 +342,9 @@ class _Move:
         point("create.committed")
 
     def _committed(self, row: Row, scanned: Scanned, archived: bool) -> Committed:
-        is_one = archived or not self.source.archived.is_archived(row)  # else it does not leave as its archive any more
+        is_one = archived or not self.source.archived.is_archived(
+            row
+        )  # else it is not exported as its archive any more
         return Committed(
             usage=scanned.usage,
             root=scanned.root,
@@ -366,7 +369,7 @@ class _Move:
         return lambda _, st: known_digest(digests.get(st.st_ino))
 
     def _write(self, row: Row, chain: list[str], layer: Staged) -> KnownDigest:
-        """Write what a layer changed, as the index has it."""
+        """Write a layer's changes, from the index."""
         source, into = self.source, self.into
         pending = Pending(source.context.index)
         after = source.scanning.tree(row, pending)
@@ -411,7 +414,7 @@ class _Move:
 
 
 def _trees(store: Services, ids: list[str], held: ExitStack) -> list[str]:
-    """Where the trees of some layers are, opened until the end."""
+    """The paths of some layers' trees, held open until the end."""
     for id in ids:
         held.enter_context(layers.opened_tree(store.context.driver, id))
     return [store.context.driver.tree(id) for id in ids]

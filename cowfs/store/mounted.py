@@ -1,7 +1,7 @@
-"""Who has a layer mounted, and how one verb is alone with it.
+"""Finding the mount of a layer, and excluding other users of it.
 
-Strategy: a mount by our server holds a flock on the layer's tree for as long as it lives, and leaves a notice beside the layer, which is
-all that the other verbs need to know. A mount by the kernel holds nothing; it is found in mountinfo.
+Strategy: a mount by cowfs's server holds a flock on the layer's tree for its lifetime, and leaves a notice beside the
+layer for the other verbs. A mount by the kernel holds nothing; it is found in mountinfo.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Mounted:
         return None if where is None else (os.getpid(), where)
 
     def notice_of(self, row: Row) -> Notice | None:
-        """What a mount's server left beside a layer that it has in use: one look-up, no server is asked."""
+        """The notice that a mount's server left beside its layer: one look-up, without asking a server."""
         from cowfs.mounting import notice
 
         if not is_locked(self.context.driver, row):
@@ -64,13 +64,13 @@ class Mounted:
         return notice.Notice(server["socket"], server["pid"], server["mountpoint"], "", server["label"])
 
     def server_of(self, row: Row, *, made_by: str | None = None) -> dict[str, Any] | None:
-        """What the server of a mounted snapshot says of itself; no other server is asked.
+        """The answer of a mounted snapshot's server about itself; no other server is asked.
 
         Args:
-            made_by: ``store`` for mounts that a store made, which know the index; None for those of a record, too.
+            made_by: ``store`` for mounts that a store made, which know the index; None to include mounts by a record.
 
         Raises:
-            FailedPrecondition: it hangs.
+            FailedPrecondition: the server hangs.
         """
         from cowfs.mounting import protocol
 
@@ -95,7 +95,7 @@ class Mounted:
         return {**answer, "socket": told.socket}
 
     def _server_without_notice(self, row: Row) -> dict[str, Any] | None:
-        """The server of a layer, among all: of a mount that could leave no notice, or was made by an older cowfs."""
+        """The server of a layer, searched among all servers: for a mount without a notice, or of an older cowfs."""
         from cowfs.mounting import protocol
 
         tree = os.path.realpath(self.context.driver.tree(row.id))
@@ -105,26 +105,26 @@ class Mounted:
         return None
 
     def usage_of(self, row: Row) -> Usage | None:
-        """What the server of a mounted snapshot counts; without what was copied, as :meth:`cowfs.Store.usage` wants it."""
+        """The use of a mounted snapshot by its server's count, without copied data, for :meth:`cowfs.Store.usage`."""
         from cowfs.mounting.client import MountHandle
 
         server = self.server_of(row)
         if server is None:
             return None
         used = MountHandle(server["mountpoint"], server["pid"], server["socket"]).usage()
-        if not server["label"]:  # of a record, whose server counts the whole layer
+        if not server["label"]:  # a mount by a record, whose server counts the whole layer
             return used
         return Usage(bytes=used.bytes + row.base.bytes, inodes=used.inodes + row.base.inodes)
 
     @contextmanager
     def alone(self, row: Row, verb: str, *, mounted: bool, missing_ok: bool = False) -> Iterator[bool]:
-        """Be the only one who changes a layer; whether it is not mounted either.
+        """Be the only writer of a layer. Yields whether it is unmounted, too.
 
         Args:
-            mounted: a mount of it is no hindrance. For a commit, it is read-only from now on.
+            mounted: allow a mount, which becomes read-only for a commit.
 
         Raises:
-            FailedPrecondition: somebody uses it.
+            FailedPrecondition: a mount or another verb uses it.
         """
         with ExitStack() as held:
             alone = True
@@ -142,10 +142,10 @@ class Mounted:
             yield alone
 
     def _let_nobody_write(self, row: Row) -> None:
-        """Make the mounts of a snapshot read-only, for good; what was written is in its layer then.
+        """Make the mounts of a snapshot read-only, for good; all writes are in its layer then.
 
         Raises:
-            FailedPrecondition: files are open for writing in a mount of the kernel; or the server cannot.
+            FailedPrecondition: files are open for writing in a mount of the kernel; or the server fails.
         """
         server = self.server_of(row)
         if server is not None:

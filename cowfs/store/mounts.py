@@ -1,4 +1,4 @@
-"""Mounting snapshots: by our own server, or by the kernel where the caller asks for it."""
+"""Mounting snapshots: by cowfs's own server, or by the kernel on request."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ __all__ = ["Mounting"]
 
 
 class _Asked(TypedDict):
-    """What is asked of a mount beside its place, as :meth:`cowfs.Store.mount` has it."""
+    """The options of a mount, as of :meth:`cowfs.Store.mount`."""
 
     volatile: bool
     allow_other: bool | None
@@ -47,7 +47,7 @@ class _Asked(TypedDict):
 
 
 class Mounting:
-    """mount, unmount, and trees that are mounted in this process."""
+    """Mounts, unmounts, and trees for use in this process."""
 
     def __init__(
         self,
@@ -138,7 +138,7 @@ class Mounting:
     @contextmanager
     def layers_stay(self, key: str) -> Iterator[None]:
         """As :meth:`cowfs.Store.layers_stay`."""
-        if self.context.index.refused:  # nobody can change a store that can only be read
+        if self.context.index.refused:  # a read-only store cannot change
             yield
             return
         with turn(self.context.root, key):
@@ -253,7 +253,7 @@ class Mounting:
         self._told("unmount", key, where)
 
     def _told(self, action: str, key: str, where: str) -> None:
-        """Record what the kernel's mounts have no server to record for."""
+        """Record the events of kernel mounts, which have no server."""
         if not self.context.index.refused:
             with self.context.index.write() as change:
                 change.record_event("mount", action, key, {"mountpoint": where, "type": "kernel"})

@@ -1,9 +1,9 @@
-"""Which keys, names, tags and labels are allowed, here and only here.
+"""The rules for keys, names, tags and labels, here and only here.
 
 Rule 1. A key, or the name of a committed snapshot, is any text without NUL, up to 4,096 bytes: engines choose it
-(containerd's are ``namespace/1/name``, and its clients may use paths and whatever else), and a store is no place to judge that.
+(containerd's are ``namespace/1/name``, and its clients may use paths and other text).
 Rule 2. It never becomes part of a path: layers are named by ids that the store makes itself.
-Rule 3. A tag, and a key that the command line makes, is 1 to 255 characters of what prints, without space at either
+Rule 3. A tag, and a key that the command line makes, is 1 to 255 printable characters, without space at either
 end and without control characters, so that it fits on one line of any listing and in any log; and it does not begin
 with ``/``, ``./``, ``../`` or ``-``, since it would be taken for a path or an option there. A tag has no space at all.
 """
@@ -30,7 +30,7 @@ def check_key(key: str, what: str = "name") -> str:
     """A key or name that a store may keep.
 
     Raises:
-        InvalidArgument: it may not; the message says why.
+        InvalidArgument: it may not; the message has the reason.
     """
     if not isinstance(key, str):
         raise InvalidArgument(f"a {what} is a string, not {type(key).__name__}")
@@ -51,7 +51,7 @@ def check_name(name: str, what: str = "name") -> str:
     """A tag, or a key or name that the command line makes.
 
     Raises:
-        InvalidArgument: it may not; the message says why.
+        InvalidArgument: it may not; the message has the reason.
     """
     if not isinstance(name, str):
         raise InvalidArgument(f"a {what} is a string, not {type(name).__name__}")
@@ -80,7 +80,7 @@ def _why_not(name: str) -> str:
 
 
 def check_labels(labels: Mapping[str, str | None]) -> None:
-    """Labels that may be kept.
+    """Check labels.
 
     Raises:
         InvalidArgument: an empty or overlong one, or no strings.

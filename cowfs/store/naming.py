@@ -1,4 +1,4 @@
-"""Names, tags and labels of snapshots: all that can be changed of a committed one."""
+"""Names, tags and labels of snapshots: the mutable part of a committed one."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ class Naming:
         with self.context.index.write() as change:
             tag = self.context.index.tag(old)
             if tag is None:
-                self.context.index.get(old)  # there was one a moment ago
+                self.context.index.get(old)  # one existed a moment ago
                 return
             self._lookup.must_be_free(new, for_tag=True)
             if self.context.index.tag(new) is not None:

@@ -1,7 +1,7 @@
-"""Where a store is, and whether a directory may become one.
+"""The directory of a store, and the check whether a directory may become one.
 
-Rule: nothing is made where something else is, and a store that has lost its index is never taken for a new one: its
-layers would then be garbage.
+Rule: a store is made only in an empty or missing directory, and one that has lost its index is never taken for a new
+one, since its layers would be garbage.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ INDEX = "index.db"
 
 
 def default_root() -> str:
-    """Where a store is when nobody says: ``/var/lib/cowfs`` as root, the user's data directory otherwise."""
+    """The default directory of a store: ``/var/lib/cowfs`` as root, the user's data directory otherwise."""
     if host.is_root_here():
         return "/var/lib/cowfs"
     data = os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
@@ -32,16 +32,16 @@ def default_root() -> str:
 
 
 def make_root(path: str, create: bool) -> None:
-    """Make a store's directory, private, or refuse what is there.
+    """Make a store's directory, private, or refuse an unfit one.
 
     Raises:
-        NotFound: there is no store, and none is to be made.
-        InvalidArgument: something else is there.
+        NotFound: there is no store, and ``create`` is off.
+        InvalidArgument: the directory holds something else.
         Corrupt: a store without its index.
         Unsupported: this user may not.
     """
     index, layers = os.path.join(path, INDEX), os.path.join(path, "layers")
-    # Another process may be making this very store, and makes the index first: so the index is looked at last.
+    # Another process may be making this very store, and makes the index first, so the index is checked last.
     try:
         names = os.listdir(path) if os.path.isdir(path) else []
         held = os.listdir(layers) if "layers" in names else []
@@ -80,10 +80,10 @@ def make_root(path: str, create: bool) -> None:
 
 
 def _refuse_others(path: str) -> None:
-    """A store in which somebody else may write is his, and he would have us read and write what he likes.
+    """Refuse a store in which another user may write, since he could direct this process's reads and writes.
 
     Raises:
-        InvalidArgument: others may write in it, or we are root and it is another user's.
+        InvalidArgument: others may write in it, or this process is root and it is another user's.
     """
     st = os.stat(path)
     if st.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
@@ -94,7 +94,7 @@ def _refuse_others(path: str) -> None:
 
 
 def _refuse_anothers(path: str) -> None:
-    """Raises InvalidArgument where we are root and a store's directory is another user's."""
+    """Raise InvalidArgument if this process is root and a store's directory is another user's."""
     owner = os.stat(path).st_uid
     if owner and not os.geteuid():
         raise InvalidArgument(
@@ -104,7 +104,7 @@ def _refuse_anothers(path: str) -> None:
 
 @contextmanager
 def only_one(path: str) -> Iterator[None]:
-    """One process at a time, for what happens at a store's first opening (flock on its directory)."""
+    """Admit one process at a time, for the first opening of a store (flock on its directory)."""
     from cowfs.sys import locks
 
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -1,13 +1,12 @@
 """Owners that a layer records in attributes because its maker could not give them (``owners="xattr"``).
 
 Rule 1. A layer is *recorded* when an archive was applied to it that way: the file ``cowfs-owners`` lies beside its tree.
-Only then is ``user.containers.override_stat`` believed, since whoever may write a file may set its attribute.
-Rule 2. In a store of an ordinary user, what is based on a recorded layer is recorded, too: a file that was copied up took its
-attribute along, and nobody but that user can have set one.
-Rule 3. In a recorded layer what carries no attribute and belongs to the store's own user is root's: symbolic links, which can
-carry none, and whatever was made in a namespace where this user was root.
-Rule 4. A layer whose owners were left out (``owners="ignore"``) has ``cowfs-owners-ignored`` beside its tree: it is not the layer
-that an import with another policy means, whatever its diff id.
+Only then is ``user.containers.override_stat`` trusted, since any writer of a file may set its attribute.
+Rule 2. In a store of an ordinary user, a layer over a recorded one is recorded, too: a copied-up file has its
+attribute, and only that user can have set one. Rule 3. In a recorded layer an object without the attribute that belongs
+to the store's own user is root's: symbolic links, which can have none, and objects made in a namespace where this user
+was root. Rule 4. A layer whose owners were left out (``owners="ignore"``) has ``cowfs-owners-ignored`` beside its tree:
+it is not the layer of an import with another policy, even with the same diff id.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ _FORMATS = {kind: form for form, kind in TYPES.items()}
 
 
 class Owner(NamedTuple):
-    """What an object would be if its maker had been able to make it: ``mode`` with its type bits."""
+    """The intended owner and mode of an object that its maker could not make so: ``mode`` has the type bits."""
 
     mode: int
     uid: int
@@ -41,7 +40,7 @@ class Owner(NamedTuple):
 
 
 def mark(directory: str, policy: str = "xattr") -> None:
-    """A layer's directory is about to get owners by a policy (:attr:`cowfs.archive.ApplyOptions.owners`)."""
+    """Record that a layer's directory is about to get owners by a policy (:attr:`cowfs.archive.ApplyOptions.owners`)."""
     name = {str(each): name for each, name in MARKS.items()}.get(policy)
     if name is not None:
         os.close(os.open(f"{directory}/{name}", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
@@ -53,7 +52,7 @@ def policy_of(directory: str) -> Policy:
 
 
 def carry(driver: Driver, sources: list[str], target: str) -> None:
-    """Layer ``target`` holds what was in ``sources``: it is recorded if one of them was."""
+    """Mark the layer ``target``, merged of ``sources``, as recorded if one of them was."""
     if any(os.path.exists(f"{driver.directory(id)}/{MARK}") for id in sources):
         mark(driver.directory(target))
 
@@ -78,10 +77,10 @@ class Recorded:
         return found
 
     def owner(self, entry: Entry, path: bytes) -> Owner:
-        """Who owns an entry, and what it is.
+        """The owner and the type of an entry.
 
         Raises:
-            InvalidArgument: its attribute cannot be read.
+            InvalidArgument: its attribute is malformed.
         """
         if self.covers(entry.layer):
             for name, value in entry.xattrs:

@@ -1,4 +1,4 @@
-"""How a snapshot is mounted, by whichever engine: the driver's plan, and the records made of it. Nothing is mounted here."""
+"""The mount of a snapshot, for any engine: the driver's plan, and the records made of it. Nothing is mounted here."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ class Plans:
         return self.records(self._lookup.keyed(key), mount_type)
 
     def records(self, row: Row, mount_type: str | None) -> tuple[Mount, ...]:
-        """Records of the mounts that make a snapshot's tree, of one type or the one that suits host, user and limit; its limit is handed
-        to whoever will hold it."""
+        """Records of the mounts that make a snapshot's tree, of one type or the one that suits host, user and limit;
+        its limit is handed to its holder."""
         self.at_rest(row)
         if type(self.context.driver).mounts is Driver.mounts:
             record = self.plan(row).record(mount_type)
             self.hand_limit(row, by_server=record.type.startswith("fuse."))
             return (record,)
-        # A driver of before plans describes its mounts itself, and is given the parent for a view of a whole layer.
+        # A driver without plans describes its mounts itself, and gets the parent for a view of a whole layer.
         must_be_mountable(row)
         id, *parents = [id for _, id in self.context.index.chain(row.num)]
         readonly = row.kind is Kind.VIEW
@@ -47,7 +47,7 @@ class Plans:
         return self.context.driver.mounts(id, parents, readonly=readonly, limit=limit, mount_type=mount_type)
 
     def plan(self, row: Row, *, committed: bool = False) -> MountPlan:
-        """How the driver has a snapshot mounted, by whichever engine; a committed one only where that is allowed."""
+        """The driver's plan for a snapshot, for any engine; a committed one only if allowed."""
         if not committed or row.kind is not Kind.COMMITTED:
             must_be_mountable(row)
         must_be_sound(row)
@@ -57,17 +57,17 @@ class Plans:
         return self.context.driver.plan(id, parents, readonly=row.kind is Kind.VIEW, limit=row.limit.over(row.base))
 
     def at_rest(self, row: Row) -> None:
-        """Bring into its directory what a limit engine keeps of an active snapshot's tree elsewhere.
+        """Bring an active snapshot's tree out of a limit engine's image into its directory.
 
         Raises:
-            FailedPrecondition: it is mounted so.
+            FailedPrecondition: it is mounted by that engine.
         """
         if row.kind is Kind.ACTIVE and limit_loop.has_image(self.context.driver, row.id):
             with layers.hold(self.context.driver, row, "use"):
                 pass
 
     def hand_limit(self, row: Row, *, by_server: bool) -> None:
-        """Have a snapshot's limit held by whoever will: our server, or else the driver. A mount of the kernel keeps its limit."""
+        """Hand a snapshot's limit to its holder: cowfs's server, or else the driver. A mount of the kernel keeps its limit."""
         if not self.context.driver.capabilities.own_limit or row.kind is not Kind.ACTIVE or self.context.index.refused:
             return
         if not by_server or layers.kernel_mount_of(self.context.driver.tree(row.id)) is None:

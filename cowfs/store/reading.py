@@ -1,8 +1,9 @@
-"""What the index alone can tell: a store opened without its driver, for programs that only look.
+"""The verbs of the index alone: a store opened without its driver, for programs that only read.
 
 Strategy: :class:`Reading` has the verbs that read nothing but the index, so that a process which lists snapshots imports no
-driver, no FUSE and no archive. :class:`cowfs.Store` has them, too. :class:`cowfs.store.look.Look` is a store opened for them alone:
-nothing is made, swept or counted again, and no lock is taken. Where more is needed than the index, it opens the whole store.
+driver, no FUSE and no archive. :class:`cowfs.Store` has them, too. :class:`cowfs.store.look.Look` is a store opened for
+them alone: without making, sweeping or counting, and without a lock. For a verb that needs more than the index, it
+opens the whole store.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ DIGEST = "sha256:"
 
 
 def must_read(path: str, form: str) -> None:
-    """Raise Unsupported where this user cannot read the layers of a store."""
+    """Raise Unsupported if this user cannot read the layers of a store."""
     if form == "trusted" and not host.can_trusted_xattr():
         raise Unsupported(
             f"the layers of {path} have trusted.overlay.* attributes, which this user cannot read",

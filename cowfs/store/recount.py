@@ -1,7 +1,7 @@
-"""Counting again what an earlier version counted by a smaller measure.
+"""A new count of use that an earlier version counted by a smaller measure.
 
-Only a driver that copies whole layers needs it: what was copied is taken off what the layer holds, so both must be by one
-measure (:mod:`cowfs.union.measure`). What other active snapshots do not count is a sum of its own, and stays right.
+Only a driver that copies whole layers needs it: the copied use is subtracted from the layer's, so both must be by one
+measure (:mod:`cowfs.union.measure`). The base of other active snapshots is a separate sum, and stays right.
 """
 
 from __future__ import annotations

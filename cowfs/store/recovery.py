@@ -1,6 +1,6 @@
-"""What killed processes left half done, finished or taken back: a list of those that can, each by its own notes.
+"""Finishing or undoing the verbs of killed processes: a list of services that can, each by its own notes.
 
-A store that nobody was killed in has no notes, and those who would read them are not even imported.
+A store without killed processes has no notes, and their readers are not even imported.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ __all__ = ["Recoverer", "Recovery", "Unfinished"]
 
 
 class Unfinished(Protocol):
-    """A service whose verbs leave notes of what is under way."""
+    """A service whose verbs leave notes of their progress."""
 
     def recover(self) -> None:
-        """Finish, or take back, what the notes tell of."""
+        """Finish or undo the verbs in the notes."""
 
     def is_half_done(self, num: int) -> bool:
-        """Whether a note tells of the active snapshot with this number."""
+        """Whether a note names the active snapshot with this number."""
 
 
 class Recoverer(NamedTuple):
-    """Who finishes what the notes tell of whose names begin with a prefix."""
+    """The service for notes whose names begin with a prefix."""
 
     prefix: str
     service: Callable[[], Unfinished]
 
 
 class Recovery:
-    """Verbs that were killed."""
+    """Recovery of killed verbs."""
 
     def __init__(self, context: Context, lookup: Lookup, recoverers: tuple[Recoverer, ...]) -> None:
         self.context = context
@@ -73,7 +73,7 @@ class Recovery:
 
     @contextmanager
     def turn(self, key: str) -> Iterator[None]:
-        """No other live verb is at a key meanwhile, and none that was killed has left it half done."""
+        """Keep other live verbs from a key for the block, after recovery of any killed one."""
         with turn(self.context.root, key):
             self.recover()
             yield

@@ -3,7 +3,7 @@
 A deletion writes, too: SQLite's log and shared memory, and an event. So a file of some size lies beside the index, whose blocks
 a deletion gives back first, and takes again when it has ended, as far as there is room. Readers need none of it.
 
-Two deletions may meet: what one has just taken back the other may want to give away. So a deletion that fails for want of
+Two deletions may meet: one may take back the room that the other needs. So a deletion that fails for want of
 room tries again.
 """
 
@@ -53,7 +53,7 @@ class Reserve:
         self._inodes = [f"{self._path}.{number}" for number in range(_INODES)]
 
     def keep(self) -> None:
-        """Take the room that there should be, if it is not taken already; without an error where there is none."""
+        """Take the room of the reserve, if it is not taken already; a lack of room is no error."""
         if os.path.exists(self._path):
             return
         new = f"{self._path}.new-{os.getpid()}"
@@ -61,7 +61,7 @@ class Reserve:
             host = os.statvfs(self._root)
             size = min(_MOST, max(_LEAST, host.f_blocks * host.f_frsize // _PART))
             if host.f_bavail * host.f_frsize < 2 * size:
-                return  # the last of the room is for others
+                return  # leave the last room to others
             fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
             try:
                 os.posix_fallocate(fd, 0, size)
@@ -75,7 +75,7 @@ class Reserve:
                 os.close(fd)
 
     def give(self) -> bool:
-        """Give the room back to the file system; whether there was any."""
+        """Give the room back to the file system. Returns whether there was any."""
         given = False
         for path in (self._path, *self._inodes):
             with contextlib.suppress(FileNotFoundError):
@@ -84,11 +84,11 @@ class Reserve:
         return given
 
     def spend(self, delete: Callable[[], _T], again: Callable[[], None]) -> _T:
-        """Do what frees room, with the reserve if it needs some.
+        """Call ``delete``, which frees room, with the reserve if it needs some.
 
         Args:
             delete: all of it, or nothing.
-            again: called before it is tried again.
+            again: called before the second attempt.
 
         Raises:
             OSError: there is no room even so.
@@ -110,7 +110,7 @@ class Reserve:
 
 
 def no_room(error: OSError, root: str) -> OSError:
-    """An error for want of room as a sentence that says what is full, and what can be done about it."""
+    """An error for want of room as a sentence with the full file system and a remedy."""
     fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         name, host = files.fs_name(fd), os.fstatvfs(fd)
@@ -137,11 +137,11 @@ def no_room(error: OSError, root: str) -> OSError:
 
 
 class NoRoomError(OSError):
-    """ENOSPC, EDQUOT or EROFS whose text says of which file system."""
+    """ENOSPC, EDQUOT or EROFS whose text names the file system."""
 
 
 def names_full(verb: Callable[Concatenate[_S, _P], _T]) -> Callable[Concatenate[_S, _P], _T]:
-    """Make a verb's error for want of room say what is full (:func:`no_room`)."""
+    """Make a verb's error for want of room name the full file system (:func:`no_room`)."""
 
     @functools.wraps(verb)
     def run(self: _S, /, *args: _P.args, **more: _P.kwargs) -> _T:

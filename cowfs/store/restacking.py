@@ -1,17 +1,17 @@
 """Squash: merge a snapshot into its only child, so that chains of live snapshots do not grow without end.
 
-Under mounts that go on. Which way depends on the child:
+Mounts go on meanwhile. The way depends on the child:
 
 *A committed child*: the two layers stay as they are, and a third one that holds both is built (:mod:`cowfs.store.layer_merge`).
 The records of everything above are made again, since files that were in the snapshot's layer are in the child's now. One
 transaction writes all that and renames the new layer; every mount above is then told to stand on the new one
 (:mod:`cowfs.mounting.verbs.restack`); the two old ones are deleted when all have done so.
 
-*An active child*: its layer takes over what is seen of the snapshot's (:mod:`cowfs.union.absorb`), in the server of the mount
-or here, and is then as good without it as with it. One transaction gives it the snapshot's parent.
+*An active child*: its layer takes over the visible content of the snapshot's (:mod:`cowfs.union.absorb`), in the server
+of the mount or here, and then shows the same tree without it. One transaction gives it the snapshot's parent.
 
-Order, so that a kill at any point leaves the state before or the state after. ``squash-ID.json`` notes what is under way,
-locked for as long as somebody is at it; ID is the new layer's id, or the snapshot's where an active child takes it over.
+Order, so that a kill at any point leaves the state before or the state after. ``squash-ID.json`` notes the squash,
+locked while it runs; ID is the new layer's id, or the snapshot's if an active child takes it over.
 
 =======================================  ====================================================================
 found with the note                      what :meth:`Restacking.recover` does, at each open and gc
@@ -25,11 +25,11 @@ take-over, marked (the server switched)  carries on with the transaction, delete
 take-over, no row with ID                deletes the layer, removes the note
 =======================================  ====================================================================
 
-What a note names as old is no garbage to anybody while it is there. A mount that does not answer keeps its old layers: the
+The old layers of a note are no garbage while it exists. A mount that does not answer keeps its old layers: the
 note then stays, and the next open tries again.
 
-What counts for a limit does not change for a child that did not count the snapshot. One that did (its base says so) counts
-the merged layer instead, and what is overwritten is free again.
+The use for a limit does not change for a child that did not count the snapshot. A child that did (by its base) counts
+the merged layer instead, and overwritten data is free again.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ __all__ = ["Restacking", "marked", "write_note"]
 
 
 class Restacking:
-    """The layers beneath mounts, exchanged; and the end of a squash after a kill."""
+    """Exchanging the layers beneath mounts, and ending a squash after a kill."""
 
     def __init__(self, context: Context, mounted: Mounted) -> None:
         self.context = context
@@ -78,17 +78,17 @@ class Restacking:
         return found
 
     def served(self, rows: Iterable[Row]) -> dict[int, dict[str, Any]]:
-        """What the servers of those that are mounted say, by number."""
+        """The answers of the servers of mounted ones, by number."""
         asked = (
             (row.num, self._mounted.server_of(row, made_by="store")) for row in rows if row.kind is not Kind.COMMITTED
         )
         return {num: server for num, server in asked if server is not None}
 
     def switch_mounts(self, served: dict[int, dict[str, Any]], rows: dict[int, Row]) -> None:
-        """Have every mount stand on the layers that the index has now.
+        """Switch every mount to the layers that the index has now.
 
         Raises:
-            CowfsError: one of them does not; the others do.
+            CowfsError: one of them failed; the others switched.
         """
         from cowfs.mounting import protocol
 
@@ -121,7 +121,7 @@ class Restacking:
             )
 
     def finish_take_over(self, row: Row, child: Row, moved: Usage) -> None:
-        """The child's parent is the snapshot's now; the snapshot goes, unless somebody has begun to use it."""
+        """Give the child the snapshot's parent, and delete the snapshot, unless it is in use by now."""
         from cowfs.store.owners import carry
 
         carry(self.context.driver, [row.id], child.id)
@@ -142,7 +142,7 @@ class Restacking:
         return os.path.join(self.context.root, f"{SQUASH}{id}.json")
 
     def recover(self) -> None:
-        """Finish, or take back, what killed processes left half done; the table above has which."""
+        """Finish or undo the squashes of killed processes, by the table above."""
         for name in os.listdir(self.context.root):
             if not name.startswith(SQUASH) or not name.endswith(".json"):
                 continue
@@ -160,7 +160,7 @@ class Restacking:
                 os.close(lock)
 
     def is_half_done(self, num: int) -> bool:
-        """No: whatever a squash has come to, each snapshot that it is about can be used."""
+        """False: after any step of a squash all its snapshots are usable."""
         return False
 
     def _recover(self, path: str, id: str, note: dict[str, Any]) -> None:
@@ -188,7 +188,7 @@ class Restacking:
 
 
 def _taken_back(mark: str) -> bool:
-    """Take a take-over back, unless the server has left its mark: one of the two gives the file its name."""
+    """Undo a take-over, unless the server has left its mark: only one of the two can make the file."""
     try:
         leave_mark(mark, {"taken back": True})
     except FileExistsError:
@@ -197,7 +197,7 @@ def _taken_back(mark: str) -> bool:
 
 
 def marked(mark: str) -> Usage:
-    """What a server said that it took over."""
+    """The figures of a server's take-over."""
     return Usage(**json.loads(read_small(mark))["moved"])
 
 
@@ -208,7 +208,7 @@ def write_note(path: str, note: dict[str, Any]) -> int:
         locks.lock(fd, wait=True)
         if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(fd)):
             break
-        os.close(fd)  # a recovery took the empty note for one of a process that was killed
+        os.close(fd)  # a recovery took the empty note for that of a killed process
     try:
         os.write(fd, json.dumps(note).encode())
         os.fsync(fd)
@@ -223,7 +223,7 @@ def _lock_note(path: str) -> int | None:
     """A locked descriptor of a note; ``None`` while somebody else holds it, or where it is gone."""
     try:
         if not stat.S_ISREG(os.lstat(path).st_mode):
-            return None  # no note of ours
+            return None  # no note of cowfs
         return locks.open_locked(path, flags=os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
         return None

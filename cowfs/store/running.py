@@ -1,8 +1,8 @@
 """Running commands in snapshots from a program: `cowfs run` as a function.
 
-Strategy: the command is started by a process of its own, ``python -m cowfs run``, so the namespaces are not the caller's, threads
-do not meet a fork, and a caller that is killed takes nothing along. How it ended comes over a pipe of its own: an exit status is the
-command's, whatever it is, and an error of cowfs is raised here as what it is.
+Strategy: the command is started by a process of its own, ``python -m cowfs run``, so the namespaces are not the
+caller's, threads do not meet a fork, and a killed caller takes nothing along. The outcome comes over a separate pipe:
+an exit status is always the command's, and an error of cowfs is raised here in its own class.
 """
 
 from __future__ import annotations
@@ -56,15 +56,15 @@ _KINDS: dict[str, type[CowfsError]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunResult:
-    """How a command ended.
+    """The outcome of a command.
 
     Attributes:
         key: the snapshot that it ran in; gone unless it was kept.
         returncode: its exit status; 128 and the number of the signal that ended it; 124 when its time was over.
         timed_out: whether its time was over.
-        stdout, stderr: what it wrote, empty unless captured.
-        usage: what the snapshot held when it had ended.
-        changes: what it changed, in path order.
+        stdout, stderr: its output, empty unless captured.
+        usage: the snapshot's use at its end.
+        changes: its changes, in path order.
     """
 
     key: str
@@ -168,7 +168,7 @@ class Running:
 
     def _result(self, key: str, how: bytes, code: int, out: bytes, said: bytes, *, late: bool, keep: bool) -> RunResult:
         told = json.loads(how) if how else {}
-        if "error" in told:  # a snapshot that it had made is gone again
+        if "error" in told:  # its snapshot is removed again
             raise _KINDS.get(told["error"], CowfsError)(told["message"], remedy=told["remedy"])
         if "status" not in told:
             last = said.decode(errors="replace").strip().rpartition("\n")[2].removeprefix("cowfs: ")
@@ -222,7 +222,7 @@ class Running:
 
 
 def _communicate(process: subprocess.Popen[bytes], input: bytes | None) -> tuple[bytes | None, bytes | None]:
-    """As :meth:`subprocess.Popen.communicate`; the command ends with whoever breaks it off."""
+    """As :meth:`subprocess.Popen.communicate`; an interruption ends the command."""
     try:
         return process.communicate(input)
     except BaseException:

@@ -1,6 +1,6 @@
 """Layers read into records, and trees read out of them.
 
-A layer is walked once, when its snapshot is made; everything else reads the records that this made.
+A layer is walked once, when its snapshot is made; everything else reads the resulting records.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Scanning:
         return self.scan_at(row.id, row.num, parent, known, self.copied(row), links=links)
 
     def copied(self, row: Row) -> Usage:
-        """What of a layer's tree is its parent's, as far as that was copied; the base of a key may tell of more than one layer."""
+        """The part of a layer's tree that was copied from its parent; the base of a key may cover several layers."""
         if not row.shares_limit or not self.context.driver.capabilities.whole or row.parent is None:
             return row.base
         return self.context.driver.held(self.context.index.by_num(row.parent).id)
@@ -56,8 +56,8 @@ class Scanning:
 
         Args:
             known: digests of files that are known already.
-            copied: what of a whole layer was its parent's, and does not count.
-            links: record hard links; off: as cowfs did before 2026-12.
+            copied: the copied use of a whole layer, which does not count.
+            links: record hard links; off: as before 2026-12.
         """
         from cowfs.index import scan
 
@@ -87,7 +87,7 @@ class Scanning:
         same: scan.SameAsParent,
         known: scan.KnownDigest | None,
     ) -> scan.Scanned | None:
-        """Read a whole layer only where its driver says that it changed; None where all has to be read."""
+        """Read only the changed parts of a whole layer, by its driver; None if the whole layer has to be read."""
         noted = (
             self.context.driver.noted(parent.id)
             if parent is not None and type(self.context.driver).changes is not Driver.changes
@@ -110,7 +110,7 @@ class Scanning:
                 return None
 
     def tree(self, row: Row, pending: Pending) -> Pair:
-        """The root entry of a snapshot's tree; records that are not in the index go to ``pending``."""
+        """The root entry of a snapshot's tree; records missing in the index go to ``pending``."""
         must_be_sound(row)
         if row.root is not None:
             return row.root
@@ -128,7 +128,7 @@ class Scanning:
         return layers.SameData(self.context.driver, self.context.index)
 
     def content(self, root: Pair, records: Records) -> IndexedTree:
-        """A tree as archives want to read it."""
+        """A tree for archives."""
         from cowfs.store.content import IndexedTree
         from cowfs.store.owners import Recorded
 
@@ -140,5 +140,5 @@ class Scanning:
         )
 
     def content_of(self, row: Row | None) -> IndexedTree | None:
-        """The tree of a committed snapshot as archives want to read it; None of nothing, and of what has no records."""
+        """The tree of a committed snapshot for archives; None without a snapshot, or without records."""
         return None if row is None or row.root is None else self.content(row.root, self.context.index)

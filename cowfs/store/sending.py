@@ -2,11 +2,11 @@
 
 Rules.
 
-1. Every layer is known by its chain id, as in an image: what a receiver has, it does not take again, whoever sent it.
-2. Every layer is checked against its diff id before it is committed, whichever way it travelled. So a sender can give a store nothing under
-   another tree's digest.
-3. A layer that is whole is committed at once: a transfer that was cut goes on with the first that is missing.
-4. A layer of a ``row`` store that no archive made travels as the blocks that changed, all others as archives.
+1. Every layer is known by its chain id, as in an image: a receiver does not take an existing layer again, from any sender.
+2. Every layer is checked against its diff id before it is committed, whichever way it travelled. So a sender cannot
+place a tree under another one's digest. 3. A layer that is whole is committed at once: a transfer that was cut goes on
+with the first that is missing. 4. A layer of a ``row`` store that no archive made travels as the blocks that changed,
+all others as archives.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Sent:
 
     Attributes:
         layers: names, here, of the layers that were sent, bottom first.
-        copied: names, there, of those that were new to it; None where nobody answers.
+        copied: names, there, of those that were new to it; None without answers.
     """
 
     layers: tuple[str, ...]
@@ -113,7 +113,7 @@ class Sending:
         return Sent(layers=tuple(sent), copied=copied)
 
     def _below(self, rows: Sequence[Row], since: str | None) -> int:
-        """How many layers the other side is said to have."""
+        """The number of layers that the other side has, by its answer."""
         if since is None:
             return 0
         base = self._reading.resolve(since)
@@ -143,7 +143,7 @@ class Sending:
 
 
 class _Told:
-    """Something to write into that tells how much was written."""
+    """A file to write into that reports the bytes written."""
 
     def __init__(self, out: LayerOut, progress: Progress | None, name: str, size: int) -> None:
         self._out, self._progress, self._name, self._size = out, progress, name, size
@@ -157,11 +157,11 @@ class _Told:
         return len(data)
 
     def flush(self) -> None:
-        """Nothing waits here but for more."""
+        """Nothing to flush."""
 
 
 def chain_ids(diff_ids: Sequence[str]) -> list[str]:
-    """Chain ids of what is beneath each layer, "" for nothing, and of the whole (OCI image-spec, config.md, "Layer ChainID")."""
+    """The chain ids beneath each layer, "" for none, and of the whole (OCI image-spec, config.md, "Layer ChainID")."""
     found = [""]
     for diff_id in diff_ids:
         found.append(images.digest_of(f"{found[-1]} {diff_id}".encode()) if found[-1] else diff_id)
@@ -169,7 +169,7 @@ def chain_ids(diff_ids: Sequence[str]) -> list[str]:
 
 
 def _identity(chain_id: str) -> bytes:
-    """Tells a receiver of blocks that its tree is the one they were taken against."""
+    """Tell a receiver of blocks the tree that they were made against."""
     return bytes.fromhex(chain_id.removeprefix("sha256:"))
 
 
@@ -269,7 +269,7 @@ class _Snapshot:
             layer.below, layer.chain_id = below, chain_id
 
     def take(self, out: StreamOut | None, copied: list[str]) -> None:
-        """Read it to its end."""
+        """Read the snapshot to its end."""
         have: list[Row] = []
         for layer in self._layers:
             row = self._present(layer, have[-1] if have else None)
@@ -286,7 +286,7 @@ class _Snapshot:
             told = self._stream.document(payload)
             at = self._place(told, at)
             if at < len(have):
-                LayerIn(self._stream).finish()  # it is here already
+                LayerIn(self._stream).finish()  # it exists here already
                 continue
             if at > len(have):
                 raise FailedPrecondition(
@@ -340,7 +340,7 @@ class _Snapshot:
             row = self._present(layer, parent) if isinstance(error, AlreadyExists) else None
             if row is None:
                 raise
-            return row  # somebody else brought it meanwhile
+            return row  # another process brought it meanwhile
         row = parts.context.index.get(name)
         if form == "blocks" and (parent is None or parent.chain_id is not None):
             with parts.context.index.write() as change:
@@ -349,7 +349,7 @@ class _Snapshot:
         return parts.context.index.get(name)
 
     def _free_name(self, layer: _Layer) -> str:
-        """The name that it has there, where it is free here and no digest; else its chain id."""
+        """The sender's name for it, if that is free here and no digest; else its chain id."""
         index = self._parts.context.index
         if (
             not layer.name
@@ -372,7 +372,7 @@ class _Snapshot:
 
 
 class _Layer:
-    """One layer as a stream describes it, checked."""
+    """One layer of a stream, checked."""
 
     def __init__(self, told: object) -> None:
         if not isinstance(told, dict):
@@ -391,7 +391,7 @@ class _Layer:
 
 
 def _can_be_made(name: str) -> bool:
-    """Whether a snapshot may be called so; engines give keys of any form."""
+    """Whether a snapshot may have this name; engines give keys of any form."""
     try:
         check_name(name)
     except InvalidArgument:
@@ -417,7 +417,7 @@ def _checked_config(config: object) -> str | None:
 
 
 class _Counted:
-    """Something to read from that tells how much was read."""
+    """A file to read from that reports the bytes read."""
 
     def __init__(self, data: LayerIn, progress: Progress | None, name: str, size: int) -> None:
         import io

@@ -1,11 +1,12 @@
-"""The services of a store, and who needs whom: the one place where they are put together.
+"""The services of a store and their dependencies: the one place where they are put together.
 
 Each service is a class of its own module with its own rules, over the :class:`~cowfs.store.context.Context`; others that it needs
-are arguments of its constructor, so this table is also the order: a service names only those above it. None inherits from another,
-none knows :class:`cowfs.Store`, and none keeps state of its own: whatever outlives a call is in the store's directory, its index
-or its driver. docs/internals/store.md has them as a table.
+are arguments of its constructor, so this table is also the order: a service names only those above it. None inherits
+from another, none knows :class:`cowfs.Store`, and none keeps state of its own: lasting state is in the store's
+directory, its index or its driver. docs/internals/store.md has them as a table.
 
-A service is made, and its module imported, when it is first asked for: a program that only prepares and commits imports no archives.
+A service is made, and its module imported, on first use: a program that only prepares and commits imports
+no archives.
 
 Threads: any. Two that ask for a service at the same time may get two of it, which are the same, since neither keeps anything.
 """
@@ -61,7 +62,7 @@ _T = TypeVar("_T")
 
 
 class _made(Generic[_T]):
-    """A service that is made when it is first asked for, and kept."""
+    """A service that is made on first use, and kept."""
 
     def __init__(self, make: Callable[[Services], _T]) -> None:
         self._make = make

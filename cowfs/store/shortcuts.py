@@ -1,4 +1,4 @@
-"""One call for one thing: what a program that needs no store of its own asks for."""
+"""Single calls for programs that need no open store."""
 
 from __future__ import annotations
 

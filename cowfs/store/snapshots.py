@@ -2,13 +2,12 @@
 
 Rules:
 
-1. A verb looks first, then does what takes long without any lock (copying, reading a layer,
-   packing records), then writes in one short transaction that looks again.
-2. Files precede rows: a row is committed when its directory is on the disk under its final name,
+1. A verb checks first, then does long work without any lock (copying, reading a layer, packing records), then writes in
+one short transaction that checks again. 2. Files precede rows: a row is committed when its directory is on the disk
+under its final name,
    and a directory is deleted when its row is gone. :mod:`cowfs.store.staging` has the table.
-3. Whoever writes into a layer holds an exclusive flock on its tree: the server of a mount, an
-   apply, a commit, a remove. So one of them is told who the other is.
-4. Nothing here walks a tree of a committed snapshot: the index knows.
+3. Each writer of a layer holds an exclusive flock on its tree: the server of a mount, an apply, a commit, a remove. So
+the second one can name the first. 4. No verb walks the tree of a committed snapshot: the index has it.
 
 Threads: a store may be used by any number of threads and, opened anew, of processes.
 """
@@ -42,7 +41,7 @@ MAX_DEPTH = 2000
 
 
 class Snapshots:
-    """Snapshots, made and removed."""
+    """Making and removing snapshots."""
 
     def __init__(self, context: Context, lookup: Lookup, plans: Plans, mounted: Mounted, naming: Naming) -> None:
         self.context = context
@@ -108,7 +107,7 @@ class Snapshots:
             raise InvalidArgument(f"{parent!r} has {len(chain)} layers, {MAX_DEPTH} are allowed", remedy="cowfs squash")
         with staged(self.context.driver, new_id()) as layer:
             point("create.made")
-            # A view of a whole layer is mounted from the parent itself: nothing is copied.
+            # A view of a whole layer is mounted from the parent itself: no data is copied.
             copied = [] if kind is Kind.VIEW and self.context.driver.capabilities.whole else chain
             try:
                 base = self.context.driver.create(layer.staged, copied, limit)
@@ -169,7 +168,7 @@ class Snapshots:
             self.context.freeing(lambda: self._remove_record(row))
             point("remove.committed")
             discard(self.context.driver, row.id, later=True)
-        if alone and not defer:  # nobody has the tree open now, ourselves included: not all drivers delete what is open
+        if alone and not defer:  # the tree is not open now, not even here: some drivers cannot delete an open tree
             finish(self.context.driver, row.id)
 
     def cleanup(self) -> list[str]:

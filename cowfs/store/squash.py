@@ -37,7 +37,7 @@ _TRIES = 5
 
 
 class Squashing:
-    """Snapshots, merged into their only children."""
+    """Merging snapshots into their only children."""
 
     def __init__(
         self, context: Context, reading: Reading, scanning: Scanning, restacking: Restacking, recovery: Recovery
@@ -103,7 +103,7 @@ class Squashing:
 
     @contextlib.contextmanager
     def _holding(self, rows: Iterable[Row], served: dict[int, dict[str, Any]]) -> Iterator[None]:
-        """Nobody but our servers uses any of these, nor will."""
+        """Keep all users but cowfs's servers from these layers."""
         with contextlib.ExitStack() as held:
             for row in rows:
                 server = served.get(row.num)
@@ -193,7 +193,7 @@ class Squashing:
         return layer.id
 
     def _look_again(self, row: Row, child: Row) -> None:
-        """In the transaction: is it still as it was when we began?"""
+        """Check, in the transaction, that nothing has changed since the begin."""
         now = self.context.index.by_num(row.num)
         if (
             self.context.index.children(row.num) != [child.name]
@@ -222,7 +222,7 @@ class Squashing:
             note = self._restacking.note(row.id)
             lock = write_note(note, {"old": [row.id], "child": child.num, "row": row.num})
             mark = os.path.join(self.context.driver.directory(row.id), MARK)
-            unlink(mark)  # of one that was taken back
+            unlink(mark)  # of a squash that was undone
             try:
                 moved = self._absorb(row, child, server, mark)
                 point("squash.absorbed")
@@ -287,9 +287,9 @@ class Squashing:
 
 
 def _bases(row: Row, child: Row, above: list[Row], merged: Usage) -> dict[int, Usage]:
-    """What the merged child and all above it have as their base, by number, so that each counts what it should."""
+    """The bases of the merged child and all above it, by number, so that each counts its own use."""
     held, own = row.usage or Usage(), child.usage or Usage()
-    if not child.shares_limit:  # what the child counts stays what it was
+    if not child.shares_limit:  # the child's count stays the same
         return {
             child.num: Usage(
                 bytes=child.base.bytes + merged.bytes - own.bytes, inodes=child.base.inodes + merged.inodes - own.inodes

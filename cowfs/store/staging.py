@@ -1,4 +1,4 @@
-"""Directories that are being made or deleted, and how to tell them from garbage.
+"""Directories that are being made or deleted, and their distinction from garbage.
 
 Order, for every verb:
 
@@ -6,7 +6,7 @@ Order, for every verb:
   it to ``layers/ID``;
 * deleted: delete the row and commit, then rename ``layers/ID`` to ``rm-ID``, then delete it.
 
-So a process that is killed leaves one of these, and nothing else:
+So a killed process leaves one of these, and nothing else:
 
 =================  ===========================  =========================================
 on disk            in the index                 what :func:`sweep` does
@@ -19,7 +19,7 @@ on disk            in the index                 what :func:`sweep` does
 ``layers/ID``      no row                       ``gc`` deletes it, ``check`` names it
 =================  ===========================  =========================================
 
-A sweep looks and renames under the write lock, where no verb is between its row and its rename.
+A sweep reads and renames under the write lock, which excludes a verb between its row and its rename.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ NEW, RM = "new-", "rm-"
 SQUASH = "squash-"
 """Notes of squashes (:mod:`cowfs.store.squash`): what they name as old may still be somebody's."""
 _MOST_HELD = 512  # locks that a sweep holds at once
-PROBE = "new-probe-"  # a driver trying what it can do here, for a moment; only gc takes it for garbage
+PROBE = "new-probe-"  # a driver's probe, which exists for a moment; only gc takes it for garbage
 
 
 class Staged:
@@ -77,7 +77,7 @@ class Staged:
             fsync_directory(self._driver.root)
 
     def close(self, *, keep: bool) -> None:
-        """Let go; delete the directory unless it is to be kept."""
+        """Close, and delete the directory unless it is kept."""
         try:
             if not keep:
                 if self._moved:
@@ -124,10 +124,10 @@ def staged(driver: Driver, id: str) -> Iterator[Staged]:
 
 
 def discard(driver: Driver, id: str, *, later: bool = False) -> None:
-    """Delete a layer that no row names; one that is gone is fine.
+    """Delete a layer that no row names; a missing one is no error.
 
     Args:
-        later: only give it the name under which a :func:`sweep` finds it.
+        later: only rename it for a later :func:`sweep`.
     """
     try:
         driver.publish(id, RM + id)
@@ -136,7 +136,7 @@ def discard(driver: Driver, id: str, *, later: bool = False) -> None:
     except OSError as error:
         if error.errno not in FULL:
             raise
-        driver.remove(id)  # a name more in the store's directory may need a block
+        driver.remove(id)  # one more name in the store's directory may need a block
         return
     point("remove.renamed")
     if later:
@@ -157,10 +157,10 @@ def unlink(path: str) -> None:
 
 
 def read_note(path: str) -> dict[str, Any] | None:
-    """A note about something that is half done; ``None`` where there is none, or its writer was killed before it was whole.
+    """A note about an unfinished verb; ``None`` without one, or if its writer was killed before it was whole.
 
     Raises:
-        OSError: it cannot be read, which is not the same: what it tells of may be in use.
+        OSError: it is unreadable, which differs from a missing one: its layers may be in use.
     """
     try:
         if not stat.S_ISREG(os.lstat(path).st_mode):
@@ -172,7 +172,7 @@ def read_note(path: str) -> dict[str, Any] | None:
 
 
 def spared(root: str) -> set[str]:
-    """Ids of the directories that no row names and that are no garbage: running mounts may still read them."""
+    """Ids of directories without a row that are no garbage: running mounts may still read them."""
     found: set[str] = set()
     for name in os.listdir(root):
         if name.startswith(SQUASH):
@@ -183,7 +183,7 @@ def spared(root: str) -> set[str]:
 
 
 def _in_use(driver: Driver, id: str) -> bool:
-    """Whether a mount still shows a layer that was removed (``rm-ID``).
+    """Whether a mount still shows a removed layer (``rm-ID``).
 
     A server holds the lock of the tree. The kernel tells the path that an overlay's upper had when it was mounted, and the
     path that the source of a bind has now.
@@ -207,14 +207,14 @@ def _in_use(driver: Driver, id: str) -> bool:
 
 
 def orphans(driver: Driver, index: Index) -> list[str]:
-    """Ids of the directories in ``layers`` that no row names, right now (a moment ago, where nothing can be locked)."""
+    """Ids of the directories in ``layers`` without a row, at this moment (slightly earlier on a store that cannot be locked)."""
     with index.read() if index.refused else index.write():
         known = index.ids() | spared(driver.root)
         return sorted(id for id in os.listdir(f"{driver.root}/layers") if id not in known)
 
 
 def leftovers(driver: Driver, index: Index) -> list[str]:
-    """What a sweep of everything would delete outside of ``layers``, right now: paths relative to the store. Nothing is changed."""
+    """The paths, relative to the store, that a sweep of everything would delete outside of ``layers`` now. Changes nothing."""
     found = []
     known = index.ids()
     for name in os.listdir(driver.root):
@@ -234,10 +234,10 @@ def sweep(driver: Driver, index: Index, *, everything: bool = False) -> list[str
     """Remove leftovers of processes that were killed; see the table in the module.
 
     Args:
-        everything: look for directories without a row in ``layers``, too.
+        everything: search ``layers`` for directories without a row, too.
 
     Returns:
-        Paths of what was deleted, relative to the store.
+        The deleted paths, relative to the store.
     """
     found: list[str] = []
     looked: set[str] = set()
@@ -268,8 +268,8 @@ def _doom(
     """Find directories to be deleted, and hold their locks: each is a descriptor. Under the write lock.
 
     Args:
-        most: locks that may be held.
-        looked: names that were looked at; grows.
+        most: the most locks to hold.
+        looked: names examined so far; grows.
 
     Returns:
         Their names, and whether there may be more.
@@ -305,7 +305,7 @@ def _doom(
             looked.add(RM + id)
             point("gc.renamed")
             if _in_use(driver, id):
-                continue  # removed while it was mounted, by a process that came no further
+                continue  # removed while it was mounted, by a process that was then killed
             fd = _lock(f"{root}/{RM}{id}")
             if fd is not None:
                 held.callback(os.close, fd)
@@ -315,7 +315,7 @@ def _doom(
 
 
 def _lock(path: str) -> int | None:
-    """A locked descriptor, or None while somebody else builds or deletes it."""
+    """A locked descriptor, or None while another process builds or deletes it."""
     try:
         return locks.open_locked(path)
     except OSError:

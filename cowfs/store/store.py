@@ -1,7 +1,7 @@
 """The class that users import: the life of a store, and its verbs.
 
 Rule: the verbs' signatures and documentation are in :mod:`cowfs.store.verbs`, by topic, and each is one call of a service
-(:mod:`cowfs.store.services`). Nothing here or there decides anything, and no verb calls another.
+(:mod:`cowfs.store.services`). Neither module decides anything, and no verb calls another.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Store(SnapshotVerbs, MountVerbs, ReadingVerbs, ArchiveVerbs, FileVerbs, Ke
     Threads: any may call any verb, each has its own connection to the index; two verbs on one key exclude each other, the
     second raises FailedPrecondition. Processes: any number may have the store open; the same holds.
 
-    Fork: a child may go on with the store it inherited; it gets a connection of its own at its first verb. What a verb was doing
-    in another thread at the fork is the parent's alone.
+    Fork: a child may go on with the store it inherited; it gets a connection of its own at its first verb. The parent
+    alone goes on with the verbs of other threads at the fork.
 
     A kill at any moment leaves a verb done or not begun, or finished by the next :meth:`open` (docs/internals/crash-safety.md).
     A closed store refuses every verb with FailedPrecondition.
@@ -48,8 +48,7 @@ class Store(SnapshotVerbs, MountVerbs, ReadingVerbs, ArchiveVerbs, FileVerbs, Ke
         root: the store's directory, absolute.
         index: the index.
         reserve: the room that is kept for deletions.
-        why: why this driver: what each one that is installed said, by name; empty when the store
-            had one already.
+        why: the reason for this driver: the answer of each installed one, by name; empty if the store had one already.
         services: the parts that do the work (:mod:`cowfs.store.services`). They are no part of the interface that is kept.
     """
 
@@ -75,12 +74,12 @@ class Store(SnapshotVerbs, MountVerbs, ReadingVerbs, ArchiveVerbs, FileVerbs, Ke
     ) -> Self:
         """Open the store in a directory, making it on first use.
 
-        What a killed process left half done is finished or taken back, which may take as long as the verb did.
+        The unfinished verbs of killed processes are finished or undone, which may take as long as the verbs.
 
         Args:
             root: the directory; default: :func:`default_root`.
             driver: ``auto`` takes the driver that the store has, else the best one for this host.
-            create: whether to make a store that is not there.
+            create: whether to make a missing store.
             fsync: off: a power loss may undo the latest verbs (not damage the store).
             options: the driver's own, as its class documents them; of cowfs's drivers only row has one: ``block``, bytes a block
                 of new redirect files, a power of two from 4 KiB to 1 MiB ("64K").
@@ -94,10 +93,10 @@ class Store(SnapshotVerbs, MountVerbs, ReadingVerbs, ArchiveVerbs, FileVerbs, Ke
         return cls(Services.open(root, driver=driver, create=create, fsync=fsync, options=options))
 
     def close(self) -> None:
-        """Let go of the index and the driver. Idempotent; every other verb refuses from now on. Mounts go on.
+        """Close the index and the driver. Idempotent; every other verb refuses from now on. Mounts go on.
 
         Raises:
-            OSError: the driver cannot write what it keeps.
+            OSError: the driver cannot write its state.
         """
         self.services.context.close()
 
@@ -122,19 +121,21 @@ class Store(SnapshotVerbs, MountVerbs, ReadingVerbs, ArchiveVerbs, FileVerbs, Ke
     ) -> Migrated:
         """Move a store to another driver: all snapshots, tags, labels, configurations, limits and times.
 
-        A killed process leaves the old store or the new one; call it again to go on. Nobody else may use the store meanwhile.
+        A killed process leaves the old store or the new one; call it again to go on. No other process may use the store
+        meanwhile.
 
         Args:
             root: the store; default: :func:`~cowfs.store.opening.default_root`.
-            driver: the driver that it is to have.
+            driver: the new driver.
             target: make the new store here and keep the old one; None: the new one takes the old one's place.
             cut_times: leave out fractions of seconds where the new layers cannot hold them.
             fsync: as for :meth:`open`.
-            progress: told (the name of a snapshot, how many are done, how many there are).
+            progress: called with (the name of a snapshot, the number done, the number of all).
 
         Raises:
             NotFound: no store there, or no such driver.
-            InvalidArgument: it has that driver already; it is a mount point and ``target`` is None; something else is in the place.
+            InvalidArgument: it has that driver already; it is a mount point and ``target`` is None; something else is
+                in the place.
             FailedPrecondition: a snapshot is mounted, or was changed meanwhile.
             Corrupt: a snapshot is in quarantine.
             Unsupported: the driver cannot run there, or cannot hold what the snapshots have.

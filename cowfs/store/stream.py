@@ -11,7 +11,7 @@ Format. Numbers are little endian. Header ``<8sHH``: magic, version, 0. Then fra
 ``Z``  the end: SHA-256 of all bytes before this frame
 =====  =============================================================================================
 
-The answers of a receiver that is asked, in a stream of the other direction with the same header:
+The answers of a receiver, in a stream of the other direction with the same header:
 
 =====  =============================================================================================
 ``H``  JSON: ``have``: how many layers of the snapshot it has, from the bottom
@@ -19,7 +19,7 @@ The answers of a receiver that is asked, in a stream of the other direction with
 =====  =============================================================================================
 
 A ``tar`` is the layer's archive (OCI image-spec, layer.md), ``blocks`` a block-level difference from the layer beneath
-(:mod:`cowfs.diff.blocks`). The diff id says what a layer must be, by either way.
+(:mod:`cowfs.diff.blocks`). The diff id verifies a layer of either form.
 
 Hostile input: frames are bounded, their order is checked, and JSON is bounded in size and depth.
 """
@@ -51,7 +51,7 @@ class StreamOut:
     """Frames into a pipe.
 
     Args:
-        pipe: is flushed where the other side waits for what was written.
+        pipe: is flushed whenever the other side waits.
     """
 
     def __init__(self, pipe: BinaryIO) -> None:
@@ -69,10 +69,10 @@ class StreamOut:
         self._write(payload)
 
     def document(self, kind: bytes, told: Mapping[str, Any]) -> None:
-        """Write a frame of JSON, and see that it leaves.
+        """Write a frame of JSON, and flush it.
 
         Raises:
-            InvalidArgument: it is larger than a receiver takes.
+            InvalidArgument: it is too large for a receiver.
         """
         payload = json.dumps(told, separators=(",", ":")).encode()
         if len(payload) > _MOST[kind]:
@@ -92,7 +92,7 @@ class LayerOut(io.RawIOBase):
     """The data of one layer, as a file to write into; :meth:`finish` ends it.
 
     Args:
-        stream: where it goes.
+        stream: the stream to write to.
     """
 
     def __init__(self, stream: StreamOut) -> None:
@@ -116,7 +116,7 @@ class LayerOut(io.RawIOBase):
         self._stream.frame(b"D", piece)
 
     def finish(self) -> None:
-        """Write what waits, and the end of the layer."""
+        """Write the buffered data, and the end of the layer."""
         if self._waiting:
             self._send(bytes(self._waiting))
             self._waiting.clear()
@@ -127,7 +127,7 @@ class StreamIn:
     """Frames out of a pipe.
 
     Raises:
-        InvalidArgument: no such stream, or one of a version that this cowfs does not know.
+        InvalidArgument: no such stream, or one of an unknown version.
         Corrupt: it is cut short or damaged.
     """
 
@@ -176,7 +176,7 @@ class StreamIn:
         """The JSON of a frame.
 
         Raises:
-            Corrupt: it is none, or no object.
+            Corrupt: it is malformed, or no object.
         """
         try:
             found = json.loads(payload)
@@ -229,7 +229,7 @@ class LayerIn(io.RawIOBase):
         return True
 
     def finish(self) -> None:
-        """Read to the end, so that all of it was compared with its digest."""
+        """Read to the end, which compares all of it with its digest."""
         self._left = memoryview(b"")
         while self._fill():
             pass

@@ -1,12 +1,12 @@
-"""The switch of a key to another layer, which snapshot and rollback are made of.
+"""The switch of a key to another layer, the common part of snapshot and rollback.
 
 A snapshot re-parents its key: the layer written so far becomes a committed snapshot, and the key goes on over a new,
-empty layer. When our server has the key mounted it switches layers itself, between two requests
-(:mod:`cowfs.mounting.verbs.live`); nobody's descriptors break.
+empty layer. If cowfs's server has the key mounted, it switches layers itself, between two requests
+(:mod:`cowfs.mounting.verbs.live`); open descriptors stay valid.
 
 Order, so that a kill at any point leaves the state before or the state after:
 
-1. ``live-ID`` is made, filled and locked, and ``live-ID.json`` beside it notes what it is for;
+1. ``live-ID`` is made, filled and locked, and ``live-ID.json`` beside it notes its purpose;
 2. the server leaves its mark in it and switches (nothing was written to it before);
 3. one transaction writes the rows and renames it to ``layers/ID``.
 
@@ -22,8 +22,7 @@ no directory                 removes the note
 
 The directory is called ``live-ID``, or ``layers/ID`` when the transaction was lost after the rename.
 
-The limit of a key counts what was written since prepare, so what its live snapshots hold is kept in the row as a
-negative base.
+The limit of a key counts the writes since prepare, so the use of its live snapshots is in the row as a negative base.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ LIVE, NOTE = "live-", ".json"
 
 
 class Switch(NamedTuple):
-    """What ``live-ID`` is for, as its note says."""
+    """The purpose of ``live-ID``, from its note."""
 
     verb: str
     num: int
@@ -79,7 +78,7 @@ class Switching:
         self._instant = instant
 
     def switch(self, row: Row, switch: Switch, parents: list[str], verb: str, **more: Any) -> None:
-        """Put a key on a fresh layer: its server does so between two requests where it is mounted, we do where it is not.
+        """Put a key on a fresh layer; the server of a mounted key does it, between two requests.
 
         Args:
             parents: ids of the layers beneath the fresh one, nearest first.
@@ -100,7 +99,7 @@ class Switching:
                     or self.context.index.by_num(row.num) != row
                 ):
                     raise
-                # it was unmounted just now, and switched nothing
+                # it was unmounted just now, without a switch
         with layers.hold(self.context.driver, row, switch.verb):
             self._make_and_switch(row, switch, parents, None, verb, more)
 
@@ -137,7 +136,7 @@ class Switching:
                 except CowfsError:
                     if not os.path.exists(mark):
                         raise
-                    # it switched, and ended before it could say so
+                    # it switched, and ended before its answer
             else:
                 os.close(os.open(os.path.join(driver.directory(here), MARK), os.O_WRONLY | os.O_CREAT, 0o600))
             marked = True
@@ -224,7 +223,7 @@ class Switching:
     def _publish(self, id: str) -> None:
         """The final name, inside the transaction that writes the row."""
         point("switch.recorded")
-        if os.path.isdir(self.context.driver.directory(LIVE + id)):  # else a killed process had come so far
+        if os.path.isdir(self.context.driver.directory(LIVE + id)):  # else a killed process had done it
             self.context.driver.publish(LIVE + id, id)
         if self.context.driver.fsync:
             fsync_directory(f"{self.context.root}/layers")
@@ -232,7 +231,7 @@ class Switching:
         point("switch.renamed")
 
     def recover(self) -> None:
-        """Finish, or take back, what killed processes left half done; the table above has which."""
+        """Finish or undo the switches of killed processes, by the table above."""
         for name in os.listdir(self.context.root):
             if not name.startswith(LIVE) or not name.endswith(NOTE):
                 continue
@@ -250,7 +249,7 @@ class Switching:
                 os.close(lock)
 
     def is_half_done(self, num: int) -> bool:
-        """Whether a note tells of the active snapshot with this number."""
+        """Whether a note names the active snapshot with this number."""
         notes = [name for name in os.listdir(self.context.root) if name.startswith(LIVE) and name.endswith(NOTE)]
         found = [read_switch(os.path.join(self.context.root, name)) for name in notes]
         return any(switch is not None and switch.num == num for switch in found)
@@ -295,7 +294,7 @@ def _write_note(path: str, switch: Switch) -> None:
 
 
 def read_switch(path: str) -> Switch | None:
-    """What a note says; ``None`` where there is none, or its writer was killed before it was whole."""
+    """The content of a note; ``None`` without one, or if its writer was killed before it was whole."""
     note = read_note(path)
     try:
         return Switch(**note) if note is not None else None

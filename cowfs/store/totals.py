@@ -1,4 +1,4 @@
-"""What a store holds in all, from its records alone."""
+"""The totals of a store, from its records alone."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ __all__ = ["Totals", "sum_up"]
 
 @record(frozen=True, slots=True, kw_only=True)
 class Totals:
-    """What the store holds, from the records alone.
+    """The totals of a store, from the records alone.
 
     Attributes:
         committed: usage of the committed layers. Of active ones only ``count`` is known without a walk; views hold nothing.
-        reclaimable: of committed ones that have neither tag nor child.
+        reclaimable: usage of committed ones with neither tag nor child.
         count: snapshots by kind.
-        host_bytes, host_free: size of the host file system and what it has free, bytes.
+        host_bytes, host_free: size and free space of the host file system, bytes.
     """
 
     committed: Usage

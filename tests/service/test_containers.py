@@ -223,7 +223,7 @@ def test_network_host_is_the_hosts(engine: Daemon) -> None:
 def test_what_is_not_offered_is_refused_at_creation(engine: Daemon) -> None:
     for words, what in (
         (["-p", "80:80"], "published ports"),
-        (["--network", "mine"], "networks"), (["--device", "/dev/null"], "devices"), (["--log-driver", "syslog"], "log driver"),
+        (["--network", "mine"], "networks"), (["--volume-driver", "far", "-v", "v:/v"], "volume drivers"), (["--log-driver", "syslog"], "log driver"),
     ):  # fmt: skip
         done = engine.docker("run", *words, "bb", "true", check=False)
         assert (done.returncode, what in done.stderr) == (125, True), (words, done.stderr)

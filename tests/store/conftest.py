@@ -46,7 +46,7 @@ BIG = bytes(range(1, 251)) * 400
 
 
 def view_of(store: Store, key: str) -> View:
-    """What a mount of ``key`` would show and write; close it."""
+    """The view that a mount of ``key`` would have; the caller closes it."""
     (record,) = store.mounts(key)
     words = dict(option.partition("=")[::2] for option in record.options)
     options = Options(form=store.driver.form.name, row=store.driver.capabilities.row or None)

@@ -93,7 +93,7 @@ def test_a_frozen_layer_shows_what_was_mounted(tmp_path: Path, can_mount: None, 
 
 
 def test_an_archive_is_unpacked_as_it_is(tmp_path: Path) -> None:
-    """What deletes in it is in the layer by the same name, and what stands beside its own whiteout stays."""
+    """A deletion in it has the same name in the layer, and an object beside its own whiteout stays."""
     made = io.BytesIO()
     with tarfile.open(fileobj=made, mode="w") as out:
         for name in ("a/", "a/.wh..wh..opq", "a/new", ".wh.gone", ".wh.both", "both"):

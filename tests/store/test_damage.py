@@ -1,4 +1,4 @@
-"""What is broken is named, what is intact stays usable, and nothing that a snapshot needs is ever removed."""
+"""Damaged snapshots are named, intact ones stay usable, and nothing that a snapshot needs is ever removed."""
 
 from __future__ import annotations
 
@@ -319,7 +319,7 @@ def test_a_store_on_a_readonly_file_system_is_read(space: Path, can_mount: None)
 
 
 def test_a_readonly_store_with_a_log_beside_it_is_refused(space: Path, can_mount: None) -> None:
-    """What was written last is in the log, which nobody can work in there."""
+    """The last writes are in the log, which cannot be used there."""
     disk = space / "disk"
     disk.mkdir()
     mounts.mount("tmpfs", str(disk), "tmpfs", 0, "size=16m")

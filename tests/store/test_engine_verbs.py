@@ -1,6 +1,6 @@
-"""What container engines need of a store: verbs on snapshots that are mounted, any key, records that they may extend.
+"""The needs of container engines: verbs on snapshots that are mounted, any key, records that they may extend.
 
-The judge is the tree that a mount shows, and what ``check`` finds afterwards.
+The judge is the tree that a mount shows, and the result of ``check`` afterwards.
 """
 
 from __future__ import annotations
@@ -200,7 +200,7 @@ def test_labels_are_replaced_in_the_commit(store: Store) -> None:
 
 @pytest.mark.parametrize("verb", ["commit", "remove"])
 def test_a_kill_between_two_steps_leaves_the_mount_and_a_whole_state(store: Store, space: Path, verb: str) -> None:
-    """Whatever step the process dies after, the verb can be said again, and what was written is there or gone as a whole."""
+    """After a kill at any step the verb can be repeated, and the written data exists or is gone as a whole."""
     from cowfs.sys import faults
 
     def act(opened: Store) -> None:

@@ -61,7 +61,7 @@ def test_since_and_until_bound_the_answer(space: Path) -> None:
 
 
 def test_a_follower_hears_of_other_processes(space: Path) -> None:
-    """What the command does in its own process reaches a follower here, without any daemon."""
+    """An action of the command in its own process reaches a follower here, without any daemon."""
     root = space / "store"
     heard: list[Event] = []
     done = threading.Event()

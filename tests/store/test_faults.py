@@ -134,7 +134,7 @@ def _imported(store: Store, before: bool) -> None:
 
 
 def _imported_image(store: Store, before: bool) -> None:
-    """Whatever is there is complete from the bottom up, and a second try brings the rest."""
+    """The existing layers are complete from the bottom up, and a second try brings the rest."""
     there = list(store.walk(["name~=^sha256"]))
     for number, info in enumerate(there):
         assert f"layer-{number}".encode() in {change.path for change in store.diff(info.name)}

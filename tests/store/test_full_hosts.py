@@ -249,7 +249,7 @@ def test_a_read_only_bind_mount_shows_what_a_writer_does_meanwhile(
 def test_a_store_whose_writer_was_killed_can_be_read_where_nothing_can_be_written(
     read_only: tuple[Cowfs, Cowfs, Path], tmp_path: Path
 ) -> None:
-    """What is only in SQLite's log is read from there."""
+    """Rows that are only in SQLite's log are read from there."""
     _, reader, _ = read_only
     script = (
         "import os, signal, sys, cowfs; store = cowfs.Store.open(sys.argv[1]); store.update('base', {'last': 'words'});"

@@ -31,7 +31,7 @@ FORMATS = ["oci", "docker"]
 
 @dataclass
 class Model:
-    """What a tag or a snapshot made here must be exported as."""
+    """The expected export of a tag or a snapshot made here."""
 
     config: bytes
     layers: (
@@ -100,7 +100,7 @@ class Run:
         self.count += 1
         return self.space / f"t{self.count}{suffix}"
 
-    # What goes in ------------------------------------------------------------------------------
+    # Inputs ------------------------------------------------------------------------------------
 
     def source(self, document: bytes, layers: list[bytes], name: str) -> tuple[Any, dict[str, Any]]:
         """An image in some form, with others beside it; what to ask for."""
@@ -164,7 +164,7 @@ class Run:
             self.store.import_image(source, name if given else None, told=lambda line: None, **ask)
         self.tags[name] = model
 
-    # What is done with it ----------------------------------------------------------------------
+    # Operations --------------------------------------------------------------------------------
 
     def do_child(self) -> None:
         base = self.rng.choice([*self.tags, *self.made] or [""])
@@ -220,7 +220,7 @@ class Run:
         self.store.close()
         self.store = self.open()
 
-    # What comes out ----------------------------------------------------------------------------
+    # Outputs -----------------------------------------------------------------------------------
 
     def do_export(self) -> None:
         if self.tags or self.made:

@@ -132,7 +132,7 @@ def test_a_store_that_was_moved_still_mounts(chain: Store, space: Path) -> None:
 
 
 def test_a_layer_of_kernel_overlayfs_is_read_like_our_own(chain: Store, space: Path) -> None:
-    """What the kernel writes (redirects, metacopies, opaque directories) becomes the same records."""
+    """Layers of the kernel (redirects, metacopies, opaque directories) become the same records."""
     target = space / "mnt"
     target.mkdir()
     script = (

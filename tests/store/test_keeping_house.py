@@ -46,7 +46,7 @@ def history(store: Store, rng: random.Random, steps: int = 40) -> None:
 
 
 def expected(store: Store, *, every: bool) -> set[str]:
-    """What prune is said to remove: again and again whatever is a leaf and may go."""
+    """The expected removals of prune: again and again every leaf that may go."""
     rows = {row.name: row for row in store.index.rows()}
     numbers = {row.num: row.name for row in rows.values()}
     tagged = {tag.target for tag in store.tags()}

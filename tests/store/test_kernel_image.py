@@ -84,7 +84,7 @@ def step(rng: random.Random, top: Path) -> None:
 
 
 def both(store: Store, name: str) -> tuple[trees.Tree, trees.Tree]:
-    """What the FUSE mount and the kernel's show of a committed snapshot."""
+    """The trees of a committed snapshot in the FUSE mount and in the kernel's."""
     seen = []
     for kind in ("fuse", "kernel"):
         store.prepare(f"see-{kind}", name)

@@ -48,7 +48,7 @@ LAYERS: dict[str, tuple[bytes, dict[str, Any]]] = {
 
 
 def tree(store: Store, name: str) -> dict[str, tuple[str, tuple[str, ...]]]:
-    """What each path is, and which paths are one file, from the tar of the whole tree."""
+    """The object of each path, and the paths of each file, from the tar of the whole tree."""
     out = io.BytesIO()
     store.export(name, out, format="tar")
     out.seek(0)
@@ -106,7 +106,7 @@ def test_a_hard_link_to_what_lies_beneath(space: Path, driver: str, case: str) -
 
 
 def test_a_link_to_what_the_layer_deleted_is_refused(space: Path) -> None:
-    """Whatever deleted it: its own whiteout, one of a directory above, an opaque mark."""
+    """A deletion by any means: its own whiteout, one of a directory above, an opaque mark."""
     for number, first in enumerate(
         (member("dir/.wh.a"), member(".wh.dir"), member("dir/.wh..wh..opq"), member(".wh..wh..opq"))
     ):

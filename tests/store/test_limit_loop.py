@@ -71,7 +71,7 @@ def free(path: Path) -> int:
 
 @pytest.mark.parametrize("size", [MIB, 10 * MIB, 100 * MIB + 4096])
 def test_a_limit_on_bytes_is_exact_to_the_block(store: Store, size: int) -> None:
-    """What statvfs says is; of that a file's own map of extents may take some blocks."""
+    """The space of statvfs is exact; a file's own map of extents may take some blocks of it."""
     store.prepare("key", "base", size=size)
     with store.mount("key", at(store, "kernel"), mount_type="kernel"):
         top = at(store, "kernel")

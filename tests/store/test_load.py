@@ -151,7 +151,7 @@ def worker(root: Path, seed: int, log: int) -> int:
 
 
 def test_more_garbage_than_there_are_descriptors(space: Path) -> None:
-    """Whoever deletes a directory holds its lock, a descriptor: a store full of them is opened and cleared all the same."""
+    """A deletion holds the directory's lock, a descriptor: a store full of them is opened and cleared all the same."""
     root = space / "store"
     with Store.open(root, fsync=False) as store:
         store.prepare("k")

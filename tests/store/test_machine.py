@@ -354,7 +354,7 @@ class StoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.of(Kind.COMMITTED)) > 1)
     @rule(data=st.data())
     def diff_then_apply(self, data: st.DataObject) -> None:
-        """What changed from A to B, applied to A, gives B; here, and in another store that has A from a tar."""
+        """The changes from A to B, applied to A, give B; here, and in another store that has A from a tar."""
         a, b = (data.draw(st.sampled_from(self.of(Kind.COMMITTED))) for _ in range(2))
         layer = io.BytesIO()
         self.store.export_diff(a, b, layer)

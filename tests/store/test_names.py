@@ -1,4 +1,4 @@
-"""Whatever a caller gives as a key, a name, a tag or a label: it is kept exactly, or refused; never a path, never half."""
+"""Any text as a key, a name, a tag or a label is kept exactly, or refused; it never becomes a path, and is never cut."""
 
 from __future__ import annotations
 

@@ -121,7 +121,7 @@ def test_what_is_made_over_recorded_owners_is_roots(user_store: Store) -> None:
 
 
 def test_an_attribute_that_no_archive_option_made_is_not_believed(user_store: Store) -> None:
-    """Whoever may write a file may set the attribute."""
+    """Any writer of a file may set the attribute."""
     user_store.prepare("k")
     (tree_path(user_store, "k") / "f").write_bytes(b"")
     os.setxattr(tree_path(user_store, "k") / "f", "user.containers.override_stat", b"0:0:04755:file")
@@ -137,7 +137,7 @@ POLICIES = ["fail", "xattr", "ignore"]
 def test_a_layer_with_owners_by_another_policy_is_not_the_same_layer(
     user_store: Store, first: str, second: str
 ) -> None:
-    """What an import says of owners holds whatever was imported before."""
+    """The policy of owners of an import holds, whatever was imported before."""
     theirs = io.BytesIO()
     with tarfile.open(fileobj=theirs, mode="w") as tar:
         member(tar, "f", b"x", uid=0, gid=42)

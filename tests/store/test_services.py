@@ -63,7 +63,7 @@ def test_a_service_inherits_nothing(name: str) -> None:
 
 @pytest.mark.parametrize("name", SERVICES)
 def test_a_service_keeps_no_state(name: str) -> None:
-    """Whatever it sets it sets when it is made: so two of one kind are the same, in threads and after a fork."""
+    """All attributes are set at its making, so two of one kind are the same, in threads and after a fork."""
     of = _classes(_tree(f"{SERVICES[name]}.py"))[name]
     changed = [
         f"{method.name}: {ast.unparse(node)}"

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from cowfs.errors import FailedPrecondition, InvalidArgument, NotFound
 from cowfs.model import Limit, parse_count, parse_size
+from cowfs.service.api.absent import endpoint_of
 from cowfs.service.api.routing import Route, filters_of
-from cowfs.service.containers import cgroups
+from cowfs.service.containers import cgroups, updating
+from cowfs.service.containers.bundle import hidden_paths
 from cowfs.service.containers.container import Container
 from cowfs.service.containers.pruning import prune
 from cowfs.service.containers.records import ContainerConfig, Update
@@ -46,7 +48,7 @@ def summary(service: Service, container: Container, *, size: bool) -> dict[str, 
         "State": container.status,
         "Status": container.describe(),
         "HostConfig": {"NetworkMode": container.host["NetworkMode"]},
-        "NetworkSettings": {"Networks": {}},
+        "NetworkSettings": {"Networks": endpoint_of(container)},
         "Mounts": _mounts(service, container),
     }
     if size:
@@ -91,7 +93,8 @@ def _mounts(service: Service, container: Container) -> list[dict[str, Any]]:
 def _create(service: Service, exchange: Exchange) -> Reply:
     raw = exchange.document()
     config = decode(ContainerConfig, raw)
-    made = service.containers.create(config, raw, exchange.query.get("name", ""))
+    query = exchange.query
+    made = service.containers.create(config, raw, query.get("name", ""), query.get("platform", ""))
     return json_reply({"Id": made.id, "Warnings": []}, 201)
 
 
@@ -195,7 +198,7 @@ def _inspect(service: Service, exchange: Exchange, name: str) -> Reply:
         "Mounts": _mounts(service, container),
         "Config": {**container.config, "Hostname": container.hostname, "Image": container.image_name},
         "NetworkSettings": {
-            "Bridge": "", "SandboxID": "", "SandboxKey": "", "Ports": {}, "Networks": {}, "IPAddress": "", "Gateway": "",
+            "Bridge": "", "SandboxID": "", "SandboxKey": "", "Ports": {}, "Networks": endpoint_of(container), "IPAddress": "", "Gateway": "",
             "MacAddress": "", "EndpointID": "", "IPPrefixLen": 0, "GlobalIPv6Address": "", "GlobalIPv6PrefixLen": 0,
             "IPv6Gateway": "", "HairpinMode": False, "LinkLocalIPv6Address": "", "LinkLocalIPv6PrefixLen": 0,
             "SecondaryIPAddresses": None, "SecondaryIPv6Addresses": None,
@@ -211,7 +214,8 @@ def _inspect(service: Service, exchange: Exchange, name: str) -> Reply:
 
 def _host(service: Service, container: Container) -> dict[str, Any]:
     host = dict(container.host)
-    host["LogConfig"] = {"Type": "json-file", "Config": (host.get("LogConfig") or {}).get("Config") or {}}
+    log = host.get("LogConfig") or {}
+    host["LogConfig"] = {"Type": log.get("Type") or "json-file", "Config": log.get("Config") or {}}
     policy = host.get("RestartPolicy") or {}
     host["RestartPolicy"] = {
         "Name": policy.get("Name") or "no",
@@ -219,7 +223,7 @@ def _host(service: Service, container: Container) -> dict[str, Any]:
     }
     limit = service.store.limit(container.key)
     host["StorageOpt"] = options_of(host.get("StorageOpt") or {}, limit) or None
-    host["MaskedPaths"], host["ReadonlyPaths"] = None, None
+    host["MaskedPaths"], host["ReadonlyPaths"] = hidden_paths(container.host_config)
     return host
 
 
@@ -278,7 +282,7 @@ def _rename(service: Service, exchange: Exchange, name: str) -> Reply:
 
 
 def _update(service: Service, exchange: Exchange, name: str) -> Reply:
-    service.containers.update(service.containers.get(name), decode(Update, exchange.document()))
+    updating.update(service.containers, service.containers.get(name), decode(Update, exchange.document()))
     return json_reply({"Warnings": None})
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from cowfs.errors import NotFound
 from cowfs.service.api.routing import Route
+from cowfs.service.containers import updating
 from cowfs.service.errors import ApiError
 from cowfs.service.http import Exchange, Reply, empty, json_reply
 
@@ -88,7 +89,12 @@ def _limit(service: Service, exchange: Exchange, name: str) -> Reply:
     asked = {key: exchange.query[key] for key in ("size", "inodes") if exchange.query.get(key)}
     if not asked:
         raise ApiError(400, "neither size nor inodes are given")
-    service.containers.set_limit(container, {key: None if text == "none" else text for key, text in asked.items()})
+    updating.set_limit(
+        service.store,
+        service.containers,
+        container,
+        {key: None if text == "none" else text for key, text in asked.items()},
+    )
     return empty()
 
 

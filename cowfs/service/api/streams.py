@@ -82,6 +82,8 @@ def _logs(service: Service, exchange: Exchange, name: str) -> Reply:
     wanted = _streams(exchange)
     if not wanted:
         raise ApiError(400, "Bad parameters: you must choose at least one stream")
+    if container.host_config.LogConfig.Type == "none":
+        raise ApiError(501, "configured logging driver does not support reading")
     text = exchange.query.get("tail", "all")
     tail = int(text) if text.isdigit() else None
     since, until = when(exchange.query.get("since", ""), "since"), when(exchange.query.get("until", ""), "until")

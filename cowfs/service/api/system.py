@@ -6,13 +6,14 @@ import os
 import platform
 import socket
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cowfs import __version__
 from cowfs.images.digests import platform_here
 from cowfs.service import events
 from cowfs.service.api.routing import MAX_VERSION, MIN_VERSION, Route, filters_of
 from cowfs.service.containers.bundle import init_program
+from cowfs.service.containers.limits import is_unified
 from cowfs.service.http import Exchange, Reply, json_reply, lines
 from cowfs.sys.files import fs_name
 
@@ -140,7 +141,7 @@ def _info(service: Service, exchange: Exchange) -> Reply:
             "SystemTime": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "LoggingDriver": "json-file",
             "CgroupDriver": "cgroupfs",
-            "CgroupVersion": "2" if os.path.exists("/sys/fs/cgroup/cgroup.controllers") else "1",
+            "CgroupVersion": "2" if is_unified() else "1",
             "NEventsListener": events.listeners(),
             "KernelVersion": os.uname().release,
             "OperatingSystem": _operating_system(),
@@ -198,28 +199,9 @@ def _events(service: Service, exchange: Exchange) -> Reply:
     return Reply(body=(b"".join(lines(some)) for some in events.follow(service.store, since, until, wanted)))
 
 
-def _no_networks(service: Service, exchange: Exchange) -> Reply:
-    found: list[dict[str, Any]] = [
-        {
-            "Name": name, "Id": name.ljust(64, "0"), "Created": "1970-01-01T00:00:00Z", "Scope": "local",
-            "Driver": driver, "EnableIPv6": False, "IPAM": {"Driver": "default", "Options": None, "Config": []},
-            "Internal": False, "Attachable": False, "Ingress": False, "Containers": {}, "Options": {}, "Labels": {},
-        }
-        for name, driver in (("host", "host"), ("none", "null"))
-    ]  # fmt: skip
-    return json_reply(found)
-
-
-def _prune_nothing(service: Service, exchange: Exchange) -> Reply:
-    return json_reply({"NetworksDeleted": [], "CachesDeleted": [], "SpaceReclaimed": 0})
-
-
 ROUTES = (
     Route("GET HEAD", "/_ping", _ping),
     Route("GET", "/version", _version),
     Route("GET", "/info", _info),
     Route("GET", "/events", _events),
-    Route("GET", "/networks", _no_networks),
-    Route("POST", "/networks/prune", _prune_nothing),
-    Route("POST", "/build/prune", _prune_nothing),
 )

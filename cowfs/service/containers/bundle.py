@@ -1,6 +1,6 @@
 """The OCI bundle of a container: the runtime's configuration (OCI runtime-spec, config.md), from Docker's.
 
-Rule: an impossible request is refused when the container is created, with a sentence; nothing is left out silently.
+Impossible requests are refused before (:mod:`.checking`).
 """
 
 from __future__ import annotations
@@ -14,91 +14,38 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from cowfs.errors import InvalidArgument
+from cowfs.service.containers import seccomp
+from cowfs.service.containers.capabilities import granted, possible
 from cowfs.service.containers.cgroups import PREFIX
-from cowfs.service.containers.checks import check_of, check_policy
+from cowfs.service.containers.devices import nodes_and_rules
+from cowfs.service.containers.limits import is_unified, resources
 from cowfs.service.containers.records import ContainerConfig, ExecConfig, HostConfig
 from cowfs.service.containers.users import User
 from cowfs.service.errors import ApiError, not_offered
 from cowfs.service.images import Image
 from cowfs.service.records import encode
 
-__all__ = ["check", "exec_process", "merge", "resources", "signal_number", "specification", "wanted_volumes"]
+__all__ = [
+    "bind_mounts",
+    "exec_process",
+    "hidden_paths",
+    "init_program",
+    "merge",
+    "signal_number",
+    "specification",
+    "wanted_volumes",
+]
 
 INIT = "/dev/docker-init"
 """Where a container finds its init process: on a file system that is made for it, so that its tree does not change."""
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
-CAPABILITIES = (
-    "CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FSETID", "CAP_FOWNER", "CAP_MKNOD", "CAP_NET_RAW", "CAP_SETGID", "CAP_SETUID",
-    "CAP_SETFCAP", "CAP_SETPCAP", "CAP_NET_BIND_SERVICE", "CAP_SYS_CHROOT", "CAP_KILL", "CAP_AUDIT_WRITE",
-)  # fmt: skip
-"""The default capabilities of root in a container: Docker's list."""
-
-ALL_CAPABILITIES = (
-    *CAPABILITIES, "CAP_AUDIT_CONTROL", "CAP_AUDIT_READ", "CAP_BLOCK_SUSPEND", "CAP_BPF", "CAP_CHECKPOINT_RESTORE",
-    "CAP_DAC_READ_SEARCH", "CAP_IPC_LOCK", "CAP_IPC_OWNER", "CAP_LEASE", "CAP_LINUX_IMMUTABLE", "CAP_MAC_ADMIN",
-    "CAP_MAC_OVERRIDE", "CAP_NET_ADMIN", "CAP_NET_BROADCAST", "CAP_PERFMON", "CAP_SYS_ADMIN", "CAP_SYS_BOOT", "CAP_SYSLOG",
-    "CAP_SYS_MODULE", "CAP_SYS_NICE", "CAP_SYS_PACCT", "CAP_SYS_PTRACE", "CAP_SYS_RAWIO", "CAP_SYS_RESOURCE",
-    "CAP_SYS_TIME", "CAP_SYS_TTY_CONFIG", "CAP_WAKE_ALARM",
-)  # fmt: skip
-
 MASKED = (
     "/proc/asound", "/proc/acpi", "/proc/interrupts", "/proc/kcore", "/proc/keys", "/proc/latency_stats", "/proc/timer_list",
     "/proc/timer_stats", "/proc/sched_debug", "/proc/scsi", "/sys/firmware", "/sys/devices/virtual/powercap",
 )  # fmt: skip
 READONLY = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
-
-RLIMITS = {
-    "as", "core", "cpu", "data", "fsize", "locks", "memlock", "msgqueue", "nice", "nofile", "nproc", "rss", "rtprio", "rttime",
-    "sigpending", "stack",
-}  # fmt: skip
-
-
-def check(config: ContainerConfig) -> None:
-    """Refuse settings that no container here can have.
-
-    Raises:
-        ApiError: 501 with a sentence, or 400.
-    """
-    host = config.HostConfig
-    refused = (
-        (bool(host.PortBindings) or host.PublishAllPorts, "published ports; use --network host"),
-        (bool(host.Links), "links between containers"),
-        (bool(host.VolumesFrom), "volumes of other containers"),
-        (bool(host.VolumeDriver), "volume drivers"),
-        (bool(host.Devices) or bool(host.DeviceRequests), "devices of the host"),
-        (host.NetworkMode not in ("", "default", "bridge", "none", "host"), "networks other than none and host"),
-        (host.PidMode not in ("", "host", "private"), "another container's process namespace"),
-        (host.IpcMode not in ("", "host", "private", "shareable", "none"), "another container's IPC namespace"),
-        (host.UTSMode not in ("", "host"), "another container's UTS namespace"),
-        (host.UsernsMode not in ("", "host"), "user namespaces of containers"),
-        (
-            bool(host.Init) and not init_program(),
-            "an init process of its own (--init): this host has no static docker-init or tini",
-        ),
-        (host.LogConfig.Type not in ("", "json-file"), f"the log driver {host.LogConfig.Type}"),
-        (bool(host.CgroupParent), "another parent of control groups"),
-    )
-    for is_asked, what in refused:
-        if is_asked:
-            raise not_offered(what)
-    for option in host.SecurityOpt or ():
-        if option not in ("no-new-privileges", "no-new-privileges=true", "no-new-privileges:true", "seccomp=unconfined",
-                          "seccomp:unconfined", "apparmor=unconfined", "apparmor:unconfined", "label=disable", "label:disable"):  # fmt: skip
-            raise not_offered(f"the security option {option}")
-    for each in host.Ulimits or ():
-        if each.Name not in RLIMITS:
-            raise ApiError(400, f"invalid ulimit type: {each.Name}")
-    _capabilities(host)
-    check_policy(host)
-    check_of({"Healthcheck": config.Healthcheck})
-    bind_mounts(host)
-    wanted_volumes(host, config.Volumes or {})
-    if config.StopSignal:
-        signal_number(config.StopSignal)
-    if host.Memory and host.Memory < 6 << 20:
-        raise ApiError(400, "Minimum memory limit allowed is 6MB")
 
 
 def signal_number(text: str) -> int:
@@ -216,32 +163,6 @@ def _check_target(target: str) -> None:
         raise ApiError(400, f"invalid mount path: {target!r} mount path must be absolute, and not the root")
 
 
-def _capabilities(host: HostConfig) -> list[str]:
-    if host.Privileged:
-        return list(ALL_CAPABILITIES)
-    found = set(CAPABILITIES)
-
-    def names(values: list[str] | None) -> list[str]:
-        made: list[str] = []
-        for value in values or ():
-            name = value.upper()
-            if name == "ALL":
-                made += ALL_CAPABILITIES
-                continue
-            name = name if name.startswith("CAP_") else f"CAP_{name}"
-            if name not in ALL_CAPABILITIES:
-                raise ApiError(400, f"invalid capability: {value!r}")
-            made.append(name)
-        return made
-
-    added, dropped = names(host.CapAdd), names(host.CapDrop)
-    if "ALL" in [value.upper() for value in host.CapDrop or ()]:
-        found = set()
-    else:
-        found -= set(dropped)
-    return sorted(found | set(added))
-
-
 def arguments_of(config: Mapping[str, Any]) -> list[str]:
     """The words of the command: entry point and arguments."""
     words: list[str] = []
@@ -321,30 +242,6 @@ def environment(config: Mapping[str, Any], hostname: str, home: str) -> list[str
     return [f"{key}={value}" for key, value in pairs.items()]
 
 
-def resources(host: Mapping[str, Any]) -> dict[str, Any]:
-    """The runtime's form of limits, of a container's host configuration or of an update."""
-    made: dict[str, Any] = {}
-    memory = {
-        key: host[name]
-        for key, name in (("limit", "Memory"), ("swap", "MemorySwap"), ("reservation", "MemoryReservation"))
-        if host.get(name)
-    }
-    if memory:
-        made["memory"] = memory
-    cpu: dict[str, Any] = {}
-    if host.get("NanoCpus"):
-        cpu |= {"period": 100_000, "quota": host["NanoCpus"] // 10_000}
-    for key, name in (("shares", "CpuShares"), ("period", "CpuPeriod"), ("quota", "CpuQuota"), ("cpus", "CpusetCpus"),
-                      ("mems", "CpusetMems")):  # fmt: skip
-        if host.get(name):
-            cpu[key] = host[name]
-    if cpu:
-        made["cpu"] = cpu
-    if host.get("PidsLimit"):
-        made["pids"] = {"limit": host["PidsLimit"]}
-    return made
-
-
 def specification(
     *,
     id: str,
@@ -365,7 +262,7 @@ def specification(
         files: target in the container -> file of the host, bound over it (hosts, hostname, resolv.conf).
         volumes: further mounts, in the runtime's form.
     """
-    capabilities = _capabilities(host)
+    capabilities = granted(host)
     process: dict[str, Any] = {
         "terminal": bool(config.get("Tty")),
         "user": {"uid": user.uid, "gid": user.gid, "additionalGids": list(user.groups)},
@@ -381,13 +278,15 @@ def specification(
             {"type": f"RLIMIT_{each.Name.upper()}", "soft": _unlimited(each.Soft), "hard": _unlimited(each.Hard)}
             for each in host.Ulimits or ()
         ],
-        "noNewPrivileges": any(each.startswith("no-new-privileges") for each in host.SecurityOpt or ()),
+        "noNewPrivileges": any(
+            each.startswith("no-new-privileges") and not each.endswith("false") for each in host.SecurityOpt or ()
+        ),
         "oomScoreAdj": host.OomScoreAdj,
     }
     if config.get("Tty") and host.ConsoleSize and len(host.ConsoleSize) == 2 and all(host.ConsoleSize):
         process["consoleSize"] = {"height": host.ConsoleSize[0], "width": host.ConsoleSize[1]}
-    limits = resources(raw_host)
-    limits["devices"] = [{"allow": host.Privileged, "access": "rwm"}]
+    nodes, rules = nodes_and_rules(host)
+    masked, readonly = hidden_paths(host)
     spec: dict[str, Any] = {
         "ociVersion": "1.0.2",
         "process": process,
@@ -396,17 +295,31 @@ def specification(
         "linux": {
             "cgroupsPath": f"{PREFIX}/{id}",
             "namespaces": _namespaces(host),
-            "resources": limits,
-            "maskedPaths": [] if host.Privileged else list(MASKED),
-            "readonlyPaths": [] if host.Privileged else list(READONLY),
+            "devices": nodes,
+            "resources": {**resources(raw_host), "devices": rules},
+            "maskedPaths": masked,
+            "readonlyPaths": readonly,
             "sysctl": dict(host.Sysctls or {}),
         },
     }
+    if host.Annotations:
+        spec["annotations"] = dict(host.Annotations)
+    filtered = seccomp.filter_of(host.SecurityOpt or (), capabilities, privileged=host.Privileged)
+    if filtered is not None:
+        spec["linux"]["seccomp"] = filtered
     if host.UTSMode != "host":
         spec["hostname"] = hostname
         if config.get("Domainname"):
             spec["domainname"] = config["Domainname"]
     return spec
+
+
+def hidden_paths(host: HostConfig) -> tuple[list[str], list[str]]:
+    """The places in /proc and /sys that a container does not see, and those that it cannot write."""
+    usual = ((), ()) if host.Privileged else (MASKED, READONLY)
+    # --security-opt systempaths=unconfined asks for none
+    masked = usual[0] if host.MaskedPaths is None else host.MaskedPaths
+    return list(masked), list(usual[1] if host.ReadonlyPaths is None else host.ReadonlyPaths)
 
 
 def _unlimited(value: int) -> int:
@@ -419,6 +332,7 @@ def _namespaces(host: HostConfig) -> list[dict[str, str]]:
     found += ["ipc"] if host.IpcMode != "host" else []
     found += ["uts"] if host.UTSMode != "host" else []
     found += ["network"] if host.NetworkMode != "host" else []
+    found += ["cgroup"] if host.CgroupnsMode == "private" or (not host.CgroupnsMode and is_unified()) else []
     return [{"type": each} for each in found]
 
 
@@ -461,7 +375,7 @@ def exec_process(
     """
     if not config.Cmd:
         raise InvalidArgument("No exec command specified")
-    capabilities = list(ALL_CAPABILITIES) if config.Privileged else _capabilities(host)
+    capabilities = list(possible()) if config.Privileged else granted(host)
     env = environment({**container, "Tty": config.Tty}, hostname, user.home)
     known = {pair.partition("=")[0]: pair for pair in env}
     known |= {pair.partition("=")[0]: pair for pair in config.Env or () if "=" in pair}

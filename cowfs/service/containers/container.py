@@ -25,7 +25,7 @@ from cowfs.sys.atomic import write_file
 from cowfs.sys.process import start_time
 
 if TYPE_CHECKING:
-    from cowfs.service.containers.checks import Health
+    from cowfs.service.containers.healthcheck import Health
 
 __all__ = ["RECORD_FILE", "Container", "Exec"]
 

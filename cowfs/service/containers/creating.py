@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from cowfs.errors import AlreadyExists
 from cowfs.service.containers import bundle
+from cowfs.service.containers.checking import storage_options
 from cowfs.service.containers.container import OWNER, Container
 from cowfs.service.containers.furnishing import furnish
 from cowfs.service.containers.records import ContainerConfig
-from cowfs.service.errors import ApiError
 from cowfs.service.images import Image, init_name
 from cowfs.service.records import encode
 
@@ -51,10 +51,7 @@ class Maker:
         host = encode(config.HostConfig)
         if not host["NetworkMode"]:
             host["NetworkMode"] = "none" if config.HostConfig.NetworkMode == "" else host["NetworkMode"]
-        options = {**self._service.default_limit, **(config.HostConfig.StorageOpt or {})}
-        unknown = sorted(set(options) - {"size", "inodes"})
-        if unknown:
-            raise ApiError(400, f"invalid storage option: {unknown[0]} (size and inodes are possible)")
+        options = {**self._service.default_limit, **storage_options(config.HostConfig.StorageOpt or {})}
         host["StorageOpt"] = options or None
         made = Container(
             id=id,

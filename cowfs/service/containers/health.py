@@ -22,7 +22,7 @@ import time
 from typing import TYPE_CHECKING, Protocol
 
 from cowfs.errors import CowfsError
-from cowfs.service.containers.checks import Check, Health, check_of
+from cowfs.service.containers.healthcheck import Check, Health, check_of
 from cowfs.service.containers.records import ExecConfig
 from cowfs.service.images import rfc3339
 from cowfs.service.logs import log

@@ -22,18 +22,17 @@ import socket
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from cowfs.errors import CowfsError, FailedPrecondition, InvalidArgument, NotFound
 from cowfs.service.containers import bundle
-from cowfs.service.containers.checks import check_policy
+from cowfs.service.containers.checking import check, check_platform
 from cowfs.service.containers.container import SETTLE_SECONDS, Container
 from cowfs.service.containers.creating import LABEL, Maker
 from cowfs.service.containers.execs import Execs
 from cowfs.service.containers.furnishing import write_bundle
 from cowfs.service.containers.health import Monitors
-from cowfs.service.containers.records import ContainerConfig, Update
+from cowfs.service.containers.records import ContainerConfig
 from cowfs.service.containers.register import Register
 from cowfs.service.containers.restarting import Restarts
 from cowfs.service.containers.signals import send_signal
@@ -43,7 +42,6 @@ from cowfs.service.containers.supervisor import RUN_FILE
 from cowfs.service.containers.trees import Trees
 from cowfs.service.errors import ApiError, NotModified
 from cowfs.service.logs import log
-from cowfs.service.records import encode
 from cowfs.sys.atomic import write_file
 
 if TYPE_CHECKING:
@@ -166,19 +164,20 @@ class Containers:
 
     # -- create -----------------------------------------------------------------------------------
 
-    def create(self, config: ContainerConfig, raw: Mapping[str, Any], name: str) -> Container:
+    def create(self, config: ContainerConfig, raw: Mapping[str, Any], name: str, platform: str = "") -> Container:
         """Make a container: a writable snapshot over its image, and a record.
 
         Args:
-            config: the request. raw: the same as received. name: "" for a generated one.
+            config: the request. raw: the same as received. name: "" for a generated one. platform: the image must be of it; "" is any.
 
         Raises:
             NotFound: no such image. AlreadyExists: the name is taken. ApiError: a setting that is not supported.
         """
-        bundle.check(config)
+        check(config, raw, os.path.basename(self._service.runtime_program()))
         if not config.Image:
             raise ApiError(400, "no image is named")
         image = self._service.images.get(config.Image)
+        check_platform(config.Image, image, platform)
         merged = bundle.merge(config, image)
         if not bundle.arguments_of(merged):
             raise ApiError(400, "no command specified")
@@ -214,15 +213,19 @@ class Containers:
                 raise NotModified
             if container.removing:
                 raise FailedPrecondition(f"container {container.id[:12]} is being removed")
-            self.trees.mount(container)
+            mounted = False
             try:
+                self.trees.mount(container)
+                mounted = True
                 write_bundle(container, self._service.volumes.mounts_of(container))
                 self._supervise(container)
                 container.settled.clear()
                 answer = ask(container, {"verb": "start"})
-            except BaseException:
+            except BaseException as error:
                 container.settled.set()
-                self.trees.unmount(container)
+                if container.watcher is not None:  # of an attached client, which waits for output
+                    dismiss(container)
+                self._not_started(container, str(error), mounted=mounted)
                 raise
             if "ok" not in answer:
                 self._refused(container, answer["error"])
@@ -243,8 +246,18 @@ class Containers:
         return [(volume["name"], each.id) for each in self._register for volume in each.volumes]
 
     def _refused(self, container: Container, error: str) -> None:
+        """Raises ApiError: the runtime could not start it, and says why."""
+        self._not_started(container, error)
+        client_fault = any(
+            word in error for word in ("not found", "no such file", "permission denied", "not a directory")
+        )
+        raise ApiError(400 if client_fault else 500, f"failed to create task for container: {error}")
+
+    def _not_started(self, container: Container, error: str, *, mounted: bool = True) -> None:
+        """Clean up after a start that failed, and tell those who wait for an end or a removal."""
         self._wait_gone(container)
-        self.trees.unmount(container)
+        if mounted:
+            self.trees.unmount(container)
         container.error = error
         container.run = {}
         try:
@@ -258,10 +271,6 @@ class Containers:
         self.tell(container, "die", exitCode=str(container.code))
         if container.host.get("AutoRemove"):
             self.remove(container)
-        client_fault = any(
-            word in error for word in ("not found", "no such file", "permission denied", "not a directory")
-        )
-        raise ApiError(400 if client_fault else 500, f"failed to create task for container: {error}")
 
     # -- the supervisor ---------------------------------------------------------------------------
 
@@ -502,50 +511,6 @@ class Containers:
             container.save()
             self._register.release(old)
         self.tell(container, "rename", oldName=f"/{old}")
-
-    def update(self, container: Container, wanted: Update) -> None:
-        """Change limits of control groups, also while it runs."""
-        changes = {key: value for key, value in encode(wanted).items() if value and key != "RestartPolicy"}
-        if wanted.RestartPolicy is not None and wanted.RestartPolicy.Name:
-            host = replace(container.host_config, RestartPolicy=wanted.RestartPolicy)
-            check_policy(host)
-            with container.lock:
-                container.host["RestartPolicy"] = encode(wanted.RestartPolicy)
-                container.save()
-        if not changes:
-            return
-        if (
-            container.running
-            and changes.get("Memory")
-            and "MemorySwap" not in changes
-            and container.host.get("MemorySwap", 0) > 0
-        ):
-            raise ApiError(
-                409,
-                "Memory limit should be smaller than already set memoryswap limit, update the memoryswap at the same time",
-            )
-        with container.lock:
-            if container.running:
-                self.runtime("update", "--resources", "-", container.id, input=json.dumps(bundle.resources(changes)))
-            container.host |= changes
-            container.save()
-        self.tell(container, "update")
-
-    def set_limit(self, container: Container, changes: Mapping[str, str | None]) -> None:
-        """Change the limit of the container's tree, running or not.
-
-        Args:
-            changes: ``size`` and ``inodes``; None for no limit.
-
-        Raises:
-            InvalidArgument: not a size or count.
-        """
-        with container.lock:
-            self._store.limit(container.key, **changes)
-            options = {**(container.host.get("StorageOpt") or {}), **changes}
-            container.host["StorageOpt"] = {key: text for key, text in options.items() if text is not None} or None
-            container.save()
-        self.tell(container, "update")
 
     def remove(self, container: Container, *, force: bool = False, volumes: bool = False) -> None:
         """Remove the container, with its tree.

@@ -39,6 +39,31 @@ class Restart:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """A device of the host."""
+
+    PathOnHost: str = ""
+    PathInContainer: str = ""
+    CgroupPermissions: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockWeight:
+    """A share of a block device's time."""
+
+    Path: str = ""
+    Weight: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockRate:
+    """Bytes or operations a second of a block device."""
+
+    Path: str = ""
+    Rate: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LogConfig:
     """The log driver and its options."""
 
@@ -68,6 +93,18 @@ class HostConfig:
     CpusetCpus: str = ""
     CpusetMems: str = ""
     PidsLimit: int | None = None
+    MemorySwappiness: int | None = None
+    OomKillDisable: bool | None = None
+    BlkioWeight: int = 0
+    BlkioWeightDevice: list[BlockWeight] | None = None
+    BlkioDeviceReadBps: list[BlockRate] | None = None
+    BlkioDeviceWriteBps: list[BlockRate] | None = None
+    BlkioDeviceReadIOps: list[BlockRate] | None = None
+    BlkioDeviceWriteIOps: list[BlockRate] | None = None
+    MaskedPaths: list[str] | None = None
+    ReadonlyPaths: list[str] | None = None
+    Annotations: dict[str, str] | None = None
+    Isolation: str = ""
     CapAdd: list[str] | None = None
     CapDrop: list[str] | None = None
     SecurityOpt: list[str] | None = None
@@ -95,7 +132,8 @@ class HostConfig:
     Links: list[str] | None = None
     VolumesFrom: list[str] | None = None
     VolumeDriver: str = ""
-    Devices: list[Any] | None = None
+    Devices: list[Device] | None = None
+    DeviceCgroupRules: list[str] | None = None
     DeviceRequests: list[Any] | None = None
     CgroupParent: str = ""
     ContainerIDFile: str = ""
@@ -125,6 +163,11 @@ class ContainerConfig:
     StopTimeout: int | None = None
     Healthcheck: dict[str, Any] | None = None
     ExposedPorts: dict[str, Any] | None = None
+    ArgsEscaped: bool = False
+    NetworkDisabled: bool = False
+    MacAddress: str = ""
+    OnBuild: list[str] | None = None
+    Shell: list[str] | None = None
     HostConfig: HostConfig = field(default_factory=HostConfig)
     NetworkingConfig: dict[str, Any] | None = None
 

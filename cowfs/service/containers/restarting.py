@@ -17,18 +17,30 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from cowfs.errors import CowfsError
-from cowfs.service.errors import NotModified
+from cowfs.service.containers.records import HostConfig
+from cowfs.service.errors import ApiError, NotModified
 from cowfs.service.logs import log
 
 if TYPE_CHECKING:
     from cowfs.service.containers.container import Container
 
-__all__ = ["Restarts"]
+__all__ = ["Restarts", "check_policy"]
 
 SHORT = 10 * 10**9
 """Nanoseconds: a run of less is no success."""
 
 FIRST, LONGEST = 0.1, 60.0
+
+
+def check_policy(host: HostConfig) -> None:
+    """Check a policy. Raises ApiError: 400: an unknown or contradictory one."""
+    policy = host.RestartPolicy
+    if policy.Name not in ("", "no", "always", "unless-stopped", "on-failure"):
+        raise ApiError(400, f"invalid restart policy: unknown policy '{policy.Name}'; use one of 'no', 'always', 'on-failure', or 'unless-stopped'")  # fmt: skip
+    if policy.MaximumRetryCount < 0 or (policy.MaximumRetryCount and policy.Name != "on-failure"):
+        raise ApiError(400, "invalid restart policy: maximum retry count can only be used with 'on-failure'")
+    if host.AutoRemove and policy.Name not in ("", "no"):
+        raise ApiError(400, "can't create 'AutoRemove' container with restart policy")
 
 
 class Restarts:

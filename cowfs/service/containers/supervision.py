@@ -58,6 +58,7 @@ def wish(container: Container, runtime: str, runtime_root: str, store: str) -> d
         "terminal": bool(container.config.get("Tty")),
         "open_stdin": bool(container.config.get("OpenStdin")),
         "stdin_once": bool(container.config.get("StdinOnce")),
+        "log": container.host_config.LogConfig.Type != "none",
         "max_size": parse_log_size(options.get("max-size", "")),
         "max_file": max(1, int(options.get("max-file", "1") or 1)),
         "store": store,

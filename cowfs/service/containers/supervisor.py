@@ -65,7 +65,7 @@ class Supervisor:
 
     Args:
         wish: ``id``, ``folder`` (of the container), ``bundle``, ``socket`` (to listen on), ``runtime``, ``runtime_root``,
-            ``terminal``, ``open_stdin``, ``stdin_once``, ``max_size`` and ``max_file`` (of the log), ``store``, ``name``,
+            ``terminal``, ``open_stdin``, ``stdin_once``, ``log`` (whether one is kept), ``max_size`` and ``max_file`` (of the log), ``store``, ``name``,
             ``image``, ``durable``.
     """
 
@@ -88,7 +88,7 @@ class Supervisor:
 
     def _streams(self, terminal: bool, main: bool, on_end: Callable[[], None]) -> Streams:
         log = None
-        if main:
+        if main and self.wish.get("log", True):
             log = logs.Writer(
                 os.path.join(self.wish["folder"], logs.FILE), self.wish.get("max_size", 0), self.wish.get("max_file", 1)
             )

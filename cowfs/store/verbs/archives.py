@@ -38,11 +38,11 @@ class ArchiveVerbs:
         """Unpack an OCI layer tar into an active snapshot.
 
         Args:
-            key: an active snapshot that nobody has mounted.
+            key: an unmounted active snapshot.
             stream: the archive, plain or compressed; a pipe will do.
             options: bounds, and what to do without privilege.
-            diff_id: what its digest must be.
-            progress: told how much was read.
+            diff_id: its expected digest.
+            progress: called with the bytes read.
 
         Raises:
             NotFound: no such key.
@@ -70,17 +70,17 @@ class ArchiveVerbs:
             name: a snapshot or a tag. Active ones only as ``tar`` and ``layer``.
             target: a path, or a stream.
             format: ``oci`` (a layout in a tar), ``docker`` (a docker-archive), ``tar`` (the whole tree) or
-                ``layer`` (what it changed against its parent, as an OCI layer tar).
+                ``layer`` (its changes against the parent, as an OCI layer tar).
             compression: ``none``, ``gzip`` or ``zstd``; default: gzip for ``oci``, else none.
             directory: of ``oci``: make a layout directory.
-            progress: told how much was written.
+            progress: called with the bytes written.
 
         Returns:
             The digest of the uncompressed tar (``tar``, ``layer``) or the name of the top snapshot.
 
         Raises:
             NotFound: no such snapshot.
-            InvalidArgument: no such format, or something that it cannot express.
+            InvalidArgument: no such format, or a tree that it cannot express.
             FailedPrecondition: an active snapshot as an image.
         """
         return self.services.exporting.export(
@@ -104,7 +104,7 @@ class ArchiveVerbs:
     def export_diff(
         self, a: str, b: str, target: BinaryIO, *, compression: str = "none", progress: Progress | None = None
     ) -> str:
-        """Write what changed from one snapshot to another, related or not, as an OCI layer tar.
+        """Write the changes from one snapshot to another, related or not, as an OCI layer tar.
 
         Applied to a snapshot that equals ``a``, it gives one that equals ``b``.
 
@@ -112,7 +112,7 @@ class ArchiveVerbs:
             a, b: keys, names or tags.
             target: where the tar goes, a binary stream.
             compression: "none", "gzip" or "zstd".
-            progress: told (bytes, entries) so far.
+            progress: called with (bytes, entries) so far.
 
         Returns:
             Its diff id.
@@ -141,12 +141,12 @@ class ArchiveVerbs:
         Args:
             source: an OCI layout (directory or tar), a docker-archive, a root filesystem's tar, or a plain
                 directory; a path or a stream.
-            name: the tag it gets here; default: those that the source has.
+            name: the tag that it gets here; default: those of the source.
             tag, platform: which image of the source, where it has several (:meth:`cowfs.images.ImageSource.pick`).
-            form: ``image``, ``rootfs`` or ``layer``, where looking at the source is not to decide.
+            form: ``image``, ``rootfs`` or ``layer``, instead of the kind found by its content.
             options: bounds for its archives.
             labels: for the snapshots that are new.
-            progress: told how far it is.
+            progress: called with the progress.
             told: called with a line for each name of the source that was another image's tag here and moved, and for
                 each that cannot be a tag. Default: a warning.
 
@@ -155,7 +155,7 @@ class ArchiveVerbs:
 
         Raises:
             NotFound: no such source, or no such image in it.
-            InvalidArgument: it cannot be read, is hostile, or the tag cannot be one.
+            InvalidArgument: it is damaged or hostile, or the tag is no possible one.
             Corrupt: a digest does not match.
             AlreadyExists: a snapshot has that name.
         """
@@ -184,7 +184,7 @@ class ArchiveVerbs:
 
         Args:
             image: its layers are opened once each.
-            tags: what it is called here; may be none.
+            tags: its names here; may be none.
             options, labels, progress: as for :meth:`import_image`.
 
         Returns:
@@ -205,16 +205,16 @@ class ArchiveVerbs:
         progress: Progress | None = None,
         told: Callable[[str], object] | None = None,
     ) -> tuple[list[str], int]:
-        """Bring over the images of an old Docker host, with the names they have there.
+        """Bring over the images of an old Docker host, with their names.
 
         Args:
-            root: Docker's data directory (``/var/lib/docker``), which nobody writes meanwhile.
+            root: Docker's data directory (``/var/lib/docker``), without a running writer.
             driver: of its layers: ``aufs`` or ``overlay2``.
             options, labels, progress: as for :meth:`import_image`.
-            told: called with a line for each thing that is damaged, and what becomes of it. Default: a warning.
+            told: called with a line for each damaged part and its treatment. Default: a warning.
 
         Returns:
-            The names of the images' top snapshots, each once, and how many lines were told.
+            The names of the images' top snapshots, each once, and the number of lines.
 
         Raises:
             NotFound: no images of that driver there.
@@ -226,7 +226,7 @@ class ArchiveVerbs:
     def export_blocks(
         self, name: str, target: BinaryIO, *, base: str | None = None, identity: bytes | None = None
     ) -> blocks.Counts:
-        """Write what a committed snapshot changed, block by block.
+        """Write the changes of a committed snapshot, block by block.
 
         Args:
             name: a committed snapshot, or a tag.
@@ -245,27 +245,28 @@ class ArchiveVerbs:
         """Make the changes of a block-level difference in an active snapshot.
 
         Args:
-            key: an active snapshot that nobody has mounted, fresh from the tree that the stream was made against.
-            stream: what :meth:`export_blocks` wrote; a pipe will do.
+            key: an unmounted active snapshot, fresh from the tree that the stream was made against.
+            stream: a stream of :meth:`export_blocks`; a pipe will do.
             identity: as given there; default: the digest of the parent's tree.
 
         Raises:
             NotFound: no such key.
-            FailedPrecondition: not active, mounted, or of another parent than the stream is for.
+            FailedPrecondition: not active, mounted, or with another parent than that of the stream.
             Corrupt, InvalidArgument: the stream is damaged or hostile. Part of it may have been applied.
             LimitExceeded: the snapshot's limit; likewise.
         """
         return self.services.blocks.apply_blocks(key, stream, identity=identity)
 
     def copy_to(self, name: str, other: Receiver, *, progress: Progress | None = None) -> list[str]:
-        """Copy a committed snapshot with its ancestors to another store, layer by layer; layers that it has are not copied again.
+        """Copy a committed snapshot with its ancestors to another store, layer by layer; existing layers are not copied again.
 
-        Names are kept where they are free there, else a layer is named by its chain id. A tag is a tag there, too, with its configuration.
+        Names are kept where they are free there, else a layer is named by its chain id. A tag is a tag there, too, with
+        its configuration.
 
         Args:
             name: a committed snapshot, or a tag.
             other: the other store; any driver.
-            progress: told how far it is.
+            progress: called with the progress.
 
         Returns:
             Names, in the other store, of the layers that were copied, bottom first.
@@ -292,10 +293,10 @@ class ArchiveVerbs:
 
         Args:
             names: committed snapshots, or tags.
-            pipe: where the stream goes; binary.
+            pipe: the binary stream to write to.
             since: an ancestor of them all that the other store has: it, and what is beneath it, are left out.
-            answers: what the receiver answers (its ``answers``): then only what it lacks is sent.
-            progress: told how far it is.
+            answers: the receiver's answers (its ``answers``): then only missing layers are sent.
+            progress: called with the progress.
 
         Returns:
             The layers that were sent.
@@ -316,23 +317,24 @@ class ArchiveVerbs:
         options: ApplyOptions | None = None,
         progress: Progress | None = None,
     ) -> list[str]:
-        """Bring in what :meth:`send` wrote. Each layer is checked against its diff id; those that came whole stay when the rest fails.
+        """Bring in a stream of :meth:`send`. Each layer is checked against its diff id; complete layers stay if the rest fails.
 
-        Names are kept where they are free here, else a layer is named by its chain id. A tag is a tag here, too, with its configuration.
+        Names are kept where they are free here, else a layer is named by its chain id. A tag is a tag here, too, with
+        its configuration.
 
         Args:
             pipe: the stream; binary.
-            answers: where to say what is here already, for a sender that asks.
+            answers: the binary stream for the list of existing layers, for a sender that asks.
             options: bounds for each layer, and what to do without privilege.
-            progress: told how far it is.
+            progress: called with the progress.
 
         Returns:
             Names of the layers that were new, bottom first.
 
         Raises:
             InvalidArgument: no such stream, a hostile layer, or a name that is another tree's here.
-            Corrupt: the stream is cut short or damaged, or a layer is not what it says.
-            FailedPrecondition: it stands on a layer that is not here.
+            Corrupt: the stream is cut short or damaged, or a layer does not match its diff id.
+            FailedPrecondition: a layer beneath it is missing here.
             OSError: no room, and so on.
         """
         return self.services.receiving.receive(pipe, answers=answers, options=options, progress=progress)
@@ -355,7 +357,7 @@ class ArchiveVerbs:
 
         Raises:
             NotFound: no such snapshot.
-            InvalidArgument: not committed, no such format, or a size that it cannot have.
+            InvalidArgument: not committed, no such format, or an impossible size.
             Unsupported: the driver keeps no images.
         """
         return self.services.disks.export_disk(name, target, format=format, size=size)

@@ -56,7 +56,7 @@ class FileVerbs:
         Raises:
             NotFound: no such snapshot.
             FileNotFoundError, IsADirectoryError, FileExistsError, OSError: as ``open``.
-            FailedPrecondition: writing to what is not active, or is in use.
+            FailedPrecondition: writing to a snapshot that is not active, or is in use.
             ValueError: not a mode.
         """
         return self.services.files.open_file(
@@ -64,12 +64,12 @@ class FileVerbs:
         )
 
     def walk_files(self, name: str, path: str | bytes = b"", *, depth: int | None = None) -> Iterator[FileInfo]:
-        """What is in a snapshot's tree: the object at ``path`` and all below it, parents first, in sorted order.
+        """List a snapshot's tree: the object at ``path`` and all below it, parents first, in sorted order.
 
         Of a committed snapshot only the index is read. Links at the end of ``path`` and below it are not followed.
 
         Args:
-            name, path: the snapshot, and where in it.
+            name, path: the snapshot, and the path in it.
             depth: levels below ``path`` at most.
 
         Raises:
@@ -82,7 +82,7 @@ class FileVerbs:
         """One object of a snapshot's tree.
 
         Args:
-            name, path: the snapshot, and where in it.
+            name, path: the snapshot, and the path in it.
             follow: links at the end of ``path``, inside the snapshot.
 
         Raises:
@@ -102,12 +102,14 @@ class FileVerbs:
     ) -> Copied:
         """Copy a file, or a directory with all below it, out of a snapshot to ``target`` on the host, in pieces.
 
-        What is at ``target`` is replaced, directories are merged (one at ``target`` keeps its own attributes); its parent directory must be there.
+        A file at ``target`` is replaced, directories are merged (one at ``target`` keeps its own attributes); its
+        parent directory must exist.
 
         Args:
-            name, path: the snapshot, and where in it.
-            owners: keep owners, set-id bits and all extended attributes (needs root); else what is made is the caller's, with ``user.*`` only.
-            progress: told (bytes, objects) so far.
+            name, path: the snapshot, and the path in it.
+            owners: keep owners, set-id bits and all extended attributes (needs root); else new objects are the
+                caller's, with ``user.*`` only.
+            progress: called with (bytes, objects) so far.
 
         Raises:
             NotFound: no such snapshot.
@@ -131,7 +133,7 @@ class FileVerbs:
             source: on the host.
             path: in the snapshot.
             owners: keep owners, set-id bits and all extended attributes.
-            progress: told (bytes, objects) so far.
+            progress: called with (bytes, objects) so far.
 
         Raises:
             NotFound: no such key.
@@ -153,10 +155,10 @@ class FileVerbs:
         """Copy a file, or a directory with all below it, from one snapshot of this store to another, which is active; as :meth:`copy_out`.
 
         Args:
-            name, path: the snapshot that has it, and where in it.
-            key, target: an active snapshot, and where in it.
+            name, path: the source snapshot, and the path in it.
+            key, target: an active snapshot, and the path in it.
             owners: keep owners, set-id bits and all extended attributes.
-            progress: told (bytes, objects) so far.
+            progress: called with (bytes, objects) so far.
 
         Raises:
             NotFound: no such snapshot.
@@ -166,14 +168,15 @@ class FileVerbs:
         return self.services.files.copy_between(name, path, key, target, owners=owners, progress=progress)
 
     def copy_out_tar(self, name: str, path: str | bytes, out: BinaryIO, *, progress: Progress | None = None) -> None:
-        """Write what is at ``path`` in a snapshot, with all below it, as a tar whose names begin with the last one of ``path``.
+        """Write the object at ``path`` in a snapshot, with all below it, as a tar whose names begin with the last one
+        of ``path``.
 
         Of the root, or of a path that ends in ``/.``, the names begin in that directory.
 
         Args:
-            name, path: the snapshot, and where in it.
-            out: where the tar goes, a binary stream.
-            progress: told (bytes, objects) so far.
+            name, path: the snapshot, and the path in it.
+            out: the binary stream for the tar.
+            progress: called with (bytes, objects) so far.
 
         Raises:
             NotFound: no such snapshot.
@@ -190,14 +193,15 @@ class FileVerbs:
         owners: bool = True,
         progress: Progress | None = None,
     ) -> Copied:
-        """Unpack a tar, plain or compressed, into a directory of an active snapshot; nothing in it deletes (that is :meth:`apply`).
+        """Unpack a tar, plain or compressed, into a directory of an active snapshot; no member of it deletes (unlike
+        with :meth:`apply`).
 
         Args:
             key: an active snapshot.
             stream: the tar, a binary stream.
             path: a directory in the snapshot.
             owners: keep owners, set-id bits and all extended attributes.
-            progress: told (bytes, objects) so far.
+            progress: called with (bytes, objects) so far.
 
         Raises:
             NotFound: no such key.

@@ -1,4 +1,4 @@
-"""The verbs that keep house: removal, garbage, damage, recovery."""
+"""The verbs of removal, garbage, damage and recovery."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["KeepingVerbs"]
 
 
 class KeepingVerbs:
-    """The verbs that keep house: removal, garbage, damage, recovery."""
+    """The verbs of removal, garbage, damage and recovery."""
 
     services: Services
 
@@ -24,13 +24,13 @@ class KeepingVerbs:
         """Remove a snapshot, or a tag.
 
         Args:
-            name: a key, a name or a tag; of a tag only the tag goes.
+            name: a key, a name or a tag; for a tag only the tag is removed.
             chain: also remove each ancestor that then has neither a tag nor a child.
-            mounted: it may be mounted; the mount goes on, and its files are deleted by the first :meth:`cleanup` after it.
+            mounted: allow a mounted one; the mount goes on, and its files are deleted by the first :meth:`cleanup` after it.
             defer: leave the deleting of files to :meth:`cleanup`: constant time.
 
         Returns:
-            The names of the snapshots that were removed.
+            The names of the removed snapshots.
 
         Raises:
             NotFound: no such snapshot or tag.
@@ -39,7 +39,7 @@ class KeepingVerbs:
         return self.services.snapshots.remove(name, chain=chain, mounted=mounted, defer=defer)
 
     def removable(self, name: str, *, chain: bool = False) -> list[str]:
-        """List what :meth:`remove` with these arguments would remove; nothing is changed.
+        """List the snapshots that :meth:`remove` with these arguments would remove. Changes nothing.
 
         Args:
             name: a key, a name or a tag.
@@ -51,12 +51,12 @@ class KeepingVerbs:
         return self.services.house.removable(name, chain=chain)
 
     def cleanup(self) -> list[str]:
-        """Delete the files of snapshots that were removed, as far as no mount uses them any more.
+        """Delete the files of removed snapshots, except those still in use by a mount.
 
-        Also what killed processes left half made; the next :meth:`open` does the same.
+        Unfinished layers of killed processes are deleted, too; the next :meth:`open` does the same.
 
         Returns:
-            Paths of what was deleted, relative to the store.
+            The deleted paths, relative to the store.
 
         Raises:
             OSError: a file cannot be deleted.
@@ -72,28 +72,29 @@ class KeepingVerbs:
         keep: int = 0,
         dry_run: bool = False,
     ) -> Pruned:
-        """Remove snapshots that nothing needs.
+        """Remove needless snapshots.
 
-        By default: layers of images that have neither tag nor child (their names are digests), and what runs left
-        (keys that begin with ``run-``). Never what is mounted or in use, and nothing that the service or a container engine has made.
+        By default: layers of images that have neither tag nor child (their names are digests), and snapshots of ended
+        runs (keys that begin with ``run-``). Mounted or used ones always stay, and so do those of the service or a
+        container engine.
 
         Args:
             filters: :mod:`cowfs.store.filters`: only snapshots that one of them matches.
             every: also committed snapshots with names of their own that have neither tag nor child, and all other keys and views.
-            older: only what was made and changed at least that long ago, seconds.
-            keep: leave the newest so many of what could go.
+            older: only snapshots made and changed at least that long ago, seconds.
+            keep: the number of newest candidates to leave.
             dry_run: remove nothing.
 
         Raises:
-            InvalidArgument: a filter cannot be read, or a number is negative.
+            InvalidArgument: a malformed filter, or a negative number.
         """
         return self.services.house.prune(filters, every=every, older=older, keep=keep, dry_run=dry_run)
 
     def garbage(self) -> tuple[list[str], int]:
-        """Find what :meth:`gc` would delete now; nothing is changed.
+        """Find the garbage that :meth:`gc` would delete now. Changes nothing.
 
         Returns:
-            Paths relative to the store, and how many directory records.
+            Paths relative to the store, and the number of directory records.
 
         Raises:
             OSError: a directory of the store cannot be read.
@@ -101,13 +102,13 @@ class KeepingVerbs:
         return self.services.house.garbage()
 
     def gc(self) -> Collected:
-        """Delete what nothing records: layers and records of snapshots that are gone, leftovers of killed processes.
+        """Delete garbage: layers and records of removed snapshots, leftovers of killed processes.
 
-        Each thing is deleted for itself; a kill leaves the rest for the next time. Takes as long as there are layers to delete;
+        Each part is deleted separately; a kill leaves the rest for the next time. Takes as long as there are layers to delete;
         other verbs go on meanwhile.
 
         Returns:
-            What was deleted.
+            The deleted parts.
 
         Raises:
             OSError: a file of the store cannot be deleted.
@@ -120,9 +121,9 @@ class KeepingVerbs:
         Args:
             content: also read every file whose digest is known, and list those without one; make archives again whose diff
                 ids are kept, compare whole layers with their records, look for broken links (:mod:`cowfs.store.damage`).
-            repair: delete garbage, rebuild records, record a whole layer as it is, forget a diff id that is wrong, put in
-                quarantine what cannot be helped.
-            progress: told how far it is.
+            repair: delete garbage, rebuild records, record a whole layer as it is, forget a wrong diff id, put other
+                damaged snapshots in quarantine.
+            progress: called with the progress.
 
         Returns:
             The report; an intact store has no ``problems``.
@@ -134,7 +135,7 @@ class KeepingVerbs:
         return self.services.checking.check(content=content, repair=repair, progress=progress)
 
     def recover(self) -> None:
-        """Finish, or take back, what killed processes left half done. Called by :meth:`open` and :meth:`gc`.
+        """Finish or undo the verbs of killed processes. Called by :meth:`open` and :meth:`gc`.
 
         Raises:
             OSError: a file of the store cannot be read or changed.
@@ -142,7 +143,7 @@ class KeepingVerbs:
         self.services.recovery.recover()
 
     def recover_with_room(self, key: str | None = None) -> None:
-        """Recover as far as there is room (:meth:`recover`): what cannot be finished for want of it stays half done.
+        """Recover as far as there is room (:meth:`recover`); a verb that cannot be finished for want of it stays unfinished.
 
         Args:
             key: a snapshot that must not be half done itself.
@@ -153,7 +154,7 @@ class KeepingVerbs:
         self.services.recovery.recover_with_room(key)
 
     def is_half_done(self, key: str) -> bool:
-        """Whether a verb on a key was killed, or had no room, and is still to be finished: a note tells of it.
+        """Whether a killed verb on a key, or one without room, is still unfinished, by its note.
 
         Args:
             key: an active snapshot.

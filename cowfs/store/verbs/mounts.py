@@ -29,11 +29,10 @@ class MountVerbs:
     services: Services
 
     def mounts(self, key: str, *, mount_type: str | None = None) -> tuple[Mount, ...]:
-        """How to mount an active snapshot or a view: records, nothing is mounted.
+        """The mount records of an active snapshot or a view. Mounts nothing.
 
         Args:
-            mount_type: ``kernel`` or ``fuse``; None: the kernel's where host and user may and no
-                limit was asked for, else FUSE.
+            mount_type: ``kernel`` or ``fuse``; None: the kernel's if host and user allow it and there is no limit, else FUSE.
 
         Raises:
             NotFound: no such key.
@@ -43,7 +42,7 @@ class MountVerbs:
         return self.services.plans.mounts(key, mount_type=mount_type)
 
     def engine_mounts(self, key: str) -> tuple[Mount, ...]:
-        """How an engine may mount an active snapshot or a view: records that it may extend with options of its own.
+        """The mount records of an active snapshot or a view for an engine, which may add options of its own.
 
         A bind of the only directory; the kernel's overlayfs; or, where there is a limit or a layer that such a mount could not
         read, a record of the type ``fuse.cowfs-overlayfs``.
@@ -66,7 +65,8 @@ class MountVerbs:
         return self.services.engines.at(path)
 
     def why_not_kernel(self, key: str) -> str:
-        """Why ``mount_type="kernel"`` cannot mount a snapshot here, as this user, as far as can be told; "" where it can.
+        """The reason why ``mount_type="kernel"`` cannot mount a snapshot on this host, by this user; "" if it can, as
+        far as known.
 
         Args:
             key: of an active snapshot or a view.
@@ -97,17 +97,17 @@ class MountVerbs:
     ) -> LiveHandle | KernelMount:
         """Mount a snapshot; returns when the mount answers, some 0.1 s later (a kernel mount of row layers makes an image first).
 
-        The mount is made in one step: it is there, whole, or the error left nothing. Until the mount ends no other process can
+        The mount is made in one step: it exists, whole, or the error left nothing. Until the mount ends no other process can
         mount the key for writing, commit or remove it. The server is a process of its own and outlives the caller.
 
         Args:
             key: of an active snapshot or a view; with ``readonly`` also a name or a tag.
             target: an existing directory.
             mount_type: ``fuse`` (the default) or ``kernel``.
-            limit_engine: ``fuse``, ``loop`` (a kernel mount) or ``auto``: the kernel's where it can be had, cowfs's own server
-                otherwise; left out: what fits the type (:mod:`cowfs.store.limit_engine`).
-            readonly: nobody may write. An active snapshot may be mounted for writing at the same time: what it holds now is
-                shown, and what is changed there later may show or not.
+            limit_engine: ``fuse``, ``loop`` (a kernel mount) or ``auto``: the kernel's if possible, cowfs's own server
+                otherwise; None: the one that fits the type (:mod:`cowfs.store.limit_engine`).
+            readonly: a read-only mount. An active snapshot may be mounted for writing at the same time: its present
+                content is shown, and later changes may show or not.
             volatile: sync nothing; after a crash of the host the snapshot cannot be used.
             allow_other: whether other users may enter; default: as root yes.
             io: "cached" (no requests when warm) or "passthrough" (root only, no limit: for databases).
@@ -118,7 +118,8 @@ class MountVerbs:
             log: file for the server's diagnostics; default: one in the run directory.
             trace: write one line a request to the log.
 
-            Those from ``volatile`` on are of the FUSE mount; a kernel mount takes nodev, nosuid, noexec and ro of the options.
+            The arguments from ``volatile`` on are for FUSE mounts; a kernel mount takes nodev, nosuid, noexec and ro of
+            the options.
 
         Returns:
             A handle; as a context manager it unmounts at the end of the block.
@@ -149,24 +150,24 @@ class MountVerbs:
     def served_by(
         self, key: str, mount_type: str | None, engine: str | None, more: Mapping[str, Any] | None = None
     ) -> str | None:
-        """The mount type, ``fuse`` or ``kernel``, of a mount that is asked for with a type, a limit engine, or both.
+        """The mount type, ``fuse`` or ``kernel``, of a mount requested with a type, a limit engine, or both.
 
         Args:
             key: of an active snapshot or a view.
             mount_type: ``fuse``, ``kernel`` or None.
             engine: a limit engine, ``auto`` or None.
-            more: what else is asked of the mount, as of :meth:`mount`: ``auto`` takes what can do that.
+            more: the other options of the mount, as of :meth:`mount`; ``auto`` respects them.
 
         Raises:
             NotFound: no such key.
-            InvalidArgument: no such engine, one of the other type, or one that needs a limit where there is none.
+            InvalidArgument: no such engine, one of the other type, or one that needs a missing limit.
         """
         return self.services.mounting.served_by(key, mount_type, engine, more)
 
     def layers_stay(self, key: str) -> AbstractContextManager[None]:
-        """Keep every verb from taking a layer of a key away until the block ends, by which time it is mounted.
+        """Keep every verb from removing a layer of a key until the block ends, by which time it is mounted.
 
-        A context manager; whoever wants to take one away after that finds the mount.
+        A context manager; a later removal finds the mount.
 
         Args:
             key: of the snapshot that is about to be mounted.
@@ -194,7 +195,7 @@ class MountVerbs:
         log: str | os.PathLike[str] | None = None,
         trace: bool = False,
     ) -> MountSpec:
-        """What :meth:`mount` asks our server for. Nothing is mounted or changed.
+        """The request of :meth:`mount` to cowfs's server. Mounts and changes nothing.
 
         Args:
             key, readonly, volatile, allow_other, io, frontend, uid_map, gid_map, options, max_nodes, log, trace: as for
@@ -235,21 +236,21 @@ class MountVerbs:
         return self.services.mounting.paths(key)
 
     def unmount(self, key: str, *, lazy: bool = False, force: bool = False) -> None:
-        """Unmount a snapshot, wherever it is mounted.
+        """Unmount a snapshot in any mount namespace.
 
         Args:
             key: of a mounted snapshot.
-            lazy: take it off now, and let those inside end when they will.
-            force: also when the server does not answer.
+            lazy: take it off the tree now; it ends with its last user.
+            force: also if the server does not answer.
 
         Raises:
             NotFound: no such key, or it is not mounted.
-            FailedPrecondition: in use; the message names who.
+            FailedPrecondition: in use; the message names the users.
         """
         self.services.mounting.unmount(key, lazy=lazy, force=force)
 
     def handle(self, key: str) -> LiveHandle:
-        """The handle of a snapshot that our server has mounted.
+        """The handle of a snapshot that cowfs's server has mounted.
 
         Args:
             key: an active snapshot or a view.
@@ -261,7 +262,7 @@ class MountVerbs:
         return self.services.mounting.handle(key)
 
     def mounted_at(self, key: str) -> str | None:
-        """Where a snapshot is mounted, as far as this user can see; None when nowhere. No server is asked.
+        """The mount point of a snapshot, as far as this user can see; None if it is not mounted. No server is asked.
 
         Args:
             key: an active snapshot or a view.
@@ -272,7 +273,7 @@ class MountVerbs:
         return self.services.mounted.mounted_at(key)
 
     def mount_of(self, key: str) -> tuple[int, str] | None:
-        """The mount of a snapshot: (number of a process in its namespace, mount point there); None where there is none.
+        """The mount of a snapshot: (number of a process in its namespace, mount point there); None if there is none.
 
         Args:
             key: an active snapshot or a view.
@@ -302,22 +303,22 @@ class MountVerbs:
     ) -> RunResult:
         """Run a command in a fresh snapshot, in namespaces of its own, and wait for its end.
 
-        Threads: any; it blocks. In asyncio: ``await asyncio.to_thread(store.run, ...)``. What is isolated and what is not:
-        docs/security.md.
+        Threads: any; it blocks. In asyncio: ``await asyncio.to_thread(store.run, ...)``. docs/security.md describes the
+        isolation.
 
         Args:
             parent: a committed snapshot, or a tag.
-            argv: the command; default: what the image says, else a shell.
+            argv: the command; default: the image's, else a shell.
             size, inodes: the limit of the snapshot, as for :meth:`prepare`.
             network: ``host`` or ``none``.
             env: variables beside those of the image.
-            workdir: where it starts; default: what the image says, else ``/``.
+            workdir: its working directory; default: the image's, else ``/``.
             privileged: keep all privilege, devices and /proc.
-            timeout: seconds, after which it and all that it started are ended.
+            timeout: seconds before it and all its children are killed.
             input: its standard input; else ``stdin``, as for :class:`subprocess.Popen`.
-            capture: keep what it writes; else it goes to the caller's standard output and error.
-            key: the snapshot's key; default: one that is made up.
-            keep: leave the snapshot there, for :meth:`commit` or :meth:`diff`.
+            capture: keep its output; else it goes to the caller's standard output and error.
+            key: the snapshot's key; default: a generated one.
+            keep: keep the snapshot, for :meth:`commit` or :meth:`diff`.
 
         Raises:
             NotFound: no such snapshot.
@@ -354,20 +355,20 @@ class MountVerbs:
         volatile: bool = False,
         allow_other: bool | None = None,
     ) -> AbstractContextManager[MountHandle | KernelMount]:
-        """A fresh snapshot, mounted for the block and removed with all that was written at its end.
+        """A fresh snapshot, mounted for the block and removed at its end.
 
         Args:
             parent: a committed snapshot, or a tag; None: an empty tree.
             size, inodes: its limit, as for :meth:`prepare`.
-            target: where; default: a directory of its own.
+            target: the mount point; default: a new directory.
             mount_type, limit_engine, volatile, allow_other: as for :meth:`mount`.
 
         Yields:
-            The mount: ``mountpoint`` is where its files are.
+            The mount; ``mountpoint`` is its path.
 
         Raises:
             NotFound, InvalidArgument, Unsupported: as :meth:`prepare` and :meth:`mount`.
-            FailedPrecondition: at the end, when something still uses the mount.
+            FailedPrecondition: at the end, if the mount is still in use.
         """
         return self.services.running.temporary(
             parent,

@@ -1,4 +1,4 @@
-"""The verbs that look: snapshots, tags, usage, changes, events; most read the index alone."""
+"""The reading verbs: snapshots, tags, usage, changes, events; most read the index alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["ReadingVerbs"]
 
 
 class ReadingVerbs:
-    """The verbs that look: snapshots, tags, usage, changes, events; most read the index alone."""
+    """The reading verbs: snapshots, tags, usage, changes, events; most read the index alone."""
 
     services: Services
 
@@ -25,8 +25,8 @@ class ReadingVerbs:
         """The row of a snapshot, or of the one that a tag names; a digest may be abbreviated.
 
         Raises:
-            NotFound: neither.
-            InvalidArgument: several digests begin so.
+            NotFound: no such snapshot or tag.
+            InvalidArgument: several digests begin with it.
         """
         return self.services.reading.resolve(name)
 
@@ -52,14 +52,14 @@ class ReadingVerbs:
     def walk(self, filters: str | Iterable[str] = (), *, reverse: bool = False) -> Iterator[Info]:
         """List all snapshots, in the order of their making. Only the index is read.
 
-        Snapshots made or removed meanwhile may be there or not; no lock is held in between.
+        Snapshots made or removed meanwhile may be included or not; no lock is held in between.
 
         Args:
             filters: :mod:`cowfs.store.filters`, one or several; one of them must match.
             reverse: the newest first.
 
         Raises:
-            InvalidArgument: a filter cannot be read.
+            InvalidArgument: a malformed filter.
         """
         return self.services.reading.walk(filters, reverse=reverse)
 
@@ -70,7 +70,7 @@ class ReadingVerbs:
             filters: :mod:`cowfs.store.filters`, one or several; one of them must match.
 
         Raises:
-            InvalidArgument: a filter cannot be read.
+            InvalidArgument: a malformed filter.
         """
         return self.services.reading.walk_rows(filters)
 
@@ -94,10 +94,10 @@ class ReadingVerbs:
         return self.services.reading.tags()
 
     def usage(self, name: str) -> Usage:
-        """What a snapshot holds itself; parents are not counted.
+        """The use of a snapshot's own layer, without its parents.
 
-        Of a committed one it is recorded; of a mounted one its server is asked; only that of an
-        active one that is not mounted is counted, in its own layer.
+        For a committed snapshot it is recorded; for a mounted one its server is asked; only the layer of an unmounted
+        active one is walked.
 
         Raises:
             NotFound: no such key, name or tag.
@@ -105,14 +105,13 @@ class ReadingVerbs:
         return self.services.queries.usage(name)
 
     def diff(self, a: str, b: str | None = None) -> Iterator[Change]:
-        """What changed from one snapshot to another, in path order.
+        """The changes from one snapshot to another, in path order.
 
-        Of two committed snapshots, related or not, only the index is read (and two files that agree
-        in all it knows, but are different objects without a digest). An active one's own layer is
-        read first.
+        For two committed snapshots, related or not, only the index is read (and pairs of files that agree in all its
+        fields, but are different objects without a digest). An active one's own layer is read first.
 
         Args:
-            a: a key, name or tag. Alone: what it changed against its parent.
+            a: a key, name or tag. Alone: its changes against its parent.
             b: likewise.
 
         Raises:
@@ -123,7 +122,7 @@ class ReadingVerbs:
 
     @property
     def same_data(self) -> compare.SameData:
-        """Compares the bytes of two files in their layers."""
+        """The comparison of the bytes of two files in their layers."""
         return self.services.scanning.same_data
 
     def config(self, name: str) -> str:
@@ -138,7 +137,7 @@ class ReadingVerbs:
         return self.services.naming.config(name)
 
     def totals(self) -> Totals:
-        """Sum up what ``cowfs df`` shows. Only the index is read, but for active snapshots, whose layers are walked.
+        """The sums of ``cowfs df``. Only the index is read, and the layers of active snapshots are walked.
 
         Raises:
             FailedPrecondition: the store is closed.
@@ -158,10 +157,10 @@ class ReadingVerbs:
         return self.services.describing.quarantined()
 
     def describe(self) -> dict[str, str]:
-        """Tell what ``cowfs info`` shows: driver, layer form, host file system, how mounts are made, and why.
+        """The facts of ``cowfs info``: driver, layer form, host file system, how mounts are made, and why.
 
         Returns:
-            Texts by what they are about.
+            Texts by topic.
 
         Raises:
             FailedPrecondition: the store is closed.
@@ -169,13 +168,13 @@ class ReadingVerbs:
         return self.services.describing.describe()
 
     def alternatives(self, *, possible: bool = True) -> dict[str, str]:
-        """Look which drivers a store in this place could have instead. Each is asked anew; nothing is changed.
+        """Probe the drivers that a store in this place could have instead. Changes nothing.
 
         Args:
-            possible: False: those that it could not have.
+            possible: False: the impossible ones.
 
         Returns:
-            What each says of this place, by name; for one that is not possible the reason.
+            The answer of each driver about this place, by name; the reason for an impossible one.
 
         Raises:
             FailedPrecondition: the store is closed.
@@ -194,14 +193,14 @@ class ReadingVerbs:
         """Events, oldest first.
 
         Args:
-            since: not those earlier than this time, nanoseconds since 1970.
-            until: not those later than this time; a follower ends then.
-            after: not those up to this sequence number.
-            follow: go on with what happens from now on; without ``since`` and ``after`` with nothing else.
-            stop: asked by a follower about fifty times a second; a true answer ends it.
+            since: leave out earlier events; nanoseconds since 1970.
+            until: leave out later events; a follower ends then.
+            after: leave out events up to this sequence number.
+            follow: go on with future events; without ``since`` and ``after`` only with these.
+            stop: called by a follower about fifty times a second; a true result ends it.
 
         Yields:
-            Events; ``log lost`` with the attribute ``count`` in place of those that were deleted before they were read.
+            Events; ``log lost`` with the attribute ``count`` in place of events that were deleted before they were read.
 
         Raises:
             FailedPrecondition: the store is closed.
@@ -211,7 +210,7 @@ class ReadingVerbs:
     def record_event(
         self, type: str, action: str, actor: str, attributes: Mapping[str, str] | None = None, *, at: int | None = None
     ) -> int:
-        """Add an event of something that is no change of the index itself; its sequence number.
+        """Add an event that is no change of the index itself, and return its sequence number.
 
         Args:
             type, action, actor, attributes: as in :class:`cowfs.Event`.
@@ -226,10 +225,10 @@ class ReadingVerbs:
         """Call a function with each event from now on, from a thread of its own (which a fork does not take along).
 
         Args:
-            callback: gets each :class:`cowfs.Event`; what it raises ends the thread.
+            callback: gets each :class:`cowfs.Event`; an exception ends the thread.
 
         Returns:
-            A function that ends it; after it has returned no call is made any more.
+            A function that ends it; no call is made after its return.
 
         Raises:
             FailedPrecondition: the store is closed.

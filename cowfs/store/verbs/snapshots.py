@@ -1,4 +1,4 @@
-"""The verbs of snapshots: made, committed, named, put back, merged."""
+"""The verbs that make, commit, name, roll back and merge snapshots."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["SnapshotVerbs"]
 
 
 class SnapshotVerbs:
-    """The verbs of snapshots: made, committed, named, put back, merged."""
+    """The verbs that make, commit, name, roll back and merge snapshots."""
 
     services: Services
 
@@ -36,12 +36,12 @@ class SnapshotVerbs:
         Args:
             key: its key.
             parent: a committed snapshot, or a tag; None: an empty tree.
-            size, inodes: the limit on what it may hold itself: bytes or "2G"; a count or "100k".
+            size, inodes: the limit on its own use: bytes or "2G"; a count or "100k".
             labels: kept with it.
             mount_type: of the records returned, as for :meth:`mounts`.
 
         Returns:
-            How to mount it.
+            Its mount records.
 
         Raises:
             AlreadyExists: the key is taken.
@@ -70,7 +70,7 @@ class SnapshotVerbs:
             mount_type: of the records returned, as for :meth:`mounts`.
 
         Returns:
-            How to mount it.
+            Its mount records.
 
         Raises:
             AlreadyExists: the key is taken.
@@ -88,11 +88,11 @@ class SnapshotVerbs:
         labels: Mapping[str, str] | None = None,
         mount_type: str | None = None,
     ) -> dict[str, tuple[Mount, ...]]:
-        """Prepare many active snapshots of one parent. Each is made in one step; all of them are not.
+        """Prepare many active snapshots of one parent. Each one is made in one step, but not all together.
 
         Args:
             name: the parent: a committed snapshot, or a tag.
-            keys: of the snapshots to be made.
+            keys: of the new snapshots.
             size, inodes: the limit of each: bytes or "2G"; a count or "100k".
             labels: kept with each.
             mount_type: of the records returned, as for :meth:`mounts`.
@@ -121,19 +121,18 @@ class SnapshotVerbs:
     ) -> Info:
         """Make an active snapshot immutable under a name.
 
-        The layer is recorded first, which takes as long as there are files in it; then one step of the index makes it committed, and
+        The layer is recorded first, in a time by the number of its files; then one step of the index makes it committed, and
         a kill before that leaves it active.
 
         Args:
             key: an active snapshot.
-            name: the name that it gets; its key is free afterwards.
-            labels: added to those that it has.
-            replace_labels: put ``labels`` in place of those that it has.
+            name: its name; its key is free afterwards.
+            labels: added to its labels.
+            replace_labels: put ``labels`` in place of its labels.
             digests: also record the digest of each file, which reads all data.
-            mounted: commit it although it is mounted; the mount becomes read-only.
-            compact: :meth:`compact` what has mostly been written before.
-            kernel_image: also make the image that mounts by the kernel of what stands on it begin with, which the first of
-                them makes otherwise.
+            mounted: allow a mounted one; its mounts become read-only.
+            compact: :meth:`compact` mostly rewritten files first.
+            kernel_image: also make the image for kernel mounts of its children, which the first of these makes otherwise.
 
         Returns:
             The committed snapshot.
@@ -157,7 +156,7 @@ class SnapshotVerbs:
         )
 
     def snapshot(self, key: str, name: str, *, labels: Mapping[str, str] | None = None) -> Info:
-        """Make what an active snapshot holds now a committed one; the key goes on over it, mounted or not.
+        """Make the present content of an active snapshot a committed one; the key goes on over it, mounted or not.
 
         Args:
             key: an active snapshot.
@@ -166,13 +165,14 @@ class SnapshotVerbs:
 
         Raises:
             NotFound, AlreadyExists: as for :meth:`commit`.
-            FailedPrecondition: read-only, in use by another verb, or mounted by the kernel and the driver is none that takes snapshots itself.
+            FailedPrecondition: read-only, in use by another verb, or mounted by the kernel and the driver is none that
+                takes snapshots itself.
             Unsupported: the driver keeps whole trees, and takes no snapshots itself.
         """
         return self.services.live.snapshot(key, name, labels=labels)
 
     def rollback(self, key: str, name: str, *, keep: str | None = None) -> Info:
-        """Put an active snapshot, mounted or not, back to one of its ancestors; what is newer is discarded.
+        """Put an active snapshot, mounted or not, back to one of its ancestors, and discard newer changes.
 
         Args:
             key: an active snapshot.

@@ -1,4 +1,4 @@
-"""Checks of a container's health, and its restart policy: as a configuration has them, and what is known of a run."""
+"""The check of a container's health: as a configuration has it, and what is known of a run."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from cowfs.service.containers.records import HostConfig
 from cowfs.service.errors import ApiError
 
-__all__ = ["Check", "Health", "check_of", "check_policy"]
+__all__ = ["Check", "Health", "check_of"]
 
 KEPT = 5
 """Results of checks that the API shows."""
@@ -77,14 +76,3 @@ def check_of(config: Mapping[str, Any]) -> Check | None:
         tuple(words), seconds("Interval", 30.0), seconds("Timeout", 30.0), retries or 3, seconds("StartPeriod", 0.0),
         seconds("StartInterval", 5.0),
     )  # fmt: skip
-
-
-def check_policy(host: HostConfig) -> None:
-    """Check a policy. Raises ApiError: 400: an unknown or contradictory one."""
-    policy = host.RestartPolicy
-    if policy.Name not in ("", "no", "always", "unless-stopped", "on-failure"):
-        raise ApiError(400, f"invalid restart policy: unknown policy '{policy.Name}'; use one of 'no', 'always', 'on-failure', or 'unless-stopped'")  # fmt: skip
-    if policy.MaximumRetryCount < 0 or (policy.MaximumRetryCount and policy.Name != "on-failure"):
-        raise ApiError(400, "invalid restart policy: maximum retry count can only be used with 'on-failure'")
-    if host.AutoRemove and policy.Name not in ("", "no"):
-        raise ApiError(400, "can't create 'AutoRemove' container with restart policy")
