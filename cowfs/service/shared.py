@@ -1,4 +1,4 @@
-"""What all handlers of the daemon share."""
+"""The state that all handlers of the daemon share."""
 
 from __future__ import annotations
 

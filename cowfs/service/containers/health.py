@@ -92,13 +92,11 @@ class Monitors:
     def _judge(self, container: Container, check: Check, health: Health, code: int, began: float) -> None:
         before = health.status
         if code == 0:
-            health.status, health.streak = "healthy", 0
+            health.passed()
         elif before == "starting" and time.monotonic() - began < check.start_period:
             return
         else:
-            health.streak += 1
-            if health.streak >= check.retries:
-                health.status = "unhealthy"
+            health.failed(check.retries)
         if health.status != before:
             log.info("container %s is %s", container.name, health.status)
             self._containers.tell(container, f"health_status: {health.status}")

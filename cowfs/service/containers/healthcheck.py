@@ -40,6 +40,16 @@ class Health:
     streak: int = 0
     log: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=KEPT))
 
+    def passed(self) -> None:
+        """Take note of a check that succeeded."""
+        self.status, self.streak = "healthy", 0
+
+    def failed(self, most: int) -> None:
+        """Take note of a check that failed; ``most`` of them in a row are one too many."""
+        self.streak += 1
+        if self.streak >= most:
+            self.status = "unhealthy"
+
     def described(self) -> dict[str, Any]:
         """The health in the API's form."""
         return {"Status": self.status, "FailingStreak": self.streak, "Log": list(self.log)}

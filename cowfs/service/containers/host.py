@@ -13,7 +13,7 @@ __all__ = ["Host"]
 
 
 class Host(Protocol):
-    """Whatever :class:`~cowfs.service.containers.manager.Containers` asks its daemon for; see :class:`cowfs.service.shared.Service`.
+    """The daemon, as far as :class:`~cowfs.service.containers.manager.Containers` asks it; see :class:`cowfs.service.shared.Service`.
 
     Attributes:
         store: open.
