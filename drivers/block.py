@@ -190,8 +190,6 @@ class BlockDriver(Driver):
         else:
             base = self._empty()
             used = os.readlink(f"{self._pool.directory(base)}/{_USED}")
-        os.mkdir(self._place(id), 0o700)
-        os.mkdir(f"{directory}/{block_device.SERVED}", 0o700)
         block_device.put(f"{directory}/block-base", used)
         held = self.held(parents[0]) if parents else Usage()
         block_device.put(f"{directory}/block-copied", f"{held.bytes} {held.inodes}")
@@ -228,8 +226,6 @@ class BlockDriver(Driver):
         directory, made = self.directory(id), self.directory(target)
         if ask is not None:
             ask("sync")
-        os.mkdir(self._place(target), 0o700)
-        os.mkdir(f"{made}/{block_device.SERVED}", 0o700)
         with self._used(id, writing=True), self._turn(id):
             server = block_device.Served.of(directory)
             if server is None:

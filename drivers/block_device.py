@@ -58,6 +58,7 @@ SERVED = "served"
 _NOTE = "device"
 _MARGIN = 256 << 10  # bytes of the journal, and of maps, that come with what is written
 _PATIENCE_FOR_ROOM = 60.0  # seconds that a write waits for room on the host, as dm-thin's do
+_END = 0.5  # seconds in which a device goes after its last mount
 _PATIENCE = 20.0  # seconds that a server has to end after its last user
 _TREE = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -333,14 +334,17 @@ def _spec(directory: str, wish: Wish) -> MountSpec:
 
 
 def detach(directory: str, *, lazily: bool = False) -> bool:
-    """Unmount a layer's file system; whether it is unmounted.
+    """Unmount a layer's file system, and wait for its server to end; whether it is unmounted.
 
     Args:
-        lazily: also where files are open; those stay.
+        lazily: also where files are open; those stay, and nobody is waited for.
     """
     place = f"{directory}/mnt"
     while is_mounted(f"{directory}/{SERVED}"):
         mounts.umount(f"{directory}/{SERVED}", mounts.MNT_DETACH)
+    if not is_mounted(place):
+        return True
+    served = Served.of(directory)
     while is_mounted(place):
         try:
             if not lazily:
@@ -350,7 +354,19 @@ def detach(directory: str, *, lazily: bool = False) -> bool:
             if error.errno not in (errno.EBUSY, errno.ENOSPC) or lazily:
                 raise
             return False  # in use, or the host has no room for what is to be written first
+    if served is not None and not lazily:
+        _wait_for_end(directory, served)
     return True
+
+
+def _wait_for_end(directory: str, served: Served) -> None:
+    """Until a server whose file system was unmounted has ended; one that is mounted elsewhere, too, does not."""
+    end = time.monotonic() + _END
+    while Served.of(directory) is not None and time.monotonic() < end:
+        time.sleep(0.002)
+    end = time.monotonic() + (_PATIENCE if Served.of(directory) is None else 0)
+    while os.path.exists(served.socket) and time.monotonic() < end:
+        time.sleep(0.002)
 
 
 def is_bound(directory: str) -> bool:

@@ -6,8 +6,9 @@ import os
 from collections.abc import Sequence
 
 from cowfs.driver.interface import Driver
+from cowfs.driver.roots import copy_root
 from cowfs.format.whiteout import Form
-from cowfs.sys import files, locks, trees, xattr
+from cowfs.sys import files, locks, xattr
 
 __all__ = ["create", "why_not"]
 
@@ -41,16 +42,7 @@ def create(driver: Driver, id: str, parents: Sequence[str]) -> None:
     os.mkdir(driver.work(id), 0o700)
     os.chmod(tree, 0o755)
     if parents:
-        src = os.open(driver.tree(parents[0]), os.O_RDONLY | os.O_DIRECTORY)
-        dst = os.open(tree, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            trees.copy_attributes(src, dst, os.fstat(src))
-            for own in (driver.form.origin, driver.form.impure, driver.form.opaque, driver.form.row):
-                if xattr.try_get(dst, b"", own) is not None:
-                    xattr.remove(dst, b"", own)
-        finally:
-            os.close(src)
-            os.close(dst)
+        copy_root(driver, parents[0], id)
     if driver.fsync:
         for path in (tree, directory):
             fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)

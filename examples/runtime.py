@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import cowfs
 
@@ -19,9 +20,9 @@ NAMESPACES = ("pid", "ipc", "uts", "mount", "network")
 CAPABILITIES = ["CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_KILL", "CAP_SETGID", "CAP_SETUID"]
 
 
-def specification(image: dict, rootfs: Path, command: list[str]) -> dict:
+def specification(image: dict[str, Any], rootfs: Path, command: list[str]) -> dict[str, Any]:
     """config.md of the OCI runtime-spec, as small as runc takes it."""
-    own = image.get("config") or {}
+    own: dict[str, Any] = image.get("config") or {}
     held = dict.fromkeys(("bounding", "effective", "permitted"), CAPABILITIES)
     return {
         "ociVersion": "1.0.2",

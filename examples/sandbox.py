@@ -2,21 +2,19 @@
 
     python examples/sandbox.py STORE BASE KEPT 'command one' 'command two' ...
 
-Each command runs in a fork of BASE, with a limit and without network. The result of the first one (in the order given)
-that succeeds becomes the snapshot KEPT; the others are dropped. docs/security.md says what `cowfs run` isolates, and
-what not.
+Each command runs in a fork of BASE, with a limit, without network, ten minutes at most. The result of the first one (in the order given)
+that succeeds becomes the snapshot KEPT; the others are dropped. docs/security.md says what that isolates, and what not.
 """
 
-import secrets
-import subprocess
 import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import cowfs
 
-LIMIT = ("--size", "64M", "--inodes", "10k")
+SECONDS = 600
 
 
 @dataclass
@@ -37,24 +35,21 @@ class Attempt:
 
 def attempt(store: cowfs.Store, base: str, command: str) -> Attempt:
     """Run a command on a fork of a snapshot, and say what it changed there."""
-    key = f"attempt-{secrets.token_hex(4)}"
-    options = ["--root", store.root, "--key", key, "--network", "none", *LIMIT]
-    words = [sys.executable, "-m", "cowfs", "run", base, *options, "--", "/bin/sh", "-c", command]
-    done = subprocess.run(words, check=False, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    found = store.diff(key) if store.exists(key) else ()
-    changes = [f"{change.kind} {change.path.decode(errors='replace')}" for change in found if change.path]
-    return Attempt(key, command, done.returncode, done.stdout, changes)
+    words = ["/bin/sh", "-c", f"exec 2>&1; {command}"]
+    done = store.run(base, words, size="64M", inodes="10k", timeout=SECONDS, keep=True)
+    changes = [f"{change.kind} {change.path.decode(errors='replace')}" for change in done.changes if change.path]
+    return Attempt(done.key, command, done.returncode, done.stdout.decode(errors="replace"), changes)
 
 
 def best_of(store: cowfs.Store, base: str, kept: str, commands: Iterable[str]) -> list[Attempt]:
     """Try all commands at once; the first in order that succeeded is committed as ``kept``, the others are dropped."""
     with ThreadPoolExecutor() as pool:
-        attempts = list(pool.map(lambda command: attempt(store, base, command), commands))
+        attempts = list(pool.map(partial(attempt, store, base), commands))
     best = next((each for each in attempts if each.status == 0), None)
     for each in attempts:
         if each is best:
             store.commit(each.key, kept, labels={"sandbox.command": each.command})
-        elif store.exists(each.key):
+        else:
             store.remove(each.key)
     return attempts
 

@@ -23,9 +23,9 @@ from ..lab.claim import Bar, Claim, Key, Metric
 from ..lab.measure import Lab, SkipSubject, drop_caches, run, timed
 from ..lab.peers import FO1, FO2, OVERLAY, PEERS, UNIONFS, mounted_fresh
 from ..lab.profiles import GIB, MIB, Profile
-from ..lab.stores import BLOCK, COW, COW_BTRFS, COW_XFS, ROW, VFS, Opened, opened
+from ..lab.stores import BLOCK, COW, COW_BTRFS, COW_XFS, ROW, THIN, VFS, Opened, opened
 
-STORES = (ROW, COW, COW_XFS, COW_BTRFS, VFS)
+STORES = (ROW, COW, COW_XFS, COW_BTRFS, VFS, THIN)
 FILESYSTEMS = (OVERLAY, FO1, FO2, UNIONFS)
 BTRFS = "btrfs snapshot"
 SUBJECTS = (*STORES, *FILESYSTEMS, BTRFS)
@@ -131,6 +131,7 @@ CLAIM = Claim(
     measure=measure,
     bars=(
         Bar(metric="latency", subject=ROW, x=GIB, at_most=0.002, says="first 4 KiB write to 1 GiB, row"),
+        Bar(metric="latency", subject=THIN, x=GIB, at_most=0.002, says="first 4 KiB write to 1 GiB, block"),
         Bar(
             metric="latency",
             subject=ROW,

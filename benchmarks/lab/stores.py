@@ -23,6 +23,7 @@ VFS = "vfs"
 COW_XFS = "overlay xfs"
 COW_BTRFS = "overlay btrfs"
 BTRFS = "btrfs btrfs"
+THIN = "block"
 COPYING = (COW, VFS)  # subjects that store a whole copy of a changed file
 BLOCK = 4096
 
@@ -41,7 +42,7 @@ class Opened:
     def mount(self, key: str) -> Iterator[tuple[Path, Any]]:
         """(mount point, `cowfs.MountHandle`) of an active snapshot or view; unmounted on leaving."""
         at = self.lab.folder("mnt")
-        handle = self.store.mount(key, str(at))
+        handle = self.store.mount(key, str(at), mount_type="kernel" if self.subject == THIN else None)
         try:
             yield at, handle
         finally:

@@ -155,29 +155,30 @@ def _mount_key(args: argparse.Namespace) -> int:
         )
     args.driver = "auto"
     with ExitStack() as held:
-        with open_store(args, create=False) as store:
-            words = [word for text in args.options for word in text.split(",")] + (["ro"] if args.read_only else [])
-            more: dict[str, Any] = {
-                "volatile": args.volatile,
-                "allow_other": args.allow_other,
-                "io": args.io,
-                "frontend": args.frontend,
-                "uid_map": parse_map(args.uid_map),
-                "gid_map": parse_map(args.gid_map),
-                "options": [word for word in words if word],
-                "max_nodes": args.max_nodes,
-                "foreground": args.foreground,
-                "trace": args.trace,
-                "log": os.path.abspath(args.log) if args.log else "",
-            }
-            if store.served_by(args.key, args.mount_type, args.limit_engine, more) == "kernel":
-                del more["foreground"]  # a kernel mount has no server
-                handle = store.mount(args.key, args.paths[0], mount_type="kernel", **more)
-                return _by_kernel(handle.mountpoint, args.json)
-            if not args.foreground:
-                held.enter_context(store.layers_stay(args.key))
-            spec = store.spec(args.key, resolve(args.paths[0]), **more)
-        return serve(spec, as_json=args.json)  # close the store: a database connection must not cross a fork
+        store = held.enter_context(open_store(args, create=False))
+        words = [word for text in args.options for word in text.split(",")] + (["ro"] if args.read_only else [])
+        more: dict[str, Any] = {
+            "volatile": args.volatile,
+            "allow_other": args.allow_other,
+            "io": args.io,
+            "frontend": args.frontend,
+            "uid_map": parse_map(args.uid_map),
+            "gid_map": parse_map(args.gid_map),
+            "options": [word for word in words if word],
+            "max_nodes": args.max_nodes,
+            "foreground": args.foreground,
+            "trace": args.trace,
+            "log": os.path.abspath(args.log) if args.log else "",
+        }
+        if store.served_by(args.key, args.mount_type, args.limit_engine, more) == "kernel":
+            del more["foreground"]  # a kernel mount has no server
+            handle = store.mount(args.key, args.paths[0], mount_type="kernel", **more)
+            return _by_kernel(handle.mountpoint, args.json)
+        if not args.foreground:
+            held.enter_context(store.layers_stay(args.key))
+        spec = store.spec(args.key, resolve(args.paths[0]), **more)
+        store.index.close()  # a database connection must not cross a fork; the driver's trees stay until the server has them
+        return serve(spec, as_json=args.json)
 
 
 def _mount(args: argparse.Namespace) -> int:

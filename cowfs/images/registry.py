@@ -321,8 +321,11 @@ class Registry:
 
     # -- push -------------------------------------------------------------------------------------
 
-    def push(self, repository: str, tag: str, image: OutImage) -> str:
+    def push(self, repository: str, tag: str, image: OutImage, *, near: Sequence[str] = ()) -> str:
         """Send an image, and return the digest of its manifest.
+
+        Args:
+            near: repositories of this registry that probably have the layers: they are mounted from there where that is allowed.
 
         Raises:
             FailedPrecondition: not allowed, or the registry does not answer.
@@ -335,7 +338,7 @@ class Registry:
                 spool.seek(0)
                 digest = "sha256:" + hashlib.file_digest(spool, "sha256").hexdigest()
                 spool.seek(0)
-                self._send_blob(repository, digest, spool, size)
+                self._send_blob(repository, digest, spool, size, near, self._progress)
             layers.append(
                 {"mediaType": "application/vnd.docker.image.rootfs.diff.tar.gzip", "digest": digest, "size": size}
             )
@@ -343,7 +346,7 @@ class Registry:
         with tempfile.TemporaryFile(dir=self._spool) as spool:
             spool.write(image.config)
             spool.seek(0)
-            self._send_blob(repository, config_digest, spool, len(image.config))
+            self._send_blob(repository, config_digest, spool, len(image.config), near, lambda *_: None)
         manifest = json.dumps(
             {
                 "schemaVersion": 2,
@@ -363,20 +366,44 @@ class Registry:
             self._check(answer, 201, 200)
         return digest_of(manifest)
 
-    def _send_blob(self, repository: str, digest: str, source: BinaryIO, size: int) -> None:
+    def _send_blob(
+        self, repository: str, digest: str, source: BinaryIO, size: int, near: Sequence[str], progress: Progress
+    ) -> None:
         with self._ask("HEAD", f"/v2/{repository}/blobs/{digest}", repository, push=True, redirects=5) as answer:
             if answer.status == 200:
-                self._progress(digest, "Layer already exists", size, size)
+                progress(digest, "Layer already exists", size, size)
                 return
-        with self._ask("POST", f"/v2/{repository}/blobs/uploads/", repository, push=True, body=b"") as answer:
-            self._check(answer, 202)
-            place = urljoin(answer.url, answer.headers.get("location", ""))
+        place = ""
+        for other in near:
+            place, is_mounted = self._mount_blob(repository, digest, other)
+            if is_mounted:
+                progress(digest, f"Mounted from {other}", size, size)
+                return
+            if place:
+                break
+        if not place:
+            with self._ask("POST", f"/v2/{repository}/blobs/uploads/", repository, push=True, body=b"") as answer:
+                self._check(answer, 202)
+                place = urljoin(answer.url, answer.headers.get("location", ""))
         place += ("&" if urlsplit(place).query else "?") + urlencode({"digest": digest})
         headers = {"Content-Type": "application/octet-stream", "Content-Length": str(size)}
-        body = _Counted(source, lambda done: self._progress(digest, "Pushing", done, size))
+        body = _Counted(source, lambda done: progress(digest, "Pushing", done, size))
         with self._ask("PUT", place, repository, headers=headers, body=body, push=True) as answer:
             self._check(answer, 201, 204)
-        self._progress(digest, "Pushed", size, size)
+        progress(digest, "Pushed", size, size)
+
+    def _mount_blob(self, repository: str, digest: str, other: str) -> tuple[str, bool]:
+        """Ask for a blob of another repository of this registry: where it is to be sent ("": ask anew), and whether it is there."""
+        query = urlencode({"mount": digest, "from": other})
+        scope = f"repository:{repository}:pull,push repository:{other}:pull"
+        try:
+            with self._ask(
+                "POST", f"/v2/{repository}/blobs/uploads/?{query}", repository, push=True, body=b"", scope=scope
+            ) as answer:
+                place = urljoin(answer.url, answer.headers.get("location", ""))
+                return (place if answer.status == 202 else ""), answer.status == 201
+        except FailedPrecondition:
+            return "", False  # no token for both
 
     def check_login(self) -> None:
         """Whether the registry takes the credentials.
@@ -413,9 +440,11 @@ class Registry:
         body: bytes | _Counted | None = None,
         push: bool = False,
         redirects: int = 0,
+        scope: str = "",
     ) -> _Answer:
         """One request, with the authorization that the registry wants; redirects are followed without it."""
-        scope = f"repository:{repository}:{'pull,push' if push else 'pull'}" if repository else ""
+        if repository and not scope:
+            scope = f"repository:{repository}:{'pull,push' if push else 'pull'}"
         if not self._settled:
             self._settle()
         for again in (False, True):
@@ -496,10 +525,16 @@ class Registry:
 
     def _token(self, realm: str, values: Mapping[str, str], scope: str, basic: str) -> str:
         known = self._credentials
-        query = {"service": values.get("service", ""), **({"scope": scope} if scope else {})}
+        query = [("service", values.get("service", "")), *(("scope", each) for each in scope.split())]
         if known is not None and known.token:
             form = urlencode(
-                {**query, "grant_type": "refresh_token", "refresh_token": known.token, "client_id": "cowfs"}
+                [
+                    query[0],
+                    ("scope", scope),
+                    ("grant_type", "refresh_token"),
+                    ("refresh_token", known.token),
+                    ("client_id", "cowfs"),
+                ]
             ).encode()
             headers = {"Content-Type": "application/x-www-form-urlencoded"}
             answer = self._send("POST", realm, headers, form)

@@ -42,7 +42,7 @@ _OWN_INODES = 5
 """Of the tmpfs itself: its root, the upper, the work directory, what overlayfs makes in that, and the marks that it sets."""
 
 _LEAST_INODES = 8
-_ASKED = ("uid_map", "gid_map", "row", "io", "frontend", "foreground", "trace", "log", "max_nodes", "options")
+_ASKED = ("uid_map", "gid_map", "row", "io", "frontend", "foreground", "trace", "log", "max_nodes", "options", "owner")
 _BY_CALLER = frozenset({"readonly", "allow_other"})  # other users may enter a mount of the kernel in any case
 
 

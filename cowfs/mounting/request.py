@@ -78,6 +78,7 @@ class MountSpec:
         log: file for diagnostics; "": one in the run directory, or standard error in the foreground.
         factory: the maker of the view: :data:`INDEXED`, from a store's index; "": the merged view of the layers.
         label: the label of the mount in `cowfs mounts` (a snapshot's key, say).
+        owner: a process with whose end, however it ends, the mount ends as well; 0: none.
         checked: layers, upper and work come from a store, which vouches for them: the checks whose cost grows with
             the number of layers are left out.
     """
@@ -118,6 +119,7 @@ class MountSpec:
     max_nodes: int | None = None
     factory: str = ""
     label: str = ""
+    owner: int = 0
     checked: bool = False
 
     def to_json(self) -> dict[str, object]:

@@ -14,6 +14,7 @@ Threads:
   of the kernel and holds no lock that answering needs, so it may unmount.
 - one for each question on the control socket, for as long as its answer takes (:mod:`cowfs.mounting.control`).
 - ready: asks the kernel for the mount point once, then reports and ends.
+- owner: where the mount belongs to a process, waits for its end and unmounts.
 
 End. An unmount (by a verb, a signal, any umount) only takes the mount off the tree. The kernel then ends the
 session, and the main thread closes everything in one place.
@@ -23,6 +24,7 @@ from __future__ import annotations
 
 import gc
 import os
+import select
 import signal
 import socket
 import sys
@@ -187,6 +189,7 @@ class Server:
         self._chronicle: Chronicle | None = None
         self.counter = Counter(self)
         self._report = report or _NoReport()
+        self._owner: int | None = None  # a pidfd
         self._listener: socket.socket | None = None
         self._socket_inode = 0
         self._listens = threading.Event()
@@ -241,6 +244,8 @@ class Server:
         spec = self.spec
         os.umask(0)
         raise_file_limit()
+        if spec.owner:
+            self._owner = os.pidfd_open(spec.owner)
         target = mountpoint.prepare(spec.mountpoint)
         self.spec = spec = replace(spec, mountpoint=target)
         self.stack = Stack.open(spec)
@@ -269,6 +274,8 @@ class Server:
     def _serve(self) -> int:
         try:
             if not (Thread(self._answer_all, "cowfs-control").start() and Thread(self._ready, "cowfs-ready").start()):
+                raise CowfsError("no thread can be started", remedy="look at the limits of processes and memory")
+            if self._owner is not None and not Thread(self._end_with_owner, "cowfs-owner").start():
                 raise CowfsError("no thread can be started", remedy="look at the limits of processes and memory")
             gc.enable()  # a start does not need it
             self.session.run()
@@ -353,6 +360,13 @@ class Server:
             fd = os.open("/dev/null", os.O_WRONLY)
         os.dup2(fd, 2)
         os.close(fd)
+
+    def _end_with_owner(self) -> None:
+        assert self._owner is not None
+        waiting = select.poll()
+        waiting.register(self._owner, select.POLLIN)
+        waiting.poll()
+        self._terminate()
 
     # -- control ---------------------------------------------------------------------------------------------------
 

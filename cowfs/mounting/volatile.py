@@ -29,7 +29,11 @@ def check_volatile(work: str, *, volatile: bool, upper: str) -> None:
     """
     incompat = os.path.join(work, "work", "incompat")
     try:
-        names = os.listdir(incompat)
+        try:
+            names = os.listdir(incompat)
+        except PermissionError:  # the kernel's overlayfs leaves it closed to everybody, which root does not notice
+            _open_to_owner(os.path.join(work, "work"))
+            names = os.listdir(incompat)
     except (FileNotFoundError, NotADirectoryError):
         return
     for name in names:
@@ -57,6 +61,19 @@ def check_volatile(work: str, *, volatile: bool, upper: str) -> None:
             import shutil
 
             shutil.rmtree(incompat)
+
+
+def _open_to_owner(path: str) -> None:
+    """Let a directory's owner in.
+
+    Raises:
+        OSError: it is another user's, or no directory.
+    """
+    fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        os.chmod(f"/proc/self/fd/{fd}", 0o700)
+    finally:
+        os.close(fd)
 
 
 def mark_volatile(work: str) -> None:

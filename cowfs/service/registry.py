@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextvars
 import json
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from cowfs.errors import CowfsError, FailedPrecondition, NotFound
+from cowfs.errors import CowfsError, FailedPrecondition
 from cowfs.images.registry import Credentials, Pulled, Registry
 from cowfs.service.errors import ApiError
+from cowfs.service.logs import exchange_id, log
 from cowfs.service.references import Reference, parse
 
 if TYPE_CHECKING:
@@ -71,7 +73,9 @@ class Transfers:
         """The registries to ask, in order; mirrors of docker.io get no credentials of its users."""
 
         def progress(digest: str, what: str, done: int, total: int) -> None:
-            tell({"status": what, "progressDetail": {"current": done, "total": total}, "id": digest[7:19]})
+            # A line with numbers is a bar, which clients without a terminal leave out; an end has none.
+            numbers = {"current": done, "total": total} if what in ("Downloading", "Pushing") else {}
+            tell({"status": what, "progressDetail": numbers, "id": digest[7:19]})
 
         hosts = [reference.registry]
         mirrors = self._mirrors if reference.registry == "docker.io" else ()
@@ -114,7 +118,7 @@ class Transfers:
         for at, registry in enumerate(registries):
             try:
                 return registry.pull(reference.repository, wanted, platform=platform)
-            except (NotFound, FailedPrecondition):
+            except CowfsError:
                 if at == len(registries) - 1:
                     raise
         raise AssertionError("there is always the registry itself")
@@ -154,7 +158,10 @@ class Transfers:
             tell({"status": f"The push refers to repository [{reference.registry}/{reference.repository}]"})
             registry = self._registries(reference, credentials, tell)[-1]
             made = self._images.as_output(image)
-            digest = registry.push(reference.repository, reference.tag or "latest", made)
+            others = (parse(each) for each in image.digests)
+            near = {each.repository: None for each in others if each.registry == reference.registry}
+            near.pop(reference.repository, None)
+            digest = registry.push(reference.repository, reference.tag or "latest", made, near=list(near)[:3])
             self._store.tag(f"{reference.name}@{digest}", image.snapshot, config=image.document)
             self._store.record_event("image", "push", image.id, {"name": reference.familiar, "image": image.id})
             size = len(image.document)
@@ -198,10 +205,15 @@ class _Lines:
                 work()
             except (CowfsError, OSError) as error:
                 self.put({"errorDetail": {"message": str(error)}, "error": str(error)})
+            except Exception:  # noqa: BLE001  a fault of ours is no success: the client is told, and the log has its traceback
+                log.exception("a transfer failed")
+                said = f"an internal error; the log tells more about exchange {exchange_id.get()}"
+                self.put({"errorDetail": {"message": said}, "error": said})
             finally:
                 self._queue.put(None)
 
-        threading.Thread(target=worker, name="cowfs-transfer", daemon=True).start()
+        context = contextvars.copy_context()  # the worker's lines of the log carry the exchange's id
+        threading.Thread(target=context.run, args=(worker,), name="cowfs-transfer", daemon=True).start()
         return self._told()
 
     def _told(self) -> Iterator[Any]:

@@ -7,8 +7,6 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
-from cowfs.errors import CowfsError
-
 __all__ = ["written"]
 
 CHUNK = 256 << 10
@@ -28,7 +26,7 @@ def written(write: Callable[[BinaryIO], object], name: str = "cowfs-writer") -> 
                 write(out)
         except BrokenPipeError:
             pass
-        except (CowfsError, OSError) as error:
+        except Exception as error:  # noqa: BLE001  it is raised below, where it ends the answer
             failed.append(error)
 
     thread = threading.Thread(target=run, name=name, daemon=True)

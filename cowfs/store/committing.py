@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from cowfs.errors import Unsupported
@@ -96,15 +97,15 @@ class Committing:
             else:
                 self.context.driver.settle(row.id)
             point("commit.frozen")
-            scanned = self._scanning.scan_row(
-                row, layers.KeptDigests.load(self.context.driver, row.id, compute=digests)
-            )
-            diff_id, chain_id = self._archived.archive_of(row, scanned)
-            point("commit.scanned")
-            if scanned.held is not None:
-                self.context.driver.note(row.id, scanned.held, scanned.sums or ())
-            if self.context.driver.fsync:
-                trees.sync_tree(self.context.driver.tree(row.id))
+            # Nobody writes in the layer any more: the disk works while we read it.
+            with trees.syncing(self.context.driver.tree(row.id)) if self.context.driver.fsync else nullcontext():
+                scanned = self._scanning.scan_row(
+                    row, layers.KeptDigests.load(self.context.driver, row.id, compute=digests)
+                )
+                diff_id, chain_id = self._archived.archive_of(row, scanned)
+                point("commit.scanned")
+                if scanned.held is not None:
+                    self.context.driver.note(row.id, scanned.held, scanned.sums or ())
             point("commit.synced")
             merged = {**({} if replace_labels else row.labels), **labels}
             committed = Committed(

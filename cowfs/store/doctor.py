@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Literal, NamedTuple
 
 from cowfs.driver import registry
 from cowfs.errors import CowfsError
-from cowfs.sys import files, host, loop
+from cowfs.sys import files, host, landlock, loop, mounts, namespaces, seccomp
 
-__all__ = ["Finding", "State", "examine"]
+__all__ = ["Finding", "State", "examine", "how_runs_mount"]
 
 State = Literal["ok", "note", "missing"]
 """``missing``: something that cowfs is for cannot be done; ``note``: something goes slower, or not at all, that not everybody needs."""
@@ -36,7 +38,8 @@ def examine(root: str) -> Iterator[Finding]:
     yield _kernel()
     yield from _mounting()
     yield from _namespaces()
-    yield _overlay()
+    yield from _confinement()
+    yield _overlay(root)
     yield from _place(root)
     yield from _drivers(root)
     yield _descriptors()
@@ -126,6 +129,19 @@ def _namespaces() -> Iterator[Finding]:
                           f"usermod --add-{path[5:]}s 100000-165535 {name}, or import with --owners xattr")  # fmt: skip
 
 
+def _confinement() -> Iterator[Finding]:
+    """The walls around the commands of ``cowfs run``."""
+    why = seccomp.why_not()
+    yield Finding("seccomp", "missing" if why else "ok", why or "system calls that concern the host are refused in cowfs run",
+                  "apt-get install libseccomp2" if why else "")  # fmt: skip
+    version = landlock.version()
+    if version:
+        yield Finding("landlock", "ok", f"version {version}")
+    else:
+        yield Finding("landlock", "note", "is off: cowfs run does without this second wall",
+                      "Linux 5.19 or later, with landlock among the names in lsm=")  # fmt: skip
+
+
 def _user_name() -> str:
     import pwd
 
@@ -151,7 +167,7 @@ def _number(path: str) -> int | None:
         return None
 
 
-def _overlay() -> Finding:
+def _overlay(root: str) -> Finding:
     """The kernel's overlayfs, for kernel mounts."""
     try:
         with open("/proc/filesystems", encoding="ascii", errors="replace") as file:
@@ -161,8 +177,64 @@ def _overlay() -> Finding:
     if "overlay" not in known:
         return Finding("overlayfs", "note", "the kernel has none loaded: no mounts of type kernel", "modprobe overlay")
     if not host.has_cap(host.CAP_SYS_ADMIN):
-        return Finding("overlayfs", "note", "mounts of type kernel are for root", "run as root for them")
+        why = why_no_overlay(_existing(root))
+        if why:
+            return Finding(
+                "overlayfs", "note", f"cowfs run has no kernel mounts for this user: {why}",
+                "Linux 5.11, user namespaces, and a store on ext4, xfs or btrfs",
+            )  # fmt: skip
+        return Finding(
+            "overlayfs", "ok", "cowfs run without a limit has kernel mounts in a user namespace; others are for root"
+        )
     return Finding("overlayfs", "ok", "mounts of type kernel can be made")
+
+
+def why_no_overlay(place: str) -> str:
+    """Why an ordinary user has no kernel mount in a user namespace, of layers in a directory that is there; "" where he has: it is tried."""
+    try:
+        made = tempfile.mkdtemp(prefix="cowfs-doctor-", dir=place)
+    except OSError as error:
+        return f"nothing can be made in {place}: {error.strerror}"
+    try:
+        words = [sys.executable, "-P", "-c", _TRY_OVERLAY, made]
+        done = subprocess.run(words, capture_output=True, text=True, errors="replace", check=False)
+        return done.stdout.strip() or (
+            "" if done.returncode == 0 else f"the attempt ended with status {done.returncode}"
+        )
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+_TRY_OVERLAY = "import sys; from cowfs.store.doctor import try_overlay; print(try_overlay(sys.argv[1]))"
+
+
+def how_runs_mount(root: str) -> str:
+    """Which mounts ``cowfs run`` has here as this user, for people."""
+    if host.has_cap(host.CAP_SYS_ADMIN):
+        return "cowfs's own server; with --mount-type kernel the kernel's overlayfs"
+    why = why_no_overlay(root)
+    if why:
+        return f"cowfs's own server ({why})"
+    return "the kernel's overlayfs in a user namespace; with a limit cowfs's own server"
+
+
+def try_overlay(place: str) -> str:
+    """Mount an overlay in a user namespace: why not, or "". For a process that ends then."""
+    try:
+        namespaces.become_root()
+        mounts.make_private()
+    except OSError as error:
+        return f"no user namespace can be made: {error.strerror}"
+    try:
+        for name in ("lower", "upper", "work", "at"):
+            os.mkdir(f"{place}/{name}")
+        mounts.overlay_mount(f"{place}/at", [f"{place}/lower"], f"{place}/upper", f"{place}/work", ("userxattr",))
+        os.mkdir(f"{place}/at/made")
+        mounts.umount(f"{place}/at", mounts.MNT_DETACH)
+        os.chmod(f"{place}/work/work", 0o700)
+    except OSError as error:
+        return f"the kernel's overlayfs: {error.strerror}"
+    return ""
 
 
 def _existing(path: str) -> str:

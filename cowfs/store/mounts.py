@@ -44,6 +44,7 @@ class _Asked(TypedDict):
     max_nodes: int | None
     log: str | os.PathLike[str] | None
     trace: bool
+    owner: int
 
 
 class Mounting:
@@ -87,6 +88,7 @@ class Mounting:
         max_nodes: int | None = None,
         log: str | os.PathLike[str] | None = None,
         trace: bool = False,
+        owner: int = 0,
     ) -> LiveHandle | KernelMount:
         """As :meth:`cowfs.Store.mount`."""
         from cowfs.mounting.mountpoint import resolve
@@ -107,6 +109,7 @@ class Mounting:
                 "max_nodes": max_nodes,
                 "log": log or "",
                 "trace": trace,
+                "owner": owner,
             }
             if self.served_by(key, mount_type, limit_engine, more) == "kernel":
                 return self._mount_by_kernel(key, where, readonly, more)
@@ -186,6 +189,7 @@ class Mounting:
         max_nodes: int | None = None,
         log: str | os.PathLike[str] | None = None,
         trace: bool = False,
+        owner: int = 0,
     ) -> MountSpec:
         """As :meth:`cowfs.Store.spec`."""
         from cowfs.mounting.request import INDEXED, MountSpec
@@ -220,6 +224,7 @@ class Mounting:
             max_nodes=max_nodes,
             log=os.path.abspath(log) if log else "",
             trace=trace,
+            owner=owner,
         )
 
     @contextmanager

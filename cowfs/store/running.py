@@ -1,70 +1,67 @@
 """Running commands in snapshots from a program: `cowfs run` as a function.
 
-Strategy: the command is started by a process of its own, ``python -m cowfs run``, so the namespaces are not the
-caller's, threads do not meet a fork, and a killed caller takes nothing along. The outcome comes over a separate pipe:
-an exit status is always the command's, and an error of cowfs is raised here in its own class.
+Strategy: the command is started by a process of its own, ``python -m cowfs.store.run_process``, so the namespaces are not the caller's, threads
+do not meet a fork, and nothing of what is asked for shows in ps. How it ended comes over a pipe of its own: an exit status is the
+command's, whatever it is, and an error of cowfs is raised here as what it is. Another pipe, which nobody writes to, ends with the caller: then
+the command ends, and its snapshot goes.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import secrets
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+import threading
+from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping, Sequence
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    asynccontextmanager,
+    contextmanager,
+    suppress,
+)
 from dataclasses import dataclass
+from functools import partial
 from typing import IO, TYPE_CHECKING
 
-from cowfs.errors import (
-    AlreadyExists,
-    Corrupt,
-    CowfsError,
-    FailedPrecondition,
-    InvalidArgument,
-    LimitExceeded,
-    NotFound,
-    Unsupported,
-)
+from cowfs.errors import CowfsError, NotFound
 from cowfs.model import Change, Usage
+from cowfs.sandbox.process import Ended, error_of
 from cowfs.store.names import RUN_KEY
 
 if TYPE_CHECKING:
     from cowfs.mounting.client import MountHandle
     from cowfs.mounting.kernel import KernelMount
+    from cowfs.sandbox.request import BindLike
     from cowfs.store.context import Context
     from cowfs.store.mounts import Mounting
+    from cowfs.store.naming import Naming
     from cowfs.store.queries import Queries
-    from cowfs.store.reading import Reading
     from cowfs.store.snapshots import Snapshots
 
-__all__ = ["RunResult", "Running"]
-
-TIMED_OUT = 124
+__all__ = ["Job", "RunResult", "Running"]
 
 _GRACE = 10.0
 """Seconds that a command has to end by itself when its caller was interrupted."""
 
-_KINDS: dict[str, type[CowfsError]] = {
-    kind.__name__: kind
-    for kind in (AlreadyExists, Corrupt, FailedPrecondition, InvalidArgument, LimitExceeded, NotFound, Unsupported)
-}
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunResult:
-    """The outcome of a command.
+    """How a command ended.
 
     Attributes:
         key: the snapshot that it ran in; gone unless it was kept.
         returncode: its exit status; 128 and the number of the signal that ended it; 124 when its time was over.
         timed_out: whether its time was over.
-        stdout, stderr: its output, empty unless captured.
-        usage: the snapshot's use at its end.
-        changes: its changes, in path order.
+        stdout, stderr: what it wrote, empty unless captured; at a terminal all is in ``stdout``.
+        usage: what the snapshot held when it had ended.
+        changes: what it changed, in path order.
+        cpu_seconds: processor time of it and of its children that were waited for.
+        peak_memory: bytes that the largest of these had in memory at once.
     """
 
     key: str
@@ -74,118 +71,77 @@ class RunResult:
     stderr: bytes
     usage: Usage
     changes: tuple[Change, ...]
+    cpu_seconds: float = 0.0
+    peak_memory: int = 0
 
 
 class Running:
     """Commands in fresh snapshots, and mounts that end with a block."""
 
     def __init__(
-        self, context: Context, reading: Reading, queries: Queries, snapshots: Snapshots, mounting: Mounting
+        self,
+        context: Context,
+        naming: Naming,
+        queries: Queries,
+        snapshots: Snapshots,
+        mounting: Mounting,
     ) -> None:
         self.context = context
-        self._reading = reading
+        self._naming = naming
         self._queries = queries
         self._snapshots = snapshots
         self._mounting = mounting
 
-    def run(
-        self,
-        parent: str,
-        argv: Sequence[str] = (),
-        *,
-        size: str | int | None = None,
-        inodes: str | int | None = None,
-        network: str = "host",
-        env: Mapping[str, str] | None = None,
-        workdir: str | None = None,
-        privileged: bool = False,
-        timeout: float | None = None,
-        input: bytes | None = None,
-        stdin: int | IO[bytes] | None = subprocess.DEVNULL,
-        capture: bool = True,
-        key: str | None = None,
-        keep: bool = False,
-    ) -> RunResult:
-        """As :meth:`cowfs.Store.run`."""
-        made = key or f"{RUN_KEY}{secrets.token_hex(4)}"
-        reading, writing = os.pipe()
-        pipe = subprocess.PIPE if capture else None
-        began = time.monotonic()
-        try:
-            try:
-                words = self._words(
-                    parent, argv, made, size, inodes, network, env or {}, workdir, privileged, timeout, writing
-                )
-                process = subprocess.Popen(
-                    words,
-                    stdin=subprocess.PIPE if input is not None else stdin,
-                    stdout=pipe,
-                    stderr=pipe,
-                    pass_fds=[writing],
-                    env={**os.environ, "COWFS_FSYNC": "1" if self.context.driver.fsync else "0"},
-                )
-            finally:
-                os.close(writing)
-            with process:
-                out, said = _communicate(process, input)
-            with open(reading, "rb", closefd=False) as told:
-                how = told.read()
-        finally:
-            os.close(reading)
-        late = timeout is not None and time.monotonic() - began >= timeout
-        return self._result(made, how, process.returncode, out or b"", said or b"", late=late, keep=keep)
-
-    def _words(
-        self,
-        parent: str,
-        argv: Sequence[str],
-        key: str,
-        size: str | int | None,
-        inodes: str | int | None,
-        network: str,
-        env: Mapping[str, str],
-        workdir: str | None,
-        privileged: bool,
-        timeout: float | None,
-        status: int,
-    ) -> list[str]:
-        self._reading.resolve(parent)
-        words = [
-            sys.executable,
-            "-P",
-            "-m",
-            "cowfs",
-            "run",
-            f"--root={self.context.root}",
-            f"--key={key}",
-            "--quiet",
-            f"--status-fd={status}",
-        ]
-        given = {"size": size, "inodes": inodes, "network": network, "workdir": workdir, "timeout": timeout}
-        words += [f"--{name}={value}" for name, value in given.items() if value is not None]
-        words += [f"--env={name}={value}" for name, value in env.items()]
-        return [*words, *(["--privileged"] if privileged else []), parent, "--", *argv]
-
-    def _result(self, key: str, how: bytes, code: int, out: bytes, said: bytes, *, late: bool, keep: bool) -> RunResult:
-        told = json.loads(how) if how else {}
-        if "error" in told:  # its snapshot is removed again
-            raise _KINDS.get(told["error"], CowfsError)(told["message"], remedy=told["remedy"])
-        if "status" not in told:
-            last = said.decode(errors="replace").strip().rpartition("\n")[2].removeprefix("cowfs: ")
-            raise CowfsError(last or f"cowfs run ended with status {code}", remedy=f"its snapshot may be there: {key}")
+    def ended(self, key: str, how: Ended, out: bytes, said: bytes, *, keep: bool) -> RunResult:
+        """The result of a command that has ended; its snapshot goes unless it is kept."""
         try:
             return RunResult(
                 key=key,
-                returncode=told["status"],
-                timed_out=late and told["status"] == TIMED_OUT,
+                returncode=how.status,
+                timed_out=how.timed_out,
                 stdout=out,
                 stderr=said,
                 usage=self._queries.usage(key),
                 changes=tuple(self._queries.diff(key)),
+                cpu_seconds=how.cpu_seconds,
+                peak_memory=how.peak_memory,
             )
         finally:
             if not keep:
                 self._snapshots.remove(key)
+
+    def job(
+        self,
+        parent: str,
+        argv: Sequence[str],
+        *,
+        size: str | int | None,
+        inodes: str | int | None,
+        network: str,
+        binds: Sequence[BindLike],
+        env: Mapping[str, str] | None,
+        user: str | int | None,
+        workdir: str | None,
+        privileged: bool,
+        tty: bool,
+        timeout: float | None,
+        key: str | None,
+        keep: bool,
+        mount_type: str | None,
+    ) -> Job:
+        """A command that :meth:`cowfs.Store.run` is asked for, checked and not yet started."""
+        from cowfs.store.sandboxes import make_request
+
+        request = make_request(
+            self._naming.config(parent), parent, argv, network=network, binds=binds, env=env or {}, user=user, workdir=workdir,
+            privileged=privileged, timeout=timeout, terminal=tty,
+        )  # fmt: skip
+        made = key or f"{RUN_KEY}{secrets.token_hex(4)}"
+        wish = {
+            "root": self.context.root, "fsync": self.context.driver.fsync, "parent": parent, "key": made, "size": size, "inodes": inodes,
+            "keep": keep, "mount_type": mount_type, "request": request.to_json(),
+        }  # fmt: skip
+        return Job(self, made, wish, keep=keep)
 
     @contextmanager
     def temporary(
@@ -212,6 +168,7 @@ class Running:
                 limit_engine=limit_engine,
                 volatile=volatile,
                 allow_other=allow_other,
+                owner=0 if mount_type == "kernel" or limit_engine in ("loop", "auto") else os.getpid(),
             ) as handle:
                 yield handle
         finally:
@@ -220,15 +177,152 @@ class Running:
             if made is not None:
                 os.rmdir(made)
 
+    def temporary_async(
+        self,
+        parent: str | None = None,
+        *,
+        size: str | int | None = None,
+        inodes: str | int | None = None,
+        target: str | os.PathLike[str] | None = None,
+        mount_type: str | None = None,
+        limit_engine: str | None = None,
+        volatile: bool = False,
+        allow_other: bool | None = None,
+    ) -> AbstractAsyncContextManager[MountHandle | KernelMount]:
+        """As :meth:`cowfs.Store.temporary_async`."""
+        assert self.context.driver  # a closed store refuses now rather than later
+        return _temporary_in_threads(
+            self.temporary(
+                parent, size=size, inodes=inodes, target=target, mount_type=mount_type, limit_engine=limit_engine,
+                volatile=volatile, allow_other=allow_other,
+            )
+        )  # fmt: skip
 
-def _communicate(process: subprocess.Popen[bytes], input: bytes | None) -> tuple[bytes | None, bytes | None]:
-    """As :meth:`subprocess.Popen.communicate`; an interruption ends the command."""
+
+@asynccontextmanager
+async def _temporary_in_threads(
+    made: AbstractContextManager[MountHandle | KernelMount],
+) -> AsyncIterator[MountHandle | KernelMount]:
+    """A context manager, entered and left in threads. A task that is cancelled meanwhile leaves it first."""
+    entering = asyncio.ensure_future(asyncio.to_thread(made.__enter__))
     try:
-        return process.communicate(input)
-    except BaseException:
-        process.terminate()
-        try:
-            process.wait(_GRACE)
-        except subprocess.TimeoutExpired:
-            process.kill()
+        handle = await asyncio.shield(entering)
+    except asyncio.CancelledError:
+        with suppress(CowfsError, OSError):
+            await entering
+            await asyncio.to_thread(made.__exit__, None, None, None)
         raise
+    try:
+        yield handle
+    finally:
+        leaving = asyncio.ensure_future(asyncio.to_thread(made.__exit__, None, None, None))
+        try:
+            await asyncio.shield(leaving)
+        except asyncio.CancelledError:
+            await leaving
+            raise
+
+
+async def _in_thread(job: Job, function: partial[RunResult]) -> RunResult:
+    """Run a job in a thread of its own, not of the loop's few, and end it when this task is cancelled."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[RunResult] = loop.create_future()
+
+    def work() -> None:
+        try:
+            result = function()
+        except BaseException as error:  # noqa: BLE001  told to who waits
+            loop.call_soon_threadsafe(done.set_exception, error)
+        else:
+            loop.call_soon_threadsafe(done.set_result, result)
+
+    threading.Thread(target=work, name="cowfs-run", daemon=True).start()
+    try:
+        return await asyncio.shield(done)
+    except asyncio.CancelledError:
+        job.cancel()
+        with suppress(Exception):
+            await done
+        raise
+
+
+class Job:
+    """A command that is run once. :meth:`cancel` may be called from any thread."""
+
+    def __init__(self, running: Running, key: str, wish: Mapping[str, object], *, keep: bool) -> None:
+        self._running = running
+        self._key = key
+        self._wish = wish
+        self._keep = keep
+        self._lock = threading.Lock()
+        self._life = -1  # guarded by _lock: the writing end of the pipe that ends with us; -1: none, -2: cancelled
+
+    def cancel(self) -> None:
+        """End the command; :meth:`run` then ends, too."""
+        with self._lock:
+            if self._life >= 0:
+                os.close(self._life)
+            self._life = -2
+
+    def run(self, input: bytes | None, stdin: int | IO[bytes] | None, *, capture: bool) -> RunResult:
+        """Run it, and wait."""
+        told, tells = os.pipe()
+        lives, life = os.pipe()
+        asked, asks = os.pipe()
+        with self._lock:
+            cancelled, self._life = self._life == -2, life
+        if cancelled:
+            self.cancel()
+        pipe = subprocess.PIPE if capture else None
+        try:
+            try:
+                process = subprocess.Popen(
+                    [sys.executable, "-P", "-m", "cowfs.store.run_process", str(asked), str(tells), str(lives)],
+                    stdin=subprocess.PIPE if input is not None else stdin,
+                    stdout=pipe,
+                    stderr=pipe,
+                    pass_fds=[asked, tells, lives],
+                )
+            finally:
+                for fd in (asked, tells, lives):
+                    os.close(fd)
+            with process, suppress(BrokenPipeError), open(asks, "wb") as wish:
+                wish.write(json.dumps(self._wish).encode())
+                wish.close()
+                out, said = self._communicate(process, input)
+            with open(told, "rb", closefd=False) as file:
+                how = file.read()
+        finally:
+            self.cancel()
+            os.close(told)
+        return self._result(how, process.returncode, out or b"", said or b"")
+
+    def run_async(self, input: bytes | None, stdin: int | IO[bytes] | None, *, capture: bool) -> Awaitable[RunResult]:
+        """Run it in a thread of its own; the task that waits may be cancelled."""
+        return _in_thread(self, partial(self.run, input, stdin, capture=capture))
+
+    def _communicate(self, process: subprocess.Popen[bytes], input: bytes | None) -> tuple[bytes | None, bytes | None]:
+        """As :meth:`subprocess.Popen.communicate`; the command ends with whoever breaks it off."""
+        try:
+            return process.communicate(input)
+        except BaseException:
+            process.terminate()
+            try:
+                process.wait(_GRACE)
+            except subprocess.TimeoutExpired:
+                self.cancel()
+                process.wait()
+            raise
+
+    def _result(self, how: bytes, code: int, out: bytes, said: bytes) -> RunResult:
+        told = json.loads(how) if how else {}
+        if "error" in told:  # a snapshot that it had made is gone again
+            raise error_of(told)
+        if "status" not in told:
+            last = said.decode(errors="replace").strip().rpartition("\n")[2].removeprefix("cowfs: ")
+            raise CowfsError(
+                last or f"the sandbox's process ended with status {code}",
+                remedy=f"its snapshot may be there: {self._key}",
+            )
+        ended = Ended(**told)
+        return self._running.ended(self._key, ended, out, said, keep=self._keep)

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from cowfs.store.naming import Naming
     from cowfs.store.plans import Plans
     from cowfs.store.queries import Queries
+    from cowfs.store.rebasing import Rebasing
     from cowfs.store.restacking import Restacking
     from cowfs.store.running import Running
     from cowfs.store.scanning import Scanning
@@ -212,6 +213,12 @@ class Services:
         return Engines(self.context, self.lookup, self.plans)
 
     @_made
+    def rebasing(self) -> Rebasing:
+        from cowfs.store.rebasing import Rebasing
+
+        return Rebasing(self.context, self.lookup)
+
+    @_made
     def kernel_mounts(self) -> KernelMounts:
         from cowfs.store.kernel_mounts import KernelMounts
 
@@ -314,7 +321,7 @@ class Services:
     def running(self) -> Running:
         from cowfs.store.running import Running
 
-        return Running(self.context, self.reading, self.queries, self.snapshots, self.mounting)
+        return Running(self.context, self.naming, self.queries, self.snapshots, self.mounting)
 
     @_made
     def files(self) -> Files:

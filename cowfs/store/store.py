@@ -14,6 +14,7 @@ from cowfs.store.verbs.files import FileVerbs
 from cowfs.store.verbs.keeping import KeepingVerbs
 from cowfs.store.verbs.mounts import MountVerbs
 from cowfs.store.verbs.reading import ReadingVerbs
+from cowfs.store.verbs.running import RunVerbs
 from cowfs.store.verbs.snapshots import SnapshotVerbs
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["Store"]
 
 
-class Store(SnapshotVerbs, MountVerbs, ReadingVerbs, ArchiveVerbs, FileVerbs, KeepingVerbs):
+class Store(SnapshotVerbs, MountVerbs, RunVerbs, ReadingVerbs, ArchiveVerbs, FileVerbs, KeepingVerbs):
     """A store of snapshots in one directory. Make it with :meth:`open`.
 
     >>> with Store.open("store") as store:

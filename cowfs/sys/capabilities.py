@@ -9,7 +9,7 @@ from typing import Final
 
 from cowfs.sys._libc import check, libc
 
-__all__ = ["CONTAINER", "NET_RAW", "drop_all_but", "undumpable"]
+__all__ = ["CONTAINER", "NET_RAW", "drop_all_but", "no_new_privileges", "undumpable"]
 
 NET_RAW: Final = 13
 #: The capabilities that root in a container keeps by default, with Docker, podman and cowfs: CHOWN, DAC_OVERRIDE,
@@ -18,6 +18,7 @@ NET_RAW: Final = 13
 CONTAINER: Final = frozenset((0, 1, 3, 4, 5, 6, 7, 8, 10, NET_RAW, 18, 27, 29, 31))
 
 _PR_SET_DUMPABLE, _PR_CAPBSET_READ, _PR_CAPBSET_DROP, _PR_CAP_AMBIENT, _CLEAR_ALL = 4, 23, 24, 47, 4
+_PR_SET_NO_NEW_PRIVS = 38
 _VERSION_3: Final = 0x20080522
 
 
@@ -52,3 +53,8 @@ def drop_all_but(kept: Collection[int]) -> None:
 def undumpable() -> None:
     """Close this process's /proc/PID to every process without CAP_SYS_PTRACE in the namespace where its program was started."""
     _prctl(_PR_SET_DUMPABLE, 0)
+
+
+def no_new_privileges() -> None:
+    """Let no program that is started from now on gain privilege by set-id bits or file capabilities (prctl(2), PR_SET_NO_NEW_PRIVS)."""
+    check(libc.prctl(_PR_SET_NO_NEW_PRIVS, *map(ctypes.c_ulong, (1, 0, 0, 0))))

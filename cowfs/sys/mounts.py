@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import struct
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -45,10 +46,13 @@ OPTION_FLAGS: dict[str, tuple[int, bool]] = {
 }
 
 # linux/mount.h
-_FSOPEN, _FSCONFIG, _FSMOUNT, _MOVE_MOUNT = 430, 431, 432, 429
+_OPEN_TREE, _MOVE_MOUNT, _FSOPEN, _FSCONFIG, _FSMOUNT, _MOUNT_SETATTR = 428, 429, 430, 431, 432, 442
 _FSCONFIG_SET_FLAG, _FSCONFIG_SET_STRING, _FSCONFIG_SET_FD, _FSCONFIG_CMD_CREATE = 0, 1, 5, 6
-_MOVE_MOUNT_F_EMPTY_PATH = 4
+_MOVE_MOUNT_F_EMPTY_PATH, _MOVE_MOUNT_T_EMPTY_PATH = 0x4, 0x40
+_OPEN_TREE_CLONE, _AT_RECURSIVE, _AT_EMPTY_PATH = 1, 0x8000, 0x1000
 _MOUNT_ATTR_RDONLY = 1
+ATTR_RDONLY, ATTR_NOSUID, ATTR_NODEV, ATTR_NOEXEC = 1, 2, 4, 8
+_MOUNT_ATTR = struct.Struct("<QQQQ")  # struct mount_attr: attr_set, attr_clr, propagation, userns_fd
 
 
 def mount(source: str, target: StrOrBytesPath, fstype: str, flags: int = 0, data: str = "") -> None:
@@ -159,13 +163,15 @@ def _image_mount(image: str | bytes, devices: Sequence[str | bytes], flags: Sequ
     return detached_mount(b"erofs", [*words, *[(flag, None) for flag in flags]], readonly=True)
 
 
-def detached_mount(fstype: bytes, words: Iterable[tuple[bytes, bytes | None]], *, readonly: bool = False) -> int:
-    """Mount a file system, attached nowhere, and return a descriptor of its root; it lasts as long as the descriptor
-    and the mounts made of it.
+def detached_mount(
+    fstype: bytes, words: Iterable[tuple[bytes, bytes | None]], *, readonly: bool = False, attributes: int = 0
+) -> int:
+    """Mount a file system without a place: a descriptor of its root, with which it goes, or with what was mounted upon it.
 
     Args:
-        words: its options in order, with their values; None for an option without value.
-        readonly: whether the mount is read-only.
+        words: its options in order, with their values; None for one that has none.
+        readonly: the mount is.
+        attributes: of the mount, ATTR_NOSUID and its like.
 
     Raises:
         OSError: as mount(2).
@@ -175,9 +181,51 @@ def detached_mount(fstype: bytes, words: Iterable[tuple[bytes, bytes | None]], *
         for key, value in words:
             syscall(_FSCONFIG, fd, _FSCONFIG_SET_FLAG if value is None else _FSCONFIG_SET_STRING, key, value, 0)
         syscall(_FSCONFIG, fd, _FSCONFIG_CMD_CREATE, None, None, 0)
-        return syscall(_FSMOUNT, fd, 1, _MOUNT_ATTR_RDONLY if readonly else 0)
+        return syscall(_FSMOUNT, fd, 1, attributes | (_MOUNT_ATTR_RDONLY if readonly else 0))
     finally:
         os.close(fd)
+
+
+def detached_bind(source: str | int, attributes: int = 0, *, recursive: bool = True) -> int:
+    """A copy of the mount that a file or directory is on, with it as the root and without a place: a descriptor of that.
+
+    Args:
+        source: a path, or a descriptor of what it leads to.
+        attributes: that it and all mounts beneath get, ATTR_RDONLY and its like (mount_setattr(2), Linux 5.12).
+        recursive: with the mounts beneath it.
+
+    Raises:
+        OSError: as open_tree(2) and mount_setattr(2).
+    """
+    flags = _OPEN_TREE_CLONE | os.O_CLOEXEC | (_AT_RECURSIVE if recursive else 0)
+    where, path = (source, b"") if isinstance(source, int) else (-100, os.fsencode(source))
+    fd = syscall(_OPEN_TREE, where, path, flags | (0 if path else _AT_EMPTY_PATH))
+    try:
+        if attributes:
+            set_attributes(fd, attributes, recursive=recursive)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def set_attributes(fd: int, attributes: int, *, recursive: bool = False) -> None:
+    """Give a mount, by a descriptor of its root, more attributes.
+
+    Raises:
+        OSError: ENOSYS before Linux 5.12.
+    """
+    given = _MOUNT_ATTR.pack(attributes, 0, 0, 0)
+    syscall(_MOUNT_SETATTR, fd, b"", _AT_EMPTY_PATH | (_AT_RECURSIVE if recursive else 0), given, len(given))
+
+
+def attach(fd: int, target: int) -> None:
+    """Give a mount without a place one: upon what another descriptor is of. Neither is closed.
+
+    Raises:
+        OSError: ENOTDIR, a directory upon what is none, or the reverse.
+    """
+    syscall(_MOVE_MOUNT, fd, b"", target, b"", _MOVE_MOUNT_F_EMPTY_PATH | _MOVE_MOUNT_T_EMPTY_PATH)
 
 
 def tmpfs_mount(size: int | None, inodes: int | None) -> int:

@@ -8,12 +8,12 @@ import os
 import socket
 import struct
 
+from cowfs.sys import host
 from cowfs.sys._libc import check, libc, syscall
 from cowfs.sys.mounts import MNT_DETACH, MS_MOVE, mount, umount
 
 CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWPID = 0x20000, 0x10000000, 0x20000000
-CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWNET = 0x4000000, 0x8000000, 0x40000000
-CLONE_NEWCGROUP = 0x2000000
+CLONE_NEWCGROUP, CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWNET = 0x2000000, 0x4000000, 0x8000000, 0x40000000
 
 _PIVOT_ROOT = {"x86_64": 155}.get(os.uname().machine, 41)  # pivot_root(2); 41 in the common table
 _SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8913, 0x8914, 1
@@ -33,9 +33,18 @@ def join(pid: int, kind: str) -> None:
     """
     fd = os.open(f"/proc/{pid}/ns/{kind}", os.O_RDONLY | os.O_CLOEXEC)
     try:
-        check(libc.setns(fd, 0))
+        join_by(fd)
     finally:
         os.close(fd)
+
+
+def join_by(fd: int) -> None:
+    """The same by a descriptor of the namespace.
+
+    Raises:
+        OSError: EPERM; EINVAL, of the user namespace that this process is in.
+    """
+    check(libc.setns(fd, 0))
 
 
 def join_all(pidfd: int, flags: int) -> None:
@@ -58,6 +67,55 @@ def become_root() -> None:
     for name, text in (("setgroups", "deny"), ("uid_map", f"0 {uid} 1"), ("gid_map", f"0 {gid} 1")):
         with open(f"/proc/self/{name}", "w", encoding="ascii") as file:
             file.write(text)
+    host.init_userns.cache_clear()
+
+
+def has_ids(uid: int, gid: int, own: int) -> bool:
+    """Whether a user and a group have a number in this process's user namespace.
+
+    Args:
+        own: descriptor of this process's directory in /proc, which may be out of sight.
+    """
+    return all(
+        any(first <= number < first + count for first, count in _ranges(own, name))
+        for name, number in (("uid_map", uid), ("gid_map", gid))
+    )
+
+
+def _ranges(own: int, name: str) -> list[tuple[int, int]]:
+    rows = [line.split() for line in _read(own, name).splitlines()]
+    return [(int(row[0]), int(row[2])) for row in rows]
+
+
+def may_set_groups(own: int) -> bool:
+    """Whether setgroups(2) is allowed in this process's user namespace; ``own`` as for :func:`has_ids`."""
+    return _read(own, "setgroups").strip() != "deny"
+
+
+def _read(own: int, name: str) -> str:
+    with open(name, encoding="ascii", opener=lambda path, flags: os.open(path, flags, dir_fd=own)) as file:
+        return file.read()
+
+
+def become(uid: int, gid: int, own: int) -> None:
+    """Enter a user namespace below this one in which root of here is a user of another number, and nobody else is anybody.
+
+    Args:
+        uid, gid: the numbers there.
+        own: as for :func:`has_ids`.
+
+    Raises:
+        OSError: EPERM; ENOSPC, there are too many below each other.
+    """
+    before = os.geteuid(), os.getegid()
+    unshare(CLONE_NEWUSER)
+    for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {before[0]} 1"), ("gid_map", f"{gid} {before[1]} 1")):
+        fd = os.open(name, os.O_WRONLY | os.O_CLOEXEC, dir_fd=own)
+        try:
+            os.write(fd, text.encode())
+        finally:
+            os.close(fd)
+    host.init_userns.cache_clear()
 
 
 def move_root(path: str) -> None:

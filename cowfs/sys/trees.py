@@ -11,10 +11,21 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 from cowfs.sys import files, xattr
+from cowfs.sys.threads import Thread
 
-__all__ = ["copy_attributes", "copy_tree", "empty_tree", "remove_entry", "remove_tree", "sync_tree", "walk_all"]
+__all__ = [
+    "copy_attributes",
+    "copy_tree",
+    "empty_tree",
+    "remove_entry",
+    "remove_tree",
+    "sync_tree",
+    "syncing",
+    "walk_all",
+]
 
 KEEP_OPEN = 128
 _DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -286,3 +297,31 @@ def sync_tree(path: str | bytes) -> None:
         files.syncfs(fd)
     finally:
         os.close(fd)
+
+
+@contextmanager
+def syncing(path: str | bytes) -> Iterator[None]:
+    """All that is below a path when the block begins is on the disk when it ends; the disk works while the block runs.
+
+    Raises:
+        OSError: of syncfs(2), behind the block.
+    """
+    failed: list[OSError] = []
+
+    def run() -> None:
+        try:
+            sync_tree(path)
+        except OSError as error:
+            failed.append(error)
+
+    thread = Thread(run, "cowfs-sync")
+    started = thread.start()
+    try:
+        yield
+    finally:
+        if started:
+            thread.join()
+    if not started:
+        run()
+    if failed:
+        raise failed[0]

@@ -34,6 +34,8 @@ def test_an_option_the_environment_the_users_file_and_the_default(space: Path) -
     assert cowfs(space, "init").returncode == 0
     assert (space / "mine/index.db").exists()
     assert cowfs(space, "ls").returncode == 0
+    assert cowfs(space, "init", "there").returncode == 0
+    assert (space / "there/index.db").exists()
 
 
 @pytest.mark.parametrize(

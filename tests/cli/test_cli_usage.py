@@ -56,6 +56,7 @@ WRONG: dict[str, tuple[str, int, str]] = {
     "no such option": ("ls --nothere --root store", 2, "--nothere"),
     "an option without its value": ("mount layers mnt --size", 2, "--size"),
     "a command of what is not there": ("run --root store bsae true", 3, "bsae"),
+    "a directory given twice": ("init other --root store", 2, "twice"),
     "no such driver": ("init --root other --driver nothere", 3, "nothere"),
     "another driver": ("init --root store --driver vfs", 2, "overlay"),
     "no archive": ("import junk name --root store", 2, "no tar archive"),

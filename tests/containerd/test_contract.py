@@ -502,3 +502,59 @@ def test_a_full_disk_is_told_and_removing_works(make_snapshotter: Callable[..., 
     finally:
         snapshotter.stop(9)
         subprocess.run(["umount", "-l", snapshotter.base], check=True)
+
+
+# -- capabilities -----------------------------------------------------------------------------------------------------
+
+
+def test_a_layer_is_put_upon_its_parent_at_commit(snapshotter: Snapshotter) -> None:
+    """As containerd unpacks layers at once: whiteouts and opaque directories, made without a parent, hide what is beneath then."""
+    files = [text("gone", "x"), text("dir/old", "x"), text("kept", "x"), lambda root: os.chmod(root, 0o711)]
+    layer(snapshotter, "base", "", *files)
+    labels = {"containerd.io/snapshot/parent-chain-id": "sha256:0"}
+    (record,) = snapshotter.call("Prepare", key="n/1/extract-1", labels=labels).mounts
+    if "vfs" in snapshotter.arguments:
+        assert snapshotter.code("Commit", key="n/1/extract-1", name="top", parent="base") == "UNIMPLEMENTED"
+        return
+    assert record.type == "overlay"
+    (option,) = record.options
+    upper = Path(option.removeprefix("upperdir="))
+    os.mknod(upper / "gone", 0o020000, 0)
+    text("dir/new", "y")(upper)
+    os.setxattr(upper / "dir", "trusted.overlay.opaque", b"y")
+    snapshotter.call("Commit", key="n/1/extract-1", name="top", parent="base")
+    assert snapshotter.call("Stat", key="top").info.parent == "base"
+    assert snapshotter.code("Remove", key="base") == "FAILED_PRECONDITION"
+    with mounted(snapshotter, snapshotter.call("View", key="v", parent="top")) as root:
+        assert sorted(str(path.relative_to(root)) for path in root.rglob("*")) == ["dir", "dir/new", "kept"]
+        assert root.stat().st_mode & 0o777 == 0o711
+    snapshotter.call("Prepare", key="upon", parent="base")
+    assert snapshotter.code("Commit", key="upon", name="other", parent="top") == "INVALID_ARGUMENT"
+    snapshotter.call("Commit", key="upon", name="other", parent="base")
+    snapshotter.call("Prepare", key="extract-2", labels=labels)
+    assert snapshotter.code("Commit", key="extract-2", name="x", parent="nobody") == "NOT_FOUND"
+    assert snapshotter.code("Commit", key="extract-2", name="x", parent="v") == "INVALID_ARGUMENT"
+    assert snapshotter.code("Commit", key="extract-2", name="x", parent="base") == "OK"
+    snapshotter.call("Prepare", key="extract-3")
+    assert snapshotter.code("Commit", key="extract-3", name="y", parent="base") == "INVALID_ARGUMENT", (
+        "whiteouts are lost"
+    )
+    assert snapshotter.cowfs("check").stdout
+
+
+def test_mapped_owners_are_shown_and_not_stored(snapshotter: Snapshotter) -> None:
+    layer(snapshotter, "base", "", text("f", "x"), lambda root: os.chown(root / "f", 5, 6))
+    labels = {f"containerd.io/snapshot/{name}mapping": "0:100000:1000,1000:500000:10" for name in ("uid", "gid")}
+    for verb, key in (("Prepare", "a"), ("View", "b")):
+        with mounted(snapshotter, snapshotter.call(verb, key=key, parent="base", labels=labels)) as root:
+            assert ((root / "f").stat().st_uid, (root / "f").stat().st_gid) == (100005, 100006)
+            if verb == "Prepare":
+                (root / "g").touch()
+                os.chown(root / "g", 500001, 100000)
+    snapshotter.call("Commit", key="a", name="top")
+    with mounted(snapshotter, snapshotter.call("View", key="v", parent="top")) as root:
+        assert ((root / "g").stat().st_uid, (root / "g").stat().st_gid) == (1001, 0)
+    for text_of_map in ("0:1", "0:100000:x", "0:0:1,", "a", "-1:0:5"):
+        bad = {"containerd.io/snapshot/uidmapping": text_of_map}
+        assert snapshotter.code("Prepare", key="c", parent="base", labels=bad) == "INVALID_ARGUMENT", text_of_map
+    assert snapshotter.code("Stat", key="c") == "NOT_FOUND"

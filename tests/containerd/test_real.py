@@ -8,24 +8,22 @@ Debian's 1.6, or what ``COWFS_CONTAINERD_BIN`` has; 2.x is built so (some minute
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import signal
 import subprocess
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from support import registry
 from support.archives import directory, member, tar
-from support.containerd import Containerd, Snapshotter, check, environment, image_of_busybox
+from support.containerd import IMAGE, LIMIT, Containerd, collect, environment, image_of_busybox, lasting, nothing_left
 from support.daemon import wait_for
 
 pytestmark = pytest.mark.skipif(not os.path.exists("/dev/fuse") or os.geteuid() != 0, reason="needs /dev/fuse and root")
-
-LIMIT = "containerd.io/snapshot/max-size"
-IMAGE = "docker.io/library/bb:1"
 
 
 @pytest.fixture
@@ -49,45 +47,6 @@ def keys(engine: Containerd, namespace: str = "default") -> list[str]:
 def again(engine: Containerd, *arguments: str) -> None:
     """A command that must succeed once containerd has found the service again, which it waits for in growing pauses."""
     wait_for(lambda: engine.ctr(*arguments, check=False).returncode == 0, " ".join(arguments))
-
-
-def collect(engine: Containerd) -> bool:
-    """Have containerd's garbage collector look at the snapshotter: it does so only after a removal, and forgets one that failed."""
-    words = ["snapshots", "--snapshotter", "cowfs"]
-    made = engine.ctr(*words, "prepare", "gone", check=False).returncode == 0
-    return engine.ctr(*words, "rm", "gone", check=False).returncode == 0 and made
-
-
-def _lasting(snapshotter: Snapshotter) -> int:
-    return len(
-        [name for name in snapshotter.names() if not name.endswith("/gone")]
-    )  # 2.x removes that one when it likes
-
-
-def nothing_left(engine: Containerd, layers: int = 2) -> None:
-    """No container, no mount, no file of one; the store is whole."""
-    snapshotter = engine.snapshotter
-    wait_for(lambda: collect(engine) and _lasting(snapshotter) == layers, "the snapshots of containers to go")
-
-    def last_one_gone() -> bool:
-        """containerd collects after a removal only, and may have been at it when the last one came."""
-        for _ in range(50):
-            if len(snapshotter.names()) == layers:
-                return True
-            time.sleep(0.1)
-        collect(engine)
-        return False
-
-    wait_for(last_one_gone, "the last one to go")
-    wait_for(lambda: not [each for each in os.listdir(snapshotter.root) if each.startswith("rm-")], "their files to go")
-    wait_for(lambda: os.listdir(snapshotter.run_dir / "held") == [], "held mounts to go")
-    assert len(os.listdir(snapshotter.root / "layers")) == layers
-    with open("/proc/self/mounts", encoding="utf-8") as file:
-        left = [line for line in file if str(snapshotter.base) in line]
-    assert not left
-    engine.stop()
-    assert snapshotter.stop() == 0
-    assert check(snapshotter.root) == []
 
 
 def test_import_run_exec_and_remove(engine: Containerd) -> None:
@@ -191,6 +150,56 @@ def test_namespaces_are_apart(engine: Containerd, tmp_path: Path) -> None:
         "the other's stays"
     )
     engine.ctr("image", "rm", "--sync", IMAGE, namespace="other")
+    nothing_left(engine, 0)
+
+
+def test_layers_are_pulled_and_unpacked_at_once(engine: Containerd, tmp_path: Path) -> None:
+    """containerd 2.2 and later unpacks layers apart from each other and puts them upon each other at commit."""
+    process, address = registry.start(tmp_path, "registry")
+    try:
+        name = f"{address}/bb:1"
+        engine.ctr("images", "tag", IMAGE, name)
+        engine.ctr("images", "push", "--plain-http", name)
+        engine.ctr("images", "rm", "--sync", name, IMAGE)
+        wait_for(lambda: collect(engine) and lasting(engine.snapshotter) == 0, "the layers to go")
+        engine.ctr("images", "pull", "--plain-http", "--snapshotter", "cowfs", name)
+    finally:
+        process.terminate()
+        process.wait()
+    if engine.has_capabilities():
+        assert " is put upon default/" in engine.snapshotter.log
+    words = ["run", "--rm", "--snapshotter", "cowfs", name, "one", "sh", "-c", "ls /data; cat /data/second"]
+    assert engine.ctr(*words).stdout == "second\nof the second layer\n"
+    nothing_left(engine)
+
+
+def test_mapped_users(engine: Containerd) -> None:
+    """The mount shows mapped owners; the layers keep the container's own (with 1.6, ctr makes a copy with other owners)."""
+    options = ["--uidmap", "0:100000:65536", "--gidmap", "0:100000:65536", "--remap-labels"]
+    before = len(engine.snapshotter.names())
+    words = "stat -c %u:%g /bin/busybox /data; touch /data/x; chown 5:6 /data/x; stat -c %u:%g /data/x; sleep 1000"
+    command = ["run", "-d", "--snapshotter", "cowfs", *options, IMAGE, "one", "sh", "-c", words]
+    engine.ctr(*command)
+    numbers = itertools.count()
+
+    def owners() -> list[str]:
+        told = ["stat", "-c", "%u:%g", "/bin/busybox", "/data/x"]
+        return engine.ctr("tasks", "exec", "--exec-id", f"e{next(numbers)}", "one", *told).stdout.splitlines()
+
+    wait_for(lambda: owners() == ["0:0", "5:6"], "the container's own ids")
+    if engine.has_capabilities():
+        assert len(engine.snapshotter.names()) == before + 1, "no copy of the image with other owners"
+        (mount,) = os.listdir(engine.snapshotter.run_dir / "held")
+        outside = os.stat(engine.snapshotter.run_dir / "held" / mount / "data" / "x")
+        assert (outside.st_uid, outside.st_gid) == (100005, 100006)
+        inside = os.stat(engine.snapshotter.root / "layers" / mount / "fs" / "data" / "x")
+        assert (inside.st_uid, inside.st_gid) == (5, 6)
+    engine.ctr("tasks", "rm", "-f", "one")
+    engine.ctr("containers", "rm", "one")
+    for name in keys(engine):
+        if "remap" in name or not name.startswith("sha256:"):
+            engine.ctr("snapshots", "--snapshotter", "cowfs", "rm", name, check=False)
+    engine.ctr("image", "rm", "--sync", IMAGE)
     nothing_left(engine, 0)
 
 

@@ -384,6 +384,19 @@ def test_the_command_gives_options_and_shows_them(place: Path, mnt: Path) -> Non
 
 
 @on_tmpfs
+def test_a_mount_by_the_command_stands_on_the_image(place: Path, mnt: Path) -> None:
+    """The command's process ends before the mount: the image stays mounted for the server that it leaves behind."""
+    root = ("--root", str(place / "store"))
+    assert run_module("cowfs", "init", *root, "--driver", "block").returncode == 0
+    run_module("cowfs", "prepare", "a", *root)
+    assert run_module("cowfs", "mount", "--key", "a", mnt, *root).returncode == 0
+    (mnt / "file").write_text("x")
+    assert run_module("cowfs", "umount", mnt).returncode == 0
+    assert run_module("cowfs", "commit", "a", "A", *root).returncode == 0
+    assert run_module("cowfs", "cat", "A:file", *root).stdout == "x"
+
+
+@on_tmpfs
 @pytest.mark.parametrize(
     ("options", "told"),
     [

@@ -17,6 +17,9 @@ from pathlib import Path
 
 import pytest
 from support import mounts
+from support.sandboxes import runner
+
+__all__ = ["runner"]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

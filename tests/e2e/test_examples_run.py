@@ -110,3 +110,60 @@ def test_the_build_does_each_step_once_and_goes_on_where_it_failed(store: Store,
         sys.path.remove(str(EXAMPLES))
     assert len(prune(store)) == 2, "the second and third step of before"
     assert shown(build(first, "echo other > /data/two", "echo three > /data/three")) == ["cached"] * 3
+
+
+def test_the_pool_lends_fresh_sandboxes_and_leaves_nothing(store: Store) -> None:
+    before = names(store)
+    commands = [f"test ! -e mark && echo {number} > mark && rm data/file" for number in range(6)]
+    done = run("pool.py", store.root, "base", 2, *commands, "dd if=/dev/zero of=big bs=1M count=65 2>/dev/null")
+    assert done.returncode == 1, done.stderr
+    lines = done.stdout.splitlines()
+    assert (
+        len(
+            [
+                line
+                for line in lines
+                if "ended with 0: " in line and "added mark" in line and "deleted data/file" in line
+            ]
+        )
+        == 6
+    )
+    assert len([line for line in lines if line.startswith("'dd") and "ended with 1" in line]) == 1
+    assert names(store) == before
+
+
+def test_a_backup_takes_an_instant_and_sends_what_is_new(store: Store, space: Path) -> None:
+    store.prepare("system", "base")
+    (space / "mnt").mkdir()
+    with store.mount("system", space / "mnt"):
+        for round_ in ("one", "two"):
+            (space / "mnt/data/state").write_text(round_)
+            done = run("backup.py", store.root, "system", space / "backup")
+            assert done.returncode == 0, done.stderr
+            assert f": {2 if round_ == 'one' else 1} new layers" in done.stdout
+    with Store.open(space / "backup", create=False) as backup:
+        kept = [info.name for info in backup.walk() if info.name.startswith("system-")]
+        states = []
+        for name in kept:
+            with backup.open_file(name, "data/state") as file:
+                states.append(file.read())
+        assert states == [b"one", b"two"]
+        assert backup.check(content=True).problems == []
+    (space / "file").write_text("x")
+    wrong = run("backup.py", store.root, "system", space / "file")
+    assert wrong.returncode == 1
+    assert "is here, and not at" in wrong.stderr
+
+
+def test_each_example_has_less_than_eighty_lines() -> None:
+    for path in EXAMPLES.glob("*.py"):
+        assert len(path.read_text().splitlines()) < 80, path
+
+
+def test_examples_pass_strict_type_checkers() -> None:
+    """mypy --strict, and pyright where it is installed (its own settings for strict)."""
+    command = [sys.executable, "-m", "mypy", "--strict", "--no-incremental", *map(str, sorted(EXAMPLES.glob("*.py")))]
+    if subprocess.run([sys.executable, "-c", "import mypy"], check=False, capture_output=True).returncode:
+        pytest.skip("mypy is not installed (extra lint)")
+    done = subprocess.run(command, cwd=EXAMPLES.parent, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout

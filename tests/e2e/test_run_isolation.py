@@ -12,102 +12,21 @@ import select
 import shutil
 import signal
 import subprocess
-import sys
-import tarfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from support import namespace
-from support.command import environment, user_python
-from support.users import UID, command_as
-
-APPLETS = (
-    "cat", "chroot", "dd", "echo", "grep", "head", "hostname", "id", "kill", "ls", "mkdir", "mknod", "mount", "ps", "pwd", "readlink", "sh", "sleep", "stat",
-    "stty", "true", "umount", "wc",
-)  # fmt: skip
-
-
-class Runner:
-    """`cowfs run` of one user over a store of his, with a snapshot "box" that holds busybox."""
-
-    def __init__(self, who: str, python: str, store: Path) -> None:
-        self.who, self.python, self.store = who, python, store
-        self.environment = environment() | {"COWFS_ROOT": str(store), "HOME": str(store.parent)}
-
-    def command(self, *arguments: object) -> list[str]:
-        words = [self.python, "-m", "cowfs", *map(str, arguments)]
-        return words if self.who == "root" else command_as(words)
-
-    def cowfs(self, *arguments: object, **more: Any) -> subprocess.CompletedProcess[str]:
-        options: dict[str, Any] = {
-            "capture_output": True, "text": True, "timeout": 60, "env": self.environment, "cwd": "/",
-            "stdin": subprocess.DEVNULL, **more,
-        }  # fmt: skip
-        done: subprocess.CompletedProcess[str] = subprocess.run(self.command(*arguments), **options)
-        return done
-
-    def inside(self, script: str, *options: object) -> str:
-        """The output of a shell in a fresh snapshot, errors included."""
-        done = self.cowfs("run", "box", "--rm", *options, "--", "/bin/sh", "-c", script)
-        assert "Traceback" not in done.stderr, done.stderr
-        return done.stdout + done.stderr
-
-
-def tree(place: Path) -> None:
-    busybox = shutil.which("busybox")
-    if busybox is None or subprocess.run(["ldd", busybox], capture_output=True, check=False).returncode == 0:
-        pytest.skip("no static busybox (busybox-static)")
-    for name in ("bin", "dev", "proc", "tmp", "etc"):
-        (place / name).mkdir(parents=True)
-    shutil.copy(busybox, place / "bin/busybox")
-    for applet in APPLETS:
-        (place / "bin" / applet).symlink_to("busybox")
-    (place / "etc/inside").write_text("inside\n")
-
-
-@pytest.fixture(scope="module", params=["root", "user"])
-def runner(request: pytest.FixtureRequest, public_directory: Path) -> Iterator[Runner]:
-    if namespace.why_not:
-        pytest.skip(namespace.why_not)
-    python = sys.executable
-    if request.param == "user":
-        request.getfixturevalue("ordinary_user")
-        found = user_python()
-        if found is None:
-            pytest.skip("no Python that an ordinary user can start with cowfs in it")
-        python = found
-    base = public_directory / f"isolation-{request.param}"
-    tree(base / "tree")
-    with tarfile.open(base / "box.tar", "w") as tar:
-        tar.add(base / "tree", ".", filter=_owned)
-    if request.param == "user":
-        for where, dirs, files in os.walk(base):
-            for name in (".", *dirs, *files):
-                os.chown(os.path.join(where, name), UID, UID, follow_symlinks=False)
-    made = Runner(request.param, python, base / "store")
-    owners = () if request.param == "root" else ("--owners", "xattr")
-    done = made.cowfs("import", base / "box.tar", "box", "--as", "rootfs", *owners)
-    assert done.returncode == 0, done.stderr
-    if made.cowfs("run", "box", "--rm", "--", "/bin/true").returncode:
-        pytest.skip(f"no user namespaces here: {made.cowfs('run', 'box', '--rm', '--', '/bin/true').stderr}")
-    yield made
-    subprocess.run(["rm", "-rf", base], check=False)
-
-
-def _owned(info: tarfile.TarInfo) -> tarfile.TarInfo:
-    info.uid = info.gid = 0
-    return info
+from support.sandboxes import Runner, running_with
+from support.users import command_as
 
 
 def test_nothing_of_the_host_is_mounted(runner: Runner) -> None:
     """The root is the snapshot, and no mount leads anywhere else: leaving a chroot is no way out, for there is no outside."""
     lines = runner.inside("cat /proc/self/mountinfo").splitlines()
     mounts = {line.split()[4]: line.split(" - ")[1].split()[0] for line in lines}
-    assert mounts["/"] == "fuse.cowfs"
-    assert set(mounts.values()) <= {"fuse.cowfs", "proc", "tmpfs", "devpts", "devtmpfs"}
+    assert mounts["/"] == ("fuse.cowfs" if runner.who == "root" else "overlay")
+    assert set(mounts.values()) <= {mounts["/"], "proc", "tmpfs", "devpts", "devtmpfs", "sysfs"}
     roots = {line.split()[3] for line in lines if line.split(" - ")[1].split()[0] == "devtmpfs"}
     assert roots <= {"/null", "/zero", "/full", "/random", "/urandom", "/tty"} or runner.who == "user"
     assert runner.inside("cd /; cd ../../../..; cat etc/inside; ls /proc/1/root; ls /proc/1/cwd/etc").startswith(
@@ -193,11 +112,11 @@ def _command_lines() -> Iterator[bytes]:
 
 def test_the_network_can_be_left_out(runner: Runner) -> None:
     counted = "cat /proc/net/dev | grep -c :"
-    assert runner.inside(counted, "--network", "none") == "1\n"
+    assert runner.inside(counted) == "1\n"
     here = os.readlink("/proc/self/ns/net")
-    assert runner.inside("readlink /proc/self/ns/net") == f"{here}\n"
+    assert runner.inside("readlink /proc/self/ns/net", "--network", "host") == f"{here}\n"
     assert runner.inside("readlink /proc/self/ns/net", "--network", "none") != f"{here}\n"
-    for space in ("ipc", "uts", "pid", "mnt"):
+    for space in ("ipc", "uts", "pid", "mnt", "net", "cgroup"):
         assert runner.inside(f"readlink /proc/self/ns/{space}") != f"{os.readlink(f'/proc/self/ns/{space}')}\n"
 
 
@@ -350,17 +269,3 @@ def test_a_killed_run_takes_its_command_along(runner: Runner) -> None:
     while runner.cowfs("rm", "killed").returncode and time.monotonic() < end:
         time.sleep(0.1)
     assert runner.cowfs("stat", "killed").returncode == 3
-
-
-def running_with(word: str) -> list[int]:
-    """Processes that have a word among their arguments."""
-    found = []
-    for name in os.listdir("/proc"):
-        if name.isdecimal():
-            try:
-                words = Path(f"/proc/{name}/cmdline").read_bytes().split(b"\0")
-            except OSError:
-                continue
-            if word.encode() in words:
-                found.append(int(name))
-    return sorted(found)

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 from support.containerd import check
-from support.daemon import wait_for
-from support.dockerd import Dockerd, PluginService
+from support.daemon import Daemon, wait_for
+from support.dockerd import Dockerd, ask
 
 pytestmark = pytest.mark.skipif(not os.path.exists("/dev/fuse") or os.geteuid() != 0, reason="needs /dev/fuse and root")
 
@@ -26,7 +26,7 @@ def mounts_of(engine: Dockerd) -> list[str]:
         return [line for line in file if f" {engine.home}/" in line]
 
 
-def layers_of(plugin: PluginService) -> list[str]:
+def layers_of(plugin: Daemon) -> list[str]:
     return os.listdir(plugin.root / "layers")
 
 
@@ -232,21 +232,21 @@ def test_layers_that_dockerd_lost_are_removed_at_its_start(engine: Dockerd) -> N
     """Of this dockerd alone, and never while its records cannot be read."""
     keep = len(layers_of(engine.plugin))
     engine.stop()
-    engine.plugin.ask("GraphDriver.Create", ID="lost")
-    engine.plugin.ask("GraphDriver.CreateReadWrite", ID="upon", Parent="lost")
+    ask("GraphDriver.Create", ID="lost")
+    ask("GraphDriver.CreateReadWrite", ID="upon", Parent="lost")
     home = str(engine.home)
-    engine.plugin.ask("GraphDriver.Init", Home=str(engine.base / "other"))
-    assert engine.plugin.ask("GraphDriver.Create", ID="others")["Err"] == ""
+    ask("GraphDriver.Init", Home=str(engine.base / "other"))
+    assert ask("GraphDriver.Create", ID="others")["Err"] == ""
     records = engine.base / "data/image/cowfs/layerdb/sha256"
     (one, *_) = records.iterdir()
     os.rename(one / "cache-id", engine.base / "cache-id")
-    engine.plugin.ask("GraphDriver.Init", Home=home)
-    assert engine.plugin.ask("GraphDriver.Exists", ID="lost")["Exists"], "a record is missing: nothing is removed"
+    ask("GraphDriver.Init", Home=home)
+    assert ask("GraphDriver.Exists", ID="lost")["Exists"], "a record is missing: nothing is removed"
     os.rename(engine.base / "cache-id", one / "cache-id")
     engine.start()
     wait_for(lambda: len(layers_of(engine.plugin)) == keep + 1, "the lost ones to go")
-    assert engine.plugin.ask("GraphDriver.Exists", ID="others")["Exists"]
-    engine.plugin.ask("GraphDriver.Remove", ID="others")
+    assert ask("GraphDriver.Exists", ID="others")["Exists"]
+    ask("GraphDriver.Remove", ID="others")
     assert engine.run("bb:1", "cat", "/data/second").stdout == "of the second layer\n"
     nothing_left(engine)
 

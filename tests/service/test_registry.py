@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import http.client
-import http.server
+import contextlib
+import itertools
 import json
-import shutil
-import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from support.daemon import DATA, Daemon, wait_for
+from support.daemon import DATA, Daemon
+from support.registry import Proxy, cowfs, free_port, pushed, serving, start_registry
 
 from cowfs.errors import Corrupt, FailedPrecondition
 from cowfs.images.registry import Credentials, Registry, credentials_for
@@ -23,70 +20,29 @@ from cowfs.images.registry import Credentials, Registry, credentials_for
 ID = "sha256:9c33d969275253f462e75d433ce358a90b9551c9f65a6bcfd068744db262313d"
 
 
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
 @pytest.fixture
 def make_registry(space: Path) -> Iterator[Callable[..., str]]:
     """A function that starts a registry: its address."""
-    program = shutil.which("docker-registry")
-    if program is None:
-        pytest.skip("no registry here (Debian: docker-registry; CI has it)")
-    processes: list[subprocess.Popen[bytes]] = []
+    with contextlib.ExitStack() as held:
+        numbers = itertools.count()
 
-    def make(password: str = "") -> str:
-        address = f"127.0.0.1:{free_port()}"
-        text = f"version: 0.1\nstorage:\n  filesystem:\n    rootdirectory: {space}/registry-{len(processes)}\nhttp:\n  addr: {address}\n"
-        if password:
-            script = "import crypt, sys; print('user:' + crypt.crypt(sys.argv[1], crypt.mksalt(crypt.METHOD_BLOWFISH, rounds=16)))"
-            done = subprocess.run(
-                [sys.executable, "-W", "ignore", "-c", script, password], capture_output=True, text=True, check=False
-            )
-            if done.returncode:
-                pytest.skip("no bcrypt here to make a password file with")
-            (space / "htpasswd").write_text(done.stdout)
-            text += f"auth:\n  htpasswd:\n    realm: test\n    path: {space}/htpasswd\n"
-        config = space / f"registry-{len(processes)}.yml"
-        config.write_text(text)
-        with open(space / "registry.log", "ab") as log:
-            processes.append(subprocess.Popen([program, "serve", str(config)], stdout=log, stderr=log))
-        wait_for(lambda: _listens(address), "the registry")
-        return address
+        def make(password: str = "") -> str:
+            auth = ""
+            if password:
+                script = "import crypt, sys; print('user:' + crypt.crypt(sys.argv[1], crypt.mksalt(crypt.METHOD_BLOWFISH, rounds=16)))"
+                done = subprocess.run(
+                    [sys.executable, "-W", "ignore", "-c", script, password],
+                    capture_output=True,
+                    text=True,
+                    check=False,
+                )
+                if done.returncode:
+                    pytest.skip("no bcrypt here to make a password file with")
+                (space / "htpasswd").write_text(done.stdout)
+                auth = f"auth:\n  htpasswd:\n    realm: test\n    path: {space}/htpasswd\n"
+            return held.enter_context(start_registry(space, auth, f"registry-{next(numbers)}"))
 
-    yield make
-    for each in processes:
-        each.terminate()
-        each.wait()
-
-
-def _listens(address: str) -> bool:
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host, int(port)), 5).close()
-    except OSError:
-        return False
-    return True
-
-
-def pushed(daemon: Daemon, address: str, name: str = "a/small:1") -> str:
-    """Push the small image; its digest."""
-    daemon.docker("load", "-i", str(DATA / "small-docker.tar"))
-    daemon.docker("tag", "localhost/small:1", f"{address}/{name}")
-    told = daemon.out("push", f"{address}/{name}")
-    daemon.docker("rmi", "localhost/small:1", f"{address}/{name}")
-    return next(word for word in told.split() if word.startswith("sha256:"))
-
-
-def cowfs(*words: str, home: Path) -> subprocess.CompletedProcess[str]:
-    import os
-
-    return subprocess.run(
-        [sys.executable, "-m", "cowfs", *words], capture_output=True, text=True, timeout=120, check=False,
-        env={**os.environ, "DOCKER_CONFIG": str(home)},
-    )  # fmt: skip
+        yield make
 
 
 def test_there_and_back(daemon: Daemon, make_registry: Callable[..., str]) -> None:
@@ -153,54 +109,16 @@ def test_the_commands_own_verbs(make_registry: Callable[..., str], space: Path) 
     assert (missing.returncode, len(missing.stderr.splitlines())) == (3, 1)
 
 
-class _Proxy(http.server.BaseHTTPRequestHandler):
-    """Passes requests on to a registry, and spoils blobs as it is told."""
-
-    upstream = ""
-    cut = 0  # bytes after which the connection ends
-    spoil = False
-    asked: list[str]
-
-    def do_GET(self) -> None:
-        connection = http.client.HTTPConnection(self.upstream, timeout=60)
-        headers = {name: value for name, value in self.headers.items() if name.lower() in ("accept", "range")}
-        connection.request("GET", self.path, headers=headers)
-        answer = connection.getresponse()
-        data = answer.read()
-        connection.close()
-        self.send_response(answer.status)
-        for name, value in answer.getheaders():
-            if name.lower() not in ("connection", "date", "transfer-encoding"):
-                self.send_header(name, value)
-        self.end_headers()
-        if "/blobs/" in self.path:
-            self.asked.append(self.headers.get("Range", ""))
-            if self.spoil:
-                data = bytes(byte ^ 1 for byte in data)
-            if self.cut and len(data) > self.cut:
-                self.wfile.write(data[: self.cut])
-                self.close_connection = True
-                return
-        self.wfile.write(data)
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
 @pytest.fixture
-def proxy(daemon: Daemon, make_registry: Callable[..., str]) -> Iterator[tuple[type[_Proxy], str]]:
+def proxy(daemon: Daemon, make_registry: Callable[..., str]) -> Iterator[tuple[type[Proxy], str]]:
     upstream = make_registry()
     pushed(daemon, upstream)
-    handler = type("Proxy", (_Proxy,), {"upstream": upstream, "asked": []})
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield handler, f"127.0.0.1:{server.server_address[1]}"
-        server.shutdown()
-        thread.join()
+    handler = type("Spoiling", (Proxy,), {"upstream": upstream, "asked": []})
+    with serving(handler) as address:
+        yield handler, address
 
 
-def test_a_download_that_is_cut_goes_on(proxy: tuple[type[_Proxy], str], space: Path) -> None:
+def test_a_download_that_is_cut_goes_on(proxy: tuple[type[Proxy], str], space: Path) -> None:
     handler, address = proxy
     pulled = Registry(address, spool=str(space)).pull("a/small", "1")
     handler.asked.clear()
@@ -210,7 +128,7 @@ def test_a_download_that_is_cut_goes_on(proxy: tuple[type[_Proxy], str], space: 
     assert [text.partition("=")[0] for text in handler.asked] == ["", "bytes", "bytes"]
 
 
-def test_a_download_that_is_cut_for_ever_is_given_up(proxy: tuple[type[_Proxy], str], space: Path) -> None:
+def test_a_download_that_is_cut_for_ever_is_given_up(proxy: tuple[type[Proxy], str], space: Path) -> None:
     handler, address = proxy
     pulled = Registry(address, spool=str(space)).pull("a/small", "1")
     handler.cut = 1
@@ -218,9 +136,7 @@ def test_a_download_that_is_cut_for_ever_is_given_up(proxy: tuple[type[_Proxy], 
         pulled.image.layers[0].open()
 
 
-def test_a_layer_with_another_digest_never_gets_in(
-    daemon: Daemon, proxy: tuple[type[_Proxy], str], space: Path
-) -> None:
+def test_a_layer_with_another_digest_never_gets_in(daemon: Daemon, proxy: tuple[type[Proxy], str], space: Path) -> None:
     handler, address = proxy
     pulled = Registry(address, spool=str(space)).pull("a/small", "1")
     handler.spoil = True

@@ -15,10 +15,10 @@ from support.command import one_line, run_module
 from support.images import FULL_NAME, REF_NAME, Layout, config, digest, docker
 
 from cowfs.archive import ApplyOptions
-from cowfs.cli.store.run import _config
 from cowfs.errors import AlreadyExists, InvalidArgument, LimitExceeded
 from cowfs.images import open_image
 from cowfs.store import Store
+from cowfs.store.sandboxes import _config
 
 DATA = Path(__file__).parent.parent / "data"
 ONE, TWO, THREE = tar(directory("./"), member("a", b"1")), tar(member("b", b"2")), tar(member("c", b"3"))
@@ -315,7 +315,7 @@ def test_run_takes_the_configuration_of_the_image_that_a_snapshot_was_made_from(
     run_module("cowfs", "prepare", "w", "prod", *root, check=True)
     run_module("cowfs", "commit", "w", "child", *root, check=True)
     with Store.open(space / "store") as store:
-        assert _config(store, "child")["Env"] == ["A=prod"]
+        assert _config(store.config("child"), "child")["Env"] == ["A=prod"]
 
 
 def test_the_layers_of_an_image_count_together(store: Store, space: Path) -> None:

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -83,6 +84,9 @@ def unmount_below(base: Path) -> None:
             subprocess.run(["umount", "-l", target], check=False, capture_output=True)
 
 
+LIMIT = "containerd.io/snapshot/max-size"
+IMAGE = "docker.io/library/bb:1"
+
 BIN = os.environ.get("COWFS_CONTAINERD_BIN", "")
 """A directory with other programs of containerd than the system's: ``go install`` of 2.x, say."""
 
@@ -96,11 +100,14 @@ disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.images", 
 [proxy_plugins.cowfs]
   type = "snapshot"
   address = "{snapshotter}"
+  {capabilities}
 """
 
 CONFIG_2 = """\
   [proxy_plugins.cowfs.exports]
     root = "{root}"
+[plugins."io.containerd.transfer.v1.local"]
+  max_concurrent_unpacks = 3
 [[plugins."io.containerd.transfer.v1.local".unpack_config]]
   platform = "linux/amd64"
   snapshotter = "cowfs"
@@ -135,7 +142,18 @@ class Containerd:
         version = 2 if told.stdout.split()[2].startswith(("1.", "v1.")) else 3
         text = CONFIG + (CONFIG_2 if version == 3 else "")
         snapshotter = self.snapshotter
-        return text.format(base=self.base, snapshotter=snapshotter.socket, root=snapshotter.root, version=version)
+        known = 'capabilities = ["remap-ids", "rebase"]' if self.has_capabilities() else ""
+        return text.format(
+            base=self.base, snapshotter=snapshotter.socket, root=snapshotter.root, version=version, capabilities=known
+        )
+
+    @staticmethod
+    def has_capabilities() -> bool:
+        """Whether a proxy plugin can have some: from 1.7 on."""
+        told = subprocess.run(
+            ["containerd", "--version"], check=True, capture_output=True, text=True, env=environment()
+        )
+        return not told.stdout.split()[2].lstrip("v").startswith(("1.5", "1.6"))
 
     def stop(self, number: int = signal.SIGTERM) -> None:
         process, self.process = self.process, None
@@ -171,8 +189,17 @@ class Containerd:
                     for task in self.ctr("tasks", "ls", "-q", namespace=namespace).stdout.split():
                         self.ctr("tasks", "rm", "-f", task, namespace=namespace, check=False)
         self.stop(signal.SIGKILL)
+        self._end_shims()
         unmount_below(self.base)
         shutil.rmtree(self.base, ignore_errors=True)
+
+    def _end_shims(self) -> None:
+        """A containerd that was killed while it made a task may have left its shim."""
+        for name in filter(str.isdigit, os.listdir("/proc")):
+            with suppress(OSError):
+                words = Path("/proc", name, "cmdline").read_bytes().split(b"\0")
+                if b"containerd-shim" in words[0] and os.fsencode(self.base / "c.sock") in words:
+                    os.kill(int(name), signal.SIGKILL)
 
 
 def environment() -> dict[str, str]:
@@ -195,6 +222,46 @@ def check(root: Path) -> list[str]:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return list(json.loads(done.stdout).get("problems", []))
+
+
+def collect(engine: Containerd) -> bool:
+    """Have containerd's garbage collector look at the snapshotter: it does so only after a removal, and forgets one that failed."""
+    words = ["snapshots", "--snapshotter", "cowfs"]
+    made = engine.ctr(*words, "prepare", "gone", check=False).returncode == 0
+    return engine.ctr(*words, "rm", "gone", check=False).returncode == 0 and made
+
+
+def lasting(snapshotter: Snapshotter) -> int:
+    """How many snapshots there are, without the one of :func:`collect`."""
+    return len(
+        [name for name in snapshotter.names() if not name.endswith("/gone")]
+    )  # 2.x removes that one when it likes
+
+
+def nothing_left(engine: Containerd, layers: int = 2) -> None:
+    """No container, no mount, no file of one; the store is whole."""
+    snapshotter = engine.snapshotter
+    wait_for(lambda: collect(engine) and lasting(snapshotter) == layers, "the snapshots of containers to go")
+
+    def last_one_gone() -> bool:
+        """containerd collects after a removal only, and may have been at it when the last one came."""
+        for _ in range(50):
+            if len(snapshotter.names()) == layers:
+                return True
+            time.sleep(0.1)
+        collect(engine)
+        return False
+
+    wait_for(last_one_gone, "the last one to go")
+    wait_for(lambda: not [each for each in os.listdir(snapshotter.root) if each.startswith("rm-")], "their files to go")
+    wait_for(lambda: os.listdir(snapshotter.run_dir / "held") == [], "held mounts to go")
+    assert len(os.listdir(snapshotter.root / "layers")) == layers
+    with open("/proc/self/mounts", encoding="utf-8") as file:
+        left = [line for line in file if str(snapshotter.base) in line]
+    assert not left
+    engine.stop()
+    assert snapshotter.stop() == 0
+    assert check(snapshotter.root) == []
 
 
 def needs_containerd() -> None:

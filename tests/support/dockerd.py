@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 from pathlib import Path
 from typing import Any, Self
 
 import pytest
 
-from .containerd import unmount_below
+from . import containerd
+from .containerd import Containerd, unmount_below
 from .daemon import Daemon, docker_environment, wait_for
 
 PLUGINS = Path("/run/docker/plugins")
@@ -23,22 +27,24 @@ class PluginService(Daemon):
     def doors(self) -> list[str]:
         return [f"--docker-plugin=unix://{PLUGINS}/cowfs.sock", "-D"]
 
-    def ask(self, name: str, **fields: Any) -> dict[str, Any]:
+    @staticmethod
+    def ask(name: str, **fields: Any) -> dict[str, Any]:
         """One request of a plugin; its answer."""
-        import http.client
-        import json
-        import socket
+        return ask(name, **fields)
 
-        connection = http.client.HTTPConnection("localhost", timeout=120)
-        with socket.socket(socket.AF_UNIX) as sock:
-            sock.settimeout(120)
-            sock.connect(f"{PLUGINS}/cowfs.sock")
-            connection.sock = sock
-            connection.request("POST", f"/{name}", json.dumps(fields), {"content-type": "application/json"})
-            answer = connection.getresponse()
-            told = json.loads(answer.read())
-            assert isinstance(told, dict)
-            return {**told, "status": answer.status}
+
+def ask(name: str, **fields: Any) -> dict[str, Any]:
+    """One request to the plugin that is there; its answer, with the status of HTTP."""
+    connection = http.client.HTTPConnection("localhost", timeout=120)
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(120)
+        sock.connect(f"{PLUGINS}/cowfs.sock")
+        connection.sock = sock
+        connection.request("POST", f"/{name}", json.dumps(fields), {"content-type": "application/json"})
+        answer = connection.getresponse()
+        told = json.loads(answer.read())
+        assert isinstance(told, dict)
+        return {**told, "status": answer.status}
 
 
 class Dockerd:
@@ -48,7 +54,9 @@ class Dockerd:
         base: its directory. plugin: what stores its layers.
     """
 
-    def __init__(self, base: Path, plugin: PluginService, *arguments: str) -> None:
+    program = "dockerd"
+
+    def __init__(self, base: Path, plugin: Daemon, *arguments: str) -> None:
         self.base = base
         self.plugin = plugin
         self.arguments = arguments
@@ -70,14 +78,14 @@ class Dockerd:
         """Start it, and wait until it answers. Its containerd outlives it, as on a host."""
         self.base.mkdir(exist_ok=True)
         if self.containerd is None:
-            self._start_containerd()
+            self.start_containerd()
         command = [
-            "dockerd", "--experimental", "-s", "cowfs", "--data-root", str(self.base / "data"), "--exec-root",
+            self.program, "--experimental", "-s", "cowfs", "--data-root", str(self.base / "data"), "--exec-root",
             str(self.base / "exec"), "-p", str(self.base / "pid"), "-H", f"unix://{self.base}/d.sock", "--bridge=none",
-            "--iptables=false", "--ip6tables=false", "--default-ulimit", "nofile=4096:4096", "--containerd", f"{self.base}/c.sock", *self.arguments,
+            "--iptables=false", "--ip6tables=false", "--default-ulimit", "nofile=4096:4096", "--containerd", self.containerd_socket(), *self.arguments,
         ]  # fmt: skip
         (self.base / "pid").unlink(missing_ok=True)
-        environment = {**os.environ, "DOCKERD_DEPRECATED_GRAPHDRIVER_PLUGINS": "1"}
+        environment = {**containerd.environment(), "DOCKERD_DEPRECATED_GRAPHDRIVER_PLUGINS": "1"}
         with open(self.log_file, "ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         process = self.process
@@ -85,7 +93,10 @@ class Dockerd:
         assert process.poll() is None, self.log[-4000:]
         return self
 
-    def _start_containerd(self) -> None:
+    def containerd_socket(self) -> str:
+        return f"{self.base}/c.sock"
+
+    def start_containerd(self) -> None:
         config = self.base / "containerd.toml"
         config.write_text(
             f'version = 2\nroot = "{self.base}/c-root"\nstate = "{self.base}/c-state"\n'
@@ -136,6 +147,23 @@ class Dockerd:
             self.containerd.wait(60)
         unmount_below(self.base)
         shutil.rmtree(self.base, ignore_errors=True)
+
+
+class CurrentDockerd(Dockerd):
+    """dockerd 29, which keeps images in a containerd 2 that has the snapshotter cowfs."""
+
+    program = os.path.join(containerd.BIN, "dockerd")
+
+    def __init__(self, base: Path, engine: Containerd, *arguments: str) -> None:
+        # A runc of go install has no seccomp; an older one has no time namespaces, which dockerd 29 wants.
+        super().__init__(base, engine.snapshotter, "--seccomp-profile=unconfined", *arguments)
+        self.engine = engine
+
+    def containerd_socket(self) -> str:
+        return f"{self.engine.base}/c.sock"
+
+    def start_containerd(self) -> None:
+        """It runs already."""
 
 
 def private_plugins() -> None:

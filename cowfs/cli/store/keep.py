@@ -21,6 +21,7 @@ def _configure_info(parser: argparse.ArgumentParser) -> None:
 
 
 def _configure_init(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", nargs="?", metavar="DIR", help="the store's directory, in place of --root")
     parser.add_argument(
         "--option",
         action="append",
@@ -33,6 +34,10 @@ def _configure_init(parser: argparse.ArgumentParser) -> None:
 
 def _init(args: argparse.Namespace) -> int:
     options: dict[str, str] = {}
+    if args.directory is not None:
+        if args.root is not None:
+            raise InvalidArgument("the store's directory was given twice", remedy="DIR or --root DIR")
+        args.root = args.directory
     for text in args.option:
         name, equals, value = text.partition("=")
         if not equals or not name.isidentifier() or name in ("root", "form", "fsync", "driver", "create"):
@@ -53,10 +58,13 @@ def _init(args: argparse.Namespace) -> int:
 
 
 def _info(args: argparse.Namespace) -> int:
+    from cowfs.store.doctor import how_runs_mount
+
     with open_store(args, create=False) as store:
         told: dict[str, Any] = store.describe()
         told["alternatives"] = store.alternatives()
         told["not possible"] = store.alternatives(possible=False)
+        told["runs"] = how_runs_mount(store.root)
         totals = store.totals()
     told["snapshots"] = totals.count
     if args.json:
@@ -73,6 +81,7 @@ def _info(args: argparse.Namespace) -> int:
         ("mounts", told["mounts"]),
         ("mount records", f"{told['records']} (without a limit)"),
         ("kernel mounts", told["kernel mounts"]),
+        ("cowfs run", told["runs"]),
         ("limits", told["limits"]),
         ("snapshots", ", ".join(f"{count.get(kind, 0)} {kind}" for kind in ("committed", "active", "view"))),
     ]
@@ -265,7 +274,7 @@ def _garbage(args: argparse.Namespace) -> int:
 
 COMMANDS = {
     "init": Command(_configure_init, _init, "Make a store and say which driver it got, and why.",
-                    ("cowfs init --root /srv/store", "cowfs init --driver vfs", "cowfs init --driver block --option filesystem=xfs --option size=100g")),
+                    ("cowfs init /srv/store", "cowfs init --driver vfs", "cowfs init --driver block --option filesystem=xfs --option size=100g")),
     "info": Command(_configure_info, _info, "Show driver, mount type, host file system, and why they were chosen.",
                     ("cowfs info", "cowfs info --json")),
     "df": Command(_configure_df, _df, "Show what the store holds, from its records: no walk.", ("cowfs df", "cowfs df -v")),

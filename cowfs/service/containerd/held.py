@@ -23,6 +23,7 @@ from collections import Counter
 
 from cowfs.errors import CowfsError, FailedPrecondition, NotFound
 from cowfs.mounting import client, protocol
+from cowfs.mounting.request import IdMap
 from cowfs.store import Store
 from cowfs.sys.mounts import MNT_DETACH, mountinfo, umount
 
@@ -56,8 +57,11 @@ class Held:
         """The path of the held mount of a layer."""
         return os.path.join(self.directory, id)
 
-    def mount(self, key: str) -> str:
+    def mount(self, key: str, uid_map: IdMap = (), gid_map: IdMap = ()) -> str:
         """A directory that shows a snapshot, mounted now or before.
+
+        Args:
+            uid_map, gid_map: of a mount that is made now: (id in the layers, id shown, count).
 
         Raises:
             NotFound: no such key.
@@ -73,7 +77,7 @@ class Held:
                 return self._seen(key, where)
             os.makedirs(place, mode=0o700, exist_ok=True)
             try:
-                self._store.mount(key, place)
+                self._store.mount(key, place, uid_map=uid_map, gid_map=gid_map)
             except BaseException:
                 self._drop(place)
                 raise

@@ -13,19 +13,22 @@ and parent: AlreadyExists. So namespaces of containerd share unpacked layers. 5.
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from cowfs.errors import AlreadyExists, CowfsError, InvalidArgument
+from cowfs.index.database import Row
 from cowfs.model import Info, Kind, Limit, Mount, Usage
+from cowfs.mounting.request import IdMap
 from cowfs.service.cleaning import Cleaner
 from cowfs.service.containerd import filters as filter_language
 from cowfs.service.containerd.held import PAUSE, Held
 from cowfs.service.logs import log
 from cowfs.store import Store
 
-__all__ = ["MAX_INODES", "MAX_SIZE", "PREFIX", "REF", "Snapshots"]
+__all__ = ["GID_MAP", "MAX_INODES", "MAX_SIZE", "PREFIX", "REF", "UID_MAP", "Snapshots"]
 
 PREFIX = "containerd: "
 REF = "containerd.io/snapshot.ref"
@@ -33,7 +36,13 @@ MAX_SIZE = "containerd.io/snapshot/max-size"
 MAX_INODES = "containerd.io/snapshot/cowfs-max-inodes"
 """containerd passes on labels that begin with ``containerd.io/snapshot/``."""
 
+PARENT = "containerd.io/snapshot/parent-chain-id"
+UID_MAP = "containerd.io/snapshot/uidmapping"
+GID_MAP = "containerd.io/snapshot/gidmapping"
+"""Ranges ``CONTAINER:HOST:COUNT``, with commas between (containerd, internal/userns/idmap.go)."""
+
 _EXTRACT = "extract-"
+_RANGE = re.compile(r"([0-9]{1,10}):([0-9]{1,10}):([0-9]{1,10})")
 
 
 class Snapshots:
@@ -70,6 +79,7 @@ class Snapshots:
             InvalidArgument: a bad key, label or limit; a parent that is not committed.
         """
         kept = _kept(labels)
+        _maps(kept)
         if kept.get(REF):
             self._refuse_known(kept[REF], parent)
         self._store.prepare(_own(key), _own(parent) or None, labels=kept, **self._limit(key, kept))
@@ -77,7 +87,9 @@ class Snapshots:
 
     def view(self, key: str, parent: str, labels: Mapping[str, str]) -> tuple[Mount, ...]:
         """Make a read-only snapshot, and return its mounts; errors as for :meth:`prepare`."""
-        self._store.view(_own(key), _own(parent) or None, labels=_kept(labels))
+        kept = _kept(labels)
+        _maps(kept)
+        self._store.view(_own(key), _own(parent) or None, labels=kept)
         return self._mounts_of_new(key)
 
     def _mounts_of_new(self, key: str) -> tuple[Mount, ...]:
@@ -94,7 +106,7 @@ class Snapshots:
                 raise AlreadyExists(f"the snapshot {ref!r} is there, as {info.name!r}")
 
     def _limit(self, key: str, labels: Mapping[str, str]) -> dict[str, str]:
-        if key.rpartition("/")[2].startswith(_EXTRACT):
+        if _is_extract(key):
             return {}
         own = {"size": labels.get(MAX_SIZE), "inodes": labels.get(MAX_INODES)}
         return {**self._default, **{name: value for name, value in own.items() if value}}
@@ -107,10 +119,24 @@ class Snapshots:
             FailedPrecondition: a committed snapshot.
         """
         (record,) = self._store.engine_mounts(_own(key))
-        if not record.type.startswith("fuse."):
+        row = self._store.index.get(_own(key))
+        if self._is_apart(row):
+            return (Mount(type="overlay", source="overlay", options=(f"upperdir={self._store.driver.tree(row.id)}",)),)
+        uid_map, gid_map = _maps(row.labels)
+        if not record.type.startswith("fuse.") and not uid_map and not gid_map:
             return (record,)
-        place = self.held.mount(_own(key))
+        place = self.held.mount(_own(key), uid_map, gid_map)
         return (Mount(type="bind", source=place, options=("ro" if "ro" in record.options else "rw", "rbind")),)
+
+    def _is_apart(self, row: Row) -> bool:
+        """Whether a layer is unpacked apart from its parent."""
+        return (
+            row.kind is Kind.ACTIVE
+            and row.parent is None
+            and _is_extract(row.name.removeprefix(PREFIX))
+            and PARENT in row.labels
+            and not self._store.why_not_rebase()
+        )
 
     def commit(self, name: str, key: str, labels: Mapping[str, str], parent: str = "") -> None:
         """Make an active snapshot immutable.
@@ -125,10 +151,16 @@ class Snapshots:
             InvalidArgument: another parent.
         """
         row = self._store.index.get(_own(key))
-        if parent and row.parent_name != _own(parent):
-            raise InvalidArgument(
-                f"{key!r} does not stand on {parent!r}", remedy="do not tell containerd that cowfs can rebase"
-            )
+        if parent and row.parent is None:
+            if _is_extract(key) and not self._is_apart(row) and not self._store.why_not_rebase():
+                raise InvalidArgument(
+                    f"{key!r} was unpacked without whiteouts: it cannot be put upon {parent!r}",
+                    remedy="do not tell this containerd that cowfs can rebase",
+                )
+            log.debug("%s is put upon %s", key, parent)
+            self._store.rebase(_own(key), _own(parent))
+        elif parent and row.parent_name != _own(parent):
+            raise InvalidArgument(f"{key!r} stands on another snapshot than {parent!r}")
         self._store.commit(_own(key), _own(name), labels=_kept(labels), replace_labels=True, mounted=True)
         self.held.release(row.id)
 
@@ -207,6 +239,10 @@ class Snapshots:
                 log.warning("mounts that nobody uses: %s", error)
 
 
+def _is_extract(key: str) -> bool:
+    return key.rpartition("/")[2].startswith(_EXTRACT)
+
+
 def _own(key: str) -> str:
     """The key or name in the store; "" for "".
 
@@ -214,6 +250,23 @@ def _own(key: str) -> str:
         InvalidArgument: in the store, for a key that cannot be kept.
     """
     return PREFIX + key if key else ""
+
+
+def _maps(labels: Mapping[str, str]) -> tuple[IdMap, IdMap]:
+    """The maps of users and groups that labels ask for, () for none.
+
+    Raises:
+        InvalidArgument: one that cannot be read.
+    """
+
+    def read(name: str) -> IdMap:
+        text = labels.get(name, "")
+        found = [_RANGE.fullmatch(part) for part in text.split(",")] if text else []
+        if not all(found):
+            raise InvalidArgument(f"the label {name} is {text!r}", remedy="CONTAINER:HOST:COUNT, as in 0:100000:65536")
+        return tuple((int(one[1]), int(one[2]), int(one[3])) for one in found if one is not None)
+
+    return read(UID_MAP), read(GID_MAP)
 
 
 def _shown(info: Info) -> Info:

@@ -14,13 +14,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from cowfs.errors import InvalidArgument
+from cowfs.sandbox.users import User
 from cowfs.service.containers import seccomp
 from cowfs.service.containers.capabilities import granted, possible
 from cowfs.service.containers.cgroups import PREFIX
 from cowfs.service.containers.devices import nodes_and_rules
 from cowfs.service.containers.limits import is_unified, resources
 from cowfs.service.containers.records import ContainerConfig, ExecConfig, HostConfig
-from cowfs.service.containers.users import User
 from cowfs.service.errors import ApiError, not_offered
 from cowfs.service.images import Image
 from cowfs.service.records import encode

@@ -10,7 +10,8 @@ import threading
 from typing import Any, Protocol
 
 from cowfs.errors import FailedPrecondition, NotFound
-from cowfs.service.containers import bundle, users
+from cowfs.sandbox import users
+from cowfs.service.containers import bundle
 from cowfs.service.containers.container import Container, Exec
 from cowfs.service.containers.records import ExecConfig
 from cowfs.service.containers.supervision import ask

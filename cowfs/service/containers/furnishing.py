@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from cowfs.errors import Unsupported
-from cowfs.service.containers import bundle, users
+from cowfs.sandbox import users
+from cowfs.service.containers import bundle
 from cowfs.service.containers.container import Container
 from cowfs.service.containers.records import HostConfig
 from cowfs.service.errors import ApiError

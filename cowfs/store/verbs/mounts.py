@@ -1,22 +1,19 @@
-"""The verbs of mounts, and of commands that run in them."""
+"""The verbs of mounts."""
 
 from __future__ import annotations
 
-import subprocess
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping
     from contextlib import AbstractContextManager
-    from typing import IO, Any
+    from typing import Any
 
     from cowfs.model import Info, Mount
-    from cowfs.mounting.client import MountHandle
     from cowfs.mounting.kernel import KernelMount
     from cowfs.mounting.request import IdMap, MountSpec
     from cowfs.store.handle import LiveHandle
-    from cowfs.store.running import RunResult
     from cowfs.store.services import Services
     from cowfs.union.paths import Paths
 
@@ -24,7 +21,7 @@ __all__ = ["MountVerbs"]
 
 
 class MountVerbs:
-    """The verbs of mounts, and of commands that run in them."""
+    """The verbs of mounts."""
 
     services: Services
 
@@ -94,6 +91,7 @@ class MountVerbs:
         max_nodes: int | None = None,
         log: str | os.PathLike[str] | None = None,
         trace: bool = False,
+        owner: int = 0,
     ) -> LiveHandle | KernelMount:
         """Mount a snapshot; returns when the mount answers, some 0.1 s later (a kernel mount of row layers makes an image first).
 
@@ -117,6 +115,7 @@ class MountVerbs:
             max_nodes: bound on cached nodes in the server; default: none.
             log: file for the server's diagnostics; default: one in the run directory.
             trace: write one line a request to the log.
+            owner: number of a process with whose end, however it ends, the mount ends as well; 0: none.
 
             The arguments from ``volatile`` on are for FUSE mounts; a kernel mount takes nodev, nosuid, noexec and ro of
             the options.
@@ -145,6 +144,7 @@ class MountVerbs:
             max_nodes=max_nodes,
             log=log,
             trace=trace,
+            owner=owner,
         )
 
     def served_by(
@@ -194,12 +194,13 @@ class MountVerbs:
         max_nodes: int | None = None,
         log: str | os.PathLike[str] | None = None,
         trace: bool = False,
+        owner: int = 0,
     ) -> MountSpec:
         """The request of :meth:`mount` to cowfs's server. Mounts and changes nothing.
 
         Args:
-            key, readonly, volatile, allow_other, io, frontend, uid_map, gid_map, options, max_nodes, log, trace: as for
-                :meth:`mount`.
+            key, readonly, volatile, allow_other, io, frontend, uid_map, gid_map, options, max_nodes, log, trace, owner:
+                as for :meth:`mount`.
             target: the mount point, absolute and without symbolic links.
             foreground: the caller will be the server itself.
 
@@ -222,6 +223,7 @@ class MountVerbs:
             max_nodes=max_nodes,
             log=log,
             trace=trace,
+            owner=owner,
         )
 
     def paths(self, key: str) -> AbstractContextManager[Paths]:
@@ -282,101 +284,3 @@ class MountVerbs:
             NotFound: no such key.
         """
         return self.services.mounted.mount_of(key)
-
-    def run(
-        self,
-        parent: str,
-        argv: Sequence[str] = (),
-        *,
-        size: str | int | None = None,
-        inodes: str | int | None = None,
-        network: str = "host",
-        env: Mapping[str, str] | None = None,
-        workdir: str | None = None,
-        privileged: bool = False,
-        timeout: float | None = None,
-        input: bytes | None = None,
-        stdin: int | IO[bytes] | None = subprocess.DEVNULL,
-        capture: bool = True,
-        key: str | None = None,
-        keep: bool = False,
-    ) -> RunResult:
-        """Run a command in a fresh snapshot, in namespaces of its own, and wait for its end.
-
-        Threads: any; it blocks. In asyncio: ``await asyncio.to_thread(store.run, ...)``. docs/security.md describes the
-        isolation.
-
-        Args:
-            parent: a committed snapshot, or a tag.
-            argv: the command; default: the image's, else a shell.
-            size, inodes: the limit of the snapshot, as for :meth:`prepare`.
-            network: ``host`` or ``none``.
-            env: variables beside those of the image.
-            workdir: its working directory; default: the image's, else ``/``.
-            privileged: keep all privilege, devices and /proc.
-            timeout: seconds before it and all its children are killed.
-            input: its standard input; else ``stdin``, as for :class:`subprocess.Popen`.
-            capture: keep its output; else it goes to the caller's standard output and error.
-            key: the snapshot's key; default: a generated one.
-            keep: keep the snapshot, for :meth:`commit` or :meth:`diff`.
-
-        Raises:
-            NotFound: no such snapshot.
-            InvalidArgument: a bad limit, network, timeout or variable.
-            AlreadyExists: the key is taken.
-            Unsupported: this host or user can make no namespaces or mounts.
-        """
-        return self.services.running.run(
-            parent,
-            argv,
-            size=size,
-            inodes=inodes,
-            network=network,
-            env=env,
-            workdir=workdir,
-            privileged=privileged,
-            timeout=timeout,
-            input=input,
-            stdin=stdin,
-            capture=capture,
-            key=key,
-            keep=keep,
-        )
-
-    def temporary(
-        self,
-        parent: str | None = None,
-        *,
-        size: str | int | None = None,
-        inodes: str | int | None = None,
-        target: str | os.PathLike[str] | None = None,
-        mount_type: str | None = None,
-        limit_engine: str | None = None,
-        volatile: bool = False,
-        allow_other: bool | None = None,
-    ) -> AbstractContextManager[MountHandle | KernelMount]:
-        """A fresh snapshot, mounted for the block and removed at its end.
-
-        Args:
-            parent: a committed snapshot, or a tag; None: an empty tree.
-            size, inodes: its limit, as for :meth:`prepare`.
-            target: the mount point; default: a new directory.
-            mount_type, limit_engine, volatile, allow_other: as for :meth:`mount`.
-
-        Yields:
-            The mount; ``mountpoint`` is its path.
-
-        Raises:
-            NotFound, InvalidArgument, Unsupported: as :meth:`prepare` and :meth:`mount`.
-            FailedPrecondition: at the end, if the mount is still in use.
-        """
-        return self.services.running.temporary(
-            parent,
-            size=size,
-            inodes=inodes,
-            target=target,
-            mount_type=mount_type,
-            limit_engine=limit_engine,
-            volatile=volatile,
-            allow_other=allow_other,
-        )

@@ -155,6 +155,39 @@ class SnapshotVerbs:
             kernel_image=kernel_image,
         )
 
+    def rebase(self, key: str, parent: str) -> Info:
+        """Put an active snapshot that stands on nothing upon another: what its layer holds is then what it changes there.
+
+        For layers that were unpacked apart from each other, with whiteouts in the overlay format (:mod:`cowfs.format.whiteout`). The
+        root directory gets the attributes of the parent's, unless it has others than those of an empty layer.
+
+        Args:
+            key: an active snapshot that nobody has mounted.
+            parent: a committed snapshot, or a tag.
+
+        Returns:
+            The snapshot, active as before.
+
+        Raises:
+            NotFound: no such key, or no such parent.
+            FailedPrecondition: not active, mounted, or it stands on another.
+            InvalidArgument: a parent that is not committed, or with too many layers beneath.
+            Unsupported: the driver keeps whole trees, or deltas in another form.
+            Corrupt: the parent is in quarantine.
+        """
+        return self.services.rebasing.rebase(key, parent)
+
+    def why_not_rebase(self) -> str:
+        """Tell why :meth:`rebase` is not possible in this store.
+
+        Returns:
+            A clause; "" where it is possible.
+
+        Raises:
+            FailedPrecondition: the store is closed.
+        """
+        return self.services.rebasing.why_not()
+
     def snapshot(self, key: str, name: str, *, labels: Mapping[str, str] | None = None) -> Info:
         """Make the present content of an active snapshot a committed one; the key goes on over it, mounted or not.
 

@@ -1,0 +1,70 @@
+"""The process behind :meth:`cowfs.Store.run`: ``python -m cowfs.store.run_process ASKED TOLD LIVES``, three descriptors.
+
+It reads a wish (a JSON document) from the first, runs it, and tells how it ended on the second. When the last writer of the third is gone, the
+command ends, and the snapshot goes unless it is to be kept.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import sys
+from contextlib import suppress
+from typing import Any
+
+from cowfs.errors import CowfsError, NotFound
+from cowfs.sandbox import process
+from cowfs.sandbox.request import Request
+from cowfs.store.sandboxes import run_in
+from cowfs.store.store import Store
+
+__all__: list[str] = []
+
+
+def _run(wish: dict[str, Any], lives: int) -> process.Ended:
+    key = wish["key"]
+    with Store.open(wish["root"], create=False, fsync=wish["fsync"]) as store:
+        made = False
+        try:
+            with process.held():
+                store.prepare(key, wish["parent"], size=wish["size"], inodes=wish["inodes"])
+                made = True
+            ended = run_in(store, key, Request.from_json(wish["request"]), mount_type=wish["mount_type"], life=lives)
+            if not wish["keep"] and select.select([lives], [], [], 0)[0]:  # nobody is there who would
+                raise CowfsError("the caller is gone")
+        except BaseException:
+            if made:
+                with process.held(), suppress(NotFound):
+                    store.remove(key)
+            raise
+    return ended
+
+
+def _main(asked: int, told: int, lives: int) -> int:
+    for fd in (told, lives):
+        os.set_inheritable(fd, False)
+    process.open_streams()
+    with open(asked, "rb") as file:
+        text = file.read()
+    if not text:  # the caller was killed before it had said anything
+        return 1
+    how: dict[str, Any]
+    code = 0
+    try:
+        with process.stop_on_signals():
+            how = _run(json.loads(text), lives)._asdict()
+    except process.Stopped as stopped:
+        return 128 + stopped.number
+    except CowfsError as error:
+        how = process.telling(error)
+        code = error.exit_code
+    try:
+        os.write(told, json.dumps(how).encode())
+    except BrokenPipeError:
+        pass
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(_main(*map(int, sys.argv[1:4])))
