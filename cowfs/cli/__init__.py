@@ -10,32 +10,30 @@ A verb's module has a dict ``COMMANDS``: verb -> :class:`cowfs.cli.common.Comman
 
 from __future__ import annotations
 
-import errno
 import gc
-import io
-import os
 import sys
 from collections.abc import Callable, Sequence
 
-from cowfs._record import record
+from cowfs.cli.common import fill_streams, guarded, say
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
-    from typing import BinaryIO, TextIO
 
     from cowfs.cli.common import Command, Commands
 
 __all__ = ["VERBS", "Verb", "fill_streams", "main", "parser_of", "say"]
 
 
-@record(frozen=True, slots=True)
 class Verb:
     """A line of the table: what is known of a verb without importing it."""
 
-    load: Callable[[], Commands]
-    summary: str
-    group: str
+    __slots__ = ("group", "load", "summary")
+
+    def __init__(self, load: Callable[[], Commands], summary: str, group: str) -> None:
+        self.load = load
+        self.summary = summary
+        self.group = group
 
 
 # Each group of verbs is imported by a function of its own, so that readers and tools see who imports whom.
@@ -293,42 +291,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return guarded(lambda: _run(name, arguments[1:]))
 
 
-def say(text: str, code: int = 0) -> int:
-    """Print, and return the exit status."""
-    sys.stdout.write(text)
-    return code
-
-
-class _Closed(io.TextIOWrapper):
-    """A standard output that the caller closed, which matters only to a verb that prints."""
-
-    def __init__(self) -> None:
-        super().__init__(io.BytesIO())
-
-    def write(self, text: str) -> int:
-        raise OSError(errno.EBADF, "standard output is closed")
-
-    @property
-    def buffer(self) -> BinaryIO:
-        raise OSError(errno.EBADF, "standard output is closed")
-
-
-def fill_streams() -> None:
-    """Occupy the numbers of closed standard streams, so that no file opened later gets one, and printed text with it."""
-    for fd in range(3):
-        try:
-            os.fstat(fd)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest free number
-    streams: dict[str, TextIO | None] = vars(sys)
-    if streams["stdin"] is None:
-        sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115  until the end
-    if streams["stdout"] is None:
-        sys.stdout = _Closed()
-    if streams["stderr"] is None:
-        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  until the end
-
-
 def _run(name: str, arguments: list[str]) -> int:
     from cowfs.cli import common
 
@@ -344,69 +306,4 @@ def _run(name: str, arguments: list[str]) -> int:
         options = parser.parse_intermixed_args(arguments)
     common.begin(options)
     code: int = options.run(options)
-    return code
-
-
-def guarded(run: Callable[[], int], program: str = "cowfs") -> int:
-    """Run a verb, and turn every foreseen error into one line and an exit status."""
-    from cowfs.errors import CowfsError
-
-    try:
-        try:
-            code = run()
-        finally:
-            _flush()
-    except CowfsError as error:
-        _trace()
-        return complain(program, str(error), error.exit_code)
-    except BrokenPipeError:
-        # The reader (head, less) has seen enough. Keep the flush at exit from failing again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 141
-    except KeyboardInterrupt:
-        return 130
-    except OSError as error:
-        _trace()
-        where = os.fsdecode(error.filename) + ": " if isinstance(error.filename, str | bytes) else ""
-        return complain(program, f"{where or _full_output(error)}{error.strerror or error}", 1)
-    return code
-
-
-def _trace() -> None:
-    """For -D: the origin of an error. Call inside ``except``."""
-    if "logging" in sys.modules:
-        from cowfs._log import Part
-
-        Part("cowfs.cli").trace("the error came from here")
-
-
-def _flush() -> None:
-    """Drop the text that standard output did not take, so that it is not written again at exit."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        raise OSError(error.errno, error.strerror, "standard output") from None
-
-
-def _full_output(error: OSError) -> str:
-    """The file behind standard output, if an error for want of room names no other."""
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT) or error.strerror != os.strerror(error.errno):
-        return ""
-    try:
-        target = os.readlink("/proc/self/fd/1")
-    except OSError:
-        return ""
-    return f"{target}: " if target.startswith("/") and os.path.isfile(target) else ""
-
-
-def complain(program: str, message: str, code: int) -> int:
-    """One line on standard error."""
-    from cowfs.cli.output import shown
-
-    line = shown(" ".join(message.split("\n")))
-    sys.stderr.write(f"{program}: {line}\n")
-    sys.stderr.flush()
     return code
