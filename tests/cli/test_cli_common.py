@@ -21,8 +21,8 @@ from cowfs.cli.progress import Bars
 from cowfs.store import Store
 
 Cowfs = Callable[..., "subprocess.CompletedProcess[str]"]
-NO_OBJECTS = {"send", "sh", "cat", "serve", "completion", "bench", "run", "podman"}
-"""Verbs whose output is somebody else's: a command's, a file's, a script, lines for a file of settings, a log."""
+NO_OBJECTS = {"send", "sh", "cat", "serve", "completion", "bench", "run", "unshare", "podman"}
+"""Verbs whose output is somebody else's: a command's, a file's, a script, a log."""
 
 
 @pytest.fixture
