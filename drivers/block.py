@@ -203,9 +203,7 @@ class BlockDriver(Driver):
 
         def fill(place: str) -> None:
             block_image.make(kind, f"{place}/fs/disk", size)
-            os.mkdir(f"{place}/mnt", 0o700)
-            used = block_device.furnish(kind, f"{place}/fs/disk", f"{place}/mnt")
-            os.rmdir(f"{place}/mnt")
+            used = block_device.furnish(kind, f"{place}/fs/disk")
             block_device.put(f"{place}/{_USED}", str(used))
             block_device.put(f"{place}/kind", kind.name)
             if self.fsync:

@@ -49,6 +49,7 @@ __all__ = [
     "remount",
     "serve",
     "size_of",
+    "take_away",
     "used",
 ]
 
@@ -231,6 +232,21 @@ def _name(directory: str) -> str:
     return f"cowfs-block {there.st_dev}:{there.st_ino}"
 
 
+def take_away(place: str, flags: int = 0) -> bool:
+    """Unmount the mount at a place; whether there was one, since its server may have been faster.
+
+    Raises:
+        OSError: as umount(2).
+    """
+    try:
+        mounts.umount(place, flags)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOENT):
+            raise
+        return False
+    return True
+
+
 def is_mounted(place: str) -> bool:
     """Whether something is mounted at a place, also where that does not answer (EIO of a file system, ENOTCONN of a server)."""
     try:
@@ -255,7 +271,7 @@ def is_attached(directory: str) -> bool:
             finally:
                 os.close(root)
             return True
-    mounts.umount(place, mounts.MNT_DETACH)
+    take_away(place, mounts.MNT_DETACH)
     return False
 
 
@@ -286,13 +302,13 @@ def device(directory: str, wish: Wish) -> tuple[str, int]:
     """Make a loop device over the image: (its path, a descriptor that holds it)."""
     at = f"{directory}/{SERVED}"
     os.makedirs(at, mode=0o700, exist_ok=True)
-    while is_mounted(at):  # of a process that was killed
-        mounts.umount(at, mounts.MNT_DETACH)
+    while is_mounted(at) and take_away(at, mounts.MNT_DETACH):
+        pass  # of a process that was killed
     handle = serve(directory, wish)
     try:
         path, fd = loop.attach(f"{at}/{DISK}", readonly=not wish.upper, name=_name(directory))
     finally:
-        mounts.umount(at, mounts.MNT_DETACH)
+        take_away(at, mounts.MNT_DETACH)
     note = {"device": path, "socket": handle.socket}
     try:
         atomic.write_file(f"{directory}/{_NOTE}", json.dumps(note).encode(), durable=False)
@@ -340,8 +356,8 @@ def detach(directory: str, *, lazily: bool = False) -> bool:
         lazily: also where files are open; those stay, and nobody is waited for.
     """
     place = f"{directory}/mnt"
-    while is_mounted(f"{directory}/{SERVED}"):
-        mounts.umount(f"{directory}/{SERVED}", mounts.MNT_DETACH)
+    while is_mounted(f"{directory}/{SERVED}") and take_away(f"{directory}/{SERVED}", mounts.MNT_DETACH):
+        pass
     if not is_mounted(place):
         return True
     served = Served.of(directory)
@@ -349,7 +365,8 @@ def detach(directory: str, *, lazily: bool = False) -> bool:
         try:
             if not lazily:
                 check_room(place)
-            mounts.umount(place, mounts.MNT_DETACH if lazily else 0)
+            if not take_away(place, mounts.MNT_DETACH if lazily else 0):
+                break
         except OSError as error:
             if error.errno not in (errno.EBUSY, errno.ENOSPC) or lazily:
                 raise
@@ -462,15 +479,17 @@ def size_of(device: str, kind: Kind) -> int:
     )
 
 
-def furnish(kind: Kind, disk: str, place: str) -> int:
-    """Put the directories of a layer into an empty file system; blocks in use then."""
+def furnish(kind: Kind, disk: str) -> int:
+    """Put the directories of a layer into an empty file system; blocks in use then. It is mounted nowhere that others see."""
     device, fd = loop.attach(disk)
     try:
-        block_image.mount(kind, device, place, readonly=False, discard=False)
+        hidden = mounts.detached_mount(
+            kind.name.encode(), [(b"source", device.encode()), (kind.options.encode(), None)]
+        )
     finally:
         os.close(fd)
     try:
-        root = os.open(place, _TREE)
+        root = os.open(".", _TREE, dir_fd=hidden)
         try:
             os.mkdir("fs", 0o755, dir_fd=root)
             os.mkdir("work", 0o700, dir_fd=root)
@@ -480,7 +499,7 @@ def furnish(kind: Kind, disk: str, place: str) -> int:
         finally:
             os.close(root)
     finally:
-        mounts.umount(place)
+        os.close(hidden)
     end = time.monotonic() + _PATIENCE
     while loop.device_of(disk) is not None:
         if time.monotonic() > end:
