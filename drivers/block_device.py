@@ -14,10 +14,11 @@ from __future__ import annotations
 import errno
 import json
 import os
+import subprocess
 import threading
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from cowfs.errors import CowfsError, FailedPrecondition, Unsupported
@@ -41,6 +42,7 @@ __all__ = [
     "check_room",
     "detach",
     "device",
+    "frozen",
     "furnish",
     "is_attached",
     "is_bound",
@@ -361,6 +363,12 @@ def detach(directory: str, *, lazily: bool = False) -> bool:
     if not is_mounted(place):
         return True
     served = Served.of(directory)
+    with suppress(OSError):
+        root = os.open(place, _TREE)
+        try:
+            blockfs.thaw(root)  # of a snapshot that was killed: a frozen one cannot be unmounted
+        finally:
+            os.close(root)
     while is_mounted(place):
         try:
             if not lazily:
@@ -439,12 +447,38 @@ def used(root: int) -> int:
     return told.f_blocks - told.f_bfree
 
 
-def bound(kind: Kind, device: str, place: str, base: int, wanted: int | None) -> None:
+@contextmanager
+def frozen(root: int, place: str) -> Iterator[None]:
+    """A file system that nobody can change until the block ends, or this process does: another one thaws it then.
+
+    Args:
+        root: a descriptor of it.
+        place: where it is mounted.
+    """
+    program = block_image.program("fsfreeze")
+    guard = None
+    if program is not None:
+        guard = subprocess.Popen(
+            ["/bin/sh", "-c", f"read done || {program} -u ."], cwd=place, stdin=subprocess.PIPE, start_new_session=True
+        )
+    try:
+        blockfs.freeze(root)
+        try:
+            yield
+        finally:
+            blockfs.thaw(root)
+    finally:
+        if guard is not None:
+            guard.communicate(b"done\n")
+
+
+def bound(kind: Kind, device: str, place: str, base: int, wanted: int | None, *, least: int = 0) -> None:
     """Have a mounted file system take no more than it is to.
 
     Args:
         base: blocks that were in use when the layer was made.
         wanted: blocks that it may take beyond those; None: all that there are.
+        least: blocks that it is to have room for in all, at least: a limit that somebody else holds.
 
     Raises:
         TooSmall: this process may not make it larger now.
@@ -452,8 +486,8 @@ def bound(kind: Kind, device: str, place: str, base: int, wanted: int | None) ->
     root = os.open(place, _TREE)
     try:
         room = os.fstatvfs(root).f_blocks - base
-        if wanted is not None and room < wanted:
-            more = wanted - room
+        more = max(wanted or 0, least - base) - room
+        if more > 0:
             size = size_of(device, kind) + more + more // 12 + 1024
             size = min(size, block_image.DEVICE // BLOCK)
             try:
