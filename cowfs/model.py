@@ -251,8 +251,8 @@ class Statistics:
 
 
 _UNITS = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50}
-_SIZE = r"\s*(\d+(?:\.\d+)?)\s*([kmgtp]?)(?:i?b|(?<=[kmgtp])i)?\s*"
-_COUNT = r"\s*(\d+(?:\.\d+)?)\s*([kmg]?)\s*"
+_SIZE = r"\s*(\d{1,40}(?:\.\d{1,40})?)\s*([kmgtp]?)(?:i?b|(?<=[kmgtp])i)?\s*"
+_COUNT = r"\s*(\d{1,40}(?:\.\d{1,40})?)\s*([kmg]?)\s*"
 SMALLEST_LIMIT = 4096
 """Bytes: one unit of what a limit counts. Less than that allows nothing."""
 

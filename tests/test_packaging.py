@@ -31,7 +31,7 @@ def test_the_registry_looks_into_our_own_distribution_first() -> None:
 
 
 def tree_files() -> set[str]:
-    """Paths that an installed cowfs has, by the tree: modules, schema, the service's page and the mark that it is typed."""
+    """Paths that an installed cowfs has, by the tree: modules, schema, the client in C, the service's page and the mark that it is typed."""
     found = set()
     for package, folder in PACKAGES.items():
         for directory, names, files in os.walk(ROOT / folder):
@@ -41,7 +41,7 @@ def tree_files() -> set[str]:
             if (Path(directory) / "page" / "index.html").exists():
                 found |= {f"cowfs/service/page/{each.name}" for each in (Path(directory) / "page").iterdir()}
             inside = Path(directory).relative_to(ROOT / folder)
-            found |= {str(package / inside / name) for name in files if name.endswith((".py", ".sql", ".typed"))}
+            found |= {str(package / inside / name) for name in files if name.endswith((".py", ".c", ".sql", ".typed"))}
     return found
 
 

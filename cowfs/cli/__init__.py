@@ -181,6 +181,7 @@ VERBS: dict[str, Verb] = {
     "push": Verb(_registry, "send an image to a registry", _SNAPSHOTS),
     "run": Verb(_store_run, "run a command in a fresh snapshot", _SNAPSHOTS),
     "sh": Verb(_store_run, "run a shell in a snapshot that is there, mounted or not", _SNAPSHOTS),
+    "unshare": Verb(_store_run, "start a command with all ids of an ordinary user", _STORE),
     "prepare": Verb(_store_snapshots, "make a writable snapshot", _SNAPSHOTS),
     "view": Verb(_store_snapshots, "make a read-only snapshot", _SNAPSHOTS),
     "commit": Verb(_store_snapshots, "make a snapshot immutable under a name", _SNAPSHOTS),

@@ -35,14 +35,16 @@ def add(parser: argparse.ArgumentParser) -> None:
 
     own = []
     for names, text in COMMON:
-        try:
-            if names == ("--progress",):
-                parser.add_argument(*names, choices=HOW, default="auto", help=text)
-            else:
-                parser.add_argument(*names, action="store_true", help=text)
-            own.append(names[-1].lstrip("-"))
-        except ArgumentError:
-            pass
+        for spellings in (names, names[-1:]):  # a verb with a meaning of its own for the letter has the word
+            try:
+                if names == ("--progress",):
+                    parser.add_argument(*spellings, choices=HOW, default="auto", help=text)
+                else:
+                    parser.add_argument(*spellings, action="store_true", help=text)
+                own.append(names[-1].lstrip("-"))
+                break
+            except ArgumentError:
+                continue
     parser.set_defaults(common=own)
 
 

@@ -94,7 +94,11 @@ def parse_map(texts: list[str]) -> IdMap:
         if not part:
             continue
         numbers = part.split(":")
-        if len(numbers) != 3 or not all(number.isdecimal() for number in numbers) or int(numbers[2]) == 0:
+        if (
+            len(numbers) != 3
+            or not all(number.isdecimal() and len(number) <= 20 for number in numbers)
+            or int(numbers[2]) == 0
+        ):
             raise InvalidArgument(f"not a range of ids: {part!r}", remedy="write IN:OUT:COUNT, as in 0:100000:65536")
         first, shown, count = map(int, numbers)
         if max(first, shown) + count > 1 << 32:

@@ -50,6 +50,8 @@ Mounts layers as one tree, with the command line of fuse-overlayfs. Returns when
   -f                         stay in the foreground
   -d, --debug                as -f, with a line for each request
   -V, --version; -h, --help
+  --limit-hook               instead of a mount, be the hook of an OCI runtime: set the limit that a container's annotations
+                             cowfs.size and cowfs.inodes ask for (cowfs podman install)
 
 example:
   {PROGRAM} -o lowerdir=python:base,upperdir=up,workdir=work,size=2G /mnt/rootfs
@@ -68,7 +70,7 @@ def parse_mapping(text: str) -> IdMap:
     ((0, 1000, 1), (1, 110000, 65536))
     """
     numbers = [part for part in text.split(":") if part]
-    if not numbers or len(numbers) % 3 or not all(part.isdecimal() for part in numbers):
+    if not numbers or len(numbers) % 3 or not all(_is_number(part) for part in numbers):
         raise InvalidArgument(f"not a mapping of ids: {text!r}", remedy="write IN:OUT:COUNT[:IN:OUT:COUNT...]")
     values = [int(part) for part in numbers]
     return tuple((values[i], values[i + 1], values[i + 2]) for i in range(0, len(values), 3))
@@ -80,8 +82,12 @@ def _switch(name: str, text: str) -> bool:
     return text != "0"
 
 
+def _is_number(text: str) -> bool:
+    return text.isdecimal() and len(text) <= 20
+
+
 def _number(name: str, text: str) -> int:
-    if not text.isdecimal() or int(text) >= 1 << 32:
+    if not _is_number(text) or int(text) >= 1 << 32:
         raise InvalidArgument(f"{name} needs a number, not {text!r}")
     return int(text)
 
@@ -407,6 +413,10 @@ def main(argv: Sequence[str] | None = None, serve: Callable[[MountSpec], int] = 
         from cowfs import __version__
 
         return guarded(lambda: say(f"{PROGRAM}: version {__version__}\n"), PROGRAM)
+    if arguments == ["--limit-hook"]:
+        from cowfs.cli import oci_hook
+
+        return guarded(oci_hook.run, PROGRAM)
     return guarded(lambda: run(arguments, serve), PROGRAM)
 
 

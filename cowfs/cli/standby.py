@@ -13,7 +13,7 @@ import socket
 import sys
 from typing import NoReturn
 
-from cowfs.errors import InvalidArgument
+from cowfs.errors import CowfsError, InvalidArgument
 from cowfs.mounting import standby
 
 _FIRST = 3  # SD_LISTEN_FDS_START, sd_listen_fds(3)
@@ -82,11 +82,28 @@ def main() -> NoReturn:
         sock,
         path,
         {name: _load(place) for name, place in _PROGRAMS.items()},
+        _rehearse,
         lambda: _execute(sock, path),
         None if path else _IDLE,
     )
     service.run()
     sys.exit(0)
+
+
+def _rehearse() -> None:
+    """Go the way of a mount as far as nothing is changed by it: pages shared with the service are copied now, and not while a client waits."""
+    from cowfs.cli import overlayfs
+    from cowfs.mounting.assemble import make_view
+    from cowfs.mounting.resources import Stack
+    from cowfs.mounting.server import Server
+
+    try:
+        server = Server(overlayfs.spec_of(["-o", f"lowerdir={os.path.dirname(os.path.abspath(__file__))},ro", "/"]))
+        stack = Stack.open(server.spec)
+        make_view(stack).close()
+        stack.close()
+    except (CowfsError, OSError):
+        pass  # it only takes longer then
 
 
 def _load(place: str) -> standby.Program:
@@ -108,6 +125,7 @@ def _import_all() -> None:
         "encodings.idna",
         "cowfs.cli.overlayfs",
         "cowfs.cli.mount",
+        "cowfs.cli.oci_hook",
     ):
         importlib.import_module(name)
     for folder in _FOLDERS:

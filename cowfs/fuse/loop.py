@@ -21,6 +21,7 @@ from __future__ import annotations
 import errno
 import gc
 import io
+import mmap
 import os
 import select
 import sys
@@ -107,6 +108,11 @@ class SessionOptions:
     workers: int = 4
     most_jobs: int = 256
     patience: float = 0.0
+
+
+def _buffer(size: int) -> mmap.mmap:
+    """Memory for requests that takes no more room than the longest request so far: most mounts never see a megabyte."""
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 class Session:
@@ -250,7 +256,7 @@ class Session:
 
     def _handshake(self) -> bool:
         """Answer INIT; False when the connection ended before."""
-        buffer = bytearray(max(abi.MIN_READ_BUFFER, (1 << 20) + 4096))
+        buffer = _buffer(max(abi.MIN_READ_BUFFER, (1 << 20) + 4096))
         os.set_blocking(self._fd, False)
         poll = select.poll()
         poll.register(self._fd, select.POLLIN)
@@ -329,7 +335,7 @@ class Session:
 
     def _serve(self) -> None:
         fd = self._fd
-        buffer = bytearray(self.agreement.max_write + 4096 if self.agreement else 1 << 21)
+        buffer = _buffer(self.agreement.max_write + 4096 if self.agreement else 1 << 21)
         buf = memoryview(buffer)
         channel = io.FileIO(fd, "r+b", closefd=False)
         readinto, write, writev = channel.readinto, os.write, os.writev

@@ -25,7 +25,7 @@ import resource
 import select
 from collections.abc import Callable
 
-from cowfs.sys import namespaces, process
+from cowfs.sys import host, namespaces, process
 
 __all__ = ["Client", "Unequal"]
 
@@ -89,6 +89,7 @@ class Client:
                     raise Unequal(f"{fact.__name__}: {theirs!r} is not {ours!r}")
         except OSError as error:
             raise Unequal(str(error)) from None
+        host.forget()
         if not self.is_alive():
             raise Unequal("the client is gone")
         for fd in (self._theirs, self._ours, self._alive, root, here):
@@ -131,10 +132,10 @@ class Client:
 
     def _take_limits(self) -> None:
         for number in _LIMITS:
-            soft, hard = resource.prlimit(self.pid, number)
-            _, most = resource.getrlimit(number)
-            hard = _least(hard, most)
-            resource.setrlimit(number, (_least(soft, hard), hard))
+            theirs, ours = resource.prlimit(self.pid, number), resource.getrlimit(number)
+            if theirs != ours:
+                hard = _least(theirs[1], ours[1])
+                resource.setrlimit(number, (_least(theirs[0], hard), hard))
         for take in (self._take_group, self._take_priority, self._take_processors, self._take_badness):
             _as_far_as_possible(take)
 

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from cowfs._record import replace
 from cowfs.errors import FailedPrecondition, InvalidArgument, NotFound
 from cowfs.model import Limit
-from cowfs.mounting import notice
+from cowfs.mounting import kept_limit, notice
 from cowfs.mounting.holders import lock, refuse_kernel_mount, share
 from cowfs.mounting.notice import Notice
 from cowfs.mounting.request import MountSpec, check_directory
@@ -111,6 +111,8 @@ class Stack:
             bytes=spec.size if spec.size is not None else recorded.bytes,
             inodes=spec.inodes if spec.inodes is not None else recorded.inodes,
         )
+        if self._is_engines():
+            self.limit = kept_limit.read(self.work, wanted)
         if not self.limit:
             self.limit = None
         elif spec.io == "passthrough":
@@ -393,6 +395,21 @@ class Stack:
         """Record the layers of the finished mount; its directories stay."""
         self._made.clear()
         self.record_limit(self.limit)
+
+    def _is_engines(self) -> bool:
+        """Whether an engine's options, which are for all its containers alike, are all that this mount was asked."""
+        spec = self.spec
+        return not (spec.record or spec.readonly or spec.ephemeral or spec.factory or spec.checked)
+
+    def keep_limit(self, limit: Limit | None) -> None:
+        """The limit was set while mounted: keep it for the mounts to come.
+
+        Raises:
+            OSError: there is no room to write it down; it holds for this mount.
+        """
+        self.record_limit(limit)
+        if self._is_engines() and self.work is not None:
+            kept_limit.write(self.work, Limit(bytes=self.spec.size, inodes=self.spec.inodes), limit or Limit())
 
     def record_limit(self, limit: Limit | None) -> None:
         """Keep the limit (and the layers) beside the upper, atomically."""

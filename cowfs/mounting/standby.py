@@ -40,6 +40,7 @@ from typing import NoReturn
 from cowfs.errors import FailedPrecondition
 from cowfs.mounting import prefork, protocol
 from cowfs.mounting.adopt import Client, Unequal
+from cowfs.sys import process
 
 __all__ = ["HEADER", "NAME", "Program", "Standby", "address", "code", "open_socket"]
 
@@ -49,6 +50,9 @@ VERSION = 1
 HEADER = struct.Struct("=16sIII")
 _UCRED = struct.Struct("=3i")  # struct ucred, unix(7): pid, uid, gid
 _PATIENCE = 10  # seconds that a client may take to say what it wants
+_WAITING = 4  # children that wait for a connection: podman mounts up to four times for one command
+_QUIET = 0.03  # seconds without a connection after which one more is started, while there still are some
+_TAKEN, _REPLACED = b"t", b"r"  # the last words of a waiting child
 _MOST = 8 << 20  # bytes of arguments and environment: ARG_MAX is less
 
 Program = Callable[[list[str], int], int | None]
@@ -103,7 +107,8 @@ class Standby:
     Args:
         listener: an inherited or fresh socket; its ownership passes over.
         path: of the socket, if it is to be removed in the end; else "".
-        programs: what may be asked for, by name.
+        programs: what may be asked for.
+        rehearse: run in each child while it waits, so that what it will use is its own already.
         again: executes this program anew, with the listener; called when the code on disk is another.
         idle: seconds without a connection after which the service ends, or None.
     """
@@ -113,46 +118,34 @@ class Standby:
         listener: socket.socket,
         path: str,
         programs: dict[str, Program],
+        rehearse: Callable[[], None],
         again: Callable[[], NoReturn],
         idle: float | None = None,
     ) -> None:
         self._listener, self._path, self._programs, self._again, self._idle = listener, path, programs, again, idle
+        self._rehearse = rehearse
         self._code = code()
         self._inode = os.stat(path).st_ino if path else 0
         self._wake_in, self._wake_out = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._waiting: dict[int, int] = {}  # the end of a pipe that says what became of a child -> its process
 
     def run(self) -> None:
-        """Fork for each connection, until SIGTERM or SIGINT."""
+        """Have children wait for connections, until SIGTERM or SIGINT."""
         self._listener.setblocking(False)
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the servers
         signal.set_wakeup_fd(self._wake_out, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)
         while True:
-            ready = select.select([self._listener.fileno(), self._wake_in], [], [], self._idle)[0]
-            if not ready or self._wake_in in ready:
+            missing = len(self._waiting) < _WAITING
+            ready = select.select([self._wake_in, *self._waiting], [], [], self._patience(missing))[0]
+            if self._wake_in in ready or not (ready or missing):
                 break
-            if self._is_replaced():
-                self._again()
-            try:
-                sock, _ = self._listener.accept()
-            except BlockingIOError:
-                continue
-            except OSError:
-                time.sleep(0.05)  # out of descriptors or memory: clients wait, or do it themselves
-                continue
-            with sock:
-                if _peer(sock)[1] == os.geteuid():
-                    self._fork(sock)
-        self._close()
-
-    def _is_replaced(self) -> bool:
-        try:
-            return code() != self._code
-        except OSError:
-            return False  # about to be replaced
-
-    def _close(self) -> None:
+            for fd in ready:
+                self._hear(fd)
+            if missing and not ready:
+                self._fork()
+        self._dismiss()
         if self._path:
             try:
                 if os.stat(self._path).st_ino == self._inode:
@@ -161,22 +154,49 @@ class Standby:
                 pass
         self._listener.close()
 
-    def _fork(self, sock: socket.socket) -> None:
+    def _patience(self, missing: bool) -> float | None:
+        """Seconds without news after which there is something to do: a mount that is being made has the processor first."""
+        if not missing:
+            return self._idle
+        return _QUIET if self._waiting else 0
+
+    def _hear(self, fd: int) -> None:
+        """A child tells that it took a connection, or that the code on disk is another; or it is gone."""
+        told = os.read(fd, 1)
+        os.close(fd)
+        del self._waiting[fd]
+        if told == _REPLACED:
+            self._dismiss()
+            self._again()
+        if not told:
+            time.sleep(0.05)  # killed, or out of memory: not faster than that
+
+    def _dismiss(self) -> None:
+        for fd, pid in self._waiting.items():
+            try:
+                os.kill(pid, signal.SIGTERM)
+            except ProcessLookupError:
+                pass
+            os.close(fd)
+        self._waiting.clear()
+
+    def _fork(self) -> bool:
+        """Have one more child wait; False where there is no room for it."""
+        told, tells = os.pipe2(os.O_CLOEXEC)
+        mother = os.getpid()
         try:
             pid = os.fork()
         except OSError:
-            return  # no room for a process: the client sees its connection close
+            os.close(told)
+            os.close(tells)
+            time.sleep(0.05)  # clients wait, or do it themselves
+            return bool(self._waiting)
         if pid:
-            return
+            os.close(tells)
+            self._waiting[told] = pid
+            return True
         try:
-            signal.set_wakeup_fd(-1)
-            for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, signal.SIG_DFL)
-            self._listener.close()
-            os.close(self._wake_in)
-            os.close(self._wake_out)
-            signal.alarm(_PATIENCE)
-            self._answer(sock)
+            self._wait(mother, tells)
         except ConnectionError:
             pass  # the client is gone
         except (Unequal, OSError) as error:
@@ -188,6 +208,45 @@ class Standby:
             traceback.print_exc()
         finally:
             os._exit(1)
+
+    def _wait(self, mother: int, tells: int) -> None:
+        """Be the child: wait for a connection, and answer it."""
+        signal.set_wakeup_fd(-1)
+        for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
+        process.end_with_parent(mother, signal.SIGKILL)  # while it waits: a service that is killed leaves none behind
+        for fd in (self._wake_in, self._wake_out, *self._waiting):
+            os.close(fd)
+        if not self._is_asked(0):
+            self._rehearse()
+        while True:
+            self._is_asked(None)
+            if self._is_replaced():
+                os.write(tells, _REPLACED)
+                os._exit(0)
+            try:
+                sock, _ = self._listener.accept()
+            except BlockingIOError:
+                continue  # another one has it
+            if _peer(sock)[1] == os.geteuid():
+                break
+            sock.close()
+        process.go_on_without_parent()
+        os.write(tells, _TAKEN)
+        os.close(tells)
+        self._listener.close()
+        signal.alarm(_PATIENCE)
+        self._answer(sock)
+
+    def _is_asked(self, seconds: float | None) -> bool:
+        """Whether a connection waits; ``seconds`` is the most that is waited for one."""
+        return bool(select.select([self._listener.fileno()], [], [], seconds)[0])
+
+    def _is_replaced(self) -> bool:
+        try:
+            return code() != self._code
+        except OSError:
+            return False  # about to be replaced
 
     def _answer(self, sock: socket.socket) -> None:
         """One connection, in a process of its own."""

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
+from typing import TypeVar
 
 CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_FOWNER, CAP_FSETID = 0, 1, 2, 3, 4
 CAP_SYS_ADMIN, CAP_SYS_RESOURCE, CAP_MKNOD, CAP_SETFCAP = 21, 24, 27, 31
+
+
+_T = TypeVar("_T")
+_REMEMBERED: list[Callable[[], None]] = []
 
 
 def _status(field: str) -> str:
@@ -22,7 +28,20 @@ def is_root_here() -> bool:
     return os.geteuid() == 0
 
 
-@functools.cache
+def remembered(function: Callable[[], _T]) -> Callable[[], _T]:
+    """Ask once for a fact about this process's rights; :func:`forget` is for a process whose rights have changed since."""
+    cached = functools.cache(function)
+    _REMEMBERED.append(cached.cache_clear)
+    return cached
+
+
+def forget() -> None:
+    """Forget what was remembered of this process's rights: it has joined a user namespace, say."""
+    for clear in _REMEMBERED:
+        clear()
+
+
+@remembered
 def init_userns() -> bool:
     """Whether this is the initial user namespace (its map is the identity over all ids)."""
     try:

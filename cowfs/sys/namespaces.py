@@ -67,7 +67,7 @@ def become_root() -> None:
     for name, text in (("setgroups", "deny"), ("uid_map", f"0 {uid} 1"), ("gid_map", f"0 {gid} 1")):
         with open(f"/proc/self/{name}", "w", encoding="ascii") as file:
             file.write(text)
-    host.init_userns.cache_clear()
+    host.forget()
 
 
 def has_ids(uid: int, gid: int, own: int) -> bool:
@@ -115,7 +115,7 @@ def become(uid: int, gid: int, own: int) -> None:
             os.write(fd, text.encode())
         finally:
             os.close(fd)
-    host.init_userns.cache_clear()
+    host.forget()
 
 
 def move_root(path: str) -> None:

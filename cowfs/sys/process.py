@@ -10,7 +10,16 @@ import signal
 
 from cowfs.sys._libc import check, libc
 
-__all__ = ["become_subreaper", "boot_id", "end_with_parent", "is_ending", "make_dumpable", "start_time", "wait"]
+__all__ = [
+    "become_subreaper",
+    "boot_id",
+    "end_with_parent",
+    "go_on_without_parent",
+    "is_ending",
+    "make_dumpable",
+    "start_time",
+    "wait",
+]
 
 
 @functools.cache
@@ -84,6 +93,11 @@ def end_with_parent(parent: int, number: int) -> None:
     check(libc.prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(number), 0, 0, 0))
     if os.getppid() != parent:
         os.kill(os.getpid(), number)
+
+
+def go_on_without_parent() -> None:
+    """Take :func:`end_with_parent` back."""
+    check(libc.prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(0), 0, 0, 0))
 
 
 def become_subreaper() -> None:

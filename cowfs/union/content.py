@@ -10,7 +10,6 @@ A file with pieced data (:mod:`cowfs.union.filedata`) answers for itself.
 from __future__ import annotations
 
 import errno
-import functools
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -153,12 +152,12 @@ def _keeping(view: Core, node: Node, change: Callable[[], int]) -> int:
     return done
 
 
-@functools.cache
+@host.remembered
 def _may_give_capabilities() -> bool:
     return host.has_cap(host.CAP_SETFCAP)
 
 
-@functools.cache
+@host.remembered
 def _sheds() -> bool:
     """Whether the host takes set-id bits away when this process writes."""
     return not host.has_cap(host.CAP_FSETID)

@@ -144,6 +144,12 @@ class Host:
         self.run(*self.python(), "-m", "cowfs", "podman", "install", "--only", "program", "--program", path)
         return path
 
+    def hook(self) -> None:
+        """The hook of limits, where this user's containers.conf looks."""
+        home = self.environment["HOME"]
+        words = ["podman", "install", "--only", "hook", "--program", self.program(), "--hooks-dir", f"{home}/hooks"]
+        self.run(*self.python(), "-m", "cowfs", *words)
+
 
 def make_host(base: Path, uid: int) -> Host:
     """A place for root (0) or for the ordinary user; call once a session and user."""
@@ -235,9 +241,9 @@ class Engine:
 
 
 def children(pid: int) -> list[int]:
-    """Processes whose parent a process is."""
-    with open(f"/proc/{pid}/task/{pid}/children", encoding="ascii") as file:
-        return [int(word) for word in file.read().split()]
+    """Servers of mounts whose parent a process is."""
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in found if Path(f"/proc/{child}/cmdline").read_bytes().startswith(b"cowfs server")]
 
 
 def skip_unless_possible() -> None:

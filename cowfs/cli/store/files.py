@@ -440,8 +440,8 @@ COMMANDS = {
     "cp": Command(
         _configure_cp,
         _cp,
-        "Copy files and trees out of a snapshot, into an active one, or between two; - reads or writes a tar. What is there is replaced,"
-        " directories are merged. Links in what is copied stay links.",
+        "Copy files and trees out of a snapshot, into an active one, or between two; - reads or writes a tar. Existing files are replaced,"
+        " directories are merged. Links in a copied tree stay links.",
         (
             "cowfs cp base:/etc/os-release .",
             "cowfs cp ./site work:/srv/",

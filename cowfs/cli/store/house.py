@@ -230,7 +230,7 @@ COMMANDS = {
     "rename": Command(
         _configure_rename,
         _rename,
-        "Give a key, a name or a tag another one. What is based on it stays.",
+        "Give a key, a name or a tag another one. Its children stay.",
         ("cowfs rename work work-old", "cowfs rename app:1 app:stable"),
     ),
     "copy": Command(

@@ -90,7 +90,7 @@ def _limit(server: ServedMount, arguments: Limits) -> dict[str, Any]:
         server.view.set_limit(limit or None)
 
     server.call(change)
-    server.stack.record_limit(limit or None)
+    server.stack.keep_limit(limit or None)
     if upper is not None and limit != now:
         from cowfs.mounting.index_view import keep_limit
 
