@@ -276,7 +276,7 @@ def test_the_first_layer_killed_at_any_moment_is_made_again(space: Path, can_mou
 
 
 def test_a_write_without_room_waits_for_it(tmp_path: Path, can_mount: None) -> None:
-    """What a program has written is not lost because the host was full for a while."""
+    """A program loses nothing because the host was full for a while."""
     place = hostfs.make_tmpfs(tmp_path, size="40m")
     (place / "mnt").mkdir()
     data = os.urandom(12 << 20)
