@@ -13,7 +13,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cowfs.cli import Command, is_path
+from cowfs.cli.common import Command, is_path
 from cowfs.cli.output import path_fields, print_items, print_json, shown
 from cowfs.cli.progress import Bars
 from cowfs.cli.store.args import add_json, add_store, open_store

@@ -12,7 +12,7 @@ from collections.abc import Collection
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from cowfs.cli import Command
+from cowfs.cli.common import Command
 from cowfs.cli.store.args import add_store, check_new, open_store
 from cowfs.errors import FailedPrecondition, InvalidArgument, NotFound
 
