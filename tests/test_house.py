@@ -250,3 +250,22 @@ def test_no_sentence_begins_with_what_or_who() -> None:
         for match in RELATIVE.finditer(text)
     ]
     assert found == []
+
+
+PAGES = (
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "SECURITY")),
+)
+
+
+def test_no_sentence_of_the_documents_begins_with_what_or_who() -> None:
+    """The same holds for pages: their headings, cells of tables and sentences, without the code that they show."""
+    found = []
+    for path in PAGES:
+        text = re.sub(r"^```.*?^```|^<!--.*?-->", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+        text = re.sub(r"^#+ |^> ?|\*\*", "\n\n", text, flags=re.MULTILINE).replace("| ", "\n\n")
+        found += [
+            f"{path.relative_to(ROOT)}: {' '.join(text[match.start() :].split())[:80]}"
+            for match in RELATIVE.finditer(text)
+        ]
+    assert found == []

@@ -236,6 +236,7 @@ def _containerd(service: Service) -> Iterator[None]:
         CowfsError: it cannot listen.
     """
     try:
+        from cowfs.service.containerd.annotations import Annotations
         from cowfs.service.containerd.server import SnapshotsServer
         from cowfs.service.containerd.snapshots import Snapshots
     except ImportError as error:
@@ -243,7 +244,9 @@ def _containerd(service: Service) -> Iterator[None]:
             f"--containerd needs the packages grpcio and protobuf: {error}",
             remedy="pip install 'cowfs-storage[containerd]'",
         ) from None
-    snapshots = Snapshots(service.store, os.path.join(service.run_dir, "held"), service.default_limit)
+    address = service.options.containerd_address
+    annotations = Annotations(address) if address else None
+    snapshots = Snapshots(service.store, os.path.join(service.run_dir, "held"), service.default_limit, annotations)
     try:
         server = SnapshotsServer(snapshots, service.options.containerd)
         server.start()
