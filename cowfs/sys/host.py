@@ -51,6 +51,18 @@ def init_userns() -> bool:
         return True
 
 
+def id_maps() -> tuple[str, str]:
+    """The maps of this process's user namespace, as the kernel writes them; "" where /proc is out of sight."""
+    found = []
+    for name in ("uid_map", "gid_map"):
+        try:
+            with open(f"/proc/self/{name}", encoding="ascii") as file:
+                found.append(file.read())
+        except OSError:
+            found.append("")
+    return found[0], found[1]
+
+
 def outer_uid() -> int:
     """This process's effective user id outside of its user namespace; the id inside where that is unknown."""
     uid = os.geteuid()
