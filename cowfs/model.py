@@ -49,32 +49,12 @@ TYPE_NAMES: Mapping[int, str] = {
 }
 
 
-class Kind(enum.Enum):
+class Kind(enum.StrEnum):
     """The three states of a snapshot (containerd's words)."""
 
     ACTIVE = "active"
     VIEW = "view"
     COMMITTED = "committed"
-
-
-@record(frozen=True, slots=True, kw_only=True)
-class Info:
-    """One snapshot as the index knows it.
-
-    Attributes:
-        name: its key (active, view) or name (committed).
-        kind: its state.
-        parent: the name of the snapshot beneath; None without one.
-        labels: text by key; keys that begin with ``cowfs.`` are the store's.
-        created, updated: nanoseconds since 1970.
-    """
-
-    name: str
-    kind: Kind
-    parent: str | None = None
-    labels: Mapping[str, str] = field(default_factory=dict)
-    created: int = 0
-    updated: int = 0
 
 
 @record(frozen=True, slots=True, kw_only=True)
@@ -116,6 +96,56 @@ class Limit:
             bytes=None if self.bytes is None else max(1, self.bytes + base.bytes),
             inodes=None if self.inodes is None else max(1, self.inodes + base.inodes),
         )
+
+
+@record(frozen=True, slots=True, kw_only=True)
+class Info:
+    """One snapshot as the index knows it. ``json.dumps(info.as_dict())`` works.
+
+    Attributes:
+        name: its key (active, view) or name (committed).
+        kind: its state; a string, too.
+        parent: the name of the snapshot beneath; None without one.
+        labels: text by key; keys that begin with ``cowfs.`` are the store's.
+        created, updated: nanoseconds since 1970.
+        id: of its layer in the store.
+        limit: on what it may hold itself.
+        usage: of a committed one; None of others, whose count is :meth:`cowfs.Store.usage`.
+        diff_id: digest of the layer's archive, None while it is not known.
+
+    Tags are :meth:`cowfs.Store.tags`, the place of a mount :meth:`cowfs.Store.mount_of`.
+    """
+
+    name: str
+    kind: Kind
+    parent: str | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+    created: int = 0
+    updated: int = 0
+    id: str = ""
+    limit: Limit = Limit()
+    usage: Usage | None = None
+    diff_id: str | None = None
+
+    def as_dict(self) -> dict[str, object]:
+        """The fields as plain data: strings, numbers, None and dictionaries of them.
+
+        >>> Info(name="a", kind=Kind.ACTIVE).as_dict()["limit"]
+        {'bytes': None, 'inodes': None}
+        """
+        usage = None if self.usage is None else {"bytes": self.usage.bytes, "inodes": self.usage.inodes}
+        return {
+            "name": self.name,
+            "kind": self.kind.value,
+            "parent": self.parent,
+            "labels": dict(self.labels),
+            "created": self.created,
+            "updated": self.updated,
+            "id": self.id,
+            "limit": {"bytes": self.limit.bytes, "inodes": self.limit.inodes},
+            "usage": usage,
+            "diff_id": self.diff_id,
+        }
 
 
 @record(frozen=True, slots=True, kw_only=True)

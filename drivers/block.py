@@ -33,7 +33,7 @@ from cowfs.errors import CowfsError, FailedPrecondition, InvalidArgument
 from cowfs.format.redirect import check_block
 from cowfs.model import Limit, Mount, Usage, parse_size
 from cowfs.row import layer as row_layer
-from cowfs.sys import atomic, blockfs, files, host, locks, loop, trees
+from cowfs.sys import atomic, files, host, locks, loop, trees
 from cowfs.sys.regular import read_small
 
 from . import block_device, block_disk, block_image, deltas
@@ -45,7 +45,7 @@ __all__ = ["BlockDriver"]
 _OPTIONS = "block-options"
 _DEFAULTS = {"filesystem": "ext4", "size": 64 << 30, "block": BLOCK, "discard": True}
 _TURN, _USE, _FROZEN = "block-turn", "block-use", "block-frozen"
-_LIMIT, _USED = "block-limit", "block-used"
+_LIMIT, _LEAST, _USED = "block-limit", "block-least", "block-used"
 
 
 class BlockDriver(Driver):
@@ -145,11 +145,21 @@ class BlockDriver(Driver):
         for one in (id, *parents[:1]) if readonly else (id,):
             if not os.path.isdir(self.directory(one)):
                 continue  # "cowfs info" asks about layers that there are not
+            if not readonly and limit.bytes is not None:
+                block_device.put(f"{self.directory(one)}/{_LEAST}", str(limit.bytes))
             with self._used(one, writing=not readonly):
                 self._kept.plan(one)
                 if not readonly and limit.bytes is not None:
                     self._hold(one)
-        return super().plan(id, parents, readonly=readonly, limit=limit)
+        return self._described(id, parents, readonly=readonly, limit=limit)
+
+    def _described(self, id: str, parents: Sequence[str], *, readonly: bool, limit: Limit) -> MountPlan:
+        """A mount of file systems that may be mounted or not."""
+        plan = super().plan(id, parents, readonly=readonly, limit=limit)
+        if limit.bytes is None or not os.path.isdir(self.directory(id)) or self._kind(id).limits:
+            return plan
+        why = f"images of {self._kind(id).name} hold no limit"
+        return replace(plan, why_not_kernel=why, why_not_image=why)
 
     def mounts(
         self,
@@ -169,14 +179,12 @@ class BlockDriver(Driver):
             record = self.plan(id, beneath, readonly=readonly, limit=limit).record("kernel")
             self._kept.describe(id)
             return (record,)
-        plan = super().plan(id, beneath, readonly=readonly, limit=limit)
+        plan = self._described(id, beneath, readonly=readonly, limit=limit)
         return (plan.record("fuse" if mount_type is None else mount_type),)
 
     def _why_not_kernel(self, limit: Limit) -> str:
         if limit.inodes is not None:
             return "an image holds no limit on inodes"
-        if limit.bytes is not None and not KINDS[str(self._options["filesystem"])].limits:
-            return f"images of {self._options['filesystem']} hold no limit"
         return super()._why_not_kernel(limit)
 
     # -- verbs
@@ -203,9 +211,7 @@ class BlockDriver(Driver):
 
         def fill(place: str) -> None:
             block_image.make(kind, f"{place}/fs/disk", size)
-            os.mkdir(f"{place}/mnt", 0o700)
-            used = block_device.furnish(kind, f"{place}/fs/disk", f"{place}/mnt")
-            os.rmdir(f"{place}/mnt")
+            used = block_device.furnish(kind, f"{place}/fs/disk")
             block_device.put(f"{place}/{_USED}", str(used))
             block_device.put(f"{place}/kind", kind.name)
             if self.fsync:
@@ -241,12 +247,9 @@ class BlockDriver(Driver):
                 root = os.open(self._place(id), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
                 try:
                     block_device.check_room(self._place(id))
-                    blockfs.freeze(root)
-                    try:
+                    with block_device.frozen(root, self._place(id)):
                         server.switch(self._pool.tree(new), self._pool.work(new))
                         used = block_device.used(root)
-                    finally:
-                        blockfs.thaw(root)
                 finally:
                     os.close(root)
                 self._pool.name(over, made)
@@ -333,10 +336,14 @@ class BlockDriver(Driver):
         served = block_device.Served.of(self.directory(id))
         if served is None or loop.is_readonly(served.device):
             return
-        wanted = None
-        with suppress(FileNotFoundError):
-            wanted = -(-int(self._note(id, _LIMIT)) // BLOCK)
-        block_device.bound(self._kind(id), served.device, self._place(id), int(self._note(id, "block-base")), wanted)
+        told: list[int | None] = []
+        for note in (_LIMIT, _LEAST):
+            try:
+                told.append(-(-int(self._note(id, note)) // BLOCK))
+            except FileNotFoundError:
+                told.append(None)
+        base = int(self._note(id, "block-base"))
+        block_device.bound(self._kind(id), served.device, self._place(id), base, told[0], least=told[1] or 0)
 
     def strays(self) -> list[str]:
         """None: deltas that nobody names are deleted here and now, and what was planned and is not used is unmounted."""

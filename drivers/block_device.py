@@ -14,10 +14,11 @@ from __future__ import annotations
 import errno
 import json
 import os
+import subprocess
 import threading
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from cowfs.errors import CowfsError, FailedPrecondition, Unsupported
@@ -41,6 +42,7 @@ __all__ = [
     "check_room",
     "detach",
     "device",
+    "frozen",
     "furnish",
     "is_attached",
     "is_bound",
@@ -49,6 +51,7 @@ __all__ = [
     "remount",
     "serve",
     "size_of",
+    "take_away",
     "used",
 ]
 
@@ -231,6 +234,21 @@ def _name(directory: str) -> str:
     return f"cowfs-block {there.st_dev}:{there.st_ino}"
 
 
+def take_away(place: str, flags: int = 0) -> bool:
+    """Unmount the mount at a place; whether there was one, since its server may have been faster.
+
+    Raises:
+        OSError: as umount(2).
+    """
+    try:
+        mounts.umount(place, flags)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOENT):
+            raise
+        return False
+    return True
+
+
 def is_mounted(place: str) -> bool:
     """Whether something is mounted at a place, also where that does not answer (EIO of a file system, ENOTCONN of a server)."""
     try:
@@ -255,7 +273,7 @@ def is_attached(directory: str) -> bool:
             finally:
                 os.close(root)
             return True
-    mounts.umount(place, mounts.MNT_DETACH)
+    take_away(place, mounts.MNT_DETACH)
     return False
 
 
@@ -286,13 +304,13 @@ def device(directory: str, wish: Wish) -> tuple[str, int]:
     """Make a loop device over the image: (its path, a descriptor that holds it)."""
     at = f"{directory}/{SERVED}"
     os.makedirs(at, mode=0o700, exist_ok=True)
-    while is_mounted(at):  # of a process that was killed
-        mounts.umount(at, mounts.MNT_DETACH)
+    while is_mounted(at) and take_away(at, mounts.MNT_DETACH):
+        pass  # of a process that was killed
     handle = serve(directory, wish)
     try:
         path, fd = loop.attach(f"{at}/{DISK}", readonly=not wish.upper, name=_name(directory))
     finally:
-        mounts.umount(at, mounts.MNT_DETACH)
+        take_away(at, mounts.MNT_DETACH)
     note = {"device": path, "socket": handle.socket}
     try:
         atomic.write_file(f"{directory}/{_NOTE}", json.dumps(note).encode(), durable=False)
@@ -340,16 +358,23 @@ def detach(directory: str, *, lazily: bool = False) -> bool:
         lazily: also where files are open; those stay, and nobody is waited for.
     """
     place = f"{directory}/mnt"
-    while is_mounted(f"{directory}/{SERVED}"):
-        mounts.umount(f"{directory}/{SERVED}", mounts.MNT_DETACH)
+    while is_mounted(f"{directory}/{SERVED}") and take_away(f"{directory}/{SERVED}", mounts.MNT_DETACH):
+        pass
     if not is_mounted(place):
         return True
     served = Served.of(directory)
+    with suppress(OSError):
+        root = os.open(place, _TREE)
+        try:
+            blockfs.thaw(root)  # of a snapshot that was killed: a frozen one cannot be unmounted
+        finally:
+            os.close(root)
     while is_mounted(place):
         try:
             if not lazily:
                 check_room(place)
-            mounts.umount(place, mounts.MNT_DETACH if lazily else 0)
+            if not take_away(place, mounts.MNT_DETACH if lazily else 0):
+                break
         except OSError as error:
             if error.errno not in (errno.EBUSY, errno.ENOSPC) or lazily:
                 raise
@@ -422,12 +447,38 @@ def used(root: int) -> int:
     return told.f_blocks - told.f_bfree
 
 
-def bound(kind: Kind, device: str, place: str, base: int, wanted: int | None) -> None:
+@contextmanager
+def frozen(root: int, place: str) -> Iterator[None]:
+    """A file system that nobody can change until the block ends, or this process does: another one thaws it then.
+
+    Args:
+        root: a descriptor of it.
+        place: where it is mounted.
+    """
+    program = block_image.program("fsfreeze")
+    guard = None
+    if program is not None:
+        guard = subprocess.Popen(
+            ["/bin/sh", "-c", f"read done || {program} -u ."], cwd=place, stdin=subprocess.PIPE, start_new_session=True
+        )
+    try:
+        blockfs.freeze(root)
+        try:
+            yield
+        finally:
+            blockfs.thaw(root)
+    finally:
+        if guard is not None:
+            guard.communicate(b"done\n")
+
+
+def bound(kind: Kind, device: str, place: str, base: int, wanted: int | None, *, least: int = 0) -> None:
     """Have a mounted file system take no more than it is to.
 
     Args:
         base: blocks that were in use when the layer was made.
         wanted: blocks that it may take beyond those; None: all that there are.
+        least: blocks that it is to have room for in all, at least: a limit that somebody else holds.
 
     Raises:
         TooSmall: this process may not make it larger now.
@@ -435,8 +486,8 @@ def bound(kind: Kind, device: str, place: str, base: int, wanted: int | None) ->
     root = os.open(place, _TREE)
     try:
         room = os.fstatvfs(root).f_blocks - base
-        if wanted is not None and room < wanted:
-            more = wanted - room
+        more = max(wanted or 0, least - base) - room
+        if more > 0:
             size = size_of(device, kind) + more + more // 12 + 1024
             size = min(size, block_image.DEVICE // BLOCK)
             try:
@@ -462,15 +513,17 @@ def size_of(device: str, kind: Kind) -> int:
     )
 
 
-def furnish(kind: Kind, disk: str, place: str) -> int:
-    """Put the directories of a layer into an empty file system; blocks in use then."""
+def furnish(kind: Kind, disk: str) -> int:
+    """Put the directories of a layer into an empty file system; blocks in use then. It is mounted nowhere that others see."""
     device, fd = loop.attach(disk)
     try:
-        block_image.mount(kind, device, place, readonly=False, discard=False)
+        hidden = mounts.detached_mount(
+            kind.name.encode(), [(b"source", device.encode()), (kind.options.encode(), None)]
+        )
     finally:
         os.close(fd)
     try:
-        root = os.open(place, _TREE)
+        root = os.open(".", _TREE, dir_fd=hidden)
         try:
             os.mkdir("fs", 0o755, dir_fd=root)
             os.mkdir("work", 0o700, dir_fd=root)
@@ -480,7 +533,7 @@ def furnish(kind: Kind, disk: str, place: str) -> int:
         finally:
             os.close(root)
     finally:
-        mounts.umount(place)
+        os.close(hidden)
     end = time.monotonic() + _PATIENCE
     while loop.device_of(disk) is not None:
         if time.monotonic() > end:

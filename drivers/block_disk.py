@@ -117,5 +117,5 @@ def _wait(directory: str) -> None:
     while served is not None and time.monotonic() < end:
         time.sleep(0.01)
         served = block_device.Served.of(directory)
-    while block_device.is_mounted(f"{directory}/mnt"):
-        mounts.umount(f"{directory}/mnt", mounts.MNT_DETACH)
+    while block_device.is_mounted(f"{directory}/mnt") and block_device.take_away(f"{directory}/mnt", mounts.MNT_DETACH):
+        pass

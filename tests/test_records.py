@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 from hypothesis import given, strategies as st
@@ -104,3 +105,23 @@ def test_the_model_imports_neither_dataclasses_nor_typing() -> None:
     program = "import sys, cowfs.model, cowfs.index.records; print({'dataclasses', 'typing', 'inspect', 're'} & set(sys.modules))"
     command = [sys.executable, "-I", "-S", "-c", f"import sys; sys.path[:0] = {sys.path[1:]!r}; {program}"]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout in ("set()\n", "{'re'}\n")
+
+
+def test_what_a_store_tells_of_a_snapshot_is_plain_data(tmp_path: Path) -> None:
+    """One record, whichever verb gives it, with id, limit, use and digest; as JSON and back."""
+    import json
+
+    from cowfs import Store
+
+    with Store.open(tmp_path / "store", driver="vfs", fsync=False) as store:
+        store.prepare("k", size="1M", labels={"a": "b"})
+        store.commit("k", "v1")
+        store.prepare("work", "v1", inodes="1k")
+        infos = list(store.walk())
+        assert infos == [store.stat(info.name) for info in infos]
+        first, work = (json.loads(json.dumps(info.as_dict())) for info in infos)
+        assert (first["kind"], first["limit"]["bytes"], first["labels"]) == ("committed", 1 << 20, {"a": "b"})
+        assert first["usage"] == {"bytes": store.usage("v1").bytes, "inodes": store.usage("v1").inodes}
+        assert (work["usage"], work["limit"]["inodes"], work["parent"]) == (None, 1000, "v1")
+        assert Path(store.root, "layers", work["id"]).is_dir()
+        assert json.loads(json.dumps(dataclasses.asdict(infos[1]))) == work

@@ -405,7 +405,7 @@ class Extractor:
             found.mode = stat.S_IMODE(os.fstat(found.fd).st_mode)
             os.chmod(found.fd, found.mode | 0o700)
 
-    def _directory(self, member: Member, parent: Dir, name: bytes, path: bytes) -> None:
+    def make_directory(self, member: Member, parent: Dir, name: bytes, path: bytes) -> None:
         found = self.dirs.cached(path) or self.dirs.open_child(parent, name, path)
         old = found is not None
         if found is None:
@@ -447,7 +447,7 @@ class Extractor:
 
     # Files ------------------------------------------------------------------------------------
 
-    def _regular(self, member: Member, parent: Dir, name: bytes, path: bytes) -> None:
+    def make_regular(self, member: Member, parent: Dir, name: bytes, path: bytes) -> None:
         try:
             fd = os.open(name, _CREATE, 0o600, dir_fd=parent.fd)
         except FileExistsError:
@@ -472,7 +472,7 @@ class Extractor:
         finally:
             os.close(fd)
 
-    def _hardlink(self, member: Member, parent: Dir, name: bytes, path: bytes) -> None:
+    def make_hardlink(self, member: Member, parent: Dir, name: bytes, path: bytes) -> None:
         options = self._options
         source = canonical(member.linkname, max_path=options.max_path, max_depth=options.max_depth)
         if options.whiteouts and meaning(source)[0] is not Meaning.ENTRY:
@@ -508,7 +508,7 @@ class Extractor:
             self._clear(parent, name, path)
             os.link(source, name, src_dir_fd=home.fd, dst_dir_fd=parent.fd, follow_symlinks=False)
 
-    def _symlink(self, member: Member, parent: Dir, name: bytes, path: bytes) -> None:
+    def make_symlink(self, member: Member, parent: Dir, name: bytes, path: bytes) -> None:
         target = member.linkname
         if not target or b"\0" in target:
             raise InvalidArgument("a symbolic link needs a target without NUL")
@@ -524,7 +524,7 @@ class Extractor:
         self._attr.name_xattrs(parent.fd, name, member)
         self._attr.name_times(parent.fd, name, member)
 
-    def _node(self, member: Member, parent: Dir, name: bytes, path: bytes) -> None:
+    def make_node(self, member: Member, parent: Dir, name: bytes, path: bytes) -> None:
         kind = _KINDS[member.type]
         device = os.makedev(*member.device) if kind != stat.S_IFIFO else 0
         if kind == stat.S_IFCHR and device == 0:
@@ -582,13 +582,13 @@ class Extractor:
 
 _Handler = Callable[[Extractor, Member, Dir, bytes, bytes], None]
 _HANDLERS: dict[bytes, _Handler] = {
-    header.REGULAR: Extractor._regular,
-    header.LINK: Extractor._hardlink,
-    header.SYMLINK: Extractor._symlink,
-    header.CHAR: Extractor._node,
-    header.BLOCKDEV: Extractor._node,
-    header.DIRECTORY: Extractor._directory,
-    header.FIFO: Extractor._node,
+    header.REGULAR: Extractor.make_regular,
+    header.LINK: Extractor.make_hardlink,
+    header.SYMLINK: Extractor.make_symlink,
+    header.CHAR: Extractor.make_node,
+    header.BLOCKDEV: Extractor.make_node,
+    header.DIRECTORY: Extractor.make_directory,
+    header.FIFO: Extractor.make_node,
 }
 
 

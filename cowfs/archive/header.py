@@ -27,6 +27,7 @@ __all__ = [
     "Member",
     "Segments",
     "encode",
+    "number",
     "pad",
     "parse_block",
     "parse_decimal",
@@ -99,7 +100,7 @@ _ENDS = (0, 32)
 _owners: dict[bytes, tuple[int, int, int]] = {}  # mode, uid and gid fields as they stand -> their values
 
 
-def _number(field: bytes, what: str) -> int:
+def number(field: bytes, what: str) -> int:
     """An octal or base-256 field as an integer."""
     lead = field[0]
     if lead & 0x80:
@@ -118,9 +119,9 @@ def _number(field: bytes, what: str) -> int:
 def _owner(fields: bytes) -> tuple[int, int, int]:
     """(mode, uid, gid) of the 24 bytes that hold them."""
     found = (
-        _number(fields[:8], "mode") & 0o7777,
-        _number(fields[8:16], "uid"),
-        _number(fields[16:], "gid"),
+        number(fields[:8], "mode") & 0o7777,
+        number(fields[8:16], "uid"),
+        number(fields[16:], "gid"),
     )
     if len(_owners) >= 4096:
         _owners.clear()
@@ -175,7 +176,7 @@ def parse_block(block: bytes) -> Member:
         except ValueError:
             plain = False
     if not plain:
-        length, seconds = _number(size, "size"), _number(mtime, "mtime")
+        length, seconds = number(size, "size"), number(mtime, "mtime")
     member.mtime = seconds * NANO
     member.extended = not plain or owner[8] > 127 or owner[16] > 127
     if linkname[0]:
@@ -186,7 +187,7 @@ def parse_block(block: bytes) -> Member:
         length = 0
         member.type = kind
         if kind in (CHAR, BLOCKDEV):
-            member.device = (_number(block[329:337], "device major"), _number(block[337:345], "device minor"))
+            member.device = (number(block[329:337], "device major"), number(block[337:345], "device minor"))
             member.extended = True
     elif kind == b"\0" and name.endswith(b"/"):  # how version 7 archives spell a directory
         member.type = DIRECTORY

@@ -296,7 +296,7 @@ class Reader:
         if block[257:263] != header.GNU_MAGIC:
             raise InvalidArgument("a GNU sparse entry in an archive that is not GNU's")
         segments: array[int] = array("q")
-        real = header._number(block[483:495], "sparse size")
+        real = header.number(block[483:495], "sparse size")
         self._old_entries(segments, block, 386, 4)
         more = block[482]
         while more:
@@ -317,8 +317,8 @@ class Reader:
                 return
             _segment(
                 segments,
-                header._number(block[position : position + 12], "sparse offset"),
-                header._number(block[position + 12 : position + 24], "sparse length"),
+                header.number(block[position : position + 12], "sparse offset"),
+                header.number(block[position + 12 : position + 24], "sparse length"),
             )
 
     def _pax_sparse(self, member: Member, records: list[tuple[bytes, bytes]]) -> None:

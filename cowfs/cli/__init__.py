@@ -5,48 +5,35 @@ fast); `--help` needs the table alone, `completion` and the tests walk all of it
 error and the exit status of their class here, at one of the two edges where errors are translated (the other is the
 FUSE session).
 
-A verb's module has a dict ``COMMANDS``: verb -> :class:`Command`.
+A verb's module has a dict ``COMMANDS``: verb -> :class:`cowfs.cli.common.Command`. None imports this one: who prints the whole table is given it.
 """
 
 from __future__ import annotations
 
-import errno
 import gc
-import io
-import os
 import sys
 from collections.abc import Callable, Sequence
 
-from cowfs._record import record
+from cowfs.cli.common import fill_streams, guarded, say
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
-    from typing import BinaryIO, TextIO
 
-__all__ = ["VERBS", "Command", "Verb", "fill_streams", "main", "parser_of", "say"]
+    from cowfs.cli.common import Command, Commands
 
-
-@record(frozen=True, slots=True)
-class Command:
-    """A verb: how its arguments look, what it does (returns the exit status), and examples for its --help."""
-
-    configure: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], int]
-    description: str
-    examples: tuple[str, ...]
+__all__ = ["VERBS", "Verb", "fill_streams", "main", "parser_of", "say"]
 
 
-@record(frozen=True, slots=True)
 class Verb:
     """A line of the table: what is known of a verb without importing it."""
 
-    load: Callable[[], Commands]
-    summary: str
-    group: str
+    __slots__ = ("group", "load", "summary")
 
-
-Commands = dict[str, Command]
+    def __init__(self, load: Callable[[], Commands], summary: str, group: str) -> None:
+        self.load = load
+        self.summary = summary
+        self.group = group
 
 
 # Each group of verbs is imported by a function of its own, so that readers and tools see who imports whom.
@@ -131,9 +118,9 @@ def _store_send() -> Commands:
 
 
 def _service() -> Commands:
-    from cowfs.cli import service
+    from cowfs.cli import serve
 
-    return service.COMMANDS
+    return serve.COMMANDS
 
 
 def _podman() -> Commands:
@@ -163,7 +150,7 @@ def _bench() -> Commands:
 def _completion() -> Commands:
     from cowfs.cli import completion
 
-    return completion.COMMANDS
+    return completion.commands({name: verb.summary for name, verb in VERBS.items()}, parser_of)
 
 
 _MOUNTS, _SNAPSHOTS, _FILES, _STORE, _SERVICE, _ABOUT = "Mounts", "Snapshots", "Files", "Store", "Service", "About"
@@ -181,6 +168,7 @@ VERBS: dict[str, Verb] = {
     "push": Verb(_registry, "send an image to a registry", _SNAPSHOTS),
     "run": Verb(_store_run, "run a command in a fresh snapshot", _SNAPSHOTS),
     "sh": Verb(_store_run, "run a shell in a snapshot that is there, mounted or not", _SNAPSHOTS),
+    "unshare": Verb(_store_run, "start a command with all ids of an ordinary user", _STORE),
     "prepare": Verb(_store_snapshots, "make a writable snapshot", _SNAPSHOTS),
     "view": Verb(_store_snapshots, "make a read-only snapshot", _SNAPSHOTS),
     "commit": Verb(_store_snapshots, "make a snapshot immutable under a name", _SNAPSHOTS),
@@ -233,11 +221,6 @@ _BEFORE = {
 }
 
 
-def is_path(argument: str) -> bool:
-    """Whether an argument is a path; others name snapshots in the store."""
-    return argument.startswith(("/", "./", "../")) or argument in (".", "..")
-
-
 def command_of(name: str) -> Command:
     """Import a verb."""
     return VERBS[name].load()[name]
@@ -245,31 +228,9 @@ def command_of(name: str) -> Command:
 
 def parser_of(name: str) -> argparse.ArgumentParser:
     """A verb's parser: one line for a bad argument, examples below its help."""
-    import argparse
-
     from cowfs.cli import common
 
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> None:  # type: ignore[override]
-            self.exit(2, f"{self.prog}: {message} (see: {self.prog} --help)\n")
-
-    def formatter(prog: str) -> argparse.HelpFormatter:
-        """Measure the terminal (an import of 2 ms) only when help is printed."""
-        width = None if {"-h", "--help", "help"} & set(sys.argv) else 80
-        return argparse.RawDescriptionHelpFormatter(prog, width=width)
-
-    command = command_of(name)
-    examples = "".join(f"  {line}\n" for line in command.examples)
-    parser = Parser(
-        prog=f"cowfs {name}",
-        description=command.description,
-        epilog=f"examples:\n{examples}" if examples else None,
-        formatter_class=formatter,
-    )
-    command.configure(parser)
-    common.add(parser)
-    parser.set_defaults(run=command.run)
-    return parser
+    return common.parser(name, command_of(name))
 
 
 def overview() -> str:
@@ -331,42 +292,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return guarded(lambda: _run(name, arguments[1:]))
 
 
-def say(text: str, code: int = 0) -> int:
-    """Print, and return the exit status."""
-    sys.stdout.write(text)
-    return code
-
-
-class _Closed(io.TextIOWrapper):
-    """A standard output that the caller closed, which matters only to a verb that prints."""
-
-    def __init__(self) -> None:
-        super().__init__(io.BytesIO())
-
-    def write(self, text: str) -> int:
-        raise OSError(errno.EBADF, "standard output is closed")
-
-    @property
-    def buffer(self) -> BinaryIO:
-        raise OSError(errno.EBADF, "standard output is closed")
-
-
-def fill_streams() -> None:
-    """Occupy the numbers of closed standard streams, so that no file opened later gets one, and printed text with it."""
-    for fd in range(3):
-        try:
-            os.fstat(fd)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest free number
-    streams: dict[str, TextIO | None] = vars(sys)
-    if streams["stdin"] is None:
-        sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115  until the end
-    if streams["stdout"] is None:
-        sys.stdout = _Closed()
-    if streams["stderr"] is None:
-        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  until the end
-
-
 def _run(name: str, arguments: list[str]) -> int:
     from cowfs.cli import common
 
@@ -382,69 +307,4 @@ def _run(name: str, arguments: list[str]) -> int:
         options = parser.parse_intermixed_args(arguments)
     common.begin(options)
     code: int = options.run(options)
-    return code
-
-
-def guarded(run: Callable[[], int], program: str = "cowfs") -> int:
-    """Run a verb, and turn every foreseen error into one line and an exit status."""
-    from cowfs.errors import CowfsError
-
-    try:
-        try:
-            code = run()
-        finally:
-            _flush()
-    except CowfsError as error:
-        _trace()
-        return complain(program, str(error), error.exit_code)
-    except BrokenPipeError:
-        # The reader (head, less) has seen enough. Keep the flush at exit from failing again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 141
-    except KeyboardInterrupt:
-        return 130
-    except OSError as error:
-        _trace()
-        where = os.fsdecode(error.filename) + ": " if isinstance(error.filename, str | bytes) else ""
-        return complain(program, f"{where or _full_output(error)}{error.strerror or error}", 1)
-    return code
-
-
-def _trace() -> None:
-    """For -D: the origin of an error. Call inside ``except``."""
-    if "logging" in sys.modules:
-        from cowfs._log import Part
-
-        Part("cowfs.cli").trace("the error came from here")
-
-
-def _flush() -> None:
-    """Drop the text that standard output did not take, so that it is not written again at exit."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        raise OSError(error.errno, error.strerror, "standard output") from None
-
-
-def _full_output(error: OSError) -> str:
-    """The file behind standard output, if an error for want of room names no other."""
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT) or error.strerror != os.strerror(error.errno):
-        return ""
-    try:
-        target = os.readlink("/proc/self/fd/1")
-    except OSError:
-        return ""
-    return f"{target}: " if target.startswith("/") and os.path.isfile(target) else ""
-
-
-def complain(program: str, message: str, code: int) -> int:
-    """One line on standard error."""
-    from cowfs.cli.output import shown
-
-    line = shown(" ".join(message.split("\n")))
-    sys.stderr.write(f"{program}: {line}\n")
-    sys.stderr.flush()
     return code

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import cowfs
-from cowfs.cli import Command
+from cowfs.cli.common import Command
 from cowfs.errors import Unsupported
 
 if TYPE_CHECKING:

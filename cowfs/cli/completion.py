@@ -9,11 +9,11 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from cowfs.cli import VERBS, Command
-from cowfs.cli.reference import actions_of
+from cowfs.cli.common import Command, Commands
+from cowfs.cli.parsers import actions_of
 
 
 class Option(NamedTuple):
@@ -33,12 +33,13 @@ class Shape(NamedTuple):
     arguments: str | tuple[str, ...]
 
 
-def shapes() -> Iterator[Shape]:
-    """Every verb."""
-    for name, verb in VERBS.items():
+def shapes(summaries: Mapping[str, str], parser_of: Callable[[str], argparse.ArgumentParser]) -> list[Shape]:
+    """Every verb, of a table of what they do."""
+    found = []
+    for name, summary in summaries.items():
         options = []
         arguments: str | tuple[str, ...] = "files"
-        for action in actions_of(name):
+        for action in actions_of(parser_of(name)):
             choices = tuple(str(choice) for choice in action.choices) if action.choices else ()
             if action.option_strings:
                 value = None if action.nargs == 0 else choices or "any"
@@ -48,13 +49,14 @@ def shapes() -> Iterator[Shape]:
                 arguments = choices
             elif name != "mount" and "MNT" in str(action.metavar):
                 arguments = "mounts"
-        yield Shape(name, verb.summary, tuple(options), arguments)
+        found.append(Shape(name, summary, tuple(options), arguments))
+    return found
 
 
-def bash() -> str:
+def bash(shapes: Sequence[Shape]) -> str:
     """A script for bash-completion or for ``eval``."""
     cases = []
-    for shape in shapes():
+    for shape in shapes:
         words = " ".join(name for option in shape.options for name in option.names)
         valued = [
             f"      {'|'.join(option.names)}) "
@@ -81,7 +83,7 @@ def bash() -> str:
 _cowfs() {{
   local cur=${{COMP_WORDS[COMP_CWORD]}} prev=${{COMP_WORDS[COMP_CWORD-1]}}
   if (( COMP_CWORD == 1 )); then
-    COMPREPLY=($(compgen -W "{" ".join(VERBS)} --help --version" -- "$cur"))
+    COMPREPLY=($(compgen -W "{" ".join(shape.name for shape in shapes)} --help --version" -- "$cur"))
     return
   fi
   case "${{COMP_WORDS[1]}}" in
@@ -95,11 +97,11 @@ def _zsh_quote(text: str) -> str:
     return text.replace("\\", "\\\\").replace("[", "\\[").replace("]", "\\]").replace(":", "\\:").replace("'", "'\\''")
 
 
-def zsh() -> str:
+def zsh(shapes: Sequence[Shape]) -> str:
     """A script for ``$fpath`` or for ``eval``."""
-    verbs = "\n".join(f"    '{shape.name}:{_zsh_quote(shape.summary)}'" for shape in shapes())
+    verbs = "\n".join(f"    '{shape.name}:{_zsh_quote(shape.summary)}'" for shape in shapes)
     cases = []
-    for shape in shapes():
+    for shape in shapes:
         specs = []
         for option in shape.options:
             value = ""
@@ -139,10 +141,10 @@ if [[ "$funcstack[1]" == _cowfs ]]; then _cowfs "$@"; else compdef _cowfs cowfs;
 """
 
 
-def fish() -> str:
+def fish(shapes: Sequence[Shape]) -> str:
     """A script for ``~/.config/fish/completions`` or for ``source``."""
     lines = ["# fish completion for cowfs; load with: cowfs completion fish | source", "complete -c cowfs -f"]
-    for shape in shapes():
+    for shape in shapes:
         lines.append(f"complete -c cowfs -n __fish_use_subcommand -a {shape.name} -d {shlex.quote(shape.summary)}")
         seen = f"-n '__fish_seen_subcommand_from {shape.name}'"
         for option in shape.options:
@@ -165,27 +167,29 @@ def fish() -> str:
     return "\n".join(lines) + "\n"
 
 
-SHELLS: dict[str, Callable[[], str]] = {"bash": bash, "zsh": zsh, "fish": fish}
+SHELLS: dict[str, Callable[[Sequence[Shape]], str]] = {"bash": bash, "zsh": zsh, "fish": fish}
 
 
 def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shell", choices=sorted(SHELLS), help="the shell")
 
 
-def _run(args: argparse.Namespace) -> int:
-    sys.stdout.write(SHELLS[args.shell]())
-    return 0
+def commands(summaries: Mapping[str, str], parser_of: Callable[[str], argparse.ArgumentParser]) -> Commands:
+    """The verb, for a command with these verbs and parsers."""
 
+    def run(args: argparse.Namespace) -> int:
+        sys.stdout.write(SHELLS[args.shell](shapes(summaries, parser_of)))
+        return 0
 
-COMMANDS = {
-    "completion": Command(
-        _configure,
-        _run,
-        "Print a completion script for a shell.",
-        (
-            "source <(cowfs completion bash)",
-            "cowfs completion zsh > ~/.zfunc/_cowfs",
-            "cowfs completion fish > ~/.config/fish/completions/cowfs.fish",
+    return {
+        "completion": Command(
+            _configure,
+            run,
+            "Print a completion script for a shell.",
+            (
+                "source <(cowfs completion bash)",
+                "cowfs completion zsh > ~/.zfunc/_cowfs",
+                "cowfs completion fish > ~/.config/fish/completions/cowfs.fish",
+            ),
         ),
-    ),
-}
+    }

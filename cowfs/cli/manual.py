@@ -9,8 +9,9 @@ import argparse
 import os
 import sys
 
-from cowfs.cli import VERBS, command_of
-from cowfs.cli.reference import STATUSES, actions_of
+from cowfs.cli import VERBS, command_of, parser_of
+from cowfs.cli.parsers import actions_of
+from cowfs.cli.reference import STATUSES
 
 __all__ = ["main", "page", "pages"]
 
@@ -44,7 +45,7 @@ def _option(action: argparse.Action) -> list[str]:
 def page(name: str) -> str:
     """The page of a verb."""
     command = command_of(name)
-    actions = [action for action in actions_of(name) if action.help != argparse.SUPPRESS]
+    actions = [action for action in actions_of(parser_of(name)) if action.help != argparse.SUPPRESS]
     given = [str(action.metavar or action.dest.upper()) for action in actions if not action.option_strings]
     lines = [
         _head(f"cowfs-{name}"),

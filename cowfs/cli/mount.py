@@ -11,7 +11,7 @@ import sys
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from cowfs.cli import Command
+from cowfs.cli.common import Command
 from cowfs.errors import CowfsError, InvalidArgument
 
 if TYPE_CHECKING:
@@ -284,7 +284,8 @@ def _configure_limit(parser: argparse.ArgumentParser) -> None:
 
 
 def _limit(args: argparse.Namespace) -> int:
-    from cowfs.cli import is_path, show
+    from cowfs.cli import show
+    from cowfs.cli.common import is_path
     from cowfs.cli.store.args import known_in_store, open_store
     from cowfs.mounting import client
 

@@ -238,17 +238,19 @@ class Tree:
     def add(self, change: Change) -> None:
         """Count a change in every directory above it."""
         node = self
-        node._count(change)
+        node.count(change)
         for part in change.path.split(b"/") if change.path else ():
             node = node.children.setdefault(part, Tree())
-            node._count(change)
+            node.count(change)
 
-    def _count(self, change: Change) -> None:
+    def count(self, change: Change) -> None:
+        """Count a change at this place or below it."""
         self.counts[change.kind] += 1
         if change.kind != "deleted" and ("content" in change.what or change.kind == "added"):
             self.bytes += change.size
 
-    def _sums(self) -> str:
+    def sums(self) -> str:
+        """How much was added, changed and deleted, for people."""
         parts = [f"{sign}{self.counts[kind]:,}" for kind, sign in (("added", "+"), ("changed", "~"), ("deleted", "-"))
                  if self.counts[kind]]  # fmt: skip
         return " ".join(parts) + (f"  {format_size(self.bytes)}" if self.bytes else "")
@@ -261,7 +263,7 @@ class Tree:
         ):
             part, node = next(iter(node.children.items()))
             name = f"{name.rstrip('/')}/{shown(part)}"
-        yield f"{indent}{name}  {node._sums()}"
+        yield f"{indent}{name}  {node.sums()}"
         if depth > 0:
             for part, child in sorted(node.children.items()):
                 yield from child.lines(depth - 1, shown(part), indent + "  ")

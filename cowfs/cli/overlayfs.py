@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from cowfs.cli import complain, fill_streams, guarded, say
+from cowfs.cli.common import complain, fill_streams, guarded, say
 from cowfs.errors import InvalidArgument, Unsupported
 from cowfs.format.mount_options import split_layers, split_options, unescape
 

@@ -10,7 +10,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, NamedTuple
 
-from cowfs.cli import Command
+from cowfs.cli.common import Command
 from cowfs.errors import AlreadyExists, Unsupported
 
 if TYPE_CHECKING:

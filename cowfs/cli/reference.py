@@ -10,6 +10,7 @@ import sys
 
 from cowfs.cli import VERBS, command_of, parser_of
 from cowfs.cli.common import COMMON, HOW
+from cowfs.cli.parsers import actions_of
 
 HEAD = """\
 # The command
@@ -66,13 +67,8 @@ def _usage(name: str, actions: list[argparse.Action]) -> str:
     return " ".join(words)
 
 
-def actions_of(name: str) -> list[argparse.Action]:
-    """The options and arguments of a verb's parser, in order; argparse has no public way to them."""
-    return parser_of(name)._actions
-
-
 def _verb(name: str) -> str:
-    command, actions = command_of(name), actions_of(name)
+    command, actions = command_of(name), actions_of(parser_of(name))
     lines = [f"### {name}", "", "```", _usage(name, actions), "```", "", command.description.replace("\n", " "), ""]
     rows = []
     for action in actions:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from cowfs.cli import Command
+from cowfs.cli.common import Command
 from cowfs.cli.output import print_json
 from cowfs.cli.progress import Bars
 from cowfs.cli.store.args import add_store, open_store

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from cowfs.cli import Command, is_path
+from cowfs.cli.common import Command, is_path
 from cowfs.cli.output import (
     Tree,
     change_as_json,
@@ -250,7 +250,7 @@ def _changes(what: str, layers: list[str]) -> Iterator[Change]:
             raise InvalidArgument("a mount knows its own layers", remedy="leave out --layer")
         return client.attach(what).diff()
     if not os.path.isdir(what):
-        from cowfs.cli import is_path
+        from cowfs.cli.common import is_path
 
         kinds = "mount point or upper directory" if is_path(what) else "snapshot, tag, mount point or upper directory"
         raise NotFound(f"no such {kinds}: {what}", remedy="cowfs mounts, ls and images show what there is")

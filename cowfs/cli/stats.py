@@ -12,7 +12,7 @@ import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from cowfs.cli import Command
+from cowfs.cli.common import Command
 from cowfs.cli.output import count_or, print_json, print_table, shown, size_or
 from cowfs.cli.store.args import add_store
 from cowfs.errors import CowfsError, InvalidArgument, NotFound

@@ -13,7 +13,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cowfs.cli import Command
+from cowfs.cli.common import Command
 from cowfs.cli.output import count_or, print_json, shown, size_or, table_lines
 from cowfs.cli.store.args import add_json
 from cowfs.errors import InvalidArgument, NotFound, Unsupported

@@ -44,6 +44,13 @@ class Connection(sqlite3.Connection):
     refused: int = 0
     seen: _Signature | None = None
 
+    def __del__(self) -> None:
+        """Closed with its last reference, as ever; Python 3.13 warns of it where nobody says so."""
+        try:
+            self.close()
+        except sqlite3.Error:
+            pass  # it was never opened
+
     def is_stale(self, path: str) -> bool:
         """Whether a file that was opened as immutable has changed since, or is about to."""
         return self.seen is not None and (self.seen != _signature(path) or _size(f"{path}-wal") > 0)

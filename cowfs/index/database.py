@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from cowfs.errors import Corrupt, CowfsError, FailedPrecondition, NotFound, Unsupported
 from cowfs.index import events, records, schema
 from cowfs.index.connection import BUSY_SECONDS, Connection, connect
-from cowfs.index.records import CHAIN, INFO, KINDS, ROW, Row, Tag, labels_of, row_of
+from cowfs.index.records import CHAIN, INFO, ROW, Row, Tag, info_of, row_of
 from cowfs.model import Event, Info, Usage
 from cowfs.sys.faults import point
 
@@ -365,15 +365,7 @@ class Index:
         while True:
             with self._errors():
                 found = self._connection().execute(INFO, (after, page)).fetchall()
-            for _, name, kind, labels, created, updated, parent in found:
-                yield Info(
-                    name=name,
-                    kind=KINDS[kind],
-                    parent=parent,
-                    labels=labels_of(labels),
-                    created=created,
-                    updated=updated,
-                )
+            yield from map(info_of, found)
             if len(found) < page:
                 return
             after = found[-1][0]

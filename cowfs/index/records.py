@@ -48,6 +48,10 @@ class Row:
             labels=self.labels,
             created=self.created,
             updated=self.updated,
+            id=self.id,
+            limit=self.limit,
+            usage=self.usage,
+            diff_id=self.diff_id,
         )
 
 
@@ -69,10 +73,11 @@ SELECT s.num, s.id, s.name, s.kind, s.parent, s.depth, s.labels, s.created, s.up
 FROM snapshots AS s
 """
 INFO = """
-SELECT s.num, s.name, s.kind, s.labels, s.created, s.updated, p.name
+SELECT s.num, s.name, s.kind, s.labels, s.created, s.updated, p.name, s.id, s.limit_bytes, s.limit_inodes, s.bytes, s.inodes, s.diff_id
 FROM snapshots AS s LEFT JOIN snapshots AS p ON p.num = s.parent
 WHERE s.num > ? ORDER BY s.num LIMIT ?
 """
+NO_LIMIT = Limit()
 KINDS = {kind.value: kind for kind in Kind}
 CHAIN = """
 WITH RECURSIVE chain (num, parent, id, depth) AS (
@@ -82,6 +87,25 @@ WITH RECURSIVE chain (num, parent, id, depth) AS (
 )
 SELECT num, id FROM chain ORDER BY depth DESC
 """
+
+
+def info_of(values: tuple) -> Info:  # type: ignore[type-arg]
+    """The public record of a row of :data:`INFO`."""
+    _, name, kind, labels, created, updated, parent, id_, limit_bytes, limit_inodes, bytes_, inodes, diff_id = values
+    return Info(
+        name=name,
+        kind=KINDS[kind],
+        parent=parent,
+        labels=labels_of(labels),
+        created=created,
+        updated=updated,
+        id=id_,
+        limit=NO_LIMIT
+        if limit_bytes is None and limit_inodes is None
+        else Limit(bytes=limit_bytes, inodes=limit_inodes),
+        usage=None if bytes_ is None else Usage(bytes=bytes_, inodes=inodes),
+        diff_id=diff_id,
+    )
 
 
 def labels_of(text: str) -> dict[str, str]:

@@ -16,7 +16,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import EllipsisType, TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from cowfs._log import Part
 from cowfs.errors import FailedPrecondition, NotFound
@@ -94,7 +94,7 @@ class MountHandle:
     def __repr__(self) -> str:
         return f"<cowfs mount {self.mountpoint!r}, server {self.pid}>"
 
-    def __enter__(self) -> MountHandle:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

@@ -171,7 +171,7 @@ class RowFile(Chain):
         space = self.rows.view.space
         if space is None:
             return stop
-        blocks = space._ranges(self.node)
+        blocks = space.ranges_of(self.node)
         left = space.left() + blocks.credit
         if sum(b - a for a, b in blocks.missing(start // UNIT, units(stop))) > left:
             here = start
@@ -185,7 +185,7 @@ class RowFile(Chain):
                 here = ahead
             stop = here
         if start < stop:
-            space._count_new(blocks, start // UNIT, units(stop))
+            space.count_new(blocks, start // UNIT, units(stop))
         return stop
 
     def _open_log(self) -> Log | None:

@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from cowfs.driver import registry
 from cowfs.errors import CowfsError
@@ -21,7 +21,10 @@ from cowfs.service.containers.stats import WORK, storage
 from cowfs.service.logs import log
 
 if TYPE_CHECKING:
-    from cowfs.service.daemon import Service
+    from cowfs.service.containers.manager import Containers
+    from cowfs.service.images import Images
+    from cowfs.service.options import Options
+    from cowfs.store import Store
 
 __all__ = ["Board"]
 
@@ -36,13 +39,22 @@ PAGE = 200
 """Snapshots that are told at once."""
 
 
+class Shown(Protocol):
+    """The service, as far as the board shows it."""
+
+    store: Store
+    options: Options
+    containers: Containers
+    images: Images
+
+
 class Board:
     """The maker of figures; see the module.
 
     Threads: any; :meth:`_rounds` in its own.
     """
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Shown) -> None:
         self._service = service
         self._changed = threading.Condition()
         self._asked = 0.0  # guarded by _changed

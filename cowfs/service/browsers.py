@@ -22,8 +22,8 @@ from cowfs.service.errors import ApiError
 from cowfs.service.http import Exchange
 
 if TYPE_CHECKING:
-    from cowfs.service.daemon import Service
     from cowfs.service.options import Options
+    from cowfs.service.shared import Service
 
 __all__ = ["check"]
 

@@ -1,22 +1,18 @@
 """The daemon: it turns options into a store, doors and a table of routes, and handles signals.
 
-Strategy. :class:`Service` is the shared state of the handlers and has no thread. :func:`run` is the life of the process: one
+Strategy. :class:`~cowfs.service.shared.Service` is the shared state of the handlers and has no thread; :class:`Front` answers. :func:`run` is the life of the process: one
 instance for a store (a lock on a file in it), doors before the first line of the log says that they are open, the loop of
 the doors in a thread, signals in the main thread.
 """
 
 from __future__ import annotations
 
-import faulthandler
 import fcntl
 import os
 import secrets
-import shutil
 import signal
 import socket
-import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -41,25 +37,15 @@ from cowfs.service.api import (
     volumes,
 )
 from cowfs.service.api.routing import Route, Table
-from cowfs.service.board import Board
-from cowfs.service.containers import seccomp
-from cowfs.service.containers.limits import is_unified
-from cowfs.service.containers.manager import Containers
 from cowfs.service.doors import Door, Loop, open_door, open_doors
 from cowfs.service.errors import status_of
 from cowfs.service.http import Exchange, Reply, json_reply
-from cowfs.service.images import Images
 from cowfs.service.logs import exchange_id, log
 from cowfs.service.options import Options
-from cowfs.service.volumes import Volumes
+from cowfs.service.shared import FOLDER, Service, pairs
 from cowfs.store import Store
 
-__all__ = ["Service", "run"]
-
-FOLDER = "service"
-"""Folder of the store that belongs to the daemon."""
-
-_LIMITS = ("size", "inodes")
+__all__ = ["Front", "run"]
 
 
 def tables() -> Table:
@@ -80,35 +66,12 @@ def tables() -> Table:
     return Table(routes)
 
 
-class Service:
-    """The shared state of all exchanges.
+class Front:
+    """The answers to all exchanges, by the routes of all parts of the API."""
 
-    Attributes:
-        store: open. options: the present ones. debug: whether each exchange is logged.
-        default_limit: ``size`` and ``inodes`` of ``--storage-opt``, as text.
-        images, containers: the parts behind the routes.
-    """
-
-    def __init__(self, options: Options, store: Store, run_dir: str) -> None:
-        self.options = options
-        self.store = store
-        self.run_dir = run_dir
-        self.folder = os.path.join(store.root, FOLDER)
-        self.started = time.time()
-        self.debug = options.debug
-        self.default_limit = {key: value for key, value in _pairs(options.storage_opt) if key in _LIMITS}
-        self.requests: dict[tuple[str, int], int] = {}  # guarded by _lock: (method, status) -> how many
-        self.seconds = 0.0  # guarded by _lock: spent in handlers
-        self.containers = Containers(self)
-        self.volumes = Volumes(store, os.path.join(self.folder, "volumes"), self.containers.volume_users)
-        self.images = Images(store, self.containers.users)
-        self.board = Board(self)
-        self.table = tables()
-        self.loop: Loop | None = None
-        self._lock = threading.Lock()
-        self._runtime: tuple[str, str, str] | None = None
-
-    # -- exchanges --------------------------------------------------------------------------------
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._table = tables()
 
     def handle(self, exchange: Exchange) -> Reply:
         """Answer a request, with every error as an answer."""
@@ -116,8 +79,8 @@ class Service:
         began = time.monotonic()
         try:
             try:
-                browsers.check(service=self, exchange=exchange)
-                reply = self.table.dispatch(self, exchange)
+                browsers.check(self._service, exchange)
+                reply = self._table.dispatch(self._service, exchange)
             except CowfsError as error:
                 status = status_of(error)
                 reply = Reply(status=304, type="") if status == 304 else json_reply({"message": str(error)}, status)
@@ -133,73 +96,13 @@ class Service:
                     {"message": f"an internal error; the log tells more about exchange {exchange.id}"}, 500
                 )
             taken = time.monotonic() - began
-            with self._lock:
-                key = (exchange.method, reply.status)
-                self.requests[key] = self.requests.get(key, 0) + 1
-                self.seconds += taken
+            self._service.count(exchange.method, reply.status, taken)
             log.debug(
                 "%s %s -> %d in %.1f ms (%s)", exchange.method, exchange.path, reply.status, taken * 1e3, exchange.peer
             )
             return reply
         finally:
             exchange_id.reset(token)
-
-    # -- facts about the host ---------------------------------------------------------------------
-
-    def runtime_program(self) -> str:
-        """The OCI runtime: of the options, else runc, else crun; "" where there is none."""
-        if self.options.runtime != "auto":
-            return shutil.which(self.options.runtime) or ""
-        return shutil.which("runc") or shutil.which("crun") or ""
-
-    def runtime_version(self) -> tuple[str, str, str] | None:
-        """(name, version, program) of the OCI runtime; None where there is none."""
-        if self._runtime is None:
-            program = self.runtime_program()
-            if not program:
-                return None
-            done = subprocess.run([program, "--version"], capture_output=True, text=True, check=False, timeout=30)
-            words = done.stdout.split()
-            self._runtime = (os.path.basename(program), words[2] if len(words) > 2 else "", program)
-        return self._runtime
-
-    def security_options(self) -> list[str]:
-        """The names in Docker's info."""
-        found = ["name=seccomp,profile=builtin"] if seccomp.is_possible() else []
-        return found + (["name=cgroupns"] if is_unified() else [])
-
-    def warnings(self) -> list[str]:
-        """Warnings about this host and the options."""
-        found = []
-        if self.options.insecure and not self.options.tlsverify:
-            found.append("WARNING: a TCP door is open to anybody who can reach it (--insecure)")
-        if not self.runtime_program():
-            found.append("WARNING: no OCI runtime: containers cannot be started (install runc or crun)")
-        found.append("WARNING: no bridge network: a container has a loopback interface only, unless --network host")
-        return found
-
-    @staticmethod
-    def thread_count() -> int:
-        return threading.active_count()
-
-    def dump(self) -> str:
-        """Threads and state, for SIGUSR1."""
-        threads = threading.enumerate()
-        parts = [f"{len(threads)} threads, {self.loop.connections if self.loop else 0} connections"]
-        parts += [f"thread {thread.name}: {thread.ident or 0:#018x}" for thread in threads]
-        with tempfile.TemporaryFile() as file:
-            faulthandler.dump_traceback(file)
-            file.seek(0)
-            parts.append(file.read().decode(errors="replace"))
-        return "\n".join(parts)
-
-
-def _pairs(texts: tuple[str, ...]) -> Iterator[tuple[str, str]]:
-    for text in texts:
-        pairs = text.split(",") if text.partition("=")[0].strip() in _LIMITS else [text]  # size=10G,inodes=100k
-        for pair in pairs:
-            key, _, value = pair.partition("=")
-            yield key.strip(), value.strip()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -218,7 +121,7 @@ def open_store(options: Options) -> Store:
     from cowfs.model import parse_count, parse_size
 
     more: dict[str, Any] = {}
-    for key, value in _pairs(options.storage_opt):
+    for key, value in pairs(options.storage_opt):
         if key == "size":
             parse_size(value)
         elif key == "inodes":
@@ -333,6 +236,7 @@ def _containerd(service: Service) -> Iterator[None]:
         CowfsError: it cannot listen.
     """
     try:
+        from cowfs.service.containerd.annotations import Annotations
         from cowfs.service.containerd.server import SnapshotsServer
         from cowfs.service.containerd.snapshots import Snapshots
     except ImportError as error:
@@ -340,7 +244,9 @@ def _containerd(service: Service) -> Iterator[None]:
             f"--containerd needs the packages grpcio and protobuf: {error}",
             remedy="pip install 'cowfs-storage[containerd]'",
         ) from None
-    snapshots = Snapshots(service.store, os.path.join(service.run_dir, "held"), service.default_limit)
+    address = service.options.containerd_address
+    annotations = Annotations(address) if address else None
+    snapshots = Snapshots(service.store, os.path.join(service.run_dir, "held"), service.default_limit, annotations)
     try:
         server = SnapshotsServer(snapshots, service.options.containerd)
         server.start()
@@ -356,7 +262,8 @@ def _containerd(service: Service) -> Iterator[None]:
 def _serve(service: Service, doors: list[Door], reread: Callable[[], Options]) -> int:
     options = service.options
     signals = _catch_signals()
-    loop = service.loop = Loop(doors, service.handle, _new_id, options.max_connections)
+    loop = Loop(doors, Front(service).handle, _new_id, options.max_connections)
+    service.open_to(loop)
     if options.pidfile:
         with open(options.pidfile, "w", encoding="ascii") as file:
             file.write(f"{os.getpid()}\n")
@@ -403,7 +310,7 @@ def _signal(service: Service, number: int, reread: Callable[[], Options]) -> boo
     elif number == signal.SIGUSR1:
         log.warning("SIGUSR1:\n%s", service.dump())
     elif number == signal.SIGUSR2:
-        service.debug = not service.debug
+        service.set_debug(on=not service.debug)
         _set_up_log(service)
         log.warning("debug mode %s", "on" if service.debug else "off")
     else:
@@ -419,11 +326,11 @@ def _set_up_log(service: Service) -> None:
 def _reload(service: Service, reread: Callable[[], Options]) -> None:
     systemd.notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
     try:
-        service.options, fixed = service.options.changed_live(reread())
+        options, fixed = service.options.changed_live(reread())
     except CowfsError as error:
         log.error("not reloaded: %s", error)
     else:
-        service.debug = service.options.debug
+        service.reconfigure(options)
         _set_up_log(service)
         log.info("reloaded")
         for name in fixed:

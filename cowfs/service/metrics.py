@@ -14,7 +14,7 @@ from cowfs.service.containers import cgroups
 from cowfs.service.containers.stats import storage
 
 if TYPE_CHECKING:
-    from cowfs.service.daemon import Service
+    from cowfs.service.shared import Service
 
 __all__ = ["exposition"]
 

@@ -71,6 +71,12 @@ class Options:
         "be a snapshotter of containerd at unix:///PATH (needs cowfs-storage[containerd]); without -H there is no other door",
         metavar="DOOR",
     )
+    containerd_address: str = _option(
+        "",
+        "containerd's own socket, unix:///PATH: ask there for the annotations of containers, which may have a limit"
+        " (cowfs.io/max-size, cowfs.io/max-inodes)",
+        metavar="DOOR",
+    )
     docker_plugin: str = _option(
         "",
         f"be a graph driver plugin of dockerd 20.10 to 27 at unix:///PATH (default: {PLUGIN}); without -H there is no other door",

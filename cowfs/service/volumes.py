@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cowfs.errors import CowfsError, FailedPrecondition, NotFound
-from cowfs.service.containers.creating import OWNER
+from cowfs.service.containers.container import OWNER, Container
 from cowfs.service.errors import ApiError, not_offered
 from cowfs.service.images import rfc3339
 from cowfs.service.logs import log
@@ -35,7 +35,6 @@ from cowfs.sys.atomic import write_file
 from cowfs.sys.files import open_in_root
 
 if TYPE_CHECKING:
-    from cowfs.service.containers.container import Container
     from cowfs.store import Store
 
 __all__ = ["ANONYMOUS", "Volume", "Volumes"]

@@ -47,6 +47,7 @@ class Context:
         self.reserve = Reserve(root)
         self.why = why
         self._driver, self._closed = driver, False
+        self._ids = host.id_maps()
 
     @property
     def driver(self) -> Driver:
@@ -54,6 +55,10 @@ class Context:
         if self._closed:
             raise FailedPrecondition(f"the store {self.root} is closed", remedy="open it again")
         return self._driver
+
+    def knows_owners(self) -> bool:
+        """Whether the owners that the index has are those that this process sees: it is in the user namespace where the store was opened."""
+        return host.id_maps() == self._ids
 
     def freeing(self, delete: Callable[[], _T]) -> _T:
         """Call ``delete``, perhaps twice, which frees room, also on a file system without a free byte."""

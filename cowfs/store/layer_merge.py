@@ -234,7 +234,7 @@ class _Writer:
             if error.errno not in (errno.EMLINK, errno.EPERM):
                 raise
             return self._copy(there, parent, name)
-        return create._adopt(self.into, parent, up, name)
+        return create.adopt(self.into, parent, up, name)
 
     def _copy(self, there: Node, parent: Dir, name: bytes) -> Node:
         meta = stored.read_meta(self.source, there)

@@ -211,7 +211,7 @@ class Mounting:
             inodes=None if readonly else row.limit.inodes,
             options=tuple(word for word in words if word not in ("ro", "rw")),
             row=plan.row,
-            factory=INDEXED,
+            factory=INDEXED if self.context.knows_owners() else "",
             label=key,
             checked=True,
             foreground=foreground,

@@ -167,7 +167,7 @@ def run_in(
     """
     if mount_type not in MOUNT_TYPES:
         raise InvalidArgument(f"no mount type {mount_type!r}", remedy="kernel or fuse")
-    as_user = not host.has_cap(host.CAP_SYS_ADMIN)
+    as_user = not (host.has_cap(host.CAP_SYS_ADMIN) and host.init_userns())
     row = store.resolve(key)
     by_kernel = mount_type == "kernel" or (mount_type is None and as_user and not row.limit)
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
-from typing import TypeVar
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import TypeVar
+
+    _T = TypeVar("_T")
 
 CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_FOWNER, CAP_FSETID = 0, 1, 2, 3, 4
 CAP_SYS_ADMIN, CAP_SYS_RESOURCE, CAP_MKNOD, CAP_SETFCAP = 21, 24, 27, 31
 
 
-_T = TypeVar("_T")
 _REMEMBERED: list[Callable[[], None]] = []
 
 
@@ -49,6 +53,18 @@ def init_userns() -> bool:
             return file.read().split() == ["0", "0", "4294967295"]
     except OSError:
         return True
+
+
+def id_maps() -> tuple[str, str]:
+    """The maps of this process's user namespace, as the kernel writes them; "" where /proc is out of sight."""
+    found = []
+    for name in ("uid_map", "gid_map"):
+        try:
+            with open(f"/proc/self/{name}", encoding="ascii") as file:
+                found.append(file.read())
+        except OSError:
+            found.append("")
+    return found[0], found[1]
 
 
 def outer_uid() -> int:

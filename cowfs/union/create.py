@@ -116,7 +116,7 @@ def _added(view: Core, parent: Dir, up: Source, name: bytes) -> None:
             view.space.unhid((name,))
 
 
-def _adopt(view: Core, parent: Dir, up: Source, name: bytes, st: os.stat_result | None = None) -> Node:
+def adopt(view: Core, parent: Dir, up: Source, name: bytes, st: os.stat_result | None = None) -> Node:
     """The node of an object just made."""
     if st is None:
         st = os.stat(name, dir_fd=up.open(), follow_symlinks=False)
@@ -195,7 +195,7 @@ def mknod(view: Core, parent: Dir, name: bytes, mode: int, rdev: int, uid: int, 
             os.unlink(name, dir_fd=up.open())
             raise
     _counted(view, up, name, 0)
-    node = _adopt(view, parent, up, name, st)
+    node = adopt(view, parent, up, name, st)
     if fd >= 0:
         node.fd, node.wfd, node.bare = fd, True, 1
         opened = view.open_files
@@ -278,7 +278,7 @@ def mkdir(view: Core, parent: Dir, name: bytes, mode: int, uid: int, gid: int, u
             os.rmdir(name, dir_fd=fd)
             raise
     _counted(view, up, name, 1, directory=True)
-    made = _adopt(view, parent, up, name)
+    made = adopt(view, parent, up, name)
     assert isinstance(made, Dir)
     return made
 
@@ -306,7 +306,7 @@ def symlink(view: Core, parent: Dir, name: bytes, to: bytes, uid: int, gid: int)
             os.unlink(name, dir_fd=fd)
             raise
     _counted(view, up, name, cost)
-    return _adopt(view, parent, up, name)
+    return adopt(view, parent, up, name)
 
 
 def tmpfile(view: Core, parent: Dir, mode: int, uid: int, gid: int, umask: int = 0) -> Node:
@@ -541,6 +541,7 @@ def remove_dir(view: Core, node: Dir, own: Source) -> None:
 __all__ = [
     "DT_DIR",
     "DT_LNK",
+    "adopt",
     "link",
     "lstat",
     "mkdir",

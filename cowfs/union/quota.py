@@ -401,7 +401,8 @@ class Space(Bound):
             node.space = blocks_of(fd, st.st_size, prealloc, self.fs)
         return node.space  # type: ignore[no-any-return]
 
-    def _ranges(self, node: Node) -> Blocks:
+    def ranges_of(self, node: Node) -> Blocks:
+        """The blocks that a file holds, counted when they are first asked for."""
         space = self.count(node)
         if isinstance(space, int):
             space = node.space = Blocks([(0, space)])
@@ -430,7 +431,7 @@ class Space(Bound):
                 node.space = space + new
                 self.units += new
                 return length
-            space = self._ranges(node)
+            space = self.ranges_of(node)
         left = self.left() + space.credit
         for start, end in space.missing(first, last):
             if end - start > left:
@@ -440,10 +441,11 @@ class Space(Bound):
                     raise self._full()
                 break
             left -= end - start
-        self._count_new(space, first, last)
+        self.count_new(space, first, last)
         return length
 
-    def _count_new(self, space: Blocks, first: int, last: int) -> None:
+    def count_new(self, space: Blocks, first: int, last: int) -> None:
+        """Count the blocks from ``first`` up to ``last`` that a file does not hold yet; credit is used up first."""
         new = space.add(first, last)
         paid = min(space.credit, new)
         space.credit -= paid
@@ -466,12 +468,12 @@ class Space(Bound):
             space = node.space
             return size if space.__class__ is Blocks and space.reserved else -1
         if self.fs == "btrfs" and size % UNIT:
-            space = self._ranges(node)
+            space = self.ranges_of(node)
             if space.missing(size // UNIT, size // UNIT + 1):
                 self.need(1)
                 # taken now, so that it exists and counts in any case
                 files.fallocate(fd, files.FALLOC_FL_KEEP_SIZE, size // UNIT * UNIT, UNIT)
-                self._count_new(space, size // UNIT, size // UNIT + 1)
+                self.count_new(space, size // UNIT, size // UNIT + 1)
         return size
 
     def stretched(self, node: Node, fd: int, size: int, start: int) -> None:
@@ -481,7 +483,7 @@ class Space(Bound):
         """
         if self.fs != "xfs":
             return
-        space = self._ranges(node)
+        space = self.ranges_of(node)
         holes = space.missing(units(size), start // UNIT)
         if space.reserved:
             holes += space.missing(units(os.fstat(fd).st_size), _END)
@@ -494,22 +496,22 @@ class Space(Bound):
 
     def allocate(self, node: Node, offset: int, length: int) -> None:
         """Count an fallocate of [offset, offset+length). Raises ENOSPC when it does not fit."""
-        space = self._ranges(node)
+        space = self.ranges_of(node)
         first, last = offset // UNIT, units(offset + length)
         new = sum(end - start for start, end in space.missing(first, last))
         if new - space.credit > self.left():
             raise self._full()
-        self._count_new(space, first, last)
+        self.count_new(space, first, last)
 
     def reserved(self, node: Node, fd: int) -> None:
         """Record that room behind a file's end was requested."""
-        self._ranges(node).reserved = True
+        self.ranges_of(node).reserved = True
         self.stretched(node, fd, 0, 0)
 
     def punch(self, node: Node, offset: int, length: int, size: int) -> None:
         """Count a hole: whole units inside it are free again."""
         first, end = units(offset), offset + length
-        space = self._ranges(node)
+        space = self.ranges_of(node)
         if space.credit or (end >= size and space.ends[-1:] > [size // UNIT]):
             self.recount(node)  # hosts differ about the unit with the file's end, and about room reserved past it
             return
@@ -528,7 +530,7 @@ class Space(Bound):
                 self.units += whole - space
                 node.space = whole
             elif whole > space:
-                self._ranges(node)
+                self.ranges_of(node)
         else:
             self.units -= space.remove(whole, 1 << 62) + space.credit
             space.credit = 0

@@ -103,7 +103,7 @@ def test_a_time_that_is_no_number_is_refused(text: bytes) -> None:
     ],
 )
 def test_numbers(field: bytes, value: int) -> None:
-    assert header._number(field, "field") == value
+    assert header.number(field, "field") == value
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_numbers(field: bytes, value: int) -> None:
 )
 def test_a_field_that_is_no_number_is_refused(field: bytes) -> None:
     with pytest.raises(InvalidArgument):
-        header._number(field, "field")
+        header.number(field, "field")
 
 
 @given(st.integers(0, 511), st.integers(1, 255))

@@ -21,7 +21,7 @@ from cowfs.cli.progress import Bars
 from cowfs.store import Store
 
 Cowfs = Callable[..., "subprocess.CompletedProcess[str]"]
-NO_OBJECTS = {"send", "sh", "cat", "serve", "completion", "bench", "run"}
+NO_OBJECTS = {"podman", "send", "sh", "cat", "serve", "completion", "bench", "run", "unshare"}
 """Verbs whose output is somebody else's: a command's, a file's, a script, a log."""
 
 

@@ -15,6 +15,8 @@ from cowfs.cli.output import Tree, shown
 from cowfs.model import Change
 from cowfs.mounting.request import find_layers
 
+SHAPES = completion.shapes({name: verb.summary for name, verb in VERBS.items()}, parser_of)
+
 
 @given(st.binary())
 def test_names_cannot_harm_a_terminal(name: bytes) -> None:
@@ -57,7 +59,7 @@ def test_help_of_a_verb_by_the_word_help() -> None:
 
 def test_every_option_is_completed() -> None:
     """Each script names each verb and each of its options."""
-    scripts = {shell: make() for shell, make in completion.SHELLS.items()}
+    scripts = {shell: make(SHAPES) for shell, make in completion.SHELLS.items()}
     for name in VERBS:
         for action in parser_of(name)._actions:
             for option in action.option_strings:
@@ -74,7 +76,7 @@ def test_script_is_valid(shell: str, tmp_path: Path) -> None:
     if program is None:
         pytest.skip(f"{shell} is not installed")
     script = tmp_path / "script"
-    script.write_text(completion.SHELLS[shell]())
+    script.write_text(completion.SHELLS[shell](SHAPES))
     subprocess.run([program, "-n" if shell != "fish" else "--no-execute", script], check=True)
 
 
@@ -91,7 +93,7 @@ def test_bash_completes(words: list[str], expected: set[str]) -> None:
     line = " ".join(f"'{word}'" for word in words)
     script = f"""
 compopt() {{ :; }}
-{completion.bash()}
+{completion.bash(SHAPES)}
 COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}
 _cowfs; printf '%s\\n' "${{COMPREPLY[@]}}"
 """
@@ -106,9 +108,7 @@ def test_bash_completes_mount_points(cowfs: Run, stack: Path, mnt: Path, tmp_pat
     (tmp_path / "cowfs").write_text(f'#!/bin/sh\nexec {sys.executable} -m cowfs "$@"\n')
     (tmp_path / "cowfs").chmod(0o755)
     cowfs("mount", stack, mnt, "--read-only")
-    script = (
-        f'{completion.bash()}\nCOMP_WORDS=(cowfs umount ""); COMP_CWORD=2\n_cowfs; printf "%s\\n" "${{COMPREPLY[@]}}"'
-    )
+    script = f'{completion.bash(SHAPES)}\nCOMP_WORDS=(cowfs umount ""); COMP_CWORD=2\n_cowfs; printf "%s\\n" "${{COMPREPLY[@]}}"'
     environ = environment()
     environ["PATH"] = f"{tmp_path}:{environ['PATH']}"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True, env=environ, cwd=tmp_path)

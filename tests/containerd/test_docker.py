@@ -1,9 +1,6 @@
 """Current dockerd (29), which keeps images and containers in containerd, on the snapshotter.
 
-It is in no distribution yet; where ``COWFS_CONTAINERD_BIN`` (test_real.py) has it, it is tested. Built so (some minutes):
-
-    go install -tags "no_btrfs exclude_graphdriver_btrfs" github.com/moby/moby/v2/cmd/dockerd@latest
-    go install github.com/opencontainers/runc@latest
+It is in no distribution yet; where ``COWFS_CONTAINERD_BIN`` (test_real.py) has it, it is tested, with a runc of 1.2 or later. ``.ci/engines`` builds both.
 """
 
 from __future__ import annotations

@@ -1,9 +1,6 @@
 """Real containerd on the snapshotter: images, containers, limits, kills; nothing is left, and the store is whole.
 
-Debian's 1.6, or what ``COWFS_CONTAINERD_BIN`` has; 2.x is built so (some minutes; ``go`` must be there):
-
-    export GOBIN=/tmp/containerd2
-    go install -tags "no_btrfs no_cri" github.com/containerd/containerd/v2/cmd/{containerd,ctr,containerd-shim-runc-v2}@v2.4.2
+Debian's 1.6, or what is in the directory ``COWFS_CONTAINERD_BIN``; ``.ci/engines`` builds 2.x.
 """
 
 from __future__ import annotations
@@ -14,13 +11,25 @@ import random
 import signal
 import subprocess
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from support import registry
 from support.archives import directory, member, tar
-from support.containerd import IMAGE, LIMIT, Containerd, collect, environment, image_of_busybox, lasting, nothing_left
+from support.containerd import (
+    IMAGE,
+    LIMIT,
+    Containerd,
+    Snapshotter,
+    collect,
+    environment,
+    image_of_busybox,
+    lasting,
+    needs_containerd,
+    nothing_left,
+)
 from support.daemon import wait_for
 
 pytestmark = pytest.mark.skipif(not os.path.exists("/dev/fuse") or os.geteuid() != 0, reason="needs /dev/fuse and root")
@@ -153,6 +162,35 @@ def test_namespaces_are_apart(engine: Containerd, tmp_path: Path) -> None:
     nothing_left(engine, 0)
 
 
+@pytest.mark.parametrize("default", [[], ["--storage-opt", "size=1M"]])
+def test_a_limit_by_annotation(
+    make_snapshotter: Callable[..., Snapshotter], scratch: Path, tmp_path: Path, default: list[str]
+) -> None:
+    """As Kubernetes has it: containerd's record of the container has the annotation, the snapshot has no label."""
+    needs_containerd()
+    base = scratch / "annotated"
+    address = f"--containerd-address=unix://{base}/c.sock"
+    engine = Containerd(base, make_snapshotter("-s", "overlay", address, *default).start()).start()
+    try:
+        (tmp_path / "image.tar").write_bytes(image_of_busybox())
+        engine.ctr("image", "import", "--snapshotter", "cowfs", tmp_path / "image.tar")
+        options = ["--annotation", "cowfs.io/max-size=2M", "--annotation", "cowfs.io/max-inodes=50"]
+        words = "df -k / | tail -1; dd if=/dev/zero of=/f bs=64k; rm /f; for i in $(seq 60); do touch /data/$i || exit 7; done"
+        done = engine.run("one", "sh", "-c", words, options=options, check=False)
+        assert done.stdout.split()[1] == "2048"
+        assert done.stderr.count("No space left on device") == 2
+        assert done.returncode == 7
+        free = engine.run("two", "sh", "-c", "grep ' / ' /proc/mounts").stdout.split()[2]
+        assert free == ("fuse.cowfs" if default else "overlay"), "another container has none, or the default"
+        bad = engine.run("three", "true", options=["--annotation", "cowfs.io/max-size=much"], check=False)
+        assert bad.returncode != 0
+        assert "not a size: 'much'" in bad.stderr
+        engine.ctr("containers", "rm", "three", check=False)
+        nothing_left(engine, 1)
+    finally:
+        engine.clean_up()
+
+
 def test_layers_are_pulled_and_unpacked_at_once(engine: Containerd, tmp_path: Path) -> None:
     """containerd 2.2 and later unpacks layers apart from each other and puts them upon each other at commit."""
     process, address = registry.start(tmp_path, "registry")
@@ -166,7 +204,7 @@ def test_layers_are_pulled_and_unpacked_at_once(engine: Containerd, tmp_path: Pa
     finally:
         process.terminate()
         process.wait()
-    if engine.has_capabilities():
+    if engine.version() >= (2, 4):
         assert " is put upon default/" in engine.snapshotter.log
     words = ["run", "--rm", "--snapshotter", "cowfs", name, "one", "sh", "-c", "ls /data; cat /data/second"]
     assert engine.ctr(*words).stdout == "second\nof the second layer\n"

@@ -17,7 +17,7 @@ from support import users
 from support.command import run_module
 from support.hostfs import HostFs
 
-from cowfs.errors import CowfsError, FailedPrecondition
+from cowfs.errors import CowfsError, FailedPrecondition, Unsupported
 from cowfs.model import Kind
 from cowfs.store import Store
 from cowfs.sys import blockfs, files, loop
@@ -346,6 +346,53 @@ def test_a_size_beyond_the_file_system_makes_it_larger(place: Path, mnt: Path) -
             (mnt / "big").write_bytes(b"b" * 150 * MIB)
         store.commit("a", "A")
         assert store.check(content=True).problems == []
+
+
+@on_tmpfs
+def test_a_frozen_file_system_is_thawed_when_its_snapshot_is_killed(store: Store, mnt: Path) -> None:
+    """By a process of its own, so no program waits for the next verb."""
+    store.prepare("a")
+    with store.mount("a", mnt, mount_type="kernel"):
+        pid = os.fork()
+        if pid == 0:
+            from cowfs_drivers.block_device import Served
+
+            Served.switch = lambda self, upper, work: os.kill(os.getpid(), signal.SIGKILL)
+            try:
+                with Store.open(store.root, fsync=False) as child:
+                    child.snapshot("a", "never")
+            finally:
+                os._exit(1)
+        os.waitpid(pid, 0)
+        with subprocess.Popen(["sh", "-c", "echo 1 > file"], cwd=mnt) as writer:
+            assert writer.wait(timeout=50) == 0
+    store.remove("a")
+    assert nothing_attached(store)
+
+
+@on_tmpfs
+def test_a_limit_that_the_server_holds_makes_the_file_system_larger(place: Path, mnt: Path) -> None:
+    with Store.open(place / "store", driver="block", fsync=False, size="64m") as store:
+        store.prepare("a", size="150m", inodes=1000)
+        with store.mount("a", mnt):
+            (mnt / "big").write_bytes(b"b" * 140 * MIB)
+        store.commit("a", "A")
+        assert store.check(content=True).problems == []
+
+
+@on_tmpfs
+def test_an_xfs_of_a_store_that_goes_on_with_ext4_holds_no_limit(place: Path) -> None:
+    if not shutil.which("mkfs.xfs", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"):
+        pytest.skip("mkfs.xfs is not installed")
+    with Store.open(place / "store", driver="block", fsync=False, filesystem="xfs", size="400m") as store:
+        store.prepare("a")
+        store.commit("a", "A")
+    with Store.open(place / "store", fsync=False, filesystem="ext4") as store:
+        store.prepare("b", "A", size="20m")
+        with pytest.raises(Unsupported, match="images of xfs hold no limit"):
+            store.mounts("b", mount_type="kernel")
+        store.prepare("c", size="20m")
+        assert store.mounts("c", mount_type="kernel")[0].type == "bind"
 
 
 @on_tmpfs

@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from support import hostfs
 
 from cowfs.mounting import protocol
 from cowfs.store import Store
@@ -159,3 +160,144 @@ def test_synced_files_survive_and_snapshots_stay(space: Path, can_mount: None, f
             store.export_disk("last", file)
         checker = ["e2fsck", "-fn"] if filesystem == "ext4" else ["xfs_repair", "-n"]
         subprocess.run([*checker, space / "disk"], check=True, capture_output=True)
+
+
+VERBS = ["prepare", "commit", "snapshot", "mounted snapshot", "remove", "mount", "export", "apply"]
+
+
+def carry_out(store: Store, verb: str, mnt: Path) -> None:
+    match verb:
+        case "prepare":
+            store.prepare("new", "base")
+        case "commit":
+            store.commit("work", "done")
+        case "snapshot" | "mounted snapshot":
+            store.snapshot("work", "taken")
+        case "remove":
+            store.remove("work")
+        case "mount":
+            store.mount("work", mnt / "other", mount_type="kernel")
+        case "export":
+            with (mnt.parent / "disk").open("wb") as file:
+                store.export_disk("base", file)
+        case "apply":
+            list(store.diff("work"))
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_verb_killed_at_any_moment_loses_nothing(space: Path, can_mount: None, verb: str) -> None:
+    """Wherever the kill comes, the store is whole, the key holds all that it held, and nothing is left over."""
+    mnt = space / "mnt"
+    (mnt / "other").mkdir(parents=True)
+    rng = random.Random(verb)
+    with Store.open(space / "store", driver="block", fsync=False, size="64m") as store:
+        store.prepare("k")
+        with store.mount("k", mnt, mount_type="kernel"):
+            (mnt / "old").write_bytes(b"old" * 1000)
+            (mnt / "other").mkdir()
+        store.commit("k", "base")
+        whole = 0.6
+        for number in range(8):
+            store.prepare("work", "base")
+            made = store.mount("work", mnt, mount_type="kernel")
+            (mnt / "own").write_bytes(b"own" * 1000)
+            if verb != "mounted snapshot":
+                made.unmount()
+            begun = time.monotonic()
+            pid = os.fork()
+            if pid == 0:
+                try:
+                    with Store.open(store.root, fsync=False) as child:
+                        carry_out(child, verb, mnt)
+                finally:
+                    os._exit(0)
+            time.sleep(rng.random() * whole)
+            os.kill(pid, signal.SIGKILL)
+            if os.waitpid(pid, 0)[1] == 0:  # it was faster
+                whole = min(whole, time.monotonic() - begun)
+            if verb == "mounted snapshot":
+                store.usage("work")  # thaws it
+                (mnt / "after").write_text("goes on")
+                made.unmount()
+            with suppress(OSError):
+                subprocess.run(["umount", "-q", mnt / "other"], check=False, capture_output=True)
+            with Store.open(store.root, fsync=False) as again:
+                assert again.check().damage == []
+                for name in ("work", "done", "taken"):
+                    if not again.exists(name) or (name == "work" and again.exists("taken") and verb == "snapshot"):
+                        continue
+                    key = name
+                    if name != "work":
+                        key = f"look-{name}"
+                        again.view(key, name)
+                    with again.mount(key, mnt, mount_type="kernel"):
+                        assert (mnt / "own").read_bytes() == b"own" * 1000
+                        assert (mnt / "old").read_bytes() == b"old" * 1000
+                    if name != "work":
+                        again.remove(key)
+                for name in ("work", "new", "done", "taken"):
+                    if again.exists(name):
+                        again.remove(name)
+                again.gc()
+                assert again.check(content=True).problems == []
+                pool = set(os.listdir(f"{again.root}/block"))
+            assert len([name for name in pool if not name.startswith(("base-", "turn"))]) == 1, (number, pool)
+
+
+def test_the_first_layer_killed_at_any_moment_is_made_again(space: Path, can_mount: None) -> None:
+    """It makes the empty file system that all stand on; nothing of a killed attempt stays mounted."""
+    rng = random.Random(5)
+    (space / "mnt").mkdir()
+    for number in range(10):
+        root = space / f"store-{number}"
+        Store.open(root, driver="block", fsync=False, size="64m").close()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                with Store.open(root, fsync=False) as child:
+                    child.prepare("a")
+            finally:
+                os._exit(0)
+        time.sleep(rng.random() * 0.25)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        with Store.open(root, fsync=False) as store:
+            store.gc()
+            if store.exists("a"):
+                store.remove("a")
+            store.prepare("a")
+            with store.mount("a", space / "mnt"):
+                (space / "mnt" / "file").write_text("x")
+            store.commit("a", "A")
+            assert store.check(content=True).problems == []
+            left = [name for name in os.listdir(root / "block") if name.startswith(("new-", "rm-"))]
+            assert left == []
+    assert f" {space}/" not in Path("/proc/self/mounts").read_text()
+
+
+def test_a_write_without_room_waits_for_it(tmp_path: Path, can_mount: None) -> None:
+    """A program loses nothing because the host was full for a while."""
+    place = hostfs.make_tmpfs(tmp_path, size="40m")
+    (place / "mnt").mkdir()
+    data = os.urandom(12 << 20)
+    with Store.open(place / "store", driver="block", fsync=False, size="64m") as store:
+        store.prepare("a")
+        with store.mount("a", place / "mnt", mount_type="kernel"):
+            host = os.statvfs(place)
+            (place / "ballast").write_bytes(bytes(host.f_bavail * host.f_frsize - (4 << 20)))
+            with subprocess.Popen(
+                ["python3", "-c", "import os, sys; d = sys.stdin.buffer.read(); f = open('f', 'wb', 0)\n"
+                 "while d: d = d[f.write(d):]\nos.fsync(f.fileno())"],
+                cwd=place / "mnt", stdin=subprocess.PIPE,
+            ) as writer:  # fmt: skip
+                assert writer.stdin is not None
+                writer.stdin.write(data)
+                writer.stdin.close()
+                with pytest.raises(subprocess.TimeoutExpired):
+                    writer.wait(timeout=2)
+                (place / "ballast").unlink()
+                assert writer.wait(timeout=50) == 0
+            Path("/proc/sys/vm/drop_caches").write_text("3\n")
+            assert (place / "mnt" / "f").read_bytes() == data
+        store.commit("a", "A")
+        assert store.check(content=True).problems == []

@@ -373,3 +373,11 @@ def lives(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+@pytest.mark.parametrize("options", [["--mount-type", "fuse"], ["--size", "8M"], ["--mount-type", "kernel"]])
+def test_files_of_the_parent_are_the_users_own(runner: Runner, options: list[str]) -> None:
+    """With each type of mount they are root's inside, and can be changed, also where that is another number outside."""
+    script = "stat -c %u:%g / /tmp /etc/inside; echo x > /tmp/x && echo y >> /etc/inside && busybox rm /bin/true && cat /etc/inside"
+    done = runner.cowfs("run", "--rm", *options, "box", "/bin/busybox", "sh", "-c", f"PATH=/bin; {script}")
+    assert done.stdout.split() == ["0:0", "0:0", "0:0", "inside", "y"], done

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import random
 import resource
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -134,6 +136,59 @@ def test_a_killed_service_disturbs_no_mount(tree: Path, service: Service) -> Non
     subprocess.run(["umount", other], check=True)
     subprocess.run(["umount", tree / "mnt"], check=True)
     assert (tree / "up/after").read_text() == "x"
+
+
+def waiting(pid: int) -> list[int]:
+    """Children of a service that wait for a connection."""
+    found = [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return [child for child in found if not Path(f"/proc/{child}/cmdline").read_bytes().startswith(b"cowfs server")]
+
+
+def test_a_killed_service_leaves_no_process_but_servers(tree: Path, service: Service) -> None:
+    assert command(*options(tree)).returncode == 0
+    server, idle = server_of(tree), waiting(service.process.pid)
+    assert idle
+    service.end()
+    end = time.monotonic() + 30
+    while any(os.path.exists(f"/proc/{pid}") for pid in idle):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    assert os.path.exists(f"/proc/{server}")
+
+
+@both
+def test_kills_at_any_moment_cost_no_mount(tree: Path, service: Service) -> None:
+    """Of the service, or of the children that wait or are about to mount, while commands mount."""
+    chance, stop = random.Random(20261128), threading.Event()
+    services = [service]
+
+    def kill() -> None:
+        while not stop.wait(chance.uniform(0.02, 0.4)):
+            current = services[-1]
+            if chance.random() < 0.4:
+                current.end()
+                services.append(Service())
+                continue
+            try:
+                os.kill(chance.choice(waiting(current.process.pid)), signal.SIGKILL)
+            except (OSError, IndexError):
+                pass
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        for number in range(15):
+            done = command(*options(tree))
+            assert (done.returncode, done.stderr) == (0, "")
+            (tree / f"mnt/{number}").write_text("kept")
+            subprocess.run(["umount", tree / "mnt"], check=True)
+    finally:
+        stop.set()
+        killer.join()
+        for each in services:
+            each.end()
+    assert {path.read_text() for path in (tree / "up").iterdir()} == {"kept"}
+    assert len(list((tree / "up").iterdir())) == 15
 
 
 def hello(nonce: bytes = b"0123456789abcdef", code: str | None = None) -> bytes:

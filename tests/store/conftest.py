@@ -12,6 +12,7 @@ from cowfs.model import Kind
 from cowfs.row.view import View
 from cowfs.store import Store
 from cowfs.union import Options
+from cowfs.union.node import Dir, Node
 
 
 @pytest.fixture(params=["overlay", "vfs"])
@@ -63,8 +64,9 @@ def overwrite(store: Store, key: str, path: str, offset: int, data: bytes) -> No
         return
     view = view_of(store, key)
     try:
-        node = view.root
+        node: Node = view.root
         for name in path.encode().split(b"/"):
+            assert isinstance(node, Dir)
             node = view.lookup(node, name)
         view.write(node, offset, data)
     finally:
@@ -80,8 +82,9 @@ def content(store: Store, name: str, path: str) -> bytes:
         store.view(key, name)
     view = view_of(store, key)
     try:
-        node = view.root
+        node: Node = view.root
         for part in path.encode().split(b"/"):
+            assert isinstance(node, Dir)
             node = view.lookup(node, part)
         found = bytearray(view.size(node))
         assert view.pread(node, 0, memoryview(found)) == len(found)

@@ -105,8 +105,8 @@ def test_an_archive_is_unpacked_as_it_is(tmp_path: Path) -> None:
         store.prepare("key")
         with store.paths("key") as paths:
             paths.mkdir(b"a")
-            for name in (b"a/old", b"gone", b"both", b"kept"):
-                paths.write_bytes(name, b"old")
+            for inner in (b"a/old", b"gone", b"both", b"kept"):
+                paths.write_bytes(inner, b"old")
         store.commit("key", "base")
         store.prepare("key", "base")
         made.seek(0)

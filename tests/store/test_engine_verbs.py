@@ -483,9 +483,9 @@ def test_a_directory_tells_its_snapshot(store: Store, space: Path) -> None:
         assert store.at(path).name == "k"
     with store.mount("k", space / "mnt"):
         assert store.at(space / "mnt").name == "k"
-    for path in (space, space / "mnt", store.root, f"{store.root}/layers", f"{store.root}/layers/nobody"):
+    for other in (space, space / "mnt", store.root, f"{store.root}/layers", f"{store.root}/layers/nobody"):
         with pytest.raises(NotFound):
-            store.at(path)
+            store.at(other)
 
 
 def test_a_taken_name_is_refused_before_the_mount_is_touched(store: Store, space: Path) -> None:

@@ -17,6 +17,7 @@ from cowfs.store.staging import SQUASH, spared
 from cowfs.store.switching import read_switch
 from cowfs.sys import files, xattr
 from cowfs.union import Options, absorb
+from cowfs.union.node import Dir
 from cowfs.union.paths import Paths
 
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="the trusted form needs root")
@@ -72,7 +73,9 @@ def test_a_layer_is_not_given_up_while_a_part_of_the_upper_one_cannot_be_read(
     (space / "middle" / "dir").mkdir()
     (space / "middle" / "dir" / "f").write_bytes(b"data of the middle")
     view = View([str(space / "bottom"), str(space / "middle")], str(space / "upper"), str(space / "work"))
-    node = view.lookup(view.lookup(view.root, b"dir"), b"f")
+    directory = view.lookup(view.root, b"dir")
+    assert isinstance(directory, Dir)
+    node = view.lookup(directory, b"f")
     view.setattr(node, mode=0o600)
     real = files.open_beneath
     upper = view.layers[-1].root.open()

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ from cowfs import Event, Store
 from cowfs.index import events as log
 
 
-def told(store: Store, **options: int) -> list[tuple[str, str, str]]:
+def told(store: Store, **options: Any) -> list[tuple[str, str, str]]:
     return [(event.type, event.action, event.actor) for event in store.events(**options)]
 
 

@@ -11,6 +11,7 @@ import tarfile
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import IO, Any
 
 import pytest
 from support.trees import assert_same, snapshot
@@ -67,7 +68,8 @@ NAMES = [
 
 def random_tree(top: Path, rng: random.Random, count: int = 60) -> None:
     """Directories, files with and without holes, links of both kinds, FIFOs, modes, times and attributes."""
-    directories, files = [top], []
+    directories: list[Path] = [top]
+    files: list[Path] = []
     for number in range(count):
         where = rng.choice(directories) / (rng.choice(NAMES) if rng.random() < 0.4 else f"n{number}")
         if os.path.lexists(where) or len(os.fsencode(where)) > 3500:
@@ -158,7 +160,7 @@ def test_file_objects_do_what_those_of_open_do(store: Store, key: str, space: Pa
             assert file.read() == (plain / which).read_bytes()
 
 
-def steps(ours: io.BufferedRandom, theirs: io.BufferedRandom, rng: random.Random, mode: str) -> None:
+def steps(ours: IO[Any], theirs: IO[Any], rng: random.Random, mode: str) -> None:
     offset, length = rng.choice([0, 1, 4095, 100_000, 300_000]), rng.choice([0, 1, 5000, 200_000])
     step = rng.choice(["seek", "read", "write", "truncate", "end", "flush"])
     data = rng.randbytes(length)

@@ -122,7 +122,9 @@ def stores(space: Path, can_mount: None) -> Iterator[tuple[Store, Store]]:
         store = Store.open(space / name, driver="overlay", fsync=False)
         store.prepare("key")
         (space / f"mnt-{name}").mkdir()
-        opened.append((store, store.mount("key", space / f"mnt-{name}")))
+        handle = store.mount("key", space / f"mnt-{name}")
+        assert isinstance(handle, cowfs.MountHandle)
+        opened.append((store, handle))
     os.kill(opened[0][1].pid, signal.SIGSTOP)
     try:
         yield opened[0][0], opened[1][0]

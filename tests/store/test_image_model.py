@@ -123,12 +123,12 @@ class Run:
             about, more = self.images.image(architecture="s390x")
             absent = {"mediaType": "application/vnd.oci.image.manifest.v1+json", "digest": "sha256:" + "0" * 64,
                       "size": 3, "platform": platform("linux/arm64")}  # fmt: skip
-            entries = [
+            manifests: list[dict[str, Any]] = [
                 layout.manifest(layers, document, compressed=packed, platform=platform("linux/amd64")),
                 layout.manifest(more, about, platform=platform("linux/s390x")), absent,
             ]  # fmt: skip
-            rng.shuffle(entries)
-            layout.manifests = [layout.index(entries, annotations=notes)]
+            rng.shuffle(manifests)
+            layout.manifests = [layout.index(manifests, annotations=notes)]
             ask["platform"] = "linux/amd64"
         else:
             layout.add(layers, None, document, compressed=packed, annotations=notes)
@@ -230,7 +230,7 @@ class Run:
         model = self.tags.get(name) or self.made[name]
         form = self.rng.choice(FORMATS)
         target = self.path(".tar")
-        packing = {"compression": self.rng.choice(["none", "gzip"])} if form == "oci" else {}
+        packing: dict[str, Any] = {"compression": self.rng.choice(["none", "gzip"])} if form == "oci" else {}
         self.store.export(name, str(target), format=form, **packing)
         with open_image(target) as source:
             image = source.pick()

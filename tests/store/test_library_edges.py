@@ -28,7 +28,7 @@ def _every_error() -> list[type[CowfsError]]:
 
 @pytest.mark.parametrize("kind", _every_error(), ids=lambda kind: kind.__name__)
 def test_errors_keep_message_and_remedy_when_they_travel(kind: type[CowfsError]) -> None:
-    error = kind("what") if kind is NameTaken else kind("what", remedy="how")  # type: ignore[call-arg]
+    error = kind("what") if kind is NameTaken else kind("what", remedy="how")
     error.exit_code = 42  # type: ignore[misc]
     for again in (pickle.loads(pickle.dumps(error)), copy.copy(error), copy.deepcopy(error)):
         assert type(again) is kind
@@ -100,7 +100,7 @@ def test_one_path_is_no_sequence_of_layers(space: Path) -> None:
 
 def test_one_string_of_options_or_filters_is_not_taken_letter_by_letter(space: Path) -> None:
     with pytest.raises(InvalidArgument, match="'frobnicate'"):
-        cowfs.mount([space], space, options="nodev,frobnicate", readonly=True)  # type: ignore[arg-type]
+        cowfs.mount([space], space, options="nodev,frobnicate", readonly=True)
     with Store.open(space / "store", fsync=False) as store:
         store.prepare("k")
         assert [info.name for info in store.walk("kind==active")] == ["k"]

@@ -233,9 +233,9 @@ def test_long_names_that_a_layer_deletes(store: Store, length: int) -> None:
             store.apply("again", out)
             store.commit("again", "applied")
         else:
-            path = Path(store.root).parent / "image.tar"
-            path.write_bytes(out.getvalue())
-            store.import_image(path, "imported:1")
+            image = Path(store.root).parent / "image.tar"
+            image.write_bytes(out.getvalue())
+            store.import_image(image, "imported:1")
     assert not list(store.diff("top", "applied"))
     assert not [change for change in store.diff("top", "imported:1") if change.kind != "changed"]
     assert not store.check(content=True).problems

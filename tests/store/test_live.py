@@ -16,6 +16,7 @@ import pytest
 
 from cowfs.errors import AlreadyExists, FailedPrecondition, InvalidArgument, Unsupported
 from cowfs.store import Store
+from cowfs.store.handle import LiveHandle
 
 Tree = dict[str, tuple[int, int, int, bytes]]
 
@@ -168,6 +169,7 @@ def test_the_mount_record_of_a_key_allows_what_its_snapshots_left_of_the_limit(s
 def test_descriptors_on_changed_files_are_stale_after_a_rollback(store: Store, tmp_path: Path) -> None:
     mnt = tmp_path / "mnt"
     with store.mount("k", mnt) as handle:
+        assert isinstance(handle, LiveHandle)
         with open(mnt / "d/e/f", "r+b") as changed, open(mnt / "g/h/f", "rb") as left:
             left.read(10)
             changed.write(b"new")
@@ -185,6 +187,7 @@ def test_a_snapshot_has_what_was_stored_through_a_map_before_it(store: Store, tm
     mnt, look = tmp_path / "mnt", tmp_path / "look"
     look.mkdir()
     with store.mount("k", mnt) as handle:
+        assert isinstance(handle, LiveHandle)
         with open(mnt / "d/e/f", "r+b") as file, mmap.mmap(file.fileno(), 4096) as mapped:
             mapped[:6] = b"before"
             handle.snapshot("s")
@@ -211,7 +214,7 @@ def test_a_snapshot_under_load_holds_acknowledged_fsyncs_and_nothing_later(store
     with store.mount("k", mnt):
         writer = threading.Thread(target=write)
         writer.start()
-        between = []
+        between: list[tuple[str, int, int]] = []
         try:
             for name in ("s0", "s1", "s2"):
                 while done[0] < 20 * (len(between) + 1):

@@ -113,8 +113,11 @@ def test_a_limit_counts_all_that_was_written_through_squash_and_rollback(space: 
             (space / "mnt/base").write_bytes(bytes(400 << 10))
         store.commit("seed", "base")
         store.prepare("k", "base", size="1M")
-        used = lambda: protocol.ask(handle.socket, "usage")["usage"]["bytes"] >> 10  # noqa: E731
-        with store.mount("k", space / "mnt") as handle:
+
+        def used() -> int:
+            return int(protocol.ask(store.handle("k").socket, "usage")["usage"]["bytes"]) >> 10
+
+        with store.mount("k", space / "mnt"):
             (space / "mnt/a").write_bytes(bytes(200 << 10))
             store.snapshot("k", "s1")
             (space / "mnt/a").write_bytes(bytes(200 << 10))
@@ -134,7 +137,7 @@ def test_a_limit_counts_all_that_was_written_through_squash_and_rollback(space: 
             with pytest.raises(OSError, match="No space"):
                 (space / "mnt/d").write_bytes(bytes(800 << 10))
             (space / "mnt/d").unlink()
-        with store.mount("k", space / "mnt") as handle:
+        with store.mount("k", space / "mnt"):
             assert used() == 300
 
 
@@ -157,10 +160,10 @@ def test_nothing_grows_with_rounds_of_snapshot_and_squash(
 
     def sizes() -> tuple[int, int, int]:
         store.gc()
-        fds = len(os.listdir(f"/proc/{handle.pid}/fd"))
+        fds = len(os.listdir(f"/proc/{store.handle('k').pid}/fd"))
         return fds, len(os.listdir(f"{store.root}/layers")), len(os.listdir(store.root))
 
-    with store.mount("k", mnt) as handle:
+    with store.mount("k", mnt):
         writer = threading.Thread(target=write)
         writer.start()
         try:

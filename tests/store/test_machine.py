@@ -14,6 +14,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings, strategies as st
@@ -312,7 +313,7 @@ class StoreMachine(RuleBasedStateMachine):
             return
         if act == "link" and os.path.isdir(plain / path):
             return  # the kernel refuses it before it asks a file system
-        outcome = []
+        outcome: list[Any] = []
         for on in (plain, paths):
             try:
                 calls[act](on)

@@ -12,6 +12,7 @@ import pytest
 from cowfs.errors import CowfsError, FailedPrecondition, NotFound
 from cowfs.mounting import client
 from cowfs.store import Store
+from cowfs.store.handle import LiveHandle
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounts: needs root")
 
@@ -39,6 +40,7 @@ def test_a_renamed_file_is_itself_after_a_squash_beneath_it(
     with make(space / "store", driver) as store:
         store.prepare("key", "base")
         with store.mount("key", mnt) as handle:
+            assert isinstance(handle, LiveHandle)
             with open(mnt / "f2", "a") as file:
                 file.write("+")
             os.rename(mnt / "f2", mnt / "new")
@@ -131,6 +133,7 @@ def test_mounts_snapshots_and_squashes_at_once(
                 if round >= 25 and squashes[0] >= 3:
                     break
                 with store.mount("key", mnt) as handle:
+                    assert isinstance(handle, LiveHandle)
                     assert {entry.name: Path(entry.path).read_text() for entry in os.scandir(mnt)} == model
                     for step in range(rng.randrange(1, 6)):
                         name, other = f"f{rng.randrange(FILES)}", f"f{rng.randrange(20)}"

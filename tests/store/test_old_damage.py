@@ -172,8 +172,8 @@ def test_writes_that_a_mark_hides_are_told(space: Path, committed: bool, monkeyp
         driver = store.driver
         lower, upper = driver.tree(store.index.get("base").id), driver.tree(store.index.get("key").id)
         view = View([lower], upper, driver.work(store.index.get("key").id))
-        for name in (b"lost", b"torn", b"fine"):
-            view.setattr(view.lookup(view.root, name), mode=0o600)
+        for inner in (b"lost", b"torn", b"fine"):
+            view.setattr(view.lookup(view.root, inner), mode=0o600)
         real = xattr.drop
         monkeypatch.setattr(
             xattr,

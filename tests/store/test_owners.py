@@ -7,6 +7,7 @@ import os
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from support.users import GID, UID, acting_as
@@ -129,13 +130,14 @@ def test_an_attribute_that_no_archive_option_made_is_not_believed(user_store: St
     assert _members(_exported(user_store, "plain", "tar"))["f"][1:4] == (UID, GID, 0o644)
 
 
-POLICIES = ["fail", "xattr", "ignore"]
+Policy = Literal["fail", "xattr", "ignore"]
+POLICIES: list[Policy] = ["fail", "xattr", "ignore"]
 
 
 @pytest.mark.parametrize("first", POLICIES)
 @pytest.mark.parametrize("second", POLICIES)
 def test_a_layer_with_owners_by_another_policy_is_not_the_same_layer(
-    user_store: Store, first: str, second: str
+    user_store: Store, first: Policy, second: Policy
 ) -> None:
     """The policy of owners of an import holds, whatever was imported before."""
     theirs = io.BytesIO()

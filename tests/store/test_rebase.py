@@ -22,7 +22,8 @@ def upper(store: Store, key: str) -> Path:
 
 def tree(store: Store, name: str) -> Tree:
     with store.tree(name) as found:
-        paths, queue = [], [b""]
+        paths: list[bytes] = []
+        queue = [b""]
         while queue:
             above = queue.pop()
             for each in found.names(above):

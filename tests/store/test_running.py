@@ -194,7 +194,7 @@ def test_binds_user_terminal_and_cost(store: Store, space: Path) -> None:
         {"mount_type": "nfs"},
     ):
         with pytest.raises(InvalidArgument):
-            store.run("box", ["/bin/true"], **wrong)  # type: ignore[arg-type]
+            store.run("box", ["/bin/true"], **wrong)
     assert [info.name for info in store.walk()] == ["box"]
 
 

@@ -36,6 +36,7 @@ def store(space: Path) -> Iterator[Store]:
 def stuck(space: Path, store: Store) -> Iterator[int]:
     """An unrelated mount whose server is stopped."""
     mount = cowfs.mount([space / "layers/base"], space / "other", ephemeral=True)
+    assert isinstance(mount, cowfs.MountHandle)
     os.kill(mount.pid, signal.SIGSTOP)
     yield mount.pid
     os.kill(mount.pid, signal.SIGCONT)
@@ -49,6 +50,7 @@ def test_no_other_server_is_asked(store: Store, space: Path, stuck: int, monkeyp
     monkeypatch.setattr(protocol, "connect", lambda path, *more: (asked.add(path), connect(path, *more))[1])
     monkeypatch.setattr(protocol, "ask_all", lambda *_, **__: pytest.fail("all servers were asked"))
     handle = store.mount("k", space / "mnt")
+    assert isinstance(handle, cowfs.MountHandle)
     (space / "mnt" / "f").write_text("f")
     assert store.usage("k").inodes >= 1
     assert store.mounted_at("k") == str(space / "mnt")
@@ -79,6 +81,7 @@ def test_a_key_whose_own_server_hangs_is_named(store: Store, space: Path, monkey
     ask = protocol.ask
     monkeypatch.setattr(protocol, "ask", lambda path, verb, **more: ask(path, verb, **{"timeout": 0.2, **more}))
     handle = store.mount("k", space / "mnt")
+    assert isinstance(handle, cowfs.MountHandle)
     os.kill(handle.pid, signal.SIGSTOP)
     try:
         assert store.mounted_at("k") == str(space / "mnt")
@@ -137,6 +140,7 @@ def _end_slowly(pid: int) -> threading.Thread:
 def test_a_server_that_is_about_to_end_is_waited_for(store: Store, space: Path, verb: str) -> None:
     """The mount is off the tree by somebody's umount(2), and its server has not heard of it yet."""
     handle = store.mount("k", space / "mnt")
+    assert isinstance(handle, cowfs.MountHandle)
     (space / "mnt" / "f").write_text("f")
     waiting = _end_slowly(handle.pid)
     sys_mounts.umount(space / "mnt")
@@ -158,10 +162,12 @@ def test_a_server_that_ends_is_told_from_the_next_with_its_device_number(store: 
     """The kernel gives the number of a mount away as soon as it is unmounted: another key's server listens there then."""
     store.prepare("other")
     handle = store.mount("k", space / "mnt")
+    assert isinstance(handle, cowfs.MountHandle)
     waiting = _end_slowly(handle.pid)
     sys_mounts.umount(space / "mnt")
     try:
         second = store.mount("other", space / "mnt")
+        assert isinstance(second, cowfs.MountHandle)
         same = second.socket == handle.socket
         store.commit("k", "done")
     finally:
@@ -174,6 +180,7 @@ def test_a_server_that_ends_is_told_from_the_next_with_its_device_number(store: 
 def test_a_mount_that_lives_on_is_not_waited_for(store: Store, space: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("waited"))
     handle = store.mount("k", space / "mnt")
+    assert isinstance(handle, cowfs.MountHandle)
     with pytest.raises(FailedPrecondition) as caught:
         store.commit("k", "done")
     assert f"in use by process {handle.pid}" in caught.value.message
@@ -185,6 +192,7 @@ def test_a_mount_that_lives_on_is_not_waited_for(store: Store, space: Path, monk
 
 def test_a_mount_taken_off_the_tree_but_still_in_use_is_not_waited_for(store: Store, space: Path) -> None:
     handle = store.mount("k", space / "mnt")
+    assert isinstance(handle, cowfs.MountHandle)
     with (space / "mnt" / "f").open("w") as file:
         handle.unmount(lazy=True)
         with pytest.raises(FailedPrecondition, match="in use"):

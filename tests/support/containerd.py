@@ -136,10 +136,7 @@ class Containerd:
 
     def config(self) -> str:
         """As docs/containerd.md has it, with other places."""
-        told = subprocess.run(
-            ["containerd", "--version"], check=True, capture_output=True, text=True, env=environment()
-        )
-        version = 2 if told.stdout.split()[2].startswith(("1.", "v1.")) else 3
+        version = 2 if self.version() < (2, 0) else 3
         text = CONFIG + (CONFIG_2 if version == 3 else "")
         snapshotter = self.snapshotter
         known = 'capabilities = ["remap-ids", "rebase"]' if self.has_capabilities() else ""
@@ -148,12 +145,17 @@ class Containerd:
         )
 
     @staticmethod
-    def has_capabilities() -> bool:
-        """Whether a proxy plugin can have some: from 1.7 on."""
+    def version() -> tuple[int, ...]:
+        """As (2, 4)."""
         told = subprocess.run(
             ["containerd", "--version"], check=True, capture_output=True, text=True, env=environment()
         )
-        return not told.stdout.split()[2].lstrip("v").startswith(("1.5", "1.6"))
+        return tuple(map(int, told.stdout.split()[2].lstrip("v").split(".")[:2]))
+
+    @classmethod
+    def has_capabilities(cls) -> bool:
+        """Whether a proxy plugin can have some."""
+        return cls.version() >= (1, 7)
 
     def stop(self, number: int = signal.SIGTERM) -> None:
         process, self.process = self.process, None

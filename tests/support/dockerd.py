@@ -155,8 +155,7 @@ class CurrentDockerd(Dockerd):
     program = os.path.join(containerd.BIN, "dockerd")
 
     def __init__(self, base: Path, engine: Containerd, *arguments: str) -> None:
-        # A runc of go install has no seccomp; an older one has no time namespaces, which dockerd 29 wants.
-        super().__init__(base, engine.snapshotter, "--seccomp-profile=unconfined", *arguments)
+        super().__init__(base, engine.snapshotter, *arguments)
         self.engine = engine
 
     def containerd_socket(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from cowfs.cli import Command
+from cowfs.cli.common import Command
 from cowfs.cli.output import print_json
 from cowfs.cli.progress import Bars
 from cowfs.cli.store.args import add_store, open_store

@@ -13,7 +13,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cowfs.cli import Command, is_path
+from cowfs.cli.common import Command, is_path
 from cowfs.cli.output import path_fields, print_items, print_json, shown
 from cowfs.cli.progress import Bars
 from cowfs.cli.store.args import add_json, add_store, open_store
@@ -440,8 +440,8 @@ COMMANDS = {
     "cp": Command(
         _configure_cp,
         _cp,
-        "Copy files and trees out of a snapshot, into an active one, or between two; - reads or writes a tar. What is there is replaced,"
-        " directories are merged. Links in what is copied stay links.",
+        "Copy files and trees out of a snapshot, into an active one, or between two; - reads or writes a tar. Existing files are replaced,"
+        " directories are merged. Links in a copied tree stay links.",
         (
             "cowfs cp base:/etc/os-release .",
             "cowfs cp ./site work:/srv/",

@@ -6,7 +6,8 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from cowfs.cli import Command, config
+from cowfs.cli import config
+from cowfs.cli.common import Command
 from cowfs.cli.output import note, print_items, print_json, print_table, shown
 from cowfs.cli.progress import Bars
 from cowfs.cli.store.args import add_json, add_store, check_new, open_store
@@ -190,7 +191,7 @@ def _write_lines(args: argparse.Namespace, lines: list[bytes]) -> None:
 
 
 def _log_of(args: argparse.Namespace) -> str:
-    from cowfs.cli import is_path
+    from cowfs.cli.common import is_path
     from cowfs.cli.store.args import known_in_store
     from cowfs.mounting import client
 
@@ -230,7 +231,7 @@ COMMANDS = {
     "rename": Command(
         _configure_rename,
         _rename,
-        "Give a key, a name or a tag another one. What is based on it stays.",
+        "Give a key, a name or a tag another one. Its children stay.",
         ("cowfs rename work work-old", "cowfs rename app:1 app:stable"),
     ),
     "copy": Command(

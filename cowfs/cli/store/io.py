@@ -6,7 +6,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, BinaryIO
 
-from cowfs.cli import Command
+from cowfs.cli.common import Command
 from cowfs.cli.output import note, print_json, shown
 from cowfs.cli.progress import Bars
 from cowfs.cli.store.args import add_store, open_store, set_labels

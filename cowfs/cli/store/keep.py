@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from cowfs.cli import Command, config
+from cowfs.cli import config
+from cowfs.cli.common import Command
 from cowfs.cli.output import print_json, print_table, shown, size_or
 from cowfs.cli.store.args import add_json, add_store, look_at_store, open_store
 from cowfs.errors import InvalidArgument

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cowfs.cli import Command
+from cowfs.cli.common import Command
 from cowfs.cli.output import age_of, print_items, print_json, print_table, shown, size_or, table_lines
 from cowfs.cli.store.args import Places, add_store, info_as_json, look_at_store, paged, when
 

@@ -5,15 +5,16 @@ Strategy: the options become a request, and :mod:`cowfs.store.sandboxes` does it
 
 from __future__ import annotations
 
+import os
 import secrets
 import sys
 from collections.abc import Collection
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from cowfs.cli import Command
+from cowfs.cli.common import Command
 from cowfs.cli.store.args import add_store, check_new, open_store
-from cowfs.errors import InvalidArgument, NotFound
+from cowfs.errors import FailedPrecondition, InvalidArgument, NotFound
 
 if TYPE_CHECKING:
     import argparse
@@ -238,6 +239,30 @@ def _sh(args: argparse.Namespace) -> int:
         return 128 + stopped.number
 
 
+# -- unshare -----------------------------------------------------------------------------------------------------------
+
+
+def _configure_unshare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("words", nargs="...", metavar="CMD [ARG ...]", help="the command (default: $SHELL)")
+
+
+def _unshare(args: argparse.Namespace) -> int:
+    from cowfs.cli import config
+    from cowfs.sandbox import subids
+    from cowfs.store.opening import default_root
+
+    if os.geteuid() == 0:
+        raise FailedPrecondition("this user is root already", remedy="leave out cowfs unshare")
+    words = args.words[1:] if args.words[:1] == ["--"] else args.words
+    words = words or [os.environ.get("SHELL") or "/bin/sh"]
+    root = config.root(None) or default_root()  # in there, another one would be the default
+    subids.enter()
+    try:
+        os.execvpe(words[0], words, {**os.environ, "COWFS_ROOT": os.path.abspath(root)})
+    except OSError as error:
+        raise NotFound(f"{words[0]}: {error.strerror}", remedy="a command that is in PATH") from None
+
+
 COMMANDS = {
     "sh": Command(
         _configure_sh,
@@ -245,6 +270,17 @@ COMMANDS = {
         "Run a shell, or a command, in a snapshot that is there. Where a command of cowfs run is in it, this one comes into its sandbox: same"
         " processes, network and binds. Its exit status is passed on.",
         ("cowfs sh work", "cowfs sh work -- cat /etc/os-release", "cowfs sh -u nobody --network host work make test"),
+    ),
+    "unshare": Command(
+        _configure_unshare,
+        _unshare,
+        "Start a command as root of a user namespace in which this ordinary user has the ids of /etc/subuid and /etc/subgid: verbs of cowfs in there"
+        " make and read files of many owners, with the same store.",
+        (
+            "cowfs unshare cowfs import rootfs.tar base",
+            "cowfs unshare cowfs run base --commit more -- apt-get install -y git",
+            "cowfs unshare",
+        ),
     ),
     "run": Command(
         _configure_run,

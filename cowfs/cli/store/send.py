@@ -14,7 +14,7 @@ import threading
 from typing import IO, TYPE_CHECKING, BinaryIO, NamedTuple, cast
 from urllib.parse import unquote, urlsplit
 
-from cowfs.cli import Command
+from cowfs.cli.common import Command
 from cowfs.cli.output import print_json, shown
 from cowfs.cli.progress import Bars
 from cowfs.cli.store.args import add_store, open_store

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from cowfs.cli import Command
+from cowfs.cli.common import Command
 from cowfs.cli.output import print_json, shown
 from cowfs.cli.progress import Bars
 from cowfs.cli.store.args import add_store, check_new, info_as_json, label_pairs, open_store, set_labels

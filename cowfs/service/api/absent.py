@@ -11,7 +11,7 @@ from cowfs.service.http import Exchange, Reply, json_reply
 
 if TYPE_CHECKING:
     from cowfs.service.containers.container import Container
-    from cowfs.service.daemon import Service
+    from cowfs.service.shared import Service
 
 __all__ = ["ROUTES", "endpoint_of"]
 

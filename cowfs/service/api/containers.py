@@ -24,7 +24,7 @@ from cowfs.service.images import has_label, rfc3339
 from cowfs.service.records import decode
 
 if TYPE_CHECKING:
-    from cowfs.service.daemon import Service
+    from cowfs.service.shared import Service
 
 __all__ = ["ROUTES", "summary"]
 

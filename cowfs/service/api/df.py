@@ -12,7 +12,7 @@ from cowfs.service.errors import ApiError
 from cowfs.service.http import Exchange, Reply, json_reply
 
 if TYPE_CHECKING:
-    from cowfs.service.daemon import Service
+    from cowfs.service.shared import Service
 
 __all__ = ["ROUTES"]
 

@@ -17,7 +17,7 @@ from cowfs.service.images import Image, Images, has_label, rfc3339
 from cowfs.service.streaming import written
 
 if TYPE_CHECKING:
-    from cowfs.service.daemon import Service
+    from cowfs.service.shared import Service
 
 __all__ = ["ROUTES", "summaries"]
 

@@ -10,7 +10,7 @@ from cowfs.service.api.routing import Route
 from cowfs.service.http import Exchange, Reply
 
 if TYPE_CHECKING:
-    from cowfs.service.daemon import Service
+    from cowfs.service.shared import Service
 
 __all__ = ["ROUTES"]
 

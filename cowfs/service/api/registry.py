@@ -10,7 +10,7 @@ from cowfs.service.http import Exchange, Reply, json_reply, lines
 from cowfs.service.registry import Transfers, credentials_from, credentials_of
 
 if TYPE_CHECKING:
-    from cowfs.service.daemon import Service
+    from cowfs.service.shared import Service
 
 __all__ = ["ROUTES", "pull", "transfers"]
 

@@ -16,7 +16,7 @@ from cowfs.service.errors import ApiError, not_offered
 from cowfs.service.http import Exchange, Reply
 
 if TYPE_CHECKING:
-    from cowfs.service.daemon import Service
+    from cowfs.service.shared import Service
 
 __all__ = ["MAX_VERSION", "MIN_VERSION", "Route", "Table", "filters_of", "version_of"]
 

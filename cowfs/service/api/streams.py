@@ -20,7 +20,7 @@ from cowfs.service.images import nanoseconds
 from cowfs.service.records import decode
 
 if TYPE_CHECKING:
-    from cowfs.service.daemon import Service
+    from cowfs.service.shared import Service
 
 __all__ = ["ROUTES"]
 

@@ -18,7 +18,7 @@ from cowfs.service.http import Exchange, Reply, json_reply, lines
 from cowfs.sys.files import fs_name
 
 if TYPE_CHECKING:
-    from cowfs.service.daemon import Service
+    from cowfs.service.shared import Service
 
 __all__ = ["ROUTES"]
 

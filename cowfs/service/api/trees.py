@@ -13,7 +13,7 @@ from cowfs.service.http import Exchange, Reply, empty, json_reply, lines
 from cowfs.service.streaming import written
 
 if TYPE_CHECKING:
-    from cowfs.service.daemon import Service
+    from cowfs.service.shared import Service
 
 __all__ = ["ROUTES"]
 

@@ -12,7 +12,7 @@ from cowfs.service.images import has_label
 from cowfs.service.records import decode
 
 if TYPE_CHECKING:
-    from cowfs.service.daemon import Service
+    from cowfs.service.shared import Service
     from cowfs.service.volumes import Volume
 
 __all__ = ["ROUTES"]

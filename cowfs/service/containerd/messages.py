@@ -11,9 +11,11 @@ from typing import Any
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
-__all__ = ["METHODS", "SERVICE", "message"]
+__all__ = ["CONTAINERS", "METHODS", "SERVICE", "message"]
 
 SERVICE = "containerd.services.snapshots.v1.Snapshots"
+CONTAINERS = "containerd.services.containers.v1.Containers"
+"""Of this one, which containerd itself offers, Get alone is used."""
 
 # name -> fields as "name=number:type"; a type with * is repeated, "labels" is a map of strings, others are messages.
 _TABLE = {
@@ -39,6 +41,10 @@ _TABLE = {
     "UsageRequest": "snapshotter=1:string key=2:string",
     "UsageResponse": "size=1:int64 inodes=2:int64",
     "CleanupRequest": "snapshotter=1:string",
+    "Any": "type_url=1:string value=2:bytes",
+    "Container": "id=1:string spec=5:Any snapshotter=6:string snapshot_key=7:string",
+    "GetContainerRequest": "id=1:string",
+    "GetContainerResponse": "container=1:Container",
 }
 
 METHODS = {
@@ -57,7 +63,12 @@ METHODS = {
 
 _PACKAGE = "cowfs.containerd"
 _Field = descriptor_pb2.FieldDescriptorProto
-_SCALARS = {"string": _Field.TYPE_STRING, "int32": _Field.TYPE_INT32, "int64": _Field.TYPE_INT64}
+_SCALARS = {
+    "string": _Field.TYPE_STRING,
+    "bytes": _Field.TYPE_BYTES,
+    "int32": _Field.TYPE_INT32,
+    "int64": _Field.TYPE_INT64,
+}
 
 
 def _add_field(made: Any, text: str) -> None:

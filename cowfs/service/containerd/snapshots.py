@@ -24,6 +24,7 @@ from cowfs.model import Info, Kind, Limit, Mount, Usage
 from cowfs.mounting.request import IdMap
 from cowfs.service.cleaning import Cleaner
 from cowfs.service.containerd import filters as filter_language
+from cowfs.service.containerd.annotations import INODES, SIZE, Annotations
 from cowfs.service.containerd.held import PAUSE, Held
 from cowfs.service.logs import log
 from cowfs.store import Store
@@ -51,11 +52,15 @@ class Snapshots:
     Args:
         directory: for the mounts that are held; on a file system that a restart of the machine empties.
         default: ``size`` and ``inodes`` of snapshots without a limit of their own, as text.
+        annotations: of containers, which may have a limit; None: they are not asked for. Closed with this.
     """
 
-    def __init__(self, store: Store, directory: str, default: Mapping[str, str]) -> None:
+    def __init__(
+        self, store: Store, directory: str, default: Mapping[str, str], annotations: Annotations | None = None
+    ) -> None:
         self._store = store
         self._default = default
+        self._annotations = annotations
         self.held = Held(store, directory)
         self._cleaner = Cleaner(store)
         self._ending = threading.Event()
@@ -67,6 +72,8 @@ class Snapshots:
         self._ending.set()
         self._thread.join(60.0)
         self._cleaner.close()
+        if self._annotations is not None:
+            self._annotations.close()
 
     # -- making -----------------------------------------------------------------------------------------------------------
 
@@ -95,7 +102,7 @@ class Snapshots:
     def _mounts_of_new(self, key: str) -> tuple[Mount, ...]:
         """The mounts of a snapshot that was just made; it is removed if it cannot be mounted."""
         try:
-            return self.mounts(key)
+            return self._mounts(key)
         except BaseException:
             self.remove(key)
             raise
@@ -116,8 +123,26 @@ class Snapshots:
 
         Raises:
             NotFound: no such key.
-            FailedPrecondition: a committed snapshot.
+            FailedPrecondition: a committed snapshot, or containerd does not tell a container's annotations.
+            InvalidArgument: an annotation that is no limit.
         """
+        if self._annotations is not None:
+            self._take_annotations(key, self._annotations)
+        return self._mounts(key)
+
+    def _take_annotations(self, key: str, annotations: Annotations) -> None:
+        """Give a container's snapshot the limit of its annotations, once: a label tells that it was done."""
+        row = self._store.index.get(_own(key))
+        if row.kind is not Kind.ACTIVE or _is_extract(key) or MAX_SIZE in row.labels or MAX_INODES in row.labels:
+            return
+        found = annotations.of(key)
+        pairs = ((MAX_SIZE, SIZE), (MAX_INODES, INODES))
+        labels = {label: found[name] for label, name in pairs if found.get(name)}
+        if labels:
+            self._set_limit(key, row.limit, self._limit(key, labels))
+            self._store.update(_own(key), labels)
+
+    def _mounts(self, key: str) -> tuple[Mount, ...]:
         (record,) = self._store.engine_mounts(_own(key))
         row = self._store.index.get(_own(key))
         if self._is_apart(row):

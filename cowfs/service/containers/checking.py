@@ -11,7 +11,7 @@ from cowfs.service.containers import seccomp
 from cowfs.service.containers.bundle import bind_mounts, init_program, signal_number, wanted_volumes
 from cowfs.service.containers.capabilities import granted
 from cowfs.service.containers.devices import check_devices
-from cowfs.service.containers.health import check_of
+from cowfs.service.containers.healthcheck import check_of
 from cowfs.service.containers.limits import check_limits
 from cowfs.service.containers.records import ContainerConfig, HostConfig
 from cowfs.service.containers.restarting import check_policy

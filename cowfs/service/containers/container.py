@@ -25,9 +25,12 @@ from cowfs.sys.atomic import write_file
 from cowfs.sys.process import start_time
 
 if TYPE_CHECKING:
-    from cowfs.service.containers.health import Health
+    from cowfs.service.containers.healthcheck import Health
 
 __all__ = ["RECORD_FILE", "Container", "Exec"]
+
+OWNER = "cowfs.service.container"
+"""Label of a volume without a name: the container that it was made for."""
 
 RECORD_FILE = "container.json"
 _HEALTH = {"starting": "health: starting", "healthy": "healthy", "unhealthy": "unhealthy"}

@@ -12,22 +12,19 @@ from typing import TYPE_CHECKING, Any
 from cowfs.errors import AlreadyExists
 from cowfs.service.containers import bundle
 from cowfs.service.containers.checking import storage_options
-from cowfs.service.containers.container import Container
+from cowfs.service.containers.container import OWNER, Container
 from cowfs.service.containers.furnishing import furnish
 from cowfs.service.containers.records import ContainerConfig
 from cowfs.service.images import Image, init_name
 from cowfs.service.records import encode
 
 if TYPE_CHECKING:
-    from cowfs.service.daemon import Service
+    from cowfs.service.containers.host import Host
 
-__all__ = ["LABEL", "OWNER", "Maker"]
+__all__ = ["LABEL", "Maker"]
 
 LABEL = "cowfs.service.container"
 """Label of a container's snapshot: its id."""
-
-OWNER = "cowfs.service.container"
-"""Label of a volume without a name: the container that it was made for."""
 
 INIT_LABEL = "cowfs.service.init"
 
@@ -39,7 +36,7 @@ class Maker:
         folder: of the records. run_dir: of the bundles.
     """
 
-    def __init__(self, service: Service, folder: str, run_dir: str) -> None:
+    def __init__(self, service: Host, folder: str, run_dir: str) -> None:
         self._service, self._store = service, service.store
         self._folder, self._run_dir = folder, run_dir
 

@@ -7,7 +7,7 @@ import os
 import secrets
 import socket
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from cowfs.errors import FailedPrecondition, NotFound
 from cowfs.sandbox import users
@@ -17,10 +17,15 @@ from cowfs.service.containers.records import ExecConfig
 from cowfs.service.containers.supervision import ask
 from cowfs.service.errors import ApiError
 
-if TYPE_CHECKING:
-    from cowfs.service.containers.manager import Containers
-
 __all__ = ["Execs"]
+
+
+class Owner(Protocol):
+    """The containers, as far as their processes ask them."""
+
+    def get(self, reference: str) -> Container: ...
+
+    def tell(self, container: Container, action: str, **more: str) -> None: ...
 
 
 class Execs:
@@ -29,7 +34,7 @@ class Execs:
     Threads: any.
     """
 
-    def __init__(self, containers: Containers) -> None:
+    def __init__(self, containers: Owner) -> None:
         self._containers = containers
         self._lock = threading.Lock()
         self._execs: dict[str, Exec] = {}  # guarded by _lock

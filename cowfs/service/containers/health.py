@@ -19,95 +19,36 @@ import socket
 import struct
 import threading
 import time
-from collections import deque
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol
 
 from cowfs.errors import CowfsError
+from cowfs.service.containers.healthcheck import Check, Health, check_of
 from cowfs.service.containers.records import ExecConfig
-from cowfs.service.errors import ApiError
 from cowfs.service.images import rfc3339
 from cowfs.service.logs import log
 
 if TYPE_CHECKING:
     from cowfs.service.containers.container import Container
-    from cowfs.service.containers.manager import Containers
+    from cowfs.service.containers.execs import Execs
 
-__all__ = ["Check", "Health", "Monitors", "check_of"]
+__all__ = ["Monitors"]
 
 MOST_OUTPUT = 4096
-KEPT = 5
 _TIMED_OUT = -1
 
 
-@dataclass(frozen=True, slots=True)
-class Check:
-    """A check from a container's configuration; times in seconds."""
+class Owner(Protocol):
+    """The containers, as far as their checks ask them."""
 
-    command: tuple[str, ...]
-    interval: float
-    timeout: float
-    retries: int
-    start_period: float
-    start_interval: float
+    execs: Execs
 
-
-@dataclass(slots=True)
-class Health:
-    """The observed health of one run of a container.
-
-    Attributes:
-        status: ``starting``, ``healthy`` or ``unhealthy``. streak: failures in a row. log: the last checks, as the API
-            shows them.
-    """
-
-    status: str = "starting"
-    streak: int = 0
-    log: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=KEPT))
-
-    def described(self) -> dict[str, Any]:
-        """The health in the API's form."""
-        return {"Status": self.status, "FailingStreak": self.streak, "Log": list(self.log)}
-
-
-def check_of(config: Mapping[str, Any]) -> Check | None:
-    """The check of a configuration; None where there is none.
-
-    Raises:
-        ApiError: 400: it is malformed.
-    """
-    told = config.get("Healthcheck") or {}
-    test = told.get("Test") or []
-    if not test or test == ["NONE"]:
-        return None
-    if not isinstance(test, list) or not all(isinstance(word, str) for word in test):
-        raise ApiError(400, "Healthcheck.Test is no list of strings")
-    kind, *words = test
-    if kind == "CMD-SHELL" and len(words) == 1:
-        words = [*(config.get("Shell") or ["/bin/sh", "-c"]), words[0]]
-    elif kind != "CMD" or not words:
-        raise ApiError(400, f"Unknown healthcheck type in the image or the request: {kind!r}")
-
-    def seconds(name: str, default: float) -> float:
-        value = told.get(name) or 0
-        if type(value) is not int or value < 0 or 0 < value < 1_000_000:
-            raise ApiError(400, f"{name} in Healthcheck cannot be less than 1ms")
-        return value / 1e9 or default
-
-    retries = told.get("Retries") or 0
-    if type(retries) is not int or retries < 0:
-        raise ApiError(400, "Retries in Healthcheck cannot be negative")
-    return Check(
-        tuple(words), seconds("Interval", 30.0), seconds("Timeout", 30.0), retries or 3, seconds("StartPeriod", 0.0),
-        seconds("StartInterval", 5.0),
-    )  # fmt: skip
+    def tell(self, container: Container, action: str) -> None: ...
 
 
 class Monitors:
     """Makes the checks of all containers that run."""
 
-    def __init__(self, containers: Containers) -> None:
+    def __init__(self, containers: Owner) -> None:
         self._containers = containers
         self._closed = threading.Event()
 
@@ -151,13 +92,11 @@ class Monitors:
     def _judge(self, container: Container, check: Check, health: Health, code: int, began: float) -> None:
         before = health.status
         if code == 0:
-            health.status, health.streak = "healthy", 0
+            health.passed()
         elif before == "starting" and time.monotonic() - began < check.start_period:
             return
         else:
-            health.streak += 1
-            if health.streak >= check.retries:
-                health.status = "unhealthy"
+            health.failed(check.retries)
         if health.status != before:
             log.info("container %s is %s", container.name, health.status)
             self._containers.tell(container, f"health_status: {health.status}")

@@ -45,7 +45,7 @@ from cowfs.service.logs import log
 from cowfs.sys.atomic import write_file
 
 if TYPE_CHECKING:
-    from cowfs.service.daemon import Service
+    from cowfs.service.containers.host import Host
     from cowfs.store import Store
 
 __all__ = ["Containers"]
@@ -63,7 +63,7 @@ class Containers:
         service: the owner of images, options and runtime.
     """
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Host) -> None:
         self._service = service
         self._register = Register()
         self.spawner = Spawner()
