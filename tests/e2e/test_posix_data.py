@@ -377,13 +377,15 @@ def test_record_locks_exclude_by_range(d: Path) -> None:
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        other = os.open(d / "f", os.O_RDWR)
-        answers = [
-            error_of(fcntl.lockf, other, fcntl.LOCK_EX | fcntl.LOCK_NB, 10, 50),
-            error_of(fcntl.lockf, other, fcntl.LOCK_EX | fcntl.LOCK_NB, 10, 100),
-        ]
-        os.write(writer, repr(answers).encode())
-        os._exit(0)
+        try:
+            other = os.open(d / "f", os.O_RDWR)
+            answers = [
+                error_of(fcntl.lockf, other, fcntl.LOCK_EX | fcntl.LOCK_NB, 10, 50),
+                error_of(fcntl.lockf, other, fcntl.LOCK_EX | fcntl.LOCK_NB, 10, 100),
+            ]
+            os.write(writer, repr(answers).encode())
+        finally:
+            os._exit(0)
     os.waitpid(child, 0)
     answer = eval(os.read(reader, 1000))
     assert answer[0] in ("EAGAIN", "EACCES")

@@ -214,8 +214,8 @@ def test_with_a_bad_service_the_command_does_it_itself(tree: Path, name: str) ->
     listener.listen()
     pid = os.fork()
     if pid == 0:
-        sock, _ = listener.accept()
         try:
+            sock, _ = listener.accept()
             BAD[name](sock)
         finally:
             os._exit(0)
@@ -243,14 +243,14 @@ def test_the_socket_of_another_user_is_not_asked(tree: Path, run_directory: Path
     ready, told = os.pipe()
     pid = os.fork()
     if pid == 0:
-        os.chmod(run_directory, 0o777)
-        os.setuid(users.UID)
-        listener = socket.socket(socket.AF_UNIX)
-        listener.bind(SOCKET)
-        listener.listen()
-        os.write(told, b"x")
-        sock, _ = listener.accept()
         try:
+            os.chmod(run_directory, 0o777)
+            os.setuid(users.UID)
+            listener = socket.socket(socket.AF_UNIX)
+            listener.bind(SOCKET)
+            listener.listen()
+            os.write(told, b"x")
+            sock, _ = listener.accept()
             sock.sendall(hello())
             os._exit(0 if refused(sock) else 1)
         finally:

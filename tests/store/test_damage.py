@@ -150,10 +150,14 @@ def test_a_layer_under_construction_is_nobodys_garbage(space: Path) -> None:
         building = Staged(store.driver, "buildingxx")
         pid = os.fork()
         if pid == 0:
-            with Store.open(root, fsync=False) as other:
-                other.gc()
-                other.check(repair=True)
-            os._exit(0)
+            status = 1
+            try:
+                with Store.open(root, fsync=False) as other:
+                    other.gc()
+                    other.check(repair=True)
+                status = 0
+            finally:
+                os._exit(status)
         assert os.waitpid(pid, 0)[1] == 0
         assert (root / "new-buildingxx").is_dir()
         building.close(keep=False)
