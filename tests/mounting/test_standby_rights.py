@@ -64,9 +64,11 @@ pid = next(each for each in found if open(f"/proc/{{each}}/cmdline").read().star
 print(json.dumps([facts("self"), facts(pid), os.listdir("mnt"), pid]))
 """
     jail = tree / "jail"
-    for name in ("proc", "run", "usr", "lib", "lib64", "etc", "tmp", "dev", "in"):
-        (jail / name).mkdir(parents=True)
-    for name in ("proc", "run", "usr", "lib", "lib64", "etc", "tmp", "dev"):
+    code = {Path(each).parts[1] for each in (sys.executable, os.path.realpath(sys.executable), HANDOVER)}
+    shown = {"proc", "run", "usr", "lib", "lib64", "etc", "tmp", "dev"} | code
+    (jail / "in").mkdir(parents=True)
+    for name in shown:
+        (jail / name).mkdir()
         namespace.mount(f"/{name}", str(jail / name), None, namespace.MS_BIND | namespace.MS_REC)
     for name in ("up", "work", "mnt"):
         (jail / "in" / name).mkdir()
@@ -83,7 +85,7 @@ print(json.dumps([facts("self"), facts(pid), os.listdir("mnt"), pid]))
         assert found == ["who"]
         os.kill(pid, signal.SIGTERM)
     finally:
-        for name in ("proc", "run", "usr", "lib", "lib64", "etc", "tmp", "dev"):
+        for name in shown:
             namespace.umount(str(jail / name), namespace.MNT_DETACH)
 
 
