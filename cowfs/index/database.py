@@ -188,6 +188,8 @@ class Index:
             return 0
         if application != schema.APPLICATION_ID:
             raise Corrupt(f"{self.path} is not the index of a cowfs store", remedy="give the store's own directory")
+        if version < 1:
+            raise self._damaged(f"it has format {version}")
         if version > schema.FORMAT:
             raise Unsupported(
                 f"{self.path} has format {version}, this cowfs knows up to {schema.FORMAT}", remedy="upgrade cowfs"
@@ -211,16 +213,21 @@ class Index:
             yield
         except sqlite3.IntegrityError:
             raise
+        except UnicodeDecodeError as error:  # the module's own, of a message of SQLite's with damaged text in it
+            raise self._damaged(error.object.decode("utf-8", "backslashreplace")) from error
         except sqlite3.DatabaseError as error:
             code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
             raise self._translate(code, error) from error
 
+    def _damaged(self, why: object) -> Corrupt:
+        return Corrupt(
+            f"the index {self.path} is damaged: {why}",
+            remedy="restore it from a backup; the layers beside it are untouched",
+        )
+
     def _translate(self, code: int, error: Exception) -> Exception:
         if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-            return Corrupt(
-                f"the index {self.path} is damaged: {error}",
-                remedy="restore it from a backup; the layers beside it are untouched",
-            )
+            return self._damaged(error)
         if code == sqlite3.SQLITE_BUSY:
             return FailedPrecondition(f"the index {self.path} stayed locked for {BUSY_SECONDS:.0f} s")
         if code in _NO_ROOM:
@@ -424,7 +431,7 @@ class Index:
         with self.read():
             seen = self.changes()
             self._mark(marked)
-        every = [digest for (digest,) in self._connection().execute("SELECT digest FROM records")]
+            every = [digest for (digest,) in self._connection().execute("SELECT digest FROM records")]
         unused = [digest for digest in every if digest not in marked]
         del every
         deleted = 0

@@ -14,6 +14,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Mapping
 
+from cowfs.index.records import pairs_of
 from cowfs.model import Event
 
 __all__ = ["KEPT", "add", "before", "ends", "read"]
@@ -47,7 +48,6 @@ def add(
 
 def read(connection: sqlite3.Connection, after: int, count: int) -> list[Event]:
     """Events behind a sequence number, oldest first."""
-    import json
 
     found = connection.execute("SELECT * FROM events WHERE seq > ? ORDER BY seq LIMIT ?", (after, count)).fetchall()
     return [
@@ -57,7 +57,7 @@ def read(connection: sqlite3.Connection, after: int, count: int) -> list[Event]:
             type=type,
             action=action,
             actor=actor,
-            attributes=json.loads(attributes) if attributes != "{}" else {},
+            attributes=pairs_of(attributes),
         )
         for seq, time, type, action, actor, attributes in found
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from cowfs._record import field, record
+from cowfs.errors import Corrupt
 from cowfs.model import Info, Kind, Limit, Usage
 
 TYPE_CHECKING = False
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
     from cowfs.index.entry import Pair
 
-__all__ = ["CHAIN", "INFO", "KINDS", "ROW", "Row", "Tag", "held", "labels_of", "layers", "row_of"]
+__all__ = ["CHAIN", "INFO", "KINDS", "ROW", "Row", "Tag", "held", "layers", "pairs_of", "row_of"]
 
 
 @record(frozen=True, slots=True, kw_only=True)
@@ -78,7 +79,15 @@ FROM snapshots AS s LEFT JOIN snapshots AS p ON p.num = s.parent
 WHERE s.num > ? ORDER BY s.num LIMIT ?
 """
 NO_LIMIT = Limit()
-KINDS = {kind.value: kind for kind in Kind}
+_REMEDY = "restore it from a backup; the layers beside it are untouched"
+
+
+class _Kinds(dict[str, Kind]):
+    def __missing__(self, value: object) -> Kind:
+        raise Corrupt(f"the index is damaged: a snapshot has the kind {value!r}", remedy=_REMEDY)
+
+
+KINDS = _Kinds({kind.value: kind for kind in Kind})
 CHAIN = """
 WITH RECURSIVE chain (num, parent, id, depth) AS (
     SELECT num, parent, id, depth FROM snapshots WHERE num = ?
@@ -96,7 +105,7 @@ def info_of(values: tuple) -> Info:  # type: ignore[type-arg]
         name=name,
         kind=KINDS[kind],
         parent=parent,
-        labels=labels_of(labels),
+        labels=pairs_of(labels),
         created=created,
         updated=updated,
         id=id_,
@@ -108,14 +117,23 @@ def info_of(values: tuple) -> Info:  # type: ignore[type-arg]
     )
 
 
-def labels_of(text: str) -> dict[str, str]:
-    """The labels of a snapshot, as the index keeps them: a JSON object. Most have none."""
+def pairs_of(text: str) -> dict[str, str]:
+    """Labels of a snapshot, or attributes of an event, as the index keeps them: a JSON object, which is mostly empty.
+
+    Raises:
+        Corrupt: it is something else.
+    """
     if text == "{}":
         return {}
     import json
 
-    labels: dict[str, str] = json.loads(text)
-    return labels
+    try:
+        pairs = json.loads(text)
+    except (TypeError, ValueError):
+        pairs = None
+    if not isinstance(pairs, dict):
+        raise Corrupt(f"the index is damaged: {text!r} is no object of JSON", remedy=_REMEDY)
+    return pairs
 
 
 def row_of(values: tuple) -> Row:  # type: ignore[type-arg]
@@ -128,7 +146,7 @@ def row_of(values: tuple) -> Row:  # type: ignore[type-arg]
         kind=KINDS[kind],
         parent=parent,
         depth=depth,
-        labels=labels_of(labels),
+        labels=pairs_of(labels),
         created=created,
         updated=updated,
         limit=Limit(bytes=limit_bytes, inodes=limit_inodes),
