@@ -102,6 +102,23 @@ def test_paused_stays_paused(engine: Daemon) -> None:
     engine.docker("rm", "-f", "ice")
 
 
+def test_a_start_that_was_cut_after_its_attach_leaves_no_supervisor(engine: Daemon) -> None:
+    """docker run attaches first, then starts; the next daemon ends the supervisor that waits for a start that never comes."""
+    engine.docker("create", "--name", "half", "-i", "bb", "cat")
+    with engine.raw() as client:
+        client.sendall(
+            b"POST /containers/half/attach?stream=1&stdin=1&stdout=1 HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\n"
+            b"Upgrade: tcp\r\nContent-Length: 0\r\n\r\n"
+        )
+        assert b" 101 " in client.recv(4096)
+        again(engine)
+        client.settimeout(60)
+        while client.recv(4096):
+            pass  # until the supervisor lets the client go
+    assert state(engine, "half") == "created 0"
+    assert engine.docker("start", "-ai", "half", input=b"hi").stdout == "hi"
+
+
 @pytest.mark.slow
 def test_killed_at_random_moments_under_load(engine: Daemon, request: pytest.FixtureRequest) -> None:
     """Nothing that was acknowledged is lost, nothing leaks, the store is sound; a container outlives all of it."""
@@ -158,7 +175,10 @@ def test_killed_at_random_moments_under_load(engine: Daemon, request: pytest.Fix
     assert engine.out("inspect", "-f", "{{.State.Status}} {{.State.Pid}}", "witness") == f"running {pid}"
     assert {f"v-{name}" for name in created} <= set(engine.out("volume", "ls", "-q").split())
     assert "phoenix" in there
-    wait_for(lambda: state(engine, "phoenix").startswith("running"), "the container that is started again")
+    # Its pauses double up to a minute and it lasts 0.3 s: after many kills it is seldom seen running.
+    wait_for(
+        lambda: state(engine, "phoenix").split()[0] in ("running", "restarting"), "the container that is started again"
+    )
     engine.docker("rm", "-f", *there)
     engine.docker(*prune_all_volumes())
     assert os.listdir(engine.root / "service" / "volumes") == []

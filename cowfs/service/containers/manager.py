@@ -111,6 +111,8 @@ class Containers:
                     each.settled.clear()
                     self.monitors.begin(each)
                     log.info("container %s goes on (process %d)", each.name, each.pid)
+                else:
+                    dismiss(each)  # its client, who attached first, lost the daemon before the start
             else:
                 each.found = True
                 self._settle(each)
