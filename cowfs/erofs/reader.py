@@ -69,7 +69,8 @@ class Image:
         self.devices = [Device(count, tag.rstrip(b"\0")) for tag, count, _ in layout.DEVICE.iter_unpack(slots)]
 
     def _read(self, at: int, size: int) -> bytes:
-        data = os.pread(self._fd, size, at) if 0 <= at <= self._size else b""
+        whole = at >= 0 and at + size <= self._size  # asked first: room for a damaged size is more than there is
+        data = os.pread(self._fd, size, at) if whole else b""
         if len(data) != size:
             raise Corrupt(f"the EROFS image has {self._size} bytes, bytes {at} to {at + size} are asked for")
         return data

@@ -143,6 +143,64 @@ class Running:
         }  # fmt: skip
         return Job(self, made, wish, keep=keep)
 
+    def run(
+        self,
+        parent: str,
+        argv: Sequence[str] = (),
+        *,
+        size: str | int | None = None,
+        inodes: str | int | None = None,
+        network: str = "none",
+        binds: Sequence[BindLike] = (),
+        env: Mapping[str, str] | None = None,
+        user: str | int | None = None,
+        workdir: str | None = None,
+        privileged: bool = False,
+        tty: bool = False,
+        timeout: float | None = None,
+        input: bytes | None = None,
+        stdin: int | IO[bytes] | None = subprocess.DEVNULL,
+        capture: bool = True,
+        key: str | None = None,
+        keep: bool = False,
+        mount_type: str | None = None,
+    ) -> RunResult:
+        """As :meth:`cowfs.Store.run`."""
+        job = self.job(
+            parent, argv, size=size, inodes=inodes, network=network, binds=binds, env=env, user=user, workdir=workdir,
+            privileged=privileged, tty=tty, timeout=timeout, key=key, keep=keep, mount_type=mount_type,
+        )  # fmt: skip
+        return job.run(input, stdin, capture=capture)
+
+    def run_async(
+        self,
+        parent: str,
+        argv: Sequence[str] = (),
+        *,
+        size: str | int | None = None,
+        inodes: str | int | None = None,
+        network: str = "none",
+        binds: Sequence[BindLike] = (),
+        env: Mapping[str, str] | None = None,
+        user: str | int | None = None,
+        workdir: str | None = None,
+        privileged: bool = False,
+        tty: bool = False,
+        timeout: float | None = None,
+        input: bytes | None = None,
+        stdin: int | IO[bytes] | None = subprocess.DEVNULL,
+        capture: bool = True,
+        key: str | None = None,
+        keep: bool = False,
+        mount_type: str | None = None,
+    ) -> Awaitable[RunResult]:
+        """As :meth:`cowfs.Store.run_async`."""
+        job = self.job(
+            parent, argv, size=size, inodes=inodes, network=network, binds=binds, env=env, user=user, workdir=workdir,
+            privileged=privileged, tty=tty, timeout=timeout, key=key, keep=keep, mount_type=mount_type,
+        )  # fmt: skip
+        return job.run_async(input, stdin, capture=capture)
+
     @contextmanager
     def temporary(
         self,

@@ -79,11 +79,11 @@ class RunVerbs:
             AlreadyExists: the key is taken.
             Unsupported: this host or user can make no namespaces or mounts.
         """
-        job = self.services.running.job(
+        return self.services.running.run(
             parent, argv, size=size, inodes=inodes, network=network, binds=binds, env=env, user=user, workdir=workdir,
-            privileged=privileged, tty=tty, timeout=timeout, key=key, keep=keep, mount_type=mount_type,
+            privileged=privileged, tty=tty, timeout=timeout, input=input, stdin=stdin, capture=capture, key=key, keep=keep,
+            mount_type=mount_type,
         )  # fmt: skip
-        return job.run(input, stdin, capture=capture)
 
     def run_async(
         self,
@@ -119,11 +119,11 @@ class RunVerbs:
         Raises:
             NotFound, InvalidArgument, AlreadyExists, Unsupported: as :meth:`run`.
         """
-        job = self.services.running.job(
+        return self.services.running.run_async(
             parent, argv, size=size, inodes=inodes, network=network, binds=binds, env=env, user=user, workdir=workdir,
-            privileged=privileged, tty=tty, timeout=timeout, key=key, keep=keep, mount_type=mount_type,
+            privileged=privileged, tty=tty, timeout=timeout, input=input, stdin=stdin, capture=capture, key=key, keep=keep,
+            mount_type=mount_type,
         )  # fmt: skip
-        return job.run_async(input, stdin, capture=capture)
 
     def temporary(
         self,
