@@ -33,7 +33,7 @@ from cowfs.errors import CowfsError, FailedPrecondition, InvalidArgument
 from cowfs.format.redirect import check_block
 from cowfs.model import Limit, Mount, Usage, parse_size
 from cowfs.row import layer as row_layer
-from cowfs.sys import atomic, files, host, locks, loop, trees
+from cowfs.sys import atomic, files, host, locks, loop, programs, trees
 from cowfs.sys.regular import read_small
 
 from . import block_device, block_disk, block_image, deltas
@@ -89,7 +89,7 @@ class BlockDriver(Driver):
         why = loop.why_not() or ("" if host.has_cap(host.CAP_SYS_ADMIN) else "only root mounts images")
         if not why and not os.path.exists("/dev/fuse"):
             why = "there is no /dev/fuse"
-        if not why and not any(block_image.program(kind.mkfs[0]) for kind in KINDS.values()):
+        if not why and not any(programs.find(kind.mkfs[0]) for kind in KINDS.values()):
             why = "neither mkfs.ext4 nor mkfs.xfs is installed"
         if why:
             return Probe(usable=False, reasons=(why,))

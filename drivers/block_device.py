@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from cowfs.errors import CowfsError, FailedPrecondition, Unsupported
 from cowfs.mounting import client, protocol
 from cowfs.mounting.request import MountSpec
-from cowfs.sys import atomic, blockfs, files, loop, mounts, process
+from cowfs.sys import atomic, blockfs, files, loop, mounts, process, programs
 from cowfs.sys.regular import read_small
 
 from . import block_image
@@ -455,7 +455,7 @@ def frozen(root: int, place: str) -> Iterator[None]:
         root: a descriptor of it.
         place: where it is mounted.
     """
-    program = block_image.program("fsfreeze")
+    program = programs.find("fsfreeze")
     guard = None
     if program is not None:
         guard = subprocess.Popen(

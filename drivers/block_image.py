@@ -8,14 +8,12 @@ from __future__ import annotations
 import errno
 import os
 import re
-import shutil
-import subprocess
 from dataclasses import dataclass
 
-from cowfs.errors import FailedPrecondition, Unsupported
-from cowfs.sys import blockfs, loop, mounts
+from cowfs.errors import FailedPrecondition
+from cowfs.sys import blockfs, loop, mounts, programs
 
-__all__ = ["BLOCK", "KINDS", "Kind", "make", "program", "run"]
+__all__ = ["BLOCK", "KINDS", "Kind", "make", "run"]
 
 BLOCK = 4096
 DEVICE = 8 << 40
@@ -74,11 +72,6 @@ KINDS = {
 }  # fmt: skip
 
 
-def program(name: str) -> str | None:
-    """Where a program of the administrator's is."""
-    return shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
-
-
 def run(*command: str, package: str, fine: tuple[int, ...] = (0,)) -> None:
     """Run a program to its end.
 
@@ -89,18 +82,7 @@ def run(*command: str, package: str, fine: tuple[int, ...] = (0,)) -> None:
         Unsupported: it is not installed.
         OSError: EIO with the first line of its complaint.
     """
-    found = program(command[0])
-    if found is None:
-        raise Unsupported(f"{command[0]} is not installed", remedy=f"apt-get install {package}")
-    done = subprocess.run(
-        [found, *command[1:]],
-        check=False,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        errors="replace",
-        env={**os.environ, "LC_ALL": "C"},
-    )
+    done = programs.run(*command, package=package)
     if done.returncode not in fine:
         lines = (done.stderr or done.stdout).strip().splitlines()
         told = [line for line in lines if not re.match(rf"{command[0]} [0-9.]+ \\(", line)] or [

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -34,7 +33,7 @@ from cowfs.driver.interface import Capabilities, Driver, Probe
 from cowfs.driver.plan import MountPlan
 from cowfs.errors import Unsupported
 from cowfs.model import Limit, Usage
-from cowfs.sys import atomic, files, host, locks, mounts, trees
+from cowfs.sys import atomic, files, host, locks, mounts, programs, trees
 from cowfs.sys.regular import read_small
 
 _VOLUME = "vol"
@@ -350,19 +349,7 @@ def _zfs(*arguments: str, hold: int | None = None) -> subprocess.CompletedProces
     Raises:
         Unsupported: it is not installed.
     """
-    program = shutil.which("zfs", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
-    if program is None:
-        raise Unsupported("the program zfs is not installed", remedy="apt-get install zfsutils-linux (or zfs-fuse)")
-    return subprocess.run(
-        [program, *arguments],
-        check=False,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        errors="replace",
-        env={**os.environ, "LC_ALL": "C"},
-        pass_fds=() if hold is None else (hold,),
-    )
+    return programs.run("zfs", *arguments, package="zfsutils-linux (or zfs-fuse)", hold=hold)
 
 
 def _said(done: subprocess.CompletedProcess[str]) -> str:

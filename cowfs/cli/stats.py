@@ -199,14 +199,19 @@ def document(before: Look, now: Look) -> dict[str, Any]:
     return {**made, "cpu_percent": None if cpu is None else round(cpu * 100, 2), **told, "left": left}
 
 
-def _configure(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add(
+def add_names(parser: argparse.ArgumentParser) -> None:
+    """The mounts and containers to look at, as :func:`look` takes them."""
+    parser.add_argument(
         "names",
         nargs="*",
         metavar="MNT|KEY|CONTAINER",
         help="which (default: all mounts here, and all containers that run)",
     )
+
+
+def _configure(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add_names(parser)
     add("--no-stream", action="store_true", help="one look, and end")
     add_store(parser)
 

@@ -150,13 +150,10 @@ class _Screen:
 
 
 def _configure(parser: argparse.ArgumentParser) -> None:
+    from cowfs.cli.stats import add_names
+
     add = parser.add_argument
-    add(
-        "names",
-        nargs="*",
-        metavar="MNT|KEY|CONTAINER",
-        help="which (default: all mounts here, and all containers that run)",
-    )
+    add_names(parser)
     add(
         "-s",
         "--sort",

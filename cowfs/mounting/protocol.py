@@ -29,7 +29,18 @@ from cowfs import errors
 from cowfs.errors import CowfsError, FailedPrecondition
 from cowfs.sys import host, process
 
-__all__ = ["VERSION", "ask", "ask_all", "connect", "decode", "directories", "encode", "run_directory", "sockets"]
+__all__ = [
+    "VERSION",
+    "ask",
+    "ask_all",
+    "connect",
+    "decode",
+    "directories",
+    "encode",
+    "listen",
+    "run_directory",
+    "sockets",
+]
 
 VERSION = 1
 SUFFIX = ".sock"
@@ -153,6 +164,31 @@ def short(path: str) -> Iterator[str]:
         yield f"/proc/self/fd/{fd}/{name}"
     finally:
         os.close(fd)
+
+
+def listen(path: str) -> socket.socket:
+    """Listen at a path, for its owner only; whatever is there is replaced.
+
+    A client never finds the socket with another mode, or before it listens.
+
+    Raises:
+        OSError: the directory cannot be written.
+    """
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        unfinished = f"{path}.{os.getpid()}"
+        before = os.umask(0o177)
+        try:
+            with short(unfinished) as address:
+                sock.bind(address)
+        finally:
+            os.umask(before)
+        sock.listen(128)
+        os.rename(unfinished, path)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
 
 
 def connect(path: str, timeout: float = TIMEOUT) -> socket.socket:

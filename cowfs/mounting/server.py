@@ -374,22 +374,8 @@ class Server:
         entry = mountpoint.find(target)
         name = entry.dev.partition(":")[2] if entry else f"pid{os.getpid()}"
         self.socket = os.path.join(protocol.run_directory(), name + protocol.SUFFIX)
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            unfinished = f"{self.socket}.{os.getpid()}"  # no client may find a socket that does not listen yet
-            before = os.umask(0o177)
-            try:
-                with protocol.short(unfinished) as address:
-                    listener.bind(address)
-            finally:
-                os.umask(before)
-            listener.listen(128)
-            self._socket_inode = os.stat(unfinished).st_ino
-            os.rename(unfinished, self.socket)
-        except BaseException:
-            listener.close()
-            raise
-        self._listener = listener
+        self._listener = protocol.listen(self.socket)
+        self._socket_inode = os.stat(self.socket).st_ino
         device = entry.dev if entry else f"0:pid{os.getpid()}"
         self.stack.announce(Notice(self.socket, os.getpid(), target, device, self.spec.label))
         self._listens.set()

@@ -77,8 +77,7 @@ def open_socket(path: str) -> socket.socket:
     Raises:
         FailedPrecondition: another process listens there.
     """
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    try:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as sock:
         try:
             with protocol.short(path) as short:
                 sock.connect(short)
@@ -86,19 +85,7 @@ def open_socket(path: str) -> socket.socket:
             pass
         else:
             raise FailedPrecondition(f"another process listens at {path}", remedy="end it first")
-        fresh = f"{path}.{os.getpid()}"  # never seen with another mode, or before it listens
-        before = os.umask(0o177)
-        try:
-            with protocol.short(fresh) as short:
-                sock.bind(short)
-        finally:
-            os.umask(before)
-        sock.listen(128)
-        os.rename(fresh, path)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
+    return protocol.listen(path)
 
 
 class Standby:

@@ -246,9 +246,9 @@ def _at(root: int, name: str) -> str:
 
 
 def _mkfs() -> str | None:
-    import shutil
+    from cowfs.sys import programs
 
-    return shutil.which("mkfs.ext4") or shutil.which("mkfs.ext4", path="/usr/sbin:/sbin")
+    return programs.find("mkfs.ext4")
 
 
 def _journal(size: int) -> int:

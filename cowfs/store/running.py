@@ -36,7 +36,7 @@ from cowfs.store.names import RUN_KEY
 if TYPE_CHECKING:
     from cowfs.mounting.client import MountHandle
     from cowfs.mounting.kernel import KernelMount
-    from cowfs.sandbox.request import BindLike
+    from cowfs.sandbox.request import BindLike, Request
     from cowfs.store.context import Context
     from cowfs.store.mounts import Mounting
     from cowfs.store.naming import Naming
@@ -110,32 +110,18 @@ class Running:
             if not keep:
                 self._snapshots.remove(key)
 
-    def job(
+    def _job(
         self,
+        request: Request,
         parent: str,
-        argv: Sequence[str],
         *,
         size: str | int | None,
         inodes: str | int | None,
-        network: str,
-        binds: Sequence[BindLike],
-        env: Mapping[str, str] | None,
-        user: str | int | None,
-        workdir: str | None,
-        privileged: bool,
-        tty: bool,
-        timeout: float | None,
         key: str | None,
         keep: bool,
         mount_type: str | None,
     ) -> Job:
-        """A command that :meth:`cowfs.Store.run` is asked for, checked and not yet started."""
-        from cowfs.store.sandboxes import make_request
-
-        request = make_request(
-            self._naming.config(parent), parent, argv, network=network, binds=binds, env=env or {}, user=user, workdir=workdir,
-            privileged=privileged, timeout=timeout, terminal=tty,
-        )  # fmt: skip
+        """A command that was checked and is not yet started."""
         made = key or f"{RUN_KEY}{secrets.token_hex(4)}"
         wish = {
             "root": self.context.root, "fsync": self.context.driver.fsync, "parent": parent, "key": made, "size": size, "inodes": inodes,
@@ -166,10 +152,13 @@ class Running:
         mount_type: str | None = None,
     ) -> RunResult:
         """As :meth:`cowfs.Store.run`."""
-        job = self.job(
-            parent, argv, size=size, inodes=inodes, network=network, binds=binds, env=env, user=user, workdir=workdir,
-            privileged=privileged, tty=tty, timeout=timeout, key=key, keep=keep, mount_type=mount_type,
+        from cowfs.store.sandboxes import make_request
+
+        request = make_request(
+            self._naming.config(parent), parent, argv, network=network, binds=binds, env=env or {}, user=user, workdir=workdir,
+            privileged=privileged, timeout=timeout, terminal=tty,
         )  # fmt: skip
+        job = self._job(request, parent, size=size, inodes=inodes, key=key, keep=keep, mount_type=mount_type)
         return job.run(input, stdin, capture=capture)
 
     def run_async(
@@ -195,10 +184,13 @@ class Running:
         mount_type: str | None = None,
     ) -> Awaitable[RunResult]:
         """As :meth:`cowfs.Store.run_async`."""
-        job = self.job(
-            parent, argv, size=size, inodes=inodes, network=network, binds=binds, env=env, user=user, workdir=workdir,
-            privileged=privileged, tty=tty, timeout=timeout, key=key, keep=keep, mount_type=mount_type,
+        from cowfs.store.sandboxes import make_request
+
+        request = make_request(
+            self._naming.config(parent), parent, argv, network=network, binds=binds, env=env or {}, user=user, workdir=workdir,
+            privileged=privileged, timeout=timeout, terminal=tty,
         )  # fmt: skip
+        job = self._job(request, parent, size=size, inodes=inodes, key=key, keep=keep, mount_type=mount_type)
         return job.run_async(input, stdin, capture=capture)
 
     @contextmanager

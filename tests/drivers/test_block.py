@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import pytest
 from support import users
 from support.command import run_module
-from support.hostfs import HostFs
+from support.hostfs import HostFs, unmount_below
 
 from cowfs.errors import CowfsError, FailedPrecondition, Unsupported
 from cowfs.model import Kind
@@ -30,10 +30,7 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="images are mounted by
 def place(fs: HostFs, can_mount: None) -> Iterator[Path]:
     path = fs.fresh("store")
     yield path
-    with open("/proc/self/mounts", encoding="utf-8") as file:
-        found = [line.split()[1] for line in file if line.split()[1].startswith(f"{path}/")]
-    for target in sorted(found, reverse=True):
-        os.system(f"umount -l '{target}'")
+    unmount_below(path)
 
 
 class Suite(DriverSuite):
@@ -274,6 +271,21 @@ def test_a_killed_server_loses_no_more_than_a_pulled_disk(store: Store, mnt: Pat
     assert nothing_attached(store)
 
 
+def snapshot_killed_at_its_switch(store: Store) -> None:
+    """A snapshot of "a" by another process, which is killed when its file system is frozen."""
+    pid = os.fork()
+    if pid == 0:
+        from cowfs_drivers.block_device import Served
+
+        Served.switch = lambda self, upper, work: os.kill(os.getpid(), signal.SIGKILL)
+        try:
+            with Store.open(store.root, fsync=False) as child:
+                child.snapshot("a", "never")
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+
+
 @on_tmpfs
 def test_a_snapshot_killed_while_the_file_system_was_frozen_is_taken_back(store: Store, mnt: Path) -> None:
     """The next verb thaws it, and the next snapshot has the server switch."""
@@ -281,17 +293,7 @@ def test_a_snapshot_killed_while_the_file_system_was_frozen_is_taken_back(store:
     with store.mount("a", mnt, mount_type="kernel"):
         (mnt / "before").write_text("1")
         os.sync()
-        pid = os.fork()
-        if pid == 0:
-            from cowfs_drivers.block_device import Served
-
-            Served.switch = lambda self, upper, work: os.kill(os.getpid(), signal.SIGKILL)
-            try:
-                with Store.open(store.root, fsync=False) as child:
-                    child.snapshot("a", "never")
-            finally:
-                os._exit(1)
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+        snapshot_killed_at_its_switch(store)
         assert store.usage("a").inodes >= 1
         (mnt / "after").write_text("2")
         assert not store.exists("never")
@@ -353,17 +355,7 @@ def test_a_frozen_file_system_is_thawed_when_its_snapshot_is_killed(store: Store
     """By a process of its own, so no program waits for the next verb."""
     store.prepare("a")
     with store.mount("a", mnt, mount_type="kernel"):
-        pid = os.fork()
-        if pid == 0:
-            from cowfs_drivers.block_device import Served
-
-            Served.switch = lambda self, upper, work: os.kill(os.getpid(), signal.SIGKILL)
-            try:
-                with Store.open(store.root, fsync=False) as child:
-                    child.snapshot("a", "never")
-            finally:
-                os._exit(1)
-        os.waitpid(pid, 0)
+        snapshot_killed_at_its_switch(store)
         with subprocess.Popen(["sh", "-c", "echo 1 > file"], cwd=mnt) as writer:
             assert writer.wait(timeout=50) == 0
     store.remove("a")

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.hostfs import HostFs
+from support.hostfs import HostFs, unmount_below
 
 from cowfs.driver import registry
 from cowfs.store import Store
@@ -44,10 +44,7 @@ class TestImage(DriverSuite):
     def place(self, fs: HostFs, can_mount: None) -> Iterator[Path]:
         path = fs.fresh("store")
         yield path
-        with open("/proc/self/mounts", encoding="utf-8") as file:
-            found = [line.split()[1] for line in file if line.split()[1].startswith(f"{path}/")]
-        for target in sorted(found, reverse=True):
-            os.system(f"umount -l '{target}'")
+        unmount_below(path)
 
     def test_a_tree_is_there_only_while_it_is_wanted(self, store: Store) -> None:
         base = self.base(store)

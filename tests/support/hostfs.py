@@ -121,3 +121,11 @@ def open_fs(name: str, base: Path) -> HostFs:
     if namespace.why_not:
         pytest.skip(namespace.why_not)
     return HostFs(name, make_tmpfs(base) if name == "tmpfs" else make_image(name, base))
+
+
+def unmount_below(path: Path) -> None:
+    """Take off whatever a test left mounted below a directory, at once."""
+    with open("/proc/self/mounts", encoding="utf-8") as file:
+        found = [line.split()[1] for line in file if line.split()[1].startswith(f"{path}/")]
+    for target in sorted(found, reverse=True):
+        subprocess.run(["umount", "-l", target], check=False)
