@@ -14,12 +14,19 @@ from support.layers import Layer
 
 
 @pytest.fixture(scope="session")
-def run_directory(can_mount: None) -> Path:
+def our_run_directory(can_mount: None) -> Path:
     """A /run/cowfs of our own, so that only mounts of these tests are listed."""
     path = Path("/run/cowfs")
     path.mkdir(mode=0o700, exist_ok=True)
     namespace.mount("tmpfs", str(path), "tmpfs", 0, "mode=700")
     return path
+
+
+@pytest.fixture
+def run_directory(our_run_directory: Path) -> Path:
+    """It holds nothing of a mount service, which a test of another folder may have killed."""
+    (our_run_directory / "mounts.socket").unlink(missing_ok=True)
+    return our_run_directory
 
 
 @pytest.fixture

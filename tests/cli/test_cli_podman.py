@@ -68,10 +68,13 @@ def test_files_with_something_else_in_them_are_kept(space: Path) -> None:
     assert json.loads(path.read_text()) == hook
 
 
-def test_a_socket_that_systemd_passes_is_served(space: Path, mnt: Path, run_directory: Path) -> None:
+def test_a_socket_that_systemd_passes_is_served(
+    space: Path, mnt: Path, run_directory: Path, request: pytest.FixtureRequest
+) -> None:
     """As sd_listen_fds(3): descriptor 3, and LISTEN_PID of the process itself."""
     Layer(space / "base").file("who", b"base")
     listener = socket.socket(socket.AF_UNIX)
+    request.addfinalizer(listener.close)
     listener.bind("/run/cowfs/mounts.socket")
     listener.listen()
     start = "import os, sys; os.dup2(int(sys.argv[1]), 3); os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='1'); os.execv(sys.executable, [sys.executable, '-m', 'cowfs', 'serve', '--mounts'])"
@@ -87,13 +90,12 @@ def test_a_socket_that_systemd_passes_is_served(space: Path, mnt: Path, run_dire
         finally:
             service.kill()
     listener.close()
+    os.unlink("/run/cowfs/mounts.socket")
     assert (mnt / "who").read_text() == "base"
 
 
 def test_a_second_service_is_told_about_the_first(run_directory: Path) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
-        if os.path.exists("/run/cowfs/mounts.socket"):
-            os.unlink("/run/cowfs/mounts.socket")
         listener.bind("/run/cowfs/mounts.socket")
         listener.listen()
         done = run_module("cowfs", "serve", "--mounts")

@@ -85,7 +85,7 @@ def root_tar(request: pytest.FixtureRequest, can_mount: None) -> Path:
         if shutil.which("mmdebstrap") is None:
             pytest.skip("mmdebstrap is not installed")
         cache.mkdir(parents=True, exist_ok=True)
-        unfinished = made.with_suffix(".new.tar")
+        unfinished = made.with_suffix(f".{os.getpid()}.tar")  # other workers may be at it, too
         done = subprocess.run(
             ["mmdebstrap", "--variant=apt", "--quiet", "bookworm", str(unfinished)],
             capture_output=True,
