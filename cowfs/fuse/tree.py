@@ -11,7 +11,7 @@ Errors: OSError with the errno that the system call of that name documents, and 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -147,7 +147,8 @@ class Tree(Protocol):
 
     def rmdir(self, parent: Node, name: bytes, /) -> None: ...
 
-    def rename(self, parent: Node, name: bytes, to: Node, to_name: bytes, flags: int = 0, /) -> None: ...
+    def rename(self, parent: Node, name: bytes, to: Node, to_name: bytes, flags: int = 0, /) -> Sequence[int]:
+        """Returns the ids of other nodes whose attributes changed."""
 
     # -- attributes -----------------------------------------------------------------------------------
 

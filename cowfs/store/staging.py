@@ -19,7 +19,8 @@ on disk            in the index                 what :func:`sweep` does
 ``layers/ID``      no row                       ``gc`` deletes it, ``check`` names it
 =================  ===========================  =========================================
 
-A sweep reads and renames under the write lock, which excludes a verb between its row and its rename.
+A sweep reads and renames under the write lock, which excludes a verb that makes a layer between its row and its rename. A verb that
+deletes renames without the lock: both may want the same directory, and either takes it.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import json
 import os
 import resource
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
@@ -207,10 +209,18 @@ def _in_use(driver: Driver, id: str) -> bool:
 
 
 def orphans(driver: Driver, index: Index) -> list[str]:
-    """Ids of the directories in ``layers`` without a row, at this moment (slightly earlier on a store that cannot be locked)."""
-    with index.read() if index.refused else index.write():
-        known = index.ids() | spared(driver.root)
-        return sorted(id for id in os.listdir(f"{driver.root}/layers") if id not in known)
+    """Ids of the directories in ``layers`` without a row, at this moment (slightly earlier on a store that cannot be locked).
+
+    A directory that a verb is about to delete is none: it is looked at again, for up to a second.
+    """
+    until = time.monotonic() + 1
+    while True:
+        with index.read() if index.refused else index.write():
+            known = index.ids() | spared(driver.root)
+            found = sorted(id for id in os.listdir(f"{driver.root}/layers") if id not in known)
+        if not found or time.monotonic() > until:
+            return found
+        time.sleep(0.05)
 
 
 def leftovers(driver: Driver, index: Index) -> list[str]:
@@ -294,14 +304,20 @@ def _doom(
     kept = known | spared(root)
     for id in driver.strays():
         if id not in kept and RM + id not in looked:
-            os.mkdir(driver.directory(RM + id), 0o700)
+            try:
+                os.mkdir(driver.directory(RM + id), 0o700)
+            except FileExistsError:
+                continue  # renamed since by the process that removes it
             looked.add(RM + id)
             doomed.append(RM + id)
     for id in os.listdir(f"{root}/layers"):
         if id not in kept and not most:
             return doomed, True
         if id not in kept:
-            driver.publish(id, RM + id)
+            try:
+                driver.publish(id, RM + id)
+            except FileNotFoundError:
+                continue  # renamed since by the process that removes it
             looked.add(RM + id)
             point("gc.renamed")
             if _in_use(driver, id):

@@ -16,7 +16,7 @@ import contextlib
 import errno
 import os
 from bisect import insort
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from cowfs.format.whiteout import WH_PREFIX
@@ -39,11 +39,14 @@ _NOREPLACE, _EXCHANGE, _WHITEOUT = (
 )
 
 
-def rename(view: Core, parent: Dir, name: bytes, to: Dir, to_name: bytes, flags: int = 0) -> None:
+def rename(view: Core, parent: Dir, name: bytes, to: Dir, to_name: bytes, flags: int = 0) -> Sequence[int]:
     """Rename ``name`` in ``parent`` to ``to_name`` in ``to``.
 
     Args:
         flags: 0, RENAME_NOREPLACE or RENAME_EXCHANGE.
+
+    Returns:
+        ids of nodes beside these whose attributes changed: what is in a directory that had to be copied has another ctime.
 
     Raises:
         OSError: as renameat2(2); EXDEV only for a directory whose marks the host has no room for.
@@ -69,14 +72,12 @@ def rename(view: Core, parent: Dir, name: bytes, to: Dir, to_name: bytes, flags:
             raise error(errno.ENOENT, to_name)
         if isinstance(other, Dir):
             _refuse_loop(view, other, parent)
-        if node is not other:
-            _exchange(view, parent, name, node, to, to_name, other)
-        return
+        return _exchange(view, parent, name, node, to, to_name, other) if node is not other else ()
     if other is node:  # two names of one inode: rename(2) says to do nothing
-        return
+        return ()
     if other is not None:
         _refuse_mismatch(view, node, other, to_name)
-    _move(view, parent, name, node, to, to_name, other)
+    return _move(view, parent, name, node, to, to_name, other)
 
 
 def _refuse_loop(view: Core, node: Dir, into: Dir) -> None:
@@ -97,8 +98,8 @@ def _refuse_mismatch(view: Core, node: Node, other: Node, name: bytes) -> None:
         raise error(errno.EISDIR, name)
 
 
-def _bring_up(view: Core, node: Node) -> None:
-    """Bring the object into the upper layer, ready for another path."""
+def _bring_up(view: Core, node: Node) -> Sequence[int]:
+    """Bring the object into the upper layer, ready for another path; ids of all that was copied with it."""
     if isinstance(node, Dir):
         view.moves.renamed_directory()
         if view.form.redirects or (len(node.sources) == 1 and node.record is None and view.upper_of(node)):
@@ -110,11 +111,11 @@ def _bring_up(view: Core, node: Node) -> None:
                 if node.lowpath is None:
                     view.moves.moved[node] = None
                 node.lowpath = low
-        else:
-            _copy_subtree(view, node)
-        return
+            return ()
+        return _copy_subtree(view, node)
     copyup.up_meta(view, node)
     copyup.note_place(view, node)
+    return ()
 
 
 def _mark(view: Core, own: Source, attribute: bytes, value: bytes) -> None:
@@ -134,11 +135,13 @@ def _upper_dir(view: Core, node: Dir) -> Source:
     return found
 
 
-def _move(view: Core, parent: Dir, name: bytes, node: Node, to: Dir, to_name: bytes, other: Node | None) -> None:
+def _move(
+    view: Core, parent: Dir, name: bytes, node: Node, to: Dir, to_name: bytes, other: Node | None
+) -> Sequence[int]:
     destination = copyup.up_dir(view, to)
     if to.children is None:
         view.load(to)
-    _bring_up(view, node)
+    copied = _bring_up(view, node)
     source = _upper_dir(view, parent)
     space = view.space
     if space is not None:
@@ -175,6 +178,7 @@ def _move(view: Core, parent: Dir, name: bytes, node: Node, to: Dir, to_name: by
     if other is not None:
         _bury_victim(view, to, to_name, other, held, last, known)
     _rebind(view, parent, name, node, to, to_name, destination)
+    return copied
 
 
 def _take_victim(
@@ -327,11 +331,10 @@ def _rename_name(view: Core, parent: Dir, name: bytes, node: Node, to: Dir, to_n
         view.drop(parent)
 
 
-def _exchange(view: Core, parent: Dir, name: bytes, node: Node, to: Dir, to_name: bytes, other: Node) -> None:
+def _exchange(view: Core, parent: Dir, name: bytes, node: Node, to: Dir, to_name: bytes, other: Node) -> Sequence[int]:
     copyup.up_dir(view, parent)
     copyup.up_dir(view, to)
-    for moved in (node, other):
-        _bring_up(view, moved)
+    copied = [*_bring_up(view, node), *_bring_up(view, other)]
     source, destination = _upper_dir(view, parent), _upper_dir(view, to)
     for moved, place, at in ((node, destination, to_name), (other, source, name)):
         if isinstance(moved, Dir) and moved.lowpath is None and place.shadow and at in place.shadow:
@@ -356,13 +359,14 @@ def _exchange(view: Core, parent: Dir, name: bytes, node: Node, to: Dir, to_name
             own.parent, own.name = up, at
         stored.mark_impure(view, up)
         directory.attr = arrived.attr = None
+    return copied
 
 
 # -- the userxattr form: no redirects -------------------------------------------------------------
 
 
-def _copy_subtree(view: Core, node: Dir) -> None:
-    """Bring a whole merged directory into the upper layer, opaque.
+def _copy_subtree(view: Core, node: Dir) -> list[int]:
+    """Bring a whole merged directory into the upper layer, opaque; ids of what a front end knows of it.
 
     Checked against the limit first. A crash on the way leaves a part of it copied up, which shows
     the same tree as before.
@@ -370,11 +374,13 @@ def _copy_subtree(view: Core, node: Dir) -> None:
     if view.space is not None:
         need, inodes = _subtree_cost(view, node)
         view.space.need(need, inodes)
+    copied: list[int] = []
     with _held_dirs(view, node) as directories:
         for directory in directories:
-            _up_all(view, directory)
+            copied += _up_all(view, directory)
         for directory in reversed(directories):  # the inner ones first
             _make_opaque(view, directory)
+    return copied
 
 
 @contextlib.contextmanager
@@ -420,16 +426,20 @@ def _subtree_cost(view: Core, top: Dir) -> tuple[int, int]:
     return blocks, inodes
 
 
-def _up_all(view: Core, directory: Dir) -> None:
-    """Copy a directory up, with every file in it."""
+def _up_all(view: Core, directory: Dir) -> list[int]:
+    """Copy a directory up, with every file in it; ids of those that a front end knows."""
+    known = [directory.id]
     copyup.up_dir(view, directory)
     for child in _children(view, directory):
         if not isinstance(child, Dir):
             copyup.up_meta(view, child)
-            if child.nlookup <= 0:
+            if child.nlookup > 0:
+                known.append(child.id)
+            else:
                 with contextlib.suppress(OSError):
                     view.drop(child)
     view.trim()
+    return known
 
 
 def _make_opaque(view: Core, node: Dir) -> None:

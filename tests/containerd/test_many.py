@@ -66,7 +66,7 @@ def test_fifty_containers_at_once(engine: Containerd) -> None:
 
     def look(one: tuple[str, str, int]) -> str:
         name, namespace, limited = one
-        words = "cat /data/n; dd if=/dev/zero of=/f bs=64k count=32 2>/dev/null || echo full"
+        words = "until grep . /data/n 2>/dev/null; do sleep 0.1; done; dd if=/dev/zero of=/f bs=64k count=32 2>/dev/null || echo full"
         done = engine.ctr("tasks", "exec", "--exec-id", "e", name, "sh", "-c", words, namespace=namespace)
         return f"{done.stdout.split()} {limited}"
 

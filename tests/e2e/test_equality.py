@@ -64,6 +64,21 @@ def test_the_same_for_an_ordinary_user(space: Path, ordinary_user: int, request:
     run_machine(machine, request.config.getoption("--steps") // 10, request.config.getoption("--seed") + 3)
 
 
+def test_what_is_copied_with_a_directory_shows_its_new_ctime_at_once(space: Path, ordinary_user: int) -> None:
+    """Without redirects a rename copies what is in a directory of the lower layers; the kernel had its attributes already."""
+    os.umask(0o022)
+    run = UserRun(space / "run", "kernel", 88760, 20, "user")
+    try:
+        run.check()
+        moved = "b/long-name-" + "x" * 30
+        assert len(os.listdir(run.plain / moved)) == 2
+        run.carry_out(("rename", moved, "b/b/e/a"), True)
+        run.check()
+        run.finish()
+    finally:
+        run.close()
+
+
 def test_the_same_with_redirect_on_write_for_an_ordinary_user(
     space: Path, ordinary_user: int, request: pytest.FixtureRequest
 ) -> None:

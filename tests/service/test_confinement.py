@@ -208,7 +208,7 @@ def test_nothing_is_left_out_in_silence(shared: Daemon, words: list[str], told: 
 
 
 def test_an_address_in_a_network_is_refused(shared: Daemon) -> None:
-    """What docker's ``--ip`` sends; the command of version 20.10 leaves it out for the default network."""
+    """docker sends this for ``--ip``; the command of version 20.10 leaves it out for the default network."""
     status, answer = shared.request(
         "POST",
         "/containers/create",

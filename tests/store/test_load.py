@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from support import command
 
+from cowfs.driver.interface import Driver
 from cowfs.errors import AlreadyExists, CowfsError
 from cowfs.model import Kind
 from cowfs.store import Store
@@ -169,6 +170,28 @@ def test_more_garbage_than_there_are_descriptors(space: Path) -> None:
     assert len(os.listdir(root / "layers")) == 1
     with Store.open(root) as store:
         assert not store.check().problems
+
+
+def test_gc_meets_a_removal_of_the_same_directory(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A verb that removes renames without the write lock, so between gc's look and its own rename."""
+    for key in ("kept", "gone", "lost"):
+        store.prepare(key)
+    lost = [os.path.basename(os.path.dirname(tree_path(store, key))) for key in ("gone", "lost")]
+    with store.index.write() as change:
+        for key in ("gone", "lost"):
+            change.remove(store.index.get(key).num)
+    publish = type(store.driver).publish
+
+    def beaten(driver: Driver, staged: str, id: str) -> None:
+        if staged == lost[0]:
+            publish(driver, staged, id)
+            driver.remove(id)
+        publish(driver, staged, id)
+
+    monkeypatch.setattr(type(store.driver), "publish", beaten)
+    assert store.gc().directories == (f"rm-{lost[1]}",)
+    assert len(os.listdir(Path(store.root) / "layers")) == 1
+    assert store.check().problems == []
 
 
 @pytest.mark.parametrize("backend", ["overlay", "vfs", "row"])

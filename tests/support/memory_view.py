@@ -12,7 +12,7 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from cowfs.format.whiteout import TRUSTED
@@ -244,7 +244,7 @@ class MemoryView:
         dir.nlink -= 1
         self._touch(dir)
 
-    def rename(self, dir: MemNode, name: bytes, dir2: MemNode, name2: bytes, flags: int = 0) -> None:
+    def rename(self, dir: MemNode, name: bytes, dir2: MemNode, name2: bytes, flags: int = 0) -> Sequence[int]:
         node = self.lookup(dir, name)
         if flags:
             raise fail(errno.EINVAL)
@@ -252,6 +252,7 @@ class MemoryView:
         self._children(dir2).pop(name2, None)
         self._add(dir2, name2, node)
         self._touch(dir)
+        return ()
 
     # attributes
 

@@ -101,6 +101,9 @@ class Data(Adapter):
         self._buffer = memoryview(bytearray(max_read))
         self._local = threading.local()
 
+    def outdated(self, nodeid: int) -> None:
+        self.host.attributes_changed(nodeid)
+
     def table(self) -> dict[int, Handler]:
         table = super().table() | {
             abi.READ: self.read,

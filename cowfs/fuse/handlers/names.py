@@ -202,14 +202,20 @@ class Adapter:
     def rename(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply:
         (target,) = abi.RENAME_IN.unpack_from(buf, 40)
         old, new = codec.two_names(buf, 48, n)
-        self.view.rename(self.view.directory(nodeid), old, self.view.directory(target), new, 0)
-        return _OK(16, 0, unique)
+        return self._rename(unique, nodeid, old, target, new, 0)
 
     def rename2(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply:
         target, flags, _ = abi.RENAME2_IN.unpack_from(buf, 40)
         old, new = codec.two_names(buf, 56, n)
-        self.view.rename(self.view.directory(nodeid), old, self.view.directory(target), new, flags)
+        return self._rename(unique, nodeid, old, target, new, flags)
+
+    def _rename(self, unique: int, nodeid: int, old: bytes, target: int, new: bytes, flags: int) -> codec.Reply:
+        for changed in self.view.rename(self.view.directory(nodeid), old, self.view.directory(target), new, flags):
+            self.outdated(changed)
         return _OK(16, 0, unique)
+
+    def outdated(self, nodeid: int) -> None:
+        """The kernel may have other attributes of a node than it has now, before the request at hand is answered."""
 
     # -- listings -----------------------------------------------------------------------------
 
