@@ -302,14 +302,7 @@ def _doom(
     if not everything:
         return doomed, False
     kept = known | spared(root)
-    for id in driver.strays():
-        if id not in kept and RM + id not in looked:
-            try:
-                os.mkdir(driver.directory(RM + id), 0o700)
-            except FileExistsError:
-                continue  # renamed since by the process that removes it
-            looked.add(RM + id)
-            doomed.append(RM + id)
+    doomed += _set_aside_strays(driver, kept, looked)
     for id in os.listdir(f"{root}/layers"):
         if id not in kept and not most:
             return doomed, True
@@ -328,6 +321,18 @@ def _doom(
                 most -= 1
                 doomed.append(RM + id)
     return doomed, False
+
+
+def _set_aside_strays(driver: Driver, kept: set[str], looked: set[str]) -> list[str]:
+    """Directories made for what a driver keeps elsewhere without one, so that its removal is found again."""
+    made = []
+    for id in driver.strays():
+        if id not in kept and RM + id not in looked:
+            looked.add(RM + id)
+            with suppress(FileExistsError):  # renamed since by the process that removes it
+                os.mkdir(driver.directory(RM + id), 0o700)
+                made.append(RM + id)
+    return made
 
 
 def _lock(path: str) -> int | None:

@@ -128,7 +128,7 @@ exec setpriv --reuid {uid} --regid {uid} --clear-groups {sys.executable} -c "$1"
     return subprocess.run(
         ["unshare", "-m", "--propagation", "unchanged", "sh", "-c", script, "sh", code],
         capture_output=True, text=True, timeout=30, check=False, cwd="/",
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in [str(Path(__file__).parents[2]), *sys.path] if path)},
     )  # fmt: skip
 
 
