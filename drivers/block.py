@@ -263,7 +263,7 @@ class BlockDriver(Driver):
     def disk(self, id: str, scratch: str, size: int) -> Iterator[tuple[int, int]]:
         """A child in which the tree is the file system's root directory."""
         self.create(scratch, [id], Limit())
-        with block_disk.handed_out(self.directory(scratch), self._wish(scratch, frozen=False), size) as disk:
+        with block_disk.handed_out(self.directory(scratch), self._request(scratch, frozen=False), size) as disk:
             yield disk
 
     def freeze(self, id: str) -> None:
@@ -430,8 +430,8 @@ class BlockDriver(Driver):
                     block_device.remount(self._place(id), readonly=False)
                 return
             block_device.detach(directory)  # a freeze that was taken back
-        wish = self._wish(id, frozen=frozen)
-        block_device.attach(directory, wish)
+        request = self._request(id, frozen=frozen)
+        block_device.attach(directory, request)
         if frozen:
             return
         try:
@@ -439,14 +439,14 @@ class BlockDriver(Driver):
         except block_device.TooSmall as error:
             if not block_device.detach(directory):
                 raise
-            block_device.attach(directory, replace(wish, blocks=error.blocks))
+            block_device.attach(directory, replace(request, blocks=error.blocks))
             self._hold(id)
 
-    def _wish(self, id: str, *, frozen: bool) -> block_device.Wish:
+    def _request(self, id: str, *, frozen: bool) -> block_device.DiskRequest:
         """The layer's image, to be mounted."""
         chain = self._pool.chain(self._pool.top(self.directory(id)))
         discard = bool(self._options["discard"])
-        return block_device.Wish(
+        return block_device.DiskRequest(
             kind=self._kind(id),
             lowers=[self._pool.tree(one) for one in (chain if frozen else chain[1:])],
             upper="" if frozen else self._pool.tree(chain[0]),

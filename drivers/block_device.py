@@ -33,10 +33,10 @@ from .block_pool import DISK
 
 __all__ = [
     "SERVED",
+    "DiskRequest",
     "Kept",
     "Served",
     "TooSmall",
-    "Wish",
     "attach",
     "bound",
     "check_room",
@@ -67,7 +67,7 @@ _TREE = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wish:
+class DiskRequest:
     """An image to be mounted.
 
     Attributes:
@@ -277,7 +277,7 @@ def is_attached(directory: str) -> bool:
     return False
 
 
-def attach(directory: str, wish: Wish) -> None:
+def attach(directory: str, request: DiskRequest) -> None:
     """Mount a layer's file system at ``mnt``, whose turn this is.
 
     Raises:
@@ -288,27 +288,27 @@ def attach(directory: str, wish: Wish) -> None:
     served = Served.of(directory)  # mounted elsewhere still: by a bind, or with a file open
     if served is not None and blockfs.is_alive(served.device):
         block_image.mount(
-            wish.kind, served.device, place, readonly=loop.is_readonly(served.device), discard=wish.discard
+            request.kind, served.device, place, readonly=loop.is_readonly(served.device), discard=request.discard
         )
         return
-    path, fd = device(directory, wish)
+    path, fd = device(directory, request)
     try:
-        if wish.blocks:
-            block_image.grow_at_rest(wish.kind, path, wish.blocks)
-        block_image.mount(wish.kind, path, place, readonly=not wish.upper, discard=wish.discard)
+        if request.blocks:
+            block_image.grow_at_rest(request.kind, path, request.blocks)
+        block_image.mount(request.kind, path, place, readonly=not request.upper, discard=request.discard)
     finally:
         os.close(fd)
 
 
-def device(directory: str, wish: Wish) -> tuple[str, int]:
+def device(directory: str, request: DiskRequest) -> tuple[str, int]:
     """Make a loop device over the image: (its path, a descriptor that holds it)."""
     at = f"{directory}/{SERVED}"
     os.makedirs(at, mode=0o700, exist_ok=True)
     while is_mounted(at) and take_away(at, mounts.MNT_DETACH):
         pass  # of a process that was killed
-    handle = serve(directory, wish)
+    handle = serve(directory, request)
     try:
-        path, fd = loop.attach(f"{at}/{DISK}", readonly=not wish.upper, name=_name(directory))
+        path, fd = loop.attach(f"{at}/{DISK}", readonly=not request.upper, name=_name(directory))
     finally:
         take_away(at, mounts.MNT_DETACH)
     note = {"device": path, "socket": handle.socket}
@@ -320,9 +320,9 @@ def device(directory: str, wish: Wish) -> tuple[str, int]:
     return path, fd
 
 
-def serve(directory: str, wish: Wish) -> client.MountHandle:
+def serve(directory: str, request: DiskRequest) -> client.MountHandle:
     """Mount a layer's chain at :data:`SERVED` by our server; one that is about to end has the layer for a moment still."""
-    spec = _spec(directory, wish)
+    spec = _spec(directory, request)
     end = time.monotonic() + _PATIENCE
     while True:
         try:
@@ -333,17 +333,17 @@ def serve(directory: str, wish: Wish) -> client.MountHandle:
             time.sleep(0.02)
 
 
-def _spec(directory: str, wish: Wish) -> MountSpec:
+def _spec(directory: str, request: DiskRequest) -> MountSpec:
     return MountSpec(
-        layers=tuple(wish.lowers)[::-1],
+        layers=tuple(request.lowers)[::-1],
         mountpoint=f"{directory}/{SERVED}",
-        upper=wish.upper or None,
-        work=wish.work or None,
+        upper=request.upper or None,
+        work=request.work or None,
         record=False,
-        readonly=not wish.upper,
-        fsync=wish.fsync,
-        form=wish.form,
-        row=wish.block if wish.upper else 0,
+        readonly=not request.upper,
+        fsync=request.fsync,
+        form=request.form,
+        row=request.block if request.upper else 0,
         drop_synced=True,
         patience=_PATIENCE_FOR_ROOM,
         label=f"image of {os.path.basename(directory)}",

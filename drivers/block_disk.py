@@ -26,12 +26,12 @@ _PATIENCE = 20.0  # seconds that a device has to go after its last mount
 
 
 @contextmanager
-def handed_out(directory: str, wish: block_device.Wish, size: int) -> Iterator[tuple[int, int]]:
+def handed_out(directory: str, request: block_device.DiskRequest, size: int) -> Iterator[tuple[int, int]]:
     """A descriptor of a disk, and its size in bytes.
 
     Args:
         directory: of a layer that was just made as a child.
-        wish: its image, writable.
+        request: its image, writable.
         size: bytes that the file system is to have; 0: as many as it has.
 
     Raises:
@@ -39,19 +39,19 @@ def handed_out(directory: str, wish: block_device.Wish, size: int) -> Iterator[t
         OSError: as of the programs for the file system.
     """
     at = f"{directory}/{block_device.SERVED}"
-    block_device.attach(directory, wish)
+    block_device.attach(directory, request)
     try:
         _move_up(f"{directory}/mnt")
     finally:
         block_device.detach(directory)
     _wait(directory)
-    device, fd = block_device.device(directory, wish)
+    device, fd = block_device.device(directory, request)
     try:
-        blocks = _own(wish, device, size)
+        blocks = _own(request, device, size)
     finally:
         os.close(fd)
     _wait(directory)
-    handle = block_device.serve(directory, wish)
+    handle = block_device.serve(directory, request)
     try:
         fd = os.open(f"{at}/{DISK}", os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -82,9 +82,9 @@ def _move_up(root: str) -> None:
         os.close(top)
 
 
-def _own(wish: block_device.Wish, device: str, size: int) -> int:
+def _own(request: block_device.DiskRequest, device: str, size: int) -> int:
     """Give a file system that nobody has mounted a size and an identity of its own; its blocks then."""
-    kind = wish.kind
+    kind = request.kind
     blocks = block_device.size_of(device, kind)
     if kind.name == "ext4":
         block_image.run("e2fsck", "-fp", device, package=kind.package, fine=(0, 1))

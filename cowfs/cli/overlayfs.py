@@ -131,7 +131,7 @@ def _block(text: str) -> int:
     return size
 
 
-# Option -> fields of the wish. "lowers" and "squash_to_root" are resolved afterwards.
+# Option -> fields of the request. "lowers" and "squash_to_root" are resolved afterwards.
 _MEANING: dict[str, Callable[[str], dict[str, Any]]] = {
     "lowerdir": lambda text: {"lowers": split_layers(text)},
     "upperdir": lambda text: {"upper": unescape(text)},

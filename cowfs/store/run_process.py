@@ -1,6 +1,6 @@
 """The process behind :meth:`cowfs.Store.run`: ``python -m cowfs.store.run_process ASKED TOLD LIVES``, three descriptors.
 
-It reads a wish (a JSON document) from the first, runs it, and tells how it ended on the second. When the last writer of the third is gone, the
+It reads a message (a JSON document) from the first, runs it, and tells how it ended on the second. When the last writer of the third is gone, the
 command ends, and the snapshot goes unless it is to be kept.
 """
 
@@ -22,16 +22,18 @@ from cowfs.store.store import Store
 __all__: list[str] = []
 
 
-def _run(wish: dict[str, Any], lives: int) -> process.Ended:
-    key = wish["key"]
-    with Store.open(wish["root"], create=False, fsync=wish["fsync"]) as store:
+def _run(message: dict[str, Any], lives: int) -> process.Ended:
+    key = message["key"]
+    with Store.open(message["root"], create=False, fsync=message["fsync"]) as store:
         made = False
         try:
             with process.held():
-                store.prepare(key, wish["parent"], size=wish["size"], inodes=wish["inodes"])
+                store.prepare(key, message["parent"], size=message["size"], inodes=message["inodes"])
                 made = True
-            ended = run_in(store, key, Request.from_json(wish["request"]), mount_type=wish["mount_type"], life=lives)
-            if not wish["keep"] and select.select([lives], [], [], 0)[0]:  # nobody is there who would
+            ended = run_in(
+                store, key, Request.from_json(message["request"]), mount_type=message["mount_type"], life=lives
+            )
+            if not message["keep"] and select.select([lives], [], [], 0)[0]:  # nobody is there who would
                 raise CowfsError("the caller is gone")
         except BaseException:
             if made:

@@ -123,11 +123,11 @@ class Running:
     ) -> Job:
         """A command that was checked and is not yet started."""
         made = key or f"{RUN_KEY}{secrets.token_hex(4)}"
-        wish = {
+        message = {
             "root": self.context.root, "fsync": self.context.driver.fsync, "parent": parent, "key": made, "size": size, "inodes": inodes,
             "keep": keep, "mount_type": mount_type, "request": request.to_json(),
         }  # fmt: skip
-        return Job(self, made, wish, keep=keep)
+        return Job(self, made, message, keep=keep)
 
     def run(
         self,
@@ -299,10 +299,10 @@ async def _in_thread(job: Job, function: partial[RunResult]) -> RunResult:
 class Job:
     """A command that is run once. :meth:`cancel` may be called from any thread."""
 
-    def __init__(self, running: Running, key: str, wish: Mapping[str, object], *, keep: bool) -> None:
+    def __init__(self, running: Running, key: str, message: Mapping[str, object], *, keep: bool) -> None:
         self._running = running
         self._key = key
-        self._wish = wish
+        self._message = message
         self._keep = keep
         self._lock = threading.Lock()
         self._life = -1  # guarded by _lock: the writing end of the pipe that ends with us; -1: none, -2: cancelled
@@ -336,9 +336,9 @@ class Job:
             finally:
                 for fd in (asked, tells, lives):
                     os.close(fd)
-            with process, suppress(BrokenPipeError), open(asks, "wb") as wish:
-                wish.write(json.dumps(self._wish).encode())
-                wish.close()
+            with process, suppress(BrokenPipeError), open(asks, "wb") as requests:
+                requests.write(json.dumps(self._message).encode())
+                requests.close()
                 out, said = self._communicate(process, input)
             with open(told, "rb", closefd=False) as file:
                 how = file.read()

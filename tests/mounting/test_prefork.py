@@ -34,14 +34,14 @@ def _parent(pid: int) -> int:
 
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Nurseries that wait long for their next wish, however slow the machine is."""
+    """Nurseries that wait long for their next request, however slow the machine is."""
     prefork.close()
     monkeypatch.setattr(prefork, "IDLE", 600.0)
     yield
     prefork.close()
 
 
-def test_a_nursery_without_a_wish_ends_and_its_servers_go_on(stack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_nursery_without_a_request_ends_and_its_servers_go_on(stack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prefork.close()
     monkeypatch.setattr(prefork, "IDLE", 0.01)
     with cowfs.mount(stack / "layers", stack / "one", readonly=True) as one:

@@ -37,7 +37,7 @@ from cowfs.service.containers.register import Register
 from cowfs.service.containers.restarting import Restarts
 from cowfs.service.containers.signals import send_signal
 from cowfs.service.containers.spawner import Spawner
-from cowfs.service.containers.supervision import Runtime, ask, dismiss, hand_over, wish
+from cowfs.service.containers.supervision import Runtime, ask, dismiss, hand_over, settings
 from cowfs.service.containers.supervisor import RUN_FILE
 from cowfs.service.containers.trees import Trees
 from cowfs.service.errors import ApiError, NotModified
@@ -284,7 +284,7 @@ class Containers:
         if not runtime:
             raise ApiError(501, "there is no OCI runtime on this host: install runc or crun")
         os.makedirs(container.bundle, mode=0o700, exist_ok=True)
-        self.spawner.spawn(wish(container, runtime, self.runtime.root, self._store.root))
+        self.spawner.spawn(settings(container, runtime, self.runtime.root, self._store.root))
         if not self._watch(container):
             raise CowfsError(f"the supervisor of container {container.id[:12]} ended at once")
 

@@ -41,13 +41,13 @@ class Spawner:
             if self._socket is None:
                 self._socket = _open()
 
-    def spawn(self, wish: dict[str, Any]) -> None:
+    def spawn(self, settings: dict[str, Any]) -> None:
         """Fork a supervisor; it listens when this returns.
 
         Raises:
             CowfsError: the fork or its start failed.
         """
-        data = json.dumps(wish).encode()
+        data = json.dumps(settings).encode()
         with self._lock:
             for _ in range(2):
                 if self._socket is None:
@@ -113,9 +113,9 @@ def main() -> NoReturn:
         body = _exactly(client, _LENGTH.unpack(head)[0]) if head else b""
         if not body:
             os._exit(0)
-        wish = json.loads(body)
+        settings = json.loads(body)
         try:
-            listening = _listen(wish["socket"])
+            listening = _listen(settings["socket"])
         except OSError:
             try:
                 client.sendall(b"-")
@@ -126,7 +126,7 @@ def main() -> NoReturn:
             client.close()
             os.setsid()
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            supervisor.main(wish, listening)
+            supervisor.main(settings, listening)
         listening.close()
         try:
             client.sendall(b"+")

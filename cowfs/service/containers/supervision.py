@@ -17,7 +17,7 @@ from cowfs.service.containers.logs import parse_size as parse_log_size
 from cowfs.service.errors import ApiError
 from cowfs.sys import mounts
 
-__all__ = ["Runtime", "ask", "dismiss", "hand_over", "wish"]
+__all__ = ["Runtime", "ask", "dismiss", "hand_over", "settings"]
 
 
 def ask(container: Container, message: dict[str, Any], fd: int | None = None) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def ask(container: Container, message: dict[str, Any], fd: int | None = None) ->
     return answer
 
 
-def wish(container: Container, runtime: str, runtime_root: str, store: str) -> dict[str, Any]:
+def settings(container: Container, runtime: str, runtime_root: str, store: str) -> dict[str, Any]:
     """The request for the supervisor of a container (:class:`cowfs.service.containers.supervisor.Supervisor`)."""
     options = container.host_config.LogConfig.Config or {}
     return {

@@ -64,20 +64,20 @@ class Supervisor:
     """See the module.
 
     Args:
-        wish: ``id``, ``folder`` (of the container), ``bundle``, ``socket`` (to listen on), ``runtime``, ``runtime_root``,
+        settings: ``id``, ``folder`` (of the container), ``bundle``, ``socket`` (to listen on), ``runtime``, ``runtime_root``,
             ``terminal``, ``open_stdin``, ``stdin_once``, ``log`` (whether one is kept), ``max_size`` and ``max_file`` (of the log), ``store``, ``name``,
             ``image``, ``durable``.
     """
 
-    def __init__(self, wish: dict[str, Any], listening: socket.socket) -> None:
-        self.wish = wish
+    def __init__(self, settings: dict[str, Any], listening: socket.socket) -> None:
+        self.settings = settings
         self.selector = selectors.DefaultSelector()
         self.listening = listening
         self.connections: list[_Connection] = []
         self.watchers: list[socket.socket] = []
         self.children: dict[int, Callable[[int], None]] = {}
         self.early_exits: dict[int, int] = {}  # statuses of processes that are not known yet
-        self.main = _Process(self._streams(wish["terminal"], True, self._main_ended), wish["terminal"])
+        self.main = _Process(self._streams(settings["terminal"], True, self._main_ended), settings["terminal"])
         self.execs: dict[str, _Process] = {}
         self.sizes: dict[str, tuple[int, int]] = {}  # of terminals of execs that were not started yet; the last few
         self.run: dict[str, Any] = {}
@@ -88,15 +88,17 @@ class Supervisor:
 
     def _streams(self, terminal: bool, main: bool, on_end: Callable[[], None]) -> Streams:
         log = None
-        if main and self.wish.get("log", True):
+        if main and self.settings.get("log", True):
             log = logs.Writer(
-                os.path.join(self.wish["folder"], logs.FILE), self.wish.get("max_size", 0), self.wish.get("max_file", 1)
+                os.path.join(self.settings["folder"], logs.FILE),
+                self.settings.get("max_size", 0),
+                self.settings.get("max_file", 1),
             )
         streams = Streams(
             self.selector,
             terminal=terminal,
             log=log,
-            stdin_once=self.wish["stdin_once"] if main else True,
+            stdin_once=self.settings["stdin_once"] if main else True,
             on_end=on_end,
         )
         if main:
@@ -273,7 +275,7 @@ class Supervisor:
     def verb_start(self, sock: socket.socket, message: dict[str, Any], fds: list[int]) -> None:
         """Make and start the container by the runtime, and answer when it runs."""
         self.started = True
-        command = ["run", "--detach", "--bundle", self.wish["bundle"]]
+        command = ["run", "--detach", "--bundle", self.settings["bundle"]]
 
         def done(pid: int | None, error: str) -> None:
             if pid is None:
@@ -286,7 +288,7 @@ class Supervisor:
             self._when_ended(pid, self._main_exited)
             self._answer(sock, {"ok": self.run})
 
-        self._spawn(self.main, command, [self.wish["id"]], self.wish["open_stdin"], done)
+        self._spawn(self.main, command, [self.settings["id"]], self.settings["open_stdin"], done)
 
     def verb_quit(self, sock: socket.socket, message: dict[str, Any], fds: list[int]) -> None:
         """End, unless the container was started, since it is removed."""
@@ -310,7 +312,7 @@ class Supervisor:
             process.streams.resize(width, height)
         if fds:
             self._attach(process, message, fds)
-        path = os.path.join(self.wish["bundle"], f"exec-{id[:12]}.json")
+        path = os.path.join(self.settings["bundle"], f"exec-{id[:12]}.json")
         write_file(path, json.dumps(message["process"]).encode(), durable=False)
 
         def done(pid: int | None, error: str) -> None:
@@ -325,7 +327,9 @@ class Supervisor:
             self._answer(sock, {"ok": {"pid": pid}})
             self._when_ended(pid, lambda code: self._exec_exited(id, code))
 
-        self._spawn(process, ["exec", "--detach", "--process", path], [self.wish["id"]], message["open_stdin"], done)
+        self._spawn(
+            process, ["exec", "--detach", "--process", path], [self.settings["id"]], message["open_stdin"], done
+        )
 
     VERBS: ClassVar[Mapping[str, Callable[[Supervisor, socket.socket, dict[str, Any], list[int]], None]]] = {
         "attach": verb_attach,
@@ -347,13 +351,13 @@ class Supervisor:
         done: Callable[[int | None, str], None],
     ) -> None:
         """Run the runtime with fresh pipes or a terminal; ``done`` gets the pid of the process that it started, or an error."""
-        handle, name = tempfile.mkstemp(dir=self.wish["bundle"], prefix="pid-")
+        handle, name = tempfile.mkstemp(dir=self.settings["bundle"], prefix="pid-")
         os.close(handle)
         log = f"{name}.log"
         words = [
-            self.wish["runtime"],
+            self.settings["runtime"],
             "--root",
-            self.wish["runtime_root"],
+            self.settings["runtime_root"],
             "--log",
             log,
             "--log-format",
@@ -371,7 +375,7 @@ class Supervisor:
         if process.terminal:
             console = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
             self._terminals += 1
-            address = f"{self.wish['socket']}.{self._terminals}"  # short: an address has 107 bytes
+            address = f"{self.settings['socket']}.{self._terminals}"  # short: an address has 107 bytes
             console.bind(address)
             console.listen(1)
             words += ["--console-socket", address]
@@ -401,7 +405,9 @@ class Supervisor:
                 console.close()
                 os.unlink(address)
             text = _read(name)
-            error = "" if code == 0 and text else _complaint(log) or f"{self.wish['runtime']} ended with status {code}"
+            error = (
+                "" if code == 0 and text else _complaint(log) or f"{self.settings['runtime']} ended with status {code}"
+            )
             for path in (name, log):
                 try:
                     os.unlink(path)
@@ -432,7 +438,7 @@ class Supervisor:
         """Finish a process whose output is read and passed on."""
         if self._log is not None:
             self._log.close()
-        self._runtime("delete", "--force", self.wish["id"])
+        self._runtime("delete", "--force", self.settings["id"])
         self.over = True
 
     def _exec_exited(self, id: str, code: int) -> None:
@@ -447,8 +453,8 @@ class Supervisor:
 
     def _runtime(self, *words: str) -> None:
         pid = os.posix_spawnp(
-            self.wish["runtime"],
-            [self.wish["runtime"], "--root", self.wish["runtime_root"], "--log", os.devnull, *words],
+            self.settings["runtime"],
+            [self.settings["runtime"], "--root", self.settings["runtime_root"], "--log", os.devnull, *words],
             os.environ,
             file_actions=[(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in range(3)],
         )
@@ -457,11 +463,11 @@ class Supervisor:
     def _was_oom(self) -> bool:
         from cowfs.service.containers.cgroups import oom_killed
 
-        return oom_killed(self.wish["cgroup"])
+        return oom_killed(self.settings["cgroup"])
 
     def _save(self) -> None:
-        path = os.path.join(self.wish["folder"], RUN_FILE)
-        write_file(path, json.dumps(self.run).encode(), durable=self.wish["durable"] and "finished" in self.run)
+        path = os.path.join(self.settings["folder"], RUN_FILE)
+        write_file(path, json.dumps(self.run).encode(), durable=self.settings["durable"] and "finished" in self.run)
 
     def _record(self, code: int) -> None:
         """Record the end in the store's log of events, since no daemon may be running."""
@@ -469,12 +475,12 @@ class Supervisor:
         from cowfs.index.database import Index
 
         try:
-            index = Index(os.path.join(self.wish["store"], "index.db"), fsync=self.wish["durable"])
-            attributes = {**self.wish["attributes"], "exitCode": str(code)}
+            index = Index(os.path.join(self.settings["store"], "index.db"), fsync=self.settings["durable"])
+            attributes = {**self.settings["attributes"], "exitCode": str(code)}
             with index.write() as change:
                 if self.run["oom"]:
-                    change.record_event("container", "oom", self.wish["id"], self.wish["attributes"])
-                change.record_event("container", "die", self.wish["id"], attributes)
+                    change.record_event("container", "oom", self.settings["id"], self.settings["attributes"])
+                change.record_event("container", "die", self.settings["id"], attributes)
             index.close()
         except (CowfsError, OSError):
             pass  # the state in run.json is what counts
@@ -514,17 +520,17 @@ def _complaint(path: str) -> str:
     return found
 
 
-def main(wish: dict[str, Any], listening: socket.socket) -> NoReturn:
+def main(settings: dict[str, Any], listening: socket.socket) -> NoReturn:
     """The main function of the forked process."""
     from cowfs.sys.process import become_subreaper
 
     become_subreaper()
-    supervisor = Supervisor(wish, listening)
+    supervisor = Supervisor(settings, listening)
     try:
         supervisor.loop()
     finally:
         try:
-            os.unlink(wish["socket"])
+            os.unlink(settings["socket"])
         except FileNotFoundError:
             pass
     os._exit(0)
