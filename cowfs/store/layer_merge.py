@@ -107,7 +107,7 @@ class _Writer:
 
     def write(self, changes: list[tuple[Change, File | None]]) -> None:
         """Write all changes. Keeps no descriptor of either view."""
-        directories = []
+        directories = [b""]  # a comparison with nothing has no change of the root
         for change, file in changes:
             here = find(self.into, change.path)
             if change.kind == "deleted" or (here is not None and change.kind == "added") or "type" in change.what:

@@ -197,3 +197,38 @@ def test_files_that_changed_places_keep_numbers_of_their_own(store: Store) -> No
     store.prepare("k", "second")
     with store.paths("k") as tree:
         assert {path: tree.stat(path).ino for path in before} == before
+
+
+@pytest.mark.parametrize("driver", ["overlay", "row", "aufs"])
+@pytest.mark.parametrize("last", ["nothing", "attributes", "emptied"])
+def test_squash_keeps_the_root_of_a_tree_that_holds_nothing_else(space: Path, driver: str, last: str) -> None:
+    """A comparison with nothing names no root: one without a name in it was left as the driver makes it."""
+    with Store.open(space / "store", driver=driver, fsync=False) as store:
+        store.prepare("k")
+        with store.paths("k") as paths:
+            paths.chown("", 5, 6)
+            paths.chmod("", 0o2711)
+            paths.setxattr("", b"user.x", b"y")
+            if last == "emptied":
+                paths.write_bytes("f", b"x")
+            paths.utime("", mtime_ns=1_234_567_891)
+        store.commit("k", "first")
+        store.prepare("k", "first")
+        with store.paths("k") as paths:
+            if last == "attributes":
+                paths.chmod("", 0o750)
+                paths.removexattr("", b"user.x")
+            elif last == "emptied":
+                paths.unlink("f")
+                paths.utime("", mtime_ns=9_000_000_001)
+        store.commit("k", "second")
+        store.squash("first")
+        store.prepare("k", "second")
+        with store.paths("k") as paths:
+            found = paths.stat("")
+            assert (found.uid, found.gid) == (5, 6)
+            assert stat.S_IMODE(found.mode) == (0o750 if last == "attributes" else 0o2711)
+            assert found.mtime_ns == (9_000_000_001 if last == "emptied" else 1_234_567_891)
+            assert paths.listxattr("") == ([] if last == "attributes" else [b"user.x"])
+        assert not list(store.diff("k"))
+        assert not store.check(content=True).problems
