@@ -83,8 +83,19 @@ else:
             "__replace__": _replaced,
         }
         made = type(cls)(cls.__name__, cls.__bases__, namespace)
-        made.__init__ = _initializer(made, annotations, defaults, kw_only)
+        made.__init__ = _Init(annotations, defaults, kw_only)
         return made
+
+    class _Init:
+        """``__init__``, compiled on first use: most verbs of the command make few of the records that they import."""
+
+        def __init__(self, *how):
+            self._how = how
+
+        def __get__(self, instance, owner):
+            made = next(cls for cls in owner.__mro__ if cls.__dict__.get("__init__") is self)
+            made.__init__ = _initializer(made, *self._how)
+            return made.__init__.__get__(instance, owner)
 
     def _initializer(made, annotations, defaults, kw_only):
         """Written as source, as dataclasses do: a record of the index is made for each row."""

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from cowfs.cli.common import Command, Commands
 
-__all__ = ["VERBS", "Verb", "fill_streams", "main", "parser_of", "say"]
+__all__ = ["LOOKING", "VERBS", "Verb", "command", "fill_streams", "main", "parser_of", "say"]
 
 
 class Verb:
@@ -214,6 +214,9 @@ VERBS: dict[str, Verb] = {
 }
 
 
+#: verbs that only look, and end soon: they leave no garbage worth collecting
+LOOKING = frozenset(("ls", "tree", "log", "stat", "images", "df", "info", "usage", "mounts"))
+
 #: options that may stand before the verb, and whether a value follows
 _BEFORE = {
     **dict.fromkeys(("--root", "--driver", "--format", "--progress"), True),
@@ -292,6 +295,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     return guarded(lambda: _run(name, arguments[1:]))
 
 
+def command() -> int:
+    """The command as it is installed: :func:`main`, and an end without the taking apart of modules after a verb that only looked."""
+    code = main()
+    if LOOKING.issuperset(verb_first(sys.argv[1:])[:1]):
+        _leave(code)
+    return code
+
+
+def _leave(code: int) -> None:
+    """End this process at once: to take modules apart costs a looking verb an eighth of its time.
+
+    Nothing is lost: what was asked for at exit is done, streams are flushed. Where another thread lives, or a stream fails, this returns.
+    """
+    threading = sys.modules.get("threading")
+    if threading is not None and threading.active_count() > 1:
+        return
+    import os
+    from atexit import _run_exitfuncs  # the function by which multiprocessing's children end
+
+    _run_exitfuncs()
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except (OSError, ValueError):
+        return
+    os._exit(code)
+
+
 def _run(name: str, arguments: list[str]) -> int:
     from cowfs.cli import common
 
@@ -299,7 +330,8 @@ def _run(name: str, arguments: list[str]) -> int:
     try:
         parser = parser_of(name)
     finally:
-        gc.enable()
+        if name not in LOOKING:
+            gc.enable()
     options, rest = parser.parse_known_args(arguments)
     if rest and name in ("run", "sh"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")

@@ -43,7 +43,7 @@ COMMON = (
     (("-q", "--quiet"), "no progress and no notes; of a list the names alone"),
     (("-v", "--verbose"), "tell on standard error what is done, step by step"),
     (("-D", "--debug"), "tell also how; an error comes with its traceback"),
-    (("--progress",), "how far it is, on standard error (default: a bar at a terminal, else a line every five seconds)"),
+    (("--progress",), "how far it is, on standard error (default: a bar at a terminal, else lines, from the first second on)"),
 )  # fmt: skip
 """Spellings and help, in the order of the documents."""
 

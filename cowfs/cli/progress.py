@@ -2,9 +2,8 @@
 
 Rules.
 
-1. Nothing is printed before a verb has taken a second; without a terminal, not before five, and then every five
-seconds. 2. A verb that cannot count shows its time so far. 3. ``bar`` is drawn by rich if that is installed (the extra
-``progress``), else as one plain line. 4. ``json``: an object a line, from the beginning: ``{"what", "done", "total",
+1. Nothing is printed before a verb has taken a second; without a terminal then a line every five seconds. 2. A verb that cannot count shows its time so far. 3. ``bar`` is drawn by rich if that is installed (the extra
+``progress``), else as one plain line. 4. ``json``: an object a line, from the beginning, for each change and each second: ``{"what", "done", "total",
 "seconds"}``; ``total`` is null if unknown. The last
    one has ``"end": true``, also when the verb failed.
 """
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Bars"]
 
-_FIRST = {"bar": 1.0, "plain": 0.0, "json": 0.0, "auto": 5.0}
+_FIRST = {"bar": 1.0, "plain": 0.0, "json": 0.0, "auto": 1.0}
 _EVERY = {"bar": 0.1, "plain": 1.0, "json": 0.2, "auto": 5.0}
 
 
@@ -104,9 +103,9 @@ class Bars:
         if self._how == "json":
             import json
 
-            if not end and (not what or (what, done, total) == self._last):
+            if not end and (not what or (what, done, total, int(self._seconds())) == self._last):
                 return
-            self._last = (what, done, total)
+            self._last = (what, done, total, int(self._seconds()))
             told = {"what": what, "done": done, "total": total or None, "seconds": round(self._seconds(), 3)}
             self._write(json.dumps({**told, "end": True} if end else told) + "\n")
         elif what:

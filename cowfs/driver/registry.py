@@ -97,9 +97,9 @@ def choose(root: str) -> tuple[type[Driver], dict[str, Probe]]:
     """
     probes: dict[str, Probe] = {}
     classes: dict[str, type[Driver]] = {}
-    for name in names():
+    for name, point in sorted(_points().items()):
         try:
-            classes[name] = load(name)
+            classes[name] = load(name, point.value)
             probes[name] = classes[name].probe(root)
         except Unsupported as error:
             probes[name] = Probe(usable=False, reasons=(str(error),))

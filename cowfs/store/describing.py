@@ -10,6 +10,7 @@ from cowfs.driver.interface import Driver
 from cowfs.errors import Unsupported
 from cowfs.store import kernel_image, limit_loop
 from cowfs.store.totals import Totals, sum_up
+from cowfs.sys import host
 
 if TYPE_CHECKING:
     from cowfs.store.context import Context
@@ -68,15 +69,30 @@ class Describing:
 
     def alternatives(self, *, possible: bool = True) -> dict[str, str]:
         """As :meth:`cowfs.Store.alternatives`."""
+        return self.others()[not possible]
+
+    def others(self) -> tuple[dict[str, str], dict[str, str]]:
+        """The possible and the impossible other drivers of this place, by name, with their reasons; each one is probed once."""
+        found: tuple[dict[str, str], dict[str, str]] = ({}, {})
         try:
             probes = registry.choose(self.context.root)[1]
         except (OSError, Unsupported):
-            return {}
-        return {
-            name: "; ".join(probe.reasons)
-            for name, probe in sorted(probes.items())
-            if probe.usable == possible and name != self.context.driver.name
-        }
+            return found
+        for name, probe in sorted(probes.items()):
+            if name != self.context.driver.name:
+                found[not probe.usable][name] = "; ".join(probe.reasons)
+        return found
+
+    def runs(self) -> str:
+        """Which mounts ``cowfs run`` has here as this user, for people."""
+        if host.has_cap(host.CAP_SYS_ADMIN):
+            return "cowfs's own server; with --mount-type kernel the kernel's overlayfs"
+        from cowfs.store.doctor import why_no_overlay
+
+        why = why_no_overlay(self.context.root)
+        if why:
+            return f"cowfs's own server ({why})"
+        return "the kernel's overlayfs in a user namespace; with a limit cowfs's own server"
 
 
 def _limits(driver: Driver) -> str:

@@ -18,7 +18,7 @@ from cowfs.driver import registry
 from cowfs.errors import CowfsError
 from cowfs.sys import files, host, landlock, loop, mounts, namespaces, seccomp
 
-__all__ = ["Finding", "State", "examine", "how_runs_mount"]
+__all__ = ["Finding", "State", "examine", "why_no_overlay"]
 
 State = Literal["ok", "note", "missing"]
 """``missing``: something that cowfs is for cannot be done; ``note``: something goes slower, or not at all, that not everybody needs."""
@@ -206,16 +206,6 @@ def why_no_overlay(place: str) -> str:
 
 
 _TRY_OVERLAY = "import sys; from cowfs.store.doctor import try_overlay; print(try_overlay(sys.argv[1]))"
-
-
-def how_runs_mount(root: str) -> str:
-    """Which mounts ``cowfs run`` has here as this user, for people."""
-    if host.has_cap(host.CAP_SYS_ADMIN):
-        return "cowfs's own server; with --mount-type kernel the kernel's overlayfs"
-    why = why_no_overlay(root)
-    if why:
-        return f"cowfs's own server ({why})"
-    return "the kernel's overlayfs in a user namespace; with a limit cowfs's own server"
 
 
 def try_overlay(place: str) -> str:

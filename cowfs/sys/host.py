@@ -20,7 +20,7 @@ _REMEMBERED: list[Callable[[], None]] = []
 
 
 def _status(field: str) -> str:
-    with open("/proc/self/status", encoding="ascii", errors="replace") as file:
+    with open("/proc/self/status", encoding="utf-8", errors="replace") as file:
         for line in file:
             if line.startswith(field):
                 return line.split(":", 1)[1].strip()
@@ -49,7 +49,7 @@ def forget() -> None:
 def init_userns() -> bool:
     """Whether this is the initial user namespace (its map is the identity over all ids)."""
     try:
-        with open("/proc/self/uid_map", encoding="ascii") as file:
+        with open("/proc/self/uid_map", encoding="utf-8") as file:
             return file.read().split() == ["0", "0", "4294967295"]
     except OSError:
         return True
@@ -60,7 +60,7 @@ def id_maps() -> tuple[str, str]:
     found = []
     for name in ("uid_map", "gid_map"):
         try:
-            with open(f"/proc/self/{name}", encoding="ascii") as file:
+            with open(f"/proc/self/{name}", encoding="utf-8") as file:
                 found.append(file.read())
         except OSError:
             found.append("")
@@ -71,7 +71,7 @@ def outer_uid() -> int:
     """This process's effective user id outside of its user namespace; the id inside where that is unknown."""
     uid = os.geteuid()
     try:
-        with open("/proc/self/uid_map", encoding="ascii") as file:
+        with open("/proc/self/uid_map", encoding="utf-8") as file:
             for inside, outside, count in (map(int, line.split()) for line in file):
                 if inside <= uid < inside + count:
                     return outside + uid - inside

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 import threading
@@ -17,7 +18,7 @@ import pytest
 from support.command import environment, run_module
 
 from cowfs.cli import VERBS, common, parser_of
-from cowfs.cli.progress import Bars
+from cowfs.cli.progress import _FIRST, Bars
 from cowfs.store import Store
 
 Cowfs = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -129,7 +130,7 @@ def test_a_name_that_is_no_utf8_is_there_exactly(run_directory: Path, cowfs: Cow
 
 
 def test_verbose_and_debug_show_what_is_logged(cowfs: Cowfs) -> None:
-    assert cowfs("prepare", "a", "base").stderr == ""
+    assert cowfs("prepare", "a", "base", "--progress", "none").stderr == ""
     assert "cowfs.store: snapshot prepare b" in cowfs("-v", "prepare", "b", "base").stderr
     wrong = cowfs("rm", "nope", "-D", status=3).stderr
     assert "Traceback" in wrong
@@ -147,7 +148,7 @@ def test_progress_for_programs_is_objects(cowfs: Cowfs, space: Path) -> None:
     told = [json.loads(line) for line in lines]
     assert told[-1]["end"] is True
     assert all({"what", "done", "total", "seconds"} <= set(one) for one in told)
-    assert cowfs("import", "tree", "quick").stderr == ""  # nobody sits there, and it is over at once
+    assert cowfs("import", "tree", "quick", "--progress", "none").stderr == ""
     failed = cowfs("import", "nowhere", "--progress", "json", status=3).stderr.splitlines()
     assert json.loads(failed[0])["end"] is True
     assert failed[1].startswith("cowfs: ")
@@ -233,3 +234,46 @@ def test_quiet_and_none_start_no_thread() -> None:
             bars("what", 1, 2)
             assert not bars.on
             assert threading.active_count() == before
+
+
+def test_progress_without_a_terminal_begins_after_a_second(capfd: pytest.CaptureFixture[str]) -> None:
+    """One line is there long before the fifth second, where it began before; --progress json goes on while nothing is counted."""
+    found = [""]
+
+    def read() -> str:
+        found[0] += capfd.readouterr().err
+        return found[0]
+
+    with Bars(arguments(), "squash work"):
+        assert re.match(r"squash work: [1-9]\d* s\n", wait_for("\n", read))
+    assert _FIRST["auto"] == 1.0
+    found[0] = ""
+    with Bars(arguments(progress="json"), "squash work"):
+        wait_for('"seconds": 1.', read)
+
+
+def test_a_looking_verb_ends_at_once_and_loses_nothing(tmp_path: Path) -> None:
+    """Callbacks for the exit are called, the text is written, the status is kept; with another thread alive the end is Python's own."""
+    program = (
+        "import atexit, sys\nfrom cowfs.cli import command\n"
+        "atexit.register(lambda: print('the end'))\n"
+        "sys.argv[1:] = ['mounts', '--json', *sys.argv[1:]]\n"
+        "code = command()\nprint('back')\nsys.exit(code)"
+    )
+
+    def run(before: str = "", *more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", before + program, *more], env=environment(), capture_output=True, text=True, check=False
+        )  # fmt: skip
+
+    done = run()
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "the end")
+    assert "back" not in done.stdout
+    assert run("", "--nonsense").returncode == 2
+    beside = run("import threading\nthreading.Thread(target=threading.Event().wait, daemon=True).start()\n")
+    assert beside.stdout.splitlines()[-2:] == ["back", "the end"]
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys\nfrom cowfs.cli import command\nsys.argv[1:] = ['label', 'ls', 'a=b']\ncommand()\nprint('back')"],
+        env={**environment(), "COWFS_ROOT": str(tmp_path / "none")}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.stdout == "back\n"  # a verb that changes something is left to Python, whatever its arguments are called

@@ -58,13 +58,10 @@ def _init(args: argparse.Namespace) -> int:
 
 
 def _info(args: argparse.Namespace) -> int:
-    from cowfs.store.doctor import how_runs_mount
-
     with open_store(args, create=False) as store:
         told: dict[str, Any] = store.describe()
-        told["alternatives"] = store.alternatives()
-        told["not possible"] = store.alternatives(possible=False)
-        told["runs"] = how_runs_mount(store.root)
+        told["alternatives"], told["not possible"] = store.services.describing.others()
+        told["runs"] = store.services.describing.runs()
         totals = store.totals()
     told["snapshots"] = totals.count
     if args.json:
@@ -85,7 +82,7 @@ def _info(args: argparse.Namespace) -> int:
         ("limits", told["limits"]),
         ("snapshots", ", ".join(f"{count.get(kind, 0)} {kind}" for kind in ("committed", "active", "view"))),
     ]
-    known = {"root", "form", "records", "alternatives", "not possible", *(key for key, _ in lines)}
+    known = {"root", "form", "records", "runs", "alternatives", "not possible", *(key for key, _ in lines)}
     lines += [(key, value) for key, value in told.items() if key not in known]
     for key, value in lines:
         print(f"{key + ':':<15}{value}")
