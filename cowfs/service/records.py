@@ -2,7 +2,8 @@
 
 Strategy. A record is a frozen dataclass whose fields have the names of Docker's API (moby's ``api/swagger.yaml``), so
 that a document and its record can be compared by eye. One decoder turns a JSON object into a record and checks every type by
-the annotations; unknown fields are ignored, as Docker does, and null is a field's default. One encoder does the reverse.
+the annotations; unknown fields are ignored, as Docker does, and null is a field's default. Numbers are of 64 bits, strings are
+text without NUL: nothing behind the API could hold others. One encoder does the reverse.
 """
 
 from __future__ import annotations
@@ -59,11 +60,26 @@ def _value(kind: Any, value: Any, where: str) -> Any:
     if origin is dict:
         if not isinstance(value, dict):
             raise ApiError(400, f"{where} is no object")
-        return {key: _value(args[1], item, f"{where}.{key}") for key, item in value.items()}
+        return {_text(key, where): _value(args[1], item, f"{where}.{key}") for key, item in value.items()}
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:
         raise ApiError(400, f"{where} is no {_NAMES.get(kind, kind)}")
+    if kind is str:
+        return _text(value, where)
+    if kind is int and not -(1 << 63) <= value < 1 << 63:
+        raise ApiError(400, f"{where} is no whole number of 64 bits")
+    return value
+
+
+def _text(value: str, where: str) -> str:
+    """A string that system calls and files can hold."""
+    if "\0" in value:
+        raise ApiError(400, f"{where} has a NUL character")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ApiError(400, f"{where} has half of a surrogate pair") from None
     return value
 
 

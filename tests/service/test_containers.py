@@ -538,3 +538,15 @@ def test_a_hundred_short_ones_eight_at_once(engine: Daemon) -> None:
     assert engine.out("ps", "-aq") == ""
     wait_for(lambda: not os.listdir(engine.run_dir / "containers"), "all supervisors to end")
     assert os.listdir(engine.root / "service" / "containers") == []
+
+
+def test_a_start_of_what_runs_already_changes_nothing(shared: Daemon) -> None:
+    """At once (it waited a minute for the end of the run, and kept a stop and a removal waiting); a paused one runs, too."""
+    shared.docker("run", "-d", "--name", "already", "bb", "sleep", "100000")
+    before = shared.json("inspect", "already")[0]
+    for verb in ("pause", "unpause"):
+        assert shared.request("POST", "/containers/already/start") == (304, b"")
+        assert shared.out("start", "already") == "already"
+        shared.docker(verb, "already")
+    assert shared.json("inspect", "already")[0]["State"] == before["State"]
+    shared.docker("rm", "-f", "already")

@@ -20,7 +20,7 @@ from cowfs.service.containers.capabilities import granted, possible
 from cowfs.service.containers.cgroups import PREFIX
 from cowfs.service.containers.devices import nodes_and_rules
 from cowfs.service.containers.limits import is_unified, resources
-from cowfs.service.containers.records import ContainerConfig, ExecConfig, HostConfig
+from cowfs.service.containers.records import ContainerConfig, ExecConfig, HostConfig, TmpfsOptions, VolumeOptions
 from cowfs.service.errors import ApiError, not_offered
 from cowfs.service.images import Image
 from cowfs.service.records import encode
@@ -78,12 +78,14 @@ def bind_mounts(host: HostConfig) -> list[dict[str, Any]]:
     for each in host.Mounts or ():
         if each.Type == "bind":
             words = ["ro"] if each.ReadOnly else []
-            propagation = (each.BindOptions or {}).get("Propagation")
+            propagation = each.BindOptions.Propagation if each.BindOptions else ""
             found.append(_bind(each.Source, each.Target, words + ([propagation] if propagation else []), make=False))
         elif each.Type == "tmpfs":
-            options = each.TmpfsOptions or {}
-            words = [f"size={options['SizeBytes']}"] if options.get("SizeBytes") else []
-            words += [f"mode={options['Mode']:o}"] if options.get("Mode") else []
+            options = each.TmpfsOptions or TmpfsOptions()
+            if options.SizeBytes < 0 or not 0 <= options.Mode <= 0o7777:
+                raise ApiError(400, f"invalid size or mode of the tmpfs at {each.Target!r}")
+            words = [f"size={options.SizeBytes}"] if options.SizeBytes else []
+            words += [f"mode={options.Mode:o}"] if options.Mode else []
             found.append(_tmpfs(each.Target, words + (["ro"] if each.ReadOnly else [])))
         elif each.Type != "volume":
             raise not_offered(f"mounts of type {each.Type}")
@@ -116,15 +118,16 @@ def wanted_volumes(host: HostConfig, plain: Mapping[str, Any]) -> list[dict[str,
         found.append(_volume(name, target, readonly="ro" in words, copy="nocopy" not in words))
     for each in host.Mounts or ():
         if each.Type == "volume":
-            options = each.VolumeOptions or {}
-            driver = options.get("DriverConfig") or {}
-            if driver.get("Options") or driver.get("Name") not in (None, "", "local"):
+            options = each.VolumeOptions or VolumeOptions()
+            driver = options.DriverConfig
+            if driver and (driver.Options or driver.Name not in ("", "local")):
                 raise not_offered("volume drivers and their options")
-            if options.get("Subpath"):
+            if options.Subpath:
                 raise not_offered("a part of a volume (volume-subpath)")
-            labels = options.get("Labels") or {}
-            copy = not options.get("NoCopy")
-            found.append(_volume(each.Source, each.Target, readonly=each.ReadOnly, copy=copy, labels=labels))
+            copy = not options.NoCopy
+            found.append(
+                _volume(each.Source, each.Target, readonly=each.ReadOnly, copy=copy, labels=options.Labels or {})
+            )
     taken = {os.path.normpath(each["target"]) for each in found}
     taken |= {os.path.normpath(each["destination"]) for each in bind_mounts(host)}
     found += [_volume("", target) for target in sorted(plain) if os.path.normpath(target) not in taken]

@@ -13,13 +13,13 @@ from cowfs.service.containers.capabilities import granted
 from cowfs.service.containers.devices import check_devices
 from cowfs.service.containers.healthcheck import check_of
 from cowfs.service.containers.limits import check_limits
-from cowfs.service.containers.records import ContainerConfig, HostConfig
+from cowfs.service.containers.records import ContainerConfig, HostConfig, ImageConfig
 from cowfs.service.containers.restarting import check_policy
 from cowfs.service.errors import ApiError, not_offered
 from cowfs.service.images import Image
-from cowfs.service.records import encode
+from cowfs.service.records import decode, encode
 
-__all__ = ["check", "check_platform", "storage_options"]
+__all__ = ["check", "check_image", "check_platform", "check_working_directory", "storage_options"]
 
 RLIMITS = {
     "as", "core", "cpu", "data", "fsize", "locks", "memlock", "msgqueue", "nice", "nofile", "nproc", "rss", "rtprio", "rttime",
@@ -60,6 +60,10 @@ def check(config: ContainerConfig, raw: Mapping[str, Any], runtime: str) -> None
     for each in host.Ulimits or ():
         if each.Name not in RLIMITS:
             raise ApiError(400, f"invalid ulimit type: {each.Name}")
+        if each.Hard >= 0 and (each.Soft < 0 or each.Soft > each.Hard):
+            raise ApiError(
+                400, f"ulimit soft limit must be less than or equal to hard limit: {each.Soft} > {each.Hard}"
+            )
     check_devices(host)
     check_limits(encode(host))
     check_policy(host)
@@ -68,6 +72,20 @@ def check(config: ContainerConfig, raw: Mapping[str, Any], runtime: str) -> None
     wanted_volumes(host, config.Volumes or {})
     if config.StopSignal:
         signal_number(config.StopSignal)
+    check_working_directory(config.WorkingDir)
+    if len(config.Hostname.encode()) > 64 or any(each.isspace() for each in config.Hostname):
+        raise ApiError(400, f"invalid hostname: {config.Hostname[:100]!r}")  # sethostname(2): 64 bytes
+
+
+def check_working_directory(path: str) -> None:
+    """Raises ApiError, 400: it is relative."""
+    if path and not path.startswith("/"):
+        raise ApiError(400, f"the working directory {path[:200]!r} is invalid, it needs to be an absolute path")
+
+
+def check_image(image: Image) -> None:
+    """Raises ApiError, 400: the part of an image's configuration that its containers take over has a wrong type."""
+    decode(ImageConfig, image.run_config, "the image's configuration")
 
 
 def _refused(host: HostConfig) -> Iterator[tuple[bool, str]]:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from cowfs.errors import FailedPrecondition, NotFound
 from cowfs.sandbox import users
 from cowfs.service.containers import bundle
+from cowfs.service.containers.checking import check_working_directory
 from cowfs.service.containers.container import Container, Exec
 from cowfs.service.containers.records import ExecConfig
 from cowfs.service.containers.supervision import ask
@@ -88,6 +89,7 @@ class Execs:
         container.must_run()
         if not config.Cmd:
             raise ApiError(400, "No exec command specified")
+        check_working_directory(config.WorkingDir)
         made = Exec(secrets.token_hex(32), container.id, config)
         with self._lock:
             self._execs[made.id] = made

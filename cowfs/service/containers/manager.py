@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from cowfs.errors import CowfsError, FailedPrecondition, InvalidArgument, NotFound
 from cowfs.service.containers import bundle
-from cowfs.service.containers.checking import check, check_platform
+from cowfs.service.containers.checking import check, check_image, check_platform
 from cowfs.service.containers.container import SETTLE_SECONDS, Container
 from cowfs.service.containers.creating import LABEL, Maker
 from cowfs.service.containers.execs import Execs
@@ -180,6 +180,7 @@ class Containers:
             raise ApiError(400, "no image is named")
         image = self._service.images.get(config.Image)
         check_platform(config.Image, image, platform)
+        check_image(image)
         merged = bundle.merge(config, image)
         if not bundle.arguments_of(merged):
             raise ApiError(400, "no command specified")
@@ -210,7 +211,8 @@ class Containers:
         if not again:
             self.restarts.cancel(container)
         with container.lock:
-            container.wait_settled()
+            if not container.running:  # the clean-up of a run begins with its end
+                container.wait_settled()
             if container.running or (again and not container.restarting):
                 raise NotModified
             if container.removing:

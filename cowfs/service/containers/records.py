@@ -5,7 +5,49 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["ContainerConfig", "ExecConfig", "HostConfig", "Mount", "Update"]
+__all__ = [
+    "ContainerConfig",
+    "ExecConfig",
+    "HostConfig",
+    "ImageConfig",
+    "Mount",
+    "TmpfsOptions",
+    "Update",
+    "VolumeOptions",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BindOptions:
+    """Options of a mount of a directory of the host."""
+
+    Propagation: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DriverConfig:
+    """The driver of a new volume."""
+
+    Name: str = ""
+    Options: dict[str, str] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VolumeOptions:
+    """Options of a mount of a volume."""
+
+    NoCopy: bool = False
+    Labels: dict[str, str] | None = None
+    DriverConfig: DriverConfig | None = None
+    Subpath: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TmpfsOptions:
+    """Options of a file system in memory: bytes, and permission bits."""
+
+    SizeBytes: int = 0
+    Mode: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,9 +58,9 @@ class Mount:
     Source: str = ""
     Target: str = ""
     ReadOnly: bool = False
-    BindOptions: dict[str, Any] | None = None
-    VolumeOptions: dict[str, Any] | None = None
-    TmpfsOptions: dict[str, Any] | None = None
+    BindOptions: BindOptions | None = None
+    VolumeOptions: VolumeOptions | None = None
+    TmpfsOptions: TmpfsOptions | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,6 +212,22 @@ class ContainerConfig:
     Shell: list[str] | None = None
     HostConfig: HostConfig = field(default_factory=HostConfig)
     NetworkingConfig: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageConfig:
+    """The part of an image's configuration that its containers take over (OCI image-spec, config.md)."""
+
+    User: str = ""
+    Env: list[str] | None = None
+    Cmd: list[str] | None = None
+    Entrypoint: list[str] | None = None
+    Volumes: dict[str, Any] | None = None
+    WorkingDir: str = ""
+    Labels: dict[str, str] | None = None
+    StopSignal: str = ""
+    Healthcheck: dict[str, Any] | None = None
+    ExposedPorts: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -32,7 +32,7 @@ def update(containers: Containers, container: Container, wanted: Update) -> None
             container.save()
     if not changes:
         return
-    check_limits(changes)
+    check_limits(changes, changing=True)
     if (
         container.running
         and changes.get("Memory")
