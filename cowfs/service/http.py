@@ -15,6 +15,7 @@ Threads: a :class:`Connection` belongs to one thread at a time.
 from __future__ import annotations
 
 import json
+import re
 import select
 import socket
 import time
@@ -165,6 +166,17 @@ class Exchange:
         if not isinstance(value, dict):
             raise ApiError(400, "the body is no JSON object")
         return value
+
+    def number(self, name: str) -> int:
+        """A whole number of the query; 0 where there is none.
+
+        Raises:
+            ApiError: 400: it is none of 64 bits.
+        """
+        text = self.query.get(name) or "0"
+        if not re.fullmatch(r"[+-]?[0-9]{1,18}", text):
+            raise ApiError(400, f"{name} is no number: {text[:40]!r}")
+        return int(text)
 
     def flag(self, name: str, default: bool = False) -> bool:
         """A boolean of the query, as Docker reads it."""

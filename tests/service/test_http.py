@@ -221,3 +221,13 @@ def test_random_bytes_never_end_the_daemon(server: Daemon) -> None:
                 sock.shutdown(socket.SHUT_WR)
     assert alive(server)
     assert server.process is not None and server.process.poll() is None
+
+
+@pytest.mark.parametrize("value", ["x=", "1" * 5000, "9" * 20, "²", "1.5", "0x10", "nan"])
+def test_numbers_of_a_query_that_are_none(server: Daemon, value: str) -> None:
+    from urllib.parse import quote
+
+    for path in ("/containers/json?limit=", "/ui/data/overview?after="):
+        status, told = server.request("GET", path + quote(value))
+        assert status == 400, told
+        assert "is no number" in told["message"]
