@@ -298,7 +298,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def command() -> int:
     """The command as it is installed: :func:`main`, and an end without the taking apart of modules after a verb that only looked."""
     code = main()
-    if LOOKING.issuperset(verb_first(sys.argv[1:])[:1]):
+    if (LOOKING | {"diff"}).issuperset(verb_first(sys.argv[1:])[:1]):  # of two big trees diff may leave garbage
         _leave(code)
     return code
 

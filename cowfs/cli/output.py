@@ -24,19 +24,20 @@ def note(args: argparse.Namespace, text: str) -> None:
 
 
 def print_json(value: Any, how: str = "array") -> None:
-    """One JSON document; of a list with ``how`` of ``lines`` one object a line.
+    """One JSON document, an array of objects also where there is one; with ``how`` of ``lines`` one object a line.
 
     Names that are not UTF-8 keep their bytes as surrogates (\\udcXX), and are there exactly as ``KEY_b64``, too.
     """
+    items = value if isinstance(value, list) else [value]
     if how.startswith(TEMPLATE):
-        for item in value if isinstance(value, list) else [value]:
+        for item in items:
             print(rendered(how[len(TEMPLATE) :], item))
         return
     if how == "lines":
-        for item in value if isinstance(value, list) else [value]:
+        for item in items:
             print(dumped(item))
     else:
-        print(dumped(value, indent=2 if sys.stdout.isatty() else None))
+        print(dumped(items, indent=2 if sys.stdout.isatty() else None))
 
 
 def dumped(value: Any, indent: int | None = None) -> str:
@@ -76,15 +77,15 @@ def _b64(text: str) -> str:
     return b64encode(text.encode("utf-8", "surrogateescape")).decode()
 
 
-def print_items(items: Iterable[Mapping[str, Any]], how: str) -> None:
-    """Print objects as they arrive: with ``lines`` one a line, else one JSON array."""
+def print_items(items: Iterable[Mapping[str, Any]], how: str, *, flush: bool = False) -> None:
+    """Print objects as they arrive: with ``lines`` one a line, else one JSON array; ``flush``: each at once."""
     if how.startswith(TEMPLATE):
         for item in items:
-            print(rendered(how[len(TEMPLATE) :], item))
+            print(rendered(how[len(TEMPLATE) :], item), flush=flush)
         return
     if how == "lines":
         for item in items:
-            print(dumped(item))
+            print(dumped(item), flush=flush)
         return
     before = "["
     for item in items:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import sys
 from typing import TYPE_CHECKING
 
 from cowfs.cli.common import Command
-from cowfs.cli.output import print_json
+from cowfs.cli.output import print_items, print_json
 from cowfs.cli.store.args import add_json, add_store, open_store
 from cowfs.errors import InvalidArgument, Unsupported
 
@@ -98,18 +97,22 @@ def _events(args: argparse.Namespace) -> int:
             raise InvalidArgument(f"not a filter: {pair!r}", remedy="type=, event= or actor=")
         wanted.setdefault(key, []).append(value)
     since, until = _time(args.since), _time(args.until)
-    from dataclasses import asdict
-
+    follow = args.follow or args.since is None
     with open_store(args, create=False) as store:
-        for event in store.events(since=since, until=until, follow=args.follow or args.since is None):
-            told = {"type": event.type, "event": event.action, "actor": event.actor}
-            if event.type == "log" or all(told[key] in values for key, values in wanted.items()):
-                if args.json:
-                    print_json(asdict(event), "lines" if args.json == "array" else args.json)
-                else:
-                    print(_line(event))
-                sys.stdout.flush()
+        found = (event for event in store.events(since=since, until=until, follow=follow) if _is_wanted(event, wanted))
+        if args.json:
+            from dataclasses import asdict
+
+            print_items(map(asdict, found), "lines" if args.json == "array" and follow else args.json, flush=follow)
+        else:
+            for event in found:
+                print(_line(event), flush=True)
     return 0
+
+
+def _is_wanted(event: Event, wanted: dict[str, list[str]]) -> bool:
+    told = {"type": event.type, "event": event.action, "actor": event.actor}
+    return event.type == "log" or all(told[key] in values for key, values in wanted.items())
 
 
 def _time(text: str | None) -> int | None:

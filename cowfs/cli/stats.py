@@ -139,7 +139,7 @@ def _process(pid: int | None) -> tuple[float | None, int | None, int | None, dic
     except (OSError, ValueError, IndexError):
         return None, None, None, {}
     try:
-        with open(f"/proc/{pid}/io", encoding="ascii") as file:
+        with open(f"/proc/{pid}/io", encoding="utf-8") as file:
             table = dict(line.split(": ") for line in file.read().splitlines())
         moved = {"read": int(table["read_bytes"]), "write": int(table["write_bytes"])}
     except (OSError, ValueError, KeyError):

@@ -103,10 +103,10 @@ def widen_read_ahead(fd: int, size: int) -> None:
     fdinfo (Linux 6.17); elsewhere nothing is changed. Does not touch the mount, so the server itself may call it.
     """
     try:
-        with open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as file:
+        with open(f"/proc/self/fdinfo/{fd}", encoding="utf-8") as file:
             minor = next((line.split()[1] for line in file if line.startswith("fuse_connection:")), None)
         if minor is not None:
-            with open(f"/sys/class/bdi/0:{minor}/read_ahead_kb", "w", encoding="ascii") as file:
+            with open(f"/sys/class/bdi/0:{minor}/read_ahead_kb", "w", encoding="utf-8") as file:
                 file.write(str(size >> 10))
     except OSError:
         pass

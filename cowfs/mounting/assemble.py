@@ -116,7 +116,7 @@ def raise_file_limit() -> None:
 def name_process() -> None:
     """Set the name that ps and top show (comm, 15 bytes)."""
     try:
-        with open("/proc/self/comm", "w", encoding="ascii") as file:
+        with open("/proc/self/comm", "w", encoding="utf-8") as file:
             file.write("cowfs")
     except OSError:
         pass

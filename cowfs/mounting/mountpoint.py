@@ -167,7 +167,7 @@ def _abort(target: str) -> bool:
     if entry is not None and entry.fstype.startswith("fuse"):
         minor = entry.dev.partition(":")[2]
         try:
-            with open(f"/sys/fs/fuse/connections/{minor}/abort", "w", encoding="ascii") as file:
+            with open(f"/sys/fs/fuse/connections/{minor}/abort", "w", encoding="utf-8") as file:
                 file.write("1")
             return False
         except OSError:

@@ -93,7 +93,7 @@ def mark_volatile(work: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink("dirty", dir_fd=here)
         fd = os.open("dirty", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=here)
-        with open(fd, "w", encoding="ascii") as file:
+        with open(fd, "w", encoding="utf-8") as file:
             file.write(boot_id() + "\n")
     finally:
         os.close(here)

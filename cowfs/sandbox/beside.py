@@ -138,7 +138,7 @@ def user(running: Running, asked: str) -> users.User:
     finally:
         os.close(root)
     try:
-        with open("/proc/self/setgroups", encoding="ascii") as file:
+        with open("/proc/self/setgroups", encoding="utf-8") as file:
             may_set_groups = file.read().strip() != "deny"
     except OSError:  # a tree without /proc
         may_set_groups = False

@@ -239,7 +239,7 @@ class Board:
 def _host() -> dict[str, Any]:
     name = os.uname()
     memory: dict[str, int] = {}
-    with open("/proc/meminfo", encoding="ascii") as file:
+    with open("/proc/meminfo", encoding="utf-8") as file:
         for line in file:
             key, _, value = line.partition(":")
             if key in ("MemTotal", "MemAvailable"):

@@ -281,7 +281,7 @@ def _serve(service: Service, doors: list[Door], reread: Callable[[], Options]) -
     loop = Loop(doors, Front(service).handle, _new_id, options.max_connections)
     service.open_to(loop)
     if options.pidfile:
-        with open(options.pidfile, "w", encoding="ascii") as file:
+        with open(options.pidfile, "w", encoding="utf-8") as file:
             file.write(f"{os.getpid()}\n")
     waiting = threading.Thread(target=loop.run, name="cowfs-doors", daemon=True)
     waiting.start()

@@ -161,7 +161,7 @@ def _has_range(path: str, name: str) -> bool:
 
 def _number(path: str) -> int | None:
     try:
-        with open(path, encoding="ascii") as file:
+        with open(path, encoding="utf-8") as file:
             return int(file.read())
     except (OSError, ValueError):
         return None
@@ -170,7 +170,7 @@ def _number(path: str) -> int | None:
 def _overlay(root: str) -> Finding:
     """The kernel's overlayfs, for kernel mounts."""
     try:
-        with open("/proc/filesystems", encoding="ascii", errors="replace") as file:
+        with open("/proc/filesystems", encoding="utf-8", errors="replace") as file:
             known = {line.split()[-1] for line in file if line.strip()}
     except OSError:
         known = set()

@@ -212,7 +212,7 @@ def mark_time(driver: Driver, path: str, text: str = "", *, after: int | None = 
     Args:
         after: later than this (ns) is enough.
     """
-    with open(path, "w", encoding="ascii") as file:
+    with open(path, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         first = os.fstat(file.fileno()).st_ctime_ns
@@ -220,7 +220,7 @@ def mark_time(driver: Driver, path: str, text: str = "", *, after: int | None = 
         while not coarse and (after is None or first <= after) and os.fstat(file.fileno()).st_ctime_ns == first:
             time.sleep(0.001)
             os.utime(file.fileno())
-    with open(path + SEAL, "w", encoding="ascii") as file:
+    with open(path + SEAL, "w", encoding="utf-8") as file:
         file.write(_seal_of(path))
 
 

@@ -74,7 +74,7 @@ def holder(fd: int) -> int | None:
     """
     inode = str(os.fstat(fd).st_ino)
     try:
-        with open("/proc/locks", encoding="ascii") as file:
+        with open("/proc/locks", encoding="utf-8") as file:
             for line in file:
                 fields = line.split()
                 if fields[1] == "FLOCK" and fields[5].rpartition(":")[2] == inode and int(fields[4]) > 0:

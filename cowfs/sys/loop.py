@@ -132,7 +132,7 @@ def is_direct(device: str) -> bool:
 
 
 def _told(device: str, attribute: str) -> str:
-    with open(f"/sys/block/{os.path.basename(device)}/{attribute}", encoding="ascii") as file:
+    with open(f"/sys/block/{os.path.basename(device)}/{attribute}", encoding="utf-8") as file:
         return file.read().strip()
 
 
@@ -192,7 +192,7 @@ def ext4_reserve(device: str, blocks: int) -> None:
     Raises:
         OSError: EINVAL: more than the file system has; EROFS where /sys cannot be written.
     """
-    with open(f"/sys/fs/ext4/{os.path.basename(device)}/reserved_clusters", "w", encoding="ascii") as file:
+    with open(f"/sys/fs/ext4/{os.path.basename(device)}/reserved_clusters", "w", encoding="utf-8") as file:
         file.write(f"{blocks}\n")
 
 
@@ -251,7 +251,7 @@ def why_no_images(place: str, *, devices: bool = False) -> str:
     Args:
         devices: images with devices (:func:`image_mount`).
     """
-    with open("/proc/filesystems", encoding="ascii") as file:
+    with open("/proc/filesystems", encoding="utf-8") as file:
         known = {line.split()[-1] for line in file}
     if "erofs" not in known:
         return "this kernel has no EROFS (modprobe erofs)"

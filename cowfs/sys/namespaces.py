@@ -65,7 +65,7 @@ def become_root() -> None:
     uid, gid = os.geteuid(), os.getegid()
     unshare(CLONE_NEWUSER | CLONE_NEWNS)
     for name, text in (("setgroups", "deny"), ("uid_map", f"0 {uid} 1"), ("gid_map", f"0 {gid} 1")):
-        with open(f"/proc/self/{name}", "w", encoding="ascii") as file:
+        with open(f"/proc/self/{name}", "w", encoding="utf-8") as file:
             file.write(text)
     host.forget()
 
@@ -93,7 +93,7 @@ def may_set_groups(own: int) -> bool:
 
 
 def _read(own: int, name: str) -> str:
-    with open(name, encoding="ascii", opener=lambda path, flags: os.open(path, flags, dir_fd=own)) as file:
+    with open(name, encoding="utf-8", opener=lambda path, flags: os.open(path, flags, dir_fd=own)) as file:
         return file.read()
 
 

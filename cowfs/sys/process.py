@@ -26,7 +26,7 @@ __all__ = [
 def boot_id() -> str:
     """This boot's identity, a UUID in text (random(4), /proc/sys/kernel/random/boot_id); "" if unknown."""
     try:
-        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        with open("/proc/sys/kernel/random/boot_id", encoding="utf-8") as file:
             return file.read().strip()
     except OSError:
         return ""

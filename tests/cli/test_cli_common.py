@@ -22,7 +22,7 @@ from cowfs.cli.progress import _FIRST, Bars
 from cowfs.store import Store
 
 Cowfs = Callable[..., "subprocess.CompletedProcess[str]"]
-NO_OBJECTS = {"podman", "send", "sh", "cat", "serve", "completion", "bench", "run", "unshare"}
+NO_OBJECTS = {"podman", "send", "cat", "serve", "completion", "bench", "unshare"}
 """Verbs whose output is somebody else's: a command's, a file's, a script, a log."""
 
 
@@ -87,6 +87,19 @@ OBJECTS: dict[str, tuple[tuple[object, ...], set[str]]] = {
 
 
 @pytest.mark.parametrize("case", OBJECTS)
+def test_json_is_an_array_of_objects_of_every_verb(cowfs: Cowfs, case: str) -> None:
+    """Also of those that tell of one thing: a program that reads one verb reads all."""
+    arguments, keys = OBJECTS[case]
+    if case == "tls":
+        pytest.importorskip("cryptography")
+    told = json.loads(cowfs(*arguments, "--json", status=8 if case == "doctor" and os.geteuid() else 0).stdout)
+    assert isinstance(told, list)
+    assert told or case == "diff"
+    for one in told:
+        assert keys <= set(one)
+
+
+@pytest.mark.parametrize("case", OBJECTS)
 def test_jsonl_is_an_object_a_line_of_every_verb(cowfs: Cowfs, case: str) -> None:
     arguments, keys = OBJECTS[case]
     if case == "tls":
@@ -120,7 +133,7 @@ def test_a_name_that_is_no_utf8_is_there_exactly(run_directory: Path, cowfs: Cow
     os.mkdir(mnt)
     command: list[str | bytes] = [sys.executable, "-m", "cowfs", "mount", "--key", "work", mnt, "--json"]
     env = {**environment(), "COWFS_ROOT": str(space / "store"), "COWFS_FSYNC": "0"}
-    told = json.loads(subprocess.run(command, env=env, capture_output=True, check=True).stdout)
+    (told,) = json.loads(subprocess.run(command, env=env, capture_output=True, check=True).stdout)
     from base64 import b64decode
 
     assert b64decode(told["mountpoint_b64"]) == mnt

@@ -58,7 +58,7 @@ def test_row_stores_the_blocks_that_are_written(cowfs: Run, mnt: Path, tmp_path:
 
 def test_one_server_process_is_left_and_ends(cowfs: Run, stack: Path, mnt: Path, run_directory: Path) -> None:
     """A mount is one process; after umount it, its socket and its log are gone."""
-    pid = json.loads(cowfs("mount", stack, mnt, "--json").stdout)["pid"]
+    pid = json.loads(cowfs("mount", stack, mnt, "--json").stdout)[0]["pid"]
     assert status_of(cowfs, mnt)["pid"] == pid
     assert Path(f"/proc/{pid}/comm").read_text() == "cowfs\n"
     cowfs("umount", mnt)
@@ -69,7 +69,7 @@ def test_one_server_process_is_left_and_ends(cowfs: Run, stack: Path, mnt: Path,
 
 def test_standard_streams_are_let_go(cowfs: Run, stack: Path, mnt: Path) -> None:
     """Nobody who waits for the command's pipes waits for the server (capture_output would hang)."""
-    pid = json.loads(cowfs("mount", stack, mnt, "--json").stdout)["pid"]
+    pid = json.loads(cowfs("mount", stack, mnt, "--json").stdout)[0]["pid"]
     assert os.readlink(f"/proc/{pid}/fd/0") == os.readlink(f"/proc/{pid}/fd/1") == "/dev/null"
     assert not os.readlink(f"/proc/{pid}/fd/2").startswith("pipe:")
     assert os.readlink(f"/proc/{pid}/cwd") == "/"
@@ -170,20 +170,20 @@ def test_limit_holds_is_shown_changed_and_remembered(cowfs: Run, stack: Path, mn
         for _ in range(300):
             file.write(b"x" * 4096)
     assert caught.value.errno == errno.ENOSPC
-    answer = json.loads(cowfs("limit", mnt, "--size", "2M", "--inodes", "none", "--json").stdout)
+    answer = json.loads(cowfs("limit", mnt, "--size", "2M", "--inodes", "none", "--json").stdout)[0]
     assert answer["limit"] == {"bytes": 2 << 20, "inodes": None}
     with open(mnt / "big", "ab", buffering=0) as file:
         assert file.write(b"x" * 4096) == 4096
     cowfs("umount", mnt)
     cowfs("mount", stack, mnt)
-    assert json.loads(cowfs("usage", mnt, "--json").stdout)["limit"] == {"bytes": 2 << 20, "inodes": None}
+    assert json.loads(cowfs("usage", mnt, "--json").stdout)[0]["limit"] == {"bytes": 2 << 20, "inodes": None}
 
 
 def test_usage_counts_what_the_upper_holds(cowfs: Run, stack: Path, mnt: Path) -> None:
     cowfs("mount", stack, mnt)
-    before = json.loads(cowfs("usage", mnt, "--json").stdout)["usage"]
+    before = json.loads(cowfs("usage", mnt, "--json").stdout)[0]["usage"]
     (mnt / "four").write_bytes(b"x" * 16384)
-    after = json.loads(cowfs("usage", mnt, "--json").stdout)["usage"]
+    after = json.loads(cowfs("usage", mnt, "--json").stdout)[0]["usage"]
     assert (after["bytes"] - before["bytes"], after["inodes"] - before["inodes"]) == (16384, 1)
     text = cowfs("usage", mnt).stdout
     assert "bytes" in text
@@ -429,7 +429,7 @@ def test_fusepy_front_end_has_the_same_life(cowfs: Run, stack: Path, mnt: Path, 
         import fuse  # noqa: F401 - it loads libfuse
     except (ImportError, OSError) as error:
         pytest.skip(f"no fusepy or no libfuse 2: {error}")
-    pid = json.loads(cowfs("mount", stack, mnt, "--frontend", "fusepy", "--size", "1M", "--json").stdout)["pid"]
+    pid = json.loads(cowfs("mount", stack, mnt, "--frontend", "fusepy", "--size", "1M", "--json").stdout)[0]["pid"]
     assert status_of(cowfs, mnt)["pid"] == pid
     (mnt / "new").write_text("1")
     assert "A /new" in cowfs("diff", mnt).stdout

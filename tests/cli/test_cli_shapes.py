@@ -67,7 +67,7 @@ def test_a_list_is_an_array_or_lines_of_the_same_objects(cowfs: Cowfs) -> None:
         assert isinstance(array, list)
         assert [json.loads(line) for line in cowfs(*verb, "--jsonl").stdout.splitlines()] == array
     one = json.loads(cowfs("stat", "work", "--json").stdout)
-    assert json.loads(cowfs("stat", "work", "--jsonl").stdout) == one
+    assert [json.loads(cowfs("stat", "work", "--jsonl").stdout)] == one
     keys = {"name", "kind", "parent", "labels", "created", "updated", "id", "tags", "usage", "limit", "mountpoint"}
     assert set(json.loads(cowfs("ls", "--json").stdout)[0]) == keys
 

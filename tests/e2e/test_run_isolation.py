@@ -269,3 +269,36 @@ def test_a_killed_run_takes_its_command_along(runner: Runner) -> None:
     while runner.cowfs("rm", "killed").returncode and time.monotonic() < end:
         time.sleep(0.1)
     assert runner.cowfs("stat", "killed").returncode == 3
+
+
+@pytest.mark.parametrize("form", ["--json", "--jsonl"])
+def test_run_tells_its_result_to_programs(runner: Runner, form: str) -> None:
+    """Standard output is the result's alone, in the one shape of all verbs; the command's own output is on standard error, its status is passed on."""
+    script = "echo spoken; echo 12345 >/made; rm /etc/inside; exit 7"
+    done = runner.cowfs("run", form, "--rm", "-q", "box", "/bin/sh", "-c", script)
+    assert done.returncode == 7
+    assert "spoken" in done.stderr
+    told = json.loads(done.stdout)
+    if form == "--json":
+        (told,) = told
+    assert (told["returncode"], told["timed_out"], told["committed"]) == (7, False, None)
+    assert [(one["path"], one["kind"]) for one in told["changes"] if one["path"] in ("/made", "/etc/inside")] == [
+        ("/etc/inside", "deleted"),
+        ("/made", "added"),
+    ]
+    assert told["usage"]["inodes"] > 0
+    assert told["usage"]["bytes"] >= 4096
+    assert json.loads(runner.cowfs("ls", "--json", f"name=={told['key']}").stdout) == []  # --rm
+
+
+def test_a_commit_and_sh_tell_their_results_to_programs(runner: Runner) -> None:
+    done = runner.cowfs("run", "--json", "--commit", "v2", "box", "--", "/bin/sh", "-c", "echo x >/made")
+    assert json.loads(done.stdout)[0]["committed"] == "v2"
+    assert [one["path"] for one in json.loads(done.stdout)[0]["changes"]].count("/made") == 1
+    runner.cowfs("prepare", "told", "box")
+    done = runner.cowfs("sh", "--json", "told", "--", "/bin/sh", "-c", "echo spoken; exit 3")
+    assert done.returncode == 3
+    assert "spoken" in done.stderr
+    (told,) = json.loads(done.stdout)
+    assert (told["key"], told["returncode"]) == ("told", 3)
+    assert runner.cowfs("run", "--format", "{returncode}", "--rm", "box", "/bin/sh", "-c", "exit 4").stdout == "4\n"

@@ -163,7 +163,7 @@ def test_killed_at_random_moments_under_load(engine: Daemon, request: pytest.Fix
     again(engine)
     there = engine.out("ps", "-a", "--format", "{{.Names}}").split()
     assert set(created) <= set(there)
-    told = cowfs(engine, "events", "--since", "0.000001", "--json").stdout.splitlines()
+    told = cowfs(engine, "events", "--since", "0.000001", "--jsonl").stdout.splitlines()
     events = [json.loads(line) for line in told]
     names = {
         event["attributes"].get("name")

@@ -64,7 +64,7 @@ def test_there_and_back(daemon: Daemon, make_registry: Callable[..., str]) -> No
 
 
 def _events(daemon: Daemon) -> list[str]:
-    done = cowfs("events", "--since", "0.000001", "--json", "--root", str(daemon.root), home=daemon.base)
+    done = cowfs("events", "--since", "0.000001", "--jsonl", "--root", str(daemon.root), home=daemon.base)
     return done.stdout.splitlines()
 
 

@@ -253,7 +253,7 @@ def test_the_verbs_of_the_command(cowfs: Callable[..., subprocess.CompletedProce
     cowfs("commit", "k", "base")
     cowfs("prepare", "run-x", "base")
     assert cowfs("prune", "--dry-run").stdout == "run-x\n"
-    assert json.loads(cowfs("prune", "--json").stdout)["removed"] == ["run-x"]
+    assert json.loads(cowfs("prune", "--json").stdout)[0]["removed"] == ["run-x"]
     assert "would remove 0 snapshots" in cowfs("prune", "--older", "7d", "--keep", "2", "-n").stderr
     cowfs("prune", "--older", "soon", status=2)
     cowfs("tag", "app:1", "base")

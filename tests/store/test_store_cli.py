@@ -53,17 +53,17 @@ def test_a_snapshot_from_birth_to_removal(cowfs: Cowfs, base: str, space: Path) 
     assert f"size={5 << 20}" in record["options"]
     cowfs("mount", "--key", "work", mnt)
     (mnt / "etc" / "motd").write_text("hello\n")
-    assert json.loads(cowfs("usage", "work", "--json").stdout)["limit"]["bytes"] == 5 << 20
+    assert json.loads(cowfs("usage", "work", "--json").stdout)[0]["limit"]["bytes"] == 5 << 20
     assert "A /etc/motd" in cowfs("diff", "work").stdout
     refused = cowfs("commit", "work", "done", status=5)
     assert "in use" in one_line(refused)
     cowfs("umount", mnt)
-    assert json.loads(cowfs("commit", "work", "done", "--json").stdout)["usage"]["inodes"] == 2
+    assert json.loads(cowfs("commit", "work", "done", "--json").stdout)[0]["usage"]["inodes"] == 2
     assert [one["path"] for one in json.loads(cowfs("diff", "base", "done", "--json").stdout)] == [
         "/etc",
         "/etc/motd",
     ]
-    told = json.loads(cowfs("stat", "done", "--json").stdout)
+    told = json.loads(cowfs("stat", "done", "--json").stdout)[0]
     assert (told["kind"], told["parent"], told["labels"]) == ("committed", base, {"team": "storage"})
     cowfs("label", "done", "team-", "stage=test")
     assert [json.loads(line)["name"] for line in cowfs("ls", "labels.stage==test", "--jsonl").stdout.splitlines()] == [
@@ -149,7 +149,7 @@ def test_run_passes_the_exit_status_and_removes_what_it_made(cowfs: Cowfs, space
 
 
 def test_upkeep(cowfs: Cowfs, base: str, space: Path) -> None:
-    info = json.loads(cowfs("info", "--json").stdout)
+    info = json.loads(cowfs("info", "--json").stdout)[0]
     assert info["driver"] in ("overlay", "row", "vfs")
     assert info["snapshots"] == {"committed": 1}
     assert base in cowfs("df", "-v").stdout
@@ -157,7 +157,7 @@ def test_upkeep(cowfs: Cowfs, base: str, space: Path) -> None:
     (space / "store" / "layers" / "stray").mkdir()
     assert "layers/stray" in cowfs("check").stdout
     assert "deleted rm-stray" in cowfs("gc").stdout
-    layer = json.loads(cowfs("stat", "base", "--json").stdout)["id"]
+    layer = json.loads(cowfs("stat", "base", "--json").stdout)[0]["id"]
     os.rename(space / "store" / "layers" / layer, space / "aside")
     damaged = cowfs("check", status=7).stdout
     assert base in damaged
@@ -216,6 +216,6 @@ def test_the_options_of_a_store_may_stand_before_the_verb(cowfs: Cowfs, space: P
     other = space / "other"
     cowfs("--root", other, "--driver=vfs", "prepare", "k")
     assert [json.loads(line)["name"] for line in cowfs("--jsonl", f"--root={other}", "ls").stdout.splitlines()] == ["k"]
-    assert json.loads(cowfs("--json", "info", "--root", other).stdout)["driver"] == "vfs"
+    assert json.loads(cowfs("--json", "info", "--root", other).stdout)[0]["driver"] == "vfs"
     for arguments in (["--root"], ["--root", other], ["--json"]):
         assert "no verb '--" in one_line(cowfs(*arguments, status=2))

@@ -223,7 +223,7 @@ def check(root: Path) -> list[str]:
         [sys.executable, "-m", "cowfs", "check", "--root", root, "--json"], check=False, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return list(json.loads(done.stdout).get("problems", []))
+    return list(json.loads(done.stdout)[0].get("problems", []))
 
 
 def collect(engine: Containerd) -> bool:

@@ -37,7 +37,7 @@ def add_store(parser: argparse.ArgumentParser, *, json: bool = True, form: bool 
 def add_json(parser: argparse.ArgumentParser, *, form: bool = True) -> None:
     """``--json``, ``--jsonl`` and ``--format``: ``args.json`` is ``array``, ``lines`` or a template, empty without them."""
     add = parser.add_argument
-    add("--json", action="store_const", const="array", default="", help="as JSON; a list is an array of objects")
+    add("--json", action="store_const", const="array", default="", help="as JSON: an array of objects")
     add("--jsonl", action="store_const", const="lines", dest="json", help="as JSON, an object a line")
     if form:
         add(

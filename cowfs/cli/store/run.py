@@ -8,8 +8,8 @@ from __future__ import annotations
 import os
 import secrets
 import sys
-from collections.abc import Collection
-from contextlib import suppress
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from cowfs.cli.common import Command
@@ -18,7 +18,9 @@ from cowfs.errors import FailedPrecondition, InvalidArgument, NotFound
 
 if TYPE_CHECKING:
     import argparse
+    from typing import Any
 
+    from cowfs.sandbox.process import Ended
     from cowfs.sandbox.request import Request
     from cowfs.store import Store
 
@@ -46,7 +48,7 @@ def _configure_run(parser: argparse.ArgumentParser) -> None:
         help="cowfs's own server, or the kernel's overlayfs (default: the kernel's for an ordinary user without a limit, where it can)",
     )
     add("-q", "--quiet", action="store_true", help="do not say which snapshot it was")
-    add_store(parser, json=False)
+    add_store(parser)
     parser.set_defaults(command=[])
     parser.usage = "cowfs run [options] PARENT [--] CMD [ARG ...]"
     _split_command(parser)
@@ -85,6 +87,8 @@ def _add_sandbox(parser: argparse.ArgumentParser) -> None:
 
 _FLAGS = frozenset(
     (
+        "--json",
+        "--jsonl",
         "--rm",
         "--keep",
         "--privileged",
@@ -193,7 +197,9 @@ def _run_in_snapshot(args: argparse.Namespace) -> int:
             with process.held():
                 store.prepare(key, args.parent, size=args.size, inodes=args.inodes)
                 made = True
-            ended = run_in(store, key, request, mount_type=args.mount_type)
+            with _output_apart(args):
+                ended = run_in(store, key, request, mount_type=args.mount_type)
+            told = _result(store, key, ended) if args.json else None
         except BaseException:
             if made:
                 with process.held():
@@ -205,7 +211,49 @@ def _run_in_snapshot(args: argparse.Namespace) -> int:
             _drop(store, key)
         elif not args.quiet:
             print(f"cowfs run: the snapshot is {key}", file=sys.stderr)
+    if told is not None:
+        from cowfs.cli.output import print_json
+
+        print_json({**told, "committed": args.commit if ended.status == 0 else None}, args.json)
     return ended.status
+
+
+@contextmanager
+def _output_apart(args: argparse.Namespace) -> Iterator[None]:
+    """With --json, --jsonl or --format standard output is the result's alone: the command's own goes to standard error."""
+    if not args.json:
+        yield
+        return
+    kept = os.dup(1)
+    try:
+        os.dup2(2, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def _ended(key: str, ended: Ended) -> dict[str, Any]:
+    """The end of a command as programs read it, in the words of :class:`cowfs.store.running.RunResult`."""
+    return {
+        "key": key,
+        "returncode": ended.status,
+        "timed_out": ended.timed_out,
+        "cpu_seconds": ended.cpu_seconds,
+        "peak_memory": ended.peak_memory,
+    }
+
+
+def _result(store: Store, key: str, ended: Ended) -> dict[str, Any]:
+    """The result of a command in a fresh snapshot, with what that holds now."""
+    from cowfs.cli.output import change_as_json
+
+    used = store.usage(key)
+    return {
+        **_ended(key, ended),
+        "usage": {"bytes": used.bytes, "inodes": used.inodes},
+        "changes": [change_as_json(change) for change in store.diff(key)],
+    }
 
 
 def _drop(store: Store, key: str) -> None:
@@ -221,7 +269,7 @@ def _configure_sh(parser: argparse.ArgumentParser) -> None:
         "key", metavar="KEY", help="an active snapshot or a view, mounted or not, with a command in it or not"
     )
     _add_sandbox(parser)
-    add_store(parser, json=False)
+    add_store(parser)
     parser.set_defaults(command=[])
     parser.usage = "cowfs sh [options] KEY [[--] CMD [ARG ...]]"
     _split_command(parser)
@@ -234,9 +282,16 @@ def _sh(args: argparse.Namespace) -> int:
     process.open_streams()
     try:
         with process.stop_on_signals(), open_store(args, create=False) as store:
-            return run_beside(store, args.key, _request(store, args.key, args, None, ["/bin/sh"])).status
+            request = _request(store, args.key, args, None, ["/bin/sh"])
+            with _output_apart(args):
+                ended = run_beside(store, args.key, request)
     except process.Stopped as stopped:
         return 128 + stopped.number
+    if args.json:
+        from cowfs.cli.output import print_json
+
+        print_json(_ended(args.key, ended), args.json)
+    return ended.status
 
 
 # -- unshare -----------------------------------------------------------------------------------------------------------
@@ -291,6 +346,7 @@ COMMANDS = {
             "cowfs run debian:12 apt-get --version",
             "cowfs run --rm --timeout 60 -v $PWD:/src:ro -w /src debian:12 sh -c 'make test'",
             "cowfs run debian:12 --rm --size 100M -- sh",
+            "cowfs run --json --rm debian:12 touch /made",
             "cowfs run debian:12 --network host --commit with-python -- apt-get install -y python3",
         ),
     ),

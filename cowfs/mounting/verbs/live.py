@@ -293,7 +293,7 @@ def _write_back(server: ServedMount) -> None:
     for _ in range(_BARRIERS):
         os.statvfs(target)
         try:
-            with open(connection, encoding="ascii") as file:
+            with open(connection, encoding="utf-8") as file:
                 if int(file.read()) <= _FEW:
                     return
         except OSError:

@@ -31,7 +31,7 @@ DEFAULT = (
 @functools.cache
 def possible() -> tuple[str, ...]:
     """The capabilities that this process can give: those in its bounding set. A daemon in a container has not all of them."""
-    with open("/proc/self/status", encoding="ascii", errors="replace") as file:
+    with open("/proc/self/status", encoding="utf-8", errors="replace") as file:
         bounding = next(int(line.split()[1], 16) for line in file if line.startswith("CapBnd:"))
     return tuple(name for number, name in enumerate(ALL) if bounding >> number & 1)
 

@@ -21,7 +21,7 @@ __all__ = ["WORK", "one", "sample", "storage", "stream", "system_nanoseconds"]
 
 def system_nanoseconds() -> int:
     """Processor time of the host, idle time among it (proc(5), stat)."""
-    with open("/proc/stat", encoding="ascii") as file:
+    with open("/proc/stat", encoding="utf-8") as file:
         fields = file.readline().split()[1:9]
     return sum(map(int, fields)) * (1_000_000_000 // os.sysconf("SC_CLK_TCK"))
 
@@ -129,7 +129,7 @@ def _networks(container: Container) -> dict[str, Any]:
     if container.host["NetworkMode"] == "host":
         return {}
     try:
-        with open(f"/proc/{container.pid}/net/dev", encoding="ascii") as file:
+        with open(f"/proc/{container.pid}/net/dev", encoding="utf-8") as file:
             rows = file.readlines()[2:]
     except OSError:
         return {}

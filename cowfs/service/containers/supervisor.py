@@ -523,7 +523,7 @@ def _terminal(listening: socket.socket | None) -> list[int]:
 
 def _read(path: str) -> str:
     try:
-        with open(path, encoding="ascii") as file:
+        with open(path, encoding="utf-8") as file:
             return file.read().strip()
     except FileNotFoundError:
         return ""

@@ -310,7 +310,7 @@ def _known(home: str) -> set[str] | None:
 
 
 def _id_in(directory: str, name: str) -> str:
-    with open(os.path.join(directory, name), encoding="ascii") as file:
+    with open(os.path.join(directory, name), encoding="utf-8") as file:
         text = file.read().strip()
     if not text:
         raise ValueError(f"{directory}/{name} is empty")
