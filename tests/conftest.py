@@ -26,6 +26,9 @@ from support import hostfs, mounts, namespace, users
 from cowfs.mounting import prefork
 
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"  # its handlers of fork(2) wait for its threads, some of which wait for us
+os.environ["COWFS_PROGRESS"] = (
+    "none"  # a verb that takes a second on a busy machine says nothing more than on an idle one
+)
 namespace.enter()
 settings.register_profile("cowfs", deadline=None)  # no test depends on how fast the machine is
 settings.load_profile("cowfs")

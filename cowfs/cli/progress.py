@@ -6,6 +6,7 @@ Rules.
 ``progress``), else as one plain line. 4. ``json``: an object a line, from the beginning, for each change and each second: ``{"what", "done", "total",
 "seconds"}``; ``total`` is null if unknown. The last
    one has ``"end": true``, also when the verb failed.
+5. ``$COWFS_PROGRESS`` (none, plain or json) stands for ``auto``.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ class Bars:
 
     def __init__(self, args: argparse.Namespace, label: str = "") -> None:
         how = args.progress
+        if how == "auto":
+            how = {"none": "none", "plain": "plain", "json": "json"}.get(os.environ.get("COWFS_PROGRESS", ""), how)
         if how == "auto":
             how = "none" if args.quiet else "bar" if sys.stderr.isatty() else "auto"
         self.on = how != "none"

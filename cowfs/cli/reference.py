@@ -29,7 +29,7 @@ COMMON
 `--json` prints what a verb tells as JSON, of every verb an array of objects, also where it tells of one thing (what is followed, `events` and `logs -f`, is an
 object a line); `--jsonl` prints an object a line; with any of the three `run` and `sh` put the command's own output on standard error;
 `--format` a line for each object by a template of its fields, as `'{name}\\t{created:age}\\t{usage.bytes:size}'` (`:size`, `:age`, `:time`, and
-Python's own format specs). A name that is not UTF-8 is there exactly as `KEY_b64`, too. `--progress json` writes an object a line to standard error:
+Python's own format specs). A name that is not UTF-8 is there exactly as `KEY_b64`, too. `$COWFS_PROGRESS` (`none`, `plain`, `json`) is what `auto` means. `--progress json` writes an object a line to standard error:
 `what`, `done`, `total` (null where it is not known), `seconds`, and `end` in the last one.
 
 Errors are one line on standard error (what, where, how to mend it) and an exit status:

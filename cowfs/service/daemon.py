@@ -7,6 +7,7 @@ the doors in a thread, signals in the main thread.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import secrets
@@ -44,6 +45,7 @@ from cowfs.service.logs import exchange_id, log
 from cowfs.service.options import Options
 from cowfs.service.shared import FOLDER, Service, pairs
 from cowfs.store import Store
+from cowfs.store.reserve import NoRoomError, no_room
 
 __all__ = ["Front", "run"]
 
@@ -73,6 +75,20 @@ class Front:
         self._service = service
         self._table = tables()
 
+    def _sentence(self, error: OSError) -> str:
+        """An error of the system in words; a full disk with the place of it."""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) and not isinstance(error, NoRoomError):
+            for place in (self._service.store.root, self._service.run_dir):
+                left = os.statvfs(place)
+                # below one MiB nothing is said against a failed write of more
+                if left.f_bavail * left.f_frsize < 1 << 20 or (left.f_files and left.f_favail < 16):
+                    full = OSError(error.errno, error.strerror)
+                    if place == self._service.store.root:
+                        return str(no_room(full, place).strerror)
+                    return f"no space left on the file system of {place}"
+        where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+        return f"{where}{error.strerror or error}"
+
     def handle(self, exchange: Exchange) -> Reply:
         """Answer a request, with every error as an answer."""
         token = exchange_id.set(exchange.id)
@@ -87,9 +103,9 @@ class Front:
             except ConnectionError:
                 raise
             except OSError as error:
-                where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
-                log.warning("%s %s: %s%s", exchange.method, exchange.path, where, error.strerror or error)
-                reply = json_reply({"message": f"{where}{error.strerror or error}"}, 500)
+                sentence = self._sentence(error)
+                log.warning("%s %s: %s", exchange.method, exchange.path, sentence)
+                reply = json_reply({"message": sentence}, 500)
             except Exception:  # noqa: BLE001  a fault of cowfs costs this exchange, and its traceback goes to the log alone
                 log.exception("%s %s failed", exchange.method, exchange.path)
                 reply = json_reply(

@@ -15,13 +15,14 @@ Threads: a :class:`Connection` belongs to one thread at a time.
 from __future__ import annotations
 
 import json
+import re
 import select
 import socket
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, unquote
 
 import h11
 
@@ -166,6 +167,17 @@ class Exchange:
             raise ApiError(400, "the body is no JSON object")
         return value
 
+    def number(self, name: str) -> int:
+        """A whole number of the query; 0 where there is none.
+
+        Raises:
+            ApiError: 400: it is none of 64 bits.
+        """
+        text = self.query.get(name) or "0"
+        if not re.fullmatch(r"[+-]?[0-9]{1,18}", text):
+            raise ApiError(400, f"{name} is no number: {text[:40]!r}")
+        return int(text)
+
     def flag(self, name: str, default: bool = False) -> bool:
         """A boolean of the query, as Docker reads it."""
         value = self.query.get(name)
@@ -222,6 +234,9 @@ class Connection:
             pass  # the client left; or the answer cannot be completed any more
         except CowfsError as error:  # in the middle of a stream: its reader sees the cut
             log.warning("a stream to %s was cut: %s", self.peer, error)
+        except Exception:  # noqa: BLE001  a fault of cowfs costs this connection, and is told
+            log.exception("a connection of %s failed", self.peer)
+            self._complain(500, "an internal error; the log tells more")
         self.close()
         return False
 
@@ -252,14 +267,14 @@ class Connection:
         if isinstance(event, h11.ConnectionClosed) or event is h11.PAUSED:
             return None
         assert isinstance(event, h11.Request)
-        split = urlsplit(event.target.decode("latin-1") if event.target.startswith(b"/") else "/")
+        path, query = _split(event.target.decode("latin-1"))
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in event.headers}
         wants = "upgrade" in headers.get("connection", "").lower() and "upgrade" in headers
-        queries = parse_qs(split.query, keep_blank_values=True, errors="surrogateescape")
+        queries = parse_qs(query, keep_blank_values=True, errors="surrogateescape")
         return Exchange(
             id=new_id(),
             method=event.method.decode("latin-1"),
-            path=unquote(split.path, errors="surrogateescape"),
+            path=unquote(path, errors="surrogateescape"),
             query={name: values[-1] for name, values in queries.items()},
             queries=queries,
             headers=headers,
@@ -385,6 +400,20 @@ class Connection:
             if not data:
                 return
             read += len(data)
+
+
+def _split(target: str) -> tuple[str, str]:
+    """Path and query of a request's target in origin form (RFC 9112, section 3.2.1); of any other form, the root.
+
+    It is no URL: what follows ``//`` is part of the path, not a host.
+
+    >>> _split("//[x?a=b?c#d"), _split("*")
+    (('//[x', 'a=b?c'), ('/', ''))
+    """
+    if not target.startswith("/"):
+        return "/", ""
+    path, _, query = target.partition("#")[0].partition("?")
+    return path, query
 
 
 def _reason(status: int) -> bytes:

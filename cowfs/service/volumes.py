@@ -31,6 +31,7 @@ from cowfs.service.containers.container import OWNER, Container
 from cowfs.service.errors import ApiError, not_offered
 from cowfs.service.images import rfc3339
 from cowfs.service.logs import log
+from cowfs.service.telling import Teller
 from cowfs.sys.atomic import write_file
 from cowfs.sys.files import open_in_root
 
@@ -80,6 +81,7 @@ class Volumes:
 
     def __init__(self, store: Store, folder: str, users: Callable[[], Iterable[tuple[str, str]]]) -> None:
         self._store = store
+        self._teller = Teller(store)
         self.folder = folder
         self._users = users
         self.lock = threading.RLock()
@@ -255,7 +257,7 @@ class Volumes:
 
     def tell(self, name: str, action: str, **more: str) -> None:
         """Record an event."""
-        self._store.record_event("volume", action, name, more)
+        self._teller.tell("volume", action, name, more)
 
     # -- filling ----------------------------------------------------------------------------------
 

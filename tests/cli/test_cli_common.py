@@ -194,6 +194,7 @@ def test_a_verb_that_cannot_count_tells_how_long_it_is_at_work(capfd: pytest.Cap
 
 
 def test_a_bar_is_drawn_at_a_terminal_and_wiped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COWFS_PROGRESS", raising=False)
     master, slave = pty.openpty()
     before, kept = os.dup(2), sys.stderr
     try:
@@ -249,7 +250,9 @@ def test_quiet_and_none_start_no_thread() -> None:
             assert threading.active_count() == before
 
 
-def test_progress_without_a_terminal_begins_after_a_second(capfd: pytest.CaptureFixture[str]) -> None:
+def test_progress_without_a_terminal_begins_after_a_second(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One line is there long before the fifth second, where it began before; --progress json goes on while nothing is counted."""
     found = [""]
 
@@ -257,6 +260,9 @@ def test_progress_without_a_terminal_begins_after_a_second(capfd: pytest.Capture
         found[0] += capfd.readouterr().err
         return found[0]
 
+    monkeypatch.setenv("COWFS_PROGRESS", "none")
+    assert not Bars(arguments(), "squash work").on
+    monkeypatch.delenv("COWFS_PROGRESS")
     with Bars(arguments(), "squash work"):
         assert re.match(r"squash work: [1-9]\d* s\n", wait_for("\n", read))
     assert _FIRST["auto"] == 1.0

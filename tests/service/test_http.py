@@ -221,3 +221,34 @@ def test_random_bytes_never_end_the_daemon(server: Daemon) -> None:
                 sock.shutdown(socket.SHUT_WR)
     assert alive(server)
     assert server.process is not None and server.process.poll() is None
+
+
+@pytest.mark.parametrize(
+    ("target", "status"),
+    [
+        (b"//[::1/x", 404),  # a URL would have a host with half of an address
+        (b"//[x]/_ping", 404),
+        (b"//a/_ping", 404),
+        (b"/_ping?a=[", 200),
+        (b"/_ping?//[", 200),
+        (b"/v" + b"9" * 5000 + b".1/info", 404),
+        (b"/v9.1/info", 400),
+        ("/v\u0661.50/info".encode(), 400),  # a digit, of another script
+        (b"/containers/%00/json", 404),
+        (b"/containers/%ff%fe/json", 404),
+    ],
+)
+def test_a_target_that_is_strange_is_answered(server: Daemon, target: bytes, status: int) -> None:
+    answer = talk(server, b"GET " + target + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 %d" % status), answer[:200]
+    assert alive(server)
+
+
+@pytest.mark.parametrize("value", ["x=", "1" * 5000, "9" * 20, "²", "1.5", "0x10", "nan"])
+def test_numbers_of_a_query_that_are_none(server: Daemon, value: str) -> None:
+    from urllib.parse import quote
+
+    for path in ("/containers/json?limit=", "/ui/data/overview?after="):
+        status, told = server.request("GET", path + quote(value))
+        assert status == 400, told
+        assert "is no number" in told["message"]

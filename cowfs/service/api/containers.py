@@ -100,7 +100,7 @@ def _create(service: Service, exchange: Exchange) -> Reply:
 
 def _list(service: Service, exchange: Exchange) -> Reply:
     filters = filters_of(exchange, _FILTERS)
-    limit = int(exchange.query.get("limit") or 0)
+    limit = max(0, exchange.number("limit"))
     every = exchange.flag("all") or limit > 0 or "status" in filters or "exited" in filters
     wanted = _wanted(service, filters)
     found = [each for each in service.containers.all() if (every or each.running) and wanted(each)]
@@ -242,13 +242,7 @@ def _start(service: Service, exchange: Exchange, name: str) -> Reply:
 
 
 def _seconds(exchange: Exchange) -> int | None:
-    text = exchange.query.get("t", "")
-    if not text:
-        return None
-    try:
-        return int(text)
-    except ValueError:
-        raise ApiError(400, f"t is no number of seconds: {text!r}") from None
+    return exchange.number("t") if exchange.query.get("t") else None
 
 
 def _stop(service: Service, exchange: Exchange, name: str) -> Reply:

@@ -61,21 +61,14 @@ def _file(service: Service, exchange: Exchange, name: str) -> Reply:
     return Reply(headers=_HEADERS, type=_TYPES[name], body=_content(name))
 
 
-def _number(exchange: Exchange, name: str) -> int:
-    text = exchange.query.get(name) or "0"
-    if not (text.isascii() and text.isdigit() and len(text) < 19):
-        raise ApiError(400, f"{name} is no number")
-    return int(text)
-
-
 def _overview(service: Service, exchange: Exchange) -> Reply:
     _must_be_on(service)
-    return json_reply(service.board.overview(_number(exchange, "after")))
+    return json_reply(service.board.overview(exchange.number("after")))
 
 
 def _snapshots(service: Service, exchange: Exchange) -> Reply:
     _must_be_on(service)
-    return json_reply(service.board.snapshots(exchange.query.get("of", ""), _number(exchange, "skip")))
+    return json_reply(service.board.snapshots(exchange.query.get("of", ""), exchange.number("skip")))
 
 
 def _images(service: Service, exchange: Exchange) -> Reply:

@@ -40,7 +40,7 @@ class Route:
     handle: Handle
 
 
-_VERSION = re.compile(r"/v(\d+)\.(\d+)(?=/)")
+_VERSION = re.compile(r"/v([0-9]{1,9})\.([0-9]{1,9})(?=/)")
 
 
 def _number(text: str) -> tuple[int, int]:

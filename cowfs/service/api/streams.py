@@ -85,7 +85,7 @@ def _logs(service: Service, exchange: Exchange, name: str) -> Reply:
     if container.host_config.LogConfig.Type == "none":
         raise ApiError(501, "configured logging driver does not support reading")
     text = exchange.query.get("tail", "all")
-    tail = int(text) if text.isdigit() else None
+    tail = exchange.number("tail") if text.isdigit() else None
     since, until = when(exchange.query.get("since", ""), "since"), when(exchange.query.get("until", ""), "until")
     stamps, details = exchange.flag("timestamps"), exchange.flag("details")
 
@@ -120,10 +120,9 @@ def _resize(service: Service, exchange: Exchange, name: str) -> Reply:
 
 
 def _size(exchange: Exchange) -> tuple[int, int]:
-    try:
-        width, height = int(exchange.query.get("w", "")), int(exchange.query.get("h", ""))
-    except ValueError:
-        raise ApiError(400, "w and h are no numbers") from None
+    if not exchange.query.get("w") or not exchange.query.get("h"):
+        raise ApiError(400, "w and h are no numbers")
+    width, height = exchange.number("w"), exchange.number("h")
     if not (0 <= width < 65536 and 0 <= height < 65536):
         raise ApiError(400, "w and h are out of range")
     return width, height

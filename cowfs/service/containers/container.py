@@ -6,6 +6,7 @@ as a whole, so a reader sees one state or the next.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket as sockets
@@ -20,6 +21,7 @@ from cowfs.service.containers import bundle
 from cowfs.service.containers.cgroups import PREFIX
 from cowfs.service.containers.records import HostConfig
 from cowfs.service.containers.supervisor import RUN_FILE
+from cowfs.service.logs import log
 from cowfs.service.records import decode
 from cowfs.sys.atomic import write_file
 from cowfs.sys.process import start_time
@@ -122,6 +124,15 @@ class Container:
         )
         data = json.dumps({each: getattr(self, each) for each in names}).encode()
         write_file(os.path.join(self.folder, RECORD_FILE), data, durable=self.durable)
+
+    def save_if_room(self) -> None:
+        """Write the record of a change that has happened; on a full disk it is written with the next one."""
+        try:
+            self.save()
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            log.warning("the record of container %s is not up to date: %s", self.name, error.strerror)
 
     @classmethod
     def load(cls, folder: str, bundle: str, *, durable: bool) -> Container:

@@ -72,7 +72,13 @@ class Writer:
             json.dumps({"log": line.decode("utf-8", "replace"), **entry}, ensure_ascii=False) + "\n" for line in lines
         ).encode("utf-8", "replace")
         try:
-            self._size += os.write(self._fd, text)
+            written = os.write(self._fd, text)
+            if written < len(
+                text
+            ):  # the disk is full: whole lines are kept, else the next one would follow half of one
+                written = text.rfind(b"\n", 0, written) + 1
+                os.ftruncate(self._fd, self._size + written)
+            self._size += written
         except OSError:
             return  # a full disk costs the log, not the container
         if self._max_size and self._size >= self._max_size:

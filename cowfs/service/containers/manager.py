@@ -42,6 +42,7 @@ from cowfs.service.containers.supervisor import RUN_FILE
 from cowfs.service.containers.trees import Trees
 from cowfs.service.errors import ApiError, NotModified
 from cowfs.service.logs import log
+from cowfs.service.telling import Teller
 from cowfs.sys.atomic import write_file
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ class Containers:
         self.execs = Execs(self)
         self.restarts = Restarts(lambda container: self.start(container, again=True))
         self.monitors = Monitors(self)
+        self._teller = Teller(service.store)
         self.trees = Trees(service.store)
         self.folder = os.path.join(service.folder, "containers")
         self.run_dir = os.path.join(service.run_dir, "containers")
@@ -240,7 +242,7 @@ class Containers:
             container.paused, container.error, container.stopped = False, "", False
             container.restarts = container.restarts + 1 if again else 0
             container.delay = container.delay if again else 0.0
-            container.save()
+            container.save_if_room()
             self.restarts.cancel(container)
         self.tell(container, "start")
         self.monitors.begin(container)
@@ -268,7 +270,7 @@ class Containers:
             os.unlink(os.path.join(container.folder, RUN_FILE))
         except FileNotFoundError:
             pass
-        container.save()
+        container.save_if_room()
         with container.changed:
             container.ends += 1
             container.changed.notify_all()
@@ -433,7 +435,7 @@ class Containers:
         self._thaw(container)
         send_signal(container, number)
         self.tell(container, "kill", signal=str(number))
-        if not container.wait(lambda: not container.running, 1e9 if seconds < 0 else seconds):
+        if not container.wait(lambda: not container.running, 1e9 if seconds < 0 else min(seconds, 1e9)):
             send_signal(container, signal.SIGKILL)
             self.tell(container, "kill", signal=str(int(signal.SIGKILL)))
             container.wait(lambda: not container.running, SETTLE_SECONDS)
@@ -482,7 +484,7 @@ class Containers:
                 raise FailedPrecondition(f"container {container.id} is already paused")
             self.runtime("pause", container.id)
             container.paused = True
-            container.save()
+            container.save_if_room()
         self.tell(container, "pause")
 
     def unpause(self, container: Container) -> None:
@@ -496,7 +498,7 @@ class Containers:
                 raise FailedPrecondition(f"container {container.id} is not paused")
             self.runtime("resume", container.id)
             container.paused = False
-            container.save()
+            container.save_if_room()
         self.tell(container, "unpause")
 
     # -- change, remove ---------------------------------------------------------------------------
@@ -512,7 +514,12 @@ class Containers:
         with container.lock:
             old, new = container.name, self._register.reserve(name, container.id)
             container.name = new
-            container.save()
+            try:
+                container.save()
+            except BaseException:
+                container.name = old
+                self._register.release(new)
+                raise
             self._register.release(old)
         self.tell(container, "rename", oldName=f"/{old}")
 
@@ -560,7 +567,7 @@ class Containers:
         self.tell(container, "destroy")
 
     def tell(self, container: Container, action: str, **more: str) -> None:
-        """Record an event."""
-        self._store.record_event("container", action, container.id, {**container.attributes, **more})
+        """Record an event; on a full disk with the next one."""
+        self._teller.tell("container", action, container.id, {**container.attributes, **more})
 
     # -- the tree ---------------------------------------------------------------------------------

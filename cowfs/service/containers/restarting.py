@@ -104,7 +104,7 @@ class Restarts:
         """Suspend the policy of a container that a verb ends."""
         with container.lock:
             container.stopped = True
-            container.save()
+            container.save_if_room()
 
     @staticmethod
     def cancel(container: Container) -> bool:

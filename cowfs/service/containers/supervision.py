@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -94,6 +95,15 @@ def dismiss(container: Container) -> None:
         pass  # it is ending already
 
 
+def _words(line: str) -> str:
+    """The message in a line of a runtime's log, ``time="..." level=error msg="..."`` (logfmt); else the line."""
+    match = re.search(r' msg=("(?:[^"\\]|\\.)*")', line)
+    try:
+        return str(json.loads(match[1])) if match else line
+    except ValueError:
+        return line
+
+
 class Runtime:
     """The OCI runtime, with the state of this daemon's containers.
 
@@ -121,7 +131,7 @@ class Runtime:
         )
         if check and done.returncode:
             said = done.stderr.strip().splitlines()
-            raise ApiError(500, said[-1] if said else f"the runtime ended with status {done.returncode}")
+            raise ApiError(500, _words(said[-1]) if said else f"the runtime ended with status {done.returncode}")
         return done.stdout
 
     def sweep(self, run_dir: str, known: set[str]) -> None:

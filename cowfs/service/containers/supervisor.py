@@ -15,11 +15,13 @@ started, with the last connection of a daemon or client.
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import selectors
 import signal
 import socket
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -313,10 +315,10 @@ class Supervisor:
         if fds:
             self._attach(process, message, fds)
         path = os.path.join(self.settings["bundle"], f"exec-{id[:12]}.json")
-        write_file(path, json.dumps(message["process"]).encode(), durable=False)
 
         def done(pid: int | None, error: str) -> None:
-            os.unlink(path)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
             if pid is None:
                 process.code = 126 if "permission denied" in error.lower() else 127
                 process.streams.fail(f"OCI runtime exec failed: {error}")
@@ -327,6 +329,11 @@ class Supervisor:
             self._answer(sock, {"ok": {"pid": pid}})
             self._when_ended(pid, lambda code: self._exec_exited(id, code))
 
+        try:
+            write_file(path, json.dumps(message["process"]).encode(), durable=False)
+        except OSError as error:  # a full disk costs this process alone, not the container
+            done(None, f"{path}: {error.strerror}")
+            return
         self._spawn(
             process, ["exec", "--detach", "--process", path], [self.settings["id"]], message["open_stdin"], done
         )
@@ -467,7 +474,13 @@ class Supervisor:
 
     def _save(self) -> None:
         path = os.path.join(self.settings["folder"], RUN_FILE)
-        write_file(path, json.dumps(self.run).encode(), durable=self.settings["durable"] and "finished" in self.run)
+        data = json.dumps(self.run).encode()
+        try:
+            write_file(path, data, durable=self.settings["durable"] and "finished" in self.run)
+        except OSError:
+            if "finished" not in self.run:
+                raise
+            _overwrite(path, data)
 
     def _record(self, code: int) -> None:
         """Record the end in the store's log of events, since no daemon may be running."""
@@ -484,6 +497,19 @@ class Supervisor:
             index.close()
         except (CowfsError, OSError):
             pass  # the state in run.json is what counts
+
+
+def _overwrite(path: str, data: bytes) -> None:
+    """Write over a file of one block, on a disk without room for another one: an end must not get lost."""
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.pwrite(fd, data, 0)
+            os.ftruncate(fd, len(data))
+        finally:
+            os.close(fd)
+    except OSError as error:
+        sys.stderr.write(f"the end of a container is not recorded: {path}: {error.strerror}\n")
 
 
 def _terminal(listening: socket.socket | None) -> list[int]:

@@ -44,10 +44,16 @@ def update(containers: Containers, container: Container, wanted: Update) -> None
             "Memory limit should be smaller than already set memoryswap limit, update the memoryswap at the same time",
         )
     with container.lock:
-        if container.running:
-            containers.runtime("update", "--resources", "-", container.id, input=json.dumps(resources(changes)))
-        container.host |= changes
-        container.save()
+        before = container.host
+        container.host = before | changes
+        try:
+            container.save()
+            if container.running:
+                containers.runtime("update", "--resources", "-", container.id, input=json.dumps(resources(changes)))
+        except BaseException:
+            container.host = before
+            container.save_if_room()
+            raise
     containers.tell(container, "update")
 
 
