@@ -216,7 +216,7 @@ class Kept:
 
 def _is_running(who: list[str]) -> bool:
     """Whether a process, by number and start, is there."""
-    if len(who) != 2 or not who[0].isdigit():
+    if len(who) != 2 or not who[0].isdecimal():
         return False
     return str(process.start_time(int(who[0]))) == who[1]
 

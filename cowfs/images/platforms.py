@@ -48,7 +48,7 @@ class Platform:
         """A platform from any spelling of its parts."""
         architecture, usual = _SPELLINGS.get(architecture.lower(), (architecture.lower(), ""))
         variant = variant.lower() or usual
-        if architecture.startswith("arm") and variant.isdigit():
+        if architecture.startswith("arm") and variant.isdecimal():
             variant = "v" + variant
         return cls(system.lower(), architecture, _PLAIN.get((architecture, variant), variant))
 

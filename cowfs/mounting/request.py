@@ -140,8 +140,12 @@ class MountSpec:
 
 
 def _numbers_as_numbers(name: str) -> list[tuple[int, int, str]]:
-    """Sort key: ``2`` before ``10``, digits before letters."""
-    return [(0, int(part), part) if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name) if part]
+    """Sort key: ``2`` before ``10``, digits before letters.
+
+    >>> sorted(["b", "²", "10", "2"], key=_numbers_as_numbers)
+    ['2', '10', 'b', '²']
+    """
+    return [(0, int(part), part) if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", name) if part]
 
 
 def find_layers(directory: str) -> tuple[str, ...]:

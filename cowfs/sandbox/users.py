@@ -45,7 +45,7 @@ def _lines(root: int, path: bytes) -> list[list[str]]:
 
 
 def _number(text: str) -> int | None:
-    return int(text) if text.isascii() and text.isdigit() and int(text) < 1 << 31 else None
+    return int(text) if text.isascii() and text.isdecimal() and int(text) < 1 << 31 else None
 
 
 def find(root: int, text: str, more: list[str]) -> User:

@@ -124,7 +124,7 @@ def _unix(path: str, group: str, option: str = "-H") -> Door:
     gid = -1
     if group:
         try:
-            gid = int(group) if group.isdigit() else grp.getgrnam(group).gr_gid
+            gid = int(group) if group.isdecimal() else grp.getgrnam(group).gr_gid
         except KeyError:
             raise NotFound(f"--group {group}: no such group") from None
     directory = os.path.dirname(path)
@@ -172,7 +172,7 @@ def _tcp(text: str, rest: str, options: Options, context: ssl.SSLContext | None)
         rest.rstrip("/").rpartition(":") if ":" in rest.rpartition("]")[2] else (rest.rstrip("/"), "", "")
     )
     host = host.strip("[]") or "127.0.0.1"
-    if port_text and not port_text.isdigit():
+    if port_text and not port_text.isdecimal():
         raise InvalidArgument(f"-H {text}: no such port: {port_text}")
     port = int(port_text) if port_text else TLS_PORT if context is not None else PLAIN_PORT
     try:

@@ -42,8 +42,10 @@ def when(text: str, name: str) -> int | None:
     if text in ("", "0"):
         return None
     seconds, _, fraction = text.partition(".")
-    if not (seconds.removeprefix("-").isdigit() and (fraction.isdigit() or not fraction)):
-        raise ApiError(400, f"{name} is no time in seconds: {text!r}")
+    if not (seconds.removeprefix("-").isdecimal() and (fraction.isdecimal() or not fraction)):
+        raise ApiError(400, f"{name} is no time in seconds: {text[:40]!r}")
+    if len(seconds) > 11:  # beyond any time that an event has
+        raise ApiError(400, f"{name} is no time: {text[:40]!r}")
     return int(seconds) * 1_000_000_000 + int(fraction[:9].ljust(9, "0") or 0)
 
 

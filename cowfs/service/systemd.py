@@ -22,7 +22,7 @@ def listening() -> list[socket.socket]:
     """
     pid, count = os.environ.pop("LISTEN_PID", ""), os.environ.pop("LISTEN_FDS", "")
     os.environ.pop("LISTEN_FDNAMES", None)
-    if pid != str(os.getpid()) or not count.isdigit() or not int(count):
+    if pid != str(os.getpid()) or not count.isdecimal() or not int(count):
         raise InvalidArgument("fd:// but no socket was passed", remedy="start it by systemd's cowfs.socket")
     sockets = []
     for fd in range(FIRST, FIRST + int(count)):

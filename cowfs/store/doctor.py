@@ -48,7 +48,7 @@ def examine(root: str) -> Iterator[Finding]:
 
 def _kernel() -> Finding:
     release = os.uname().release
-    numbers = [int(part) for part in release.split("-")[0].split(".")[:2] if part.isdigit()]
+    numbers = [int(part) for part in release.split("-")[0].split(".")[:2] if part.isdecimal()]
     if numbers < [5, 4]:
         return Finding("kernel", "missing", f"Linux {release} is older than 5.4", "upgrade the kernel")
     return Finding("kernel", "ok", f"Linux {release}, Python {sys.version.split()[0]}")

@@ -121,7 +121,7 @@ class Files:
                 here = os.fstat(fd).st_dev
                 if f"{os.major(here)}:{os.minor(here)}" == device:
                     return fd  # that mount, and not one over it
-                if not device[2:].isdigit() and here != os.stat("..", dir_fd=fd).st_dev:
+                if not device[2:].isdecimal() and here != os.stat("..", dir_fd=fd).st_dev:
                     return fd
                 os.close(fd)
         if told is not None and os.path.exists(told.socket):

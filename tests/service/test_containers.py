@@ -268,6 +268,7 @@ def test_stop_kill_and_signals(engine: Daemon) -> None:
     assert state(engine, "deaf") == "exited 137"
     assert "is not running" in engine.docker("kill", "deaf", check=False).stderr
     assert "Invalid signal" in engine.docker("kill", "-s", "NOPE", "kind", check=False).stderr
+    assert "Invalid signal" in engine.docker("kill", "-s", "9" * 5000, "kind", check=False).stderr
 
 
 def test_pause_freezes(engine: Daemon) -> None:

@@ -252,3 +252,7 @@ def test_numbers_of_a_query_that_are_none(server: Daemon, value: str) -> None:
         status, told = server.request("GET", path + quote(value))
         assert status == 400, told
         assert "is no number" in told["message"]
+    for path in ("/events?since=0&until=", "/events?until=1&since=") if value != "1.5" else ():
+        status, told = server.request("GET", path + quote(value))
+        assert status == 400, told
+        assert "is no time" in told["message"]

@@ -85,7 +85,7 @@ def _logs(service: Service, exchange: Exchange, name: str) -> Reply:
     if container.host_config.LogConfig.Type == "none":
         raise ApiError(501, "configured logging driver does not support reading")
     text = exchange.query.get("tail", "all")
-    tail = exchange.number("tail") if text.isdigit() else None
+    tail = exchange.number("tail") if text.isdecimal() else None
     since, until = when(exchange.query.get("since", ""), "since"), when(exchange.query.get("until", ""), "until")
     stamps, details = exchange.flag("timestamps"), exchange.flag("details")
 

@@ -54,7 +54,7 @@ def signal_number(text: str) -> int:
     Raises:
         ApiError: 400: no such signal.
     """
-    if text.isdigit() and 0 < int(text) < 65:
+    if text.isdecimal() and len(text) < 3 and 0 < int(text) < 65:
         return int(text)
     found = getattr(signal, "SIG" + text.upper().removeprefix("SIG"), None)
     if not isinstance(found, signal.Signals):

@@ -93,13 +93,13 @@ def _text(path: str) -> str:
 
 def _number(path: str) -> int | None:
     text = _text(path).strip()
-    return int(text) if text.isdigit() else None
+    return int(text) if text.isdecimal() else None
 
 
 def _table(path: str) -> dict[str, int]:
     """Lines of a name and a number."""
     pairs = (line.split() for line in _text(path).splitlines())
-    return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdigit()}
+    return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdecimal()}
 
 
 _NO_LIMIT = 1 << 62
@@ -137,7 +137,7 @@ def _blkio(path: str) -> list[tuple[int, int, str, int]]:
     found = []
     for line in _text(path).splitlines():
         words = line.split()
-        if len(words) == 3 and words[2].isdigit():
+        if len(words) == 3 and words[2].isdecimal():
             major, _, minor = words[0].partition(":")
             found.append((int(major), int(minor), words[1].lower(), int(words[2])))
     return found

@@ -239,7 +239,7 @@ def _holds(rule: Mapping[str, Any], capabilities: Collection[str], machine: str,
 def _release(text: Any) -> tuple[int, int]:
     major, _, rest = str(text).partition(".")
     minor = rest.partition(".")[0].partition("-")[0]
-    if not (major.isdigit() and minor.isdigit()):
+    if not (major.isdecimal() and minor.isdecimal()):
         raise ApiError(400, f"invalid seccomp profile: no version of a kernel: {text}")
     return int(major), int(minor)
 
