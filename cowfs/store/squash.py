@@ -233,7 +233,8 @@ class Squashing:
                 raise
             finally:
                 os.close(lock)
-            discard(self.context.driver, row.id)
+            if self.context.index.find_id(row.id) is None:  # else it got a child or a tag meanwhile, and stays
+                discard(self.context.driver, row.id)
             unlink(note)
 
     def _absorb(self, row: Row, child: Row, server: dict[str, Any] | None, mark: str) -> Usage:

@@ -20,6 +20,7 @@ from support import mounts, stacks
 from support.forgetting import InView, Pair
 
 from cowfs.store import Store
+from cowfs.sys import faults
 from cowfs.union.paths import Paths
 
 from .conftest import view_of
@@ -231,4 +232,32 @@ def test_squash_keeps_the_root_of_a_tree_that_holds_nothing_else(space: Path, dr
             assert found.mtime_ns == (9_000_000_001 if last == "emptied" else 1_234_567_891)
             assert paths.listxattr("") == ([] if last == "attributes" else [b"user.x"])
         assert not list(store.diff("k"))
+        assert not store.check(content=True).problems
+
+
+@pytest.mark.parametrize("driver", ["overlay", "row", "aufs"])
+@pytest.mark.parametrize("other", ["child", "tag"])
+def test_a_snapshot_that_got_a_user_while_its_child_took_it_over_stays(
+    space: Path, driver: str, other: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its record stayed, as it should, and its layer was deleted."""
+    with Store.open(space / "store", driver=driver, fsync=False) as store:
+        store.prepare("k")
+        with store.paths("k") as paths:
+            paths.write_bytes("f", b"of the snapshot")
+        store.commit("k", "snapshot")
+        store.prepare("k", "snapshot")
+
+        def at(name: str) -> None:
+            if name == "squash.absorbed":
+                store.prepare("second", "snapshot") if other == "child" else store.tag("name", "snapshot")
+
+        monkeypatch.setattr(faults, "hook", at)
+        store.squash("snapshot")
+        monkeypatch.setattr(faults, "hook", None)
+        if other == "tag":
+            store.prepare("second", "name")
+        for key in ("k", "second"):
+            with store.paths(key) as paths:
+                assert paths.read_bytes("f") == b"of the snapshot"
         assert not store.check(content=True).problems
