@@ -46,7 +46,7 @@ class Applying:
     ) -> archive.Applied:
         """As :meth:`cowfs.Store.apply`."""
         row = self._lookup.active(key)
-        with hold(self.context.driver, row, "apply to"):
+        with hold(self.context.driver, self.context.index, row, "apply to"):
             row = self._lookup.active(key, row.num)
             fresh = untouched(self.context.driver, row.id)
             forget(self.context.driver.directory(row.id))

@@ -73,7 +73,7 @@ class Blocks:
         from cowfs.diff import blocks
 
         row = self._lookup.active(key)
-        with layers.hold(self.context.driver, row, "apply to"):
+        with layers.hold(self.context.driver, self.context.index, row, "apply to"):
             row = self._lookup.active(key, row.num)
             parent = self.context.index.by_num(row.parent) if row.parent is not None else None
             below = (

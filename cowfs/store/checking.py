@@ -13,12 +13,13 @@ differences (a time stamp, an inode number after a restore) are not damage. 3. A
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from cowfs import archive
-from cowfs.errors import Corrupt
+from cowfs.errors import Corrupt, CowfsError
 from cowfs.index.database import Row
 from cowfs.index.directory import Entry, Pair, Ref, children_of, decode, entries, join, root_digest
 from cowfs.model import Kind
@@ -26,7 +27,7 @@ from cowfs.store import kernel_image
 from cowfs.store.archived import HEADERS
 from cowfs.store.layers import KeptDigests, SameData, file_digest, unmark
 from cowfs.store.reserve import names_full
-from cowfs.store.staging import NEW, RM, orphans, sweep
+from cowfs.store.staging import RM, leftovers, orphans, sweep
 from cowfs.sys.regular import open_regular
 
 if TYPE_CHECKING:
@@ -115,13 +116,19 @@ class Checking:
                     )
                 )
         rows = list(self.context.index.rows())
+        known = {row.num: row for row in rows}
         good: dict[bytes, bool] = {}
         bad: dict[int, str] = {}
         for at, row in enumerate(rows):
             if progress is not None:
                 progress("snapshots", at, len(rows))
             report.snapshots += 1
-            why = self._check_row(report, row, good, repair)
+            why = None
+            with self._unless_changed(report, row, known):
+                why = self._check_row(report, row, good, repair)
+            if why is not None and not self._is_as_before(row, known):
+                why = None
+                good.clear()
             if why is None and row.parent in bad:
                 why = f"its ancestor is damaged: {bad[row.parent]}"
             if why is not None:
@@ -130,13 +137,40 @@ class Checking:
             for at, row in enumerate(rows):
                 if progress is not None:
                     progress("content", at, len(rows))
-                if row.num not in bad and row.kind is not Kind.VIEW:
-                    self._check_marks(report, row)
-                if row.root is not None and row.num not in bad:
-                    self._check_content(report, row, repair)
+                with self._unless_changed(report, row, known):
+                    if row.num not in bad and row.kind is not Kind.VIEW:
+                        self._check_marks(report, row)
+                    if row.root is not None and row.num not in bad:
+                        self._check_content(report, row, repair)
         if repair:
-            self._quarantine(report, rows, bad)
+            self._quarantine(report, known, bad)
         return report
+
+    def _is_as_before(self, row: Row, known: Mapping[int, Row]) -> bool:
+        """Whether a snapshot and its ancestors are recorded as they were, with the same layers.
+
+        Args:
+            known: the snapshots as the check found them, by number.
+        """
+        above: Row | None = row
+        while above is not None:
+            now = self.context.index.find_id(above.id)
+            if now is None or (now.num, now.parent) != (above.num, above.parent):
+                return False
+            above = None if above.parent is None else known.get(above.parent)
+        return True
+
+    @contextmanager
+    def _unless_changed(self, report: Report, row: Row, known: Mapping[int, Row]) -> Iterator[None]:
+        """Forget the problems of a snapshot, or a failed look at it, if another process removed or squashed it meanwhile."""
+        problems, undigested = len(report.problems), len(report.undigested)
+        try:
+            yield
+        except (OSError, CowfsError, LookupError):
+            if self._is_as_before(row, known):
+                raise
+        if len(report.problems) > problems and not self._is_as_before(row, known):
+            del report.problems[problems:], report.undigested[undigested:]
 
     def _check_database(self, report: Report) -> None:
         for line in self.context.index.damage_of_file():
@@ -144,7 +178,7 @@ class Checking:
 
     def _check_garbage(self, report: Report, repair: bool) -> None:
         lost = [f"layers/{id}" for id in orphans(self.context.driver, self.context.index)]
-        lost += [name for name in os.listdir(self.context.root) if name.startswith((NEW, RM))]
+        lost += leftovers(self.context.driver, self.context.index)
         if repair and lost:
             gone = {name.removeprefix(RM) for name in sweep(self.context.driver, self.context.index, everything=True)}
         else:
@@ -339,12 +373,12 @@ class Checking:
         with open(open_regular(f"{self.context.driver.directory(row.id)}/{HEADERS}"), "rb") as log:
             return sorted(damage.not_deleted(self.context.index, row.root, lambda: archive.member_names(log)))
 
-    def _quarantine(self, report: Report, rows: list[Row], bad: dict[int, str]) -> None:
+    def _quarantine(self, report: Report, known: Mapping[int, Row], bad: dict[int, str]) -> None:
         """Put damaged snapshots in quarantine, and let intact ones out."""
         with self.context.index.write() as change:
-            for row in rows:
+            for row in known.values():
                 why = bad.get(row.num)
-                if why != row.damage:
+                if why != row.damage and self._is_as_before(row, known):
                     change.set_damage(row.num, why)
         for at, problem in enumerate(report.problems):
             if problem.kind in ("layer", "records") and not problem.repaired:

@@ -63,7 +63,7 @@ class Compacting:
         server = self._mounted.server_of(row, made_by="store")
         if server is not None:
             return self._compact_mounted(server, share, on_progress)
-        with layers.hold(self.context.driver, row, "compact"):
+        with layers.hold(self.context.driver, self.context.index, row, "compact"):
             return self._compact_layer(row, share, on_progress)
 
     def _compact_mounted(self, server: dict[str, Any], share: float, on_progress: OnProgress | None) -> Compacted:

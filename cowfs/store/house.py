@@ -146,7 +146,7 @@ class House:
         return ""
 
     def _must_be_free(self, row: Row) -> None:
-        with layers.hold(self.context.driver, row, "remove", missing_ok=True, at_rest=False):
+        with layers.hold(self.context.driver, self.context.index, row, "remove", missing_ok=True, at_rest=False):
             pass
 
     def removable(self, name: str, *, chain: bool = False) -> list[str]:

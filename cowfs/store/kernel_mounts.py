@@ -63,7 +63,7 @@ class KernelMounts:
             raise Unsupported(f"a kernel mount with a limit is not possible: {why}", remedy="leave out --mount-type")
         plan = self._plans.plan(row)
         with ExitStack() as held:
-            with hold(self.context.driver, row, "mount", at_rest=not limited):
+            with hold(self.context.driver, self.context.index, row, "mount", at_rest=not limited):
                 if plan.row and not plan.readonly and not limit_loop.has_image(self.context.driver, row.id):
                     self._refuse_redirects(row, plan.upper)
                 if limited:

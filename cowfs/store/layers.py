@@ -68,14 +68,17 @@ def known_digest(value: bytes | None) -> bytes | None:
 
 
 @contextmanager
-def hold(driver: Driver, row: Row, verb: str, *, missing_ok: bool = False, at_rest: bool = True) -> Iterator[None]:
+def hold(
+    driver: Driver, index: Index, row: Row, verb: str, *, missing_ok: bool = False, at_rest: bool = True
+) -> Iterator[None]:
     """Be the only user of a layer's tree, after the end of a server whose mount is gone.
 
     Args:
         at_rest: whether the content in a limit engine's image is brought into the tree first.
 
     Raises:
-        FailedPrecondition: a mount or another verb uses it; the message names it.
+        FailedPrecondition: a mount or another verb uses it, or made another of it; the message names it.
+        NotFound: another process removed the snapshot meanwhile.
         Corrupt: the tree is gone.
     """
     tree = driver.tree(row.id)
@@ -86,6 +89,8 @@ def hold(driver: Driver, row: Row, verb: str, *, missing_ok: bool = False, at_re
             if missing_ok:
                 yield
                 return
+            if index.get(row.name).id != row.id:
+                raise FailedPrecondition(f"{row.name!r} was replaced meanwhile", remedy="try again") from None
             raise Corrupt(f"the layer of {row.name!r} is gone: {tree}", remedy="run 'cowfs check'") from None
         holder = take(fd, [driver.directory(row.id)])
         if holder is not None:

@@ -69,7 +69,7 @@ class Limits:
             if engine is not None:
                 engine.change(limit)
             else:
-                held.enter_context(hold(self.context.driver, row, "limit", at_rest=False))
+                held.enter_context(hold(self.context.driver, self.context.index, row, "limit", at_rest=False))
             with self.context.index.write() as change:
                 now = self._lookup.active(name, row.num)
                 if limit != now.limit:  # a server has recorded it already

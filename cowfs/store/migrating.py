@@ -123,7 +123,7 @@ def migrate(
             raise FailedPrecondition(f"another process is moving the store {path}", remedy="wait for it")
         for row in source.context.index.rows():
             if row.kind is not Kind.COMMITTED:
-                held.enter_context(layers.hold(source.context.driver, row, "migrate"))
+                held.enter_context(layers.hold(source.context.driver, source.context.index, row, "migrate"))
         if target is None:
             must_run(registry.load(to), path)
         with Services.open(place, driver=to, fsync=fsync) as into:

@@ -130,7 +130,14 @@ class Mounted:
             alone = True
             try:
                 held.enter_context(
-                    hold(self.context.driver, row, verb, missing_ok=missing_ok, at_rest=verb != "remove")
+                    hold(
+                        self.context.driver,
+                        self.context.index,
+                        row,
+                        verb,
+                        missing_ok=missing_ok,
+                        at_rest=verb != "remove",
+                    )
                 )
             except FailedPrecondition:
                 kept_apart = verb == "commit" and limit_loop.has_image(self.context.driver, row.id)

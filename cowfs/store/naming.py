@@ -105,7 +105,7 @@ class Naming:
             if row.kind is Kind.COMMITTED:
                 self._rename(row, new)
                 return
-            with layers.hold(self.context.driver, row, "rename", at_rest=False):
+            with layers.hold(self.context.driver, self.context.index, row, "rename", at_rest=False):
                 self._rename(row, new)
 
     def _rename(self, row: Row, new: str) -> None:

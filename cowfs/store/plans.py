@@ -63,7 +63,7 @@ class Plans:
             FailedPrecondition: it is mounted by that engine.
         """
         if row.kind is Kind.ACTIVE and limit_loop.has_image(self.context.driver, row.id):
-            with layers.hold(self.context.driver, row, "use"):
+            with layers.hold(self.context.driver, self.context.index, row, "use"):
                 pass
 
     def hand_limit(self, row: Row, *, by_server: bool) -> None:

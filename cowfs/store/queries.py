@@ -37,11 +37,16 @@ class Queries:
             return Usage()
         from cowfs.store import limit_loop
 
-        whole = (
-            self._mounted.usage_of(row)
-            or limit_loop.used(self.context.driver, row.id)
-            or self.context.driver.usage(row.id)
-        )
+        try:
+            whole = (
+                self._mounted.usage_of(row)
+                or limit_loop.used(self.context.driver, row.id)
+                or self.context.driver.usage(row.id)
+            )
+        except FileNotFoundError:
+            if self._reading.resolve(name).id == row.id:  # NotFound: removed meanwhile
+                raise
+            return self.usage(name)
         base = self._scanning.copied(row)
         base = (
             base if base.bytes >= 0 else Usage()

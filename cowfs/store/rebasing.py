@@ -33,7 +33,7 @@ class Rebasing:
         if why:
             raise Unsupported(f"no layer can be put upon another: {why}")
         row = lookup.active(key)
-        with hold(context.driver, row, "rebase"):
+        with hold(context.driver, context.index, row, "rebase"):
             row, above = lookup.active(key, row.num), lookup.parent(parent)
             if row.parent is not None:
                 raise FailedPrecondition(f"{key!r} stands on {row.parent_name!r} already")

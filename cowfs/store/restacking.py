@@ -110,7 +110,7 @@ class Restacking:
                 protocol.ask(server["socket"], "restack", timeout=600.0, freed=freed, **more)
             except CowfsError as error:
                 try:
-                    with layers.hold(self.context.driver, row, "squash"):
+                    with layers.hold(self.context.driver, self.context.index, row, "squash"):
                         continue  # unmounted meanwhile
                 except CowfsError:
                     failures.append(f"{server['mountpoint']} ({error.message})")

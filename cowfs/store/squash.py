@@ -108,7 +108,7 @@ class Squashing:
             for row in rows:
                 server = served.get(row.num)
                 if server is None:
-                    held.enter_context(layers.hold(self.context.driver, row, "squash"))
+                    held.enter_context(layers.hold(self.context.driver, self.context.index, row, "squash"))
                 elif server.get("io") == "passthrough" or server.get("frontend") != "kernel":
                     how = (
                         "--io passthrough" if server.get("io") == "passthrough" else f"--frontend {server['frontend']}"

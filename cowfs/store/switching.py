@@ -100,7 +100,7 @@ class Switching:
                 ):
                     raise
                 # it was unmounted just now, without a switch
-        with layers.hold(self.context.driver, row, switch.verb):
+        with layers.hold(self.context.driver, self.context.index, row, switch.verb):
             self._make_and_switch(row, switch, parents, None, verb, more)
 
     def _make_and_switch(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import random
 import signal
@@ -11,15 +12,19 @@ import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 from support import command
 
 from cowfs.driver.interface import Driver
-from cowfs.errors import AlreadyExists, CowfsError
-from cowfs.model import Kind
+from cowfs.errors import AlreadyExists, CowfsError, NotFound
+from cowfs.index.database import Row
+from cowfs.model import Kind, Usage
 from cowfs.store import Store
+from cowfs.store.checking import Checking, Report
+from cowfs.store.staging import discard, staged
 
 from .conftest import BIG, content, overwrite, tree_path
 
@@ -192,6 +197,96 @@ def test_gc_meets_a_removal_of_the_same_directory(store: Store, monkeypatch: pyt
     assert store.gc().directories == (f"rm-{lost[1]}",)
     assert len(os.listdir(Path(store.root) / "layers")) == 1
     assert store.check().problems == []
+
+
+@pytest.mark.parametrize("content", [False, True])
+def test_check_meets_a_removal(store: Store, monkeypatch: pytest.MonkeyPatch, content: bool) -> None:
+    """A snapshot that another process removes during the check is no damage, and none of its own is put in quarantine."""
+    for key in ("stays", "goes"):
+        store.prepare(key)
+        (tree_path(store, key) / "f").write_text(key)
+        store.commit(key, key.upper())
+    going = store.index.get("GOES").id
+    driver_check, check_content = type(store.driver).check, Checking._check_content
+
+    def remove() -> None:
+        with Store.open(store.root, fsync=False) as other:
+            other.remove("GOES")
+
+    def first(driver: Driver, id: str) -> list[str]:
+        if id == going and not content:
+            remove()
+        return driver_check(driver, id)
+
+    def later(checking: Checking, report: Report, row: Row, repair: bool) -> None:
+        if row.id == going:
+            remove()
+        check_content(checking, report, row, repair)
+
+    monkeypatch.setattr(type(store.driver), "check", first)
+    monkeypatch.setattr(Checking, "_check_content", later)
+    assert store.check(content=content, repair=True).problems == []
+    assert [info.name for info in store.walk()] == ["STAYS"]
+
+
+def test_a_layer_that_is_being_made_is_no_garbage_to_check(store: Store) -> None:
+    with staged(store.driver, "abcdefghij"):
+        assert store.check().problems == []
+        assert store.check(repair=True).problems == []
+        assert os.path.isdir(f"{store.root}/new-abcdefghij")
+    os.mkdir(f"{store.root}/new-bcdefghijk")
+    assert "new-bcdefghijk: no snapshot records this directory" in [each.what for each in store.check().problems]
+
+
+@pytest.mark.parametrize("verb", ["rename", "commit", "snapshot", "apply", "limit", "rollback"])
+def test_a_verb_meets_a_removal(store: Store, monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
+    """The key is gone before the verb has its layer: it says that there is none, not that the store is damaged."""
+    if verb in ("snapshot", "rollback") and not store.driver.capabilities.live:
+        pytest.skip(f"the driver {store.driver.name} has no {verb}")
+    store.prepare("b")
+    store.commit("b", "base")
+    store.prepare("k", "base")
+    opened = type(store.driver).open_tree
+    gone: list[bool] = []
+
+    def late(driver: Driver, id: str) -> AbstractContextManager[int]:
+        if not gone:
+            gone.append(True)
+            with Store.open(store.root, fsync=False) as other:
+                row = other.index.get("k")
+                with other.index.write() as change:
+                    change.remove(row.num)
+                discard(other.driver, row.id)
+        return opened(driver, id)
+
+    monkeypatch.setattr(type(store.driver), "open_tree", late)
+    act: dict[str, Callable[[], object]] = {
+        "rename": lambda: store.rename("k", "new"),
+        "commit": lambda: store.commit("k", "done"),
+        "snapshot": lambda: store.snapshot("k", "done"),
+        "apply": lambda: store.apply("k", io.BytesIO(b"\0" * 1024)),
+        "limit": lambda: store.limit("k", size=1 << 20),
+        "rollback": lambda: store.rollback("k", "base"),
+    }
+    with pytest.raises(NotFound, match="'k'"):
+        act[verb]()
+    monkeypatch.undo()
+    assert [info.name for info in store.walk()] == ["base"]
+    assert store.check().problems == []
+
+
+def test_usage_meets_a_removal(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.prepare("k")
+    usage = type(store.driver).usage
+
+    def late(driver: Driver, id: str) -> Usage:
+        with Store.open(store.root, fsync=False) as other:
+            other.remove("k")
+        return usage(driver, id)
+
+    monkeypatch.setattr(type(store.driver), "usage", late)
+    with pytest.raises(NotFound, match="'k'"):
+        store.usage("k")
 
 
 @pytest.mark.parametrize("backend", ["overlay", "vfs", "row"])
