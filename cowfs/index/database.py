@@ -313,12 +313,26 @@ class Index:
         return row
 
     def by_num(self, num: int) -> Row:
-        """The snapshot with this number, which must exist."""
+        """The snapshot with this number.
+
+        Raises:
+            NotFound: it is not there, and nothing refers to it: another process removed it.
+            Corrupt: it is not there, and another snapshot or a tag refers to it.
+        """
         with self._errors():
             row = self._connection().execute(ROW + "WHERE s.num = ?", (num,)).fetchone()
         if row is None:
-            raise Corrupt(f"the index refers to snapshot {num}, which is gone", remedy="run 'cowfs check'")
+            raise self._gone(num)
         return row_of(row)
+
+    def _gone(self, num: int) -> CowfsError:
+        """The error for a number that no snapshot has."""
+        with self._errors():
+            asked = "SELECT 1 FROM snapshots WHERE parent = ? UNION ALL SELECT 1 FROM tags WHERE target = ? LIMIT 1"
+            referred = self._connection().execute(asked, (num, num)).fetchone()
+        if referred is None:
+            return NotFound("a snapshot was removed meanwhile by another process", remedy="try again")
+        return Corrupt(f"the index refers to snapshot {num}, which is gone", remedy="run 'cowfs check'")
 
     def by_chain(self, chain_id: str, parent: int | None) -> list[Row]:
         """Committed snapshots with this chain id on this parent (None: on nothing), the oldest first."""
@@ -378,11 +392,18 @@ class Index:
             after = found[-1][0]
 
     def chain(self, num: int | None) -> list[tuple[int, str]]:
-        """(number, id) of a snapshot and its ancestors, nearest first; empty for None."""
+        """(number, id) of a snapshot and its ancestors, nearest first; empty for None.
+
+        Raises:
+            NotFound, Corrupt: as :meth:`by_num`.
+        """
         if num is None:
             return []
         with self._errors():
-            return self._connection().execute(CHAIN, (num,)).fetchall()
+            found = self._connection().execute(CHAIN, (num,)).fetchall()
+        if not found:
+            raise self._gone(num)
+        return found
 
     def children(self, num: int) -> list[str]:
         """Names of the snapshots whose parent this is, a few of them."""

@@ -111,7 +111,12 @@ class Mounted:
         server = self.server_of(row)
         if server is None:
             return None
-        used = MountHandle(server["mountpoint"], server["pid"], server["socket"]).usage()
+        try:
+            used = MountHandle(server["mountpoint"], server["pid"], server["socket"]).usage()
+        except CowfsError:
+            if self.mounted_at(row.name) is not None:
+                raise
+            return None  # unmounted meanwhile: the tree says it all
         if not server["label"]:  # a mount by a record, whose server counts the whole layer
             return used
         return Usage(bytes=used.bytes + row.base.bytes, inodes=used.inodes + row.base.inodes)

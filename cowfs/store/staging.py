@@ -14,6 +14,7 @@ on disk            in the index                 what :func:`sweep` does
 ``new-ID``, lock   no row                       nothing: somebody is building it
 ``new-ID``         no row                       deletes it
 ``new-ID``         a row (the rename was lost)  renames it to ``layers/ID``
+``rm-ID``, lock    no row                       nothing: somebody is deleting it
 ``rm-ID``          no row                       deletes it, unless a mount still shows it
 ``rm-ID``          a row (the commit was lost)  renames it back
 ``layers/ID``      no row                       ``gc`` deletes it, ``check`` names it
@@ -147,8 +148,13 @@ def discard(driver: Driver, id: str, *, later: bool = False) -> None:
 
 
 def finish(driver: Driver, id: str) -> None:
-    """Delete a layer that was discarded for later."""
-    driver.remove(RM + id)
+    """Delete a layer that was discarded for later. Its lock tells others that somebody does."""
+    fd = _lock(f"{driver.root}/{RM}{id}")
+    try:
+        driver.remove(RM + id)
+    finally:
+        if fd is not None:
+            os.close(fd)
     point("remove.emptied")
 
 
