@@ -322,17 +322,8 @@ class Index:
         with self._errors():
             row = self._connection().execute(ROW + "WHERE s.num = ?", (num,)).fetchone()
         if row is None:
-            raise self._gone(num)
+            raise records.gone(self._connection(), num)
         return row_of(row)
-
-    def _gone(self, num: int) -> CowfsError:
-        """The error for a number that no snapshot has."""
-        with self._errors():
-            asked = "SELECT 1 FROM snapshots WHERE parent = ? UNION ALL SELECT 1 FROM tags WHERE target = ? LIMIT 1"
-            referred = self._connection().execute(asked, (num, num)).fetchone()
-        if referred is None:
-            return NotFound("a snapshot was removed meanwhile by another process", remedy="try again")
-        return Corrupt(f"the index refers to snapshot {num}, which is gone", remedy="run 'cowfs check'")
 
     def by_chain(self, chain_id: str, parent: int | None) -> list[Row]:
         """Committed snapshots with this chain id on this parent (None: on nothing), the oldest first."""
@@ -392,17 +383,13 @@ class Index:
             after = found[-1][0]
 
     def chain(self, num: int | None) -> list[tuple[int, str]]:
-        """(number, id) of a snapshot and its ancestors, nearest first; empty for None.
-
-        Raises:
-            NotFound, Corrupt: as :meth:`by_num`.
-        """
+        """(number, id) of a snapshot and its ancestors, nearest first; empty for None. Errors as :meth:`by_num`."""
         if num is None:
             return []
         with self._errors():
             found = self._connection().execute(CHAIN, (num,)).fetchall()
-        if not found:
-            raise self._gone(num)
+            if not found:
+                raise records.gone(self._connection(), num)
         return found
 
     def children(self, num: int) -> list[str]:
@@ -598,20 +585,13 @@ class Index:
 
     def used(self) -> Usage:
         """The usage of all committed layers together."""
-        return self._sum("1")
+        with self._errors():
+            return records.used(self._connection())
 
     def reclaimable(self) -> Usage:
         """The usage of the committed layers that have neither tag nor child."""
-        return self._sum(
-            "kind = 'committed' AND NOT EXISTS (SELECT 1 FROM snapshots AS c WHERE c.parent = s.num)"
-            " AND NOT EXISTS (SELECT 1 FROM tags AS t WHERE t.target = s.num)"
-        )
-
-    def _sum(self, where: str) -> Usage:
-        query = f"SELECT coalesce(sum(bytes), 0), coalesce(sum(inodes), 0) FROM snapshots AS s WHERE {where}"
         with self._errors():
-            size, inodes = self._connection().execute(query).fetchone()
-        return Usage(bytes=size, inodes=inodes)
+            return records.reclaimable(self._connection())
 
     def damage_of_file(self) -> list[str]:
         """SQLite's messages about damage of the file itself, ten at most; empty when it is sound."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from cowfs._record import field, record
-from cowfs.errors import Corrupt
+from cowfs.errors import Corrupt, CowfsError, NotFound
 from cowfs.model import Info, Kind, Limit, Usage
 
 TYPE_CHECKING = False
@@ -14,7 +14,21 @@ if TYPE_CHECKING:
 
     from cowfs.index.entry import Pair
 
-__all__ = ["CHAIN", "INFO", "KINDS", "ROW", "Row", "Tag", "held", "layers", "pairs_of", "row_of"]
+__all__ = [
+    "CHAIN",
+    "INFO",
+    "KINDS",
+    "ROW",
+    "Row",
+    "Tag",
+    "gone",
+    "held",
+    "layers",
+    "pairs_of",
+    "reclaimable",
+    "row_of",
+    "used",
+]
 
 
 @record(frozen=True, slots=True, kw_only=True)
@@ -173,3 +187,31 @@ def held(connection: sqlite3.Connection) -> tuple[list[tuple[int, int | None, in
     ).fetchall()
     tagged = connection.execute("SELECT name, num FROM snapshots WHERE num IN (SELECT target FROM tags)").fetchall()
     return rows, dict(tagged)
+
+
+def used(connection: sqlite3.Connection) -> Usage:
+    """The usage of all committed layers together."""
+    return _sum(connection, "1")
+
+
+def reclaimable(connection: sqlite3.Connection) -> Usage:
+    """The usage of the committed layers that have neither tag nor child."""
+    return _sum(
+        connection,
+        "kind = 'committed' AND NOT EXISTS (SELECT 1 FROM snapshots AS c WHERE c.parent = s.num)"
+        " AND NOT EXISTS (SELECT 1 FROM tags AS t WHERE t.target = s.num)",
+    )
+
+
+def _sum(connection: sqlite3.Connection, where: str) -> Usage:
+    query = f"SELECT coalesce(sum(bytes), 0), coalesce(sum(inodes), 0) FROM snapshots AS s WHERE {where}"
+    size, inodes = connection.execute(query).fetchone()
+    return Usage(bytes=size, inodes=inodes)
+
+
+def gone(connection: sqlite3.Connection, num: int) -> CowfsError:
+    """The error for a number that no snapshot has: NotFound for one that a process removed, Corrupt if something refers to it."""
+    asked = "SELECT 1 FROM snapshots WHERE parent = ? UNION ALL SELECT 1 FROM tags WHERE target = ? LIMIT 1"
+    if connection.execute(asked, (num, num)).fetchone() is None:
+        return NotFound("a snapshot was removed meanwhile by another process", remedy="try again")
+    return Corrupt(f"the index refers to snapshot {num}, which is gone", remedy="run 'cowfs check'")
