@@ -91,11 +91,14 @@ else:
 
         def __init__(self, *how):
             self._how = how
+            self._function = None
 
         def __get__(self, instance, owner):
-            made = next(cls for cls in owner.__mro__ if cls.__dict__.get("__init__") is self)
-            made.__init__ = _initializer(made, *self._how)
-            return made.__init__.__get__(instance, owner)
+            made = next((cls for cls in owner.__mro__ if cls.__dict__.get("__init__") is self), None)
+            if made is not None:  # else another thread was the first
+                self._function = _initializer(made, *self._how)
+                made.__init__ = self._function
+            return self._function.__get__(instance, owner)
 
     def _initializer(made, annotations, defaults, kw_only):
         """Written as source, as dataclasses do: a record of the index is made for each row."""

@@ -125,3 +125,16 @@ def test_what_a_store_tells_of_a_snapshot_is_plain_data(tmp_path: Path) -> None:
         assert (work["usage"], work["limit"]["inodes"], work["parent"]) == (None, 1000, "v1")
         assert Path(store.root, "layers", work["id"]).is_dir()
         assert json.loads(json.dumps(dataclasses.asdict(infos[1]))) == work
+
+
+def test_two_threads_may_make_the_first_of_a_record() -> None:
+    """``__init__`` is compiled on first use: the thread that comes second has the same one."""
+    code = (
+        "from cowfs.model import Usage\n"
+        "first = vars(Usage)['__init__']\n"
+        "one, two = Usage(bytes=1), Usage(bytes=2)\n"
+        "first.__get__(two, Usage)(bytes=3, inodes=4)\n"
+        "print(one.bytes, two.bytes, two.inodes)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "1 3 4\n", done.stderr

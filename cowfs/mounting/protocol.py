@@ -22,7 +22,7 @@ import stat
 import struct
 import time
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from cowfs import errors
@@ -166,10 +166,10 @@ def short(path: str) -> Iterator[str]:
         os.close(fd)
 
 
-def listen(path: str) -> socket.socket:
-    """Listen at a path, for its owner only; whatever is there is replaced.
+def listen(path: str, *, group: int = -1, backlog: int = 128) -> socket.socket:
+    """Listen at a path, for its owner only, or a group as well; whatever is there is replaced.
 
-    A client never finds the socket with another mode, or before it listens.
+    A client never finds the socket with another mode or group, or before it listens.
 
     Raises:
         OSError: the directory cannot be written.
@@ -177,13 +177,18 @@ def listen(path: str) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         unfinished = f"{path}.{os.getpid()}"
+        with suppress(FileNotFoundError):
+            os.unlink(unfinished)  # of a process that was killed and had this number
         before = os.umask(0o177)
         try:
             with short(unfinished) as address:
                 sock.bind(address)
         finally:
             os.umask(before)
-        sock.listen(128)
+        if group >= 0:
+            os.chown(unfinished, -1, group)
+            os.chmod(unfinished, 0o660)
+        sock.listen(backlog)
         os.rename(unfinished, path)
     except BaseException:
         sock.close()

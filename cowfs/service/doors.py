@@ -25,7 +25,7 @@ from functools import partial
 from typing import Any
 
 from cowfs.errors import FailedPrecondition, InvalidArgument, NotFound
-from cowfs.mounting.protocol import short
+from cowfs.mounting.protocol import listen, short
 from cowfs.service import systemd, tls
 from cowfs.service.http import Connection, Handler
 from cowfs.service.logs import log
@@ -134,22 +134,7 @@ def _unix(path: str, group: str, option: str = "-H") -> Door:
             raise FailedPrecondition(
                 f"another process listens at {path}", remedy=f"end it, or choose another place: {option}"
             )
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        # The socket is made under another name, with its mode and group, and renamed, so that it is never open to others.
-        fresh = f"{path}.{os.getpid()}"
-        if os.path.lexists(fresh):
-            os.unlink(fresh)
-        old = os.umask(0o177)
-        try:
-            with short(fresh) as address:
-                sock.bind(address)
-        finally:
-            os.umask(old)
-        if gid >= 0:
-            os.chown(fresh, -1, gid)
-            os.chmod(fresh, 0o660)
-        sock.listen(1024)
-        os.rename(fresh, path)
+        sock = listen(path, group=gid, backlog=1024)
     except OSError as error:
         raise InvalidArgument(f"{option} unix://{path}: {error.strerror or error}") from None
     return Door(name=f"unix://{path}", sock=sock, path=path, inode=os.stat(path).st_ino)

@@ -114,7 +114,7 @@ def _check_set(text: str, of: str) -> None:
     if asked is None:
         raise ApiError(400, f"Invalid value {text[:100]} for cpuset {of}")
     try:
-        with open(path, encoding="ascii") as file:
+        with open(path, encoding="utf-8") as file:
             available = file.read().strip()
     except FileNotFoundError:  # a kernel without NUMA
         available = "0"
