@@ -62,6 +62,7 @@ class RunResult:
         changes: what it changed, in path order.
         cpu_seconds: processor time of it and of its children that were waited for.
         peak_memory: bytes that the largest of these had in memory at once.
+        oom_killed: whether the kernel ended a process of it at the limit of memory.
     """
 
     key: str
@@ -73,6 +74,7 @@ class RunResult:
     changes: tuple[Change, ...]
     cpu_seconds: float = 0.0
     peak_memory: int = 0
+    oom_killed: bool = False
 
 
 class Running:
@@ -105,6 +107,7 @@ class Running:
                 changes=tuple(self._queries.diff(key)),
                 cpu_seconds=how.cpu_seconds,
                 peak_memory=how.peak_memory,
+                oom_killed=how.oom_killed,
             )
         finally:
             if not keep:
@@ -136,6 +139,9 @@ class Running:
         *,
         size: str | int | None = None,
         inodes: str | int | None = None,
+        memory: str | int | None = None,
+        cpus: str | float | None = None,
+        pids_limit: str | int | None = None,
         network: str = "none",
         binds: Sequence[BindLike] = (),
         env: Mapping[str, str] | None = None,
@@ -156,7 +162,7 @@ class Running:
 
         request = make_request(
             self._naming.config(parent), parent, argv, network=network, binds=binds, env=env or {}, user=user, workdir=workdir,
-            privileged=privileged, timeout=timeout, terminal=tty,
+            privileged=privileged, timeout=timeout, terminal=tty, memory=memory, cpus=cpus, pids_limit=pids_limit,
         )  # fmt: skip
         job = self._job(request, parent, size=size, inodes=inodes, key=key, keep=keep, mount_type=mount_type)
         return job.run(input, stdin, capture=capture)
@@ -168,6 +174,9 @@ class Running:
         *,
         size: str | int | None = None,
         inodes: str | int | None = None,
+        memory: str | int | None = None,
+        cpus: str | float | None = None,
+        pids_limit: str | int | None = None,
         network: str = "none",
         binds: Sequence[BindLike] = (),
         env: Mapping[str, str] | None = None,
@@ -188,7 +197,7 @@ class Running:
 
         request = make_request(
             self._naming.config(parent), parent, argv, network=network, binds=binds, env=env or {}, user=user, workdir=workdir,
-            privileged=privileged, timeout=timeout, terminal=tty,
+            privileged=privileged, timeout=timeout, terminal=tty, memory=memory, cpus=cpus, pids_limit=pids_limit,
         )  # fmt: skip
         job = self._job(request, parent, size=size, inodes=inodes, key=key, keep=keep, mount_type=mount_type)
         return job.run_async(input, stdin, capture=capture)
