@@ -26,7 +26,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from cowfs import errors
 from cowfs.errors import CowfsError, Unsupported
-from cowfs.sandbox import beside, confine, users
+from cowfs.sandbox import beside, confine, subids, users
 from cowfs.sandbox.request import Request
 from cowfs.sandbox.terminal import Terminal
 from cowfs.sys import cgroups, host, mounts, namespaces, process, seccomp
@@ -347,7 +347,7 @@ class _Keeper:
                 place = os.open(tree.mountpoint, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
             if host.has_cap(host.CAP_SYS_ADMIN):
                 namespaces.unshare(namespaces.CLONE_NEWNS)
-            else:
+            elif not subids.try_enter() and not host.has_cap(host.CAP_SYS_ADMIN):
                 namespaces.become_root()
             mounts.make_private()
         except OSError as error:

@@ -194,7 +194,7 @@ def _run_in_snapshot(args: argparse.Namespace) -> int:
     if args.commit:
         check_new(args.commit)
     check_timeout(args.timeout)
-    with open_store(args, create=False) as store:
+    with open_store(args, create=False, ranges=True) as store:
         request = _request(store, args.parent, args, args.timeout, None)
         made = False
         try:
@@ -288,7 +288,7 @@ def _sh(args: argparse.Namespace) -> int:
 
     process.open_streams()
     try:
-        with process.stop_on_signals(), open_store(args, create=False) as store:
+        with process.stop_on_signals(), open_store(args, create=False, outside=True) as store:
             request = _request(store, args.key, args, None, ["/bin/sh"])
             with _output_apart(args):
                 ended = run_beside(store, args.key, request)

@@ -67,8 +67,8 @@ class RunVerbs:
             network: ``none``: only a loopback interface of its own; ``host``: the host's.
             binds: files and directories of the host that it sees: ``"SOURCE:TARGET"``, ``"SOURCE:TARGET:ro"``, or tuples of these.
             env: variables beside those of the image.
-            user: ``USER[:GROUP]``, names in the snapshot or numbers; default: the image's, else root. An ordinary user has one id:
-                whoever it is in there, files are this user's.
+            user: ``USER[:GROUP]``, names in the snapshot or numbers; default: the image's, else root. An ordinary user has the ids of
+                /etc/subuid in there, where newuidmap is; else one id: whoever it is, files are this user's.
             workdir: where it starts; default: the image's, else ``/``.
             privileged: keep all privilege, devices and /proc, and every system call.
             tty: give it a terminal of its own; what it writes there is in ``stdout``.
