@@ -261,7 +261,7 @@ class Mounting:
         self._told("unmount", key, where)
 
     def _told(self, action: str, key: str, where: str) -> None:
-        """Record the events of kernel mounts, which have no server. What was done stands, also where there is no room to tell it."""
+        """Record the events of kernel mounts, which have no server. No room for an event is no error: the mount stands."""
         if self.context.index.refused:
             return
         try:

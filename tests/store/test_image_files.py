@@ -153,7 +153,7 @@ def test_a_short_image_is_made_again(store: Store, tmp_path: Path, size: int) ->
 
 
 def test_a_copied_image_is_compared_again(store: Store) -> None:
-    """What was compared is this file, unchanged, since this boot: a copy with all its xattrs and times is another one."""
+    """The mark is of one file, unchanged, in one boot: a copy with all its xattrs and times is another file."""
     image = build(store)
     assert image_files.is_sound(str(image))
     other = image.with_name("other")
