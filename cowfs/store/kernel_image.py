@@ -77,6 +77,7 @@ class IndexedSource:
         self._form = form
         self._blocks = blocks
         self._redirected: dict[tuple[int, bytes], Map | Place] = {}
+        self._devices: dict[int, int] = {}  # of layers
         if blocks is not None:
             self._find_redirected(blocks)
 
@@ -164,15 +165,25 @@ class IndexedSource:
         return tuple((self._form.store_name(name), value) for name, value in entry.xattrs)
 
     def _link(self, entry: Entry, path: bytes) -> Hashable:
-        """The real device and inode of a file with several names, its only sure identity."""
-        place = self._places.get(entry.layer, b"")
+        """The identity of a file with several names: the real device and inode of the layer's file.
+
+        Of a metacopy that is another file than the one with its data; records of before 2026-12 do not tell it.
+        """
+        if entry.link is None:
+            st = self._stat(entry.layer, path)
+            return st.st_dev, st.st_ino
+        layer, inode = entry.link
+        if layer not in self._devices:
+            self._devices[layer] = self._stat(layer, b"").st_dev
+        return self._devices[layer], inode
+
+    def _stat(self, layer: int, path: bytes) -> os.stat_result:
         try:
-            st = os.stat(b"/".join((self._top, place, path)), follow_symlinks=False)
+            return os.stat(b"/".join((self._top, self._places.get(layer, b""), path)), follow_symlinks=False)
         except OSError as error:
             raise Corrupt(
                 f"{os.fsdecode(path)} is missing in its layer: {error.strerror}", remedy="run 'cowfs check'"
             ) from None
-        return st.st_dev, st.st_ino
 
 
 def _chain(index: Index, row: Row) -> list[tuple[int, str]]:
