@@ -25,7 +25,7 @@ from cowfs.driver.interface import Driver
 from cowfs.erofs.reader import Image
 from cowfs.erofs.tree import Inode, Map
 from cowfs.erofs.writer import write_image
-from cowfs.errors import Corrupt
+from cowfs.errors import Corrupt, Unsupported
 from cowfs.format.whiteout import Form
 from cowfs.index.database import Index, Row
 from cowfs.index.directory import Entry, Pair, Records, decode, entries, join
@@ -35,7 +35,7 @@ from cowfs.sys import loop
 
 _log = Part("cowfs.store")
 
-__all__ = ["FOLDER", "build", "check", "path_of", "sweep", "unused"]
+__all__ = ["FOLDER", "build", "check", "existing", "path_of", "sweep", "unused"]
 
 FOLDER = "images-erofs"
 _FORMAT = b"3"  # of the name: raised when the content of images changes
@@ -198,6 +198,18 @@ def path_of(driver: Driver, index: Index, row: Row) -> str:
     return f"{driver.root}/{FOLDER}/{row.id}-{digest.hexdigest()[:32]}"
 
 
+def existing(driver: Driver, index: Index, row: Row) -> str:
+    """The path of a committed snapshot's image.
+
+    Raises:
+        Unsupported: it was not made, or is damaged.
+    """
+    path = path_of(driver, index, row)
+    if not image_files.is_sound(path):
+        raise Unsupported(f"no image of {row.name!r} was made", remedy="cowfs commit --kernel-image makes one")
+    return path
+
+
 def build(driver: Driver, index: Index, row: Row) -> str:
     """The path of a committed snapshot's image, made if it is missing or damaged.
 
@@ -294,6 +306,24 @@ def how(driver: Driver) -> str:
     if driver.capabilities.row:
         return "overlayfs over an EROFS image of the metadata, whose files point at the blocks in all layers"
     return "overlayfs over an EROFS image of the metadata"
+
+
+def how_for_engines(driver: Driver, why_not_kernel: str) -> str:
+    """The mounts that engines get without a limit (:mod:`cowfs.store.engines`), for people, with the reason if the kernel's are fewer.
+
+    Args:
+        why_not_kernel: why the kernel cannot mount its layers as they are; "" if it can.
+    """
+    if driver.capabilities.whole:
+        return "a bind of the layer"
+    why = why_not(driver)
+    if driver.capabilities.row:
+        views = f"views, too: {why}" if why else "of views by the kernel, over an EROFS image"
+        return f"a bind of a mount by cowfs's own server, which redirects writes; {views}"
+    if why_not_kernel:
+        return f"a bind of a mount by cowfs's own server: {why_not_kernel}"
+    over = f"all layers ({why})" if why else "an EROFS image"
+    return f"a record of the kernel's overlayfs; where none can express the chain, a bind of a kernel mount over {over}"
 
 
 def unused(driver: Driver, index: Index) -> list[str]:

@@ -306,9 +306,11 @@ def test_where_images_cannot_be_the_reason_is_told(store: Store, monkeypatch: py
     store.commit("key", "base")
     store.prepare("key", "base")
     assert "EROFS image" in store.describe()["kernel mounts"]
+    assert "an EROFS image" in store.describe()["engines"]
     monkeypatch.setattr(mounts, "image_mount", without)
     monkeypatch.setattr(loop, "why_no_images", lambda place, devices=False: "this kernel has no EROFS")
     assert "this kernel has no EROFS" in store.describe()["kernel mounts"]
+    assert "this kernel has no EROFS" in store.describe()["engines"]
     if store.driver.name == "row":
         with pytest.raises(Unsupported, match=r"cannot read redirect files.*No such device"):
             store.mount("key", place(store, "kernel"), mount_type="kernel")
