@@ -51,7 +51,7 @@ class MountVerbs:
         return self.services.engines.engine_mounts(key)
 
     def held_by(self, key: str) -> str:
-        """Whose mount a service should hold for an engine to bind, where :meth:`engine_mounts` gives a FUSE record.
+        """The server of the mount that a service should hold for an engine to bind, where :meth:`engine_mounts` gives a FUSE record.
 
         Args:
             key: of an active snapshot or a view.
