@@ -408,7 +408,7 @@ class Containers:
         """
         number = bundle.signal_number(text or "KILL")
         if not container.running:
-            raise FailedPrecondition(f"cannot kill container: {container.id}: container {container.id} is not running")
+            raise FailedPrecondition(f"container {container.id} is not running")
         self.restarts.ends_by_verb(container)
         send_signal(container, number)
         if number == signal.SIGKILL:
@@ -511,6 +511,8 @@ class Containers:
         """
         if not name.removeprefix("/"):
             raise ApiError(400, "Neither old nor new names may be empty")
+        if name.removeprefix("/") == container.name:
+            raise ApiError(400, "Renaming a container with the same name as its current name")
         with container.lock:
             old, new = container.name, self._register.reserve(name, container.id)
             container.name = new
