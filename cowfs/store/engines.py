@@ -52,9 +52,14 @@ class Engines:
         must_be_mountable(row)
         id, *parents = [id for _, id in self.context.index.chain(row.num)]
         plan = self.context.driver.plan(id, parents, readonly=row.kind is Kind.VIEW, limit=row.limit.over(row.base))
-        plain = self.context.driver.capabilities.whole or (
-            all(self._is_plain(one) for one in parents)
-            and (row.kind is Kind.VIEW or bool(plan.why_not_kernel) or self._is_plain(id) or self._mark_plain(row))
+        alone = row.kind is Kind.VIEW and len(parents) == 1  # a bind; the lowest layer has nothing to be a metacopy of
+        plain = (
+            alone
+            or self.context.driver.capabilities.whole
+            or (
+                all(self._is_plain(one) for one in parents)
+                and (row.kind is Kind.VIEW or bool(plan.why_not_kernel) or self._is_plain(id) or self._mark_plain(row))
+            )
         )
         if type(self.context.driver).mounts is not Driver.mounts:  # it has records of its own
             return self._plans.records(row, "fuse" if plan.why_not_kernel else "kernel")

@@ -119,7 +119,8 @@ class Held:
         try:
             client.umount(place, lazy=True)
         except NotFound:
-            pass
+            if os.path.ismount(place):
+                umount(place, MNT_DETACH)  # a bind of a directory, which is not known as ours
         except CowfsError:
             umount(place, MNT_DETACH)  # its server hangs, or is gone
         self._drop(place)
