@@ -7,7 +7,8 @@ the mount gets as a data-only layer (Documentation/filesystems/overlayfs.rst, "D
 
 An image is made on first use, or at commit by option, without a walk; it is kept in ``images-erofs`` under a name of
 its sources: the snapshot's id, and a digest over its tree and the ids of all its layers. A change of one of those (by a
-squash) makes another image; ``gc`` removes images without a snapshot. An image can always be made again.
+squash) makes another image; ``gc`` removes images without a snapshot. An image can always be made again, and one that is
+damaged is (:mod:`cowfs.store.image_files`).
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import hashlib
 import os
 import stat
 from collections.abc import Hashable, Iterator, Mapping
-from contextlib import ExitStack
-from typing import NamedTuple
+from contextlib import ExitStack, suppress
+from typing import BinaryIO, NamedTuple
 
+from cowfs._log import Part
 from cowfs.driver.interface import Driver
 from cowfs.erofs.reader import Image
 from cowfs.erofs.tree import Inode, Map
@@ -27,14 +29,16 @@ from cowfs.errors import Corrupt
 from cowfs.format.whiteout import Form
 from cowfs.index.database import Index, Row
 from cowfs.index.directory import Entry, Pair, Records, decode, entries, join
-from cowfs.store import kernel_blocks
+from cowfs.store import image_files, kernel_blocks
 from cowfs.store.kernel_blocks import Place
-from cowfs.sys import atomic, loop
+from cowfs.sys import loop
+
+_log = Part("cowfs.store")
 
 __all__ = ["FOLDER", "build", "check", "path_of", "sweep", "unused"]
 
 FOLDER = "images-erofs"
-_FORMAT = b"2"  # of the name: raised when the content of images changes
+_FORMAT = b"3"  # of the name: raised when the content of images changes
 
 
 class Key(NamedTuple):
@@ -178,14 +182,13 @@ def _chain(index: Index, row: Row) -> list[tuple[int, str]]:
 def path_of(driver: Driver, index: Index, row: Row) -> str:
     """The path of a committed snapshot's image, existing or not."""
     assert row.root is not None
-    digest = hashlib.sha256(_FORMAT + row.root[1])
-    for num, id in _chain(index, row):
-        digest.update(f"{num} {id}\n".encode())
+    chain = "".join([f"{num} {id}\n" for num, id in _chain(index, row)])
+    digest = hashlib.sha256(_FORMAT + row.root[1] + chain.encode())
     return f"{driver.root}/{FOLDER}/{row.id}-{digest.hexdigest()[:32]}"
 
 
 def build(driver: Driver, index: Index, row: Row) -> str:
-    """The path of a committed snapshot's image, made if missing.
+    """The path of a committed snapshot's image, made if it is missing or damaged.
 
     Raises:
         Unsupported: the format cannot hold the tree.
@@ -193,12 +196,19 @@ def build(driver: Driver, index: Index, row: Row) -> str:
         OSError: of writing.
     """
     path = path_of(driver, index, row)
-    if os.path.exists(path):
+    if image_files.is_sound(path):
         return path
+    if os.path.exists(path):
+        _log.info("the image %s is damaged (it is not what its digest says): it is made again", path)
     try:
         os.mkdir(f"{driver.root}/{FOLDER}", 0o700)
     except FileExistsError:
         pass
+    image_files.make(path, lambda file: _write(driver, index, row, file, path), durable=driver.fsync)
+    return path
+
+
+def _write(driver: Driver, index: Index, row: Row, file: BinaryIO, path: str) -> None:
     top = f"{driver.root}/layers"
     places = {num: os.fsencode(os.path.relpath(driver.tree(id), top)) for num, id in _chain(index, row)}
     assert row.root is not None
@@ -209,17 +219,17 @@ def build(driver: Driver, index: Index, row: Row) -> str:
             blocks = held.enter_context(kernel_blocks.Blocks(trees, top, driver.form))
         source = IndexedSource(index, row.root, places, top, driver.form, blocks)
         devices = blocks.devices if blocks is not None else ()
-        with atomic.replacing(path, durable=driver.fsync) as file:
-            written = write_image(source, file.fileno(), devices=devices, uuid=bytes.fromhex(path[-32:]))
-            if blocks is not None:
-                os.pwrite(file.fileno(), b"\0".join(blocks.paths), written.size)
-    return path
+        written = write_image(source, file.fileno(), devices=devices, uuid=bytes.fromhex(path[-32:]))
+        if blocks is not None:
+            os.pwrite(file.fileno(), b"\0".join(blocks.paths), written.size)
 
 
 def check(path: str) -> str | None:
     """The fault of an image, which is read whole; None for a sound one."""
     with open(path, "rb") as file:
         try:
+            if not image_files.sealed(file.fileno()):
+                return "it is not what its digest says"
             image = Image(file.fileno())
             if image.uuid != bytes.fromhex(path[-32:]):
                 return "it is the image of another snapshot"
@@ -245,6 +255,8 @@ def damaged(driver: Driver) -> Iterator[tuple[str, str]]:
     except FileNotFoundError:
         return
     for name in names:
+        if name.endswith(image_files.UNFINISHED):
+            continue  # garbage, or being made
         path = f"{driver.root}/{FOLDER}/{name}"
         what = check(path)
         if what is not None:
@@ -274,22 +286,30 @@ def how(driver: Driver) -> str:
 
 
 def unused(driver: Driver, index: Index) -> list[str]:
-    """The paths of images without a snapshot, relative to the store."""
+    """The paths of images without a snapshot, and of those that killed makers left, relative to the store."""
     try:
-        names = os.listdir(f"{driver.root}/{FOLDER}")
+        with image_files.locked(f"{driver.root}/{FOLDER}", wait=False) as free:
+            return [
+                f"{FOLDER}/{name}"
+                for name in os.listdir(f"{driver.root}/{FOLDER}")
+                if _is_unused(driver, index, name, free)
+            ]
     except FileNotFoundError:
         return []
-    found = []
-    for name in names:
-        row = index.find_id(name.partition("-")[0])
-        if row is None or row.root is None or path_of(driver, index, row) != f"{driver.root}/{FOLDER}/{name}":
-            found.append(f"{FOLDER}/{name}")
-    return found
+
+
+def _is_unused(driver: Driver, index: Index, name: str, free: bool) -> bool:
+    if name.endswith(image_files.UNFINISHED):
+        return free
+    row = index.find_id(name.partition("-")[0])
+    return row is None or row.root is None or path_of(driver, index, row) != f"{driver.root}/{FOLDER}/{name}"
 
 
 def sweep(driver: Driver, index: Index) -> list[str]:
-    """Remove images without a snapshot, and return their paths, relative to the store."""
-    gone = unused(driver, index)
-    for path in gone:
-        os.unlink(f"{driver.root}/{path}")
+    """Remove what :func:`unused` finds, and return the paths."""
+    gone = []
+    for path in unused(driver, index):
+        with suppress(FileNotFoundError):  # another process was faster
+            os.unlink(f"{driver.root}/{path}")
+            gone.append(path)
     return gone

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from cowfs.errors import InvalidArgument, NotFound, Unsupported
+from cowfs._log import Part
+from cowfs.errors import CowfsError, InvalidArgument, NotFound, Unsupported
 from cowfs.model import Kind
 from cowfs.mounting import kernel
 from cowfs.mounting.kernel import KernelMount
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from cowfs.union.paths import Paths
 
 __all__ = ["Mounting"]
+
+_log = Part("cowfs.store")
 
 
 class _Asked(TypedDict):
@@ -258,10 +261,14 @@ class Mounting:
         self._told("unmount", key, where)
 
     def _told(self, action: str, key: str, where: str) -> None:
-        """Record the events of kernel mounts, which have no server."""
-        if not self.context.index.refused:
+        """Record the events of kernel mounts, which have no server. No room for an event is no error: the mount stands."""
+        if self.context.index.refused:
+            return
+        try:
             with self.context.index.write() as change:
                 change.record_event("mount", action, key, {"mountpoint": where, "type": "kernel"})
+        except (CowfsError, OSError) as error:
+            _log.info("the event %s of %s is not recorded: %s", action, key, error)
 
     def handle(self, key: str) -> LiveHandle:
         """As :meth:`cowfs.Store.handle`."""
