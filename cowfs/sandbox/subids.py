@@ -15,7 +15,7 @@ from typing import NamedTuple
 from cowfs.errors import Unsupported
 from cowfs.sys import host, mounts, namespaces
 
-__all__ = ["Range", "enter", "ranges"]
+__all__ = ["Range", "enter", "enter_with_own", "ranges"]
 
 
 class Range(NamedTuple):
@@ -43,8 +43,11 @@ def ranges(path: str, uid: int) -> list[Range]:
     return [each for each in found if each.length]
 
 
-def enter() -> None:
+def enter(*, follow: bool = False) -> None:
     """Move this process, which has one thread, into such a namespace, with a mount namespace of its own.
+
+    Args:
+        follow: the host's mounts of later on are seen, too; without, none is.
 
     Raises:
         Unsupported: the user has no ranges, there is no newuidmap, or the kernel makes no user namespaces.
@@ -83,7 +86,20 @@ def enter() -> None:
     os.setresgid(0, 0, 0)
     os.setgroups([])
     os.setresuid(0, 0, 0)
-    mounts.make_private()
+    if not follow:  # the kernel has made them slaves of the host's: mount_namespaces(7)
+        mounts.make_private()
+
+
+def enter_with_own() -> None:
+    """The same with the user's own id alone, as root: no program of others is needed for that.
+
+    Raises:
+        Unsupported: the kernel makes no user namespaces.
+    """
+    try:
+        namespaces.become_root()
+    except OSError as error:
+        raise Unsupported(f"no user namespace can be made: {error.strerror}", remedy="cowfs doctor says how") from None
 
 
 def _words(program: str, own: int, given: list[Range], path: str) -> list[str]:
