@@ -541,6 +541,8 @@ def _complaint(path: str) -> str:
                     found = str(entry.get("msg", ""))
     except FileNotFoundError:
         pass
+    for words in ("No such file or directory", "Permission denied"):  # crun's; the docker command looks for runc's
+        found = found.replace(words, words.lower())
     return found
 
 
