@@ -92,7 +92,7 @@ class _Group:
 
 
 class Quick:
-    """What a verb's description says, and the parser by it. Attributes that only help shows may be set, and do nothing."""
+    """A verb's description, and the parser by it. Attributes for help alone may be set, and do nothing."""
 
     def __init__(self) -> None:
         self._options: dict[str, _Argument] = {}  # by each of its names

@@ -68,10 +68,10 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
 
+from cowfs._record import record
+from cowfs._typed import Any, ClassVar
 from cowfs.driver.plan import MountPlan
 from cowfs.errors import Corrupt, InvalidArgument, Unsupported
 from cowfs.format import whiteout
@@ -86,7 +86,7 @@ HELD = "cowfs-held"
 """The note beside a whole layer of what its tree holds: bytes, inodes."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Capabilities:
     """The kind of a driver's layers in one store, on this host, for this user. The store knows nothing else about them.
 
@@ -116,7 +116,7 @@ class Capabilities:
     time_step: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Probe:
     """Whether a driver can run on this host, as this user, in this directory.
 
@@ -131,7 +131,7 @@ class Probe:
     reasons: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Changes:
     """The differences of a whole layer from the layer that it was made of. The record may name too much, never too little.
 

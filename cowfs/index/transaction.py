@@ -10,8 +10,8 @@ import json
 import sqlite3
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
+from cowfs._record import record
 from cowfs.errors import AlreadyExists
 from cowfs.index import events
 from cowfs.index.directory import Pair
@@ -30,7 +30,7 @@ class NameTaken(AlreadyExists):
         super().__init__(f"the name {name!r} is taken", remedy="choose another, or remove what has it")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Committed:
     """The part of a record that only a committed snapshot has.
 

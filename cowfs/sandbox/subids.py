@@ -10,8 +10,8 @@ import os
 import pwd
 import shutil
 import subprocess
-from typing import NamedTuple
 
+from cowfs._typed import NamedTuple
 from cowfs.errors import Unsupported
 from cowfs.sys import host, mounts, namespaces
 

@@ -21,9 +21,9 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from typing import IO, TYPE_CHECKING, Any, BinaryIO
 
 from cowfs import archive
+from cowfs._typed import IO, TYPE_CHECKING, Any, BinaryIO
 from cowfs.errors import FailedPrecondition, InvalidArgument
 from cowfs.index.directory import Pending
 from cowfs.model import TYPE_NAMES, FileInfo, Kind

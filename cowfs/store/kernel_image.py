@@ -17,8 +17,8 @@ import os
 import stat
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import ExitStack
-from typing import NamedTuple
 
+from cowfs._typed import NamedTuple
 from cowfs.driver.interface import Driver
 from cowfs.erofs.reader import Image
 from cowfs.erofs.tree import Inode, Map

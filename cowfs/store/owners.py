@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import os
 import stat
-from typing import Literal, NamedTuple
 
+from cowfs._typed import Literal, NamedTuple
 from cowfs.archive.members import TYPES, overridden
 from cowfs.archive.options import OVERRIDE_XATTR
 from cowfs.driver.interface import Driver

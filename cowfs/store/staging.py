@@ -33,9 +33,9 @@ import stat
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any
 
 from cowfs._log import Part
+from cowfs._typed import Any
 from cowfs.driver.interface import Driver
 from cowfs.index.database import Index
 from cowfs.store.reserve import FULL

@@ -11,8 +11,8 @@ import os
 import stat
 import sys
 import time
-from typing import TYPE_CHECKING, Any, NamedTuple
 
+from cowfs._typed import TYPE_CHECKING, Any, NamedTuple
 from cowfs.cli.common import Command, is_path
 from cowfs.cli.output import path_fields, print_items, print_json, shown
 from cowfs.cli.progress import Bars

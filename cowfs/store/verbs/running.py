@@ -6,7 +6,8 @@ import os
 import subprocess
 from collections.abc import Awaitable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
-from typing import IO, TYPE_CHECKING
+
+from cowfs._typed import IO, TYPE_CHECKING
 
 if TYPE_CHECKING:
     from cowfs.mounting.client import MountHandle
