@@ -64,7 +64,6 @@ Threads: a driver keeps no state between calls but its options, so any thread ma
 from __future__ import annotations
 
 import os
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -407,9 +406,14 @@ class Driver(ABC):
             text = read_small(f"{self.directory(id)}/{HELD}", limit=500).decode("ascii", "replace")
         except FileNotFoundError:
             return None
-        if re.fullmatch(r"[0-9]{1,19}( [0-9]{1,19}){1,9}\n", text) is None:
+        words = text.removesuffix("\n").split(" ")
+        if (
+            not text.endswith("\n")
+            or not 2 <= len(words) <= 10
+            or not all(word.isascii() and word.isdigit() and len(word) <= 19 for word in words)
+        ):
             return None
-        bytes, inodes, *sums = map(int, text.split())
+        bytes, inodes, *sums = map(int, words)
         return Usage(bytes=bytes, inodes=inodes), tuple(sums)
 
     def note(self, id: str, held: Usage, sums: Sequence[int] = ()) -> None:

@@ -326,7 +326,7 @@ class Services:
     def files(self) -> Files:
         from cowfs.store.files import Files
 
-        return Files(self.context, self.reading, self.lookup, self.scanning, self.mounted, self.mounting)
+        return Files(self.context, self.reading, self.lookup, self.scanning, self.mounted, lambda: self.mounting)
 
     @_made
     def events(self) -> Events:

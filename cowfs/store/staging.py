@@ -26,7 +26,6 @@ deletes renames without the lock: both may want the same directory, and either t
 
 from __future__ import annotations
 
-import json
 import os
 import resource
 import stat
@@ -170,6 +169,8 @@ def read_note(path: str) -> dict[str, Any] | None:
     Raises:
         OSError: it is unreadable, which differs from a missing one: its layers may be in use.
     """
+    import json
+
     try:
         if not stat.S_ISREG(os.lstat(path).st_mode):
             return None  # put there by a stranger
