@@ -6,7 +6,6 @@ its own writes are seen) and writes through these methods; all of it happens, or
 
 from __future__ import annotations
 
-import json
 import sqlite3
 import time
 from collections.abc import Iterable, Mapping
@@ -333,6 +332,10 @@ def _image(config: str) -> dict[str, str]:
 
 
 def _labels(labels: Mapping[str, str]) -> str:
+    if not labels:
+        return "{}"  # as most snapshots have it, without the import
+    import json
+
     return json.dumps(dict(labels), sort_keys=True)
 
 
