@@ -180,7 +180,7 @@ def client(shared: Daemon) -> Iterator[Any]:
 
 
 def test_docker_py_on_containers(shared: Daemon, client: Any) -> None:
-    """What the other modules do not call: logs as a stream, top, rename, update, commit, export, attach, kill, restart, wait, prune."""
+    """Methods that the other modules do not call: logs as a stream, top, rename, update, commit, export, attach, kill, restart, wait, prune."""
     made = client.containers.create("bb", list(LASTS), name="python", labels={"py": "1"}, stdin_open=True)
     stream = made.attach(stream=True, logs=True)
     made.start()
