@@ -8,6 +8,7 @@ are checked at the end.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from hypothesis import settings
 
 sys.path.insert(0, os.path.dirname(__file__))
 
-from support import hostfs, mounts, namespace, users
+from support import hostfs, mounts, namespace, users, zpool
 
 from cowfs.mounting import prefork
 
@@ -113,6 +114,24 @@ def host(public_directory: Path) -> Iterator[Callable[[str], hostfs.HostFs]]:
     yield get
     for name in used:
         _opened[name].clear()
+
+
+@pytest.fixture(scope="session")
+def session_pool(tmp_path_factory: pytest.TempPathFactory, can_mount: None) -> Iterator[Path]:
+    """A pool of zfs, served for the session by a daemon of its own."""
+    base = tmp_path_factory.mktemp("zfs")
+    base.chmod(0o755)
+    with zpool.pool(base) as place:
+        yield place
+
+
+@pytest.fixture
+def pool(session_pool: Path) -> Iterator[Path]:
+    """The session's pool; datasets and directories of the test go with it."""
+    yield session_pool
+    zpool.clear(session_pool)
+    for path in session_pool.iterdir():
+        shutil.rmtree(path)
 
 
 @pytest.fixture(params=hostfs.NAMES)

@@ -535,7 +535,7 @@ def changed(config: Mapping[str, Any], changes: Iterable[str]) -> dict[str, Any]
         word, _, rest = line.strip().partition(" ")
         apply = _INSTRUCTIONS.get(word.upper())
         if apply is None:
-            raise ApiError(400, f"{word} is not a valid change command")
+            raise ApiError(400, f"{word.lower()} is not a valid change command")
         apply(made, rest.strip())
     return made
 

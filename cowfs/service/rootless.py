@@ -67,7 +67,8 @@ def enter(run_dir: str) -> str:
         if os.readlink(_USER) == before:
             subids.enter_with_own()
         else:  # newuidmap refused the maps: no_new_privs, say, or overlapping ranges
-            namespaces.map_own(*own)
+            namespaces.map_one(*own)
+            host.forget()
     _mark(run_dir)
     return problem
 

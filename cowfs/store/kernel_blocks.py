@@ -11,7 +11,7 @@ Rules:
 2. A map counts whole blocks of 4,096 bytes, and the kernel reads a device by whole blocks (a device that ends within
    one gives EIO). Where a base was cut off, or the file ends, within a block, that block is put into the image as it is
    read.
-3. The devices' paths, relative to the directory of the layers, stand behind the image's last block. The image's device table has
+3. The devices' paths, relative to the directory of the layers, stand behind the image's last block, before its seal. The image's device table has
    the digest of each, and its size: a mount opens exactly the files that the image was made of.
 """
 
@@ -21,8 +21,8 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, NamedTuple, overload
 
+from cowfs._typed import TYPE_CHECKING, NamedTuple
 from cowfs.erofs.layout import BLOCK, BLOCK_BITS, CHUNK_BITS_MASK
 from cowfs.erofs.reader import Image
 from cowfs.erofs.tree import Chunk, Device, Map
@@ -31,9 +31,12 @@ from cowfs.format.redirect import is_marked
 from cowfs.format.whiteout import Form
 from cowfs.row.extents import ZEROS, Extents
 from cowfs.row.file import RowFile
+from cowfs.store.image_files import SEAL
 from cowfs.sys import files, xattr
 
 if TYPE_CHECKING:
+    from typing import overload
+
     from cowfs.row.view import View
     from cowfs.union.layers import Source
     from cowfs.union.node import Node
@@ -87,10 +90,13 @@ class _Chunks(Sequence[Chunk]):
                     yield None if device is None else (device, at)
                 at += step
 
-    @overload
-    def __getitem__(self, at: int) -> Chunk: ...
-    @overload
-    def __getitem__(self, at: slice) -> Sequence[Chunk]: ...
+    if TYPE_CHECKING:
+
+        @overload
+        def __getitem__(self, at: int) -> Chunk: ...
+        @overload
+        def __getitem__(self, at: slice) -> Sequence[Chunk]: ...
+
     def __getitem__(self, at: int | slice) -> Chunk | Sequence[Chunk]:
         return list(self)[at]
 
@@ -230,7 +236,7 @@ def paths_of(image: Image, fd: int) -> list[bytes]:
     """
     if not image.devices:
         return []
-    paths = os.pread(fd, os.fstat(fd).st_size - image.end, image.end).split(b"\0")
+    paths = os.pread(fd, os.fstat(fd).st_size - SEAL - image.end, image.end).split(b"\0")
     if [hashlib.sha256(path).hexdigest().encode() for path in paths] != [device.tag for device in image.devices]:
         raise Corrupt("the EROFS image does not say which files its devices are")
     return paths

@@ -7,7 +7,8 @@ the mount gets as a data-only layer (Documentation/filesystems/overlayfs.rst, "D
 
 An image is made on first use, or at commit by option, without a walk; it is kept in ``images-erofs`` under a name of
 its sources: the snapshot's id, and a digest over its tree and the ids of all its layers. A change of one of those (by a
-squash) makes another image; ``gc`` removes images without a snapshot. An image can always be made again.
+squash) makes another image; ``gc`` removes images without a snapshot. An image can always be made again, and one that is
+damaged is (:mod:`cowfs.store.image_files`).
 """
 
 from __future__ import annotations
@@ -16,25 +17,28 @@ import hashlib
 import os
 import stat
 from collections.abc import Hashable, Iterator, Mapping
-from contextlib import ExitStack
-from typing import NamedTuple
+from contextlib import ExitStack, suppress
 
+from cowfs._log import Part
+from cowfs._typed import BinaryIO, NamedTuple
 from cowfs.driver.interface import Driver
 from cowfs.erofs.reader import Image
 from cowfs.erofs.tree import Inode, Map
 from cowfs.erofs.writer import write_image
-from cowfs.errors import Corrupt
+from cowfs.errors import Corrupt, Unsupported
 from cowfs.format.whiteout import Form
 from cowfs.index.database import Index, Row
 from cowfs.index.directory import Entry, Pair, Records, decode, entries, join
-from cowfs.store import kernel_blocks
+from cowfs.store import image_files, kernel_blocks
 from cowfs.store.kernel_blocks import Place
-from cowfs.sys import atomic, loop
+from cowfs.sys import loop
 
-__all__ = ["FOLDER", "build", "check", "path_of", "sweep", "unused"]
+_log = Part("cowfs.store")
+
+__all__ = ["FOLDER", "build", "check", "existing", "path_of", "sweep", "unused"]
 
 FOLDER = "images-erofs"
-_FORMAT = b"2"  # of the name: raised when the content of images changes
+_FORMAT = b"3"  # of the name: raised when the content of images changes
 
 
 class Key(NamedTuple):
@@ -73,6 +77,7 @@ class IndexedSource:
         self._form = form
         self._blocks = blocks
         self._redirected: dict[tuple[int, bytes], Map | Place] = {}
+        self._devices: dict[int, int] = {}  # of layers
         if blocks is not None:
             self._find_redirected(blocks)
 
@@ -160,15 +165,25 @@ class IndexedSource:
         return tuple((self._form.store_name(name), value) for name, value in entry.xattrs)
 
     def _link(self, entry: Entry, path: bytes) -> Hashable:
-        """The real device and inode of a file with several names, its only sure identity."""
-        place = self._places.get(entry.layer, b"")
+        """The identity of a file with several names: the real device and inode of the layer's file.
+
+        Of a metacopy that is another file than the one with its data; records of before 2026-12 do not tell it.
+        """
+        if entry.link is None:
+            st = self._stat(entry.layer, path)
+            return st.st_dev, st.st_ino
+        layer, inode = entry.link
+        if layer not in self._devices:
+            self._devices[layer] = self._stat(layer, b"").st_dev
+        return self._devices[layer], inode
+
+    def _stat(self, layer: int, path: bytes) -> os.stat_result:
         try:
-            st = os.stat(b"/".join((self._top, place, path)), follow_symlinks=False)
+            return os.stat(b"/".join((self._top, self._places.get(layer, b""), path)), follow_symlinks=False)
         except OSError as error:
             raise Corrupt(
                 f"{os.fsdecode(path)} is missing in its layer: {error.strerror}", remedy="run 'cowfs check'"
             ) from None
-        return st.st_dev, st.st_ino
 
 
 def _chain(index: Index, row: Row) -> list[tuple[int, str]]:
@@ -178,14 +193,25 @@ def _chain(index: Index, row: Row) -> list[tuple[int, str]]:
 def path_of(driver: Driver, index: Index, row: Row) -> str:
     """The path of a committed snapshot's image, existing or not."""
     assert row.root is not None
-    digest = hashlib.sha256(_FORMAT + row.root[1])
-    for num, id in _chain(index, row):
-        digest.update(f"{num} {id}\n".encode())
+    chain = "".join([f"{num} {id}\n" for num, id in _chain(index, row)])
+    digest = hashlib.sha256(_FORMAT + row.root[1] + chain.encode())
     return f"{driver.root}/{FOLDER}/{row.id}-{digest.hexdigest()[:32]}"
 
 
+def existing(driver: Driver, index: Index, row: Row) -> str:
+    """The path of a committed snapshot's image.
+
+    Raises:
+        Unsupported: it was not made, or is damaged.
+    """
+    path = path_of(driver, index, row)
+    if not image_files.is_sound(path):
+        raise Unsupported(f"no image of {row.name!r} was made", remedy="cowfs commit --kernel-image makes one")
+    return path
+
+
 def build(driver: Driver, index: Index, row: Row) -> str:
-    """The path of a committed snapshot's image, made if missing.
+    """The path of a committed snapshot's image, made if it is missing or damaged.
 
     Raises:
         Unsupported: the format cannot hold the tree.
@@ -193,12 +219,19 @@ def build(driver: Driver, index: Index, row: Row) -> str:
         OSError: of writing.
     """
     path = path_of(driver, index, row)
-    if os.path.exists(path):
+    if image_files.is_sound(path):
         return path
+    if os.path.exists(path):
+        _log.info("the image %s is damaged (it is not what its digest says): it is made again", path)
     try:
         os.mkdir(f"{driver.root}/{FOLDER}", 0o700)
     except FileExistsError:
         pass
+    image_files.make(path, lambda file: _write(driver, index, row, file, path), durable=driver.fsync)
+    return path
+
+
+def _write(driver: Driver, index: Index, row: Row, file: BinaryIO, path: str) -> None:
     top = f"{driver.root}/layers"
     places = {num: os.fsencode(os.path.relpath(driver.tree(id), top)) for num, id in _chain(index, row)}
     assert row.root is not None
@@ -209,17 +242,17 @@ def build(driver: Driver, index: Index, row: Row) -> str:
             blocks = held.enter_context(kernel_blocks.Blocks(trees, top, driver.form))
         source = IndexedSource(index, row.root, places, top, driver.form, blocks)
         devices = blocks.devices if blocks is not None else ()
-        with atomic.replacing(path, durable=driver.fsync) as file:
-            written = write_image(source, file.fileno(), devices=devices, uuid=bytes.fromhex(path[-32:]))
-            if blocks is not None:
-                os.pwrite(file.fileno(), b"\0".join(blocks.paths), written.size)
-    return path
+        written = write_image(source, file.fileno(), devices=devices, uuid=bytes.fromhex(path[-32:]))
+        if blocks is not None:
+            os.pwrite(file.fileno(), b"\0".join(blocks.paths), written.size)
 
 
 def check(path: str) -> str | None:
     """The fault of an image, which is read whole; None for a sound one."""
     with open(path, "rb") as file:
         try:
+            if not image_files.sealed(file.fileno()):
+                return "it is not what its digest says"
             image = Image(file.fileno())
             if image.uuid != bytes.fromhex(path[-32:]):
                 return "it is the image of another snapshot"
@@ -245,6 +278,8 @@ def damaged(driver: Driver) -> Iterator[tuple[str, str]]:
     except FileNotFoundError:
         return
     for name in names:
+        if name.endswith(image_files.UNFINISHED):
+            continue  # garbage, or being made
         path = f"{driver.root}/{FOLDER}/{name}"
         what = check(path)
         if what is not None:
@@ -273,23 +308,49 @@ def how(driver: Driver) -> str:
     return "overlayfs over an EROFS image of the metadata"
 
 
+def how_for_engines(driver: Driver, why_not_kernel: str) -> str:
+    """The mounts that engines get without a limit (:mod:`cowfs.store.engines`), for people, with the reason if the kernel's are fewer.
+
+    Args:
+        why_not_kernel: why the kernel cannot mount its layers as they are; "" if it can.
+    """
+    if driver.capabilities.whole:
+        return "a bind of the layer"
+    why = why_not(driver)
+    if driver.capabilities.row:
+        views = f"views, too: {why}" if why else "of views by the kernel, over an EROFS image"
+        return f"a bind of a mount by cowfs's own server, which redirects writes; {views}"
+    if why_not_kernel:
+        return f"a bind of a mount by cowfs's own server: {why_not_kernel}"
+    over = f"all layers ({why})" if why else "an EROFS image"
+    return f"a record of the kernel's overlayfs; where none can express the chain, a bind of a kernel mount over {over}"
+
+
 def unused(driver: Driver, index: Index) -> list[str]:
-    """The paths of images without a snapshot, relative to the store."""
+    """The paths of images without a snapshot, and of those that killed makers left, relative to the store."""
     try:
-        names = os.listdir(f"{driver.root}/{FOLDER}")
+        with image_files.locked(f"{driver.root}/{FOLDER}", wait=False) as free:
+            return [
+                f"{FOLDER}/{name}"
+                for name in os.listdir(f"{driver.root}/{FOLDER}")
+                if _is_unused(driver, index, name, free)
+            ]
     except FileNotFoundError:
         return []
-    found = []
-    for name in names:
-        row = index.find_id(name.partition("-")[0])
-        if row is None or row.root is None or path_of(driver, index, row) != f"{driver.root}/{FOLDER}/{name}":
-            found.append(f"{FOLDER}/{name}")
-    return found
+
+
+def _is_unused(driver: Driver, index: Index, name: str, free: bool) -> bool:
+    if name.endswith(image_files.UNFINISHED):
+        return free
+    row = index.find_id(name.partition("-")[0])
+    return row is None or row.root is None or path_of(driver, index, row) != f"{driver.root}/{FOLDER}/{name}"
 
 
 def sweep(driver: Driver, index: Index) -> list[str]:
-    """Remove images without a snapshot, and return their paths, relative to the store."""
-    gone = unused(driver, index)
-    for path in gone:
-        os.unlink(f"{driver.root}/{path}")
+    """Remove what :func:`unused` finds, and return the paths."""
+    gone = []
+    for path in unused(driver, index):
+        with suppress(FileNotFoundError):  # another process was faster
+            os.unlink(f"{driver.root}/{path}")
+            gone.append(path)
     return gone

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, TypedDict
 
-from cowfs.errors import InvalidArgument, NotFound, Unsupported
+from cowfs._log import Part
+from cowfs._typed import TYPE_CHECKING, Any, TypedDict
+from cowfs.errors import CowfsError, InvalidArgument, NotFound, Unsupported
 from cowfs.model import Kind
 from cowfs.mounting import kernel
 from cowfs.mounting.kernel import KernelMount
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from cowfs.union.paths import Paths
 
 __all__ = ["Mounting"]
+
+_log = Part("cowfs.store")
 
 
 class _Asked(TypedDict):
@@ -89,6 +92,7 @@ class Mounting:
         log: str | os.PathLike[str] | None = None,
         trace: bool = False,
         owner: int = 0,
+        kernel_image: bool = True,
     ) -> LiveHandle | KernelMount:
         """As :meth:`cowfs.Store.mount`."""
         from cowfs.mounting.mountpoint import resolve
@@ -112,7 +116,7 @@ class Mounting:
                 "owner": owner,
             }
             if self.served_by(key, mount_type, limit_engine, more) == "kernel":
-                return self._mount_by_kernel(key, where, readonly, more)
+                return self._mount_by_kernel(key, where, readonly, more, make_image=kernel_image)
             return self._spawn(key, self.spec(key, where, readonly=readonly, **more))
 
     def served_by(
@@ -147,7 +151,9 @@ class Mounting:
         with turn(self.context.root, key):
             yield
 
-    def _mount_by_kernel(self, key: str, where: str, readonly: bool, more: Mapping[str, Any]) -> KernelMount:
+    def _mount_by_kernel(
+        self, key: str, where: str, readonly: bool, more: Mapping[str, Any], *, make_image: bool
+    ) -> KernelMount:
         row = self._lookup.keyed(key)
         why = kernel.why_not(more)
         if why:
@@ -155,7 +161,7 @@ class Mounting:
         options = kernel.words_of(more["options"])
         if (readonly or "ro" in options) and row.kind is not Kind.VIEW:
             raise Unsupported("the kernel mounts an active snapshot for writing only", remedy="leave out --mount-type")
-        self._kernel_mounts.mount(row, where)
+        self._kernel_mounts.mount(row, where, make_image=make_image)
         try:
             kernel.add_flags(where, options)
         except OSError:
@@ -258,10 +264,14 @@ class Mounting:
         self._told("unmount", key, where)
 
     def _told(self, action: str, key: str, where: str) -> None:
-        """Record the events of kernel mounts, which have no server."""
-        if not self.context.index.refused:
+        """Record the events of kernel mounts, which have no server. No room for an event is no error: the mount stands."""
+        if self.context.index.refused:
+            return
+        try:
             with self.context.index.write() as change:
                 change.record_event("mount", action, key, {"mountpoint": where, "type": "kernel"})
+        except (CowfsError, OSError) as error:
+            _log.info("the event %s of %s is not recorded: %s", action, key, error)
 
     def handle(self, key: str) -> LiveHandle:
         """As :meth:`cowfs.Store.handle`."""

@@ -13,8 +13,7 @@ Threads: any. Two that ask for a service at the same time may get two of it, whi
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Generic, Self, TypeVar
-
+from cowfs._typed import TYPE_CHECKING, Generic, Self, TypeVar
 from cowfs.store.context import Context
 from cowfs.store.lookup import Lookup
 from cowfs.store.reading import Reading
@@ -207,12 +206,6 @@ class Services:
         return Limits(self.context, self.reading, self.lookup, self.mounted, self.recovery)
 
     @_made
-    def engines(self) -> Engines:
-        from cowfs.store.engines import Engines
-
-        return Engines(self.context, self.lookup, self.plans)
-
-    @_made
     def rebasing(self) -> Rebasing:
         from cowfs.store.rebasing import Rebasing
 
@@ -223,6 +216,12 @@ class Services:
         from cowfs.store.kernel_mounts import KernelMounts
 
         return KernelMounts(self.context, self.lookup, self.plans)
+
+    @_made
+    def engines(self) -> Engines:
+        from cowfs.store.engines import Engines
+
+        return Engines(self.context, self.lookup, self.plans, self.kernel_mounts)
 
     @_made
     def mounting(self) -> Mounting:
@@ -321,13 +320,13 @@ class Services:
     def running(self) -> Running:
         from cowfs.store.running import Running
 
-        return Running(self.context, self.naming, self.queries, self.snapshots, self.mounting)
+        return Running(self.context, self.naming, self.snapshots, self.mounting)
 
     @_made
     def files(self) -> Files:
         from cowfs.store.files import Files
 
-        return Files(self.context, self.reading, self.lookup, self.scanning, self.mounted, self.mounting)
+        return Files(self.context, self.reading, self.lookup, self.scanning, self.mounted, lambda: self.mounting)
 
     @_made
     def events(self) -> Events:

@@ -64,27 +64,20 @@ def become_root() -> None:
     """
     uid, gid = os.geteuid(), os.getegid()
     unshare(CLONE_NEWUSER | CLONE_NEWNS)
-    map_own(uid, gid)
+    map_one(uid, gid)
+    host.forget()
 
 
-def map_own(uid: int, gid: int) -> None:
-    """Let a user and a group of outside, this process's own, be root in its user namespace; a map that is written already stays.
+def map_one(uid: int, gid: int) -> None:
+    """Make a user and a group of outside root in this process's new user namespace; a map that is written already stays.
 
     Raises:
         OSError: EPERM.
     """
-    maps = host.id_maps()
-    if not maps[1]:
-        _write_own("setgroups", "deny")
-    for name, there, own in (("uid_map", maps[0], uid), ("gid_map", maps[1], gid)):
-        if not there:
-            _write_own(name, f"0 {own} 1")
-    host.forget()
-
-
-def _write_own(name: str, text: str) -> None:
-    with open(f"/proc/self/{name}", "w", encoding="utf-8") as file:
-        file.write(text)
+    for name, text in (("uid_map", f"0 {uid} 1"), ("setgroups", "deny"), ("gid_map", f"0 {gid} 1")):
+        with open(f"/proc/self/{name}", "r+", encoding="utf-8") as file:
+            if name == "setgroups" or not file.read():
+                file.write(text)
 
 
 def has_ids(uid: int, gid: int, own: int) -> bool:

@@ -27,22 +27,12 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="datasets are mounted 
 MIB = 1 << 20
 
 
-@pytest.fixture(scope="module")
-def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    base = tmp_path_factory.mktemp("zfs")
-    base.chmod(0o755)
-    with zpool.pool(base) as place:
-        yield place
-
-
 @pytest.fixture
-def place(pool: Path) -> Iterator[Path]:
-    """A fresh directory on the pool, and no dataset of a test before."""
+def place(pool: Path) -> Path:
+    """A fresh directory on the pool."""
     path = pool / "place"
     path.mkdir()
-    yield path
-    zpool.clear(pool)
-    shutil.rmtree(path)
+    return path
 
 
 @pytest.fixture

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.dockerd import PlainDockerd, needs_dockerd
 from support.dockerhost import OldHost, tar
 
 from cowfs.cli import main
@@ -207,40 +207,26 @@ def test_the_command(old: OldHost, tmp_path: Path, capsys: pytest.CaptureFixture
         store.import_docker_host(tmp_path / "nowhere", old.driver)
 
 
-@pytest.mark.skipif(not (shutil.which("dockerd") and shutil.which("docker")), reason="dockerd is not installed")
-def test_what_a_real_dockerd_left(tmp_path: Path, old: OldHost) -> None:
+def test_what_a_real_dockerd_left(tmp_path: Path, scratch: Path) -> None:
     """An image of ours loaded by dockerd (its driver overlay2): each layer of its directory has the diff id that it had."""
-    if old.driver != "overlay2":
-        pytest.skip("no kernel has aufs any more, so no dockerd either")
-    sock = f"unix://{tmp_path}/d.sock"
+    needs_dockerd()
+    old = OldHost(tmp_path / "docker", "overlay2")
     with Store.open(tmp_path / "made", fsync=False) as made:
         old.image("app:1", BASE, NEXT, TOP)
         bring(made, old)
         made.export("app:1", tmp_path / "image.tar", format="docker")
         ids = [made.index.get(info.name).diff_id for info in made.chain("app:1")]
-    command = [
-        "dockerd", "--data-root", str(tmp_path / "data"), "--exec-root", str(tmp_path / "exec"), "-p", str(tmp_path / "pid"),
-        "-H", sock, "--bridge=none", "--iptables=false", "--storage-driver", "overlay2",
-    ]  # fmt: skip
-    with (tmp_path / "log").open("wb") as log, subprocess.Popen(command, stdout=log, stderr=log) as daemon:
-        try:
-            for _ in range(300):
-                if daemon.poll() is not None:
-                    break
-                if subprocess.run(["docker", "-H", sock, "version"], capture_output=True, check=False).returncode == 0:
-                    break
-                time.sleep(0.1)
-            loaded = subprocess.run(
-                ["docker", "-H", sock, "load", "-i", str(tmp_path / "image.tar")],
-                capture_output=True, text=True, check=False,
-            )  # fmt: skip
-        finally:
-            daemon.terminate()
-    if loaded.returncode:
-        pytest.skip(f"dockerd does not run here: {loaded.stderr.strip() or (tmp_path / 'log').read_text()[-300:]}")
-    with Store.open(tmp_path / "store", fsync=False) as store:
-        lines: list[str] = []
-        store.import_docker_host(tmp_path / "data", "overlay2", told=lines.append)
-        assert lines == []
-        assert tree_of(store, "app:1") == TREE
-        assert [store.index.get(info.name).diff_id for info in store.chain("app:1")] == ids
+    # On the session's tmpfs: overlay2 can lie there whatever the host is, and the addresses of sockets below it are short.
+    dockerd = PlainDockerd(scratch / f"k{os.getpid()}")
+    try:
+        dockerd.start_with("-s", "overlay2")
+        dockerd.docker("load", "-i", tmp_path / "image.tar")
+        dockerd.stop()
+        with Store.open(tmp_path / "store", fsync=False) as store:
+            lines: list[str] = []
+            store.import_docker_host(dockerd.base / "data", "overlay2", told=lines.append)
+            assert lines == []
+            assert tree_of(store, "app:1") == TREE
+            assert [store.index.get(info.name).diff_id for info in store.chain("app:1")] == ids
+    finally:
+        dockerd.clean_up()

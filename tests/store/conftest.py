@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.hostfs import HostFs
+from support.drivers import HOSTS
+from support.hostfs import unmount_below
 
 from cowfs.model import Kind
 from cowfs.row.view import View
@@ -23,9 +24,18 @@ def driver(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def home(space: Path, driver: str, host: Callable[[str], HostFs]) -> Path:
-    """An empty directory where a store of the driver can be: on the session's tmpfs, or on a btrfs."""
-    return host("btrfs").fresh("home") if driver == "btrfs" else space
+def home(space: Path, driver: str, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """An empty directory where a store of the driver can be: on the session's tmpfs, on a btrfs, or on a pool of zfs."""
+    where = HOSTS.get(driver)
+    if where is None:
+        yield space
+    elif where == "zfs":
+        path: Path = request.getfixturevalue("pool") / "home"
+        path.mkdir()
+        yield path
+    else:
+        yield request.getfixturevalue("host")(where).fresh("home")
+    unmount_below(space)
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ TESTS = str(Path(__file__).parents[1])
 #: share of the operations by driver and form
 SHARES = {
     ("overlay", "root"): 6, ("row", "root"): 5, ("vfs", "root"): 2,
-    ("btrfs", "root"): 1, ("block", "root"): 1,
+    ("btrfs", "root"): 1, ("block", "root"): 1, ("aufs", "root"): 1,
     ("overlay", "user"): 3, ("row", "user"): 3, ("vfs", "user"): 1,
 }  # fmt: skip
 

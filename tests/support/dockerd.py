@@ -47,18 +47,18 @@ def ask(name: str, **fields: Any) -> dict[str, Any]:
         return {**told, "status": answer.status}
 
 
-class Dockerd:
-    """Real dockerd, with a data directory, a containerd and a socket of its own.
+class PlainDockerd:
+    """Real dockerd, with a data directory, a containerd and a socket of its own, and a driver of its own: overlay2, or vfs
+    where that cannot lie on this file system.
 
     Attributes:
-        base: its directory. plugin: what stores its layers.
+        base: its directory.
     """
 
     program = "dockerd"
 
-    def __init__(self, base: Path, plugin: Daemon, *arguments: str) -> None:
+    def __init__(self, base: Path, *arguments: str) -> None:
         self.base = base
-        self.plugin = plugin
         self.arguments = arguments
         self.log_file = base / "log"
         self.process: subprocess.Popen[bytes] | None = None
@@ -68,20 +68,30 @@ class Dockerd:
     def log(self) -> str:
         return self.log_file.read_text(errors="replace") if self.log_file.exists() else ""
 
+    def logs(self) -> str:
+        """The ends of all logs that tell of it."""
+        return self.log[-3000:]
+
     @property
-    def home(self) -> Path:
-        """Where its layers are mounted; beside the plain one, that of mapped users."""
-        places = [self.base / "data" / "cowfs", self.base / "data" / "100000.100000" / "cowfs"]
-        return next((place for place in places if place.exists()), places[0])
+    def host(self) -> str:
+        """Its address for the docker command."""
+        return f"unix://{self.base}/d.sock"
 
     def start(self) -> Self:
+        """Start it with the first driver that works here."""
+        try:
+            return self.start_with("-s", "overlay2")
+        except AssertionError:
+            return self.start_with("-s", "vfs")
+
+    def start_with(self, *options: str) -> Self:
         """Start it, and wait until it answers. Its containerd outlives it, as on a host."""
         self.base.mkdir(exist_ok=True)
         if self.containerd is None:
             self.start_containerd()
         command = [
-            self.program, "--experimental", "-s", "cowfs", "--data-root", str(self.base / "data"), "--exec-root",
-            str(self.base / "exec"), "-p", str(self.base / "pid"), "-H", f"unix://{self.base}/d.sock", "--bridge=none",
+            self.program, *options, "--data-root", str(self.base / "data"), "--exec-root",
+            str(self.base / "exec"), "-p", str(self.base / "pid"), "-H", self.host, "--bridge=none",
             "--iptables=false", "--ip6tables=false", "--default-ulimit", "nofile=4096:4096", "--containerd", self.containerd_socket(), *self.arguments,
         ]  # fmt: skip
         (self.base / "pid").unlink(missing_ok=True)
@@ -116,16 +126,14 @@ class Dockerd:
         """Run the docker command."""
         done = subprocess.run(
             ["docker", *map(str, words)],
-            env={**docker_environment(f"unix://{self.base}/d.sock", self.base), "DOCKER_BUILDKIT": "0"},
+            env={**docker_environment(self.host, self.base), "DOCKER_BUILDKIT": "0"},
             capture_output=True,
             text=True,
             timeout=300,
             check=False,
             **more,
         )
-        assert not check or done.returncode == 0, (
-            f"{done.args}: {done.stdout}{done.stderr}\n{self.log[-3000:]}\n{self.plugin.log[-3000:]}"
-        )
+        assert not check or done.returncode == 0, f"{done.args}: {done.stdout}{done.stderr}\n{self.logs()}"
         return done
 
     def run(self, *words: object, **more: Any) -> subprocess.CompletedProcess[str]:
@@ -147,6 +155,30 @@ class Dockerd:
             self.containerd.wait(60)
         unmount_below(self.base)
         shutil.rmtree(self.base, ignore_errors=True)
+
+
+class Dockerd(PlainDockerd):
+    """The same on a plugin.
+
+    Attributes:
+        plugin: stores its layers.
+    """
+
+    def __init__(self, base: Path, plugin: Daemon, *arguments: str) -> None:
+        super().__init__(base, *arguments)
+        self.plugin = plugin
+
+    def start(self) -> Self:
+        return self.start_with("--experimental", "-s", "cowfs")
+
+    def logs(self) -> str:
+        return f"{self.log[-3000:]}\n{self.plugin.log[-3000:]}"
+
+    @property
+    def home(self) -> Path:
+        """Where its layers are mounted; beside the plain one, that of mapped users."""
+        places = [self.base / "data" / "cowfs", self.base / "data" / "100000.100000" / "cowfs"]
+        return next((place for place in places if place.exists()), places[0])
 
 
 class CurrentDockerd(Dockerd):

@@ -131,7 +131,7 @@ class Machine:
         os.chmod(self.plain, 0o755)
         self.store = Store.open(place / "store", driver=driver, fsync=False)
         self.whole = self.store.driver.capabilities.whole
-        self.counts = self.store.driver.form.name != "user" or self.whole
+        self.counts = self.store.driver.form.redirects or self.whole
         self.trees: dict[str, tuple[Tree, Times]] = {}
         self.chain: list[str] = []  # committed ancestors of the key, bottom first
         self.parents: dict[str, str | None] = {}

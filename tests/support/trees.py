@@ -9,6 +9,7 @@ atime, directory sizes and link counts, inode numbers. Change times on request.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import stat
@@ -63,7 +64,13 @@ def _content(path: str, type_: str) -> str:
 
 def _xattrs(path: str) -> tuple[tuple[str, bytes], ...]:
     attributes = xattr.xattr(path, xattr.XATTR_NOFOLLOW)  # not the calls that cowfs itself makes
-    return tuple((name, attributes.get(name)) for name in sorted(attributes.list()))
+    try:
+        names = attributes.list()
+    except OSError as error:
+        if error.errno != errno.EOPNOTSUPP:  # zfs-fuse has none
+            raise
+        return ()
+    return tuple(sorted((name, attributes.get(name)) for name in names))
 
 
 def entry(path: str, same_as: str = "", *, xattrs: bool = True) -> Entry:

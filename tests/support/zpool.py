@@ -59,8 +59,8 @@ def clear(pool: Path) -> None:
     """Destroy the pool's datasets, whatever is open in them."""
     while (found := _mounted(pool.name)) is not None:
         run("umount", found)  # not lazily: zfs-fuse hangs then when the last file is closed
-    names = [name for name in run("zfs", "list", "-H", "-o", "name", "-r", pool.name).split() if "/" in name]
-    for name in reversed(names):
+    names = [name for name in run("zfs", "list", "-H", "-o", "name", "-d", "1", pool.name).split() if "/" in name]
+    for name in names:  # with what was cloned of it, so that some are gone by their turn
         subprocess.run(
             ["zfs", "destroy", "-R", name], check=False, capture_output=True, env={**os.environ, "PATH": PATH}
         )

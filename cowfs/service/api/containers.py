@@ -20,7 +20,7 @@ from cowfs.service.containers.limits import discarded
 from cowfs.service.containers.pruning import prune
 from cowfs.service.containers.records import ContainerConfig, Update
 from cowfs.service.errors import ApiError
-from cowfs.service.events import when
+from cowfs.service.events import moment
 from cowfs.service.http import Exchange, Reply, empty, json_reply, lines
 from cowfs.service.images import has_label, rfc3339
 from cowfs.service.records import decode
@@ -32,6 +32,24 @@ __all__ = ["ROUTES", "summary"]
 
 _FILTERS = ("id", "name", "label", "status", "ancestor", "exited", "before", "since", "network", "volume", "health", "is-task",
             "expose", "publish", "isolation")  # fmt: skip
+_VALUES: Mapping[str, Callable[[str], object]] = {
+    "status": ("created", "restarting", "running", "removing", "paused", "exited", "dead").__contains__,
+    "health": ("starting", "healthy", "unhealthy", "none").__contains__,
+    "exited": re.compile(r"[0-9]{1,9}", re.ASCII).fullmatch,
+    "is-task": ("1", "true", "0", "false").__contains__,
+}
+"""A filter -> the values that it can have."""
+
+_ONLY_SET = ("ArgsEscaped", "Healthcheck", "ExposedPorts", "Shell", "StopSignal", "StopTimeout", "NetworkDisabled", "MacAddress",
+             "Annotations", "Init", "Mounts", "StorageOpt", "Sysctls", "Tmpfs")  # fmt: skip
+"""Settings that Docker leaves out where they are not set."""
+
+_NOT_HERE = {
+    "Cgroup": "", "CpuCount": 0, "CpuPercent": 0, "CpuRealtimePeriod": 0, "CpuRealtimeRuntime": 0, "IOMaximumBandwidth": 0,
+    "IOMaximumIOps": 0,
+}  # fmt: skip
+"""Settings of other hosts, which Docker always shows."""
+
 _NEVER = "0001-01-01T00:00:00Z"
 
 
@@ -102,6 +120,10 @@ def _create(service: Service, exchange: Exchange) -> Reply:
 
 def _list(service: Service, exchange: Exchange) -> Reply:
     filters = filters_of(exchange, _FILTERS)
+    for key, fits in _VALUES.items():
+        for value in filters.get(key, []):
+            if not fits(value):
+                raise ApiError(400, f"invalid filter '{key}={value}'")
     limit = max(0, exchange.number("limit"))
     every = exchange.flag("all") or limit > 0 or "status" in filters or "exited" in filters
     wanted = _wanted(service, filters)
@@ -196,9 +218,9 @@ def _inspect(service: Service, exchange: Exchange, name: str) -> Reply:
         "AppArmorProfile": "",
         "ExecIDs": service.containers.execs.running_in(container),
         "HostConfig": _host(service, container),
-        "GraphDriver": {"Name": service.store.driver.name, "Data": {"Snapshot": container.key}},
+        "GraphDriver": {"Name": service.store.driver.name, "Data": _where(container)},
         "Mounts": _mounts(service, container),
-        "Config": {**container.config, "Hostname": container.hostname, "Image": container.image_name},
+        "Config": {**_shown(container.config), "Hostname": container.hostname, "Image": container.image_name},
         "NetworkSettings": {
             "Bridge": "", "SandboxID": "", "SandboxKey": "", "Ports": {}, "Networks": endpoint_of(container), "IPAddress": "", "Gateway": "",
             "MacAddress": "", "EndpointID": "", "IPPrefixLen": 0, "GlobalIPv6Address": "", "GlobalIPv6PrefixLen": 0,
@@ -226,7 +248,16 @@ def _host(service: Service, container: Container) -> dict[str, Any]:
     limit = service.store.limit(container.key)
     host["StorageOpt"] = options_of(host.get("StorageOpt") or {}, limit) or None
     host["MaskedPaths"], host["ReadonlyPaths"] = hidden_paths(container.host_config)
-    return host
+    return {**_NOT_HERE, **_shown(host)}
+
+
+def _shown(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if value or key not in _ONLY_SET}
+
+
+def _where(container: Container) -> dict[str, str]:
+    """The tree of a container: its key in the store, and while it runs its mount point."""
+    return {"Snapshot": container.key, **({"MergedDir": container.rootfs} if container.running else {})}
 
 
 def options_of(asked: Mapping[str, str], limit: Limit) -> dict[str, str]:
@@ -258,7 +289,10 @@ def _restart(service: Service, exchange: Exchange, name: str) -> Reply:
 
 
 def _kill(service: Service, exchange: Exchange, name: str) -> Reply:
-    service.containers.kill(service.containers.get(name), exchange.query.get("signal", ""))
+    try:
+        service.containers.kill(service.containers.get(name), exchange.query.get("signal", ""))
+    except (FailedPrecondition, NotFound) as error:
+        raise type(error)(f"cannot kill container: {name}: {error}") from None
     return empty()
 
 
@@ -343,7 +377,7 @@ def _changes(service: Service, exchange: Exchange, name: str) -> Reply:
 
 def _prune(service: Service, exchange: Exchange) -> Reply:
     filters = filters_of(exchange, ("until", "label", "label!"))
-    until = [when(text, "until") or 0 for text in filters.get("until", [])]
+    until = [moment(text, "until") for text in filters.get("until", [])]
 
     def fits(container: Container) -> bool:
         return (

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, BinaryIO, cast
 
+from cowfs.errors import NotFound
 from cowfs.service import references
 from cowfs.service.api.routing import Route
 from cowfs.service.containers import copying, stats
@@ -27,20 +30,29 @@ def _path(exchange: Exchange) -> str:
     return path
 
 
+@contextmanager
+def _tree(service: Service, name: str) -> Iterator[int]:
+    """The root directory of a container; a path that is not there is told with the container's name as requested."""
+    with service.containers.trees.mounted(service.containers.get(name)) as root:
+        try:
+            yield root
+        except NotFound as error:
+            raise NotFound(f"{error} in container {name}") from None
+
+
 def _stat(service: Service, exchange: Exchange, name: str) -> Reply:
-    container = service.containers.get(name)
-    with service.containers.trees.mounted(container) as root:
+    with _tree(service, name) as root:
         told = copying.path_stat(root, _path(exchange))
     return Reply(headers={_STAT: told}, type="")
 
 
 def _get(service: Service, exchange: Exchange, name: str) -> Reply:
-    container, path = service.containers.get(name), _path(exchange)
-    with service.containers.trees.mounted(container) as root:
+    path = _path(exchange)
+    with _tree(service, name) as root:
         told = copying.path_stat(root, path)
 
     def write(out: BinaryIO) -> None:
-        with service.containers.trees.mounted(container) as root:
+        with _tree(service, name) as root:
             copying.pack(root, path, out)
 
     return Reply(headers={_STAT: told}, type="application/x-tar", body=written(write))
@@ -49,7 +61,7 @@ def _get(service: Service, exchange: Exchange, name: str) -> Reply:
 def _put(service: Service, exchange: Exchange, name: str) -> Reply:
     container, path = service.containers.get(name), _path(exchange)
     keep_kind = exchange.flag("noOverwriteDirNonDir")
-    with service.containers.trees.mounted(container) as root:
+    with _tree(service, name) as root:
         copying.unpack(root, path, cast("BinaryIO", exchange.body), keep_kind=keep_kind)
     service.containers.tell(container, "extract-to-dir")
     return empty(200)

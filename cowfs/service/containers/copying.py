@@ -56,7 +56,7 @@ def _find(root: int, path: str) -> tuple[int, bytes]:
         finally:
             os.close(above)
     except (FileNotFoundError, NotADirectoryError):
-        raise NotFound(f"Could not find the file {path} in container") from None
+        raise NotFound(f"Could not find the file {path}") from None
 
 
 def path_stat(root: int, path: str) -> str:
@@ -171,7 +171,7 @@ def unpack(root: int, path: str, source: BinaryIO, *, keep_kind: bool) -> None:
     try:
         target = open_in_root(root, os.fsencode(path) or b"/", os.O_PATH | os.O_DIRECTORY)
     except FileNotFoundError:
-        raise NotFound(f"Could not find the file {path} in container") from None
+        raise NotFound(f"Could not find the file {path}") from None
     except NotADirectoryError:
         raise ApiError(400, "extraction point is not a directory") from None
     try:

@@ -19,23 +19,25 @@ from cowfs.union.paths import Paths
 
 __all__ = ["furnish", "network_files", "write_bundle"]
 
-_PLACES = (
-    ("dev", True), ("dev/pts", True), ("dev/shm", True), ("dev/mqueue", True), ("dev/console", False), ("proc", True),
-    ("sys", True), ("etc", True), ("etc/hosts", False), ("etc/hostname", False), ("etc/resolv.conf", False),
-    (".dockerenv", False),
-)  # fmt: skip
+_FOLDERS = ("dev", "dev/pts", "dev/shm", "dev/mqueue", "proc", "sys", "etc")
+_FILES = {
+    "dev/console": 0o644, "etc/hosts": 0o644, "etc/hostname": 0o644, "etc/resolv.conf": 0o644, ".dockerenv": 0o755,
+}  # fmt: skip
+_LINKS = {"etc/mtab": "/proc/mounts"}
 
 
 def furnish(tree: Paths) -> None:
-    """Make the mount points that an image lacks, so that no container's changes show them."""
-    for path, is_directory in _PLACES:
+    """Make the mount points that an image lacks, so that no container's changes show them; and what Docker makes beside them."""
+    for path in (*_FOLDERS, *_FILES, *_LINKS):
         try:
             if tree.exists(path):
                 continue
-            if is_directory:
+            if path in _FOLDERS:
                 tree.mkdir(path)
+            elif path in _FILES:
+                tree.write_bytes(path, b"", mode=_FILES[path])
             else:
-                tree.write_bytes(path, b"", mode=0o755 if path == ".dockerenv" else 0o644)
+                tree.symlink(_LINKS[path], path)
         except (FileNotFoundError, NotADirectoryError):
             pass  # the image has no directory above it: the runtime will report that
 
