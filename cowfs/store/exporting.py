@@ -6,9 +6,9 @@ import errno
 import itertools
 import os
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, BinaryIO
 
 from cowfs import archive, images
+from cowfs._typed import TYPE_CHECKING, BinaryIO
 from cowfs.errors import InvalidArgument, NotFound
 from cowfs.index import compare
 from cowfs.index.database import Row

@@ -18,8 +18,8 @@ name         mechanism                                              module
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
 
+from cowfs._typed import ClassVar
 from cowfs.driver.interface import Driver
 from cowfs.errors import FailedPrecondition
 from cowfs.model import Limit

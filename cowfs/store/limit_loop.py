@@ -25,9 +25,9 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
-from typing import NamedTuple
 
+from cowfs._record import replace
+from cowfs._typed import NamedTuple
 from cowfs.driver.interface import Driver
 from cowfs.driver.plan import MountPlan
 from cowfs.errors import FailedPrecondition, Unsupported

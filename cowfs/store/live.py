@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
+from cowfs._typed import TYPE_CHECKING
 from cowfs.errors import FailedPrecondition, InvalidArgument, Unsupported
 from cowfs.model import Info
 from cowfs.store.names import check_key, check_labels
