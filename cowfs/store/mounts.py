@@ -115,7 +115,7 @@ class Mounting:
                 "owner": owner,
             }
             if self.served_by(key, mount_type, limit_engine, more) == "kernel":
-                return self._mount_by_kernel(key, where, readonly, more)
+                return self._mount_by_kernel(key, where, readonly, more, limit_engine)
             return self._spawn(key, self.spec(key, where, readonly=readonly, **more))
 
     def served_by(
@@ -150,7 +150,9 @@ class Mounting:
         with turn(self.context.root, key):
             yield
 
-    def _mount_by_kernel(self, key: str, where: str, readonly: bool, more: Mapping[str, Any]) -> KernelMount:
+    def _mount_by_kernel(
+        self, key: str, where: str, readonly: bool, more: Mapping[str, Any], engine: str | None
+    ) -> KernelMount:
         row = self._lookup.keyed(key)
         why = kernel.why_not(more)
         if why:
@@ -158,7 +160,7 @@ class Mounting:
         options = kernel.words_of(more["options"])
         if (readonly or "ro" in options) and row.kind is not Kind.VIEW:
             raise Unsupported("the kernel mounts an active snapshot for writing only", remedy="leave out --mount-type")
-        self._kernel_mounts.mount(row, where)
+        self._kernel_mounts.mount(row, where, engine)
         try:
             kernel.add_flags(where, options)
         except OSError:
