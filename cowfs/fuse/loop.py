@@ -21,7 +21,6 @@ from __future__ import annotations
 import errno
 import gc
 import io
-import mmap
 import os
 import select
 import sys
@@ -34,7 +33,7 @@ from typing import TYPE_CHECKING, Any, Final, TextIO, TypeVar
 
 from cowfs._record import record
 from cowfs.errors import CowfsError, FailedPrecondition, Unsupported
-from cowfs.fuse import abi, codec, device, handshake, log
+from cowfs.fuse import abi, buffers, codec, device, handshake, log
 from cowfs.fuse.codec import ProtocolError
 from cowfs.fuse.deferred import Errands
 from cowfs.fuse.handlers.data import Data
@@ -108,11 +107,6 @@ class SessionOptions:
     workers: int = 4
     most_jobs: int = 256
     patience: float = 0.0
-
-
-def _buffer(size: int) -> mmap.mmap:
-    """Memory for requests that takes no more room than the longest request so far: most mounts never see a megabyte."""
-    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 class Session:
@@ -256,7 +250,7 @@ class Session:
 
     def _handshake(self) -> bool:
         """Answer INIT; False when the connection ended before."""
-        buffer = _buffer(max(abi.MIN_READ_BUFFER, (1 << 20) + 4096))
+        buffer = buffers.lazy(max(abi.MIN_READ_BUFFER, (1 << 20) + 4096))
         os.set_blocking(self._fd, False)
         poll = select.poll()
         poll.register(self._fd, select.POLLIN)
@@ -335,7 +329,7 @@ class Session:
 
     def _serve(self) -> None:
         fd = self._fd
-        buffer = _buffer(self.agreement.max_write + 4096 if self.agreement else 1 << 21)
+        buffer = buffers.lazy(self.agreement.max_write + 4096 if self.agreement else 1 << 21)
         buf = memoryview(buffer)
         channel = io.FileIO(fd, "r+b", closefd=False)
         readinto, write, writev = channel.readinto, os.write, os.writev

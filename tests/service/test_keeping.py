@@ -122,6 +122,23 @@ def test_a_new_daemon_goes_by_the_policies(shared: Daemon) -> None:
     shared.docker("rm", "-f", *[f"p{name}" for name in "abcdef"])
 
 
+def test_a_start_that_failed_is_tried_again_by_the_next_daemon(shared: Daemon) -> None:
+    source = shared.base / "source"
+    source.mkdir()
+    shared.docker(
+        "run", "-d", "--name", "again", "--restart", "always", "--mount", f"type=bind,src={source},dst=/s", "bb",
+        "sh", "-c", "until test -e /s/go; do sleep 0.05; done",
+    )  # fmt: skip
+    (source / "go").touch()
+    source.rename(shared.base / "elsewhere")
+    wait_for(lambda: "does not exist" in told(shared, "again", "{{.State.Error}}"), "the failed restart")
+    source.mkdir()
+    shared.stop(signal.SIGKILL)
+    shared.start()
+    wait_for(lambda: told(shared, "again", "{{.State.Status}}") == "running", "the start")
+    shared.docker("rm", "-f", "again")
+
+
 @pytest.mark.parametrize(
     "words", [["--restart", "sometimes"], ["--restart", "always:3"], ["--rm", "--restart", "always"]]
 )

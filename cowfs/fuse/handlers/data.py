@@ -19,7 +19,7 @@ from collections.abc import Callable
 from time import perf_counter_ns as _clock
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from cowfs.fuse import abi, codec
+from cowfs.fuse import abi, buffers, codec
 from cowfs.fuse.handlers.names import Adapter, Handler
 from cowfs.sys import files
 from cowfs.sys.host import CAP_FSETID, has_cap
@@ -98,7 +98,7 @@ class Data(Adapter):
         self._ahead = ReadAhead()
         self._writes = (0, 0, 0)  # of a writer in sequence: node id, its end, up to where the host was told to begin
         self._stream = (0, 0)  # node id and offset at which a reader in sequence will go on
-        self._buffer = memoryview(bytearray(max_read))
+        self._buffer = memoryview(buffers.lazy(max_read))
         self._local = threading.local()
 
     def outdated(self, nodeid: int) -> None:
@@ -196,7 +196,7 @@ class Data(Adapter):
         try:
             buffer: memoryview = self._local.buffer
         except AttributeError:
-            buffer = self._local.buffer = memoryview(bytearray(self.max_read))
+            buffer = self._local.buffer = memoryview(buffers.lazy(self.max_read))
         return buffer
 
     def lseek(self, buf: memoryview, n: int, unique: int, nodeid: int) -> codec.Reply | None:

@@ -57,7 +57,12 @@ def _attach(service: Service, exchange: Exchange, name: str) -> Reply:
     streams, keys = _streams(exchange), _keys(exchange)
     stream, history = exchange.flag("stream"), exchange.flag("logs")
     if stream:
-        service.containers.prepare_attach(container)
+        try:
+            service.containers.prepare_attach(container)
+        except (
+            OSError
+        ):  # the docker command shows no sentence of a refused upgrade, but that of the start, which fails likewise
+            stream = False
 
     def take(sock: socket.socket, early: bytes) -> None:
         if history:

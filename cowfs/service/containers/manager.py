@@ -93,6 +93,7 @@ class Containers:
 
     def take_over(self) -> None:
         """Find the existing containers, watch the running ones, and clean up after a killed daemon."""
+        self._teller.begin()
         for id in sorted(os.listdir(self.folder)):
             folder = os.path.join(self.folder, id)
             try:
@@ -344,6 +345,7 @@ class Containers:
             for each in container.volumes if mounted else ():
                 self._service.volumes.tell(each["name"], "unmount", container=container.id, driver="local")
             container.paused = False
+            self._teller.catch_up()
         except (CowfsError, OSError) as error:
             log.warning("container %s: %s", container.name, error)
         finally:
@@ -565,8 +567,10 @@ class Containers:
         if volumes or container.host.get("AutoRemove"):
             self._service.volumes.drop(each["name"] for each in container.volumes if each["own"])
         container.removed = True
-        container.tell()
-        self.tell(container, "destroy")
+        try:
+            self.tell(container, "destroy")  # before anybody learns of it: what is acknowledged is recorded
+        finally:
+            container.tell()
 
     def tell(self, container: Container, action: str, **more: str) -> None:
         """Record an event; on a full disk with the next one."""

@@ -5,7 +5,7 @@ Rules (Docker's, moby ``restartmanager``):
 1. A verb that stops or kills a container ends its restarts until it is started again.
 2. The first restart waits a tenth of a second; each one after a run of less than ten seconds twice as long, up to a minute.
 3. A new daemon starts ``always`` in any case, ``unless-stopped`` unless a verb ended it, ``on-failure`` after a
-status that is not 0.
+status that is not 0. The same goes for one whose last start failed.
 
 A pending restart is a sleeping thread; only the number of restarts is recorded.
 """
@@ -73,7 +73,8 @@ class Restarts:
     def _wanted(container: Container) -> bool:
         policy = container.host.get("RestartPolicy") or {}
         name, most = policy.get("Name", ""), policy.get("MaximumRetryCount", 0)
-        if "finished" not in container.run or container.removing or container.removed:
+        failed = container.found and container.error  # its last start, under an earlier daemon
+        if container.removing or container.removed or not ("finished" in container.run or failed):
             return False
         if container.stopped and not (name == "always" and container.found):
             return False
@@ -83,7 +84,7 @@ class Restarts:
 
     @staticmethod
     def _delay(container: Container) -> float:
-        lasted = container.run["finished"] - container.run["started"]
+        lasted = container.run["finished"] - container.run["started"] if container.run else 0
         container.delay = FIRST if lasted >= SHORT or not container.delay else min(2 * container.delay, LONGEST)
         return container.delay
 

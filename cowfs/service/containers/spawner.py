@@ -102,10 +102,11 @@ def main() -> NoReturn:
     os.close(null)
     import gc
 
-    from cowfs.index import database  # noqa: F401  imported here once, for all supervisors
+    from cowfs.index import database
+    from cowfs.service import waiting
     from cowfs.service.containers import cgroups, supervisor
 
-    del cgroups
+    del cgroups, database, waiting  # imported here once, for all supervisors
     gc.collect()
     gc.freeze()
     while True:

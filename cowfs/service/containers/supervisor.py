@@ -486,17 +486,22 @@ class Supervisor:
         """Record the end in the store's log of events, since no daemon may be running."""
         from cowfs.errors import CowfsError
         from cowfs.index.database import Index
+        from cowfs.service.waiting import Waiting
 
+        store, id = self.settings["store"], self.settings["id"]
+        told = [("oom", self.settings["attributes"])] if self.run["oom"] else []
+        told.append(("die", {**self.settings["attributes"], "exitCode": str(code)}))
+        now = time.time_ns()
         try:
-            index = Index(os.path.join(self.settings["store"], "index.db"), fsync=self.settings["durable"])
-            attributes = {**self.settings["attributes"], "exitCode": str(code)}
+            index = Index(os.path.join(store, "index.db"), fsync=self.settings["durable"])
             with index.write() as change:
-                if self.run["oom"]:
-                    change.record_event("container", "oom", self.settings["id"], self.settings["attributes"])
-                change.record_event("container", "die", self.settings["id"], attributes)
+                for action, attributes in told:
+                    change.record_event("container", action, id, attributes, at=now)
             index.close()
         except (CowfsError, OSError):
-            pass  # the state in run.json is what counts
+            waiting = Waiting(store, durable=self.settings["durable"])
+            for action, attributes in told:
+                waiting.append(("container", action, id, attributes, now))
 
 
 def _overwrite(path: str, data: bytes) -> None:
