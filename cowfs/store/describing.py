@@ -55,8 +55,11 @@ class Describing:
         can = self.context.driver.capabilities
         if can.whole:
             told["copies"] = "share extents with the parent" if can.reflink else "take the room of their data"
-        sample = self.context.driver.mounts("sample", ["below"] if not can.whole else [], limit=Limit())[0]
+        below = ["below"] if not can.whole else []
+        sample = self.context.driver.mounts("sample", below, limit=Limit())[0]
         told["records"] = sample.type
+        plan = self.context.driver.plan("sample", below)
+        told["engines"] = kernel_image.how_for_engines(self.context.driver, plan.why_not_kernel)
         told["kernel mounts"] = kernel_image.how(self.context.driver)
         told["limits"] = _limits(self.context.driver)
         told |= self.context.driver.explain()

@@ -25,7 +25,7 @@ from cowfs.driver.interface import Driver
 from cowfs.erofs.reader import Image
 from cowfs.erofs.tree import Inode, Map
 from cowfs.erofs.writer import write_image
-from cowfs.errors import Corrupt
+from cowfs.errors import Corrupt, Unsupported
 from cowfs.format.whiteout import Form
 from cowfs.index.database import Index, Row
 from cowfs.index.directory import Entry, Pair, Records, decode, entries, join
@@ -35,7 +35,7 @@ from cowfs.sys import loop
 
 _log = Part("cowfs.store")
 
-__all__ = ["FOLDER", "build", "check", "path_of", "sweep", "unused"]
+__all__ = ["FOLDER", "build", "check", "existing", "path_of", "sweep", "unused"]
 
 FOLDER = "images-erofs"
 _FORMAT = b"3"  # of the name: raised when the content of images changes
@@ -77,6 +77,7 @@ class IndexedSource:
         self._form = form
         self._blocks = blocks
         self._redirected: dict[tuple[int, bytes], Map | Place] = {}
+        self._devices: dict[int, int] = {}  # of layers
         if blocks is not None:
             self._find_redirected(blocks)
 
@@ -164,15 +165,25 @@ class IndexedSource:
         return tuple((self._form.store_name(name), value) for name, value in entry.xattrs)
 
     def _link(self, entry: Entry, path: bytes) -> Hashable:
-        """The real device and inode of a file with several names, its only sure identity."""
-        place = self._places.get(entry.layer, b"")
+        """The identity of a file with several names: the real device and inode of the layer's file.
+
+        Of a metacopy that is another file than the one with its data; records of before 2026-12 do not tell it.
+        """
+        if entry.link is None:
+            st = self._stat(entry.layer, path)
+            return st.st_dev, st.st_ino
+        layer, inode = entry.link
+        if layer not in self._devices:
+            self._devices[layer] = self._stat(layer, b"").st_dev
+        return self._devices[layer], inode
+
+    def _stat(self, layer: int, path: bytes) -> os.stat_result:
         try:
-            st = os.stat(b"/".join((self._top, place, path)), follow_symlinks=False)
+            return os.stat(b"/".join((self._top, self._places.get(layer, b""), path)), follow_symlinks=False)
         except OSError as error:
             raise Corrupt(
                 f"{os.fsdecode(path)} is missing in its layer: {error.strerror}", remedy="run 'cowfs check'"
             ) from None
-        return st.st_dev, st.st_ino
 
 
 def _chain(index: Index, row: Row) -> list[tuple[int, str]]:
@@ -185,6 +196,18 @@ def path_of(driver: Driver, index: Index, row: Row) -> str:
     chain = "".join([f"{num} {id}\n" for num, id in _chain(index, row)])
     digest = hashlib.sha256(_FORMAT + row.root[1] + chain.encode())
     return f"{driver.root}/{FOLDER}/{row.id}-{digest.hexdigest()[:32]}"
+
+
+def existing(driver: Driver, index: Index, row: Row) -> str:
+    """The path of a committed snapshot's image.
+
+    Raises:
+        Unsupported: it was not made, or is damaged.
+    """
+    path = path_of(driver, index, row)
+    if not image_files.is_sound(path):
+        raise Unsupported(f"no image of {row.name!r} was made", remedy="cowfs commit --kernel-image makes one")
+    return path
 
 
 def build(driver: Driver, index: Index, row: Row) -> str:
@@ -283,6 +306,24 @@ def how(driver: Driver) -> str:
     if driver.capabilities.row:
         return "overlayfs over an EROFS image of the metadata, whose files point at the blocks in all layers"
     return "overlayfs over an EROFS image of the metadata"
+
+
+def how_for_engines(driver: Driver, why_not_kernel: str) -> str:
+    """The mounts that engines get without a limit (:mod:`cowfs.store.engines`), for people, with the reason if the kernel's are fewer.
+
+    Args:
+        why_not_kernel: why the kernel cannot mount its layers as they are; "" if it can.
+    """
+    if driver.capabilities.whole:
+        return "a bind of the layer"
+    why = why_not(driver)
+    if driver.capabilities.row:
+        views = f"views, too: {why}" if why else "of views by the kernel, over an EROFS image"
+        return f"a bind of a mount by cowfs's own server, which redirects writes; {views}"
+    if why_not_kernel:
+        return f"a bind of a mount by cowfs's own server: {why_not_kernel}"
+    over = f"all layers ({why})" if why else "an EROFS image"
+    return f"a record of the kernel's overlayfs; where none can express the chain, a bind of a kernel mount over {over}"
 
 
 def unused(driver: Driver, index: Index) -> list[str]:

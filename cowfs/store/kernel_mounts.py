@@ -50,11 +50,12 @@ class KernelMounts:
         """Whether a kernel mount of a snapshot needs an engine for its limit."""
         return bool(row.limit) and row.kind is Kind.ACTIVE and not self.context.driver.capabilities.own_limit
 
-    def mount(self, row: Row, where: str, engine: str | None = None) -> None:
+    def mount(self, row: Row, where: str, engine: str | None = None, *, make_image: bool = True) -> None:
         """Mount an active snapshot or a view by the kernel; one with a limit in an image of the limit's size.
 
         Args:
             engine: the limit engine that was asked for; None: the best one.
+            make_image: make the image of its parent's metadata if it is missing; otherwise all layers are mounted then.
 
         Raises:
             FailedPrecondition: in use, or the kernel cannot read its upper.
@@ -74,7 +75,7 @@ class KernelMounts:
                 if limited:
                     plan = held.enter_context(limit_loop.limited(self.context.driver, row.id, plan, kind))
             try:
-                self._mount_image(row, plan, where)
+                self._mount_image(row, plan, where, make_image)
             except (
                 OSError,
                 Unsupported,
@@ -102,7 +103,7 @@ class KernelMounts:
             raise error from no_image
         mount_record(record, where, source=f"cowfs:{row.id}")
 
-    def _mount_image(self, row: Row, plan: MountPlan, where: str) -> None:
+    def _mount_image(self, row: Row, plan: MountPlan, where: str, make: bool) -> None:
         """Mount a snapshot as one lower layer: the image of its parent's metadata, with the layers as data beneath.
 
         Raises:
@@ -115,7 +116,8 @@ class KernelMounts:
             raise Unsupported(f"no image: {plan.why_not_image}")
         if row.parent is None or self.context.driver.capabilities.whole or not plan.trusted:
             raise Unsupported("no image: nothing is beneath it, or its layers are not deltas of the trusted form")
-        path = kernel_image.build(self.context.driver, self.context.index, self.context.index.by_num(row.parent))
+        image = kernel_image.build if make else kernel_image.existing
+        path = image(self.context.driver, self.context.index, self.context.index.by_num(row.parent))
         with ExitStack() as held:
             devices: list[str] = []
             if plan.row:

@@ -207,12 +207,6 @@ class Services:
         return Limits(self.context, self.reading, self.lookup, self.mounted, self.recovery)
 
     @_made
-    def engines(self) -> Engines:
-        from cowfs.store.engines import Engines
-
-        return Engines(self.context, self.lookup, self.plans)
-
-    @_made
     def rebasing(self) -> Rebasing:
         from cowfs.store.rebasing import Rebasing
 
@@ -223,6 +217,12 @@ class Services:
         from cowfs.store.kernel_mounts import KernelMounts
 
         return KernelMounts(self.context, self.lookup, self.plans)
+
+    @_made
+    def engines(self) -> Engines:
+        from cowfs.store.engines import Engines
+
+        return Engines(self.context, self.lookup, self.plans, self.kernel_mounts)
 
     @_made
     def mounting(self) -> Mounting:

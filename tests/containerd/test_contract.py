@@ -11,12 +11,11 @@ import os
 import random
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.containerd import Snapshotter, check, mount_records, unmount_below
+from support.containerd import Snapshotter, check, layer, mounted, text, unmount_below
 from support.daemon import wait_for
 
 pytestmark = pytest.mark.skipif(not os.path.exists("/dev/fuse") or os.geteuid() != 0, reason="needs /dev/fuse and root")
@@ -40,36 +39,6 @@ def snapshotter(make_snapshotter: Callable[..., Snapshotter], request: pytest.Fi
     assert os.listdir(made.run_dir / "held") == []
     assert made.stop() == 0
     assert check(made.root) == []
-
-
-@contextmanager
-def mounted(snapshotter: Snapshotter, answer: Any, name: str = "mnt") -> Iterator[Path]:
-    """The mounts of an answer, mounted."""
-    target = snapshotter.base / "m" / name
-    target.mkdir(parents=True, exist_ok=True)
-    mount_records(answer.mounts, target)
-    try:
-        yield target
-    finally:
-        subprocess.run(["umount", target], check=True)
-
-
-def layer(snapshotter: Snapshotter, name: str, parent: str, *steps: Callable[[Path], object]) -> None:
-    """Prepare, change, commit."""
-    key = f"extract-{name}"
-    with mounted(snapshotter, snapshotter.call("Prepare", key=key, parent=parent)) as root:
-        for step in steps:
-            step(root)
-    snapshotter.call("Commit", key=key, name=name)
-
-
-def text(path: str, data: str, mode: int = 0o644) -> Callable[[Path], object]:
-    def step(root: Path) -> None:
-        (root / path).parent.mkdir(parents=True, exist_ok=True)
-        (root / path).write_text(data)
-        os.chmod(root / path, mode)
-
-    return step
 
 
 def tree(root: Path) -> dict[str, Any]:

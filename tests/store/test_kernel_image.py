@@ -139,6 +139,26 @@ def test_changes_through_the_kernel_are_committed(store: Store) -> None:
     assert sorted(fuse) == sorted([".", "moved", "moved/changed", "moved/chmodded"]) or "moved/changed" in fuse
 
 
+def test_names_of_a_metacopy_are_not_those_of_the_file_with_its_data(store: Store) -> None:
+    """Links broken by the kernel when one name was changed, and a new name of that: two files, whose data is in one place."""
+    top = place(store, "kernel")
+    store.prepare("key")
+    with store.mount("key", place(store, "fuse")):
+        (place(store, "fuse") / "f").write_text("f")
+        os.link(place(store, "fuse") / "f", place(store, "fuse") / "g")
+    store.commit("key", "base")
+    store.prepare("key", "base")
+    with store.mount("key", top, mount_type="kernel"):
+        (top / "f").chmod(0o600)
+        os.link(top / "f", top / "h")
+        seen = {name: (top / name).stat().st_mode & 0o777 for name in "fgh"}
+    store.commit("key", "next")
+    assert seen == {"f": 0o600, "g": 0o644, "h": 0o600}
+    for tree in both(store, "next"):
+        assert {name: tree[name].mode for name in "fgh"} == seen
+        assert (tree["f"].same_as, tree["g"].same_as, tree["h"].same_as) == ("f", "", "f")
+
+
 def test_a_view_needs_no_upper(store: Store) -> None:
     store.prepare("key")
     with store.mount("key", place(store, "fuse")):
@@ -286,9 +306,11 @@ def test_where_images_cannot_be_the_reason_is_told(store: Store, monkeypatch: py
     store.commit("key", "base")
     store.prepare("key", "base")
     assert "EROFS image" in store.describe()["kernel mounts"]
+    assert "an EROFS image" in store.describe()["engines"]
     monkeypatch.setattr(mounts, "image_mount", without)
     monkeypatch.setattr(loop, "why_no_images", lambda place, devices=False: "this kernel has no EROFS")
     assert "this kernel has no EROFS" in store.describe()["kernel mounts"]
+    assert "this kernel has no EROFS" in store.describe()["engines"]
     if store.driver.name == "row":
         with pytest.raises(Unsupported, match=r"cannot read redirect files.*No such device"):
             store.mount("key", place(store, "kernel"), mount_type="kernel")

@@ -9,8 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,36 @@ def mount_records(records: Iterable[Any], target: Path) -> None:
                 subprocess.run(["mount", "-o", "remount,bind,ro", target], check=True)
         else:
             subprocess.run(["mount", "-t", record.type, record.source, target, "-o", ",".join(options)], check=True)
+
+
+@contextmanager
+def mounted(snapshotter: Snapshotter, answer: Any, name: str = "mnt") -> Iterator[Path]:
+    """The mounts of an answer, mounted."""
+    target = snapshotter.base / "m" / name
+    target.mkdir(parents=True, exist_ok=True)
+    mount_records(answer.mounts, target)
+    try:
+        yield target
+    finally:
+        subprocess.run(["umount", target], check=True)
+
+
+def layer(snapshotter: Snapshotter, name: str, parent: str, *steps: Callable[[Path], object]) -> None:
+    """Prepare, change, commit."""
+    key = f"extract-{name}"
+    with mounted(snapshotter, snapshotter.call("Prepare", key=key, parent=parent)) as root:
+        for step in steps:
+            step(root)
+    snapshotter.call("Commit", key=key, name=name)
+
+
+def text(path: str, data: str, mode: int = 0o644) -> Callable[[Path], object]:
+    def step(root: Path) -> None:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_text(data)
+        os.chmod(root / path, mode)
+
+    return step
 
 
 def unmount_below(base: Path) -> None:
@@ -210,9 +240,9 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PATH": path, "CONTAINERD_SUPPRESS_DEPRECATION_WARNINGS": "1"}
 
 
-def image_of_busybox(more: bytes | None = None) -> bytes:
-    """docker save's archive of docker.io/library/bb:1: busybox, and one more layer."""
-    layers = [busybox_tar()] + ([more] if more is not None else [])
+def image_of_busybox(*more: bytes) -> bytes:
+    """docker save's archive of docker.io/library/bb:1: busybox, and more layers."""
+    layers = [busybox_tar(), *more]
     fields = {"config": {"Cmd": ["sh"], "Env": ["PATH=/bin"]}}
     return images.docker((layers, ["docker.io/library/bb:1"], images.config(layers, **fields)))
 

@@ -1,15 +1,15 @@
-"""Mounts that the service holds, for an engine to bind: those of snapshots that the kernel does not mount.
+"""Mounts that the service holds, for an engine to bind: those of snapshots that no record of the kernel can express.
 
-Strategy. A snapshot with a limit is mounted once, by a server of its own as any mount of cowfs, in a directory of the
-service, and the engine gets a bind mount of it. So it starts in milliseconds, a second user (a diff of a running
-container) gets the same file system, and the server outlives a restart of the service. The service and the engine must
-be in one mount namespace.
+Strategy. Such a snapshot is mounted once, as any mount of cowfs, in a directory of the service, and the engine gets a bind
+mount of it. So it starts in milliseconds, a second user (a diff of a running container) gets the same file system, and
+the mount outlives a restart of the service. Its server is a process of its own, or the kernel (:meth:`Store.held_by
+<cowfs.Store.held_by>`). The service and the engine must be in one mount namespace.
 
 The directory ``RUN/held/ID`` is named after the layer. It is unmounted, whatever the engine does meanwhile:
 
 * when the snapshot is committed or removed: lazily and at once; the engine's bind goes on until it is unmounted;
 * when only this directory has shown the mount at two checks, :data:`PAUSE` seconds apart, and no request for it came
-  since: a stopped container has no server. The next :meth:`Held.mount` makes it anew. A bind of a missing directory
+  since: a stopped container has none. The next :meth:`Held.mount` makes it anew. A bind of a missing directory
   fails with ENOENT, so no write passes the limit.
 
 Threads: :meth:`Held.mount` and :meth:`Held.release` may be called from any; :meth:`Held.look` from one.
@@ -21,9 +21,10 @@ import os
 import threading
 from collections import Counter
 
-from cowfs.errors import CowfsError, FailedPrecondition, NotFound
+from cowfs.errors import CowfsError, FailedPrecondition, NotFound, Unsupported
 from cowfs.mounting import client, protocol
 from cowfs.mounting.request import IdMap
+from cowfs.service.logs import log
 from cowfs.store import Store
 from cowfs.sys.mounts import MNT_DETACH, mountinfo, umount
 
@@ -57,11 +58,12 @@ class Held:
         """The path of the held mount of a layer."""
         return os.path.join(self.directory, id)
 
-    def mount(self, key: str, uid_map: IdMap = (), gid_map: IdMap = ()) -> str:
+    def mount(self, key: str, uid_map: IdMap = (), gid_map: IdMap = (), *, kernel_image: bool = False) -> str:
         """A directory that shows a snapshot, mounted now or before.
 
         Args:
             uid_map, gid_map: of a mount that is made now: (id in the layers, id shown, count).
+            kernel_image: an image of its chain is worth making, since others will stand on the same parent.
 
         Raises:
             NotFound: no such key.
@@ -77,11 +79,23 @@ class Held:
                 return self._seen(key, where)
             os.makedirs(place, mode=0o700, exist_ok=True)
             try:
-                self._store.mount(key, place, uid_map=uid_map, gid_map=gid_map)
+                if uid_map or gid_map or not self._by_kernel(key, place, kernel_image):
+                    self._store.mount(key, place, uid_map=uid_map, gid_map=gid_map)
             except BaseException:
                 self._drop(place)
                 raise
             return place
+
+    def _by_kernel(self, key: str, place: str, kernel_image: bool) -> bool:
+        """Have the kernel mount a snapshot. Returns whether it did."""
+        if self._store.held_by(key) != "kernel":
+            return False
+        try:
+            self._store.mount(key, place, mount_type="kernel", kernel_image=kernel_image)
+        except (Unsupported, OSError) as error:
+            log.info("%s is mounted by cowfs's own server, not by the kernel: %s", key, error)
+            return False
+        return True
 
     def _seen(self, key: str, where: str) -> str:
         """A path of a mounted snapshot: its mount point, or a bind of it."""
@@ -105,7 +119,8 @@ class Held:
         try:
             client.umount(place, lazy=True)
         except NotFound:
-            pass
+            if os.path.ismount(place):
+                umount(place, MNT_DETACH)  # a bind of a directory, which is not known as ours
         except CowfsError:
             umount(place, MNT_DETACH)  # its server hangs, or is gone
         self._drop(place)

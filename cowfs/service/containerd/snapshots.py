@@ -150,7 +150,9 @@ class Snapshots:
         uid_map, gid_map = _maps(row.labels)
         if not record.type.startswith("fuse.") and not uid_map and not gid_map:
             return (record,)
-        place = self.held.mount(_own(key), uid_map, gid_map)
+        place = self.held.mount(
+            _own(key), uid_map, gid_map, kernel_image=_is_shared(row.parent_name) and not _is_extract(key)
+        )
         return (Mount(type="bind", source=place, options=("ro" if "ro" in record.options else "rw", "rbind")),)
 
     def _is_apart(self, row: Row) -> bool:
@@ -266,6 +268,12 @@ class Snapshots:
 
 def _is_extract(key: str) -> bool:
     return key.rpartition("/")[2].startswith(_EXTRACT)
+
+
+def _is_shared(parent: str | None) -> bool:
+    """Whether many snapshots will stand on a parent: the chain of an image's layers, named by its digest, not what an engine
+    made for one container."""
+    return parent is not None and parent.rpartition("/")[2].startswith("sha256:")
 
 
 def _own(key: str) -> str:

@@ -50,6 +50,23 @@ class MountVerbs:
         """
         return self.services.engines.engine_mounts(key)
 
+    def held_by(self, key: str) -> str:
+        """The server of the mount that a service should hold for an engine to bind, where :meth:`engine_mounts` gives a FUSE record.
+
+        Args:
+            key: of an active snapshot or a view.
+
+        Returns:
+            ``kernel``: the kernel can serve it (over an image of the chain, which the mount makes if it is missing); ``fuse``:
+            it has a limit, is an active snapshot of the driver row, or host or user do not allow the other. Both are
+            values for ``mount_type`` of :meth:`mount`.
+
+        Raises:
+            NotFound: no such key.
+            FailedPrecondition: a committed snapshot.
+        """
+        return self.services.engines.held_by(key)
+
     def at(self, path: str | os.PathLike[str]) -> Info:
         """Find the snapshot that a directory of the host belongs to: its layer's, or a mount point of it.
 
@@ -92,6 +109,7 @@ class MountVerbs:
         log: str | os.PathLike[str] | None = None,
         trace: bool = False,
         owner: int = 0,
+        kernel_image: bool = True,
     ) -> LiveHandle | KernelMount:
         """Mount a snapshot; returns when the mount answers, some 0.1 s later (a kernel mount of row layers makes an image first).
 
@@ -116,6 +134,7 @@ class MountVerbs:
             log: file for the server's diagnostics; default: one in the run directory.
             trace: write one line a request to the log.
             owner: number of a process with whose end, however it ends, the mount ends as well; 0: none.
+            kernel_image: of a kernel mount: make the image of the chain if it is missing; False: without one all layers are mounted.
 
             The arguments from ``volatile`` on are for FUSE mounts; a kernel mount takes nodev, nosuid, noexec and ro of
             the options.
@@ -145,6 +164,7 @@ class MountVerbs:
             log=log,
             trace=trace,
             owner=owner,
+            kernel_image=kernel_image,
         )
 
     def served_by(
