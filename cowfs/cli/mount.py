@@ -159,7 +159,7 @@ def _mount_key(args: argparse.Namespace) -> int:
         )
     args.driver = "auto"
     with ExitStack() as held:
-        store = held.enter_context(open_store(args, create=False))
+        store = held.enter_context(open_store(args, create=False, outside=True))
         words = [word for text in args.options for word in text.split(",")] + (["ro"] if args.read_only else [])
         more: dict[str, Any] = {
             "volatile": args.volatile,

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 
 from cowfs.errors import FailedPrecondition
 from cowfs.sandbox import users
 from cowfs.sandbox.request import Request
-from cowfs.sys import capabilities, mounts, namespaces, process
+from cowfs.sys import capabilities, cgroups, mounts, namespaces, process
 from cowfs.sys.atomic import write_file
 from cowfs.sys.regular import read_small
 
@@ -35,6 +35,7 @@ class Running:
         own: likewise of the user namespace of its first process.
         user: who the command runs as, as it was asked for.
         network: ``host`` or ``none``.
+        doors: the keeper's descriptors of its control group (:mod:`cowfs.sys.cgroups`).
     """
 
     pid: int
@@ -44,10 +45,11 @@ class Running:
     own: int
     user: str
     network: str
+    doors: tuple[int, ...] = ()
 
 
 @contextmanager
-def told(note: str, pid: int, request: Request) -> Iterator[None]:
+def told(note: str, pid: int, request: Request, doors: Sequence[int] = ()) -> Iterator[None]:
     """Tell how the sandbox of a process 1 is entered, until the end of the block. A host that has no room for that is no error."""
     opened: list[int] = []
     try:
@@ -57,6 +59,7 @@ def told(note: str, pid: int, request: Request) -> Iterator[None]:
                 text = {
                     "pid": os.getpid(), "start": process.start_time(os.getpid()), "boot": process.boot_id(),
                     "mnt": opened[0], "own": opened[1], "user": request.user, "network": request.network,
+                    "doors": list(doors),
                 }  # fmt: skip
                 write_file(note, json.dumps(text).encode(), durable=False)
         yield
@@ -72,7 +75,9 @@ def found(note: str) -> Running | None:
     """The sandbox that a note tells of; None where there is none, or it has ended."""
     try:
         data = json.loads(read_small(note))
-        made = Running(**{name: kind(data[name]) for name, kind in _FIELDS.items()})
+        made = Running(
+            **{name: kind(data[name]) for name, kind in _FIELDS.items()}, doors=tuple(map(int, data.get("doors", ())))
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return None
     lives = made.boot == process.boot_id() and process.start_time(made.pid) == made.start
@@ -83,7 +88,7 @@ _FIELDS = {"pid": int, "start": int, "boot": str, "mnt": int, "own": int, "user"
 
 
 def enter(running: Running) -> None:
-    """Move this process into a sandbox; what it starts is in its pid namespace as well.
+    """Move this process into a sandbox and its control group; what it starts is in its pid namespace as well.
 
     Raises:
         FailedPrecondition: it has just ended, or is another user's.
@@ -92,12 +97,14 @@ def enter(running: Running) -> None:
     try:
         fds = [os.open(f"{here}/ns/{kind}", os.O_RDONLY | os.O_CLOEXEC) for kind in _KINDS if _differs(here, kind)]
         last = [os.open(f"{here}/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC) for fd in (running.mnt, running.own)]
+        doors = [os.open(f"{here}/fd/{fd}", os.O_WRONLY | os.O_CLOEXEC) for fd in running.doors]
+        cgroups.join(doors)
         capabilities.undumpable()  # before anybody there can see us
         for fd in (*fds, last[0]):
             namespaces.join_by(fd)
         with suppress(OSError):  # EINVAL: we are in it
             namespaces.join_by(last[1])
-        for fd in (*fds, *last):
+        for fd in (*fds, *last, *doors):
             os.close(fd)
     except OSError as error:
         raise FailedPrecondition(

@@ -26,10 +26,10 @@ from typing import Any, NamedTuple, NoReturn
 
 from cowfs import errors
 from cowfs.errors import CowfsError, Unsupported
-from cowfs.sandbox import beside, confine, users
+from cowfs.sandbox import beside, confine, subids, users
 from cowfs.sandbox.request import Request
 from cowfs.sandbox.terminal import Terminal
-from cowfs.sys import host, mounts, namespaces, process, seccomp
+from cowfs.sys import cgroups, host, mounts, namespaces, process, seccomp
 
 __all__ = [
     "FORWARDED",
@@ -73,12 +73,14 @@ class Ended(NamedTuple):
         timed_out: its time was over.
         cpu_seconds: processor time of it and of its children that were waited for.
         peak_memory: bytes that the largest of these had in memory at once.
+        oom_killed: the kernel ended a process of it, since its limit of memory was reached.
     """
 
     status: int
     timed_out: bool = False
     cpu_seconds: float = 0.0
     peak_memory: int = 0
+    oom_killed: bool = False
 
 
 class Stopped(KeyboardInterrupt):
@@ -215,7 +217,7 @@ def _how(said: bytes, status: int) -> Ended:
         raise Stopped(told["signal"])
     if "error" in told:
         raise error_of(told)
-    return Ended(told["status"], told["timed_out"], told["cpu_seconds"], told["peak_memory"])
+    return Ended(**told)
 
 
 def _attend(told: int, begun: int, terminal: Terminal | None, life: int | None, pid: int) -> bytes:
@@ -297,12 +299,13 @@ class _Keeper:
         self._pipes = pipes
         self._terminal = None if terminal is None else terminal.slave
         self._over = False
+        self._group = cgroups.Group()
 
     def guarded(self) -> None:
         """Do it; how it ended goes to the pipe, whatever happens."""
         try:
             os.setsid()
-            told: dict[str, object] = (self._beside() if self._running is not None else self._alone())._asdict()
+            told: dict[str, object] = (self._beside() if self._running is not None else self._limited())._asdict()
         except _Told:
             return
         except Stopped as stopped:
@@ -315,6 +318,25 @@ class _Keeper:
             told = telling(CowfsError(f"cowfs run failed in its child process: {type(error).__name__}: {error}"))
         os.write(self._pipes.told, json.dumps(told).encode())
 
+    def _limited(self) -> Ended:
+        """In a sandbox of its own, and in a control group where there are limits."""
+        if not any(self._request.limits):
+            return self._alone()
+        try:
+            pids = self._request.limits.pids
+            limits = self._request.limits._replace(pids=None if pids is None else pids + 1)  # process 1 is ours
+            self._group = cgroups.make(limits)
+        except cgroups.NoGroup as error:
+            raise Unsupported(
+                f"memory, processors and processes cannot be limited here: {error}",
+                remedy="run as root, or in a control group of your own: systemd-run --user --scope -p Delegate=yes cowfs run ...",
+            ) from None
+        try:
+            ended = self._alone()
+            return ended._replace(oom_killed=self._group.oom_kills() > 0)
+        finally:
+            self._group.remove()
+
     def _alone(self) -> Ended:
         """In a sandbox of its own."""
         tree = self._tree
@@ -325,7 +347,7 @@ class _Keeper:
                 place = os.open(tree.mountpoint, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
             if host.has_cap(host.CAP_SYS_ADMIN):
                 namespaces.unshare(namespaces.CLONE_NEWNS)
-            else:
+            elif not subids.try_enter() and not host.has_cap(host.CAP_SYS_ADMIN):
                 namespaces.become_root()
             mounts.make_private()
         except OSError as error:
@@ -362,6 +384,7 @@ class _Keeper:
                 process.end_with_parent(0, signal.SIGKILL)
                 os.close(made)
                 os.close(go)
+                cgroups.join(self._group.doors)
                 First(self._request, self._pipes, self._terminal).run(target, makes, goes)
             finally:
                 os._exit(_NO_SANDBOX)
@@ -370,7 +393,7 @@ class _Keeper:
         os.close(goes)
         is_made = bool(os.read(made, 1))
         os.close(made)
-        with beside.told(self._note if is_made else "", pid, self._request):
+        with beside.told(self._note if is_made else "", pid, self._request, self._group.doors):
             os.close(go)
             ended = self._waited(pid)
         if not is_made and not ended.timed_out:

@@ -9,14 +9,29 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 from cowfs.errors import InvalidArgument, NotFound
+from cowfs.model import format_size, parse_count, parse_size
+from cowfs.sys.cgroups import Limits
 
-__all__ = ["PATH", "Bind", "BindLike", "Network", "Request", "binds_of", "check_network", "check_timeout", "pairs_of"]
+__all__ = [
+    "PATH",
+    "Bind",
+    "BindLike",
+    "Network",
+    "Request",
+    "binds_of",
+    "check_network",
+    "check_timeout",
+    "limits_of",
+    "pairs_of",
+]
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 NETWORKS = ("none", "host")
 _TAKEN = ("proc", "sys")
 """Directories of the sandbox that are the kernel's: nothing is bound there."""
 _SHORTEST, _LONGEST = 0.001, 1e8
+_LEAST_MEMORY = 6 << 20
+_LEAST_CPUS = 0.01
 
 Network: TypeAlias = Literal["none", "host"]
 BindLike: TypeAlias = "str | tuple[str | os.PathLike[str], str] | tuple[str | os.PathLike[str], str, str]"
@@ -44,6 +59,7 @@ class Request:
         binds: what of the host it sees beside its root.
         user: ``USER[:GROUP]``, names of the sandbox or numbers; "" is root.
         terminal: whether it gets one of its own: None: if the caller has one.
+        limits: the most that it and all that it starts may take of memory, processors and process numbers.
     """
 
     command: Sequence[str]
@@ -55,6 +71,7 @@ class Request:
     binds: Sequence[Bind] = ()
     user: str = ""
     terminal: bool | None = None
+    limits: Limits = field(default_factory=Limits)
 
     def to_json(self) -> dict[str, object]:
         return asdict(self)
@@ -62,7 +79,7 @@ class Request:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Request:
         """Inverse of :meth:`to_json`."""
-        return cls(**{**data, "binds": tuple(Bind(*each) for each in data["binds"])})
+        return cls(**{**data, "binds": tuple(Bind(*each) for each in data["binds"]), "limits": Limits(*data["limits"])})
 
 
 def check_network(network: str) -> Network:
@@ -87,6 +104,37 @@ def check_timeout(timeout: float | None) -> float | None:
             f"a timeout of {timeout} seconds", remedy=f"more than zero: {_SHORTEST} to {_LONGEST:.0f} seconds"
         )
     return timeout
+
+
+def limits_of(memory: str | int | None, cpus: str | float | None, pids_limit: str | int | None) -> Limits:
+    """Limits as they are asked for.
+
+    Args:
+        memory: bytes, or ``512M``. cpus: processors: 1.5. pids_limit: processes and threads, or ``1k``.
+
+    Raises:
+        InvalidArgument: what can be none; the message says which.
+    """
+    size = None if memory is None else parse_size(memory)
+    if size is not None and size < _LEAST_MEMORY:
+        raise InvalidArgument(
+            f"a memory limit of {memory!r}", remedy=f"{format_size(_LEAST_MEMORY)} or more: 6M, 512M, 2G"
+        )
+    share = None if cpus is None else _cpus(cpus)
+    return Limits(size, share, None if pids_limit is None else parse_count(pids_limit))
+
+
+def _cpus(given: str | float) -> float:
+    try:
+        share = float(given)
+    except ValueError:
+        share = math.nan
+    most = os.cpu_count() or 1
+    if not _LEAST_CPUS <= share <= most:
+        raise InvalidArgument(
+            f"not a number of processors: {given!r}", remedy=f"from {_LEAST_CPUS} to {most} here, as in 0.5"
+        )
+    return share
 
 
 def pairs_of(pairs: Iterable[str]) -> dict[str, str]:

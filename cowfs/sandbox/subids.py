@@ -10,12 +10,13 @@ import os
 import pwd
 import shutil
 import subprocess
+from contextlib import suppress
 from typing import NamedTuple
 
 from cowfs.errors import Unsupported
 from cowfs.sys import host, mounts, namespaces
 
-__all__ = ["Range", "enter", "ranges"]
+__all__ = ["Range", "enter", "ranges", "try_enter"]
 
 
 class Range(NamedTuple):
@@ -50,10 +51,46 @@ def enter() -> None:
         Unsupported: the user has no ranges, there is no newuidmap, or the kernel makes no user namespaces.
     """
     uid, gid = os.geteuid(), os.getegid()
-    words = [
+    words = _all_words(uid, gid)
+    problem = _unshare(words)
+    if problem:
+        raise Unsupported(problem, remedy="cowfs doctor says how")
+    _become_root()
+
+
+def try_enter() -> bool:
+    """:func:`enter` where this user has ranges and the programs are there; else nothing happens. Whether it did.
+
+    Where newuidmap(1) fails (it is not set-uid, say) this process has one id in its namespace, as without ranges.
+
+    Raises:
+        OSError: a namespace was made, but this process has no rights in it.
+    """
+    uid, gid = os.geteuid(), os.getegid()
+    try:
+        words = _all_words(uid, gid)
+        problem = _unshare(words)
+    except (Unsupported, OSError):
+        return False
+    if problem:
+        namespaces.map_one(uid, gid)
+    _become_root()
+    return not problem
+
+
+def _all_words(uid: int, gid: int) -> list[list[str]]:
+    return [
         _words("newuidmap", uid, ranges("/etc/subuid", uid), "/etc/subuid"),
         _words("newgidmap", gid, ranges("/etc/subgid", uid), "/etc/subgid"),
     ]
+
+
+def _unshare(words: list[list[str]]) -> str:
+    """Make the namespaces and have the maps written; why that failed, "" where it did not.
+
+    Raises:
+        Unsupported: the kernel makes none.
+    """
     made, makes = os.pipe()
     told, tells = os.pipe()
     pid = os.fork()
@@ -72,16 +109,19 @@ def enter() -> None:
         os.write(makes, b"1")
         problem = os.read(told, 1 << 12).decode(errors="replace")
     except OSError as error:
-        problem = f"no user namespace can be made: {error.strerror}"
+        raise Unsupported(f"no user namespace can be made: {error.strerror}", remedy="cowfs doctor says how") from None
     finally:
         for fd in (made, makes, told):
             os.close(fd)
         os.waitpid(pid, 0)
-    if problem != "+":
-        raise Unsupported(problem, remedy="cowfs doctor says how")
+    return "" if problem == "+" else problem
+
+
+def _become_root() -> None:
     host.forget()
+    with suppress(PermissionError):  # one group, and no right to set others
+        os.setgroups([])
     os.setresgid(0, 0, 0)
-    os.setgroups([])
     os.setresuid(0, 0, 0)
     mounts.make_private()
 

@@ -17,7 +17,7 @@ from cowfs.driver.interface import Driver, Probe
 from cowfs.errors import FailedPrecondition, InvalidArgument
 from cowfs.index.database import Index
 from cowfs.store import key_lock
-from cowfs.store.opening import INDEX, default_root, make_root, must_run, only_one
+from cowfs.store.opening import INDEX, default_root, make_root, mark_ids, must_run, only_one
 from cowfs.store.reading import must_read
 from cowfs.store.recount import recount
 from cowfs.store.reserve import FULL, Reserve, no_room
@@ -120,6 +120,7 @@ class Context:
                 for name in ("layers", "empty"):
                     with contextlib.suppress(FileExistsError):
                         files.make_directory(os.path.join(path, name), 0o755 if name == "empty" else 0o700)
+                mark_ids(path)
                 sweep(made, index)
                 Reserve(path).keep()
                 key_lock.prepare(path)

@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 
 from cowfs.driver import registry
 from cowfs.errors import CowfsError
-from cowfs.sys import files, host, landlock, loop, mounts, namespaces, seccomp
+from cowfs.sys import cgroups, files, host, landlock, loop, mounts, namespaces, seccomp
 
 __all__ = ["Finding", "State", "examine", "why_no_overlay"]
 
@@ -39,6 +39,7 @@ def examine(root: str) -> Iterator[Finding]:
     yield from _mounting()
     yield from _namespaces()
     yield from _confinement()
+    yield _control_groups()
     yield _overlay(root)
     yield from _place(root)
     yield from _drivers(root)
@@ -140,6 +141,14 @@ def _confinement() -> Iterator[Finding]:
     else:
         yield Finding("landlock", "note", "is off: cowfs run does without this second wall",
                       "Linux 5.19 or later, with landlock among the names in lsm=")  # fmt: skip
+
+
+def _control_groups() -> Finding:
+    why = cgroups.why_not()
+    if not why:
+        return Finding("control groups", "ok", "cowfs run can limit memory, processors and processes")
+    return Finding("control groups", "note", f"cowfs run cannot limit memory, processors and processes: {why}",
+                   "run as root, or in a group of your own: systemd-run --user --scope -p Delegate=yes cowfs run ...")  # fmt: skip
 
 
 def _user_name() -> str:

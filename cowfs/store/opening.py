@@ -18,9 +18,11 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from cowfs.driver.interface import Driver
 
-__all__ = ["INDEX", "default_root", "make_root", "must_run", "only_one"]
+__all__ = ["INDEX", "default_root", "make_root", "mark_ids", "must_run", "needs_ids", "only_one"]
 
 INDEX = "index.db"
+_MANY_IDS = "many-ids"
+"""An empty file in a store in which files may have other owners than its own: it was opened in a user namespace with many ids."""
 
 
 def default_root() -> str:
@@ -100,6 +102,21 @@ def _refuse_anothers(path: str) -> None:
         raise InvalidArgument(
             f"the store {path} belongs to the user {owner}", remedy="run as that user, or choose another --root"
         )
+
+
+def mark_ids(path: str) -> None:
+    """Note it where this process can make files of many owners in a store of an ordinary user.
+
+    Raises:
+        OSError: of the host.
+    """
+    if host.has_many_ids() and not os.path.lexists(f"{path}/{_MANY_IDS}"):
+        os.close(os.open(f"{path}/{_MANY_IDS}", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
+
+
+def needs_ids(path: str) -> bool:
+    """Whether this process, of an ordinary user, needs a user namespace with its ids to handle all files of a store."""
+    return os.geteuid() != 0 and os.path.lexists(f"{path}/{_MANY_IDS}")
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from typing import IO, TYPE_CHECKING
 
 from cowfs.errors import CowfsError, NotFound
 from cowfs.model import Change, Usage
-from cowfs.sandbox.process import Ended, error_of
+from cowfs.sandbox.process import error_of
 from cowfs.store.names import RUN_KEY
 
 if TYPE_CHECKING:
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from cowfs.store.context import Context
     from cowfs.store.mounts import Mounting
     from cowfs.store.naming import Naming
-    from cowfs.store.queries import Queries
     from cowfs.store.snapshots import Snapshots
 
 __all__ = ["Job", "RunResult", "Running"]
@@ -62,6 +61,7 @@ class RunResult:
         changes: what it changed, in path order.
         cpu_seconds: processor time of it and of its children that were waited for.
         peak_memory: bytes that the largest of these had in memory at once.
+        oom_killed: whether the kernel ended a process of it at the limit of memory.
     """
 
     key: str
@@ -73,6 +73,7 @@ class RunResult:
     changes: tuple[Change, ...]
     cpu_seconds: float = 0.0
     peak_memory: int = 0
+    oom_killed: bool = False
 
 
 class Running:
@@ -82,33 +83,13 @@ class Running:
         self,
         context: Context,
         naming: Naming,
-        queries: Queries,
         snapshots: Snapshots,
         mounting: Mounting,
     ) -> None:
         self.context = context
         self._naming = naming
-        self._queries = queries
         self._snapshots = snapshots
         self._mounting = mounting
-
-    def ended(self, key: str, how: Ended, out: bytes, said: bytes, *, keep: bool) -> RunResult:
-        """The result of a command that has ended; its snapshot goes unless it is kept."""
-        try:
-            return RunResult(
-                key=key,
-                returncode=how.status,
-                timed_out=how.timed_out,
-                stdout=out,
-                stderr=said,
-                usage=self._queries.usage(key),
-                changes=tuple(self._queries.diff(key)),
-                cpu_seconds=how.cpu_seconds,
-                peak_memory=how.peak_memory,
-            )
-        finally:
-            if not keep:
-                self._snapshots.remove(key)
 
     def _job(
         self,
@@ -127,7 +108,7 @@ class Running:
             "root": self.context.root, "fsync": self.context.driver.fsync, "parent": parent, "key": made, "size": size, "inodes": inodes,
             "keep": keep, "mount_type": mount_type, "request": request.to_json(),
         }  # fmt: skip
-        return Job(self, made, message, keep=keep)
+        return Job(made, message)
 
     def run(
         self,
@@ -136,6 +117,9 @@ class Running:
         *,
         size: str | int | None = None,
         inodes: str | int | None = None,
+        memory: str | int | None = None,
+        cpus: str | float | None = None,
+        pids_limit: str | int | None = None,
         network: str = "none",
         binds: Sequence[BindLike] = (),
         env: Mapping[str, str] | None = None,
@@ -156,7 +140,7 @@ class Running:
 
         request = make_request(
             self._naming.config(parent), parent, argv, network=network, binds=binds, env=env or {}, user=user, workdir=workdir,
-            privileged=privileged, timeout=timeout, terminal=tty,
+            privileged=privileged, timeout=timeout, terminal=tty, memory=memory, cpus=cpus, pids_limit=pids_limit,
         )  # fmt: skip
         job = self._job(request, parent, size=size, inodes=inodes, key=key, keep=keep, mount_type=mount_type)
         return job.run(input, stdin, capture=capture)
@@ -168,6 +152,9 @@ class Running:
         *,
         size: str | int | None = None,
         inodes: str | int | None = None,
+        memory: str | int | None = None,
+        cpus: str | float | None = None,
+        pids_limit: str | int | None = None,
         network: str = "none",
         binds: Sequence[BindLike] = (),
         env: Mapping[str, str] | None = None,
@@ -188,7 +175,7 @@ class Running:
 
         request = make_request(
             self._naming.config(parent), parent, argv, network=network, binds=binds, env=env or {}, user=user, workdir=workdir,
-            privileged=privileged, timeout=timeout, terminal=tty,
+            privileged=privileged, timeout=timeout, terminal=tty, memory=memory, cpus=cpus, pids_limit=pids_limit,
         )  # fmt: skip
         job = self._job(request, parent, size=size, inodes=inodes, key=key, keep=keep, mount_type=mount_type)
         return job.run_async(input, stdin, capture=capture)
@@ -299,11 +286,9 @@ async def _in_thread(job: Job, function: partial[RunResult]) -> RunResult:
 class Job:
     """A command that is run once. :meth:`cancel` may be called from any thread."""
 
-    def __init__(self, running: Running, key: str, message: Mapping[str, object], *, keep: bool) -> None:
-        self._running = running
+    def __init__(self, key: str, message: Mapping[str, object]) -> None:
         self._key = key
         self._message = message
-        self._keep = keep
         self._lock = threading.Lock()
         self._life = -1  # guarded by _lock: the writing end of the pipe that ends with us; -1: none, -2: cancelled
 
@@ -316,7 +301,7 @@ class Job:
 
     def run(self, input: bytes | None, stdin: int | IO[bytes] | None, *, capture: bool) -> RunResult:
         """Run it, and wait."""
-        told, tells = os.pipe()
+        told = os.memfd_create("cowfs-run")  # of any length, unlike what a pipe takes before it is read
         lives, life = os.pipe()
         asked, asks = os.pipe()
         with self._lock:
@@ -327,19 +312,20 @@ class Job:
         try:
             try:
                 process = subprocess.Popen(
-                    [sys.executable, "-P", "-m", "cowfs.store.run_process", str(asked), str(tells), str(lives)],
+                    [sys.executable, "-P", "-m", "cowfs.store.run_process", str(asked), str(told), str(lives)],
                     stdin=subprocess.PIPE if input is not None else stdin,
                     stdout=pipe,
                     stderr=pipe,
-                    pass_fds=[asked, tells, lives],
+                    pass_fds=[asked, told, lives],
                 )
             finally:
-                for fd in (asked, tells, lives):
+                for fd in (asked, lives):
                     os.close(fd)
             with process, suppress(BrokenPipeError), open(asks, "wb") as requests:
                 requests.write(json.dumps(self._message).encode())
                 requests.close()
                 out, said = self._communicate(process, input)
+            os.lseek(told, 0, os.SEEK_SET)
             with open(told, "rb", closefd=False) as file:
                 how = file.read()
         finally:
@@ -374,5 +360,18 @@ class Job:
                 last or f"the sandbox's process ended with status {code}",
                 remedy=f"its snapshot may be there: {self._key}",
             )
-        ended = Ended(**told)
-        return self._running.ended(self._key, ended, out, said, keep=self._keep)
+        return RunResult(
+            key=self._key,
+            returncode=told["status"],
+            timed_out=told["timed_out"],
+            stdout=out,
+            stderr=said,
+            usage=Usage(**told["usage"]),
+            changes=tuple(
+                Change(path=os.fsencode(path), kind=kind, type=type, size=size, what=frozenset(what))
+                for path, kind, type, size, what in told["changes"]
+            ),
+            cpu_seconds=told["cpu_seconds"],
+            peak_memory=told["peak_memory"],
+            oom_killed=told["oom_killed"],
+        )

@@ -18,7 +18,7 @@ from cowfs.model import Kind
 from cowfs.mounting import notice, protocol
 from cowfs.mounting.holders import take
 from cowfs.sandbox import beside, process
-from cowfs.sandbox.request import PATH, BindLike, Request, binds_of, check_network, check_timeout
+from cowfs.sandbox.request import PATH, BindLike, Request, binds_of, check_network, check_timeout, limits_of
 from cowfs.sys import host
 
 if TYPE_CHECKING:
@@ -75,6 +75,9 @@ def make_request(
     privileged: bool,
     timeout: float | None,
     terminal: bool | None,
+    memory: str | int | None = None,
+    cpus: str | float | None = None,
+    pids_limit: str | int | None = None,
 ) -> Request:
     """The request, completed by the configuration of the snapshot's image.
 
@@ -111,6 +114,7 @@ def make_request(
         binds=binds_of(binds),
         user=who,
         terminal=terminal,
+        limits=limits_of(memory, cpus, pids_limit),
     )
 
 
@@ -224,6 +228,11 @@ def run_beside(store: HasMounts, key: str, request: Request) -> process.Ended:
         if request.binds:
             raise FailedPrecondition(
                 f"a command runs in {key!r} already: its sandbox gets no more binds", remedy="leave out --bind"
+            )
+        if any(request.limits):
+            raise FailedPrecondition(
+                f"a command runs in {key!r} already: its limits hold for this one, too",
+                remedy="leave out --memory, --cpus and --pids-limit",
             )
         return process.run(replace(request, network=running.network), None, _directory(), running=running)
     told = store.mount_of(key)

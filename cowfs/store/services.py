@@ -321,7 +321,7 @@ class Services:
     def running(self) -> Running:
         from cowfs.store.running import Running
 
-        return Running(self.context, self.naming, self.queries, self.snapshots, self.mounting)
+        return Running(self.context, self.naming, self.snapshots, self.mounting)
 
     @_made
     def files(self) -> Files:

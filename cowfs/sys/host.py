@@ -55,6 +55,16 @@ def init_userns() -> bool:
         return True
 
 
+@remembered
+def has_many_ids() -> bool:
+    """Whether this is a user namespace, not the initial one, in which more than one id is known."""
+    try:
+        with open("/proc/self/uid_map", encoding="utf-8") as file:
+            return not init_userns() and sum(int(line.split()[2]) for line in file) > 1
+    except (OSError, ValueError):
+        return False
+
+
 def id_maps() -> tuple[str, str]:
     """The maps of this process's user namespace, as the kernel writes them; "" where /proc is out of sight."""
     found = []

@@ -64,10 +64,20 @@ def become_root() -> None:
     """
     uid, gid = os.geteuid(), os.getegid()
     unshare(CLONE_NEWUSER | CLONE_NEWNS)
-    for name, text in (("setgroups", "deny"), ("uid_map", f"0 {uid} 1"), ("gid_map", f"0 {gid} 1")):
-        with open(f"/proc/self/{name}", "w", encoding="utf-8") as file:
-            file.write(text)
+    map_one(uid, gid)
     host.forget()
+
+
+def map_one(uid: int, gid: int) -> None:
+    """Make a user and a group of outside root in this process's new user namespace; a map that is written already stays.
+
+    Raises:
+        OSError: EPERM.
+    """
+    for name, text in (("uid_map", f"0 {uid} 1"), ("setgroups", "deny"), ("gid_map", f"0 {gid} 1")):
+        with open(f"/proc/self/{name}", "r+", encoding="utf-8") as file:
+            if name == "setgroups" or not file.read():
+                file.write(text)
 
 
 def has_ids(uid: int, gid: int, own: int) -> bool:

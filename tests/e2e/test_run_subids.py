@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -100,3 +101,113 @@ def test_no_range_is_one_line(cowfs: tuple[Path, list[str]], public_directory: P
         [*words, "unshare", "/nowhere"], env=env, capture_output=True, text=True, cwd="/", check=False
     )
     assert (done.returncode, len(done.stderr.splitlines())) == (3, 1), done
+
+
+class Subids:
+    """The plain command of a user with ranges, over a store with the snapshot box; nothing here begins with cowfs unshare."""
+
+    def __init__(self, base: Path, words: list[str]) -> None:
+        self.base, self.words = base, words
+        tree(base / "tree")
+        for name in ("chown", "rm"):
+            (base / "tree/bin" / name).symlink_to("busybox")
+        (base / "tree/tmp").chmod(0o1777)
+        os.chown(base / "tree/etc/inside", 7, 8)
+        subprocess.run(["tar", "-C", base / "tree", "-cf", base / "tree.tar", "."], check=True)
+
+    def __call__(self, *arguments: object, status: int = 0, **environ: str) -> str:
+        done = subprocess.run(
+            [shutil.which("setpriv") or "setpriv", *self.words[1:], *map(str, arguments)],
+            env={**environment(), "COWFS_ROOT": str(self.base / "store"), "HOME": str(self.base), **environ},
+            capture_output=True, text=True, cwd=self.base, check=False,
+        )  # fmt: skip
+        assert done.returncode == status, done
+        assert "Traceback" not in done.stderr
+        return done.stdout + done.stderr
+
+    def foreign(self) -> set[int]:
+        """Owners of files in the store's layers."""
+        return {path.lstat().st_uid for path in (self.base / "store/layers").rglob("*")}
+
+
+@pytest.fixture
+def plain(cowfs: tuple[Path, list[str]]) -> Subids:
+    made = Subids(*cowfs)
+    made("import", made.base / "tree.tar", "box", "--as", "rootfs", "--owners", "ignore")
+    return made
+
+
+SHUT = "mkdir /tmp/d; echo x > /tmp/d/f; chown -R 1000:1001 /tmp/d; rm /etc/inside; "
+"""Makes a directory of another id that nobody else can look into."""
+
+
+def test_run_has_the_ids_by_itself_and_other_verbs_follow(plain: Subids) -> None:
+    """As root of the host would do it, with no word about ids: none of them needs to be asked to."""
+    script = f"{SHUT} busybox chmod 700 /tmp/d; stat -c %u:%g /tmp/d/f"
+    assert plain("run", "-q", "--key", "many", "box", "sh", "-c", script) == "1000:1001\n"
+    assert FIRST + 999 in {path.lstat().st_uid for path in (plain.base / "store/layers").rglob("d")}
+    assert "/tmp/d/f" in plain("diff", "many")
+    assert plain("cat", "many:/tmp/d/f") == "x\n"
+    plain("cp", "many:/tmp/d", "./out")
+    assert (plain.base / "out/f").read_text() == "x\n"
+    plain("snapshot", "many", "first")
+    assert plain("sh", "many", "--", "sh", "-c", "cat /tmp/d/f; echo y > /tmp/d/g; chown 5 /tmp/d/g; stat -c %u /tmp/d/g") == "x\n5\n"  # fmt: skip
+    plain("commit", "--digests", "many", "second")
+    plain("prepare", "k", "second")
+    plain("squash", "first")
+    plain("export", "second", "x.tar", "--format", "layer")
+    listed = subprocess.run(
+        ["tar", "--numeric-owner", "-tvf", plain.base / "x.tar"], capture_output=True, text=True, check=True
+    )
+    assert "1000/1001" in listed.stdout
+    plain("check", "--content")
+    plain("rm", "k")
+    assert plain("rm", "second") == "second\n"
+    plain("gc")
+    assert plain.foreign() <= {UID}
+    assert "0 snapshots" not in plain("ls")
+
+
+def test_a_run_that_keeps_nothing_leaves_nothing(plain: Subids) -> None:
+    before = sorted(os.listdir(plain.base / "store/layers"))
+    told = json.loads(plain("run", "--rm", "--json", "box", "sh", "-c", f"{SHUT} busybox chmod 700 /tmp/d"))
+    assert "/tmp/d/f" in [change["path"] for change in told[0]["changes"]]
+    plain("run", "--commit", "made", "box", "sh", "-c", SHUT)
+    plain("run", "-q", "--key", "run-0", "box", "sh", "-c", f"{SHUT} busybox chmod 700 /tmp/d")
+    assert "removed 2" in plain("prune", "--all")  # two names that nothing needs; box has a tag
+    assert sorted(os.listdir(plain.base / "store/layers")) == before
+
+
+def test_without_newuidmap_there_is_one_id(plain: Subids, public_directory: Path) -> None:
+    script = "busybox id -u; chown 1000 /tmp 2>&1"
+    assert plain("run", "--rm", "box", "sh", "-c", script, PATH="/nowhere", status=1).startswith("0\nchown: ")
+    (public_directory / "ranges").write_text("somebody:1:2\n")
+    assert plain("run", "--rm", "box", "sh", "-c", script, status=1).startswith("0\nchown: ")
+    weak = public_directory / "weak"
+    weak.mkdir()
+    for name in ("newuidmap", "newgidmap"):
+        (weak / name).write_text("#!/bin/sh\necho not permitted >&2; exit 1\n")
+        (weak / name).chmod(0o755)
+    weak.chmod(0o755)
+    (public_directory / "ranges").write_text(f"{UID}:{FIRST}:65536\n")
+    assert plain("run", "--rm", "box", "sh", "-c", script, PATH=f"{weak}:/usr/bin:/bin", status=1).startswith(
+        "0\nchown: "
+    )
+
+
+def test_a_program_gets_the_ids_too(plain: Subids) -> None:
+    """Its result is looked at, and its snapshot removed, with them."""
+    script = (
+        "import os, sys; from cowfs import Store\n"
+        "with Store.open(sys.argv[1], create=False, fsync=False) as store:\n"
+        f"    done = store.run('box', ['sh', '-c', {SHUT + 'busybox chmod 700 /tmp/d; stat -c %u /tmp/d'!r}])\n"
+        "    print(done.returncode, done.stdout.decode().strip(), b'tmp/d/f' in [one.path for one in done.changes], os.getuid())\n"
+        "    print([info.name for info in store.walk() if info.name.startswith('run-')])\n"
+    )
+    python = plain.words[plain.words.index("--") + 1]
+    done = subprocess.run(
+        command_as([python, "-c", script, str(plain.base / "store")]),
+        env={**environment(), "HOME": str(plain.base)}, capture_output=True, text=True, cwd="/", check=False,
+    )  # fmt: skip
+    assert done.stdout.splitlines() == [f"0 1000 True {UID}", "[]"], done
+    assert plain.foreign() <= {UID}

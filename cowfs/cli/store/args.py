@@ -110,24 +110,52 @@ def _kernel_mounts(root: str) -> dict[str, str]:
     return {os.fsdecode(layer): os.fsdecode(target) for layer, target in found.items()}
 
 
-def open_store(args: argparse.Namespace, *, create: bool = True, options: Mapping[str, str] | None = None) -> Store:
+def open_store(
+    args: argparse.Namespace,
+    *,
+    create: bool = True,
+    options: Mapping[str, str] | None = None,
+    outside: bool = False,
+    ranges: bool = False,
+) -> Store:
     """The store that the options or the environment name.
+
+    Where an ordinary user's store may have files of many owners, this process, which has one thread, enters a user namespace with the ids of
+    /etc/subuid, as with ``cowfs unshare``.
 
     Args:
         options: of its driver.
+        outside: never: what is mounted is to be seen by others.
+        ranges: always, where this user has ranges: it makes such files.
     """
     from cowfs.store import Store
 
     root = config.root(args.root)
     fsync = config.fsync()
+    if not outside and os.geteuid() != 0:
+        root = args.root = _enter(root, always=ranges)  # further openings are of the same one
     return Store.open(root, driver=args.driver, create=create, fsync=fsync, **(options or {}))
 
 
-def look_at_store(args: argparse.Namespace) -> Look:
-    """The store that the options or the environment name, to read its index only."""
+def _enter(root: str | None, *, always: bool) -> str:
+    """Enter the namespace where that is needed; the store's directory, of which another would be the default in there."""
+    from cowfs.store.opening import default_root, needs_ids
+
+    root = os.path.abspath(root or default_root())
+    if always or needs_ids(root):
+        from cowfs.sandbox import subids
+
+        subids.try_enter()
+    return root
+
+
+def look_at_store(args: argparse.Namespace, *, outside: bool = False) -> Look:
+    """The store that the options or the environment name, to read its index only; ``outside`` as for :func:`open_store`."""
     from cowfs.store.look import Look
 
     root = config.root(args.root)
+    if not outside and os.geteuid() != 0:
+        root = args.root = _enter(root, always=False)
     return Look.open(root, driver=args.driver, fsync=config.fsync())
 
 
@@ -147,7 +175,7 @@ def known_in_store(args: argparse.Namespace, name: str) -> bool:
     from cowfs.errors import NotFound
 
     try:
-        with look_at_store(args) as store:
+        with look_at_store(args, outside=True) as store:
             store.resolve(name)
     except NotFound:
         return False

@@ -80,6 +80,9 @@ def _add_sandbox(parser: argparse.ArgumentParser) -> None:
         default="none",
         help="none: only a loopback interface of its own (the default); or the host's",
     )
+    add("--memory", metavar="S", help="the most that it and all that it starts have in memory and swap: 512M, 2G")
+    add("--cpus", metavar="N", help="processors that they use at once: 0.5, 2")
+    add("--pids-limit", metavar="N", help="processes and threads that they are at once")
     add("--privileged", action="store_true", help="keep all privilege, devices and /proc: for commands you trust")
     add("-i", "--interactive", action="store_true", help="hand on standard input (it always is)")
     add("-t", "--tty", action="store_true", help="give it a terminal (default: where there is one)")
@@ -165,6 +168,7 @@ def _request(
     return make_request(
         store.config(name), name, args.command, default=default, network=args.network, binds=args.bind, env=pairs_of(args.env), user=args.user,
         workdir=args.workdir, privileged=args.privileged, timeout=timeout, terminal=True if args.tty else None,
+        memory=args.memory, cpus=args.cpus, pids_limit=args.pids_limit,
     )  # fmt: skip
 
 
@@ -190,7 +194,7 @@ def _run_in_snapshot(args: argparse.Namespace) -> int:
     if args.commit:
         check_new(args.commit)
     check_timeout(args.timeout)
-    with open_store(args, create=False) as store:
+    with open_store(args, create=False, ranges=True) as store:
         request = _request(store, args.parent, args, args.timeout, None)
         made = False
         try:
@@ -199,6 +203,8 @@ def _run_in_snapshot(args: argparse.Namespace) -> int:
                 made = True
             with _output_apart(args):
                 ended = run_in(store, key, request, mount_type=args.mount_type)
+            if ended.oom_killed and not args.quiet:
+                print("cowfs run: a process was ended at the limit of memory (--memory)", file=sys.stderr)
             told = _result(store, key, ended) if args.json else None
         except BaseException:
             if made:
@@ -241,6 +247,7 @@ def _ended(key: str, ended: Ended) -> dict[str, Any]:
         "timed_out": ended.timed_out,
         "cpu_seconds": ended.cpu_seconds,
         "peak_memory": ended.peak_memory,
+        "oom_killed": ended.oom_killed,
     }
 
 
@@ -281,7 +288,7 @@ def _sh(args: argparse.Namespace) -> int:
 
     process.open_streams()
     try:
-        with process.stop_on_signals(), open_store(args, create=False) as store:
+        with process.stop_on_signals(), open_store(args, create=False, outside=True) as store:
             request = _request(store, args.key, args, None, ["/bin/sh"])
             with _output_apart(args):
                 ended = run_beside(store, args.key, request)
@@ -346,6 +353,7 @@ COMMANDS = {
             "cowfs run debian:12 apt-get --version",
             "cowfs run --rm --timeout 60 -v $PWD:/src:ro -w /src debian:12 sh -c 'make test'",
             "cowfs run debian:12 --rm --size 100M -- sh",
+            "cowfs run --rm --memory 512M --cpus 0.5 --pids-limit 100 debian:12 sh -c 'make test'",
             "cowfs run --json --rm debian:12 touch /made",
             "cowfs run debian:12 --network host --commit with-python -- apt-get install -y python3",
         ),

@@ -30,6 +30,9 @@ class RunVerbs:
         *,
         size: str | int | None = None,
         inodes: str | int | None = None,
+        memory: str | int | None = None,
+        cpus: str | float | None = None,
+        pids_limit: str | int | None = None,
         network: str = "none",
         binds: Sequence[BindLike] = (),
         env: Mapping[str, str] | None = None,
@@ -48,7 +51,7 @@ class RunVerbs:
         """Run a command in a fresh snapshot, in a sandbox, and wait for its end.
 
         Isolated are files, processes, signals, the terminal, the network, privilege, devices, System V IPC, the host's name, and, with
-        ``size`` and ``inodes``, disk space. Not isolated are the kernel itself, memory, processor and number of processes, and what
+        ``size`` and ``inodes``, disk space; with ``memory``, ``cpus`` and ``pids_limit`` these, by control groups. Not isolated are the kernel itself, and what
         ``binds``, ``network="host"`` and the standard streams hand in: docs/security.md. When the caller ends, however it ends,
         the command and all that it started end, too.
 
@@ -58,11 +61,14 @@ class RunVerbs:
             parent: a committed snapshot, or a tag.
             argv: the command; default: the image's, else a shell.
             size, inodes: the limit of the snapshot, as for :meth:`prepare`.
+            memory: the most that the command and all that it starts may have in memory and swap, bytes or ``"512M"``; 6M or more.
+            cpus: processors that they may use at once: 1.5.
+            pids_limit: processes and threads that they may be at once.
             network: ``none``: only a loopback interface of its own; ``host``: the host's.
             binds: files and directories of the host that it sees: ``"SOURCE:TARGET"``, ``"SOURCE:TARGET:ro"``, or tuples of these.
             env: variables beside those of the image.
-            user: ``USER[:GROUP]``, names in the snapshot or numbers; default: the image's, else root. An ordinary user has one id:
-                whoever it is in there, files are this user's.
+            user: ``USER[:GROUP]``, names in the snapshot or numbers; default: the image's, else root. An ordinary user has the ids of
+                /etc/subuid in there, where newuidmap is; else one id: whoever it is, files are this user's.
             workdir: where it starts; default: the image's, else ``/``.
             privileged: keep all privilege, devices and /proc, and every system call.
             tty: give it a terminal of its own; what it writes there is in ``stdout``.
@@ -77,10 +83,10 @@ class RunVerbs:
             NotFound: no such snapshot, or no such source of a bind.
             InvalidArgument: a bad limit, network, timeout, variable, bind or user.
             AlreadyExists: the key is taken.
-            Unsupported: this host or user can make no namespaces or mounts.
+            Unsupported: this host or user can make no namespaces or mounts, or no control group where one is needed.
         """
         return self.services.running.run(
-            parent, argv, size=size, inodes=inodes, network=network, binds=binds, env=env, user=user, workdir=workdir,
+            parent, argv, size=size, inodes=inodes, memory=memory, cpus=cpus, pids_limit=pids_limit, network=network, binds=binds, env=env, user=user, workdir=workdir,
             privileged=privileged, tty=tty, timeout=timeout, input=input, stdin=stdin, capture=capture, key=key, keep=keep,
             mount_type=mount_type,
         )  # fmt: skip
@@ -92,6 +98,9 @@ class RunVerbs:
         *,
         size: str | int | None = None,
         inodes: str | int | None = None,
+        memory: str | int | None = None,
+        cpus: str | float | None = None,
+        pids_limit: str | int | None = None,
         network: str = "none",
         binds: Sequence[BindLike] = (),
         env: Mapping[str, str] | None = None,
@@ -113,14 +122,14 @@ class RunVerbs:
         cancellation goes on.
 
         Args:
-            parent, argv, size, inodes, network, binds, env, user, workdir, privileged, tty, timeout, input, stdin, capture, key, keep,
+            parent, argv, size, inodes, memory, cpus, pids_limit, network, binds, env, user, workdir, privileged, tty, timeout, input, stdin, capture, key, keep,
                 mount_type: as for :meth:`run`.
 
         Raises:
             NotFound, InvalidArgument, AlreadyExists, Unsupported: as :meth:`run`.
         """
         return self.services.running.run_async(
-            parent, argv, size=size, inodes=inodes, network=network, binds=binds, env=env, user=user, workdir=workdir,
+            parent, argv, size=size, inodes=inodes, memory=memory, cpus=cpus, pids_limit=pids_limit, network=network, binds=binds, env=env, user=user, workdir=workdir,
             privileged=privileged, tty=tty, timeout=timeout, input=input, stdin=stdin, capture=capture, key=key, keep=keep,
             mount_type=mount_type,
         )  # fmt: skip
