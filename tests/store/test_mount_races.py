@@ -168,9 +168,12 @@ def test_a_mount_that_is_unmounted_before_it_answered_says_so(
     """By an unmount of another process; the server has no error then."""
     for name in ("layer", "mnt"):
         (space / name).mkdir()
-    monkeypatch.setattr(
-        server.Server, "_ready", lambda self: mountpoint.detach(self.spec.mountpoint, force=True)  # in its process
-    )  # fmt: skip
+
+    def unmounted(self: server.Server) -> None:  # in its process, in place of the answer
+        self.session.ready.wait()
+        mountpoint.detach(self.spec.mountpoint, force=True)
+
+    monkeypatch.setattr(server.Server, "_ready", unmounted)
     spec = MountSpec(layers=(str(space / "layer"),), mountpoint=str(space / "mnt"), readonly=True)
     pid = os.fork()  # a maker that ignores SIGINT from then on
     if pid == 0:
