@@ -9,8 +9,8 @@ import gc
 import os
 import sys
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
 
+from cowfs._typed import TYPE_CHECKING, Any
 from cowfs.cli.common import Command
 from cowfs.errors import CowfsError, InvalidArgument
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
 
+from cowfs._record import record
+from cowfs._typed import TYPE_CHECKING, Any
 from cowfs.cli.common import Command
 from cowfs.cli.output import count_or, print_json, print_table, shown, size_or
 from cowfs.cli.store.args import add_store
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 PERIOD = 1.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Look:
     """One mount at one moment.
 
@@ -191,6 +191,8 @@ def _left(told: Statistics, what: str) -> int | None:
 
 def document(before: Look, now: Look) -> dict[str, Any]:
     """The same for programs: counts since the mount, times in seconds, ``cpu_percent`` of the last look."""
+    from dataclasses import asdict
+
     made = asdict(now)
     told = made.pop("statistics")
     del made["at"]

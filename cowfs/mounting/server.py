@@ -32,10 +32,10 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from cowfs._log import Part
 from cowfs._record import replace
+from cowfs._typed import TYPE_CHECKING, Any, NamedTuple, NoReturn
 from cowfs.errors import CowfsError, FailedPrecondition
 from cowfs.mounting import mountpoint, protocol
 from cowfs.mounting.assemble import explain, make_session, make_view, name_process, raise_file_limit, refused

@@ -11,8 +11,8 @@ import pwd
 import shutil
 import subprocess
 from contextlib import suppress
-from typing import NamedTuple
 
+from cowfs._typed import NamedTuple
 from cowfs.errors import Unsupported
 from cowfs.sys import host, mounts, namespaces
 

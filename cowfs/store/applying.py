@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, BinaryIO
 
 from cowfs import archive
+from cowfs._typed import TYPE_CHECKING, BinaryIO
 from cowfs.index.directory import DIGEST
 from cowfs.store.archived import APPLIED, HEADERS, forget
 from cowfs.store.digest_table import ByInode

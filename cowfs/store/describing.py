@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
 
+from cowfs._typed import TYPE_CHECKING
 from cowfs.driver import registry
 from cowfs.driver.interface import Driver
 from cowfs.errors import Unsupported

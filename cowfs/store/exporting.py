@@ -7,9 +7,9 @@ import itertools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, BinaryIO
 
 from cowfs import archive, images
+from cowfs._typed import TYPE_CHECKING, BinaryIO
 from cowfs.errors import Corrupt, InvalidArgument, NotFound
 from cowfs.index import compare
 from cowfs.index.database import Index, Row

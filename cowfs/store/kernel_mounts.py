@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
 
+from cowfs._typed import TYPE_CHECKING
 from cowfs.driver.interface import Driver
 from cowfs.driver.plan import MountPlan
 from cowfs.errors import FailedPrecondition, InvalidArgument, Unsupported

@@ -15,8 +15,8 @@ import os
 import subprocess
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple
 
+from cowfs._typed import ClassVar, NamedTuple
 from cowfs.errors import FailedPrecondition, Unsupported
 from cowfs.model import Limit, Usage
 from cowfs.sys import blockfs, files, loop, programs

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
+from cowfs._typed import TYPE_CHECKING
 from cowfs.driver.interface import Driver
 from cowfs.errors import FailedPrecondition, InvalidArgument, Unsupported
 from cowfs.model import Info

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, TypedDict
 
 from cowfs._log import Part
+from cowfs._typed import TYPE_CHECKING, Any, TypedDict
 from cowfs.errors import CowfsError, InvalidArgument, NotFound, Unsupported
 from cowfs.model import Kind
 from cowfs.mounting import kernel

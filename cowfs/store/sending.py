@@ -12,10 +12,10 @@ all others as archives.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, cast
 
 from cowfs import archive, images
+from cowfs._record import record
+from cowfs._typed import TYPE_CHECKING, Any, BinaryIO, NamedTuple, cast
 from cowfs.errors import AlreadyExists, Corrupt, FailedPrecondition, InvalidArgument
 from cowfs.model import Kind
 from cowfs.store.archived import present
@@ -42,7 +42,7 @@ __all__ = ["Receiving", "Sending", "Sent"]
 MAX_LAYERS = 10_000
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Sent:
     """The outcome of :meth:`cowfs.Store.send`.
 

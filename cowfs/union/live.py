@@ -19,9 +19,9 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import TYPE_CHECKING
 
 from cowfs._record import record
+from cowfs._typed import TYPE_CHECKING
 from cowfs.union import from_index, hardlinks, holding, quota, stored
 from cowfs.union.layers import Layer, Source
 from cowfs.union.meta import Meta

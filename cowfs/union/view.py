@@ -37,8 +37,8 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
+from cowfs._typed import TYPE_CHECKING
 from cowfs.errors import InvalidArgument
 from cowfs.format.whiteout import choose_form, opaque_value
 from cowfs.model import Limit, Usage

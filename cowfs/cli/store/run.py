@@ -10,8 +10,8 @@ import secrets
 import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
 
+from cowfs._typed import TYPE_CHECKING
 from cowfs.cli.common import Command
 from cowfs.cli.store.args import add_store, check_new, open_store
 from cowfs.errors import FailedPrecondition, InvalidArgument, NotFound

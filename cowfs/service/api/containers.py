@@ -18,7 +18,7 @@ from cowfs.service.containers.container import Container
 from cowfs.service.containers.pruning import prune
 from cowfs.service.containers.records import ContainerConfig, Update
 from cowfs.service.errors import ApiError
-from cowfs.service.events import when
+from cowfs.service.events import moment
 from cowfs.service.http import Exchange, Reply, empty, json_reply, lines
 from cowfs.service.images import has_label, rfc3339
 from cowfs.service.records import decode
@@ -374,7 +374,7 @@ def _changes(service: Service, exchange: Exchange, name: str) -> Reply:
 
 def _prune(service: Service, exchange: Exchange) -> Reply:
     filters = filters_of(exchange, ("until", "label", "label!"))
-    until = [when(text, "until") or 0 for text in filters.get("until", [])]
+    until = [moment(text, "until") for text in filters.get("until", [])]
 
     def fits(container: Container) -> bool:
         return (
