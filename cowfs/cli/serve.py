@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
 
+from cowfs._typed import TYPE_CHECKING
 from cowfs.cli.common import Command
 from cowfs.cli.output import print_items, print_json
 from cowfs.cli.store.args import add_json, add_store, open_store

@@ -29,9 +29,9 @@ import time
 from collections import deque
 from collections.abc import Callable
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Final, TextIO, TypeVar
 
 from cowfs._record import record
+from cowfs._typed import TYPE_CHECKING, Any, Final, TextIO, TypeVar
 from cowfs.errors import CowfsError, FailedPrecondition, Unsupported
 from cowfs.fuse import abi, buffers, codec, device, handshake, log
 from cowfs.fuse.codec import ProtocolError

@@ -18,9 +18,9 @@ import os
 import stat
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import ExitStack, suppress
-from typing import BinaryIO, NamedTuple
 
 from cowfs._log import Part
+from cowfs._typed import BinaryIO, NamedTuple
 from cowfs.driver.interface import Driver
 from cowfs.erofs.reader import Image
 from cowfs.erofs.tree import Inode, Map

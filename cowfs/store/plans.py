@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from cowfs._typed import TYPE_CHECKING
 from cowfs.driver.interface import Driver
 from cowfs.driver.plan import MountPlan
 from cowfs.index.database import Row

@@ -11,8 +11,8 @@ import errno
 import os
 import stat
 from collections.abc import Collection
-from typing import TYPE_CHECKING
 
+from cowfs._typed import TYPE_CHECKING
 from cowfs.sys import xattr
 from cowfs.union import content, copyup, from_index
 from cowfs.union.attr import ATTR, NS, mode_of, pack, unpack, with_nlink, with_size

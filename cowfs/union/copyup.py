@@ -21,8 +21,8 @@ import contextlib
 import errno
 import os
 import stat
-from typing import TYPE_CHECKING
 
+from cowfs._typed import TYPE_CHECKING
 from cowfs.sys import files, xattr
 from cowfs.union import from_index, hardlinks, holding
 from cowfs.union.blocks import UNIT, total_of, units
