@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from cowfs.errors import FailedPrecondition
 from cowfs.service.containers import bundle
-from cowfs.service.containers.cgroups import PREFIX
+from cowfs.service.containers.cgroups import PREFIX, place
 from cowfs.service.containers.records import HostConfig
 from cowfs.service.containers.supervisor import RUN_FILE
 from cowfs.service.logs import log
@@ -174,7 +174,18 @@ class Container:
 
     @property
     def cgroup(self) -> str:
-        return f"{PREFIX}/{self.id}"
+        """Its control group, of its present or last run or of the next one; "" where it has none."""
+        if "cgroup" in self.run:
+            return str(self.run["cgroup"])
+        if self.running:  # started by a cowfs that did not record it
+            return f"{PREFIX}/{self.id}"
+        return self.next_cgroup
+
+    @property
+    def next_cgroup(self) -> str:
+        """The control group of a run that begins now; "" where this daemon may make none."""
+        parent = place().parent
+        return f"{parent}/{self.id}" if parent else ""
 
     @property
     def host_config(self) -> HostConfig:

@@ -488,6 +488,8 @@ class Containers:
                 raise FailedPrecondition(f"container {container.id} is not running")
             if container.paused:
                 raise FailedPrecondition(f"container {container.id} is already paused")
+            if not container.cgroup:
+                raise ApiError(501, "cannot pause: no control group is delegated to this daemon's user")
             self.runtime("pause", container.id)
             container.paused = True
             container.save_if_room()
