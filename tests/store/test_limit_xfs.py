@@ -155,14 +155,14 @@ def full() -> Iterator[None]:
         assert error.errno == errno.ENOSPC
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", range(1))
 def test_a_random_life_equals_a_plain_directory_within_its_limit(store: Store, seed: int) -> None:
     """Writes, deletions, renames, limits up and down under the mount, remounts by any engine, commits: the content is the plain one's, and the use is never beyond the limit by a write."""
     rng = random.Random(f"xfs {seed}")
     top, plain = at(store, "kernel"), {"kept": b"kept" * 5000}
     limit = 8 * MIB
     store.prepare("key", "base", size=limit)
-    for round in range(4):
+    for round in range(3):
         engine = rng.choice([XFS, XFS, "loop", "fuse"])
         with contextlib.ExitStack() as held:
             try:
@@ -174,7 +174,7 @@ def test_a_random_life_equals_a_plain_directory_within_its_limit(store: Store, s
                 limit = 64 * MIB
                 store.limit("key", size=limit)
                 held.enter_context(store.mount("key", top, limit_engine=engine))
-            for _ in range(30):
+            for _ in range(20):
                 act = rng.choice(["write", "write", "write", "delete", "rename", "limit", "link"])
                 name, other = f"f{rng.randrange(6)}", f"f{rng.randrange(6)}"
                 if act == "write":
