@@ -380,9 +380,11 @@ def main_service(arguments: Any) -> int:
         sys.stdout.write(options_module.as_toml(options))
         return 0
     if arguments.install:
-        for path in systemd.install(force=arguments.force):
+        user = bool(arguments.user) or os.geteuid() != 0
+        for path in systemd.install(systemd.directory_of_units(user=user), user=user, force=arguments.force):
             sys.stdout.write(f"{path}\n")
-        sys.stdout.write("systemctl daemon-reload && systemctl enable --now cowfs.socket\n")
+        manager = "systemctl --user" if user else "systemctl"
+        sys.stdout.write(f"{manager} daemon-reload && {manager} enable --now cowfs.socket\n")
         return 0
     if options.tlsverify and not (options.tlscert and options.tlskey):
         raise InvalidArgument(
