@@ -150,10 +150,12 @@ def test_a_limit_that_comes_before_the_container_is_held_by_our_server(snapshott
                 file.write(bytes(65536))
 
 
-def test_of_the_driver_row_the_kernel_shows_views_and_our_server_redirects(tmp_path: Path, can_mount: None) -> None:
+def test_of_the_driver_row_the_kernel_shows_views_and_our_server_redirects(
+    tmp_path_factory: pytest.TempPathFactory, can_mount: None
+) -> None:
     """Not on tmpfs, where an image that points into files is not mounted."""
     pytest.importorskip("grpc", reason="the extra cowfs-storage[containerd] is not installed")
-    base = tmp_path / "s"
+    base = tmp_path_factory.mktemp("r")  # short: the address of a unix socket has 107 bytes
     made = Snapshotter(base, "-s", "row").start()
     try:
         layer(made, "base", "", text("f", "x" * 100_000))

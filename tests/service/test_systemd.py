@@ -88,7 +88,7 @@ def test_the_first_client_starts_it(space: Path, short: Path) -> None:
         wait_for(path.exists, "the socket")
         assert not (space / "s").exists()
         assert ping(path).startswith(b"HTTP/1.1 200")
-        assert f"listening on unix://{path}" in (space / "log").read_text()
+        wait_for(lambda: f"listening on unix://{path}" in (space / "log").read_text(), "the line about the door")
     finally:
         process.terminate()
         assert process.wait(60) == 0, (space / "log").read_text()

@@ -62,7 +62,7 @@ class Container:
         config, host: as the API shows them, merged of request and image.
         volumes: those that it mounts: ``name``, ``target``, ``readonly``, ``copy``, and ``own``: whether it was made for this container alone.
         stopped: whether a verb ended its last run. restarts: number by its policy, since a verb started it. restarting,
-            delay: whether and how long it waits for one; guarded by changed. found: by a new daemon, which has not
+            delay: whether and how long it waits for one; guarded by changed. wait_number: of the last such wait. found: by a new daemon, which has not
                 applied its policy yet.
         health: of this run, if it has a check.
         run: the supervisor's record; {} before the first start. paused, error: see the API.
@@ -89,6 +89,7 @@ class Container:
     restarts: int = 0
     restarting: bool = False
     delay: float = 0.0
+    wait_number: int = 0
     found: bool = False
     health: Health | None = None
     removing: bool = False
