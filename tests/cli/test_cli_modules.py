@@ -32,7 +32,7 @@ BUDGETS = {
     ("usage", "base"): (26, 66),
 }
 
-WHOLE = {
+WHOLE: dict[tuple[str, ...], tuple[int, int]] = {
     # those that open the store with its driver: nothing that writes, makes archives or mounts
     ("cat", "base:/file"): (96, 165),
     ("ls", "base:/"): (96, 165),
