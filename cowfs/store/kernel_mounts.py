@@ -14,6 +14,7 @@ from cowfs.index.database import Row
 from cowfs.model import Kind, Mount
 from cowfs.store import limit_loop
 from cowfs.store.layers import hold
+from cowfs.store.limit_image import KINDS
 from cowfs.store.lookup import must_be_mountable
 from cowfs.sys import loop, mounts as sys_mounts
 
@@ -49,10 +50,11 @@ class KernelMounts:
         """Whether a kernel mount of a snapshot needs an engine for its limit."""
         return bool(row.limit) and row.kind is Kind.ACTIVE and not self.context.driver.capabilities.own_limit
 
-    def mount(self, row: Row, where: str, *, make_image: bool = True) -> None:
+    def mount(self, row: Row, where: str, engine: str | None = None, *, make_image: bool = True) -> None:
         """Mount an active snapshot or a view by the kernel; one with a limit in an image of the limit's size.
 
         Args:
+            engine: the limit engine that was asked for; None: the best one.
             make_image: make the image of its parent's metadata if it is missing; otherwise all layers are mounted then.
 
         Raises:
@@ -61,7 +63,8 @@ class KernelMounts:
         """
         must_be_mountable(row)
         limited = self._needs_engine(row)
-        why = limit_loop.why_not(self.context.driver) if limited else ""
+        kind = KINDS.get(engine or "")
+        why = limit_loop.why_not(self.context.driver, kind or KINDS["loop"]) if limited else ""
         if why:
             raise Unsupported(f"a kernel mount with a limit is not possible: {why}", remedy="leave out --mount-type")
         plan = self._plans.plan(row)
@@ -70,7 +73,7 @@ class KernelMounts:
                 if plan.row and not plan.readonly and not limit_loop.has_image(self.context.driver, row.id):
                     self._refuse_redirects(row, plan.upper)
                 if limited:
-                    plan = held.enter_context(limit_loop.limited(self.context.driver, row.id, plan))
+                    plan = held.enter_context(limit_loop.limited(self.context.driver, row.id, plan, kind))
             try:
                 self._mount_image(row, plan, where, make_image)
             except (

@@ -205,7 +205,7 @@ class Running:
                 limit_engine=limit_engine,
                 volatile=volatile,
                 allow_other=allow_other,
-                owner=0 if mount_type == "kernel" or limit_engine in ("loop", "auto") else os.getpid(),
+                owner=0 if mount_type == "kernel" or limit_engine not in (None, "fuse") else os.getpid(),
             ) as handle:
                 yield handle
         finally:

@@ -74,6 +74,15 @@ class LayerStack:
         self.upper = None
         return dropped
 
+    def drop_upper(self) -> Layer:
+        """Take away the upper layer, which the caller closes, and puts another in its place."""
+        dropped = self.layers.pop()
+        assert dropped is self.upper
+        self.roots[:] = [root for root in self.roots if root.layer is not dropped]
+        self.sources = {key: source for key, source in self.sources.items() if source.layer is not dropped}
+        self.upper = None
+        return dropped
+
     @contextmanager
     def replaced(self, lowers: Sequence[Layer], index: TreeIndex | None, covered: int) -> Iterator[None]:
         """Put other lower layers, bottom first, under the upper one; an error in the block restores the former ones.

@@ -348,6 +348,7 @@ class View(Core):
     writable = copyup.writable
     publish = copyup.publish
     freeze = live.freeze
+    replace = live.replace
     rollback = live.rollback
     setattr = attributes.setattr
     getxattr = attributes.getxattr
