@@ -1,7 +1,7 @@
 """Every example of every verb's --help is run as it is printed, in a prepared place, and does what it promises.
 
 The place is a directory with layers, trees and archives of the names that examples use, a store with such snapshots, /srv and /mnt of its own, and
-stand-ins for ssh (runs the line here) and podman (reads the archive). What needs more of a host is named with the tests that run it.
+stand-ins for ssh (runs the line here) and podman (reads the archive). Lines that need more of a host are named with the tests that run them.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ BEFORE = {
     "stats": "cowfs mount --key web ./other",
     "completion": "mkdir -p ~/.zfunc ~/.config/fish/completions",
 }
-"""What is there before each line of a verb, beside the place."""
+"""Typed before each line of a verb."""
 BEFORE_LINE = {
     "cowfs prepare work debian": "cowfs rm work",
     "cowfs tag -d app:latest": "cowfs tag app:latest app-v2",
