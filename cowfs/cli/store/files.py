@@ -395,6 +395,8 @@ def _configure_du(parser: argparse.ArgumentParser) -> None:
 
 
 def _du(args: argparse.Namespace) -> int:
+    from cowfs.cli.progress import Bars
+
     depth = 0 if args.summarize else args.depth
     with open_store(args, create=False) as store:
         place = place_in(store, args.place, need_path=False)
