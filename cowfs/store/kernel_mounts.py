@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from contextlib import ExitStack
 
 from cowfs._typed import TYPE_CHECKING
@@ -67,7 +68,8 @@ class KernelMounts:
         why = limit_loop.why_not(self.context.driver, kind or KINDS["loop"]) if limited else ""
         if why:
             raise Unsupported(f"a kernel mount with a limit is not possible: {why}", remedy="leave out --mount-type")
-        plan = self._plans.plan(row)
+        chain = self.context.index.chain(row.num)
+        plan = self._plans.plan(row, chain=chain)
         with ExitStack() as held:
             with hold(self.context.driver, self.context.index, row, "mount", at_rest=not limited):
                 if plan.row and not plan.readonly and not limit_loop.has_image(self.context.driver, row.id):
@@ -75,7 +77,7 @@ class KernelMounts:
                 if limited:
                     plan = held.enter_context(limit_loop.limited(self.context.driver, row.id, plan, kind))
             try:
-                self._mount_image(row, plan, where, make_image)
+                self._mount_image(row, plan, where, chain[1:], make=make_image)
             except (
                 OSError,
                 Unsupported,
@@ -103,7 +105,9 @@ class KernelMounts:
             raise error from no_image
         mount_record(record, where, source=f"cowfs:{row.id}")
 
-    def _mount_image(self, row: Row, plan: MountPlan, where: str, make: bool) -> None:
+    def _mount_image(
+        self, row: Row, plan: MountPlan, where: str, chain: Sequence[tuple[int, str]], *, make: bool
+    ) -> None:
         """Mount a snapshot as one lower layer: the image of its parent's metadata, with the layers as data beneath.
 
         Raises:
@@ -117,7 +121,7 @@ class KernelMounts:
         if row.parent is None or self.context.driver.capabilities.whole or not plan.trusted:
             raise Unsupported("no image: nothing is beneath it, or its layers are not deltas of the trusted form")
         image = kernel_image.build if make else kernel_image.existing
-        path = image(self.context.driver, self.context.index, self.context.index.by_num(row.parent))
+        path = image(self.context.driver, self.context.index, self.context.index.by_num(row.parent), chain)
         with ExitStack() as held:
             devices: list[str] = []
             if plan.row:

@@ -208,6 +208,7 @@ class _Xfs(ImageKind):
     magic = (0, b"XFSB")
 
     _LEAST = 320 * _MIB  # mkfs.xfs makes none below 300 MiB; what is not written takes no room
+    _KEPT = 64  # blocks at the end of a full one that XFS gives to nobody
     _LOG = 64 * _MIB  # the least that mkfs.xfs makes
 
     def why_not_limit(self, limit: Limit) -> str:
@@ -246,8 +247,13 @@ class _Xfs(ImageKind):
         return os.fstatvfs(root).f_blocks - own.blocks
 
     def _withhold(self, fd: int, root: int, own: Own, wanted: int) -> None:
-        """Have the file take all blocks but so many: as far as they are free, where the use is beyond the limit."""
+        """Have the file take all blocks but so many.
+
+        Raises:
+            FailedPrecondition: they are in use. The former bound stays.
+        """
         take = max(0, self._room(root, own) - wanted)
+        former = os.fstat(fd).st_size
         if take < _blocks(fd):
             os.ftruncate(fd, take * BLOCK)
         have = os.fstat(fd).st_size // BLOCK
@@ -260,6 +266,13 @@ class _Xfs(ImageKind):
                     raise
                 step //= 2
             have = os.fstat(fd).st_size // BLOCK
+        if take - _blocks(fd) > self._KEPT:
+            os.ftruncate(fd, former)
+            used = (self._room(root, own) - have) * BLOCK
+            raise FailedPrecondition(
+                f"about {used} bytes are in use, and an XFS image cannot be held to less",
+                remedy="delete something first, or mount it with another engine",
+            )
         if (over := _blocks(fd) - take) > 0:  # its own map
             os.ftruncate(fd, max(0, have - over) * BLOCK)
 

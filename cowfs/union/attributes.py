@@ -182,6 +182,9 @@ def getxattr(view: Core, node: Node, name: bytes) -> bytes:
             raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
         return bytes(value)
     fd, real = _xattrs_at(node)
+    if name == CAPABILITY and real and node.type == DT_REG and xattr.has_none(fd, real):
+        node.bare = 2  # programs that compare trees ask for all names next
+        raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
     try:
         return xattr.get(fd, real, stored)
     except OSError as error:
@@ -201,7 +204,7 @@ def listxattr(view: Core, node: Node) -> list[bytes]:
         return [name for name in entry.xattrs if not _hidden(view, view.form.store_name(name))]
     fd, real = _xattrs_at(node)
     stored = xattr.listx(fd, real)
-    if not stored and node.type == DT_REG and view.in_upper(node):
+    if not stored and node.type == DT_REG:
         node.bare = 2
     shown = (view.form.show_name(name) for name in stored if not _hidden(view, name))
     return [name for name in shown if name is not None]

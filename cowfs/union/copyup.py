@@ -365,6 +365,8 @@ def place(view: Core, node: Node, temp: bytes, work: WorkDir, *, metacopy: bool,
     if metacopy:
         node.data = data.at(low)
     node.where = ups[0][0]
+    if node.bare > 1:
+        node.bare = 1  # the copy has marks
     node.attr = None
 
 

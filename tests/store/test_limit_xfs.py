@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import random
 import shutil
 import time
 from collections.abc import Iterator
@@ -94,11 +96,15 @@ def test_it_grows_and_shrinks_while_mounted_and_holds_no_inodes(store: Store) ->
         with pytest.raises(FailedPrecondition):
             store.limit("key", size=None)
         assert store.limit("key") == Limit(bytes=4 * MIB)
-        store.limit("key", size=MIB // 2)  # below the use: nothing is lost, and nothing more is taken
-        assert free(top) <= 16 * 4096  # XFS keeps some for itself
-        with pytest.raises(OSError) as caught:
-            (top / "more").write_bytes(b"x" * MIB)
-        assert caught.value.errno == errno.ENOSPC
+        with pytest.raises(FailedPrecondition, match="are in use") as caught:
+            store.limit("key", size=MIB // 2)
+        assert "\n" not in str(caught.value)
+        assert (store.limit("key"), free(top)) == (Limit(bytes=4 * MIB), 4 * MIB - used)
+    store.limit("key", size=MIB // 2)  # unmounted anybody may say so
+    with pytest.raises(FailedPrecondition, match="are in use"):
+        store.mount("key", top, limit_engine=XFS)
+    assert not os.path.ismount(top)
+    with store.mount("key", top, limit_engine="fuse"):
         assert (top / "file").read_bytes() == b"x" * MIB
 
 
@@ -138,3 +144,74 @@ def test_a_host_that_cannot_says_why(store: Store, monkeypatch: pytest.MonkeyPat
         store.mount("key", at(store, "kernel"), limit_engine=XFS)
     monkeypatch.setattr("cowfs.sys.programs.find", lambda name: None if name == "mkfs.ext4" else f"/usr/sbin/{name}")
     assert "mkfs.ext4 is not installed" in limit_loop.why_not(store.driver)
+
+
+@contextlib.contextmanager
+def full() -> Iterator[None]:
+    """It may fail for want of room."""
+    try:
+        yield
+    except OSError as error:
+        assert error.errno == errno.ENOSPC
+
+
+@pytest.mark.parametrize("seed", range(1))
+def test_a_random_life_equals_a_plain_directory_within_its_limit(store: Store, seed: int) -> None:
+    """Writes, deletions, renames, limits up and down under the mount, remounts by any engine, commits: the content is the plain one's, and the use is never beyond the limit by a write."""
+    rng = random.Random(f"xfs {seed}")
+    top, plain = at(store, "kernel"), {"kept": b"kept" * 5000}
+    limit = 8 * MIB
+    store.prepare("key", "base", size=limit)
+    for round in range(3):
+        engine = rng.choice([XFS, XFS, "loop", "fuse"])
+        with contextlib.ExitStack() as held:
+            try:
+                held.enter_context(store.mount("key", top, limit_engine=engine))
+            except (
+                FailedPrecondition,
+                OSError,
+            ):  # near the limit, what another engine held may be too much for this one
+                limit = 64 * MIB
+                store.limit("key", size=limit)
+                held.enter_context(store.mount("key", top, limit_engine=engine))
+            for _ in range(20):
+                act = rng.choice(["write", "write", "write", "delete", "rename", "limit", "link"])
+                name, other = f"f{rng.randrange(6)}", f"f{rng.randrange(6)}"
+                if act == "write":
+                    data = rng.randbytes(4096) * rng.choice([1, 30, 300, 900])
+                    before = plain.get(name)
+                    try:
+                        (top / name).write_bytes(data)
+                        plain[name] = data
+                    except OSError as error:
+                        assert error.errno == errno.ENOSPC
+                        if (top / name).exists():
+                            plain[name] = (top / name).read_bytes()
+                            assert data.startswith(plain[name]) or plain[name] == before
+                elif act in ("delete", "rename") and name in plain:
+                    with full():  # a whiteout, and what is copied up for it, may need room on a full one
+                        (top / name).unlink() if act == "delete" else (top / name).rename(top / other)
+                        moved = plain.pop(name)
+                        if act == "rename":
+                            plain[other] = moved
+                elif act == "limit" and engine == XFS:
+                    settle(top)
+                    wanted = rng.choice([4, 16, 50, 500]) * MIB
+                    with contextlib.suppress(FailedPrecondition):  # more is in use
+                        store.limit("key", size=wanted)
+                        limit = wanted
+                    assert free(top) <= limit
+                assert {path.name: path.read_bytes() for path in top.iterdir()} == plain
+            settle(top)
+            if store.stat("key").parent == "base":  # else data in the layers beneath does not count
+                used = sum(-(-len(data) // 4096) * 4096 for name, data in plain.items() if data != b"kept" * 5000)
+                assert free(top) <= max(0, limit - used)
+        if rng.random() < 0.4:
+            store.commit("key", f"c{round}")
+            store.prepare("key", f"c{round}", size=limit)
+            plain_before = dict(plain)
+            store.view("look", f"c{round}")
+            with store.paths("look") as paths:
+                assert {name.decode(): paths.read_bytes(name) for name in paths.listdir(b"")} == plain_before
+            store.remove("look")
+    assert store.check(content=True).problems == []

@@ -178,6 +178,8 @@ class Snapshots:
             InvalidArgument: another parent.
         """
         row = self._store.index.get(_own(key))
+        if name == key and row.kind is Kind.ACTIVE:
+            raise AlreadyExists(f"{name!r} is the key itself")
         if parent and row.parent is None:
             if _is_extract(key) and not self._is_apart(row) and not self._store.why_not_rebase():
                 raise InvalidArgument(
