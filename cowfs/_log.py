@@ -7,7 +7,8 @@ has imported it itself, so as long as nobody has, nothing is logged.
 from __future__ import annotations
 
 import sys
-from typing import Any
+
+from cowfs._typed import Any
 
 __all__ = ["Part"]
 

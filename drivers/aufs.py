@@ -13,8 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, ClassVar
 
+from cowfs._typed import Any, ClassVar
 from cowfs.driver.interface import Capabilities, Driver, Probe
 from cowfs.format import aufs
 from cowfs.format.whiteout import AUFS

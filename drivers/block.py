@@ -23,10 +23,10 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from functools import cached_property
-from typing import Any
 
+from cowfs._record import replace
+from cowfs._typed import Any
 from cowfs.driver.interface import Capabilities, Driver, Probe
 from cowfs.driver.plan import MountPlan
 from cowfs.errors import CowfsError, FailedPrecondition, InvalidArgument

@@ -19,8 +19,8 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 
+from cowfs._record import record
 from cowfs.errors import CowfsError, FailedPrecondition, Unsupported
 from cowfs.mounting import client, protocol
 from cowfs.mounting.request import MountSpec
@@ -66,7 +66,7 @@ _PATIENCE = 20.0  # seconds that a server has to end after its last user
 _TREE = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class DiskRequest:
     """An image to be mounted.
 
@@ -104,7 +104,7 @@ class TooSmall(FailedPrecondition):
         self.blocks = blocks
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Served:
     """The device and the server of a layer.
 

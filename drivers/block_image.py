@@ -8,8 +8,8 @@ from __future__ import annotations
 import errno
 import os
 import re
-from dataclasses import dataclass
 
+from cowfs._record import record
 from cowfs.errors import FailedPrecondition
 from cowfs.sys import blockfs, loop, mounts, programs
 
@@ -20,7 +20,7 @@ DEVICE = 8 << 40
 """Bytes of the device that an image is to those who mount it: the file system in it is smaller, and grows without touching the device."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Kind:
     """One kind of file system.
 

@@ -24,8 +24,8 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any
 
+from cowfs._typed import Any
 from cowfs.driver.interface import Capabilities, Changes, Driver, Probe
 from cowfs.errors import Unsupported
 from cowfs.model import Limit, Usage

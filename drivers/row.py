@@ -14,8 +14,8 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from typing import Any
 
+from cowfs._typed import Any
 from cowfs.driver.interface import Driver, Probe
 from cowfs.errors import InvalidArgument
 from cowfs.format.redirect import check_block

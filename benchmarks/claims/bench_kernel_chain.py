@@ -1,8 +1,9 @@
 """Claim: the kernel mounts a chain of 500 layers as one, through an image of its metadata.
 
 Every layer changes some directories of a tree of 15,000 files. "mount" is processor time of this process in `Store.mount(mount_type="kernel")`
-once the image is there; "walk" is `find -ls` of the whole tree, cold; "image" is making the image, per 100,000 inodes. Against the
-kernel's overlayfs with all layers as lowers, and one flat layer of the same tree.
+once the image is there. "first walk" is `find -ls` of the whole tree in a mount that was made with empty caches (the mount
+asks for the image's pages); "walk" is one with the caches emptied beneath the mount; "warm walk" is the next. "image" is making the
+image, per 100,000 inodes. Against the kernel's overlayfs with all layers as lowers, and one flat layer of the same tree.
 """
 
 from __future__ import annotations
@@ -66,7 +67,12 @@ def measure(lab: Lab) -> None:
                 begin = time.process_time()
                 mount()
                 lab.record("mount", name, time.process_time() - begin)
+                mounts.umount(str(at))
+                drop_caches()
+                mount()
                 try:
+                    lab.record("first walk", name, timed(lambda: run(["find", str(at), "-ls"])))
+                    lab.record("warm walk", name, timed(lambda: run(["find", str(at), "-ls"])))
                     drop_caches()
                     lab.record("walk", name, timed(lambda: run(["find", str(at), "-ls"])))
                 finally:
@@ -81,19 +87,24 @@ CLAIM = Claim(
     why="An engine or a person who needs no limit gets the kernel's own speed, however many layers there are.",
     metrics=(
         Metric(name="mount", title="processor time of a mount"),
-        Metric(name="walk", title="find -ls of the whole tree, cold"),
+        Metric(name="first walk", title="find -ls of the whole tree, mounted with empty caches"),
+        Metric(name="walk", title="find -ls of the whole tree, caches emptied beneath the mount"),
+        Metric(name="warm walk", title="find -ls of the whole tree, warm"),
         Metric(name="image", title="making the image, per 100,000 inodes"),
     ),
     subjects=(IMAGE, LOWERS, FLAT),
     measure=measure,
     bars=(
         Bar(metric="mount", subject=IMAGE, at_most=0.002, goal=0.001, says="processor time of a mount, seconds"),
-        Bar(
-            metric="walk",
-            subject=IMAGE,
-            against=(FLAT,),
-            at_most=1.1,
-            says="cold walk of 500 layers against one flat layer",
+        *(
+            Bar(
+                metric=metric,
+                subject=IMAGE,
+                against=(FLAT,),
+                at_most=1.1,
+                says=f"{metric} of 500 layers against one flat layer",
+            )
+            for metric in ("first walk", "walk", "warm walk")
         ),
         Bar(
             metric="mount",

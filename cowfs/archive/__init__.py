@@ -6,9 +6,8 @@ Reading order: :mod:`header` (the codec, no I/O), :mod:`reader` (members of a st
 or a tree becomes a tar), :mod:`compress` and :mod:`decode` (threads, digests, gzip and zstd).
 """
 
-from typing import TYPE_CHECKING
-
 from cowfs._lazy import exports
+from cowfs._typed import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from cowfs.archive.apply import apply_layer as apply_layer

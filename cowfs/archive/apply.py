@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import BinaryIO
 
+from cowfs._typed import BinaryIO
 from cowfs.archive.compress import Unpacker
 from cowfs.archive.extract import Extractor
 from cowfs.archive.headerlog import LogWriter

@@ -23,8 +23,8 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, BinaryIO
 
+from cowfs._typed import Any, BinaryIO
 from cowfs.archive.decode import CHUNK, SNIFF, decoder_for, zstandard
 from cowfs.archive.options import Budget
 from cowfs.errors import CowfsError, InvalidArgument, LimitExceeded

@@ -17,8 +17,8 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import Any
 
+from cowfs._typed import Any
 from cowfs.archive import header
 from cowfs.archive.header import Member
 from cowfs.archive.reader import Reader

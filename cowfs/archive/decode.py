@@ -13,8 +13,8 @@ import bz2
 import lzma
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Any
 
+from cowfs._typed import Any
 from cowfs.errors import InvalidArgument, Unsupported
 
 _inflater: Callable[..., Any]

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from typing import BinaryIO
 
+from cowfs._typed import BinaryIO
 from cowfs.archive import header
 from cowfs.archive.compress import Packer
 from cowfs.archive.members import MemberWriter, Progress, write_object, write_tree

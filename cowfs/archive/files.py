@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable, Iterator
-from typing import BinaryIO
 
+from cowfs._typed import BinaryIO
 from cowfs.archive import header
 from cowfs.archive.attributes import is_smuggled
 from cowfs.archive.compress import Unpacker

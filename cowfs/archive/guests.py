@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Protocol
 
+from cowfs._typed import TYPE_CHECKING, Protocol
 from cowfs.archive import header
 from cowfs.archive.clear import lstat
 from cowfs.archive.header import Member

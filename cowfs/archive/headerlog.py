@@ -23,8 +23,8 @@ import struct
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
-from typing import Any, BinaryIO
 
+from cowfs._typed import Any, BinaryIO
 from cowfs.archive import header
 from cowfs.archive.compress import Packer, Source
 from cowfs.archive.decode import CHUNK, gunzip

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
 
+from cowfs._record import record
+from cowfs._typed import Literal
 from cowfs.errors import LimitExceeded
 from cowfs.union.tree import LowerStat, Tree
 
@@ -22,7 +22,7 @@ FORM = 4
 OVERRIDE_XATTR = b"user.containers.override_stat"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class ApplyOptions:
     """Bounds for an archive from a stranger, and what to do without privilege.
 
@@ -74,7 +74,7 @@ class Budget:
             raise LimitExceeded(f"it unpacks to more than {self._max_bytes} bytes", remedy="raise --max-size")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Applied:
     """The figures of an applied archive.
 
@@ -103,7 +103,7 @@ class Applied:
     root: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Exported:
     """The figures of an export.
 

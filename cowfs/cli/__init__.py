@@ -323,20 +323,26 @@ def _leave(code: int) -> None:
     os._exit(code)
 
 
-def _run(name: str, arguments: list[str]) -> int:
-    from cowfs.cli import common
-
-    gc.disable()  # imports leave nothing to collect
-    try:
-        parser = parser_of(name)
-    finally:
-        if name not in LOOKING:
-            gc.enable()
+def parsed(name: str, arguments: list[str]) -> argparse.Namespace:
+    """The values of an argument list, by argparse; it ends the process after --help and after a bad argument."""
+    parser = parser_of(name)
     options, rest = parser.parse_known_args(arguments)
     if rest and name in ("run", "sh"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:  # arguments on both sides of an option, or ones that are not known
         options = parser.parse_intermixed_args(arguments)
+    return options
+
+
+def _run(name: str, arguments: list[str]) -> int:
+    from cowfs.cli import common
+
+    gc.disable()  # imports leave nothing to collect
+    try:
+        options = common.parse_quickly(command_of(name), arguments) or parsed(name, arguments)
+    finally:
+        if name not in LOOKING:
+            gc.enable()
     common.begin(options)
     code: int = options.run(options)
     return code

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import cowfs
+from cowfs._typed import TYPE_CHECKING, Any
 from cowfs.cli.common import Command
 from cowfs.errors import Unsupported
 

@@ -14,7 +14,7 @@ import sys
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from typing import BinaryIO, TextIO
 
 __all__ = [
@@ -26,9 +26,11 @@ __all__ = [
     "add",
     "begin",
     "complain",
+    "describe",
     "fill_streams",
     "guarded",
     "is_path",
+    "parse_quickly",
     "parser",
     "say",
 ]
@@ -94,16 +96,36 @@ def parser(name: str, command: Command) -> argparse.ArgumentParser:
         epilog=f"examples:\n{examples}" if examples else None,
         formatter_class=formatter,
     )
-    command.configure(made)
-    add(made)
-    made.set_defaults(run=command.run)
+    describe(made, command, argparse.ArgumentError)
     return made
 
 
-def add(parser: argparse.ArgumentParser) -> None:
-    """Give a verb's parser those common options that it lacks."""
-    from argparse import ArgumentError
+def parse_quickly(command: Command, arguments: Sequence[str]) -> argparse.Namespace | None:
+    """The values of an ordinary argument list, without argparse; None: argparse has to judge."""
+    from cowfs.cli.quick import Odd, Quick, Taken
 
+    made = Quick()
+    try:
+        describe(made, command, Taken)  # type: ignore[arg-type]  # it takes the same calls
+        values, _ = made.parse_known_args(arguments)
+    except Odd:
+        return None
+    return values  # type: ignore[return-value]  # an object with the same attributes
+
+
+def describe(made: argparse.ArgumentParser, command: Command, taken: type[Exception]) -> None:
+    """Tell a parser of a verb's arguments, the common options included.
+
+    Args:
+        taken: raised by this parser where an option is there already.
+    """
+    command.configure(made)
+    add(made, taken)
+    made.set_defaults(run=command.run)
+
+
+def add(parser: argparse.ArgumentParser, taken: type[Exception]) -> None:
+    """Give a verb's parser those common options that it lacks."""
     own = []
     for names, text in COMMON:
         for spellings in (names, names[-1:]):  # a verb with a meaning of its own for the letter has the word
@@ -114,7 +136,7 @@ def add(parser: argparse.ArgumentParser) -> None:
                     parser.add_argument(*spellings, action="store_true", help=text)
                 own.append(names[-1].lstrip("-"))
                 break
-            except ArgumentError:
+            except taken:
                 continue
     parser.set_defaults(common=own)
 

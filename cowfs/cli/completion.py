@@ -10,8 +10,8 @@ import argparse
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
 
+from cowfs._typed import NamedTuple
 from cowfs.cli.common import Command, Commands
 from cowfs.cli.parsers import actions_of
 

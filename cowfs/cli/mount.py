@@ -9,8 +9,8 @@ import gc
 import os
 import sys
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
 
+from cowfs._typed import TYPE_CHECKING, Any
 from cowfs.cli.common import Command
 from cowfs.errors import CowfsError, InvalidArgument
 
@@ -43,8 +43,8 @@ def _configure_mount(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--limit-engine",
-        choices=("fuse", "loop", "auto"),
-        help="of KEY: what holds its limit: cowfs's own server, an ext4 image of its size (a kernel mount), or the quickest here",
+        choices=("fuse", "loop", "loop-xfs", "auto"),
+        help="of KEY: what holds its limit: cowfs's own server, an ext4 or XFS image of its size (kernel mounts), or the quickest here",
     )
     add("--upper", metavar="DIR", help="where changes go (default: LAYERS/.cowfs/upper, used again next time)")
     add("--work", metavar="DIR", help="work directory, on the same file system as the upper (default: beside it)")

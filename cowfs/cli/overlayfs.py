@@ -14,8 +14,8 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
 
+from cowfs._typed import TYPE_CHECKING, Any
 from cowfs.cli.common import complain, fill_streams, guarded, say
 from cowfs.errors import InvalidArgument, Unsupported
 from cowfs.format.mount_options import split_layers, split_options, unescape

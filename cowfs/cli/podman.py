@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING, NamedTuple
 
+from cowfs._typed import TYPE_CHECKING, NamedTuple
 from cowfs.cli.common import Command
 from cowfs.errors import AlreadyExists, Unsupported
 

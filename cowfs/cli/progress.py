@@ -15,7 +15,8 @@ import os
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+
+from cowfs._typed import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import argparse

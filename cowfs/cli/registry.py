@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
 
+from cowfs._typed import TYPE_CHECKING, Any
 from cowfs.cli.common import Command
 from cowfs.cli.output import print_json
 from cowfs.cli.progress import Bars

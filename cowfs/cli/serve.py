@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
 
+from cowfs._typed import TYPE_CHECKING
 from cowfs.cli.common import Command
 from cowfs.cli.output import print_items, print_json
 from cowfs.cli.store.args import add_json, add_store, open_store
@@ -30,6 +30,11 @@ def _configure_serve(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--print-config", action="store_true", help="print a TOML file with all options as they are now, and end")
     add("--install", action="store_true", help="write systemd units for a service with socket activation, and end")
+    add(
+        "--user",
+        action="store_true",
+        help="of --install: units of this user's own service manager (as an ordinary user the default)",
+    )
     add("--force", action="store_true", help="of --install: overwrite units that are there")
     add(
         "--mounts",

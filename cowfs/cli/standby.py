@@ -11,8 +11,8 @@ import os
 import pkgutil
 import socket
 import sys
-from typing import NoReturn
 
+from cowfs._typed import NoReturn
 from cowfs.errors import CowfsError, InvalidArgument
 from cowfs.mounting import standby
 

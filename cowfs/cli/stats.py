@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
 
+from cowfs._record import record
+from cowfs._typed import TYPE_CHECKING, Any
 from cowfs.cli.common import Command
 from cowfs.cli.output import count_or, print_json, print_table, shown, size_or
 from cowfs.cli.store.args import add_store
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 PERIOD = 1.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Look:
     """One mount at one moment.
 
@@ -94,21 +94,26 @@ def _container_of(status: MountStatus) -> tuple[str, str]:
     kind, slash, id = status.label.partition("/")
     if kind != "container" or not slash or not status.upper:
         return "", ""
-    root = os.path.dirname(status.upper).rpartition("/layers/")[0]
-    name = name_of(root, id)
+    name = name_of(_root_of(status), id)
     return (id, name) if name is not None else ("", "")
+
+
+def _root_of(status: MountStatus) -> str:
+    """The store of a mounted snapshot."""
+    return os.path.dirname(status.upper or "").rpartition("/layers/")[0]
 
 
 def _look(status: MountStatus, id: str, name: str) -> Look | None:
     from cowfs.mounting.client import MountHandle
     from cowfs.service.containers import cgroups
+    from cowfs.service.containers.known import cgroup_of
 
     try:
         counted = MountHandle(status.mountpoint, status.pid or 0, status.socket).statistics(timed=True)
     except CowfsError:
         counted = Statistics(usage=status.usage, limit=status.limit)  # an older server, or one that has just ended
     if id:
-        figures = cgroups.read(f"{cgroups.PREFIX}/{id}")
+        figures = cgroups.read(cgroup_of(_root_of(status), id))
         cpu = None if figures.cpu is None else figures.cpu / 1e9
         memory, pids = figures.memory, figures.pids
         moved = {op: sum(value for _, _, each, value in figures.blkio if each == op) for op in ("read", "write")}
@@ -191,6 +196,8 @@ def _left(told: Statistics, what: str) -> int | None:
 
 def document(before: Look, now: Look) -> dict[str, Any]:
     """The same for programs: counts since the mount, times in seconds, ``cpu_percent`` of the last look."""
+    from dataclasses import asdict
+
     made = asdict(now)
     told = made.pop("statistics")
     del made["at"]

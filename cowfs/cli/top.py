@@ -11,8 +11,8 @@ import os
 import select
 import sys
 import time
-from typing import TYPE_CHECKING, Any, NamedTuple
 
+from cowfs._typed import TYPE_CHECKING, Any, NamedTuple
 from cowfs.cli.common import Command
 from cowfs.cli.output import count_or, print_json, shown, size_or, table_lines
 from cowfs.cli.store.args import add_json

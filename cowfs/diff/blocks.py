@@ -30,8 +30,8 @@ import stat
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO
 
+from cowfs._typed import Any, BinaryIO
 from cowfs.errors import Corrupt, FailedPrecondition, InvalidArgument
 from cowfs.model import Change
 from cowfs.row.file import RowFile

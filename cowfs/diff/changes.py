@@ -21,8 +21,8 @@ import errno
 import os
 import stat
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
 
+from cowfs._typed import TYPE_CHECKING, Any
 from cowfs.errors import CowfsError, InvalidArgument, NotFound
 from cowfs.index.compare import different_attributes
 from cowfs.model import TYPE_NAMES, Change

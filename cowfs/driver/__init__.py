@@ -1,8 +1,7 @@
 """Backends: :mod:`interface` has the interface of a driver with an essay, :mod:`registry` finds the installed drivers."""
 
-from typing import TYPE_CHECKING
-
 from cowfs._lazy import exports
+from cowfs._typed import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from cowfs.driver.interface import (

@@ -64,14 +64,13 @@ Threads: a driver keeps no state between calls but its options, so any thread ma
 from __future__ import annotations
 
 import os
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
 
+from cowfs._record import record
+from cowfs._typed import Any, ClassVar
 from cowfs.driver.plan import MountPlan
 from cowfs.errors import Corrupt, InvalidArgument, Unsupported
 from cowfs.format import whiteout
@@ -86,7 +85,7 @@ HELD = "cowfs-held"
 """The note beside a whole layer of what its tree holds: bytes, inodes."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Capabilities:
     """The kind of a driver's layers in one store, on this host, for this user. The store knows nothing else about them.
 
@@ -116,7 +115,7 @@ class Capabilities:
     time_step: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Probe:
     """Whether a driver can run on this host, as this user, in this directory.
 
@@ -131,7 +130,7 @@ class Probe:
     reasons: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Changes:
     """The differences of a whole layer from the layer that it was made of. The record may name too much, never too little.
 
@@ -407,9 +406,14 @@ class Driver(ABC):
             text = read_small(f"{self.directory(id)}/{HELD}", limit=500).decode("ascii", "replace")
         except FileNotFoundError:
             return None
-        if re.fullmatch(r"[0-9]{1,19}( [0-9]{1,19}){1,9}\n", text) is None:
+        words = text.removesuffix("\n").split(" ")
+        if (
+            not text.endswith("\n")
+            or not 2 <= len(words) <= 10
+            or not all(word.isascii() and word.isdigit() and len(word) <= 19 for word in words)
+        ):
             return None
-        bytes, inodes, *sums = map(int, text.split())
+        bytes, inodes, *sums = map(int, words)
         return Usage(bytes=bytes, inodes=inodes), tuple(sums)
 
     def note(self, id: str, held: Usage, sums: Sequence[int] = ()) -> None:

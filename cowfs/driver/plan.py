@@ -12,8 +12,8 @@ Documentation/filesystems/overlayfs.rst.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 
+from cowfs._record import record
 from cowfs.errors import InvalidArgument, Unsupported
 from cowfs.format.mount_options import escape, join_layers
 from cowfs.model import Limit, Mount
@@ -24,7 +24,7 @@ MAX_OPTIONS = 4095
 """Bytes of options that mount(2) takes: one page with its closing NUL."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class MountPlan:
     """One mount of a layer, for any engine. All paths are absolute.
 
@@ -48,7 +48,7 @@ class MountPlan:
     work: str
     empty: str
     readonly: bool = False
-    limit: Limit = Limit()  # noqa: RUF009 - frozen
+    limit: Limit = Limit()
     trusted: bool = True
     row: int = 0
     form: str = ""

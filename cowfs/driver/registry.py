@@ -9,8 +9,8 @@ A package adds a driver with two lines of its pyproject.toml::
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING
 
+from cowfs._typed import TYPE_CHECKING
 from cowfs.driver.interface import Driver, Probe
 from cowfs.errors import NotFound, Unsupported
 

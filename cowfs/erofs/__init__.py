@@ -5,9 +5,8 @@ Reading order: :mod:`layout` (the structures on disk), :mod:`tree` (the records 
 ``Documentation/filesystems/erofs.rst``.
 """
 
-from typing import TYPE_CHECKING
-
 from cowfs._lazy import exports
+from cowfs._typed import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from cowfs.erofs.reader import Image as Image

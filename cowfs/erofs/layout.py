@@ -14,7 +14,8 @@ Integers are little-endian.
 from __future__ import annotations
 
 import struct
-from typing import Final
+
+from cowfs._typed import Final
 
 BLOCK_BITS: Final = 12
 BLOCK: Final = 1 << BLOCK_BITS

@@ -10,8 +10,8 @@ import os
 import stat
 import struct
 from collections.abc import Iterator
-from typing import NamedTuple
 
+from cowfs._typed import NamedTuple
 from cowfs.erofs import layout
 from cowfs.erofs.layout import BLOCK, DIRENT, INODE, SLOT, XATTR_ENTRY, XATTR_HEADER
 from cowfs.erofs.tree import Chunk, Device, Inode, Map

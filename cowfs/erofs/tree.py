@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+
+from cowfs._record import record
+from cowfs._typed import Any, Protocol
 
 __all__ = ["Chunk", "Device", "Inode", "Map", "Source"]
 
@@ -12,7 +13,7 @@ Chunk = tuple[int, int] | bytes | None
 """(device, block), where device 1 is the first of the image's devices; bytes that the image itself holds; None: a hole."""
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Map:
     """The blocks of a regular file's data.
 
@@ -25,7 +26,7 @@ class Map:
     chunks: Sequence[Chunk]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Inode:
     """One object of a tree.
 
@@ -55,7 +56,7 @@ class Inode:
     data: Map | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Device:
     """A file that holds data for an image: its size in ``blocks`` of 4,096 bytes, and a ``tag`` of 64 bytes that identifies it."""
 

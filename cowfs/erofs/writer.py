@@ -20,8 +20,8 @@ import struct
 from array import array
 from bisect import bisect_left
 from collections.abc import Hashable, Iterable, Sequence
-from typing import Any, NamedTuple
 
+from cowfs._typed import Any, NamedTuple
 from cowfs.erofs import layout
 from cowfs.erofs.layout import BLOCK, DIRENT, INODE, SLOT, XATTR_ENTRY, XATTR_HEADER, align
 from cowfs.erofs.tree import Chunk, Device, Inode, Map, Source

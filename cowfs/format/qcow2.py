@@ -12,7 +12,8 @@ from __future__ import annotations
 import struct
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from typing import BinaryIO
+
+from cowfs._typed import BinaryIO
 
 __all__ = ["CLUSTER", "write"]
 

@@ -17,8 +17,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from typing import Final
 
+from cowfs._typed import Final
 from cowfs.sys import host, xattr
 
 WH_PREFIX = b".wh."

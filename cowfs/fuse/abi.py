@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import struct
 import sys
-from typing import Final
+
+from cowfs._typed import Final
 
 if sys.byteorder != "little":  # pragma: no cover - no such host at hand
     raise ImportError("cowfs.fuse: the FUSE protocol is in host byte order; only little-endian hosts are supported")

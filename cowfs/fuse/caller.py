@@ -13,8 +13,8 @@ Source: proc_pid_syscall(5), proc_pid_status(5), capabilities(7) (CAP_FSETID), i
 from __future__ import annotations
 
 import os
-from typing import Final
 
+from cowfs._typed import Final
 from cowfs.sys.host import CAP_FSETID
 
 #: Inode number of the initial user namespace (include/linux/proc_ns.h, PROC_USER_INIT_INO): privilege counts only there.

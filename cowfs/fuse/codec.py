@@ -17,9 +17,9 @@ from __future__ import annotations
 import errno
 import os
 import struct
-from typing import Final
 
 from cowfs._record import record
+from cowfs._typed import Final
 from cowfs.fuse import abi
 
 Reply = bytes | tuple[bytes | memoryview, ...]

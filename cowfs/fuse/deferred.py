@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
 
+from cowfs._typed import TYPE_CHECKING, Any, Protocol
 from cowfs.fuse import abi, codec
 from cowfs.fuse.workers import Gates, Workers
 

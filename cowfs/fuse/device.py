@@ -15,8 +15,8 @@ import errno
 import os
 import stat
 from collections.abc import Iterable, Sequence
-from typing import Final
 
+from cowfs._typed import Final
 from cowfs.errors import FailedPrecondition, InvalidArgument, NotFound, Unsupported
 from cowfs.sys import mounts
 

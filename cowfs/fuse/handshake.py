@@ -7,9 +7,8 @@ past the server (``passthrough``). Other features are not requested, for the rea
 
 from __future__ import annotations
 
-from typing import Final
-
 from cowfs._record import record
+from cowfs._typed import Final
 from cowfs.errors import Unsupported
 from cowfs.fuse import abi
 from cowfs.fuse.codec import ProtocolError

@@ -3,7 +3,7 @@ mount should answer within a fifth of a second, Python's start included."""
 
 from __future__ import annotations
 
-from typing import Any
+from cowfs._typed import Any
 
 
 def warning(message: str, *arguments: object) -> None:

@@ -29,9 +29,9 @@ import time
 from collections import deque
 from collections.abc import Callable
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Final, TextIO, TypeVar
 
 from cowfs._record import record
+from cowfs._typed import TYPE_CHECKING, Any, Final, TextIO, TypeVar
 from cowfs.errors import CowfsError, FailedPrecondition, Unsupported
 from cowfs.fuse import abi, buffers, codec, device, handshake, log
 from cowfs.fuse.codec import ProtocolError
@@ -62,7 +62,11 @@ CROWDED_NS: Final = 200_000
 CROWDED_REQUESTS: Final = 256
 #: Each vain attempt to yield again doubles the number, up to this one.
 CROWDED_MOST: Final = 16384
-CROWDED_TRIES: Final = 3
+#: The same where no request came in all tries: a yield gives the time slice up, so on a busy machine the next request finds a server that waits
+#: for its turn. Among 20 processes that compute, a walk of two trees with their xattrs took 0.56 s instead of 0.29 (fuse-overlayfs: 0.20).
+VAIN_REQUESTS: Final = 16
+VAIN_MOST: Final = 1024
+CROWDED_TRIES: Final = 1
 #: Bytes the kernel reads ahead: a quarter of the requests of its default, and not yet much for a fault in a map.
 READ_AHEAD: Final = 512 << 10
 #: Seconds between two checks for killed waiting processes.
@@ -341,7 +345,7 @@ class Session:
         poll.register(fd, select.POLLIN)
         poll.register(self._wake, select.POLLIN)
         sched_yield, clock = os.sched_yield, time.perf_counter_ns
-        crowded, crowd = 0, CROWDED_REQUESTS
+        crowded, crowd = 0, VAIN_REQUESTS
         nodes, most = self.view.nodes, self.options.max_nodes
         awaiting, patience = self._awaiting, PATIENCE
         self.view.wait_for_forgets(True)
@@ -371,18 +375,20 @@ class Session:
                     start = clock()
                     sched_yield()
                     if clock() - start > CROWDED_NS:
-                        crowded = crowd
-                        crowd = min(2 * crowd, CROWDED_MOST)
+                        crowded = max(crowd, CROWDED_REQUESTS)
+                        crowd = min(2 * crowded, CROWDED_MOST)
                     continue
                 if most:
                     most = self._prune()
+                if not crowded:
+                    crowded, crowd = crowd, max(crowd, min(2 * crowd, VAIN_MOST))
                 self._idle(poll)
                 tries = TRIES
                 continue
             tries = TRIES
             if crowded:
                 crowded -= 1
-            elif crowd > CROWDED_REQUESTS:
+            elif crowd > VAIN_REQUESTS:
                 crowd -= 1  # the longer yielding goes well, the sooner it is tried again after it did not
             if most and len(nodes) > most:
                 most = self._prune()

@@ -13,8 +13,8 @@ import struct
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
+from cowfs._typed import TYPE_CHECKING
 from cowfs.fuse import abi, codec
 
 if TYPE_CHECKING:

@@ -27,8 +27,8 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Final, TextIO, TypeVar
 
+from cowfs._typed import TYPE_CHECKING, Any, Final, TextIO, TypeVar
 from cowfs.errors import CowfsError, FailedPrecondition, InvalidArgument, Unsupported
 from cowfs.fuse import device, log
 from cowfs.sys import mounts

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final
 
+from cowfs._typed import TYPE_CHECKING, Any, Final
 from cowfs.fuse import abi
 
 if TYPE_CHECKING:

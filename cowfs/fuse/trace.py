@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import errno
 import time
-from typing import TYPE_CHECKING, TextIO
 
+from cowfs._typed import TYPE_CHECKING, TextIO
 from cowfs.fuse import abi, codec
 
 if TYPE_CHECKING:

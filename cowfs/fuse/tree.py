@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+
+from cowfs._typed import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from cowfs.model import Limit

@@ -5,9 +5,8 @@
 :mod:`writing`. The content of a layer's tar is :mod:`cowfs.archive`'s business.
 """
 
-from typing import TYPE_CHECKING
-
 from cowfs._lazy import exports
+from cowfs._typed import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from cowfs.images.description import Image as Image, Layer as Layer

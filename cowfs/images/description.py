@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import BinaryIO
 
+from cowfs._typed import BinaryIO
 from cowfs.images.digests import chain_ids, check_digest
 
 __all__ = ["LAYER_TAR", "Image", "Layer"]

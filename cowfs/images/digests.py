@@ -13,8 +13,8 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
+from cowfs._typed import Any
 from cowfs.archive.names import show
 from cowfs.errors import InvalidArgument, Unsupported
 

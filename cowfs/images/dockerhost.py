@@ -33,8 +33,8 @@ import stat
 import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, BinaryIO
 
+from cowfs._typed import Any, BinaryIO
 from cowfs.archive.decode import CHUNK
 from cowfs.errors import Corrupt, CowfsError, InvalidArgument, NotFound
 from cowfs.images.description import LAYER_TAR, Image, Layer

@@ -15,8 +15,8 @@ import os
 import re
 import stat
 from collections.abc import Callable, Collection
-from typing import BinaryIO, Protocol
 
+from cowfs._typed import BinaryIO, Protocol
 from cowfs.archive import header
 from cowfs.archive.compress import Source
 from cowfs.archive.decode import CHUNK

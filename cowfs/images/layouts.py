@@ -19,8 +19,8 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
+from cowfs._typed import Any
 from cowfs.archive.names import canonical
 from cowfs.errors import Corrupt, CowfsError, InvalidArgument, NotFound, Unsupported
 from cowfs.images.description import LAYER_TAR, Image, Layer

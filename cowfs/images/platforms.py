@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
-from typing import Any
 
+from cowfs._typed import Any
 from cowfs.errors import InvalidArgument
 from cowfs.images.digests import platform_here
 

@@ -22,8 +22,8 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from types import TracebackType
-from typing import BinaryIO, Literal
 
+from cowfs._typed import BinaryIO, Literal
 from cowfs.archive import header
 from cowfs.archive.compress import Source
 from cowfs.archive.decode import CHUNK, SNIFF, decoder_for

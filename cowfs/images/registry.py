@@ -30,10 +30,10 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
 from urllib.parse import quote, urlencode, urljoin, urlsplit
 
 from cowfs._log import Part
+from cowfs._typed import Any, BinaryIO
 from cowfs.errors import Corrupt, CowfsError, FailedPrecondition, InvalidArgument, NotFound
 from cowfs.images.description import Image, Layer
 from cowfs.images.digests import check_digest, diff_ids_of, digest_of, parse_json, platform_here

@@ -14,8 +14,8 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
 
+from cowfs._typed import Any, BinaryIO
 from cowfs.archive import header
 from cowfs.archive.decode import CHUNK
 from cowfs.errors import AlreadyExists, Corrupt, InvalidArgument

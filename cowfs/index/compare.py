@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol
 
+from cowfs._typed import Protocol
 from cowfs.index.directory import EMPTY, Entry, Pair, Records, Ref, decode, differing, join, ref_of
 from cowfs.model import TYPE_NAMES, Change
 

@@ -45,8 +45,8 @@ import zlib
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate, pairwise
-from typing import NamedTuple, Protocol
 
+from cowfs._typed import NamedTuple, Protocol
 from cowfs.errors import Corrupt
 from cowfs.index.entry import ANY_LINK, DIGEST, NAME_AT, Entry, Pair, Ref, decode, encode, ref_of, root_digest
 from cowfs.index.spool import Spill
@@ -94,12 +94,10 @@ class Records(Protocol):
         Raises:
             Corrupt: the index does not have the record.
         """
-        ...
 
     @property
     def spool(self) -> str | None:
         """The directory for files without a name; ``None`` for the host's own."""
-        ...
 
 
 class Pending:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import stat
 import struct
-from typing import NamedTuple
+
+from cowfs._typed import NamedTuple
 
 __all__ = ["ANY_LINK", "DIGEST", "NAME_AT", "Entry", "Pair", "Ref", "decode", "encode", "ref_of", "root_digest"]
 

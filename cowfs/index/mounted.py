@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
 
+from cowfs._typed import NamedTuple
 from cowfs.errors import Corrupt
 from cowfs.index.directory import Pair, Records, decode, entries, join
 

@@ -20,8 +20,8 @@ import os
 import stat
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 
+from cowfs._record import record
 from cowfs.errors import Corrupt
 from cowfs.format import whiteout
 from cowfs.format.redirect import Ref as RowRef
@@ -62,7 +62,7 @@ SameAsParent = Callable[[bytes, os.stat_result, Entry], bool]
 """Whether a file of a full layer still holds its parent's bytes, when all attributes agree."""
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Scanned:
     """A layer over its parent.
 

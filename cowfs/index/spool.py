@@ -8,7 +8,8 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator, MutableMapping
-from typing import BinaryIO, NamedTuple
+
+from cowfs._typed import BinaryIO, NamedTuple
 
 __all__ = ["Spill"]
 

@@ -6,12 +6,11 @@ its own writes are seen) and writes through these methods; all of it happens, or
 
 from __future__ import annotations
 
-import json
 import sqlite3
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
+from cowfs._record import record
 from cowfs.errors import AlreadyExists
 from cowfs.index import events
 from cowfs.index.directory import Pair
@@ -30,7 +29,7 @@ class NameTaken(AlreadyExists):
         super().__init__(f"the name {name!r} is taken", remedy="choose another, or remove what has it")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Committed:
     """The part of a record that only a committed snapshot has.
 
@@ -333,6 +332,10 @@ def _image(config: str) -> dict[str, str]:
 
 
 def _labels(labels: Mapping[str, str]) -> str:
+    if not labels:
+        return "{}"  # as most snapshots have it, without the import
+    import json
+
     return json.dumps(dict(labels), sort_keys=True)
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from cowfs._typed import Any
 from cowfs.model import Limit, Statistics, Timed, Usage
 
 __all__ = ["statistics_of"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from typing import TYPE_CHECKING
 
+from cowfs._typed import TYPE_CHECKING
 from cowfs.errors import CowfsError, InvalidArgument, NotFound, Unsupported
 from cowfs.mounting.request import INDEXED, MountSpec
 from cowfs.mounting.resources import Stack

@@ -15,8 +15,8 @@ from __future__ import annotations
 import os
 import threading
 import time
-from typing import TYPE_CHECKING, Final
 
+from cowfs._typed import TYPE_CHECKING, Final
 from cowfs.errors import CowfsError
 from cowfs.fuse import log
 from cowfs.sys.threads import Thread

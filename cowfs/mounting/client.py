@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from types import EllipsisType, TracebackType
-from typing import TYPE_CHECKING, Any, Self
 
 from cowfs._log import Part
+from cowfs._record import record, replace
+from cowfs._typed import TYPE_CHECKING, Any, Self
 from cowfs.errors import FailedPrecondition, NotFound
 from cowfs.model import SMALLEST_LIMIT, Limit, Statistics, Usage, parse_count, parse_size
 from cowfs.mounting import mountpoint, protocol
@@ -41,7 +41,7 @@ _NOTHING, _NO_LIMIT = Usage(), Limit()
 COUNTING = 3600.0  # seconds for the count of a big upper layer
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class MountStatus:
     """One mount of cowfs, as it is now.
 

@@ -15,8 +15,8 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import closing
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
 
+from cowfs._typed import TYPE_CHECKING, Any, Final
 from cowfs.errors import CowfsError, FailedPrecondition, InvalidArgument, Unsupported
 from cowfs.mounting import protocol
 from cowfs.mounting.verbs import finding

@@ -14,8 +14,8 @@ import os
 import threading
 import time
 from functools import partial
-from typing import TYPE_CHECKING
 
+from cowfs._typed import TYPE_CHECKING
 from cowfs.model import Usage
 from cowfs.sys.threads import Thread
 from cowfs.union.layers import Descriptors, Layer

@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, NamedTuple
 
+from cowfs._typed import TYPE_CHECKING, NamedTuple
 from cowfs.errors import CowfsError, FailedPrecondition
 from cowfs.sys import locks
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
 
+from cowfs._record import replace
+from cowfs._typed import TYPE_CHECKING, Any, cast
 from cowfs.errors import NotFound
 from cowfs.index.database import Index, Row
 from cowfs.index.mounted import IndexTree

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, NoReturn
 
+from cowfs._record import record
+from cowfs._typed import Any, NoReturn
 from cowfs.errors import FailedPrecondition, InvalidArgument, NotFound, Unsupported
 from cowfs.mounting.request import MountSpec
 from cowfs.sys import files, host, mounts as sys_mounts
@@ -46,7 +46,7 @@ _ASKED = ("uid_map", "gid_map", "row", "io", "frontend", "foreground", "trace", 
 _BY_CALLER = frozenset({"readonly", "allow_other"})  # other users may enter a mount of the kernel in any case
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class KernelMount:
     """A mount that the kernel serves. It has no server, and no control socket.
 

@@ -13,7 +13,8 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterable
-from typing import NamedTuple
+
+from cowfs._typed import NamedTuple
 
 __all__ = ["PREFIX", "Notice", "drop", "found", "leave"]
 
@@ -70,11 +71,11 @@ def _path(directory: str, notice: Notice) -> str:
 
 def found(directories: Iterable[str]) -> list[Notice]:
     """The notices in some directories, left over ones included."""
-    import json
-
     notices = []
     for directory in directories:
         for path in _paths(directory):
+            import json  # now that there is one: most layers have none
+
             try:
                 with open(path, encoding="utf-8", errors="surrogateescape", opener=_careful) as file:
                     data = json.loads(file.read(1 << 16))

@@ -23,8 +23,8 @@ import struct
 import subprocess
 import sys
 import threading
-from typing import NamedTuple, NoReturn
 
+from cowfs._typed import NamedTuple, NoReturn
 from cowfs.errors import CowfsError, Unsupported
 from cowfs.mounting import protocol
 from cowfs.mounting.request import MountSpec

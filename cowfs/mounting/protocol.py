@@ -23,9 +23,9 @@ import struct
 import time
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
 
 from cowfs import errors
+from cowfs._typed import Any
 from cowfs.errors import CowfsError, FailedPrecondition
 from cowfs.sys import host, process
 

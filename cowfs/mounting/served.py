@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+
+from cowfs._typed import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from cowfs.fuse.loop import Session

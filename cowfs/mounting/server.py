@@ -32,11 +32,11 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from cowfs._log import Part
 from cowfs._record import replace
-from cowfs.errors import CowfsError
+from cowfs._typed import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from cowfs.errors import CowfsError, FailedPrecondition
 from cowfs.mounting import mountpoint, protocol
 from cowfs.mounting.assemble import explain, make_session, make_view, name_process, raise_file_limit, refused
 from cowfs.mounting.chronicle import Chronicle
@@ -292,6 +292,10 @@ class Server:
             if not self._report.send({"error": protocol.error_to(self._problem)}):
                 raise self._problem
             return self._problem.exit_code
+        gone = FailedPrecondition(
+            f"{self.spec.mountpoint} was unmounted before its mount answered", remedy="mount it again"
+        )
+        self._report.send({"error": protocol.error_to(gone)})  # unless it had answered
         return 0
 
     def _close(self) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from typing import Any
 
+from cowfs._typed import Any
 from cowfs.errors import InvalidArgument
 from cowfs.model import SMALLEST_LIMIT, parse_count, parse_size
 from cowfs.mounting import mountpoint

@@ -35,8 +35,8 @@ import struct
 import sys
 import time
 from collections.abc import Callable
-from typing import NoReturn
 
+from cowfs._typed import NoReturn
 from cowfs.errors import FailedPrecondition
 from cowfs.mounting import prefork, protocol
 from cowfs.mounting.adopt import Client, Unequal

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
+from cowfs._typed import Any
 from cowfs.sys import atomic
 
 MARK = "cowfs-begun"

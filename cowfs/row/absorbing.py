@@ -6,8 +6,8 @@ Only the blocks that the layer holds are brought up; all of them if the base can
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
+from cowfs._typed import Protocol
 from cowfs.format.redirect import Ref
 from cowfs.row.file import RowFile
 from cowfs.union.filedata import Absorbing

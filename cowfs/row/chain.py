@@ -10,8 +10,8 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
 
+from cowfs._typed import TYPE_CHECKING, Protocol
 from cowfs.format.redirect import Ref
 from cowfs.row.extents import INFINITY, ZEROS, Extents
 from cowfs.row.map import Loaded, Log

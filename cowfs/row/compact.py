@@ -14,8 +14,8 @@ import errno
 import os
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
 
+from cowfs._typed import TYPE_CHECKING, TypeVar
 from cowfs.row import layer as row_layer, rewrite
 from cowfs.row.file import RowFile
 from cowfs.row.rewrite import Twin

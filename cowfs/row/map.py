@@ -28,7 +28,6 @@ import threading
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 
 from cowfs.format.redirect import VERSION, Ref, bad
 from cowfs.sys import process
@@ -77,7 +76,6 @@ def _writes(offset: int, ranges: Ranges) -> bytes:
     return b"".join(parts)
 
 
-@dataclass(slots=True)
 class Loaded:
     """A map as read.
 
@@ -89,11 +87,14 @@ class Loaded:
         stale: whether it must be written anew before anything is appended: another boot wrote it.
     """
 
-    ranges: Ranges
-    end: int
-    synced: int
-    records: int
-    stale: bool
+    __slots__ = ("end", "ranges", "records", "stale", "synced")
+
+    def __init__(self, ranges: Ranges, end: int, synced: int, records: int, stale: bool) -> None:
+        self.ranges = ranges
+        self.end = end
+        self.synced = synced
+        self.records = records
+        self.stale = stale
 
 
 def parse(data: bytes, shift: int, name: bytes) -> Loaded:

@@ -15,8 +15,8 @@ from __future__ import annotations
 import contextlib
 import os
 from queue import SimpleQueue
-from typing import Final, Protocol
 
+from cowfs._typed import Final, Protocol
 from cowfs.row.extents import ZEROS
 from cowfs.sys.threads import Thread
 

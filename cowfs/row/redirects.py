@@ -21,8 +21,8 @@ import errno
 import os
 import stat
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
+from cowfs._typed import TYPE_CHECKING
 from cowfs.format.redirect import ROOT_MARK, Ref, check_block, is_marked
 from cowfs.row import absorbing, map as row_map
 from cowfs.row.chain import Chain, Level, lay

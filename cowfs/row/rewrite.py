@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final
 
+from cowfs._typed import TYPE_CHECKING, Final
 from cowfs.row import map as row_map
 from cowfs.row.readahead import Ahead
 from cowfs.sys import files, xattr

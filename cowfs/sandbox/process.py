@@ -22,9 +22,9 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
-from typing import Any, NamedTuple, NoReturn
 
 from cowfs import errors
+from cowfs._typed import Any, NamedTuple, NoReturn
 from cowfs.errors import CowfsError, Unsupported
 from cowfs.sandbox import beside, confine, subids, users
 from cowfs.sandbox.request import Request

@@ -6,8 +6,8 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
+from cowfs._typed import Any, Literal, NamedTuple, TypeAlias, cast
 from cowfs.errors import InvalidArgument, NotFound
 from cowfs.model import format_size, parse_count, parse_size
 from cowfs.sys.cgroups import Limits

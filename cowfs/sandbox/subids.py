@@ -11,12 +11,12 @@ import pwd
 import shutil
 import subprocess
 from contextlib import suppress
-from typing import NamedTuple
 
+from cowfs._typed import NamedTuple
 from cowfs.errors import Unsupported
 from cowfs.sys import host, mounts, namespaces
 
-__all__ = ["Range", "enter", "ranges", "try_enter"]
+__all__ = ["Range", "enter", "enter_with_own", "ranges", "try_enter"]
 
 
 class Range(NamedTuple):
@@ -44,8 +44,11 @@ def ranges(path: str, uid: int) -> list[Range]:
     return [each for each in found if each.length]
 
 
-def enter() -> None:
+def enter(*, follow: bool = False) -> None:
     """Move this process, which has one thread, into such a namespace, with a mount namespace of its own.
+
+    Args:
+        follow: the host's mounts of later on are seen, too; without, none is.
 
     Raises:
         Unsupported: the user has no ranges, there is no newuidmap, or the kernel makes no user namespaces.
@@ -55,7 +58,7 @@ def enter() -> None:
     problem = _unshare(words)
     if problem:
         raise Unsupported(problem, remedy="cowfs doctor says how")
-    _become_root()
+    _become_root(follow=follow)
 
 
 def try_enter() -> bool:
@@ -117,13 +120,26 @@ def _unshare(words: list[list[str]]) -> str:
     return "" if problem == "+" else problem
 
 
-def _become_root() -> None:
+def _become_root(*, follow: bool = False) -> None:
     host.forget()
     with suppress(PermissionError):  # one group, and no right to set others
         os.setgroups([])
     os.setresgid(0, 0, 0)
     os.setresuid(0, 0, 0)
-    mounts.make_private()
+    if not follow:  # the kernel has made them slaves of the host's: mount_namespaces(7)
+        mounts.make_private()
+
+
+def enter_with_own() -> None:
+    """The same with the user's own id alone, as root: no program of others is needed for that.
+
+    Raises:
+        Unsupported: the kernel makes no user namespaces.
+    """
+    try:
+        namespaces.become_root()
+    except OSError as error:
+        raise Unsupported(f"no user namespace can be made: {error.strerror}", remedy="cowfs doctor says how") from None
 
 
 def _words(program: str, own: int, given: list[Range], path: str) -> list[str]:

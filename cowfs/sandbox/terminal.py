@@ -15,7 +15,8 @@ import termios
 import tty
 from collections.abc import Container
 from contextlib import suppress
-from typing import Any
+
+from cowfs._typed import Any
 
 __all__ = ["Terminal"]
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from cowfs.driver import registry
 from cowfs.errors import CowfsError
-from cowfs.service.containers import cgroups
 from cowfs.service.containers.container import Container
+from cowfs.service.containers.figures import figures_of
 from cowfs.service.containers.stats import WORK, storage
 from cowfs.service.logs import log
 
@@ -103,7 +103,7 @@ class Board:
             time.sleep(rest)
 
     def _figures_of(self, container: Container, cpu: dict[str, tuple[int, int]]) -> dict[str, Any]:
-        figures = cgroups.read(container.cgroup)
+        figures = figures_of(container)
         found = storage(self._service.store, container)
         now, used = time.monotonic_ns(), figures.cpu or 0
         before = cpu.get(container.id)

@@ -23,7 +23,8 @@ from typing import Any
 from cowfs import __version__
 from cowfs.errors import CowfsError, FailedPrecondition, InvalidArgument, Unsupported
 from cowfs.mounting import prefork
-from cowfs.service import browsers, logs, systemd
+from cowfs.mounting.protocol import run_directory
+from cowfs.service import browsers, logs, rootless, systemd
 from cowfs.service.api import (
     absent,
     containers as containers_api,
@@ -45,6 +46,7 @@ from cowfs.service.logs import exchange_id, log
 from cowfs.service.options import Options
 from cowfs.service.shared import FOLDER, Service, pairs
 from cowfs.store import Store
+from cowfs.store.opening import default_root
 from cowfs.store.reserve import NoRoomError, no_room
 
 __all__ = ["Front", "run"]
@@ -125,13 +127,6 @@ class Front:
 # The process
 
 
-def default_run_dir() -> str:
-    """``/run/cowfs`` as root, else ``$XDG_RUNTIME_DIR/cowfs``."""
-    if os.geteuid() == 0:
-        return "/run/cowfs"
-    return os.path.join(os.environ.get("XDG_RUNTIME_DIR") or f"/tmp/cowfs-{os.geteuid()}", "cowfs")
-
-
 def open_store(options: Options) -> Store:
     """The store of the options, with the options of ``--storage-opt`` that are the driver's."""
     from cowfs.model import parse_count, parse_size
@@ -190,8 +185,10 @@ def run(options: Options, reread: Callable[[], Options]) -> int:
         CowfsError: the daemon cannot start.
     """
     logs.set_up(level="debug" if options.debug else options.log_level, format=options.log_format)
-    run_dir = options.run_dir or default_run_dir()
+    run_dir = os.path.abspath(options.run_dir) if options.run_dir else run_directory()
     os.makedirs(run_dir, mode=0o700, exist_ok=True)
+    if os.geteuid() != 0 and (options.host or not _of_engines(options)):
+        _become_root_of_users(options, run_dir)
     with open_store(options) as store, only_instance(store):
         service = Service(options, store, run_dir)
         prefork.stay(365 * 86400.0)
@@ -210,6 +207,19 @@ def run(options: Options, reread: Callable[[], Options]) -> int:
             for door in doors:
                 held.callback(door.close)
             return _serve(service, doors, reread)
+
+
+def _become_root_of_users(options: Options, run_dir: str) -> None:
+    """Let an ordinary user's daemon be root of a user namespace, for containers; where there can be none, it serves without them."""
+    if not (options.root or os.environ.get("COWFS_ROOT")):
+        os.environ["COWFS_ROOT"] = os.path.abspath(default_root())  # in there, another one would be the default
+    try:
+        problem = rootless.enter(run_dir)
+    except Unsupported as error:
+        log.warning("containers cannot be started by this user: %s", error)
+        return
+    if problem:
+        log.warning("containers have one user and group, root: %s", problem)
 
 
 def _of_engines(options: Options) -> list[str]:
@@ -370,9 +380,11 @@ def main_service(arguments: Any) -> int:
         sys.stdout.write(options_module.as_toml(options))
         return 0
     if arguments.install:
-        for path in systemd.install(force=arguments.force):
+        user = bool(arguments.user) or os.geteuid() != 0
+        for path in systemd.install(systemd.directory_of_units(user=user), user=user, force=arguments.force):
             sys.stdout.write(f"{path}\n")
-        sys.stdout.write("systemctl daemon-reload && systemctl enable --now cowfs.socket\n")
+        manager = "systemctl --user" if user else "systemctl"
+        sys.stdout.write(f"{manager} daemon-reload && {manager} enable --now cowfs.socket\n")
         return 0
     if options.tlsverify and not (options.tlscert and options.tlskey):
         raise InvalidArgument(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import re
 import time
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -12,7 +14,7 @@ from cowfs.service.errors import ApiError
 if TYPE_CHECKING:
     from cowfs.store import Store
 
-__all__ = ["FILTERS", "Wanted", "follow", "listeners", "when"]
+__all__ = ["FILTERS", "Wanted", "follow", "listeners", "moment", "when"]
 
 FILTERS = ("type", "event", "image", "container", "label", "scope", "daemon", "network", "volume", "plugin", "node",
            "service", "secret", "config", "snapshot", "mount")  # fmt: skip
@@ -47,6 +49,35 @@ def when(text: str, name: str) -> int | None:
     if len(seconds) > 11:  # beyond any time that an event has
         raise ApiError(400, f"{name} is no time: {text[:40]!r}")
     return int(seconds) * 1_000_000_000 + int(fraction[:9].ljust(9, "0") or 0)
+
+
+_UNITS = {"ns": 1, "us": 1000, "µs": 1000, "ms": 10**6, "s": 10**9, "m": 60 * 10**9, "h": 3600 * 10**9}
+_SPAN = re.compile(r"(?:\d+(?:\.\d+)?(?:ns|us|µs|ms|s|m|h))+", re.ASCII)
+_PART = re.compile(r"(\d+(?:\.\d+)?)(ns|us|µs|ms|s|m|h)", re.ASCII)
+
+
+def moment(text: str, name: str) -> int:
+    """Nanoseconds since 1970 of the time in a filter of a prune or list, which clients pass as it was typed: seconds, a time
+    span of Go's until now (``1h30m``), or a date of RFC 3339, of which the end may be missing and whose zone is this host's by default.
+
+    Raises:
+        ApiError: 400: none of them.
+
+    >>> moment("1.5", "until"), moment("1970-01-02T00:00:00Z", "until")
+    (1500000000, 86400000000000)
+    """
+    if _SPAN.fullmatch(text) and len(text) <= 64:
+        return time.time_ns() - sum(int(float(count) * _UNITS[unit]) for count, unit in _PART.findall(text))
+    try:
+        made = datetime.datetime.fromisoformat(text) if re.match(r"\d{4}-", text, re.ASCII) else None
+    except ValueError:
+        made = None
+    if made is None:
+        return when(text, name) or 0
+    try:
+        return int(made.astimezone(datetime.UTC).timestamp() * 10**6) * 1000
+    except (ValueError, OverflowError, OSError):
+        raise ApiError(400, f"{name} is no time: {text[:40]!r}") from None
 
 
 class Wanted:

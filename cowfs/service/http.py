@@ -70,7 +70,7 @@ class Reply:
 
 def json_reply(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Reply:
     """A document."""
-    return Reply(status=status, body=json.dumps(value, separators=(",", ":")).encode() + b"\n", headers=headers or {})
+    return Reply(status=status, body=_compact(value).encode() + b"\n", headers=headers or {})
 
 
 def empty(status: int = 204) -> Reply:
@@ -78,10 +78,14 @@ def empty(status: int = 204) -> Reply:
     return Reply(status=status, type="")
 
 
+_compact = json.JSONEncoder(separators=(",", ":")).encode
+"""One encoder for all lines: json.dumps would make another one for each event."""
+
+
 def lines(values: Iterable[Any]) -> Iterator[bytes]:
     """One JSON document a line; None is a sign of life."""
     for value in values:
-        yield b"" if value is None else json.dumps(value, separators=(",", ":")).encode() + b"\r\n"
+        yield b"" if value is None else _compact(value).encode() + b"\r\n"
 
 
 class Body:

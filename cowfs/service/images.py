@@ -20,12 +20,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from cowfs import images as formats
-from cowfs.archive import ApplyOptions
 from cowfs.errors import CowfsError, FailedPrecondition, NotFound
 from cowfs.images.digests import digest_of, parse_json
 from cowfs.index.watching import Watcher
 from cowfs.service import references
 from cowfs.service.errors import ApiError
+from cowfs.service.rootless import apply_options
 
 if TYPE_CHECKING:
     from cowfs.store import Store
@@ -335,7 +335,7 @@ class Images:
         """
         with formats.open_image(stream, form="image", spool_dir=self._store.root) as opened:
             for image in opened.images:
-                top, document = self._store.import_opened(image, options=ApplyOptions())
+                top, document = self._store.import_opened(image, options=apply_options())
                 names = [references.familiar(name) for name in image.tags if _may_be_tag(name)]
                 id = self.keep(top, document, names, "load")
                 for name in names:
@@ -347,7 +347,7 @@ class Images:
         """Make an image of one layer of a root file system's tar, and return its id."""
         with formats.open_image(stream, form="rootfs", spool_dir=self._store.root) as opened:
             (image,) = opened.images
-            top, _ = self._store.import_opened(image)
+            top, _ = self._store.import_opened(image, options=apply_options())
         base = self._store.image(top).config
         now = rfc3339(time.time_ns())
         config = parse_json(base, "configuration") | {"created": now}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from cowfs import __version__
 from cowfs.errors import Unsupported
 from cowfs.service.containers import cgroups
+from cowfs.service.containers.figures import figures_of
 from cowfs.service.containers.stats import storage
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ class _Collector:
             if not container.running:
                 continue
             named = [container.id[:12], container.name, container.image_name]
-            figures, held = cgroups.read(container.cgroup), storage(self._service.store, container)
+            figures, held = figures_of(container), storage(self._service.store, container)
             for name, value in (
                 ("cowfs_container_cpu_seconds_total", None if figures.cpu is None else figures.cpu / 1e9),
                 ("cowfs_container_memory_usage_bytes", figures.memory),

@@ -14,14 +14,23 @@ from dataclasses import dataclass, field, fields
 from typing import Any, get_type_hints
 
 from cowfs.errors import InvalidArgument, NotFound
+from cowfs.sys import host as this_host
 
 __all__ = ["Options", "add_arguments", "as_toml", "read"]
 
-DEFAULT_FILE = "/etc/cowfs/serve.toml"
+ROOTS_FILE = "/etc/cowfs/serve.toml"
 PREFIX = "COWFS_SERVE_"
 
 PLUGIN = "unix:///run/docker/plugins/cowfs.sock"
 """Where dockerd looks for the plugin that it calls cowfs."""
+
+
+def default_file() -> str:
+    """The file that is read when none is named: root's is the host's, an ordinary user's is below ``~/.config``."""
+    if this_host.outer_uid() == 0:
+        return ROOTS_FILE
+    home = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
+    return os.path.join(home, "cowfs", "serve.toml")
 
 
 def _option(
@@ -38,8 +47,12 @@ def _option(
 class Options:
     """All options of a daemon. Names are those of the TOML file; a flag has dashes."""
 
-    root: str = _option("", "the store (default: $COWFS_ROOT, else /var/lib/cowfs as root)", metavar="DIR")
-    run_dir: str = _option("", "sockets and mounts of containers (default: /run/cowfs as root)", metavar="DIR")
+    root: str = _option(
+        "", "the store (default: $COWFS_ROOT, else /var/lib/cowfs as root, else ~/.local/share/cowfs)", metavar="DIR"
+    )
+    run_dir: str = _option(
+        "", "sockets and mounts of containers (default: /run/cowfs as root, else $XDG_RUNTIME_DIR/cowfs)", metavar="DIR"
+    )
     host: tuple[str, ...] = _option(
         (), "a door: unix:///PATH, tcp://ADDR:PORT or fd://; repeated", flags=("-H",), metavar="DOOR"
     )
@@ -144,7 +157,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         else:
             parser.add_argument(*names, action="append", default=None, dest=each.name, metavar=metavar, help=help_text)
     parser.add_argument(
-        "--config", metavar="FILE", help=f"TOML file with these options (default: {DEFAULT_FILE}, if there)"
+        "--config",
+        metavar="FILE",
+        help=f"TOML file with these options (default: {ROOTS_FILE} as root, else ~/.config/cowfs/serve.toml, if there)",
     )
 
 
@@ -157,9 +172,9 @@ def read(arguments: argparse.Namespace, environ: Mapping[str, str]) -> Options:
     """
     found: dict[str, Any] = {}
     kinds = get_type_hints(Options)
-    path = arguments.config or environ.get(PREFIX + "CONFIG") or (
-        DEFAULT_FILE if os.path.exists(DEFAULT_FILE) else None
-    )  # fmt: skip
+    path = arguments.config or environ.get(PREFIX + "CONFIG")
+    if not path and os.path.exists(default_file()):
+        path = default_file()
     for name, value in (_read_file(path) if path else {}).items():
         found[name] = _typed(value, kinds.get(name), f"{path}: {name}")
     for each in fields(Options):

@@ -16,6 +16,7 @@ from cowfs.images.registry import Credentials, Pulled, Registry
 from cowfs.service.errors import ApiError
 from cowfs.service.logs import exchange_id, log
 from cowfs.service.references import Reference, parse
+from cowfs.service.rootless import apply_options
 
 if TYPE_CHECKING:
     from cowfs.service.images import Images
@@ -129,7 +130,7 @@ class Transfers:
         for layer in image.layers:
             tell({"status": "Pulling fs layer", "progressDetail": {}, "id": (layer.digest or "")[7:19]})
         had = image.config_digest in self._images.ids()
-        top, document = self._store.import_opened(image)
+        top, document = self._store.import_opened(image, options=apply_options())
         for layer in image.layers:
             tell({"status": "Pull complete", "progressDetail": {}, "id": (layer.digest or "")[7:19]})
         names = [] if reference.digest and not reference.tag else [reference.familiar]

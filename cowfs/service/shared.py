@@ -11,9 +11,10 @@ import threading
 import time
 from collections.abc import Iterator
 
+from cowfs.service import rootless
 from cowfs.service.board import Board
 from cowfs.service.containers import seccomp
-from cowfs.service.containers.limits import is_unified
+from cowfs.service.containers.cgroups import is_unified, place
 from cowfs.service.containers.manager import Containers
 from cowfs.service.doors import Loop
 from cowfs.service.images import Images
@@ -96,6 +97,7 @@ class Service:
     def security_options(self) -> list[str]:
         """The names in Docker's info."""
         found = ["name=seccomp,profile=builtin"] if seccomp.is_possible() else []
+        found += ["name=rootless"] if rootless.is_rootless() else []
         return found + (["name=cgroupns"] if is_unified() else [])
 
     def warnings(self) -> list[str]:
@@ -105,7 +107,22 @@ class Service:
             found.append("WARNING: a TCP door is open to anybody who can reach it (--insecure)")
         if not self.runtime_program():
             found.append("WARNING: no OCI runtime: containers cannot be started (install runc or crun)")
+        if rootless.is_rootless():
+            found += self._rootless_warnings()
         found.append("WARNING: no bridge network: a container has a loopback interface only, unless --network host")
+        return found
+
+    def _rootless_warnings(self) -> list[str]:
+        found = []
+        if os.geteuid() != 0:
+            found.append("WARNING: no user namespace: containers cannot be started")
+        elif not rootless.has_many_ids():
+            found.append(
+                "WARNING: one user id: all files of images belong to root (newuidmap and /etc/subuid give more)"
+            )
+        for controller in ("memory", "cpu", "pids", "io"):
+            if controller not in place().controllers:
+                found.append(f"WARNING: No {controller} limit support")
         return found
 
     @staticmethod

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import sys
 
-from cowfs.errors import AlreadyExists, InvalidArgument
+from cowfs.errors import AlreadyExists, InvalidArgument, Unsupported
 
-__all__ = ["install", "listening", "notify"]
+__all__ = ["directory_of_units", "install", "listening", "notify"]
 
 FIRST = 3
 """SD_LISTEN_FDS_START."""
@@ -48,7 +49,7 @@ SOCKET = """\
 Description=cowfs: the socket that Docker's clients use
 
 [Socket]
-ListenStream=/run/cowfs/docker.sock
+ListenStream={runtime}/cowfs/docker.sock
 SocketMode=0600
 DirectoryMode=0700
 
@@ -60,9 +61,7 @@ SERVICE = """\
 [Unit]
 Description=cowfs: copy-on-write storage and the containers that stand on it
 Documentation=man:cowfs(1)
-After=network-online.target
-Wants=network-online.target
-Requires=cowfs.socket
+{order}Requires=cowfs.socket
 
 [Service]
 Type=notify
@@ -72,42 +71,73 @@ ExecReload=kill -HUP $MAINPID
 KillMode=process
 Delegate=yes
 Restart=on-failure
-LimitNOFILE=1048576
-TasksMax=infinity
-# A namespace of its own for mounts (ProtectSystem=, PrivateTmp=...) would hide the containers' mounts from the host.
-NoNewPrivileges=no
-RestrictRealtime=yes
-RestrictSUIDSGID=no
-LockPersonality=yes
-SystemCallArchitectures=native
-ProtectClock=yes
-ProtectHostname=no
+{limits}# A namespace of its own for mounts (ProtectSystem=, PrivateTmp=...) would hide the containers' mounts from the host. Filters of system
+# calls (ProtectHostname=, RestrictRealtime=, SystemCallArchitectures=, NoNewPrivileges=...) would be those of every container, too: none
+# could have a name, or a program of 32 bits. Containers have a filter of their own.
 UMask=0077
 
 [Install]
-WantedBy=multi-user.target
+WantedBy={target}
 Also=cowfs.socket
 """
 
+_OF_ROOT = {
+    "runtime": "/run",
+    "order": "After=network-online.target\nWants=network-online.target\n",
+    "limits": "LimitNOFILE=1048576\nTasksMax=infinity\n",
+    "target": "multi-user.target",
+}
+_OF_USER = {"runtime": "%t", "order": "", "limits": "", "target": "default.target"}
 
-def install(directory: str = "/etc/systemd/system", *, force: bool = False) -> list[str]:
+
+def directory_of_units(*, user: bool) -> str:
+    """Where systemd looks for the units of an administrator, or of this user (systemd.unit(5))."""
+    if not user:
+        return "/etc/systemd/system"
+    home = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
+    return os.path.join(home, "systemd", "user")
+
+
+def install(directory: str, *, user: bool = False, force: bool = False) -> list[str]:
     """Write the units, and return their paths.
+
+    Args:
+        user: those of an ordinary user's own service manager.
 
     Raises:
         AlreadyExists: a different unit exists, and ``force`` is off.
+        Unsupported: this user may not write there.
     """
-    command = os.path.join(os.path.dirname(os.path.abspath(sys.argv[0])), "cowfs")
-    if not os.access(command, os.X_OK):
-        command = f"{sys.executable} -m cowfs"
+    words = {**(_OF_USER if user else _OF_ROOT), "command": _command()}
     written = []
-    os.makedirs(directory, exist_ok=True)
-    for name, text in (("cowfs.socket", SOCKET), ("cowfs.service", SERVICE.format(command=command))):
-        path = os.path.join(directory, name)
-        if os.path.exists(path) and not force:
-            with open(path, encoding="utf-8") as file:
-                if file.read() != text:
-                    raise AlreadyExists(f"{path} has something else in it", remedy="--force overwrites it")
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(text)
-        written.append(path)
+    try:
+        os.makedirs(directory, exist_ok=True)
+        for name, text in (("cowfs.socket", SOCKET.format(**words)), ("cowfs.service", SERVICE.format(**words))):
+            path = os.path.join(directory, name)
+            if not force and os.path.exists(path):
+                with open(path, encoding="utf-8", errors="replace") as file:
+                    if file.read() != text:
+                        raise AlreadyExists(f"{path} has something else in it", remedy="--force overwrites it")
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(text)
+            written.append(path)
+    except OSError as error:
+        remedy = "--user writes the units of an ordinary user" if not user else ""
+        raise Unsupported(f"{error.filename or directory}: {error.strerror}", remedy=remedy) from None
     return written
+
+
+def _command() -> str:
+    """The command line of this very cowfs, quoted for a unit (systemd.service(5), "Command lines")."""
+    beside = os.path.join(os.path.dirname(os.path.abspath(sys.argv[0])), "cowfs")
+    words = [beside] if shutil.which(beside) else [sys.executable, "-m", "cowfs"]
+    return " ".join(
+        _quoted(word) for word in words
+    )  # the program is the only word with letters of others: there $ is plain
+
+
+def _quoted(word: str) -> str:
+    safe = word.replace("%", "%%")
+    if all(each.isalnum() or each in "/._-+%$" for each in safe):
+        return safe
+    return '"' + safe.replace("\\", "\\\\").replace('"', '\\"') + '"'

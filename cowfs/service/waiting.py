@@ -80,22 +80,18 @@ class Waiting:
         Raises:
             OSError: ENOSPC: there is no room for them yet. CowfsError: the index cannot be written.
         """
-        try:
-            with self._open() as fd:
-                events: list[Waits] = [json.loads(each) for each in _records(fd)]
-                if not events:
-                    return
-                first = min(at for *_, at in events)
-                known = {(each.type, each.action, each.actor, each.time) for each in store.events(since=first)}
-                with store.index.write() as change:
-                    for type, action, actor, attributes, at in events:
-                        if (type, action, actor, at) not in known:
-                            change.record_event(type, action, actor, attributes, at=at)
-                os.pwrite(fd, _LENGTH.pack(0), 0)
-                if self._durable:
-                    os.fdatasync(fd)
-        except FileNotFoundError:
-            pass  # no room was taken, so nothing waits here
+        with contextlib.ExitStack() as held:
+            try:
+                fd = held.enter_context(self._open())
+                records = list(_records(fd))
+            except OSError:
+                return  # no room was taken, so nothing waits here
+            if not records:
+                return
+            _move([event for event in map(_event, records) if event is not None], store)
+            os.pwrite(fd, _LENGTH.pack(0), 0)
+            if self._durable:
+                os.fdatasync(fd)
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[int]:
@@ -117,3 +113,21 @@ def _records(fd: int) -> Iterator[bytes]:
             return
         yield data[at : at + length]
         at += length
+
+
+def _event(record: bytes) -> Waits | None:
+    """The event of a record; None of one that a failure of power tore."""
+    try:
+        type, action, actor, attributes, at = json.loads(record)
+        return str(type), str(action), str(actor), {str(key): str(value) for key, value in attributes.items()}, int(at)
+    except (ValueError, TypeError, AttributeError):
+        return None
+
+
+def _move(events: list[Waits], store: Store) -> None:
+    first = min((at for *_, at in events), default=0)
+    known = {(each.type, each.action, each.actor, each.time) for each in store.events(since=first)}
+    with store.index.write() as change:
+        for type, action, actor, attributes, at in events:
+            if (type, action, actor, at) not in known:
+                change.record_event(type, action, actor, attributes, at=at)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, BinaryIO
 
 from cowfs import archive
+from cowfs._typed import TYPE_CHECKING, BinaryIO
 from cowfs.index.directory import DIGEST
 from cowfs.store.archived import APPLIED, HEADERS, forget
 from cowfs.store.digest_table import ByInode
@@ -43,8 +43,13 @@ class Applying:
         options: archive.ApplyOptions | None = None,
         diff_id: str | None = None,
         progress: Progress | None = None,
+        root_mtime: int | None = None,
     ) -> archive.Applied:
-        """As :meth:`cowfs.Store.apply`."""
+        """As :meth:`cowfs.Store.apply`.
+
+        Args:
+            root_mtime: of the root directory, in nanoseconds, where another channel tells it: an archive may leave it out.
+        """
         row = self._lookup.active(key)
         with hold(self.context.driver, self.context.index, row, "apply to"):
             row = self._lookup.active(key, row.num)
@@ -54,6 +59,9 @@ class Applying:
             applied, digests = self.unpack(
                 row.id, stream, self._scanning.content_of(above), options, diff_id, counter(progress, key)
             )
+            if root_mtime is not None:
+                with self.context.driver.open_tree(row.id) as fd:
+                    os.utime(fd, ns=(root_mtime, root_mtime))
             point("apply.unpacked")
             settle_times(self.context.driver)
             KeptDigests.save(self.context.driver, row.id, digests)

@@ -7,9 +7,8 @@ ctime is later than the one of ``cowfs-applied``, which is the very file that wa
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
-
 from cowfs import archive, images
+from cowfs._typed import TYPE_CHECKING, Protocol
 from cowfs.index.database import Row
 from cowfs.model import Kind
 from cowfs.store.layers import marked_time, unmark

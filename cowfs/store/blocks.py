@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, BinaryIO
 
 from cowfs import union
+from cowfs._typed import TYPE_CHECKING, BinaryIO
 from cowfs.errors import CowfsError, InvalidArgument
 from cowfs.index import compare
 from cowfs.index.database import Row

@@ -16,9 +16,9 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from cowfs import archive
+from cowfs._typed import TYPE_CHECKING
 from cowfs.errors import Corrupt, CowfsError
 from cowfs.index.database import Row
 from cowfs.index.directory import Entry, Pair, Ref, children_of, decode, entries, join, root_digest

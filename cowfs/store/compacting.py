@@ -6,9 +6,9 @@ Only writable layers are compacted: the records of a committed snapshot have its
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
+from cowfs._record import record
+from cowfs._typed import TYPE_CHECKING, Any
 from cowfs.errors import CowfsError, Unsupported
 from cowfs.index.database import Row
 from cowfs.store import layers
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["Compacted", "Compacting", "OnProgress"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Compacted:
     """The result of a compaction.
 

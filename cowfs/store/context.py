@@ -10,8 +10,8 @@ import contextlib
 import errno
 import os
 from collections.abc import Callable, Mapping
-from typing import Any, Self, TypeVar
 
+from cowfs._typed import Any, Self, TypeVar
 from cowfs.driver import registry
 from cowfs.driver.interface import Driver, Probe
 from cowfs.errors import FailedPrecondition, InvalidArgument

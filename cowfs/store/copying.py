@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
-from typing import TYPE_CHECKING, Protocol
 
+from cowfs._typed import TYPE_CHECKING, Protocol
 from cowfs.errors import InvalidArgument
 from cowfs.index.database import Row
 from cowfs.model import Kind

@@ -22,8 +22,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple, ParamSpec
 
+from cowfs._typed import TYPE_CHECKING, NamedTuple, ParamSpec
 from cowfs.archive.names import Meaning, meaning
 from cowfs.errors import Corrupt
 from cowfs.index import compare, scan

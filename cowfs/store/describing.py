@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
 
+from cowfs._typed import TYPE_CHECKING
 from cowfs.driver import registry
 from cowfs.driver.interface import Driver
 from cowfs.errors import Unsupported
 from cowfs.store import kernel_image, limit_loop
+from cowfs.store.limit_image import KINDS
 from cowfs.store.totals import Totals, sum_up
 from cowfs.sys import host
 
@@ -102,7 +103,8 @@ def _limits(driver: Driver) -> str:
     """The engines for limits on this host, for people."""
     if driver.capabilities.own_limit:
         return "the driver's own, whoever mounts"
-    why = limit_loop.why_not(driver)
-    return "cowfs's own server; kernel mounts: " + (
-        f"none, {why}" if why else "an ext4 image of the limit's size (loop)"
-    )
+    whys = {kind: limit_loop.why_not(driver, kind) for kind in KINDS.values()}
+    if all(whys.values()):
+        return f"cowfs's own server; kernel mounts: none, {next(iter(whys.values()))}"
+    told = [f"{kind.name} ({why or kind.engine})" for kind, why in whys.items()]
+    return f"cowfs's own server; kernel mounts: an image of the limit's size, {', '.join(told)}"

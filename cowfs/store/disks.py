@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from cowfs._record import record
+from cowfs._typed import TYPE_CHECKING
 from cowfs.errors import InvalidArgument
 from cowfs.format import qcow2
 from cowfs.model import Kind, parse_size
@@ -28,7 +28,7 @@ FORMATS = ("raw", "qcow2")
 _PIECE = 1 << 20
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class DiskCounts:
     """A disk that was written.
 

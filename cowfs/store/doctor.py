@@ -12,8 +12,8 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from importlib.util import find_spec
-from typing import Literal, NamedTuple
 
+from cowfs._typed import Literal, NamedTuple
 from cowfs.driver import registry
 from cowfs.errors import CowfsError
 from cowfs.sys import cgroups, files, host, landlock, loop, mounts, namespaces, seccomp

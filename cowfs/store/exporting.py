@@ -6,12 +6,13 @@ import errno
 import itertools
 import os
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, BinaryIO
+from contextlib import contextmanager
 
 from cowfs import archive, images
-from cowfs.errors import InvalidArgument, NotFound
+from cowfs._typed import TYPE_CHECKING, BinaryIO
+from cowfs.errors import Corrupt, InvalidArgument, NotFound
 from cowfs.index import compare
-from cowfs.index.database import Row
+from cowfs.index.database import Index, Row
 from cowfs.index.directory import Pending
 from cowfs.model import Change, Kind
 from cowfs.store import layers
@@ -60,13 +61,26 @@ class Exporting:
     ) -> str:
         """As :meth:`cowfs.Store.export`."""
         row = self._reading.resolve(name)
+        with unless_removed(self.context.index, row):
+            return self._export(name, row, target, format, compression, directory, progress)
+
+    def _export(
+        self,
+        name: str,
+        row: Row,
+        target: str | os.PathLike[str] | BinaryIO,
+        format: str,
+        compression: str | None,
+        directory: bool,
+        progress: Progress | None,
+    ) -> str:
         if format not in FORMATS:
             raise InvalidArgument(f"no format {format!r}", remedy=f"one of {', '.join(FORMATS)}")
         if isinstance(target, (str, os.PathLike)):
             _check_target(os.path.abspath(target), directory=directory)
             if os.path.exists(target) and not (os.path.isfile(target) or os.path.isdir(target)):
                 with open(target, "wb") as pipe:  # a device or a pipe is written to, not replaced
-                    return self.export(name, pipe, format=format, compression=compression, progress=progress)
+                    return self._export(name, row, pipe, format, compression, directory, progress)
         if format in ("tar", "layer"):
             write = self._write_tar if format == "tar" else self.write_layer
             packed = compression or "none"
@@ -214,7 +228,25 @@ class Exporting:
         self, a: str, b: str, target: BinaryIO, *, compression: str = "none", progress: Progress | None = None
     ) -> str:
         """As :meth:`cowfs.Store.export_diff`."""
-        return self._export_changes(self._reading.resolve(b), self._reading.resolve(a), target, compression, progress)
+        before, after = self._reading.resolve(a), self._reading.resolve(b)
+        with unless_removed(self.context.index, before), unless_removed(self.context.index, after):
+            return self._export_changes(after, before, target, compression, progress)
+
+
+@contextmanager
+def unless_removed(index: Index, row: Row) -> Iterator[None]:
+    """Tell a failure to read a snapshot that another process removed, or squashed, meanwhile for what it is.
+
+    Raises:
+        NotFound: it is gone.
+    """
+    try:
+        yield
+    except (OSError, Corrupt, LookupError) as error:
+        now = index.find_id(row.id)
+        if now is not None and now.num == row.num:
+            raise
+        raise NotFound(f"{row.name!r} was removed meanwhile by another process", remedy="try again") from error
 
 
 def _root_of(tree: archive.Tree) -> Iterator[Change]:

@@ -21,9 +21,9 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from typing import IO, TYPE_CHECKING, Any, BinaryIO
 
 from cowfs import archive
+from cowfs._typed import IO, TYPE_CHECKING, Any, BinaryIO
 from cowfs.errors import FailedPrecondition, InvalidArgument
 from cowfs.index.directory import Pending
 from cowfs.model import TYPE_NAMES, FileInfo, Kind
@@ -57,7 +57,7 @@ class Files:
         lookup: Lookup,
         scanning: Scanning,
         mounted: Mounted,
-        mounting: Mounting,
+        mounting: Callable[[], Mounting],
     ) -> None:
         self.context = context
         self._reading = reading
@@ -101,7 +101,7 @@ class Files:
                 held.callback(os.close, root)
                 yield DirTarget(root)
             else:
-                yield PathsTarget(held.enter_context(self._mounting.paths(row.name)))
+                yield PathsTarget(held.enter_context(self._mounting().paths(row.name)))
 
     def _mounted_root(self, row: Row) -> int | None:
         """A descriptor of the root of an active snapshot's mount, in whichever mount namespace; None if it is not mounted."""
@@ -324,7 +324,6 @@ def _file_info(tree: Tree, path: bytes, st: LowerStat) -> FileInfo:
 def _data(tree: Tree, path: bytes, kind: str, name: str) -> Data:
     """The bytes of the file at a canonical path, opened in a mode of ``open`` without ``b`` and ``t``."""
     from cowfs.union.path_file import FileData
-    from cowfs.union.paths import PathsTarget
 
     st = tree.stat(path)
     if st is not None and not stat.S_ISREG(st.mode):
@@ -332,12 +331,14 @@ def _data(tree: Tree, path: bytes, kind: str, name: str) -> Data:
         raise OSError(number, os.strerror(number), name)
     if st is None and "r" in kind:
         raise FileNotFoundError(2, os.strerror(2), name)
-    if isinstance(tree, PathsTarget):
-        return tree.opened(path, kind)
+    if isinstance(tree, IndexedTree):
+        return _LayerData(tree.open(path))
     if isinstance(tree, DirTree):
         return FileData(tree.opened(path, kind))
-    assert isinstance(tree, IndexedTree)
-    return _LayerData(tree.open(path))
+    from cowfs.union.paths import PathsTarget
+
+    assert isinstance(tree, PathsTarget)
+    return tree.opened(path, kind)
 
 
 class _LayerData:

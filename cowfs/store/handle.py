@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Protocol
 
+from cowfs._typed import TYPE_CHECKING, Protocol
 from cowfs.mounting.client import MountHandle
 
 if TYPE_CHECKING:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from cowfs._record import record
+from cowfs._typed import TYPE_CHECKING
 from cowfs.errors import CowfsError, FailedPrecondition, InvalidArgument
 from cowfs.index.database import Row
 from cowfs.model import Kind
@@ -27,7 +27,7 @@ OWNED = ("cowfs.service.", "containerd.io/")
 """Labels that begin so: the snapshot belongs to the service or an engine, which removes it itself."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Collected:
     """The result of gc: directories deleted (relative to the store), and the number of records."""
 
@@ -35,7 +35,7 @@ class Collected:
     records: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Pruned:
     """The snapshots that :meth:`House.prune` removed, or would remove.
 

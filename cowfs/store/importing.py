@@ -12,9 +12,9 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from cowfs import archive, images
+from cowfs._typed import TYPE_CHECKING, BinaryIO, NamedTuple
 from cowfs.errors import AlreadyExists, CowfsError, InvalidArgument, NotFound
 from cowfs.index.database import Row
 from cowfs.index.transaction import Committed, NameTaken

@@ -15,8 +15,8 @@ import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
-from typing import TYPE_CHECKING, Any
 
+from cowfs._typed import TYPE_CHECKING, Any
 from cowfs.index.database import Row
 from cowfs.index.transaction import Committed
 from cowfs.model import Kind, Usage

@@ -21,8 +21,8 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, NamedTuple, overload
 
+from cowfs._typed import TYPE_CHECKING, NamedTuple
 from cowfs.erofs.layout import BLOCK, BLOCK_BITS, CHUNK_BITS_MASK
 from cowfs.erofs.reader import Image
 from cowfs.erofs.tree import Chunk, Device, Map
@@ -35,6 +35,8 @@ from cowfs.store.image_files import SEAL
 from cowfs.sys import files, xattr
 
 if TYPE_CHECKING:
+    from typing import overload
+
     from cowfs.row.view import View
     from cowfs.union.layers import Source
     from cowfs.union.node import Node
@@ -88,10 +90,13 @@ class _Chunks(Sequence[Chunk]):
                     yield None if device is None else (device, at)
                 at += step
 
-    @overload
-    def __getitem__(self, at: int) -> Chunk: ...
-    @overload
-    def __getitem__(self, at: slice) -> Sequence[Chunk]: ...
+    if TYPE_CHECKING:
+
+        @overload
+        def __getitem__(self, at: int) -> Chunk: ...
+        @overload
+        def __getitem__(self, at: slice) -> Sequence[Chunk]: ...
+
     def __getitem__(self, at: int | slice) -> Chunk | Sequence[Chunk]:
         return list(self)[at]
 

@@ -16,11 +16,11 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from typing import BinaryIO, NamedTuple
 
 from cowfs._log import Part
+from cowfs._typed import BinaryIO, NamedTuple
 from cowfs.driver.interface import Driver
 from cowfs.erofs.reader import Image
 from cowfs.erofs.tree import Inode, Map
@@ -186,31 +186,31 @@ class IndexedSource:
             ) from None
 
 
-def _chain(index: Index, row: Row) -> list[tuple[int, str]]:
-    return index.chain(row.num)
+Chain = Sequence[tuple[int, str]]
+"""(number, id) of a snapshot and its ancestors, nearest first (:meth:`cowfs.index.database.Index.chain`)."""
 
 
-def path_of(driver: Driver, index: Index, row: Row) -> str:
-    """The path of a committed snapshot's image, existing or not."""
+def path_of(driver: Driver, index: Index, row: Row, chain: Chain | None = None) -> str:
+    """The path of a committed snapshot's image, existing or not; ``chain`` of the snapshot, if it was read already."""
     assert row.root is not None
-    chain = "".join([f"{num} {id}\n" for num, id in _chain(index, row)])
-    digest = hashlib.sha256(_FORMAT + row.root[1] + chain.encode())
+    layers = "".join([f"{num} {id}\n" for num, id in chain or index.chain(row.num)])
+    digest = hashlib.sha256(_FORMAT + row.root[1] + layers.encode())
     return f"{driver.root}/{FOLDER}/{row.id}-{digest.hexdigest()[:32]}"
 
 
-def existing(driver: Driver, index: Index, row: Row) -> str:
+def existing(driver: Driver, index: Index, row: Row, chain: Chain | None = None) -> str:
     """The path of a committed snapshot's image.
 
     Raises:
         Unsupported: it was not made, or is damaged.
     """
-    path = path_of(driver, index, row)
+    path = path_of(driver, index, row, chain)
     if not image_files.is_sound(path):
         raise Unsupported(f"no image of {row.name!r} was made", remedy="cowfs commit --kernel-image makes one")
     return path
 
 
-def build(driver: Driver, index: Index, row: Row) -> str:
+def build(driver: Driver, index: Index, row: Row, chain: Chain | None = None) -> str:
     """The path of a committed snapshot's image, made if it is missing or damaged.
 
     Raises:
@@ -218,7 +218,7 @@ def build(driver: Driver, index: Index, row: Row) -> str:
         Corrupt: records and layers contradict each other.
         OSError: of writing.
     """
-    path = path_of(driver, index, row)
+    path = path_of(driver, index, row, chain)
     if image_files.is_sound(path):
         return path
     if os.path.exists(path):
@@ -233,12 +233,12 @@ def build(driver: Driver, index: Index, row: Row) -> str:
 
 def _write(driver: Driver, index: Index, row: Row, file: BinaryIO, path: str) -> None:
     top = f"{driver.root}/layers"
-    places = {num: os.fsencode(os.path.relpath(driver.tree(id), top)) for num, id in _chain(index, row)}
+    places = {num: os.fsencode(os.path.relpath(driver.tree(id), top)) for num, id in index.chain(row.num)}
     assert row.root is not None
     with ExitStack() as held:
         blocks = None
         if driver.capabilities.row:
-            trees = [driver.tree(id) for _, id in _chain(index, row)]
+            trees = [driver.tree(id) for _, id in index.chain(row.num)]
             blocks = held.enter_context(kernel_blocks.Blocks(trees, top, driver.form))
         source = IndexedSource(index, row.root, places, top, driver.form, blocks)
         devices = blocks.devices if blocks is not None else ()

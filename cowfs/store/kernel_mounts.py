@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
 
+from cowfs._typed import TYPE_CHECKING
 from cowfs.driver.interface import Driver
 from cowfs.driver.plan import MountPlan
 from cowfs.errors import FailedPrecondition, InvalidArgument, Unsupported
@@ -14,6 +15,7 @@ from cowfs.index.database import Row
 from cowfs.model import Kind, Mount
 from cowfs.store import limit_loop
 from cowfs.store.layers import hold
+from cowfs.store.limit_image import KINDS
 from cowfs.store.lookup import must_be_mountable
 from cowfs.sys import loop, mounts as sys_mounts
 
@@ -49,10 +51,11 @@ class KernelMounts:
         """Whether a kernel mount of a snapshot needs an engine for its limit."""
         return bool(row.limit) and row.kind is Kind.ACTIVE and not self.context.driver.capabilities.own_limit
 
-    def mount(self, row: Row, where: str, *, make_image: bool = True) -> None:
+    def mount(self, row: Row, where: str, engine: str | None = None, *, make_image: bool = True) -> None:
         """Mount an active snapshot or a view by the kernel; one with a limit in an image of the limit's size.
 
         Args:
+            engine: the limit engine that was asked for; None: the best one.
             make_image: make the image of its parent's metadata if it is missing; otherwise all layers are mounted then.
 
         Raises:
@@ -61,18 +64,20 @@ class KernelMounts:
         """
         must_be_mountable(row)
         limited = self._needs_engine(row)
-        why = limit_loop.why_not(self.context.driver) if limited else ""
+        kind = KINDS.get(engine or "")
+        why = limit_loop.why_not(self.context.driver, kind or KINDS["loop"]) if limited else ""
         if why:
             raise Unsupported(f"a kernel mount with a limit is not possible: {why}", remedy="leave out --mount-type")
-        plan = self._plans.plan(row)
+        chain = self.context.index.chain(row.num)
+        plan = self._plans.plan(row, chain=chain)
         with ExitStack() as held:
             with hold(self.context.driver, self.context.index, row, "mount", at_rest=not limited):
                 if plan.row and not plan.readonly and not limit_loop.has_image(self.context.driver, row.id):
                     self._refuse_redirects(row, plan.upper)
                 if limited:
-                    plan = held.enter_context(limit_loop.limited(self.context.driver, row.id, plan))
+                    plan = held.enter_context(limit_loop.limited(self.context.driver, row.id, plan, kind))
             try:
-                self._mount_image(row, plan, where, make_image)
+                self._mount_image(row, plan, where, chain[1:], make=make_image)
             except (
                 OSError,
                 Unsupported,
@@ -100,7 +105,9 @@ class KernelMounts:
             raise error from no_image
         mount_record(record, where, source=f"cowfs:{row.id}")
 
-    def _mount_image(self, row: Row, plan: MountPlan, where: str, make: bool) -> None:
+    def _mount_image(
+        self, row: Row, plan: MountPlan, where: str, chain: Sequence[tuple[int, str]], *, make: bool
+    ) -> None:
         """Mount a snapshot as one lower layer: the image of its parent's metadata, with the layers as data beneath.
 
         Raises:
@@ -114,7 +121,7 @@ class KernelMounts:
         if row.parent is None or self.context.driver.capabilities.whole or not plan.trusted:
             raise Unsupported("no image: nothing is beneath it, or its layers are not deltas of the trusted form")
         image = kernel_image.build if make else kernel_image.existing
-        path = image(self.context.driver, self.context.index, self.context.index.by_num(row.parent))
+        path = image(self.context.driver, self.context.index, self.context.index.by_num(row.parent), chain)
         with ExitStack() as held:
             devices: list[str] = []
             if plan.row:

@@ -19,8 +19,8 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
 
+from cowfs._record import record
 from cowfs.driver.interface import Driver
 from cowfs.errors import Unsupported
 from cowfs.index.compare import File
@@ -39,7 +39,7 @@ _PUNCH, _KEEP = files.FALLOC_FL_PUNCH_HOLE, files.FALLOC_FL_KEEP_SIZE
 _PIECE = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Merged:
     """The result of a merge.
 

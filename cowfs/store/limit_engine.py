@@ -9,6 +9,8 @@ name         mechanism                                              module
 ===========  =====================================================  ==========================================
 ``fuse``     cowfs's own server counts                              :mod:`cowfs.union.quota`
 ``loop``     the upper is an ext4 image of the limit's size         :mod:`cowfs.store.limit_loop`
+``loop-xfs`` the same with an XFS image, which any root makes       :mod:`cowfs.store.limit_image`
+             larger while it is mounted
 ``tmpfs``    the upper is a tmpfs of the limit's size, and          :mod:`cowfs.mounting.kernel` (of no store)
              goes with the mount
 ``driver``   the layer holds its limit itself (``own_limit``)       the driver
@@ -18,7 +20,6 @@ name         mechanism                                              module
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
 
 from cowfs.driver.interface import Driver
 from cowfs.errors import FailedPrecondition
@@ -26,14 +27,14 @@ from cowfs.model import Limit
 
 __all__ = ["MOUNT_TYPES", "DriverEngine", "LimitEngine", "ServerEngine"]
 
-MOUNT_TYPES = {"fuse": "fuse", "loop": "kernel"}
+MOUNT_TYPES = {"fuse": "fuse", "loop": "kernel", "loop-xfs": "kernel"}
 """The engines that a mount may ask for, with its type; the first is the default."""
 
 
 class LimitEngine(ABC):
     """The engine that holds one mounted snapshot to its limit now."""
 
-    name: ClassVar[str]
+    name: str
 
     @abstractmethod
     def change(self, limit: Limit) -> None:

@@ -1,17 +1,16 @@
-"""The limit engine ``loop``: the upper of a kernel mount is an ext4 file system of the limit's size, in a sparse file.
+"""The limit engines ``loop`` and ``loop-xfs``: the upper of a kernel mount is a file system of the limit's size, in a sparse file.
 
-Strategy. Beside a layer's tree ``fs`` lies ``upper.img``, once it was mounted so: an ext4 with the directories ``fs`` and ``work``. As long as the image
+Strategy. Beside a layer's tree ``fs`` lies ``upper.img``, once it was mounted so: an ext4 or XFS (:mod:`cowfs.store.limit_image`) with the directories ``fs`` and ``work``. As long as the image
 is there, *it* holds the layer's tree, and ``fs`` beside it is the former state. The kernel mounts it through a loop device that
 goes with the last mount, and nothing is mounted anywhere but the overlay: a kill or a reboot leaves the image in the
-state of any ext4 after one. Every verb that wants the tree as a directory *settles* it first: the content of the image,
+state of any such file system after one. Every verb that wants the tree as a directory *settles* it first: the content of the image,
 which is the change, is copied into a new directory, which takes the place of ``fs`` in one step; then the image is
 deleted.
 
-Exactness. The file system is a little larger than the limit. The surplus is withheld from all users
-(``reserved_clusters``), so that a fresh upper has exactly the limit available, to the block, and ``statvfs`` shows it.
-An upper takes the room that ext4 needs for it: data in blocks of 4 KiB, directories, extended attributes that do not
-fit into the inode. Changing the limit is one number while the file system is large enough; it is grown otherwise. Empty
-files take the surplus of inodes.
+Exactness. The file system is a little larger than the limit, and the surplus withheld from all users, so that a fresh upper
+has exactly the limit available, to the block, and ``statvfs`` shows it. An upper takes the room that its file system needs
+for it: data in blocks of 4 KiB, directories, extended attributes that do not fit into the inode. Changing the limit is
+one number while the file system is large enough; it is grown otherwise.
 
 Crash safety, step by step. An image is made under another name and renamed. To settle: copy into ``fs.new``; exchange
 it with ``fs``; delete the image; delete what was ``fs``. Killed before the exchange, the image still counts, and
@@ -25,14 +24,14 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
-from typing import NamedTuple
 
+from cowfs._record import replace
 from cowfs.driver.interface import Driver
 from cowfs.driver.plan import MountPlan
 from cowfs.errors import FailedPrecondition, Unsupported
 from cowfs.model import Limit, Usage
 from cowfs.store.limit_engine import LimitEngine
+from cowfs.store.limit_image import BLOCK, KINDS, ImageKind, Own, kind_of, path_at
 from cowfs.sys import files, host, locks, loop, trees
 from cowfs.sys.atomic import fsync_directory
 from cowfs.sys.faults import point
@@ -49,19 +48,9 @@ __all__ = [
 ]
 
 IMAGE = "upper.img"
-_BLOCK = 4096
 _NOTE = "user.cowfs.loop"
-_MOST_SPARE = 20_000
 _WORKING = 16  # blocks, and inodes, that overlayfs needs at a mount, to probe its upper, and gives back
 _DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_MIB = 1 << 20
-
-
-class _Own(NamedTuple):
-    """The blocks and inodes that an empty upper takes of its file system."""
-
-    blocks: int
-    inodes: int
 
 
 def image_of(driver: Driver, id: str) -> str:
@@ -78,7 +67,7 @@ def is_mounted(driver: Driver, id: str) -> bool:
     """Whether a layer's image is mounted, in whatever mount namespace; waits for a running unmount."""
     for _ in range(100):
         device = loop.device_of(image_of(driver, id))
-        if device is None or not loop.ext4_mounted(device):
+        if device is None or not loop.is_mounted(device):
             return False
         time.sleep(0.01)
     return True
@@ -96,13 +85,15 @@ def _opened(image: str, *, readonly: bool = False) -> Iterator[tuple[str, int]]:
 
 
 def _mounted(image: str, held: ExitStack, readonly: bool) -> tuple[str, int]:
+    kind = kind_of(image)
     for _ in range(50):
         device = loop.device_of(image)
         try:
             if device is None:
                 device, fd = loop.attach(image)
                 held.callback(os.close, fd)
-            root = loop.ext4_mount(device, readonly=readonly and not loop.ext4_mounted(device))
+            quiet = readonly and not loop.is_mounted(device)
+            root = loop.hidden_mount(kind.name, device, kind.options, readonly=quiet)
         except OSError as error:
             if error.errno not in (errno.ENXIO, errno.EBUSY, errno.ENODEV):
                 raise
@@ -164,15 +155,19 @@ def settled(driver: Driver, id: str) -> Iterator[None]:
         os.close(fd)
 
 
-def why_not(driver: Driver) -> str:
+def why_not(driver: Driver, kind: ImageKind = KINDS["loop"]) -> str:
     """The reason why this engine cannot hold limits for a store, on this host and by this user; "" if it can."""
     if driver.capabilities.whole:
         return f"layers of {driver.name} are whole trees"
     if not driver.form.redirects or not host.has_cap(host.CAP_SYS_ADMIN):
-        return "only root mounts an ext4 image"
-    if _mkfs() is None:
-        return "mkfs.ext4 is not installed (apt-get install e2fsprogs)"
-    return loop.why_not_ext4()
+        return f"only root mounts an {kind.name} image"
+    return kind.why_not()
+
+
+def best(driver: Driver, limit: Limit) -> ImageKind:
+    """The kind of image for a limit where none was asked for: ext4, which is smaller and can count inodes."""
+    kinds = [kind for kind in KINDS.values() if not why_not(driver, kind) and not kind.why_not_limit(limit)]
+    return kinds[0] if kinds else KINDS["loop"]
 
 
 def used(driver: Driver, id: str) -> Usage | None:
@@ -180,29 +175,34 @@ def used(driver: Driver, id: str) -> Usage | None:
     if not has_image(driver, id):
         return None
     with _opened(image_of(driver, id), readonly=True) as (_, root):
-        own = _own(root)
+        own, spare = _own(root), kind_of(image_of(driver, id)).withheld(root)
         told = os.fstatvfs(root)
-        spare = len(os.listdir(_at(root, "spare")))
-        inodes = told.f_files - told.f_ffree - own.inodes - spare
-        return Usage(bytes=max(0, told.f_blocks - told.f_bfree - own.blocks) * _BLOCK, inodes=max(0, inodes))
+        inodes = told.f_files - told.f_ffree - own.inodes - spare.inodes
+        bytes = (told.f_blocks - told.f_bfree - own.blocks) * BLOCK - spare.bytes
+        return Usage(bytes=max(0, bytes), inodes=max(0, inodes))
 
 
 @contextmanager
-def limited(driver: Driver, id: str, plan: MountPlan) -> Iterator[MountPlan]:
+def limited(driver: Driver, id: str, plan: MountPlan, kind: ImageKind | None = None) -> Iterator[MountPlan]:
     """A plan whose upper can take no more than the limit, for as long as the block or a mount made in it lasts.
+
+    Args:
+        kind: of the image; None: the one that is there, else the best one.
 
     Raises:
         Unsupported: this engine cannot hold the limit.
     """
     image = image_of(driver, id)
     with ExitStack() as held:
-        if os.path.exists(image):
+        if os.path.exists(image) and (kind is None or kind is kind_of(image)):
             try:
                 ready = held.enter_context(_ready(image, plan))
             except FailedPrecondition:  # a size or a number of inodes that this image cannot have
                 held.enter_context(settled(driver, id))
+        elif os.path.exists(image):
+            held.enter_context(settled(driver, id))
         if not os.path.exists(image):
-            _make(image, driver.tree(id), plan.limit, durable=driver.fsync)
+            _make(image, driver.tree(id), kind or best(driver, plan.limit), plan.limit, durable=driver.fsync)
             ready = held.enter_context(_ready(image, plan))
         yield ready
 
@@ -213,8 +213,8 @@ def _ready(image: str, plan: MountPlan) -> Iterator[MountPlan]:
         _set(image, device, root, plan.limit, more=_WORKING)
         yield replace(
             plan,
-            upper=f"{_at(root, 'fs')}",
-            work=f"{_at(root, 'work')}",
+            upper=f"{path_at(root, 'fs')}",
+            work=f"{path_at(root, 'work')}",
             lowers=plan.lowers or (plan.empty,),
             limit=Limit(),
             why_not_kernel="the kernel's overlayfs cannot read redirect files" if plan.row and plan.lowers else "",
@@ -230,10 +230,9 @@ class LoopEngine(LimitEngine):
         base: the use of the layer that does not count as its own, as in :meth:`cowfs.driver.Driver.create`.
     """
 
-    name = "loop"
-
     def __init__(self, driver: Driver, id: str, base: Usage) -> None:
         self._image = image_of(driver, id)
+        self.name = kind_of(self._image).engine
         self._base = base
 
     def change(self, limit: Limit) -> None:
@@ -241,61 +240,25 @@ class LoopEngine(LimitEngine):
             _set(self._image, device, root, limit.over(self._base))
 
 
-def _at(root: int, name: str) -> str:
-    return f"/proc/self/fd/{root}/{name}"
-
-
-def _mkfs() -> str | None:
-    from cowfs.sys import programs
-
-    return programs.find("mkfs.ext4")
-
-
-def _journal(size: int) -> int:
-    """Bytes of the journal of a file system for so much data."""
-    return 4 * _MIB if size < 128 * _MIB else 16 * _MIB if size < 1024 * _MIB else 64 * _MIB
-
-
-def _image_size(limit: Limit) -> int:
-    """Bytes of an image whose file system has room for a limit, and for a little more."""
-    if limit.bytes is None:
-        raise Unsupported(
-            "a limit on inodes alone is not held by an image", remedy="give a size, too; or mount it with FUSE"
-        )
-    room = limit.bytes + _journal(limit.bytes) + 2 * _MIB
-    inodes = limit.inodes + 300 if limit.inodes is not None else 0
-    size = room + inodes * 256 if limit.inodes is not None else room * 16 // 15
-    return (size + size // 256) & -_BLOCK
-
-
-def _make(image: str, tree: str, limit: Limit, *, durable: bool) -> None:
+def _make(image: str, tree: str, kind: ImageKind, limit: Limit, *, durable: bool) -> None:
     """Make an image with the content of a tree."""
-    import subprocess
-
-    mkfs = _mkfs()
-    assert mkfs is not None
-    size, new = _image_size(limit), f"{image}.new"
-    assert limit.bytes is not None
+    why = kind.why_not_limit(limit)
+    if why:
+        raise Unsupported(why, remedy="give a size alone; or mount it with FUSE")
+    new = f"{image}.new"
     with suppress(FileNotFoundError):
         os.unlink(new)
     fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
-        os.ftruncate(fd, size)
-        inodes = ["-N", str(limit.inodes + 64)] if limit.inodes is not None else ["-i", str(_BLOCK)]
-        journal = f"size={_journal(limit.bytes) // _MIB}"
-        words = ["-q", "-F", "-b", str(_BLOCK), "-I", "256", "-m", "0", "-J", journal, *inodes]
-        lazy = "lazy_itable_init=1,lazy_journal_init=1,nodiscard"
-        done = subprocess.run([mkfs, *words, "-E", lazy, new], capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise Unsupported(f"mkfs.ext4 cannot make a file system of {size} bytes: {done.stderr.strip()}")
+        os.ftruncate(fd, kind.size(limit))
+        kind.format(new, limit)
         with _opened(new) as (_, root):
             for name, mode in (("fs", 0o755), ("work", 0o700), ("spare", 0o700)):
                 os.mkdir(name, mode, dir_fd=root)
             told = os.fstatvfs(root)
-            # Each upper also has the directory that overlayfs makes in "work".
-            own = _Own(told.f_blocks - told.f_bfree + 1, told.f_files - told.f_ffree + 1)
-            os.setxattr(_at(root, "."), _NOTE, b"%d %d" % own)
-            trees.copy_tree(tree, _at(root, "fs"))
+            more = kind.mounted
+            _note(root, Own(told.f_blocks - told.f_bfree + more.blocks, told.f_files - told.f_ffree + more.inodes))
+            trees.copy_tree(tree, path_at(root, "fs"))
             if durable:
                 _sync(root)
         if durable:
@@ -319,9 +282,13 @@ def _sync(root: int) -> None:
         os.close(fd)
 
 
-def _own(root: int) -> _Own:
-    blocks, inodes = os.getxattr(_at(root, "."), _NOTE).split()
-    return _Own(int(blocks), int(inodes))
+def _note(root: int, own: Own) -> None:
+    os.setxattr(path_at(root, "."), _NOTE, b"%d %d" % own)
+
+
+def _own(root: int) -> Own:
+    blocks, inodes = os.getxattr(path_at(root, "."), _NOTE).split()
+    return Own(int(blocks), int(inodes))
 
 
 def _set(image: str, device: str, root: int, limit: Limit, *, more: int = 0) -> None:
@@ -334,44 +301,7 @@ def _set(image: str, device: str, root: int, limit: Limit, *, more: int = 0) -> 
         raise FailedPrecondition(
             "a mount with an image for its upper has a limit on bytes", remedy="unmount it first, or give a size"
         )
-    own, wanted = _own(root), -(-limit.bytes // _BLOCK)
-    _set_inodes(root, own, limit, more)
-    room = os.fstatvfs(root).f_blocks - own.blocks
-    if room < wanted:
-        _grow(image, device, root, (wanted - room) * _BLOCK)
-        _set_inodes(root, own, limit, more)  # a larger file system has more
-        room = os.fstatvfs(root).f_blocks - own.blocks
-    loop.ext4_reserve(device, max(0, room - wanted - more))
-
-
-def _grow(image: str, device: str, root: int, missing: int) -> None:
-    size = os.stat(image).st_size
-    try:
-        loop.grow(image, device, root, (size + missing + missing // 12 + 2 * _MIB) & -_BLOCK)
-    except PermissionError:  # ext4 asks for CAP_SYS_RESOURCE
-        raise FailedPrecondition(
-            "this process may not make a mounted ext4 larger (CAP_SYS_RESOURCE)",
-            remedy="unmount it, set the limit, and mount it again",
-        ) from None
-
-
-def _set_inodes(root: int, own: _Own, limit: Limit, more: int) -> None:
-    """Take the inodes beyond the limit, with empty files."""
-    have = sorted(os.listdir(_at(root, "spare")), key=int)
-    total = os.fstatvfs(root).f_files - own.inodes
-    wanted = 0 if limit.inodes is None else total - limit.inodes
-    if not 0 <= wanted <= _MOST_SPARE:
-        raise FailedPrecondition(
-            f"the file system has {total} inodes, and cannot be given a limit of {limit.inodes} while it is mounted",
-            remedy="unmount it first",
-        )
-    wanted = max(0, wanted - more)
-    for name in have[wanted:]:
-        os.unlink(_at(root, f"spare/{name}"))
-    for number in range(len(have), wanted):
-        try:
-            os.close(os.open(_at(root, f"spare/{number}"), os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
-                raise
-            break  # the use is beyond the new limit
+    own = _own(root)
+    now = kind_of(image).hold(image, device, root, own, limit, more=more)
+    if now != own:
+        _note(root, now)

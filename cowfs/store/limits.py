@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from types import EllipsisType
-from typing import TYPE_CHECKING
 
+from cowfs._typed import TYPE_CHECKING
 from cowfs.index.database import Row
 from cowfs.model import SMALLEST_LIMIT, Kind, Limit, parse_count, parse_size
 from cowfs.store import limit_loop

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
+from cowfs._typed import TYPE_CHECKING
+from cowfs.driver.interface import Driver
 from cowfs.errors import FailedPrecondition, InvalidArgument, Unsupported
 from cowfs.model import Info
 from cowfs.store.names import check_key, check_labels
@@ -14,6 +15,7 @@ from cowfs.store.staging import discard
 from cowfs.store.switching import Switch
 
 if TYPE_CHECKING:
+    from cowfs.index.database import Row
     from cowfs.store.context import Context
     from cowfs.store.instant import Instant
     from cowfs.store.lookup import Lookup
@@ -82,32 +84,48 @@ class Live:
         if ancestor.num not in [num for num, _ in self.context.index.chain(row.parent)]:
             raise InvalidArgument(f"{name!r} is not an ancestor of {key!r}", remedy=f"'cowfs log {key}' shows them")
         self._can_switch("rollback")
-        if self.context.driver.capabilities.whole and (where := self._mounted.mounted_at(key)) is not None:
-            raise FailedPrecondition(
-                f"{key!r} is mounted at {where}: the driver {self.context.driver.name} puts back what is not mounted",
-                remedy=f"cowfs umount {where}",
-            )
+        whole = self.context.driver.capabilities.whole
+        if whole and (where := self._mounted.mounted_at(key)) is not None:
+            why = self._why_not_under(row)
+            if why:
+                raise FailedPrecondition(f"{key!r} is mounted at {where}: {why}", remedy=f"cowfs umount {where}")
         if keep is not None:
             self._snapshot(key, keep, {})
             row = self._lookup.active(key)
         switch = Switch("rollback", row.num, ancestor.name, {})
         chain = [id for _, id in self.context.index.chain(ancestor.num)]
         base, _ = self._switching.base_at(row, ancestor)
+        counts = {"bytes": base.bytes, "inodes": base.inodes}
+        if whole:
+            self._switching.switch(row, switch, chain, "replace", base=counts)
+            return self._switched(key, row)
         self._switching.switch(
             row,
             switch,
             chain,
             "rollback",
             layer=self.context.driver.tree(ancestor.id),
-            base={"bytes": base.bytes, "inodes": base.inodes},
+            base=counts,
             lowers=[self.context.driver.tree(id) for _, id in self.context.index.chain(row.parent)],
             num=ancestor.num,
             index=self.context.index.path,
         )
-        if not os.path.isdir(self.context.driver.directory(row.id)):
-            return self.context.index.get(key).info()
-        discard(self.context.driver, row.id)
+        return self._switched(key, row)
+
+    def _switched(self, key: str, former: Row) -> Info:
+        """Discard the layer that a key stood on before its rollback."""
+        if os.path.isdir(self.context.driver.directory(former.id)):
+            discard(self.context.driver, former.id)
         return self.context.index.get(key).info()
+
+    def _why_not_under(self, row: Row) -> str:
+        """The reason why the tree under a mount cannot be put back, with a driver of whole trees; "" if it can."""
+        driver = self.context.driver
+        if type(driver).open_tree is not Driver.open_tree:
+            return f"the driver {driver.name} puts back what is not mounted"
+        if self._mounted.server_of(row, made_by="store") is None:
+            return "a mount of the kernel goes on with the tree that it has"
+        return ""
 
     def _can_switch(self, verb: str) -> None:
         if not (self.context.driver.capabilities.live or self.context.driver.capabilities.snapshots):

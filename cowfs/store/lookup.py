@@ -6,8 +6,7 @@ that was found first.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from cowfs._typed import TYPE_CHECKING
 from cowfs.errors import AlreadyExists, Corrupt, FailedPrecondition, InvalidArgument, NotFound
 from cowfs.index.database import Row
 from cowfs.index.transaction import NameTaken

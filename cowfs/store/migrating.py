@@ -22,9 +22,9 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from cowfs._record import record
+from cowfs._typed import TYPE_CHECKING
 from cowfs.driver import registry
 from cowfs.errors import Corrupt, CowfsError, FailedPrecondition, InvalidArgument, Unsupported
 from cowfs.index import compare
@@ -78,7 +78,7 @@ Progress = Callable[[str, int, int], object]
 """Told (the name of a snapshot, how many are done, how many there are)."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Migrated:
     """The result of a migration.
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, TypedDict
 
 from cowfs._log import Part
+from cowfs._typed import TYPE_CHECKING, Any, TypedDict
 from cowfs.errors import CowfsError, InvalidArgument, NotFound, Unsupported
 from cowfs.model import Kind
 from cowfs.mounting import kernel
@@ -116,7 +116,7 @@ class Mounting:
                 "owner": owner,
             }
             if self.served_by(key, mount_type, limit_engine, more) == "kernel":
-                return self._mount_by_kernel(key, where, readonly, more, make_image=kernel_image)
+                return self._mount_by_kernel(key, where, readonly, more, limit_engine, make_image=kernel_image)
             return self._spawn(key, self.spec(key, where, readonly=readonly, **more))
 
     def served_by(
@@ -152,7 +152,14 @@ class Mounting:
             yield
 
     def _mount_by_kernel(
-        self, key: str, where: str, readonly: bool, more: Mapping[str, Any], *, make_image: bool
+        self,
+        key: str,
+        where: str,
+        readonly: bool,
+        more: Mapping[str, Any],
+        engine: str | None,
+        *,
+        make_image: bool,
     ) -> KernelMount:
         row = self._lookup.keyed(key)
         why = kernel.why_not(more)
@@ -161,7 +168,7 @@ class Mounting:
         options = kernel.words_of(more["options"])
         if (readonly or "ro" in options) and row.kind is not Kind.VIEW:
             raise Unsupported("the kernel mounts an active snapshot for writing only", remedy="leave out --mount-type")
-        self._kernel_mounts.mount(row, where, make_image=make_image)
+        self._kernel_mounts.mount(row, where, engine, make_image=make_image)
         try:
             kernel.add_flags(where, options)
         except OSError:

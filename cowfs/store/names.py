@@ -6,6 +6,7 @@ Rule 2. It never becomes part of a path: layers are named by ids that the store 
 Rule 3. A tag, and a key that the command line makes, is 1 to 255 printable characters, without space at either
 end and without control characters, so that it fits on one line of any listing and in any log; and it does not begin
 with ``/``, ``./``, ``../`` or ``-``, since it would be taken for a path or an option there. A tag has no space at all.
+Rule 4. The key of a label is any text without NUL, as engines choose it; one that the command line sets is printable.
 """
 
 from __future__ import annotations
@@ -88,8 +89,8 @@ def check_labels(labels: Mapping[str, str | None]) -> None:
     for key, value in labels.items():
         if not isinstance(key, str) or not (value is None or isinstance(value, str)):
             raise InvalidArgument("labels are strings")
-        if not key or not key.isprintable() or "=" in key:
-            raise InvalidArgument(f"{key!r} cannot be the key of a label", remedy="printable, and without '='")
+        if not key or "\0" in key:
+            raise InvalidArgument(f"{key!r} cannot be the key of a label", remedy="any text without NUL")
         try:
             length = len(key.encode()) + len((value or "").encode())
         except UnicodeEncodeError:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
+from cowfs._typed import TYPE_CHECKING
 from cowfs.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
 from cowfs.index.database import Row, Tag
 from cowfs.model import Info, Kind

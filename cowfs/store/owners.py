@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import os
 import stat
-from typing import Literal, NamedTuple
 
-from cowfs.archive.members import TYPES, overridden
+from cowfs._typed import Literal, NamedTuple
 from cowfs.archive.options import OVERRIDE_XATTR
 from cowfs.driver.interface import Driver
 from cowfs.index.database import Index
@@ -27,7 +26,6 @@ MARK = "cowfs-owners"
 Policy = Literal["fail", "xattr", "ignore"]
 MARKS: dict[Policy, str] = {"xattr": MARK, "ignore": "cowfs-owners-ignored"}
 """Policy -> the file beside a layer that says so; owners as they are need none."""
-_FORMATS = {kind: form for form, kind in TYPES.items()}
 
 
 class Owner(NamedTuple):
@@ -85,9 +83,7 @@ class Recorded:
         if self.covers(entry.layer):
             for name, value in entry.xattrs:
                 if name == OVERRIDE_XATTR:
-                    uid, gid, mode, kind, rdev = overridden(value, TYPES.get(stat.S_IFMT(entry.mode), b""), path)
-                    form = _FORMATS.get(kind, stat.S_IFMT(entry.mode))
-                    return Owner(form | mode, uid, gid, rdev)
+                    return _told(value, entry, path)
             if entry.uid == self._maker[0]:
                 return Owner(entry.mode, 0, 0 if entry.gid == self._maker[1] else entry.gid, entry.rdev)
         return Owner(entry.mode, entry.uid, entry.gid, entry.rdev)
@@ -98,3 +94,12 @@ class Recorded:
         if OVERRIDE_XATTR in found and self.covers(entry.layer):
             del found[OVERRIDE_XATTR]
         return found
+
+
+def _told(value: bytes, entry: Entry, path: bytes) -> Owner:
+    """The owner that an attribute tells."""
+    from cowfs.archive.members import TYPES, overridden
+
+    uid, gid, mode, kind, rdev = overridden(value, TYPES.get(stat.S_IFMT(entry.mode), b""), path)
+    form = next((form for form, each in TYPES.items() if each == kind), stat.S_IFMT(entry.mode))
+    return Owner(form | mode, uid, gid, rdev)

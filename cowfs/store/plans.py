@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from cowfs._typed import TYPE_CHECKING
 from cowfs.driver.interface import Driver
 from cowfs.driver.plan import MountPlan
 from cowfs.index.database import Row
@@ -12,6 +11,8 @@ from cowfs.store import layers, limit_loop
 from cowfs.store.lookup import must_be_mountable, must_be_sound
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from cowfs.store.context import Context
     from cowfs.store.lookup import Lookup
 
@@ -46,12 +47,16 @@ class Plans:
         limit = row.limit.over(row.base)
         return self.context.driver.mounts(id, parents, readonly=readonly, limit=limit, mount_type=mount_type)
 
-    def plan(self, row: Row, *, committed: bool = False) -> MountPlan:
-        """The driver's plan for a snapshot, for any engine; a committed one only if allowed."""
+    def plan(self, row: Row, *, committed: bool = False, chain: Sequence[tuple[int, str]] | None = None) -> MountPlan:
+        """The driver's plan for a snapshot, for any engine; a committed one only if allowed.
+
+        Args:
+            chain: (number, id) of the snapshot and its ancestors, nearest first, if they were read already.
+        """
         if not committed or row.kind is not Kind.COMMITTED:
             must_be_mountable(row)
         must_be_sound(row)
-        id, *parents = [id for _, id in self.context.index.chain(row.num)]
+        id, *parents = [id for _, id in chain or self.context.index.chain(row.num)]
         if row.kind is Kind.ACTIVE:
             layers.not_plain(self.context.driver, id)
         return self.context.driver.plan(id, parents, readonly=row.kind is Kind.VIEW, limit=row.limit.over(row.base))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
-from typing import TYPE_CHECKING
 
+from cowfs._typed import TYPE_CHECKING
 from cowfs.driver.roots import copy_root
 from cowfs.errors import FailedPrecondition, InvalidArgument, Unsupported
 from cowfs.model import Info

@@ -8,8 +8,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from cowfs._typed import TYPE_CHECKING, NamedTuple, Protocol
 from cowfs.store.key_lock import turn
 from cowfs.store.reserve import FULL
 

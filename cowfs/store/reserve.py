@@ -14,8 +14,8 @@ import errno
 import functools
 import os
 from collections.abc import Callable
-from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
+from cowfs._typed import Concatenate, ParamSpec, Protocol, TypeVar
 from cowfs.sys import files
 
 __all__ = ["FULL", "RESERVE", "NoRoomError", "Reserve", "names_full", "no_room"]

@@ -38,8 +38,8 @@ import json
 import os
 import stat
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
 
+from cowfs._typed import TYPE_CHECKING, Any
 from cowfs.errors import CowfsError
 from cowfs.index.database import Row
 from cowfs.model import Kind, Usage

@@ -11,8 +11,8 @@ import os
 import select
 import sys
 from contextlib import suppress
-from typing import Any
 
+from cowfs._typed import Any
 from cowfs.errors import CowfsError, NotFound
 from cowfs.sandbox import process, subids
 from cowfs.sandbox.request import Request

@@ -24,10 +24,10 @@ from contextlib import (
     contextmanager,
     suppress,
 )
-from dataclasses import dataclass
 from functools import partial
-from typing import IO, TYPE_CHECKING
 
+from cowfs._record import record
+from cowfs._typed import IO, TYPE_CHECKING
 from cowfs.errors import CowfsError, NotFound
 from cowfs.model import Change, Usage
 from cowfs.sandbox.process import error_of
@@ -48,7 +48,7 @@ _GRACE = 10.0
 """Seconds that a command has to end by itself when its caller was interrupted."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class RunResult:
     """How a command ended.
 
@@ -205,7 +205,7 @@ class Running:
                 limit_engine=limit_engine,
                 volatile=volatile,
                 allow_other=allow_other,
-                owner=0 if mount_type == "kernel" or limit_engine in ("loop", "auto") else os.getpid(),
+                owner=0 if mount_type == "kernel" or limit_engine not in (None, "fuse") else os.getpid(),
             ) as handle:
                 yield handle
         finally:

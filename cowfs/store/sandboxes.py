@@ -11,8 +11,8 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol, Self
 
+from cowfs._typed import TYPE_CHECKING, Any, Protocol, Self
 from cowfs.errors import FailedPrecondition, InvalidArgument, Unsupported
 from cowfs.model import Kind
 from cowfs.mounting import notice, protocol

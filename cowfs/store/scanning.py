@@ -5,9 +5,8 @@ A layer is walked once, when its snapshot is made; everything else reads the res
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TYPE_CHECKING
-
+from cowfs._record import replace
+from cowfs._typed import TYPE_CHECKING
 from cowfs.driver.interface import Driver
 from cowfs.index import compare
 from cowfs.index.database import Row

@@ -12,10 +12,10 @@ all others as archives.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, cast
 
 from cowfs import archive, images
+from cowfs._record import record
+from cowfs._typed import TYPE_CHECKING, Any, BinaryIO, NamedTuple, cast
 from cowfs.errors import AlreadyExists, Corrupt, FailedPrecondition, InvalidArgument
 from cowfs.model import Kind
 from cowfs.store.archived import present
@@ -42,7 +42,7 @@ __all__ = ["Receiving", "Sending", "Sent"]
 MAX_LAYERS = 10_000
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Sent:
     """The outcome of :meth:`cowfs.Store.send`.
 
@@ -132,7 +132,11 @@ class Sending:
     def _layer(self, out: StreamOut, row: Row, at: int, chain_id: str, progress: Progress | None) -> None:
         by_blocks = bool(self.context.driver.capabilities.row) and at > 0 and not self._archived.is_archived(row)
         size = row.usage.bytes if row.usage is not None else 0
-        out.document(b"L", {"at": at, "form": "blocks" if by_blocks else "tar", "size": size})
+        told_first = {"at": at, "form": "blocks" if by_blocks else "tar", "size": size}
+        if row.parent is None:  # an archive leaves the usual root directory out
+            with self.context.driver.open_tree(row.id) as fd:
+                told_first["root mtime"] = os.fstat(fd).st_mtime_ns
+        out.document(b"L", told_first)
         data = LayerOut(out)
         told = _Told(data, progress, row.name, size)
         if by_blocks:
@@ -324,7 +328,10 @@ class _Snapshot:
             data = LayerIn(self._stream)
             counted = _Counted(data, self._progress, layer.name, size if isinstance(size, int) and size > 0 else 0)
             if form == "tar":
-                parts.applying.apply(key, cast("BinaryIO", counted), options=self._options, diff_id=layer.diff_id)
+                parts.applying.apply(
+                    key, cast("BinaryIO", counted), options=self._options, diff_id=layer.diff_id,
+                    root_mtime=_time(told.get("root mtime")) if parent is None else None,
+                )  # fmt: skip
             else:
                 parts.blocks.apply_blocks(key, cast("BinaryIO", counted), identity=_identity(layer.below))
             data.finish()
@@ -388,6 +395,11 @@ class _Layer:
         if not all(isinstance(value, str) for value in labels.values()):
             raise Corrupt("the stream of snapshots holds a damaged record")
         self.labels: dict[str, str] = labels
+
+
+def _time(told: object) -> int | None:
+    """A time that a sender told, in nanoseconds; older ones tell none."""
+    return told if isinstance(told, int) and not isinstance(told, bool) and 0 <= told < 1 << 63 else None
 
 
 def _can_be_made(name: str) -> bool:

@@ -13,8 +13,7 @@ Threads: any. Two that ask for a service at the same time may get two of it, whi
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Generic, Self, TypeVar
-
+from cowfs._typed import TYPE_CHECKING, Generic, Self, TypeVar
 from cowfs.store.context import Context
 from cowfs.store.lookup import Lookup
 from cowfs.store.reading import Reading
@@ -327,7 +326,7 @@ class Services:
     def files(self) -> Files:
         from cowfs.store.files import Files
 
-        return Files(self.context, self.reading, self.lookup, self.scanning, self.mounted, self.mounting)
+        return Files(self.context, self.reading, self.lookup, self.scanning, self.mounted, lambda: self.mounting)
 
     @_made
     def events(self) -> Events:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
 
+from cowfs._typed import Any
 from cowfs.store.running import RunResult
 from cowfs.store.store import Store
 

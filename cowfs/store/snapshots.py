@@ -15,8 +15,8 @@ Threads: a store may be used by any number of threads and, opened anew, of proce
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
+from cowfs._typed import TYPE_CHECKING
 from cowfs.errors import FailedPrecondition, InvalidArgument, NotFound
 from cowfs.index.database import Row
 from cowfs.model import SMALLEST_LIMIT, Kind, Limit, Mount, parse_count, parse_size

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
 
+from cowfs._typed import TYPE_CHECKING, Any
 from cowfs.errors import CowfsError, FailedPrecondition, Unsupported
 from cowfs.index.database import Row
 from cowfs.model import Info, Kind, Limit, Usage

@@ -26,16 +26,15 @@ deletes renames without the lock: both may want the same directory, and either t
 
 from __future__ import annotations
 
-import json
 import os
 import resource
 import stat
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any
 
 from cowfs._log import Part
+from cowfs._typed import Any
 from cowfs.driver.interface import Driver
 from cowfs.index.database import Index
 from cowfs.store.reserve import FULL
@@ -170,6 +169,8 @@ def read_note(path: str) -> dict[str, Any] | None:
     Raises:
         OSError: it is unreadable, which differs from a missing one: its layers may be in use.
     """
+    import json
+
     try:
         if not stat.S_ISREG(os.lstat(path).st_mode):
             return None  # put there by a stranger

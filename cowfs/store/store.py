@@ -6,8 +6,7 @@ Rule: the verbs' signatures and documentation are in :mod:`cowfs.store.verbs`, b
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Self
-
+from cowfs._typed import TYPE_CHECKING, Self
 from cowfs.store.services import Services
 from cowfs.store.verbs.archives import ArchiveVerbs
 from cowfs.store.verbs.files import FileVerbs

@@ -31,8 +31,8 @@ import io
 import json
 import struct
 from collections.abc import Mapping
-from typing import Any, BinaryIO
 
+from cowfs._typed import Any, BinaryIO
 from cowfs.errors import Corrupt, InvalidArgument
 
 __all__ = ["CHUNK", "MAGIC", "LayerIn", "LayerOut", "StreamIn", "StreamOut"]

@@ -30,8 +30,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from typing import TYPE_CHECKING, Any, NamedTuple
 
+from cowfs._typed import TYPE_CHECKING, Any, NamedTuple
 from cowfs.errors import AlreadyExists, CowfsError, FailedPrecondition
 from cowfs.index.database import Row
 from cowfs.index.transaction import Committed, NameTaken

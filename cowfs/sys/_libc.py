@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
-from typing import Any
+
+from cowfs._typed import Any
 
 libc = ctypes.CDLL(None, use_errno=True)
 _syscall = libc.syscall

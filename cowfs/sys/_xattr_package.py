@@ -6,9 +6,10 @@ Same arguments, results and errors as :func:`os.getxattr` and its siblings.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
 
 import xattr
+
+from cowfs._typed import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer

@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import BinaryIO
+
+from cowfs._typed import BinaryIO
 
 __all__ = ["create_file", "fsync_directory", "replacing", "write_file"]
 

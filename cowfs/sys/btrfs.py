@@ -13,7 +13,8 @@ import os
 import struct
 import threading
 from collections.abc import Iterator
-from typing import BinaryIO, NamedTuple
+
+from cowfs._typed import BinaryIO, NamedTuple
 
 __all__ = [
     "MAGIC",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Collection
-from typing import Final
 
+from cowfs._typed import Final
 from cowfs.sys._libc import check, libc
 
 __all__ = ["CONTAINER", "NET_RAW", "drop_all_but", "no_new_privileges", "undumpable"]

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import os
 import resource
-from typing import Final, NamedTuple
+
+from cowfs._typed import Final, NamedTuple
 
 #: the smallest share, however few descriptors there are
 LEAST: Final = 4

@@ -90,6 +90,21 @@ def outer_uid() -> int:
     return uid
 
 
+def has_user(number: int) -> bool:
+    """Whether a user has a number in this process's user namespace."""
+    return _has(id_maps()[0], number)
+
+
+def has_group(number: int) -> bool:
+    """Whether a group has a number in this process's user namespace."""
+    return _has(id_maps()[1], number)
+
+
+def _has(id_map: str, number: int) -> bool:
+    rows = [line.split() for line in id_map.splitlines()]
+    return not rows or any(int(row[0]) <= number < int(row[0]) + int(row[2]) for row in rows)
+
+
 def has_cap(number: int) -> bool:
     """Whether the effective set holds capability ``number``."""
     return bool(int(_status("CapEff") or "0", 16) >> number & 1)

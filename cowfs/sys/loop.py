@@ -19,31 +19,22 @@ __all__ = [
     "attach",
     "device_at",
     "device_of",
-    "ext4_mount",
-    "ext4_mounted",
     "ext4_reserve",
     "grow",
+    "hidden_mount",
     "image_mount",
     "is_direct",
+    "is_mounted",
     "is_readonly",
     "name_of",
     "why_not",
-    "why_not_ext4",
 ]
 
 _CTL_GET_FREE, _CONFIGURE, _GET_STATUS64, _SET_CAPACITY = 0x4C82, 0x4C0A, 0x4C05, 0x4C07
 _READ_ONLY, _AUTOCLEAR, _DIRECT_IO = 1, 4, 16
 _INFO = struct.Struct("=5Q4I64s64s32s2Q")  # struct loop_info64
 _HEAD = struct.Struct("=2I")  # of struct loop_config: descriptor, block size
-_EXT4_RESIZE = 0x40086610  # _IOW('f', 16, __u64): blocks (fs/ext4/ext4.h, EXT4_IOC_RESIZE_FS)
 assert (_INFO.size, _HEAD.size) == (232, 8)
-
-
-def why_not_ext4() -> str:
-    """The reason why this process cannot mount an ext4 from a file; "" if it can."""
-    if not os.access("/sys/fs/ext4", os.W_OK) and not os.path.isdir("/sys/module/ext4"):
-        return "this kernel has no ext4"
-    return why_not()
 
 
 def why_not() -> str:
@@ -166,22 +157,24 @@ def _new_encoding(dev: int) -> int:
     return (minor & 0xFF) | (major << 8) | ((minor & ~0xFF) << 12)
 
 
-def ext4_mounted(device: str) -> bool:
-    """Whether the ext4 of a device is mounted, in whatever mount namespace."""
-    return os.path.exists(f"/sys/fs/ext4/{os.path.basename(device)}")
+def is_mounted(device: str) -> bool:
+    """Whether the ext4 or XFS of a device is mounted, in whatever mount namespace."""
+    return any(os.path.exists(f"/sys/fs/{name}/{os.path.basename(device)}") for name in ("ext4", "xfs"))
 
 
-def ext4_mount(device: str, *, readonly: bool = False) -> int:
-    """Mount the ext4 of a device, attached nowhere, and return a descriptor of its root. A device that is mounted
+def hidden_mount(name: str, device: str, options: Sequence[bytes], *, readonly: bool = False) -> int:
+    """Mount the file system of a device, attached nowhere, and return a descriptor of its root. A device that is mounted
     already gives the same file system.
 
-    Tables of inodes are not written in advance (``noinit_itable``): they would take unused room on the host.
+    Args:
+        name: of the file system.
+        options: words without a value.
 
     Raises:
         OSError: as mount(2); EBUSY: mounted already, and with another ``readonly``.
     """
-    words: list[tuple[bytes, bytes | None]] = [(b"source", os.fsencode(device)), (b"noinit_itable", None)]
-    return mounts.detached_mount(b"ext4", [*words, (b"ro", None)] if readonly else words)
+    words: list[tuple[bytes, bytes | None]] = [(b"source", os.fsencode(device)), *((word, None) for word in options)]
+    return mounts.detached_mount(os.fsencode(name), [*words, (b"ro", None)] if readonly else words)
 
 
 def ext4_reserve(device: str, blocks: int) -> None:
@@ -196,25 +189,19 @@ def ext4_reserve(device: str, blocks: int) -> None:
         file.write(f"{blocks}\n")
 
 
-def grow(image: str, device: str, root: int, size: int) -> None:
-    """Make an image, its device and the ext4 in it larger, mounted as it is.
+def grow(image: str, device: str, size: int) -> None:
+    """Make an image and its device larger; the file system in it stays as large as it is.
 
     Args:
-        root: a descriptor of a directory of the file system.
         size: bytes; a multiple of 4,096.
 
     Raises:
-        OSError: as of ftruncate(2), the loop driver, and ext4.
+        OSError: as of ftruncate(2) and the loop driver.
     """
     os.truncate(image, size)
     fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
     try:
         fcntl.ioctl(fd, _SET_CAPACITY, 0)
-    finally:
-        os.close(fd)
-    fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=root)
-    try:
-        fcntl.ioctl(fd, _EXT4_RESIZE, struct.pack("=Q", size // 4096))
     finally:
         os.close(fd)
 

@@ -7,9 +7,9 @@ import errno
 import os
 import struct
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 from cowfs._record import record
+from cowfs._typed import TYPE_CHECKING
 from cowfs.sys._libc import check, libc, syscall
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ import _thread
 import contextlib
 import time
 from collections.abc import Callable
-from typing import Final
+
+from cowfs._typed import Final
 
 __all__ = ["Thread"]
 

@@ -40,7 +40,7 @@ except ImportError:  # Python was built without sys/xattr.h
 
 # getxattrat(2) of Linux 6.13, asked for sizes only: most questions here end in "no such attribute", and this is the
 # cheap way to hear that (half the time of the path through /proc). The call keeps the interpreter's lock.
-_GETXATTRAT, _AT_SYMLINK_NOFOLLOW, _AT_FDCWD = 464, 0x100, -100
+_GETXATTRAT, _LISTXATTRAT, _AT_SYMLINK_NOFOLLOW, _AT_FDCWD = 464, 465, 0x100, -100
 _ask = ctypes.PyDLL(None, use_errno=True).syscall
 _ask.restype = ctypes.c_long
 _ask.argtypes = (
@@ -102,6 +102,11 @@ def try_get(dirfd: int, name: bytes | None, attribute: bytes | str) -> bytes | N
         if error.errno not in (*_NONE, errno.EROFS):
             raise
     return found[0] if found else None
+
+
+def has_none(dirfd: int, name: bytes) -> bool:
+    """Whether the object certainly has no attribute that this process may see; False also where this cannot be known cheaply."""
+    return _CAN_ASK and _ask(_LISTXATTRAT, dirfd, name, _AT_SYMLINK_NOFOLLOW, None, None, 0) == 0
 
 
 def listx(dirfd: int, name: bytes | None) -> list[bytes]:

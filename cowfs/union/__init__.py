@@ -1,8 +1,7 @@
 """The merged view of a stack of layers; it speaks no FUSE. Start at :mod:`cowfs.union.view`."""
 
-from typing import TYPE_CHECKING
-
 from cowfs._lazy import exports
+from cowfs._typed import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from cowfs.union.attr import (

@@ -23,10 +23,10 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
 
+from cowfs._record import record
+from cowfs._typed import TYPE_CHECKING, Any
 from cowfs.format import whiteout
 from cowfs.model import Usage
 from cowfs.sys import files, xattr
@@ -99,7 +99,7 @@ def _bring(work: Absorption, run: Call, path: bytes, *, anywhere: bool = True) -
             step = run(step)
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class _Apart:
     """A step that waits for the disk, and goes on in the view's thread."""
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import struct
-from typing import NamedTuple
+
+from cowfs._typed import NamedTuple
 
 #: ino size blocks atime mtime ctime | atimensec mtimensec ctimensec mode nlink uid gid rdev blksize flags
 ATTR = struct.Struct("<QQQqqqIIIIIIIIII")

@@ -11,8 +11,8 @@ import errno
 import os
 import stat
 from collections.abc import Collection
-from typing import TYPE_CHECKING
 
+from cowfs._typed import TYPE_CHECKING
 from cowfs.sys import xattr
 from cowfs.union import content, copyup, from_index
 from cowfs.union.attr import ATTR, NS, mode_of, pack, unpack, with_nlink, with_size
@@ -182,6 +182,9 @@ def getxattr(view: Core, node: Node, name: bytes) -> bytes:
             raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
         return bytes(value)
     fd, real = _xattrs_at(node)
+    if name == CAPABILITY and real and node.type == DT_REG and xattr.has_none(fd, real):
+        node.bare = 2  # programs that compare trees ask for all names next
+        raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
     try:
         return xattr.get(fd, real, stored)
     except OSError as error:
@@ -201,7 +204,7 @@ def listxattr(view: Core, node: Node) -> list[bytes]:
         return [name for name in entry.xattrs if not _hidden(view, view.form.store_name(name))]
     fd, real = _xattrs_at(node)
     stored = xattr.listx(fd, real)
-    if not stored and node.type == DT_REG and view.in_upper(node):
+    if not stored and node.type == DT_REG:
         node.bare = 2
     shown = (view.form.show_name(name) for name in stored if not _hidden(view, name))
     return [name for name in shown if name is not None]

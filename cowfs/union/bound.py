@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import TYPE_CHECKING
 
+from cowfs._typed import TYPE_CHECKING
 from cowfs.format.whiteout import Form
 from cowfs.model import Limit
 from cowfs.union.blocks import UNIT, units

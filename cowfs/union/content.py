@@ -13,8 +13,8 @@ import errno
 import os
 import stat
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
+from cowfs._typed import TYPE_CHECKING
 from cowfs.sys import files, host, xattr
 from cowfs.union import copyup, inode
 from cowfs.union.attr import mode_of, size_of

@@ -21,8 +21,8 @@ import contextlib
 import errno
 import os
 import stat
-from typing import TYPE_CHECKING
 
+from cowfs._typed import TYPE_CHECKING
 from cowfs.sys import files, xattr
 from cowfs.union import from_index, hardlinks, holding
 from cowfs.union.blocks import UNIT, total_of, units
@@ -365,6 +365,8 @@ def place(view: Core, node: Node, temp: bytes, work: WorkDir, *, metacopy: bool,
     if metacopy:
         node.data = data.at(low)
     node.where = ups[0][0]
+    if node.bare > 1:
+        node.bare = 1  # the copy has marks
     node.attr = None
 
 

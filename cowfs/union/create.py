@@ -13,8 +13,8 @@ import errno
 import os
 import stat
 from bisect import insort
-from typing import TYPE_CHECKING
 
+from cowfs._typed import TYPE_CHECKING
 from cowfs.format import whiteout
 from cowfs.sys import files, xattr
 from cowfs.union import copyup, hardlinks, holding, lookup, stored

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
 
+from cowfs._typed import TYPE_CHECKING
 from cowfs.format import whiteout
 from cowfs.sys import xattr
 from cowfs.union.layers import Source

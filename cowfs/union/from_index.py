@@ -10,8 +10,8 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
 
+from cowfs._typed import TYPE_CHECKING, Any
 from cowfs.sys import xattr
 from cowfs.union import merge
 from cowfs.union.attr import ATTR, NS, encode_dev, unpack

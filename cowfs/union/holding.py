@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import TYPE_CHECKING
 
+from cowfs._typed import TYPE_CHECKING
 from cowfs.sys import files
 from cowfs.union.layers import Source
 from cowfs.union.node import DT_DIR, DT_REG, PLAIN, Dir, Node

@@ -6,8 +6,8 @@ import errno
 import os
 import stat
 import time
-from typing import TYPE_CHECKING
 
+from cowfs._typed import TYPE_CHECKING
 from cowfs.sys import files
 from cowfs.union.attr import unpack
 from cowfs.union.node import DT_LNK, DT_REG, PLAIN, Node, at

@@ -15,8 +15,8 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Iterable
-from typing import NamedTuple
 
+from cowfs._typed import NamedTuple
 from cowfs.sys import files
 from cowfs.union.layers import Layer
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import TYPE_CHECKING
 
+from cowfs._typed import TYPE_CHECKING
 from cowfs.union import holding
 from cowfs.union.inodes import SYNTHETIC
 from cowfs.union.layers import Layer, Source

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
 
+from cowfs._typed import TYPE_CHECKING, Any
 from cowfs.sys import xattr
 from cowfs.union import from_index
 from cowfs.union.layers import lstat

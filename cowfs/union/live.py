@@ -9,6 +9,9 @@ in the merged lower tree, which ``redirect`` names, is from now on the path they
 descriptors on them answer ESTALE instead of old offsets on other data, and directories that also exist below are read
 again. Files that the dropped layers did not touch keep their nodes, open descriptors and cached pages.
 
+*Replace* is the rollback of a view whose upper layer is an entire tree: another one, which has content, takes its place, and
+every node but the root is struck out.
+
 The caller makes the directories, commits the frozen layer to its index, and tells the kernel what is stale.
 """
 
@@ -16,9 +19,9 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import TYPE_CHECKING
 
 from cowfs._record import record
+from cowfs._typed import TYPE_CHECKING
 from cowfs.union import from_index, hardlinks, holding, quota, stored
 from cowfs.union.layers import Layer, Source
 from cowfs.union.meta import Meta
@@ -138,6 +141,65 @@ def rollback(view: Core, frozen: Layer, upper: str | bytes, work: str | bytes) -
     return Stale(tuple(stale), tuple(entries))
 
 
+def replace(view: Core, upper: str | bytes, work: str | bytes) -> Stale:
+    """Go on with another upper layer in place of the present one, whose content is gone for the view.
+
+    Args:
+        upper: an entire tree.
+        work: its work directory, on its file system.
+
+    Returns:
+        Ids and names that the kernel must be told to forget: all.
+
+    Raises:
+        OSError: EROFS for a read-only view; EINVAL for one whose lower tree is from an index; an error of the new
+            directories. Then nothing has changed.
+    """
+    view.need_upper()
+    if view.stack.index is not None:
+        raise OSError(errno.EINVAL, "the view has a lower tree")
+    layer = Layer(os.fsencode(upper), len(view.stack.layers) - 1, view.descriptors)
+    try:
+        workdir = WorkDir(os.fsencode(work), layer, view.form)
+    except BaseException:
+        layer.close()
+        raise
+    view.stack.work_in(workdir)
+    stale, entries = [view.root.id], []
+    for node in list(view.nodes.values()):
+        if node is view.root:
+            continue
+        stale.append(node.id)
+        entries += [(parent.id, name) for parent, name in view.names_of(node)]
+        if isinstance(node, Dir):
+            for source in node.sources:
+                if source.parent is not None:
+                    source.close()
+        _strike(view, node)
+    old = view.stack.drop_upper()
+    view.moves.moved.clear()
+    view.moves.forget(old)
+    if view.rows is not None:
+        view.rows.forget(old)
+    counted = view.swap_space(None)  # its count is gone with the layer
+    root = view.root
+    before = root.children or {}
+    root.sources[:] = [source for source in root.sources if source.layer is not old]
+    old.close()
+    view.stack.add(layer, upper=True)
+    view.inodes.forget_claims()
+    root.sources.insert(0, layer.root)
+    root.where = layer.root
+    root.children = root.order = root.attr = None
+    root.live = 0
+    entries += [(root.id, name) for name in before.keys() | view.load(root).keys()]
+    if counted is not None:
+        space = quota.Space(view)
+        space.set_limit(counted.limit)
+        view.swap_space(space)
+    return Stale(tuple(stale), tuple(entries))
+
+
 def _strike_out(view: Core, dropped: set[Layer]) -> tuple[list[int], list[tuple[int, bytes]]]:
     """Take every node that lives in a dropped layer out of the view."""
     stale: list[int] = []
@@ -247,4 +309,4 @@ def _reread(view: Core, directory: Dir) -> list[tuple[int, bytes]]:
     return changed
 
 
-__all__ = ["Stale", "freeze", "rollback"]
+__all__ = ["Stale", "freeze", "replace", "rollback"]

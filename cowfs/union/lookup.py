@@ -9,8 +9,8 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
+from cowfs._typed import TYPE_CHECKING
 from cowfs.sys import xattr
 from cowfs.union import dotwh, from_index, holding, merge
 from cowfs.union.attr import pack, with_size

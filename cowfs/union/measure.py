@@ -22,8 +22,8 @@ import errno
 import os
 import stat
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
 
+from cowfs._typed import NamedTuple
 from cowfs.format import whiteout
 from cowfs.format.whiteout import WH_PREFIX, Form
 from cowfs.model import Usage

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from cowfs._typed import NamedTuple
 
 __all__ = ["Meta"]
 

@@ -5,7 +5,7 @@ Both are found by scanning a layer once, and kept for as long as the layer is in
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from cowfs._typed import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from cowfs.union.layers import Layer

@@ -21,7 +21,8 @@ import os
 import stat
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+
+from cowfs._typed import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cowfs.union.layers import Layer, Source

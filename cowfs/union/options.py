@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
 
 from cowfs._record import record
+from cowfs._typed import Any, Protocol
 from cowfs.model import Limit
 
 IdRange = tuple[int, int, int]  # (inside the layers, shown outside, count)

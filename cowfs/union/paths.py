@@ -20,8 +20,8 @@ import errno
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator
-from typing import IO, TYPE_CHECKING, Any
 
+from cowfs._typed import IO, TYPE_CHECKING, Any
 from cowfs.union.attr import Attr, unpack
 from cowfs.union.content import data_ranges
 from cowfs.union.node import Dir, Node

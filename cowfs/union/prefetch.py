@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
-from typing import TYPE_CHECKING, Final
 
+from cowfs._typed import TYPE_CHECKING, Final
 from cowfs.union.node import DT_REG, Dir, Node
 
 if TYPE_CHECKING:

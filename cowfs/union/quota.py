@@ -9,8 +9,8 @@ use; then the change; then the count of its real use, read from the disk if the 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Protocol
 
+from cowfs._typed import TYPE_CHECKING, Protocol
 from cowfs.model import Usage
 from cowfs.sys import files, xattr
 from cowfs.union.blocks import UNIT, Blocks, blocks_of, total_of, units

@@ -17,8 +17,8 @@ import errno
 import os
 from bisect import insort
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
+from cowfs._typed import TYPE_CHECKING
 from cowfs.format.whiteout import WH_PREFIX
 from cowfs.sys import files, xattr
 from cowfs.union import copyup, create, hardlinks, holding, stored

@@ -19,8 +19,8 @@ import errno
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
 
+from cowfs._typed import TYPE_CHECKING, Any
 from cowfs.union import copyup, from_index, lookup, merge, quota
 from cowfs.union.attr import unpack
 from cowfs.union.layers import Layer, Source, lstat

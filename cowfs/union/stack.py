@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
+from cowfs._typed import TYPE_CHECKING
 from cowfs.union.layers import Layer, Source
 
 if TYPE_CHECKING:
@@ -71,6 +71,15 @@ class LayerStack:
         del self.layers[frozen.index + 1 :]
         self.roots[:] = [root for root in self.roots if root.layer not in dropped]
         self.sources = {key: source for key, source in self.sources.items() if source.layer not in dropped}
+        self.upper = None
+        return dropped
+
+    def drop_upper(self) -> Layer:
+        """Take away the upper layer, which the caller closes, and puts another in its place."""
+        dropped = self.layers.pop()
+        assert dropped is self.upper
+        self.roots[:] = [root for root in self.roots if root.layer is not dropped]
+        self.sources = {key: source for key, source in self.sources.items() if source.layer is not dropped}
         self.upper = None
         return dropped
 

@@ -12,8 +12,8 @@ import errno
 import os
 import stat
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
+from cowfs._typed import TYPE_CHECKING
 from cowfs.sys import xattr
 from cowfs.union import from_index
 from cowfs.union.bound import LimitReached

@@ -7,8 +7,8 @@ a rollback took away (``burnt``) is no id again.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
 
+from cowfs._typed import TYPE_CHECKING
 from cowfs.union.forgotten import Parents
 from cowfs.union.inodes import SYNTHETIC
 

@@ -18,8 +18,8 @@ import os
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import NamedTuple, Protocol
 
+from cowfs._typed import NamedTuple, Protocol
 from cowfs.sys import trees, xattr
 from cowfs.sys.files import open_beneath
 from cowfs.union.tree import DirTree, LowerStat, Tree

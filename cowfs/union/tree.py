@@ -9,9 +9,9 @@ import errno
 import os
 import stat as stat_module
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Protocol
 
+from cowfs._record import record
+from cowfs._typed import Protocol
 from cowfs.sys import xattr
 from cowfs.sys.files import data_ranges, open_beneath
 
@@ -23,7 +23,7 @@ CHUNK = 256 << 10
 _ABSENT = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP})
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class LowerStat:
     """Attributes of one object in a tree: ``mode`` with its type bits, times in nanoseconds.
 

@@ -37,8 +37,8 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
+from cowfs._typed import TYPE_CHECKING
 from cowfs.errors import InvalidArgument
 from cowfs.format.whiteout import choose_form, opaque_value
 from cowfs.model import Limit, Usage
@@ -348,6 +348,7 @@ class View(Core):
     writable = copyup.writable
     publish = copyup.publish
     freeze = live.freeze
+    replace = live.replace
     rollback = live.rollback
     setattr = attributes.setattr
     getxattr = attributes.getxattr

@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from typing import TYPE_CHECKING
 
+from cowfs._typed import TYPE_CHECKING
 from cowfs.format.whiteout import Form, allow_nested, make as make_whiteout, make_nested
 from cowfs.sys import files, trees
 from cowfs.union.layers import Layer, Source

@@ -11,6 +11,7 @@ import pytest
 from support.archives import directory, member, tar
 from support.containerd import (
     IMAGE,
+    LIMIT,
     Containerd,
     Snapshotter,
     check,
@@ -132,10 +133,29 @@ def test_with_a_limit_our_server_holds_it(make_snapshotter: Callable[..., Snapsh
     assert client.attach(record.source).usage().bytes >= 0
 
 
-def test_of_the_driver_row_the_kernel_shows_views_and_our_server_redirects(tmp_path: Path, can_mount: None) -> None:
+def test_a_limit_that_comes_before_the_container_is_held_by_our_server(snapshotter: Snapshotter) -> None:
+    """As Kubernetes' annotations do: Prepare was answered, nothing is bound yet. A container that runs keeps its mount."""
+    chain(snapshotter, TOP)
+    first = snapshotter.call("Prepare", key="one", parent=TOP)
+    assert lowers(first.mounts[0].source) == 1
+    info = {"name": "one", "labels": {LIMIT: "1048576"}}
+    with mounted(snapshotter, first):
+        assert snapshotter.code("Update", info=info) == "FAILED_PRECONDITION"
+        assert lowers(first.mounts[0].source) == 1
+    snapshotter.call("Update", info=info)
+    with mounted(snapshotter, snapshotter.call("Mounts", key="one")) as root:
+        assert sorted(os.listdir(root / "d")) == ["f0", "f30", "f60", "f89"]
+        with (root / "full").open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
+            while True:
+                file.write(bytes(65536))
+
+
+def test_of_the_driver_row_the_kernel_shows_views_and_our_server_redirects(
+    tmp_path_factory: pytest.TempPathFactory, can_mount: None
+) -> None:
     """Not on tmpfs, where an image that points into files is not mounted."""
     pytest.importorskip("grpc", reason="the extra cowfs-storage[containerd] is not installed")
-    base = tmp_path / "s"
+    base = tmp_path_factory.mktemp("r")  # short: the address of a unix socket has 107 bytes
     made = Snapshotter(base, "-s", "row").start()
     try:
         layer(made, "base", "", text("f", "x" * 100_000))

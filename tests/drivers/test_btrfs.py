@@ -6,6 +6,7 @@ import errno
 import mmap
 import os
 import signal
+import stat
 import subprocess
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -315,19 +316,74 @@ def test_the_limit_counts_what_live_snapshots_hold(fs: HostFs) -> None:
             assert write_until_full(target / "third", 2 << 20) <= 512 << 10
 
 
-def test_a_mounted_key_is_not_rolled_back(fs: HostFs) -> None:
+def test_a_kernel_mount_is_not_rolled_back(fs: HostFs) -> None:
     place = fs.fresh("back")
     (place / "mnt").mkdir()
     with Store.open(place / "store", driver="btrfs", fsync=False) as store:
         store.prepare("k")
         store.snapshot("k", "one")
-        for mount_type in ("kernel", "fuse"):
-            with (
-                store.mount("k", place / "mnt", mount_type=mount_type),
-                pytest.raises(FailedPrecondition, match="mounted at"),
-            ):
-                store.rollback("k", "one")
+        with (
+            store.mount("k", place / "mnt", mount_type="kernel"),
+            pytest.raises(FailedPrecondition, match="a mount of the kernel goes on"),
+        ):
+            store.rollback("k", "one")
         store.rollback("k", "one")
+
+
+def test_a_rollback_under_a_mount_shows_the_old_tree_and_nothing_else(fs: HostFs) -> None:
+    """Descriptors and directories of before are stale, never other data; the mount, its limit and live snapshots go on."""
+    place = fs.fresh("under")
+    top = place / "mnt"
+    top.mkdir()
+    with Store.open(place / "store", driver="btrfs", fsync=False) as store:
+        store.prepare("k")
+        with store.mount("k", top):
+            (top / "base").write_bytes(b"b" * (1 << 20))
+        store.commit("k", "base")
+        store.prepare("k", "base", size="2M")
+        with store.mount("k", top):
+            (top / "dir").mkdir()
+            (top / "dir" / "file").write_text("old")
+            os.setxattr(top / "dir" / "file", "user.one", b"1")
+            os.chmod(top, 0o750)
+            store.snapshot("k", "one")
+            former = store.index.get("k").id
+            (top / "dir" / "file").write_text("newer, and longer")
+            (top / "dir").rename(top / "moved")
+            (top / "more").write_bytes(b"m" * (1 << 20))
+            (top / "base").unlink()
+            os.chmod(top, 0o700)
+            assert not (top / "never").exists()  # the kernel remembers that
+            held = os.open(top / "moved" / "file", os.O_RDWR | os.O_APPEND)
+            inside = os.open(top / "moved", os.O_RDONLY | os.O_DIRECTORY)
+            for _ in range(2):
+                store.rollback("k", "one")
+                assert sorted(os.listdir(top)) == ["base", "dir"]
+                assert stat.S_IMODE(top.stat().st_mode) == 0o750
+                assert (top / "dir" / "file").read_text() == "old"
+                assert os.getxattr(top / "dir" / "file", "user.one") == b"1"
+                assert (top / "base").read_bytes() == b"b" * (1 << 20)
+                assert not (top / "more").exists() and not (top / "moved").exists()
+                for use in (lambda: os.write(held, b"x"), lambda: os.stat("file", dir_fd=inside)):
+                    with pytest.raises(OSError) as caught:
+                        use()
+                    assert caught.value.errno == errno.ESTALE
+                assert store.usage("k").bytes == 0
+                (top / "dir" / "after").write_text("after")
+                with pytest.raises(OSError) as caught:
+                    (top / "big").write_bytes(b"x" * (3 << 20))
+                assert caught.value.errno == errno.ENOSPC
+            os.close(held)
+            os.close(inside)
+            assert not os.path.exists(store.driver.directory(former))
+            store.rollback("k", "base", keep="kept")
+            assert os.listdir(top) == ["base"]
+            (top / "last").write_text("last")
+            store.snapshot("k", "two")
+        store.commit("k", "done")
+        assert [change.path for change in store.diff("base", "done") if change.path] == [b"last"]
+        assert {change.path for change in store.diff("one", "kept")} >= {b"big", b"dir/after"}
+        assert store.check(content=True).problems == []
 
 
 LIVE_VERBS: dict[str, Callable[[Store], object]] = {

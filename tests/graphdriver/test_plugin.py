@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import http.client
 import io
 import json
 import os
 import random
 import signal
-import socket
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +16,7 @@ import pytest
 from support.command import run_module
 from support.containerd import check
 from support.daemon import wait_for
-from support.dockerd import PLUGINS, PluginService
+from support.dockerd import PLUGINS, PluginService, raw
 
 pytestmark = pytest.mark.skipif(not os.path.exists("/dev/fuse") or os.geteuid() != 0, reason="needs /dev/fuse and root")
 
@@ -33,17 +31,6 @@ def tree_of(directory: str) -> Tree:
             with open(path, "rb") as file:
                 found[os.path.relpath(path, directory)] = file.read()
     return found
-
-
-def raw(name: str, body: bytes = b"", method: str = "POST") -> tuple[int, bytes]:
-    """A request as bytes; (status, answer)."""
-    connection = http.client.HTTPConnection("localhost", timeout=120)
-    with socket.socket(socket.AF_UNIX) as sock:
-        sock.connect(f"{PLUGINS}/cowfs.sock")
-        connection.sock = sock
-        connection.request(method, f"/{name}", body)
-        answer = connection.getresponse()
-        return answer.status, answer.read()
 
 
 class Life:

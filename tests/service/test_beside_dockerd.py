@@ -46,9 +46,9 @@ def said(line: str, host: str, place: Path, **environment: str) -> str:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """dockerd's version of the API for both; with ``--thorough`` also the oldest that is spoken, and each one's newest."""
+    """The oldest version of the API that is spoken, for both; with ``--thorough`` also dockerd 20.10's, and each one's newest."""
     if "told" in metafunc.fixturenames:
-        versions = ["1.41", "1.40", ""] if metafunc.config.getoption("--thorough") else ["1.41"]
+        versions = ["1.40", "1.41", ""] if metafunc.config.getoption("--thorough") else ["1.40"]
         metafunc.parametrize("told", versions, indirect=True, scope="module", ids=lambda version: version or "newest")
 
 

@@ -149,7 +149,7 @@ def test_import_with_changes(daemon: Daemon) -> None:
     assert names(daemon, "--filter", "label=x=y") == ["tree:1"]
     assert names(daemon, "--filter", "label=x=z") == []
     bad = daemon.docker("import", "-c", "RUN ls", "-", "tree:2", input=tree(a="b"), check=False)
-    assert "RUN is not a valid change command" in bad.stderr
+    assert "run is not a valid change command" in bad.stderr
 
 
 def test_system_df_adds_up(loaded: Daemon) -> None:

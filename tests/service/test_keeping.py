@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import signal
+import threading
 import time
 from typing import Any
 
 import pytest
 from support.daemon import Daemon, docker_major, wait_for
+
+from cowfs.service.containers.container import Container
+from cowfs.service.containers.restarting import Restarts
 
 
 def told(engine: Daemon, name: str, what: str) -> str:
@@ -265,3 +269,37 @@ def test_no_healthcheck_and_the_start_period(shared: Daemon) -> None:
     wait_for(lambda: len(health(shared, "slow")["Log"]) >= 3, "some checks")
     assert health(shared, "slow")["Status"] == "starting" and health(shared, "slow")["FailingStreak"] == 0
     shared.docker("rm", "-f", "none", "slow")
+
+
+def test_an_end_before_its_start_is_through_is_followed_by_a_restart() -> None:
+    """A process that ends at once is heard of before its start has returned: the wait that follows is not that of the run before."""
+    container = Container(
+        id="1" * 64,
+        folder="",
+        bundle="",
+        name="quick",
+        created=0,
+        image="",
+        image_name="",
+        snapshot="",
+        config={},
+        host={"RestartPolicy": {"Name": "always"}},
+    )
+    container.run = {"started": 1, "finished": 2, "code": 1}
+    starts = []
+    done = threading.Event()
+
+    def start(each: Container) -> None:
+        starts.append(each.wait_number)
+        if len(starts) < 4:
+            policy.ended(each)
+        else:
+            done.set()
+
+    policy = Restarts(start)
+    policy.ended(container)
+    try:
+        assert done.wait(60)
+        assert len(starts) == 4
+    finally:
+        policy.close()

@@ -310,6 +310,41 @@ def test_figures_go_on_while_containers_come_and_go(looked_at: Daemon) -> None:
     wait_for(lambda: json.loads(ask(looked_at, "GET", "/ui/data/overview")[2])["round"] > before, "another round")
 
 
+def test_three_hundred_containers(page: Browser, looked_at: Daemon) -> None:
+    """All are listed and found; a round touches no row in which nothing changed, and keeps the focus; no width needs scrolling sideways."""
+    ids = [
+        looked_at.request("POST", f"/containers/create?name=many-{number}", {"Image": "bb", "Cmd": ["true"]})[1]["Id"]
+        for number in range(300)
+    ]
+    try:
+        many = "[...document.querySelectorAll('#containers-rows .name button')].filter(each => each.textContent.startsWith('many-'))"
+        page.until(f"{many}.length === 300")
+        page.js(f"{many}[150].focus()")
+        focused = page.js("document.activeElement.textContent")
+        rounds = "performance.getEntriesByType('resource').filter(each => each.name.includes('data/overview')).length"
+        page.js(
+            f"""(() => {{ performance.setResourceTimingBufferSize(100000); window.touched = new Set();
+            new MutationObserver(seen => {{ for (const each of seen) {{
+              const row = (each.target.closest ? each.target : each.target.parentElement)?.closest('tr');
+              if (row) window.touched.add(row.textContent); }} }})
+            .observe(document.getElementById('containers-rows'), {{subtree: true, childList: true, characterData: true, attributes: true}});
+            window.begin = {rounds}; }})()"""
+        )
+        page.until(f"{rounds} >= window.begin + 3")
+        assert page.js("[...window.touched].filter(each => each.includes('many-')).length") == 0
+        assert page.js("document.activeElement.textContent") == focused
+        for width in (390, 1280):
+            page.size(width, 800)
+            assert page.js("document.documentElement.scrollWidth <= document.documentElement.clientWidth"), width
+        page.js(
+            "document.getElementById('find').value = 'many-29'; document.getElementById('find').dispatchEvent(new Event('input'))"
+        )
+        page.until(f"{many}.length === 11")
+    finally:
+        for id in ids:
+            looked_at.request("DELETE", f"/containers/{id}")
+
+
 # -- acting (--ui-actions) ----------------------------------------------------------------------------------------
 
 

@@ -227,59 +227,6 @@ def test_secrets_are_not_in_the_log(make_daemon: Make) -> None:
     assert "hunter2" not in daemon.log
 
 
-def test_systemd_passes_sockets_and_is_told(make_daemon: Make, space: Path, short: Path) -> None:
-    """Socket activation by the protocol of sd_listen_fds(3), readiness by that of sd_notify(3)."""
-    notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    notify.bind(str(space / "notify"))
-    notify.settimeout(60)
-    listening = socket.socket(socket.AF_UNIX)
-    listening.bind(str(space / "passed.sock"))
-    listening.listen()
-    script = (
-        "import os, sys; os.dup2(int(sys.argv[1]), 3); os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='1');"
-        "os.execv(sys.executable, [sys.executable, '-m', 'cowfs', 'serve', '-H', 'fd://', *sys.argv[2:]])"
-    )
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            script,
-            str(listening.fileno()),
-            "--root",
-            str(space / "s"),
-            "--run-dir",
-            str(short),
-        ],
-        pass_fds=[listening.fileno()],
-        env={**os.environ, "NOTIFY_SOCKET": str(space / "notify")},
-    )
-    try:
-        assert notify.recv(4096).startswith(b"READY=1")
-        with socket.socket(socket.AF_UNIX) as sock:
-            sock.connect(str(space / "passed.sock"))
-            sock.sendall(b"GET /_ping HTTP/1.1\r\nHost: x\r\n\r\n")
-            assert sock.recv(4096).startswith(b"HTTP/1.1 200")
-    finally:
-        process.terminate()
-        assert process.wait(60) == 0
-        listening.close()
-    assert notify.recv(4096) == b"STOPPING=1"
-    notify.close()
-
-
-def test_units_are_written_and_not_overwritten(space: Path) -> None:
-    from cowfs.errors import AlreadyExists
-    from cowfs.service import systemd
-
-    written = systemd.install(str(space))
-    assert [os.path.basename(path) for path in written] == ["cowfs.socket", "cowfs.service"]
-    assert "KillMode=process" in (space / "cowfs.service").read_text()
-    systemd.install(str(space))
-    (space / "cowfs.socket").write_text("mine")
-    with pytest.raises(AlreadyExists):
-        systemd.install(str(space))
-
-
 def test_the_store_is_shared_with_the_command(daemon: Daemon) -> None:
     done = cowfs("prepare", "work", "--root", str(daemon.root))
     assert done.returncode == 0, done.stderr

@@ -308,7 +308,8 @@ def test_engines_are_asked_for_by_name(store: Store, capsys: pytest.CaptureFixtu
     with pytest.raises(FailedPrecondition, match="no server to ask"):
         client.attach(top)
     assert main(["info", "--root", store.root]) == 0
-    assert "ext4 image" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "an image of the limit's size, ext4 (loop), xfs (" in told
     assert main(["umount", top]) == 0
     assert main(["mount", "--root", store.root, "--key", "limited", top, "--limit-engine", "fuse"]) == 0
     assert main(["usage", "--root", store.root, "limited"]) == 0

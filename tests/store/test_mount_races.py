@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from cowfs.errors import CowfsError, FailedPrecondition, NotFound
-from cowfs.mounting import client
+from cowfs.mounting import client, mountpoint, server
+from cowfs.mounting.request import MountSpec
 from cowfs.store import Store
 from cowfs.store.handle import LiveHandle
 
@@ -159,3 +160,29 @@ def test_mounts_snapshots_and_squashes_at_once(
         assert failures == []
 
         assert not store.check(content=True).damage
+
+
+def test_a_mount_that_is_unmounted_before_it_answered_says_so(
+    space: Path, can_mount: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By an unmount of another process; the server has no error then."""
+    for name in ("layer", "mnt"):
+        (space / name).mkdir()
+
+    def unmounted(self: server.Server) -> None:  # in its process, in place of the answer
+        self.session.ready.wait()
+        mountpoint.detach(self.spec.mountpoint, force=True)
+
+    monkeypatch.setattr(server.Server, "_ready", unmounted)
+    spec = MountSpec(layers=(str(space / "layer"),), mountpoint=str(space / "mnt"), readonly=True)
+    pid = os.fork()  # a maker that ignores SIGINT from then on
+    if pid == 0:
+        code = 1
+        try:
+            server.start(spec)
+        except FailedPrecondition as error:
+            code = 0 if "was unmounted before its mount answered" in str(error) else 2
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert not os.path.ismount(space / "mnt")

@@ -56,7 +56,7 @@ def looked_at(store: Store, name: str) -> list[tuple[object, ...]]:
                 each.mode,
                 each.uid,
                 each.gid,
-                each.mtime if each.path else 0,  # no archive has that of an ordinary root
+                each.mtime,
                 each.rdev,
                 each.target,
                 first,

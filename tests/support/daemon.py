@@ -72,17 +72,20 @@ class Daemon:
         """The options that say where it listens."""
         return ["-H", f"unix://{self.socket}"]
 
+    def command(self) -> list[str]:
+        """The words that start it, without further options."""
+        where = ["--root", str(self.root), "--run-dir", str(self.run_dir)]
+        return [sys.executable, "-m", "cowfs", "serve", *where, *self.doors()]
+
     def start(self, *more: str) -> Self:
         """Start it, and wait until its doors are open."""
         self.base.mkdir(exist_ok=True)
         already = len(self.log)
-        command = [
-            sys.executable, "-m", "cowfs", "serve", "--root", str(self.root), "--run-dir", str(self.run_dir),
-            *self.doors(), *self.arguments, *more,
-        ]  # fmt: skip
         environment = {**os.environ, "COWFS_FSYNC": "0", **self.environment}
         with open(self.log_file, "ab") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+            self.process = subprocess.Popen(
+                [*self.command(), *self.arguments, *more], stdout=log, stderr=log, env=environment
+            )
         process = self.process
         wait_for(lambda: "listening on" in self.log[already:] or process.poll() is not None, "the daemon")
         assert process.poll() is None, self.log

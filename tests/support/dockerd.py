@@ -47,6 +47,17 @@ def ask(name: str, **fields: Any) -> dict[str, Any]:
         return {**told, "status": answer.status}
 
 
+def raw(name: str, body: bytes = b"", method: str = "POST") -> tuple[int, bytes]:
+    """A request as bytes; (status, answer)."""
+    connection = http.client.HTTPConnection("localhost", timeout=120)
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(f"{PLUGINS}/cowfs.sock")
+        connection.sock = sock
+        connection.request(method, f"/{name}", body)
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+
+
 class PlainDockerd:
     """Real dockerd, with a data directory, a containerd and a socket of its own, and a driver of its own: overlay2, or vfs
     where that cannot lie on this file system.

@@ -251,7 +251,7 @@ class Machine:
         can = self.store.driver.capabilities
         if name is None or (self.whole and not can.snapshots):
             return
-        mounted = mounted and can.live
+        mounted = mounted and (can.live or self.store.driver.name == "btrfs")
         self.ours.close()
         self.theirs.close()
         with self.away(mounted):

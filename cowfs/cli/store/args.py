@@ -203,6 +203,8 @@ def label_pairs(pairs: list[str]) -> dict[str, str | None]:
             key, value = pair[:-1], ""
         elif not equals:
             raise InvalidArgument(f"not a label: {pair!r}", remedy="write KEY=VALUE, or KEY- to remove it")
+        if not key.isprintable():
+            raise InvalidArgument(f"{key!r} cannot be the key of a label", remedy="printable, and without '='")
         labels[key] = value or None
     return labels
 

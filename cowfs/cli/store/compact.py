@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import TYPE_CHECKING
-
+from cowfs._typed import TYPE_CHECKING
 from cowfs.cli.common import Command
 from cowfs.cli.output import print_json
 from cowfs.cli.progress import Bars
@@ -38,6 +36,8 @@ def _compact(args: argparse.Namespace) -> int:
     with open_store(args, create=False) as store, Bars(args) as bars:
         done = store.compact(args.key, share=share, on_progress=lambda path, done, todo: bars(path, done, done + todo))
     if args.json:
+        from dataclasses import asdict
+
         print_json(asdict(done), args.json)
         return 0
     left = f", {done.skipped} left as they are" if done.skipped else ""

@@ -6,16 +6,14 @@ the store knows is the name.
 
 from __future__ import annotations
 
-import fnmatch
 import os
 import stat
 import sys
 import time
-from typing import TYPE_CHECKING, Any, NamedTuple
 
+from cowfs._typed import TYPE_CHECKING, Any, NamedTuple
 from cowfs.cli.common import Command, is_path
 from cowfs.cli.output import path_fields, print_items, print_json, shown
-from cowfs.cli.progress import Bars
 from cowfs.cli.store.args import add_json, add_store, open_store
 from cowfs.errors import InvalidArgument, NotFound
 from cowfs.model import format_size, parse_size
@@ -24,6 +22,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Iterator
 
+    from cowfs.cli.progress import Bars
     from cowfs.model import FileInfo
     from cowfs.store import Store
 
@@ -100,6 +99,8 @@ def _cp(args: argparse.Namespace) -> int:
         raise InvalidArgument("neither of them is in a snapshot", remedy="write one as NAME:PATH")
     if "-" in (args.source, args.target) and all(inside):
         raise InvalidArgument("- is a tar, and takes the place of the host's path")
+    from cowfs.cli.progress import Bars
+
     with open_store(args, create=False) as store, Bars(args) as bars:
         done = [0, 0]
         progress = _counted(bars, done)
@@ -309,6 +310,8 @@ def _depth(path: bytes, top: bytes) -> int:
 
 def _tests(args: argparse.Namespace) -> list[Callable[[FileInfo], bool]]:
     """The tests of the arguments; all must hold."""
+    import fnmatch
+
     tests: list[Callable[[FileInfo], bool]] = []
     if args.name is not None:
         name = os.fsencode(args.name)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING
 
+from cowfs._typed import TYPE_CHECKING
 from cowfs.cli import config
 from cowfs.cli.common import Command
 from cowfs.cli.output import note, print_items, print_json, print_table, shown

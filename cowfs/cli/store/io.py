@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING, BinaryIO
 
+from cowfs._typed import TYPE_CHECKING, BinaryIO
 from cowfs.cli.common import Command
 from cowfs.cli.output import note, print_json, shown
 from cowfs.cli.progress import Bars

@@ -10,8 +10,8 @@ import secrets
 import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
 
+from cowfs._typed import TYPE_CHECKING
 from cowfs.cli.common import Command
 from cowfs.cli.store.args import add_store, check_new, open_store
 from cowfs.errors import FailedPrecondition, InvalidArgument, NotFound
@@ -318,11 +318,20 @@ def _unshare(args: argparse.Namespace) -> int:
     words = args.words[1:] if args.words[:1] == ["--"] else args.words
     words = words or [os.environ.get("SHELL") or "/bin/sh"]
     root = config.root(None) or default_root()  # in there, another one would be the default
-    subids.enter()
+    if not _join_daemon():
+        subids.enter()
     try:
         os.execvpe(words[0], words, {**os.environ, "COWFS_ROOT": os.path.abspath(root)})
     except OSError as error:
         raise NotFound(f"{words[0]}: {error.strerror}", remedy="a command that is in PATH") from None
+
+
+def _join_daemon() -> bool:
+    """Join the namespaces of this user's daemon, whose containers are mounted there. Returns whether there is one."""
+    from cowfs.mounting.protocol import run_directory
+    from cowfs.service import rootless
+
+    return rootless.join(run_directory())
 
 
 COMMANDS = {
@@ -337,7 +346,7 @@ COMMANDS = {
         _configure_unshare,
         _unshare,
         "Start a command as root of a user namespace in which this ordinary user has the ids of /etc/subuid and /etc/subgid: verbs of cowfs in there"
-        " make and read files of many owners, with the same store.",
+        " make and read files of many owners, with the same store. Where this user's cowfs serve has one, it is that namespace, with the mounts of its containers.",
         (
             "cowfs unshare cowfs import rootfs.tar base",
             "cowfs unshare cowfs run base --commit more -- apt-get install -y git",

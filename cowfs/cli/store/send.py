@@ -11,9 +11,9 @@ import shlex
 import subprocess
 import sys
 import threading
-from typing import IO, TYPE_CHECKING, BinaryIO, NamedTuple, cast
 from urllib.parse import unquote, urlsplit
 
+from cowfs._typed import IO, TYPE_CHECKING, BinaryIO, NamedTuple, cast
 from cowfs.cli.common import Command
 from cowfs.cli.output import print_json, shown
 from cowfs.cli.progress import Bars
@@ -168,7 +168,7 @@ def copy_over_ssh(args: argparse.Namespace, store: Store, bars: Bars) -> Sent:
     assert process.stdin is not None
     assert process.stdout is not None
     try:
-        pipe, answers = cast("BinaryIO", process.stdin), cast("BinaryIO", process.stdout)
+        pipe, answers = cast(BinaryIO, process.stdin), cast(BinaryIO, process.stdout)
         sent = store.send(args.names, pipe, answers=answers, progress=bars if bars.on else None)
         process.stdin.close()
     except (BrokenPipeError, Corrupt) as error:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
+from cowfs._typed import TYPE_CHECKING, Any
 from cowfs.cli.common import Command
 from cowfs.cli.output import print_json, shown
 from cowfs.cli.progress import Bars

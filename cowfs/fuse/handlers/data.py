@@ -17,8 +17,8 @@ import os
 import threading
 from collections.abc import Callable
 from time import perf_counter_ns as _clock
-from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from cowfs._typed import TYPE_CHECKING, Any, Final, Protocol
 from cowfs.fuse import abi, buffers, codec
 from cowfs.fuse.handlers.names import Adapter, Handler
 from cowfs.sys import files

@@ -19,8 +19,8 @@ import os
 import stat
 import struct
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
 
+from cowfs._typed import TYPE_CHECKING, Any
 from cowfs.fuse import abi, caller, codec
 from cowfs.union.attr import decode_dev
 

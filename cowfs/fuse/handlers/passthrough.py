@@ -23,8 +23,8 @@ import errno
 import fcntl
 import os
 import struct
-from typing import TYPE_CHECKING, Any
 
+from cowfs._typed import TYPE_CHECKING, Any
 from cowfs.errors import Unsupported
 from cowfs.fuse import abi, codec, log
 from cowfs.fuse.handlers.data import Data, Host

@@ -81,6 +81,17 @@ class Rollback(Switch):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Replace(Switch):
+    """``replace``: a rollback where the upper layer is an entire tree, and so is the new one.
+
+    Attributes:
+        base: use in the new layer that does not count for the limit.
+    """
+
+    base: Counts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Subvolume:
     """``subvolume``: a snapshot of ``source`` called ``name`` in ``directory``."""
 
@@ -175,6 +186,23 @@ def _rollback(server: ServedMount, arguments: Rollback) -> dict[str, Any]:
 
             stand_on(view, view.index.records, arguments.lowers, arguments.num)  # type: ignore[union-attr]
         stale.append(view.rollback(layer, arguments.upper, arguments.work))
+        base = arguments.base
+        if view.space is not None:
+            view.space.offset(-(base["bytes"] // UNIT), -base["inodes"])
+
+    stalled = _switch(server, arguments, switch)
+    _tell_kernel(server, stale[0])
+    return {"stalled": stalled, "stale": len(stale[0].inodes)}
+
+
+@verb("replace", Replace)
+def _replace(server: ServedMount, arguments: Replace) -> dict[str, Any]:
+    """Go on with the tree ``upper`` in place of the present one."""
+    stale: list[Stale] = []
+
+    def switch() -> None:
+        view = server.view
+        stale.append(view.replace(arguments.upper, arguments.work))
         base = arguments.base
         if view.space is not None:
             view.space.offset(-(base["bytes"] // UNIT), -base["inodes"])

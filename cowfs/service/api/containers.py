@@ -12,13 +12,15 @@ from cowfs.errors import FailedPrecondition, InvalidArgument, NotFound
 from cowfs.model import Limit, parse_count, parse_size
 from cowfs.service.api.absent import endpoint_of
 from cowfs.service.api.routing import Route, filters_of
-from cowfs.service.containers import cgroups, updating
+from cowfs.service.containers import updating
 from cowfs.service.containers.bundle import hidden_paths
 from cowfs.service.containers.container import Container
+from cowfs.service.containers.figures import members
+from cowfs.service.containers.limits import discarded
 from cowfs.service.containers.pruning import prune
 from cowfs.service.containers.records import ContainerConfig, Update
 from cowfs.service.errors import ApiError
-from cowfs.service.events import when
+from cowfs.service.events import moment
 from cowfs.service.http import Exchange, Reply, empty, json_reply, lines
 from cowfs.service.images import has_label, rfc3339
 from cowfs.service.records import decode
@@ -113,7 +115,7 @@ def _create(service: Service, exchange: Exchange) -> Reply:
     config = decode(ContainerConfig, raw)
     query = exchange.query
     made = service.containers.create(config, raw, query.get("name", ""), query.get("platform", ""))
-    return json_reply({"Id": made.id, "Warnings": []}, 201)
+    return json_reply({"Id": made.id, "Warnings": discarded(made.host)}, 201)
 
 
 def _list(service: Service, exchange: Exchange) -> Reply:
@@ -310,8 +312,9 @@ def _rename(service: Service, exchange: Exchange, name: str) -> Reply:
 
 
 def _update(service: Service, exchange: Exchange, name: str) -> Reply:
-    updating.update(service.containers, service.containers.get(name), decode(Update, exchange.document()))
-    return json_reply({"Warnings": None})
+    wanted = exchange.document()
+    updating.update(service.containers, service.containers.get(name), decode(Update, wanted))
+    return json_reply({"Warnings": discarded(wanted) or None})
 
 
 def _remove(service: Service, exchange: Exchange, name: str) -> Reply:
@@ -359,7 +362,7 @@ def _top(service: Service, exchange: Exchange, name: str) -> Reply:
     if "PID" not in titles:
         raise ApiError(400, "couldn't find PID field in ps output")
     place = titles.index("PID")
-    mine = {str(pid) for pid in cgroups.pids(container.cgroup)}
+    mine = {str(pid) for pid in members(container)}
     split = [row.split(None, len(titles) - 1) for row in rows[1:]]
     return json_reply(
         {"Titles": titles, "Processes": [row for row in split if len(row) > place and row[place] in mine]}
@@ -374,7 +377,7 @@ def _changes(service: Service, exchange: Exchange, name: str) -> Reply:
 
 def _prune(service: Service, exchange: Exchange) -> Reply:
     filters = filters_of(exchange, ("until", "label", "label!"))
-    until = [when(text, "until") or 0 for text in filters.get("until", [])]
+    until = [moment(text, "until") for text in filters.get("until", [])]
 
     def fits(container: Container) -> bool:
         return (

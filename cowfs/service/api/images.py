@@ -11,7 +11,7 @@ from cowfs.service import references
 from cowfs.service.api.registry import pull
 from cowfs.service.api.routing import Route, filters_of, version_of
 from cowfs.service.errors import ApiError, not_offered
-from cowfs.service.events import when
+from cowfs.service.events import moment
 from cowfs.service.http import Exchange, Reply, empty, json_reply, lines
 from cowfs.service.images import Image, Images, has_label, rfc3339
 from cowfs.service.streaming import written
@@ -62,7 +62,7 @@ def _list(service: Service, exchange: Exchange) -> Reply:
 def _wanted(images: Images, filters: Mapping[str, list[str]]) -> Any:
     before = [images.get(name).created for name in filters.get("before", [])]
     since = [images.get(name).created for name in filters.get("since", [])]
-    until = [when(text, "until") or 0 for text in filters.get("until", [])]
+    until = [moment(text, "until") for text in filters.get("until", [])]
     patterns = filters.get("reference", [])
     dangling = [text.lower() in ("1", "true") for text in filters.get("dangling", [])]
 
@@ -193,7 +193,7 @@ def _save(service: Service, exchange: Exchange, name: str = "") -> Reply:
 def _prune(service: Service, exchange: Exchange) -> Reply:
     filters = filters_of(exchange, ("dangling", "until", "label", "label!"))
     dangling = all(text.lower() in ("1", "true") for text in filters.get("dangling", ["true"]))
-    until = [when(text, "until") or 0 for text in filters.get("until", [])]
+    until = [moment(text, "until") for text in filters.get("until", [])]
     told, freed = service.images.prune(
         dangling=dangling, until=min(until) if until else None, labels=filters.get("label", [])
     )

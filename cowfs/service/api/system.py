@@ -13,7 +13,7 @@ from cowfs.images.digests import platform_here
 from cowfs.service import events
 from cowfs.service.api.routing import MAX_VERSION, MIN_VERSION, Route, filters_of
 from cowfs.service.containers.bundle import init_program
-from cowfs.service.containers.limits import is_unified
+from cowfs.service.containers.cgroups import is_unified, place
 from cowfs.service.http import Exchange, Reply, json_reply, lines
 from cowfs.sys.files import fs_name
 
@@ -115,6 +115,7 @@ def _info(service: Service, exchange: Exchange) -> Reply:
     states = service.containers.states()
     runtime = service.runtime_version()
     name = runtime[0] if runtime else "runc"
+    limits = place().controllers
     return json_reply(
         {
             "ID": store.index.meta("uuid") or "",
@@ -126,13 +127,13 @@ def _info(service: Service, exchange: Exchange) -> Reply:
             "Driver": store.driver.name,
             "DriverStatus": status,
             "Plugins": {"Volume": ["local"], "Network": ["host", "null"], "Authorization": None, "Log": ["json-file"]},
-            "MemoryLimit": True,
+            "MemoryLimit": "memory" in limits,
             "SwapLimit": False,
-            "CpuCfsPeriod": True,
-            "CpuCfsQuota": True,
-            "CPUShares": True,
-            "CPUSet": True,
-            "PidsLimit": True,
+            "CpuCfsPeriod": "cpu" in limits,
+            "CpuCfsQuota": "cpu" in limits,
+            "CPUShares": "cpu" in limits,
+            "CPUSet": "cpuset" in limits,
+            "PidsLimit": "pids" in limits,
             "IPv4Forwarding": True,
             "Debug": service.debug,
             "NFd": len(os.listdir("/proc/self/fd")),
@@ -140,7 +141,7 @@ def _info(service: Service, exchange: Exchange) -> Reply:
             "NGoroutines": service.thread_count(),
             "SystemTime": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "LoggingDriver": "json-file",
-            "CgroupDriver": "cgroupfs",
+            "CgroupDriver": "cgroupfs" if place().parent else "none",
             "CgroupVersion": "2" if is_unified() else "1",
             "NEventsListener": events.listeners(),
             "KernelVersion": os.uname().release,

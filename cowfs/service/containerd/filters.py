@@ -3,15 +3,15 @@ r"""containerd's filter language, to the letter (containerd, pkg/filters: the gr
     selectors := selector ("," selector)*
     selector  := fieldpath [operator value]
     fieldpath := field ("." field)*
-    field     := quoted | [-_A-Za-z0-9]+
+    field     := quoted | [_A-Za-z0-9]+
     operator  := "==" | "!=" | "~="
-    value     := quoted | a run of graphic characters without comma
+    value     := quoted | any character, then a run of graphic characters without comma
     quoted    := a string in double quotes with Go's escapes; the value of "~=" also in slashes or bars
 
-White space before a token is skipped, behind a value it is an error. All selectors of a filter must match, of several filters
+White space (unicode.IsSpace of Go) before a token is skipped, behind a value it is an error, as is U+FFFD anywhere. All selectors of a filter must match, of several filters
 one. A field alone tests its presence; ``name`` and ``parent`` are always present. A missing field is the empty string
-for ``!=`` and ``~=``, and equals nothing. A pattern that cannot be compiled matches nothing. Patterns are Python's,
-which differ from RE2 in parts that containerd's clients do not use (``\pL``, ``\z``).
+for ``!=`` and ``~=``, and equals nothing. A pattern that cannot be compiled matches nothing. Patterns are Python's:
+those that RE2 refuses (escapes, references and groups that look around) match nothing; ``\pL`` and ``\z`` of RE2 are not known.
 
 The store's own filters (:mod:`cowfs.store.filters`) are stricter, for people.
 """
@@ -29,9 +29,11 @@ __all__ = ["Filter", "parse_all"]
 
 Filter = Callable[[Info], bool]
 
-_FIELD = re.compile(r"[-_A-Za-z0-9]+")
+_FIELD = re.compile(r"[_A-Za-z0-9]+")
 _OPERATOR = re.compile(r"[=!~]+")
-_SPACE = re.compile(r"\s*")
+_SPACES = "\t\n\v\f\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u2028\u2029\u202f\u205f\u3000"
+_SPACE = re.compile(f"[{_SPACES}]*")
+_NOT_RE2 = re.compile(r"(?<!\\)(?:\\\\)*(?:\\(?:[uUNZ]|[1-9](?![0-7]))|\((?:\?(?:[=!#>(]|<[=!]|P=)))")
 _ESCAPE = re.compile(
     r"\\(?:(?P<simple>[abfnrtv\\])|(?P<octal>[0-7]{3})|x(?P<byte>[0-9a-fA-F]{2})"
     r"|u(?P<short>[0-9a-fA-F]{4})|U(?P<long>[0-9a-fA-F]{8})|(?P<quote>[\"/|]))"
@@ -83,10 +85,11 @@ class _Scanner:
             self.at, self._value = match.end(), True
             return _Token("operator", match[0], at)
         if self._value:
+            if first == "\0":
+                raise self.fail("unexpected character")
+            self.at += 1
             while self.peek() and _is_value(self.peek()):
                 self.at += 1
-            if self.at == at:
-                raise self.fail("unexpected character")
             self._value = False
             return _Token("value", self.text[at : self.at], at)
         match = _FIELD.match(self.text, at)
@@ -108,7 +111,7 @@ class _Scanner:
 
 
 def _is_value(char: str) -> bool:
-    return char != "," and not char.isspace() and char.isprintable()
+    return char != "," and char not in _SPACES and char.isprintable()
 
 
 def _unquote(scanner: _Scanner, token: _Token, *, any_quote: bool = False) -> str:
@@ -172,6 +175,8 @@ def _selector(scanner: _Scanner) -> Filter:
         pattern = re.compile(value)
     except re.error:
         return lambda info: False
+    if _NOT_RE2.search(value):
+        return lambda info: False
     return lambda info: pattern.search(_field_of(info, path) or "") is not None
 
 
@@ -194,6 +199,8 @@ def _parse(text: str) -> Filter:
     if not text:
         return lambda info: True
     scanner = _Scanner(text)
+    if "\ufffd" in text:
+        raise scanner.fail("not UTF-8", text.index("\ufffd"))
     selectors = [_selector(scanner)]
     while scanner.peek() == ",":
         scanner.scan()

@@ -8,6 +8,7 @@ the mount outlives a restart of the service. Its server is a process of its own,
 The directory ``RUN/held/ID`` is named after the layer. It is unmounted, whatever the engine does meanwhile:
 
 * when the snapshot is committed or removed: lazily and at once; the engine's bind goes on until it is unmounted;
+* when a snapshot that the kernel serves, and that nobody has bound yet, gets a limit;
 * when only this directory has shown the mount at two checks, :data:`PAUSE` seconds apart, and no request for it came
   since: a stopped container has none. The next :meth:`Held.mount` makes it anew. A bind of a missing directory
   fails with ENOENT, so no write passes the limit.
@@ -114,6 +115,21 @@ class Held:
         if os.path.lexists(self.place(id)):
             with self._turn(id):
                 self._detach(self.place(id))
+
+    def give_up(self, id: str) -> bool:
+        """Unmount a held mount that only its directory shows: a snapshot that the kernel has mounted takes no limit.
+
+        Returns:
+            Whether it was there, and is gone.
+        """
+        place = os.fsencode(self.place(id))
+        with self._turn(id):
+            entries = mountinfo()
+            devices = [entry.dev for entry in entries if entry.target == place]
+            if not devices or sum(entry.dev == devices[-1] for entry in entries) > 1:
+                return False
+            self._detach(self.place(id))
+            return True
 
     def _detach(self, place: str) -> None:
         try:

@@ -18,7 +18,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
-from cowfs.errors import AlreadyExists, CowfsError, InvalidArgument
+from cowfs.errors import AlreadyExists, CowfsError, FailedPrecondition, InvalidArgument
 from cowfs.index.database import Row
 from cowfs.model import Info, Kind, Limit, Mount, Usage
 from cowfs.mounting.request import IdMap
@@ -178,6 +178,8 @@ class Snapshots:
             InvalidArgument: another parent.
         """
         row = self._store.index.get(_own(key))
+        if name == key and row.kind is Kind.ACTIVE:
+            raise AlreadyExists(f"{name!r} is the key itself")
         if parent and row.parent is None:
             if _is_extract(key) and not self._is_apart(row) and not self._store.why_not_rebase():
                 raise InvalidArgument(
@@ -249,7 +251,13 @@ class Snapshots:
         return _shown(self._store.update(_own(name), wanted, replace=True))
 
     def _set_limit(self, name: str, before: Limit, now: Mapping[str, str]) -> None:
-        if before or now:
+        if not before and not now:
+            return
+        try:
+            self._store.limit(_own(name), size=now.get("size"), inodes=now.get("inodes"))
+        except FailedPrecondition:
+            if not self.held.give_up(self._store.index.get(_own(name)).id):
+                raise
             self._store.limit(_own(name), size=now.get("size"), inodes=now.get("inodes"))
 
     def cleanup(self) -> None:

@@ -17,13 +17,13 @@ from cowfs.errors import InvalidArgument
 from cowfs.sandbox.users import User
 from cowfs.service.containers import seccomp
 from cowfs.service.containers.capabilities import granted, possible
-from cowfs.service.containers.cgroups import PREFIX
 from cowfs.service.containers.devices import nodes_and_rules
-from cowfs.service.containers.limits import is_unified, resources
+from cowfs.service.containers.limits import is_unified, possible_resources
 from cowfs.service.containers.records import ContainerConfig, ExecConfig, HostConfig, TmpfsOptions, VolumeOptions
 from cowfs.service.errors import ApiError, not_offered
 from cowfs.service.images import Image
 from cowfs.service.records import encode
+from cowfs.sys.host import has_group
 
 __all__ = [
     "bind_mounts",
@@ -38,6 +38,9 @@ __all__ = [
 
 INIT = "/dev/docker-init"
 """Where a container finds its init process: on a file system that is made for it, so that its tree does not change."""
+
+TTY_GROUP = 5
+"""The group of terminals in Debian and its like."""
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -251,7 +254,6 @@ def environment(config: Mapping[str, Any], hostname: str, home: str) -> list[str
 
 def specification(
     *,
-    id: str,
     rootfs: str,
     config: Mapping[str, Any],
     host: HostConfig,
@@ -260,6 +262,7 @@ def specification(
     files: Mapping[str, str],
     volumes: Iterable[Mapping[str, Any]],
     hostname: str,
+    cgroup: str,
 ) -> dict[str, Any]:
     """The document that the runtime reads.
 
@@ -268,6 +271,7 @@ def specification(
         config: merged of request and image. raw_host: ``host`` as it was sent.
         files: target in the container -> file of the host, bound over it (hosts, hostname, resolv.conf).
         volumes: further mounts, in the runtime's form.
+        cgroup: its control group; "" for none.
     """
     capabilities = granted(host)
     process: dict[str, Any] = {
@@ -300,15 +304,16 @@ def specification(
         "root": {"path": rootfs, "readonly": host.ReadonlyRootfs},
         "mounts": _mounts(host, files, volumes),
         "linux": {
-            "cgroupsPath": f"{PREFIX}/{id}",
             "namespaces": _namespaces(host),
             "devices": nodes,
-            "resources": {**resources(raw_host), "devices": rules},
+            "resources": {**possible_resources(raw_host), "devices": rules},
             "maskedPaths": masked,
             "readonlyPaths": readonly,
             "sysctl": dict(host.Sysctls or {}),
         },
     }
+    if cgroup:
+        spec["linux"]["cgroupsPath"] = cgroup
     if host.Annotations:
         spec["annotations"] = dict(host.Annotations)
     filtered = seccomp.filter_of(host.SecurityOpt or (), capabilities, privileged=host.Privileged)
@@ -354,7 +359,12 @@ def _mounts(host: HostConfig, files: Mapping[str, str], volumes: Iterable[Mappin
     plain: list[tuple[str, str, str, list[str]]] = [
         ("/proc", "proc", "proc", ["nosuid", "noexec", "nodev"]),
         ("/dev", "tmpfs", "tmpfs", ["nosuid", "strictatime", "mode=755", "size=65536k"]),
-        ("/dev/pts", "devpts", "devpts", ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"]),
+        (
+            "/dev/pts",
+            "devpts",
+            "devpts",
+            ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", f"gid={TTY_GROUP}"],
+        ),
         ("/dev/mqueue", "mqueue", "mqueue", ["nosuid", "noexec", "nodev"]),
         ("/dev/shm", "tmpfs", "shm", ["nosuid", "noexec", "nodev", "mode=1777", f"size={host.ShmSize or 64 << 20}"]),
         ("/sys", "sysfs", "sysfs", ["nosuid", "noexec", "nodev", system_mode]),
@@ -363,6 +373,8 @@ def _mounts(host: HostConfig, files: Mapping[str, str], volumes: Iterable[Mappin
     if host.NetworkMode == "host":  # sysfs belongs to a network namespace: the host's is bound
         plain = [each for each in plain if each[0] != "/sys"]
         plain.insert(5, ("/sys", "bind", "/sys", ["rbind", "nosuid", "noexec", "nodev", system_mode]))
+    if not has_group(TTY_GROUP):  # devpts refuses a number that this user namespace does not have
+        plain[2][3].remove(f"gid={TTY_GROUP}")
     made: list[dict[str, Any]] = [
         {"destination": target, "type": kind, "source": source, "options": options}
         for target, kind, source, options in plain

@@ -9,7 +9,9 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-__all__ = ["PREFIX", "Figures", "directories", "oom_killed", "pids", "read"]
+from cowfs.sys import host
+
+__all__ = ["PREFIX", "Figures", "Place", "directories", "oom_killed", "pids", "place", "read"]
 
 ROOT = "/sys/fs/cgroup"
 PREFIX = "/cowfs"
@@ -41,6 +43,53 @@ class Figures:
     blkio_count: list[tuple[int, int, str, int]] = field(default_factory=list)
 
 
+_EVERY = frozenset({"cpu", "cpuset", "io", "memory", "pids"})
+_LEAF = "cowfs-daemon"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where this daemon may make groups.
+
+    Attributes:
+        parent: the group above those of containers; "" where it may make none.
+        controllers: those that limit them, by their names in version 2.
+    """
+
+    parent: str
+    controllers: frozenset[str]
+
+
+@host.remembered
+def place() -> Place:
+    """The place of this process's containers: anywhere as root; else the group of version 2 that was delegated to its user, if one was.
+
+    The processes of a group below which controllers work must be in leaves ("no internal process", cgroup-v2.rst), so this process moves to one.
+    """
+    if host.init_userns() and os.geteuid() == 0:
+        return Place(PREFIX, _EVERY)
+    own = next((line[3:] for line in _text("/proc/self/cgroup").splitlines() if line.startswith("0::")), "").rstrip("/")
+    own = own.removesuffix(f"/{_LEAF}")
+    above = ROOT + own
+    parent = own + PREFIX
+    if not is_unified() or not os.access(f"{above}/cgroup.procs", os.W_OK) or not os.access(above, os.W_OK):
+        return Place("", frozenset())
+    try:
+        os.makedirs(f"{above}/{_LEAF}", exist_ok=True)
+        os.makedirs(ROOT + parent, exist_ok=True)
+        with open(f"{above}/{_LEAF}/cgroup.procs", "w", encoding="ascii") as file:
+            file.write(str(os.getpid()))
+    except OSError:
+        return Place("", frozenset())
+    for controller in _text(f"{above}/cgroup.controllers").split():
+        try:
+            with open(f"{above}/cgroup.subtree_control", "w", encoding="ascii") as file:
+                file.write(f"+{controller}")
+        except OSError:
+            continue  # another process is in the group itself
+    return Place(parent, _EVERY & frozenset(_text(f"{ROOT}{parent}/cgroup.controllers").split()))
+
+
 def is_unified() -> bool:
     """Whether this host has version 2 alone."""
     return os.path.exists(f"{ROOT}/cgroup.controllers")
@@ -48,6 +97,8 @@ def is_unified() -> bool:
 
 def directories(path: str) -> dict[str, str]:
     """The directory of a group in each hierarchy, by controller; of version 2 all in one, ``""``."""
+    if not path:
+        return {}
     if is_unified():
         return {"": ROOT + path} if os.path.isdir(ROOT + path) else {}
     found = {}

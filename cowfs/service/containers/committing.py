@@ -12,6 +12,7 @@ from cowfs.errors import AlreadyExists
 from cowfs.images.digests import as_json, chain_ids
 from cowfs.service.containers.container import Container
 from cowfs.service.images import changed, rfc3339
+from cowfs.service.rootless import apply_options
 
 if TYPE_CHECKING:
     from cowfs.service.containers.manager import Containers
@@ -39,9 +40,9 @@ def commit(
     points of the init snapshot) is not in it.
 
     Args:
-        name: the image's, or "". pause: stop its processes meanwhile.
+        name: the image's, or "". pause: stop its processes meanwhile, where it has a control group.
     """
-    is_frozen = pause and container.running and not container.paused
+    is_frozen = pause and container.running and not container.paused and bool(container.cgroup)
     if is_frozen:
         containers.pause(container)
     try:
@@ -67,7 +68,7 @@ def _apply(store: Store, parent: str, spool: Any) -> str:
     key = f"commit/{secrets.token_hex(8)}"
     store.prepare(key, parent)
     try:
-        applied = store.apply(key, spool)
+        applied = store.apply(key, spool, options=apply_options())
         chain = store.resolve(parent).chain_id
         name = chain_ids([chain, applied.diff_id])[-1] if chain else f"commit/{secrets.token_hex(16)}"
         if store.exists(name):

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from cowfs.errors import FailedPrecondition
 from cowfs.service.containers import bundle
-from cowfs.service.containers.cgroups import PREFIX
+from cowfs.service.containers.cgroups import PREFIX, place
 from cowfs.service.containers.records import HostConfig
 from cowfs.service.containers.supervisor import RUN_FILE
 from cowfs.service.logs import log
@@ -62,7 +62,7 @@ class Container:
         config, host: as the API shows them, merged of request and image.
         volumes: those that it mounts: ``name``, ``target``, ``readonly``, ``copy``, and ``own``: whether it was made for this container alone.
         stopped: whether a verb ended its last run. restarts: number by its policy, since a verb started it. restarting,
-            delay: whether and how long it waits for one; guarded by changed. found: by a new daemon, which has not
+            delay: whether and how long it waits for one; guarded by changed. wait_number: of the last such wait. found: by a new daemon, which has not
                 applied its policy yet.
         health: of this run, if it has a check.
         run: the supervisor's record; {} before the first start. paused, error: see the API.
@@ -89,6 +89,7 @@ class Container:
     restarts: int = 0
     restarting: bool = False
     delay: float = 0.0
+    wait_number: int = 0
     found: bool = False
     health: Health | None = None
     removing: bool = False
@@ -173,7 +174,18 @@ class Container:
 
     @property
     def cgroup(self) -> str:
-        return f"{PREFIX}/{self.id}"
+        """Its control group, of its present or last run or of the next one; "" where it has none."""
+        if "cgroup" in self.run:
+            return str(self.run["cgroup"])
+        if self.running:  # started by a cowfs that did not record it
+            return f"{PREFIX}/{self.id}"
+        return self.next_cgroup
+
+    @property
+    def next_cgroup(self) -> str:
+        """The control group of a run that begins now; "" where this daemon may make none."""
+        parent = place().parent
+        return f"{parent}/{self.id}" if parent else ""
 
     @property
     def host_config(self) -> HostConfig:

@@ -10,12 +10,12 @@ import threading
 from typing import Any, Protocol
 
 from cowfs.errors import FailedPrecondition, NotFound
-from cowfs.sandbox import users
 from cowfs.service.containers import bundle
 from cowfs.service.containers.checking import check_working_directory
 from cowfs.service.containers.container import Container, Exec
 from cowfs.service.containers.records import ExecConfig
 from cowfs.service.containers.supervision import ask
+from cowfs.service.containers.users import find_user
 from cowfs.service.errors import ApiError
 
 __all__ = ["Execs"]
@@ -124,7 +124,7 @@ class Execs:
         config: ExecConfig = made.config
         root = os.open(container.rootfs, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            user = users.find(root, config.User or container.config.get("User") or "", [])
+            user = find_user(root, config.User or container.config.get("User") or "", [])
         finally:
             os.close(root)
         process = bundle.exec_process(config, container.config, container.host_config, user, container.hostname)

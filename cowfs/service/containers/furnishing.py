@@ -9,10 +9,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from cowfs.errors import Unsupported
-from cowfs.sandbox import users
 from cowfs.service.containers import bundle
 from cowfs.service.containers.container import Container
 from cowfs.service.containers.records import HostConfig
+from cowfs.service.containers.users import find_user
 from cowfs.service.errors import ApiError
 from cowfs.sys.atomic import write_file
 from cowfs.union.paths import Paths
@@ -93,7 +93,7 @@ def write_bundle(container: Container, volumes: Iterable[Mapping[str, Any]]) -> 
     host = container.host_config
     root = os.open(container.rootfs, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        user = users.find(root, container.config.get("User") or "", host.GroupAdd or [])
+        user = find_user(root, container.config.get("User") or "", host.GroupAdd or [])
     finally:
         os.close(root)
     given = network_files(container, host)
@@ -113,7 +113,6 @@ def write_bundle(container: Container, volumes: Iterable[Mapping[str, Any]]) -> 
                     400, f'invalid mount config for type "bind": bind source path does not exist: {each["source"]}'
                 )
     spec = bundle.specification(
-        id=container.id,
         rootfs=container.rootfs,
         config=container.config,
         host=host,
@@ -122,5 +121,6 @@ def write_bundle(container: Container, volumes: Iterable[Mapping[str, Any]]) -> 
         files=placed,
         volumes=volumes,
         hostname=container.hostname,
+        cgroup=container.next_cgroup,
     )
     write_file(os.path.join(container.bundle, "config.json"), json.dumps(spec).encode(), durable=False)

@@ -7,7 +7,7 @@ import os
 
 from cowfs.errors import InvalidArgument
 
-__all__ = ["FOLDER", "key_of", "name_of", "names"]
+__all__ = ["FOLDER", "cgroup_of", "key_of", "name_of", "names"]
 
 FOLDER = os.path.join("service", "containers")
 """Of the records, in a store."""
@@ -20,6 +20,15 @@ def name_of(root: str, id: str) -> str | None:
             return str(json.load(file)["name"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def cgroup_of(root: str, id: str) -> str:
+    """The control group of a container's run; "" where it has none."""
+    try:
+        with open(os.path.join(root, FOLDER, id, "run.json"), "rb") as file:
+            return str(json.load(file)["cgroup"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"/cowfs/{id}"  # of a run of before, or of one that is being recorded
 
 
 def names(root: str) -> dict[str, str]:

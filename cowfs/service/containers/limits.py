@@ -8,9 +8,10 @@ import stat
 from collections.abc import Mapping
 from typing import Any
 
+from cowfs.service.containers.cgroups import is_unified, place
 from cowfs.service.errors import ApiError
 
-__all__ = ["check_limits", "is_unified", "resources"]
+__all__ = ["check_limits", "discarded", "is_unified", "possible_resources", "resources"]
 
 _RATES = (
     ("throttleReadBpsDevice", "BlkioDeviceReadBps"), ("throttleWriteBpsDevice", "BlkioDeviceWriteBps"),
@@ -20,11 +21,6 @@ _MEMORY = (("limit", "Memory"), ("swap", "MemorySwap"), ("reservation", "MemoryR
 _CPU = (
     ("shares", "CpuShares"), ("period", "CpuPeriod"), ("quota", "CpuQuota"), ("cpus", "CpusetCpus"), ("mems", "CpusetMems"),
 )  # fmt: skip
-
-
-def is_unified() -> bool:
-    """Whether the host has control groups of version 2 alone (cgroups(7))."""
-    return os.path.exists("/sys/fs/cgroup/cgroup.controllers")
 
 
 def check_limits(host: Mapping[str, Any], *, changing: bool = False) -> None:
@@ -184,3 +180,21 @@ def _numbers(path: str) -> dict[str, int]:
     if not stat.S_ISBLK(found.st_mode):
         raise ApiError(400, f"invalid block device {path!r}: it is none")
     return {"major": os.major(found.st_rdev), "minor": os.minor(found.st_rdev)}
+
+
+_LIMITED_BY = {"memory": "memory", "cpu": "cpu", "pids": "pids", "blockIO": "io"}
+_SENTENCES = {"memory": "memory", "cpu": "processor", "pids": "process", "blockIO": "block I/O"}
+
+
+def possible_resources(host: Mapping[str, Any]) -> dict[str, Any]:
+    """The same without those that no control group of this daemon can hold."""
+    return {key: value for key, value in resources(host).items() if _LIMITED_BY[key] in place().controllers}
+
+
+def discarded(host: Mapping[str, Any]) -> list[str]:
+    """A sentence, as dockerd has them, for each kind of limit that no control group of this daemon can hold."""
+    lost = resources(host).keys() - possible_resources(host).keys()
+    return [
+        f"{_SENTENCES[key]} limits are not possible here: no control group with them is delegated to this user. Limitation discarded."
+        for key in sorted(lost)
+    ]

@@ -221,6 +221,10 @@ class Containers:
             if container.removing:
                 raise FailedPrecondition(f"container {container.id[:12]} is being removed")
             mounted = False
+            # Noted before it runs: the thread that hears of its end goes by these, and may be faster than this one.
+            wait, before = container.wait_number, (container.stopped, container.restarts, container.delay)
+            container.stopped = False
+            container.restarts, container.delay = (container.restarts + 1, container.delay) if again else (0, 0.0)
             try:
                 self.trees.mount(container)
                 mounted = True
@@ -229,22 +233,22 @@ class Containers:
                 container.settled.clear()
                 answer = ask(container, {"verb": "start"})
             except BaseException as error:
+                container.stopped, container.restarts, container.delay = before
                 container.settled.set()
                 if container.watcher is not None:  # of an attached client, which waits for output
                     dismiss(container)
                 self._not_started(container, str(error), mounted=mounted)
                 raise
             if "ok" not in answer:
+                container.stopped, container.restarts, container.delay = before
                 self._refused(container, answer["error"])
             with container.changed:
                 # A short process has ended already, and the watching thread knows more than this answer.
                 if container.run.get("started") != answer["ok"]["started"]:
                     container.run = answer["ok"]
-            container.paused, container.error, container.stopped = False, "", False
-            container.restarts = container.restarts + 1 if again else 0
-            container.delay = container.delay if again else 0.0
+            container.paused, container.error = False, ""
             container.save_if_room()
-            self.restarts.cancel(container)
+            self.restarts.cancel(container, wait)
         self.tell(container, "start")
         self.monitors.begin(container)
 
@@ -484,6 +488,8 @@ class Containers:
                 raise FailedPrecondition(f"container {container.id} is not running")
             if container.paused:
                 raise FailedPrecondition(f"container {container.id} is already paused")
+            if not container.cgroup:
+                raise ApiError(501, "cannot pause: no control group is delegated to this daemon's user")
             self.runtime("pause", container.id)
             container.paused = True
             container.save_if_room()

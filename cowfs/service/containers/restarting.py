@@ -65,8 +65,10 @@ class Restarts:
         delay = self._delay(container)
         with container.changed:
             container.restarting = True
+            container.wait_number += 1
+            wait = container.wait_number
         threading.Thread(
-            target=self._later, args=(container, delay), name=f"cowfs-restart-{container.id[:8]}", daemon=True
+            target=self._later, args=(container, delay, wait), name=f"cowfs-restart-{container.id[:8]}", daemon=True
         ).start()
 
     @staticmethod
@@ -88,8 +90,10 @@ class Restarts:
         container.delay = FIRST if lasted >= SHORT or not container.delay else min(2 * container.delay, LONGEST)
         return container.delay
 
-    def _later(self, container: Container, delay: float) -> None:
-        if container.wait(lambda: not container.restarting or self._closed.is_set(), delay):
+    def _later(self, container: Container, delay: float, wait: int) -> None:
+        if container.wait(
+            lambda: not container.restarting or container.wait_number != wait or self._closed.is_set(), delay
+        ):
             return  # a verb stopped, started or removed it meanwhile
         try:
             self._start(container)
@@ -98,7 +102,7 @@ class Restarts:
         except (CowfsError, OSError) as error:
             log.warning("container %s is not started again: %s", container.name, error)
         finally:
-            self.cancel(container)
+            self.cancel(container, wait)
 
     @staticmethod
     def ends_by_verb(container: Container) -> None:
@@ -108,9 +112,11 @@ class Restarts:
             container.save_if_room()
 
     @staticmethod
-    def cancel(container: Container) -> bool:
-        """Cancel a pending restart. Returns whether there was one."""
+    def cancel(container: Container, wait: int | None = None) -> bool:
+        """Cancel a pending restart, whichever or that of a number (not the one after a run that has ended since). Returns whether there was one."""
         with container.changed:
+            if wait is not None and container.wait_number != wait:
+                return False
             was, container.restarting = container.restarting, False
             container.changed.notify_all()
         return was

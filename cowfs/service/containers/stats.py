@@ -11,6 +11,7 @@ from cowfs.errors import CowfsError, NotFound
 from cowfs.model import Limit
 from cowfs.service.containers import cgroups
 from cowfs.service.containers.container import Container
+from cowfs.service.containers.figures import figures_of
 from cowfs.service.images import rfc3339
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def sample(store: Store, container: Container, before: dict[str, Any] | None) ->
     if not container.running:
         return {**head, "pids_stats": {}, "blkio_stats": _blkio(cgroups.Figures()), "cpu_stats": empty, "precpu_stats": empty,
                 "memory_stats": {}, "networks": {}, "cowfs": storage(store, container)}  # fmt: skip
-    figures = cgroups.read(container.cgroup)
+    figures = figures_of(container)
     memory: dict[str, Any] = {
         "usage": figures.memory or 0,
         "limit": min(figures.memory_limit or _host_memory(), _host_memory()),

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from cowfs.errors import FailedPrecondition
+from cowfs.service.containers.cgroups import place
 from cowfs.service.containers.container import Container
 from cowfs.service.containers.logs import parse_size as parse_log_size
 from cowfs.service.errors import ApiError
@@ -55,7 +56,8 @@ def settings(container: Container, runtime: str, runtime_root: str, store: str) 
         "socket": container.socket,
         "runtime": runtime,
         "runtime_root": runtime_root,
-        "cgroup": container.cgroup,
+        "runtime_options": options_of(runtime),
+        "cgroup": container.next_cgroup,
         "terminal": bool(container.config.get("Tty")),
         "open_stdin": bool(container.config.get("OpenStdin")),
         "stdin_once": bool(container.config.get("StdinOnce")),
@@ -66,6 +68,12 @@ def settings(container: Container, runtime: str, runtime_root: str, store: str) 
         "attributes": container.attributes,
         "durable": container.durable,
     }
+
+
+def options_of(runtime: str) -> list[str]:
+    """The options of an OCI runtime that stand before its verbs: crun is told where it may make no control group, runc finds out."""
+    is_crun = os.path.basename(runtime).startswith("crun")
+    return ["--cgroup-manager=disabled"] if is_crun and not place().parent else []
 
 
 def hand_over(container: Container, sock: socket.socket, early: bytes, streams: list[int], keys: bytes) -> None:
@@ -121,8 +129,9 @@ class Runtime:
         Raises:
             ApiError: 500 with its error message.
         """
+        program = self._program()
         done = subprocess.run(
-            [self._program(), "--root", self.root, *words],
+            [program, *options_of(program), "--root", self.root, *words],
             capture_output=True,
             text=True,
             check=False,

@@ -66,8 +66,8 @@ class Supervisor:
     """See the module.
 
     Args:
-        settings: ``id``, ``folder`` (of the container), ``bundle``, ``socket`` (to listen on), ``runtime``, ``runtime_root``,
-            ``terminal``, ``open_stdin``, ``stdin_once``, ``log`` (whether one is kept), ``max_size`` and ``max_file`` (of the log), ``store``, ``name``,
+        settings: ``id``, ``folder`` (of the container), ``bundle``, ``socket`` (to listen on), ``runtime``, ``runtime_options``,
+            ``runtime_root``, ``terminal``, ``open_stdin``, ``stdin_once``, ``log`` (whether one is kept), ``max_size`` and ``max_file`` (of the log), ``store``, ``name``,
             ``image``, ``durable``.
     """
 
@@ -286,6 +286,7 @@ class Supervisor:
                 self.over = True
                 return
             self.run = {"pid": pid, "ticks": start_time(pid), "started": time.time_ns(), "supervisor": os.getpid()}
+            self.run["cgroup"] = self.settings["cgroup"]
             self._save()
             self._when_ended(pid, self._main_exited)
             self._answer(sock, {"ok": self.run})
@@ -361,17 +362,7 @@ class Supervisor:
         handle, name = tempfile.mkstemp(dir=self.settings["bundle"], prefix="pid-")
         os.close(handle)
         log = f"{name}.log"
-        words = [
-            self.settings["runtime"],
-            "--root",
-            self.settings["runtime_root"],
-            "--log",
-            log,
-            "--log-format",
-            "json",
-            *command,
-        ]
-        words += ["--pid-file", name]
+        words = [*self._runtime_words(log), "--log-format", "json", *command, "--pid-file", name]
         null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         ours: dict[int, int] = {}
         input: int | None = None
@@ -458,10 +449,17 @@ class Supervisor:
         if forget:  # else its status stays known until the container ends
             del self.execs[id]
 
+    def _runtime_words(self, log: str) -> list[str]:
+        """The runtime's command line, up to its verb."""
+        settings = self.settings
+        return [
+            settings["runtime"], *settings["runtime_options"], "--root", settings["runtime_root"], "--log", log,
+        ]  # fmt: skip
+
     def _runtime(self, *words: str) -> None:
         pid = os.posix_spawnp(
             self.settings["runtime"],
-            [self.settings["runtime"], "--root", self.settings["runtime_root"], "--log", os.devnull, *words],
+            [*self._runtime_words(os.devnull), *words],
             os.environ,
             file_actions=[(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in range(3)],
         )
@@ -548,6 +546,8 @@ def _complaint(path: str) -> str:
                     found = str(entry.get("msg", ""))
     except FileNotFoundError:
         pass
+    for words in ("No such file or directory", "Permission denied"):  # crun's; the docker command looks for runc's
+        found = found.replace(words, words.lower())
     return found
 
 

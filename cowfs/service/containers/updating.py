@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from cowfs.service.containers.container import Container
-from cowfs.service.containers.limits import check_limits, resources
+from cowfs.service.containers.limits import check_limits, possible_resources
 from cowfs.service.containers.records import Update
 from cowfs.service.containers.restarting import check_policy
 from cowfs.service.errors import ApiError
@@ -48,8 +48,9 @@ def update(containers: Containers, container: Container, wanted: Update) -> None
         container.host = before | changes
         try:
             container.save()
-            if container.running:
-                containers.runtime("update", "--resources", "-", container.id, input=json.dumps(resources(changes)))
+            possible = possible_resources(changes)
+            if container.running and possible:
+                containers.runtime("update", "--resources", "-", container.id, input=json.dumps(possible))
         except BaseException:
             container.host = before
             container.save_if_room()

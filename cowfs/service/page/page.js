@@ -163,6 +163,9 @@ class Row {
 
   update(each) {
     this.each = each;
+    const said = JSON.stringify(each);
+    if (said === this.said && !alive(each)) return;  // nothing of it moves: hundreds of such rows cost nothing
+    this.said = said;
     this.node.className = alive(each) ? "" : "idle";
     put(this.toggle, each.name);
     put(this.image, each.image);

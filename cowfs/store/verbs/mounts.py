@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from cowfs._typed import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import os
@@ -120,8 +120,8 @@ class MountVerbs:
             key: of an active snapshot or a view; with ``readonly`` also a name or a tag.
             target: an existing directory.
             mount_type: ``fuse`` (the default) or ``kernel``.
-            limit_engine: ``fuse``, ``loop`` (a kernel mount) or ``auto``: the kernel's if possible, cowfs's own server
-                otherwise; None: the one that fits the type (:mod:`cowfs.store.limit_engine`).
+            limit_engine: ``fuse``, ``loop`` or ``loop-xfs`` (kernel mounts) or ``auto``: the kernel's if possible, cowfs's own
+                server otherwise; None: the one that fits the type (:mod:`cowfs.store.limit_engine`).
             readonly: a read-only mount. An active snapshot may be mounted for writing at the same time: its present
                 content is shown, and later changes may show or not.
             volatile: sync nothing; after a crash of the host the snapshot cannot be used.
