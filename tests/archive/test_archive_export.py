@@ -337,7 +337,9 @@ def test_changes_are_exported_with_parents_before_children_and_whiteouts_before_
 
 def test_the_directories_above_a_change_are_exported_with_it(space: Path) -> None:
     apply(
-        tar(directory("d", mode=0o1777, uid=5), directory("d/sub", mode=0o700), member("d/sub/f", b"1"), directory("e")),
+        tar(
+            directory("d", mode=0o1777, uid=5), directory("d/sub", mode=0o700), member("d/sub/f", b"1"), directory("e")
+        ),
         space / "one",
     )
     changes = [
