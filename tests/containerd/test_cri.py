@@ -1,6 +1,7 @@
 """Kubernetes' side: pods by crictl through containerd's CRI plugin, with limits by annotation.
 
-crictl is in no package of Debian; where ``COWFS_CONTAINERD_BIN`` (test_real.py) or the PATH has it, it is used. ``.ci/engines`` builds it.
+crictl and the kubelet are in no package of Debian; where ``COWFS_CONTAINERD_BIN`` (test_real.py) or the PATH has them, they are used. ``.ci/engines``
+builds them.
 
 Pods here have the host's network: no CNI plugin is needed.
 """
@@ -163,3 +164,65 @@ def test_pods_with_limits_by_annotation(cri: Cri) -> None:
     cri.stop()
     assert snapshotter.stop() == 0
     assert check(snapshotter.root) == []
+
+
+KUBELET = """\
+apiVersion: kubelet.config.k8s.io/v1beta1
+kind: KubeletConfiguration
+staticPodPath: {base}/pods
+podLogsDir: {base}/pod-logs
+containerRuntimeEndpoint: unix://{base}/c.sock
+cgroupDriver: cgroupfs
+cgroupsPerQOS: false
+enforceNodeAllocatable: []
+failSwapOn: false
+readOnlyPort: 0
+healthzPort: 0
+enableServer: false
+makeIPTablesUtilChains: false
+localStorageCapacityIsolation: false
+authentication:
+  webhook:
+    enabled: false
+authorization:
+  mode: AlwaysAllow
+"""
+
+
+@pytest.mark.skipif(
+    shutil.which("kubelet", path=environment()["PATH"]) is None, reason="no kubelet here (see this module)"
+)
+def test_a_kubelet_runs_a_static_pod_with_a_limit(cri: Cri) -> None:
+    """The kubelet alone, without an API server: the pod's annotation reaches its container, whose write past the limit gets ENOSPC."""
+    for name in ("pods", "pod-logs"):
+        (cri.base / name).mkdir()
+    (cri.base / "kubelet.yaml").write_text(KUBELET.format(base=cri.base))
+    container = {
+        "name": "web", "image": "docker.io/library/bb:1", "imagePullPolicy": "Never",
+        "command": ["/bin/sh", "-c", "dd if=/dev/zero of=/big bs=64k count=256; df -k /; sleep 1000"],
+    }  # fmt: skip
+    metadata = {"name": "web", "namespace": "default", "annotations": {"cowfs.io/max-size": "4M"}}
+    spec = {"hostNetwork": True, "containers": [container]}
+    static = {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec}
+    cri.document("pods/web", static)
+    places = ("--config", cri.base / "kubelet.yaml", "--root-dir", cri.base / "kubelet", "--cert-dir", cri.base / "pki")
+    with open(cri.base / "kubelet.log", "wb") as log:
+        kubelet = subprocess.Popen(["kubelet", *places], stdout=log, stderr=log, env=environment())
+    try:
+
+        def told() -> str:
+            found = list((cri.base / "pod-logs").glob("*/web/0.log"))
+            return found[0].read_text() if found else ""
+
+        wait_for(lambda: "100% /" in told(), "the container to fill its root")
+        assert "No space left on device" in told()
+        assert kubelet.poll() is None
+    finally:
+        kubelet.terminate()
+        kubelet.wait(60)
+        for each in cri.crictl("pods", "-q").split():
+            cri.crictl("rmp", "-f", each)
+    wait_for(
+        lambda: not [name for name in cri.snapshotter.names("kind==active") if "sha256" not in name],
+        "the snapshots to go",
+    )

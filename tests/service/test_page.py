@@ -318,7 +318,7 @@ def test_three_hundred_containers(page: Browser, looked_at: Daemon) -> None:
     ]
     try:
         many = "[...document.querySelectorAll('#containers-rows .name button')].filter(each => each.textContent.startsWith('many-'))"
-        page.until(f"{many}.length === 300")
+        page.until(f"{many}.length === 300", 240)
         page.js(f"{many}[150].focus()")
         focused = page.js("document.activeElement.textContent")
         rounds = "performance.getEntriesByType('resource').filter(each => each.name.includes('data/overview')).length"
@@ -330,7 +330,7 @@ def test_three_hundred_containers(page: Browser, looked_at: Daemon) -> None:
             .observe(document.getElementById('containers-rows'), {{subtree: true, childList: true, characterData: true, attributes: true}});
             window.begin = {rounds}; }})()"""
         )
-        page.until(f"{rounds} >= window.begin + 3")
+        page.until(f"{rounds} >= window.begin + 2", 240)
         assert page.js("[...window.touched].filter(each => each.includes('many-')).length") == 0
         assert page.js("document.activeElement.textContent") == focused
         for width in (390, 1280):
