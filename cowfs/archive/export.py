@@ -113,11 +113,20 @@ def export_changes(
     Args:
         changes: any order; ``deleted`` ones become whiteouts, the others members. A changed
             directory is written as itself only, an added one too: what is in it has changes of its own. A socket has no
-            place in an archive; one that took another object's place becomes a whiteout.
+            place in an archive; one that took another object's place becomes a whiteout. The directories above each
+            change are members, too: a storage that unpacks layers apart from each other has no other source for their
+            owner and mode.
     """
 
     def body(writer: MemberWriter) -> None:
+        above: list[bytes] = []  # the directories around the last change, outermost first, all of them written
         for change in sorted(changes, key=lambda change: _order(change.path, _is_gone(change))):
+            above = [each for each in above if change.path.startswith(each + b"/")]
+            for each in _parents(change.path)[len(above) :]:
+                write_object(writer, tree, each)
+                above.append(each)
+            if change.type == "dir":
+                above.append(change.path)
             if _is_gone(change):
                 parent, _, name = change.path.rpartition(b"/")
                 writer.mark((parent + b"/" if parent else b"") + WHITEOUT_PREFIX + name)
@@ -125,6 +134,12 @@ def export_changes(
                 write_object(writer, tree, change.path)
 
     return _run(out, compression, level, progress, True, override, body)
+
+
+def _parents(path: bytes) -> list[bytes]:
+    """The directories around an object, outermost first, without the root."""
+    parts = path.split(b"/")
+    return [b"/".join(parts[:count]) for count in range(1, len(parts))]
 
 
 def _is_gone(change: Change) -> bool:

@@ -14,7 +14,7 @@ __all__ = ["FORM", "Applied", "ApplyOptions", "Budget", "Exported", "LowerStat",
 
 Owners = Literal["fail", "xattr", "ignore"]
 
-FORM = 3
+FORM = 4
 """Counts up when an export gives other bytes than before for some tree: digests of older exports are not believed."""
 
 # Where fuse-overlayfs and containers/storage keep the facts that a user may not give a file:

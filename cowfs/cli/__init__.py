@@ -217,6 +217,9 @@ VERBS: dict[str, Verb] = {
 #: verbs that only look, and end soon: they leave no garbage worth collecting
 LOOKING = frozenset(("ls", "tree", "log", "stat", "images", "df", "info", "usage", "mounts"))
 
+#: verbs that look, too, but may go through big trees, and leave garbage
+_WALKING = frozenset(("diff", "cat", "find", "du", "doctor"))
+
 #: options that may stand before the verb, and whether a value follows
 _BEFORE = {
     **dict.fromkeys(("--root", "--driver", "--format", "--progress"), True),
@@ -298,7 +301,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def command() -> int:
     """The command as it is installed: :func:`main`, and an end without the taking apart of modules after a verb that only looked."""
     code = main()
-    if (LOOKING | {"diff"}).issuperset(verb_first(sys.argv[1:])[:1]):  # of two big trees diff may leave garbage
+    if (LOOKING | _WALKING).issuperset(verb_first(sys.argv[1:])[:1]):
         _leave(code)
     return code
 

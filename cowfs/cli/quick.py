@@ -181,8 +181,8 @@ class Quick:
             return option
         if not equals:
             text = next(rest, "--")
-            if text[:1] == "-" and text != "-":
-                raise Odd
+        if text == "--" or (not equals and text[:1] == "-" != text):  # of --size=-- argparse has no one opinion
+            raise Odd
         value = option.value(text)
         if option.action == "append":
             before = found[option.dest]

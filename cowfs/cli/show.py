@@ -114,12 +114,12 @@ def _configure_usage(parser: argparse.ArgumentParser) -> None:
 
 
 def _usage(args: argparse.Namespace) -> int:
-    from cowfs.mounting import client
-
     if not is_path(args.mountpoint) and known_in_store(args, args.mountpoint):
         return print_store_usage(args)
     if _is_of_a_store(args):
         return print_store_usage(args)
+    from cowfs.mounting import client
+
     return print_usage(client.attach(args.mountpoint), as_json=args.json)
 
 
@@ -141,9 +141,15 @@ def _is_of_a_store(args: argparse.Namespace) -> bool:
 
 def print_store_usage(args: argparse.Namespace) -> int:
     """Use and limit of a snapshot of the store."""
-    with open_store(args, create=False) as store:
-        used, limit = store.usage(args.mountpoint), store.limit(args.mountpoint)
-        engine = store.limit_engine(args.mountpoint)
+    engine = None
+    with look_at_store(args) as look:
+        row = look.resolve(args.mountpoint)
+        if row.usage is not None and row.kind.value != "active":
+            used, limit = row.usage, row.limit
+        else:
+            store = look.store()
+            used, limit = store.usage(args.mountpoint), store.limit(args.mountpoint)
+            engine = store.limit_engine(args.mountpoint)
     if args.json:
         print_json(
             {

@@ -380,8 +380,7 @@ class Session:
                     continue
                 if most:
                     most = self._prune()
-                if not crowded:
-                    crowded, crowd = crowd, max(crowd, min(2 * crowd, VAIN_MOST))
+                crowded, crowd = crowded or crowd, crowd if crowded else max(crowd, min(2 * crowd, VAIN_MOST))
                 self._idle(poll)
                 tries = TRIES
                 continue

@@ -37,6 +37,7 @@ __all__ = [
     "decode",
     "directories",
     "encode",
+    "is_private",
     "listen",
     "run_directory",
     "sockets",
@@ -77,7 +78,7 @@ def run_directory() -> str:
             os.makedirs(place, mode=0o700, exist_ok=True)
         except OSError:
             continue
-        if _is_private(place) and os.access(place, os.W_OK | os.X_OK, effective_ids=True):
+        if is_private(place) and os.access(place, os.W_OK | os.X_OK, effective_ids=True):
             return place
     raise FailedPrecondition(
         f"no place for the control socket: {', '.join(directories())}",
@@ -94,7 +95,8 @@ def leave_run_directory(place: str) -> None:
             pass
 
 
-def _is_private(place: str) -> bool:
+def is_private(place: str) -> bool:
+    """Whether a directory is this user's, and nobody else may write in it."""
     try:
         status = os.lstat(place)
     except OSError:
@@ -105,7 +107,7 @@ def _is_private(place: str) -> bool:
 def sockets() -> Iterator[str]:
     """Paths of all control sockets that this user may see, those of dead servers included."""
     for place in directories():
-        if not _is_private(place):
+        if not is_private(place):
             continue
         try:
             names = os.listdir(place)
@@ -121,7 +123,7 @@ def socket_of(device: str) -> str | None:
     name = device.partition(":")[2] + SUFFIX
     for place in directories():
         path = os.path.join(place, name)
-        if _is_private(place) and os.path.exists(path):
+        if is_private(place) and os.path.exists(path):
             return path
     return None
 
@@ -422,7 +424,7 @@ def _answer(line: bytes) -> dict[str, Any] | None:
 
 def is_trusted(path: str) -> bool:
     """Whether a control socket is in a directory that only this user can write."""
-    return _is_private(os.path.dirname(path))
+    return is_private(os.path.dirname(path))
 
 
 def error_to(error: CowfsError) -> dict[str, str]:

@@ -23,7 +23,7 @@ from typing import Any
 from cowfs import __version__
 from cowfs.errors import CowfsError, FailedPrecondition, InvalidArgument, Unsupported
 from cowfs.mounting import prefork
-from cowfs.mounting.protocol import run_directory
+from cowfs.mounting.protocol import is_private, run_directory
 from cowfs.service import browsers, logs, rootless, systemd
 from cowfs.service.api import (
     absent,
@@ -185,8 +185,12 @@ def run(options: Options, reread: Callable[[], Options]) -> int:
         CowfsError: the daemon cannot start.
     """
     logs.set_up(level="debug" if options.debug else options.log_level, format=options.log_format)
-    run_dir = os.path.abspath(options.run_dir) if options.run_dir else run_directory()
+    run_dir = os.path.realpath(options.run_dir) if options.run_dir else run_directory()
     os.makedirs(run_dir, mode=0o700, exist_ok=True)
+    if not is_private(run_dir):  # its sockets and bundles are obeyed
+        raise InvalidArgument(
+            f"--run-dir {run_dir} is not this user's own, or others may write in it", remedy="one of mode 0700"
+        )
     if os.geteuid() != 0 and (options.host or not _of_engines(options)):
         _become_root_of_users(options, run_dir)
     with open_store(options) as store, only_instance(store):

@@ -11,7 +11,6 @@ The limit of the key counts the writes since prepare: its base stays.
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -66,6 +65,8 @@ class Instant:
             point("create.filled")
             digests = f"{driver.directory(row.id)}/{layers.KEPT}"
             if os.path.exists(digests):  # by inode and ctime, which are the same in the copy
+                import shutil
+
                 shutil.copyfile(digests, f"{driver.directory(copy.staged)}/{layers.KEPT}")
             scanned = self._scanning.scan_at(
                 copy.staged, row.num, parent, layers.KeptDigests.load(driver, copy.staged), self._scanning.copied(row)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 from cowfs._log import Part
@@ -61,8 +61,8 @@ class Mounting:
         plans: Plans,
         mounted: Mounted,
         recovery: Recovery,
-        live: Live,
-        kernel_mounts: KernelMounts,
+        live: Callable[[], Live],
+        kernel_mounts: Callable[[], KernelMounts],
     ) -> None:
         self.context = context
         self._reading = reading
@@ -130,7 +130,7 @@ class Mounting:
         if engine == "auto":
             if mount_type is not None:
                 return mount_type
-            return "fuse" if kernel.why_not(more or {}) or self._kernel_mounts.why_not_kernel(key) else "kernel"
+            return "fuse" if kernel.why_not(more or {}) or self._kernel_mounts().why_not_kernel(key) else "kernel"
         wanted = MOUNT_TYPES[engine]
         if mount_type not in (None, wanted):
             raise InvalidArgument(
@@ -168,7 +168,7 @@ class Mounting:
         options = kernel.words_of(more["options"])
         if (readonly or "ro" in options) and row.kind is not Kind.VIEW:
             raise Unsupported("the kernel mounts an active snapshot for writing only", remedy="leave out --mount-type")
-        self._kernel_mounts.mount(row, where, engine, make_image=make_image)
+        self._kernel_mounts().mount(row, where, engine, make_image=make_image)
         try:
             kernel.add_flags(where, options)
         except OSError:
@@ -183,7 +183,7 @@ class Mounting:
 
         if not spec.readonly:
             self._plans.hand_limit(self._lookup.keyed(key), by_server=True)
-        return LiveHandle(client.spawn(spec), self._live, key)
+        return LiveHandle(client.spawn(spec), self._live(), key)
 
     def spec(
         self,
@@ -292,4 +292,4 @@ class Mounting:
             if where is not None:
                 KernelMount(where).nobody()
             raise NotFound(f"{key!r} is not mounted", remedy=f"cowfs mount --key {key} MNT")
-        return LiveHandle(MountHandle(server["mountpoint"], server["pid"], server["socket"]), self._live, key)
+        return LiveHandle(MountHandle(server["mountpoint"], server["pid"], server["socket"]), self._live(), key)

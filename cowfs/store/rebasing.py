@@ -11,8 +11,10 @@ from cowfs.errors import FailedPrecondition, InvalidArgument, Unsupported
 from cowfs.model import Info
 from cowfs.store.layers import hold
 from cowfs.store.snapshots import MAX_DEPTH
+from cowfs.sys import xattr
 
 if TYPE_CHECKING:
+    from cowfs.index.database import Row
     from cowfs.store.context import Context
     from cowfs.store.lookup import Lookup
 
@@ -41,13 +43,21 @@ class Rebasing:
                 raise InvalidArgument(
                     f"{parent!r} has {above.depth + 1} layers, {MAX_DEPTH} are allowed", remedy="cowfs squash"
                 )
-            root = os.stat(context.driver.tree(row.id))
-            if (stat.S_IMODE(root.st_mode), root.st_uid, root.st_gid) == (0o755, 0, 0):
+            if self._has_plain_root(row):
                 copy_root(context.driver, above.id, row.id)
             with context.index.write() as change:
                 row, above = lookup.active(key, row.num), lookup.parent(above.name, above.num)
                 change.stand_on(row.num, (above.num, above.depth), base=row.base, shares_limit=row.shares_limit)
         return context.index.get(key).info()
+
+    def _has_plain_root(self, row: Row) -> bool:
+        """Whether the root of a layer has the owner, mode and attributes of an empty layer's."""
+        driver = self.context.driver
+        with driver.open_tree(row.id) as fd:
+            root = os.fstat(fd)
+            marks = {driver.form.origin, driver.form.impure, driver.form.opaque, driver.form.row}
+            plain = (stat.S_IMODE(root.st_mode), root.st_uid, root.st_gid) == (0o755, 0, 0)
+            return plain and not xattr.read_all(fd, b"").keys() - marks
 
     def why_not(self) -> str:
         """As :meth:`cowfs.Store.why_not_rebase`."""

@@ -234,8 +234,8 @@ class Services:
             self.plans,
             self.mounted,
             self.recovery,
-            self.live,
-            self.kernel_mounts,
+            lambda: self.live,
+            lambda: self.kernel_mounts,
         )
 
     @_made

@@ -335,6 +335,29 @@ def test_changes_are_exported_with_parents_before_children_and_whiteouts_before_
         assert archive.getnames() == [".wh.gone", "d", "d/.wh.zz", "d/sub", "d/sub/f", "d-e"]
 
 
+def test_the_directories_above_a_change_are_exported_with_it(space: Path) -> None:
+    apply(
+        tar(
+            directory("d", mode=0o1777, uid=5), directory("d/sub", mode=0o700), member("d/sub/f", b"1"), directory("e")
+        ),
+        space / "one",
+    )
+    changes = [
+        Change(path=b"d/sub/f", kind="changed", type="file", size=1),
+        Change(path=b"d/sub/gone", kind="deleted", type="file"),
+        Change(path=b"e/gone", kind="deleted", type="dir"),
+    ]
+    fd = os.open(space / "one", os.O_RDONLY)
+    try:
+        out = io.BytesIO()
+        export_changes(DirTree(fd), changes, out)
+    finally:
+        os.close(fd)
+    with tarfile.open(fileobj=io.BytesIO(out.getvalue())) as archive:
+        assert archive.getnames() == ["d", "d/sub", "d/sub/.wh.gone", "d/sub/f", "e", "e/.wh.gone"]
+        assert [(each.mode, each.uid) for each in archive.getmembers()[:2]] == [(0o1777, 5), (0o700, 0)]
+
+
 def test_owners_recorded_in_attributes_are_exported_as_owners(space: Path) -> None:
     space.chmod(0o777)
     data = tar(

@@ -162,6 +162,8 @@ def test_progress_for_programs_is_objects(cowfs: Cowfs, space: Path) -> None:
     assert told[-1]["end"] is True
     assert all({"what", "done", "total", "seconds"} <= set(one) for one in told)
     assert cowfs("import", "tree", "quick", "--progress", "none").stderr == ""
+    (last,) = [json.loads(line) for line in cowfs("du", "base", "--progress", "json").stderr.splitlines()][-1:]
+    assert (last["end"], last["what"]) == (True, "du base")
     failed = cowfs("import", "nowhere", "--progress", "json", status=3).stderr.splitlines()
     assert json.loads(failed[0])["end"] is True
     assert failed[1].startswith("cowfs: ")

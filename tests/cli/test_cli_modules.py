@@ -29,7 +29,40 @@ BUDGETS = {
     ("images",): (26, 66),
     ("df",): (27, 66),
     ("df", "-v"): (27, 66),
+    ("usage", "base"): (26, 66),
 }
+
+WHOLE: dict[tuple[str, ...], tuple[int, int]] = {
+    # those that open the store with its driver: nothing that writes, makes archives or mounts
+    ("cat", "base:/file"): (104, 175),
+    ("ls", "base:/"): (104, 175),
+    ("find", "base"): (104, 175),
+    ("du", "base"): (104, 175),
+}
+WRITING = (
+    "cowfs.archive.members",
+    "cowfs.fuse",
+    "cowfs.images",
+    "cowfs.row",
+    "cowfs.union.view",
+    "cowfs.store.mounts",
+    "cowfs.service",
+)
+NEVER = (
+    "typing",
+    "dataclasses",
+    "inspect",
+    "logging",
+    "concurrent.futures",
+    "urllib",
+    "tarfile",
+    "zstandard",
+    "isal",
+    "xattr",
+    "fuse",
+    "h11",
+    "cryptography",
+)
 
 PROGRAM = """
 import sys
@@ -47,20 +80,26 @@ sys.stderr.write("\\n".join(sorted(set(sys.modules) - before)))
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import cowfs_drivers
     from cowfs import Store
 
     where = tmp_path_factory.mktemp("modules")
     with Store.open(where / "store", driver="overlay") as made:
         made.prepare("work")
+        with made.open_file("work", "/file", "w") as file:
+            file.write("text")
         made.commit("work", "base")
         made.tag("app:1", "base")
+    (where / "cowfs_drivers").symlink_to(
+        os.path.dirname(cowfs_drivers.__file__)
+    )  # as in a wheel, without the finder of an editable installation
     return where / "store"
 
 
 def modules(store: Path, arguments: tuple[str, ...]) -> list[str]:
     """The modules that a run of the command imports, beyond those that a bare Python has (-I -S: nothing of ``site``)."""
     run = subprocess.run(
-        [sys.executable, "-I", "-S", "-c", PROGRAM, ":".join(sys.path[1:]), *arguments],
+        [sys.executable, "-I", "-S", "-c", PROGRAM, ":".join([*sys.path[1:], str(store.parent)]), *arguments],
         env={**os.environ, "COWFS_ROOT": str(store)},
         capture_output=True,
         text=True,
@@ -77,6 +116,17 @@ def test_a_verb_that_looks_imports_what_it_needs(store: Path, arguments: tuple[s
     measured = {"shutil"} if "--help" in arguments else set()  # the width of the terminal, for who reads
     assert not [name for name in found if name in HEAVY and name not in measured]
     assert not [name for name in own if name.startswith(PARTS)]
+    assert len(own) <= most_own, own
+    assert len(found) <= most, found
+
+
+@pytest.mark.parametrize("arguments", WHOLE, ids=" ".join)
+def test_a_verb_that_reads_files_imports_nothing_that_writes(store: Path, arguments: tuple[str, ...]) -> None:
+    found = modules(store, arguments)
+    own = [name for name in found if name.split(".")[0] in ("cowfs", "cowfs_drivers")]
+    most_own, most = WHOLE[arguments]
+    assert not [name for name in found if name in NEVER]
+    assert not [name for name in own if name.startswith(WRITING)]
     assert len(own) <= most_own, own
     assert len(found) <= most, found
 

@@ -181,6 +181,7 @@ healthzPort: 0
 enableServer: false
 makeIPTablesUtilChains: false
 localStorageCapacityIsolation: false
+volumePluginDir: {base}/plugins
 authentication:
   webhook:
     enabled: false
@@ -189,10 +190,25 @@ authorization:
 """
 
 
+@pytest.fixture
+def kubelets_places() -> Iterator[None]:
+    """Directories that no option of the kubelet moves, empty and in this mount namespace only."""
+    places = [Path("/var/lib/kubelet"), Path("/var/log/containers")]
+    made = [place for place in places if not place.exists()]
+    for place in places:
+        place.mkdir(exist_ok=True)
+        subprocess.run(["mount", "-t", "tmpfs", "tmpfs", place], check=True)
+    yield
+    for place in places:
+        subprocess.run(["umount", "-l", place], check=True)
+    for place in made:
+        place.rmdir()
+
+
 @pytest.mark.skipif(
     shutil.which("kubelet", path=environment()["PATH"]) is None, reason="no kubelet here (see this module)"
 )
-def test_a_kubelet_runs_a_static_pod_with_a_limit(cri: Cri) -> None:
+def test_a_kubelet_runs_a_static_pod_with_a_limit(cri: Cri, kubelets_places: None) -> None:
     """The kubelet alone, without an API server: the pod's annotation reaches its container, whose write past the limit gets ENOSPC."""
     for name in ("pods", "pod-logs"):
         (cri.base / name).mkdir()

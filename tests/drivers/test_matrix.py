@@ -22,7 +22,7 @@ ROWS = {
     ),
     "kills": ("tests/store/test_faults.py", r"::test_a_kill_between_two_steps_leaves_a_whole_state\[{}-commit\]"),
     "full disk": ("tests/store/test_full.py", r"::test_a_full_disk_loses_nothing\[{}-65536-commit\]"),
-    "no inodes": ("tests/store/test_full.py", r"::test_a_host_without_inodes_loses_nothing\[{}-0-commit\]"),
+    "no inodes": ("tests/store/test_full.py", r"::test_a_host_without_inodes_loses_nothing\[0-commit-{}\]"),
 }
 
 

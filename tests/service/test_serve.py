@@ -227,6 +227,21 @@ def test_secrets_are_not_in_the_log(make_daemon: Make) -> None:
     assert "hunter2" not in daemon.log
 
 
+def test_a_run_directory_of_others_is_refused(space: Path, short: Path) -> None:
+    """Sockets and bundles in it are obeyed: nobody else may put any there."""
+    short.mkdir()
+    short.chmod(0o777)
+    link = short.parent / f"{short.name}-link"
+    link.symlink_to(short)
+    for place in (short, link):
+        done = cowfs("serve", "--root", str(space / "s"), "--run-dir", str(place))
+        assert done.returncode == 2
+        assert "--run-dir" in done.stderr
+    short.chmod(0o755)
+    os.chown(short, 4321, 4321)
+    assert cowfs("serve", "--root", str(space / "s"), "--run-dir", str(short)).returncode == 2
+
+
 def test_the_store_is_shared_with_the_command(daemon: Daemon) -> None:
     done = cowfs("prepare", "work", "--root", str(daemon.root))
     assert done.returncode == 0, done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import random
 from pathlib import Path
@@ -81,6 +82,44 @@ def test_the_root_is_the_parents_unless_it_was_changed(tmp_path: Path) -> None:
             store.commit(key, key)
             status = store.stat_file(key, "")
             assert (status.mode & 0o7777, status.uid, status.gid) == wanted
+
+
+def test_a_root_with_attributes_of_its_own_keeps_them(tmp_path: Path) -> None:
+    with Store.open(tmp_path / "s", driver="overlay", fsync=False) as store:
+        store.prepare("base")
+        os.chmod(upper(store, "base"), 0o1777)
+        store.commit("base", "base")
+        store.prepare("k")
+        os.setxattr(upper(store, "k"), "user.note", b"mine")
+        store.rebase("k", "base")
+        with store.tree("k") as found:
+            assert found.xattrs(b"") == {b"user.note": b"mine"}
+        assert store.stat_file("k", "").mode == 0o755
+
+
+@pytest.mark.parametrize("driver", ["overlay", "row"])
+def test_an_exported_difference_that_is_applied_apart_keeps_directories(tmp_path: Path, driver: str) -> None:
+    with Store.open(tmp_path / "s", driver=driver, fsync=False) as store:
+        store.prepare("base")
+        with store.paths("base") as paths:
+            paths.makedirs("d/sub")
+            paths.write_bytes("d/sub/f", b"1")
+            paths.chown("d", 5, 6)
+            paths.chmod("d", 0o1777)
+            paths.setxattr("d/sub", "user.a", b"1")
+        store.commit("base", "base")
+        store.prepare("k", "base")
+        with store.paths("k") as paths:
+            paths.write_at("d/sub/f", 0, b"2")
+        store.commit("k", "new")
+        archive = io.BytesIO()
+        store.export_diff("base", "new", archive)
+        archive.seek(0)
+        store.prepare("apart")
+        store.apply("apart", archive)
+        store.rebase("apart", "base")
+        store.commit("apart", "again")
+        assert list(store.diff("new", "again")) == []
 
 
 def test_what_cannot_be_put_upon_another(tmp_path: Path, can_mount: None) -> None:

@@ -395,10 +395,13 @@ def _configure_du(parser: argparse.ArgumentParser) -> None:
 
 
 def _du(args: argparse.Namespace) -> int:
+    from cowfs.cli.progress import Bars
+
     depth = 0 if args.summarize else args.depth
     with open_store(args, create=False) as store:
         place = place_in(store, args.place, need_path=False)
-        sums, top = _sums(store, place, depth)
+        with Bars(args, f"du {args.place}"):
+            sums, top = _sums(store, place, depth)
     rows = sorted(sums.items(), key=lambda item: item[1], reverse=True)
     rows = [row for row in rows if row[0] != top] + [(top, sums[top])]
     if args.json:
