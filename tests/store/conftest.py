@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -71,6 +72,8 @@ def overwrite(store: Store, key: str, path: str, offset: int, data: bytes) -> No
         with (tree_path(store, key) / path).open("r+b") as file:
             file.seek(offset)
             file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # a file system in an image keeps it to itself until then
         return
     view = view_of(store, key)
     try:
