@@ -22,6 +22,7 @@ import socket
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from cowfs.errors import CowfsError, FailedPrecondition, InvalidArgument, NotFound
@@ -37,7 +38,7 @@ from cowfs.service.containers.register import Register
 from cowfs.service.containers.restarting import Restarts
 from cowfs.service.containers.signals import send_signal
 from cowfs.service.containers.spawner import Spawner
-from cowfs.service.containers.supervision import Runtime, ask, dismiss, hand_over, settings
+from cowfs.service.containers.supervision import Runtime, ask, asked, dismiss, hand_over, settings
 from cowfs.service.containers.supervisor import RUN_FILE
 from cowfs.service.containers.trees import Trees
 from cowfs.service.errors import ApiError, NotModified
@@ -213,43 +214,44 @@ class Containers:
         """
         if not again:
             self.restarts.cancel(container)
-        with container.lock:
-            if not container.running:  # the clean-up of a run begins with its end
-                container.wait_settled()
-            if container.running or (again and not container.restarting):
-                raise NotModified
-            if container.removing:
-                raise FailedPrecondition(f"container {container.id[:12]} is being removed")
-            mounted = False
-            # Noted before it runs: the thread that hears of its end goes by these, and may be faster than this one.
-            wait, before = container.wait_number, (container.stopped, container.restarts, container.delay)
-            container.stopped = False
-            container.restarts, container.delay = (container.restarts + 1, container.delay) if again else (0, 0.0)
-            try:
-                self.trees.mount(container)
-                mounted = True
-                write_bundle(container, self._service.volumes.mounts_of(container))
-                self._supervise(container)
-                container.settled.clear()
-                answer = ask(container, {"verb": "start"})
-            except BaseException as error:
-                container.stopped, container.restarts, container.delay = before
-                container.settled.set()
-                if container.watcher is not None:  # of an attached client, which waits for output
-                    dismiss(container)
-                self._not_started(container, str(error), mounted=mounted)
-                raise
-            if "ok" not in answer:
-                container.stopped, container.restarts, container.delay = before
-                self._refused(container, answer["error"])
-            with container.changed:
-                # A short process has ended already, and the watching thread knows more than this answer.
-                if container.run.get("started") != answer["ok"]["started"]:
-                    container.run = answer["ok"]
-            container.paused, container.error = False, ""
-            container.save_if_room()
-            self.restarts.cancel(container, wait)
-        self.tell(container, "start")
+        with ExitStack() as begun:  # its end is recorded after its start
+            with container.lock:
+                if not container.running:  # the clean-up of a run begins with its end
+                    container.wait_settled()
+                if container.running or (again and not container.restarting):
+                    raise NotModified
+                if container.removing:
+                    raise FailedPrecondition(f"container {container.id[:12]} is being removed")
+                mounted = False
+                # Noted before it runs: the thread that hears of its end goes by these, and may be faster than this one.
+                wait, before = container.wait_number, (container.stopped, container.restarts, container.delay)
+                container.stopped = False
+                container.restarts, container.delay = (container.restarts + 1, container.delay) if again else (0, 0.0)
+                try:
+                    self.trees.mount(container)
+                    mounted = True
+                    write_bundle(container, self._service.volumes.mounts_of(container))
+                    self._supervise(container)
+                    container.settled.clear()
+                    answer = begun.enter_context(asked(container, {"verb": "start"}))
+                except BaseException as error:
+                    container.stopped, container.restarts, container.delay = before
+                    container.settled.set()
+                    if container.watcher is not None:  # of an attached client, which waits for output
+                        dismiss(container)
+                    self._not_started(container, str(error), mounted=mounted)
+                    raise
+                if "ok" not in answer:
+                    container.stopped, container.restarts, container.delay = before
+                    self._refused(container, answer["error"])
+                with container.changed:
+                    # Its supervisor may have been killed already, and the watching thread knows more than this answer.
+                    if container.run.get("started") != answer["ok"]["started"]:
+                        container.run = answer["ok"]
+                container.paused, container.error = False, ""
+                container.save_if_room()
+                self.restarts.cancel(container, wait)
+            self.tell(container, "start")
         self.monitors.begin(container)
 
     def volume_users(self) -> list[tuple[str, str]]:

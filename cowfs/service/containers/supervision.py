@@ -9,7 +9,8 @@ import re
 import shutil
 import socket
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from cowfs.errors import FailedPrecondition
@@ -19,7 +20,7 @@ from cowfs.service.containers.logs import parse_size as parse_log_size
 from cowfs.service.errors import ApiError
 from cowfs.sys import mounts
 
-__all__ = ["Runtime", "ask", "dismiss", "hand_over", "settings"]
+__all__ = ["Runtime", "ask", "asked", "dismiss", "hand_over", "settings"]
 
 
 def ask(container: Container, message: dict[str, Any], fd: int | None = None) -> dict[str, Any]:
@@ -28,8 +29,19 @@ def ask(container: Container, message: dict[str, Any], fd: int | None = None) ->
     Raises:
         FailedPrecondition: the supervisor is gone.
     """
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as sock:
+    with asked(container, message, fd) as answer:
+        return answer
+
+
+@contextmanager
+def asked(container: Container, message: dict[str, Any], fd: int | None = None) -> Iterator[dict[str, Any]]:
+    """The answer as :func:`ask` gives it; the connection lasts as long as the block: after ``start``, no end of the process is recorded before it.
+
+    Raises:
+        FailedPrecondition: the supervisor is gone.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as sock:
+        try:
             sock.connect(container.socket)
             data = json.dumps(message).encode() + b"\n"
             if fd is not None:
@@ -39,11 +51,11 @@ def ask(container: Container, message: dict[str, Any], fd: int | None = None) ->
                 sock.sendall(data)
             with sock.makefile("rb") as lines:
                 answer = json.loads(lines.readline() or b"null")
-    except (OSError, ValueError):
-        answer = None
-    if not isinstance(answer, dict):
-        raise FailedPrecondition(f"container {container.id} is not running")
-    return answer
+        except (OSError, ValueError):
+            answer = None
+        if not isinstance(answer, dict):
+            raise FailedPrecondition(f"container {container.id} is not running")
+        yield answer
 
 
 def settings(container: Container, runtime: str, runtime_root: str, store: str) -> dict[str, Any]:

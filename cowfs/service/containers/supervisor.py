@@ -37,6 +37,8 @@ __all__ = ["RUN_FILE", "main"]
 RUN_FILE = "run.json"
 LOST_SECONDS = 5.0
 """How long a supervisor whose container was never started waits for somebody to connect."""
+RECORD_SECONDS = 30.0
+"""How long the record of an end waits for that of the start, by a daemon that lives."""
 
 _SIZES = 16
 _MAX_LINE = 1 << 20
@@ -84,6 +86,7 @@ class Supervisor:
         self.sizes: dict[str, tuple[int, int]] = {}  # of terminals of execs that were not started yet; the last few
         self.run: dict[str, Any] = {}
         self._terminals = 0
+        self._starter: socket.socket | None = None
         self.started = False
         self.over = False
         self.lonely_since: float | None = time.monotonic()
@@ -275,7 +278,7 @@ class Supervisor:
         self._answer(sock, {"ok": True})
 
     def verb_start(self, sock: socket.socket, message: dict[str, Any], fds: list[int]) -> None:
-        """Make and start the container by the runtime, and answer when it runs."""
+        """Make and start the container by the runtime, and answer when it runs. The connection lasts until the daemon has recorded the start."""
         self.started = True
         command = ["run", "--detach", "--bundle", self.settings["bundle"]]
 
@@ -288,8 +291,9 @@ class Supervisor:
             self.run = {"pid": pid, "ticks": start_time(pid), "started": time.time_ns(), "supervisor": os.getpid()}
             self.run["cgroup"] = self.settings["cgroup"]
             self._save()
+            self._tell(sock, {"ok": self.run})
+            self._starter = sock
             self._when_ended(pid, self._main_exited)
-            self._answer(sock, {"ok": self.run})
 
         self._spawn(self.main, command, [self.settings["id"]], self.settings["open_stdin"], done)
 
@@ -426,11 +430,21 @@ class Supervisor:
         self._when_ended(pid, runtime_ended)
 
     def _main_exited(self, code: int) -> None:
+        self._wait_recorded()
         self.run |= {"finished": time.time_ns(), "code": code, "oom": self._was_oom()}
         self._save()
         self._record(code)
         self._tell_watchers({"exit": self.run})
         self.main.streams.process_ended()
+
+    def _wait_recorded(self) -> None:
+        """Wait until the daemon has recorded the start, or is gone: a short process is not to be told as ended before it has started."""
+        if self._starter is not None:
+            with self._starter as sock:
+                sock.settimeout(RECORD_SECONDS)
+                with contextlib.suppress(OSError):
+                    sock.recv(1)
+            self._starter = None
 
     def _main_ended(self) -> None:
         """Finish a process whose output is read and passed on."""
