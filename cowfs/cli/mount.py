@@ -304,7 +304,7 @@ def _limit(args: argparse.Namespace) -> int:
         return show.print_store_usage(args)
     handle = client.attach(args.mountpoint)
     handle.limit(**changes)
-    return show.print_usage(handle, as_json=args.json)
+    return show.print_usage(handle, args)
 
 
 def _container(args: argparse.Namespace) -> str | None:

@@ -33,11 +33,12 @@ class Bars:
     Args:
         args: the verb's arguments: ``progress``, ``quiet``.
         label: the text while nothing is counted; "" if the verb counts from its beginning.
+        begun: the beginning, by ``time.monotonic()``; default: now.
 
     Threads: may be called from several; a thread of its own, which ends with the block, prints.
     """
 
-    def __init__(self, args: argparse.Namespace, label: str = "") -> None:
+    def __init__(self, args: argparse.Namespace, label: str = "", begun: float | None = None) -> None:
         how = args.progress
         if how == "auto":
             how = {"none": "none", "plain": "plain", "json": "json"}.get(os.environ.get("COWFS_PROGRESS", ""), how)
@@ -48,7 +49,7 @@ class Bars:
         self._label = label
         self._lock = threading.Lock()
         self._parts: dict[str, tuple[int, int]] = {}  # guarded by _lock
-        self._begun = time.monotonic()
+        self._begun = time.monotonic() if begun is None else begun
         self._last: object = None
         self._shown = False
         self._stop = threading.Event()
@@ -82,7 +83,7 @@ class Bars:
     # -- the printing thread
 
     def _tell(self) -> None:
-        wait = _FIRST[self._how]
+        wait = max(0.0, _FIRST[self._how] - self._seconds())
         while not self._stop.wait(wait):
             wait = _EVERY[self._how]
             if self._how == "bar":

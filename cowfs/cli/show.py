@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterator
 
+    from cowfs.cli.late import Late
     from cowfs.model import Change
     from cowfs.mounting.client import MountHandle, MountStatus
 
@@ -120,7 +121,7 @@ def _usage(args: argparse.Namespace) -> int:
         return print_store_usage(args)
     from cowfs.mounting import client
 
-    return print_usage(client.attach(args.mountpoint), as_json=args.json)
+    return print_usage(client.attach(args.mountpoint), args)
 
 
 def _is_of_a_store(args: argparse.Namespace) -> bool:
@@ -147,9 +148,12 @@ def print_store_usage(args: argparse.Namespace) -> int:
         if row.usage is not None and row.kind.value != "active":
             used, limit = row.usage, row.limit
         else:
-            store = look.store()
-            used, limit = store.usage(args.mountpoint), store.limit(args.mountpoint)
-            engine = store.limit_engine(args.mountpoint)
+            from cowfs.cli.late import Late  # what the record tells is told without it
+
+            with Late(args, f"usage {args.mountpoint}"):
+                store = look.store()
+                used, limit = store.usage(args.mountpoint), store.limit(args.mountpoint)
+                engine = store.limit_engine(args.mountpoint)
     if args.json:
         print_json(
             {
@@ -171,13 +175,15 @@ def print_store_usage(args: argparse.Namespace) -> int:
     return 0
 
 
-def print_usage(handle: MountHandle, *, as_json: str) -> int:
+def print_usage(handle: MountHandle, args: argparse.Namespace) -> int:
     """Use and limit of a mount."""
+    from cowfs.cli.late import Late
     from cowfs.mounting.client import COUNTING
 
-    answer = handle.ask("usage", timeout=COUNTING)
-    if as_json:
-        print_json({"mountpoint": handle.mountpoint, **answer}, as_json)
+    with Late(args, f"usage {handle.mountpoint}"):
+        answer = handle.ask("usage", timeout=COUNTING)
+    if args.json:
+        print_json({"mountpoint": handle.mountpoint, **answer}, args.json)
         return 0
     used, limit = answer["usage"], answer["limit"]
     rows = [
@@ -219,24 +225,30 @@ def _configure_diff(parser: argparse.ArgumentParser) -> None:
 
 
 def _diff(args: argparse.Namespace) -> int:
+    from cowfs.cli.late import Late
+
     args.driver = "auto"
     if args.other is not None or (not is_path(args.what) and known_in_store(args, args.what)):
         if args.layer:
             raise InvalidArgument("snapshots know their layers", remedy="leave out --layer")
-        with look_at_store(args) as store:
-            return _print_changes(args, store.diff(args.what, args.other))
-    return _print_changes(args, _changes(args.what, args.layer))
+        with look_at_store(args) as store, Late(args, f"diff {args.what}") as late:
+            return _print_changes(args, store.diff(args.what, args.other), late)
+    with Late(args, f"diff {args.what}") as late:
+        return _print_changes(args, _changes(args.what, args.layer), late)
 
 
-def _print_changes(args: argparse.Namespace, found: Iterator[Change]) -> int:
+def _print_changes(args: argparse.Namespace, found: Iterator[Change], late: Late) -> int:
     if args.quiet:
         return 1 if next(found, None) is not None else 0
+    if not args.stat:
+        found = late.until_shown(found)
     if args.json:
         print_items(map(change_as_json, found), args.json)
     elif args.stat:
         tree = Tree()
         for change in found:
             tree.add(change)
+        late.stop()
         if sum(tree.counts.values()):
             for line in tree.lines(args.depth):
                 print(line)

@@ -62,6 +62,7 @@ class Describing:
         told["engines"] = kernel_image.how_for_engines(self.context.driver, plan.why_not_kernel)
         told["kernel mounts"] = kernel_image.how(self.context.driver)
         told["limits"] = _limits(self.context.driver)
+        told["runs"] = self._runs()
         told |= self.context.driver.explain()
         return told
 
@@ -73,10 +74,10 @@ class Describing:
 
     def alternatives(self, *, possible: bool = True) -> dict[str, str]:
         """As :meth:`cowfs.Store.alternatives`."""
-        return self.others()[not possible]
+        return self.other_drivers()[not possible]
 
-    def others(self) -> tuple[dict[str, str], dict[str, str]]:
-        """The possible and the impossible other drivers of this place, by name, with their reasons; each one is probed once."""
+    def other_drivers(self) -> tuple[dict[str, str], dict[str, str]]:
+        """As :meth:`cowfs.Store.other_drivers`."""
         found: tuple[dict[str, str], dict[str, str]] = ({}, {})
         try:
             probes = registry.choose(self.context.root)[1]
@@ -87,7 +88,7 @@ class Describing:
                 found[not probe.usable][name] = "; ".join(probe.reasons)
         return found
 
-    def runs(self) -> str:
+    def _runs(self) -> str:
         """Which mounts ``cowfs run`` has here as this user, for people."""
         if host.has_cap(host.CAP_SYS_ADMIN):
             return "cowfs's own server; with --mount-type kernel the kernel's overlayfs"

@@ -18,6 +18,7 @@ import pytest
 from support.command import environment, run_module
 
 from cowfs.cli import VERBS, common, parser_of
+from cowfs.cli.late import Late
 from cowfs.cli.progress import _FIRST, Bars
 from cowfs.store import Store
 
@@ -271,6 +272,59 @@ def test_progress_without_a_terminal_begins_after_a_second(
     found[0] = ""
     with Bars(arguments(progress="json"), "squash work"):
         wait_for('"seconds": 1.', read)
+
+
+def test_a_looking_verb_tells_from_the_first_second_on(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its line says the seconds since it began; a way that begins at once does so; with -q or none there is no thread."""
+    found = [""]
+
+    def read() -> str:
+        found[0] += capfd.readouterr().err
+        return found[0]
+
+    monkeypatch.delenv("COWFS_PROGRESS")
+    with Late(arguments(), "diff base") as late:
+        assert "find base" not in wait_for("diff base: ", read)
+        assert re.match(r"diff base: [1-9]\d* s\n", wait_for("\n", read))
+    assert list(late.until_shown(iter("ab"))) == ["a", "b"]
+    found[0] = ""
+    with Late(arguments(progress="json"), "find base"):
+        told = wait_for("\n", read)
+    assert json.loads(told.splitlines()[0])["what"] == "find base"
+    wait_for('"end": true', read)
+    monkeypatch.setenv("COWFS_PROGRESS", "none")
+    for how in (arguments(), arguments(progress="none"), arguments(progress="auto", quiet=True)):
+        with Late(how, "usage work") as late:
+            assert late._thread is None
+
+
+def test_each_walking_verb_tells_that_it_is_at_work(cowfs: Cowfs, space: Path) -> None:
+    cowfs("prepare", "counted", "base")
+    for line in (
+        ("diff", "base"),
+        ("diff", "base", "--stat"),
+        ("find", "base"),
+        ("find", "base", "-0"),
+        ("usage", "counted"),
+    ):
+        told = [json.loads(each) for each in cowfs(*line, "--progress", "json").stderr.splitlines()]
+        assert told[-1]["end"], line
+        assert cowfs(*line).stdout == cowfs(*line, "--progress", "json").stdout
+        assert cowfs(*line).stderr == ""
+
+
+def test_at_a_terminal_lines_of_the_verb_end_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise both would be written into each other."""
+    monkeypatch.delenv("COWFS_PROGRESS")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    with Late(arguments(), "find base") as late:
+        found = late.until_shown(iter("ab"))
+        assert late._thread is not None
+        assert next(found) == "a"
+        assert late._thread is None
+        assert list(found) == ["b"]
 
 
 def test_a_looking_verb_ends_at_once_and_loses_nothing(tmp_path: Path) -> None:

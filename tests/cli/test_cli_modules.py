@@ -120,6 +120,11 @@ def test_a_verb_that_looks_imports_what_it_needs(store: Path, arguments: tuple[s
     assert len(found) <= most, found
 
 
+@pytest.mark.parametrize("arguments", [("diff", "base"), ("find", "base"), ("usage", "base")], ids=" ".join)
+def test_the_bar_is_imported_only_after_a_second(store: Path, arguments: tuple[str, ...]) -> None:
+    assert not {"cowfs.cli.progress", "rich"} & set(modules(store, arguments))
+
+
 @pytest.mark.parametrize("arguments", WHOLE, ids=" ".join)
 def test_a_verb_that_reads_files_imports_nothing_that_writes(store: Path, arguments: tuple[str, ...]) -> None:
     found = modules(store, arguments)

@@ -13,6 +13,7 @@ import time
 
 from cowfs._typed import TYPE_CHECKING, Any, NamedTuple
 from cowfs.cli.common import Command, is_path
+from cowfs.cli.late import Late
 from cowfs.cli.output import path_fields, print_items, print_json, shown
 from cowfs.cli.store.args import add_json, add_store, open_store
 from cowfs.errors import InvalidArgument, NotFound
@@ -265,9 +266,9 @@ def _configure_find(parser: argparse.ArgumentParser) -> None:
 
 def _find(args: argparse.Namespace) -> int:
     tests = _tests(args)
-    with open_store(args, create=False) as store:
+    with open_store(args, create=False) as store, Late(args, f"find {args.place}") as late:
         place = place_in(store, args.place, need_path=False)
-        found = _matching(args, store, place, tests)
+        found = late.until_shown(_matching(args, store, place, tests))
         if args.json:
             print_items((file_as_json(b"/" + entry.path, entry) for entry in found), args.json)
         elif args.nul:

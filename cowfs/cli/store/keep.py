@@ -60,8 +60,7 @@ def _init(args: argparse.Namespace) -> int:
 def _info(args: argparse.Namespace) -> int:
     with open_store(args, create=False) as store:
         told: dict[str, Any] = store.describe()
-        told["alternatives"], told["not possible"] = store.services.describing.others()
-        told["runs"] = store.services.describing.runs()
+        told["alternatives"], told["not possible"] = store.other_drivers()
         totals = store.totals()
     told["snapshots"] = totals.count
     if args.json:

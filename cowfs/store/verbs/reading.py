@@ -181,6 +181,17 @@ class ReadingVerbs:
         """
         return self.services.describing.alternatives(possible=possible)
 
+    def other_drivers(self) -> tuple[dict[str, str], dict[str, str]]:
+        """Probe each other driver once: what two calls of :meth:`alternatives` tell. Changes nothing.
+
+        Returns:
+            The possible drivers, then the impossible ones: the answer of each about this place, by name.
+
+        Raises:
+            FailedPrecondition: the store is closed.
+        """
+        return self.services.describing.other_drivers()
+
     def events(
         self,
         *,
