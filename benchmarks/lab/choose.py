@@ -21,7 +21,13 @@ RULES = """\
   more look-up a read, and scattered blocks until `cowfs compact`.
 - **vfs**: each snapshot is a complete copy (shared by reflink where the host can). Choose it where a snapshot must be
   an ordinary directory that needs no mount at all, or as the reference to check the others against. On a host without
-  reflinks a snapshot costs the whole tree in time and space."""
+  reflinks a snapshot costs the whole tree in time and space.
+- **btrfs**: a layer is a subvolume, so the first write into a big file copies nothing and the kernel serves the tree.
+  Choose it as root where the store is on btrfs.
+- **zfs**: the same with clones, where the store is on a zfs dataset (with zfs-fuse: no xattrs).
+- **aufs**: overlay with layers in the archive form. Choose it to exchange layers with an old Docker host.
+- **block**: a layer is a file system of its own on a thin block image, as root. Choose it for programs that need
+  all of ext4 or xfs, and for virtual machines; its commit is the slowest of all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +55,24 @@ WORKLOADS = (
     Row("PostgreSQL transactions", "postgres", "transactions", "1/s", None, True),
     Row("space of a sandbox that changes 1 % of a big file", "sandboxes", "space a sandbox", "B"),
 )
+
+
+def lives(result: Result) -> str:
+    """Markdown: each subject of the claim ``store_drivers`` with the medians of its verbs; the subjects that could not run, with the reason."""
+    verbs = list(dict.fromkeys(metric for metric, _, _ in result.samples))
+    lines = ["| a layer's life, measured in this run | " + " | ".join(verbs) + " |", "|---" * (len(verbs) + 1) + "|"]
+    for subject in dict.fromkeys(subject for _, subject, _ in result.samples):
+        cells = [show(result.median(verb, subject, None), "s") for verb in verbs]
+        lines.append(f"| {subject} | " + " | ".join(cells) + " |")
+    lines += [f"\n{subject}: not measured: {why}" for subject, why in result.skipped.items()]
+    return "\n".join(lines) + "\n\n" + LIVES
+
+
+LIVES = """\
+Compare alike with alike: cowfs's drivers are called as a library, and their mounts are cowfs's own server's (`overlay, kernel`, `block`, `btrfs`,
+`zfs`: the kernel's, or zfs-fuse's); containerd's snapshotters are called through their socket, without its content store, their diff by a
+start of `ctr` that makes the layer's archive; podman is a command for each verb, as "overlay, commands" is cowfs's, and its commit packs and unpacks the layer.
+cowfs syncs what it commits. The first write is 4 KiB into the big file of the base; `vfs` copied that in `prepare`."""
 
 
 def advice(results: dict[str, Result]) -> str:
@@ -79,10 +103,12 @@ def advice(results: dict[str, Result]) -> str:
             for b in BACKENDS
         ]
         lines.append(f"| {row.workload} | " + " | ".join(cells) + " |")
+    drivers = results.get("store_drivers")
+    rules = RULES + ("\n\n" + lives(drivers) if drivers is not None and drivers.samples else "")
     if not lines:
-        return RULES + "\n\n(No backend was measured in this run.)"
+        return rules + ("" if rules != RULES else "\n\n(No backend was measured in this run.)")
     return (
-        RULES
+        rules
         + "\n\n| workload, measured in this run | "
         + " | ".join(BACKENDS)
         + " |\n"

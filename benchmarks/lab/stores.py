@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .measure import Lab, SkipSubject
+from .zpool import pool
 
 ROW = "row"
 COW = "overlay"
@@ -24,6 +25,8 @@ COW_XFS = "overlay xfs"
 COW_BTRFS = "overlay btrfs"
 BTRFS = "btrfs btrfs"
 THIN = "block"
+AUFS = "aufs"
+ZFS = "zfs"  # on a pool of its own
 COPYING = (COW, VFS)  # subjects that store a whole copy of a changed file
 BLOCK = 4096
 
@@ -69,7 +72,7 @@ def opened(lab: Lab, subject: str, size: int, *, direct: bool = False, **options
     from cowfs.errors import CowfsError
 
     driver, _, kind = subject.partition(" ")
-    with lab.fresh(kind or "ext4", size, direct=direct) as disk:
+    with pool(lab, size) if driver == ZFS else lab.fresh(kind or "ext4", size, direct=direct) as disk:
         root = disk / "store"
         try:
             store = cowfs.Store.open(root, driver=driver, **options)
