@@ -27,7 +27,7 @@ RULES = """\
 - **zfs**: the same with clones, where the store is on a zfs dataset (with zfs-fuse: no xattrs).
 - **aufs**: overlay with layers in the archive form. Choose it to exchange layers with an old Docker host.
 - **block**: a layer is a file system of its own on a thin block image, as root. Choose it for programs that need
-  all of ext4 or xfs, and for virtual machines; its commit is the slowest of all."""
+  all of ext4 or xfs, and for virtual machines; preparing, committing and removing a layer take longer than with overlay."""
 
 
 @dataclass(frozen=True, slots=True)
