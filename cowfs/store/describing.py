@@ -36,11 +36,12 @@ class Describing:
     def describe(self) -> dict[str, str]:
         """As :meth:`cowfs.Store.describe`."""
         from cowfs.model import Limit
-        from cowfs.sys import files
+        from cowfs.sys import files, project_quota
 
         fd = os.open(self.context.root, os.O_RDONLY | os.O_DIRECTORY)
         try:
             host = files.fs_name(fd)
+            why_no_projects = project_quota.why_not(fd)
         finally:
             os.close(fd)
         told = {
@@ -62,6 +63,7 @@ class Describing:
         told["engines"] = kernel_image.how_for_engines(self.context.driver, plan.why_not_kernel)
         told["kernel mounts"] = kernel_image.how(self.context.driver)
         told["limits"] = _limits(self.context.driver)
+        told["project quotas"] = f"no ({why_no_projects})" if why_no_projects else "yes (no engine of limits uses them)"
         told["runs"] = self._runs()
         told |= self.context.driver.explain()
         return told

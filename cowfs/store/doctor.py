@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from cowfs._typed import Literal, NamedTuple
 from cowfs.driver import registry
 from cowfs.errors import CowfsError
-from cowfs.sys import cgroups, files, host, landlock, loop, mounts, namespaces, seccomp
+from cowfs.sys import cgroups, files, host, landlock, loop, mounts, namespaces, project_quota, seccomp
 
 __all__ = ["Finding", "State", "examine", "why_no_overlay"]
 
@@ -257,6 +257,7 @@ def _place(root: str) -> Iterator[Finding]:
     fd = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         name, room = files.fs_name(fd), os.fstatvfs(fd)
+        why_no_projects = project_quota.why_not(fd)
     finally:
         os.close(fd)
     where = root if place == root else f"{root} (not made yet)"
@@ -273,6 +274,11 @@ def _place(root: str) -> Iterator[Finding]:
         yield Finding("free room", "ok", f"{free >> 30} GiB")
     if room.f_files and room.f_favail * 20 < room.f_files:
         yield Finding("free inodes", "note", f"{room.f_favail:,} are free", "cowfs prune --dry-run shows what could go")
+    yield Finding(
+        "project quotas",
+        "ok",
+        f"no ({why_no_projects}); limits do without" if why_no_projects else "yes; limits do without",
+    )
     if host.has_cap(host.CAP_SYS_ADMIN):
         why = loop.why_no_images(place)
         yield Finding("images", "note" if why else "ok", why or "long chains are mounted by the kernel as one layer",

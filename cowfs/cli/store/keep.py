@@ -79,12 +79,13 @@ def _info(args: argparse.Namespace) -> int:
         ("kernel mounts", told["kernel mounts"]),
         ("cowfs run", told["runs"]),
         ("limits", told["limits"]),
+        ("project quotas", told["project quotas"]),
         ("snapshots", ", ".join(f"{count.get(kind, 0)} {kind}" for kind in ("committed", "active", "view"))),
     ]
     known = {"root", "form", "records", "runs", "alternatives", "not possible", *(key for key, _ in lines)}
     lines += [(key, value) for key, value in told.items() if key not in known]
     for key, value in lines:
-        print(f"{key + ':':<15}{value}")
+        print(f"{key + ': ':<15}{value}")
     for name, why in told["alternatives"].items():
         print(f"{'other driver:':<15}{name} ({why})")
     for name, why in told["not possible"].items():
