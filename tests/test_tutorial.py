@@ -6,36 +6,22 @@ In a ``console`` block a line after ``$`` is typed into one shell, with those af
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support import namespace
-from support.command import environment, run_module
+from support import namespace, pages
+from support.command import run_module
 from support.dockerhost import OldHost, tar
 
-ROOT = Path(__file__).resolve().parents[1]
-PROGRESS = re.compile(
-    r"^[^\n]*: (?:[^\n]+, )?\d+ s\n", re.MULTILINE
-)  # a step of over a second tells it, on a busy machine any step
-PAGES = [ROOT / "docs/tutorial.md", *sorted((ROOT / "docs/howto").glob("*.md"))]
+PAGES = [pages.TUTORIAL, *sorted((pages.DOCS / "howto").glob("*.md"))]
 
 
 @pytest.fixture
 def place(space: Path, can_mount: None) -> Iterator[Path]:
     """An empty directory, the commands in PATH, and /mnt of our own."""
-    programs = space / "programs"
-    programs.mkdir()
-    for name, module in (("cowfs", "cowfs"), ("cowfs-overlayfs", "cowfs.cli.overlayfs")):
-        (programs / name).write_text(f'#!/bin/sh\nexec {sys.executable} -m {module} "$@"\n')
-        (programs / name).chmod(0o755)
-    (programs / "python3").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
-    (programs / "python3").chmod(0o755)
     empty = space / "empty"
     empty.mkdir()
     namespace.mount("tmpfs", "/mnt", "tmpfs")
@@ -52,20 +38,6 @@ def old_docker_host(where: Path) -> None:
     host.image("app:1", base, tar((".wh.gone", "file", b""), ("etc/", "dir", None), ("etc/motd", "file", b"hello\n")))
 
 
-def typed(page: Path) -> list[tuple[str, list[str]]]:
-    """(line, what is shown after it) of all console blocks."""
-    steps: list[tuple[str, list[str]]] = []
-    for block in re.findall(r"^```console\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
-        for line in block.splitlines():
-            if line.startswith("$ "):
-                steps.append((line[2:], []))
-            elif line.startswith(">") and not steps[-1][1]:
-                steps[-1] = (f"{steps[-1][0]}\n{line[2:]}", [])
-            else:
-                steps[-1][1].append(line)
-    return steps
-
-
 def pattern(lines: list[str]) -> str:
     """A regular expression for what is shown."""
     parts = []
@@ -80,39 +52,33 @@ def pattern(lines: list[str]) -> str:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_what_a_page_shows_is_what_comes(page: Path, place: Path) -> None:
-    steps = typed(page)
+    steps = pages.steps_of(page)
     if not steps:
         pytest.skip("nothing on this page is typed")
-    if any("busybox" in line for line, _ in steps) and not shutil.which("busybox"):
+    if any("busybox" in step.line for step in steps) and not shutil.which("busybox"):
         pytest.skip("busybox is not installed (busybox-static)")
     if page.stem == "migrate":
         old_docker_host(place / "old")
-    environ = {**environment(), "HOME": str(place), "LC_ALL": "C", "COWFS_FSYNC": "0"}
-    environ["PATH"] = f"{place.parent / 'programs'}:{os.environ['PATH']}"
-    with subprocess.Popen(
-        ["bash"],
-        cwd=place,
-        env=environ,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as shell:
-        assert shell.stdin is not None
-        assert shell.stdout is not None
-        for number, (line, shown) in enumerate(steps):
-            end = f"--- {number} ---"
-            shell.stdin.write(f'{line}\nstatus=$?; echo; echo "{end} $status"\n')
-            shell.stdin.flush()
-            came, status = "", ""
-            for part in iter(shell.stdout.readline, ""):
-                if part.startswith(end):
-                    status = part.removeprefix(end).strip()
-                    break
-                came += part
-            came = PROGRESS.sub("", came.removesuffix("\n"))
-            as_shown = f"$ {line}\nis to print:\n{chr(10).join(shown)}\nbut prints:\n{came}"
-            assert re.fullmatch(pattern(shown), came), as_shown
-            assert status == "0" or "error" in shown[0], f"$ {line}\nends with {status}:\n{came}"
-        shell.stdin.close()
-        assert shell.wait() == 0
+    for step in pages.type_lines(steps, place, pages.programs(place.parent / "programs")):
+        as_shown = f"$ {step.line}\nis to print:\n{chr(10).join(step.shown)}\nbut prints:\n{step.came}"
+        assert re.fullmatch(pattern(step.shown), step.came), as_shown
+        assert step.status == "0" or "error" in step.shown[0], f"$ {step.line}\nends with {step.status}:\n{step.came}"
+    for picture in pages.PICTURES if page == pages.TUTORIAL else ():
+        drawn = pages.lines_in((pages.DOCS / f"pictures/{picture}.svg").read_text())
+        assert pages.comparable(drawn) == pages.comparable(pages.lines_of(picture, steps)), (
+            "draw it anew: cd tests && python -m support.pages"
+        )
+
+
+def test_the_page_has_its_pictures_and_no_others() -> None:
+    """Each one shows the commands of the section that it stands in, and fetches nothing from elsewhere."""
+    text = pages.TUTORIAL.read_text()
+    assert sorted(re.findall(r"\(pictures/(.*?)\.svg\)", text)) == sorted(pages.PICTURES)
+    assert sorted(path.stem for path in (pages.DOCS / "pictures").iterdir()) == sorted(pages.PICTURES)
+    steps = pages.steps_of(pages.TUTORIAL)
+    for picture, section in pages.PICTURES.items():
+        assert f"(pictures/{picture}.svg)" in text.partition(f"## {section}\n")[2].partition("\n## ")[0]
+        svg = (pages.DOCS / f"pictures/{picture}.svg").read_text()
+        assert not re.search(r"url\(['\"]?http|href=", svg)
+        typed = [line[2:] for line in pages.lines_in(svg) if line.startswith("$ ")]
+        assert typed == [step.line for step in steps if step.section == section]

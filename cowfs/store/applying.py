@@ -34,7 +34,6 @@ class Applying:
         self._lookup = lookup
         self._scanning = scanning
 
-    @names_full
     def apply(
         self,
         key: str,
@@ -43,9 +42,22 @@ class Applying:
         options: archive.ApplyOptions | None = None,
         diff_id: str | None = None,
         progress: Progress | None = None,
-        root_mtime: int | None = None,
     ) -> archive.Applied:
-        """As :meth:`cowfs.Store.apply`.
+        """As :meth:`cowfs.Store.apply`."""
+        return self.apply_with_time(key, stream, None, options=options, diff_id=diff_id, progress=progress)
+
+    @names_full
+    def apply_with_time(
+        self,
+        key: str,
+        stream: BinaryIO,
+        root_mtime: int | None,
+        *,
+        options: archive.ApplyOptions | None = None,
+        diff_id: str | None = None,
+        progress: Progress | None = None,
+    ) -> archive.Applied:
+        """As :meth:`apply`.
 
         Args:
             root_mtime: of the root directory, in nanoseconds, where another channel tells it: an archive may leave it out.

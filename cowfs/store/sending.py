@@ -328,10 +328,13 @@ class _Snapshot:
             data = LayerIn(self._stream)
             counted = _Counted(data, self._progress, layer.name, size if isinstance(size, int) and size > 0 else 0)
             if form == "tar":
-                parts.applying.apply(
-                    key, cast("BinaryIO", counted), options=self._options, diff_id=layer.diff_id,
-                    root_mtime=_time(told.get("root mtime")) if parent is None else None,
-                )  # fmt: skip
+                parts.applying.apply_with_time(
+                    key,
+                    cast("BinaryIO", counted),
+                    _time(told.get("root mtime")) if parent is None else None,
+                    options=self._options,
+                    diff_id=layer.diff_id,
+                )
             else:
                 parts.blocks.apply_blocks(key, cast("BinaryIO", counted), identity=_identity(layer.below))
             data.finish()

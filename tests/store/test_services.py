@@ -111,8 +111,10 @@ def test_a_service_names_only_those_above_it() -> None:
 
 
 def test_recovery_is_given_makers_of_later_services() -> None:
-    """The only ones that are named before they are made, and they are asked for when a note is found."""
-    makers = [node for node in ast.walk(_tree("services.py")) if isinstance(node, ast.Lambda)]
+    """The only ones that are named before they are made (the test above), and they are asked for when a note is found."""
+    calls = [node for node in ast.walk(_tree("services.py")) if isinstance(node, ast.Call)]
+    given = [each for call in calls if ast.unparse(call.func) == "Recoverer" for each in call.args]
+    makers = [node for node in given if isinstance(node, ast.Lambda)]
     assert [ast.unparse(node.body) for node in makers] == ["self.switching", "self.restacking"]
 
 
