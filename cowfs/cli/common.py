@@ -211,7 +211,7 @@ def guarded(run: Callable[[], int], program: str = "cowfs") -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141
     except KeyboardInterrupt:
-        return 130
+        return complain(program, "interrupted", 130)
     except OSError as error:
         _trace()
         where = os.fsdecode(error.filename) + ": " if isinstance(error.filename, str | bytes) else ""

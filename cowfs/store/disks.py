@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from typing import BinaryIO
 
     from cowfs.driver.interface import Driver
-    from cowfs.index.database import Row
+    from cowfs.index.database import Index, Row
     from cowfs.store.context import Context
     from cowfs.store.reading import Reading
 
@@ -52,16 +52,20 @@ class Disks:
         self, name: str, target: BinaryIO, *, format: str = "raw", size: str | int | None = None
     ) -> DiskCounts:
         """As :meth:`cowfs.Store.export_disk`."""
-        return _export(self.context.driver, self._reading.resolve(name), target, format=format, size=size)
+        return _export(
+            self.context.driver, self.context.index, self._reading.resolve(name), target, format=format, size=size
+        )
 
 
-def _export(driver: Driver, row: Row, target: BinaryIO, *, format: str, size: str | int | None) -> DiskCounts:
+def _export(
+    driver: Driver, index: Index, row: Row, target: BinaryIO, *, format: str, size: str | int | None
+) -> DiskCounts:
     if format not in FORMATS:
         raise InvalidArgument(f"no disk format {format!r}", remedy=" or ".join(FORMATS))
     if row.kind is not Kind.COMMITTED:
         raise InvalidArgument(f"{row.name!r} is not committed", remedy="use commit or snapshot first")
     wanted = 0 if size is None else parse_size(size)
-    with staged(driver, new_id()) as scratch:
+    with staged(driver, index, new_id()) as scratch:
         try:
             with driver.disk(row.id, scratch.staged, wanted) as (fd, whole):
                 written = _write(target, format, fd, whole)

@@ -284,7 +284,7 @@ class _Import:
     def unpack_over(self, below: Future[Row | None]) -> None:
         """Unpack; the parent is waited for only when the archive needs it."""
         parts, driver = self._parts, self._parts.context.driver
-        self._staged = layer = Staged(driver, new_id())
+        self._staged = layer = Staged(driver, parts.context.index, new_id())
         point("create.made")
         parent = below.result() if below.done() else None
         chain = [id for _, id in parts.context.index.chain(parent.num)] if parent is not None else []

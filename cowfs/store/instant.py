@@ -59,7 +59,7 @@ class Instant:
                 ask = partial(protocol.ask, server["socket"], timeout=600.0)
             elif layers.kernel_mount_of(driver.tree(row.id)) is None:
                 held.enter_context(layers.hold(driver, index, row, "snapshot"))
-            copy = held.enter_context(staged(driver, new_id()))
+            copy = held.enter_context(staged(driver, index, new_id()))
             point("create.made")
             driver.snapshot(row.id, copy.staged, ask)
             point("create.filled")

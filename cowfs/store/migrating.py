@@ -290,7 +290,7 @@ class _Move:
         parent = self.made[row.parent] if row.parent is not None else None
         chain = [id for _, id in into.context.index.chain(parent.num if parent is not None else None)]
         copied = [] if row.kind is Kind.VIEW and whole else chain
-        with staged(driver, new_id()) as layer:
+        with staged(driver, into.context.index, new_id()) as layer:
             point("create.made")
             base = driver.create(layer.staged, copied, row.limit)
             if whole and chain:

@@ -105,7 +105,7 @@ class Snapshots:
         chain = [id for _, id in self.context.index.chain(above.num if above is not None else None)]
         if len(chain) >= MAX_DEPTH:
             raise InvalidArgument(f"{parent!r} has {len(chain)} layers, {MAX_DEPTH} are allowed", remedy="cowfs squash")
-        with staged(self.context.driver, new_id()) as layer:
+        with staged(self.context.driver, self.context.index, new_id()) as layer:
             point("create.made")
             # A view of a whole layer is mounted from the parent itself: no data is copied.
             copied = [] if kind is Kind.VIEW and self.context.driver.capabilities.whole else chain

@@ -138,7 +138,7 @@ class Squashing:
 
         parent = self.context.index.by_num(row.parent) if row.parent is not None else None
         base = [id for _, id in self.context.index.chain(row.parent)]
-        with staged(self.context.driver, new_id()) as layer:
+        with staged(self.context.driver, self.context.index, new_id()) as layer:
             self.context.driver.create(layer.staged, base, Limit())
             carry(self.context.driver, [child.id, row.id], layer.staged)
             pending = Pending(self.context.index)

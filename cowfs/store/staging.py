@@ -63,29 +63,28 @@ class Staged:
         staged: the id to hand to the driver meanwhile.
     """
 
-    def __init__(self, driver: Driver, id: str) -> None:
+    def __init__(self, driver: Driver, index: Index, id: str) -> None:
         self.id = id
         self.staged = NEW + id
         self._driver = driver
+        self._index = index
         self._fd = _make_locked(driver.directory(self.staged))
-        self._moved = False
 
     def publish(self) -> None:
         """Give the directory its final name. Only inside the transaction that writes the row."""
         self._driver.publish(self.staged, self.id)
-        self._moved = True
         if self._driver.fsync:
             fsync_directory(f"{self._driver.root}/layers")
             fsync_directory(self._driver.root)
 
     def close(self, *, keep: bool) -> None:
-        """Close, and delete the directory unless it is kept."""
+        """Close, and delete the directory unless it is kept, or a row names it: an interrupt may come right after the transaction was committed."""
         try:
             if not keep:
-                if self._moved:
-                    discard(self._driver, self.id)
-                else:
+                if os.path.lexists(self._driver.directory(self.staged)):
                     self._driver.remove(self.staged)
+                elif self._index.find_id(self.id) is None:
+                    discard(self._driver, self.id)
         finally:
             os.close(self._fd)
 
@@ -114,9 +113,9 @@ def _make_locked(path: str) -> int:
 
 
 @contextmanager
-def staged(driver: Driver, id: str) -> Iterator[Staged]:
-    """A staged layer, deleted again when the block fails."""
-    layer = Staged(driver, id)
+def staged(driver: Driver, index: Index, id: str) -> Iterator[Staged]:
+    """A staged layer, deleted again when the block fails before its row is there."""
+    layer = Staged(driver, index, id)
     try:
         yield layer
     except BaseException:

@@ -147,7 +147,7 @@ def test_a_layer_under_construction_is_nobodys_garbage(space: Path) -> None:
     root = space / "store"
     fill(root)
     with Store.open(root, fsync=False) as store:
-        building = Staged(store.driver, "buildingxx")
+        building = Staged(store.driver, store.index, "buildingxx")
         pid = os.fork()
         if pid == 0:
             status = 1

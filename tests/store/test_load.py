@@ -230,7 +230,7 @@ def test_check_meets_a_removal(store: Store, monkeypatch: pytest.MonkeyPatch, co
 
 
 def test_a_layer_that_is_being_made_is_no_garbage_to_check(store: Store) -> None:
-    with staged(store.driver, "abcdefghij"):
+    with staged(store.driver, store.index, "abcdefghij"):
         assert store.check().problems == []
         assert store.check(repair=True).problems == []
         assert os.path.isdir(f"{store.root}/new-abcdefghij")
