@@ -213,7 +213,11 @@ def test_a_blob_is_mounted_from_a_repository_that_has_it(daemon: Daemon, guarded
     assert "Mounted from own/first" in told and "Pushed" not in told
     assert digest in told
     asked = {scope for _, _, scopes in server.asked for scope in scopes}
-    assert asked >= {"repository:own/second:pull,push", "repository:own/first:pull"}
+    asked = {":".join((*scope.split(":")[:2], ",".join(sorted(scope.split(":")[2].split(","))))) for scope in asked}
+    assert asked >= {
+        "repository:own/second:pull,push",
+        "repository:own/first:pull",
+    }  # the registry names actions in any order
     told = daemon.out("push", f"{address}/own/second:1")
     assert "Layer already exists" in told and "Mounted" not in told
 

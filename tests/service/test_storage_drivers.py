@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support import hostfs, zpool
+from support import hostfs
 from support.daemon import Daemon, clean_up
 
 PLACES = {"btrfs": "btrfs", "block": "ext4"}
@@ -19,7 +19,6 @@ FILL = ("dd", "if=/dev/zero", "of=/data/big", "bs=1M", "count=24")
 def daemon(
     request: pytest.FixtureRequest,
     scratch: Path,
-    tmp_path: Path,
     host: Callable[[str], hostfs.HostFs],
     busybox: bytes,
     docker_command: str,
@@ -29,7 +28,7 @@ def daemon(
     with contextlib.ExitStack() as held:
         made = Daemon(scratch / f"sd-{name}", "-D", "--storage-driver", name, "--storage-opt", "size=48M")
         if name == "zfs":
-            made.root = held.enter_context(zpool.pool(tmp_path)) / "store"
+            made.root = request.getfixturevalue("pool") / "store"
         elif name in PLACES:
             made.root = host(PLACES[name]).fresh("sd") / "store"
         made.root.parent.mkdir(exist_ok=True)
