@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import sys
 
-from cowfs._typed import Any
-
 __all__ = ["Part"]
 
 
@@ -27,18 +25,21 @@ class Part:
 
     def info(self, message: str, *arguments: object) -> None:
         """Something was done."""
-        logging: Any = sys.modules.get("logging")
-        if logging is not None:
+        if "logging" in sys.modules:
+            import logging  # another thread may be in the middle of its import: this waits for it
+
             logging.getLogger(self.name).info(message, *arguments)
 
     def trace(self, message: str) -> None:
         """Call inside ``except``: where it came from."""
-        logging: Any = sys.modules.get("logging")
-        if logging is not None:
+        if "logging" in sys.modules:
+            import logging
+
             logging.getLogger(self.name).debug(message, exc_info=True)
 
     def debug(self, message: str, *arguments: object) -> None:
         """How it was done."""
-        logging: Any = sys.modules.get("logging")
-        if logging is not None:
+        if "logging" in sys.modules:
+            import logging
+
             logging.getLogger(self.name).debug(message, *arguments)

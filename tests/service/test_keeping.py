@@ -74,12 +74,10 @@ def test_whoever_stops_it_ends_it(shared: Daemon, verb: list[str]) -> None:
 def test_one_that_waits_for_its_restart(shared: Daemon) -> None:
     """It is shown as restarting, cannot be removed without force, and stop ends its waiting."""
     shared.docker("run", "-d", "--name", "waits", "--restart", "always", "bb", "false")
-    wait_for(
-        lambda: restarts(shared, "waits") >= 4 and told(shared, "waits", "{{.State.Restarting}}") == "true",
-        "a long wait",
-    )
-    assert shared.out("ps", "-a", "--format", "{{.Status}}").startswith("Restarting (1)")
-    assert shared.out("ps", "-aq", "--filter", "status=restarting")
+    wait_for(lambda: restarts(shared, "waits") >= 4, "restarts")
+    wait_for(lambda: told(shared, "waits", "{{.State.Restarting}}") == "true", "a long wait")
+    wait_for(lambda: shared.out("ps", "-a", "--format", "{{.Status}}").startswith("Restarting (1)"), "the next one")
+    wait_for(lambda: shared.out("ps", "-aq", "--filter", "status=restarting"), "the next one")
     assert shared.docker("rm", "waits", check=False).returncode == 1
     shared.docker("stop", "waits")
     count = restarts(shared, "waits")
