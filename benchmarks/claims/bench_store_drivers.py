@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -33,23 +34,23 @@ KERNEL = (BY_KERNEL, THIN, BTRFS, ZFS)  # mounted by the kernel, the others by c
 VERBS = ("prepare", "first write", "commit", "diff", "remove")
 
 
-class Layers:
+class Layers(ABC):
     """The five verbs of one subject. ``at`` has a prepared layer's root, mounted."""
 
-    def prepare(self, key: str) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def prepare(self, key: str) -> None: ...
 
-    def at(self, key: str) -> contextlib.AbstractContextManager[Path]:
-        raise NotImplementedError
+    @abstractmethod
+    def at(self, key: str) -> contextlib.AbstractContextManager[Path]: ...
 
-    def commit(self, key: str, name: str) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def commit(self, key: str, name: str) -> None: ...
 
-    def diff(self, name: str) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def diff(self, name: str) -> None: ...
 
-    def remove(self, name: str) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def remove(self, name: str) -> None: ...
 
 
 class _Library(Layers):

@@ -183,12 +183,7 @@ def wait_for(text: str, read: Callable[[], str]) -> str:
 
 
 def test_a_verb_that_cannot_count_tells_how_long_it_is_at_work(capfd: pytest.CaptureFixture[str]) -> None:
-    found = [""]
-
-    def read() -> str:
-        found[0] += capfd.readouterr().err
-        return found[0]
-
+    read = Told(capfd)
     with Bars(arguments(progress="plain"), "commit work"):
         wait_for("commit work: 1 s\n", read)
     with Bars(arguments(progress="plain")) as bars:
@@ -253,23 +248,33 @@ def test_quiet_and_none_start_no_thread() -> None:
             assert threading.active_count() == before
 
 
+class Told:
+    """All that was told on the standard error output since the last :meth:`forget`."""
+
+    def __init__(self, capfd: pytest.CaptureFixture[str]) -> None:
+        self._capfd = capfd
+        self._text = ""
+
+    def __call__(self) -> str:
+        self._text += self._capfd.readouterr().err
+        return self._text
+
+    def forget(self) -> None:
+        self._text = ""
+
+
 def test_progress_without_a_terminal_begins_after_a_second(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One line is there long before the fifth second, where it began before; --progress json goes on while nothing is counted."""
-    found = [""]
-
-    def read() -> str:
-        found[0] += capfd.readouterr().err
-        return found[0]
-
+    read = Told(capfd)
     monkeypatch.setenv("COWFS_PROGRESS", "none")
     assert not Bars(arguments(), "squash work").on
     monkeypatch.delenv("COWFS_PROGRESS")
     with Bars(arguments(), "squash work"):
         assert re.match(r"squash work: [1-9]\d* s\n", wait_for("\n", read))
     assert _FIRST["auto"] == 1.0
-    found[0] = ""
+    read.forget()
     with Bars(arguments(progress="json"), "squash work"):
         wait_for('"seconds": 1.', read)
 
@@ -278,18 +283,13 @@ def test_a_looking_verb_tells_from_the_first_second_on(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its line says the seconds since it began; a way that begins at once does so; with -q or none there is no thread."""
-    found = [""]
-
-    def read() -> str:
-        found[0] += capfd.readouterr().err
-        return found[0]
-
+    read = Told(capfd)
     monkeypatch.delenv("COWFS_PROGRESS")
     with Late(arguments(), "diff base") as late:
         assert "find base" not in wait_for("diff base: ", read)
         assert re.match(r"diff base: [1-9]\d* s\n", wait_for("\n", read))
     assert list(late.until_shown(iter("ab"))) == ["a", "b"]
-    found[0] = ""
+    read.forget()
     with Late(arguments(progress="json"), "find base"):
         told = wait_for("\n", read)
     assert json.loads(told.splitlines()[0])["what"] == "find base"
